@@ -1,0 +1,15 @@
+"""The rewrites: one file each, its identity in its docstring, its test beside it in name (tests/test_<file>.py)."""
+
+from __future__ import annotations
+
+from pwopt.passes.clean_up import CleanUp
+from pwopt.passes.factor_gates import FactorGates
+from pwopt.passes.fold_affine import FoldAffine
+from pwopt.passes.fold_chains import FoldChains
+from pwopt.passes.name_activations import NameActivations
+from pwopt.rewrite import Pass
+
+#: The default pipeline, in order.
+PASSES: tuple[type[Pass], ...] = (CleanUp, NameActivations, FactorGates, FoldAffine, FoldChains)
+
+__all__ = ["PASSES", "CleanUp", "FactorGates", "FoldAffine", "FoldChains", "NameActivations"]

@@ -1,0 +1,203 @@
+"""Remove what does nothing, and compute what never changes."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx.reference import ReferenceEvaluator
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+
+from pwopt import forms
+from pwopt.linear import LinearMap
+from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip, describe
+from pwopt.shapes import Shape, dims, known
+
+#: A constant is computed if it is not larger than this, or than what it is computed from.
+MAX_FOLDED_BYTES = 1 << 20
+#: Ends of a Slice from here on mean "to the end", as exporters write it.
+FAR = 2**31 - 1
+
+#: Deterministic operators whose result on constants is a constant.
+FOLDABLE = frozenset(
+    """Abs Add And Cast Ceil Concat ConstantOfShape Div Equal Exp Expand Flatten Floor Gather GatherElements
+    GatherND Greater GreaterOrEqual Less LessOrEqual Log Max Min Mod Mul Neg Not Or Pow Range Reciprocal
+    ReduceMax ReduceMin ReduceProd ReduceSum Reshape Shape Size Slice Split Sqrt Squeeze Sub Tile Transpose
+    Unsqueeze Where Xor""".split()
+)
+
+
+class CleanUp(Pass):
+    """f(x) = x disappears; f(constant) becomes a constant; what nobody reads goes.
+
+    An operator does nothing if its constants say so (×1, +0, a full Slice) or its inferred shapes do (a
+    Reshape, Expand or Resize to the shape it has). Constants are computed by onnx's reference evaluator,
+    never larger than 1 MiB unless their inputs already are. Exporters leave both behind everywhere.
+    """
+
+    name = "clean-up"
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+        op = rw.op(node)
+        if not op:
+            return None
+        if not any(rw.readers(t) or rw.pinned(t) for t in node.outputs):
+            return rw.replace([node], [], "nobody reads its outputs")
+        if op == "Constant":
+            return None
+        reason = does_nothing(rw, node, op)
+        if reason:
+            return self._bypass(node, rw, reason)
+        if op in FOLDABLE:
+            return self._fold(node, rw, op)
+        return None
+
+    def _bypass(self, node: gs.Node, rw: Rewriter, reason: str) -> Rewrite | Skip:
+        source = node.inputs[0] if rw.op(node) not in ("Mul", "Add") else next(
+            t for t in node.inputs if rw.constant(t) is None
+        )
+        removed = (describe(node),)
+        around = [rw.producer(source), *rw.readers(node.outputs[0])]
+        if not rw.bypass(node, source):
+            return Skip(f"{reason}, but it joins two tensors that must both stay visible")
+        for neighbour in around:
+            rw.enqueue_around(neighbour) if neighbour is not None else None
+        return Rewrite(reason, removed)
+
+    def _fold(self, node: gs.Node, rw: Rewriter, op: str) -> Rewrite | Skip | None:
+        shape = rw.shape(node.inputs[0]) if node.inputs else None
+        sizes = known(shape)
+        inputs = [rw.constant(t) for t in node.inputs if t.name]
+        if op in ("Shape", "Size") and sizes is not None:
+            values = {node.inputs[0].name: np.broadcast_to(np.float32(0), sizes)}
+        elif inputs and all(held is not None for held in inputs):
+            values = {t.name: v for t in node.inputs if t.name and (v := rw.raw(t)) is not None}
+        else:
+            return None
+        if any(rw.pinned(t) for t in node.outputs) or any(v.dtype.kind not in "fiub" for v in values.values()):
+            return None
+        outputs = evaluate(node, values, rw.opset)
+        if isinstance(outputs, str):
+            return Skip(outputs)
+        removed = (describe(node),)
+        for tensor, value in zip(list(node.outputs), outputs, strict=True):
+            readers = rw.readers(tensor)
+            rw.release([tensor.name])
+            rw.reroute(tensor, rw.new_constant(tensor.name, value))
+            for reader in readers:
+                rw.enqueue_around(reader)
+        rw.remove(node)
+        return Rewrite("its value is the same for every input", removed)
+
+
+def evaluate(node: gs.Node, values: dict[str, np.ndarray], opset: int) -> list[np.ndarray] | str:
+    """Outputs of a node on constants, or why they are not computed. Their size is known before they are made."""
+    message = OnnxExporter.export_node(node)
+    shape_only = node.op in ("Shape", "Size")
+    graph = onnx.helper.make_graph(
+        [message],
+        "constant",
+        [onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for n, v in values.items()],
+        [onnx.ValueInfoProto(name=t.name) for t in node.outputs],
+    )
+    if not shape_only:
+        small = [onnx.numpy_helper.from_array(v, n) for n, v in values.items() if v.size <= 1024]
+        graph.initializer.extend(small)
+    model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+        sizes: list[Shape | None] = [dims(v.type) for v in inferred.graph.output]
+        allowed = max(MAX_FOLDED_BYTES, 0 if shape_only else sum(v.nbytes for v in values.values()))
+        for value, size in zip(inferred.graph.output, sizes, strict=True):
+            numbers = known(size)
+            if numbers is None:
+                return "its value never changes, but its size is not known before it is computed"
+            width = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type).itemsize
+            if math.prod(numbers) * width > allowed:
+                return f"its value never changes, but takes {math.prod(numbers) * width:,} bytes (limit {allowed:,})"
+        with np.errstate(all="ignore"):
+            results = [np.asarray(r) for r in ReferenceEvaluator(model).run(None, values)]
+    except Exception as error:  # a reference implementation that is missing or declines: leave the node to the runtime
+        return f"its value never changes, but onnx cannot compute it ({type(error).__name__})"
+    for result, value in zip(results, inferred.graph.output, strict=True):
+        if result.dtype != onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type):
+            return "its value never changes, but onnx computes it in another type"
+    return results
+
+
+def does_nothing(rw: Rewriter, node: gs.Node, op: str) -> str:
+    """Why a node's first output equals its data input, else ""."""
+    if len([t for t in node.outputs if t.name]) > 1:
+        return ""
+    x, y = node.inputs[0] if node.inputs else None, node.outputs[0]
+    if x is None:
+        return ""
+    if op == "Identity" or (op == "Dropout" and forms.inactive_dropout(rw, node)):
+        return f"{op} passes its input on"
+    if op in ("Mul", "Div", "Add", "Sub", "BatchNormalization"):
+        reading = forms.linear(rw, node)
+        step = reading.load() if reading is not None and reading.kind == "diagonal" else None
+        same = isinstance(step, LinearMap) and np.all(step.scale == 1) and not step.geometry.biased
+        return f"{op} by a constant that changes nothing" if same else ""
+    if op in ("Concat", "Sum", "Max", "Min", "Mean") and len(node.inputs) == 1:
+        return f"{op} of one tensor"
+    if op == "Cast":
+        to = onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]) if node.attrs.get("to") else None
+        return "Cast to the type it has" if to is not None and rw.dtype(x) == to else ""
+    if op == "Transpose":
+        perm = node.attrs.get("perm")
+        return "Transpose that keeps the order" if perm is not None and list(perm) == sorted(perm) else ""
+    if op == "Pad":
+        found = forms.pad_parameters(rw, node)
+        return "Pad by nothing" if found is not None and not any(found[0]) else ""
+    if op == "Slice":
+        return _full_slice(rw, node, x)
+    if op in ("Resize", "Upsample"):
+        return _same_size(rw, node, x, y)
+    if op in ("AveragePool", "MaxPool"):
+        quiet = not any(node.attrs.get("pads", ())) and node.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
+        single = all(v == 1 for v in (*node.attrs["kernel_shape"], *node.attrs.get("strides", ())))
+        return f"{op} of single elements" if quiet and single else ""
+    before, after = rw.shape(x), rw.shape(y)
+    if before is None or after is None or len(before) != len(after):
+        return ""
+    if op in ("Reshape", "Flatten"):
+        return f"{op} to the shape it has" if forms._same_but_one(before, after) else ""
+    if op in ("Expand", "Tile"):
+        return f"{op} to the shape it has" if known(before) is not None and before == after else ""
+    if op in ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd"):
+        since = 13 if op == "ReduceSum" else 18
+        axes = forms.axes_of(rw, node, since)
+        single = axes is not None and bool(axes) and all(before[a] == 1 for a in axes)
+        return f"{op} over axes of size 1" if single and node.attrs.get("keepdims", 1) else ""
+    return ""
+
+
+def _full_slice(rw: Rewriter, node: gs.Node, x: gs.Tensor) -> str:
+    parameters = forms.slice_parameters(rw, node)
+    if not parameters:
+        return ""
+    for axis, start, end, step in parameters:
+        size = rw.dim(x, axis)
+        to_end = end >= FAR or (isinstance(size, int) and end >= size)
+        from_start = start == 0 or (isinstance(size, int) and start <= -size)
+        if step != 1 or not to_end or not from_start:
+            return ""
+    return "Slice that keeps everything"
+
+
+def _same_size(rw: Rewriter, node: gs.Node, x: gs.Tensor, y: gs.Tensor) -> str:
+    if node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
+        return ""
+    before, after = rw.shape(x), rw.shape(y)
+    if known(before) is not None and before == after:
+        return f"{node.op} to the size it has"
+    if node.op == "Upsample" and rw.opset < 9:
+        scales = node.attrs.get("scales", [2.0])
+    else:
+        given = rw.optional(node, 1 if node.op == "Upsample" or rw.opset < 11 else 2)
+        value = None if given is None else rw.value(given)
+        scales = [2.0] if value is None or value.size == 0 else value.tolist()
+    return f"{node.op} by a factor of 1" if all(s == 1 for s in scales) else ""

@@ -1,0 +1,214 @@
+"""Scales, shifts and normalisations fold into the linear maps before or after them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import onnx_graphsurgeon as gs
+
+from pwopt import commute, emit, forms, idioms
+from pwopt.commute import Affine
+from pwopt.forms import Reading
+from pwopt.linear import LinearMap, Refusal, compose_geometry
+from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip, describe
+
+#: How many operators one scale may travel past; real models need a handful.
+MAX_REACH = 32
+
+
+@dataclass
+class Plan:
+    """Maps that take a scale and shift over, on their output side or their input side, and tensors that change."""
+
+    after: list[tuple[Reading, Affine]] = field(default_factory=list)
+    before: list[tuple[Reading, Affine]] = field(default_factory=list)
+    changed: list[gs.Tensor] = field(default_factory=list)
+    steps: int = 0
+
+    def maps(self) -> list[Reading]:
+        return [r for r, _ in (*self.after, *self.before)]
+
+
+class FoldAffine(Pass):
+    """A(Wx + b) = (AW)x + Ab and W(Ax + t) + b = (WA)x + (Wt + b) for diagonal A.
+
+    BatchNormalization, and Mul, Div, Add, Sub, Neg by a constant per channel, fold into the map that feeds
+    them, else into every map that reads them, through operators that let them pass (Concat, pooling,
+    Resize, Transpose…: `pwopt.commute`). A shift in front of zero padding does not fold, a scale does. What
+    neither side takes merges with its neighbour into one BatchNormalization. Only if operators disappear.
+    Ioffe and Szegedy, "Batch Normalization" (2015); bias fusion as in every compiler.
+    """
+
+    name = "fold-affine"
+
+    def start(self, rw: Rewriter) -> None:
+        self._fused = idioms.fused_by_runtime(rw)
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+        reading = forms.read(rw, node)
+        if isinstance(reading, Refusal):
+            return Skip(f"{node.op} stays: {reading.reason}") if node.op == "BatchNormalization" else None
+        if reading is None or not reading.geometry.diagonal or len(reading.nodes) > 1:
+            return None
+        if id(node) in self._fused:
+            return Skip(f"it belongs to a {self._fused[id(node)]} that onnxruntime runs as one operator")
+        diagonal = reading.load()
+        if isinstance(diagonal, Refusal):
+            return Skip(diagonal.reason)
+        affine = Affine(diagonal.at_rank(0), reading.axis)
+        up, down = Plan(), Plan()
+        up_refusal = rw.crowd(reading.source) or self._lift(rw, reading.source, affine, up)
+        if not up_refusal:
+            done = self._apply(rw, reading, up)
+            if isinstance(done, Rewrite):
+                return done
+            up_refusal = done.reason
+        down_refusal = rw.pinned(reading.output) or self._sink(rw, reading.output, affine, down)
+        if not down_refusal:
+            done = self._apply(rw, reading, down)
+            if isinstance(done, Rewrite):
+                return done
+            down_refusal = done.reason
+        return Skip(f"before it, {up_refusal}; after it, {down_refusal}")
+
+    def _lift(self, rw: Rewriter, tensor: gs.Tensor, affine: Affine, plan: Plan) -> str:
+        """Plan for `affine` to be applied above `tensor`, which only one node reads; a reason if that fails."""
+        producer = rw.producer(tensor)
+        plan.steps += 1
+        if producer is None:
+            return "there is no operator" if tensor in rw.graph.inputs else "there is a constant"
+        if plan.steps > MAX_REACH:
+            return f"more than {MAX_REACH} operators lie between"
+        reading = forms.read(rw, producer)
+        if isinstance(reading, Reading) and reading.kind in emit.FORMS and id(producer) not in self._fused:
+            return self._take(rw, reading, affine, plan, after=True)
+        if isinstance(reading, Refusal) and producer.op in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+            return f"{producer.op} cannot take it: {reading.reason}"
+        alternatives = commute.lift(rw, producer, affine)
+        if isinstance(alternatives, Refusal):
+            return alternatives.reason
+        reason = ""
+        for moves in alternatives:
+            trial = Plan(list(plan.after), list(plan.before), [*plan.changed], plan.steps)
+            reason = ""
+            for source, moved in moves:
+                if moved.scales or moved.shifts:
+                    trial.changed.append(source)
+                    reason = rw.crowd(source) or self._lift(rw, source, moved, trial)
+                plan.steps = trial.steps
+                if reason:
+                    break
+            if not reason:
+                plan.after, plan.before, plan.changed = trial.after, trial.before, trial.changed
+                return ""
+        return reason
+
+    def _sink(self, rw: Rewriter, tensor: gs.Tensor, affine: Affine, plan: Plan) -> str:
+        """Plan for every reader of `tensor` to apply `affine` itself; a reason if one cannot."""
+        plan.steps += 1
+        if plan.steps > MAX_REACH:
+            return f"more than {MAX_REACH} operators lie between"
+        readers = rw.readers(tensor)
+        if not readers:
+            return "nothing reads it"
+        for reader in readers:
+            reading = forms.linear(rw, reader)
+            if reading is not None and reading.source is tensor and reading.kind in emit.FORMS:
+                reason = self._take(rw, _with_bias(rw, reading), affine, plan, after=False)
+                if id(reader) in self._fused:
+                    reason = f"{reader.op} belongs to a {self._fused[id(reader)]}"
+                if reason:
+                    return reason
+                continue
+            moves = commute.sink(rw, reader, tensor, affine)
+            if isinstance(moves, Refusal):
+                return moves.reason
+            for output, moved in moves:
+                if not moved.scales and not moved.shifts:
+                    continue
+                plan.changed.append(output)
+                reason = rw.pinned(output) or self._sink(rw, output, moved, plan)
+                if reason:
+                    return reason
+        return ""
+
+    def _take(self, rw: Rewriter, reading: Reading, affine: Affine, plan: Plan, *, after: bool) -> str:
+        """Add a map to the plan if it can take `affine` over exactly; a reason if not."""
+        if reading.axis is not None and affine.axis is not None and reading.axis != affine.axis:
+            return f"{reading.node.op} acts on axis {reading.axis}, not {affine.axis}"
+        if reading.weight is not None and rw.shared(reading.nodes[0].inputs[reading.nodes[0].inputs.index(reading.source) ^ 1]):
+            return f"the weight {reading.weight.name!r} is shared"
+        if any(reading.node is other.node for other in plan.maps()):
+            return f"{reading.node.op} would take it twice"
+        g, d = reading.geometry, affine.map
+        width = g.out_channels if after else g.in_channels
+        if g.diagonal and width == 1:  # a scalar takes on the channels of the other
+            width = d.geometry.out_channels
+            g = LinearMap.identity(width).geometry if width > 1 else g
+        wide = d.spread(width).geometry
+        composed = compose_geometry(wide, g) if after else compose_geometry(g, wide)
+        if isinstance(composed, Refusal):
+            return composed.reason
+        (plan.after if after else plan.before).append((reading, affine))
+        return ""
+
+    def _apply(self, rw: Rewriter, reading: Reading, plan: Plan) -> Rewrite | Refusal:
+        """Carry a plan out, or refuse without having changed anything."""
+        edits = []
+        direct = len(plan.after) == 1 and plan.after[0][0].output is reading.source
+        for side in (plan.after, plan.before):
+            for target, affine in side:
+                composed = _compose(target, affine, after=side is plan.after)
+                if isinstance(composed, Refusal):
+                    return composed
+                axis = target.axis if target.axis is not None else affine.axis
+                output = reading.output if direct else target.output
+                source = reading.source if target.source is reading.output else target.source
+                written = emit.write(rw, composed, target, source, output, axis)
+                if isinstance(written, Refusal):
+                    return written
+                edits.append((target, written))
+        if sum(len(w.nodes) for _, w in edits) >= 1 + sum(len(t.nodes) for t, _ in edits):
+            return Refusal("merging them would not save an operator")
+        if not direct and not edits:
+            return Refusal("nothing would take it over")
+        names = " and ".join(describe(t.node) for t, _ in edits[:3]) + (" and more" if len(edits) > 3 else "")
+        reason = f"{describe(reading.node)} folds into {names}"
+        residual = max((w.residual for _, w in edits), default=0.0)
+        if direct:
+            (target, written), = edits
+            return rw.replace([*target.nodes, reading.node], written.nodes, reason, residual)
+        records = [rw.replace(target.nodes, written.nodes, reason) for target, written in edits]
+        if reading.node in rw and rw.readers(reading.output):
+            rw.bypass(reading.node, reading.source, keep_output=bool(plan.after))
+        elif reading.node in rw:
+            rw.remove(reading.node)
+        for tensor in plan.changed:
+            rw.rename(tensor, "_unscaled")
+        return Rewrite(
+            reason,
+            (describe(reading.node), *(name for r in records for name in r.removed)),
+            tuple(name for r in records for name in r.added),
+            sum(r.macs_before for r in records),
+            sum(r.macs_after for r in records),
+            residual,
+        )
+
+
+def _with_bias(rw: Rewriter, reading: Reading) -> Reading:
+    """A MatMul together with the Add that is its bias, if there is one."""
+    follower = rw.sole_reader(reading.output)
+    wider = forms.linear(rw, follower) if reading.kind in ("matmul", "left-matmul") and follower is not None else None
+    return wider if wider is not None and wider.nodes[0] is reading.node else reading
+
+
+def _compose(target: Reading, affine: Affine, *, after: bool) -> LinearMap | Refusal:
+    linear = target.load()
+    if isinstance(linear, Refusal):
+        return linear
+    width = linear.geometry.out_channels if after else linear.geometry.in_channels
+    if linear.geometry.diagonal and width == 1:
+        linear = linear.spread(affine.map.geometry.out_channels)
+        width = linear.geometry.out_channels
+    diagonal = affine.map.spread(width)
+    return diagonal @ linear if after else linear @ diagonal

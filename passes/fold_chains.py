@@ -1,0 +1,227 @@
+"""Sequences of linear maps become the cheapest sequence that computes the same."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pwopt import emit, forms
+from pwopt.cost import positions, price
+from pwopt.forms import Reading
+from pwopt.idioms import epsilon
+from pwopt.linear import Geometry, LinearMap, Refusal, compose_geometry, factor
+from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip, describe
+
+#: Chains are planned exactly up to this many maps at a time; longer ones in such pieces, then again.
+MAX_CHAIN = 64
+WEIGHTED = ("conv", "conv-transpose", "gemm", "matmul", "left-matmul")
+
+
+@dataclass
+class Chain:
+    """Linear maps in sequence, and the plan for them.
+
+    Attributes
+    ----------
+    maps : list of Reading
+    places : list of float
+        How often each map is applied; relative to the first where sizes are not known.
+    ends : dict of int to int
+        End of each planned segment (index of its last map) → index of its first map.
+    """
+
+    maps: list[Reading]
+    places: list[float]
+    ends: dict[int, int]
+
+
+class FoldChains(Pass):
+    """W₂(W₁x + b₁) + b₂ = (W₂W₁)x + (W₂b₁ + b₂)
+
+    Of a chain's 2ⁿ⁻¹ ways to cut it into composed maps, the one with the fewest multiply-adds is found by
+    dynamic programming (a shortest path over intermediate widths): bottlenecks stay, expansions go. A
+    composed map is split again at its rank where that is cheaper. Exactness is `linear.compose_geometry`'s.
+    Never more multiply-adds. PP-OCR, ExpandNet (Guo et al., 2020) and linear bottlenecks hold such chains.
+    """
+
+    name = "fold-chains"
+    policy = "if cheaper"
+
+    def start(self, rw: Rewriter) -> None:
+        self._chains: dict[int, Chain] = {}
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+        reading = forms.linear(rw, node)
+        if reading is None or reading.kind not in WEIGHTED or reading.node is not node:
+            return None
+        follower = rw.sole_reader(reading.output)
+        wider = forms.linear(rw, follower) if follower is not None else None
+        if wider is not None and wider.nodes[0] is node:
+            return None  # a MatMul, seen again with the Add that is its bias
+        chain = self._chain_of(rw, reading)
+        index = next(i for i, r in enumerate(chain.maps) if r.node is node)
+        if chain.ends.get(index, index) < index:
+            return self._fold(rw, chain, chain.ends[index], index)
+        if index > 0 and index - 1 in chain.ends:
+            return Skip(_refusal_to_join(chain, index))
+        return self._blocked(rw, reading)
+
+    def _chain_of(self, rw: Rewriter, reading: Reading) -> Chain:
+        """The planned chain through a map; plans are kept until one of their maps changes."""
+        chain = self._chains.get(id(reading.node))
+        if chain is not None and all(n in rw for r in chain.maps for n in r.nodes):
+            return chain
+        maps = [reading]
+        while len(maps) < MAX_CHAIN and (first := self._linked(rw, maps[0])[0]) is not None:
+            maps.insert(0, first)
+        while len(maps) < MAX_CHAIN and (last := _next_map(rw, maps[-1])) is not None:
+            if self._linked(rw, last)[0] is None:
+                break
+            maps.append(last)
+        chain = plan(rw, maps)
+        for r in maps:
+            self._chains[id(r.node)] = chain
+        return chain
+
+    def _linked(self, rw: Rewriter, reading: Reading) -> tuple[Reading | None, str]:
+        """The map whose output `reading` reads, if the two can be joined at all, else why they cannot."""
+        producer = rw.producer(reading.source)
+        before = forms.linear(rw, producer)
+        if before is None or before.kind not in WEIGHTED or before.node is not producer:
+            return None, ""
+        price_tag = _price_tag(rw, before, reading)
+        crowd = rw.crowd(reading.source)
+        if crowd:
+            return None, f"{crowd}; {price_tag}" if price_tag else crowd
+        if before.axis != reading.axis:
+            return None, f"they act on different axes ({before.axis} and {reading.axis})"
+        for r in (before, reading):
+            if r.weight is not None and rw.shared(r.nodes[0].inputs[0 if r.kind == "left-matmul" else 1]):
+                return None, f"the weight {r.weight.name!r} is shared"
+        composed = compose_geometry(reading.geometry, before.geometry)
+        if isinstance(composed, Refusal):
+            return None, composed.reason
+        return before, ""
+
+    def _blocked(self, rw: Rewriter, reading: Reading) -> Skip | None:
+        before, reason = self._linked(rw, reading)
+        return Skip(reason) if before is None and reason else None
+
+    def _fold(self, rw: Rewriter, chain: Chain, first: int, last: int) -> Rewrite | Skip:
+        maps = chain.maps[first : last + 1]
+        composed = maps[0].load()
+        for r in maps[1:]:
+            step = r.load()
+            if isinstance(step, Refusal) or isinstance(composed, Refusal):
+                break
+            composed = step @ composed
+        if isinstance(composed, Refusal):
+            return Skip(composed.reason)
+        shape = next((r for r in maps if r.geometry.taps > 1 or r.geometry.transposed), maps[-1])
+        target, source, output = maps[-1], maps[0].source, maps[-1].output
+        widths = "→".join(str(r.geometry.in_channels) for r in maps) + f"→{target.geometry.out_channels}"
+        low = self._factored(rw, composed, shape, source, output, target)
+        written = low or emit.write(rw, composed, shape, source, output, target.axis)
+        if isinstance(written, Refusal):
+            return Skip(f"{widths} is cheaper as one map, but {written.reason}")
+        old = [n for r in maps for n in r.nodes]
+        what = "one map" if low is None else "two maps of its rank"
+        return rw.replace(old, written.nodes, f"{widths} is cheaper as {what}", written.residual)
+
+    def _factored(self, rw: Rewriter, composed: LinearMap, shape: Reading, source: gs.Tensor, output: gs.Tensor, target: Reading) -> emit.Written | None:
+        """The composed map at its rank, if that takes fewer multiply-adds."""
+        reference = shape.weight if shape.weight is not None else source
+        dtype = rw.dtype(reference)
+        # Every intermediate width bounds the rank, so a plan that beat all of them can only be beaten from below.
+        parts = factor(composed, epsilon(dtype) / 2)
+        if isinstance(parts, Refusal):
+            return None
+        middle = rw.new_variable(f"{output.name}_rank", output)
+        first = emit.write(rw, parts[0], shape, source, middle, target.axis)
+        second = emit.write(rw, parts[1], target, middle, output, target.axis)
+        if isinstance(first, Refusal) or isinstance(second, Refusal):
+            return None
+        return emit.Written((*first.nodes, *second.nodes), max(first.residual, second.residual))
+
+
+def _next_map(rw: Rewriter, reading: Reading) -> Reading | None:
+    reader = rw.sole_reader(reading.output)
+    after = forms.linear(rw, reader)
+    if after is None or after.kind not in WEIGHTED or after.source is not reading.output:
+        return None
+    follower = rw.sole_reader(after.output)
+    wider = forms.linear(rw, follower) if follower is not None else None
+    return wider if wider is not None and wider.nodes[0] is after.node and len(wider.nodes) > 1 else after
+
+
+def relative_places(rw: Rewriter, maps: list[Reading]) -> list[float]:
+    """How often each map is applied: from sizes, or from the strides alone where one is not known."""
+    counted = [positions(rw, r) for r in maps]
+    if None not in counted:
+        return [float(c or 0) for c in counted]
+    places, current = [], 1.0
+    for r in maps:
+        ratio = float(np.prod(r.geometry.strides, initial=1))
+        if r.geometry.transposed:
+            places.append(current)
+            current *= ratio
+        else:
+            current /= ratio
+            places.append(current)
+    return places
+
+
+def plan(rw: Rewriter, maps: list[Reading]) -> Chain:
+    """Cheapest segments of a chain: best[j] = min over i of best[i] + price of maps i … j − 1 as one.
+
+    Ties go to fewer maps. A segment is one map or an exact composition whose site is not denied.
+    """
+    places = relative_places(rw, maps)
+    count = len(maps)
+    best: list[tuple[float, int]] = [(0.0, 0)] + [(float("inf"), 0)] * count
+    start = [0] * (count + 1)
+    for i in range(count):
+        composed: Geometry | Refusal = maps[i].geometry
+        transposed_at = i if maps[i].geometry.transposed else None
+        for j in range(i, count):
+            if j > i:
+                assert isinstance(composed, Geometry)
+                composed = compose_geometry(maps[j].geometry, composed)
+                if isinstance(composed, Refusal):
+                    break
+                transposed_at = j if maps[j].geometry.transposed else transposed_at
+                if rw.denied(maps[j].node):
+                    continue
+            over = places[transposed_at] if transposed_at is not None else places[j]
+            total = (best[i][0] + price(composed, over), best[i][1] + 1)
+            if total < best[j + 1]:
+                best[j + 1], start[j + 1] = total, i
+    ends, j = {}, count
+    while j > 0:
+        ends[j - 1] = start[j]
+        j = start[j]
+    return Chain(maps, places, ends)
+
+
+def _refusal_to_join(chain: Chain, index: int) -> str:
+    pair = chain.maps[index - 1 : index + 1]
+    composed = compose_geometry(pair[1].geometry, pair[0].geometry)
+    assert isinstance(composed, Geometry)
+    return _times(pair, composed, chain.places[index - 1 : index + 1])
+
+
+def _times(pair: list[Reading], composed: Geometry, places: list[float]) -> str:
+    separate = sum(price(r.geometry, p) for r, p in zip(pair, places, strict=True))
+    joined = price(composed, places[0] if pair[0].geometry.transposed else places[1])
+    ratio = joined / separate if separate else float("inf")
+    a, b = pair
+    widths = f"{a.geometry.in_channels}→{a.geometry.out_channels}→{b.geometry.out_channels}"
+    absolute = f" ({separate:,.0f} → {joined:,.0f})" if max(places) > 1 else ""
+    return f"folding {widths} would cost {ratio:.2f}× the multiply-adds{absolute}"
+
+
+def _price_tag(rw: Rewriter, before: Reading, after: Reading) -> str:
+    composed = compose_geometry(after.geometry, before.geometry)
+    return "" if isinstance(composed, Refusal) else _times([before, after], composed, relative_places(rw, [before, after]))

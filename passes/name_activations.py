@@ -1,0 +1,67 @@
+"""Activations that an exporter spelled out, under their standard names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pwopt import idioms
+from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
+
+#: The opset in which each operator appeared (onnx/docs/Changelog.md).
+SINCE = {"HardSigmoid": 1, "HardSwish": 14, "Gelu": 20, "Swish": 24}
+
+
+class NameActivations(Pass):
+    """x·min(max(x + 3, 0), 6)/6 = HardSwish(x), scale·clip(a·x + b, 0, 1/scale) = HardSigmoid(x),
+    x·sigmoid(x) = Swish(x), x·(1 + erf(x/√2))/2 = Gelu(x).
+
+    In every spelling: the factor before, inside or after the product, Clip by attribute or by input, Min
+    and Max, Relu and Min. The operator must exist in the model's opset; where it does not, the pass says
+    from which opset it would. Howard et al., "Searching for MobileNetV3" (2019); Hendrycks and Gimpel,
+    "Gaussian Error Linear Units" (2016); Ramachandran et al., "Searching for Activation Functions" (2017).
+    """
+
+    name = "name-activations"
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+        spelled = idioms.activation(rw, node)
+        if spelled is None:
+            return None
+        dtype = rw.dtype(node.outputs[0])
+        standard = spelled.op != "HardSwish" or (
+            idioms.near(spelled.alpha, 1 / 6, dtype) and idioms.near(spelled.beta, 0.5, dtype)
+        )
+        available = standard and rw.opset >= SINCE[spelled.op]
+        count = len({id(n) for n in spelled.nodes})
+        hint = "" if available or not standard else f"; {spelled.op} exists from opset {SINCE[spelled.op]} (--opset)"
+        if not available and spelled.op in ("Swish", "Gelu"):
+            return Skip(f"spells {spelled.op}, which this model's opset {rw.opset} does not have{hint}")
+        needed = 1 if available else 2
+        if count <= needed:
+            return Skip(f"x·HardSigmoid(x) stays as it is{hint}") if hint else None
+        if not available or spelled.op == "HardSigmoid":
+            exact = all(idioms.near(float(np.float32(v)), v, dtype) for v in (spelled.alpha, spelled.beta))
+            if not exact:
+                return Skip(f"HardSigmoid keeps alpha and beta in float32, which is too coarse for {dtype}")
+        old = sorted({id(n): n for n in spelled.nodes}.values(), key=rw.position)
+        if old[-1] is not node:
+            return None
+        new = list(_spell(rw, spelled, node, available))
+        return rw.replace(old, new, f"{count} operators spell {' and '.join(n.op for n in new)}{hint}")
+
+
+def _spell(rw: Rewriter, spelled: idioms.Activation, node: gs.Node, available: bool) -> Iterator[gs.Node]:
+    x, y = spelled.source, node.outputs[0]
+    if available and spelled.op != "HardSigmoid":
+        yield gs.Node(spelled.op, node.name, {}, [x], [y])
+        return
+    attrs = {"alpha": float(np.float32(spelled.alpha)), "beta": float(np.float32(spelled.beta))}
+    if spelled.op == "HardSigmoid":
+        yield gs.Node("HardSigmoid", node.name, attrs, [x], [y])
+        return
+    gate = rw.new_variable(f"{y.name}_gate", y, rw.shape(y))
+    yield gs.Node("HardSigmoid", f"{node.name}_gate" if node.name else "", attrs, [x], [gate])
+    yield gs.Node("Mul", node.name, {}, [x, gate], [y])

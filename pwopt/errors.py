@@ -1,0 +1,36 @@
+"""What can go wrong, each with the exit code that the command line ends with.
+
+Every message is one sentence: what was wrong and what to do.
+"""
+
+from __future__ import annotations
+
+
+class PwoptError(Exception):
+    """Base of all errors that pwopt raises on purpose."""
+
+    exit_code = 1
+
+
+class NotEquivalentError(PwoptError):
+    """The rewritten model does not give the original's answers; nothing was written."""
+
+    exit_code = 1
+
+
+class UsageError(PwoptError):
+    """An argument does not fit the model."""
+
+    exit_code = 2
+
+
+class ModelError(PwoptError):
+    """The model cannot be read, or is not valid."""
+
+    exit_code = 3
+
+
+class ProviderError(PwoptError):
+    """The execution provider asked for is not available."""
+
+    exit_code = 4

@@ -1,0 +1,578 @@
+"""Nodes → linear maps: every operator that is linear across channels, in every opset's spelling.
+
+`read` gives a `Reading` (what the node computes, and where its numbers are), a `Refusal` (it is such an
+operator, but cannot be proven linear here), or None (something else). The way back is `pwopt.emit`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pwopt.graph import FLOATS, View
+from pwopt.linear import Array, Geometry, LinearMap, Refusal, pointwise_geometry
+from pwopt.shapes import known
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A node (or MatMul + Add) as a linear map of one tensor.
+
+    Attributes
+    ----------
+    nodes : tuple of gs.Node
+        What it covers; the last one produces the output.
+    source : gs.Tensor
+        The data input.
+    geometry : Geometry
+        Known without reading large weights.
+    axis : int or None
+        The channel axis; None for a scalar scale and shift, which fit any axis.
+    kind : str
+        The form: conv, conv-transpose, gemm, matmul (x·W), left-matmul (W·x), diagonal, pool, selection, reduction.
+    weight : gs.Tensor or None
+        The tensor that holds its matrix; None where the numbers are few or implied.
+    load : callable
+        Reads the numbers: a LinearMap, or a Refusal if they are not finite.
+    """
+
+    nodes: tuple[gs.Node, ...]
+    source: gs.Tensor
+    geometry: Geometry
+    axis: int | None
+    kind: str
+    weight: gs.Tensor | None
+    load: Callable[[], LinearMap | Refusal]
+
+    @property
+    def node(self) -> gs.Node:
+        return self.nodes[-1]
+
+    @property
+    def output(self) -> gs.Tensor:
+        return self.nodes[-1].outputs[0]
+
+    @property
+    def channels(self) -> str:
+        return f"{self.geometry.in_channels}→{self.geometry.out_channels}"
+
+
+Result = Reading | Refusal | None
+Reader = Callable[[View, gs.Node], Result]
+READERS: dict[str, Reader] = {}
+
+
+def reads(*ops: str) -> Callable[[Reader], Reader]:
+    def register(reader: Reader) -> Reader:
+        READERS.update(dict.fromkeys(ops, reader))
+        return reader
+
+    return register
+
+
+def read(view: View, node: gs.Node | None) -> Result:
+    """What `node` computes from its data input, if that is linear across channels.
+
+    Parameters
+    ----------
+    view : View
+    node : gs.Node
+    """
+    op = view.op(node)
+    return READERS[op](view, node) if node is not None and op in READERS else None
+
+
+def linear(view: View, node: gs.Node | None) -> Reading | None:
+    """`read`, with refusals left out."""
+    reading = read(view, node)
+    return reading if isinstance(reading, Reading) else None
+
+
+NOT_CONSTANT = Refusal("its weight is not a constant (an input, an overridable initializer, or computed)")
+NOT_FINITE = Refusal("its weights are not finite")
+
+
+def _weight(view: View, node: gs.Node, index: int) -> gs.Tensor | None:
+    """The holder of a constant floating-point weight, or None."""
+    tensor = view.optional(node, index)
+    held = None if tensor is None else view.constant(tensor)
+    return held if held is not None and str(held.dtype) in FLOATS else None
+
+
+def spatial_attributes(view: View, node: gs.Node, kernel: tuple[int, ...]) -> tuple[dict[str, tuple[int, ...]], str] | Refusal:
+    """Strides, dilations and pads of a convolution or pooling, and what is left of auto_pad.
+
+    SAME padding is resolved where the stride is 1 (it does not depend on the size then) or the size is known.
+    """
+    rank, attrs = len(kernel), node.attrs
+    strides = tuple(attrs.get("strides", (1,) * rank))
+    dilations = tuple(attrs.get("dilations", (1,) * rank))
+    pads = tuple(attrs.get("pads", (0, 0) * rank))
+    auto = attrs.get("auto_pad", "NOTSET")
+    if (len(strides), len(dilations), len(pads)) != (rank, rank, 2 * rank):
+        return Refusal("its strides, dilations and pads do not fit its kernel")
+    if min(pads, default=0) < 0:
+        return Refusal("it has negative padding")
+    left = ""
+    if auto in ("SAME_UPPER", "SAME_LOWER"):
+        shape = view.shape(node.inputs[0])
+        begins, ends = [], []
+        for axis in range(rank):
+            size = shape[axis + 2] if shape is not None and len(shape) == rank + 2 else None
+            reach = dilations[axis] * (kernel[axis] - 1)
+            if strides[axis] == 1:
+                total = reach
+            elif isinstance(size, int):
+                total = max(0, (-(-size // strides[axis]) - 1) * strides[axis] + reach + 1 - size)
+            else:
+                left, total = auto, 0
+            begins.append(total // 2 if auto == "SAME_UPPER" else total - total // 2)
+            ends.append(total - begins[-1])
+        pads = (*begins, *ends) if not left else (0, 0) * rank
+    elif auto == "VALID":
+        pads = (0, 0) * rank
+    return {"strides": strides, "dilations": dilations, "pads": pads}, left
+
+
+def _bias(view: View, node: gs.Node, index: int, channels: int) -> Array | Refusal:
+    tensor = view.optional(node, index)
+    if tensor is None:
+        return np.zeros(channels)
+    value = view.value(tensor)
+    if value is None:
+        return Refusal("its bias is not a finite constant")
+    return np.asarray(np.broadcast_to(value.reshape(-1), (channels,))) if value.size in (1, channels) else Refusal(
+        "its bias does not have one number per channel"
+    )
+
+
+def _loader(view: View, weight: gs.Tensor, geometry: Geometry, bias: Array, arrange: Callable[[Array], Array]) -> Callable[[], LinearMap | Refusal]:
+    def load() -> LinearMap | Refusal:
+        value = view.value(weight)
+        return NOT_FINITE if value is None else LinearMap.of(geometry, arrange(value), bias)
+
+    return load
+
+
+@reads("Conv")
+def read_conv(view: View, node: gs.Node) -> Result:
+    weight = _weight(view, node, 1)
+    if weight is None:
+        return NOT_CONSTANT
+    out, inn, *kernel = weight.shape
+    spatial = spatial_attributes(view, node, tuple(kernel))
+    bias = _bias(view, node, 2, out)
+    if isinstance(spatial, Refusal) or isinstance(bias, Refusal):
+        return spatial if isinstance(spatial, Refusal) else bias if isinstance(bias, Refusal) else None
+    attributes, auto = spatial
+    groups = node.attrs.get("group", 1)
+    geometry = Geometry(
+        out, inn * groups, groups, tuple(kernel), **attributes, auto_pad=auto, biased=bool(np.any(bias))
+    )
+    return Reading((node,), node.inputs[0], geometry, 1, "conv", weight, _loader(view, weight, geometry, bias, lambda w: w))
+
+
+@reads("ConvTranspose")
+def read_conv_transpose(view: View, node: gs.Node) -> Result:
+    weight = _weight(view, node, 1)
+    if weight is None:
+        return NOT_CONSTANT
+    if "output_shape" in node.attrs or node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        return Refusal("its padding follows from an output shape")
+    groups = node.attrs.get("group", 1)
+    inn, out, *kernel = weight.shape
+    out *= groups
+    spatial = spatial_attributes(view, node, tuple(kernel))
+    bias = _bias(view, node, 2, out)
+    if isinstance(spatial, Refusal) or isinstance(bias, Refusal):
+        return spatial if isinstance(spatial, Refusal) else bias if isinstance(bias, Refusal) else None
+    attributes, _ = spatial
+    geometry = Geometry(
+        out, inn, groups, tuple(kernel), **attributes, transposed=True,
+        output_padding=tuple(node.attrs.get("output_padding", (0,) * len(kernel))), biased=bool(np.any(bias)),
+    )  # fmt: skip
+
+    def arrange(w: Array) -> Array:  # ONNX keeps (in, out / groups, *kernel)
+        blocks = w.reshape(groups, inn // groups, out // groups, *kernel)
+        return blocks.swapaxes(1, 2).reshape(out, inn // groups, *kernel)
+
+    return Reading((node,), node.inputs[0], geometry, 1, "conv-transpose", weight, _loader(view, weight, geometry, bias, arrange))
+
+
+@reads("Gemm")
+def read_gemm(view: View, node: gs.Node) -> Result:
+    weight = _weight(view, node, 1)
+    if weight is None:
+        return NOT_CONSTANT
+    if node.attrs.get("transA", 0):
+        return Refusal("it transposes its data input")
+    flip = bool(node.attrs.get("transB", 0))
+    inn, out = reversed(weight.shape) if flip else weight.shape
+    alpha, beta = node.attrs.get("alpha", 1.0), node.attrs.get("beta", 1.0)
+    held = view.optional(node, 2)
+    if held is not None and (held.shape is None or len(held.shape) > 2 or (len(held.shape) == 2 and held.shape[0] != 1)):
+        return Refusal("its bias differs between rows")
+    bias = _bias(view, node, 2, out)
+    if isinstance(bias, Refusal):
+        return bias
+    bias = beta * bias
+    geometry = pointwise_geometry(out, inn, biased=bool(np.any(bias)))
+    return Reading(
+        (node,), node.inputs[0], geometry, 1, "gemm", weight,
+        _loader(view, weight, geometry, bias, lambda w: alpha * (w if flip else w.T)),
+    )  # fmt: skip
+
+
+@reads("MatMul")
+def read_matmul(view: View, node: gs.Node) -> Result:
+    """x·W acts on the last axis, W·x on the one before it."""
+    left, right = _weight(view, node, 0), _weight(view, node, 1)
+    if (left is None) == (right is None):
+        return None  # data-dependent, or foldable as a constant
+    weight, source = (right, node.inputs[0]) if right is not None else (left, node.inputs[1])
+    rank = view.rank(source)
+    if weight is None or len(weight.shape) != 2:
+        return Refusal("its weight is not one matrix")
+    if rank is None or rank < 1 or (left is not None and rank < 2):
+        return Refusal("the rank of its input is not known")
+    out, inn = weight.shape if left is not None else reversed(weight.shape)
+    geometry = pointwise_geometry(out, inn)
+    if left is not None:
+        load = _loader(view, weight, geometry, np.zeros(out), lambda w: w)
+        return Reading((node,), source, geometry, rank - 2, "left-matmul", weight, load)
+    load = _loader(view, weight, geometry, np.zeros(out), lambda w: w.T)
+    return Reading((node,), source, geometry, rank - 1, "matmul", weight, load)
+
+
+def _diagonal(node: gs.Node, source: gs.Tensor, scale: Array, shift: Array, axis: int | None) -> Result:
+    if not (np.all(np.isfinite(scale)) and np.all(np.isfinite(shift))):
+        return NOT_FINITE
+    linear_map = LinearMap.diagonal(scale, shift)
+    return Reading((node,), source, linear_map.geometry, axis, "diagonal", None, lambda: linear_map)
+
+
+@reads("BatchNormalization")
+def read_batch_normalization(view: View, node: gs.Node) -> Result:
+    """γ(x − μ)/√(σ² + ε) + β at inference."""
+    attrs = node.attrs
+    if attrs.get("training_mode", 0) or (view.opset < 7 and not attrs.get("is_test", 0)) or any(o.name for o in node.outputs[1:]):
+        return Refusal("it normalises with the batch's own statistics (training mode)")
+    if not attrs.get("spatial", 1):
+        return Refusal("it normalises each position on its own (spatial = 0)")
+    values = [view.value(t) for t in node.inputs[1:5]]
+    if len(values) != 4 or any(v is None for v in values):
+        return NOT_CONSTANT
+    gamma, beta, mean, variance = (v for v in values if v is not None)
+    with np.errstate(all="ignore"):
+        scale = gamma / np.sqrt(variance + attrs.get("epsilon", 1e-5))
+        shift = beta - mean * scale
+    return _diagonal(node, node.inputs[0], scale, shift, 1)
+
+
+def _channel_constant(view: View, node: gs.Node, constant: gs.Tensor, source: gs.Tensor) -> tuple[Array, int | None] | None:
+    """The numbers of a constant that scales or shifts `source` per channel, and the channel axis.
+
+    None where it differs along several axes, or where broadcasting could enlarge `source`.
+    """
+    elements, rank = view.elements(constant), view.rank(source)
+    shape = tuple((view.constant(constant) or constant).shape)
+    if elements is None or elements == 0 or (elements > 1 and rank is None):
+        return None
+    if view.opset < 7 and node.attrs.get("broadcast", 0) and "axis" in node.attrs and rank is not None:
+        shape = (*shape, *(1,) * (rank - node.attrs["axis"] - len(shape)))
+    if len(shape) > (rank or 0):
+        return None
+    axes = [len(shape) - i for i, d in enumerate(shape) if d != 1]
+    if len(axes) > 1:
+        return None
+    value = view.value(constant)
+    if value is None:
+        return None
+    if not axes:
+        return value.reshape(1), None
+    axis = (rank or 0) - axes[0]
+    return (value.reshape(-1), axis) if view.dim(source, axis) == elements else None
+
+
+@reads("Mul", "Div", "Add", "Sub")
+def read_arithmetic(view: View, node: gs.Node) -> Result:
+    """A scale or a shift by a constant; an Add after its own MatMul is that MatMul's bias."""
+    if len(node.inputs) != 2:
+        return None
+    sides = [view.constant(t) is not None for t in node.inputs]
+    if sides[0] == sides[1]:
+        return None
+    index = 0 if sides[1] else 1
+    source, constant = node.inputs[index], node.inputs[1 - index]
+    found = _channel_constant(view, node, constant, source)
+    if found is None:
+        return None
+    value, axis = found
+    op, one, zero = node.op, np.ones_like(value), np.zeros_like(value)
+    if op == "Add":
+        return _matmul_bias(view, node, source, value, axis) or _diagonal(node, source, one, value, axis)
+    if op == "Sub":
+        return _diagonal(node, source, one, -value, axis) if index == 0 else _diagonal(node, source, -one, value, axis)
+    if op == "Mul":
+        return _diagonal(node, source, value, zero, axis)
+    if index == 1:
+        return None  # constant / x
+    if not np.all(value):
+        return Refusal("it divides by zero")
+    return _diagonal(node, source, 1.0 / value, zero, axis)
+
+
+def _matmul_bias(view: View, node: gs.Node, source: gs.Tensor, value: Array, axis: int | None) -> Result:
+    maker = view.producer(source)
+    if view.op(maker) != "MatMul" or view.sole_reader(source) is not node:
+        return None
+    product = linear(view, maker)
+    if product is None or axis not in (product.axis, None):
+        return None
+    bias = np.broadcast_to(value, (product.geometry.out_channels,))
+
+    def load() -> LinearMap | Refusal:
+        base = product.load()
+        return base if isinstance(base, Refusal) else LinearMap.of(base.geometry, base.weight, bias)
+
+    geometry = replace(product.geometry, biased=bool(np.any(bias)))
+    return replace(product, nodes=(*product.nodes, node), geometry=geometry, load=load)
+
+
+@reads("Neg")
+def read_neg(view: View, node: gs.Node) -> Result:
+    if str(view.dtype(node.inputs[0])) not in FLOATS:
+        return None
+    return _diagonal(node, node.inputs[0], -np.ones(1), np.zeros(1), None)
+
+
+@reads("Identity", "Dropout")
+def read_identity(view: View, node: gs.Node) -> Result:
+    if node.op == "Dropout" and not inactive_dropout(view, node):
+        return Refusal("it drops units (training mode)")
+    if str(view.dtype(node.inputs[0])) not in FLOATS:
+        return None
+    return _diagonal(node, node.inputs[0], np.ones(1), np.zeros(1), None)
+
+
+def inactive_dropout(view: View, node: gs.Node) -> bool:
+    """Whether a Dropout passes its input on: always at inference, whatever the ratio says."""
+    if view.opset < 7:
+        return bool(node.attrs.get("is_test", 0))
+    mode = view.optional(node, 2)
+    if mode is None:
+        return True
+    raw = view.raw(mode)
+    return raw is not None and not raw.any()
+
+
+@reads("AveragePool")
+def read_average_pool(view: View, node: gs.Node) -> Result:
+    """A depthwise stencil of 1/k, if every window has the same number of elements."""
+    kernel = tuple(node.attrs["kernel_shape"])
+    spatial = spatial_attributes(view, node, kernel)
+    if isinstance(spatial, Refusal):
+        return spatial
+    attributes, auto = spatial
+    channels = view.dim(node.inputs[0], 1)
+    if not isinstance(channels, int):
+        return Refusal("the number of channels is not known")
+    if node.attrs.get("ceil_mode", 0):
+        return Refusal("its last window may reach over the edge (ceil_mode)")
+    if (any(attributes["pads"]) and not node.attrs.get("count_include_pad", 0)) or auto:
+        return Refusal("its windows at the border average fewer elements")
+    geometry = Geometry(channels, channels, channels, kernel, **attributes)
+    weights = np.full((channels, 1, *kernel), 1 / math.prod(kernel))
+    return Reading((node,), node.inputs[0], geometry, 1, "pool", None, lambda: LinearMap.of(geometry, weights))
+
+
+def axes_of(view: View, node: gs.Node, since: int, index: int = 1) -> list[int] | None:
+    """The axes of a reduction, Squeeze or Unsqueeze: an attribute before opset `since`, an input from then on.
+
+    Normalised to be non-negative where the input's rank is known; None if they are not constant or not given.
+    """
+    if view.opset < since:
+        axes = node.attrs.get("axes")
+    else:
+        tensor = view.optional(node, index)
+        axes = None if tensor is None else view.integers(tensor)
+    rank = view.rank(node.inputs[0])
+    return None if axes is None else [a + rank if a < 0 and rank is not None else a for a in axes]
+
+
+@reads("ReduceSum", "ReduceMean")
+def read_reduction(view: View, node: gs.Node) -> Result:
+    """A one-row matrix, when exactly the channel axis is reduced and kept."""
+    axes = axes_of(view, node, since=13 if node.op == "ReduceSum" else 18)
+    if axes is None or len(axes) != 1 or not node.attrs.get("keepdims", 1) or view.rank(node.inputs[0]) is None:
+        return None
+    channels = view.dim(node.inputs[0], axes[0])
+    if not isinstance(channels, int) or channels < 1:
+        return None
+    row = np.full((1, channels), 1.0 if node.op == "ReduceSum" else 1.0 / channels)
+    return Reading(
+        (node,), node.inputs[0], pointwise_geometry(1, channels), axes[0], "reduction", None, lambda: LinearMap.pointwise(row)
+    )
+
+
+def _selection(node: gs.Node, source: gs.Tensor, picks: Sequence[int], channels: int, axis: int) -> Reading:
+    geometry = pointwise_geometry(len(picks), channels)
+    return Reading(
+        (node,), source, geometry, axis, "selection", None, lambda: LinearMap.selection(picks, channels)
+    )
+
+
+def slice_parameters(view: View, node: gs.Node) -> list[tuple[int, int, int, int]] | None:
+    """(axis, start, end, step) of a Slice, axes non-negative; None if not constant or of unknown rank."""
+    rank = view.rank(node.inputs[0])
+    if view.opset < 10:
+        starts, ends = node.attrs.get("starts"), node.attrs.get("ends")
+        axes, steps = node.attrs.get("axes"), None
+    else:
+        given = [view.optional(node, i) for i in range(1, 5)]
+        starts, ends, axes, steps = (None if t is None else view.integers(t) for t in given)
+        if any(t is not None and v is None for t, v in zip(given, (starts, ends, axes, steps), strict=True)):
+            return None
+    if starts is None or ends is None or rank is None:
+        return None
+    axes = list(range(len(starts))) if axes is None else [a + rank if a < 0 else a for a in axes]
+    return list(zip(axes, starts, ends, steps or [1] * len(starts), strict=True))
+
+
+@reads("Slice")
+def read_slice(view: View, node: gs.Node) -> Result:
+    parameters = slice_parameters(view, node)
+    if parameters is None or len(parameters) != 1:
+        return None
+    axis, start, end, step = parameters[0]
+    channels = view.dim(node.inputs[0], axis)
+    if not isinstance(channels, int):
+        return None
+    return _selection(node, node.inputs[0], range(channels)[start:end:step], channels, axis)
+
+
+@reads("Gather")
+def read_gather(view: View, node: gs.Node) -> Result:
+    rank, axis = view.rank(node.inputs[0]), node.attrs.get("axis", 0)
+    picks = view.integers(node.inputs[1])
+    held = view.constant(node.inputs[1])
+    if rank is None or picks is None or held is None or len(held.shape) != 1:
+        return None
+    axis += rank if axis < 0 else 0
+    channels = view.dim(node.inputs[0], axis)
+    if not isinstance(channels, int) or any(not -channels <= p < channels for p in picks):
+        return None
+    return _selection(node, node.inputs[0], [p % channels for p in picks], channels, axis)
+
+
+def read_split(view: View, node: gs.Node) -> list[Reading] | None:
+    """One selection per output of a Split with known sizes."""
+    axis, rank = node.attrs.get("axis", 0), view.rank(node.inputs[0])
+    if rank is None:
+        return None
+    axis += rank if axis < 0 else 0
+    channels = view.dim(node.inputs[0], axis)
+    sizes = [view.dim(t, axis) for t in node.outputs]
+    numbers = known(sizes)
+    if not isinstance(channels, int) or numbers is None or sum(numbers) != channels:
+        return None
+    starts = np.concatenate([[0], np.cumsum(numbers)]).tolist()
+    return [
+        _selection(node, node.inputs[0], range(starts[i], starts[i + 1]), channels, axis) for i in range(len(numbers))
+    ]
+
+
+def read_concat(view: View, node: gs.Node) -> list[Reading] | None:
+    """One embedding per input of a Concat; the output is their sum."""
+    axis, rank = node.attrs.get("axis", 1), view.rank(node.outputs[0])
+    if rank is None:
+        return None
+    axis += rank if axis < 0 else 0
+    sizes = known([view.dim(t, axis) for t in node.inputs])
+    if sizes is None:
+        return None
+    starts, total = np.concatenate([[0], np.cumsum(sizes)]).tolist(), sum(sizes)
+    return [
+        _selection(node, t, [c - starts[i] if starts[i] <= c < starts[i + 1] else -1 for c in range(total)], sizes[i], axis)
+        for i, t in enumerate(node.inputs)
+    ]
+
+
+@reads("Pad")
+def read_pad(view: View, node: gs.Node) -> Result:
+    """Constant channels before and after: a selection with a bias."""
+    found = pad_parameters(view, node)
+    if found is None:
+        return None
+    pads, mode, constant = found
+    rank = len(pads) // 2
+    axes = [a for a in range(rank) if pads[a] or pads[a + rank]]
+    if mode != "constant" or len(axes) != 1 or constant is None or min(pads) < 0:
+        return None
+    axis = axes[0]
+    channels = view.dim(node.inputs[0], axis)
+    if not isinstance(channels, int):
+        return None
+    picks = [-1] * pads[axis] + list(range(channels)) + [-1] * pads[axis + rank]
+    selection = LinearMap.selection(picks, channels)
+    bias = np.where(np.asarray(picks) < 0, constant, 0.0)
+    padded = LinearMap.of(selection.geometry, selection.weight, bias)
+    return Reading((node,), node.inputs[0], padded.geometry, axis, "selection", None, lambda: padded)
+
+
+def pad_parameters(view: View, node: gs.Node) -> tuple[list[int], str, float | None] | None:
+    """(pads for every axis, mode, constant) of a Pad; the constant is None if not known. None if pads are not."""
+    rank = view.rank(node.inputs[0])
+    mode = node.attrs.get("mode", "constant")
+    if view.opset < 11:
+        pads = node.attrs.get("pads", node.attrs.get("paddings"))
+        return None if pads is None else (list(pads), mode, float(node.attrs.get("value", 0.0)))
+    pads = view.integers(node.inputs[1])
+    value, axes = view.optional(node, 2), view.optional(node, 3)
+    if pads is None or rank is None:
+        return None
+    if axes is not None:
+        picked = view.integers(axes)
+        if picked is None:
+            return None
+        full = [0] * (2 * rank)
+        for i, a in enumerate(picked):
+            full[a % rank], full[a % rank + rank] = pads[i], pads[i + len(picked)]
+        pads = full
+    return (pads, mode, 0.0 if value is None else view.uniform(value)) if len(pads) == 2 * rank else None
+
+
+@reads("Reshape")
+def read_shuffle(view: View, node: gs.Node) -> Result:
+    """Channel shuffle: Reshape (N, g, C/g, …) → Transpose (swap g and C/g) → Reshape back is a permutation."""
+    transpose = view.producer(node.inputs[0])
+    if view.op(transpose) != "Transpose" or view.sole_reader(node.inputs[0]) is not node:
+        return None
+    split = view.producer(transpose.inputs[0])
+    if view.op(split) != "Reshape" or view.sole_reader(transpose.inputs[0]) is not transpose:
+        return None
+    source = split.inputs[0]
+    before, inner, after = (view.shape(t) for t in (source, split.outputs[0], node.outputs[0]))
+    if before is None or inner is None or after is None or len(before) != len(after) or len(inner) != len(before) + 1:
+        return None
+    groups, width, channels = inner[1], inner[2], before[1]
+    swap = [0, 2, 1, *range(3, len(inner))]
+    if not isinstance(groups, int) or not isinstance(width, int) or not isinstance(channels, int):
+        return None
+    same_space = _same_but_one([before[0], *before[2:]], [inner[0], *inner[3:]]) and _same_but_one(before, after)
+    if list(transpose.attrs.get("perm", [])) != swap or groups * width != channels or not same_space:
+        return None
+    picks = np.arange(channels).reshape(groups, width).T.reshape(-1)
+    return replace(_selection(node, source, picks.tolist(), channels, 1), nodes=(split, transpose, node))
+
+
+def _same_but_one(a: Sequence[object], b: Sequence[object]) -> bool:
+    """Whether two shapes of equal element count agree: all numbers equal, at most one dimension unknown."""
+    unknown = [x for x, y in zip(a, b, strict=True) if not (isinstance(x, int) and x == y)]
+    return len(unknown) <= 1 and not any(
+        isinstance(x, int) and isinstance(y, int) and x != y for x, y in zip(a, b, strict=True)
+    )

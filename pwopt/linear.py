@@ -1,0 +1,456 @@
+"""The algebra: maps that are linear across channels, and how they combine.
+
+A map reads ``x`` of shape (N, in_channels, *space) and gives ``y`` of shape (N, out_channels, *space'):
+
+    y[o, p] = b[o] + Σ_i Σ_k  W[o, i, k] · x[i, stride·p + dilation·k − pad]
+
+where x is zero outside its bounds (ONNX ``Conv``). A pointwise map has one tap. Everything here is
+float64 numpy and knows no ONNX. `Geometry` holds what a map looks like and *all exactness rules*, so
+that a combination can be priced before anything is multiplied; `LinearMap` adds the numbers. An
+operation that would not be exact for every input returns a `Refusal` with its reason.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+Array = NDArray[np.float64]
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why an operation would not be exact, as a clause that completes a sentence."""
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """A linear map without its numbers.
+
+    Parameters
+    ----------
+    out_channels, in_channels, groups : int
+        Output block j reads input block j only, as in ONNX ``Conv``.
+    kernel, strides, dilations : tuple of int, one per spatial axis
+    pads : tuple of int
+        Zeros added: all begins, then all ends. Never negative.
+    auto_pad : str
+        "SAME_UPPER" or "SAME_LOWER" when the pads follow from an input size that is not known;
+        `pads` is then meaningless. Otherwise "".
+    transposed : bool
+        The adjoint form (ONNX ``ConvTranspose``): zeros are inserted between inputs instead.
+    output_padding : tuple of int
+        Of a transposed map only.
+    biased : bool
+        Whether any bias is non-zero.
+    """
+
+    out_channels: int
+    in_channels: int
+    groups: int = 1
+    kernel: tuple[int, ...] = ()
+    strides: tuple[int, ...] = ()
+    dilations: tuple[int, ...] = ()
+    pads: tuple[int, ...] = ()
+    auto_pad: str = ""
+    transposed: bool = False
+    output_padding: tuple[int, ...] = ()
+    biased: bool = False
+
+    @property
+    def rank(self) -> int:
+        """Number of spatial axes."""
+        return len(self.kernel)
+
+    @property
+    def taps(self) -> int:
+        return math.prod(self.kernel)
+
+    @property
+    def weights(self) -> int:
+        """Number of weights, and of multiply-adds per output position (per input position if transposed)."""
+        return self.out_channels * (self.in_channels // self.groups) * self.taps
+
+    @property
+    def pointwise(self) -> bool:
+        """One tap at every position: y[:, p] depends on x[:, p] only."""
+        return self.taps == 1 and not self.transposed and not self.padded and all(s == 1 for s in self.strides)
+
+    @property
+    def diagonal(self) -> bool:
+        """A scale and a shift per channel."""
+        return self.pointwise and self.groups == self.in_channels == self.out_channels
+
+    @property
+    def padded(self) -> bool:
+        return bool(self.auto_pad) or any(self.pads)
+
+    def at_rank(self, rank: int) -> Geometry:
+        """The same pointwise map over `rank` spatial axes."""
+        ones = (1,) * rank
+        return replace(self, kernel=ones, strides=ones, dilations=ones, pads=(0,) * 2 * rank)
+
+
+def pointwise_geometry(out_channels: int, in_channels: int, *, groups: int = 1, rank: int = 0, biased: bool = False) -> Geometry:
+    return Geometry(out_channels, in_channels, groups, biased=biased).at_rank(rank)
+
+
+def compose_geometry(second: Geometry, first: Geometry) -> Geometry | Refusal:
+    """Geometry of ``second ∘ first``, or why it is not one map.
+
+    Substitute y[m, q] = b₁[m] + Σ W₁[m, i, k₁]·x[i, s₁q + d₁k₁ − p₁] into the second map. At q inside
+    y's bounds, every product lands on tap s₁d₂k₂ + d₁k₁ of one stencil of stride s₁s₂ and padding p₁.
+    At q outside, the second map reads 0 (its padding) where the formula would give y[q]. Per axis
+    those agree in two cases only: the second map never looks outside (no padding), or y[q] is
+    itself 0 there, that is, the first map has one unpadded tap on that axis (x is 0 there too) and
+    no bias. Output sizes agree since ⌊⌊a/s₁⌋/s₂⌋ = ⌊a/(s₁s₂)⌋.
+
+    A transposed map inserts zeros, then is a stencil: a pointwise map after it is always exact; one
+    before it only without bias, since an inserted zero is not the image of zero.
+    """
+    if first.out_channels != second.in_channels:
+        return Refusal(f"{first.out_channels} output channels do not fit {second.in_channels} input channels")
+    if first.rank != second.rank:
+        if first.pointwise and first.rank < second.rank:
+            first = first.at_rank(second.rank)
+        elif second.pointwise and second.rank < first.rank:
+            second = second.at_rank(first.rank)
+        else:
+            return Refusal(f"a {first.rank}-D map and a {second.rank}-D map do not compose")
+    channels = dict(
+        out_channels=second.out_channels,
+        in_channels=first.in_channels,
+        groups=math.gcd(first.groups, second.groups),
+        biased=first.biased or second.biased,
+    )
+    if second.pointwise:
+        return replace(first, **channels)
+    if second.padded and first.biased:
+        return Refusal("the first map's bias would be missing in the zero padding of the second")
+    if second.transposed and first.biased:
+        return Refusal("the first map's bias would be missing at the zeros that a transposed convolution inserts")
+    if first.pointwise:
+        return replace(second, **channels)
+    if first.transposed or second.transposed:
+        return Refusal("a transposed convolution composes with pointwise maps only")
+    if first.auto_pad or second.auto_pad:
+        return Refusal("automatic padding depends on an input size that is not known")
+
+    rank, kernel, dilations, begins, ends = first.rank, [], [], [], []
+    for axis in range(rank):
+        k1, k2 = first.kernel[axis], second.kernel[axis]
+        s1, d1, d2 = first.strides[axis], first.dilations[axis], second.dilations[axis]
+        pads1, pads2 = first.pads[axis::rank], second.pads[axis::rank]
+        if any(pads2) and (k1 > 1 or any(pads1)):
+            return Refusal("the second map's zero padding lies inside the first map's reach, so the border would change")
+        step = math.gcd(s1 * d2 if k2 > 1 else 0, d1 if k1 > 1 else 0) or 1
+        kernel.append(((k1 - 1) * d1 + (k2 - 1) * s1 * d2) // step + 1)
+        dilations.append(step)
+        begin, end = (s1 * pads2[0], s1 * pads2[1]) if any(pads2) else pads1
+        begins.append(begin)
+        ends.append(end)
+    return replace(
+        first,
+        **channels,
+        kernel=tuple(kernel),
+        strides=tuple(a * b for a, b in zip(first.strides, second.strides, strict=True)),
+        dilations=tuple(dilations),
+        pads=(*begins, *ends),
+    )
+
+
+def align_geometry(maps: Sequence[Geometry]) -> Geometry | Refusal:
+    """The stencil that holds every tap of `maps`, which read one input side by side.
+
+    Tap k of a map reads x[s·p + d·k − pad], so maps of equal stride share a stencil whose offsets are
+    the union of d·k − pad. All have the same output size, for every input size, exactly when
+    pad_begin + pad_end − d(k − 1) agree. Channels, groups and bias are the first map's.
+    """
+    if any(m.auto_pad or m.transposed for m in maps):
+        return Refusal("automatic padding and transposed convolutions are not aligned")
+    rank = max(m.rank for m in maps)
+    if any(m.rank != rank and not m.pointwise for m in maps):
+        return Refusal("maps of different spatial ranks are not aligned")
+    maps = [m if m.rank == rank else m.at_rank(rank) for m in maps]
+    if len({m.strides for m in maps}) > 1:
+        return Refusal("the strides differ")
+    kernel, dilations, begins, ends = [], [], [], []
+    for axis in range(rank):
+        slack = {m.pads[axis] + m.pads[axis + rank] - m.dilations[axis] * (m.kernel[axis] - 1) for m in maps}
+        if len(slack) > 1:
+            return Refusal("the output sizes differ")
+        offsets = {m.dilations[axis] * k - m.pads[axis] for m in maps for k in range(m.kernel[axis])}
+        low, high = min(offsets), max(offsets)
+        step = math.gcd(*(o - low for o in offsets)) or 1
+        kernel.append((high - low) // step + 1)
+        dilations.append(step)
+        begins.append(-low)
+        ends.append(slack.pop() + high)
+    if min(begins + ends, default=0) < 0:
+        return Refusal("a shared stencil would need negative padding")
+    return replace(maps[0], kernel=tuple(kernel), dilations=tuple(dilations), pads=(*begins, *ends))
+
+
+@dataclass(frozen=True, eq=False)
+class LinearMap:
+    """A linear map across channels: geometry, weight (out, in / groups, *kernel) and bias (out,), float64."""
+
+    geometry: Geometry
+    weight: Array
+    bias: Array
+
+    @classmethod
+    def of(cls, geometry: Geometry, weight: ArrayLike, bias: ArrayLike | None = None) -> LinearMap:
+        """Build a map; `weight` is reshaped to the geometry, a missing bias is zero.
+
+        Raises
+        ------
+        ValueError
+            If the numbers do not fit the geometry.
+        """
+        g = geometry
+        if g.groups < 1 or g.in_channels % g.groups or g.out_channels % g.groups:
+            raise ValueError(f"{g.groups} groups do not divide {g.in_channels} inputs and {g.out_channels} outputs")
+        w = np.asarray(weight, np.float64).reshape(g.out_channels, g.in_channels // g.groups, *g.kernel)
+        b = np.zeros(g.out_channels) if bias is None else np.asarray(bias, np.float64).reshape(g.out_channels)
+        return cls(replace(g, biased=bool(np.any(b))), w, b)
+
+    @classmethod
+    def conv(
+        cls,
+        weight: ArrayLike,
+        bias: ArrayLike | None = None,
+        *,
+        groups: int = 1,
+        strides: Sequence[int] | None = None,
+        dilations: Sequence[int] | None = None,
+        pads: Sequence[int] | None = None,
+    ) -> LinearMap:
+        """A convolution from its weight (out, in / groups, *kernel), with ONNX's defaults."""
+        w = np.asarray(weight, np.float64)
+        kernel = w.shape[2:]
+        ones = (1,) * len(kernel)
+        geometry = Geometry(
+            w.shape[0], w.shape[1] * groups, groups, kernel,
+            tuple(strides or ones), tuple(dilations or ones), tuple(pads or (0, 0) * len(kernel)),
+        )  # fmt: skip
+        return cls.of(geometry, w, bias)
+
+    @classmethod
+    def pointwise(cls, matrix: ArrayLike, bias: ArrayLike | None = None, rank: int = 0) -> LinearMap:
+        """y = matrix @ x + bias at every position; matrix is (out, in)."""
+        m = np.asarray(matrix, np.float64)
+        return cls.of(pointwise_geometry(*m.shape, rank=rank), m, bias)
+
+    @classmethod
+    def diagonal(cls, scale: ArrayLike, shift: ArrayLike = 0.0, rank: int = 0) -> LinearMap:
+        """y = scale · x + shift per channel; scale and shift broadcast to (channels,)."""
+        s, t = np.broadcast_arrays(np.atleast_1d(np.asarray(scale, np.float64)), np.asarray(shift, np.float64))
+        return cls.of(pointwise_geometry(s.size, s.size, groups=s.size, rank=rank), s, t)
+
+    @classmethod
+    def identity(cls, channels: int, rank: int = 0) -> LinearMap:
+        return cls.diagonal(np.ones(channels), rank=rank)
+
+    @classmethod
+    def selection(cls, indices: Sequence[int], channels: int, rank: int = 0) -> LinearMap:
+        """y[j] = x[indices[j]]: slices, permutations and copies of channels; index −1 gives a zero channel."""
+        matrix = np.zeros((len(indices), channels))
+        picks = np.asarray(indices, int)
+        rows = np.flatnonzero(picks >= 0)
+        matrix[rows, picks[rows]] = 1.0
+        return cls.pointwise(matrix, rank=rank)
+
+    @property
+    def scale(self) -> Array:
+        """The diagonal of a diagonal map, shape (channels,)."""
+        return self.weight.reshape(self.geometry.out_channels)
+
+    def at_rank(self, rank: int) -> LinearMap:
+        """The same pointwise map over `rank` spatial axes."""
+        return LinearMap.of(self.geometry.at_rank(rank), self.weight, self.bias)
+
+    def spread(self, channels: int) -> LinearMap:
+        """A diagonal map with one channel, for every one of `channels`; any other map unchanged."""
+        if not self.geometry.diagonal or self.geometry.out_channels != 1:
+            return self
+        return LinearMap.diagonal(np.repeat(self.scale, channels), np.repeat(self.bias, channels), self.geometry.rank)
+
+    def regrouped(self, groups: int) -> LinearMap:
+        """The same map in fewer groups (a divisor of the present number), zeros filled in."""
+        g = self.geometry
+        if groups == g.groups:
+            return self
+        blocks = g.groups // groups
+        out, inn = g.out_channels // g.groups, g.in_channels // g.groups
+        wide = np.zeros((groups, blocks, out, blocks, inn, *g.kernel))
+        for j in range(blocks):
+            wide[:, j, :, j] = self.weight.reshape(groups, blocks, out, inn, *g.kernel)[:, j]
+        return LinearMap.of(replace(g, groups=groups), wide, self.bias)
+
+    def __matmul__(self, first: LinearMap) -> LinearMap | Refusal:
+        """``second @ first``: first, then second. Exact, or refused by `compose_geometry`."""
+        geometry = compose_geometry(self.geometry, first.geometry)
+        if isinstance(geometry, Refusal):
+            return geometry
+        rank = geometry.rank
+        second = self if self.geometry.rank == rank else self.at_rank(rank)
+        first = first if first.geometry.rank == rank else first.at_rank(rank)
+        g1, g2, groups = first.geometry, second.geometry, geometry.groups
+        # Block-diagonal structure is kept where one side has it; only coprime groupings are filled in.
+        if g1.groups > groups and g2.groups > groups:
+            first = first.regrouped(groups)
+        blocks1, blocks2 = first.geometry.groups // groups, g2.groups // groups
+        blocks = blocks1 * blocks2
+        middle = g2.in_channels // (groups * blocks)
+        w1 = first.weight.reshape(groups, blocks, middle, -1)
+        if blocks2 > 1 or blocks1 == 1:  # the second is block diagonal: its blocks are rows
+            w2 = second.weight.reshape(groups, blocks, -1, middle, g2.taps)
+        else:  # the first is block diagonal: its blocks are columns
+            w2 = second.weight.reshape(groups, -1, blocks, middle, g2.taps).swapaxes(1, 2)
+        inn = g1.in_channels // first.geometry.groups
+        transposed_tap = g2.transposed
+        kernel1 = first.geometry.kernel
+        weight = np.zeros((groups, blocks, w2.shape[2], inn, *geometry.kernel))
+        for flat, tap in enumerate(itertools.product(*map(range, g2.kernel))):
+            product = (w2[..., flat] @ w1).reshape(*weight.shape[:4], *kernel1)
+            places = []
+            for axis, t in enumerate(tap):
+                step = geometry.dilations[axis]
+                start = t if transposed_tap else t * g1.strides[axis] * g2.dilations[axis] // step
+                hop = max(1, g1.dilations[axis] // step)
+                places.append(slice(start, start + hop * (kernel1[axis] - 1) + 1, hop))
+            weight[(..., *places)] += product
+        if blocks1 > 1:
+            weight = weight.swapaxes(1, 2)
+        through = second.weight.reshape(g2.groups, -1, g2.in_channels // g2.groups, g2.taps).sum(-1)
+        bias = second.bias + (through @ first.bias.reshape(g2.groups, -1, 1)).reshape(-1)
+        return LinearMap.of(geometry, weight, bias)
+
+    def _on(self, stencil: Geometry) -> Array:
+        """The weight (out, in / groups, *stencil.kernel) on a wider stencil from `align_geometry`."""
+        m = self if self.geometry.rank == stencil.rank else self.at_rank(stencil.rank)
+        weight = np.zeros((*m.weight.shape[:2], *stencil.kernel))
+        places = []
+        for axis in range(stencil.rank):
+            step = stencil.dilations[axis]
+            start = (stencil.pads[axis] - m.geometry.pads[axis]) // step
+            hop = max(1, m.geometry.dilations[axis] // step)
+            places.append(slice(start, start + hop * (m.geometry.kernel[axis] - 1) + 1, hop))
+        weight[(..., *places)] = m.weight
+        return weight
+
+    def __add__(self, other: LinearMap) -> LinearMap | Refusal:
+        """Parallel maps of one input, outputs summed: kernels are aligned, so 3×3 + 1×1 + identity is one 3×3."""
+        a, b = self.geometry, other.geometry
+        if (a.out_channels, a.in_channels) != (b.out_channels, b.in_channels):
+            return Refusal("the channels differ")
+        stencil = align_geometry([a, b])
+        if isinstance(stencil, Refusal):
+            return stencil
+        groups = math.gcd(a.groups, b.groups)
+        weight = self.regrouped(groups)._on(stencil) + other.regrouped(groups)._on(stencil)
+        return LinearMap.of(replace(stencil, groups=groups), weight, self.bias + other.bias)
+
+    def apply(self, x: ArrayLike) -> Array:
+        """Evaluate on x (N, in_channels, *space) in float64; gives (N, out_channels, *space').
+
+        The definition, written out; slow, for certificates and tests.
+        """
+        g, x = self.geometry, np.asarray(x, np.float64)
+        if g.rank != x.ndim - 2 and g.pointwise:
+            return self.at_rank(x.ndim - 2).apply(x)
+        if g.auto_pad:
+            raise ValueError("a map with automatic padding has no definite output size")
+        n, rank = x.shape[0], g.rank
+        begins, ends = g.pads[:rank], g.pads[rank:]
+        space = x.shape[2:]
+        grouped_in = (n, g.groups, g.in_channels // g.groups)
+        weight = self.weight.reshape(g.groups, -1, g.in_channels // g.groups, *g.kernel)
+        taps = list(itertools.product(*map(range, g.kernel)))
+        if g.transposed:
+            full = [
+                (s - 1) * g.strides[a] + (g.kernel[a] - 1) * g.dilations[a] + 1 + g.output_padding[a]
+                for a, s in enumerate(space)
+            ]
+            y = np.zeros((n, g.out_channels, *full))
+            for tap in taps:
+                part = np.einsum("goi,ngi...->ngo...", weight[(..., *tap)], x.reshape(*grouped_in, *space))
+                place = tuple(
+                    slice(t * d, t * d + s * (e - 1) + 1, s)
+                    for t, d, s, e in zip(tap, g.dilations, g.strides, space, strict=True)
+                )
+                y[(..., *place)] += part.reshape(n, g.out_channels, *space)
+            y = y[(..., *(slice(b, size - e) for b, e, size in zip(begins, ends, full, strict=True)))]
+        else:
+            x = np.pad(x, [(0, 0), (0, 0), *zip(begins, ends, strict=True)])
+            out = [
+                (x.shape[2 + a] - g.dilations[a] * (g.kernel[a] - 1) - 1) // g.strides[a] + 1 for a in range(rank)
+            ]
+            y = np.zeros((n, g.out_channels, *out))
+            for tap in taps:
+                place = tuple(
+                    slice(t * d, t * d + s * (e - 1) + 1, s)
+                    for t, d, s, e in zip(tap, g.dilations, g.strides, out, strict=True)
+                )
+                part = np.einsum("goi,ngi...->ngo...", weight[(..., *tap)], x[(..., *place)].reshape(*grouped_in, *out))
+                y += part.reshape(n, g.out_channels, *out)
+        return y + self.bias.reshape(-1, *(1,) * rank)
+
+
+def stack(*maps: LinearMap) -> LinearMap | Refusal:
+    """Maps of one input, outputs concatenated: (W₁; W₂; …)."""
+    if len({m.geometry.in_channels for m in maps}) > 1:
+        return Refusal("the input channels differ")
+    stencil = align_geometry([m.geometry for m in maps])
+    if isinstance(stencil, Refusal):
+        return stencil
+    weight = np.concatenate([m.regrouped(1)._on(stencil) for m in maps])
+    return LinearMap.of(
+        replace(stencil, groups=1, out_channels=len(weight)), weight, np.concatenate([m.bias for m in maps])
+    )
+
+
+def hcat(*maps: LinearMap) -> LinearMap | Refusal:
+    """Inputs concatenated, outputs summed: (W₁ W₂ …)."""
+    if len({m.geometry.out_channels for m in maps}) > 1:
+        return Refusal("the output channels differ")
+    stencil = align_geometry([m.geometry for m in maps])
+    if isinstance(stencil, Refusal):
+        return stencil
+    weight = np.concatenate([m.regrouped(1)._on(stencil) for m in maps], axis=1)
+    return LinearMap.of(
+        replace(stencil, groups=1, in_channels=weight.shape[1]), weight, np.sum([m.bias for m in maps], axis=0)
+    )
+
+
+def factor(linear: LinearMap, relative_error: float) -> tuple[LinearMap, LinearMap] | Refusal:
+    """Split an ungrouped map of low rank: ``linear = second @ first`` with rank(W) channels between.
+
+    `first` keeps the stencil, `second` is pointwise with the bias. The rank is the smallest for which
+    the discarded singular values have a Frobenius norm of at most `relative_error`·‖W‖; pass half the
+    machine epsilon of the model's type, and the split changes W by no more than its rounding did
+    (Eckart and Young, 1936). Refused where that rank does not need fewer weights.
+    """
+    g = linear.geometry
+    if g.groups != 1 or g.transposed:
+        return Refusal("only ungrouped maps are factored")
+    matrix = linear.weight.reshape(g.out_channels, -1)
+    if not np.all(np.isfinite(matrix)):
+        return Refusal("the weights are not finite")
+    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
+    tail = np.sqrt(np.cumsum(s[::-1] ** 2)[::-1])
+    rank = int(np.sum(tail > relative_error * tail[0])) if tail.size else 0
+    if rank * sum(matrix.shape) >= matrix.size or rank == 0:
+        return Refusal(f"the rank {rank} of {g.out_channels}×{matrix.shape[1]} weights is too high to save anything")
+    root = np.sqrt(s[:rank])
+    first = LinearMap.of(replace(g, out_channels=rank, biased=False), root[:, None] * vt[:rank])
+    second = LinearMap.pointwise(u[:, :rank] * root, linear.bias, rank=g.rank)
+    return first, second

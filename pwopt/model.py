@@ -1,0 +1,541 @@
+"""ONNX file ↔ graph, with nothing lost either way.
+
+The graph that passes edit is onnx-graphsurgeon's, but it is written back *over the original file's own
+messages*: every node, initializer and field that no pass touched is copied verbatim, so metadata,
+documentation, denotations, annotations, functions, sparse initializers and foreign attributes survive by
+construction. Weights stay where they are (in the file, for external data) until someone reads them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError, EncodeError
+from onnx import TensorProto, numpy_helper
+from onnx.external_data_helper import ExternalDataInfo, set_external_data, uses_external_data
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+from onnx_graphsurgeon.ir.tensor import LazyValues
+from onnx_graphsurgeon.logger import G_LOGGER
+
+from pwopt.errors import ModelError, UsageError
+from pwopt.shapes import Shape, infer, known
+
+#: Since this IR version an initializer that is also an input is a default that callers may override.
+OVERRIDABLE_SINCE_IR = 4
+#: New tensors of at least this many bytes join the external data of a model that has some (onnx's default).
+EXTERNAL_THRESHOLD = 1024
+#: Offsets in an external file are aligned like onnx's and onnxruntime's writers do, for memory mapping.
+ALIGNMENT = 4096
+
+
+class StoredValues(LazyValues):
+    """Values of an initializer, read from its message or its file each time they are asked for."""
+
+    def __init__(self, tensor: TensorProto, folder: Path | None) -> None:
+        self.tensor, self.folder = tensor, folder
+        self.shape = tuple(tensor.dims)
+        try:
+            self.dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        except KeyError:
+            raise ModelError(f"initializer {tensor.name!r} has no valid type; export the model again") from None
+        self.nbytes = int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+
+    def load(self) -> np.ndarray:
+        try:
+            return np.array(numpy_helper.to_array(self.tensor, str(self.folder or "")))
+        except (ValueError, TypeError, OSError, onnx.checker.ValidationError) as error:
+            raise ModelError(f"initializer {self.tensor.name!r} cannot be read: {error}") from error
+
+
+@dataclass(eq=False)
+class Model:
+    """A model being optimised.
+
+    Attributes
+    ----------
+    graph : gs.Graph
+        What passes edit. Tensors carry inferred shapes and types. Initializers that callers may
+        override are graph inputs here, not constants.
+    proto : onnx.ModelProto
+        The model as read; external data is not loaded into it.
+    folder : Path or None
+        Where its external data lies.
+    """
+
+    graph: gs.Graph
+    proto: onnx.ModelProto
+    folder: Path | None = None
+    _nodes: dict[int, tuple[gs.Node, onnx.NodeProto, dict[str, Any]]] = field(default_factory=dict, repr=False)
+    _constants: dict[str, tuple[gs.Constant, TensorProto]] = field(default_factory=dict, repr=False)
+
+    @property
+    def opset(self) -> int:
+        return int(self.graph.opset)
+
+    def to_proto(self) -> onnx.ModelProto:
+        """The graph as a model: the original's messages wherever the graph still says the same."""
+        if self.unchanged():
+            return self.proto
+        model = onnx.ModelProto()
+        _copy_fields(self.proto, model, skip={"graph"})
+        old, new = self.proto.graph, model.graph
+        _copy_fields(old, new, skip={"node", "initializer", "input", "value_info", "quantization_annotation"})
+        new.node.extend(self._node_protos())
+
+        constants = self._constant_tensors()
+        written = set()
+        for tensor in old.initializer:
+            if tensor.name not in self._constants:  # overridable, or read by nobody from the start
+                new.initializer.append(tensor)
+            elif tensor.name in constants:
+                new.initializer.append(self._constant_proto(constants[tensor.name]))
+            else:
+                continue
+            written.add(tensor.name)
+        added = [c for name, c in constants.items() if name not in written]
+        new.initializer.extend(self._constant_proto(c) for c in added)
+        written.update(c.name for c in added)
+
+        listed_initializers = {t.name for t in old.initializer}
+        new.input.extend(v for v in old.input if v.name not in listed_initializers or v.name in written)
+        if self.proto.ir_version < OVERRIDABLE_SINCE_IR:  # there, every initializer is listed as an input
+            new.input.extend(
+                onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims)
+                for t in new.initializer[len(new.initializer) - len(added) :]
+            )
+        names = {name for node in new.node for name in node.output} | written
+        new.value_info.extend(v for v in old.value_info if v.name in names)
+        new.quantization_annotation.extend(q for q in old.quantization_annotation if q.tensor_name in names)
+        return model
+
+    def unchanged(self) -> bool:
+        """Whether the graph still says exactly what the file said."""
+        if len(self.graph.nodes) != len(self.proto.graph.node):
+            return False
+        same = all(
+            self._original(node) is proto
+            and [t.name for t in node.inputs] == list(proto.input)
+            and [t.name for t in node.outputs] == list(proto.output)
+            for node, proto in zip(self.graph.nodes, self.proto.graph.node, strict=True)
+        )
+        return same and all(isinstance(c._values, StoredValues) for c, _ in self._constants.values())
+
+    def _original(self, node: gs.Node) -> onnx.NodeProto | None:
+        """The message a node came from, if its operator and attributes are still those."""
+        held, proto, attrs = self._nodes.get(id(node), (None, None, {}))
+        if held is not node or proto is None:
+            return None
+        same = (node.op, node.name, node.domain or "") == (proto.op_type, proto.name, proto.domain)
+        return proto if same and _snapshot(node.attrs) == attrs else None
+
+    def _node_protos(self) -> Iterator[onnx.NodeProto]:
+        for node in self.graph.nodes:
+            proto = self._original(node)
+            if proto is None:
+                yield OnnxExporter.export_node(node)
+                continue
+            inputs, outputs = [t.name for t in node.inputs], [t.name for t in node.outputs]
+            if inputs != list(proto.input) or outputs != list(proto.output):
+                original, proto = proto, onnx.NodeProto()
+                proto.CopyFrom(original)
+                proto.input[:], proto.output[:] = inputs, outputs
+            yield proto
+
+    def _constant_tensors(self) -> dict[str, gs.Constant]:
+        """Constants in use, by name: read by a node or captured by a body, or being a graph output."""
+        captured = captured_names(self.proto.graph.node)
+        used = {
+            t.name: t for node in self.graph.nodes for t in node.inputs if isinstance(t, gs.Constant)
+        } | {t.name: t for t in self.graph.outputs if isinstance(t, gs.Constant)}
+        for name, (constant, _) in self._constants.items():
+            if name in captured:
+                used.setdefault(name, constant)
+        return used
+
+    def _constant_proto(self, constant: gs.Constant) -> TensorProto:
+        held, proto = self._constants.get(constant.name, (None, None))
+        if held is constant and proto is not None:
+            if isinstance(constant._values, StoredValues):
+                return proto
+            if np.array_equal(StoredValues(proto, self.folder).load(), constant._values):
+                return proto
+        return numpy_helper.from_array(np.asarray(constant.values), constant.name)
+
+
+def _copy_fields(source: Any, target: Any, skip: set[str]) -> None:
+    for descriptor, value in source.ListFields():
+        if descriptor.name in skip:
+            continue
+        if isinstance(value, (int, float, str, bytes)):
+            setattr(target, descriptor.name, value)
+        else:
+            getattr(target, descriptor.name).MergeFrom(value)
+
+
+def _snapshot(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        k: tuple(v) if isinstance(v, list) else v if isinstance(v, (int, float, str, bytes)) else id(v)
+        for k, v in attrs.items()
+    }
+
+
+def captured_names(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    """Names that bodies of If, Loop, Scan… refer to at any depth; outer tensors among them must not change."""
+    names: set[str] = set()
+    pending = [(node, False) for node in nodes]
+    while pending:
+        node, inside = pending.pop()
+        if inside:
+            names.update(node.input)
+        for attribute in node.attribute:
+            for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                names.update(output.name for output in body.output)
+                pending.extend((inner, True) for inner in body.node)
+    return names
+
+
+def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
+    """Read a model for optimisation.
+
+    Parameters
+    ----------
+    source : path or onnx.ModelProto
+        A file (its external data is checked and left where it is), or a model in memory.
+
+    Raises
+    ------
+    UsageError
+        If there is no such file.
+    ModelError
+        If the file is not a valid ONNX model, or refers to data outside its own folder.
+
+    Examples
+    --------
+    >>> import pwopt
+    >>> model = pwopt.load("models/linear_sequence.onnx")
+    >>> [node.op for node in model.graph.nodes]
+    ['Conv', 'Conv', 'Conv', 'Conv']
+    """
+    if isinstance(source, onnx.ModelProto):
+        proto, folder = source, None
+    else:
+        path = Path(source)
+        proto, folder = _read(path), path.resolve().parent
+    _check(proto)
+    _check_external(proto, folder)
+    return from_proto(proto, folder)
+
+
+def _read(path: Path) -> onnx.ModelProto:
+    if not path.exists():
+        raise UsageError(f"there is no file {str(path)!r}; give the path of an ONNX model")
+    if path.is_dir():
+        raise ModelError(f"{str(path)!r} is a folder; give the path of an ONNX model")
+    try:
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
+    except (DecodeError, ValueError) as error:
+        raise ModelError(f"{str(path)!r} is not an ONNX model ({error}); export it again") from error
+    except OSError as error:
+        raise ModelError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+    if not proto.HasField("graph") or not proto.graph.output:
+        raise ModelError(f"{str(path)!r} is not an ONNX model (it has no graph with outputs); export it again")
+    return proto
+
+
+def _check(proto: onnx.ModelProto) -> None:
+    """Single assignment, defined inputs, a known opset; the rest is left to the checker and the runtime."""
+    opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), None)
+    newest = onnx.defs.onnx_opset_version()
+    if opset is not None and not 1 <= opset <= newest:
+        raise ModelError(f"the model uses opset {opset}, and the installed onnx knows 1 to {newest}; upgrade onnx")
+    graph = proto.graph
+    for group in (graph.initializer, graph.input):
+        names = [v.name for v in group]
+        if len(set(names)) < len(names):
+            twice = next(n for n in names if names.count(n) > 1)
+            raise ModelError(f"tensor {twice!r} is defined twice; export the model again")
+    start = {v.name for v in graph.input} | {v.name for v in graph.initializer}
+    start |= {s.values.name for s in graph.sparse_initializer}
+    produced = [name for node in graph.node for name in node.output if name]
+    defined = start.union(produced)
+    if len(defined) < len(start) + len(produced):
+        seen = set(start)
+        twice = next(name for name in produced if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ModelError(f"tensor {twice!r} is defined twice; export the model again")
+    for name in [name for node in graph.node for name in node.input] + [v.name for v in graph.output]:
+        if name and name not in defined:
+            raise ModelError(f"tensor {name!r} is used but nothing defines it; export the model again")
+    if _first_in_cycle(graph) is not None:
+        raise ModelError(f"node {_first_in_cycle(graph)!r} depends on its own output; export the model again")
+
+
+def _first_in_cycle(graph: onnx.GraphProto) -> str | None:
+    producer = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
+    waiting = [0] * len(graph.node)
+    readers: dict[int, list[int]] = {}
+    for i, node in enumerate(graph.node):
+        for name in node.input:
+            if name in producer:
+                waiting[i] += 1
+                readers.setdefault(producer[name], []).append(i)
+    ready = [i for i, count in enumerate(waiting) if count == 0]
+    while ready:
+        for j in readers.get(ready.pop(), []):
+            waiting[j] -= 1
+            if waiting[j] == 0:
+                ready.append(j)
+    stuck = next((i for i, count in enumerate(waiting) if count > 0), None)
+    return None if stuck is None else graph.node[stuck].name or graph.node[stuck].output[0]
+
+
+def _check_external(proto: onnx.ModelProto, folder: Path | None) -> None:
+    for tensor in proto.graph.initializer:
+        if not uses_external_data(tensor):
+            continue
+        info = ExternalDataInfo(tensor)
+        if folder is None:
+            raise ModelError("a model in memory has no folder for its external data; give its path instead")
+        path = folder / info.location
+        if Path(info.location).is_absolute() or not path.resolve().is_relative_to(folder):
+            raise ModelError(f"external data {info.location!r} of {tensor.name!r} lies outside the model's folder; move it")
+        if not path.is_file():
+            raise ModelError(f"external data {info.location!r} of {tensor.name!r} is missing; put it beside the model")
+        if (info.offset or 0) + (info.length or 0) > path.stat().st_size:
+            raise ModelError(f"external data {info.location!r} is too short for {tensor.name!r}; copy it again")
+
+
+def from_proto(proto: onnx.ModelProto, folder: Path | None = None) -> Model:
+    """Build the graph: nodes through graphsurgeon, weights as views of their messages, shapes from inference."""
+    listed = {v.name for v in proto.graph.input}
+    fixed = proto.ir_version < OVERRIDABLE_SINCE_IR
+    constants = {t.name: t for t in proto.graph.initializer if fixed or t.name not in listed}
+
+    shell = onnx.ModelProto(ir_version=proto.ir_version)
+    shell.opset_import.extend(proto.opset_import)
+    shell.functions.extend(proto.functions)
+    shell.graph.name = proto.graph.name
+    shell.graph.input.extend(v for v in proto.graph.input if v.name not in constants)
+    shell.graph.output.extend(proto.graph.output)
+    shell.graph.node.extend(proto.graph.node)
+    for node in shell.graph.node:
+        for attribute in [a for a in node.attribute if a.type == a.STRING and not _is_text(a.s)]:
+            node.attribute.remove(attribute)  # graphsurgeon decodes strings; the original message keeps them
+
+    severity, G_LOGGER.severity = G_LOGGER.severity, G_LOGGER.ERROR
+    try:
+        graph = gs.import_onnx(shell)
+    except Exception as error:
+        raise ModelError(f"the graph cannot be read: {error}") from error
+    finally:
+        G_LOGGER.severity = severity
+
+    model = Model(graph, proto, folder)
+    for node, message in zip(graph.nodes, proto.graph.node, strict=True):
+        model._nodes[id(node)] = (node, message, _snapshot(node.attrs))
+    tensors = {t.name: t for node in graph.nodes for t in (*node.inputs, *node.outputs)}
+    tensors.update({t.name: t for t in (*graph.inputs, *graph.outputs)})
+    for name, tensor in constants.items():
+        if name in tensors:
+            constant = tensors[name].to_constant(StoredValues(tensor, folder))
+            model._constants[name] = (constant, tensor)
+    annotate(model, infer(proto))
+    return model
+
+
+def _is_text(value: bytes) -> bool:
+    with contextlib.suppress(UnicodeDecodeError):
+        return value.decode() is not None
+    return False
+
+
+def annotate(model: Model, types: Mapping[str, tuple[int, Shape | None]]) -> None:
+    """Give every variable of the graph its inferred type and shape, None where unknown."""
+    graph = model.graph
+    for tensor in (t for node in graph.nodes for t in (*node.inputs, *node.outputs)):
+        if isinstance(tensor, gs.Variable) and not tensor.is_empty():
+            code, shape = types.get(tensor.name, (0, None))
+            tensor.shape = shape
+            tensor.dtype = onnx.helper.tensor_dtype_to_np_dtype(code) if code else None
+
+
+def with_fixed_inputs(proto: onnx.ModelProto, inputs: Mapping[str, Sequence[int]]) -> onnx.ModelProto:
+    """The model with its input shapes fixed, and every declared shape that follows from them.
+
+    Raises
+    ------
+    UsageError
+        If an input keeps a dimension that is not fixed.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(proto)
+    initialized = {t.name for t in proto.graph.initializer}
+    types = infer(proto, inputs)
+    for value in model.graph.input:
+        if value.name in initialized or not value.type.HasField("tensor_type"):
+            continue
+        shape = known(types[value.name][1])
+        if shape is None:
+            raise UsageError(f"--static needs every size of input {value.name!r}; give --shape {value.name}=…")
+        _declare(value, shape)
+    for value in [*model.graph.output, *model.graph.value_info]:
+        shape = known(types.get(value.name, (0, None))[1])
+        if shape is not None and value.type.HasField("tensor_type"):
+            _declare(value, shape)
+    return model
+
+
+def _declare(value: onnx.ValueInfoProto, shape: Sequence[int]) -> None:
+    declared = value.type.tensor_type.shape
+    if len(declared.dim) != len(shape):
+        del declared.dim[:]
+        for _ in shape:
+            declared.dim.add()
+    for dim, size in zip(declared.dim, shape, strict=True):
+        dim.dim_value = size
+
+
+def save(model: Model | onnx.ModelProto, path: str | os.PathLike[str], folder: Path | None = None) -> None:
+    """Write a model atomically: the file appears complete, or not at all.
+
+    External data stays external, in as many files as before, named after the new model.
+
+    Parameters
+    ----------
+    model : Model or onnx.ModelProto
+    path : path
+        The new file; one that exists is replaced.
+    folder : Path, optional
+        Where the external data of an `onnx.ModelProto` lies; a `Model` knows it.
+
+    Raises
+    ------
+    ModelError
+        If the file cannot be written.
+    """
+    path = Path(path)
+    if isinstance(model, Model):
+        model, folder = model.to_proto(), model.folder
+    try:
+        leftover = _data_files_of(path)
+        proto = _externalise(model, path, folder)
+        with replacing(path) as stream:
+            stream.write(proto.SerializeToString(deterministic=True))
+        for name in leftover - _locations(proto):
+            (path.parent / name).unlink(missing_ok=True)
+    except EncodeError as error:
+        raise ModelError(f"{str(path)!r} cannot be written: over 2 GB without external data") from error
+    except OSError as error:
+        raise ModelError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
+
+
+def _locations(proto: onnx.ModelProto) -> set[str]:
+    return {ExternalDataInfo(t).location for t in proto.graph.initializer if uses_external_data(t)}
+
+
+def _data_files_of(path: Path) -> set[str]:
+    """Data files that an earlier model at `path` owns: named after it, so nobody else's."""
+    try:
+        names = _locations(onnx.load(path, load_external_data=False)) if path.is_file() else set()
+    except (DecodeError, ValueError):
+        return set()
+    return {name for name in names if name.startswith(path.name + ".") and "/" not in name}
+
+
+def _externalise(model: onnx.ModelProto, path: Path, folder: Path | None) -> onnx.ModelProto:
+    """Copy external data into new files beside `path`; returns the model that refers to them."""
+    locations = list(dict.fromkeys(ExternalDataInfo(t).location for t in model.graph.initializer if uses_external_data(t)))
+    if not locations:
+        return model
+    if folder is None:
+        raise ModelError("a model with external data needs the folder that the data lies in")
+    single = len(locations) == 1
+    new_names = {
+        old: _free_name(path, "data" if single else f"{k}.{re.sub(r'[^A-Za-z0-9._-]', '_', Path(old).name)[:80]}")
+        for k, old in enumerate(locations)
+    }
+    proto = onnx.ModelProto()
+    _copy_fields(model, proto, skip={"graph"})
+    _copy_fields(model.graph, proto.graph, skip={"initializer"})
+    with contextlib.ExitStack() as files:
+        streams = {old: files.enter_context(replacing(path.parent / name)) for old, name in new_names.items()}
+        for tensor in model.graph.initializer:
+            kept = proto.graph.initializer.add()
+            if uses_external_data(tensor):
+                info = ExternalDataInfo(tensor)
+                kept.CopyFrom(tensor)
+                target = info.location
+                offset, length = _append_file(streams[target], folder / info.location, info)
+            elif len(tensor.raw_data) >= EXTERNAL_THRESHOLD:
+                for descriptor, value in tensor.ListFields():
+                    if descriptor.name in ("name", "data_type", "doc_string"):
+                        setattr(kept, descriptor.name, value)
+                kept.dims.extend(tensor.dims)
+                target = locations[0]
+                offset = _align(streams[target])
+                length = streams[target].write(tensor.raw_data)
+            else:
+                kept.CopyFrom(tensor)
+                continue
+            kept.raw_data = b""  # set_external_data wants the field; it is cleared right after
+            set_external_data(kept, new_names[target], offset, length)
+            kept.ClearField("raw_data")
+    return proto
+
+
+def _free_name(path: Path, suffix: str) -> str:
+    """A data file name that no earlier file has, so that an interrupted write harms nothing."""
+    stem, k = f"{path.name}.{suffix}", 0
+    name = stem
+    while (path.parent / name).exists():
+        k += 1
+        name = f"{stem}.{k}"
+    return name
+
+
+def _align(stream: IO[bytes]) -> int:
+    stream.write(b"\0" * (-stream.tell() % ALIGNMENT))
+    return stream.tell()
+
+
+def _append_file(stream: IO[bytes], source: Path, info: ExternalDataInfo) -> tuple[int, int]:
+    """Copy one tensor's bytes in pieces; returns (offset, length) in the new file."""
+    start = _align(stream)
+    begin = info.offset or 0
+    left = length = info.length if info.length is not None else source.stat().st_size - begin
+    with source.open("rb") as data:
+        data.seek(begin)
+        while left > 0:
+            piece = data.read(min(left, 1 << 24))
+            if not piece:
+                raise ModelError(f"external data {info.location!r} ended early; copy it again")
+            left -= stream.write(piece)
+    return start, length
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A stream whose content becomes the file `path` at the end, at once, or never."""
+    umask = os.umask(0)
+    os.umask(umask)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise

@@ -1,0 +1,243 @@
+"""Passes, their records, and the worklist driver that runs them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import ClassVar
+
+import onnx_graphsurgeon as gs
+
+from pwopt.cost import macs
+from pwopt.graph import View
+
+#: A pipeline repeats until nothing changes; real models need two or three rounds.
+MAX_ROUNDS = 8
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What a pass did at one place.
+
+    Attributes
+    ----------
+    reason : str
+        One sentence for the user.
+    removed, added : tuple of str
+        Operators that went and came, as "Op name".
+    macs_before, macs_after : int
+        Multiply-adds of those; 0 where sizes are not known.
+    residual : float
+        Largest relative rounding of folded weights, max |rounded − exact| / max |exact|.
+    pass_name, site : str
+        Filled in by the driver. The site is stable across runs: pass name and output tensor.
+    """
+
+    reason: str
+    removed: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    macs_before: int = 0
+    macs_after: int = 0
+    residual: float = 0.0
+    pass_name: str = ""
+    site: str = ""
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Why a pass left a place alone that it is about: a sentence a user can act on."""
+
+    reason: str
+    pass_name: str = ""
+    site: str = ""
+
+
+class Pass:
+    """One rewrite: a fact about graphs, in one class.
+
+    Subclasses set `name` and write `match_and_rewrite`. A pass sees one node at a time and returns None
+    ("not mine"), a `Skip` ("mine, but refused, because") or a `Rewrite` ("done").
+    """
+
+    name: ClassVar[str]
+    #: When the rewrite is kept: "always", "if cheaper" or "measured".
+    policy: ClassVar[str] = "always"
+
+    def start(self, rw: Rewriter) -> None:
+        """Look at the whole graph once before the first node."""
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+        raise NotImplementedError
+
+    def run(
+        self,
+        graph: gs.Graph,
+        *,
+        denied: Iterable[str] = (),
+        sizes: Mapping[str, Sequence[int]] | None = None,
+        reserved: Iterable[str] = (),
+    ) -> Outcome:
+        """Apply this pass to a graph until nothing more applies.
+
+        Parameters
+        ----------
+        graph : gs.Graph
+            Edited in place. `pwopt.load` gives one with inferred shapes.
+        denied : iterable of str
+            Sites that must not be rewritten.
+        sizes : mapping, optional
+            Representative tensor sizes, for costs where shapes are dynamic.
+        reserved : iterable of str, optional
+            Names that new tensors must not take.
+
+        Returns
+        -------
+        Outcome
+
+        Examples
+        --------
+        >>> import pwopt
+        >>> from pwopt.passes import FoldChains
+        >>> model = pwopt.load("models/linear_sequence.onnx")
+        >>> outcome = FoldChains().run(model.graph)
+        >>> [node.op for node in model.graph.nodes]
+        ['Conv']
+        """
+        rw = Rewriter(graph, self, frozenset(denied), sizes, reserved)
+        rw.drive()
+        rw.close()
+        return Outcome(tuple(rw.rewrites), tuple(rw.skips.values()))
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything a run did and declined to do."""
+
+    rewrites: tuple[Rewrite, ...] = ()
+    skips: tuple[Skip, ...] = ()
+
+
+class Rewriter(View):
+    """A `View` with the records of one pass, and the queue of nodes to look at.
+
+    Only neighbours of a change are looked at again, so a run is near-linear in the number of nodes.
+    """
+
+    def __init__(
+        self,
+        graph: gs.Graph,
+        owner: Pass,
+        denied: frozenset[str] = frozenset(),
+        sizes: Mapping[str, Sequence[int]] | None = None,
+        reserved: Iterable[str] = (),
+    ) -> None:
+        super().__init__(graph, sizes, reserved)
+        self.owner = owner
+        self.denied_sites = denied
+        self.rewrites: list[Rewrite] = []
+        self.skips: dict[str, Skip] = {}
+        self._queue: deque[gs.Node] = deque()
+        self._queued: set[int] = set()
+
+    def site(self, node: gs.Node) -> str:
+        """Stable identifier of a place: the pass and the tensor it produces."""
+        return f"{self.owner.name}:{next((t.name for t in node.outputs if t.name), node.name)}"
+
+    def denied(self, node: gs.Node) -> bool:
+        return self.site(node) in self.denied_sites
+
+    def drive(self) -> None:
+        self.owner.start(self)
+        for node in self.nodes():
+            self._enqueue(node)
+        while self._queue:
+            node = self._queue.popleft()
+            self._queued.discard(id(node))
+            if node not in self:
+                continue
+            site = self.site(node)
+            result: Rewrite | Skip | None = Skip("denied by the user")
+            if site not in self.denied_sites:
+                result = self.owner.match_and_rewrite(node, self)
+            if isinstance(result, Rewrite):
+                self.rewrites.append(replace(result, pass_name=self.owner.name, site=site))
+                self.skips.pop(site, None)
+            elif isinstance(result, Skip):
+                self.skips[site] = replace(result, pass_name=self.owner.name, site=site)
+
+    def _enqueue(self, node: gs.Node | None) -> None:
+        if node is not None and node in self and id(node) not in self._queued:
+            self._queued.add(id(node))
+            self._queue.append(node)
+
+    def enqueue_around(self, node: gs.Node) -> None:
+        """Look again at a node and its neighbours."""
+        self._enqueue(node)
+        for tensor in node.inputs:
+            self._enqueue(self.producer(tensor))
+        for tensor in node.outputs:
+            for reader in self.readers(tensor):
+                self._enqueue(reader)
+
+    def replace(self, old: Sequence[gs.Node], new: Sequence[gs.Node], reason: str, residual: float = 0.0) -> Rewrite:
+        """Put `new` where the last of `old` stood; the record counts operators and multiply-adds."""
+        before = [macs(self, n) for n in old]
+        removed = tuple(describe(n) for n in old)
+        kept = list(new)
+        for node in kept:
+            self.add(node, at=old[-1])
+        neighbours = [self.producer(t) for n in old for t in n.inputs]
+        for node in old:
+            self.remove(node)
+        after = [macs(self, n) for n in kept]
+        exact = None not in before and None not in after
+        for neighbour in neighbours:
+            self._enqueue(neighbour)
+        for node in kept:
+            self.enqueue_around(node)
+        return Rewrite(
+            reason,
+            removed,
+            tuple(describe(n) for n in kept),
+            sum(m or 0 for m in before) if exact else 0,
+            sum(m or 0 for m in after) if exact else 0,
+            residual,
+        )
+
+
+def describe(node: gs.Node) -> str:
+    return f"{node.op} {node.name}".strip()
+
+
+@dataclass
+class Pipeline:
+    """Passes in order, repeated until none changes anything.
+
+    A pure function of the graph and the denied sites: the same inputs give the same graph, byte for byte.
+    """
+
+    passes: Sequence[Pass] = field(default_factory=list)
+
+    def run(
+        self,
+        graph: gs.Graph,
+        *,
+        denied: Iterable[str] = (),
+        sizes: Mapping[str, Sequence[int]] | None = None,
+        reserved: Iterable[str] = (),
+    ) -> Outcome:
+        denied, reserved = frozenset(denied), frozenset(reserved)
+        rewrites: list[Rewrite] = []
+        skips: dict[str, Skip] = {}
+        for _ in range(MAX_ROUNDS):
+            skips.clear()
+            changed = False
+            for p in self.passes:
+                outcome = p.run(graph, denied=denied, sizes=sizes, reserved=reserved)
+                rewrites.extend(outcome.rewrites)
+                skips.update((s.site, s) for s in outcome.skips)
+                changed = changed or bool(outcome.rewrites)
+            if not changed:
+                break
+        return Outcome(tuple(rewrites), tuple(skips.values()))

@@ -1,0 +1,349 @@
+"""onnxruntime sessions that run where they were asked to, and inputs for a model."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import re
+import tempfile
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+
+from pwopt.errors import ModelError, ProviderError, UsageError
+from pwopt.shapes import Shape, dims
+
+Feeds = dict[str, np.ndarray]
+
+#: Short names of execution providers; any other is taken literally.
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+    "dml": "DmlExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+    "rocm": "ROCMExecutionProvider",
+}
+#: What to install when a provider is missing.
+WHEELS = {"cpu": "pwopt[cpu]", "cuda": "pwopt[gpu]", "tensorrt": "pwopt[gpu]", "openvino": "onnxruntime-openvino"}
+
+#: Sizes (height, width) to try for dynamic images, in order: classifiers, detectors, text recognisers.
+IMAGE_SIZES = ((224, 224), (320, 320), (640, 640), (48, 320), (32, 320), (48, 192), (256, 256), (512, 512))
+#: Length to try for any other dynamic axis.
+LENGTH = 64
+
+
+def onnxruntime() -> ModuleType:
+    """The onnxruntime module.
+
+    Raises
+    ------
+    ProviderError
+        If none is installed.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise ProviderError(f"onnxruntime cannot be imported ({error}); pip install 'pwopt[cpu]' or 'pwopt[gpu]'") from error
+    if not hasattr(ort, "InferenceSession"):  # two wheels overwrote each other
+        raise ProviderError("the onnxruntime installation is broken; uninstall every onnxruntime wheel, then install one")
+    return ort
+
+
+def available() -> bool:
+    try:
+        onnxruntime()
+    except ProviderError:
+        return False
+    return True
+
+
+def environment(provider: str, threads: int) -> dict[str, Any]:
+    """Versions and machine, for reports."""
+    try:
+        ort = onnxruntime().__version__
+    except ProviderError:
+        ort = None
+    return {
+        "pwopt": metadata.version("pwopt"),
+        "onnxruntime": ort,
+        "onnx": onnx.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "os": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "provider": provider,
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+class Session:
+    """A model loaded by onnxruntime on exactly one provider (and the CPU for what that cannot run).
+
+    Parameters
+    ----------
+    path : path
+        The model file.
+    provider : str
+        A short name from `PROVIDERS`, or an onnxruntime provider's full name.
+    threads : int
+        Intra-operator threads; 1 is the least noisy.
+    optimise : bool
+        All graph optimisations, as users run it; or none, to see rounding.
+    tf32 : bool
+        Whether CUDA may round float32 products to 10 bits. Off when verifying.
+    profile : bool
+        Record where each node ran; see `placement`.
+
+    Raises
+    ------
+    ProviderError
+        If the provider is not available, or onnxruntime fell back from it without saying so.
+    ModelError
+        If onnxruntime does not load the model.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        provider: str = "cpu",
+        threads: int = 1,
+        *,
+        optimise: bool = True,
+        tf32: bool = False,
+        profile: bool = False,
+    ) -> None:
+        ort = onnxruntime()
+        self.provider = PROVIDERS.get(provider, provider)
+        install = WHEELS.get(provider)
+        hint = f"; pip install '{install}'" if install else ""
+        if self.provider not in ort.get_available_providers():
+            listed = ", ".join(ort.get_available_providers())
+            raise ProviderError(f"{self.provider} is not in this onnxruntime (it has {listed}){hint}")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4
+        level = ort.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
+        if profile:
+            options.enable_profiling = True
+            options.profile_file_prefix = os.path.join(tempfile.gettempdir(), "pwopt_profile")
+        settings: dict[str, str] = {"use_tf32": str(int(tf32))} if self.provider == "CUDAExecutionProvider" else {}
+        providers: list[Any] = [(self.provider, settings)]
+        if self.provider != "CPUExecutionProvider":
+            providers.append("CPUExecutionProvider")
+        try:
+            self.session = ort.InferenceSession(os.fspath(path), options, providers=providers)
+        except Exception as error:
+            if self.provider != "CPUExecutionProvider" and self.provider.split("Exec")[0].lower() in str(error).lower():
+                raise ProviderError(f"{self.provider} does not start: {_first_line(error)}") from error
+            raise ModelError(f"onnxruntime does not load the model: {_first_line(error)}") from error
+        if self.provider not in self.session.get_providers():
+            raise ProviderError(
+                f"{self.provider} could not start and onnxruntime fell back to the CPU; "
+                "a device, its driver or the provider's libraries are missing, so nothing was run"
+            )
+        self.outputs = [o.name for o in self.session.get_outputs()]
+        self._binding: Any = None
+
+    def run(self, feeds: Feeds) -> list[Any]:
+        """Outputs as arrays, in the model's order."""
+        try:
+            return list(self.session.run(None, feeds))
+        except Exception as error:
+            raise ModelError(f"onnxruntime cannot run the model on these inputs: {_first_line(error)}") from error
+
+    def bind(self, feeds: Feeds) -> None:
+        """Place inputs and outputs on the provider's device, so that timing measures no copies."""
+        if self.provider == "CUDAExecutionProvider":
+            ort = onnxruntime()
+            self._binding = self.session.io_binding()
+            for name, value in feeds.items():
+                self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value, "cuda", 0))
+            for name in self.outputs:
+                self._binding.bind_output(name, "cuda")
+        self._feeds = feeds
+
+    def step(self) -> None:
+        """One synchronised run on the bound inputs."""
+        if self._binding is None:
+            self.session.run(None, self._feeds)
+        else:
+            self.session.run_with_iobinding(self._binding)
+            self._binding.synchronize_outputs()
+
+    def placement(self) -> dict[str, list[str]]:
+        """Provider → names of the nodes that ran on it, from a profiled session; ends the profile."""
+        path = Path(self.session.end_profiling())
+        events = json.loads(path.read_text())
+        path.unlink(missing_ok=True)
+        placed: dict[str, list[str]] = {}
+        for event in events:
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                names = placed.setdefault(event["args"].get("provider", "unknown"), [])
+                name = event["name"].removesuffix("_kernel_time")
+                if name not in names:
+                    names.append(name)
+        return placed
+
+
+def _first_line(error: BaseException) -> str:
+    return re.sub(r"\s+", " ", str(error).strip())[:300]
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """One input of a model: its name, numpy type and declared shape."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: Shape
+
+
+def input_specs(model: onnx.ModelProto) -> list[InputSpec]:
+    """Inputs a caller must give: those without an initializer.
+
+    Raises
+    ------
+    UsageError
+        If one is not a tensor.
+    """
+    initialized = {t.name for t in model.graph.initializer} | {s.values.name for s in model.graph.sparse_initializer}
+    specs = []
+    for value in model.graph.input:
+        if value.name in initialized:
+            continue
+        shape = dims(value.type)
+        if not value.type.HasField("tensor_type"):
+            raise UsageError(f"input {value.name!r} is not a tensor, which pwopt cannot make up; use --no-verify")
+        dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        specs.append(InputSpec(value.name, np.dtype(dtype), shape if shape is not None else ()))
+    return specs
+
+
+def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
+    """``NAME=1x3x640x640`` → name and sizes; a scalar is ``NAME=``."""
+    name, sep, sizes = text.rpartition("=")
+    if not sep or not name or not re.fullmatch(r"(\d+([x,]\d+)*)?", sizes):
+        raise UsageError(f"--shape {text!r} is not of the form NAME=1x3x640x640")
+    return name, tuple(int(s) for s in re.split("[x,]", sizes) if s)
+
+
+def check_shapes(specs: Sequence[InputSpec], shapes: Mapping[str, Sequence[int]]) -> None:
+    """Refuse shapes that do not fit the declared inputs."""
+    known = {s.name: s for s in specs}
+    for name, shape in shapes.items():
+        if name not in known:
+            raise UsageError(f"there is no input {name!r}; the model has {', '.join(map(repr, known)) or 'none'}")
+        declared = known[name].shape
+        clash = len(shape) != len(declared) or any(isinstance(d, int) and d > 0 and d != s for d, s in zip(declared, shape, strict=True))
+        if clash:
+            wanted = "x".join(str(d) if d is not None else "?" for d in declared)
+            raise UsageError(f"--shape {name}={'x'.join(map(str, shape))} does not fit the input, which is {wanted}")
+
+
+def candidate_shapes(
+    specs: Sequence[InputSpec], given: Mapping[str, Sequence[int]] | None = None
+) -> Iterator[dict[str, tuple[int, ...]]]:
+    """Shapes to try for inputs with dynamic dimensions, the likeliest first.
+
+    Batches are 1, images have 3 channels; equal names get equal sizes. `given` shapes are kept.
+    """
+    given = given or {}
+    tried = set()
+    for image in IMAGE_SIZES:
+        names: dict[str, int] = {}
+        shapes = {}
+        for spec in specs:
+            if spec.name in given:
+                shapes[spec.name] = tuple(given[spec.name])
+                for d, size in zip(spec.shape, given[spec.name], strict=False):
+                    if isinstance(d, str):
+                        names.setdefault(d, size)
+                continue
+            guess = []
+            for axis, d in enumerate(spec.shape):
+                if isinstance(d, int) and d > 0:
+                    guess.append(d)
+                    continue
+                size = _guess(spec, axis, image)
+                guess.append(names.setdefault(d, size) if isinstance(d, str) and d != "?" else size)
+            shapes[spec.name] = tuple(guess)
+        key = tuple(sorted(shapes.items()))
+        if key not in tried:
+            tried.add(key)
+            yield shapes
+
+
+def _guess(spec: InputSpec, axis: int, image: tuple[int, int]) -> int:
+    rank = len(spec.shape)
+    if axis == 0:
+        return 1
+    if rank == 4 and spec.dtype.kind == "f":
+        last = spec.shape[-1] in (1, 3)  # channels last
+        channel = 3 if last else 1
+        spatial = [a for a in (1, 2, 3) if a != channel]
+        return 3 if axis == channel else image[spatial.index(axis)]
+    return LENGTH
+
+
+def make_feeds(specs: Sequence[InputSpec], shapes: Mapping[str, Sequence[int]], kind: str = "normal", seed: int = 0) -> Feeds:
+    """Random inputs: "normal", "uniform" on [0, 1) or "zeros" for floats; 0 and 1 for integers; reproducible."""
+    rng = np.random.default_rng(seed)
+    feeds: Feeds = {}
+    for spec in specs:
+        shape = tuple(shapes[spec.name])
+        if spec.dtype.kind in "fV":
+            values = {"normal": rng.standard_normal, "uniform": rng.random, "zeros": np.zeros}[kind](shape)
+            feeds[spec.name] = np.asarray(values).astype(spec.dtype)
+        elif spec.dtype.kind in "iub":
+            feeds[spec.name] = rng.integers(0, 2, shape).astype(spec.dtype)
+        else:
+            feeds[spec.name] = np.full(shape, "a", dtype=object)
+    return feeds
+
+
+def load_feeds(path: str | os.PathLike[str], specs: Sequence[InputSpec]) -> Feeds:
+    """Inputs from an .npz file with one array per input.
+
+    Raises
+    ------
+    UsageError
+        If it lacks an input or one does not fit.
+    """
+    try:
+        with np.load(path, allow_pickle=False) as data:
+            arrays = {name: data[name] for name in data.files}
+    except (OSError, ValueError) as error:
+        raise UsageError(f"{os.fspath(path)!r} cannot be read as .npz ({error}); save one with numpy.savez") from error
+    missing = [s.name for s in specs if s.name not in arrays]
+    if missing:
+        raise UsageError(f"{os.fspath(path)!r} lacks the inputs {', '.join(map(repr, missing))}; it has {', '.join(map(repr, arrays))}")
+    check_shapes(specs, {s.name: arrays[s.name].shape for s in specs})
+    return {s.name: arrays[s.name].astype(s.dtype) for s in specs}
+
+
+def fallbacks(placed: Mapping[str, Sequence[str]], provider: str) -> Counter[str]:
+    """How many nodes ran elsewhere than on `provider`, by provider."""
+    wanted = PROVIDERS.get(provider, provider)
+    return Counter({name: len(nodes) for name, nodes in placed.items() if name != wanted})
