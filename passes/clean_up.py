@@ -25,7 +25,7 @@ FOLDABLE = frozenset(
     """Abs Add And Cast Ceil Concat ConstantOfShape Div Equal Exp Expand Flatten Floor Gather GatherElements
     GatherND Greater GreaterOrEqual Less LessOrEqual Log Max Min Mod Mul Neg Not Or Pow Range Reciprocal
     ReduceMax ReduceMin ReduceProd ReduceSum Reshape Shape Size Slice Split Sqrt Squeeze Sub Tile Transpose
-    Unsqueeze Where Xor""".split()
+    Unsqueeze Where Xor""".split()  # noqa: SIM905
 )
 
 
@@ -55,15 +55,18 @@ class CleanUp(Pass):
         return None
 
     def _bypass(self, node: gs.Node, rw: Rewriter, reason: str) -> Rewrite | Skip:
-        source = node.inputs[0] if rw.op(node) not in ("Mul", "Add") else next(
-            t for t in node.inputs if rw.constant(t) is None
+        source = (
+            node.inputs[0]
+            if rw.op(node) not in ("Mul", "Add")
+            else next(t for t in node.inputs if rw.constant(t) is None)
         )
         removed = (describe(node),)
         around = [rw.producer(source), *rw.readers(node.outputs[0])]
         if not rw.bypass(node, source):
             return Skip(f"{reason}, but it joins two tensors that must both stay visible")
         for neighbour in around:
-            rw.enqueue_around(neighbour) if neighbour is not None else None
+            if neighbour is not None:
+                rw.enqueue_around(neighbour)
         return Rewrite(reason, removed)
 
     def _fold(self, node: gs.Node, rw: Rewriter, op: str) -> Rewrite | Skip | None:
@@ -99,7 +102,10 @@ def evaluate(node: gs.Node, values: dict[str, np.ndarray], opset: int) -> list[n
     graph = onnx.helper.make_graph(
         [message],
         "constant",
-        [onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), v.shape) for n, v in values.items()],
+        [
+            onnx.helper.make_tensor_value_info(n, onnx.helper.np_dtype_to_tensor_dtype(v.dtype), v.shape)
+            for n, v in values.items()
+        ],
         [onnx.ValueInfoProto(name=t.name) for t in node.outputs],
     )
     if not shape_only:

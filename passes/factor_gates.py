@@ -18,11 +18,11 @@ class FactorGates(Pass):
     name = "factor-gates"
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | None:
-        if rw.op(node) != "Add" or len(node.inputs) != 2:
+        if rw.op(node) != "Add" or len(node.inputs) != 2 or rw.opset < 7:  # broadcasting since opset 7
             return None
         for x, product in (node.inputs, node.inputs[::-1]):
             mul = rw.producer(product)
-            if mul is None or rw.op(mul) != "Mul" or rw.sole_reader(product) is not node or x is product:
+            if mul is None or rw.op(mul) != "Mul" or rw.crowd(product) or x is product:
                 continue
             gate = next((g for f, g in (mul.inputs, list(mul.inputs)[::-1]) if f is x and g is not x), None)
             if gate is None or not self._smaller(rw, gate, x):

@@ -69,6 +69,8 @@ class FoldAffine(Pass):
             if isinstance(done, Rewrite):
                 return done
             down_refusal = done.reason
+        if node.op != "BatchNormalization" and not _beside_a_map(rw, reading):
+            return None
         return Skip(f"before it, {up_refusal}; after it, {down_refusal}")
 
     def _lift(self, rw: Rewriter, tensor: gs.Tensor, affine: Affine, plan: Plan) -> str:
@@ -136,7 +138,9 @@ class FoldAffine(Pass):
         """Add a map to the plan if it can take `affine` over exactly; a reason if not."""
         if reading.axis is not None and affine.axis is not None and reading.axis != affine.axis:
             return f"{reading.node.op} acts on axis {reading.axis}, not {affine.axis}"
-        if reading.weight is not None and rw.shared(reading.nodes[0].inputs[reading.nodes[0].inputs.index(reading.source) ^ 1]):
+        if reading.weight is not None and rw.shared(
+            reading.nodes[0].inputs[reading.nodes[0].inputs.index(reading.source) ^ 1]
+        ):
             return f"the weight {reading.weight.name!r} is shared"
         if any(reading.node is other.node for other in plan.maps()):
             return f"{reading.node.op} would take it twice"
@@ -176,15 +180,14 @@ class FoldAffine(Pass):
         reason = f"{describe(reading.node)} folds into {names}"
         residual = max((w.residual for _, w in edits), default=0.0)
         if direct:
-            (target, written), = edits
+            ((target, written),) = edits
             return rw.replace([*target.nodes, reading.node], written.nodes, reason, residual)
         records = [rw.replace(target.nodes, written.nodes, reason) for target, written in edits]
         if reading.node in rw and rw.readers(reading.output):
             rw.bypass(reading.node, reading.source, keep_output=bool(plan.after))
         elif reading.node in rw:
             rw.remove(reading.node)
-        for tensor in plan.changed:
-            rw.rename(tensor, "_unscaled")
+        renamed = {tensor.name: rw.rename(tensor, "_unscaled") for tensor in plan.changed}
         return Rewrite(
             reason,
             (describe(reading.node), *(name for r in records for name in r.removed)),
@@ -192,7 +195,14 @@ class FoldAffine(Pass):
             sum(r.macs_before for r in records),
             sum(r.macs_after for r in records),
             residual,
+            tuple((old, renamed.get(new, new)) for r in records for old, new in r.became),
         )
+
+
+def _beside_a_map(rw: Rewriter, reading: Reading) -> bool:
+    """Whether a convolution or matrix product feeds or reads it, so that a refusal is worth telling."""
+    neighbours = [rw.producer(reading.source), *rw.readers(reading.output)]
+    return any(n is not None and rw.op(n) in ("Conv", "ConvTranspose", "Gemm", "MatMul") for n in neighbours)
 
 
 def _with_bias(rw: Rewriter, reading: Reading) -> Reading:

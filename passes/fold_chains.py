@@ -12,7 +12,7 @@ from pwopt.cost import positions, price
 from pwopt.forms import Reading
 from pwopt.idioms import epsilon
 from pwopt.linear import Geometry, LinearMap, Refusal, compose_geometry, factor
-from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip, describe
+from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
 
 #: Chains are planned exactly up to this many maps at a time; longer ones in such pieces, then again.
 MAX_CHAIN = 64
@@ -130,7 +130,9 @@ class FoldChains(Pass):
         what = "one map" if low is None else "two maps of its rank"
         return rw.replace(old, written.nodes, f"{widths} is cheaper as {what}", written.residual)
 
-    def _factored(self, rw: Rewriter, composed: LinearMap, shape: Reading, source: gs.Tensor, output: gs.Tensor, target: Reading) -> emit.Written | None:
+    def _factored(
+        self, rw: Rewriter, composed: LinearMap, shape: Reading, source: gs.Tensor, output: gs.Tensor, target: Reading
+    ) -> emit.Written | None:
         """The composed map at its rank, if that takes fewer multiply-adds."""
         reference = shape.weight if shape.weight is not None else source
         dtype = rw.dtype(reference)
@@ -195,6 +197,7 @@ def plan(rw: Rewriter, maps: list[Reading]) -> Chain:
                 if rw.denied(maps[j].node):
                     continue
             over = places[transposed_at] if transposed_at is not None else places[j]
+            assert isinstance(composed, Geometry)
             total = (best[i][0] + price(composed, over), best[i][1] + 1)
             if total < best[j + 1]:
                 best[j + 1], start[j + 1] = total, i
@@ -224,4 +227,6 @@ def _times(pair: list[Reading], composed: Geometry, places: list[float]) -> str:
 
 def _price_tag(rw: Rewriter, before: Reading, after: Reading) -> str:
     composed = compose_geometry(after.geometry, before.geometry)
-    return "" if isinstance(composed, Refusal) else _times([before, after], composed, relative_places(rw, [before, after]))
+    return (
+        "" if isinstance(composed, Refusal) else _times([before, after], composed, relative_places(rw, [before, after]))
+    )

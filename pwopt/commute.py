@@ -204,7 +204,9 @@ def _through_split(view: View, node: gs.Node, affine: Affine) -> Moves | Refusal
     ends = np.cumsum([p.geometry.out_channels for p in parts])
     return [
         (t, Affine(LinearMap.diagonal(s, b), affine.axis))
-        for t, s, b in zip(node.outputs, np.split(affine.map.scale, ends), np.split(affine.map.bias, ends), strict=False)
+        for t, s, b in zip(
+            node.outputs, np.split(affine.map.scale, ends), np.split(affine.map.bias, ends), strict=False
+        )
     ]
 
 
@@ -261,7 +263,11 @@ def lift(view: View, node: gs.Node, affine: Affine) -> list[Moves] | Refusal:
         if affine.axis is None:
             return [[(t, affine) for t in node.inputs]]
         if affine.axis != axis:
-            return [[(t, affine) for t in node.inputs]] if axis is not None else Refusal("the axis of a Concat is not known")
+            return (
+                [[(t, affine) for t in node.inputs]]
+                if axis is not None
+                else Refusal("the axis of a Concat is not known")
+            )
         if parts is None:
             return Refusal("the sizes of a Concat are not known")
         ends = np.cumsum([p.geometry.in_channels for p in parts])[:-1]

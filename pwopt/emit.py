@@ -65,7 +65,9 @@ class _Writer:
         return gs.Node(op, self.name + suffix, attrs, inputs, [output])
 
 
-def write(view: View, linear: LinearMap, like: Reading, source: gs.Tensor, output: gs.Tensor, axis: int | None) -> Written | Refusal:
+def write(
+    view: View, linear: LinearMap, like: Reading, source: gs.Tensor, output: gs.Tensor, axis: int | None
+) -> Written | Refusal:
     """Nodes for `output = linear(source)` in the form of `like`, whose names and element type they take over.
 
     Parameters
@@ -82,6 +84,8 @@ def write(view: View, linear: LinearMap, like: Reading, source: gs.Tensor, outpu
     dtype = view.dtype(reference)
     if dtype is None:
         return Refusal("the element type is not known")
+    if view.opset < 7 and not like.kind.startswith("conv"):
+        return Refusal(f"operators of opset {view.opset} do not broadcast; --opset converts the model")
     held = _own(view, like, 1 if like.kind != "left-matmul" else 0)
     own_bias = _own(view, like, 2) if like.kind in ("conv", "conv-transpose", "gemm") else None
     own_names = [t.name for t in (held, own_bias) if t is not None]
@@ -103,7 +107,16 @@ def _own(view: View, like: Reading, index: int) -> gs.Tensor | None:
     return tensor if tensor is not None and view.sole_reader(tensor) is node else None
 
 
-def _conv(w: _Writer, linear: LinearMap, like: Reading, source: gs.Tensor, output: gs.Tensor, axis: int | None, weight: str, bias: str) -> list[gs.Node]:
+def _conv(
+    w: _Writer,
+    linear: LinearMap,
+    like: Reading,
+    source: gs.Tensor,
+    output: gs.Tensor,
+    axis: int | None,
+    weight: str,
+    bias: str,
+) -> list[gs.Node]:
     g = linear.geometry
     attrs: dict[str, Any] = {"dilations": list(g.dilations), "group": g.groups, "kernel_shape": list(g.kernel)}
     if g.auto_pad:
@@ -123,17 +136,36 @@ def _conv(w: _Writer, linear: LinearMap, like: Reading, source: gs.Tensor, outpu
     return [w.node("ConvTranspose" if g.transposed else "Conv", inputs, output, **attrs)]
 
 
-def _gemm(w: _Writer, linear: LinearMap, like: Reading, source: gs.Tensor, output: gs.Tensor, axis: int | None, weight: str, bias: str) -> list[gs.Node]:
+def _gemm(
+    w: _Writer,
+    linear: LinearMap,
+    like: Reading,
+    source: gs.Tensor,
+    output: gs.Tensor,
+    axis: int | None,
+    weight: str,
+    bias: str,
+) -> list[gs.Node]:
     flip = like.nodes[0].op == "Gemm" and bool(like.nodes[0].attrs.get("transB", 0))
     matrix = linear.weight.reshape(linear.geometry.out_channels, -1)
     inputs = [source, w.constant(weight, matrix if flip else matrix.T)]
     inputs += [w.constant(bias, linear.bias)] if linear.geometry.biased else []
     if len(inputs) == 2 and w.view.opset < 11:  # the third input is optional from opset 11
         inputs.append(w.constant(bias, linear.bias))
-    return [w.node("Gemm", inputs, output, **({"transB": 1} if flip else {}))]
+    attrs: dict[str, Any] = {"transB": 1} if flip else {}
+    return [w.node("Gemm", inputs, output, **attrs)]
 
 
-def _matmul(w: _Writer, linear: LinearMap, like: Reading, source: gs.Tensor, output: gs.Tensor, axis: int | None, weight: str, bias: str) -> list[gs.Node]:
+def _matmul(
+    w: _Writer,
+    linear: LinearMap,
+    like: Reading,
+    source: gs.Tensor,
+    output: gs.Tensor,
+    axis: int | None,
+    weight: str,
+    bias: str,
+) -> list[gs.Node]:
     matrix = linear.weight.reshape(linear.geometry.out_channels, -1)
     left = like.kind == "left-matmul"
     if not left and linear.geometry.biased and w.view.rank(source) == 2:
@@ -147,20 +179,29 @@ def _matmul(w: _Writer, linear: LinearMap, like: Reading, source: gs.Tensor, out
     return [w.node("MatMul", inputs, product), w.node("Add", [product, shift], output, "_bias" if w.name else "")]
 
 
-def _affine(w: _Writer, linear: LinearMap, like: Reading, source: gs.Tensor, output: gs.Tensor, axis: int | None, weight: str, bias: str) -> list[gs.Node]:
+def _affine(
+    w: _Writer,
+    linear: LinearMap,
+    like: Reading,
+    source: gs.Tensor,
+    output: gs.Tensor,
+    axis: int | None,
+    weight: str,
+    bias: str,
+) -> list[gs.Node]:
     """A scale and a shift: one BatchNormalization where the channel axis is 1, else Mul and Add as needed."""
     scale, shift = linear.scale, linear.bias
     scales, shifts = bool(np.any(scale != 1.0)), linear.geometry.biased
-    rank, opset = w.view.rank(source) or 0, w.view.opset
+    rank = w.view.rank(source) or 0
     channels = w.view.dim(source, 1) if rank >= 3 else None
-    if scales and shifts and axis in (1, None) and isinstance(channels, int) and opset >= 7 and str(w.dtype) in NORMALISABLE:
+    if scales and shifts and axis in (1, None) and isinstance(channels, int) and str(w.dtype) in NORMALISABLE:
         zero, one = np.zeros(channels), np.ones(channels)
         wide = linear.spread(channels)
         parts = [("scale", wide.scale), ("shift", wide.bias), ("mean", zero), ("var", one)]
         inputs = [source, *(w.constant(f"{output.name}_{name}", values) for name, values in parts)]
         return [w.node("BatchNormalization", inputs, output, epsilon=0.0)]
     ones = (1,) * (rank - 1 - axis) if axis is not None else ()
-    shape = (-1, *ones) if axis is not None else (1,) if opset < 7 else ()
+    shape = (-1, *ones) if axis is not None else ()
 
     def arrange(values: Array) -> Array:
         return values.reshape(shape)

@@ -5,6 +5,8 @@ Every message is one sentence: what was wrong and what to do.
 
 from __future__ import annotations
 
+from typing import Any
+
 
 class PwoptError(Exception):
     """Base of all errors that pwopt raises on purpose."""
@@ -13,9 +15,16 @@ class PwoptError(Exception):
 
 
 class NotEquivalentError(PwoptError):
-    """The rewritten model does not give the original's answers; nothing was written."""
+    """The rewritten model does not give the original's answers; nothing was written.
+
+    `report` is the `pwopt.report.Report` of the attempt.
+    """
 
     exit_code = 1
+
+    def __init__(self, message: str, report: Any = None) -> None:
+        super().__init__(message)
+        self.report = report
 
 
 class UsageError(PwoptError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -103,8 +104,17 @@ def _weight(view: View, node: gs.Node, index: int) -> gs.Tensor | None:
     return held if held is not None and str(held.dtype) in FLOATS else None
 
 
-def spatial_attributes(view: View, node: gs.Node, kernel: tuple[int, ...]) -> tuple[dict[str, tuple[int, ...]], str] | Refusal:
-    """Strides, dilations and pads of a convolution or pooling, and what is left of auto_pad.
+class Spatial(NamedTuple):
+    """The geometry of a convolution or pooling; `auto_pad` is what could not be resolved."""
+
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[int, ...]
+    auto_pad: str
+
+
+def spatial_attributes(view: View, node: gs.Node, kernel: tuple[int, ...]) -> Spatial | Refusal:
+    """Strides, dilations and pads of a convolution or pooling, with ONNX's defaults.
 
     SAME padding is resolved where the stride is 1 (it does not depend on the size then) or the size is known.
     """
@@ -117,25 +127,23 @@ def spatial_attributes(view: View, node: gs.Node, kernel: tuple[int, ...]) -> tu
         return Refusal("its strides, dilations and pads do not fit its kernel")
     if min(pads, default=0) < 0:
         return Refusal("it has negative padding")
-    left = ""
-    if auto in ("SAME_UPPER", "SAME_LOWER"):
-        shape = view.shape(node.inputs[0])
-        begins, ends = [], []
-        for axis in range(rank):
-            size = shape[axis + 2] if shape is not None and len(shape) == rank + 2 else None
-            reach = dilations[axis] * (kernel[axis] - 1)
-            if strides[axis] == 1:
-                total = reach
-            elif isinstance(size, int):
-                total = max(0, (-(-size // strides[axis]) - 1) * strides[axis] + reach + 1 - size)
-            else:
-                left, total = auto, 0
-            begins.append(total // 2 if auto == "SAME_UPPER" else total - total // 2)
-            ends.append(total - begins[-1])
-        pads = (*begins, *ends) if not left else (0, 0) * rank
-    elif auto == "VALID":
-        pads = (0, 0) * rank
-    return {"strides": strides, "dilations": dilations, "pads": pads}, left
+    if auto == "VALID":
+        return Spatial(strides, dilations, (0, 0) * rank, "")
+    if auto not in ("SAME_UPPER", "SAME_LOWER"):
+        return Spatial(strides, dilations, pads, "")
+    begins, ends = [], []
+    for axis in range(rank):
+        size = view.dim(node.inputs[0], axis + 2)
+        reach = dilations[axis] * (kernel[axis] - 1)
+        if strides[axis] == 1:
+            total = reach
+        elif isinstance(size, int):
+            total = max(0, (-(-size // strides[axis]) - 1) * strides[axis] + reach + 1 - size)
+        else:
+            return Spatial(strides, dilations, (0, 0) * rank, auto)
+        begins.append(total // 2 if auto == "SAME_UPPER" else total - total // 2)
+        ends.append(total - begins[-1])
+    return Spatial(strides, dilations, (*begins, *ends), "")
 
 
 def _bias(view: View, node: gs.Node, index: int, channels: int) -> Array | Refusal:
@@ -145,12 +153,16 @@ def _bias(view: View, node: gs.Node, index: int, channels: int) -> Array | Refus
     value = view.value(tensor)
     if value is None:
         return Refusal("its bias is not a finite constant")
-    return np.asarray(np.broadcast_to(value.reshape(-1), (channels,))) if value.size in (1, channels) else Refusal(
-        "its bias does not have one number per channel"
+    return (
+        np.asarray(np.broadcast_to(value.reshape(-1), (channels,)))
+        if value.size in (1, channels)
+        else Refusal("its bias does not have one number per channel")
     )
 
 
-def _loader(view: View, weight: gs.Tensor, geometry: Geometry, bias: Array, arrange: Callable[[Array], Array]) -> Callable[[], LinearMap | Refusal]:
+def _loader(
+    view: View, weight: gs.Tensor, geometry: Geometry, bias: Array, arrange: Callable[[Array], Array]
+) -> Callable[[], LinearMap | Refusal]:
     def load() -> LinearMap | Refusal:
         value = view.value(weight)
         return NOT_FINITE if value is None else LinearMap.of(geometry, arrange(value), bias)
@@ -166,14 +178,18 @@ def read_conv(view: View, node: gs.Node) -> Result:
     out, inn, *kernel = weight.shape
     spatial = spatial_attributes(view, node, tuple(kernel))
     bias = _bias(view, node, 2, out)
-    if isinstance(spatial, Refusal) or isinstance(bias, Refusal):
-        return spatial if isinstance(spatial, Refusal) else bias if isinstance(bias, Refusal) else None
-    attributes, auto = spatial
+    if isinstance(spatial, Refusal):
+        return spatial
+    if isinstance(bias, Refusal):
+        return bias
     groups = node.attrs.get("group", 1)
-    geometry = Geometry(
-        out, inn * groups, groups, tuple(kernel), **attributes, auto_pad=auto, biased=bool(np.any(bias))
+    if groups < 1 or out % groups:
+        return Refusal("its groups do not divide its channels")
+    biased = bool(np.any(bias))
+    geometry = Geometry(out, inn * groups, groups, tuple(kernel), *spatial, biased=biased)
+    return Reading(
+        (node,), node.inputs[0], geometry, 1, "conv", weight, _loader(view, weight, geometry, bias, lambda w: w)
     )
-    return Reading((node,), node.inputs[0], geometry, 1, "conv", weight, _loader(view, weight, geometry, bias, lambda w: w))
 
 
 @reads("ConvTranspose")
@@ -188,19 +204,23 @@ def read_conv_transpose(view: View, node: gs.Node) -> Result:
     out *= groups
     spatial = spatial_attributes(view, node, tuple(kernel))
     bias = _bias(view, node, 2, out)
-    if isinstance(spatial, Refusal) or isinstance(bias, Refusal):
-        return spatial if isinstance(spatial, Refusal) else bias if isinstance(bias, Refusal) else None
-    attributes, _ = spatial
-    geometry = Geometry(
-        out, inn, groups, tuple(kernel), **attributes, transposed=True,
-        output_padding=tuple(node.attrs.get("output_padding", (0,) * len(kernel))), biased=bool(np.any(bias)),
-    )  # fmt: skip
+    if isinstance(spatial, Refusal):
+        return spatial
+    if isinstance(bias, Refusal):
+        return bias
+    if groups < 1 or inn % groups:
+        return Refusal("its groups do not divide its channels")
+    extra = tuple(node.attrs.get("output_padding", (0,) * len(kernel)))
+    biased = bool(np.any(bias))
+    geometry = Geometry(out, inn, groups, tuple(kernel), *spatial, transposed=True, output_padding=extra, biased=biased)
 
     def arrange(w: Array) -> Array:  # ONNX keeps (in, out / groups, *kernel)
-        blocks = w.reshape(groups, inn // groups, out // groups, *kernel)
-        return blocks.swapaxes(1, 2).reshape(out, inn // groups, *kernel)
+        blocks: Array = w.reshape(groups, inn // groups, out // groups, *kernel)
+        return np.reshape(blocks.swapaxes(1, 2), (out, inn // groups, *kernel))
 
-    return Reading((node,), node.inputs[0], geometry, 1, "conv-transpose", weight, _loader(view, weight, geometry, bias, arrange))
+    return Reading(
+        (node,), node.inputs[0], geometry, 1, "conv-transpose", weight, _loader(view, weight, geometry, bias, arrange)
+    )
 
 
 @reads("Gemm")
@@ -214,7 +234,9 @@ def read_gemm(view: View, node: gs.Node) -> Result:
     inn, out = reversed(weight.shape) if flip else weight.shape
     alpha, beta = node.attrs.get("alpha", 1.0), node.attrs.get("beta", 1.0)
     held = view.optional(node, 2)
-    if held is not None and (held.shape is None or len(held.shape) > 2 or (len(held.shape) == 2 and held.shape[0] != 1)):
+    if held is not None and (
+        held.shape is None or len(held.shape) > 2 or (len(held.shape) == 2 and held.shape[0] != 1)
+    ):
         return Refusal("its bias differs between rows")
     bias = _bias(view, node, 2, out)
     if isinstance(bias, Refusal):
@@ -259,7 +281,11 @@ def _diagonal(node: gs.Node, source: gs.Tensor, scale: Array, shift: Array, axis
 def read_batch_normalization(view: View, node: gs.Node) -> Result:
     """γ(x − μ)/√(σ² + ε) + β at inference."""
     attrs = node.attrs
-    if attrs.get("training_mode", 0) or (view.opset < 7 and not attrs.get("is_test", 0)) or any(o.name for o in node.outputs[1:]):
+    if (
+        attrs.get("training_mode", 0)
+        or (view.opset < 7 and not attrs.get("is_test", 0))
+        or any(o.name for o in node.outputs[1:])
+    ):
         return Refusal("it normalises with the batch's own statistics (training mode)")
     if not attrs.get("spatial", 1):
         return Refusal("it normalises each position on its own (spatial = 0)")
@@ -273,7 +299,9 @@ def read_batch_normalization(view: View, node: gs.Node) -> Result:
     return _diagonal(node, node.inputs[0], scale, shift, 1)
 
 
-def _channel_constant(view: View, node: gs.Node, constant: gs.Tensor, source: gs.Tensor) -> tuple[Array, int | None] | None:
+def _channel_constant(
+    view: View, node: gs.Node, constant: gs.Tensor, source: gs.Tensor
+) -> tuple[Array, int | None] | None:
     """The numbers of a constant that scales or shifts `source` per channel, and the channel axis.
 
     None where it differs along several axes, or where broadcasting could enlarge `source`.
@@ -328,7 +356,7 @@ def read_arithmetic(view: View, node: gs.Node) -> Result:
 
 def _matmul_bias(view: View, node: gs.Node, source: gs.Tensor, value: Array, axis: int | None) -> Result:
     maker = view.producer(source)
-    if view.op(maker) != "MatMul" or view.sole_reader(source) is not node:
+    if not view.is_a(maker, "MatMul") or view.sole_reader(source) is not node:
         return None
     product = linear(view, maker)
     if product is None or axis not in (product.axis, None):
@@ -377,15 +405,14 @@ def read_average_pool(view: View, node: gs.Node) -> Result:
     spatial = spatial_attributes(view, node, kernel)
     if isinstance(spatial, Refusal):
         return spatial
-    attributes, auto = spatial
     channels = view.dim(node.inputs[0], 1)
     if not isinstance(channels, int):
         return Refusal("the number of channels is not known")
     if node.attrs.get("ceil_mode", 0):
         return Refusal("its last window may reach over the edge (ceil_mode)")
-    if (any(attributes["pads"]) and not node.attrs.get("count_include_pad", 0)) or auto:
+    if (any(spatial.pads) and not node.attrs.get("count_include_pad", 0)) or spatial.auto_pad:
         return Refusal("its windows at the border average fewer elements")
-    geometry = Geometry(channels, channels, channels, kernel, **attributes)
+    geometry = Geometry(channels, channels, channels, kernel, *spatial)
     weights = np.full((channels, 1, *kernel), 1 / math.prod(kernel))
     return Reading((node,), node.inputs[0], geometry, 1, "pool", None, lambda: LinearMap.of(geometry, weights))
 
@@ -415,15 +442,19 @@ def read_reduction(view: View, node: gs.Node) -> Result:
         return None
     row = np.full((1, channels), 1.0 if node.op == "ReduceSum" else 1.0 / channels)
     return Reading(
-        (node,), node.inputs[0], pointwise_geometry(1, channels), axes[0], "reduction", None, lambda: LinearMap.pointwise(row)
+        (node,),
+        node.inputs[0],
+        pointwise_geometry(1, channels),
+        axes[0],
+        "reduction",
+        None,
+        lambda: LinearMap.pointwise(row),
     )
 
 
 def _selection(node: gs.Node, source: gs.Tensor, picks: Sequence[int], channels: int, axis: int) -> Reading:
     geometry = pointwise_geometry(len(picks), channels)
-    return Reading(
-        (node,), source, geometry, axis, "selection", None, lambda: LinearMap.selection(picks, channels)
-    )
+    return Reading((node,), source, geometry, axis, "selection", None, lambda: LinearMap.selection(picks, channels))
 
 
 def slice_parameters(view: View, node: gs.Node) -> list[tuple[int, int, int, int]] | None:
@@ -497,7 +528,9 @@ def read_concat(view: View, node: gs.Node) -> list[Reading] | None:
         return None
     starts, total = np.concatenate([[0], np.cumsum(sizes)]).tolist(), sum(sizes)
     return [
-        _selection(node, t, [c - starts[i] if starts[i] <= c < starts[i + 1] else -1 for c in range(total)], sizes[i], axis)
+        _selection(
+            node, t, [c - starts[i] if starts[i] <= c < starts[i + 1] else -1 for c in range(total)], sizes[i], axis
+        )
         for i, t in enumerate(node.inputs)
     ]
 
@@ -550,10 +583,10 @@ def pad_parameters(view: View, node: gs.Node) -> tuple[list[int], str, float | N
 def read_shuffle(view: View, node: gs.Node) -> Result:
     """Channel shuffle: Reshape (N, g, C/g, …) → Transpose (swap g and C/g) → Reshape back is a permutation."""
     transpose = view.producer(node.inputs[0])
-    if view.op(transpose) != "Transpose" or view.sole_reader(node.inputs[0]) is not node:
+    if transpose is None or view.op(transpose) != "Transpose" or view.crowd(node.inputs[0]):
         return None
     split = view.producer(transpose.inputs[0])
-    if view.op(split) != "Reshape" or view.sole_reader(transpose.inputs[0]) is not transpose:
+    if split is None or view.op(split) != "Reshape" or view.crowd(transpose.inputs[0]):
         return None
     source = split.inputs[0]
     before, inner, after = (view.shape(t) for t in (source, split.outputs[0], node.outputs[0]))

@@ -8,7 +8,7 @@ only, and writes graphsurgeon's links back once, in `close`.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 import onnx
@@ -55,7 +55,7 @@ class View:
         bodies = [body for node in graph.nodes for body in node.subgraphs(recursive=True)]
         inner = [t for body in bodies for node in body.nodes for t in (*node.inputs, *node.outputs)]
         inner += [t for body in bodies for t in (*body.inputs, *body.outputs)]
-        self._captured = {id(t) for t in inner}
+        self._captured = {t.name for t in inner if t.name}
         self._names = {t.name for t in (*self._tensors.values(), *graph.inputs, *inner)}.union(reserved)
         self.changed = False
 
@@ -88,6 +88,10 @@ class View:
             return ""
         return str(node.op)
 
+    def is_a(self, node: gs.Node | None, *ops: str) -> TypeGuard[gs.Node]:
+        """Whether `node` is one of ONNX's own operators of these names."""
+        return self.op(node) in ops
+
     def producer(self, tensor: gs.Tensor) -> gs.Node | None:
         return self._producer.get(id(tensor))
 
@@ -100,7 +104,7 @@ class View:
         """Why this tensor's value must stay observable, else ""."""
         if id(tensor) in self._outputs:
             return f"{tensor.name!r} is a graph output"
-        if id(tensor) in self._captured:
+        if tensor.name in self._captured:
             return f"{tensor.name!r} is read inside a control-flow body"
         return ""
 
@@ -241,12 +245,13 @@ class View:
     def new_variable(self, name: str, like: gs.Tensor, shape: Shape | None = None) -> gs.Variable:
         return gs.Variable(self.unique(name), dtype=like.dtype, shape=shape)
 
-    def rename(self, tensor: gs.Tensor, suffix: str) -> None:
+    def rename(self, tensor: gs.Tensor, suffix: str) -> str:
         """A tensor whose value changes gets a new name: a name means the original's value, or nothing."""
         old, tensor.name = tensor.name, self.unique(f"{tensor.name}{suffix}")
         if old in self.sizes:
             self.sizes[tensor.name] = self.sizes[old]
         self.changed = True
+        return str(tensor.name)
 
     def add(self, node: gs.Node, at: gs.Node) -> gs.Node:
         """Put `node` where `at` stands; several additions at one place keep their order."""

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from pwopt import forms
 from pwopt.graph import View
+from pwopt.linear import Refusal
 
 SQRT_HALF = math.sqrt(0.5)
 
@@ -36,7 +38,8 @@ def peel(view: View, tensor: gs.Tensor, *, into: bool = True) -> Peeled:
     into : bool
         Whether `tensor` itself may be such a result; it must then have one reader only.
     """
-    scale, shift, nodes = 1.0, 0.0, []
+    scale, shift = 1.0, 0.0
+    nodes: list[gs.Node] = []
     while len(nodes) < 8:
         node = view.producer(tensor)
         if (into or nodes) and view.sole_reader(tensor) is None:
@@ -45,7 +48,7 @@ def peel(view: View, tensor: gs.Tensor, *, into: bool = True) -> Peeled:
         if reading is None or reading.kind != "diagonal" or reading.axis is not None:
             break
         step = reading.load()
-        if isinstance(step, forms.Refusal):
+        if isinstance(step, Refusal):
             break
         shift += scale * float(step.bias[0])
         scale *= float(step.scale[0])
@@ -76,12 +79,12 @@ class Activation:
     beta: float = 0.0
 
 
-def near(value: float, target: float, dtype: np.dtype | None) -> bool:
+def near(value: float, target: float, dtype: np.dtype[Any] | None) -> bool:
     """Equal up to the rounding of two constants in the model's type."""
     return abs(value - target) <= 2 * epsilon(dtype) * abs(target)
 
 
-def epsilon(dtype: np.dtype | None) -> float:
+def epsilon(dtype: np.dtype[Any] | None) -> float:
     name = "float32" if dtype is None else str(dtype)
     return {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float64": 2.0**-52}.get(name, 2.0**-23)
 
@@ -97,7 +100,7 @@ def activation(view: View, node: gs.Node) -> Activation | None:
     if outer.nodes and view.sole_reader(outer.base) is None:
         return None
     dtype = view.dtype(node.outputs[0])
-    if view.op(inner) == "Mul":
+    if view.is_a(inner, "Mul"):
         return _gated(view, inner, outer, dtype)
     return _hard_sigmoid(view, outer, dtype)
 
@@ -120,19 +123,21 @@ def _clip(view: View, tensor: gs.Tensor) -> tuple[gs.Tensor, float, tuple[gs.Nod
     limits = [view.uniform(t) for t in node.inputs]
     index = next((i for i in (0, 1) if limits[i] is None and limits[1 - i] is not None), None)
     high = None if index is None else limits[1 - index]
-    if index is None or high is None or view.sole_reader(node.inputs[index]) is not node:
+    if index is None or high is None or view.crowd(node.inputs[index]):
         return None
     floor = view.producer(node.inputs[index])
-    if view.op(floor) == "Relu":
+    if floor is None:
+        return None
+    if view.is_a(floor, "Relu"):
         return floor.inputs[0], high, (node, floor)
-    if view.op(floor) == "Max" and len(floor.inputs) == 2:
+    if view.is_a(floor, "Max") and len(floor.inputs) == 2:
         for i in (0, 1):
             if view.uniform(floor.inputs[1 - i]) == 0 and view.constant(floor.inputs[i]) is None:
                 return floor.inputs[i], high, (node, floor)
     return None
 
 
-def _hard_sigmoid(view: View, outer: Peeled, dtype: np.dtype | None) -> Activation | None:
+def _hard_sigmoid(view: View, outer: Peeled, dtype: np.dtype[Any] | None) -> Activation | None:
     """scale·clip(a·x + b, 0, 1/scale) = clip(scale·a·x + scale·b, 0, 1)."""
     clip = _clip(view, outer.base)
     if clip is None or not near(outer.scale * clip[1], 1.0, dtype):
@@ -142,12 +147,16 @@ def _hard_sigmoid(view: View, outer: Peeled, dtype: np.dtype | None) -> Activati
     return Activation("HardSigmoid", x.base, nodes, x.scale * outer.scale, x.shift * outer.scale)
 
 
-def _gated(view: View, product: gs.Node, outer: Peeled, dtype: np.dtype | None) -> Activation | None:
+def _gated(view: View, product: gs.Node, outer: Peeled, dtype: np.dtype[Any] | None) -> Activation | None:
     """scale·(p·x)·(q·f(a·x + b) + r) for f a clip, HardSigmoid, Sigmoid or Erf."""
     for i in (0, 1):
         gate = peel(view, product.inputs[i])
         f = view.producer(gate.base)
-        if f is None or view.sole_reader(gate.base) is None or view.op(f) not in ("Clip", "Min", "HardSigmoid", "Sigmoid", "Erf"):
+        if (
+            f is None
+            or view.sole_reader(gate.base) is None
+            or view.op(f) not in ("Clip", "Min", "HardSigmoid", "Sigmoid", "Erf")
+        ):
             continue
         other = product.inputs[1 - i]
         clip = _clip(view, gate.base)
@@ -157,14 +166,28 @@ def _gated(view: View, product: gs.Node, outer: Peeled, dtype: np.dtype | None) 
             side = Peeled(other)
         if side.base is not inner.base or side.shift:
             continue
-        nodes = (*outer.nodes, product, *side.nodes, *gate.nodes, *(clip[2] if clip is not None else (f,)), *inner.nodes)
+        nodes = (
+            *outer.nodes,
+            product,
+            *side.nodes,
+            *gate.nodes,
+            *(clip[2] if clip is not None else (f,)),
+            *inner.nodes,
+        )
         found = _name_gate(f, clip, inner, gate, outer.scale * side.scale, dtype)
         if found is not None:
             return Activation(found[0], inner.base, nodes, *found[1:])
     return None
 
 
-def _name_gate(f: gs.Node, clip: tuple[gs.Tensor, float, tuple[gs.Node, ...]] | None, inner: Peeled, gate: Peeled, scale: float, dtype: np.dtype | None) -> tuple[str, float, float] | None:
+def _name_gate(
+    f: gs.Node,
+    clip: tuple[gs.Tensor, float, tuple[gs.Node, ...]] | None,
+    inner: Peeled,
+    gate: Peeled,
+    scale: float,
+    dtype: np.dtype[Any] | None,
+) -> tuple[str, float, float] | None:
     q, r = scale * gate.scale, scale * gate.shift
     if clip is not None:
         ok = r == 0 and near(q * clip[1], 1.0, dtype)
@@ -188,17 +211,17 @@ def layer_norm_affine(view: View, root: gs.Node) -> list[gs.Node]:
     """
     divide = view.sole_reader(root.outputs[0]) if root.outputs else None
     epsilon_add = view.producer(root.inputs[0])
-    if view.op(divide) != "Div" or view.op(epsilon_add) != "Add":
+    if not view.is_a(divide, "Div") or not view.is_a(epsilon_add, "Add"):
         return []
     if not any(view.op(view.producer(t)) == "ReduceMean" for t in epsilon_add.inputs):
         return []
     if view.op(view.producer(divide.inputs[0])) != "Sub":
         return []
     scale = view.sole_reader(divide.outputs[0])
-    if view.op(scale) != "Mul":
+    if not view.is_a(scale, "Mul"):
         return []
     shift = view.sole_reader(scale.outputs[0])
-    return [scale, shift] if view.op(shift) == "Add" else [scale]
+    return [scale, shift] if view.is_a(shift, "Add") else [scale]
 
 
 def fused_by_runtime(view: View) -> dict[int, str]:

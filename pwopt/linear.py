@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -98,7 +99,9 @@ class Geometry:
         return replace(self, kernel=ones, strides=ones, dilations=ones, pads=(0,) * 2 * rank)
 
 
-def pointwise_geometry(out_channels: int, in_channels: int, *, groups: int = 1, rank: int = 0, biased: bool = False) -> Geometry:
+def pointwise_geometry(
+    out_channels: int, in_channels: int, *, groups: int = 1, rank: int = 0, biased: bool = False
+) -> Geometry:
     return Geometry(out_channels, in_channels, groups, biased=biased).at_rank(rank)
 
 
@@ -124,20 +127,20 @@ def compose_geometry(second: Geometry, first: Geometry) -> Geometry | Refusal:
             second = second.at_rank(first.rank)
         else:
             return Refusal(f"a {first.rank}-D map and a {second.rank}-D map do not compose")
-    channels = dict(
+    joined = replace(
+        first,
         out_channels=second.out_channels,
-        in_channels=first.in_channels,
         groups=math.gcd(first.groups, second.groups),
         biased=first.biased or second.biased,
     )
     if second.pointwise:
-        return replace(first, **channels)
+        return joined
     if second.padded and first.biased:
         return Refusal("the first map's bias would be missing in the zero padding of the second")
     if second.transposed and first.biased:
         return Refusal("the first map's bias would be missing at the zeros that a transposed convolution inserts")
     if first.pointwise:
-        return replace(second, **channels)
+        return replace(second, in_channels=first.in_channels, groups=joined.groups, biased=joined.biased)
     if first.transposed or second.transposed:
         return Refusal("a transposed convolution composes with pointwise maps only")
     if first.auto_pad or second.auto_pad:
@@ -149,7 +152,9 @@ def compose_geometry(second: Geometry, first: Geometry) -> Geometry | Refusal:
         s1, d1, d2 = first.strides[axis], first.dilations[axis], second.dilations[axis]
         pads1, pads2 = first.pads[axis::rank], second.pads[axis::rank]
         if any(pads2) and (k1 > 1 or any(pads1)):
-            return Refusal("the second map's zero padding lies inside the first map's reach, so the border would change")
+            return Refusal(
+                "the second map's zero padding lies inside the first map's reach, so the border would change"
+            )
         step = math.gcd(s1 * d2 if k2 > 1 else 0, d1 if k1 > 1 else 0) or 1
         kernel.append(((k1 - 1) * d1 + (k2 - 1) * s1 * d2) // step + 1)
         dilations.append(step)
@@ -157,8 +162,7 @@ def compose_geometry(second: Geometry, first: Geometry) -> Geometry | Refusal:
         begins.append(begin)
         ends.append(end)
     return replace(
-        first,
-        **channels,
+        joined,
         kernel=tuple(kernel),
         strides=tuple(a * b for a, b in zip(first.strides, second.strides, strict=True)),
         dilations=tuple(dilations),
@@ -196,6 +200,25 @@ def align_geometry(maps: Sequence[Geometry]) -> Geometry | Refusal:
     if min(begins + ends, default=0) < 0:
         return Refusal("a shared stencil would need negative padding")
     return replace(maps[0], kernel=tuple(kernel), dilations=tuple(dilations), pads=(*begins, *ends))
+
+
+def _last(index: Sequence[int | slice]) -> tuple[Any, ...]:
+    """An index into the last axes."""
+    return (Ellipsis, *index)
+
+
+def _lattice(
+    tap: Sequence[int], dilations: Sequence[int], strides: Sequence[int], counts: Sequence[int]
+) -> tuple[Any, ...]:
+    """The positions dilation·tap + stride·p for p below `counts`, per spatial axis."""
+    parts = zip(tap, dilations, strides, counts, strict=True)
+    return _last([slice(t * d, t * d + s * (count - 1) + 1, s) for t, d, s, count in parts])
+
+
+def _contract(weight: Array, x: Array) -> Array:
+    """Σ_i weight[g, o, i]·x[n, g, i, …]"""
+    product: Array = np.einsum("goi,ngi...->ngo...", weight, x)
+    return product
 
 
 @dataclass(frozen=True, eq=False)
@@ -327,7 +350,7 @@ class LinearMap:
                 start = t if transposed_tap else t * g1.strides[axis] * g2.dilations[axis] // step
                 hop = max(1, g1.dilations[axis] // step)
                 places.append(slice(start, start + hop * (kernel1[axis] - 1) + 1, hop))
-            weight[(..., *places)] += product
+            weight[_last(places)] += product
         if blocks1 > 1:
             weight = weight.swapaxes(1, 2)
         through = second.weight.reshape(g2.groups, -1, g2.in_channels // g2.groups, g2.taps).sum(-1)
@@ -344,7 +367,7 @@ class LinearMap:
             start = (stencil.pads[axis] - m.geometry.pads[axis]) // step
             hop = max(1, m.geometry.dilations[axis] // step)
             places.append(slice(start, start + hop * (m.geometry.kernel[axis] - 1) + 1, hop))
-        weight[(..., *places)] = m.weight
+        weight[_last(places)] = m.weight
         return weight
 
     def __add__(self, other: LinearMap) -> LinearMap | Refusal:
@@ -374,34 +397,23 @@ class LinearMap:
         space = x.shape[2:]
         grouped_in = (n, g.groups, g.in_channels // g.groups)
         weight = self.weight.reshape(g.groups, -1, g.in_channels // g.groups, *g.kernel)
-        taps = list(itertools.product(*map(range, g.kernel)))
         if g.transposed:
             full = [
                 (s - 1) * g.strides[a] + (g.kernel[a] - 1) * g.dilations[a] + 1 + g.output_padding[a]
                 for a, s in enumerate(space)
             ]
             y = np.zeros((n, g.out_channels, *full))
-            for tap in taps:
-                part = np.einsum("goi,ngi...->ngo...", weight[(..., *tap)], x.reshape(*grouped_in, *space))
-                place = tuple(
-                    slice(t * d, t * d + s * (e - 1) + 1, s)
-                    for t, d, s, e in zip(tap, g.dilations, g.strides, space, strict=True)
-                )
-                y[(..., *place)] += part.reshape(n, g.out_channels, *space)
-            y = y[(..., *(slice(b, size - e) for b, e, size in zip(begins, ends, full, strict=True)))]
+            for tap in itertools.product(*map(range, g.kernel)):
+                part = _contract(weight[_last(tap)], x.reshape(*grouped_in, *space))
+                y[_lattice(tap, g.dilations, g.strides, space)] += part.reshape(n, g.out_channels, *space)
+            y = y[_last([slice(b, size - e) for b, e, size in zip(begins, ends, full, strict=True)])]
         else:
             x = np.pad(x, [(0, 0), (0, 0), *zip(begins, ends, strict=True)])
-            out = [
-                (x.shape[2 + a] - g.dilations[a] * (g.kernel[a] - 1) - 1) // g.strides[a] + 1 for a in range(rank)
-            ]
+            out = [(x.shape[2 + a] - g.dilations[a] * (g.kernel[a] - 1) - 1) // g.strides[a] + 1 for a in range(rank)]
             y = np.zeros((n, g.out_channels, *out))
-            for tap in taps:
-                place = tuple(
-                    slice(t * d, t * d + s * (e - 1) + 1, s)
-                    for t, d, s, e in zip(tap, g.dilations, g.strides, out, strict=True)
-                )
-                part = np.einsum("goi,ngi...->ngo...", weight[(..., *tap)], x[(..., *place)].reshape(*grouped_in, *out))
-                y += part.reshape(n, g.out_channels, *out)
+            for tap in itertools.product(*map(range, g.kernel)):
+                seen = x[_lattice(tap, g.dilations, g.strides, out)].reshape(*grouped_in, *out)
+                y += _contract(weight[_last(tap)], seen).reshape(n, g.out_channels, *out)
         return y + self.bias.reshape(-1, *(1,) * rank)
 
 

@@ -38,7 +38,7 @@ EXTERNAL_THRESHOLD = 1024
 ALIGNMENT = 4096
 
 
-class StoredValues(LazyValues):
+class StoredValues(LazyValues):  # type: ignore[misc]
     """Values of an initializer, read from its message or its file each time they are asked for."""
 
     def __init__(self, tensor: TensorProto, folder: Path | None) -> None:
@@ -82,6 +82,12 @@ class Model:
     def opset(self) -> int:
         return int(self.graph.opset)
 
+    def names(self) -> set[str]:
+        """Names that new tensors must not take, though the graph may not show them."""
+        return {t.name for t in self.proto.graph.initializer} | {
+            s.values.name for s in self.proto.graph.sparse_initializer
+        }
+
     def to_proto(self) -> onnx.ModelProto:
         """The graph as a model: the original's messages wherever the graph still says the same."""
         if self.unchanged():
@@ -122,19 +128,16 @@ class Model:
         """Whether the graph still says exactly what the file said."""
         if len(self.graph.nodes) != len(self.proto.graph.node):
             return False
-        same = all(
-            self._original(node) is proto
-            and [t.name for t in node.inputs] == list(proto.input)
-            and [t.name for t in node.outputs] == list(proto.output)
-            for node, proto in zip(self.graph.nodes, self.proto.graph.node, strict=True)
-        )
+        pairs = zip(self.graph.nodes, self.proto.graph.node, strict=True)
+        same = all(_same_edges(node, proto) and self._original(node) is proto for node, proto in pairs)
         return same and all(isinstance(c._values, StoredValues) for c, _ in self._constants.values())
 
     def _original(self, node: gs.Node) -> onnx.NodeProto | None:
         """The message a node came from, if its operator and attributes are still those."""
-        held, proto, attrs = self._nodes.get(id(node), (None, None, {}))
-        if held is not node or proto is None:
+        found = self._nodes.get(id(node))
+        if found is None or found[0] is not node:
             return None
+        _, proto, attrs = found
         same = (node.op, node.name, node.domain or "") == (proto.op_type, proto.name, proto.domain)
         return proto if same and _snapshot(node.attrs) == attrs else None
 
@@ -144,32 +147,36 @@ class Model:
             if proto is None:
                 yield OnnxExporter.export_node(node)
                 continue
-            inputs, outputs = [t.name for t in node.inputs], [t.name for t in node.outputs]
-            if inputs != list(proto.input) or outputs != list(proto.output):
+            if not _same_edges(node, proto):
                 original, proto = proto, onnx.NodeProto()
                 proto.CopyFrom(original)
-                proto.input[:], proto.output[:] = inputs, outputs
+                proto.input[:] = [t.name for t in node.inputs]
+                proto.output[:] = [t.name for t in node.outputs]
             yield proto
 
     def _constant_tensors(self) -> dict[str, gs.Constant]:
         """Constants in use, by name: read by a node or captured by a body, or being a graph output."""
         captured = captured_names(self.proto.graph.node)
-        used = {
-            t.name: t for node in self.graph.nodes for t in node.inputs if isinstance(t, gs.Constant)
-        } | {t.name: t for t in self.graph.outputs if isinstance(t, gs.Constant)}
+        used = {t.name: t for node in self.graph.nodes for t in node.inputs if isinstance(t, gs.Constant)} | {
+            t.name: t for t in self.graph.outputs if isinstance(t, gs.Constant)
+        }
         for name, (constant, _) in self._constants.items():
             if name in captured:
                 used.setdefault(name, constant)
         return used
 
     def _constant_proto(self, constant: gs.Constant) -> TensorProto:
-        held, proto = self._constants.get(constant.name, (None, None))
-        if held is constant and proto is not None:
+        held, proto = self._constants.get(constant.name, (None, TensorProto()))
+        if held is constant:
             if isinstance(constant._values, StoredValues):
                 return proto
             if np.array_equal(StoredValues(proto, self.folder).load(), constant._values):
                 return proto
         return numpy_helper.from_array(np.asarray(constant.values), constant.name)
+
+
+def _same_edges(node: gs.Node, proto: onnx.NodeProto) -> bool:
+    return [t.name for t in node.inputs] == list(proto.input) and [t.name for t in node.outputs] == list(proto.output)
 
 
 def _copy_fields(source: Any, target: Any, skip: set[str]) -> None:
@@ -307,7 +314,9 @@ def _check_external(proto: onnx.ModelProto, folder: Path | None) -> None:
             raise ModelError("a model in memory has no folder for its external data; give its path instead")
         path = folder / info.location
         if Path(info.location).is_absolute() or not path.resolve().is_relative_to(folder):
-            raise ModelError(f"external data {info.location!r} of {tensor.name!r} lies outside the model's folder; move it")
+            raise ModelError(
+                f"external data {info.location!r} of {tensor.name!r} lies outside the model's folder; move it"
+            )
         if not path.is_file():
             raise ModelError(f"external data {info.location!r} of {tensor.name!r} is missing; put it beside the model")
         if (info.offset or 0) + (info.length or 0) > path.stat().st_size:
@@ -453,7 +462,9 @@ def _data_files_of(path: Path) -> set[str]:
 
 def _externalise(model: onnx.ModelProto, path: Path, folder: Path | None) -> onnx.ModelProto:
     """Copy external data into new files beside `path`; returns the model that refers to them."""
-    locations = list(dict.fromkeys(ExternalDataInfo(t).location for t in model.graph.initializer if uses_external_data(t)))
+    locations = list(
+        dict.fromkeys(ExternalDataInfo(t).location for t in model.graph.initializer if uses_external_data(t))
+    )
     if not locations:
         return model
     if folder is None:

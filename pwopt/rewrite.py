@@ -30,6 +30,8 @@ class Rewrite:
         Multiply-adds of those; 0 where sizes are not known.
     residual : float
         Largest relative rounding of folded weights, max |rounded − exact| / max |exact|.
+    became : tuple of (str, str)
+        Outputs of the removed operators, each with the tensor that their replacement produces ("" if none).
     pass_name, site : str
         Filled in by the driver. The site is stable across runs: pass name and output tensor.
     """
@@ -40,8 +42,14 @@ class Rewrite:
     macs_before: int = 0
     macs_after: int = 0
     residual: float = 0.0
+    became: tuple[tuple[str, str], ...] = ()
     pass_name: str = ""
     site: str = ""
+
+    @property
+    def tensor(self) -> str:
+        """The output tensor of the place."""
+        return self.site.partition(":")[2]
 
 
 @dataclass(frozen=True)
@@ -51,6 +59,11 @@ class Skip:
     reason: str
     pass_name: str = ""
     site: str = ""
+
+    @property
+    def tensor(self) -> str:
+        """The output tensor of the place."""
+        return self.site.partition(":")[2]
 
 
 class Pass:
@@ -185,6 +198,8 @@ class Rewriter(View):
         before = [macs(self, n) for n in old]
         removed = tuple(describe(n) for n in old)
         kept = list(new)
+        result = kept[-1].outputs[0].name if kept else ""
+        became = tuple((t.name, result) for n in old for t in n.outputs if t.name)
         for node in kept:
             self.add(node, at=old[-1])
         neighbours = [self.producer(t) for n in old for t in n.inputs]
@@ -203,6 +218,7 @@ class Rewriter(View):
             sum(m or 0 for m in before) if exact else 0,
             sum(m or 0 for m in after) if exact else 0,
             residual,
+            became,
         )
 
 

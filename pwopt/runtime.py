@@ -53,10 +53,15 @@ def onnxruntime() -> ModuleType:
     try:
         import onnxruntime as ort
     except ImportError as error:
-        raise ProviderError(f"onnxruntime cannot be imported ({error}); pip install 'pwopt[cpu]' or 'pwopt[gpu]'") from error
+        raise ProviderError(
+            f"onnxruntime cannot be imported ({error}); pip install 'pwopt[cpu]' or 'pwopt[gpu]'"
+        ) from error
     if not hasattr(ort, "InferenceSession"):  # two wheels overwrote each other
-        raise ProviderError("the onnxruntime installation is broken; uninstall every onnxruntime wheel, then install one")
-    return ort
+        raise ProviderError(
+            "the onnxruntime installation is broken; uninstall every onnxruntime wheel, then install one"
+        )
+    module: ModuleType = ort
+    return module
 
 
 def available() -> bool:
@@ -256,7 +261,9 @@ def check_shapes(specs: Sequence[InputSpec], shapes: Mapping[str, Sequence[int]]
         if name not in known:
             raise UsageError(f"there is no input {name!r}; the model has {', '.join(map(repr, known)) or 'none'}")
         declared = known[name].shape
-        clash = len(shape) != len(declared) or any(isinstance(d, int) and d > 0 and d != s for d, s in zip(declared, shape, strict=True))
+        clash = len(shape) != len(declared) or any(
+            isinstance(d, int) and d > 0 and d != s for d, s in zip(declared, shape, strict=True)
+        )
         if clash:
             wanted = "x".join(str(d) if d is not None else "?" for d in declared)
             raise UsageError(f"--shape {name}={'x'.join(map(str, shape))} does not fit the input, which is {wanted}")
@@ -307,14 +314,16 @@ def _guess(spec: InputSpec, axis: int, image: tuple[int, int]) -> int:
     return LENGTH
 
 
-def make_feeds(specs: Sequence[InputSpec], shapes: Mapping[str, Sequence[int]], kind: str = "normal", seed: int = 0) -> Feeds:
-    """Random inputs: "normal", "uniform" on [0, 1) or "zeros" for floats; 0 and 1 for integers; reproducible."""
+def make_feeds(
+    specs: Sequence[InputSpec], shapes: Mapping[str, Sequence[int]], kind: str = "normal", seed: int = 0
+) -> Feeds:
+    """Random inputs: "normal" or "uniform" on [0, 1) for floats; 0 and 1 for integers; reproducible."""
     rng = np.random.default_rng(seed)
     feeds: Feeds = {}
     for spec in specs:
         shape = tuple(shapes[spec.name])
         if spec.dtype.kind in "fV":
-            values = {"normal": rng.standard_normal, "uniform": rng.random, "zeros": np.zeros}[kind](shape)
+            values = rng.random(shape) if kind == "uniform" else rng.standard_normal(shape)
             feeds[spec.name] = np.asarray(values).astype(spec.dtype)
         elif spec.dtype.kind in "iub":
             feeds[spec.name] = rng.integers(0, 2, shape).astype(spec.dtype)
@@ -338,7 +347,10 @@ def load_feeds(path: str | os.PathLike[str], specs: Sequence[InputSpec]) -> Feed
         raise UsageError(f"{os.fspath(path)!r} cannot be read as .npz ({error}); save one with numpy.savez") from error
     missing = [s.name for s in specs if s.name not in arrays]
     if missing:
-        raise UsageError(f"{os.fspath(path)!r} lacks the inputs {', '.join(map(repr, missing))}; it has {', '.join(map(repr, arrays))}")
+        raise UsageError(
+            f"{os.fspath(path)!r} lacks the inputs {', '.join(map(repr, missing))}; "
+            f"it has {', '.join(map(repr, arrays))}"
+        )
     check_shapes(specs, {s.name: arrays[s.name].shape for s in specs})
     return {s.name: arrays[s.name].astype(s.dtype) for s in specs}
 

@@ -18,9 +18,7 @@ def dims(value: onnx.TypeProto) -> Shape | None:
     """Dimensions of a tensor type: an int where fixed, a str where named, None where unknown."""
     if not value.HasField("tensor_type") or not value.tensor_type.HasField("shape"):
         return None
-    return tuple(
-        d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in value.tensor_type.shape.dim
-    )
+    return tuple(d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in value.tensor_type.shape.dim)
 
 
 def known(shape: Sequence[Dim] | None) -> tuple[int, ...] | None:
@@ -84,7 +82,7 @@ def infer(
     except Exception:  # inference stops at what it does not understand; what is declared still holds
         inferred = light
     graph = inferred.graph
-    types = {t.name: (t.data_type, tuple(t.dims)) for t in graph.initializer}
+    types: dict[str, tuple[int, Shape | None]] = {t.name: (t.data_type, tuple(t.dims)) for t in graph.initializer}
     for value in [*graph.input, *graph.value_info, *graph.output]:
         if value.type.HasField("tensor_type"):
             types[value.name] = (value.type.tensor_type.elem_type, dims(value.type))

@@ -54,7 +54,9 @@ class Race:
         return float(low), float(high)
 
 
-def race(sessions: Sequence[Session], feeds: Feeds, budget: float, progress: Callable[[float], None] = lambda _: None) -> Race:
+def race(
+    sessions: Sequence[Session], feeds: Feeds, budget: float, progress: Callable[[float], None] = lambda _: None
+) -> Race:
     """Time models against each other on the same inputs.
 
     Every round runs each model once, in random order, so that drift and noise hit all alike.

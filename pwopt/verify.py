@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 
 from pwopt.errors import ModelError, UsageError
+from pwopt.model import load
 from pwopt.runtime import Feeds, InputSpec, Session, candidate_shapes, check_shapes, input_specs, load_feeds, make_feeds
 
 #: An output passes if its deviation is within this many times the original's noise floor.
@@ -61,7 +62,9 @@ class Equivalence:
     atol: float | None
 
     def worst(self) -> OutputCheck | None:
-        return max(self.outputs, key=lambda o: (not o.passed, o.max_abs / o.floor if o.floor else o.max_abs), default=None)
+        return max(
+            self.outputs, key=lambda o: (not o.passed, o.max_abs / o.floor if o.floor else o.max_abs), default=None
+        )
 
 
 @dataclass(frozen=True)
@@ -91,7 +94,9 @@ def deviation(reference: Any, value: Any, rtol: float | None = None, atol: float
         return _Deviation(mismatch=0.0 if same else 1.0, within=same, note="" if same else "the values differ")
     a, b = reference, value
     if a.shape != b.shape or a.dtype != b.dtype:
-        return _Deviation(np.inf, np.inf, np.inf, 1.0, False, f"{a.dtype}{list(a.shape)} became {b.dtype}{list(b.shape)}")
+        return _Deviation(
+            np.inf, np.inf, np.inf, 1.0, False, f"{a.dtype}{list(a.shape)} became {b.dtype}{list(b.shape)}"
+        )
     if a.size == 0:
         return _Deviation()
     if a.dtype.kind not in "fVc":
@@ -105,13 +110,13 @@ def deviation(reference: Any, value: Any, rtol: float | None = None, atol: float
     if not np.array_equal(np.where(finite, 0, x), np.where(np.isfinite(y), 0, y), equal_nan=True):
         return _Deviation(np.inf, np.inf, np.inf, float(np.mean(x != y)), False, "NaN or infinity at different places")
     x, y = x[finite], y[finite]
-    gap = np.abs(x - y)
-    if gap.size == 0:
+    if x.size == 0:
         return _Deviation()
-    relative = gap / np.maximum(np.abs(x), np.finfo(np.float32).tiny)
+    error = np.abs(x - y)
+    relative = error / np.maximum(np.abs(x), np.finfo(np.float32).tiny)
     return _Deviation(
-        float(gap.max()), float(relative.max()), float(gap.mean()), float(np.mean(gap != 0)),
-        bool(np.all(gap <= atol + rtol * np.abs(x))),
+        float(error.max()), float(relative.max()), float(error.mean()), float(np.mean(error != 0)),
+        bool(np.all(error <= atol + rtol * np.abs(x))),
     )  # fmt: skip
 
 
@@ -249,8 +254,6 @@ def verify(
     >>> pwopt.verify("models/linear_sequence.onnx", "models/linear_sequence.onnx").passed
     True
     """
-    from pwopt.model import load
-
     proto = load(original).proto
     load(candidate)
     progress("choosing inputs")
@@ -264,4 +267,3 @@ def verify(
         rtol,
         atol,
     )
-

@@ -1,0 +1,3 @@
+from pwopt.cli import main
+
+main()

@@ -1,0 +1,244 @@
+"""The command line."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+
+from pwopt import inspection, runtime
+from pwopt.compiler import RACE_SECONDS, optimize
+from pwopt.errors import PwoptError, UsageError
+from pwopt.model import replacing
+from pwopt.passes import PASSES
+from pwopt.report import equivalence_dict, plain, render, render_equivalence, to_json
+from pwopt.verify import verify
+
+app = typer.Typer(
+    name="pwopt",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Make exported ONNX models faster, exactly: fold what is linear across channels, verify, measure.",
+    epilog="Exit codes: 0 done; 1 not equivalent, nothing written; 2 usage; 3 model unreadable or invalid; "
+    "4 execution provider unavailable.",
+)
+
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="The ONNX model.", show_default=False)]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shape",
+        metavar="NAME=1x3x640x640",
+        help="Size of an input with dynamic dimensions; repeatable.",
+        show_default=False,
+    ),
+]
+Inputs = Annotated[
+    Path | None,
+    typer.Option("--input", metavar="FILE.npz", help="Inputs to run on, one array per name.", show_default=False),
+]
+Provider = Annotated[str, typer.Option(help="Execution provider: cpu, cuda, openvino… It runs there or not at all.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads per operator while verifying and timing.")]
+Rtol = Annotated[
+    float | None, typer.Option(help="Relative tolerance.  [default: by type, 1e-4 for float32]", show_default=False)
+]
+Atol = Annotated[
+    float | None, typer.Option(help="Absolute tolerance.  [default: by type, 1e-5 for float32]", show_default=False)
+]
+Json = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE.json", help="Write the full report.", show_default=False)
+]
+
+
+def _shapes(given: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
+    return dict(runtime.parse_shape(text) for text in given or ())
+
+
+def _write(path: Path | None, content: str, option: str = "--report") -> None:
+    if path is None:
+        return
+    try:
+        with replacing(path) as stream:
+            stream.write(content.encode())
+    except OSError as error:
+        raise UsageError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from error
+
+
+@contextlib.contextmanager
+def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
+    with Progress(*columns, console=console, transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+
+        def update(stage: str, done: float) -> None:
+            bar.update(task, description=stage, completed=done)
+
+        yield update
+
+
+@app.command("optimize")
+def optimize_command(
+    model: ModelPath,
+    output: Annotated[
+        Path | None,
+        typer.Option("-o", "--output", help="The new model.  [default: MODEL.pwopt.onnx]", show_default=False),
+    ] = None,
+    provider: Provider = "cpu",
+    cost: Annotated[
+        str, typer.Option(help="measured: race the result; analytic: decide from shapes alone.")
+    ] = "measured",
+    shape: Shapes = None,
+    inputs: Inputs = None,
+    passes: Annotated[
+        str | None, typer.Option(help="Passes to run, comma-separated.  [default: all]", show_default=False)
+    ] = None,
+    deny: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SITE", help="Leave this place alone (a site from a report); repeatable.", show_default=False
+        ),
+    ] = None,
+    threads: Threads = 1,
+    static: Annotated[bool, typer.Option("--static", help="Fix the inputs to --shape in the result.")] = False,
+    opset: Annotated[int | None, typer.Option(help="Convert to this opset first.", show_default=False)] = None,
+    report: Json = None,
+    rtol: Rtol = None,
+    atol: Atol = None,
+    no_verify: Annotated[
+        bool, typer.Option("--no-verify", help="Do not compare the result with the original.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Allow the output to replace the input.")] = False,
+    details: Annotated[bool, typer.Option("--details", help="Print every rewrite and every refusal.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")] = False,
+) -> None:
+    """Optimise MODEL, verify the result against it, and write it only if equivalent."""
+    out = output if output is not None else model.with_name(f"{model.stem}.pwopt.onnx")
+    if not force and out.exists() and model.exists() and out.samefile(model):
+        raise UsageError(f"the output {str(out)!r} is the input; choose another -o, or pass --force")
+    console = Console(highlight=False)
+    try:
+        with _progress(Console(stderr=True)) as progress:
+            result = optimize(
+                model,
+                out,
+                provider=provider,
+                cost_model=cost,
+                shapes=_shapes(shape),
+                inputs=inputs,
+                passes=None if passes is None else [p.strip() for p in passes.split(",")],
+                deny=deny or (),
+                threads=threads,
+                static=static,
+                opset=opset,
+                rtol=rtol,
+                atol=atol,
+                check=not no_verify,
+                race_seconds=RACE_SECONDS,
+                progress=progress,
+            )
+    except PwoptError as error:
+        failed = getattr(error, "report", None)
+        if failed is not None:
+            render_equivalence(failed.equivalence, console)
+            _write(report, failed.to_json())
+        raise
+    render(result.report, console, details)
+    _write(report, result.report.to_json())
+    console.print(f"wrote {plain(str(out))}" + (f" and {plain(str(report))}" if report else ""), soft_wrap=True)
+
+
+@app.command("verify")
+def verify_command(
+    original: Annotated[Path, typer.Argument(metavar="A", help="The original.", show_default=False)],
+    candidate: Annotated[Path, typer.Argument(metavar="B", help="The model to compare with it.", show_default=False)],
+    provider: Provider = "cpu",
+    shape: Shapes = None,
+    inputs: Inputs = None,
+    threads: Threads = 1,
+    rtol: Rtol = None,
+    atol: Atol = None,
+    report: Json = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")] = False,
+) -> None:
+    """Compare two models, whoever made the second: exit 0 if equivalent, 1 if not."""
+    console = Console(highlight=False)
+    with _progress(Console(stderr=True)) as progress:
+        equivalence = verify(
+            original, candidate, provider=provider, threads=threads, shapes=_shapes(shape), inputs=inputs,
+            rtol=rtol, atol=atol, progress=lambda stage: progress(stage, 0.0),
+        )  # fmt: skip
+    render_equivalence(equivalence, console)
+    content: dict[str, Any] = {
+        "model": str(original),
+        "candidate": str(candidate),
+        "provider": provider,
+        "environment": runtime.environment(provider, threads),
+        "equivalence": equivalence_dict(equivalence),
+    }
+    _write(report, to_json(content))
+    console.print("[green]equivalent[/green]" if equivalence.passed else "[red]not equivalent[/red]")
+    raise typer.Exit(0 if equivalence.passed else 1)
+
+
+@app.command("inspect")
+def inspect_command(
+    model: ModelPath,
+    shape: Shapes = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
+    every: Annotated[bool, typer.Option("--all", help="List k×k convolutions too, not only pointwise maps.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")] = False,
+) -> None:
+    """List every pointwise map of MODEL: its size, its chain, what would be done with it and why not more."""
+    maps = [m for m in inspection.inspect(model, shapes=_shapes(shape)) if every or m.pointwise]
+    if json:
+        sys.stdout.write(to_json([asdict(m) for m in maps]))
+        return
+    console = Console(highlight=False)
+    for m in maps:
+        kernel = "×".join(map(str, m.kernel)) or "pointwise"
+        space = "×".join(map(str, m.space)) if m.space is not None else "?"
+        work = f"{m.macs:,} multiply-adds" if m.macs is not None else "size not known"
+        chain = f"  [cyan]chain {m.chain}[/cyan]" if m.chain is not None else ""
+        console.print(f"[bold]{plain(m.tensor)}[/bold]  {m.op} {m.channels}  {kernel}  at {space}  {work}{chain}")
+        for line in m.decisions or ("nothing to do: its neighbours are not linear",):
+            console.print(f"    {plain(line)}", style="dim")
+    console.print(f"{len(maps)} maps")
+
+
+@app.command("passes")
+def passes_command() -> None:
+    """List the passes: what each one rewrites, and when."""
+    console = Console(highlight=False)
+    for p in PASSES:
+        identity, _, rest = (p.__doc__ or "").partition("\n\n")
+        console.print(f"[bold]{p.name}[/bold]  [dim]({p.policy})[/dim]\n  {' '.join(identity.split())}")
+        console.print(f"  [dim]{' '.join(rest.split())}[/dim]\n", soft_wrap=False)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"pwopt {runtime.environment('cpu', 1)['pwopt']}")
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: errors become one sentence on stderr and an exit code."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    try:
+        app(arguments)
+    except PwoptError as error:
+        if "--debug" in arguments:
+            raise
+        Console(stderr=True, highlight=False).print(f"[red]pwopt:[/red] {plain(str(error))}", soft_wrap=True)
+        raise SystemExit(error.exit_code) from None

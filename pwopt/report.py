@@ -1,0 +1,204 @@
+"""One report object, and how it reads in a terminal and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from pwopt.cost import Cost
+from pwopt.rewrite import Rewrite, Skip
+from pwopt.verify import Equivalence
+
+#: Version of the JSON layout; grows when a field changes its meaning.
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time per run of both models, interleaved.
+
+    Attributes
+    ----------
+    before_ms, after_ms : float
+        Medians, milliseconds.
+    speedup : float
+        before / after.
+    interval : tuple of float
+        95 % bootstrap confidence interval of the speed-up.
+    before_min_ms, after_min_ms : float
+    rounds : int
+    """
+
+    before_ms: float
+    after_ms: float
+    speedup: float
+    interval: tuple[float, float]
+    before_min_ms: float
+    after_min_ms: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything one optimisation did, declined, and measured. `equivalence` and `latency` are None if not run."""
+
+    model: str
+    output: str | None
+    provider: str
+    environment: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    rewrites: tuple[Rewrite, ...]
+    skips: tuple[Skip, ...]
+    before: Cost
+    after: Cost
+    equivalence: Equivalence | None = None
+    latency: Latency | None = None
+    notes: tuple[str, ...] = ()
+
+    def to_dict(self) -> dict[str, Any]:
+        """The documented JSON layout (README, "The report")."""
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "output": self.output,
+            "provider": self.provider,
+            "environment": self.environment,
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "rewrites": [
+                {
+                    "pass": r.pass_name,
+                    "site": r.site,
+                    "reason": r.reason,
+                    "removed": list(r.removed),
+                    "added": list(r.added),
+                    "macs_before": r.macs_before,
+                    "macs_after": r.macs_after,
+                    "residual": r.residual,
+                }
+                for r in self.rewrites
+            ],
+            "skips": [{"pass": s.pass_name, "site": s.site, "reason": s.reason} for s in self.skips],
+            "cost": {"before": asdict(self.before), "after": asdict(self.after)},
+            "equivalence": equivalence_dict(self.equivalence),
+            "latency": None if self.latency is None else asdict(self.latency),
+            "notes": list(self.notes),
+        }
+
+    def to_json(self) -> str:
+        return to_json(self.to_dict())
+
+
+def to_json(value: Any) -> str:
+    """Strict JSON: infinities and NaN become strings, since JSON has none."""
+
+    def strict(v: Any) -> Any:
+        if isinstance(v, dict):
+            return {k: strict(x) for k, x in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [strict(x) for x in v]
+        return str(v) if isinstance(v, float) and not math.isfinite(v) else v
+
+    return json.dumps(strict(value), indent=2, ensure_ascii=True, allow_nan=False) + "\n"
+
+
+def equivalence_dict(equivalence: Equivalence | None) -> dict[str, Any] | None:
+    return None if equivalence is None else asdict(equivalence)
+
+
+def plain(text: str) -> str:
+    """Text from a model, harmless in a terminal: no control or direction characters, no markup."""
+    return escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+
+
+def _table(*columns: str, title: str = "") -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(column, justify="left" if i == 0 else "right")
+    return table
+
+
+def render(report: Report, console: Console, details: bool = False) -> None:
+    """Print the summary; with `details`, also every rewrite and refusal."""
+    console.print(_cost_table(report))
+    if report.shapes:
+        sizes = ", ".join(f"{plain(n)} {'×'.join(map(str, s)) or 'scalar'}" for n, s in report.shapes.items())
+        console.print(f"[dim]at {sizes}; multiply-adds and latency are for these sizes[/dim]")
+    if report.equivalence is not None:
+        render_equivalence(report.equivalence, console)
+    _render_rewrites(report, console)
+    _render_skips(report, console)
+    if details:
+        for r in report.rewrites:
+            console.print(f"[green]done[/green] {plain(r.site)}: {plain(r.reason)}", highlight=False)
+        for s in report.skips:
+            console.print(f"[yellow]left[/yellow] {plain(s.site)}: {plain(s.reason)}", highlight=False)
+    for note in report.notes:
+        console.print(f"[bold]{plain(note)}[/bold]", highlight=False)
+
+
+def _cost_table(report: Report) -> Table:
+    table = _table("", "before", "after", "change")
+    for label, before, after in (
+        ("operators", report.before.nodes, report.after.nodes),
+        ("parameters", report.before.params, report.after.params),
+        ("multiply-adds", report.before.macs, report.after.macs),
+    ):
+        change = f"{(after - before) / before:+.1%}" if before else ""
+        table.add_row(label, f"{before:,}", f"{after:,}", change)
+    if report.latency is not None:
+        t = report.latency
+        low, high = t.interval
+        table.add_row(
+            f"latency ({plain(report.provider)}, {report.environment['threads']} thread)",
+            f"{t.before_ms:.2f} ms", f"{t.after_ms:.2f} ms", f"{t.speedup:.2f}× [{low:.2f}, {high:.2f}]",
+        )  # fmt: skip
+    return table
+
+
+def render_equivalence(equivalence: Equivalence, console: Console) -> None:
+    """Print the verdict per output."""
+    table = _table("output", "max deviation", "noise floor", "verdict")
+    for o in equivalence.outputs:
+        colour = "green" if o.passed else "red"
+        table.add_row(plain(o.name), f"{o.max_abs:.2g}", f"{o.floor:.2g}", f"[{colour}]{plain(o.reason)}[/{colour}]")
+    console.print(table)
+
+
+def _render_rewrites(report: Report, console: Console) -> None:
+    if not report.rewrites:
+        console.print("Nothing to rewrite: no pass applies to this model.")
+        return
+    table = _table("rewrites", "count", "multiply-adds saved", "worst rounding")
+    for name, count in Counter(r.pass_name for r in report.rewrites).items():
+        mine = [r for r in report.rewrites if r.pass_name == name]
+        saved = sum(r.macs_before - r.macs_after for r in mine)
+        table.add_row(name, str(count), f"{saved:,}", f"{max(r.residual for r in mine):.1g}")
+    console.print(table)
+
+
+def _render_skips(report: Report, console: Console, most: int = 8) -> None:
+    if not report.skips:
+        return
+    groups = Counter((s.pass_name, general(s)) for s in report.skips)
+    table = _table("left alone, because", "count")
+    for (name, reason), count in groups.most_common(most):
+        table.add_row(f"{name}: {plain(reason)}", str(count))
+    console.print(table)
+    if len(groups) > most:
+        console.print(
+            f"[dim]and {len(groups) - most} more reasons; --details or --report FILE.json lists every place[/dim]"
+        )
+
+
+def general(skip: Skip) -> str:
+    """A refusal without the names that differ from place to place, for counting."""
+    words = skip.reason.split("'")
+    return "…".join(words[::2]) if len(words) % 2 else skip.reason
