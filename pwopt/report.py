@@ -165,10 +165,16 @@ def _cost_table(report: Report) -> Table:
 
 def render_equivalence(equivalence: Equivalence, console: Console) -> None:
     """Print the verdict per output."""
-    table = _table("output", "max deviation", "noise floor", "verdict")
+    table = _table("output", "max deviation", "noise floor", "sensitivity", "verdict")
     for o in equivalence.outputs:
         colour = "green" if o.passed else "red"
-        table.add_row(plain(o.name), f"{o.max_abs:.2g}", f"{o.floor:.2g}", f"[{colour}]{plain(o.reason)}[/{colour}]")
+        table.add_row(
+            plain(o.name),
+            f"{o.max_abs:.2g}",
+            f"{o.floor:.2g}",
+            f"{o.sensitivity:.2g}",
+            f"[{colour}]{plain(o.reason)}[/{colour}]",
+        )
     console.print(table)
 
 

@@ -1,0 +1,70 @@
+"""Small models from text, and comparisons with onnx's reference evaluator."""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx.parser
+from onnx import numpy_helper
+from onnx.reference import ReferenceEvaluator
+
+from pwopt.model import Model, from_proto
+from pwopt.rewrite import Outcome, Pass, Pipeline
+
+MODELS = Path(__file__).parent.parent / "models"
+
+
+def parse(body: str, opset: int = 17, ir: int = 8, **weights: np.ndarray) -> onnx.ModelProto:
+    """A model from `(inputs) => (outputs) { nodes }` in onnx's text syntax; weights become initializers."""
+    model = onnx.parser.parse_model(f'<ir_version: {ir}, opset_import: ["" : {opset}]> g {body}')
+    for name, value in weights.items():
+        model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
+    for output in model.graph.output:
+        output.type.tensor_type.ClearField("shape")
+    return model
+
+
+def rng(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def normal(*shape: int, seed: int = 0, dtype: type = np.float64) -> np.ndarray:
+    return rng(seed).normal(size=shape).astype(dtype)
+
+
+def evaluate(model: onnx.ModelProto, **feeds: np.ndarray) -> list[np.ndarray]:
+    return [np.asarray(v) for v in ReferenceEvaluator(model).run(None, feeds)]
+
+
+def run(model: onnx.ModelProto, *passes: Pass, **options: object) -> tuple[onnx.ModelProto, Outcome, Model]:
+    """Apply passes; returns the new model, what was done, and the edited graph."""
+    loaded = from_proto(model)
+    outcome = Pipeline(passes).run(loaded.graph, reserved=loaded.names(), **options)  # type: ignore[arg-type]
+    result = loaded.to_proto()
+    onnx.checker.check_model(result, full_check=True)
+    return result, outcome, loaded
+
+
+def ops(model: onnx.ModelProto) -> Counter[str]:
+    return Counter(n.op_type for n in model.graph.node if n.op_type != "Constant")
+
+
+def same(before: onnx.ModelProto, after: onnx.ModelProto, tolerance: float = 1e-9, **feeds: np.ndarray) -> None:
+    """Both give the same outputs; with float64 models and feeds, to rounding in float64."""
+    expected, found = evaluate(before, **feeds), evaluate(after, **feeds)
+    assert len(expected) == len(found)
+    for a, b in zip(expected, found, strict=True):
+        assert a.dtype == b.dtype
+        assert a.shape == b.shape
+        np.testing.assert_allclose(b, a, rtol=tolerance, atol=tolerance)
+
+
+def reasons(outcome: Outcome, name: str = "") -> list[str]:
+    return [s.reason for s in outcome.skips if not name or s.pass_name == name]
+
+
+def weight(model: onnx.ModelProto, name: str) -> np.ndarray:
+    return numpy_helper.to_array(next(t for t in model.graph.initializer if t.name == name))
