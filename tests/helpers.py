@@ -24,6 +24,9 @@ def parse(body: str, opset: int = 17, ir: int = 8, **weights: np.ndarray) -> onn
         model.graph.initializer.append(numpy_helper.from_array(np.asarray(value), name))
     for output in model.graph.output:
         output.type.tensor_type.ClearField("shape")
+    inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+    for output, known in zip(model.graph.output, inferred.graph.output, strict=True):
+        output.CopyFrom(known)
     return model
 
 

@@ -1,0 +1,207 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from helpers import evaluate, normal, ops, parse, reasons, run, same
+from onnx import TensorProto, helper
+
+from pwopt.compiler import settle
+from pwopt.model import from_proto, with_fixed_inputs
+from pwopt.passes import CleanUp
+
+X = normal(2, 4, 6, 8)
+ENDS = np.array([2**31 - 1])
+NOTHING: list[tuple[str, dict[str, np.ndarray]]] = [
+    ("Identity(x)", {}),
+    ("Dropout(x)", {}),
+    ("Mul(x, c)", {"c": np.float64(1)}),
+    ("Mul(c, x)", {"c": np.ones((4, 1, 1))}),
+    ("Div(x, c)", {"c": np.ones(1)}),
+    ("Add(x, c)", {"c": np.zeros((1, 1, 1, 1))}),
+    ("Sub(x, c)", {"c": np.zeros(8)}),
+    ("Concat<axis=1>(x)", {}),
+    ("Sum(x)", {}),
+    ("Cast<to=11>(x)", {}),
+    ("Transpose<perm=[0,1,2,3]>(x)", {}),
+    ("Pad(x, p)", {"p": np.zeros(8, np.int64)}),
+    ("Slice(x, s, e, a)", {"s": np.array([0]), "e": ENDS, "a": np.array([1])}),
+    ("Slice(x, s, e)", {"s": np.array([0, -4]), "e": np.array([2, 4])}),
+    ("Reshape(x, s)", {"s": np.array([2, 4, 6, 8])}),
+    ("Reshape(x, s)", {"s": np.array([0, 0, -1, 8])}),
+    ("Flatten<axis=1>(x)", {}),
+    ("Expand(x, s)", {"s": np.array([4, 1, 8])}),
+    ("Tile(x, s)", {"s": np.array([1, 1, 1, 1])}),
+    ("Resize(x, , s)", {"s": np.ones(4, np.float32)}),
+    ("Resize(x, , , s)", {"s": np.array([2, 4, 6, 8])}),
+    ("MaxPool<kernel_shape=[1,1]>(x)", {}),
+    ("AveragePool<kernel_shape=[1,1], strides=[1,1]>(x)", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "weights"), NOTHING)
+def test_what_does_nothing_goes(call: str, weights: dict[str, np.ndarray]) -> None:
+    x = X.reshape(8, 48) if "Flatten" in call else X
+    dims = ",".join(map(str, x.shape))
+    model = parse(
+        f"(double[{dims}] x) => (double[N] y) {{ h = Neg(x) k = {call.replace('(x', '(h').replace(' x', ' h')} y = Neg(k) }}",
+        **weights,
+    )
+    result, outcome, _ = run(model, CleanUp())
+    assert ops(result) == {"Neg": 2}, reasons(outcome)
+    assert not result.graph.initializer
+    same(model, result, x=x)
+
+
+SOMETHING: list[tuple[str, dict[str, np.ndarray]]] = [
+    ("Mul(x, c)", {"c": np.ones((3, 1, 1, 1, 1))}),
+    ("Add(x, c)", {"c": np.zeros((1, 1, 1, 1, 1))}),
+    ("Mul(x, c)", {"c": np.array([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0 + 1e-15])}),
+    ("Div(c, x)", {"c": np.float64(1)}),
+    ("Sub(c, x)", {"c": np.float64(0)}),
+    ("Transpose<perm=[0,1,3,2]>(x)", {}),
+    ("Transpose(x)", {}),
+    ("Pad(x, p)", {"p": np.array([0, 0, 0, 1, 0, 0, 0, 0])}),
+    ("Slice(x, s, e, a)", {"s": np.array([0]), "e": np.array([3]), "a": np.array([1])}),
+    ("Slice(x, s, e, a, t)", {"s": np.array([0]), "e": ENDS, "a": np.array([1]), "t": np.array([2])}),
+    ("Reshape(x, s)", {"s": np.array([2, 4, 8, 6])}),
+    ("Expand(x, s)", {"s": np.array([3, 1, 1, 1, 1])}),
+    ("Concat<axis=1>(x, x)", {}),
+    ("MaxPool<kernel_shape=[1,1], strides=[2,2]>(x)", {}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "weights"), SOMETHING)
+def test_what_does_something_stays(call: str, weights: dict[str, np.ndarray]) -> None:
+    model = parse(f"(double[2,4,6,8] x) => (double[N] y) {{ y = {call} }}", **weights)
+    assert run(model, CleanUp())[0] is model
+
+
+def test_a_cast_there_and_back_stays() -> None:
+    model = parse("(double[2,4] x) => (double[N] y) { a = Cast<to=1>(x) y = Cast<to=11>(a) }")
+    assert run(model, CleanUp())[0] is model
+
+
+def test_an_unknown_size_is_no_proof() -> None:
+    body = "(double[N,4] x) => (double[M,4] y) { a = Neg(x) b = Slice(a, s, e) y = Neg(b) }"
+    model = parse(body, s=np.array([0]), e=np.array([9]))
+    assert run(model, CleanUp())[0] is model
+
+
+def test_outputs_keep_their_names_and_inputs_are_not_renamed() -> None:
+    model = parse("(double[2,4] x) => (double[N] y, double[N] z) { a = Neg(x) y = Identity(a) z = Neg(a) }")
+    result, _, _ = run(model, CleanUp())
+    assert [o.name for o in result.graph.output] == ["y", "z"]
+    assert ops(result) == {"Neg": 2}
+    same(model, result, x=X[0, :2, :4].copy())
+    straight = parse("(double[2,4] x) => (double[N] y) { y = Identity(x) }")
+    result, outcome, _ = run(straight, CleanUp())
+    assert result is straight
+    assert "must both stay visible" in reasons(outcome)[0]
+
+
+def test_constants_are_computed() -> None:
+    body = "(double[2,4] x) => (double[N] y) { a = Mul(p, q) b = Add(a, p) y = Mul(x, b) }"
+    model = parse(body, p=normal(4), q=normal(4, seed=1))
+    result, _, _ = run(model, CleanUp())
+    assert ops(result) == {"Mul": 1}
+    assert [t.name for t in result.graph.initializer] == ["b"]
+    same(model, result, x=normal(2, 4))
+
+
+def test_shapes_that_are_known_are_computed() -> None:
+    body = "(double[2,4,6] x) => (double[N] y) { s = Shape(x) n = Gather(s, i) r = Concat<axis=0>(n, m) y = Reshape(x, r) }"
+    model = parse(body, i=np.array([0]), m=np.array([-1]))
+    result, _, _ = run(model, CleanUp())
+    assert ops(result) == {"Reshape": 1}
+    same(model, result, x=normal(2, 4, 6))
+
+
+def test_nothing_large_is_materialised() -> None:
+    for call, weights in (
+        ("ConstantOfShape(s)", {"s": np.array([1 << 20, 1 << 20])}),
+        ("Expand(v, s)", {"s": np.array([1 << 30]), "v": np.ones(1, np.float32)}),
+        ("Tile(v, s)", {"s": np.array([1 << 40]), "v": np.ones(1, np.float32)}),
+    ):
+        model = parse(f"(float[1] x) => (float[N] y) {{ a = {call} b = ReduceMax(a) y = Add(x, b) }}", **weights)
+        result, outcome, _ = run(model, CleanUp())
+        assert result is model
+        assert "bytes (limit 1,048,576)" in reasons(outcome)[0]
+
+
+def test_a_large_range_is_not_computed() -> None:
+    weights = {"a": np.int64(0), "b": np.int64(1 << 40), "c": np.int64(1)}
+    model = parse("(float[1] x) => (int64[N] y) { r = Range(a, b, c) y = ReduceMax(r) }", **weights)
+    assert run(model, CleanUp())[0] is model
+
+
+def test_random_and_unknown_operators_are_not_computed() -> None:
+    model = parse("(float[1] x) => (float[N] y) { r = RandomNormal<shape=[1]>() y = Add(x, r) }")
+    assert run(model, CleanUp())[0] is model
+    custom = parse("(float[1] x) => (float[N] y) { y = Add(x, c) }", c=np.ones(1, np.float32))
+    custom.graph.node.insert(0, helper.make_node("Identity", ["x"], ["z"], domain="my.domain"))
+    custom.opset_import.append(helper.make_opsetid("my.domain", 1))
+    assert run(custom, CleanUp())[0] is custom
+
+
+def test_what_nobody_reads_goes_but_not_unknown_operators() -> None:
+    model = parse("(double[2,4] x) => (double[N] y) { a = Neg(x) b = Exp(a) y = Abs(x) }")
+    assert ops(run(model, CleanUp())[0]) == {"Abs": 1}
+
+
+def test_a_model_function_that_hides_an_operator_is_unknown() -> None:
+    model = parse("(double[2,4] x) => (double[N] y) { a = Identity(x) y = Neg(a) }")
+    node = helper.make_node("Neg", ["p"], ["q"])
+    model.functions.append(helper.make_function("", "Identity", ["p"], ["q"], [node], [helper.make_opsetid("", 17)]))
+    loaded = from_proto(model)
+    assert not CleanUp().run(loaded.graph).rewrites
+
+
+def test_captured_tensors_are_not_touched() -> None:
+    inner = helper.make_graph(
+        [helper.make_node("Neg", ["a"], ["r"])],
+        "body",
+        [],
+        [helper.make_tensor_value_info("r", TensorProto.DOUBLE, [2])],
+    )
+    graph = helper.make_graph(
+        [
+            helper.make_node("Identity", ["x"], ["a"]),
+            helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner),
+        ],
+        "g",
+        [
+            helper.make_tensor_value_info("x", TensorProto.DOUBLE, [2]),
+            helper.make_tensor_value_info("c", TensorProto.BOOL, []),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.DOUBLE, [2])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    result, _, _ = run(model, CleanUp())
+    assert result is model
+
+
+def test_an_overridable_initializer_is_not_a_constant() -> None:
+    model = parse("(double[2,4] x, double[1] c) => (double[N] y) { a = Mul(x, c) y = Neg(a) }", c=np.ones(1))
+    assert run(model, CleanUp())[0] is model
+    model.ir_version = 3  # there, initializers must be listed and cannot be overridden
+    result, _, _ = run(model, CleanUp())
+    assert ops(result) == {"Neg": 1}
+    assert [i.name for i in result.graph.input] == ["x"]
+
+
+def test_static_settles_shape_arithmetic() -> None:
+    """Fixing the inputs folds Shape → Gather → Concat → Reshape, also where one shape waits for another."""
+    body = """(double[N,4,H] x) => (double[N] y) {
+        s = Shape(x) n = Gather(s, i) c = Cast<to=6>(n) d = Cast<to=7>(c) r = Concat<axis=0>(d, m) a = Reshape(x, r)
+        t = Shape(a) k = Gather(t, j) q = Concat<axis=0>(k, m) y = Reshape(a, q)
+    }"""
+    model = parse(body, i=np.array([0]), m=np.array([-1]), j=np.array([1]))
+    fixed = from_proto(with_fixed_inputs(model, {"x": (2, 4, 6)}))
+    settle(fixed)
+    result = fixed.to_proto()
+    onnx.checker.check_model(result, full_check=True)
+    assert ops(result) == {"Reshape": 2}
+    assert [d.dim_value for d in result.graph.input[0].type.tensor_type.shape.dim] == [2, 4, 6]
+    x = normal(2, 4, 6)
+    np.testing.assert_array_equal(evaluate(result, x=x)[0], evaluate(model, x=x)[0])
