@@ -142,7 +142,7 @@ class FoldChains(Pass):
             return None
         middle = rw.new_variable(f"{output.name}_rank", output)
         first = emit.write(rw, parts[0], shape, source, middle, target.axis)
-        second = emit.write(rw, parts[1], target, middle, output, target.axis)
+        second = emit.write(rw, parts[1], target, middle, output, target.axis, inherit=shape is not target)
         if isinstance(first, Refusal) or isinstance(second, Refusal):
             return None
         return emit.Written((*first.nodes, *second.nodes), max(first.residual, second.residual))

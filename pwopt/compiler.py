@@ -207,7 +207,7 @@ def optimize(
         candidate = folder / "candidate.onnx"
         rewritten = proto is not source.proto
         if original is not None and rewritten:
-            save(proto, candidate, source.folder)
+            save(proto, candidate, source)
             progress("verifying", 0.0)
             sessions = (
                 runtime.Session(original, provider, threads),
@@ -244,7 +244,7 @@ def optimize(
             proto, report = source.proto, _kept_original(report, latency)
         if output is not None:
             progress("writing", 1.0)
-            save(proto, output, source.folder)
+            save(proto, output, source)
     return Result(proto, report)
 
 
@@ -318,7 +318,7 @@ def _as_file(model: str | os.PathLike[str] | onnx.ModelProto, source: Model) -> 
         return
     with tempfile.TemporaryDirectory(prefix="pwopt-") as folder:
         path = Path(folder) / "original.onnx"
-        save(source.proto, path, source.folder)
+        save(source.proto, path, source)
         yield path
 
 

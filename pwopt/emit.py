@@ -45,30 +45,17 @@ def rounded(values: Array, dtype: np.dtype[Any]) -> np.ndarray | Refusal:
     return Refusal(f"a folded channel underflows {dtype}") if lost.any() else low
 
 
-class _Writer:
-    def __init__(self, view: View, name: str, dtype: np.dtype[Any]) -> None:
-        self.view, self.name, self.dtype = view, name, dtype
-        self.residual = 0.0
-        self.refusal: Refusal | None = None
-
-    def constant(self, name: str, values: Array) -> gs.Constant:
-        low = rounded(values, self.dtype)
-        if isinstance(low, Refusal):
-            self.refusal = low
-            low = np.zeros(values.shape, self.dtype)
-        largest = float(np.max(np.abs(values), initial=0.0))
-        if largest:
-            self.residual = max(self.residual, float(np.max(np.abs(low.astype(np.float64) - values))) / largest)
-        return self.view.new_constant(name, low)
-
-    def node(self, op: str, inputs: list[gs.Tensor], output: gs.Tensor, suffix: str = "", **attrs: Any) -> gs.Node:
-        return gs.Node(op, self.name + suffix, attrs, inputs, [output])
-
-
 def write(
-    view: View, linear: LinearMap, like: Reading, source: gs.Tensor, output: gs.Tensor, axis: int | None
+    view: View,
+    linear: LinearMap,
+    like: Reading,
+    source: gs.Tensor,
+    output: gs.Tensor,
+    axis: int | None,
+    *,
+    inherit: bool = True,
 ) -> Written | Refusal:
-    """Nodes for `output = linear(source)` in the form of `like`, whose names and element type they take over.
+    """Nodes for `output = linear(source)` in the form and element type of `like`.
 
     Parameters
     ----------
@@ -79,152 +66,135 @@ def write(
     source, output : gs.Tensor
     axis : int or None
         The channel axis; None for a scalar scale and shift.
+    inherit : bool
+        Whether the node, and weights that nobody else reads, pass their names on.
     """
-    reference = like.weight if like.weight is not None else source
-    dtype = view.dtype(reference)
+    dtype = view.dtype(like.weight if like.weight is not None else source)
     if dtype is None:
         return Refusal("the element type is not known")
     if view.opset < 7 and not like.kind.startswith("conv"):
         return Refusal(f"operators of opset {view.opset} do not broadcast; --opset converts the model")
-    held = _own(view, like, 1 if like.kind != "left-matmul" else 0)
-    own_bias = _own(view, like, 2) if like.kind in ("conv", "conv-transpose", "gemm") else None
-    own_names = [t.name for t in (held, own_bias) if t is not None]
-    view.release(own_names)
-    weight_name = held.name if held is not None else f"{output.name}_weight"
-    bias_name = own_bias.name if own_bias is not None else f"{output.name}_bias"
-    writer = _Writer(view, like.nodes[0].name, dtype)
-    nodes = FORMS[like.kind](writer, linear, like, source, output, axis, weight_name, bias_name)
+    names = _inherited(view, like) if inherit else {}
+    view.release(names.values())
+    writer = _Writer(view, linear, like, source, output, axis, dtype, names, like.nodes[0].name if inherit else "")
+    nodes = FORMS[like.kind](writer)
     if writer.refusal is not None:
-        view.reserve(own_names)
+        view.reserve(names.values())
         return writer.refusal
     return Written(tuple(nodes), writer.residual)
 
 
-def _own(view: View, like: Reading, index: int) -> gs.Tensor | None:
-    """The weight or bias tensor of `like` if nobody else reads it, so that its name can pass to its successor."""
+def _inherited(view: View, like: Reading) -> dict[str, str]:
+    """Names of the weight and bias of `like`, where nobody else reads them."""
     node = like.nodes[0]
-    tensor = view.optional(node, index) if like.kind != "diagonal" else None
-    return tensor if tensor is not None and view.sole_reader(tensor) is node else None
+    slots = {"weight": 0 if like.kind == "left-matmul" else 1, "bias": 2 if node.op != "MatMul" else None}
+    names = {}
+    for role, index in slots.items():
+        tensor = view.optional(node, index) if index is not None and like.kind != "diagonal" else None
+        if tensor is not None and view.sole_reader(tensor) is node:
+            names[role] = str(tensor.name)
+    return names
 
 
-def _conv(
-    w: _Writer,
-    linear: LinearMap,
-    like: Reading,
-    source: gs.Tensor,
-    output: gs.Tensor,
-    axis: int | None,
-    weight: str,
-    bias: str,
-) -> list[gs.Node]:
-    g = linear.geometry
-    attrs: dict[str, Any] = {"dilations": list(g.dilations), "group": g.groups, "kernel_shape": list(g.kernel)}
-    if g.auto_pad:
-        attrs["auto_pad"] = g.auto_pad
-    else:
-        attrs["pads"] = list(g.pads)
-    attrs["strides"] = list(g.strides)
-    values = linear.weight
-    if g.transposed:
-        inn = g.in_channels // g.groups
-        values = values.reshape(g.groups, -1, inn, *g.kernel).swapaxes(1, 2).reshape(g.in_channels, -1, *g.kernel)
-        if any(g.output_padding):
-            attrs["output_padding"] = list(g.output_padding)
-    inputs = [source, w.constant(weight, values)]
-    if g.biased:
-        inputs.append(w.constant(bias, linear.bias))
-    return [w.node("ConvTranspose" if g.transposed else "Conv", inputs, output, **attrs)]
+@dataclass
+class _Writer:
+    view: View
+    linear: LinearMap
+    like: Reading
+    source: gs.Tensor
+    output: gs.Tensor
+    axis: int | None
+    dtype: np.dtype[Any]
+    names: dict[str, str]
+    node_name: str
+    residual: float = 0.0
+    refusal: Refusal | None = None
 
+    def constant(self, role: str, values: Array) -> gs.Constant:
+        low = rounded(values, self.dtype)
+        if isinstance(low, Refusal):
+            self.refusal = low
+            low = np.zeros(values.shape, self.dtype)
+        largest = float(np.max(np.abs(values), initial=0.0))
+        if largest:
+            self.residual = max(self.residual, float(np.max(np.abs(low.astype(np.float64) - values))) / largest)
+        return self.view.new_constant(self.names.get(role, f"{self.output.name}_{role}"), low)
 
-def _gemm(
-    w: _Writer,
-    linear: LinearMap,
-    like: Reading,
-    source: gs.Tensor,
-    output: gs.Tensor,
-    axis: int | None,
-    weight: str,
-    bias: str,
-) -> list[gs.Node]:
-    flip = like.nodes[0].op == "Gemm" and bool(like.nodes[0].attrs.get("transB", 0))
-    matrix = linear.weight.reshape(linear.geometry.out_channels, -1)
-    inputs = [source, w.constant(weight, matrix if flip else matrix.T)]
-    inputs += [w.constant(bias, linear.bias)] if linear.geometry.biased else []
-    if len(inputs) == 2 and w.view.opset < 11:  # the third input is optional from opset 11
-        inputs.append(w.constant(bias, linear.bias))
-    attrs: dict[str, Any] = {"transB": 1} if flip else {}
-    return [w.node("Gemm", inputs, output, **attrs)]
+    def node(self, op: str, inputs: list[gs.Tensor], output: gs.Tensor, suffix: str = "", **attrs: Any) -> gs.Node:
+        return gs.Node(op, self.node_name and self.node_name + suffix, attrs, inputs, [output])
 
+    def middle(self) -> gs.Variable:
+        return self.view.new_variable(f"{self.output.name}_product", self.output, self.view.shape(self.output))
 
-def _matmul(
-    w: _Writer,
-    linear: LinearMap,
-    like: Reading,
-    source: gs.Tensor,
-    output: gs.Tensor,
-    axis: int | None,
-    weight: str,
-    bias: str,
-) -> list[gs.Node]:
-    matrix = linear.weight.reshape(linear.geometry.out_channels, -1)
-    left = like.kind == "left-matmul"
-    if not left and linear.geometry.biased and w.view.rank(source) == 2:
-        return _gemm(w, linear, like, source, output, axis, weight, bias)
-    held = w.constant(weight, matrix if left else matrix.T)
-    inputs = [held, source] if left else [source, held]
-    if not linear.geometry.biased:
-        return [w.node("MatMul", inputs, output)]
-    product = w.view.new_variable(f"{output.name}_product", output, w.view.shape(output))
-    shift = w.constant(bias, linear.bias[:, None] if left else linear.bias)
-    return [w.node("MatMul", inputs, product), w.node("Add", [product, shift], output, "_bias" if w.name else "")]
+    def matrix(self) -> Array:
+        """The weight as (out, in)."""
+        return self.linear.weight.reshape(self.linear.geometry.out_channels, -1)
 
+    def conv(self) -> list[gs.Node]:
+        g, values = self.linear.geometry, self.linear.weight
+        attrs: dict[str, Any] = {"dilations": list(g.dilations), "group": g.groups, "kernel_shape": list(g.kernel)}
+        attrs |= {"auto_pad": g.auto_pad} if g.auto_pad else {"pads": list(g.pads)}
+        attrs["strides"] = list(g.strides)
+        if g.transposed:
+            inn = g.in_channels // g.groups
+            values = values.reshape(g.groups, -1, inn, *g.kernel).swapaxes(1, 2).reshape(g.in_channels, -1, *g.kernel)
+            if any(g.output_padding):
+                attrs["output_padding"] = list(g.output_padding)
+        inputs = [self.source, self.constant("weight", values)]
+        if g.biased:
+            inputs.append(self.constant("bias", self.linear.bias))
+        return [self.node("ConvTranspose" if g.transposed else "Conv", inputs, self.output, **attrs)]
 
-def _affine(
-    w: _Writer,
-    linear: LinearMap,
-    like: Reading,
-    source: gs.Tensor,
-    output: gs.Tensor,
-    axis: int | None,
-    weight: str,
-    bias: str,
-) -> list[gs.Node]:
-    """A scale and a shift: one BatchNormalization where the channel axis is 1, else Mul and Add as needed."""
-    scale, shift = linear.scale, linear.bias
-    scales, shifts = bool(np.any(scale != 1.0)), linear.geometry.biased
-    rank = w.view.rank(source) or 0
-    channels = w.view.dim(source, 1) if rank >= 3 else None
-    if scales and shifts and axis in (1, None) and isinstance(channels, int) and str(w.dtype) in NORMALISABLE:
-        zero, one = np.zeros(channels), np.ones(channels)
-        wide = linear.spread(channels)
-        parts = [("scale", wide.scale), ("shift", wide.bias), ("mean", zero), ("var", one)]
-        inputs = [source, *(w.constant(f"{output.name}_{name}", values) for name, values in parts)]
-        return [w.node("BatchNormalization", inputs, output, epsilon=0.0)]
-    ones = (1,) * (rank - 1 - axis) if axis is not None else ()
-    shape = (-1, *ones) if axis is not None else ()
+    def gemm(self) -> list[gs.Node]:
+        first = self.like.nodes[0]
+        flip = first.op == "Gemm" and bool(first.attrs.get("transB", 0))
+        inputs = [self.source, self.constant("weight", self.matrix() if flip else self.matrix().T)]
+        if self.linear.geometry.biased or self.view.opset < 11:  # the third input is optional from opset 11
+            inputs.append(self.constant("bias", self.linear.bias))
+        attrs: dict[str, Any] = {"transB": 1} if flip else {}
+        return [self.node("Gemm", inputs, self.output, **attrs)]
 
-    def arrange(values: Array) -> Array:
-        return values.reshape(shape)
+    def matmul(self) -> list[gs.Node]:
+        left, biased = self.like.kind == "left-matmul", self.linear.geometry.biased
+        if not left and biased and self.view.rank(self.source) == 2:
+            return self.gemm()
+        held = self.constant("weight", self.matrix() if left else self.matrix().T)
+        inputs = [held, self.source] if left else [self.source, held]
+        if not biased:
+            return [self.node("MatMul", inputs, self.output)]
+        product, bias = self.middle(), self.linear.bias
+        shift = self.constant("bias", bias[:, None] if left else bias)
+        return [self.node("MatMul", inputs, product), self.node("Add", [product, shift], self.output, "_bias")]
 
-    if not shifts:
-        return [w.node("Mul", [source, w.constant(f"{output.name}_scale", arrange(scale))], output)]
-    shift_constant = w.constant(f"{output.name}_shift", arrange(shift))
-    if not scales:
-        return [w.node("Add", [source, shift_constant], output)]
-    product = w.view.new_variable(f"{output.name}_product", output, w.view.shape(output))
-    scale_constant = w.constant(f"{output.name}_scale", arrange(scale))
-    return [
-        w.node("Mul", [source, scale_constant], product),
-        w.node("Add", [product, shift_constant], output, "_shift" if w.name else ""),
-    ]
+    def affine(self) -> list[gs.Node]:
+        """A scale and a shift: one BatchNormalization where the channel axis is 1, else Mul and Add as needed."""
+        scale, shift = self.linear.scale, self.linear.bias
+        scales, shifts = bool(np.any(scale != 1.0)), self.linear.geometry.biased
+        rank = self.view.rank(self.source) or 0
+        channels = self.view.dim(self.source, 1) if rank >= 3 and self.axis in (1, None) else None
+        if scales and shifts and isinstance(channels, int) and str(self.dtype) in NORMALISABLE:
+            wide = self.linear.spread(channels)
+            parts = {"scale": wide.scale, "shift": wide.bias, "mean": np.zeros(channels), "var": np.ones(channels)}
+            inputs = [self.source, *(self.constant(role, values) for role, values in parts.items())]
+            return [self.node("BatchNormalization", inputs, self.output, epsilon=0.0)]
+        shape = () if self.axis is None else (-1, *(1,) * (rank - 1 - self.axis))
+        if not shifts:
+            return [self.node("Mul", [self.source, self.constant("scale", scale.reshape(shape))], self.output)]
+        if not scales:
+            return [self.node("Add", [self.source, self.constant("shift", shift.reshape(shape))], self.output)]
+        product = self.middle()
+        return [
+            self.node("Mul", [self.source, self.constant("scale", scale.reshape(shape))], product),
+            self.node("Add", [product, self.constant("shift", shift.reshape(shape))], self.output, "_shift"),
+        ]
 
 
 #: How each kind of reading is written back; other kinds are read only.
 FORMS = {
-    "conv": _conv,
-    "conv-transpose": _conv,
-    "gemm": _gemm,
-    "matmul": _matmul,
-    "left-matmul": _matmul,
-    "diagonal": _affine,
+    "conv": _Writer.conv,
+    "conv-transpose": _Writer.conv,
+    "gemm": _Writer.gemm,
+    "matmul": _Writer.matmul,
+    "left-matmul": _Writer.matmul,
+    "diagonal": _Writer.affine,
 }

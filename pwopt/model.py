@@ -82,6 +82,11 @@ class Model:
     def opset(self) -> int:
         return int(self.graph.opset)
 
+    @property
+    def layout(self) -> dict[str, str]:
+        """Which tensor lies in which external file."""
+        return _locations(self.proto)
+
     def names(self) -> set[str]:
         """Names that new tensors must not take, though the graph may not show them."""
         return {t.name for t in self.proto.graph.initializer} | {
@@ -413,7 +418,7 @@ def _declare(value: onnx.ValueInfoProto, shape: Sequence[int]) -> None:
         dim.dim_value = size
 
 
-def save(model: Model | onnx.ModelProto, path: str | os.PathLike[str], folder: Path | None = None) -> None:
+def save(model: Model | onnx.ModelProto, path: str | os.PathLike[str], source: Model | None = None) -> None:
     """Write a model atomically: the file appears complete, or not at all.
 
     External data stays external, in as many files as before, named after the new model.
@@ -423,8 +428,8 @@ def save(model: Model | onnx.ModelProto, path: str | os.PathLike[str], folder: P
     model : Model or onnx.ModelProto
     path : path
         The new file; one that exists is replaced.
-    folder : Path, optional
-        Where the external data of an `onnx.ModelProto` lies; a `Model` knows it.
+    source : Model, optional
+        What an `onnx.ModelProto` was made from: it knows where external data lies, and in which files.
 
     Raises
     ------
@@ -433,13 +438,13 @@ def save(model: Model | onnx.ModelProto, path: str | os.PathLike[str], folder: P
     """
     path = Path(path)
     if isinstance(model, Model):
-        model, folder = model.to_proto(), model.folder
+        model, source = model.to_proto(), model
     try:
         leftover = _data_files_of(path)
-        proto = _externalise(model, path, folder)
+        proto = _externalise(model, path, source)
         with replacing(path) as stream:
             stream.write(proto.SerializeToString(deterministic=True))
-        for name in leftover - _locations(proto):
+        for name in leftover.difference(_locations(proto).values()):
             (path.parent / name).unlink(missing_ok=True)
     except EncodeError as error:
         raise ModelError(f"{str(path)!r} cannot be written: over 2 GB without external data") from error
@@ -447,28 +452,29 @@ def save(model: Model | onnx.ModelProto, path: str | os.PathLike[str], folder: P
         raise ModelError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
 
 
-def _locations(proto: onnx.ModelProto) -> set[str]:
-    return {ExternalDataInfo(t).location for t in proto.graph.initializer if uses_external_data(t)}
+def _locations(proto: onnx.ModelProto) -> dict[str, str]:
+    return {t.name: ExternalDataInfo(t).location for t in proto.graph.initializer if uses_external_data(t)}
 
 
 def _data_files_of(path: Path) -> set[str]:
     """Data files that an earlier model at `path` owns: named after it, so nobody else's."""
     try:
-        names = _locations(onnx.load(path, load_external_data=False)) if path.is_file() else set()
+        names = _locations(onnx.load(path, load_external_data=False)) if path.is_file() else {}
     except (DecodeError, ValueError):
         return set()
-    return {name for name in names if name.startswith(path.name + ".") and "/" not in name}
+    return {name for name in names.values() if name.startswith(path.name + ".") and "/" not in name}
 
 
-def _externalise(model: onnx.ModelProto, path: Path, folder: Path | None) -> onnx.ModelProto:
+def _externalise(model: onnx.ModelProto, path: Path, source: Model | None) -> onnx.ModelProto:
     """Copy external data into new files beside `path`; returns the model that refers to them."""
-    locations = list(
-        dict.fromkeys(ExternalDataInfo(t).location for t in model.graph.initializer if uses_external_data(t))
-    )
-    if not locations:
+    layout = {**(source.layout if source is not None else {}), **_locations(model)}
+    if not layout:
         return model
+    folder = source.folder if source is not None else None
     if folder is None:
-        raise ModelError("a model with external data needs the folder that the data lies in")
+        raise ModelError("a model with external data needs the folder that the data lies in; load it with pwopt.load")
+    locations = list(dict.fromkeys(layout[t.name] for t in model.graph.initializer if t.name in layout))
+    locations = locations or list(dict.fromkeys(layout.values()))[:1]
     single = len(locations) == 1
     new_names = {
         old: _free_name(path, "data" if single else f"{k}.{re.sub(r'[^A-Za-z0-9._-]', '_', Path(old).name)[:80]}")
@@ -491,7 +497,7 @@ def _externalise(model: onnx.ModelProto, path: Path, folder: Path | None) -> onn
                     if descriptor.name in ("name", "data_type", "doc_string"):
                         setattr(kept, descriptor.name, value)
                 kept.dims.extend(tensor.dims)
-                target = locations[0]
+                target = layout.get(tensor.name, locations[0])
                 offset = _align(streams[target])
                 length = streams[target].write(tensor.raw_data)
             else:
