@@ -21,6 +21,9 @@ from pwopt.passes import PASSES
 from pwopt.report import equivalence_dict, plain, render, render_equivalence, to_json
 from pwopt.verify import verify
 
+#: Exit code for a defect of pwopt itself.
+INTERNAL_ERROR = 5
+
 app = typer.Typer(
     name="pwopt",
     add_completion=False,
@@ -28,7 +31,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Make exported ONNX models faster, exactly: fold what is linear across channels, verify, measure.",
     epilog="Exit codes: 0 done; 1 not equivalent, nothing written; 2 usage; 3 model unreadable or invalid; "
-    "4 execution provider unavailable.",
+    "4 execution provider unavailable; 5 internal error.",
 )
 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="The ONNX model.", show_default=False)]
@@ -75,7 +78,7 @@ def _write(path: Path | None, content: str, option: str = "--report") -> None:
 @contextlib.contextmanager
 def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
-    with Progress(*columns, console=console, transient=True) as bar:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("", total=1.0)
 
         def update(stage: str, done: float) -> None:
@@ -120,7 +123,7 @@ def optimize_command(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")] = False,
 ) -> None:
     """Optimise MODEL, verify the result against it, and write it only if equivalent."""
-    out = output if output is not None else model.with_name(f"{model.stem}.pwopt.onnx")
+    out = output if output is not None else model.parent / f"{model.stem}.pwopt.onnx"
     if not force and out.exists() and model.exists() and out.samefile(model):
         raise UsageError(f"the output {str(out)!r} is the input; choose another -o, or pass --force")
     console = Console(highlight=False)
@@ -242,3 +245,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
             raise
         Console(stderr=True, highlight=False).print(f"[red]pwopt:[/red] {plain(str(error))}", soft_wrap=True)
         raise SystemExit(error.exit_code) from None
+    except Exception as error:
+        if "--debug" in arguments:
+            raise
+        text = f"internal error ({type(error).__name__}: {error}); nothing was written; please report it with --debug"
+        Console(stderr=True, highlight=False).print(f"[red]pwopt:[/red] {plain(text)}", soft_wrap=True)
+        raise SystemExit(INTERNAL_ERROR) from None

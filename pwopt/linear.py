@@ -16,6 +16,7 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -70,7 +71,7 @@ class Geometry:
         """Number of spatial axes."""
         return len(self.kernel)
 
-    @property
+    @cached_property
     def taps(self) -> int:
         return math.prod(self.kernel)
 
@@ -79,7 +80,7 @@ class Geometry:
         """Number of weights, and of multiply-adds per output position (per input position if transposed)."""
         return self.out_channels * (self.in_channels // self.groups) * self.taps
 
-    @property
+    @cached_property
     def pointwise(self) -> bool:
         """One tap at every position: y[:, p] depends on x[:, p] only."""
         return self.taps == 1 and not self.transposed and not self.padded and all(s == 1 for s in self.strides)
@@ -89,7 +90,7 @@ class Geometry:
         """A scale and a shift per channel."""
         return self.pointwise and self.groups == self.in_channels == self.out_channels
 
-    @property
+    @cached_property
     def padded(self) -> bool:
         return bool(self.auto_pad) or any(self.pads)
 
@@ -127,20 +128,14 @@ def compose_geometry(second: Geometry, first: Geometry) -> Geometry | Refusal:
             second = second.at_rank(first.rank)
         else:
             return Refusal(f"a {first.rank}-D map and a {second.rank}-D map do not compose")
-    joined = replace(
-        first,
-        out_channels=second.out_channels,
-        groups=math.gcd(first.groups, second.groups),
-        biased=first.biased or second.biased,
-    )
     if second.pointwise:
-        return joined
+        return _spanning(first, first, second)
     if second.padded and first.biased:
         return Refusal("the first map's bias would be missing in the zero padding of the second")
     if second.transposed and first.biased:
         return Refusal("the first map's bias would be missing at the zeros that a transposed convolution inserts")
     if first.pointwise:
-        return replace(second, in_channels=first.in_channels, groups=joined.groups, biased=joined.biased)
+        return _spanning(second, first, second)
     if first.transposed or second.transposed:
         return Refusal("a transposed convolution composes with pointwise maps only")
     if first.auto_pad or second.auto_pad:
@@ -162,12 +157,21 @@ def compose_geometry(second: Geometry, first: Geometry) -> Geometry | Refusal:
         begins.append(begin)
         ends.append(end)
     return replace(
-        joined,
+        _spanning(first, first, second),
         kernel=tuple(kernel),
         strides=tuple(a * b for a, b in zip(first.strides, second.strides, strict=True)),
         dilations=tuple(dilations),
         pads=(*begins, *ends),
     )
+
+
+def _spanning(stencil: Geometry, first: Geometry, second: Geometry) -> Geometry:
+    """The given stencil from the inputs of `first` to the outputs of `second`."""
+    s = stencil  # spelled out, since dataclasses.replace costs more than all the rest of a composition
+    return Geometry(
+        second.out_channels, first.in_channels, math.gcd(first.groups, second.groups), s.kernel, s.strides, s.dilations,
+        s.pads, s.auto_pad, s.transposed, s.output_padding, first.biased or second.biased,
+    )  # fmt: skip
 
 
 def align_geometry(maps: Sequence[Geometry]) -> Geometry | Refusal:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import onnx_graphsurgeon as gs
@@ -117,10 +118,10 @@ class Pass:
         >>> [node.op for node in model.graph.nodes]
         ['Conv']
         """
-        rw = Rewriter(graph, self, frozenset(denied), sizes, reserved)
-        rw.drive()
+        rw = Rewriter(graph, denied, sizes, reserved)
+        outcome = rw.apply(self)
         rw.close()
-        return Outcome(tuple(rw.rewrites), tuple(rw.skips.values()))
+        return outcome
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ class Outcome:
 
 
 class Rewriter(View):
-    """A `View` with the records of one pass, and the queue of nodes to look at.
+    """A `View` with the records of the pass that runs, and the queue of nodes it has yet to look at.
 
     Only neighbours of a change are looked at again, so a run is near-linear in the number of nodes.
     """
@@ -140,28 +141,29 @@ class Rewriter(View):
     def __init__(
         self,
         graph: gs.Graph,
-        owner: Pass,
-        denied: frozenset[str] = frozenset(),
+        denied: Iterable[str] = (),
         sizes: Mapping[str, Sequence[int]] | None = None,
         reserved: Iterable[str] = (),
     ) -> None:
         super().__init__(graph, sizes, reserved)
-        self.owner = owner
-        self.denied_sites = denied
-        self.rewrites: list[Rewrite] = []
-        self.skips: dict[str, Skip] = {}
+        self._denied = frozenset(denied)
+        self._owner = ""
         self._queue: deque[gs.Node] = deque()
         self._queued: set[int] = set()
 
     def site(self, node: gs.Node) -> str:
-        """Stable identifier of a place: the pass and the tensor it produces."""
-        return f"{self.owner.name}:{next((t.name for t in node.outputs if t.name), node.name)}"
+        """Stable identifier of a place: the pass that runs and the tensor that the node produces."""
+        return f"{self._owner}:{next((t.name for t in node.outputs if t.name), node.name)}"
 
     def denied(self, node: gs.Node) -> bool:
-        return self.site(node) in self.denied_sites
+        return bool(self._denied) and self.site(node) in self._denied
 
-    def drive(self) -> None:
-        self.owner.start(self)
+    def apply(self, p: Pass) -> Outcome:
+        """Run one pass until nothing more applies."""
+        self._owner = p.name
+        rewrites: list[Rewrite] = []
+        skips: dict[str, Skip] = {}
+        p.start(self)
         for node in self.nodes():
             self._enqueue(node)
         while self._queue:
@@ -170,14 +172,13 @@ class Rewriter(View):
             if node not in self:
                 continue
             site = self.site(node)
-            result: Rewrite | Skip | None = Skip("denied by the user")
-            if site not in self.denied_sites:
-                result = self.owner.match_and_rewrite(node, self)
+            result = Skip("denied by the user") if self.denied(node) else p.match_and_rewrite(node, self)
             if isinstance(result, Rewrite):
-                self.rewrites.append(replace(result, pass_name=self.owner.name, site=site))
-                self.skips.pop(site, None)
+                rewrites.append(replace(result, pass_name=p.name, site=site))
+                skips.pop(site, None)
             elif isinstance(result, Skip):
-                self.skips[site] = replace(result, pass_name=self.owner.name, site=site)
+                skips[site] = replace(result, pass_name=p.name, site=site)
+        return Outcome(tuple(rewrites), tuple(skips.values()))
 
     def _enqueue(self, node: gs.Node | None) -> None:
         if node is not None and node in self and id(node) not in self._queued:
@@ -226,14 +227,14 @@ def describe(node: gs.Node) -> str:
     return f"{node.op} {node.name}".strip()
 
 
-@dataclass
+@dataclass(frozen=True)
 class Pipeline:
-    """Passes in order, repeated until none changes anything.
+    """Passes in turn, until every one has nothing left to do.
 
     A pure function of the graph and the denied sites: the same inputs give the same graph, byte for byte.
     """
 
-    passes: Sequence[Pass] = field(default_factory=list)
+    passes: Sequence[Pass]
 
     def run(
         self,
@@ -243,17 +244,17 @@ class Pipeline:
         sizes: Mapping[str, Sequence[int]] | None = None,
         reserved: Iterable[str] = (),
     ) -> Outcome:
-        denied, reserved = frozenset(denied), frozenset(reserved)
+        """Edit `graph` in place; parameters as for `Pass.run`. Refusals are those of each pass's last run."""
+        rw = Rewriter(graph, denied, sizes, reserved)
         rewrites: list[Rewrite] = []
-        skips: dict[str, Skip] = {}
-        for _ in range(MAX_ROUNDS):
-            skips.clear()
-            changed = False
-            for p in self.passes:
-                outcome = p.run(graph, denied=denied, sizes=sizes, reserved=reserved)
-                rewrites.extend(outcome.rewrites)
-                skips.update((s.site, s) for s in outcome.skips)
-                changed = changed or bool(outcome.rewrites)
-            if not changed:
+        skips: dict[str, tuple[Skip, ...]] = {}
+        idle = 0
+        for p in itertools.islice(itertools.cycle(self.passes), MAX_ROUNDS * len(self.passes)):
+            outcome = rw.apply(p)
+            rewrites.extend(outcome.rewrites)
+            skips[p.name] = outcome.skips
+            idle = 0 if outcome.rewrites else idle + 1
+            if idle == len(self.passes):
                 break
-        return Outcome(tuple(rewrites), tuple(skips.values()))
+        rw.close()
+        return Outcome(tuple(rewrites), tuple(itertools.chain.from_iterable(skips.values())))

@@ -275,15 +275,25 @@ SELECTIONS: list[Callable[[], onnx.ModelProto]] = [
     lambda: parse("(double[2,4,7,8] x) => (double[N] y) { y = Slice<starts=[1], ends=[3], axes=[1]>(x) }", 9),
     lambda: parse(
         "(double[2,4,7,8] x) => (double[N] y) { y = Slice(x, s, e, a, t) }",
-        s=np.array([-1]), e=np.array([-9]), a=np.array([-3]), t=np.array([-2]),
+        s=np.array([-1]),
+        e=np.array([-9]),
+        a=np.array([-3]),
+        t=np.array([-2]),
     ),
     lambda: parse("(double[2,4,7,8] x) => (double[N] y) { y = Gather<axis=1>(x, i) }", i=np.array([3, 0, -2, 3])),
-    lambda: parse("(double[2,4,7,8] x) => (double[N] y) { y = Pad(x, p, c) }", p=np.array([0, 1, 0, 0, 0, 2, 0, 0]), c=np.float64(3)),
+    lambda: parse(
+        "(double[2,4,7,8] x) => (double[N] y) { y = Pad(x, p, c) }",
+        p=np.array([0, 1, 0, 0, 0, 2, 0, 0]),
+        c=np.float64(3),
+    ),
     lambda: parse("(double[2,4,7,8] x) => (double[N] y) { y = Pad<pads=[0,1,0,0,0,0,0,0]>(x) }", 10),
-    lambda: parse("(double[2,4,7,8] x) => (double[N] y) { y = Pad(x, p, , a) }", 18, p=np.array([1, 2]), a=np.array([1])),
+    lambda: parse(
+        "(double[2,4,7,8] x) => (double[N] y) { y = Pad(x, p, , a) }", 18, p=np.array([1, 2]), a=np.array([1])
+    ),
     lambda: parse(
         "(double[2,4,7,8] x) => (double[N] y) { r = Reshape(x, s) t = Transpose<perm=[0,2,1,3,4]>(r) y = Reshape(t, q) }",
-        s=np.array([2, 2, 2, 7, 8]), q=np.array([2, 4, 7, 8]),
+        s=np.array([2, 2, 2, 7, 8]),
+        q=np.array([2, 4, 7, 8]),
     ),
 ]
 

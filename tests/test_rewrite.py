@@ -12,10 +12,10 @@ import onnx_graphsurgeon as gs
 import pytest
 from helpers import MODELS, normal, ops, parse, reasons, run, same
 from onnx import TensorProto, helper, numpy_helper
+from pwopt.passes import PASSES, CleanUp, FoldAffine
 
 from pwopt.graph import View
 from pwopt.model import from_proto
-from pwopt.passes import PASSES, CleanUp, FoldAffine
 from pwopt.rewrite import Pass, Pipeline, Rewrite, Rewriter, Skip
 
 
@@ -86,7 +86,9 @@ def test_the_same_input_gives_the_same_bytes_whatever_the_hash_seed(tmp_path: Pa
 
 
 def test_denied_sites_are_left_alone() -> None:
-    body = "(double[2,4,6,6] x) => (double[N] y) { h = Conv(x, w) k = Mul(h, s) r = Relu(k) g = Conv(r, u) y = Mul(g, s) }"
+    body = (
+        "(double[2,4,6,6] x) => (double[N] y) { h = Conv(x, w) k = Mul(h, s) r = Relu(k) g = Conv(r, u) y = Mul(g, s) }"
+    )
     model = parse(body, w=normal(4, 4, 1, 1), u=normal(4, 4, 1, 1, seed=1), s=np.float64(2))
     result, outcome, _ = run(model, FoldAffine(), denied={"fold-affine:y"})
     assert ops(result) == {"Conv": 2, "Relu": 1, "Mul": 1}
@@ -112,7 +114,9 @@ def test_every_pass_states_its_identity() -> None:
 
 
 def test_the_order_of_untouched_nodes_is_kept() -> None:
-    body = "(double[2,4] x) => (double[N] y, double[N] z) { b = Exp(x) h = Mul(x, o) a = Neg(h) y = Add(a, b) z = Abs(b) }"
+    body = (
+        "(double[2,4] x) => (double[N] y, double[N] z) { b = Exp(x) h = Mul(x, o) a = Neg(h) y = Add(a, b) z = Abs(b) }"
+    )
     model = parse(body, o=np.ones(1))
     result, _, _ = run(model, CleanUp())
     assert [n.op_type for n in result.graph.node] == ["Exp", "Neg", "Add", "Abs"]

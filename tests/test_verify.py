@@ -27,7 +27,7 @@ def test_a_model_is_equivalent_to_itself() -> None:
     result = verify(MODELS / "network_in_network.onnx", MODELS / "network_in_network.onnx")
     assert result.passed
     assert all(o.max_abs == 0 for o in result.outputs)
-    assert [o.name for o in result.outputs][0] == "logits"
+    assert next(o.name for o in result.outputs) == "logits"
 
 
 @pytest.mark.parametrize(("factor", "passed"), [(1 + 1e-7, True), (1 + 1e-3, False)])
@@ -96,7 +96,11 @@ def test_shapes_are_parsed_and_checked() -> None:
         with pytest.raises(UsageError, match="not of the form"):
             parse_shape(text)
     specs = input_specs(parse("(float[N,3,8,8] x) => (float[N] y) { y = Neg(x) }"))
-    for shapes, word in (({"z": (1,)}, "no input"), ({"x": (1, 4, 8, 8)}, "does not fit"), ({"x": (1,)}, "does not fit")):
+    for shapes, word in (
+        ({"z": (1,)}, "no input"),
+        ({"x": (1, 4, 8, 8)}, "does not fit"),
+        ({"x": (1,)}, "does not fit"),
+    ):
         with pytest.raises(UsageError, match=word):
             runtime.check_shapes(specs, shapes)
 

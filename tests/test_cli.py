@@ -1,0 +1,169 @@
+"""The command line as its users run it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from helpers import MODELS, normal, ops, parse
+from pwopt.passes import PASSES
+
+pytest.importorskip("onnxruntime")
+
+
+def pwopt(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "pwopt", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False
+    )
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    path = tmp_path / "seq.onnx"
+    path.write_bytes((MODELS / "linear_sequence.onnx").read_bytes())
+    return path
+
+
+def test_optimize_writes_beside_the_input(model: Path) -> None:
+    report = model.parent / "report.json"
+    done = pwopt("optimize", model, "--cost", "analytic", "--shape", "x=1x64x8x8", "--report", report)
+    assert done.returncode == 0, done.stderr
+    assert ops(onnx.load(model.with_name("seq.pwopt.onnx"))) == {"Conv": 1}
+    assert "multiply-adds" in done.stdout
+    assert "-96.7%" in done.stdout
+    assert done.stderr == ""
+    content = json.loads(report.read_text())
+    assert content["model"] == str(model)
+    assert content["rewrites"][0]["site"] == "fold-chains:y"
+    assert content["shapes"] == {"x": [1, 64, 8, 8]}
+
+
+def test_optimize_measures_by_default(model: Path) -> None:
+    done = pwopt("optimize", model, "--shape", "x=1x64x2x2")
+    assert done.returncode == 0, done.stderr
+    assert "latency" in done.stdout
+
+
+def test_the_input_is_not_overwritten_unless_forced(model: Path) -> None:
+    before = model.read_bytes()
+    done = pwopt("optimize", model, "-o", model)
+    assert done.returncode == 2
+    assert "--force" in done.stderr
+    assert model.read_bytes() == before
+    done = pwopt("optimize", model, "-o", model, "--force", "--cost", "analytic", "--shape", "x=1x64x2x2")
+    assert done.returncode == 0
+    assert ops(onnx.load(model)) == {"Conv": 1}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "words"),
+    [
+        (["optimize", "missing.onnx"], 2, "there is no file"),
+        (["optimize", "text.onnx"], 3, "not an ONNX model"),
+        (["optimize", "empty.onnx"], 3, "not an ONNX model"),
+        (["optimize", "."], 3, "folder"),
+        (["optimize", "seq.onnx", "--provider", "cuda"], 4, "CUDAExecutionProvider is not in this onnxruntime"),
+        (["optimize", "seq.onnx", "--shape", "x=1x3x4x4"], 2, "does not fit"),
+        (["optimize", "seq.onnx", "--shape", "nonsense"], 2, "not of the form"),
+        (["optimize", "seq.onnx", "--passes", "fold"], 2, "there is no pass 'fold'"),
+        (["optimize", "seq.onnx", "--cost", "free"], 2, "--cost"),
+        (["optimize", "seq.onnx", "--input", "text.onnx"], 2, "cannot be read as .npz"),
+        (["optimize", "seq.onnx", "-o", "no/such/folder/out.onnx"], 3, "nothing can be written"),
+        (["verify", "seq.onnx", "text.onnx"], 3, "not an ONNX model"),
+        (["optimize", "bad.onnx"], 3, "onnxruntime does not load the model"),
+        (["frobnicate"], 2, "No such command"),
+        (["optimize"], 2, "Missing argument"),
+    ],
+)
+def test_errors_are_one_sentence_and_a_code(model: Path, arguments: list[str], code: int, words: str) -> None:
+    folder = model.parent
+    (folder / "text.onnx").write_text("hello")
+    (folder / "empty.onnx").write_bytes(b"")
+    onnx.save(parse("(float[2,3] x, float[3,4] z) => (float[2,4] y) { y = Add(x, z) }"), folder / "bad.onnx")
+    files = sorted(p.name for p in folder.iterdir())
+    done = pwopt(*arguments, cwd=folder)
+    assert done.returncode == code, done.stderr
+    assert words in " ".join(done.stderr.split())
+    assert "Traceback" not in done.stderr
+    assert sorted(p.name for p in folder.iterdir()) == files
+
+
+def test_debug_shows_the_traceback(model: Path) -> None:
+    done = pwopt("optimize", "missing.onnx", "--debug")
+    assert "Traceback" in done.stderr
+
+
+def test_verify_exits_by_its_verdict(model: Path) -> None:
+    wrong = model.with_name("wrong.onnx")
+    proto = onnx.load(model)
+    proto.graph.initializer[0].raw_data = (
+        np.frombuffer(proto.graph.initializer[0].raw_data, np.float32) * 1.01
+    ).tobytes()
+    onnx.save(proto, wrong)
+    report = model.parent / "r.json"
+    same, other = (
+        pwopt("verify", model, model, "--shape", "x=1x64x4x4"),
+        pwopt("verify", model, wrong, "--report", report, "--shape", "x=1x64x4x4"),
+    )
+    assert (same.returncode, other.returncode) == (0, 1)
+    assert "not equivalent" in other.stdout
+    output = json.loads(report.read_text())["equivalence"]["outputs"][0]
+    assert set(output) >= {"name", "max_abs", "max_rel", "floor", "passed"}
+    assert output["passed"] is False
+
+
+def test_inputs_from_a_file(model: Path) -> None:
+    np.savez(model.parent / "in.npz", x=normal(2, 64, 3, 5))
+    done = pwopt("optimize", model, "--cost", "analytic", "--input", model.parent / "in.npz")
+    assert done.returncode == 0, done.stderr
+    assert "x 2×64×3×5" in done.stdout
+
+
+def test_deny_and_details(model: Path) -> None:
+    done = pwopt(
+        "optimize", model, "--cost", "analytic", "--shape", "x=1x64x2x2", "--deny", "fold-chains:y", "--details"
+    )
+    assert done.returncode == 0
+    assert "denied by the user" in done.stdout
+    assert "fold-chains:h3" in done.stdout
+
+
+def test_inspect(model: Path) -> None:
+    done = pwopt("inspect", model, "--shape", "x=1x64x2x2")
+    assert done.returncode == 0
+    assert "4 maps" in done.stdout
+    assert "64→128→192→128→32 is cheaper as one map" in done.stdout
+    listed = json.loads(pwopt("inspect", model, "--json").stdout)
+    assert [m["channels"] for m in listed] == ["64→128", "128→192", "192→128", "128→32"]
+    assert {m["chain"] for m in listed} == {None}  # one map after folding
+
+
+def test_passes_and_help() -> None:
+    listed = pwopt("passes").stdout
+    assert all(p.name in listed for p in PASSES)
+    root = pwopt("--help").stdout
+    assert "Exit codes: 0 done; 1 not equivalent" in " ".join(root.replace("│", " ").split())
+    assert all(c in root for c in ("optimize", "verify", "inspect", "passes"))
+    assert pwopt("--version").stdout.startswith("pwopt ")
+
+
+def test_hostile_names_are_harmless(tmp_path: Path) -> None:
+    body = "(float[1,4,2,2] x) => (float[N] y) { h = Conv(x, w) y = Mul(h, s) }"
+    model = parse(body, w=normal(4, 4, 1, 1, dtype=np.float32), s=np.float32(2))
+    evil = "\x1b[31mred\x1b[0m\n[bold]\u202e</script>"
+    for node in model.graph.node:
+        node.output[:] = [evil if o == "y" else o for o in node.output]
+    model.graph.output[0].name = evil
+    onnx.save(model, tmp_path / "m.onnx")
+    report = tmp_path / "r.json"
+    done = pwopt("optimize", tmp_path / "m.onnx", "--cost", "analytic", "--details", "--report", report)
+    assert done.returncode == 0, done.stderr
+    assert "\x1b[31m" not in done.stdout
+    assert "\u202e" not in done.stdout
+    assert "[bold]" in done.stdout
+    assert json.loads(report.read_text())["rewrites"][0]["site"] == f"fold-affine:{evil}"

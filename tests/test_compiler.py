@@ -1,0 +1,177 @@
+"""The main job from Python: optimise, verify, measure, refuse."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+from helpers import MODELS, evaluate, normal, ops, parse, weight
+
+import pwopt
+from pwopt import compiler, runtime
+from pwopt.errors import NotEquivalentError, ProviderError, UsageError
+from pwopt.model import load
+from pwopt.rewrite import Pass, Rewrite, Rewriter
+from pwopt.timing import Race
+
+F = np.float32
+
+
+class Planted(Pass):
+    """A wrong rewrite: every weight of a Conv grows by a thousandth."""
+
+    name: ClassVar[str] = "planted"
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | None:
+        if rw.op(node) != "Conv" or "planted" in node.inputs[1].name:
+            return None
+        values = rw.raw(node.inputs[1])
+        assert values is not None
+        wrong = rw.new_constant("planted", (values * 1.001).astype(values.dtype))
+        new = gs.Node("Conv", node.name, node.attrs, [node.inputs[0], wrong, *node.inputs[2:]], list(node.outputs))
+        return rw.replace([node], [new], "planted")
+
+
+def test_a_wrong_rewrite_is_caught_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(compiler, "PASSES", (Planted,))
+    with pytest.raises(NotEquivalentError, match="nothing was written") as caught:
+        pwopt.optimize(MODELS / "network_in_network.onnx", tmp_path / "out.onnx", cost_model="analytic")
+    assert not caught.value.report.equivalence.passed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_slower_result_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    slow = Race((np.full(50, 1.0), np.full(50, 2.0)))
+    monkeypatch.setattr(compiler.timing, "race", lambda *_: slow)
+    result = pwopt.optimize(MODELS / "linear_sequence.onnx", tmp_path / "out.onnx", shapes={"x": (1, 64, 4, 4)})
+    assert "measured slower (0.50×)" in result.report.notes[-1]
+    assert (tmp_path / "out.onnx").read_bytes() == onnx.load(MODELS / "linear_sequence.onnx").SerializeToString(
+        deterministic=True
+    )
+
+
+def test_measured(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    out = tmp_path / "out.onnx"
+    result = pwopt.optimize(MODELS / "linear_sequence.onnx", out, shapes={"x": (1, 64, 8, 8)}, race_seconds=0.0)
+    assert ops(onnx.load(out)) == {"Conv": 1}
+    assert onnx.load(out) == result.model
+    report = result.report.to_dict()
+    assert report["equivalence"]["passed"]
+    assert set(report["latency"]) >= {"before_ms", "after_ms", "speedup"}
+    assert report["cost"]["before"]["macs"] == 61440 * 64
+    assert report["cost"]["after"]["macs"] == 2048 * 64
+    (rewrite,) = report["rewrites"]
+    assert set(rewrite) >= {"pass", "site", "removed", "added", "macs_before", "macs_after", "residual"}
+    assert (rewrite["macs_before"], rewrite["macs_after"]) == (61440 * 64, 2048 * 64)
+    assert 0 < rewrite["residual"] < 6e-8
+    assert set(report["environment"]) >= {"onnxruntime", "onnx", "cpu", "threads"}
+
+
+def test_analytic_needs_no_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    result = pwopt.optimize(MODELS / "linear_sequence.onnx", tmp_path / "out.onnx", cost_model="analytic")
+    assert ops(result.model) == {"Conv": 1}
+    assert result.report.equivalence is None
+    assert "Not verified" in result.report.notes[0]
+    with pytest.raises(ProviderError, match=r"pwopt\[cpu\]"):
+        pwopt.optimize(MODELS / "linear_sequence.onnx")
+
+
+def test_a_model_in_memory_and_dynamic_shapes_survive() -> None:
+    pytest.importorskip("onnxruntime")
+    model = onnx.load(MODELS / "hyperspectral.onnx")
+    before = model.SerializeToString(deterministic=True)
+    result = pwopt.optimize(model, cost_model="analytic", shapes={"cube": (1, 200, 4, 4)})
+    assert model.SerializeToString(deterministic=True) == before
+    assert result.model.graph.input == model.graph.input
+    assert result.model.graph.output == model.graph.output
+    assert result.report.equivalence is not None
+    assert result.report.equivalence.passed
+
+
+def test_static_fixes_the_inputs(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    result = pwopt.optimize(
+        MODELS / "linear_sequence.onnx",
+        tmp_path / "out.onnx",
+        cost_model="analytic",
+        static=True,
+        shapes={"x": (2, 64, 3, 5)},
+    )
+    assert [d.dim_value for d in result.model.graph.input[0].type.tensor_type.shape.dim] == [2, 64, 3, 5]
+    assert [d.dim_value for d in result.model.graph.output[0].type.tensor_type.shape.dim] == [2, 32, 3, 5]
+
+
+def test_opset_conversion_keeps_names_and_documentation(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    body = """(float[N,4,H,W] x) => (float[N] y, float[N] z) {
+        h = Conv(x, w) a = Add(h, t) c = Clip(a, l, u) m = Mul(h, c) y = Div(m, u) z = Softmax<axis=1>(y)
+    }"""
+    model = parse(body, 12, w=normal(4, 4, 1, 1, dtype=F), t=F(3), l=F(0), u=F(6))
+    for node in model.graph.node:
+        node.name, node.doc_string = f"n_{node.output[0]}", "doc"
+        node.metadata_props.add(key="k", value="v")
+    path = tmp_path / "m.onnx"
+    onnx.save(model, path)
+    result = pwopt.optimize(path, tmp_path / "out.onnx", cost_model="analytic", opset=14, shapes={"x": (1, 4, 5, 5)})
+    assert result.model.opset_import[0].version == 14
+    assert "HardSwish" in ops(result.model)
+    conv = result.model.graph.node[0]
+    assert (conv.name, conv.doc_string, conv.metadata_props[0].value) == ("n_h", "doc", "v")
+    with pytest.raises(UsageError, match="between"):
+        pwopt.optimize(path, opset=7)
+
+
+def test_unknown_names_are_usage_errors() -> None:
+    for arguments, word in (({"passes": ["fold-everything"]}, "no pass"), ({"cost_model": "free"}, "not one of")):
+        with pytest.raises(UsageError, match=word):
+            pwopt.optimize(MODELS / "linear_sequence.onnx", **arguments)  # type: ignore[arg-type]
+
+
+def test_passes_can_be_chosen() -> None:
+    result = pwopt.optimize(
+        MODELS / "network_in_network.onnx", passes=["fold-affine"], cost_model="analytic", check=False
+    )
+    assert {r.pass_name for r in result.report.rewrites} == {"fold-affine"}
+
+
+def test_external_data_is_verified_and_written(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "big.onnx"
+    onnx.save(
+        onnx.load(MODELS / "linear_sequence.onnx"),
+        path,
+        save_as_external_data=True,
+        location="big.bin",
+        size_threshold=0,
+    )
+    result = pwopt.optimize(path, tmp_path / "out.onnx", cost_model="analytic", shapes={"x": (1, 64, 4, 4)})
+    assert result.report.equivalence is not None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["big.bin", "big.onnx", "out.onnx", "out.onnx.data"]
+    assert weight(onnx.load(tmp_path / "out.onnx"), "conv4.weight").shape == (32, 64, 1, 1)
+
+
+def test_sizes_follow_through_shape_arithmetic() -> None:
+    """Paddle writes Shape → Cast → Slice → Cast → Concat → Reshape; costs still need the sizes behind it."""
+    body = """(float[N,4,H] x) => (float[N] y) {
+        s = Shape(x) a = Cast<to=6>(s) n = Slice(a, i, j, k) b = Cast<to=7>(n) r = Concat<axis=0>(b, m) h = Reshape(x, r)
+        y = MatMul(h, w)
+    }"""
+    model = parse(body, i=np.array([0]), j=np.array([1]), k=np.array([0]), m=np.array([-1, 4]), w=normal(4, 8, dtype=F))
+    before, _, _ = compiler.run_pipeline(load(model), [], (), {"x": (2, 4, 6)})
+    assert before.unknown == 0
+    assert before.macs == 2 * 6 * 4 * 8
+    assert evaluate(model, x=normal(2, 4, 6, dtype=F))[0].shape == (2, 6, 8)
+
+
+def test_runtime_environment_names_the_machine() -> None:
+    found = runtime.environment("cpu", 1)
+    assert found["cpu"]
+    assert found["pwopt"] == pwopt.__version__

@@ -1,0 +1,39 @@
+"""Examples in docstrings and in the README run as written."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import pkgutil
+import re
+from pathlib import Path
+
+import pytest
+
+import pwopt
+
+ROOT = Path(__file__).parent.parent
+MODULES = [f"pwopt.{m.name}" for m in pkgutil.iter_modules(pwopt.__path__) if m.name != "__main__"]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_docstring_examples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    failures, _ = doctest.testmod(importlib.import_module(name))
+    assert failures == 0
+
+
+def test_readme_examples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    assert blocks
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    monkeypatch.chdir(tmp_path)
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), {})
+
+
+def test_every_option_is_in_the_readme() -> None:
+    readme = (ROOT / "README.md").read_text()
+    options = set(re.findall(r'"(--[a-z-]+)"', (ROOT / "pwopt" / "cli.py").read_text()))
+    assert {o for o in options if o not in readme} == set()
