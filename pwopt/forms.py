@@ -349,9 +349,8 @@ def read_arithmetic(view: View, node: gs.Node) -> Result:
         return _diagonal(node, source, value, zero, axis)
     if index == 1:
         return None  # constant / x
-    if not np.all(value):
-        return Refusal("it divides by zero")
-    return _diagonal(node, source, 1.0 / value, zero, axis)
+    with np.errstate(divide="ignore"):
+        return _diagonal(node, source, 1.0 / value, zero, axis)
 
 
 def _matmul_bias(view: View, node: gs.Node, source: gs.Tensor, value: Array, axis: int | None) -> Result:

@@ -77,9 +77,10 @@ def test_lookalikes_are_not_named_hard_swish(body: str) -> None:
         same(model, result, 1e-5, x=X)
 
 
-def test_an_intermediate_that_is_read_elsewhere_is_kept() -> None:
-    body = "(float[2,8] x) => (float[N] y, float[N] b) { a = Add(x, t) b = Clip(a, z, s) c = Mul(x, b) y = Div(c, s) }"
-    model = parse(body, 17, t=F(3), z=F(0), s=F(6))
+@pytest.mark.parametrize("kept", "abc")
+def test_an_intermediate_that_is_read_elsewhere_is_kept(kept: str) -> None:
+    body = "(float[2,8] x) => (float[N] y, float[N] k) { a = Add(x, t) b = Clip(a, z, s) c = Mul(x, b) y = Div(c, s) k = Neg(%s) }"
+    model = parse(body % kept, 17, t=F(3), z=F(0), s=F(6))
     assert run(model, NameActivations())[0] is model
 
 
