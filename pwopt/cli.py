@@ -239,6 +239,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: errors become one sentence on stderr and an exit code."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     try:
+        if "--debug" not in arguments:
+            runtime.silence()
         app(arguments)
     except PwoptError as error:
         if "--debug" in arguments:

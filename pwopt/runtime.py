@@ -64,6 +64,12 @@ def onnxruntime() -> ModuleType:
     return module
 
 
+def silence() -> None:
+    """Keep onnxruntime's own log off the terminal; for programs, since it is a setting of the whole process."""
+    if available():
+        onnxruntime().set_default_logger_severity(4)
+
+
 def available() -> bool:
     try:
         onnxruntime()
@@ -158,10 +164,11 @@ class Session:
         if self.provider != "CPUExecutionProvider":
             providers.append("CPUExecutionProvider")
         try:
-            self.session = ort.InferenceSession(os.fspath(path), options, providers=providers)
+            # Its Python fallback would go on with another provider, here or in a later run.
+            self.session = ort.InferenceSession(os.fspath(path), options, providers=providers, enable_fallback=0)
         except Exception as error:
-            if self.provider != "CPUExecutionProvider" and self.provider.split("Exec")[0].lower() in str(error).lower():
-                raise ProviderError(f"{self.provider} does not start: {_first_line(error)}") from error
+            if self.provider != "CPUExecutionProvider" and _loads_on_cpu(path):
+                raise ProviderError(f"{self.provider} does not run this model: {_first_line(error)}") from error
             raise ModelError(f"onnxruntime does not load the model: {_first_line(error)}") from error
         if self.provider not in self.session.get_providers():
             raise ProviderError(
@@ -210,6 +217,15 @@ class Session:
                 if name not in names:
                     names.append(name)
         return placed
+
+
+def _loads_on_cpu(path: str | os.PathLike[str]) -> bool:
+    """Whether the model itself is in order, so that a failure is the provider's."""
+    try:
+        onnxruntime().InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    except Exception:
+        return False
+    return True
 
 
 def _first_line(error: BaseException) -> str:

@@ -137,7 +137,7 @@ def test_a_silent_fallback_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     ort = runtime.onnxruntime()
     real = ort.InferenceSession
 
-    def falls_back(path: str, options: object, providers: object) -> object:
+    def falls_back(path: str, options: object, providers: object, enable_fallback: int) -> object:
         return real(path, options, providers=["CPUExecutionProvider"])
 
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
