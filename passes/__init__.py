@@ -7,7 +7,6 @@ from pwopt.passes.factor_gates import FactorGates
 from pwopt.passes.fold_affine import FoldAffine
 from pwopt.passes.fold_chains import FoldChains
 from pwopt.passes.name_activations import NameActivations
-
 from pwopt.rewrite import Pass
 
 #: The default pipeline, in order.

@@ -215,6 +215,7 @@ def optimize(
                 runtime.Session(candidate, provider, threads),
             )
             equivalence = compare(*sessions, samples, rtol, atol)
+            notes.extend(_placement_notes(candidate, provider, threads, samples[0]))
             if equivalence.passed and cost_model == "measured":
                 fast = (sessions[0], sessions[2])
                 race = timing.race(fast, samples[0], race_seconds, lambda done: progress("racing", done))
@@ -239,9 +240,15 @@ def optimize(
         )
         if equivalence is not None and not equivalence.passed:
             raise _not_equivalent(report)
-        if latency is not None and latency.interval[1] < 1.0 and not static and opset is None:
-            # Never slower: the original it is, and the report says why.
-            proto, report = source.proto, _kept_original(report, latency)
+        if latency is not None and latency.interval[1] < 1.0:
+            if static or opset is not None:  # asked for, so there is no going back to the original
+                report = _noted(report, f"The result was measured slower than the original ({latency.speedup:.2f}×).")
+            else:
+                proto, report = source.proto, replace(report, after=report.before)
+                report = _noted(
+                    report,
+                    f"The rewritten model was measured slower ({latency.speedup:.2f}×): the original is returned.",
+                )
         if output is not None:
             progress("writing", 1.0)
             save(proto, output, source)
@@ -261,9 +268,8 @@ def _not_equivalent(report: Report) -> NotEquivalentError:
     return NotEquivalentError(what + hint, report)
 
 
-def _kept_original(report: Report, latency: Latency) -> Report:
-    note = f"The rewritten model was measured slower ({latency.speedup:.2f}×), so the original is returned."
-    return replace(report, after=report.before, notes=(*report.notes, note))
+def _noted(report: Report, note: str) -> Report:
+    return replace(report, notes=(*report.notes, note))
 
 
 def _latency(race: timing.Race) -> Latency:
@@ -276,6 +282,19 @@ def _latency(race: timing.Race) -> Latency:
 def _coverage_notes(before: Cost) -> Iterator[str]:
     if before.unknown:
         yield f"Multiply-adds leave out {before.unknown} operators whose sizes are not known; --shape may settle them."
+
+
+def _placement_notes(path: Path, provider: str, threads: int, feeds: Feeds) -> Iterator[str]:
+    """Which nodes the provider left to another one; on the CPU provider there is nothing to leave."""
+    if runtime.PROVIDERS.get(provider, provider) == "CPUExecutionProvider":
+        return
+    session = runtime.Session(path, provider, threads, profile=True)
+    session.run(feeds)
+    placed = session.placement()
+    total = sum(map(len, placed.values()))
+    for other, names in runtime.elsewhere(placed, provider).items():
+        some = ", ".join(sorted(names)[:5]) + (" and more" if len(names) > 5 else "")
+        yield f"{len(names)} of {total} nodes ran on {other}, not on {provider}: {some}."
 
 
 def settle(model: Model, deny: Iterable[str] = ()) -> tuple[Rewrite, ...]:

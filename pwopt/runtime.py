@@ -7,7 +7,6 @@ import os
 import platform
 import re
 import tempfile
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata
@@ -371,7 +370,7 @@ def load_feeds(path: str | os.PathLike[str], specs: Sequence[InputSpec]) -> Feed
     return {s.name: arrays[s.name].astype(s.dtype) for s in specs}
 
 
-def fallbacks(placed: Mapping[str, Sequence[str]], provider: str) -> Counter[str]:
-    """How many nodes ran elsewhere than on `provider`, by provider."""
+def elsewhere(placed: Mapping[str, list[str]], provider: str) -> dict[str, list[str]]:
+    """The part of a placement that is not on `provider`."""
     wanted = PROVIDERS.get(provider, provider)
-    return Counter({name: len(nodes) for name, nodes in placed.items() if name != wanted})
+    return {name: nodes for name, nodes in placed.items() if name != wanted}

@@ -5,10 +5,10 @@ import onnx
 import pytest
 from helpers import evaluate, normal, ops, parse, reasons, run, same
 from onnx import TensorProto, helper
-from pwopt.passes import CleanUp
 
 from pwopt.compiler import settle
 from pwopt.model import from_proto, with_fixed_inputs
+from pwopt.passes import CleanUp
 
 X = normal(2, 4, 6, 8)
 ENDS = np.array([2**31 - 1])

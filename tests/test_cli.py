@@ -11,6 +11,7 @@ import numpy as np
 import onnx
 import pytest
 from helpers import MODELS, normal, ops, parse
+
 from pwopt.passes import PASSES
 
 pytest.importorskip("onnxruntime")

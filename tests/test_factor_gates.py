@@ -3,6 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from helpers import normal, ops, parse, run, same
+
 from pwopt.passes import FactorGates
 
 BODY = "(double[N,4,H,W] x, double[N,4,1,1] g) => (double[N] y) { m = Mul(%s) y = Add(%s) }"

@@ -5,6 +5,7 @@ import onnx
 import pytest
 from helpers import normal, ops, parse, reasons, run, same, weight
 from onnx import helper
+
 from pwopt.passes import FoldAffine
 
 X = normal(2, 4, 6, 6)

@@ -10,10 +10,10 @@ from helpers import normal, ops, parse, reasons, run, same, weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
-from pwopt.passes import FoldChains
 
 from pwopt.compiler import run_pipeline
 from pwopt.model import from_proto
+from pwopt.passes import FoldChains
 
 X = normal(2, 4, 6, 6)
 SIDE = "(double[2,4,6,6] x) => (double[N] y) "

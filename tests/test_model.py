@@ -12,11 +12,11 @@ import pytest
 from helpers import evaluate, normal, ops, parse, weight
 from onnx import TensorProto, helper, numpy_helper
 from onnx.external_data_helper import ExternalDataInfo, convert_model_to_external_data
-from pwopt.passes import FoldAffine, FoldChains
 
 import pwopt
 from pwopt.errors import ModelError, UsageError
 from pwopt.model import from_proto, load, replacing, save
+from pwopt.passes import FoldAffine, FoldChains
 
 
 def rich_model(foldable: bool = True) -> onnx.ModelProto:

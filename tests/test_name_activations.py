@@ -4,6 +4,7 @@ import numpy as np
 import onnx
 import pytest
 from helpers import evaluate, normal, ops, parse, reasons, run, same
+
 from pwopt.passes import NameActivations
 
 F = np.float32

@@ -12,10 +12,10 @@ import onnx_graphsurgeon as gs
 import pytest
 from helpers import MODELS, normal, ops, parse, reasons, run, same
 from onnx import TensorProto, helper, numpy_helper
-from pwopt.passes import PASSES, CleanUp, FoldAffine
 
 from pwopt.graph import View
 from pwopt.model import from_proto
+from pwopt.passes import PASSES, CleanUp, FoldAffine
 from pwopt.rewrite import Pass, Pipeline, Rewrite, Rewriter, Skip
 
 

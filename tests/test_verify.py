@@ -9,7 +9,7 @@ from helpers import MODELS, normal, parse
 
 from pwopt import runtime
 from pwopt.errors import ModelError, ProviderError, UsageError
-from pwopt.runtime import Session, candidate_shapes, fallbacks, input_specs, load_feeds, make_feeds, parse_shape
+from pwopt.runtime import Session, candidate_shapes, elsewhere, input_specs, load_feeds, make_feeds, parse_shape
 from pwopt.timing import Race, race
 from pwopt.verify import deviation, nudge, verify
 
@@ -159,8 +159,8 @@ def test_placement_names_where_nodes_ran() -> None:
     placed = session.placement()
     assert list(placed) == ["CPUExecutionProvider"]
     assert len(placed["CPUExecutionProvider"]) == 4
-    assert not fallbacks(placed, "cpu")
-    assert fallbacks(placed, "cuda") == {"CPUExecutionProvider": 4}
+    assert not elsewhere(placed, "cpu")
+    assert elsewhere(placed, "cuda") == placed
 
 
 def test_a_race_runs_every_model_every_round() -> None:

@@ -16,10 +16,10 @@ from pathlib import Path
 import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
-from pwopt.passes import PASSES
 
 from pwopt.compiler import run_pipeline
 from pwopt.model import from_proto
+from pwopt.passes import PASSES
 from pwopt.report import to_json
 from pwopt.runtime import environment
 
