@@ -170,7 +170,7 @@ def does_nothing(rw: Rewriter, node: gs.Node, op: str) -> str:
     if before is None or after is None or len(before) != len(after):
         return ""
     if op in ("Reshape", "Flatten"):
-        return f"{op} to the shape it has" if forms._same_but_one(before, after) else ""
+        return f"{op} to the shape it has" if forms.same_shape(before, after) else ""
     if op in ("Expand", "Tile"):
         return f"{op} to the shape it has" if known(before) is not None and before == after else ""
     if op in ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd"):

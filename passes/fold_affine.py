@@ -84,7 +84,7 @@ class FoldAffine(Pass):
         reading = forms.read(rw, producer)
         if isinstance(reading, Reading) and reading.kind in emit.FORMS and id(producer) not in self._fused:
             return self._take(rw, reading, affine, plan, after=True)
-        if isinstance(reading, Refusal) and producer.op in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+        if isinstance(reading, Refusal) and producer.op in forms.WEIGHTED_OPS:
             return f"{producer.op} cannot take it: {reading.reason}"
         alternatives = commute.lift(rw, producer, affine)
         if isinstance(alternatives, Refusal):
@@ -116,7 +116,7 @@ class FoldAffine(Pass):
         for reader in readers:
             reading = forms.linear(rw, reader)
             if reading is not None and reading.source is tensor and reading.kind in emit.FORMS:
-                reason = self._take(rw, _with_bias(rw, reading), affine, plan, after=False)
+                reason = self._take(rw, forms.weighted(rw, reader) or reading, affine, plan, after=False)
                 if id(reader) in self._fused:
                     reason = f"{reader.op} belongs to a {self._fused[id(reader)]}"
                 if reason:
@@ -138,10 +138,8 @@ class FoldAffine(Pass):
         """Add a map to the plan if it can take `affine` over exactly; a reason if not."""
         if reading.axis is not None and affine.axis is not None and reading.axis != affine.axis:
             return f"{reading.node.op} acts on axis {reading.axis}, not {affine.axis}"
-        if reading.weight is not None and rw.shared(
-            reading.nodes[0].inputs[reading.nodes[0].inputs.index(reading.source) ^ 1]
-        ):
-            return f"the weight {reading.weight.name!r} is shared"
+        if reading.weighted and rw.shared(reading.weight_input):
+            return f"the weight {reading.weight_input.name!r} is shared"
         if any(reading.node is other.node for other in plan.maps()):
             return f"{reading.node.op} would take it twice"
         g, d = reading.geometry, affine.map
@@ -202,14 +200,7 @@ class FoldAffine(Pass):
 def _beside_a_map(rw: Rewriter, reading: Reading) -> bool:
     """Whether a convolution or matrix product feeds or reads it, so that a refusal is worth telling."""
     neighbours = [rw.producer(reading.source), *rw.readers(reading.output)]
-    return any(n is not None and rw.op(n) in ("Conv", "ConvTranspose", "Gemm", "MatMul") for n in neighbours)
-
-
-def _with_bias(rw: Rewriter, reading: Reading) -> Reading:
-    """A MatMul together with the Add that is its bias, if there is one."""
-    follower = rw.sole_reader(reading.output)
-    wider = forms.linear(rw, follower) if reading.kind in ("matmul", "left-matmul") and follower is not None else None
-    return wider if wider is not None and wider.nodes[0] is reading.node else reading
+    return any(n is not None and rw.op(n) in forms.WEIGHTED_OPS for n in neighbours)
 
 
 def _compose(target: Reading, affine: Affine, *, after: bool) -> LinearMap | Refusal:

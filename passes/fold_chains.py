@@ -16,7 +16,6 @@ from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
 
 #: Chains are planned exactly up to this many maps at a time; longer ones in such pieces, then again.
 MAX_CHAIN = 64
-WEIGHTED = ("conv", "conv-transpose", "gemm", "matmul", "left-matmul")
 
 
 @dataclass
@@ -53,13 +52,9 @@ class FoldChains(Pass):
         self._chains: dict[int, Chain] = {}
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
-        reading = forms.linear(rw, node)
-        if reading is None or reading.kind not in WEIGHTED or reading.node is not node:
+        reading = forms.weighted(rw, node)
+        if reading is None or reading.node is not node:
             return None
-        follower = rw.sole_reader(reading.output)
-        wider = forms.linear(rw, follower) if follower is not None else None
-        if wider is not None and wider.nodes[0] is node:
-            return None  # a MatMul, seen again with the Add that is its bias
         chain = self._chain_of(rw, reading)
         index = next(i for i, r in enumerate(chain.maps) if r.node is node)
         if chain.ends.get(index, index) < index:
@@ -87,9 +82,8 @@ class FoldChains(Pass):
 
     def _linked(self, rw: Rewriter, reading: Reading) -> tuple[Reading | None, str]:
         """The map whose output `reading` reads, if the two can be joined at all, else why they cannot."""
-        producer = rw.producer(reading.source)
-        before = forms.linear(rw, producer)
-        if before is None or before.kind not in WEIGHTED or before.node is not producer:
+        before = forms.weighted(rw, rw.producer(reading.source))
+        if before is None or before.output is not reading.source:
             return None, ""
         price_tag = _price_tag(rw, before, reading)
         crowd = rw.crowd(reading.source)
@@ -98,8 +92,8 @@ class FoldChains(Pass):
         if before.axis != reading.axis:
             return None, f"they act on different axes ({before.axis} and {reading.axis})"
         for r in (before, reading):
-            if r.weight is not None and rw.shared(r.nodes[0].inputs[0 if r.kind == "left-matmul" else 1]):
-                return None, f"the weight {r.weight.name!r} is shared"
+            if rw.shared(r.weight_input):
+                return None, f"the weight {r.weight_input.name!r} is shared"
         composed = compose_geometry(reading.geometry, before.geometry)
         if isinstance(composed, Refusal):
             return None, composed.reason
@@ -149,13 +143,8 @@ class FoldChains(Pass):
 
 
 def _next_map(rw: Rewriter, reading: Reading) -> Reading | None:
-    reader = rw.sole_reader(reading.output)
-    after = forms.linear(rw, reader)
-    if after is None or after.kind not in WEIGHTED or after.source is not reading.output:
-        return None
-    follower = rw.sole_reader(after.output)
-    wider = forms.linear(rw, follower) if follower is not None else None
-    return wider if wider is not None and wider.nodes[0] is after.node and len(wider.nodes) > 1 else after
+    after = forms.weighted(rw, rw.sole_reader(reading.output))
+    return after if after is not None and after.source is reading.output else None
 
 
 def relative_places(rw: Rewriter, maps: list[Reading]) -> list[float]:

@@ -26,6 +26,9 @@ class NameActivations(Pass):
 
     name = "name-activations"
 
+    def __init__(self) -> None:
+        self._spelled: set[str] = set()
+
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
         spelled = idioms.activation(rw, node)
         if spelled is None:
@@ -36,10 +39,12 @@ class NameActivations(Pass):
         )
         available = standard and rw.opset >= SINCE[spelled.op]
         count = len({id(n) for n in spelled.nodes})
-        hint = "" if available or not standard else f"; {spelled.op} exists from opset {SINCE[spelled.op]} (--opset)"
+        hint = "" if available or not standard else f"; {spelled.op} exists from opset {SINCE[spelled.op]}"
         if not available and spelled.op in ("Swish", "Gelu"):
             return Skip(f"spells {spelled.op}, which this model's opset {rw.opset} does not have{hint}")
         needed = 1 if available else 2
+        if count <= needed and node.outputs[0].name in self._spelled:
+            return None  # this pass wrote it so, and said why
         if count <= needed:
             return Skip(f"x·HardSigmoid(x) stays as it is{hint}") if hint else None
         if not available or spelled.op == "HardSigmoid":
@@ -50,6 +55,7 @@ class NameActivations(Pass):
         if old[-1] is not node:
             return None
         new = list(_spell(rw, spelled, node, available))
+        self._spelled.add(node.outputs[0].name)
         return rw.replace(old, new, f"{count} operators spell {' and '.join(n.op for n in new)}{hint}")
 
 

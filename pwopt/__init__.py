@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from importlib import metadata
 
-from pwopt.compiler import Result, optimize
 from pwopt.errors import ModelError, NotEquivalentError, ProviderError, PwoptError, UsageError
 from pwopt.inspection import inspect
 from pwopt.model import Model, load, save
+from pwopt.optimizer import Result, optimize
 from pwopt.verify import verify
 
 __version__ = metadata.version("pwopt")

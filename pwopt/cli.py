@@ -4,21 +4,22 @@ from __future__ import annotations
 
 import contextlib
 import sys
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from pwopt import inspection, runtime
-from pwopt.compiler import RACE_SECONDS, optimize
 from pwopt.errors import PwoptError, UsageError
 from pwopt.model import replacing
+from pwopt.optimizer import RACE_SECONDS, optimize, same_file
 from pwopt.passes import PASSES
-from pwopt.report import equivalence_dict, plain, render, render_equivalence, to_json
+from pwopt.report import SCHEMA, equivalence_dict, plain, render, render_equivalence, render_sizes, to_json
 from pwopt.verify import verify
 
 #: Exit code for a defect of pwopt itself.
@@ -51,10 +52,10 @@ Inputs = Annotated[
 Provider = Annotated[str, typer.Option(help="Execution provider: cpu, cuda, openvino… It runs there or not at all.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads per operator while verifying and timing.")]
 Rtol = Annotated[
-    float | None, typer.Option(help="Relative tolerance.  [default: by type, 1e-4 for float32]", show_default=False)
+    float | None, typer.Option(help="Relative tolerance.  (default: by type, 1e-4 for float32)", show_default=False)
 ]
 Atol = Annotated[
-    float | None, typer.Option(help="Absolute tolerance.  [default: by type, 1e-5 for float32]", show_default=False)
+    float | None, typer.Option(help="Absolute tolerance.  (default: by type, 1e-5 for float32)", show_default=False)
 ]
 Json = Annotated[
     Path | None, typer.Option("--report", metavar="FILE.json", help="Write the full report.", show_default=False)
@@ -65,14 +66,24 @@ def _shapes(given: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
     return dict(runtime.parse_shape(text) for text in given or ())
 
 
-def _write(path: Path | None, content: str, option: str = "--report") -> None:
+def _write(path: Path | None, content: str) -> None:
     if path is None:
         return
     try:
         with replacing(path) as stream:
             stream.write(content.encode())
     except OSError as error:
-        raise UsageError(f"{option} {str(path)!r} cannot be written: {error.strerror}") from error
+        raise UsageError(f"the report {str(path)!r} cannot be written: {error.strerror}") from error
+
+
+def _check_report(path: Path | None, *others: Path) -> None:
+    """Refuse a report that would replace a model, or that cannot be written, before any work is done."""
+    if path is None:
+        return
+    if any(path.absolute() == other.absolute() or same_file(path, other) for other in others):
+        raise UsageError(f"the report {str(path)!r} would replace a model; choose another file")
+    if not path.resolve().parent.is_dir():
+        raise UsageError(f"the report {str(path)!r} cannot be written: there is no such folder")
 
 
 @contextlib.contextmanager
@@ -92,7 +103,7 @@ def optimize_command(
     model: ModelPath,
     output: Annotated[
         Path | None,
-        typer.Option("-o", "--output", help="The new model.  [default: MODEL.pwopt.onnx]", show_default=False),
+        typer.Option("-o", "--output", help="The new model.  (default: MODEL.pwopt.onnx)", show_default=False),
     ] = None,
     provider: Provider = "cpu",
     cost: Annotated[
@@ -101,7 +112,7 @@ def optimize_command(
     shape: Shapes = None,
     inputs: Inputs = None,
     passes: Annotated[
-        str | None, typer.Option(help="Passes to run, comma-separated.  [default: all]", show_default=False)
+        str | None, typer.Option(help="Passes to run, comma-separated.  (default: all)", show_default=False)
     ] = None,
     deny: Annotated[
         list[str] | None,
@@ -124,8 +135,9 @@ def optimize_command(
 ) -> None:
     """Optimise MODEL, verify the result against it, and write it only if equivalent."""
     out = output if output is not None else model.parent / f"{model.stem}.pwopt.onnx"
-    if not force and out.exists() and model.exists() and out.samefile(model):
+    if not force and same_file(out, model):
         raise UsageError(f"the output {str(out)!r} is the input; choose another -o, or pass --force")
+    _check_report(report, model, out)
     console = Console(highlight=False)
     try:
         with _progress(Console(stderr=True)) as progress:
@@ -136,7 +148,7 @@ def optimize_command(
                 cost_model=cost,
                 shapes=_shapes(shape),
                 inputs=inputs,
-                passes=None if passes is None else [p.strip() for p in passes.split(",")],
+                passes=None if passes is None else [p.strip() for p in passes.split(",") if p.strip()],
                 deny=deny or (),
                 threads=threads,
                 static=static,
@@ -145,6 +157,7 @@ def optimize_command(
                 atol=atol,
                 check=not no_verify,
                 race_seconds=RACE_SECONDS,
+                force=force,
                 progress=progress,
             )
     except PwoptError as error:
@@ -171,18 +184,22 @@ def verify_command(
     report: Json = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")] = False,
 ) -> None:
-    """Compare two models, whoever made the second: exit 0 if equivalent, 1 if not."""
+    """Compare two models, whoever made the second: exit 0 if equivalent, 1 if not, more if they cannot be compared."""
+    _check_report(report, original, candidate)
     console = Console(highlight=False)
     with _progress(Console(stderr=True)) as progress:
         equivalence = verify(
             original, candidate, provider=provider, threads=threads, shapes=_shapes(shape), inputs=inputs,
             rtol=rtol, atol=atol, progress=lambda stage: progress(stage, 0.0),
         )  # fmt: skip
+    render_sizes(equivalence.shapes, console)
     render_equivalence(equivalence, console)
     content: dict[str, Any] = {
+        "schema": SCHEMA,
         "model": str(original),
         "candidate": str(candidate),
         "provider": provider,
+        "shapes": equivalence.shapes,
         "environment": runtime.environment(provider, threads),
         "equivalence": equivalence_dict(equivalence),
     }
@@ -200,19 +217,22 @@ def inspect_command(
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")] = False,
 ) -> None:
     """List every pointwise map of MODEL: its size, its chain, what would be done with it and why not more."""
-    maps = [m for m in inspection.inspect(model, shapes=_shapes(shape)) if every or m.pointwise]
+    found = inspection.inspect(model, shapes=_shapes(shape))
+    maps = [m for m in found if every or m.single_tap]
     if json:
         sys.stdout.write(to_json([asdict(m) for m in maps]))
         return
-    console = Console(highlight=False)
+    console = Console(highlight=False, soft_wrap=True)
     for m in maps:
         kernel = "×".join(map(str, m.kernel)) or "pointwise"
-        space = "×".join(map(str, m.space)) if m.space is not None else "?"
+        space = runtime.written(m.space) if m.space is not None else "?"
         work = f"{m.macs:,} multiply-adds" if m.macs is not None else "size not known"
         chain = f"  [cyan]chain {m.chain}[/cyan]" if m.chain is not None else ""
         console.print(f"[bold]{plain(m.tensor)}[/bold]  {m.op} {m.channels}  {kernel}  at {space}  {work}{chain}")
-        for line in m.decisions or ("nothing to do: its neighbours are not linear",):
+        alone = "nothing to do: no linear map feeds or reads it directly"
+        for line in m.decisions or (alone if m.chain is None else "first of its chain",):
             console.print(f"    {plain(line)}", style="dim")
+    render_sizes(found.shapes, console)
     console.print(f"{len(maps)} maps")
 
 
@@ -236,20 +256,22 @@ def _root(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: errors become one sentence on stderr and an exit code."""
+    """Entry point: errors become one sentence on stderr and an exit code; with --debug, a traceback as well."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
     try:
-        if "--debug" not in arguments:
+        if not debug:
             runtime.silence()
         app(arguments)
     except PwoptError as error:
-        if "--debug" in arguments:
-            raise
-        Console(stderr=True, highlight=False).print(f"[red]pwopt:[/red] {plain(str(error))}", soft_wrap=True)
-        raise SystemExit(error.exit_code) from None
+        _fail(str(error), error.exit_code, debug)
     except Exception as error:
-        if "--debug" in arguments:
-            raise
-        text = f"internal error ({type(error).__name__}: {error}); nothing was written; please report it with --debug"
-        Console(stderr=True, highlight=False).print(f"[red]pwopt:[/red] {plain(text)}", soft_wrap=True)
-        raise SystemExit(INTERNAL_ERROR) from None
+        text = f"internal error ({type(error).__name__}: {error}); please report it with the output of --debug"
+        _fail(text, INTERNAL_ERROR, debug)
+
+
+def _fail(sentence: str, code: int, debug: bool) -> NoReturn:
+    if debug:
+        traceback.print_exc()
+    Console(stderr=True, highlight=False).print(f"[red]pwopt:[/red] {plain(sentence)}", soft_wrap=True)
+    raise SystemExit(code)

@@ -153,15 +153,16 @@ def _kept_axes(view: View, node: gs.Node, op: str) -> dict[int, int]:
     return kept
 
 
-def _checked(view: View, affine: Affine, found: Rule | None, node: gs.Node) -> Refusal | None:
-    name = node.op
+def _checked(view: View, affine: Affine, node: gs.Node) -> Rule | Refusal:
+    """The operator's rule, if it lets `affine` pass."""
+    name, found = node.op, rule(view, node)
     if found is None:
         return Refusal(f"a scale or shift does not pass through {name}")
     if affine.shifts and not found.shift:
         return Refusal(f"a shift does not pass through {name}")
     if found.scale == "positive" and not np.all(affine.map.scale > 0):
         return Refusal(f"only a positive scale passes through {name}")
-    return None
+    return found
 
 
 def sink(view: View, node: gs.Node, tensor: gs.Tensor, affine: Affine) -> Moves | Refusal:
@@ -183,10 +184,9 @@ def sink(view: View, node: gs.Node, tensor: gs.Tensor, affine: Affine) -> Moves 
         return _through_pair(view, node, tensor, affine, op)
     if tensor is not node.inputs[0]:
         return Refusal(f"a scale or shift does not pass through {node.op}")
-    found = rule(view, node)
-    refusal = _checked(view, affine, found, node)
-    if refusal is not None or found is None:
-        return refusal or Refusal("")
+    found = _checked(view, affine, node)
+    if isinstance(found, Refusal):
+        return found
     axis = affine.axis
     if axis is not None and found.axes is not None:
         if axis not in found.axes:
@@ -210,13 +210,8 @@ def _through_split(view: View, node: gs.Node, affine: Affine) -> Moves | Refusal
     ]
 
 
-def _concat_axis(view: View, node: gs.Node) -> int | None:
-    axis, rank = node.attrs.get("axis", 1), view.rank(node.outputs[0])
-    return axis + rank if axis < 0 and rank is not None else axis if axis >= 0 else None
-
-
 def _through_concat(view: View, node: gs.Node, tensor: gs.Tensor, affine: Affine) -> Moves | Refusal:
-    axis, widths = _concat_axis(view, node), [view.dim(t, node.attrs.get("axis", 1)) for t in node.inputs]
+    axis, widths = forms.concat_axis(view, node), [view.dim(t, node.attrs.get("axis", 1)) for t in node.inputs]
     if axis is None or not all(isinstance(w, int) for w in widths) or affine.axis not in (axis, None):
         return Refusal("the other inputs of a Concat are not scaled")
     sizes = [w for w in widths if isinstance(w, int)]
@@ -259,7 +254,7 @@ def lift(view: View, node: gs.Node, affine: Affine) -> list[Moves] | Refusal:
     """
     op = view.op(node)
     if op == "Concat":
-        axis, parts = _concat_axis(view, node), forms.read_concat(view, node)
+        axis, parts = forms.concat_axis(view, node), forms.read_concat(view, node)
         if affine.axis is None:
             return [[(t, affine) for t in node.inputs]]
         if affine.axis != axis:
@@ -275,10 +270,9 @@ def lift(view: View, node: gs.Node, affine: Affine) -> list[Moves] | Refusal:
         return [[(t, Affine(LinearMap.diagonal(s, b), axis)) for t, (s, b) in zip(node.inputs, pieces, strict=True)]]
     if op in ("Add", "Sub", "Sum", "Mul", "Div"):
         return _lift_pair(view, node, affine, op)
-    found = rule(view, node)
-    refusal = _checked(view, affine, found, node)
-    if refusal is not None or found is None:
-        return refusal or Refusal("")
+    found = _checked(view, affine, node)
+    if isinstance(found, Refusal):
+        return found
     axis = affine.axis
     if axis is not None and found.axes is not None:
         back = {out: inn for inn, out in found.axes.items()}

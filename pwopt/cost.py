@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pwopt.forms import Reading
+from pwopt.forms import WEIGHTED_OPS, Reading
 from pwopt.graph import View
 from pwopt.linear import Geometry
 
@@ -50,7 +50,7 @@ def macs(view: View, node: gs.Node) -> int | None:
     A convolution has (inputs per group · taps) per output element, a matrix product its inner size.
     """
     op = view.op(node)
-    if op not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+    if op not in WEIGHTED_OPS:
         return 0
     if op in ("Conv", "ConvTranspose"):
         weight = view.size_of(node.inputs[1])

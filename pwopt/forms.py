@@ -18,6 +18,10 @@ from pwopt.graph import FLOATS, View
 from pwopt.linear import Array, Geometry, LinearMap, Refusal, pointwise_geometry
 from pwopt.shapes import known
 
+#: Operators with a matrix of weights, and the kinds they are read as.
+WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+WEIGHTED = ("conv", "conv-transpose", "gemm", "matmul", "left-matmul")
+
 
 @dataclass(frozen=True)
 class Reading:
@@ -58,6 +62,15 @@ class Reading:
         return self.nodes[-1].outputs[0]
 
     @property
+    def weighted(self) -> bool:
+        return self.kind in WEIGHTED
+
+    @property
+    def weight_input(self) -> gs.Tensor:
+        """The input that leads to the weight of a weighted map."""
+        return self.nodes[0].inputs[0 if self.kind == "left-matmul" else 1]
+
+    @property
     def channels(self) -> str:
         return f"{self.geometry.in_channels}→{self.geometry.out_channels}"
 
@@ -91,6 +104,16 @@ def linear(view: View, node: gs.Node | None) -> Reading | None:
     """`read`, with refusals left out."""
     reading = read(view, node)
     return reading if isinstance(reading, Reading) else None
+
+
+def weighted(view: View, node: gs.Node | None) -> Reading | None:
+    """The weighted map that `node` is, a MatMul together with the Add that is its bias; None for any other node."""
+    reading = linear(view, node)
+    if reading is None or not reading.weighted or node is None:
+        return None
+    follower = view.sole_reader(node.outputs[0]) if view.op(node) == "MatMul" else None
+    wider = linear(view, follower) if view.op(follower) == "Add" else None
+    return wider if wider is not None and wider.nodes[0] is node else reading
 
 
 NOT_CONSTANT = Refusal("its weight is not a constant (an input, an overridable initializer, or computed)")
@@ -516,14 +539,17 @@ def read_split(view: View, node: gs.Node) -> list[Reading] | None:
     ]
 
 
+def concat_axis(view: View, node: gs.Node) -> int | None:
+    """The axis of a Concat, non-negative; None if it counts from the end of an unknown rank."""
+    axis, rank = int(node.attrs.get("axis", 1)), view.rank(node.outputs[0])
+    return axis if axis >= 0 else axis + rank if rank is not None else None
+
+
 def read_concat(view: View, node: gs.Node) -> list[Reading] | None:
     """One embedding per input of a Concat; the output is their sum."""
-    axis, rank = node.attrs.get("axis", 1), view.rank(node.outputs[0])
-    if rank is None:
-        return None
-    axis += rank if axis < 0 else 0
-    sizes = known([view.dim(t, axis) for t in node.inputs])
-    if sizes is None:
+    axis = concat_axis(view, node)
+    sizes = None if axis is None else known([view.dim(t, axis) for t in node.inputs])
+    if axis is None or sizes is None:
         return None
     starts, total = np.concatenate([[0], np.cumsum(sizes)]).tolist(), sum(sizes)
     return [
@@ -595,14 +621,14 @@ def read_shuffle(view: View, node: gs.Node) -> Result:
     swap = [0, 2, 1, *range(3, len(inner))]
     if not isinstance(groups, int) or not isinstance(width, int) or not isinstance(channels, int):
         return None
-    same_space = _same_but_one([before[0], *before[2:]], [inner[0], *inner[3:]]) and _same_but_one(before, after)
+    same_space = same_shape([before[0], *before[2:]], [inner[0], *inner[3:]]) and same_shape(before, after)
     if list(transpose.attrs.get("perm", [])) != swap or groups * width != channels or not same_space:
         return None
     picks = np.arange(channels).reshape(groups, width).T.reshape(-1)
     return replace(_selection(node, source, picks.tolist(), channels, 1), nodes=(split, transpose, node))
 
 
-def _same_but_one(a: Sequence[object], b: Sequence[object]) -> bool:
+def same_shape(a: Sequence[object], b: Sequence[object]) -> bool:
     """Whether two shapes of equal element count agree: all numbers equal, at most one dimension unknown."""
     unknown = [x for x, y in zip(a, b, strict=True) if not (isinstance(x, int) and x == y)]
     return len(unknown) <= 1 and not any(

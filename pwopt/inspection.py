@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import onnx
@@ -12,10 +12,10 @@ from pwopt import forms, runtime
 from pwopt.compiler import concrete_sizes, run_pipeline, select_passes
 from pwopt.cost import macs
 from pwopt.graph import View
-from pwopt.model import load
+from pwopt.model import Model, as_file, load
+from pwopt.passes import FoldChains
 from pwopt.rewrite import Outcome
-
-WEIGHTED = ("conv", "conv-transpose", "gemm", "matmul", "left-matmul")
+from pwopt.verify import likely_sizes
 
 
 @dataclass(frozen=True)
@@ -33,10 +33,11 @@ class MapInfo:
     space : tuple of int or None
         Spatial size of the output at the representative input sizes.
     macs : int or None
-    pointwise : bool
+    single_tap : bool
+        Whether its kernel has one tap: a pointwise map, maybe strided.
     chain : int or None
         Number of the chain of directly connected maps it belongs to, once scales and shifts are folded;
-        None if it stands alone.
+        None if no other map feeds or reads it directly.
     decisions : tuple of str
         What would be done, and why not more.
     """
@@ -47,51 +48,78 @@ class MapInfo:
     kernel: tuple[int, ...]
     space: tuple[int, ...] | None
     macs: int | None
-    pointwise: bool
+    single_tap: bool
     chain: int | None
     decisions: tuple[str, ...]
 
 
+@dataclass(frozen=True)
+class Inspection:
+    """The maps of a model in the file's order, and the input sizes that their figures are for."""
+
+    maps: tuple[MapInfo, ...]
+    shapes: dict[str, tuple[int, ...]]
+
+    def __iter__(self) -> Iterator[MapInfo]:
+        return iter(self.maps)
+
+    def __len__(self) -> int:
+        return len(self.maps)
+
+
 def inspect(
-    model: str | os.PathLike[str] | onnx.ModelProto,
+    model: str | os.PathLike[str] | onnx.ModelProto | Model,
     *,
     shapes: Mapping[str, Sequence[int]] | None = None,
-) -> list[MapInfo]:
-    """Look at every linear map of a model without changing it. Needs no onnxruntime.
+) -> Inspection:
+    """Look at every linear map of a model without changing it.
+
+    Needs no onnxruntime; where there is one, it finds sizes that the model runs on.
 
     Parameters
     ----------
-    model : path or onnx.ModelProto
+    model : path, onnx.ModelProto or Model
     shapes : mapping of input name to sizes, optional
         For dynamic inputs; likely sizes otherwise.
 
     Returns
     -------
-    list of MapInfo, in the file's order
+    Inspection
+        Iterates over its maps.
+
+    Raises
+    ------
+    UsageError, ModelError
+        See `pwopt.errors`.
 
     Examples
     --------
     >>> import pwopt
-    >>> for m in pwopt.inspect("models/linear_sequence.onnx")[:2]:
-    ...     print(m.channels, m.decisions[0])
-    64→128 fold-chains: 64→128→192→128→32 is cheaper as one map
-    128→192 fold-chains: 64→128→192→128→32 is cheaper as one map
+    >>> for m in pwopt.inspect("models/linear_sequence.onnx").maps[:2]:
+    ...     print(m.channels, m.chain, m.decisions[0])
+    64→128 1 fold-chains: 64→128→192→128→32 is cheaper as one map
+    128→192 1 fold-chains: 64→128→192→128→32 is cheaper as one map
     """
-    original, edited = load(model), load(model)
+    original, edited, affine = load(model), load(model), load(model)
     specs = runtime.input_specs(original.proto)
     runtime.check_shapes(specs, shapes or {})
-    sizes = next(runtime.candidate_shapes(specs, shapes))
-    _, outcome, _ = run_pipeline(edited, select_passes(None), (), sizes)
+    with as_file(model) as path:
+        sizes = likely_sizes(specs, path, shapes=shapes, must_run=False)
+    passes = select_passes(None)
+    _, outcome, _ = run_pipeline(edited, passes, (), sizes)
+    _, folded, _ = run_pipeline(affine, [p for p in passes if not isinstance(p, FoldChains)], (), sizes)
+    chains = _chains(View(affine.graph))
     view = View(original.graph, concrete_sizes(original.proto, sizes))
-    chains = _chains(View(edited.graph))
-    return [
-        _describe(view, reading, outcome, chains)
-        for node in view.nodes()
-        if (reading := forms.linear(view, node)) is not None and reading.kind in WEIGHTED and len(reading.nodes) == 1
-    ]
+    maps = []
+    for node in view.nodes():
+        reading = forms.linear(view, node)
+        if reading is not None and reading.weighted and len(reading.nodes) == 1:
+            chain = chains.get(_follow(reading.output.name, folded)[0])
+            maps.append(_describe(view, reading, outcome, chain))
+    return Inspection(tuple(maps), sizes)
 
 
-def _describe(view: View, reading: forms.Reading, outcome: Outcome, chains: Mapping[str, int]) -> MapInfo:
+def _describe(view: View, reading: forms.Reading, outcome: Outcome, chain: int | None) -> MapInfo:
     g, size = reading.geometry, view.size_of(reading.output)
     tensor, decisions = _follow(reading.output.name, outcome)
     decisions += [
@@ -105,7 +133,7 @@ def _describe(view: View, reading: forms.Reading, outcome: Outcome, chains: Mapp
         size[2:] if size is not None and reading.axis == 1 else size,
         macs(view, reading.node),
         g.taps == 1 and not g.transposed,
-        chains.get(tensor),
+        chain,
         tuple(decisions),
     )
 
@@ -127,11 +155,9 @@ def _chains(view: View) -> dict[str, int]:
     number: dict[str, int] = {}
     count = 0
     for node in view.nodes():
-        reading = forms.linear(view, node)
-        if reading is None or reading.kind not in WEIGHTED:
-            continue
-        before = forms.linear(view, view.producer(reading.source))
-        if before is None or before.kind not in WEIGHTED:
+        reading = forms.weighted(view, node)
+        before = None if reading is None else forms.weighted(view, view.producer(reading.source))
+        if reading is None or before is None:
             continue
         first = before.output.name
         if first not in number:

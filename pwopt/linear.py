@@ -343,7 +343,6 @@ class LinearMap:
         else:  # the first is block diagonal: its blocks are columns
             w2 = second.weight.reshape(groups, -1, blocks, middle, g2.taps).swapaxes(1, 2)
         inn = g1.in_channels // first.geometry.groups
-        transposed_tap = g2.transposed
         kernel1 = first.geometry.kernel
         weight = np.zeros((groups, blocks, w2.shape[2], inn, *geometry.kernel))
         for flat, tap in enumerate(itertools.product(*map(range, g2.kernel))):
@@ -351,7 +350,7 @@ class LinearMap:
             places = []
             for axis, t in enumerate(tap):
                 step = geometry.dilations[axis]
-                start = t if transposed_tap else t * g1.strides[axis] * g2.dilations[axis] // step
+                start = t if g2.transposed else t * g1.strides[axis] * g2.dilations[axis] // step
                 hop = max(1, g1.dilations[axis] // step)
                 places.append(slice(start, start + hop * (kernel1[axis] - 1) + 1, hop))
             weight[_last(places)] += product

@@ -9,6 +9,7 @@ construction. Weights stay where they are (in the file, for external data) until
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 import re
 import tempfile
@@ -216,13 +217,13 @@ def captured_names(nodes: Iterable[onnx.NodeProto]) -> set[str]:
     return names
 
 
-def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
+def load(source: str | os.PathLike[str] | onnx.ModelProto | Model) -> Model:
     """Read a model for optimisation.
 
     Parameters
     ----------
-    source : path or onnx.ModelProto
-        A file (its external data is checked and left where it is), or a model in memory.
+    source : path, onnx.ModelProto or Model
+        A file (its external data is checked and left where it is), or a model in memory; of a Model, a copy.
 
     Raises
     ------
@@ -238,6 +239,9 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto) -> Model:
     >>> [node.op for node in model.graph.nodes]
     ['Conv', 'Conv', 'Conv', 'Conv']
     """
+    folder: Path | None
+    if isinstance(source, Model):
+        return from_proto(source.to_proto(), source.folder)
     if isinstance(source, onnx.ModelProto):
         proto, folder = source, None
     else:
@@ -287,8 +291,9 @@ def _check(proto: onnx.ModelProto) -> None:
     for name in [name for node in graph.node for name in node.input] + [v.name for v in graph.output]:
         if name and name not in defined:
             raise ModelError(f"tensor {name!r} is used but nothing defines it; export the model again")
-    if _first_in_cycle(graph) is not None:
-        raise ModelError(f"node {_first_in_cycle(graph)!r} depends on its own output; export the model again")
+    stuck = _first_in_cycle(graph)
+    if stuck is not None:
+        raise ModelError(f"node {stuck!r} depends on its own output; export the model again")
 
 
 def _first_in_cycle(graph: onnx.GraphProto) -> str | None:
@@ -540,8 +545,26 @@ def _append_file(stream: IO[bytes], source: Path, info: ExternalDataInfo) -> tup
 
 
 @contextlib.contextmanager
+def as_file(model: str | os.PathLike[str] | onnx.ModelProto | Model) -> Iterator[Path]:
+    """The model as a file for as long as the context lasts: its own, or a temporary one if it is in memory."""
+    if not isinstance(model, (onnx.ModelProto, Model)):
+        yield Path(model)
+        return
+    with tempfile.TemporaryDirectory(prefix="pwopt-") as folder:
+        path = Path(folder) / "model.onnx"
+        save(model, path)
+        yield path
+
+
+@contextlib.contextmanager
 def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A stream whose content becomes the file `path` at the end, at once, or never."""
+    """A stream whose content becomes the file `path` at the end, at once, or never.
+
+    A link keeps pointing to its file, which is replaced; what is not a regular file is refused.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it exists and is not a regular file")
     umask = os.umask(0)
     os.umask(umask)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -15,6 +16,7 @@ from rich.table import Table
 
 from pwopt.cost import Cost
 from pwopt.rewrite import Rewrite, Skip
+from pwopt.runtime import written
 from pwopt.verify import Equivalence
 
 #: Version of the JSON layout; grows when a field changes its meaning.
@@ -121,27 +123,27 @@ def plain(text: str) -> str:
 def _table(*columns: str, title: str = "") -> Table:
     table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
     for i, column in enumerate(columns):
-        table.add_column(column, justify="left" if i == 0 else "right")
+        table.add_column(
+            column, justify="left" if i == 0 else "right", overflow="fold", no_wrap=0 < i < len(columns) - 1
+        )
     return table
 
 
 def render(report: Report, console: Console, details: bool = False) -> None:
     """Print the summary; with `details`, also every rewrite and refusal."""
     console.print(_cost_table(report))
-    if report.shapes:
-        sizes = ", ".join(f"{plain(n)} {'×'.join(map(str, s)) or 'scalar'}" for n, s in report.shapes.items())
-        console.print(f"[dim]at {sizes}; multiply-adds and latency are for these sizes[/dim]")
+    render_sizes(report.shapes, console)
     if report.equivalence is not None:
         render_equivalence(report.equivalence, console)
     _render_rewrites(report, console)
     _render_skips(report, console)
     if details:
         for r in report.rewrites:
-            console.print(f"[green]done[/green] {plain(r.site)}: {plain(r.reason)}", highlight=False)
+            console.print(f"[green]done[/green] {plain(r.site)}: {plain(r.reason)}", soft_wrap=True)
         for s in report.skips:
-            console.print(f"[yellow]left[/yellow] {plain(s.site)}: {plain(s.reason)}", highlight=False)
+            console.print(f"[yellow]left[/yellow] {plain(s.site)}: {plain(s.reason)}", soft_wrap=True)
     for note in report.notes:
-        console.print(f"[bold]{plain(note)}[/bold]", highlight=False)
+        console.print(f"[bold]{plain(note)}[/bold]", soft_wrap=True)
 
 
 def _cost_table(report: Report) -> Table:
@@ -156,11 +158,19 @@ def _cost_table(report: Report) -> Table:
     if report.latency is not None:
         t = report.latency
         low, high = t.interval
+        threads = report.environment["threads"]
         table.add_row(
-            f"latency ({plain(report.provider)}, {report.environment['threads']} thread)",
+            f"latency ({plain(report.provider)}, {threads} thread{'s' if threads > 1 else ''})",
             f"{t.before_ms:.2f} ms", f"{t.after_ms:.2f} ms", f"{t.speedup:.2f}× [{low:.2f}, {high:.2f}]",
         )  # fmt: skip
     return table
+
+
+def render_sizes(shapes: Mapping[str, tuple[int, ...]], console: Console) -> None:
+    """Print the input sizes that all figures are for."""
+    if shapes:
+        sizes = ", ".join(f"{plain(name)} {written(shape)}" for name, shape in shapes.items())
+        console.print(f"[dim]figures are for {sizes}[/dim]", soft_wrap=True)
 
 
 def render_equivalence(equivalence: Equivalence, console: Console) -> None:
@@ -180,7 +190,7 @@ def render_equivalence(equivalence: Equivalence, console: Console) -> None:
 
 def _render_rewrites(report: Report, console: Console) -> None:
     if not report.rewrites:
-        console.print("Nothing to rewrite: no pass applies to this model.")
+        console.print("No rewrite was made: the output is a copy of the input.")
         return
     table = _table("rewrites", "count", "multiply-adds saved", "worst rounding")
     for name, count in Counter(r.pass_name for r in report.rewrites).items():

@@ -47,11 +47,6 @@ class Rewrite:
     pass_name: str = ""
     site: str = ""
 
-    @property
-    def tensor(self) -> str:
-        """The output tensor of the place."""
-        return self.site.partition(":")[2]
-
 
 @dataclass(frozen=True)
 class Skip:

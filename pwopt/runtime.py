@@ -120,7 +120,7 @@ class Session:
     optimise : bool
         All graph optimisations, as users run it; or none, to see rounding.
     tf32 : bool
-        Whether CUDA may round float32 products to 10 bits. Off when verifying.
+        Whether CUDA may round float32 products to 10 bits, as it does by default. Off unless timing.
     profile : bool
         Record where each node ran; see `placement`.
 
@@ -143,9 +143,11 @@ class Session:
         profile: bool = False,
     ) -> None:
         ort = onnxruntime()
-        self.provider = PROVIDERS.get(provider, provider)
-        install = WHEELS.get(provider)
-        hint = f"; pip install '{install}'" if install else ""
+        self.provider = provider_name(provider)
+        wheel = WHEELS.get(provider.lower())
+        hint = f"; pip uninstall the onnxruntime you have, then pip install '{wheel}'" if wheel else ""
+        if not self.provider.endswith("ExecutionProvider"):
+            raise ProviderError(f"{provider!r} is not an execution provider; there are {', '.join(PROVIDERS)}")
         if self.provider not in ort.get_available_providers():
             listed = ", ".join(ort.get_available_providers())
             raise ProviderError(f"{self.provider} is not in this onnxruntime (it has {listed}){hint}")
@@ -174,6 +176,7 @@ class Session:
                 f"{self.provider} could not start and onnxruntime fell back to the CPU; "
                 "a device, its driver or the provider's libraries are missing, so nothing was run"
             )
+        self.inputs = [i.name for i in self.session.get_inputs()]
         self.outputs = [o.name for o in self.session.get_outputs()]
         self._binding: Any = None
 
@@ -233,11 +236,11 @@ def _first_line(error: BaseException) -> str:
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One input of a model: its name, numpy type and declared shape."""
+    """One input of a model: its name, numpy type and declared shape (None if not even its rank is declared)."""
 
     name: str
     dtype: np.dtype[Any]
-    shape: Shape
+    shape: Shape | None
 
 
 def input_specs(model: onnx.ModelProto) -> list[InputSpec]:
@@ -253,11 +256,10 @@ def input_specs(model: onnx.ModelProto) -> list[InputSpec]:
     for value in model.graph.input:
         if value.name in initialized:
             continue
-        shape = dims(value.type)
         if not value.type.HasField("tensor_type"):
-            raise UsageError(f"input {value.name!r} is not a tensor, which pwopt cannot make up; use --no-verify")
+            raise UsageError(f"input {value.name!r} is not a tensor; pwopt takes models whose inputs are tensors")
         dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-        specs.append(InputSpec(value.name, np.dtype(dtype), shape if shape is not None else ()))
+        specs.append(InputSpec(value.name, np.dtype(dtype), dims(value.type)))
     return specs
 
 
@@ -265,8 +267,13 @@ def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
     """``NAME=1x3x640x640`` → name and sizes; a scalar is ``NAME=``."""
     name, sep, sizes = text.rpartition("=")
     if not sep or not name or not re.fullmatch(r"(\d+([x,]\d+)*)?", sizes):
-        raise UsageError(f"--shape {text!r} is not of the form NAME=1x3x640x640")
+        raise UsageError(f"the shape {text!r} is not of the form NAME=1x3x640x640")
     return name, tuple(int(s) for s in re.split("[x,]", sizes) if s)
+
+
+def written(shape: Sequence[object]) -> str:
+    """A shape as people write it; "?" where a dimension is not known."""
+    return "×".join("?" if d is None else str(d) for d in shape) or "a scalar"
 
 
 def check_shapes(specs: Sequence[InputSpec], shapes: Mapping[str, Sequence[int]]) -> None:
@@ -275,13 +282,25 @@ def check_shapes(specs: Sequence[InputSpec], shapes: Mapping[str, Sequence[int]]
     for name, shape in shapes.items():
         if name not in known:
             raise UsageError(f"there is no input {name!r}; the model has {', '.join(map(repr, known)) or 'none'}")
+        if isinstance(shape, str) or not all(isinstance(d, (int, np.integer)) and d >= 0 for d in shape):
+            raise UsageError(f"the shape {shape!r} of input {name!r} is not a sequence of sizes like (1, 3, 640, 640)")
         declared = known[name].shape
-        clash = len(shape) != len(declared) or any(
-            isinstance(d, int) and d > 0 and d != s for d, s in zip(declared, shape, strict=True)
+        if declared is None:
+            continue
+        fits = len(shape) == len(declared) and all(
+            not isinstance(d, int) or d in (0, s) for d, s in zip(declared, shape, strict=True)
         )
-        if clash:
-            wanted = "x".join(str(d) if d is not None else "?" for d in declared)
-            raise UsageError(f"--shape {name}={'x'.join(map(str, shape))} does not fit the input, which is {wanted}")
+        if not fits:
+            raise UsageError(f"the shape {written(shape)} does not fit input {name!r}, which is {written(declared)}")
+
+
+def check_settings(threads: int, rtol: float | None, atol: float | None) -> None:
+    """Refuse numbers that make no sense."""
+    if threads < 1:
+        raise UsageError(f"{threads} threads cannot run anything; give 1 or more")
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if value is not None and not 0 <= value < float("inf"):
+            raise UsageError(f"a tolerance is a number from 0 on, and {name} is {value}")
 
 
 def candidate_shapes(
@@ -292,6 +311,9 @@ def candidate_shapes(
     Batches are 1, images have 3 channels; equal names get equal sizes. `given` shapes are kept.
     """
     given = given or {}
+    for spec in specs:
+        if spec.shape is None and spec.name not in given:
+            raise UsageError(f"input {spec.name!r} declares no shape; give --shape {spec.name}=…")
     tried = set()
     for image in IMAGE_SIZES:
         names: dict[str, int] = {}
@@ -299,16 +321,16 @@ def candidate_shapes(
         for spec in specs:
             if spec.name in given:
                 shapes[spec.name] = tuple(given[spec.name])
-                for d, size in zip(spec.shape, given[spec.name], strict=False):
+                for d, size in zip(spec.shape or (), given[spec.name], strict=False):
                     if isinstance(d, str):
                         names.setdefault(d, size)
                 continue
             guess = []
-            for axis, d in enumerate(spec.shape):
+            for axis, d in enumerate(spec.shape or ()):
                 if isinstance(d, int) and d > 0:
                     guess.append(d)
                     continue
-                size = _guess(spec, axis, image)
+                size = _guess(spec.shape or (), spec.dtype, axis, image)
                 guess.append(names.setdefault(d, size) if isinstance(d, str) and d != "?" else size)
             shapes[spec.name] = tuple(guess)
         key = tuple(sorted(shapes.items()))
@@ -317,13 +339,11 @@ def candidate_shapes(
             yield shapes
 
 
-def _guess(spec: InputSpec, axis: int, image: tuple[int, int]) -> int:
-    rank = len(spec.shape)
+def _guess(shape: Shape, dtype: np.dtype[Any], axis: int, image: tuple[int, int]) -> int:
     if axis == 0:
         return 1
-    if rank == 4 and spec.dtype.kind == "f":
-        last = spec.shape[-1] in (1, 3)  # channels last
-        channel = 3 if last else 1
+    if len(shape) == 4 and dtype.kind == "f":
+        channel = 3 if shape[-1] in (1, 3) else 1  # channels last, or as usual
         spatial = [a for a in (1, 2, 3) if a != channel]
         return 3 if axis == channel else image[spatial.index(axis)]
     return LENGTH
@@ -347,30 +367,48 @@ def make_feeds(
     return feeds
 
 
-def load_feeds(path: str | os.PathLike[str], specs: Sequence[InputSpec]) -> Feeds:
-    """Inputs from an .npz file with one array per input.
+def as_feeds(
+    given: str | os.PathLike[str] | Mapping[str, Any],
+    specs: Sequence[InputSpec],
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> Feeds:
+    """Inputs from a dict of arrays, an .npz with one array per input, or an .npy for the only input.
 
     Raises
     ------
     UsageError
-        If it lacks an input or one does not fit.
+        If an input is missing, or one does not fit the model or the given shapes.
     """
-    try:
-        with np.load(path, allow_pickle=False) as data:
-            arrays = {name: data[name] for name in data.files}
-    except (OSError, ValueError) as error:
-        raise UsageError(f"{os.fspath(path)!r} cannot be read as .npz ({error}); save one with numpy.savez") from error
+    where = "the given inputs" if isinstance(given, Mapping) else repr(os.fspath(given))
+    if isinstance(given, Mapping):
+        arrays = {name: np.asarray(value) for name, value in given.items()}
+    else:
+        try:
+            loaded = np.load(given, allow_pickle=False)
+            alone = isinstance(loaded, np.ndarray)
+            arrays = {specs[0].name: loaded} if alone and len(specs) == 1 else {n: loaded[n] for n in loaded.files}
+        except (OSError, ValueError, AttributeError) as error:
+            raise UsageError(f"{where} cannot be read as .npz ({error}); save one with numpy.savez") from error
     missing = [s.name for s in specs if s.name not in arrays]
     if missing:
-        raise UsageError(
-            f"{os.fspath(path)!r} lacks the inputs {', '.join(map(repr, missing))}; "
-            f"it has {', '.join(map(repr, arrays))}"
-        )
+        has = f"has {', '.join(map(repr, arrays))}" if arrays else "is empty"
+        raise UsageError(f"{where} lacks the inputs {', '.join(map(repr, missing))}; it {has}")
     check_shapes(specs, {s.name: arrays[s.name].shape for s in specs})
-    return {s.name: arrays[s.name].astype(s.dtype) for s in specs}
+    for name, shape in (shapes or {}).items():
+        if tuple(shape) != arrays[name].shape:
+            raise UsageError(f"input {name!r} in {where} is {written(arrays[name].shape)}, not {written(shape)}")
+    try:
+        return {s.name: arrays[s.name].astype(s.dtype) for s in specs}
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{where} does not hold numbers of the model's types: {error}") from error
+
+
+def provider_name(provider: str) -> str:
+    """onnxruntime's name of a provider, from a short name in any case or itself."""
+    return PROVIDERS.get(provider.lower(), provider)
 
 
 def elsewhere(placed: Mapping[str, list[str]], provider: str) -> dict[str, list[str]]:
     """The part of a placement that is not on `provider`."""
-    wanted = PROVIDERS.get(provider, provider)
+    wanted = provider_name(provider)
     return {name: nodes for name, nodes in placed.items() if name != wanted}

@@ -17,8 +17,20 @@ import numpy as np
 import onnx
 
 from pwopt.errors import ModelError, UsageError
-from pwopt.model import load
-from pwopt.runtime import Feeds, InputSpec, Session, candidate_shapes, check_shapes, input_specs, load_feeds, make_feeds
+from pwopt.model import Model, as_file, load
+from pwopt.runtime import (
+    Feeds,
+    InputSpec,
+    Session,
+    as_feeds,
+    available,
+    candidate_shapes,
+    check_settings,
+    check_shapes,
+    input_specs,
+    make_feeds,
+)
+from pwopt.shapes import known
 
 #: An output passes if its deviation is within this many times the original's noise floor or sensitivity.
 FLOOR_FACTOR = 4.0
@@ -37,6 +49,7 @@ class OutputCheck:
     max_abs, max_rel : float
         Largest absolute deviation; largest deviation relative to the original's magnitude at that element.
     mean_abs : float
+        Mean absolute deviation, of the worst sample.
     mismatch : float
         Fraction of unequal elements; the verdict for integer, bool and string outputs.
     floor, floor_mismatch : float
@@ -59,14 +72,21 @@ class OutputCheck:
     passed: bool
     reason: str
 
+    def explain(self) -> str:
+        """What to say about it in a sentence."""
+        if self.mismatch and not self.max_abs:
+            return self.reason
+        return f"deviates by {self.max_abs:.3g} (noise floor {self.floor:.3g}): {self.reason}"
+
 
 @dataclass(frozen=True)
 class Equivalence:
-    """Verdict over all outputs."""
+    """Verdict over all outputs, and the input shapes it was reached on."""
 
     passed: bool
     outputs: tuple[OutputCheck, ...]
     samples: int
+    shapes: dict[str, tuple[int, ...]]
     rtol: float | None
     atol: float | None
 
@@ -84,6 +104,8 @@ class _Deviation:
     mismatch: float = 0.0
     within: bool = True
     note: str = ""
+    size: int = 0
+    compared: int = 0
 
     def worse(self, other: _Deviation) -> _Deviation:
         return _Deviation(
@@ -93,6 +115,8 @@ class _Deviation:
             max(self.mismatch, other.mismatch),
             self.within and other.within,
             self.note or other.note,
+            self.size + other.size,
+            self.compared + other.compared,
         )
 
 
@@ -100,7 +124,9 @@ def deviation(reference: Any, value: Any, rtol: float | None = None, atol: float
     """How far `value` is from `reference`, element by element; NaN and infinities must agree."""
     if not isinstance(reference, np.ndarray) or not isinstance(value, np.ndarray):
         same = _plain(reference) == _plain(value)
-        return _Deviation(mismatch=0.0 if same else 1.0, within=same, note="" if same else "the values differ")
+        return _Deviation(
+            mismatch=0.0 if same else 1.0, within=same, note="" if same else "the values differ", compared=1
+        )
     a, b = reference, value
     if a.shape != b.shape or a.dtype != b.dtype:
         return _Deviation(
@@ -111,7 +137,7 @@ def deviation(reference: Any, value: Any, rtol: float | None = None, atol: float
     if a.dtype.kind not in "fVc":
         mismatch = float(np.mean(a != b))
         gap = float(np.max(np.abs(a.astype(np.float64) - b.astype(np.float64)))) if a.dtype.kind in "iu" else mismatch
-        return _Deviation(gap, 0.0, 0.0, mismatch, mismatch == 0)
+        return _Deviation(gap, 0.0, 0.0, mismatch, mismatch == 0, size=a.size, compared=a.size)
     default = TOLERANCES.get(str(a.dtype), TOLERANCES["float32"])
     rtol, atol = default[0] if rtol is None else rtol, default[1] if atol is None else atol
     x, y = a.astype(np.float64), b.astype(np.float64)
@@ -120,12 +146,12 @@ def deviation(reference: Any, value: Any, rtol: float | None = None, atol: float
         return _Deviation(np.inf, np.inf, np.inf, float(np.mean(x != y)), False, "NaN or infinity at different places")
     x, y = x[finite], y[finite]
     if x.size == 0:
-        return _Deviation()
+        return _Deviation(size=a.size)
     error = np.abs(x - y)
     relative = error / np.maximum(np.abs(x), np.finfo(np.float32).tiny)
     return _Deviation(
         float(error.max()), float(relative.max()), float(error.mean()), float(np.mean(error != 0)),
-        bool(np.all(error <= atol + rtol * np.abs(x))),
+        bool(np.all(error <= atol + rtol * np.abs(x))), size=a.size, compared=x.size,
     )  # fmt: skip
 
 
@@ -141,6 +167,10 @@ def judge(name: str, candidate: _Deviation, floor: _Deviation, moved: _Deviation
     """The rule: within `FLOOR_FACTOR` times noise floor or sensitivity, or within tolerance; discrete by mismatch."""
     if candidate.note:
         passed, reason = False, candidate.note
+    elif not candidate.size:
+        passed, reason = True, "empty in every sample, so nothing was compared"
+    elif not candidate.compared:
+        passed, reason = False, "no finite value to compare in any sample; give other inputs with --shape or --input"
     elif discrete:
         own = max(floor.mismatch, moved.mismatch)
         passed = candidate.mismatch <= FLOOR_FACTOR * own
@@ -168,8 +198,10 @@ def compare(
     atol: float | None = None,
 ) -> Equivalence:
     """Run three sessions on the same inputs: the original, the original without graph optimisation, the candidate."""
-    if sorted(original.outputs) != sorted(candidate.outputs):
-        raise ModelError(f"the outputs differ: {', '.join(original.outputs)} against {', '.join(candidate.outputs)}")
+    for what in ("inputs", "outputs"):
+        a, b = getattr(original, what), getattr(candidate, what)
+        if sorted(a) != sorted(b):
+            raise ModelError(f"the models' {what} differ: {', '.join(a)} against {', '.join(b)}")
     found: dict[str, _Deviation] = {}
     floors: dict[str, _Deviation] = {}
     moves: dict[str, _Deviation] = {}
@@ -181,12 +213,13 @@ def compare(
             (floors, _named(plain, feeds)),
             (moves, _named(original, nudge(feeds))),
         )
-        for name, a in reference.items():
-            discrete[name] = not (isinstance(a, np.ndarray) and a.dtype.kind in "fVc")
+        for name, value in reference.items():
+            discrete[name] = not (isinstance(value, np.ndarray) and value.dtype.kind in "fVc")
             for worst, values in others:
-                worst[name] = deviation(a, values[name], rtol, atol).worse(worst.get(name, _Deviation()))
+                worst[name] = deviation(value, values[name], rtol, atol).worse(worst.get(name, _Deviation()))
     checks = tuple(judge(name, found[name], floors[name], moves[name], discrete[name]) for name in original.outputs)
-    return Equivalence(all(c.passed for c in checks), checks, len(samples), rtol, atol)
+    shapes = {name: value.shape for name, value in samples[0].items()}
+    return Equivalence(all(c.passed for c in checks), checks, len(samples), shapes, rtol, atol)
 
 
 def _named(session: Session, feeds: Feeds) -> dict[str, Any]:
@@ -204,37 +237,41 @@ def nudge(feeds: Feeds) -> Feeds:
     return moved
 
 
-def choose_inputs(
-    proto: onnx.ModelProto,
-    path: str | os.PathLike[str],
-    provider: str,
-    shapes: Mapping[str, Sequence[int]] | None,
-    inputs: str | os.PathLike[str] | Feeds | None,
-) -> tuple[dict[str, tuple[int, ...]], list[Feeds]]:
-    """Sample inputs the original accepts, and their shapes.
+def samples_for(specs: Sequence[InputSpec], sizes: Mapping[str, Sequence[int]], feeds: Feeds | None) -> list[Feeds]:
+    """The given inputs, or random ones of the given sizes."""
+    return [feeds] if feeds is not None else [make_feeds(specs, sizes, kind, seed) for kind, seed in SAMPLES]
 
-    Dynamic dimensions without a given size are tried from the likeliest sizes on, until one runs.
+
+def likely_sizes(
+    specs: Sequence[InputSpec],
+    path: str | os.PathLike[str],
+    provider: str = "cpu",
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    *,
+    must_run: bool = True,
+) -> dict[str, tuple[int, ...]]:
+    """Sizes for every input: the given ones, and the first likely ones on which the model runs.
+
+    Parameters
+    ----------
+    must_run : bool
+        Whether it is an error if it runs on none, or there is no onnxruntime; else the likeliest are taken then.
 
     Raises
     ------
     UsageError
-        If none does.
+        If the model runs on none of them.
     """
-    specs = input_specs(proto)
-    if inputs is not None:
-        feeds = inputs if isinstance(inputs, dict) else load_feeds(inputs, specs)
-        return {name: tuple(v.shape) for name, v in feeds.items()}, [feeds]
-    check_shapes(specs, shapes or {})
-    chosen = first_that_runs(specs, path, provider, shapes)
-    return chosen, [make_feeds(specs, chosen, kind, seed) for kind, seed in SAMPLES]
-
-
-def first_that_runs(
-    specs: Sequence[InputSpec], path: str | os.PathLike[str], provider: str, shapes: Mapping[str, Sequence[int]] | None
-) -> dict[str, tuple[int, ...]]:
-    """The first candidate shapes on which the model runs."""
-    session = Session(path, provider)
+    likeliest = next(candidate_shapes(specs, shapes))
+    if not must_run and not available():
+        return likeliest
     failure: ModelError | None = None
+    try:
+        session = Session(path, provider)
+    except ModelError:
+        if must_run:
+            raise
+        return likeliest
     for candidate in candidate_shapes(specs, shapes):
         try:
             session.run(make_feeds(specs, candidate))
@@ -242,13 +279,17 @@ def first_that_runs(
             failure = failure or error
             continue
         return candidate
-    names = ", ".join(f"--shape {s.name}=…" for s in specs)
-    raise UsageError(f"no default size runs ({failure}); give {names or '--input FILE.npz'}")
+    if not must_run:
+        return likeliest
+    if all(s.name in (shapes or {}) or known(s.shape) is not None for s in specs):
+        raise UsageError(f"the model does not run at its sizes: {failure}; give others, or --input FILE.npz")
+    names = " ".join(f"--shape {s.name}=…" for s in specs if known(s.shape) is None)
+    raise UsageError(f"no likely size runs ({failure}); give {names} or --input FILE.npz")
 
 
 def verify(
-    original: str | os.PathLike[str],
-    candidate: str | os.PathLike[str],
+    original: str | os.PathLike[str] | onnx.ModelProto | Model,
+    candidate: str | os.PathLike[str] | onnx.ModelProto | Model,
     *,
     provider: str = "cpu",
     threads: int = 1,
@@ -258,24 +299,31 @@ def verify(
     atol: float | None = None,
     progress: Callable[[str], None] = lambda _: None,
 ) -> Equivalence:
-    """Compare two model files on the same inputs.
+    """Compare two models on the same inputs.
 
     Parameters
     ----------
-    original, candidate : path
+    original, candidate : path, onnx.ModelProto or Model
         Models with the same inputs and outputs, whoever made the second.
     provider, threads
         Where to run both; strict about the provider.
     shapes : mapping of input name to sizes, optional
         For dynamic dimensions.
-    inputs : path of an .npz, or dict of arrays, optional
+    inputs : path of an .npz (or .npy, for one input), or dict of arrays, optional
         Instead of random inputs.
     rtol, atol : float, optional
         Tolerances; by default those of `TOLERANCES`.
+    progress : callable, optional
+        Called with each stage.
 
     Returns
     -------
     Equivalence
+
+    Raises
+    ------
+    UsageError, ModelError, ProviderError
+        See `pwopt.errors`; a model that is not equivalent is a result, not an error.
 
     Examples
     --------
@@ -283,16 +331,20 @@ def verify(
     >>> pwopt.verify("models/linear_sequence.onnx", "models/linear_sequence.onnx").passed
     True
     """
-    proto = load(original).proto
-    load(candidate)
-    progress("choosing inputs")
-    _, samples = choose_inputs(proto, original, provider, shapes, inputs)
-    progress("running both models")
-    return compare(
-        Session(original, provider, threads),
-        Session(original, provider, threads, optimise=False),
-        Session(candidate, provider, threads),
-        samples,
-        rtol,
-        atol,
-    )
+    check_settings(threads, rtol, atol)
+    specs = input_specs(load(original).proto)
+    check_shapes(specs, shapes or {})
+    feeds = None if inputs is None else as_feeds(inputs, specs, shapes)
+    with as_file(original) as a, as_file(candidate) as b:
+        load(b)
+        progress("choosing inputs")
+        sizes = {} if feeds is not None else likely_sizes(specs, a, provider, shapes)
+        progress("running both models")
+        return compare(
+            Session(a, provider, threads),
+            Session(a, provider, threads, optimise=False),
+            Session(b, provider, threads),
+            samples_for(specs, sizes, feeds),
+            rtol,
+            atol,
+        )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -72,7 +73,7 @@ def test_the_input_is_not_overwritten_unless_forced(model: Path) -> None:
         (["optimize", "seq.onnx", "--shape", "x=1x3x4x4"], 2, "does not fit"),
         (["optimize", "seq.onnx", "--shape", "nonsense"], 2, "not of the form"),
         (["optimize", "seq.onnx", "--passes", "fold"], 2, "there is no pass 'fold'"),
-        (["optimize", "seq.onnx", "--cost", "free"], 2, "--cost"),
+        (["optimize", "seq.onnx", "--cost", "free"], 2, "not one of: measured, analytic"),
         (["optimize", "seq.onnx", "--input", "text.onnx"], 2, "cannot be read as .npz"),
         (["optimize", "seq.onnx", "-o", "no/such/folder/out.onnx"], 3, "nothing can be written"),
         (["verify", "seq.onnx", "text.onnx"], 3, "not an ONNX model"),
@@ -141,7 +142,7 @@ def test_inspect(model: Path) -> None:
     assert "64→128→192→128→32 is cheaper as one map" in done.stdout
     listed = json.loads(pwopt("inspect", model, "--json").stdout)
     assert [m["channels"] for m in listed] == ["64→128", "128→192", "192→128", "128→32"]
-    assert {m["chain"] for m in listed} == {None}  # one map after folding
+    assert {m["chain"] for m in listed} == {1}
 
 
 def test_passes_and_help() -> None:
@@ -168,3 +169,64 @@ def test_hostile_names_are_harmless(tmp_path: Path) -> None:
     assert "\u202e" not in done.stdout
     assert "[bold]" in done.stdout
     assert json.loads(report.read_text())["rewrites"][0]["site"] == f"fold-affine:{evil}"
+
+
+def test_a_report_never_replaces_a_model(model: Path) -> None:
+    before = model.read_bytes()
+    for arguments in (
+        ["optimize", model, "--report", model],
+        ["optimize", model, "-o", model.parent / "o.onnx", "--report", model.parent / "o.onnx"],
+        ["verify", model, model, "--report", model],
+    ):
+        done = pwopt(*arguments)
+        assert done.returncode == 2
+        assert "would replace a model" in done.stderr
+    assert model.read_bytes() == before
+    assert [p.name for p in model.parent.iterdir()] == ["seq.onnx"]
+
+
+def test_an_impossible_report_is_noticed_before_the_work(model: Path) -> None:
+    done = pwopt("optimize", model, "--report", model.parent / "no" / "r.json")
+    assert done.returncode == 2
+    assert "no such folder" in done.stderr
+    assert [p.name for p in model.parent.iterdir()] == ["seq.onnx"]
+
+
+def test_only_regular_files_are_replaced(model: Path) -> None:
+    pipe, link, target = (model.parent / n for n in ("pipe", "link.onnx", "target.onnx"))
+    os.mkfifo(pipe)
+    done = pwopt("optimize", model, "--cost", "analytic", "--shape", "x=1x64x2x2", "-o", pipe)
+    assert done.returncode == 3
+    assert "not a regular file" in done.stderr
+    assert pipe.is_fifo()
+    target.write_bytes(b"old")
+    link.symlink_to(target)
+    assert pwopt("optimize", model, "--cost", "analytic", "--shape", "x=1x64x2x2", "-o", link).returncode == 0
+    assert link.is_symlink()
+    assert ops(onnx.load(target)) == {"Conv": 1}
+
+
+def test_debug_keeps_the_exit_code(model: Path) -> None:
+    done = pwopt("optimize", model, "--provider", "cuda", "--debug")
+    assert done.returncode == 4
+    assert "Traceback" in done.stderr
+
+
+def test_defaults_are_in_the_help() -> None:
+    text = " ".join(pwopt("optimize", "--help").stdout.replace("│", " ").split())
+    assert "MODEL.pwopt.onnx" in text
+    assert "1e-4 for float32" in text
+
+
+def test_a_site_that_is_not_there_is_said(model: Path) -> None:
+    done = pwopt("optimize", model, "--cost", "analytic", "--shape", "x=1x64x2x2", "--deny", "nonsense")
+    assert "No place is called 'nonsense'" in done.stdout
+
+
+def test_an_array_alone_for_a_model_with_one_input(model: Path) -> None:
+    np.save(model.parent / "x.npy", normal(1, 64, 2, 2))
+    assert pwopt("verify", model, model, "--input", model.parent / "x.npy").returncode == 0
+    np.savez(model.parent / "text.npz", x=np.array([[[["a"]]]] * 64).reshape(1, 64, 1, 1))
+    done = pwopt("verify", model, model, "--input", model.parent / "text.npz")
+    assert done.returncode == 2
+    assert "does not hold numbers" in done.stderr

@@ -12,7 +12,7 @@ import pytest
 from helpers import MODELS, evaluate, normal, ops, parse, weight
 
 import pwopt
-from pwopt import compiler, runtime
+from pwopt import compiler, optimizer, runtime
 from pwopt.errors import NotEquivalentError, ProviderError, UsageError
 from pwopt.model import load
 from pwopt.rewrite import Pass, Rewrite, Rewriter
@@ -48,9 +48,12 @@ def test_a_wrong_rewrite_is_caught_and_nothing_is_written(tmp_path: Path, monkey
 def test_a_slower_result_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     slow = Race((np.full(50, 1.0), np.full(50, 2.0)))
-    monkeypatch.setattr(compiler.timing, "race", lambda *_: slow)
+    monkeypatch.setattr(optimizer.timing, "race", lambda *_: slow)
     result = pwopt.optimize(MODELS / "linear_sequence.onnx", tmp_path / "out.onnx", shapes={"x": (1, 64, 4, 4)})
     assert "measured slower (0.50×)" in result.report.notes[-1]
+    assert result.report.rewrites == ()
+    assert "measured slower in the whole model" in result.report.skips[-1].reason
+    assert result.report.after == result.report.before
     assert (tmp_path / "out.onnx").read_bytes() == onnx.load(MODELS / "linear_sequence.onnx").SerializeToString(
         deterministic=True
     )
@@ -125,7 +128,7 @@ def test_opset_conversion_keeps_names_and_documentation(tmp_path: Path) -> None:
     assert "HardSwish" in ops(result.model)
     conv = result.model.graph.node[0]
     assert (conv.name, conv.doc_string, conv.metadata_props[0].value) == ("n_h", "doc", "v")
-    with pytest.raises(UsageError, match="between"):
+    with pytest.raises(UsageError, match="converts upwards only"):
         pwopt.optimize(path, opset=7)
 
 
@@ -175,3 +178,18 @@ def test_runtime_environment_names_the_machine() -> None:
     found = runtime.environment("cpu", 1)
     assert found["cpu"]
     assert found["pwopt"] == pwopt.__version__
+
+
+def test_the_input_is_not_overwritten_unless_forced(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes((MODELS / "linear_sequence.onnx").read_bytes())
+    with pytest.raises(UsageError, match="is the input"):
+        pwopt.optimize(path, path, check=False)
+    pwopt.optimize(path, path, check=False, force=True)
+    assert ops(onnx.load(path)) == {"Conv": 1}
+
+
+def test_one_name_is_a_list_of_one() -> None:
+    path = MODELS / "linear_sequence.onnx"
+    assert pwopt.optimize(path, check=False, deny="fold-chains:y").report.rewrites[0].site == "fold-chains:h3"
+    assert not pwopt.optimize(path, check=False, passes="clean-up").report.rewrites

@@ -9,7 +9,8 @@ from helpers import MODELS, normal, parse
 
 from pwopt import runtime
 from pwopt.errors import ModelError, ProviderError, UsageError
-from pwopt.runtime import Session, candidate_shapes, elsewhere, input_specs, load_feeds, make_feeds, parse_shape
+from pwopt.model import load
+from pwopt.runtime import Session, as_feeds, candidate_shapes, elsewhere, input_specs, make_feeds, parse_shape
 from pwopt.timing import Race, race
 from pwopt.verify import deviation, nudge, verify
 
@@ -116,13 +117,13 @@ def test_equal_names_get_equal_sizes() -> None:
 def test_inputs_from_a_file(tmp_path: Path) -> None:
     specs = input_specs(parse("(float[N,3] x) => (float[N] y) { y = Neg(x) }"))
     np.savez(tmp_path / "in.npz", x=np.ones((2, 3)))
-    assert load_feeds(tmp_path / "in.npz", specs)["x"].dtype == np.float32
+    assert as_feeds(tmp_path / "in.npz", specs)["x"].dtype == np.float32
     np.savez(tmp_path / "other.npz", z=np.ones((2, 3)))
     with pytest.raises(UsageError, match="lacks the inputs 'x'"):
-        load_feeds(tmp_path / "other.npz", specs)
+        as_feeds(tmp_path / "other.npz", specs)
     (tmp_path / "bad.npz").write_bytes(b"nothing")
     with pytest.raises(UsageError, match="cannot be read"):
-        load_feeds(tmp_path / "bad.npz", specs)
+        as_feeds(tmp_path / "bad.npz", specs)
 
 
 def test_providers_are_strict() -> None:
@@ -179,3 +180,61 @@ def test_statistics_of_a_race() -> None:
     assert low == pytest.approx(2, rel=0.02)
     assert high == pytest.approx(2, rel=0.02)
     assert twice.minimum(1) < twice.median(1)
+
+
+def test_nothing_finite_is_no_proof(tmp_path: Path) -> None:
+    body = "(float[2,9] x) => (float[N] y) { h = Abs(x) k = Neg(h) l = Log(k) y = Mul(l, c) }"
+    a, b = write(tmp_path, "a.onnx", body, c=F(2)), write(tmp_path, "b.onnx", body, c=F(5))
+    result = verify(a, b)
+    assert not result.passed
+    assert "no finite value" in result.outputs[0].reason
+
+
+def test_empty_outputs_say_so(tmp_path: Path) -> None:
+    path = write(tmp_path, "a.onnx", "(float[N,3] x) => (float[N,3] y) { y = Neg(x) }")
+    assert (
+        verify(path, path, shapes={"x": (0, 3)}).outputs[0].reason == "empty in every sample, so nothing was compared"
+    )
+
+
+def test_other_inputs_are_an_error(tmp_path: Path) -> None:
+    a = write(tmp_path, "a.onnx", "(float[2,9] x) => (float[N] y) { y = Neg(x) }")
+    b = write(tmp_path, "b.onnx", "(float[2,9] z) => (float[N] y) { y = Neg(z) }")
+    with pytest.raises(ModelError, match="inputs differ: x against z"):
+        verify(a, b)
+
+
+def test_models_in_memory_can_be_compared() -> None:
+    model = parse("(float[2,9] x) => (float[N] y) { y = Neg(x) }")
+    assert verify(model, load(model)).passed
+
+
+def test_an_input_of_unknown_rank_needs_its_shape() -> None:
+    model = parse("(float[2,9] x) => (float[N] y) { y = Neg(x) }")
+    model.graph.input[0].type.tensor_type.ClearField("shape")
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    with pytest.raises(UsageError, match="declares no shape"):
+        verify(model, model)
+    assert verify(model, model, shapes={"x": (2, 3)}).passed
+
+
+def test_settings_that_make_no_sense() -> None:
+    path = MODELS / "linear_sequence.onnx"
+    for arguments in (
+        {"threads": 0},
+        {"rtol": -1.0},
+        {"atol": float("nan")},
+        {"shapes": {"x": "1x64"}},
+        {"shapes": {"x": (1, None)}},
+    ):
+        with pytest.raises(UsageError):
+            verify(path, path, **arguments)  # type: ignore[arg-type]
+
+
+def test_given_arrays_are_cast_and_checked() -> None:
+    path = MODELS / "linear_sequence.onnx"
+    assert verify(path, path, inputs={"x": np.ones((1, 64, 2, 2))}).passed
+    with pytest.raises(UsageError, match="does not fit"):
+        verify(path, path, inputs={"x": np.ones((1, 3, 2, 2))})
+    with pytest.raises(UsageError, match="not 1×64×4×4"):
+        verify(path, path, inputs={"x": np.ones((1, 64, 2, 2))}, shapes={"x": (1, 64, 4, 4)})
