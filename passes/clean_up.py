@@ -198,12 +198,7 @@ def _same_size(rw: Rewriter, node: gs.Node, x: gs.Tensor, y: gs.Tensor) -> str:
     if node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
         return ""
     before, after = rw.shape(x), rw.shape(y)
-    if known(before) is not None and before == after:
-        return f"{node.op} to the size it has"
-    if node.op == "Upsample" and rw.opset < 9:
-        scales = node.attrs.get("scales", [2.0])
-    else:
-        given = rw.optional(node, 1 if node.op == "Upsample" or rw.opset < 11 else 2)
-        value = None if given is None else rw.value(given)
-        scales = [2.0] if value is None or value.size == 0 else value.tolist()
-    return f"{node.op} by a factor of 1" if all(s == 1 for s in scales) else ""
+    if forms.resized_by_sizes(rw, node):
+        return f"{node.op} to the size it has" if known(before) is not None and before == after else ""
+    scales = forms.resize_scales(rw, node)
+    return f"{node.op} by a factor of 1" if scales is not None and all(s == 1 for s in scales.values()) else ""

@@ -33,7 +33,7 @@ class FactorGates(Pass):
             one = rw.new_constant(f"{gate.name}_one", np.ones((), dtype))
             wider = rw.new_variable(f"{gate.name}_plus_one", gate, rw.shape(gate))
             new = [
-                gs.Node("Add", f"{mul.name}_one" if mul.name else "", {}, [gate, one], [wider]),
+                gs.Node("Add", rw.node_name(mul.name, "_one"), {}, [gate, one], [wider]),
                 gs.Node("Mul", node.name, {}, [x, wider], [node.outputs[0]]),
             ]
             return rw.replace([mul, node], new, "adding 1 to the gate replaces adding the whole feature map")

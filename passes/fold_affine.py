@@ -181,7 +181,7 @@ class FoldAffine(Pass):
             ((target, written),) = edits
             return rw.replace([*target.nodes, reading.node], written.nodes, reason, residual)
         records = [rw.replace(target.nodes, written.nodes, reason) for target, written in edits]
-        if reading.node in rw and rw.readers(reading.output):
+        if reading.node in rw and (rw.readers(reading.output) or rw.pinned(reading.output)):
             rw.bypass(reading.node, reading.source, keep_output=bool(plan.after))
         elif reading.node in rw:
             rw.remove(reading.node)

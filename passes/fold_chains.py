@@ -16,6 +16,8 @@ from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
 
 #: Chains are planned exactly up to this many maps at a time; longer ones in such pieces, then again.
 MAX_CHAIN = 64
+#: Composed maps are factored up to this many channels; a singular value decomposition takes seconds beyond.
+MAX_FACTORED = 2048
 
 
 @dataclass
@@ -113,7 +115,7 @@ class FoldChains(Pass):
             composed = step @ composed
         if isinstance(composed, Refusal):
             return Skip(composed.reason)
-        shape = next((r for r in maps if r.geometry.taps > 1 or r.geometry.transposed), maps[-1])
+        shape = next((r for r in maps if not r.geometry.pointwise), maps[-1])
         target, source, output = maps[-1], maps[0].source, maps[-1].output
         widths = "→".join(str(r.geometry.in_channels) for r in maps) + f"→{target.geometry.out_channels}"
         low = self._factored(rw, composed, shape, source, output, target)
@@ -128,8 +130,9 @@ class FoldChains(Pass):
         self, rw: Rewriter, composed: LinearMap, shape: Reading, source: gs.Tensor, output: gs.Tensor, target: Reading
     ) -> emit.Written | None:
         """The composed map at its rank, if that takes fewer multiply-adds."""
-        reference = shape.weight if shape.weight is not None else source
-        dtype = rw.dtype(reference)
+        if min(composed.geometry.out_channels, composed.weight[0].size) > MAX_FACTORED:
+            return None
+        dtype = rw.dtype(shape.weight if shape.weight is not None else source)
         # Every intermediate width bounds the rank, so a plan that beat all of them can only be beaten from below.
         parts = factor(composed, epsilon(dtype) / 2)
         if isinstance(parts, Refusal):

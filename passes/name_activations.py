@@ -47,10 +47,9 @@ class NameActivations(Pass):
             return None  # this pass wrote it so, and said why
         if count <= needed:
             return Skip(f"x·HardSigmoid(x) stays as it is{hint}") if hint else None
-        if not available or spelled.op == "HardSigmoid":
-            exact = all(idioms.near(float(np.float32(v)), v, dtype) for v in (spelled.alpha, spelled.beta))
-            if not exact:
-                return Skip(f"HardSigmoid keeps alpha and beta in float32, which is too coarse for {dtype}")
+        if str(dtype) == "float64" and spelled.op in ("HardSigmoid", "HardSwish"):
+            # Besides, HardSigmoid keeps alpha and beta in float32, which would be too coarse.
+            return Skip(f"onnxruntime has no {spelled.op} in float64")
         old = sorted({id(n): n for n in spelled.nodes}.values(), key=rw.position)
         if old[-1] is not node:
             return None
@@ -69,5 +68,5 @@ def _spell(rw: Rewriter, spelled: idioms.Activation, node: gs.Node, available: b
         yield gs.Node("HardSigmoid", node.name, attrs, [x], [y])
         return
     gate = rw.new_variable(f"{y.name}_gate", y, rw.shape(y))
-    yield gs.Node("HardSigmoid", f"{node.name}_gate" if node.name else "", attrs, [x], [gate])
+    yield gs.Node("HardSigmoid", rw.node_name(node.name, "_gate"), attrs, [x], [gate])
     yield gs.Node("Mul", node.name, {}, [x, gate], [y])

@@ -62,25 +62,32 @@ class Rule:
     axes: Mapping[int, int] | None = None
 
 
+#: Batch and channels, the axes that pooling leaves alone.
+CHANNELS: Mapping[int, int] = {0: 0, 1: 1}
+#: What sums many numbers: in float16, a scale moved past it may make the sum overflow.
+SUMS = ("AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum")
+
+
 def rule(view: View, node: gs.Node) -> Rule | None:
     """The rule of an operator with one data input, or None if nothing passes."""
     op = view.op(node)
     if op in ("Relu", "LeakyRelu", "PRelu", "Abs"):
         return Rule("positive", shift=False)
     if op == "GlobalAveragePool":
-        return Rule()
+        return Rule(axes=CHANNELS)
     if op == "AveragePool":
         outside = any(node.attrs.get("pads", ())) or node.attrs.get("auto_pad", "NOTSET").startswith("SAME")
         partial = outside or node.attrs.get("ceil_mode", 0)
-        return Rule(shift=not (partial and node.attrs.get("count_include_pad", 0)))
+        hollow = outside and any(d > 1 for d in node.attrs.get("dilations", ()))  # a window may miss the input
+        return Rule(shift=not hollow and not (partial and node.attrs.get("count_include_pad", 0)), axes=CHANNELS)
     if op in ("MaxPool", "GlobalMaxPool"):
-        return None if any(o.name for o in node.outputs[1:]) else Rule("positive")
+        return None if any(o.name for o in node.outputs[1:]) else Rule("positive", axes=CHANNELS)
     if op in ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin"):
         return _reduction(view, node, op)
     if op in ("Resize", "Upsample"):
         if node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
             return None
-        return _where_equal(view, node, Rule())  # interpolation weights sum to one
+        return Rule(axes=_unscaled_axes(view, node))  # interpolation weights sum to one
     if op == "Pad":
         found = forms.pad_parameters(view, node)
         if found is None:
@@ -88,8 +95,12 @@ def rule(view: View, node: gs.Node) -> Rule | None:
         pads, mode, constant = found
         keep = {a: a for a in range(len(pads) // 2) if not pads[a] and not pads[a + len(pads) // 2]}
         return Rule(shift=mode != "constant", axes=keep) if mode != "constant" or constant == 0 else None
-    if op in ("Slice", "Expand", "Tile"):
-        return _where_equal(view, node, Rule())
+    if op == "Slice":
+        parameters, rank = forms.slice_parameters(view, node), view.rank(node.inputs[0])
+        sliced = range(rank or 0) if parameters is None else [axis for axis, *_ in parameters]
+        return Rule(axes={a: a for a in range(rank or 0) if a not in sliced})
+    if op in ("Expand", "Tile"):
+        return Rule(axes=_equal_axes(view, node))
     if op in ("DepthToSpace", "SpaceToDepth"):
         return Rule(axes={0: 0})
     if op == "Transpose":
@@ -104,18 +115,26 @@ def rule(view: View, node: gs.Node) -> Rule | None:
     return Rule() if op == "Identity" else None
 
 
-def _where_equal(view: View, node: gs.Node, base: Rule) -> Rule:
-    """`base`, on axes whose size is known and does not change."""
+def _equal_axes(view: View, node: gs.Node) -> dict[int, int]:
+    """Axes whose size is known and does not change."""
     before, after = view.shape(node.inputs[0]), view.shape(node.outputs[0])
     if before is None or after is None or len(before) != len(after):
-        return Rule(base.scale, base.shift, {})
-    same = {a: a for a, (x, y) in enumerate(zip(before, after, strict=True)) if isinstance(x, int) and x == y}
-    return Rule(base.scale, base.shift, same)
+        return {}
+    return {a: a for a, (x, y) in enumerate(zip(before, after, strict=True)) if isinstance(x, int) and x == y}
+
+
+def _unscaled_axes(view: View, node: gs.Node) -> dict[int, int]:
+    """Axes that a Resize or Upsample leaves alone: a factor of 1, not just the same size after rounding down."""
+    scales = forms.resize_scales(view, node)
+    rank = view.rank(node.inputs[0])
+    if scales is None:
+        return _equal_axes(view, node) if forms.resized_by_sizes(view, node) else {}
+    return {a: a for a in range(rank or 0) if scales.get(a, 1.0) == 1.0}
 
 
 def _reduction(view: View, node: gs.Node, op: str) -> Rule | None:
     axes, rank = forms.axes_of(view, node, 13 if op == "ReduceSum" else 18), view.rank(node.inputs[0])
-    if axes is None or rank is None:
+    if not axes or rank is None:  # no axes means all of them, or none: noop_with_empty_axes
         return None
     left = [a for a in range(rank) if a not in axes]
     keep = {a: a if node.attrs.get("keepdims", 1) else i for i, a in enumerate(left)}
@@ -158,6 +177,8 @@ def _checked(view: View, affine: Affine, node: gs.Node) -> Rule | Refusal:
     name, found = node.op, rule(view, node)
     if found is None:
         return Refusal(f"a scale or shift does not pass through {name}")
+    if affine.scales and name in SUMS and str(view.dtype(node.inputs[0])) == "float16":
+        return Refusal(f"a scale moved past {name} could overflow float16")
     if affine.shifts and not found.shift:
         return Refusal(f"a shift does not pass through {name}")
     if found.scale == "positive" and not np.all(affine.map.scale > 0):
@@ -176,6 +197,8 @@ def sink(view: View, node: gs.Node, tensor: gs.Tensor, affine: Affine) -> Moves 
     op = view.op(node)
     if sum(t is tensor for t in node.inputs) > 1:
         return Refusal(f"{node.op} reads it twice")
+    if any(0 in (view.shape(t) or ()) for t in (*node.inputs, *node.outputs)):
+        return Refusal(f"{node.op} has an empty tensor")
     if op == "Split":
         return _through_split(view, node, affine)
     if op == "Concat":
@@ -253,6 +276,8 @@ def lift(view: View, node: gs.Node, affine: Affine) -> list[Moves] | Refusal:
         Each alternative lists the inputs that must all take a map over.
     """
     op = view.op(node)
+    if any(0 in (view.shape(t) or ()) for t in (*node.inputs, *node.outputs)):
+        return Refusal(f"{node.op} has an empty tensor")
     if op == "Concat":
         axis, parts = forms.concat_axis(view, node), forms.read_concat(view, node)
         if affine.axis is None:

@@ -72,6 +72,10 @@ def write(
     dtype = view.dtype(like.weight if like.weight is not None else source)
     if dtype is None:
         return Refusal("the element type is not known")
+    if not linear.geometry.pointwise and not like.kind.startswith("conv"):
+        return Refusal("only a convolution has strides, taps or padding")
+    if axis is not None and like.kind == "diagonal" and view.rank(source) is None:
+        return Refusal("the rank of its input is not known")
     if view.opset < 7 and not like.kind.startswith("conv"):
         return Refusal(f"operators of opset {view.opset} do not broadcast; --opset converts the model")
     names = _inherited(view, like) if inherit else {}
@@ -121,7 +125,8 @@ class _Writer:
         return self.view.new_constant(self.names.get(role, f"{self.output.name}_{role}"), low)
 
     def node(self, op: str, inputs: list[gs.Tensor], output: gs.Tensor, suffix: str = "", **attrs: Any) -> gs.Node:
-        return gs.Node(op, self.node_name and self.node_name + suffix, attrs, inputs, [output])
+        name = self.view.node_name(self.node_name, suffix) if suffix else self.node_name
+        return gs.Node(op, name, attrs, inputs, [output])
 
     def middle(self) -> gs.Variable:
         return self.view.new_variable(f"{self.output.name}_product", self.output, self.view.shape(self.output))
@@ -172,7 +177,7 @@ class _Writer:
         scales, shifts = bool(np.any(scale != 1.0)), self.linear.geometry.biased
         rank = self.view.rank(self.source) or 0
         channels = self.view.dim(self.source, 1) if rank >= 3 and self.axis in (1, None) else None
-        if scales and shifts and isinstance(channels, int) and str(self.dtype) in NORMALISABLE:
+        if scales and shifts and isinstance(channels, int) and channels > 0 and str(self.dtype) in NORMALISABLE:
             wide = self.linear.spread(channels)
             parts = {"scale": wide.scale, "shift": wide.bias, "mean": np.zeros(channels), "var": np.ones(channels)}
             inputs = [self.source, *(self.constant(role, values) for role, values in parts.items())]

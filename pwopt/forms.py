@@ -97,7 +97,9 @@ def read(view: View, node: gs.Node | None) -> Result:
     node : gs.Node
     """
     op = view.op(node)
-    return READERS[op](view, node) if node is not None and op in READERS else None
+    result = READERS[op](view, node) if node is not None and op in READERS else None
+    empty = isinstance(result, Reading) and 0 in (result.geometry.in_channels, result.geometry.out_channels)
+    return None if empty else result
 
 
 def linear(view: View, node: gs.Node | None) -> Reading | None:
@@ -294,6 +296,8 @@ def read_matmul(view: View, node: gs.Node) -> Result:
 
 
 def _diagonal(node: gs.Node, source: gs.Tensor, scale: Array, shift: Array, axis: int | None) -> Result:
+    if not scale.size:
+        return None
     if not (np.all(np.isfinite(scale)) and np.all(np.isfinite(shift))):
         return NOT_FINITE
     linear_map = LinearMap.diagonal(scale, shift)
@@ -317,7 +321,7 @@ def read_batch_normalization(view: View, node: gs.Node) -> Result:
         return NOT_CONSTANT
     gamma, beta, mean, variance = (v for v in values if v is not None)
     with np.errstate(all="ignore"):
-        scale = gamma / np.sqrt(variance + attrs.get("epsilon", 1e-5))
+        scale = gamma / np.sqrt(variance + attrs.get("epsilon", float(np.float32(1e-5))))
         shift = beta - mean * scale
     return _diagonal(node, node.inputs[0], scale, shift, 1)
 
@@ -402,6 +406,8 @@ def read_neg(view: View, node: gs.Node) -> Result:
 
 @reads("Identity", "Dropout")
 def read_identity(view: View, node: gs.Node) -> Result:
+    if any(o.name for o in node.outputs[1:]):
+        return Refusal("its mask is used")
     if node.op == "Dropout" and not inactive_dropout(view, node):
         return Refusal("it drops units (training mode)")
     if str(view.dtype(node.inputs[0])) not in FLOATS:
@@ -602,6 +608,26 @@ def pad_parameters(view: View, node: gs.Node) -> tuple[list[int], str, float | N
             full[a % rank], full[a % rank + rank] = pads[i], pads[i + len(picked)]
         pads = full
     return (pads, mode, 0.0 if value is None else view.uniform(value)) if len(pads) == 2 * rank else None
+
+
+def resized_by_sizes(view: View, node: gs.Node) -> bool:
+    """Whether a Resize is given sizes; its factor is then exactly their ratio."""
+    return node.op == "Resize" and view.opset >= 11 and view.optional(node, 3) is not None
+
+
+def resize_scales(view: View, node: gs.Node) -> dict[int, float] | None:
+    """Axis → factor of a Resize or Upsample that is given constant factors; None otherwise."""
+    rank = view.rank(node.inputs[0])
+    if node.op == "Upsample" and view.opset < 9:
+        scales = node.attrs.get("scales")
+    else:
+        given = view.optional(node, 1 if node.op == "Upsample" or view.opset < 11 else 2)
+        value = None if given is None else view.value(given)
+        scales = None if value is None or value.size == 0 else value.tolist()
+    axes = node.attrs.get("axes", range(len(scales)) if scales is not None else ())
+    if scales is None or rank is None or len(axes) != len(scales):
+        return None
+    return {a % rank: float(s) for a, s in zip(axes, scales, strict=True)}
 
 
 @reads("Reshape")

@@ -43,7 +43,8 @@ class View:
         self.sizes = dict(sizes or {})
         self.opset = int(graph.opset)
         self._functions = {(f.domain or "", f.name) for f in graph.functions}
-        self._position = {id(node): (i, 0) for i, node in enumerate(graph.nodes)}
+        self._position: dict[int, tuple[int, ...]] = {id(node): (i,) for i, node in enumerate(graph.nodes)}
+        self._node_names = {node.name for node in graph.nodes}
         self._nodes = {id(node): node for node in graph.nodes}
         self._seen = list(graph.nodes)  # keeps removed nodes alive, so that no id is used twice
         self._producer: dict[int, gs.Node] = {}
@@ -78,7 +79,7 @@ class View:
     def __contains__(self, node: gs.Node) -> bool:
         return self._nodes.get(id(node)) is node
 
-    def position(self, node: gs.Node) -> tuple[int, int]:
+    def position(self, node: gs.Node) -> tuple[int, ...]:
         """Where a node stands; comparable, and stable while others come and go."""
         return self._position[id(node)]
 
@@ -232,8 +233,17 @@ class View:
         self._names.add(candidate)
         return candidate
 
+    def node_name(self, base: str, suffix: str) -> str:
+        """A name for a node that stands beside one called `base`; "" if that has none. onnxruntime refuses doubles."""
+        candidate, k = f"{base}{suffix}", 0
+        while base and candidate in self._node_names:
+            k += 1
+            candidate = f"{base}{suffix}_{k}"
+        self._node_names.add(candidate)
+        return candidate if base else ""
+
     def new_constant(self, name: str, values: np.ndarray) -> gs.Constant:
-        return gs.Constant(self.unique(name), np.ascontiguousarray(values))
+        return gs.Constant(self.unique(name), np.asarray(values, order="C"))
 
     def release(self, names: Iterable[str]) -> None:
         """Let the next tensors have these names: their holders are about to go."""
@@ -255,7 +265,7 @@ class View:
 
     def add(self, node: gs.Node, at: gs.Node) -> gs.Node:
         """Put `node` where `at` stands; several additions at one place keep their order."""
-        self._position[id(node)] = (self._position[id(at)][0], len(self._seen))
+        self._position[id(node)] = (*self._position[id(at)], len(self._seen))
         self._seen.append(node)
         self._nodes[id(node)] = node
         self._link(node)

@@ -117,23 +117,33 @@ def _clip(view: View, tensor: gs.Tensor) -> tuple[gs.Tensor, float, tuple[gs.Nod
         else:
             bounds = [view.optional(node, i) for i in (1, 2)]
             low, high = (None if t is None else view.uniform(t) for t in bounds)
-        return (node.inputs[0], float(high), (node,)) if low == 0 and high is not None else None
-    if op != "Min" or len(node.inputs) != 2:
+        return (node.inputs[0], float(high), (node,)) if low == 0 and high is not None and high > 0 else None
+    if op != "Min":
         return None
-    limits = [view.uniform(t) for t in node.inputs]
-    index = next((i for i in (0, 1) if limits[i] is None and limits[1 - i] is not None), None)
-    high = None if index is None else limits[1 - index]
-    if index is None or high is None or view.crowd(node.inputs[index]):
+    found = _bound(view, node)
+    if found is None:
         return None
-    floor = view.producer(node.inputs[index])
+    inner, high = found
+    if high <= 0 or view.crowd(inner):
+        return None
+    floor = view.producer(inner)
     if floor is None:
         return None
     if view.is_a(floor, "Relu"):
         return floor.inputs[0], high, (node, floor)
-    if view.is_a(floor, "Max") and len(floor.inputs) == 2:
-        for i in (0, 1):
-            if view.uniform(floor.inputs[1 - i]) == 0 and view.constant(floor.inputs[i]) is None:
-                return floor.inputs[i], high, (node, floor)
+    low = _bound(view, floor) if view.is_a(floor, "Max") else None
+    return (low[0], high, (node, floor)) if low is not None and low[1] == 0 else None
+
+
+def _bound(view: View, node: gs.Node) -> tuple[gs.Tensor, float] | None:
+    """(x, number) of a Min or Max of a tensor and one number that does not enlarge it."""
+    if len(node.inputs) != 2:
+        return None
+    for x, bound in (node.inputs, node.inputs[::-1]):
+        held, rank = view.constant(bound), view.rank(x)
+        number = view.uniform(bound) if held is not None and view.elements(bound) == 1 else None
+        if number is not None and held is not None and view.constant(x) is None and len(held.shape) <= (rank or 0):
+            return x, number
     return None
 
 

@@ -119,14 +119,20 @@ class Model:
         written.update(c.name for c in added)
 
         listed_initializers = {t.name for t in old.initializer}
-        new.input.extend(v for v in old.input if v.name not in listed_initializers or v.name in written)
+        dims = {t.name: tuple(t.dims) for t in new.initializer}
+        stale = {n for n, size in dims.items() if n in self._constants and size != tuple(self._constants[n][1].dims)}
+        for value in old.input:
+            if value.name not in listed_initializers or value.name in written:
+                new.input.append(value)
+                if value.name in stale:
+                    _declare(new.input[-1], dims[value.name])
         if self.proto.ir_version < OVERRIDABLE_SINCE_IR:  # there, every initializer is listed as an input
             new.input.extend(
                 onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims)
                 for t in new.initializer[len(new.initializer) - len(added) :]
             )
         names = {name for node in new.node for name in node.output} | written
-        new.value_info.extend(v for v in old.value_info if v.name in names)
+        new.value_info.extend(v for v in old.value_info if v.name in names - stale)
         new.quantization_annotation.extend(q for q in old.quantization_annotation if q.tensor_name in names)
         return model
 

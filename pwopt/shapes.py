@@ -77,6 +77,13 @@ def infer(
         Sizes to assume; without them the result holds for every input the model accepts.
     """
     light = skeleton(model, inputs)
+    types = _infer(light)
+    if any(_miscounted(node, types) for node in light.graph.node):
+        types = _infer(_without_sizes_of(light, [n for n in light.graph.node if n.op_type in POOLS and _ceil(n)]))
+    return types
+
+
+def _infer(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
     try:
         inferred = shape_inference.infer_shapes(light, data_prop=True)
     except Exception:  # inference stops at what it does not understand; what is declared still holds
@@ -87,3 +94,54 @@ def infer(
         if value.type.HasField("tensor_type"):
             types[value.name] = (value.type.tensor_type.elem_type, dims(value.type))
     return types
+
+
+POOLS = ("MaxPool", "AveragePool", "LpPool")
+
+
+def _ceil(node: onnx.NodeProto) -> bool:
+    return any(a.name == "ceil_mode" and a.i for a in node.attribute)
+
+
+def _miscounted(node: onnx.NodeProto, types: Mapping[str, tuple[int, Shape | None]]) -> bool:
+    """Whether inference counts a last window of a ceil_mode pooling that starts beyond the input.
+
+    onnxruntime, like the frameworks, drops it: such a window would see padding only.
+    """
+    if node.op_type not in POOLS or not _ceil(node):
+        return False
+    before, after = types.get(node.input[0], (0, None))[1], types.get(node.output[0], (0, None))[1]
+    if before is None or after is None:
+        return False
+    given = {a.name: list(a.ints) for a in node.attribute}
+    rank = len(before) - 2
+    strides, pads = given.get("strides", [1] * rank), given.get("pads", [0] * 2 * rank)
+    sizes = list(zip(before[2:], after[2:], strides, pads[:rank], strict=False))
+    return any(
+        isinstance(size, int) and isinstance(count, int) and (count - 1) * stride >= size + begin
+        for size, count, stride, begin in sizes
+    )
+
+
+def _without_sizes_of(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> onnx.ModelProto:
+    """The model with the spatial sizes of these nodes' outputs unknown: each is joined to something of unknown size."""
+    opaque = {n.output[0] for n in nodes}
+    graph = model.graph
+    originals = list(graph.node)
+    del graph.node[:]
+    ranks: set[int] = set()
+    for node in originals:
+        graph.node.append(node)
+        if not node.output or node.output[0] not in opaque:
+            continue
+        name = node.output[0]
+        rank = 2 + len(next(a.ints for a in node.attribute if a.name == "kernel_shape"))
+        if rank not in ranks:
+            ranks.add(rank)
+            graph.input.append(onnx.helper.make_tensor_value_info(f"{rank} unknown sizes", 1, [None] * rank))
+        graph.node[-1].output[0] = f"{name} axis 1"
+        for axis in range(2, rank):
+            target = name if axis == rank - 1 else f"{name} axis {axis}"
+            parts = [f"{name} axis {axis - 1}", f"{rank} unknown sizes"]
+            graph.node.append(onnx.helper.make_node("Concat", parts, [target], axis=axis))
+    return model

@@ -1,0 +1,158 @@
+"""Defects that were found once, each as the smallest model that showed it. onnxruntime is the judge."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from helpers import normal, parse, run
+
+import pwopt
+from pwopt.compiler import concrete_sizes
+from pwopt.passes import PASSES
+from pwopt.shapes import infer
+
+ort = pytest.importorskip("onnxruntime")
+F = np.float32
+
+
+def on_onnxruntime(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    options.log_severity_level = 4
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return list(session.run(None, feeds))
+
+
+def r(*shape: int, seed: int = 0) -> np.ndarray:
+    return normal(*shape, seed=seed, dtype=F)
+
+
+S, P = r(4, 1, 1, seed=4), np.abs(r(3, 1, 1, seed=4)) + F(0.1)
+I64 = np.int64
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "a folded scalar keeps rank 0": (
+        "(float[2,4,6,6] x) => (float[4,6,6] y) { a = Sub(o, o) y = Gather<axis=0>(x, a) }", {"o": np.array(1)}, {}),
+    "shape arithmetic with scalars": (
+        "(float[1,4,6,6] x) => (float[6,24] y) { s = Shape(x) a = Gather<axis=0>(s, i) c = Unsqueeze(a, z) d = Concat<axis=0>(c, m) y = Reshape(x, d) }",
+        {"i": np.array(2), "z": np.array([0]), "m": np.array([-1])}, {}),
+    "a scalar tensor": ("(float x) => (float y) { q = Mul(x, k) p = Mul(q, k) y = Relu(p) }", {"k": F(2)}, {}),
+    "a reversed slice permutes": (
+        "(float[1,4,5,5] x) => (float[1,3,5,5] y) { q = Mul(x, k) b = Slice(q, st, en, ax, sp) y = Conv(b, w) }",
+        {"w": r(3, 4, 1, 1), "st": np.array([-1]), "en": np.array([-(2**31) + 1]), "ax": np.array([1]), "sp": np.array([-1]), "k": S}, {}),
+    "pooling moves along space": (
+        "(float[1,2,6,6] x) => (float[1,2,6,6] y) { a = MatMul(x, w) b = MaxPool<kernel_shape=[3,3],pads=[1,1,1,1]>(a) q = Mul(b, k) y = Relu(q) }",
+        {"w": r(6, 6), "k": np.abs(r(6, seed=3))}, {}),
+    "global pooling removes space": (
+        "(float[1,2,6,6] x) => (float[1,2,1,1] y) { b = Mul(x, k) a = GlobalAveragePool(b) c = Mul(a, t) y = Relu(c) }",
+        {"k": np.abs(r(6, seed=3)), "t": F(2)}, {}),
+    "a strided map is not a product": (
+        "(float[2,4,9] x) => (float[2,3,5] y) { a = Conv<strides=[2]>(x, w) y = MatMul(v, a) }", {"w": r(8, 4, 1), "v": r(3, 8)}, {}),
+    "a padded map is not a product": (
+        "(float[2,4,9] x) => (float[2,3,11] y) { a = Conv<pads=[1,1]>(x, w) y = MatMul(v, a) }", {"w": r(8, 4, 1), "v": r(3, 8)}, {}),
+    "empty axes reduce everything": (
+        "(float[1,4,5,5] x) => (float[1,1,1,1] y) { c = Mul(x, k) q = ReduceMean(c, ax) y = Mul(q, t) }",
+        {"ax": np.zeros(0, I64), "t": F(2), "k": S}, {"opset": 18}),
+    "ceil_mode drops a window in the padding": (
+        "(float[1,1,6] x) => (float[N,M,K] p, int64[3] y) { p = MaxPool<kernel_shape=[2],strides=[3],pads=[0,1],ceil_mode=1>(x) s = Shape(p) y = Add(s, z) }",
+        {"z": np.ones(3, I64)}, {}),
+    "a bound that broadcasts": (
+        "(float[1,1,5,5] x) => (float[1,3,5,5] y) { a = Add(x, h) b = Max(a, z) c = Min(b, s) d = Mul(x, c) y = Div(d, s) }",
+        {"h": F(3), "z": np.zeros((3, 1, 1), F), "s": F(6)}, {}),
+    "a bound of higher rank": (
+        "(float[5,5] x) => (float[1,5,5] y) { a = Add(x, h) b = Relu(a) c = Min(b, o) y = Div(c, s) }",
+        {"h": F(3), "o": np.full((1, 1, 1), 6, F), "s": F(6)}, {}),
+    "a negative upper bound": (
+        "(float[5,5] x) => (float[5,5] y) { a = Add(x, c) b = Clip(a, z, h) y = Div(b, h) }", {"c": F(3), "z": F(0), "h": F(-6)}, {}),
+    "resizing by 1.2 is not by 1": (
+        '(float[1,3,4,4] x) => (float[1,3,4,6] y) { a = Mul(x, k) b = Resize<mode="linear">(a, , sc) y = MatMul(v, b) }',
+        {"sc": np.array([1, 1, 1.2, 1.5], F), "k": r(4, 1), "v": r(4, 4, seed=3)}, {}),
+    "a window that misses the input": (
+        "(float[1,3,2,2] x) => (float[1,3,N,M] y) { a = Conv(x, w) p = AveragePool<kernel_shape=[2,2],dilations=[3,3],pads=[1,1,1,1]>(a) q = Add(p, k) y = Relu(q) }",
+        {"w": r(3, 3, 1, 1), "k": P}, {"opset": 19, "ir": 9}),
+    "a graph output behind a ramp": (
+        "(float[1,4,5,5] x) => (float[1,3,5,5] y) { a = Conv(x, w) b = Relu(a) y = Mul(b, k) }", {"w": r(3, 4, 1, 1), "k": P}, {}),
+    "a mask that is used": (
+        "(float[1,4,5,5] x) => (float[1,3,5,5] y, bool[1,3,5,5] z) { a = Conv(x, w) y, z = Dropout(a) }", {"w": r(3, 4, 1, 1)}, {}),
+    "an old file's weight changes its shape": (
+        "(float[1,4,5,5] x, float[8,4,1,1] w, float[3,8,1,1] v) => (float[1,3,5,5] y) { a = Conv(x, w) y = Conv(a, v) }",
+        {"w": r(8, 4, 1, 1), "v": r(3, 8, 1, 1)}, {"ir": 3, "opset": 8}),
+    "float64 hard-swish": (
+        "(double[5,5] x) => (double[5,5] y) { a = Add(x, c) b = Clip(a, z, s) e = Mul(x, b) y = Div(e, s) }",
+        {"c": np.float64(3), "z": np.float64(0), "s": np.float64(6)}, {}),
+    "names of added nodes: gate": (
+        "(float[1,4,3,3] x) => (float[1,4,3,3] y) { [m_one] g = GlobalAveragePool(x) [m] b = Mul(x, g) [q] c = Add(x, b) y = Relu(c) }", {}, {}),
+    "names of added nodes: bias": (
+        "(float[1,4,5,5] x) => (float[1,4,5,5] y) { [c] a = MatMul(x, w) [d] b = Add(a, k) [e] e = Mul(b, j) [c_bias] y = Relu(e) }",
+        {"w": r(5, 5), "k": r(5), "j": r(5, seed=3)}, {}),
+    "names of added nodes: hard sigmoid": (
+        "(float[5,5] x) => (float[5,5] y) { [q_gate] v = Relu(x) a = Add(v, c) b = Clip(a, z, s) d = Mul(v, b) [q] y = Div(d, s) }",
+        {"c": F(3), "z": F(0), "s": F(6)}, {"opset": 13}),
+    "the order of what stands in one place": (
+        "(float[1,4,6,6] x) => (float[1,4,6,6] y) { h = GlobalAveragePool(x) g = Sigmoid(h) b = Mul(x, g) c = Add(x, b) d = Mul(c, k) y = Relu(d) }",
+        {"k": np.abs(S)}, {}),
+    "no channels: normalisation": ("(float[2,0,4,4] x) => (float[2,0,4,4] y) { y = BatchNormalization(x, s, s, s, s) }", {"s": np.zeros(0, F)}, {}),
+    "no channels: scalars": ("(float[2,0,4,4] x) => (float[2,0,4,4] y) { a = Mul(x, k) y = Add(a, k) }", {"k": F(2)}, {}),
+    "no inputs": ("(float[2,0] x) => (float[2,5] y) { a = MatMul(x, w) y = Mul(a, k) }", {"k": F(2), "w": np.zeros((0, 5), F)}, {}),
+    "no outputs": ("(float[2,3] x) => (float[2,0] y) { a = MatMul(x, w) y = MatMul(a, v) }", {"w": r(3, 4), "v": np.zeros((4, 0), F)}, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "weights", "versions"), CASES.values(), ids=CASES)
+def test_it_gives_the_original_answers(body: str, weights: dict[str, Any], versions: dict[str, Any]) -> None:
+    model = parse(body, **versions, **weights)
+    result, _, _ = run(model, *(p() for p in PASSES))
+    value = model.graph.input[0].type.tensor_type
+    dtype = np.float64 if value.elem_type == onnx.TensorProto.DOUBLE else F
+    feeds = {"x": normal(*(d.dim_value for d in value.shape.dim), seed=7).astype(dtype)}
+    for a, b in zip(on_onnxruntime(model, feeds), on_onnxruntime(result, feeds), strict=True):
+        assert a.shape == b.shape
+        assert a.dtype == b.dtype
+        np.testing.assert_allclose(b, a, rtol=1e-4, atol=1e-5)
+
+
+def test_an_unknown_rank_has_no_channel_axis() -> None:
+    body = """(float[2,3,3] x, int64[K] s) => (float[N,M,K] y) {
+        q = Reshape(x, s) a = Mul(q, k) c = BatchNormalization<epsilon=0.0>(a, g, z, z, o) y = Relu(c)
+    }"""
+    model = parse(body, k=F(2), g=r(3), z=np.zeros(3, F), o=np.ones(3, F))
+    result = pwopt.optimize(model, cost_model="analytic", check=False).model
+    feeds = {"x": r(2, 3, 3), "s": np.array([2, 3, 3])}
+    np.testing.assert_allclose(on_onnxruntime(result, feeds)[0], on_onnxruntime(model, feeds)[0], atol=1e-5)
+
+
+def test_a_scale_does_not_move_past_a_sum_in_float16() -> None:
+    h = np.float16
+    body = "(float16[1,4,64,64] x) => (float16[1,3,1,1] y) { q = Mul(x, k) p = ReduceSum(q, ax) y = Conv(p, w) }"
+    model = parse(body, k=h(1 / 4096), ax=np.array([2, 3]), w=np.ones((3, 4, 1, 1), h))
+    assert run(model, *(p() for p in PASSES))[0] is model
+
+
+def test_the_default_epsilon_is_a_float32() -> None:
+    body = "(double[4,3] x) => (double[4,3] y) { a = MatMul(x, w) b = BatchNormalization(a, o, z, z, z) y = Relu(b) }"
+    model = parse(body, w=np.eye(3), o=np.ones(3), z=np.zeros(3))
+    result, _, _ = run(model, *(p() for p in PASSES))
+    x = {"x": normal(4, 3)}
+    np.testing.assert_allclose(on_onnxruntime(result, x)[0], on_onnxruntime(model, x)[0], rtol=1e-14)
+
+
+def test_sizes_behind_a_miscounted_pooling_are_not_believed() -> None:
+    body = "(float[1,2,6,6] x) => (float[N] y) { p = MaxPool<kernel_shape=[2,2],strides=[3,3],pads=[0,0,1,1],ceil_mode=1>(x) y = Relu(p) }"
+    model = parse(body)
+    sizes = infer(model)["y"][1]
+    assert sizes is not None
+    assert sizes[:2] == (1, 2)
+    assert not any(isinstance(d, int) for d in sizes[2:])
+    exact = parse(body.replace("strides=[3,3],pads=[0,0,1,1],", "strides=[2,2],"))
+    assert infer(exact)["y"][1] == (1, 2, 3, 3)
+    assert concrete_sizes(exact, {})["y"] == (1, 2, 3, 3)
+
+
+def test_a_large_composition_is_folded_without_a_decomposition() -> None:
+    model = parse(
+        "(float[1,2100] x) => (float[1,2100] y) { a = MatMul(x, w) y = MatMul(a, v) }",
+        w=r(2100, 4200) / F(50), v=r(4200, 2100, seed=1) / F(50),
+    )  # fmt: skip
+    assert pwopt.optimize(model, cost_model="analytic", check=False).report.after.nodes == 1
