@@ -15,10 +15,13 @@ SMALL = 1024
 
 
 def dims(value: onnx.TypeProto) -> Shape | None:
-    """Dimensions of a tensor type: an int where fixed, a str where named, None where unknown."""
+    """Dimensions of a tensor type: an int where fixed, a str where named, None where unknown (−1 means that too)."""
     if not value.HasField("tensor_type") or not value.tensor_type.HasField("shape"):
         return None
-    return tuple(d.dim_value if d.HasField("dim_value") else (d.dim_param or None) for d in value.tensor_type.shape.dim)
+    return tuple(
+        (d.dim_value if d.dim_value >= 0 else None) if d.HasField("dim_value") else (d.dim_param or None)
+        for d in value.tensor_type.shape.dim
+    )
 
 
 def known(shape: Sequence[Dim] | None) -> tuple[int, ...] | None:

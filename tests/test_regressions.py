@@ -156,3 +156,13 @@ def test_a_large_composition_is_folded_without_a_decomposition() -> None:
         w=r(2100, 4200) / F(50), v=r(4200, 2100, seed=1) / F(50),
     )  # fmt: skip
     assert pwopt.optimize(model, cost_model="analytic", check=False).report.after.nodes == 1
+
+
+def test_a_dimension_of_minus_one_is_dynamic() -> None:
+    """As Paddle writes its batch."""
+    model = parse("(float[N,4,3,3] x) => (float[N] y) { a = Conv(x, w) y = Mul(a, k) }", w=r(3, 4, 1, 1), k=F(2))
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
+    result = pwopt.optimize(model, cost_model="analytic", shapes={"x": (6, 4, 3, 3)})
+    assert result.report.equivalence is not None
+    assert result.report.equivalence.passed
+    assert result.report.after.macs == 6 * 9 * 12
