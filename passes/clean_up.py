@@ -10,7 +10,7 @@ import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from pwopt import forms
+from pwopt import attributes, forms
 from pwopt.linear import LinearMap
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip, describe
 from pwopt.shapes import Shape, dims, known
@@ -140,7 +140,7 @@ def does_nothing(rw: Rewriter, node: gs.Node, op: str) -> str:
     x, y = node.inputs[0] if node.inputs else None, node.outputs[0]
     if x is None:
         return ""
-    if op == "Identity" or (op == "Dropout" and forms.inactive_dropout(rw, node)):
+    if op == "Identity" or (op == "Dropout" and attributes.inactive_dropout(rw, node)):
         return f"{op} passes its input on"
     if op in ("Mul", "Div", "Add", "Sub", "BatchNormalization"):
         reading = forms.linear(rw, node)
@@ -156,7 +156,7 @@ def does_nothing(rw: Rewriter, node: gs.Node, op: str) -> str:
         perm = node.attrs.get("perm")
         return "Transpose that keeps the order" if perm is not None and list(perm) == sorted(perm) else ""
     if op == "Pad":
-        found = forms.pad_parameters(rw, node)
+        found = attributes.pad_parameters(rw, node)
         return "Pad by nothing" if found is not None and not any(found[0]) else ""
     if op == "Slice":
         return _full_slice(rw, node, x)
@@ -170,19 +170,19 @@ def does_nothing(rw: Rewriter, node: gs.Node, op: str) -> str:
     if before is None or after is None or len(before) != len(after):
         return ""
     if op in ("Reshape", "Flatten"):
-        return f"{op} to the shape it has" if forms.same_shape(before, after) else ""
+        return f"{op} to the shape it has" if attributes.same_shape(before, after) else ""
     if op in ("Expand", "Tile"):
         return f"{op} to the shape it has" if known(before) is not None and before == after else ""
     if op in ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd"):
         since = 13 if op == "ReduceSum" else 18
-        axes = forms.axes_of(rw, node, since)
+        axes = attributes.axes_of(rw, node, since)
         single = axes is not None and bool(axes) and all(before[a] == 1 for a in axes)
         return f"{op} over axes of size 1" if single and node.attrs.get("keepdims", 1) else ""
     return ""
 
 
 def _full_slice(rw: Rewriter, node: gs.Node, x: gs.Tensor) -> str:
-    parameters = forms.slice_parameters(rw, node)
+    parameters = attributes.slice_parameters(rw, node)
     if not parameters:
         return ""
     for axis, start, end, step in parameters:
@@ -198,7 +198,7 @@ def _same_size(rw: Rewriter, node: gs.Node, x: gs.Tensor, y: gs.Tensor) -> str:
     if node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
         return ""
     before, after = rw.shape(x), rw.shape(y)
-    if forms.resized_by_sizes(rw, node):
+    if attributes.resized_by_sizes(rw, node):
         return f"{node.op} to the size it has" if known(before) is not None and before == after else ""
-    scales = forms.resize_scales(rw, node)
+    scales = attributes.resize_scales(rw, node)
     return f"{node.op} by a factor of 1" if scales is not None and all(s == 1 for s in scales.values()) else ""

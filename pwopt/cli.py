@@ -16,10 +16,10 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from pwopt import inspection, runtime
 from pwopt.errors import PwoptError, UsageError
-from pwopt.model import replacing
 from pwopt.optimizer import RACE_SECONDS, optimize, same_file
 from pwopt.passes import PASSES
 from pwopt.report import SCHEMA, equivalence_dict, plain, render, render_equivalence, render_sizes, to_json
+from pwopt.storage import replacing
 from pwopt.verify import verify
 
 #: Exit code for a defect of pwopt itself.

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pwopt import forms
+from pwopt import attributes, forms
 from pwopt.graph import View
 from pwopt.linear import LinearMap, Refusal
 
@@ -89,14 +89,14 @@ def rule(view: View, node: gs.Node) -> Rule | None:
             return None
         return Rule(axes=_unscaled_axes(view, node))  # interpolation weights sum to one
     if op == "Pad":
-        found = forms.pad_parameters(view, node)
+        found = attributes.pad_parameters(view, node)
         if found is None:
             return None
         pads, mode, constant = found
         keep = {a: a for a in range(len(pads) // 2) if not pads[a] and not pads[a + len(pads) // 2]}
         return Rule(shift=mode != "constant", axes=keep) if mode != "constant" or constant == 0 else None
     if op == "Slice":
-        parameters, rank = forms.slice_parameters(view, node), view.rank(node.inputs[0])
+        parameters, rank = attributes.slice_parameters(view, node), view.rank(node.inputs[0])
         sliced = range(rank or 0) if parameters is None else [axis for axis, *_ in parameters]
         return Rule(axes={a: a for a in range(rank or 0) if a not in sliced})
     if op in ("Expand", "Tile"):
@@ -111,7 +111,7 @@ def rule(view: View, node: gs.Node) -> Rule | None:
     if op in ("Reshape", "Flatten", "Squeeze", "Unsqueeze"):
         return Rule(axes=_kept_axes(view, node, op))
     if op == "Dropout":
-        return Rule() if forms.inactive_dropout(view, node) else None
+        return Rule() if attributes.inactive_dropout(view, node) else None
     return Rule() if op == "Identity" else None
 
 
@@ -125,15 +125,15 @@ def _equal_axes(view: View, node: gs.Node) -> dict[int, int]:
 
 def _unscaled_axes(view: View, node: gs.Node) -> dict[int, int]:
     """Axes that a Resize or Upsample leaves alone: a factor of 1, not just the same size after rounding down."""
-    scales = forms.resize_scales(view, node)
+    scales = attributes.resize_scales(view, node)
     rank = view.rank(node.inputs[0])
     if scales is None:
-        return _equal_axes(view, node) if forms.resized_by_sizes(view, node) else {}
+        return _equal_axes(view, node) if attributes.resized_by_sizes(view, node) else {}
     return {a: a for a in range(rank or 0) if scales.get(a, 1.0) == 1.0}
 
 
 def _reduction(view: View, node: gs.Node, op: str) -> Rule | None:
-    axes, rank = forms.axes_of(view, node, 13 if op == "ReduceSum" else 18), view.rank(node.inputs[0])
+    axes, rank = attributes.axes_of(view, node, 13 if op == "ReduceSum" else 18), view.rank(node.inputs[0])
     if not axes or rank is None:  # no axes means all of them, or none: noop_with_empty_axes
         return None
     left = [a for a in range(rank) if a not in axes]
@@ -234,7 +234,7 @@ def _through_split(view: View, node: gs.Node, affine: Affine) -> Moves | Refusal
 
 
 def _through_concat(view: View, node: gs.Node, tensor: gs.Tensor, affine: Affine) -> Moves | Refusal:
-    axis, widths = forms.concat_axis(view, node), [view.dim(t, node.attrs.get("axis", 1)) for t in node.inputs]
+    axis, widths = attributes.concat_axis(view, node), [view.dim(t, node.attrs.get("axis", 1)) for t in node.inputs]
     if axis is None or not all(isinstance(w, int) for w in widths) or affine.axis not in (axis, None):
         return Refusal("the other inputs of a Concat are not scaled")
     sizes = [w for w in widths if isinstance(w, int)]
@@ -279,7 +279,7 @@ def lift(view: View, node: gs.Node, affine: Affine) -> list[Moves] | Refusal:
     if any(0 in (view.shape(t) or ()) for t in (*node.inputs, *node.outputs)):
         return Refusal(f"{node.op} has an empty tensor")
     if op == "Concat":
-        axis, parts = forms.concat_axis(view, node), forms.read_concat(view, node)
+        axis, parts = attributes.concat_axis(view, node), forms.read_concat(view, node)
         if affine.axis is None:
             return [[(t, affine) for t in node.inputs]]
         if affine.axis != axis:

@@ -9,34 +9,28 @@ construction. Weights stay where they are (in the file, for external data) until
 from __future__ import annotations
 
 import contextlib
-import errno
 import os
-import re
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError, EncodeError
 from onnx import TensorProto, numpy_helper
-from onnx.external_data_helper import ExternalDataInfo, set_external_data, uses_external_data
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from pwopt.errors import ModelError, UsageError
 from pwopt.shapes import Shape, infer, known
+from pwopt.storage import check_external, copy_fields, data_files_of, externalise, locations_of, replacing
 
 #: Since this IR version an initializer that is also an input is a default that callers may override.
 OVERRIDABLE_SINCE_IR = 4
-#: New tensors of at least this many bytes join the external data of a model that has some (onnx's default).
-EXTERNAL_THRESHOLD = 1024
-#: Offsets in an external file are aligned like onnx's and onnxruntime's writers do, for memory mapping.
-ALIGNMENT = 4096
 
 
 class StoredValues(LazyValues):  # type: ignore[misc]
@@ -86,7 +80,7 @@ class Model:
     @property
     def layout(self) -> dict[str, str]:
         """Which tensor lies in which external file."""
-        return _locations(self.proto)
+        return locations_of(self.proto)
 
     def names(self) -> set[str]:
         """Names that new tensors must not take, though the graph may not show them."""
@@ -99,9 +93,9 @@ class Model:
         if self.unchanged():
             return self.proto
         model = onnx.ModelProto()
-        _copy_fields(self.proto, model, skip={"graph"})
+        copy_fields(self.proto, model, skip={"graph"})
         old, new = self.proto.graph, model.graph
-        _copy_fields(old, new, skip={"node", "initializer", "input", "value_info", "quantization_annotation"})
+        copy_fields(old, new, skip={"node", "initializer", "input", "value_info", "quantization_annotation"})
         new.node.extend(self._node_protos())
 
         constants = self._constant_tensors()
@@ -191,16 +185,6 @@ def _same_edges(node: gs.Node, proto: onnx.NodeProto) -> bool:
     return [t.name for t in node.inputs] == list(proto.input) and [t.name for t in node.outputs] == list(proto.output)
 
 
-def _copy_fields(source: Any, target: Any, skip: set[str]) -> None:
-    for descriptor, value in source.ListFields():
-        if descriptor.name in skip:
-            continue
-        if isinstance(value, (int, float, str, bytes)):
-            setattr(target, descriptor.name, value)
-        else:
-            getattr(target, descriptor.name).MergeFrom(value)
-
-
 def _snapshot(attrs: Mapping[str, Any]) -> dict[str, Any]:
     return {
         k: tuple(v) if isinstance(v, list) else v if isinstance(v, (int, float, str, bytes)) else id(v)
@@ -254,7 +238,7 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto | Model) -> Model:
         path = Path(source)
         proto, folder = _read(path), path.resolve().parent
     _check(proto)
-    _check_external(proto, folder)
+    check_external(proto, folder)
     return from_proto(proto, folder)
 
 
@@ -319,24 +303,6 @@ def _first_in_cycle(graph: onnx.GraphProto) -> str | None:
                 ready.append(j)
     stuck = next((i for i, count in enumerate(waiting) if count > 0), None)
     return None if stuck is None else graph.node[stuck].name or graph.node[stuck].output[0]
-
-
-def _check_external(proto: onnx.ModelProto, folder: Path | None) -> None:
-    for tensor in proto.graph.initializer:
-        if not uses_external_data(tensor):
-            continue
-        info = ExternalDataInfo(tensor)
-        if folder is None:
-            raise ModelError("a model in memory has no folder for its external data; give its path instead")
-        path = folder / info.location
-        if Path(info.location).is_absolute() or not path.resolve().is_relative_to(folder):
-            raise ModelError(
-                f"external data {info.location!r} of {tensor.name!r} lies outside the model's folder; move it"
-            )
-        if not path.is_file():
-            raise ModelError(f"external data {info.location!r} of {tensor.name!r} is missing; put it beside the model")
-        if (info.offset or 0) + (info.length or 0) > path.stat().st_size:
-            raise ModelError(f"external data {info.location!r} is too short for {tensor.name!r}; copy it again")
 
 
 def from_proto(proto: onnx.ModelProto, folder: Path | None = None) -> Model:
@@ -451,103 +417,17 @@ def save(model: Model | onnx.ModelProto, path: str | os.PathLike[str], source: M
     if isinstance(model, Model):
         model, source = model.to_proto(), model
     try:
-        leftover = _data_files_of(path)
-        proto = _externalise(model, path, source)
+        leftover = data_files_of(path)
+        folder, layout = (source.folder, source.layout) if source is not None else (None, {})
+        proto = externalise(model, path, folder, layout)
         with replacing(path) as stream:
             stream.write(proto.SerializeToString(deterministic=True))
-        for name in leftover.difference(_locations(proto).values()):
+        for name in leftover.difference(locations_of(proto).values()):
             (path.parent / name).unlink(missing_ok=True)
     except EncodeError as error:
         raise ModelError(f"{str(path)!r} cannot be written: over 2 GB without external data") from error
     except OSError as error:
         raise ModelError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
-
-
-def _locations(proto: onnx.ModelProto) -> dict[str, str]:
-    return {t.name: ExternalDataInfo(t).location for t in proto.graph.initializer if uses_external_data(t)}
-
-
-def _data_files_of(path: Path) -> set[str]:
-    """Data files that an earlier model at `path` owns: named after it, so nobody else's."""
-    try:
-        names = _locations(onnx.load(path, load_external_data=False)) if path.is_file() else {}
-    except (DecodeError, ValueError):
-        return set()
-    return {name for name in names.values() if name.startswith(path.name + ".") and "/" not in name}
-
-
-def _externalise(model: onnx.ModelProto, path: Path, source: Model | None) -> onnx.ModelProto:
-    """Copy external data into new files beside `path`; returns the model that refers to them."""
-    layout = {**(source.layout if source is not None else {}), **_locations(model)}
-    if not layout:
-        return model
-    folder = source.folder if source is not None else None
-    if folder is None:
-        raise ModelError("a model with external data needs the folder that the data lies in; load it with pwopt.load")
-    locations = list(dict.fromkeys(layout[t.name] for t in model.graph.initializer if t.name in layout))
-    locations = locations or list(dict.fromkeys(layout.values()))[:1]
-    single = len(locations) == 1
-    new_names = {
-        old: _free_name(path, "data" if single else f"{k}.{re.sub(r'[^A-Za-z0-9._-]', '_', Path(old).name)[:80]}")
-        for k, old in enumerate(locations)
-    }
-    proto = onnx.ModelProto()
-    _copy_fields(model, proto, skip={"graph"})
-    _copy_fields(model.graph, proto.graph, skip={"initializer"})
-    with contextlib.ExitStack() as files:
-        streams = {old: files.enter_context(replacing(path.parent / name)) for old, name in new_names.items()}
-        for tensor in model.graph.initializer:
-            kept = proto.graph.initializer.add()
-            if uses_external_data(tensor):
-                info = ExternalDataInfo(tensor)
-                kept.CopyFrom(tensor)
-                target = info.location
-                offset, length = _append_file(streams[target], folder / info.location, info)
-            elif len(tensor.raw_data) >= EXTERNAL_THRESHOLD:
-                for descriptor, value in tensor.ListFields():
-                    if descriptor.name in ("name", "data_type", "doc_string"):
-                        setattr(kept, descriptor.name, value)
-                kept.dims.extend(tensor.dims)
-                target = layout.get(tensor.name, locations[0])
-                offset = _align(streams[target])
-                length = streams[target].write(tensor.raw_data)
-            else:
-                kept.CopyFrom(tensor)
-                continue
-            kept.raw_data = b""  # set_external_data wants the field; it is cleared right after
-            set_external_data(kept, new_names[target], offset, length)
-            kept.ClearField("raw_data")
-    return proto
-
-
-def _free_name(path: Path, suffix: str) -> str:
-    """A data file name that no earlier file has, so that an interrupted write harms nothing."""
-    stem, k = f"{path.name}.{suffix}", 0
-    name = stem
-    while (path.parent / name).exists():
-        k += 1
-        name = f"{stem}.{k}"
-    return name
-
-
-def _align(stream: IO[bytes]) -> int:
-    stream.write(b"\0" * (-stream.tell() % ALIGNMENT))
-    return stream.tell()
-
-
-def _append_file(stream: IO[bytes], source: Path, info: ExternalDataInfo) -> tuple[int, int]:
-    """Copy one tensor's bytes in pieces; returns (offset, length) in the new file."""
-    start = _align(stream)
-    begin = info.offset or 0
-    left = length = info.length if info.length is not None else source.stat().st_size - begin
-    with source.open("rb") as data:
-        data.seek(begin)
-        while left > 0:
-            piece = data.read(min(left, 1 << 24))
-            if not piece:
-                raise ModelError(f"external data {info.location!r} ended early; copy it again")
-            left -= stream.write(piece)
-    return start, length
 
 
 @contextlib.contextmanager
@@ -560,28 +440,3 @@ def as_file(model: str | os.PathLike[str] | onnx.ModelProto | Model) -> Iterator
         path = Path(folder) / "model.onnx"
         save(model, path)
         yield path
-
-
-@contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
-    """A stream whose content becomes the file `path` at the end, at once, or never.
-
-    A link keeps pointing to its file, which is replaced; what is not a regular file is refused.
-    """
-    path = path.resolve()
-    if path.exists() and not path.is_file():
-        raise OSError(errno.EINVAL, "it exists and is not a regular file")
-    umask = os.umask(0)
-    os.umask(umask)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as stream:
-            yield stream
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise

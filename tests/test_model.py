@@ -15,8 +15,9 @@ from onnx.external_data_helper import ExternalDataInfo, convert_model_to_externa
 
 import pwopt
 from pwopt.errors import ModelError, UsageError
-from pwopt.model import from_proto, load, replacing, save
+from pwopt.model import from_proto, load, save
 from pwopt.passes import FoldAffine, FoldChains
+from pwopt.storage import replacing
 
 
 def rich_model(foldable: bool = True) -> onnx.ModelProto:

@@ -1,0 +1,167 @@
+"""Files: atomic replacement, and external data, copied piece by piece without loading it."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import re
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import IO, Any
+
+import onnx
+from google.protobuf.message import DecodeError
+from onnx.external_data_helper import ExternalDataInfo, set_external_data, uses_external_data
+
+from pwopt.errors import ModelError
+
+#: New tensors of at least this many bytes join the external data of a model that has some (onnx's default).
+EXTERNAL_THRESHOLD = 1024
+
+
+#: Offsets in an external file are aligned like onnx's and onnxruntime's writers do, for memory mapping.
+ALIGNMENT = 4096
+
+
+def copy_fields(source: Any, target: Any, skip: set[str]) -> None:
+    for descriptor, value in source.ListFields():
+        if descriptor.name in skip:
+            continue
+        if isinstance(value, (int, float, str, bytes)):
+            setattr(target, descriptor.name, value)
+        else:
+            getattr(target, descriptor.name).MergeFrom(value)
+
+
+def check_external(proto: onnx.ModelProto, folder: Path | None) -> None:
+    for tensor in proto.graph.initializer:
+        if not uses_external_data(tensor):
+            continue
+        info = ExternalDataInfo(tensor)
+        if folder is None:
+            raise ModelError("a model in memory has no folder for its external data; give its path instead")
+        path = folder / info.location
+        if Path(info.location).is_absolute() or not path.resolve().is_relative_to(folder):
+            raise ModelError(
+                f"external data {info.location!r} of {tensor.name!r} lies outside the model's folder; move it"
+            )
+        if not path.is_file():
+            raise ModelError(f"external data {info.location!r} of {tensor.name!r} is missing; put it beside the model")
+        if (info.offset or 0) + (info.length or 0) > path.stat().st_size:
+            raise ModelError(f"external data {info.location!r} is too short for {tensor.name!r}; copy it again")
+
+
+def locations_of(proto: onnx.ModelProto) -> dict[str, str]:
+    return {t.name: ExternalDataInfo(t).location for t in proto.graph.initializer if uses_external_data(t)}
+
+
+def data_files_of(path: Path) -> set[str]:
+    """Data files that an earlier model at `path` owns: named after it, so nobody else's."""
+    try:
+        names = locations_of(onnx.load(path, load_external_data=False)) if path.is_file() else {}
+    except (DecodeError, ValueError):
+        return set()
+    return {name for name in names.values() if name.startswith(path.name + ".") and "/" not in name}
+
+
+def externalise(model: onnx.ModelProto, path: Path, folder: Path | None, layout: Mapping[str, str]) -> onnx.ModelProto:
+    """Copy external data from `folder` into new files beside `path`; returns the model that refers to them.
+
+    `layout` says which tensor belongs in which of the old files; large new tensors join them.
+    """
+    layout = {**layout, **locations_of(model)}
+    if not layout:
+        return model
+    if folder is None:
+        raise ModelError("a model with external data needs the folder that the data lies in; load it with pwopt.load")
+    locations = list(dict.fromkeys(layout[t.name] for t in model.graph.initializer if t.name in layout))
+    locations = locations or list(dict.fromkeys(layout.values()))[:1]
+    single = len(locations) == 1
+    new_names = {
+        old: _free_name(path, "data" if single else f"{k}.{re.sub(r'[^A-Za-z0-9._-]', '_', Path(old).name)[:80]}")
+        for k, old in enumerate(locations)
+    }
+    proto = onnx.ModelProto()
+    copy_fields(model, proto, skip={"graph"})
+    copy_fields(model.graph, proto.graph, skip={"initializer"})
+    with contextlib.ExitStack() as files:
+        streams = {old: files.enter_context(replacing(path.parent / name)) for old, name in new_names.items()}
+        for tensor in model.graph.initializer:
+            kept = proto.graph.initializer.add()
+            if uses_external_data(tensor):
+                info = ExternalDataInfo(tensor)
+                kept.CopyFrom(tensor)
+                target = info.location
+                offset, length = _append_file(streams[target], folder / info.location, info)
+            elif len(tensor.raw_data) >= EXTERNAL_THRESHOLD:
+                for descriptor, value in tensor.ListFields():
+                    if descriptor.name in ("name", "data_type", "doc_string"):
+                        setattr(kept, descriptor.name, value)
+                kept.dims.extend(tensor.dims)
+                target = layout.get(tensor.name, locations[0])
+                offset = _align(streams[target])
+                length = streams[target].write(tensor.raw_data)
+            else:
+                kept.CopyFrom(tensor)
+                continue
+            kept.raw_data = b""  # set_external_data wants the field; it is cleared right after
+            set_external_data(kept, new_names[target], offset, length)
+            kept.ClearField("raw_data")
+    return proto
+
+
+def _free_name(path: Path, suffix: str) -> str:
+    """A data file name that no earlier file has, so that an interrupted write harms nothing."""
+    stem, k = f"{path.name}.{suffix}", 0
+    name = stem
+    while (path.parent / name).exists():
+        k += 1
+        name = f"{stem}.{k}"
+    return name
+
+
+def _align(stream: IO[bytes]) -> int:
+    stream.write(b"\0" * (-stream.tell() % ALIGNMENT))
+    return stream.tell()
+
+
+def _append_file(stream: IO[bytes], source: Path, info: ExternalDataInfo) -> tuple[int, int]:
+    """Copy one tensor's bytes in pieces; returns (offset, length) in the new file."""
+    start = _align(stream)
+    begin = info.offset or 0
+    left = length = info.length if info.length is not None else source.stat().st_size - begin
+    with source.open("rb") as data:
+        data.seek(begin)
+        while left > 0:
+            piece = data.read(min(left, 1 << 24))
+            if not piece:
+                raise ModelError(f"external data {info.location!r} ended early; copy it again")
+            left -= stream.write(piece)
+    return start, length
+
+
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[IO[bytes]]:
+    """A stream whose content becomes the file `path` at the end, at once, or never.
+
+    A link keeps pointing to its file, which is replaced; what is not a regular file is refused.
+    """
+    path = path.resolve()
+    if path.exists() and not path.is_file():
+        raise OSError(errno.EINVAL, "it exists and is not a regular file")
+    umask = os.umask(0)
+    os.umask(umask)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    try:
+        with os.fdopen(handle, "wb") as stream:
+            yield stream
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.chmod(name, 0o666 & ~umask)
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
