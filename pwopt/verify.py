@@ -267,7 +267,7 @@ def likely_sizes(
         return likeliest
     failure: ModelError | None = None
     try:
-        session = Session(path, provider)
+        session = Session(path, provider, optimise=False)
     except ModelError:
         if must_run:
             raise
