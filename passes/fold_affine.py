@@ -142,15 +142,12 @@ class FoldAffine(Pass):
             return f"the weight {reading.weight_input.name!r} is shared"
         if any(reading.node is other.node for other in plan.maps()):
             return f"{reading.node.op} would take it twice"
-        g, d = reading.geometry, affine.map
-        width = g.out_channels if after else g.in_channels
-        if g.diagonal and width == 1:  # a scalar takes on the channels of the other
-            width = d.geometry.out_channels
-            g = LinearMap.identity(width).geometry if width > 1 else g
-        wide = d.spread(width).geometry
-        composed = compose_geometry(wide, g) if after else compose_geometry(g, wide)
-        if isinstance(composed, Refusal):
-            return composed.reason
+        g = reading.geometry
+        if not g.diagonal:  # two scales and shifts always make one
+            wide = affine.map.spread(g.out_channels if after else g.in_channels).geometry
+            composed = compose_geometry(wide, g) if after else compose_geometry(g, wide)
+            if isinstance(composed, Refusal):
+                return composed.reason
         (plan.after if after else plan.before).append((reading, affine))
         return ""
 

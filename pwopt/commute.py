@@ -197,7 +197,7 @@ def sink(view: View, node: gs.Node, tensor: gs.Tensor, affine: Affine) -> Moves 
     op = view.op(node)
     if sum(t is tensor for t in node.inputs) > 1:
         return Refusal(f"{node.op} reads it twice")
-    if any(0 in (view.shape(t) or ()) for t in (*node.inputs, *node.outputs)):
+    if _empty(view, node):
         return Refusal(f"{node.op} has an empty tensor")
     if op == "Split":
         return _through_split(view, node, affine)
@@ -216,6 +216,12 @@ def sink(view: View, node: gs.Node, tensor: gs.Tensor, affine: Affine) -> Moves 
             return Refusal(f"{node.op} changes the channel axis")
         axis = found.axes[axis]
     return [(node.outputs[0], affine.moved(axis))]
+
+
+def _empty(view: View, node: gs.Node) -> bool:
+    """Whether a piece that would be scaled has no elements; empty axes or regions of interest do not count."""
+    pieces = [*node.outputs, *(node.inputs if node.op == "Concat" else node.inputs[:1])]
+    return any(0 in (view.shape(t) or ()) for t in pieces)
 
 
 def _through_split(view: View, node: gs.Node, affine: Affine) -> Moves | Refusal:
@@ -276,7 +282,7 @@ def lift(view: View, node: gs.Node, affine: Affine) -> list[Moves] | Refusal:
         Each alternative lists the inputs that must all take a map over.
     """
     op = view.op(node)
-    if any(0 in (view.shape(t) or ()) for t in (*node.inputs, *node.outputs)):
+    if _empty(view, node):
         return Refusal(f"{node.op} has an empty tensor")
     if op == "Concat":
         axis, parts = attributes.concat_axis(view, node), forms.read_concat(view, node)

@@ -420,30 +420,32 @@ class LinearMap:
         return y + self.bias.reshape(-1, *(1,) * rank)
 
 
+def _aligned(maps: Sequence[LinearMap]) -> tuple[Geometry, list[Array]] | Refusal:
+    """The stencil that maps of one stride share, and their ungrouped weights on it."""
+    stencil = align_geometry([m.geometry for m in maps])
+    return stencil if isinstance(stencil, Refusal) else (stencil, [m.regrouped(1)._on(stencil) for m in maps])
+
+
 def stack(*maps: LinearMap) -> LinearMap | Refusal:
     """Maps of one input, outputs concatenated: (W₁; W₂; …)."""
     if len({m.geometry.in_channels for m in maps}) > 1:
         return Refusal("the input channels differ")
-    stencil = align_geometry([m.geometry for m in maps])
-    if isinstance(stencil, Refusal):
-        return stencil
-    weight = np.concatenate([m.regrouped(1)._on(stencil) for m in maps])
-    return LinearMap.of(
-        replace(stencil, groups=1, out_channels=len(weight)), weight, np.concatenate([m.bias for m in maps])
-    )
+    aligned = _aligned(maps)
+    if isinstance(aligned, Refusal):
+        return aligned
+    weight, bias = np.concatenate(aligned[1]), np.concatenate([m.bias for m in maps])
+    return LinearMap.of(replace(aligned[0], groups=1, out_channels=len(weight)), weight, bias)
 
 
 def hcat(*maps: LinearMap) -> LinearMap | Refusal:
     """Inputs concatenated, outputs summed: (W₁ W₂ …)."""
     if len({m.geometry.out_channels for m in maps}) > 1:
         return Refusal("the output channels differ")
-    stencil = align_geometry([m.geometry for m in maps])
-    if isinstance(stencil, Refusal):
-        return stencil
-    weight = np.concatenate([m.regrouped(1)._on(stencil) for m in maps], axis=1)
-    return LinearMap.of(
-        replace(stencil, groups=1, in_channels=weight.shape[1]), weight, np.sum([m.bias for m in maps], axis=0)
-    )
+    aligned = _aligned(maps)
+    if isinstance(aligned, Refusal):
+        return aligned
+    weight, bias = np.concatenate(aligned[1], axis=1), np.sum([m.bias for m in maps], axis=0)
+    return LinearMap.of(replace(aligned[0], groups=1, in_channels=weight.shape[1]), weight, bias)
 
 
 def factor(linear: LinearMap, relative_error: float) -> tuple[LinearMap, LinearMap] | Refusal:

@@ -148,6 +148,7 @@ SHIFTS = {
     'Resize<mode="linear">(p, , z)': True,
     'Resize<mode="nearest">(p, , z)': True,
     'Resize<mode="cubic">(p, , z)': True,
+    'Resize<mode="linear">(p, roi, z)': True,
     'Pad<mode="edge">(p, e)': True,
     'Pad<mode="reflect">(p, e)': True,
     "Pad(p, e)": False,
@@ -158,6 +159,7 @@ SHIFTS = {
     "ReduceMax<axes=[3]>(p)": True,
 }
 EXTRA = {
+    "roi": np.zeros(0, np.float32),
     "z": np.array([1, 1, 2, 2], np.float32), "e": np.array([0, 0, 1, 0, 0, 0, 0, 2]), "f": np.array([2, 4, 36, 1]),
     "i": np.array([1]), "j": np.array([4]), "k": np.array([2]),
 }  # fmt: skip

@@ -66,6 +66,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"h": F(3), "o": np.full((1, 1, 1), 6, F), "s": F(6)}, {}),
     "a negative upper bound": (
         "(float[5,5] x) => (float[5,5] y) { a = Add(x, c) b = Clip(a, z, h) y = Div(b, h) }", {"c": F(3), "z": F(0), "h": F(-6)}, {}),
+    "a negative upper bound of a minimum": (
+        "(float[5,5] x) => (float[5,5] y) { a = Add(x, c) r = Relu(a) b = Min(r, h) y = Div(b, h) }", {"c": F(3), "h": F(-6)}, {}),
     "resizing by 1.2 is not by 1": (
         '(float[1,3,4,4] x) => (float[1,3,4,6] y) { a = Mul(x, k) b = Resize<mode="linear">(a, , sc) y = MatMul(v, b) }',
         {"sc": np.array([1, 1, 1.2, 1.5], F), "k": r(4, 1), "v": r(4, 4, seed=3)}, {}),
@@ -166,3 +168,21 @@ def test_a_dimension_of_minus_one_is_dynamic() -> None:
     assert result.report.equivalence is not None
     assert result.report.equivalence.passed
     assert result.report.after.macs == 6 * 9 * 12
+
+
+def test_a_strided_map_absorbs_a_product() -> None:
+    model = parse(
+        "(float[2,4,9] x) => (float[2,3,5] y) { a = Conv<strides=[2]>(x, w) y = MatMul(v, a) }", w=r(8, 4, 1), v=r(3, 8)
+    )
+    result, _, _ = run(model, *(p() for p in PASSES))
+    assert [n.op_type for n in result.graph.node] == ["Conv"]
+
+
+def test_a_stale_shape_of_a_weight_is_dropped() -> None:
+    model = parse(
+        "(float[1,4,5,5] x) => (float[1,3,5,5] y) { a = Conv(x, w) y = Conv(a, v) }", w=r(8, 4, 1, 1), v=r(3, 8, 1, 1)
+    )
+    model.graph.value_info.append(onnx.helper.make_tensor_value_info("v", 1, [3, 8, 1, 1]))
+    result, _, _ = run(model, *(p() for p in PASSES))
+    assert [t.name for t in result.graph.initializer] == ["v"]
+    assert not result.graph.value_info
