@@ -7,9 +7,10 @@ from pwopt.passes.factor_gates import FactorGates
 from pwopt.passes.fold_affine import FoldAffine
 from pwopt.passes.fold_chains import FoldChains
 from pwopt.passes.name_activations import NameActivations
+from pwopt.passes.sum_branches import SumBranches
 from pwopt.rewrite import Pass
 
 #: The default pipeline, in order.
-PASSES: tuple[type[Pass], ...] = (CleanUp, NameActivations, FactorGates, FoldAffine, FoldChains)
+PASSES: tuple[type[Pass], ...] = (CleanUp, NameActivations, FactorGates, FoldAffine, SumBranches, FoldChains)
 
-__all__ = ["PASSES", "CleanUp", "FactorGates", "FoldAffine", "FoldChains", "NameActivations"]
+__all__ = ["PASSES", "CleanUp", "FactorGates", "FoldAffine", "FoldChains", "NameActivations", "SumBranches"]

@@ -9,7 +9,8 @@ import onnx_graphsurgeon as gs
 from pwopt import commute, emit, forms, idioms
 from pwopt.commute import Affine
 from pwopt.forms import Reading
-from pwopt.linear import LinearMap, Refusal, compose_geometry
+from pwopt.graph import epsilon
+from pwopt.linear import LinearMap, Refusal, compose, compose_geometry
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip, describe
 
 #: How many operators one scale may travel past; real models need a handful.
@@ -157,7 +158,7 @@ class FoldAffine(Pass):
         direct = len(plan.after) == 1 and plan.after[0][0].output is reading.source
         for side in (plan.after, plan.before):
             for target, affine in side:
-                composed = _compose(target, affine, after=side is plan.after)
+                composed = _compose(rw, target, affine, after=side is plan.after)
                 if isinstance(composed, Refusal):
                     return composed
                 axis = target.axis if target.axis is not None else affine.axis
@@ -200,13 +201,10 @@ def _beside_a_map(rw: Rewriter, reading: Reading) -> bool:
     return any(n is not None and rw.op(n) in forms.WEIGHTED_OPS for n in neighbours)
 
 
-def _compose(target: Reading, affine: Affine, *, after: bool) -> LinearMap | Refusal:
+def _compose(rw: Rewriter, target: Reading, affine: Affine, *, after: bool) -> LinearMap | Refusal:
     linear = target.load()
     if isinstance(linear, Refusal):
         return linear
-    width = linear.geometry.out_channels if after else linear.geometry.in_channels
-    if linear.geometry.diagonal and width == 1:
-        linear = linear.spread(affine.map.geometry.out_channels)
-        width = linear.geometry.out_channels
-    diagonal = affine.map.spread(width)
-    return diagonal @ linear if after else linear @ diagonal
+    precision = 4 * epsilon(rw.dtype(target.output))
+    diagonal = affine.map
+    return compose(diagonal, linear, precision) if after else compose(linear, diagonal, precision)

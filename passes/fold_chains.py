@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from pwopt import emit, forms
-from pwopt.cost import positions, price
+from pwopt.cost import price
 from pwopt.forms import Reading
-from pwopt.idioms import epsilon
+from pwopt.graph import epsilon
 from pwopt.linear import Geometry, LinearMap, Refusal, compose_geometry, factor
+from pwopt.paths import relative_places
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
 
 #: Chains are planned exactly up to this many maps at a time; longer ones in such pieces, then again.
@@ -44,7 +44,8 @@ class FoldChains(Pass):
     Of a chain's 2ⁿ⁻¹ ways to cut it into composed maps, the one with the fewest multiply-adds is found by
     dynamic programming (a shortest path over intermediate widths): bottlenecks stay, expansions go. A
     composed map is split again at its rank where that is cheaper. Exactness is `linear.compose_geometry`'s.
-    Never more multiply-adds. PP-OCR, ExpandNet (Guo et al., 2020) and linear bottlenecks hold such chains.
+    Paddings with zeros, reductions over the channels and selections (channel shuffle, Slice, Gather, Pad) take
+    part, free of charge. Never more multiply-adds. PP-OCR, ExpandNet (Guo et al., 2020) and linear bottlenecks hold such chains.
     """
 
     name = "fold-chains"
@@ -54,7 +55,7 @@ class FoldChains(Pass):
         self._chains: dict[int, Chain] = {}
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
-        reading = forms.weighted(rw, node)
+        reading = _member(rw, node)
         if reading is None or reading.node is not node:
             return None
         chain = self._chain_of(rw, reading)
@@ -84,7 +85,7 @@ class FoldChains(Pass):
 
     def _linked(self, rw: Rewriter, reading: Reading) -> tuple[Reading | None, str]:
         """The map whose output `reading` reads, if the two can be joined at all, else why they cannot."""
-        before = forms.weighted(rw, rw.producer(reading.source))
+        before = _member(rw, rw.producer(reading.source))
         if before is None or before.output is not reading.source:
             return None, ""
         price_tag = _price_tag(rw, before, reading)
@@ -94,7 +95,7 @@ class FoldChains(Pass):
         if before.axis != reading.axis:
             return None, f"they act on different axes ({before.axis} and {reading.axis})"
         for r in (before, reading):
-            if rw.shared(r.weight_input):
+            if r.weighted and rw.shared(r.weight_input):
                 return None, f"the weight {r.weight_input.name!r} is shared"
         composed = compose_geometry(reading.geometry, before.geometry)
         if isinstance(composed, Refusal):
@@ -103,7 +104,8 @@ class FoldChains(Pass):
 
     def _blocked(self, rw: Rewriter, reading: Reading) -> Skip | None:
         before, reason = self._linked(rw, reading)
-        return Skip(reason) if before is None and reason else None
+        both = reading.weighted and forms.weighted(rw, rw.producer(reading.source)) is not None
+        return Skip(reason) if before is None and reason and both else None
 
     def _fold(self, rw: Rewriter, chain: Chain, first: int, last: int) -> Rewrite | Skip:
         maps = chain.maps[first : last + 1]
@@ -115,9 +117,10 @@ class FoldChains(Pass):
             composed = step @ composed
         if isinstance(composed, Refusal):
             return Skip(composed.reason)
-        shape = next((r for r in maps if not r.geometry.pointwise), maps[-1])
-        target, source, output = maps[-1], maps[0].source, maps[-1].output
-        widths = "→".join(str(r.geometry.in_channels) for r in maps) + f"→{target.geometry.out_channels}"
+        formed = [r for r in maps if r.weighted]
+        shape = next((r for r in formed if not r.geometry.pointwise), formed[-1])
+        target, source, output = formed[-1], maps[0].source, maps[-1].output
+        widths = "→".join(str(r.geometry.in_channels) for r in maps) + f"→{maps[-1].geometry.out_channels}"
         low = self._factored(rw, composed, shape, source, output, target)
         written = low or emit.write(rw, composed, shape, source, output, target.axis)
         if isinstance(written, Refusal):
@@ -145,32 +148,24 @@ class FoldChains(Pass):
         return emit.Written((*first.nodes, *second.nodes), max(first.residual, second.residual))
 
 
+def _member(rw: Rewriter, node: gs.Node | None) -> Reading | None:
+    """A map that chains are made of: with weights, or one that its neighbours can take over for nothing."""
+    reading = forms.weighted(rw, node) or forms.linear(rw, node)
+    if reading is None or reading.fill is not None:
+        return None
+    return reading if reading.weighted or reading.kind in ("selection", "reduction", "border") else None
+
+
 def _next_map(rw: Rewriter, reading: Reading) -> Reading | None:
-    after = forms.weighted(rw, rw.sole_reader(reading.output))
+    after = _member(rw, rw.sole_reader(reading.output))
     return after if after is not None and after.source is reading.output else None
-
-
-def relative_places(rw: Rewriter, maps: list[Reading]) -> list[float]:
-    """How often each map is applied: from sizes, or from the strides alone where one is not known."""
-    counted = [positions(rw, r) for r in maps]
-    if None not in counted:
-        return [float(c or 0) for c in counted]
-    places, current = [], 1.0
-    for r in maps:
-        ratio = float(np.prod(r.geometry.strides, initial=1))
-        if r.geometry.transposed:
-            places.append(current)
-            current *= ratio
-        else:
-            current /= ratio
-            places.append(current)
-    return places
 
 
 def plan(rw: Rewriter, maps: list[Reading]) -> Chain:
     """Cheapest segments of a chain: best[j] = min over i of best[i] + price of maps i … j − 1 as one.
 
-    Ties go to fewer maps. A segment is one map or an exact composition whose site is not denied.
+    Ties go to fewer maps. A segment is one map or an exact composition whose site is not denied. Selections and
+    paddings cost nothing by themselves.
     """
     places = relative_places(rw, maps)
     count = len(maps)
@@ -186,11 +181,12 @@ def plan(rw: Rewriter, maps: list[Reading]) -> Chain:
                 if isinstance(composed, Refusal):
                     break
                 transposed_at = j if maps[j].geometry.transposed else transposed_at
-                if rw.denied(maps[j].node):
+                if rw.denied(maps[j].node) or not any(r.weighted for r in maps[i : j + 1]):
                     continue
             over = places[transposed_at] if transposed_at is not None else places[j]
             assert isinstance(composed, Geometry)
-            total = (best[i][0] + price(composed, over), best[i][1] + 1)
+            free = i == j and not maps[i].weighted
+            total = (best[i][0] + (0.0 if free else price(composed, over)), best[i][1] + 1)
             if total < best[j + 1]:
                 best[j + 1], start[j + 1] = total, i
     ends, j = {}, count
@@ -208,7 +204,7 @@ def _refusal_to_join(chain: Chain, index: int) -> str:
 
 
 def _times(pair: list[Reading], composed: Geometry, places: list[float]) -> str:
-    separate = sum(price(r.geometry, p) for r, p in zip(pair, places, strict=True))
+    separate = sum(price(r.geometry, p) for r, p in zip(pair, places, strict=True) if r.weighted)
     joined = price(composed, places[0] if pair[0].geometry.transposed else places[1])
     ratio = joined / separate if separate else float("inf")
     a, b = pair

@@ -38,11 +38,14 @@ class Reading:
     axis : int or None
         The channel axis; None for a scalar scale and shift, which fit any axis.
     kind : str
-        The form: conv, conv-transpose, gemm, matmul (x·W), left-matmul (W·x), diagonal, pool, selection, reduction.
+        The form: conv, conv-transpose, gemm, matmul (x·W), left-matmul (W·x), diagonal, pool, border, selection,
+        reduction.
     weight : gs.Tensor or None
         The tensor that holds its matrix; None where the numbers are few or implied.
     load : callable
         Reads the numbers: a LinearMap, or a Refusal if they are not finite.
+    fill : array or None
+        Of a border: what it holds, per channel, where that is not zero.
     """
 
     nodes: tuple[gs.Node, ...]
@@ -52,6 +55,7 @@ class Reading:
     kind: str
     weight: gs.Tensor | None
     load: Callable[[], LinearMap | Refusal]
+    fill: Array | None = None
 
     @property
     def node(self) -> gs.Node:
@@ -478,24 +482,92 @@ def read_concat(view: View, node: gs.Node) -> list[Reading] | None:
 
 @reads("Pad")
 def read_pad(view: View, node: gs.Node) -> Result:
-    """Constant channels before and after: a selection with a bias."""
+    """Constant channels before and after: a selection with a bias. Constant positions around: a map with a border."""
     found = attributes.pad_parameters(view, node)
     if found is None:
         return None
     pads, mode, constant = found
     rank = len(pads) // 2
     axes = [a for a in range(rank) if pads[a] or pads[a + rank]]
-    if mode != "constant" or len(axes) != 1 or constant is None or min(pads) < 0:
+    if mode != "constant" or not axes or constant is None or min(pads) < 0:
         return None
+    if axes[0] >= 2:
+        channels = view.dim(node.inputs[0], 1)
+        around = (*pads[2:rank], *pads[rank + 2 :])
+        return (
+            _border((node,), node.inputs[0], around, np.full(channels, constant)) if isinstance(channels, int) else None
+        )
     axis = axes[0]
     channels = view.dim(node.inputs[0], axis)
-    if not isinstance(channels, int):
+    if len(axes) != 1 or not isinstance(channels, int):
         return None
     picks = [-1] * pads[axis] + list(range(channels)) + [-1] * pads[axis + rank]
     selection = LinearMap.selection(picks, channels)
     bias = np.where(np.asarray(picks) < 0, constant, 0.0)
     padded = LinearMap.of(selection.geometry, selection.weight, bias)
     return Reading((node,), node.inputs[0], padded.geometry, axis, "selection", None, lambda: padded)
+
+
+def _border(nodes: tuple[gs.Node, ...], source: gs.Tensor, pads: tuple[int, ...], fill: Array) -> Reading:
+    """Positions around a feature map that hold `fill`, one number per channel."""
+    channels, ones = len(fill), (1,) * (len(pads) // 2)
+    geometry = Geometry(channels, channels, channels, ones, ones, ones, pads)
+    padding = LinearMap.of(geometry, np.ones(channels))
+    return Reading(nodes, source, geometry, 1, "border", None, lambda: padding, fill if fill.any() else None)
+
+
+#: The largest tensor whose positions are followed one by one.
+MAX_FOLLOWED = 1 << 22
+
+
+@reads("ScatterND", "Transpose")
+def read_overwritten_border(view: View, node: gs.Node) -> Result:
+    """A Pad whose border is then overwritten with one number per channel.
+
+    Assignments to slices (``y[:, :, :p] = b``) are exported as ScatterND between Transposes; diverse branch blocks
+    (Ding et al., 2021) pad so with the value that their normalisation gives to zero.
+    """
+    chain, scatters = [node], 0
+    while view.op(chain[-1]) != "Pad":
+        scatters += view.op(chain[-1]) == "ScatterND"
+        before = view.producer(chain[-1].inputs[0])
+        if not view.is_a(before, "Pad", "ScatterND", "Transpose", "Identity") or view.crowd(chain[-1].inputs[0]):
+            return None
+        if len(chain) > 16:
+            return None
+        chain.append(before)
+    chain.reverse()
+    pad = read_pad(view, chain[0])
+    shape, before_pad = known(view.shape(chain[0].outputs[0])), known(view.shape(chain[0].inputs[0]))
+    if not scatters or not isinstance(pad, Reading) or pad.kind != "border" or shape is None or before_pad is None:
+        return None
+    if math.prod(shape) > MAX_FOLLOWED or math.prod(before_pad) == 0:
+        return None
+    begins = pad.geometry.pads[: pad.geometry.rank]
+    inside = (slice(None), slice(None), *(slice(b, b + n) for b, n in zip(begins, before_pad[2:], strict=True)))
+    places = np.full(shape, -1)
+    places[inside] = np.arange(math.prod(before_pad)).reshape(before_pad)
+    values = np.zeros(shape)
+    values += 0.0 if pad.fill is None else pad.fill.reshape(-1, *(1,) * pad.geometry.rank)
+    original = places.copy()
+    for step in chain[1:]:
+        if step.op == "Transpose":
+            perm = step.attrs.get("perm")
+            places, values = np.transpose(places, perm), np.transpose(values, perm)
+        elif step.op == "ScatterND":
+            indices, updates = view.raw(step.inputs[1]), view.value(step.inputs[2])
+            if indices is None or updates is None or step.attrs.get("reduction", "none") != "none":
+                return None
+            at = tuple(np.moveaxis(indices, -1, 0))
+            places, values = places.copy(), values.copy()
+            places[at], values[at] = -1, updates
+    if places.shape != original.shape or not np.array_equal(places, original):
+        return None
+    outside = np.moveaxis(places, 1, 0).reshape(shape[1], -1) < 0
+    border = np.moveaxis(values, 1, 0).reshape(shape[1], -1)[outside].reshape(shape[1], -1)
+    if np.any(border != border[:, :1]):
+        return None
+    return _border(tuple(chain), chain[0].inputs[0], pad.geometry.pads, border[:, 0])
 
 
 @reads("Reshape")

@@ -21,6 +21,12 @@ from pwopt.shapes import Dim, Shape
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
 
+def epsilon(dtype: np.dtype[Any] | None) -> float:
+    """Distance from 1 to the next number of a floating-point type; float32's where it is not known."""
+    name = "float32" if dtype is None else str(dtype)
+    return {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float64": 2.0**-52}.get(name, 2.0**-23)
+
+
 class View:
     """Questions about a graph, and the edits that a pass may make.
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from pwopt import forms
-from pwopt.graph import View
+from pwopt.graph import View, epsilon
 from pwopt.linear import Refusal
 
 SQRT_HALF = math.sqrt(0.5)
@@ -82,11 +82,6 @@ class Activation:
 def near(value: float, target: float, dtype: np.dtype[Any] | None) -> bool:
     """Equal up to the rounding of two constants in the model's type."""
     return abs(value - target) <= 2 * epsilon(dtype) * abs(target)
-
-
-def epsilon(dtype: np.dtype[Any] | None) -> float:
-    name = "float32" if dtype is None else str(dtype)
-    return {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float64": 2.0**-52}.get(name, 2.0**-23)
 
 
 def activation(view: View, node: gs.Node) -> Activation | None:

@@ -110,11 +110,11 @@ def compose_geometry(second: Geometry, first: Geometry) -> Geometry | Refusal:
     """Geometry of ``second ∘ first``, or why it is not one map.
 
     Substitute y[m, q] = b₁[m] + Σ W₁[m, i, k₁]·x[i, s₁q + d₁k₁ − p₁] into the second map. At q inside
-    y's bounds, every product lands on tap s₁d₂k₂ + d₁k₁ of one stencil of stride s₁s₂ and padding p₁.
+    y's bounds, every product lands on tap s₁d₂k₂ + d₁k₁ of one stencil of stride s₁s₂.
     At q outside, the second map reads 0 (its padding) where the formula would give y[q]. Per axis
     those agree in two cases only: the second map never looks outside (no padding), or y[q] is
-    itself 0 there, that is, the first map has one unpadded tap on that axis (x is 0 there too) and
-    no bias. Output sizes agree since ⌊⌊a/s₁⌋/s₂⌋ = ⌊a/(s₁s₂)⌋.
+    itself 0 there, that is, the first map has one tap on that axis (which lands outside x then, where
+    x is 0 too) and no bias. Paddings add up as p₁ + s₁p₂. Output sizes agree since ⌊⌊a/s₁⌋/s₂⌋ = ⌊a/(s₁s₂)⌋.
 
     A transposed map inserts zeros, then is a stencil: a pointwise map after it is always exact; one
     before it only without bias, since an inserted zero is not the image of zero.
@@ -146,16 +146,15 @@ def compose_geometry(second: Geometry, first: Geometry) -> Geometry | Refusal:
         k1, k2 = first.kernel[axis], second.kernel[axis]
         s1, d1, d2 = first.strides[axis], first.dilations[axis], second.dilations[axis]
         pads1, pads2 = first.pads[axis::rank], second.pads[axis::rank]
-        if any(pads2) and (k1 > 1 or any(pads1)):
+        if any(pads2) and k1 > 1:
             return Refusal(
                 "the second map's zero padding lies inside the first map's reach, so the border would change"
             )
         step = math.gcd(s1 * d2 if k2 > 1 else 0, d1 if k1 > 1 else 0) or 1
         kernel.append(((k1 - 1) * d1 + (k2 - 1) * s1 * d2) // step + 1)
         dilations.append(step)
-        begin, end = (s1 * pads2[0], s1 * pads2[1]) if any(pads2) else pads1
-        begins.append(begin)
-        ends.append(end)
+        begins.append(pads1[0] + s1 * pads2[0])
+        ends.append(pads1[1] + s1 * pads2[1])
     return replace(
         _spanning(first, first, second),
         kernel=tuple(kernel),
@@ -375,15 +374,11 @@ class LinearMap:
 
     def __add__(self, other: LinearMap) -> LinearMap | Refusal:
         """Parallel maps of one input, outputs summed: kernels are aligned, so 3×3 + 1×1 + identity is one 3×3."""
-        a, b = self.geometry, other.geometry
-        if (a.out_channels, a.in_channels) != (b.out_channels, b.in_channels):
-            return Refusal("the channels differ")
-        stencil = align_geometry([a, b])
+        stencil = add_geometry([self.geometry, other.geometry])
         if isinstance(stencil, Refusal):
             return stencil
-        groups = math.gcd(a.groups, b.groups)
-        weight = self.regrouped(groups)._on(stencil) + other.regrouped(groups)._on(stencil)
-        return LinearMap.of(replace(stencil, groups=groups), weight, self.bias + other.bias)
+        weight = self.regrouped(stencil.groups)._on(stencil) + other.regrouped(stencil.groups)._on(stencil)
+        return LinearMap.of(stencil, weight, self.bias + other.bias)
 
     def apply(self, x: ArrayLike) -> Array:
         """Evaluate on x (N, in_channels, *space) in float64; gives (N, out_channels, *space').
@@ -418,6 +413,34 @@ class LinearMap:
                 seen = x[_lattice(tap, g.dilations, g.strides, out)].reshape(*grouped_in, *out)
                 y += _contract(weight[_last(tap)], seen).reshape(n, g.out_channels, *out)
         return y + self.bias.reshape(-1, *(1,) * rank)
+
+
+def compose(second: LinearMap, first: LinearMap, precision: float = 0.0) -> LinearMap | Refusal:
+    """``second @ first`` for maps as models hold them.
+
+    A diagonal map of one channel stands for any number of them. A bias that cancels to within `precision` of the
+    parts it is the sum of is zero: all that is left of it is the rounding of those parts, which the model rounds
+    to its own type as well. It decides whether a zero padding may follow (`compose_geometry`).
+    """
+    second, first = second.spread(first.geometry.out_channels), first.spread(second.geometry.in_channels)
+    composed = second @ first
+    if isinstance(composed, Refusal) or not precision or not composed.geometry.biased:
+        return composed
+    g = second.geometry
+    through = np.abs(second.weight.reshape(g.groups, -1, g.in_channels // g.groups, g.taps).sum(-1))
+    parts = np.abs(second.bias) + (through @ np.abs(first.bias).reshape(g.groups, -1, 1)).reshape(-1)
+    bias = np.where(np.abs(composed.bias) <= precision * parts, 0.0, composed.bias)
+    return LinearMap.of(composed.geometry, composed.weight, bias)
+
+
+def add_geometry(maps: Sequence[Geometry]) -> Geometry | Refusal:
+    """Geometry of the sum of parallel maps, or why it is not one map."""
+    if len({(m.out_channels, m.in_channels) for m in maps}) > 1:
+        return Refusal("the channels differ")
+    stencil = align_geometry(maps)
+    if isinstance(stencil, Refusal):
+        return stencil
+    return replace(stencil, groups=math.gcd(*(m.groups for m in maps)), biased=any(m.biased for m in maps))
 
 
 def _aligned(maps: Sequence[LinearMap]) -> tuple[Geometry, list[Array]] | Refusal:

@@ -1,0 +1,204 @@
+"""Parallel branches that are linear and meet in a sum become one map."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import onnx_graphsurgeon as gs
+
+from pwopt import emit, idioms
+from pwopt.cost import price
+from pwopt.forms import Reading
+from pwopt.linear import Geometry, LinearMap, Refusal, add_geometry
+from pwopt.paths import Path, trace
+from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip, describe
+
+#: Sums of more terms are summed in pieces.
+MAX_TERMS = 32
+#: How far above an obstacle a common origin is looked for, to explain a refusal.
+MAX_BEYOND = 16
+
+
+@dataclass(frozen=True)
+class Term:
+    """One summand: where it comes from, and its sign."""
+
+    path: Path
+    sign: float
+
+
+@dataclass(frozen=True)
+class Branch:
+    """Terms of one sum as one map, and what they cost per output position before and after."""
+
+    terms: tuple[Term, ...]
+    geometry: Geometry
+    separate: float
+
+    @property
+    def together(self) -> float:
+        return self.separate if len(self.terms) == 1 else price(self.geometry, 1)
+
+
+class SumBranches(Pass):
+    """W₁x + W₂x + … = (W₁ + W₂ + …)x, kernels aligned at their centres; x + Wx = (I + W)x.
+
+    A branch is any path of linear maps from the common input: convolutions, normalisations, scales, pooling,
+    paddings, nothing at all. Of a sum's branches, those are joined that take no more multiply-adds together.
+    Networks that train with branches and are exported without their author's fusing step have nothing else:
+    Ding et al., "RepVGG" and "Diverse Branch Block" (2021); Vasu et al., "MobileOne" (2023); Hu et al., "LoRA" (2021).
+    """
+
+    name = "sum-branches"
+    policy = "if cheaper"
+
+    def start(self, rw: Rewriter) -> None:
+        self._fused = idioms.fused_by_runtime(rw)
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+        if not _adds(rw, node) or _adds(rw, rw.sole_reader(node.outputs[0])):
+            return None
+        inner: list[gs.Node] = []
+        terms = [Term(trace(rw, t, self._fused), sign) for t, sign in _summands(rw, node, inner)]
+        origins: dict[tuple[int, int | None], list[Term]] = {}
+        axis_of = {id(t.path.source): t.path.axis for t in terms if t.path.axis is not None}
+        for term in terms:
+            axis = term.path.axis if term.path.axis is not None else axis_of.get(id(term.path.source))
+            origins.setdefault((id(term.path.source), axis), []).append(term)
+        reason = ""
+        for (_, axis), shared in origins.items():
+            if len(shared) < 2 or axis is None:
+                continue
+            done = self._join(rw, [*inner, node], terms, shared, axis)
+            if isinstance(done, Rewrite):
+                return done
+            reason = reason or done.reason
+        reason = reason or _obstacle(rw, terms)
+        return Skip(reason) if reason else None
+
+    def _join(
+        self, rw: Rewriter, sums: list[gs.Node], terms: list[Term], shared: list[Term], axis: int
+    ) -> Rewrite | Refusal:
+        maps = {id(t): t.path.compose(rw) for t in shared}
+        refused = [m for m in maps.values() if isinstance(m, Refusal)]
+        exact = {k: m for k, m in maps.items() if isinstance(m, LinearMap)}
+        wide = max((m.geometry.out_channels for m in exact.values()), default=1)
+        exact = {k: m.spread(wide) for k, m in exact.items()}
+        branches = [Branch((t,), exact[id(t)].geometry, t.path.price(rw)) for t in shared if id(t) in exact]
+        joined, reason = _cheapest(branches)
+        if joined is None:
+            return Refusal(refused[0].reason if refused and len(branches) < 2 else reason)
+        total: LinearMap | Refusal = LinearMap.identity(1)
+        total = functools.reduce(_plus, (_signed(exact[id(t)], t.sign) for t in joined.terms))
+        if isinstance(total, Refusal):
+            return total
+        return self._write(rw, sums, terms, joined, total, axis)
+
+    def _write(
+        self, rw: Rewriter, sums: list[gs.Node], terms: list[Term], joined: Branch, total: LinearMap, axis: int
+    ) -> Rewrite | Refusal:
+        root, source = sums[-1], joined.terms[0].path.source
+        readings = [r for t in joined.terms for r in t.path.readings if r.kind in emit.FORMS]
+        if not readings:
+            return Refusal("no branch has weights")
+        like = max(readings, key=lambda r: (r.kind.startswith("conv"), r.weighted, r.geometry.weights))
+        rest = [t for t in terms if all(t is not j for j in joined.terms)]
+        output = root.outputs[0]
+        partial = output if not rest else rw.new_variable(f"{output.name}_branches", output, rw.shape(output))
+        written = emit.write(rw, total, like, source, partial, axis)
+        if isinstance(written, Refusal):
+            return written
+        new, left = list(written.nodes), partial
+        for i, term in enumerate(rest):
+            last = i == len(rest) - 1
+            after = output if last else rw.new_variable(f"{output.name}_sum", output, rw.shape(output))
+            name = root.name if last else rw.node_name(root.name, "_sum")
+            new.append(gs.Node("Add" if term.sign > 0 else "Sub", name, {}, [left, term.path.output], [after]))
+            left = after
+        old = [*(n for t in joined.terms for n in t.path.nodes), *sums]
+        if len(new) >= len(old):
+            return Refusal("joining the branches would not save an operator")
+        names = ", ".join(describe(r.node) for t in joined.terms for r in t.path.readings[-1:]) or "identity"
+        plain = sum(not t.path.readings for t in joined.terms)
+        reason = f"{len(joined.terms)} branches of {source.name!r} are one map: {names}"
+        return rw.replace(old, new, reason + (" and the input itself" if plain else ""), written.residual)
+
+
+def _adds(rw: Rewriter, node: gs.Node | None) -> bool:
+    """Whether a node sums several computed tensors."""
+    if not rw.is_a(node, "Add", "Sub", "Sum") or rw.opset < 7:  # before, broadcasting was an attribute
+        return False
+    return sum(rw.constant(t) is None for t in node.inputs) >= 2
+
+
+def _summands(rw: Rewriter, root: gs.Node, inner: list[gs.Node]) -> Iterator[tuple[gs.Tensor, float]]:
+    """Tensors and signs that `root` sums, through sums that serve nothing else; those are added to `inner`."""
+    pending = [(t, -1.0 if root.op == "Sub" and i == 1 else 1.0) for i, t in enumerate(root.inputs)][::-1]
+    while pending:
+        tensor, sign = pending.pop()
+        maker = rw.producer(tensor)
+        if maker is None or not _adds(rw, maker) or rw.crowd(tensor) or len(pending) + len(inner) >= MAX_TERMS:
+            yield tensor, sign
+            continue
+        inner.insert(0, maker)
+        pending += [(t, -sign if maker.op == "Sub" and i == 1 else sign) for i, t in enumerate(maker.inputs)][::-1]
+
+
+def _cheapest(branches: Sequence[Branch]) -> tuple[Branch | None, str]:
+    """The best set of branches to join, found by joining the pair that saves most until none saves; or why there is none.
+
+    A pair that costs as much as before is joined as well: it saves an operator.
+    """
+    pool, reason = list(branches), "the branches are not linear maps with constant numbers"
+    while True:
+        best: tuple[float, int, int, Branch] | None = None
+        for i, a in enumerate(pool):
+            for j, b in enumerate(pool[:i]):
+                geometry = add_geometry([b.geometry, a.geometry])
+                if isinstance(geometry, Refusal):
+                    reason = f"the branches do not sum: {geometry.reason}"
+                    continue
+                pair = Branch((*b.terms, *a.terms), geometry, a.separate + b.separate)
+                saved = a.together + b.together - pair.together
+                if saved < 0:
+                    times = pair.together / max(a.together + b.together, 1.0)
+                    reason = f"joining the branches would cost {times:.2f}× the multiply-adds"
+                elif best is None or saved > best[0]:
+                    best = (saved, i, j, pair)
+        if best is None:
+            break
+        _, i, j, pair = best
+        pool = [p for k, p in enumerate(pool) if k not in (i, j)] + [pair]
+    joined = [b for b in pool if len(b.terms) > 1]
+    return (joined[0], "") if joined else (None, reason)
+
+
+def _signed(linear: LinearMap, sign: float) -> LinearMap:
+    return linear if sign > 0 else LinearMap.of(linear.geometry, -linear.weight, -linear.bias)
+
+
+def _plus(a: LinearMap | Refusal, b: LinearMap) -> LinearMap | Refusal:
+    return a if isinstance(a, Refusal) else a + b
+
+
+def _obstacle(rw: Rewriter, terms: list[Term]) -> str:
+    """Why branches that come from one tensor were not joined; "" if there are none."""
+    reached: dict[int, list[tuple[gs.Tensor, Term]]] = {}
+    for term in terms:
+        tensors, tensor = {id(term.path.source): term.path.source}, term.path.source
+        for _ in range(MAX_BEYOND):
+            node = rw.producer(tensor)
+            computed = [t for t in node.inputs if t.name and rw.constant(t) is None] if node is not None else []
+            if not computed:
+                break
+            tensor = computed[0]
+            tensors.setdefault(id(tensor), tensor)
+        for key, value in tensors.items():
+            reached.setdefault(key, []).append((value, term))
+    for meeting in reached.values():
+        blocked = [t for tensor, t in meeting if t.path.source is not tensor and t.path.obstacle]
+        if len(meeting) > 1 and blocked:
+            return f"the branches of {meeting[0][0].name!r} are not all linear: {blocked[0].path.obstacle}"
+    return ""
