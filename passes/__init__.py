@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pwopt.passes.clean_up import CleanUp
+from pwopt.passes.drop_dead import DropDead
 from pwopt.passes.factor_gates import FactorGates
 from pwopt.passes.fold_affine import FoldAffine
 from pwopt.passes.fold_chains import FoldChains
@@ -11,6 +12,14 @@ from pwopt.passes.sum_branches import SumBranches
 from pwopt.rewrite import Pass
 
 #: The default pipeline, in order.
-PASSES: tuple[type[Pass], ...] = (CleanUp, NameActivations, FactorGates, FoldAffine, SumBranches, FoldChains)
+PASSES: tuple[type[Pass], ...] = (
+    CleanUp,
+    NameActivations,
+    FactorGates,
+    FoldAffine,
+    DropDead,
+    SumBranches,
+    FoldChains,
+)
 
-__all__ = ["PASSES", "CleanUp", "FactorGates", "FoldAffine", "FoldChains", "NameActivations", "SumBranches"]
+__all__ = ["PASSES", "CleanUp", "DropDead", "FactorGates", "FoldAffine", "FoldChains", "NameActivations", "SumBranches"]

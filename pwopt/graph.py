@@ -310,6 +310,18 @@ class View:
         self._tensors[id(new)] = new
         self.changed = True
 
+    def set_input(self, node: gs.Node, index: int, tensor: gs.Tensor) -> None:
+        """Let `node` read `tensor` as its input `index`, an optional one perhaps."""
+        while len(node.inputs) <= index:
+            list.append(node.inputs, gs.Variable.empty())
+        old = node.inputs[index]
+        list.__setitem__(node.inputs, index, tensor)
+        if all(t is not old for t in node.inputs):
+            self._readers.get(id(old), {}).pop(id(node), None)
+        self._readers.setdefault(id(tensor), {})[id(node)] = node
+        self._tensors[id(tensor)] = tensor
+        self.changed = True
+
     def bypass(self, node: gs.Node, source: gs.Tensor, *, keep_output: bool = False) -> bool:
         """Remove a node whose first output equals `source`; False if both ends must stay visible.
 

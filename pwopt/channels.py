@@ -1,0 +1,427 @@
+"""What is known about every channel: which are the same constant for every input, and which nobody needs.
+
+Forward, a constant channel (a filter of zeros gives its bias) is followed through everything that acts on channels
+one by one. Backward, a channel may go if wherever it enters a dense map it is a constant that fits into that map's
+bias, or meets weights of zero. Channels that must stay or go together (residual sums, depthwise convolutions,
+gates) are found by letting the masks of their tensors constrain each other until nothing changes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from pwopt import attributes, commute, forms
+from pwopt.constants import evaluate
+from pwopt.forms import Reading
+from pwopt.graph import View
+from pwopt.linear import Array, LinearMap, Refusal
+
+Mask = NDArray[np.bool_]
+
+#: Activations beyond this are not considered when weights are called too small to matter.
+LARGEST_INPUT = 2.0**20
+#: A term this much smaller than the others cannot change their sum in float32 (2⁻²⁵), with room to spare (2⁻²⁰).
+NEGLIGIBLE = 2.0**-45
+#: The smallest normal number, by type; below it processors are many times slower. float16's still matter.
+SMALLEST_NORMAL = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float64": 2.0**-1022}
+#: Subnormal weights are noise only beside weights of ordinary size.
+ORDINARY = 2.0**60
+
+#: Operators that act on every element alike, each with its Lipschitz constant.
+ELEMENTWISE = {
+    "Abs": 1.0, "Clip": 1.0, "Elu": 1.0, "Erf": 1.13, "Gelu": 1.13, "HardSigmoid": 1.0, "HardSwish": 1.5,
+    "LeakyRelu": 1.0, "Mish": 1.1, "Neg": 1.0, "Relu": 1.0, "Selu": 1.76, "Sigmoid": 0.25, "Softplus": 1.0,
+    "Softsign": 1.0, "Swish": 1.1, "Tanh": 1.0, "ThresholdedRelu": np.inf,
+    "Celu": 1.0, "Exp": np.inf,
+}  # fmt: skip
+
+
+def flushed(weight: Array, dtype: object) -> Array:
+    """A weight with its subnormal numbers as zeros, if it also holds numbers of ordinary size."""
+    tiny = SMALLEST_NORMAL.get(str(dtype), 0.0)
+    small = np.abs(weight) < tiny
+    return np.where(small, 0.0, weight) if np.max(np.abs(weight), initial=0.0) > tiny * ORDINARY else weight
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The size of a map's weights: Σ|w| of each row, the largest Σ_k |w| of each column, and the subnormals in it."""
+
+    rows: Array
+    columns: Array
+    subnormal: int
+
+    @property
+    def dead(self) -> bool:
+        """Whether a row or a column may not matter."""
+        return bool(np.any(_tiny(self.rows)) or np.any(_tiny(self.columns)))
+
+
+def _tiny(sizes: Array) -> Mask:
+    return np.asarray(sizes * LARGEST_INPUT <= NEGLIGIBLE * np.max(sizes, initial=0.0))
+
+
+class Scanner:
+    """Scans weights, each once."""
+
+    def __init__(self) -> None:
+        self._done: dict[int, tuple[gs.Tensor, Scan | None]] = {}
+
+    def __call__(self, view: View, reading: Reading) -> Scan | None:
+        """None where the numbers are not finite."""
+        held = view.constant(reading.weight) if reading.weight is not None else None
+        if held is None:
+            return None
+        if id(held) not in self._done:
+            self._done[id(held)] = (held, self._scan(reading, held.dtype))
+        return self._done[id(held)][1]
+
+    @staticmethod
+    def _scan(reading: Reading, dtype: object) -> Scan | None:
+        linear = reading.load()
+        if isinstance(linear, Refusal):
+            return None
+        weight = flushed(linear.weight, dtype)
+        magnitude = np.abs(weight).reshape(*weight.shape[:2], -1).sum(-1)
+        return Scan(magnitude.sum(1), magnitude.max(0), int(np.sum((weight == 0) & (linear.weight != 0))))
+
+
+@dataclass
+class Channels:
+    """The channels of one tensor.
+
+    Attributes
+    ----------
+    tensor : gs.Tensor
+    axis : int
+    value : array
+        What each channel is at every position and for every input; NaN if it varies.
+    radius : array
+        How far it may be from that, for inputs up to `LARGEST_INPUT`.
+    gone : array of bool
+        Whether it may be removed.
+    """
+
+    tensor: gs.Tensor
+    axis: int
+    value: Array
+    radius: Array
+    gone: Mask = field(default_factory=lambda: np.zeros(0, bool))
+
+    @property
+    def constant(self) -> Mask:
+        return ~np.isnan(self.value)
+
+
+@dataclass(frozen=True)
+class Link:
+    """`count` channels of two tensors that are the same channels: equal positions from `start_a` and `start_b`."""
+
+    a: Channels
+    b: Channels
+    start_a: int
+    start_b: int
+    count: int
+
+
+@dataclass
+class Flow:
+    """How channels pass one operator: through a dense map, or one by one along links; else they end there."""
+
+    node: gs.Node
+    reading: Reading | None = None
+    links: tuple[Link, ...] = ()
+    dense: bool = False
+
+
+class Analysis:
+    """Everything that is known about the channels of a graph.
+
+    Attributes
+    ----------
+    of : dict of tensor id to Channels
+    flows : list of Flow
+    """
+
+    def __init__(self, view: View, scan: Scanner) -> None:
+        self.view, self.scan = view, scan
+        self.of: dict[int, Channels] = {}
+        self.flows: list[Flow] = []
+        covered: set[int] = set()
+        for node in view.nodes():
+            if id(node) not in covered:
+                flow = self._forward(node)
+                covered.update(id(n) for n in flow.reading.nodes) if flow.reading is not None else None
+                self.flows.append(flow)
+        self._find_removable()
+
+    # Forward: constants
+
+    def _forward(self, node: gs.Node) -> Flow:
+        reading = forms.weighted(self.view, node) or forms.linear(self.view, node)
+        if reading is not None and reading.weighted and reading.nodes[0] is node:
+            return self._map(node, reading)
+        if reading is not None and reading.kind == "diagonal":
+            return self._diagonal(node, reading)
+        op = self.view.op(node)
+        if op == "Concat":
+            return self._concat(node)
+        if op == "Split":
+            return self._split(node)
+        if op in ("Add", "Sub", "Mul", "Div", "Sum") and self.view.opset >= 7:
+            return self._pair(node, op)
+        return self._alone(node, op)
+
+    def _know(self, tensor: gs.Tensor, axis: int, value: Array, radius: Array) -> Channels:
+        self.of[id(tensor)] = Channels(tensor, axis, value, radius)
+        return self.of[id(tensor)]
+
+    def _map(self, node: gs.Node, reading: Reading) -> Flow:
+        g, scan = reading.geometry, self.scan(self.view, reading)
+        if scan is None or reading.axis is None or self.view.shared(reading.weight_input):
+            return Flow(node)
+        source = self._input(reading.source, reading.axis, g.in_channels)
+        value = np.full(g.out_channels, np.nan)
+        radius = np.zeros(g.out_channels)
+        tiny = _tiny(scan.rows)
+        anchored = source is not None and bool(source.constant.any())
+        if tiny.any() or anchored:
+            linear = reading.load()
+            assert isinstance(linear, LinearMap)
+            value[tiny], radius[tiny] = linear.bias[tiny], scan.rows[tiny] * LARGEST_INPUT
+            if anchored and source is not None and g.groups == 1:
+                weight = flushed(linear.weight, self.view.dtype(reading.weight or reading.source))
+                taps = weight.reshape(*weight.shape[:2], -1)
+                fixed = source.constant & ((source.value == 0) | (not g.padded and not g.transposed))
+                still = ~np.any(np.abs(taps[:, ~fixed]).sum(-1), axis=1) & ~tiny
+                value[still] = linear.bias[still] + taps[still][:, fixed].sum(-1) @ source.value[fixed]
+                radius[still] = np.abs(taps[still][:, fixed]).sum(-1) @ source.radius[fixed]
+            elif anchored and source is not None and self._depthwise(reading):
+                taps = linear.weight.reshape(g.out_channels, -1)
+                fixed = source.constant & ((source.value == 0) | (not g.padded and not g.transposed))
+                value = np.where(fixed & ~tiny, linear.bias + taps.sum(1) * source.value, value)
+                radius = np.where(fixed & ~tiny, np.abs(taps).sum(1) * source.radius, radius)
+        output = self._know(reading.output, reading.axis, value, radius)
+        if g.groups == 1:
+            return Flow(node, reading, dense=True)
+        links = (Link(source, output, 0, 0, g.in_channels),) if source is not None and self._depthwise(reading) else ()
+        return Flow(node, reading, links)
+
+    @staticmethod
+    def _depthwise(reading: Reading) -> bool:
+        g = reading.geometry
+        return g.groups == g.in_channels == g.out_channels
+
+    def _input(self, tensor: gs.Tensor, axis: int | None, count: int | None = None) -> Channels | None:
+        known = self.of.get(id(tensor))
+        fits = known is not None and axis in (None, known.axis) and count in (None, len(known.value))
+        return known if fits else None
+
+    def _diagonal(self, node: gs.Node, reading: Reading) -> Flow:
+        source, linear = self._input(reading.source, reading.axis), reading.load()
+        if source is None or isinstance(linear, Refusal):
+            return Flow(node)
+        wide = linear.spread(len(source.value))
+        if len(wide.scale) != len(source.value):
+            return Flow(node)
+        value = np.where(wide.scale == 0, wide.bias, wide.scale * source.value + wide.bias)
+        output = self._know(reading.output, source.axis, value, np.abs(wide.scale) * source.radius)
+        return Flow(node, reading, (Link(source, output, 0, 0, len(value)),))
+
+    def _concat(self, node: gs.Node) -> Flow:
+        axis = attributes.concat_axis(self.view, node)
+        widths = [self.view.dim(t, axis) if axis is not None else None for t in node.inputs]
+        if axis is None or not all(isinstance(w, int) for w in widths):
+            return Flow(node)
+        sizes = [w for w in widths if isinstance(w, int)]
+        parts = [self._input(t, axis, w) for t, w in zip(node.inputs, sizes, strict=True)]
+        value = np.concatenate([p.value if p else np.full(w, np.nan) for p, w in zip(parts, sizes, strict=True)])
+        radius = np.concatenate([p.radius if p else np.zeros(w) for p, w in zip(parts, sizes, strict=True)])
+        if not any(parts) or len({id(t) for t in node.inputs}) < len(node.inputs):
+            return Flow(node)
+        output = self._know(node.outputs[0], axis, value, radius)
+        starts = np.cumsum([0, *sizes])
+        links = [Link(p, output, 0, int(s), len(p.value)) for p, s in zip(parts, starts, strict=False) if p]
+        whole = all(p is not None for p in parts)
+        return Flow(node, None, tuple(links)) if whole else Flow(node, None, (*links, _stuck(output, parts, sizes)))
+
+    def _split(self, node: gs.Node) -> Flow:
+        parts = forms.read_split(self.view, node)
+        source = self._input(node.inputs[0], parts[0].axis) if parts else None
+        if parts is None or source is None or not all(t.name for t in node.outputs):
+            return Flow(node)
+        links, start = [], 0
+        for tensor, part in zip(node.outputs, parts, strict=True):
+            count = part.geometry.out_channels
+            here = slice(start, start + count)
+            output = self._know(tensor, source.axis, source.value[here], source.radius[here])
+            links.append(Link(source, output, start, 0, count))
+            start += count
+        return Flow(node, None, tuple(links))
+
+    def _pair(self, node: gs.Node, op: str) -> Flow:
+        view, shape = self.view, self.view.shape(node.outputs[0])
+        parts = [self._input(t, None) for t in node.inputs]
+        known = [p for p in parts if p is not None]
+        if not known or shape is None or len({id(t) for t in node.inputs}) < len(node.inputs):
+            return Flow(node)
+        axis, count = known[0].axis, len(known[0].value)
+        alike = all(
+            p is not None and p.axis == axis and len(p.value) == count and view.rank(p.tensor) == len(shape)
+            for p in parts
+        )
+        if not alike or view.dim(node.outputs[0], axis) != count:
+            return Flow(node)
+        a, b = known[0], known[-1]
+        if op in ("Add", "Sub", "Sum"):
+            signs = [-1.0 if op == "Sub" and i else 1.0 for i in range(len(known))]
+            value = np.sum([s * p.value for s, p in zip(signs, known, strict=True)], axis=0)
+            radius = np.sum([p.radius for p in known], axis=0)
+        elif op == "Div":
+            value, radius = np.full(count, np.nan), np.zeros(count)
+        else:
+            exact = (a.constant & b.constant) & (a.radius == 0) & (b.radius == 0)
+            zero = ((a.value == 0) & (a.radius == 0)) | ((b.value == 0) & (b.radius == 0))
+            value = np.where(zero, 0.0, np.where(exact, a.value * b.value, np.nan))
+            radius = np.zeros(count)
+        output = self._know(node.outputs[0], axis, value, radius)
+        return Flow(node, None, tuple(Link(p, output, 0, 0, count) for p in known))
+
+    def _alone(self, node: gs.Node, op: str) -> Flow:
+        """Operators with one data input."""
+        source = self._input(node.inputs[0], None) if node.inputs else None
+        if source is None or len([t for t in node.outputs if t.name]) != 1:
+            return Flow(node)
+        constant = source.constant
+        if op in ELEMENTWISE:
+            if any(self.view.elements(t) != 1 for t in node.inputs[1:] if t.name):
+                return Flow(node)
+            value, axis = np.full(len(constant), np.nan), source.axis
+            if constant.any():
+                value[constant] = self._evaluate(node, source.value[constant])
+            radius = np.where(source.radius == 0, 0.0, source.radius * self._lipschitz(node, op))
+        else:
+            rule = commute.rule(self.view, node)
+            if rule is None or (rule.axes is not None and source.axis not in rule.axes) or not self._keeps(node, op):
+                return Flow(node)
+            axis = source.axis if rule.axes is None else rule.axes[source.axis]
+            value = source.value if rule.shift else np.where(source.value == 0, 0.0, np.nan)
+            radius = source.radius if rule.shift else np.where(source.radius == 0, 0.0, np.inf)
+        value = np.where(np.isfinite(radius), value, np.nan)
+        output = self._know(node.outputs[0], axis, value, np.where(np.isnan(value), 0.0, radius))
+        return Flow(node, None, (Link(source, output, 0, 0, len(constant)),))
+
+    def _evaluate(self, node: gs.Node, values: Array) -> Array:
+        dtype = self.view.dtype(node.inputs[0])
+        numbers = {t.name: self.view.raw(t) for t in node.inputs[1:] if t.name}
+        if dtype is None or any(v is None for v in numbers.values()):
+            return np.full(len(values), np.nan)
+        feeds = {node.inputs[0].name: values.astype(dtype), **{k: v for k, v in numbers.items() if v is not None}}
+        results = evaluate(node, feeds, self.view.opset)
+        if isinstance(results, str):
+            return np.full(len(values), np.nan)
+        found = np.asarray(results[0], np.float64)
+        return np.where(np.isfinite(found), found, np.nan)
+
+    @staticmethod
+    def _lipschitz(node: gs.Node, op: str) -> float:
+        steepness = {"LeakyRelu": ("alpha", 0.01), "Elu": ("alpha", 1.0), "HardSigmoid": ("alpha", 0.2)}.get(op)
+        slope = abs(float(node.attrs.get(*steepness))) if steepness else 0.0
+        return max(ELEMENTWISE[op], slope)
+
+    def _keeps(self, node: gs.Node, op: str) -> bool:
+        """Whether the operator still fits when channels are removed."""
+        if op in ("Expand", "Tile", "PRelu"):
+            return False
+        if op in ("Resize", "Upsample"):
+            return not attributes.resized_by_sizes(self.view, node)
+        return op != "Reshape" or (self.view.opset >= 5 and self.view.integers(node.inputs[1]) is not None)
+
+    # Backward: which channels may go
+
+    def _find_removable(self) -> None:
+        view = self.view
+        at: dict[int, list[Flow]] = {}
+        linked: set[tuple[int, int]] = set()
+        for flow in self.flows:
+            for link in flow.links:
+                for side in (link.a, link.b):
+                    at.setdefault(id(side.tensor), []).append(flow)
+                    linked.add((id(side.tensor), id(flow.node)))
+        for known in self.of.values():
+            known.gone = np.full(len(known.value), not view.pinned(known.tensor))
+        for flow in self.flows:
+            entered = flow.reading.source if flow.dense and flow.reading is not None else None
+            for t in flow.node.inputs:
+                side = self.of.get(id(t))
+                if side is None or (id(t), id(flow.node)) in linked:
+                    continue
+                if t is entered and flow.reading is not None:
+                    side.gone &= self._absorbable(flow.reading, side)
+                else:
+                    side.gone[:] = False
+            outputs = [flow.reading.output] if flow.reading is not None else flow.node.outputs
+            for t in outputs:
+                side = self.of.get(id(t))
+                if side is not None and not flow.dense and (id(t), id(flow.node)) not in linked:
+                    side.gone[:] = False
+        pending = deque(self.flows)
+        self._settle(pending, at)
+        for known in self.of.values():
+            if known.gone.all():  # an operator without channels is none
+                known.gone[0] = False
+                self._settle(deque(at.get(id(known.tensor), ())), at)
+
+    @staticmethod
+    def _settle(pending: deque[Flow], at: dict[int, list[Flow]]) -> None:
+        while pending:
+            for link in pending.popleft().links:
+                a = link.a.gone[link.start_a : link.start_a + link.count]
+                b = link.b.gone[link.start_b : link.start_b + link.count]
+                both = a & b
+                for side, mask in ((link.a, a), (link.b, b)):
+                    if not np.array_equal(mask, both):
+                        mask[:] = both
+                        pending.extend(at[id(side.tensor)])
+
+    def _absorbable(self, reading: Reading, source: Channels) -> Mask:
+        """Channels that a dense map can do without: weights of zero, or a constant that its bias can hold."""
+        scan = self.scan(self.view, reading)
+        g = reading.geometry
+        if scan is None or reading.axis != source.axis or len(source.value) != g.in_channels:
+            return np.zeros(len(source.value), bool)
+        unread = scan.columns == 0
+        negligible = source.radius * scan.columns <= NEGLIGIBLE * np.max(scan.columns, initial=0.0)
+        foldable = source.constant & ((source.value == 0) | (not g.padded and not g.transposed))
+        return np.asarray(unread | (foldable & negligible))
+
+    def components(self) -> Iterator[list[Channels]]:
+        """Sets of tensors whose channels go together, in the order of their first operators."""
+        parent: dict[int, int] = {}
+
+        def root(key: int) -> int:
+            while parent.setdefault(key, key) != key:
+                parent[key] = parent[parent[key]]
+                key = parent[key]
+            return key
+
+        for flow in self.flows:
+            for link in flow.links:
+                parent[root(id(link.b.tensor))] = root(id(link.a.tensor))
+        groups: dict[int, list[Channels]] = {}
+        for known in self.of.values():
+            if known.gone.any():
+                groups.setdefault(root(id(known.tensor)), []).append(known)
+        yield from groups.values()
+
+
+def _stuck(output: Channels, parts: Sequence[Channels | None], sizes: Sequence[int]) -> Link:
+    """A link to channels that never go, for the inputs of a Concat of which nothing is known."""
+    fixed = np.concatenate([np.full(w, p is not None) for p, w in zip(parts, sizes, strict=True)])
+    return Link(Channels(gs.Variable(""), 0, output.value, output.radius, fixed), output, 0, 0, len(fixed))
