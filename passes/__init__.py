@@ -5,9 +5,13 @@ from __future__ import annotations
 from pwopt.passes.clean_up import CleanUp
 from pwopt.passes.drop_dead import DropDead
 from pwopt.passes.factor_gates import FactorGates
+from pwopt.passes.factor_ranks import FactorRanks
 from pwopt.passes.fold_affine import FoldAffine
 from pwopt.passes.fold_chains import FoldChains
+from pwopt.passes.join_concat import JoinConcat
+from pwopt.passes.merge_siblings import MergeSiblings
 from pwopt.passes.name_activations import NameActivations
+from pwopt.passes.split_concat import SplitConcat
 from pwopt.passes.sum_branches import SumBranches
 from pwopt.rewrite import Pass
 
@@ -20,6 +24,23 @@ PASSES: tuple[type[Pass], ...] = (
     DropDead,
     SumBranches,
     FoldChains,
+    FactorRanks,
+    MergeSiblings,
+    SplitConcat,
+    JoinConcat,
 )
 
-__all__ = ["PASSES", "CleanUp", "DropDead", "FactorGates", "FoldAffine", "FoldChains", "NameActivations", "SumBranches"]
+__all__ = [
+    "PASSES",
+    "CleanUp",
+    "DropDead",
+    "FactorGates",
+    "FactorRanks",
+    "FoldAffine",
+    "FoldChains",
+    "JoinConcat",
+    "MergeSiblings",
+    "NameActivations",
+    "SplitConcat",
+    "SumBranches",
+]

@@ -32,9 +32,7 @@ class DropDead(Pass):
 
     def start(self, rw: Rewriter) -> None:
         self._pending: dict[int, tuple[list[Channels], Analysis]] = {}
-        scans = [
-            self._scan(rw, r) for n in rw.nodes() if (r := forms.weighted(rw, n)) is not None and r.nodes[0] is n
-        ]
+        scans = [self._scan(rw, r) for n in rw.nodes() if (r := forms.weighted(rw, n)) is not None and r.nodes[0] is n]
         if not any(s.dead for s in scans if s is not None):
             return
         analysis = Analysis(rw, self._scan)
@@ -70,7 +68,9 @@ class DropDead(Pass):
         if maker is not None:
             rw.remove(maker)
         names = tuple(describe(n) for n in readers)
-        reason = f"{scan.subnormal:,} of {raw.size:,} weights are below the smallest normal {raw.dtype}, and become zero"
+        reason = (
+            f"{scan.subnormal:,} of {raw.size:,} weights are below the smallest normal {raw.dtype}, and become zero"
+        )
         return Rewrite(reason, names, names)
 
     def _prune(self, rw: Rewriter, component: list[Channels], analysis: Analysis) -> Rewrite | Skip:
@@ -138,7 +138,11 @@ class DropDead(Pass):
             zero, held = (source.gone & ~unread & (source.value == 0)), source.gone & ~unread & (source.value != 0)
             radius = float(np.max(source.radius[source.gone & ~unread], initial=0.0))
             bound = f" (to within {radius:.1g} for inputs up to {LARGEST_INPUT:.1g})" if radius else ""
-            parts = [(unread, "meet only zeros"), (zero, f"are zero{bound}"), (held, f"are constant{bound}, in its bias now")]
+            parts = [
+                (unread, "meet only zeros"),
+                (zero, f"are zero{bound}"),
+                (held, f"are constant{bound}, in its bias now"),
+            ]
             ends += [f"of those that {name} reads, {int(m.sum())} {what}" for m, what in parts if m.any()]
         return f"channels: {_few(made, ', ')}; {_few(ends, '; ')}"
 
@@ -178,7 +182,9 @@ def _resize(rw: Rewriter, component: list[Channels], analysis: Analysis) -> None
         if node not in rw or not any(id(t) in gone for t in node.outputs):
             continue
         if rw.op(node) == "Split":
-            counts = [int((~gone[id(t)].gone).sum()) if id(t) in gone else rw.dim(t, _axis(analysis, t)) for t in node.outputs]
+            counts = [
+                int((~gone[id(t)].gone).sum()) if id(t) in gone else rw.dim(t, _axis(analysis, t)) for t in node.outputs
+            ]
             if rw.opset < 13:
                 node.attrs["split"] = counts
                 continue

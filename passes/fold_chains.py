@@ -45,7 +45,8 @@ class FoldChains(Pass):
     dynamic programming (a shortest path over intermediate widths): bottlenecks stay, expansions go. A
     composed map is split again at its rank where that is cheaper. Exactness is `linear.compose_geometry`'s.
     Paddings with zeros, reductions over the channels and selections (channel shuffle, Slice, Gather, Pad) take
-    part, free of charge. Never more multiply-adds. PP-OCR, ExpandNet (Guo et al., 2020) and linear bottlenecks hold such chains.
+    part, free of charge. Never more multiply-adds. PP-OCR, ExpandNet (Guo et al., 2020) and linear bottlenecks hold
+    such chains.
     """
 
     name = "fold-chains"

@@ -10,7 +10,6 @@ import onnx_graphsurgeon as gs
 
 from pwopt import emit, idioms
 from pwopt.cost import price
-from pwopt.forms import Reading
 from pwopt.linear import Geometry, LinearMap, Refusal, add_geometry
 from pwopt.paths import Path, trace
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip, describe
@@ -147,7 +146,7 @@ def _summands(rw: Rewriter, root: gs.Node, inner: list[gs.Node]) -> Iterator[tup
 
 
 def _cheapest(branches: Sequence[Branch]) -> tuple[Branch | None, str]:
-    """The best set of branches to join, found by joining the pair that saves most until none saves; or why there is none.
+    """The best set of branches to join, or why there is none: the pair that saves most, until none saves.
 
     A pair that costs as much as before is joined as well: it saves an operator.
     """

@@ -8,6 +8,7 @@ gates) are found by letting the masks of their tensors constrain each other unti
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -28,6 +29,10 @@ Mask = NDArray[np.bool_]
 LARGEST_INPUT = 2.0**20
 #: A term this much smaller than the others cannot change their sum in float32 (2⁻²⁵), with room to spare (2⁻²⁰).
 NEGLIGIBLE = 2.0**-45
+#: Channel counts stay multiples of this as far as they are: onnxruntime's CPU provider keeps channels in blocks. A
+#: MobileNetV2 pruned to odd widths runs at 0.6 times the speed of the whole one; to multiples of 4, 8 and 16, at
+#: 1.06, 1.15 and 1.10 times (AVX-512).
+ALIGNMENT = 8
 #: The smallest normal number, by type; below it processors are many times slower. float16's still matter.
 SMALLEST_NORMAL = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float64": 2.0**-1022}
 #: Subnormal weights are noise only beside weights of ordinary size.
@@ -373,10 +378,15 @@ class Analysis:
                     side.gone[:] = False
         pending = deque(self.flows)
         self._settle(pending, at)
-        for known in self.of.values():
-            if known.gone.all():  # an operator without channels is none
-                known.gone[0] = False
-                self._settle(deque(at.get(id(known.tensor), ())), at)
+        changed = True
+        while changed:
+            changed = False
+            for known in self.of.values():
+                spare = _spare(known.gone)
+                if len(spare):
+                    known.gone[spare] = False
+                    self._settle(deque(at.get(id(known.tensor), ())), at)
+                    changed = True
 
     @staticmethod
     def _settle(pending: deque[Flow], at: dict[int, list[Flow]]) -> None:
@@ -419,6 +429,16 @@ class Analysis:
             if known.gone.any():
                 groups.setdefault(root(id(known.tensor)), []).append(known)
         yield from groups.values()
+
+
+def _spare(gone: Mask) -> NDArray[np.intp]:
+    """Channels that stay although they might go: without them, the others would not fill a vector (or be none)."""
+    kept = int((~gone).sum())
+    if kept == len(gone):
+        return np.zeros(0, np.intp)
+    block = math.gcd(len(gone), ALIGNMENT)
+    wanted = -(-max(kept, 1) // block) * block
+    return np.flatnonzero(gone)[: wanted - kept]
 
 
 def _stuck(output: Channels, parts: Sequence[Channels | None], sizes: Sequence[int]) -> Link:

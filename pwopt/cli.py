@@ -16,7 +16,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from pwopt import inspection, runtime
 from pwopt.errors import PwoptError, UsageError
-from pwopt.optimizer import RACE_SECONDS, optimize, same_file
+from pwopt.optimizer import BUDGET, RACE_SECONDS, optimize, same_file
 from pwopt.passes import PASSES
 from pwopt.report import SCHEMA, equivalence_dict, plain, render, render_equivalence, render_sizes, to_json
 from pwopt.storage import replacing
@@ -121,6 +121,9 @@ def optimize_command(
         ),
     ] = None,
     threads: Threads = 1,
+    budget: Annotated[
+        float, typer.Option(help="Seconds at most for racing rewrites that only a clock can judge.")
+    ] = BUDGET,
     static: Annotated[bool, typer.Option("--static", help="Fix the inputs to --shape in the result.")] = False,
     opset: Annotated[int | None, typer.Option(help="Convert to this opset first.", show_default=False)] = None,
     report: Json = None,
@@ -157,6 +160,7 @@ def optimize_command(
                 atol=atol,
                 check=not no_verify,
                 race_seconds=RACE_SECONDS,
+                budget=budget,
                 force=force,
                 progress=progress,
             )

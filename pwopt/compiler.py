@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import onnx
 
@@ -16,7 +16,7 @@ from pwopt.shapes import infer, known, skeleton
 
 
 def select_passes(names: Sequence[str] | None) -> list[Pass]:
-    """Passes by name, in pipeline order; all by default.
+    """Passes by name, in pipeline order; all by default. Measured ones that are named act wherever they are exact.
 
     Raises
     ------
@@ -27,7 +27,10 @@ def select_passes(names: Sequence[str] | None) -> list[Pass]:
     unknown = [n for n in names or () if n not in available]
     if unknown:
         raise UsageError(f"there is no pass {unknown[0]!r}; there are {', '.join(available)}")
-    return [p() for p in PASSES if names is None or p.name in names]
+    chosen = [p() for p in PASSES if names is None or p.name in names]
+    for p in chosen:
+        p.eager = names is not None
+    return chosen
 
 
 def convert_opset(model: Model, target: int) -> onnx.ModelProto:
@@ -94,12 +97,19 @@ def concrete_sizes(proto: onnx.ModelProto, sizes: Mapping[str, Sequence[int]]) -
 
 
 def run_pipeline(
-    model: Model, passes: Sequence[Pass], deny: Iterable[str], sizes: Mapping[str, Sequence[int]]
+    model: Model,
+    passes: Sequence[Pass],
+    deny: Iterable[str],
+    sizes: Mapping[str, Sequence[int]],
+    allowed: Collection[str] | None = None,
 ) -> tuple[Cost, Outcome, Cost]:
-    """Run passes over a model in place; returns its cost before, what was done, and its cost after."""
+    """Run passes over a model in place; returns its cost before, what was done, and its cost after.
+
+    `allowed` lists the sites where measured passes may act; None for all.
+    """
     concrete = concrete_sizes(model.proto, sizes)
     before = measure(View(model.graph, concrete))
     settled = settle(model, deny) if any(isinstance(p, CleanUp) for p in passes) else ()
-    outcome = Pipeline(passes).run(model.graph, denied=deny, sizes=concrete, reserved=model.names())
+    outcome = Pipeline(passes).run(model.graph, denied=deny, allowed=allowed, sizes=concrete, reserved=model.names())
     after = measure(View(model.graph, concrete))
     return before, Outcome((*settled, *outcome.rewrites), outcome.skips), after

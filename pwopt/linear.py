@@ -471,6 +471,46 @@ def hcat(*maps: LinearMap) -> LinearMap | Refusal:
     return LinearMap.of(replace(aligned[0], groups=1, in_channels=weight.shape[1]), weight, bias)
 
 
+def split_inputs(linear: LinearMap, sizes: Sequence[int]) -> list[LinearMap]:
+    """The maps of consecutive input channels whose outputs sum to an ungrouped map's: `hcat`'s inverse."""
+    ends = np.cumsum(sizes)
+    weights = np.split(linear.weight, ends[:-1], axis=1)
+    biases = [linear.bias, *(np.zeros_like(linear.bias) for _ in sizes[1:])]
+    parts = zip(sizes, weights, biases, strict=True)
+    return [LinearMap.of(replace(linear.geometry, in_channels=n), w, b) for n, w, b in parts]
+
+
+def low_rank(matrix: Array, relative_error: float) -> bool:
+    """Whether a matrix may have a rank at which two factors have fewer weights; hardly ever False if it has.
+
+    Its rows and columns are summed with random signs in k random sets each (a count sketch: Charikar et al., 2002;
+    Clarkson and Woodruff, 2013). If the rank is below k, the k×k result is singular to within `relative_error` times
+    the norms of the sketches, and solving it for random right-hand sides blows up. Costs two passes over the
+    matrix and an LU decomposition of a quarter of its size.
+    """
+    rows, columns = matrix.shape
+    k = -(-matrix.size // (rows + columns))
+    if k < 1 or not np.any(matrix):
+        return False
+    rng = np.random.default_rng(0)
+    sketch = _count_sketch(_count_sketch(matrix, k, rng).T, k, rng)
+    sides = rng.standard_normal((k, 4))
+    try:
+        solved = np.linalg.solve(sketch, sides)
+    except np.linalg.LinAlgError:
+        return True
+    condition = np.max(np.linalg.norm(solved, axis=0) / np.linalg.norm(sides, axis=0)) * np.linalg.norm(sketch)
+    buckets = math.sqrt(-(-rows // k) * -(-columns // k))
+    return bool(not np.isfinite(condition) or condition * relative_error * buckets * 100 >= 1)
+
+
+def _count_sketch(matrix: Array, count: int, rng: np.random.Generator) -> Array:
+    """Rows with random signs, summed in `count` random sets of about equal size."""
+    signed = matrix[rng.permutation(len(matrix))] * rng.choice([-1.0, 1.0], (len(matrix), 1))
+    sums: Array = np.add.reduceat(signed, np.arange(count) * len(matrix) // count)
+    return sums
+
+
 def factor(linear: LinearMap, relative_error: float) -> tuple[LinearMap, LinearMap] | Refusal:
     """Split an ungrouped map of low rank: ``linear = second @ first`` with rank(W) channels between.
 

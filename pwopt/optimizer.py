@@ -11,13 +11,13 @@ from pathlib import Path
 
 import onnx
 
-from pwopt import runtime, timing
+from pwopt import runtime, timing, tune
 from pwopt.compiler import convert_opset, run_pipeline, select_passes
 from pwopt.cost import Cost
 from pwopt.errors import ModelError, NotEquivalentError, UsageError
 from pwopt.model import Model, as_file, from_proto, load, save, with_fixed_inputs
 from pwopt.report import Latency, Report
-from pwopt.rewrite import Skip
+from pwopt.rewrite import Outcome, Rewrite, Skip
 from pwopt.runtime import Feeds, Session
 from pwopt.verify import Equivalence, compare, likely_sizes, samples_for
 
@@ -25,6 +25,8 @@ Progress = Callable[[str, float], None]
 
 #: Seconds to race the result against the original.
 RACE_SECONDS = 8.0
+#: Seconds to spend on choosing measured rewrites.
+BUDGET = 60.0
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,7 @@ def optimize(
     atol: float | None = None,
     check: bool = True,
     race_seconds: float = RACE_SECONDS,
+    budget: float = BUDGET,
     force: bool = False,
     progress: Progress = lambda _stage, _done: None,
 ) -> Result:
@@ -72,7 +75,8 @@ def optimize(
     provider : str
         Execution provider: cpu, cuda, openvino…, or onnxruntime's full name. Never replaced by another.
     cost_model : {"measured", "analytic"}
-        "measured" races the result against the original, and returns the original if that is faster;
+        "measured" races the result against the original, and returns the original if that is faster; rewrites
+        that only a clock can judge are raced one kind after another, and kept where they are clearly faster.
         "analytic" decides from shapes alone and is deterministic. It verifies if it finds an onnxruntime,
         and says in the report's notes if it does not.
     shapes : mapping of input name to sizes, optional
@@ -80,7 +84,8 @@ def optimize(
     inputs : path of an .npz (or .npy, for one input), or dict of arrays, optional
         Inputs to verify and time on, instead of random ones.
     passes : sequence of str, optional
-        Names of passes to run; all by default.
+        Names of passes to run; all by default. Measured passes that are named are not raced, but applied wherever
+        they are exact.
     deny : iterable of str
         Sites (from a report) that must not be rewritten.
     threads : int
@@ -97,6 +102,8 @@ def optimize(
         sizes for dynamic inputs.
     race_seconds : float
         Time to spend on the final race.
+    budget : float
+        Seconds at most to spend on racing measured rewrites; 0 leaves them out.
     force : bool
         Allow `output` to be the file that the model came from.
     progress : callable, optional
@@ -123,7 +130,7 @@ def optimize(
     if cost_model not in ("measured", "analytic"):
         raise UsageError(f"the cost model {cost_model!r} is not one of: measured, analytic")
     runtime.check_settings(threads, rtol, atol)
-    chosen = select_passes(_names(passes))
+    select_passes(_names(passes))  # unknown names are told before any work is done
     denied = _names(deny) or ()
     path = None if isinstance(model, (onnx.ModelProto, Model)) else Path(model)
     if output is not None and path is not None and not force and same_file(output, path):
@@ -152,9 +159,14 @@ def optimize(
             target = from_proto(convert_opset(source, opset), source.folder)
         if static:
             target = from_proto(with_fixed_inputs(target.proto, sizes), source.folder)
+        work = _Work(target, source, _names(passes), denied, sizes, stack.enter_context(_workspace(output)))
+        samples = samples_for(specs, sizes, feeds) if can_run else []
+        allowed: frozenset[str] | None = None
+        dropped: list[Skip] = []
+        if can_run and cost_model == "measured" and passes is None:
+            allowed, dropped = _tuned(work, _Arena(provider, threads, samples), budget, progress)
         progress("rewriting", 0.0)
-        before, outcome, after = run_pipeline(target, chosen, denied, sizes)
-        proto = target.to_proto()
+        before, outcome, after, proto = work.rewrite(allowed)
         report = Report(
             model=str(path) if path is not None else "<model in memory>",
             output=None if output is None else str(output),
@@ -162,19 +174,16 @@ def optimize(
             environment=runtime.environment(provider, threads),
             shapes=sizes,
             rewrites=outcome.rewrites,
-            skips=outcome.skips,
+            skips=(*outcome.skips, *dropped),
             before=before,
             after=after,
         )
         report = _noted(report, *_notes(report, before, denied, static and not shapes and inputs is None and specs))
 
-        folder = stack.enter_context(_workspace(output))
         if not can_run:
             report = _noted(report, f"Not verified ({'onnxruntime is not installed' if check else 'as asked'}).")
         elif proto is not source.proto:
-            candidate = folder / "candidate.onnx"
-            save(proto, candidate, source)
-            trial = _Trial(original, candidate, provider, threads, samples_for(specs, sizes, feeds))
+            trial = _Trial(original, work.file(proto), _Arena(provider, threads, samples))
             progress("verifying", 0.0)
             report = replace(report, equivalence=trial.verify(rtol, atol))
             if not report.equivalence or not report.equivalence.passed:
@@ -204,29 +213,112 @@ def _names(given: Iterable[str] | None) -> tuple[str, ...] | None:
 
 
 @dataclass(frozen=True)
-class _Trial:
-    """The original and its rewritten candidate on one provider."""
+class _Arena:
+    """Where models run: a provider, threads, and inputs."""
 
-    original: Path
-    candidate: Path
     provider: str
     threads: int
     samples: list[Feeds]
 
+    def session(self, model: Path, **options: bool) -> Session:
+        return Session(model, self.provider, self.threads, **options)
+
+    def race(
+        self,
+        models: Sequence[Path],
+        seconds: float,
+        progress: Callable[[float], None] = lambda _: None,
+        decided: float | None = None,
+    ) -> timing.Race:
+        """As users run them: on CUDA, that is with TF32."""
+        sessions = [self.session(m, tf32=True) for m in models]
+        return timing.race(sessions, self.samples[0], seconds, progress, decided=decided)
+
+
+@dataclass
+class _Work:
+    """A model to rewrite, as often as needed, and a folder for the results."""
+
+    target: Model
+    source: Model
+    passes: tuple[str, ...] | None
+    denied: tuple[str, ...]
+    sizes: Mapping[str, Sequence[int]]
+    folder: Path
+    files: int = 0
+
+    def rewrite(self, allowed: frozenset[str] | None) -> tuple[Cost, Outcome, Cost, onnx.ModelProto]:
+        """The model with measured rewrites at the `allowed` sites; None for those that a shape alone decides."""
+        fresh = from_proto(self.target.proto, self.target.folder)
+        chosen = select_passes(self.passes)
+        for p in chosen:
+            p.eager = p.eager or allowed is not None
+        before, outcome, after = run_pipeline(fresh, chosen, self.denied, self.sizes, allowed)
+        return before, outcome, after, fresh.to_proto()
+
+    def opportunities(self) -> tuple[list[Rewrite], list[Skip]]:
+        """Everything that each measured pass could do by itself, and what it refuses."""
+        found: list[Rewrite] = []
+        refused: list[Skip] = []
+        for i, p in enumerate(select_passes(None)):
+            if p.policy == "measured":
+                fresh = from_proto(self.target.proto, self.target.folder)
+                chosen = [q for j, q in enumerate(select_passes(None)) if q.policy != "measured" or i == j]
+                for q in chosen:
+                    q.eager = True
+                _, outcome, _ = run_pipeline(fresh, chosen, self.denied, self.sizes)
+                found += [r for r in outcome.rewrites if r.pass_name == p.name]
+                refused += [s for s in outcome.skips if s.pass_name == p.name]
+        return found, refused
+
+    def file(self, proto: onnx.ModelProto) -> Path:
+        self.files += 1
+        path = self.folder / f"candidate{self.files}.onnx"
+        save(proto, path, self.source)
+        return path
+
+
+def _tuned(work: _Work, arena: _Arena, budget: float, progress: Progress) -> tuple[frozenset[str], list[Skip]]:
+    """Sites of the measured rewrites that pay, and why the others were dropped."""
+    progress("looking for rewrites to measure", 0.0)
+    found, refused = work.opportunities() if budget > 0 else ([], [])
+    groups = tune.groups(found)
+    decisions = tune.choose(
+        groups,
+        lambda sites: work.file(work.rewrite(sites)[3]),
+        lambda a, b, seconds: arena.race([a, b], seconds, decided=tune.CONFIDENCE),
+        budget,
+        progress,
+    )
+    kept = frozenset(site for d in decisions if d.kept for site in d.group.sites)
+    undecided = [
+        Skip(f"{g.signature}: no time was left to measure it; --budget gives more", g.pass_name, site)
+        for g in groups[len(decisions) :]
+        for site in g.sites
+    ]
+    return kept, [*refused, *(s for d in decisions for s in d.skips()), *undecided]
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """The original and its rewritten candidate in one arena."""
+
+    original: Path
+    candidate: Path
+    arena: _Arena
+
     def verify(self, rtol: float | None, atol: float | None) -> Equivalence:
         return compare(
-            Session(self.original, self.provider, self.threads),
-            Session(self.original, self.provider, self.threads, optimise=False),
-            Session(self.candidate, self.provider, self.threads),
-            self.samples,
+            self.arena.session(self.original),
+            self.arena.session(self.original, optimise=False),
+            self.arena.session(self.candidate),
+            self.arena.samples,
             rtol,
             atol,
         )
 
     def race(self, seconds: float, progress: Callable[[float], None]) -> Latency:
-        """As users run both: on CUDA, that is with TF32."""
-        sessions = [Session(p, self.provider, self.threads, tf32=True) for p in (self.original, self.candidate)]
-        race = timing.race(sessions, self.samples[0], seconds, progress)
+        race = self.arena.race([self.original, self.candidate], seconds, progress)
         return Latency(
             race.median(0) * 1e3, race.median(1) * 1e3, race.speedup(), race.interval(),
             race.minimum(0) * 1e3, race.minimum(1) * 1e3, race.rounds,
@@ -234,15 +326,15 @@ class _Trial:
 
     def placement(self) -> Iterator[str]:
         """Which nodes the provider left to another one; on the CPU provider there is nothing to leave."""
-        if runtime.provider_name(self.provider) == "CPUExecutionProvider":
+        if runtime.provider_name(self.arena.provider) == "CPUExecutionProvider":
             return
-        session = Session(self.candidate, self.provider, self.threads, profile=True)
-        session.run(self.samples[0])
+        session = self.arena.session(self.candidate, profile=True)
+        session.run(self.arena.samples[0])
         placed = session.placement()
         total = sum(map(len, placed.values()))
-        for other, names in runtime.elsewhere(placed, self.provider).items():
+        for other, names in runtime.elsewhere(placed, self.arena.provider).items():
             some = ", ".join(sorted(names)[:5]) + (" and more" if len(names) > 5 else "")
-            yield f"{len(names)} of {total} nodes ran on {other}, not on {self.provider}: {some}."
+            yield f"{len(names)} of {total} nodes ran on {other}, not on {self.arena.provider}: {some}."
 
 
 def _notes(report: Report, before: Cost, denied: Iterable[str], guessed: object) -> Iterator[str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -33,6 +33,8 @@ class Rewrite:
         Largest relative rounding of folded weights, max |rounded − exact| / max |exact|.
     became : tuple of (str, str)
         Outputs of the removed operators, each with the tensor that their replacement produces ("" if none).
+    signature : str
+        Of a measured rewrite: those that have it in common are measured, kept or dropped together.
     pass_name, site : str
         Filled in by the driver. The site is stable across runs: pass name and output tensor.
     """
@@ -44,8 +46,12 @@ class Rewrite:
     macs_after: int = 0
     residual: float = 0.0
     became: tuple[tuple[str, str], ...] = ()
+    signature: str = ""
     pass_name: str = ""
     site: str = ""
+
+    def signed(self, signature: str) -> Rewrite:
+        return replace(self, signature=signature)
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,8 @@ class Pass:
     name: ClassVar[str]
     #: When the rewrite is kept: "always", "if cheaper" or "measured".
     policy: ClassVar[str] = "always"
+    #: Whether a measured rewrite is made wherever it is exact, because it was measured or asked for.
+    eager: bool = False
 
     def start(self, rw: Rewriter) -> None:
         """Look at the whole graph once before the first node."""
@@ -153,8 +161,8 @@ class Rewriter(View):
     def denied(self, node: gs.Node) -> bool:
         return bool(self._denied) and self.site(node) in self._denied
 
-    def apply(self, p: Pass) -> Outcome:
-        """Run one pass until nothing more applies."""
+    def apply(self, p: Pass, allowed: Collection[str] | None = None) -> Outcome:
+        """Run one pass until nothing more applies; at the `allowed` sites only, if any are given."""
         self._owner = p.name
         rewrites: list[Rewrite] = []
         skips: dict[str, Skip] = {}
@@ -167,6 +175,8 @@ class Rewriter(View):
             if node not in self:
                 continue
             site = self.site(node)
+            if allowed is not None and site not in allowed:
+                continue
             result = Skip("denied by the user") if self.denied(node) else p.match_and_rewrite(node, self)
             if isinstance(result, Rewrite):
                 rewrites.append(replace(result, pass_name=p.name, site=site))
@@ -224,9 +234,10 @@ def describe(node: gs.Node) -> str:
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Passes in turn, until every one has nothing left to do.
+    """Passes in turn, until every one has nothing left to do; measured ones once, when the others have finished.
 
-    A pure function of the graph and the denied sites: the same inputs give the same graph, byte for byte.
+    A pure function of the graph, the denied sites and the allowed ones: the same inputs give the same graph, byte
+    for byte.
     """
 
     passes: Sequence[Pass]
@@ -236,20 +247,37 @@ class Pipeline:
         graph: gs.Graph,
         *,
         denied: Iterable[str] = (),
+        allowed: Collection[str] | None = None,
         sizes: Mapping[str, Sequence[int]] | None = None,
         reserved: Iterable[str] = (),
     ) -> Outcome:
-        """Edit `graph` in place; parameters as for `Pass.run`. Refusals are those of each pass's last run."""
+        """Edit `graph` in place; parameters as for `Pass.run`. Refusals are those of each pass's last run.
+
+        `allowed` lists the sites where measured passes may act; None for all.
+        """
         rw = Rewriter(graph, denied, sizes, reserved)
         rewrites: list[Rewrite] = []
         skips: dict[str, tuple[Skip, ...]] = {}
-        idle = 0
-        for p in itertools.islice(itertools.cycle(self.passes), MAX_ROUNDS * len(self.passes)):
-            outcome = rw.apply(p)
-            rewrites.extend(outcome.rewrites)
-            skips[p.name] = outcome.skips
-            idle = 0 if outcome.rewrites else idle + 1
-            if idle == len(self.passes):
-                break
+        settled = [p for p in self.passes if p.policy != "measured"]
+        _repeat(rw, settled, rewrites, skips)
+        finished = len(rewrites)
+        for p in self.passes:
+            if p.policy == "measured":
+                outcome = rw.apply(p, allowed)
+                rewrites.extend(outcome.rewrites)
+                skips[p.name] = outcome.skips
+        if len(rewrites) > finished:
+            _repeat(rw, settled, rewrites, skips)
         rw.close()
         return Outcome(tuple(rewrites), tuple(itertools.chain.from_iterable(skips.values())))
+
+
+def _repeat(rw: Rewriter, passes: Sequence[Pass], rewrites: list[Rewrite], skips: dict[str, tuple[Skip, ...]]) -> None:
+    idle = 0
+    for p in itertools.islice(itertools.cycle(passes), MAX_ROUNDS * len(passes)):
+        outcome = rw.apply(p)
+        rewrites.extend(outcome.rewrites)
+        skips[p.name] = outcome.skips
+        idle = 0 if outcome.rewrites else idle + 1
+        if idle == len(passes):
+            break

@@ -55,7 +55,12 @@ class Race:
 
 
 def race(
-    sessions: Sequence[Session], feeds: Feeds, budget: float, progress: Callable[[float], None] = lambda _: None
+    sessions: Sequence[Session],
+    feeds: Feeds,
+    budget: float,
+    progress: Callable[[float], None] = lambda _: None,
+    *,
+    decided: float | None = None,
 ) -> Race:
     """Time models against each other on the same inputs.
 
@@ -69,6 +74,9 @@ def race(
         Seconds to spend; at least 20 rounds are run.
     progress : callable, optional
         Called with the fraction done.
+    decided : float, optional
+        Stop as soon as the interval of the second model's speed-up at this confidence excludes 1; close to 1,
+        since the question is asked many times.
     """
     for session in sessions:
         session.bind(feeds)
@@ -84,6 +92,12 @@ def race(
             times[i].append(time.perf_counter() - begin)
         spent = time.perf_counter() - start
         progress(min(1.0, max(spent / budget if budget else 1.0, (done + 1) / MAX_ROUNDS)))
-        if spent >= budget and done + 1 >= MIN_ROUNDS:
+        if done + 1 < MIN_ROUNDS:
+            continue
+        if spent >= budget:
             break
+        if decided is not None and (done + 1) % MIN_ROUNDS == 0:
+            low, high = Race(tuple(np.array(t) for t in times)).interval(confidence=decided)
+            if low > 1.0 or high < 1.0:
+                break
     return Race(tuple(np.array(t) for t in times))

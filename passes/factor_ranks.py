@@ -1,0 +1,67 @@
+"""A map of low rank becomes two thin ones."""
+
+from __future__ import annotations
+
+import onnx_graphsurgeon as gs
+
+from pwopt import emit, forms
+from pwopt.graph import epsilon
+from pwopt.linear import LinearMap, Refusal, factor, low_rank
+from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
+
+#: Matrices are factored up to this many rows or columns; a singular value decomposition takes long beyond.
+LARGEST = 4096
+
+
+class FactorRanks(Pass):
+    """W = UV, where U and V together have fewer weights than W, to within half a unit in W's last place.
+
+    Low-rank adapters that were merged into nothing, compressed models that were multiplied out, and pruned ones
+    have such maps; trained ones rarely have. The factors come from a singular value decomposition (Eckart and
+    Young, 1936), which is computed only where a random sketch does not rule out a low rank (`linear.low_rank`).
+    """
+
+    name = "factor-ranks"
+    policy = "if cheaper"
+
+    def __init__(self) -> None:
+        self._full: dict[int, gs.Tensor] = {}
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+        reading = forms.weighted(rw, node)
+        if reading is None or reading.nodes[0] is not node or reading.weight is None:
+            return None
+        held, g = rw.constant(reading.weight), reading.geometry
+        if held is None or id(held) in self._full or g.groups > 1 or g.transposed:
+            return None
+        self._full[id(held)] = held
+        small = min(g.out_channels, g.weights // g.out_channels)
+        if small < 4 or small > LARGEST or rw.shared(reading.weight_input):
+            return None
+        dtype = rw.dtype(reading.weight)
+        if str(dtype) not in ("float32", "float64"):  # coarser ones would call rounding noise a low rank
+            return None
+        linear, precision = reading.load(), epsilon(dtype) / 2
+        if isinstance(linear, Refusal) or not low_rank(linear.weight.reshape(g.out_channels, -1), precision):
+            return None
+        parts = factor(linear, precision)
+        if isinstance(parts, Refusal):
+            return None
+        return self._write(rw, reading, parts)
+
+    @staticmethod
+    def _write(rw: Rewriter, reading: forms.Reading, parts: tuple[LinearMap, LinearMap]) -> Rewrite | Skip:
+        first, second = parts
+        rank, shape = first.geometry.out_channels, rw.shape(reading.output)
+        thin = None if shape is None else tuple(rank if a == reading.axis else d for a, d in enumerate(shape))
+        middle = rw.new_variable(f"{reading.output.name}_rank", reading.output, thin)
+        low = emit.write(rw, first, reading, reading.source, middle, reading.axis)
+        high = emit.write(rw, second, reading, middle, reading.output, reading.axis, inherit=False)
+        for written in (low, high):
+            if isinstance(written, Refusal):
+                return Skip(f"its weights have rank {rank} only, but {written.reason}")
+        assert isinstance(low, emit.Written)
+        assert isinstance(high, emit.Written)
+        g = reading.geometry
+        reason = f"its {g.out_channels}×{g.weights // g.out_channels} weights have rank {rank}"
+        return rw.replace(reading.nodes, [*low.nodes, *high.nodes], reason, max(low.residual, high.residual))

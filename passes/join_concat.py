@@ -1,0 +1,71 @@
+"""A sum of maps of different tensors becomes one map of their Concat."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import onnx_graphsurgeon as gs
+
+from pwopt import emit, forms
+from pwopt.linear import LinearMap, Refusal, hcat
+from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
+
+
+class JoinConcat(Pass):
+    """Wₐa + W_b b = (Wₐ W_b)·concat(a, b)
+
+    As many multiply-adds, no sum of results, but a copy of the inputs: measured.
+    """
+
+    name = "join-concat"
+    policy = "measured"
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+        if rw.op(node) != "Add" or rw.opset < 7:
+            return None
+        readings = [forms.linear(rw, rw.producer(t)) for t in node.inputs]
+        maps = [
+            r for r in readings if r is not None and r.weighted and r.geometry.groups == 1 and r.kind != "left-matmul"
+        ]
+        if len(maps) != 2 or maps[0].source is maps[1].source or maps[0].output is maps[1].output:
+            return None
+        a, b = maps
+        if (a.kind, a.axis, _form(a)) != (b.kind, b.axis, _form(b)) or a.geometry.transposed or a.geometry.auto_pad:
+            return None
+        if not _fit(rw, a, b):
+            return None
+        if not self.eager:
+            return Skip("as one map of a Concat it takes as many multiply-adds; only measuring can tell")
+        for r in maps:
+            crowd = rw.crowd(r.output)
+            if crowd or rw.shared(r.weight_input):
+                return Skip(crowd or f"the weight {r.weight_input.name!r} is shared")
+        first, second = a.load(), b.load()
+        joined = hcat(first, second) if isinstance(first, LinearMap) and isinstance(second, LinearMap) else Refusal("")
+        if isinstance(joined, Refusal):
+            return Skip(joined.reason or forms.NOT_FINITE.reason)
+        shape, wide = rw.shape(a.source), joined.geometry.in_channels
+        widened = None if shape is None else tuple(wide if i == a.axis else d for i, d in enumerate(shape))
+        both = rw.new_variable(f"{node.outputs[0].name}_inputs", a.source, widened)
+        written = emit.write(rw, joined, a, both, node.outputs[0], a.axis)
+        if isinstance(written, Refusal):
+            return Skip(written.reason)
+        concat = gs.Node("Concat", rw.node_name(node.name, "_concat"), {"axis": a.axis}, [a.source, b.source], [both])
+        reason = f"two maps that are summed, {a.channels} and {b.channels}, are one map of both inputs"
+        done = rw.replace([*a.nodes, *b.nodes, node], [concat, *written.nodes], reason, written.residual)
+        return done.signed(f"{a.kind} {a.channels} + {b.channels} at {rw.shape(node.outputs[0])}")
+
+
+def _form(reading: forms.Reading) -> object:
+    return replace(reading.geometry, in_channels=0, biased=False)
+
+
+def _fit(rw: Rewriter, a: forms.Reading, b: forms.Reading) -> bool:
+    """Whether the inputs can be concatenated: known shapes that agree but for the channels."""
+    x, y = rw.shape(a.source), rw.shape(b.source)
+    return (
+        x is not None
+        and y is not None
+        and len(x) == len(y)
+        and all(p == q and p is not None for i, (p, q) in enumerate(zip(x, y, strict=True)) if i != a.axis)
+    )

@@ -1,0 +1,62 @@
+"""A map of a Concat becomes a sum of maps of its inputs."""
+
+from __future__ import annotations
+
+import onnx_graphsurgeon as gs
+
+from pwopt import attributes, emit, forms
+from pwopt.linear import Refusal, split_inputs
+from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
+
+
+class SplitConcat(Pass):
+    """W·concat(a, b, …) = Wₐa + W_b b + …
+
+    As many multiply-adds, no copy of the inputs, but sums of the results: measured. Other rewrites need the parts,
+    to run those that were upsampled or broadcast before that happened.
+    """
+
+    name = "split-concat"
+    policy = "measured"
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+        reading = forms.weighted(rw, node)
+        if reading is None or reading.nodes[0] is not node:
+            return None
+        concat = rw.producer(reading.source)
+        if not rw.is_a(concat, "Concat") or attributes.concat_axis(rw, concat) != reading.axis:
+            return None
+        parts = forms.read_concat(rw, concat)
+        if parts is None or reading.geometry.groups > 1 or len({id(t) for t in concat.inputs}) < len(parts):
+            return None
+        if not self.eager:
+            return Skip(
+                "split into one map per input of its Concat it takes as many multiply-adds; only measuring can tell"
+            )
+        crowd = rw.crowd(reading.source)
+        if crowd or rw.shared(reading.weight_input):
+            return Skip(crowd or f"the weight {reading.weight_input.name!r} is shared")
+        linear = reading.load()
+        if isinstance(linear, Refusal):
+            return Skip(linear.reason)
+        sizes = [p.geometry.in_channels for p in parts]
+        new: list[gs.Node] = []
+        total: gs.Tensor | None = None
+        residual, output, shape = 0.0, reading.output, rw.shape(reading.output)
+        for i, (part, tensor) in enumerate(zip(split_inputs(linear, sizes), concat.inputs, strict=True)):
+            product = rw.new_variable(f"{output.name}_part", output, shape)
+            written = emit.write(rw, part, reading, tensor, product, reading.axis, inherit=False)
+            if isinstance(written, Refusal):
+                return Skip(written.reason)
+            new += written.nodes
+            residual = max(residual, written.residual)
+            last = i == len(parts) - 1
+            if total is not None:
+                after = output if last else rw.new_variable(f"{output.name}_sum", output, shape)
+                new.append(gs.Node("Add", reading.node.name if last else "", {}, [total, product], [after]))
+                product = after
+            total = product
+        widths = " + ".join(map(str, sizes))
+        reason = f"{widths} channels are mapped one by one and summed, instead of joined and mapped"
+        done = rw.replace([concat, *reading.nodes], new, reason, residual)
+        return done.signed(f"{reading.kind} ({widths})→{reading.geometry.out_channels} at {shape}")

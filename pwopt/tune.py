@@ -1,0 +1,109 @@
+"""Measured selection: which of the rewrites that only a clock can judge are kept.
+
+Sites that look alike (`Rewrite.signature`) form a group, which is decided as one. Groups are raced one after
+another in the whole model, on top of those already kept, since timing isolated operators misleads: a change of
+layout around them may cost more than they save.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pwopt.rewrite import Rewrite, Skip
+from pwopt.timing import Race
+
+#: A group is kept if it is faster at this confidence; the race stops as soon as that, or the contrary, is clear.
+CONFIDENCE = 0.999
+#: Seconds for one group at most.
+LONGEST_RACE = 6.0
+
+
+@dataclass(frozen=True)
+class Group:
+    """Measured rewrites that look alike.
+
+    Attributes
+    ----------
+    pass_name, signature : str
+    sites : tuple of str
+    macs : int
+        Multiply-adds that they touch; those with most are raced first.
+    """
+
+    pass_name: str
+    signature: str
+    sites: tuple[str, ...]
+    macs: int
+
+
+@dataclass(frozen=True)
+class Decision:
+    """What a race said of a group: the speed-up it brought, with its interval at `CONFIDENCE`."""
+
+    group: Group
+    speedup: float
+    interval: tuple[float, float]
+
+    @property
+    def kept(self) -> bool:
+        return self.interval[0] > 1.0
+
+    def skips(self) -> list[Skip]:
+        """A record for each site, if the group was dropped."""
+        low, high = self.interval
+        reason = f"{self.group.signature}: measured {self.speedup:.3f}× [{low:.3f}, {high:.3f}] in the whole model"
+        return [] if self.kept else [Skip(reason, self.group.pass_name, site) for site in self.group.sites]
+
+
+def groups(rewrites: Iterable[Rewrite]) -> list[Group]:
+    """Measured rewrites by signature, the largest first."""
+    found: dict[tuple[str, str], list[Rewrite]] = {}
+    for r in rewrites:
+        found.setdefault((r.pass_name, r.signature), []).append(r)
+    listed = [Group(*key, tuple(r.site for r in rs), sum(r.macs_before for r in rs)) for key, rs in found.items()]
+    return sorted(listed, key=lambda g: -g.macs)
+
+
+def choose(
+    candidates: Sequence[Group],
+    build: Callable[[frozenset[str]], Path],
+    race: Callable[[Path, Path, float], Race],
+    budget: float,
+    progress: Callable[[str, float], None] = lambda _stage, _done: None,
+) -> list[Decision]:
+    """Race each group on top of those kept so far.
+
+    Parameters
+    ----------
+    candidates : sequence of Group
+    build : callable
+        Writes the model in which the measured rewrites of just these sites were made.
+    race : callable
+        Races two such models for at most so many seconds.
+    budget : float
+        Seconds for everything; groups that it leaves no time for are not decided.
+    progress : callable, optional
+        Called with what is raced, and the fraction of groups done.
+
+    Returns
+    -------
+    list of Decision
+    """
+    start, decisions = time.perf_counter(), []
+    kept: frozenset[str] = frozenset()
+    best = build(kept) if candidates else Path()
+    for done, group in enumerate(candidates):
+        left = budget - (time.perf_counter() - start)
+        if left <= 0:
+            break
+        progress(f"racing {group.pass_name}: {group.signature}", done / len(candidates))
+        trial = build(kept.union(group.sites))
+        result = race(best, trial, min(LONGEST_RACE, left / (len(candidates) - done)))
+        decision = Decision(group, result.speedup(), result.interval(confidence=CONFIDENCE))
+        decisions.append(decision)
+        if decision.kept:
+            kept, best = kept.union(group.sites), trial
+    return decisions
