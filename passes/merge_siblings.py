@@ -57,7 +57,7 @@ class MergeSiblings(Pass):
         concat = _common_concat(rw, ends, siblings[0].axis)
         if concat is not None:
             order = sorted(range(len(ends)), key=lambda i: _place(concat, ends[i]))
-            siblings, tails, ends = ([items[i] for i in order] for items in (siblings, tails, ends))
+            siblings, tails, ends = [siblings[i] for i in order], [tails[i] for i in order], [ends[i] for i in order]
         first, old = siblings[0], [n for s, t in zip(siblings, tails, strict=True) for n in _nodes(s, t)]
         count = len(siblings)
         widths = f"{first.geometry.in_channels}→({', '.join(str(s.geometry.out_channels) for s in siblings)})"
@@ -122,8 +122,7 @@ def _sibling(rw: Rewriter, node: gs.Node, reading: Reading) -> Reading | None:
         return None
     g = other.geometry
     alike = (other.kind, other.axis, _shape_only(g)) == (reading.kind, reading.axis, _shape_only(reading.geometry))
-    same_type = rw.dtype(other.weight_input) == rw.dtype(reading.weight_input)
-    return other if alike and same_type and g.groups == 1 and not g.transposed and not g.auto_pad else None
+    return other if alike and g.groups == 1 and not g.transposed and not g.auto_pad else None
 
 
 def _nodes(sibling: Reading, tail: Sequence[Step]) -> list[gs.Node]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -89,8 +88,10 @@ class SumBranches(Pass):
         joined, reason = _cheapest(branches)
         if joined is None:
             return Refusal(refused[0].reason if refused and len(branches) < 2 else reason)
-        total: LinearMap | Refusal = LinearMap.identity(1)
-        total = functools.reduce(_plus, (_signed(exact[id(t)], t.sign) for t in joined.terms))
+        signed = (_signed(exact[id(t)], t.sign) for t in joined.terms)
+        total: LinearMap | Refusal = next(signed)
+        for linear in signed:
+            total = total + linear if isinstance(total, LinearMap) else total
         if isinstance(total, Refusal):
             return total
         return self._write(rw, sums, terms, joined, total, axis)
@@ -176,10 +177,6 @@ def _cheapest(branches: Sequence[Branch]) -> tuple[Branch | None, str]:
 
 def _signed(linear: LinearMap, sign: float) -> LinearMap:
     return linear if sign > 0 else LinearMap.of(linear.geometry, -linear.weight, -linear.bias)
-
-
-def _plus(a: LinearMap | Refusal, b: LinearMap) -> LinearMap | Refusal:
-    return a if isinstance(a, Refusal) else a + b
 
 
 def _obstacle(rw: Rewriter, terms: list[Term]) -> str:

@@ -356,9 +356,9 @@ class Analysis:
         linked: set[tuple[int, int]] = set()
         for flow in self.flows:
             for link in flow.links:
-                for side in (link.a, link.b):
-                    at.setdefault(id(side.tensor), []).append(flow)
-                    linked.add((id(side.tensor), id(flow.node)))
+                for end in (link.a, link.b):
+                    at.setdefault(id(end.tensor), []).append(flow)
+                    linked.add((id(end.tensor), id(flow.node)))
         for known in self.of.values():
             known.gone = np.full(len(known.value), not view.pinned(known.tensor))
         for flow in self.flows:

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx
 import pytest
-from helpers import normal, ops, parse, reasons, run, same, weight
+from helpers import normal, ops, parse, reasons, rng, run, same, weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -202,3 +202,103 @@ def test_multiply_adds_never_rise() -> None:
         before, outcome, after = run_pipeline(model, [FoldChains()], (), {"t0": (1, widths[0], 3, 3)})
         assert after.macs <= before.macs
         assert sum(r.macs_before - r.macs_after for r in outcome.rewrites) == before.macs - after.macs
+
+
+GROUPED = "(double[2,8,5,7] x) => (double[N] y) "
+SHUFFLE = "r = Reshape(a, s) t = Transpose<perm=[0,2,1,3,4]>(r) p = Reshape(t, q)"
+
+
+def shuffled(groups: int) -> onnx.ModelProto:
+    """ShuffleNet's grouped 1×1 → channel shuffle → grouped 1×1."""
+    body = GROUPED + f"{{ a = Conv<group={groups}>(x, u, b) {SHUFFLE} y = Conv<group={groups}>(p, v) }}"
+    weights = {"u": normal(8, 8 // groups, 1, 1), "v": normal(8, 8 // groups, 1, 1, seed=1), "b": normal(8)}
+    return parse(body, s=np.array([2, groups, 8 // groups, 5, 7]), q=np.array([2, 8, 5, 7]), **weights)
+
+
+def test_a_channel_shuffle_between_two_groups_folds() -> None:
+    model = shuffled(2)
+    result, outcome, _ = run(model, FoldChains())
+    assert ops(result) == {"Conv": 1}
+    assert outcome.rewrites[0].macs_after == outcome.rewrites[0].macs_before
+    same(model, result, x=normal(2, 8, 5, 7))
+
+
+def test_a_channel_shuffle_between_four_groups_costs_too_much() -> None:
+    model = shuffled(4)
+    result, outcome, _ = run(model, FoldChains())
+    assert result is model
+    assert any("4.00×" in r for r in reasons(outcome))
+
+
+@pytest.mark.parametrize(
+    ("selection", "extra"),
+    [
+        ("Gather<axis=1>(a, i)", {"i": np.array([5, 0, 0, 3])}),
+        ("Slice(a, i, j, k, l)", {"i": np.array([7]), "j": np.array([-9]), "k": np.array([1]), "l": np.array([-2])}),
+        ("Pad(a, i, c)", {"i": np.array([0, 1, 0, 0, 0, 2, 0, 0]), "c": np.float64(3)}),
+        ("ReduceMean<axes=[1]>(a)", {}),
+    ],
+)
+def test_selections_and_reductions_fold_into_the_map_before(selection: str, extra: dict[str, np.ndarray]) -> None:
+    model = parse(GROUPED + f"{{ a = Conv(x, w, b) y = {selection} }}", w=normal(8, 8, 1, 1), b=normal(8), **extra)
+    result, outcome, _ = run(model, FoldChains())
+    fewer = "Pad" not in selection
+    assert ops(result)["Conv"] == 1
+    assert (sum(ops(result).values()) == 1) == fewer  # a Pad would make more rows
+    assert len(outcome.rewrites) == fewer
+    same(model, result, x=normal(2, 8, 5, 7))
+
+
+def test_a_permutation_folds_into_the_map_after_it() -> None:
+    body = GROUPED + "{ a = Gather<axis=1>(x, i) y = Conv<pads=[1,1,1,1]>(a, w) }"
+    model = parse(body, w=normal(3, 8, 3, 3), i=rng().permutation(8))
+    result, _, _ = run(model, FoldChains())
+    assert ops(result) == {"Conv": 1}
+    same(model, result, x=normal(2, 8, 5, 7))
+
+
+def test_a_slice_does_not_fold_into_the_map_after_it() -> None:
+    body = GROUPED + "{ a = Gather<axis=1>(x, i) y = Conv(a, w) }"
+    model = parse(body, w=normal(3, 4, 1, 1), i=np.array([1, 3, 5, 7]))
+    assert run(model, FoldChains())[0] is model
+
+
+def test_a_permutation_of_a_depthwise_map_stays() -> None:
+    body = GROUPED + "{ a = Conv<group=8>(x, w) y = Gather<axis=1>(a, i) }"
+    model = parse(body, w=normal(8, 1, 3, 3), i=rng().permutation(8))
+    assert run(model, FoldChains())[0] is model
+
+
+@pytest.mark.parametrize("strides", [[1, 1], [2, 3]])
+@pytest.mark.parametrize("inner", [[0, 0, 0, 0], [1, 0, 2, 1]])
+def test_zero_padding_folds_into_the_convolution_after_it(strides: list[int], inner: list[int]) -> None:
+    body = GROUPED + f"{{ a = Pad(x, i) y = Conv<pads={inner}, strides={strides}>(a, w, b) }}"
+    model = parse(body, w=normal(3, 8, 3, 3), b=normal(3), i=np.array([0, 0, 1, 2, 0, 0, 0, 1]))
+    result, _, _ = run(model, FoldChains())
+    assert ops(result) == {"Conv": 1}
+    same(model, result, x=normal(2, 8, 5, 7))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{ a = Pad(x, i, c) y = Conv(a, w) }",  # not with zeros
+        "{ a = Conv(x, w, b) y = Pad(a, i) }",  # after a bias
+        "{ a = Conv(x, w) p = Pad(a, i) r = Relu(p) y = Add(r, p) }",  # two readers; a padded map is fine, see below
+    ],
+)
+def test_other_paddings_do_not_fold(body: str) -> None:
+    weights = {"i": np.array([0, 0, 1, 1, 0, 0, 1, 1]), "w": normal(8, 8, 3, 3)}
+    weights |= {"c": np.float64(2)} if " c)" in body else {}
+    weights |= {"b": normal(8)} if " b)" in body else {}
+    model = parse(GROUPED + body, **weights)
+    assert run(model, FoldChains())[0] is model
+
+
+def test_expandnet() -> None:
+    """1×1 → k×k → 1×1, without nonlinearity, is one k×k (Guo et al., 2020)."""
+    body = "(double[2,4,6,6] x) => (double[N] y) { a = Conv(x, u) b = Conv<pads=[1,1,1,1]>(a, v, d) y = Conv(b, w, e) }"
+    model = parse(body, u=normal(16, 4, 1, 1), v=normal(16, 16, 3, 3), w=normal(5, 16, 1, 1), d=normal(16), e=normal(5))
+    result, _, _ = run(model, FoldChains())
+    assert ops(result) == {"Conv": 1}
+    same(model, result, x=X)

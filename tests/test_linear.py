@@ -6,6 +6,7 @@ import itertools
 
 import numpy as np
 import pytest
+from helpers import normal
 from hypothesis import assume, event, example, given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -15,9 +16,11 @@ from pwopt.linear import (
     LinearMap,
     Refusal,
     align_geometry,
+    compose,
     compose_geometry,
     factor,
     hcat,
+    split_inputs,
     stack,
 )
 
@@ -316,3 +319,34 @@ def test_unequal_strides_and_sizes_are_not_aligned() -> None:
 def test_numbers_that_do_not_fit_raise() -> None:
     with pytest.raises(ValueError, match="groups"):
         LinearMap.conv(np.ones((3, 1, 1)), groups=2)
+
+
+@pytest.mark.parametrize("precision", [0.0, 2.0**-22])
+def test_a_bias_that_cancels_to_rounding_is_zero(precision: float) -> None:
+    bias = normal(4)
+    first = LinearMap.pointwise(normal(4, 3), bias)
+    back = LinearMap.diagonal(np.ones(4), -bias.astype(np.float32).astype(np.float64))
+    composed = compose(back, first, precision)
+    assert isinstance(composed, LinearMap)
+    assert composed.geometry.biased == (precision == 0)
+    off = compose(LinearMap.diagonal(np.ones(4), -bias * (1 + 1e-5)), first, precision)
+    assert isinstance(off, LinearMap)
+    assert off.geometry.biased
+
+
+def test_split_inputs_is_the_inverse_of_hcat() -> None:
+    linear = LinearMap.conv(normal(5, 9, 3, 3), normal(5), pads=[1, 1, 1, 1])
+    joined = hcat(*split_inputs(linear, [2, 3, 4]))
+    assert isinstance(joined, LinearMap)
+    np.testing.assert_array_equal(joined.weight, linear.weight)
+    np.testing.assert_array_equal(joined.bias, linear.bias)
+
+
+@pytest.mark.parametrize("strides", [(1, 1), (2, 3)])
+def test_paddings_add_up_around_one_tap(strides: tuple[int, int]) -> None:
+    first = LinearMap.conv(normal(4, 3, 1, 1), pads=[1, 0, 2, 3], strides=strides)
+    second = LinearMap.conv(normal(5, 4, 3, 3), normal(5), pads=[2, 1, 0, 1], dilations=[1, 2])
+    composed = second @ first
+    assert isinstance(composed, LinearMap)
+    x = normal(2, 3, 9, 11)
+    np.testing.assert_allclose(composed.apply(x), second.apply(first.apply(x)), atol=1e-12)

@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+from helpers import normal, ops, parse
+
+import pwopt
+from pwopt.rewrite import Rewrite
+from pwopt.timing import Race
+from pwopt.tune import Group, choose, groups
+
+RNG = np.random.default_rng(0)
+
+
+def rewrite(signature: str, site: str, macs: int) -> Rewrite:
+    return Rewrite("", macs_before=macs, signature=signature, pass_name="merge-siblings", site=site)
+
+
+def test_rewrites_that_look_alike_form_a_group_and_the_largest_comes_first() -> None:
+    found = groups([rewrite("small", "s1", 1), rewrite("large", "l1", 5), rewrite("large", "l2", 5)])
+    assert found == [Group("merge-siblings", "large", ("l1", "l2"), 10), Group("merge-siblings", "small", ("s1",), 1)]
+
+
+def fake(times: dict[str, float]) -> tuple[list[tuple[str, str]], object]:
+    """A race between models whose names are the sites they hold, each of which takes or saves some time."""
+    seen: list[tuple[str, str]] = []
+
+    def race(a: Path, b: Path, _seconds: float) -> Race:
+        seen.append((a.name, b.name))
+        cost = [1.0 + sum(times[s] for s in p.name.split("+") if s) for p in (a, b)]
+        return Race(tuple(c * (1 + 0.01 * RNG.random(40)) for c in cost))
+
+    return seen, race
+
+
+def test_groups_are_raced_on_top_of_those_kept() -> None:
+    seen, race = fake({"a": -0.2, "b": 0.1, "c": -0.1, "d": 0.0})
+    listed = [Group("p", s.upper(), (s,), 1) for s in "abcd"]
+    decisions = choose(listed, lambda sites: Path("+".join(sorted(sites)) or "+"), race, 60.0)  # type: ignore[arg-type]
+    assert [d.kept for d in decisions] == [True, False, True, False]
+    assert seen == [("+", "a"), ("a", "a+b"), ("a", "a+c"), ("a+c", "a+c+d")]
+    assert [s.site for d in decisions for s in d.skips()] == ["b", "d"]
+    assert "measured" in decisions[1].skips()[0].reason
+
+
+def test_without_time_nothing_is_decided() -> None:
+    seen, race = fake({"a": -0.5})
+    listed = [Group("p", "A", ("a",), 1)]
+    assert choose(listed, lambda sites: Path("+"), race, 0.0) == []  # type: ignore[arg-type]
+    assert not seen
+
+
+def three(path: Path) -> Path:
+    import onnx
+
+    body = "(float[2,6,5,7] x) => (float[N] a, float[N] b, float[N] c) { a = Conv(x, u) b = Conv(x, v) c = Conv(x, w) }"
+    weights = {k: normal(4, 6, 1, 1, seed=i).astype(np.float32) for i, k in enumerate("uvw")}
+    onnx.save(parse(body, **weights), path)
+    return path
+
+
+def test_every_measured_rewrite_is_kept_or_told(tmp_path: Path) -> None:
+    result = pwopt.optimize(three(tmp_path / "m.onnx"), race_seconds=0.05, budget=5.0)
+    kept = [r for r in result.report.rewrites if r.pass_name == "merge-siblings"]
+    dropped = [s for s in result.report.skips if s.pass_name == "merge-siblings"]
+    assert len(kept) + len(dropped) >= 1
+    assert all("measured" in s.reason for s in dropped)
+
+
+def test_without_a_budget_measured_rewrites_are_left_out(tmp_path: Path) -> None:
+    result = pwopt.optimize(three(tmp_path / "m.onnx"), race_seconds=0.05, budget=0.0)
+    assert ops(result.model) == {"Conv": 3}
+
+
+def test_analytic_cost_merges_where_operators_disappear(tmp_path: Path) -> None:
+    result = pwopt.optimize(three(tmp_path / "m.onnx"), cost_model="analytic")
+    assert ops(result.model) == {"Conv": 1, "Split": 1}
+    assert result.report.equivalence is not None
+    assert result.report.equivalence.passed
+
+
+def test_a_measured_pass_that_is_named_acts_wherever_it_is_exact(tmp_path: Path) -> None:
+    body = "(float[2,3,5,7] a, float[2,4,5,7] b) => (float[N] y) { t = Concat<axis=1>(a, b) y = Conv(t, w) }"
+    model = parse(body, w=normal(5, 7, 1, 1).astype(np.float32))
+    result = pwopt.optimize(model, passes=["split-concat"], cost_model="analytic")
+    assert ops(result.model) == {"Conv": 2, "Add": 1}
