@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from pwopt.passes.clean_up import CleanUp
+from pwopt.passes.commute_spatial import CommuteSpatial
 from pwopt.passes.drop_dead import DropDead
 from pwopt.passes.factor_gates import FactorGates
 from pwopt.passes.factor_ranks import FactorRanks
 from pwopt.passes.fold_affine import FoldAffine
 from pwopt.passes.fold_chains import FoldChains
+from pwopt.passes.hoist_crop import HoistCrop
+from pwopt.passes.hoist_stride import HoistStride
 from pwopt.passes.join_concat import JoinConcat
+from pwopt.passes.lower_rank import LowerRank
 from pwopt.passes.merge_siblings import MergeSiblings
 from pwopt.passes.name_activations import NameActivations
 from pwopt.passes.split_concat import SplitConcat
@@ -24,21 +28,29 @@ PASSES: tuple[type[Pass], ...] = (
     DropDead,
     SumBranches,
     FoldChains,
+    CommuteSpatial,
+    HoistStride,
+    HoistCrop,
     FactorRanks,
     MergeSiblings,
     SplitConcat,
     JoinConcat,
+    LowerRank,
 )
 
 __all__ = [
     "PASSES",
     "CleanUp",
+    "CommuteSpatial",
     "DropDead",
     "FactorGates",
     "FactorRanks",
     "FoldAffine",
     "FoldChains",
+    "HoistCrop",
+    "HoistStride",
     "JoinConcat",
+    "LowerRank",
     "MergeSiblings",
     "NameActivations",
     "SplitConcat",

@@ -89,9 +89,9 @@ class FoldChains(Pass):
         before = _member(rw, rw.producer(reading.source))
         if before is None or before.output is not reading.source:
             return None, ""
-        price_tag = _price_tag(rw, before, reading)
         crowd = rw.crowd(reading.source)
         if crowd:
+            price_tag = _price_tag(rw, before, reading)
             return None, f"{crowd}; {price_tag}" if price_tag else crowd
         if before.axis != reading.axis:
             return None, f"they act on different axes ({before.axis} and {reading.axis})"
@@ -105,8 +105,8 @@ class FoldChains(Pass):
 
     def _blocked(self, rw: Rewriter, reading: Reading) -> Skip | None:
         before, reason = self._linked(rw, reading)
-        both = reading.weighted and forms.weighted(rw, rw.producer(reading.source)) is not None
-        return Skip(reason) if before is None and reason and both else None
+        both = reading.weighted and forms.weighted(rw, rw.producer(reading.source)) is not None if reason else False
+        return Skip(reason) if before is None and both else None
 
     def _fold(self, rw: Rewriter, chain: Chain, first: int, last: int) -> Rewrite | Skip:
         maps = chain.maps[first : last + 1]
@@ -175,6 +175,7 @@ def plan(rw: Rewriter, maps: list[Reading]) -> Chain:
     for i in range(count):
         composed: Geometry | Refusal = maps[i].geometry
         transposed_at = i if maps[i].geometry.transposed else None
+        has_weights = maps[i].weighted
         for j in range(i, count):
             if j > i:
                 assert isinstance(composed, Geometry)
@@ -182,7 +183,8 @@ def plan(rw: Rewriter, maps: list[Reading]) -> Chain:
                 if isinstance(composed, Refusal):
                     break
                 transposed_at = j if maps[j].geometry.transposed else transposed_at
-                if rw.denied(maps[j].node) or not any(r.weighted for r in maps[i : j + 1]):
+                has_weights = has_weights or maps[j].weighted
+                if rw.denied(maps[j].node) or not has_weights:
                     continue
             over = places[transposed_at] if transposed_at is not None else places[j]
             assert isinstance(composed, Geometry)

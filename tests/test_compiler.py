@@ -48,7 +48,7 @@ def test_a_wrong_rewrite_is_caught_and_nothing_is_written(tmp_path: Path, monkey
 def test_a_slower_result_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     slow = Race((np.full(50, 1.0), np.full(50, 2.0)))
-    monkeypatch.setattr(optimizer.timing, "race", lambda *_: slow)
+    monkeypatch.setattr(optimizer.timing, "race", lambda *_, **__: slow)
     result = pwopt.optimize(MODELS / "linear_sequence.onnx", tmp_path / "out.onnx", shapes={"x": (1, 64, 4, 4)})
     assert "measured slower (0.50×)" in result.report.notes[-1]
     assert result.report.rewrites == ()

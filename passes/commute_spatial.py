@@ -1,0 +1,291 @@
+"""Pointwise maps run where the feature map is smallest: behind pooling, before upsampling."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pwopt import commute, emit, forms
+from pwopt.cost import ELEMENT
+from pwopt.forms import Reading
+from pwopt.linear import LinearMap, Refusal, split_inputs
+from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip, describe
+
+#: Operators that act on every channel alike, linearly, and change the number of positions; each with how many
+#: elements' worth of work it does per element it reads or writes.
+SPATIAL = {
+    "AveragePool": 2.0, "GlobalAveragePool": 1.0, "ReduceMean": 1.0, "ReduceSum": 1.0, "Slice": 1.0,
+    "Resize": 3.0, "Upsample": 3.0, "Expand": 1.0, "Tile": 1.0, "Pad": 1.0,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Mover:
+    """A spatial operator, and the positions per channel that it reads and writes."""
+
+    node: gs.Node
+    reads: int
+    writes: int
+
+    def work(self, channels: int) -> float:
+        """In multiply-adds."""
+        return ELEMENT * SPATIAL[self.node.op] * channels * (self.reads + self.writes)
+
+    @property
+    def source(self) -> gs.Tensor:
+        return self.node.inputs[0]
+
+    @property
+    def output(self) -> gs.Tensor:
+        return self.node.outputs[0]
+
+
+class CommuteSpatial(Pass):
+    """P(Wx + b) = W(Px) + b for pointwise W and a spatial operator P that treats every channel alike, linearly.
+
+    With b ≠ 0 only if P keeps constants: average pooling that leaves its padding out, interpolation, cropping,
+    broadcasting; not zero padding. Through a Concat only what was upsampled moves:
+    W·concat(Pa, b) = P(Wₐa) + W_b b. Decided by multiply-adds and by elements moved. DenseNet's transitions (Huang et
+    al., 2017) pool after a map; feature pyramids (Lin et al., 2017), U-Nets and YOLO's necks map what they just
+    upsampled.
+    """
+
+    name = "commute-spatial"
+    policy = "if cheaper"
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+        if rw.op(node) in SPATIAL:
+            return self._sink(rw, node)
+        reading = _pointwise(rw, node)
+        if reading is None or reading.nodes[0] is not node:
+            return None
+        maker = rw.producer(reading.source)
+        if rw.is_a(maker, "Concat"):
+            return self._lift_parts(rw, reading, maker)
+        return self._lift(rw, reading, maker) if maker is not None and rw.op(maker) in SPATIAL else None
+
+    def _sink(self, rw: Rewriter, node: gs.Node) -> Rewrite | Skip | None:
+        """P∘W becomes W∘P, where P leaves fewer positions."""
+        reading = _pointwise(rw, rw.producer(node.inputs[0]))
+        if reading is None or reading.output is not node.inputs[0]:
+            return None
+        mover = _mover(rw, node, reading, reading.axis)
+        if mover is None or mover.writes >= mover.reads:
+            return None
+        refusal = _refusal(rw, mover, reading, reading.output)
+        if refusal:
+            return Skip(refusal)
+        g = reading.geometry
+        before = g.weights * mover.reads + mover.work(g.out_channels)
+        after = g.weights * mover.writes + mover.work(g.in_channels)
+        if after >= before:
+            return Skip(
+                f"behind {node.op} it would not be cheaper: {g.in_channels} channels to move, not {g.out_channels}"
+            )
+        moved = rw.new_variable(
+            f"{mover.output.name}_input", reading.source, _at(rw, mover.output, reading.axis, g.in_channels)
+        )
+        return self._write(rw, mover, reading, (reading.source, moved), (moved, mover.output), "behind")
+
+    def _lift(self, rw: Rewriter, reading: Reading, node: gs.Node) -> Rewrite | Skip | None:
+        """W∘P becomes P∘W, where P adds positions."""
+        mover = _mover(rw, node, reading, reading.axis)
+        if mover is None or mover.writes <= mover.reads:
+            return None
+        refusal = _refusal(rw, mover, reading, reading.source)
+        if refusal:
+            return Skip(refusal)
+        g = reading.geometry
+        before = g.weights * mover.writes + mover.work(g.in_channels)
+        after = g.weights * mover.reads + mover.work(g.out_channels)
+        if after >= before:
+            return Skip(
+                f"before {node.op} it would not be cheaper: {g.out_channels} channels to move, not {g.in_channels}"
+            )
+        mapped = rw.new_variable(
+            f"{reading.output.name}_small", reading.output, _at(rw, mover.source, reading.axis, g.out_channels)
+        )
+        return self._write(rw, mover, reading, (mapped, reading.output), (mover.source, mapped), "before")
+
+    @staticmethod
+    def _write(
+        rw: Rewriter,
+        mover: Mover,
+        reading: Reading,
+        moves: tuple[gs.Tensor, gs.Tensor],
+        maps: tuple[gs.Tensor, gs.Tensor],
+        where: str,
+    ) -> Rewrite | Skip:
+        g = reading.geometry
+        counts = (g.out_channels, g.in_channels) if where == "behind" else (g.in_channels, g.out_channels)
+        spatial = _copy(rw, mover.node, *moves, reading.axis or 0, *counts)
+        linear = reading.load()
+        if spatial is None or isinstance(linear, Refusal):
+            return Skip(NOT_FITTING if spatial is None else getattr(linear, "reason", ""))
+        written = emit.write(rw, linear, reading, *maps, reading.axis)
+        if isinstance(written, Refusal):
+            return Skip(written.reason)
+        small, large = sorted((mover.reads, mover.writes))
+        reason = f"{reading.channels} runs {where} {mover.node.op}, at {small:,} positions instead of {large:,}"
+        new = [spatial, *written.nodes] if where == "behind" else [*written.nodes, spatial]
+        old = [*reading.nodes, mover.node] if where == "behind" else [mover.node, *reading.nodes]
+        return rw.replace(old, new, reason, written.residual)
+
+    def _lift_parts(self, rw: Rewriter, reading: Reading, concat: gs.Node) -> Rewrite | Skip | None:
+        """W·concat(Pa, b, …) becomes P(Wₐa) + W_b·concat(b, …)."""
+        parts, g = forms.read_concat(rw, concat), reading.geometry
+        if parts is None or parts[0].axis != reading.axis or g.groups > 1:
+            return None
+        if len({id(t) for t in concat.inputs}) < len(parts):
+            return None
+        movers = [
+            self._lifted(rw, reading, t, p.geometry.in_channels) for t, p in zip(concat.inputs, parts, strict=True)
+        ]
+        if not any(isinstance(m, Mover) for m in movers):
+            refused = [m for m in movers if isinstance(m, str) and m]
+            return Skip(refused[0]) if refused else None
+        crowd = rw.crowd(reading.source)
+        if crowd or rw.shared(reading.weight_input):
+            return Skip(crowd or f"the weight {reading.weight_input.name!r} is shared")
+        linear = reading.load()
+        if isinstance(linear, Refusal):
+            return Skip(linear.reason)
+        return self._write_parts(rw, reading, concat, linear, movers)
+
+    @staticmethod
+    def _lifted(rw: Rewriter, reading: Reading, tensor: gs.Tensor, channels: int) -> Mover | str:
+        """The upsampling that makes `tensor`, if a map before it is cheaper; else why not."""
+        node = rw.producer(tensor)
+        if node is None or rw.op(node) not in SPATIAL:
+            return ""
+        mover = _mover(rw, node, reading, reading.axis)
+        if mover is None or mover.writes <= mover.reads:
+            return ""
+        refusal = _refusal(rw, mover, reading, tensor)
+        out = reading.geometry.out_channels
+        saved = (
+            channels * out * (mover.writes - mover.reads) + mover.work(channels) + 2 * ELEMENT * channels * mover.writes
+        )
+        spent = (0.0 if mover.reads == 1 else mover.work(out)) + 3 * ELEMENT * out * mover.writes
+        if refusal or saved > spent:
+            return refusal or mover
+        return f"mapping its {channels} channels before {node.op} would not be cheaper than the sum that it takes"
+
+    def _write_parts(
+        self, rw: Rewriter, reading: Reading, concat: gs.Node, linear: LinearMap, movers: list[Mover | str]
+    ) -> Rewrite | Skip:
+        axis, output, out = reading.axis or 0, reading.output, reading.geometry.out_channels
+        sizes = [n for n in (rw.dim(t, axis) for t in concat.inputs) if isinstance(n, int)]
+        pieces = split_inputs(LinearMap.of(linear.geometry, linear.weight), sizes)
+        stay = [i for i, m in enumerate(movers) if not isinstance(m, Mover)]
+        new: list[gs.Node] = []
+        terms: list[gs.Tensor] = []
+        residual, biased = 0.0, linear.bias
+        groups = [stay, *([i] for i in range(len(movers)) if i not in stay)]
+        for group in (g for g in groups if g):
+            mover = movers[group[0]]
+            weight = np.concatenate([pieces[i].weight for i in group], axis=1)
+            inputs = [concat.inputs[i] for i in group]
+            source = mover.source if isinstance(mover, Mover) else inputs[0]
+            if len(group) > 1:
+                source = rw.new_variable(
+                    f"{output.name}_inputs", reading.source, _at(rw, inputs[0], axis, weight.shape[1])
+                )
+                new.append(gs.Node("Concat", concat.name, dict(concat.attrs), inputs, [source]))
+            term = rw.new_variable(f"{output.name}_part", output, _at(rw, source, axis, out))
+            geometry = type(linear.geometry)(out, weight.shape[1]).at_rank(linear.geometry.rank)
+            written = emit.write(
+                rw, LinearMap.of(geometry, weight, biased), reading, source, term, axis, inherit=not terms
+            )
+            biased = np.zeros(out)
+            if isinstance(written, Refusal):
+                return Skip(written.reason)
+            new += written.nodes
+            residual = max(residual, written.residual)
+            if isinstance(mover, Mover) and not (mover.reads == 1 and terms):
+                wide = rw.new_variable(f"{output.name}_large", output, rw.shape(output))
+                spatial = _copy(rw, mover.node, term, wide, axis, sizes[group[0]], out)
+                if spatial is None:
+                    return Skip(NOT_FITTING)
+                new.append(spatial)
+                term = wide
+            terms.append(term)
+        total = terms[0]
+        for i, term in enumerate(terms[1:], 2):
+            last = i == len(terms)
+            after = output if last else rw.new_variable(f"{output.name}_sum", output, rw.shape(output))
+            new.append(gs.Node("Add", rw.node_name(reading.node.name, "_sum"), {}, [total, term], [after]))
+            total = after
+        gone = [m.node for m in movers if isinstance(m, Mover)]
+        names = " and ".join(describe(n) for n in gone)
+        reason = f"what {names} adds to a Concat is mapped before it, {reading.channels} in parts"
+        return rw.replace([*gone, concat, *reading.nodes], new, reason, residual)
+
+
+NOT_FITTING = "its size is computed while the model runs, for the present number of channels; --static settles it"
+
+
+def _pointwise(rw: Rewriter, node: gs.Node | None) -> Reading | None:
+    """A convolution or product that acts on each position alone."""
+    reading = forms.weighted(rw, node)
+    return reading if reading is not None and reading.geometry.pointwise and reading.kind != "gemm" else None
+
+
+def _places(rw: Rewriter, tensor: gs.Tensor, axis: int) -> int | None:
+    size = rw.size_of(tensor)
+    return None if size is None or not 0 <= axis < len(size) or size[axis] == 0 else math.prod(size) // size[axis]
+
+
+def _mover(rw: Rewriter, node: gs.Node, reading: Reading, axis: int | None) -> Mover | None:
+    """A spatial operator that leaves the channel axis alone."""
+    if axis is None or rw.rank(node.inputs[0]) is None or rw.rank(node.inputs[0]) != rw.rank(node.outputs[0]):
+        return None
+    rule = commute.rule(rw, node)
+    reads, writes = _places(rw, node.inputs[0], axis), _places(rw, node.outputs[0], axis)
+    if (
+        rule is None
+        or rule.scale != "any"
+        or rule.axes is None
+        or rule.axes.get(axis) != axis
+        or not reads
+        or not writes
+    ):
+        return None
+    return Mover(node, reads, writes)
+
+
+def _refusal(rw: Rewriter, mover: Mover, reading: Reading, between: gs.Tensor) -> str:
+    rule = commute.rule(rw, mover.node)
+    assert rule is not None
+    if reading.geometry.biased and not rule.shift:
+        return f"{mover.node.op} does not keep constants, and the map has a bias"
+    if mover.node.op == "ReduceSum" and str(rw.dtype(between)) == "float16":
+        return "a sum of other numbers could overflow float16"
+    crowd = rw.crowd(between)
+    return crowd or (f"the weight {reading.weight_input.name!r} is shared" if rw.shared(reading.weight_input) else "")
+
+
+def _at(rw: Rewriter, tensor: gs.Tensor, axis: int | None, channels: int) -> tuple[int | str | None, ...] | None:
+    """The shape of `tensor` with another number of channels."""
+    shape = rw.shape(tensor)
+    return None if shape is None else tuple(channels if a == axis else d for a, d in enumerate(shape))
+
+
+def _copy(
+    rw: Rewriter, node: gs.Node, source: gs.Tensor, output: gs.Tensor, axis: int, before: int, after: int
+) -> gs.Node | None:
+    """The spatial operator on another number of channels; None if its arguments name the present one for good."""
+    inputs = [source, *node.inputs[1:]]
+    index = {"Expand": 1, "Resize": 3}.get(node.op)
+    if index is not None and len(inputs) > index and inputs[index].name:
+        sizes, rank = rw.integers(inputs[index]), rw.rank(node.inputs[0]) or 0
+        if sizes is None:
+            return None
+        axes = [a % rank for a in node.attrs.get("axes", range(rank - len(sizes), rank))]
+        changed = [after if a == axis and s == before else s for a, s in zip(axes, sizes, strict=True)]
+        if changed != sizes:
+            inputs[index] = rw.new_constant(f"{output.name}_shape", np.array(changed, np.int64))
+    return gs.Node(node.op, node.name, dict(node.attrs), inputs, [output], domain=node.domain)

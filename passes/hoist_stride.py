@@ -1,0 +1,229 @@
+"""Positions that every reader skips are not computed."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pwopt.cost import ELEMENT, macs
+from pwopt.positions import POOLS, pooling, positionwise, spread, stencil
+from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
+
+Steps = tuple[int, ...]
+
+
+@dataclass
+class Region:
+    """Tensors of which only every s-th position is read, and the operators that make or read them."""
+
+    tensors: dict[int, gs.Tensor] = field(default_factory=dict)
+    nodes: dict[int, gs.Node] = field(default_factory=dict)
+
+
+class HoistStride(Pass):
+    """S(f(x)) = f(Sx) for elementwise f, S(Wx) = (SW)x: if all readers of a tensor read every s-th position only,
+    the operators before them compute only those.
+
+    A convolution gets s times its stride; elementwise operators, sums, Concat and normalisations run on what is left;
+    an input that others need whole is subsampled by MaxPool with a kernel of 1. Bit for bit the same numbers.
+    ResNets with the stride on a block's 1×1 map throw three quarters of the block before away (He et al., 2016, as
+    Caffe, Keras and Detectron have it).
+    """
+
+    name = "hoist-stride"
+    policy = "if cheaper"
+
+    def start(self, rw: Rewriter) -> None:
+        self._steps = _demands(rw)
+        self._roots = {id(min(r.nodes.values(), key=rw.position)): r for r in _regions(rw, self._steps) if r.nodes}
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+        region = self._roots.pop(id(node), None)
+        return None if region is None else self._rewrite(rw, region)
+
+    def _rewrite(self, rw: Rewriter, region: Region) -> Rewrite | Skip | None:
+        saved, spent = self._balance(rw, region)
+        name = next(iter(region.tensors.values())).name
+        if saved <= spent:
+            read = f"only every {self._of(region)} position of {name!r} is read"
+            return Skip(f"{read}, but subsampling costs more than that saves")
+        pools: dict[tuple[int, Steps], gs.Tensor] = {}
+        old: list[gs.Node] = []
+        new: list[tuple[gs.Node, list[gs.Node]]] = []
+        before = sum(macs(rw, n) or 0 for n in region.nodes.values())
+        for t in region.tensors.values():
+            t.shape = _strided(t.shape, self._steps[id(t)])
+        for node in sorted(region.nodes.values(), key=rw.position):
+            made: list[gs.Node] = []
+            step = self._steps.get(id(node.outputs[0]), ())
+            inputs, stride = list(node.inputs), _stride(rw, node)
+            if stride is not None:
+                made.append(_with_stride(rw, node, _ratio(stride, step, self._steps.get(id(node.inputs[0]), ()))))
+            else:
+                for i, t in enumerate(inputs):
+                    ratio = _ratio((1,) * len(step), step, self._steps.get(id(t), ()))
+                    if rw.constant(t) is None and any(r > 1 for r in ratio) and spread(rw, t, len(step)):
+                        key = (id(t), ratio)
+                        if key not in pools:
+                            pools[key] = rw.new_variable(f"{t.name}_every", t, _strided(t.shape, ratio))
+                            made.append(_subsample(rw, t, pools[key], ratio))
+                        inputs[i] = pools[key]
+                made.append(
+                    gs.Node(node.op, node.name, dict(node.attrs), inputs, list(node.outputs), domain=node.domain)
+                )
+            old.append(node)
+            new.append((node, made))
+        records = [rw.replace([node], made, "") for node, made in new]
+        renamed = {str(t.name): rw.rename(t, "_strided") for t in region.tensors.values()}
+        for t in region.tensors.values():
+            if t.name in rw.sizes:
+                rw.sizes[t.name] = tuple(_strided(rw.sizes[t.name], self._steps[id(t)]) or ())
+        reason = (
+            f"every {self._of(region)} position of {name!r} is read, so no other is computed"
+            f" ({len(old)} operators{f', {len(pools)} inputs subsampled' if pools else ''})"
+        )
+        return Rewrite(
+            reason,
+            tuple(n for r in records for n in r.removed),
+            tuple(n for r in records for n in r.added),
+            before,
+            sum(r.macs_after for r in records),
+            0.0,
+            tuple((a, renamed.get(b, b)) for r in records for a, b in r.became),
+        )
+
+    def _of(self, region: Region) -> str:
+        steps = {self._steps[id(t)] for t in region.tensors.values()}
+        return " or ".join("×".join(map(str, s)) + "th" for s in sorted(steps))
+
+    def _balance(self, rw: Rewriter, region: Region) -> tuple[float, float]:
+        """Multiply-adds saved in the region, and those that subsampling its inputs is worth."""
+        saved = spent = 0.0
+        for node in region.nodes.values():
+            out = node.outputs[0]
+            step = self._steps.get(id(out), ())
+            size = rw.size_of(out)
+            fewer = _strided(size, step) if step else size
+            elements, kept = math.prod(size or (1,)), math.prod(d for d in fewer or (1,) if isinstance(d, int))
+            reading = stencil(rw, node)
+            per = reading.geometry.weights / reading.geometry.out_channels if reading is not None else ELEMENT
+            saved += (elements - kept) * per
+            if reading is not None or rw.op(node) in POOLS:
+                continue
+            for t in node.inputs:
+                ratio = _ratio((1,) * len(step), step, self._steps.get(id(t), ()))
+                if rw.constant(t) is None and any(r > 1 for r in ratio) and spread(rw, t, len(step)):
+                    spent += kept * 2 * ELEMENT
+        return saved, spent
+
+
+def _stride(rw: Rewriter, node: gs.Node) -> Steps | None:
+    """The stride of a convolution or pooling."""
+    reading = stencil(rw, node)
+    if reading is not None:
+        return reading.geometry.strides
+    return tuple(node.attrs.get("strides", (1,) * len(node.attrs["kernel_shape"]))) if rw.op(node) in POOLS else None
+
+
+def _with_stride(rw: Rewriter, node: gs.Node, stride: Steps) -> gs.Node:
+    """The same convolution or pooling with another stride; padding that follows from the stride is spelled out."""
+    attrs, reading = {**node.attrs, "strides": list(stride)}, stencil(rw, node)
+    if reading is not None:
+        attrs.pop("auto_pad", None)
+        attrs["pads"] = list(reading.geometry.pads)
+    return gs.Node(node.op, node.name, attrs, list(node.inputs), list(node.outputs), domain=node.domain)
+
+
+def _ratio(strides: Sequence[int], step: Sequence[int], have: Sequence[int]) -> Steps:
+    """The stride that is left for a reader of every (stride · step)-th position, where every `have`-th exists."""
+    rank = len(strides)
+    step, have = step or (1,) * rank, have or (1,) * rank
+    return tuple(s * t // h for s, t, h in zip(strides, step, have, strict=True))
+
+
+def _single_tap(rw: Rewriter, node: gs.Node) -> Steps | None:
+    """The stride of an operator that reads single positions, every stride-th from the first."""
+    if pooling(rw, node) and not any(node.attrs.get("pads", ())) and math.prod(node.attrs["kernel_shape"]) == 1:
+        return tuple(node.attrs.get("strides", (1,) * len(node.attrs["kernel_shape"])))
+    reading = stencil(rw, node)
+    g = None if reading is None else reading.geometry
+    return g.strides if g is not None and g.taps == 1 and not g.padded else None
+
+
+def _demands(rw: Rewriter) -> dict[int, Steps]:
+    """Tensors of which no reader looks at more than every s-th position, by id, with s for each spatial axis."""
+    steps: dict[int, Steps] = {}
+    nodes = rw.nodes()
+    for node in reversed(nodes):
+        if len(node.outputs) != 1 or rw.pinned(node.outputs[0]):
+            continue
+        out = node.outputs[0]
+        rank = (rw.rank(out) or 0) - 2
+        absorbs = stencil(rw, node) is not None or pooling(rw, node)
+        if rank < 1 or not (absorbs or positionwise(rw, node)) or not rw.readers(out):
+            continue
+        wanted = [_wanted(rw, reader, out, rank, steps) for reader in rw.readers(out)]
+        step = tuple(math.gcd(*(w[a] for w in wanted)) for a in range(rank))
+        if any(s > 1 for s in step):
+            steps[id(out)] = step
+    return steps
+
+
+def _wanted(rw: Rewriter, reader: gs.Node, tensor: gs.Tensor, rank: int, steps: dict[int, Steps]) -> Steps:
+    """How far apart the positions are that `reader` looks at."""
+    after = steps.get(id(reader.outputs[0]), (1,) * rank) if len(reader.outputs) == 1 else (1,) * rank
+    stride = _single_tap(rw, reader)
+    if stride is not None and reader.inputs[0] is tensor and sum(t is tensor for t in reader.inputs) == 1:
+        return tuple(s * a for s, a in zip(stride, after, strict=True)) if len(stride) == rank else (1,) * rank
+    passed = len(after) == rank and spread(rw, tensor, rank) and positionwise(rw, reader)
+    return after if passed else (1,) * rank
+
+
+def _regions(rw: Rewriter, steps: dict[int, Steps]) -> list[Region]:
+    """Connected sets of such tensors, with every operator that makes or reads one."""
+    parent: dict[int, int] = {}
+
+    def root(key: int) -> int:
+        while parent.setdefault(key, key) != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
+
+    touching = []
+    for node in rw.nodes():
+        mine = [t for t in (*node.inputs, *node.outputs) if id(t) in steps]
+        for t in mine[1:]:
+            parent[root(id(t))] = root(id(mine[0]))
+        if mine:
+            touching.append((node, mine))
+    regions: dict[int, Region] = {}
+    for node, mine in touching:
+        region = regions.setdefault(root(id(mine[0])), Region())
+        region.nodes[id(node)] = node
+        region.tensors.update((id(t), t) for t in mine)
+    return list(regions.values())
+
+
+def _strided(shape: Sequence[int | str | None] | None, steps: Steps) -> tuple[int | str | None, ...] | None:
+    if shape is None:
+        return None
+    space = [
+        -(-d // s) if isinstance(d, int) else (d if s == 1 else None) for d, s in zip(shape[2:], steps, strict=True)
+    ]
+    return (*shape[:2], *space)
+
+
+def _subsample(rw: Rewriter, source: gs.Tensor, output: gs.Tensor, strides: Steps) -> gs.Node:
+    """Every stride-th position: MaxPool stays in onnxruntime's blocked layout, but does not know every type."""
+    name = rw.node_name(f"{source.name}", "_every")
+    if str(rw.dtype(source)) in ("float32", "float64"):
+        attrs = {"kernel_shape": [1] * len(strides), "strides": list(strides)}
+        return gs.Node("MaxPool", name, attrs, [source], [output])
+    rank = len(strides)
+    values = {"starts": [0] * rank, "ends": [2**31 - 1] * rank, "axes": range(2, 2 + rank), "steps": strides}
+    inputs = [rw.new_constant(f"{output.name}_{k}", np.array(list(v), np.int64)) for k, v in values.items()]
+    return gs.Node("Slice", name, {}, [source, *inputs], [output])

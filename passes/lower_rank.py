@@ -1,0 +1,381 @@
+"""Regions of 1-D and 3-D convolutions run as 2-D ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pwopt import attributes
+from pwopt.channels import ELEMENTWISE
+from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip, describe
+from pwopt.shapes import Shape
+
+#: Without measuring, regions of fewer convolutions are left alone: the changes of shape around them cost too much.
+ENOUGH = 3
+
+Numbers = Callable[[], np.ndarray]
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """What an operator says once its data has another rank: attributes, and constant inputs by index."""
+
+    attrs: dict[str, object]
+    constants: dict[int, Numbers] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Lowering:
+    """How tensors of rank 3 (N, C, L) or 5 (N, C, T, H, W) are seen with rank 4: (N, C, 1, L) or (N, C, T, H·W).
+
+    Attributes
+    ----------
+    rank : int
+    plane : tuple of int
+        H and W, which no operator of the region changes; empty for rank 3.
+    """
+
+    rank: int
+    plane: tuple[int, ...] = ()
+
+    def axis(self, axis: int) -> int | None:
+        axis += self.rank if axis < 0 else 0
+        return {0: 0, 1: 1, 2: 3}.get(axis) if self.rank == 3 else axis if axis < 3 else None
+
+    def spatial(self, values: Sequence[int], neutral: int) -> list[int] | None:
+        """Numbers per spatial axis; None if the plane is not left alone."""
+        if self.rank == 3:
+            return [neutral, *values]
+        return [values[0], neutral] if all(v == neutral for v in values[1:]) else None
+
+    def pads(self, values: Sequence[int]) -> list[int] | None:
+        half = len(values) // 2
+        begins, ends = self.spatial(values[:half], 0), self.spatial(values[half:], 0)
+        return None if begins is None or ends is None else [*begins, *ends]
+
+    def every(self, values: Sequence[float], neutral: float) -> list[float] | None:
+        """Numbers for every axis of the tensor."""
+        if self.rank == 3:
+            return [*values[:2], neutral, values[2]]
+        return [*values[:3], neutral] if all(v == neutral for v in values[3:]) else None
+
+    def operand(self, shape: Sequence[int]) -> tuple[int, ...] | None:
+        """The shape in which a constant broadcasts as before."""
+        if self.rank == 3:
+            return tuple(shape) if len(shape) < 2 else (*shape[:-1], 1, shape[-1])
+        if len(shape) < 2:
+            return tuple(shape) if all(d == 1 for d in shape) else None
+        whole = tuple(shape[-2:])
+        return (*shape[:-2], whole[0] * whole[1]) if whole in ((1, 1), self.plane) else None
+
+    def shape(self, shape: Shape | None) -> Shape | None:
+        if shape is None:
+            return None
+        if self.rank == 3:
+            return (*shape[:2], 1, shape[2])
+        h, w = shape[3:]
+        return (*shape[:3], h * w if isinstance(h, int) and isinstance(w, int) else None)
+
+
+@dataclass
+class Region:
+    lowering: Lowering
+    nodes: list[gs.Node] = field(default_factory=list)
+
+    @property
+    def convolutions(self) -> list[gs.Node]:
+        return [n for n in self.nodes if n.op in ("Conv", "ConvTranspose")]
+
+
+class LowerRank(Pass):
+    """A region of operators on (N, C, L) runs on (N, C, 1, L), one on (N, C, T, H, W) with kernels (k, 1, 1) on
+    (N, C, T, H·W): the same sums over the same numbers.
+
+    onnxruntime's CPU provider has its blocked layout for 2-D convolutions only. One Unsqueeze or Reshape at each
+    entry, one at each exit; everything between is carried along. Audio networks (Kriman et al., "QuartzNet", 2020)
+    and the pointwise parts of video networks (Feichtenhofer, "X3D", 2020).
+    """
+
+    name = "lower-rank"
+    policy = "measured"
+
+    def start(self, rw: Rewriter) -> None:
+        self._roots = {id(r.convolutions[0]): r for r in _regions(rw)}
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+        region = self._roots.pop(id(node), None)
+        if region is None:
+            return None
+        count, rank = len(region.convolutions), region.lowering.rank - 2
+        if not self.eager and count < ENOUGH:
+            return Skip(
+                f"a region of {count} {rank}-D convolutions may not repay its changes of shape; only measuring can tell"
+            )
+        return _lower(rw, region)
+
+
+def _lower(rw: Rewriter, region: Region) -> Rewrite:
+    low, inside = region.lowering, {id(n) for n in region.nodes}
+    made: dict[int, gs.Tensor] = {}
+    records = []
+    for node in region.nodes:
+        new: list[gs.Node] = []
+        arguments = _arguments(rw, low, node)
+        assert arguments is not None
+        inputs = []
+        for i, t in enumerate(node.inputs):
+            if i in arguments.constants:
+                values = arguments.constants[i]()
+                names = [t.name] if t.name and rw.sole_reader(t) is node else []
+                rw.release(names)
+                inputs.append(rw.new_constant(t.name if names else f"{node.outputs[0].name}_argument{i}", values))
+            elif t.name and rw.constant(t) is None and rw.rank(t) == low.rank:
+                if id(t) not in made:
+                    made[id(t)] = rw.new_variable(f"{t.name}_2d", t, low.shape(rw.shape(t)))
+                    new.append(_reshape(rw, low, t, made[id(t)], enter=True))
+                inputs.append(made[id(t)])
+            else:
+                inputs.append(t)
+        outputs, after = [], []
+        for t in node.outputs:
+            made[id(t)] = rw.new_variable(f"{t.name}_2d", t, low.shape(rw.shape(t)))
+            outputs.append(made[id(t)])
+            if rw.pinned(t) or any(id(r) not in inside for r in rw.readers(t)):
+                after.append(_reshape(rw, low, made[id(t)], t, enter=False))
+        new.append(gs.Node(node.op, node.name, arguments.attrs, inputs, outputs, domain=node.domain))
+        records.append((node, [*new, *after]))
+    done = [rw.replace([node], new, "") for node, new in records]
+    count, rank = len(region.convolutions), low.rank - 2
+    return Rewrite(
+        f"{count} {rank}-D convolutions and {len(region.nodes) - count} other operators around them run in 2-D",
+        tuple(n for r in done for n in r.removed),
+        tuple(n for r in done for n in r.added),
+        sum(r.macs_before for r in done),
+        sum(r.macs_after for r in done),
+        0.0,
+        tuple((t.name, made[id(t)].name) for n in region.nodes for t in n.outputs if t.name),
+        f"{count} {rank}-D convolutions in a region of {len(region.nodes)} from {describe(region.convolutions[0])}",
+    )
+
+
+def _reshape(rw: Rewriter, low: Lowering, source: gs.Tensor, output: gs.Tensor, *, enter: bool) -> gs.Node:
+    if low.rank == 5:
+        h, w = (rw.dim(output, 3), rw.dim(output, 4)) if not enter else (0, 0)
+        shape = np.array([0, 0, 0, -1] if enter else [0, 0, 0, h, w], np.int64)
+        name = rw.node_name(str(output.name), "_reshape")
+        return gs.Node("Reshape", name, {}, [source, rw.new_constant(f"{output.name}_shape", shape)], [output])
+    op = "Unsqueeze" if enter else "Squeeze"
+    name = rw.node_name(str(output.name), f"_{op.lower()}")
+    if rw.opset < 13:
+        return gs.Node(op, name, {"axes": [2]}, [source], [output])
+    return gs.Node(op, name, {}, [source, rw.new_constant(f"{output.name}_axes", np.array([2], np.int64))], [output])
+
+
+def _regions(rw: Rewriter) -> list[Region]:
+    """Connected operators that can all be lowered, where at least one is a convolution."""
+    parent: dict[int, int] = {}
+
+    def root(key: int) -> int:
+        while parent.setdefault(key, key) != key:
+            parent[key] = parent[parent[key]]
+            key = parent[key]
+        return key
+
+    low: dict[int, tuple[gs.Node, Lowering]] = {}
+    for node in rw.nodes():
+        lowering = _lowering(rw, node)
+        if lowering is not None and _arguments(rw, lowering, node) is not None:
+            low[id(node)] = (node, lowering)
+    for node, lowering in low.values():
+        for t in node.inputs:
+            maker = rw.producer(t)
+            if maker is not None and id(maker) in low and low[id(maker)][1] == lowering:
+                parent[root(id(node))] = root(id(maker))
+    regions: dict[int, Region] = {}
+    for node, lowering in low.values():
+        regions.setdefault(root(id(node)), Region(lowering)).nodes.append(node)
+    return [r for r in regions.values() if r.convolutions]
+
+
+def _lowering(rw: Rewriter, node: gs.Node) -> Lowering | None:
+    """The rank of what a node computes from and to, and the plane that it must keep."""
+    data = [t for t in (*node.inputs, *node.outputs) if t.name and rw.constant(t) is None]
+    ranks = {rw.rank(t) for t in data}
+    if len(ranks) != 1 or not data:
+        return None
+    rank = ranks.pop()
+    if rank == 3:
+        return Lowering(3)
+    if rank != 5:
+        return None
+    planes = {tuple(rw.dim(t, a) for a in (3, 4)) for t in data} - {(1, 1)}
+    plane = planes.pop() if len(planes) == 1 else None
+    known = plane is not None and all(isinstance(d, int) and d > 0 for d in plane)
+    return Lowering(5, tuple(d for d in plane if isinstance(d, int))) if plane is not None and known else None
+
+
+Converter = Callable[[Rewriter, Lowering, gs.Node], Arguments | None]
+CONVERTERS: dict[str, Converter] = {}
+
+
+def converts(*ops: str) -> Callable[[Converter], Converter]:
+    def register(converter: Converter) -> Converter:
+        CONVERTERS.update(dict.fromkeys(ops, converter))
+        return converter
+
+    return register
+
+
+def _arguments(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
+    """The operator's arguments at rank 4; None if it cannot be lowered."""
+    converter = CONVERTERS.get(rw.op(node))
+    return None if converter is None or not all(t.name for t in node.outputs) else converter(rw, low, node)
+
+
+@converts("Conv", "ConvTranspose")
+def _convolution(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
+    weight = rw.constant(node.inputs[1])
+    if weight is None or "output_shape" in node.attrs or rw.constant(node.inputs[0]) is not None:
+        return None
+    shape = low.spatial(list(weight.shape[2:]), 1)
+    attrs = _window_attributes(low, node)
+    if shape is None or attrs is None:
+        return None
+    attrs["kernel_shape"] = shape
+
+    def reshaped() -> np.ndarray:
+        raw = rw.raw(weight)
+        assert raw is not None
+        return raw.reshape(*raw.shape[:2], *shape)
+
+    return Arguments(attrs, {1: reshaped})
+
+
+@converts("MaxPool", "AveragePool", "LpPool")
+def _pooling(_rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
+    attrs = _window_attributes(low, node)
+    if attrs is None or len(node.outputs) > 1 or node.attrs.get("storage_order", 0):
+        return None
+    kernel = low.spatial(node.attrs["kernel_shape"], 1)
+    return None if kernel is None else Arguments({**attrs, "kernel_shape": kernel})
+
+
+def _window_attributes(low: Lowering, node: gs.Node) -> dict[str, object] | None:
+    attrs: dict[str, object] = dict(node.attrs)
+    for key, neutral in (("strides", 1), ("dilations", 1), ("output_padding", 0)):
+        if key in node.attrs:
+            attrs[key] = low.spatial(node.attrs[key], neutral)
+    if "pads" in node.attrs:
+        attrs["pads"] = low.pads(node.attrs["pads"])
+    return None if any(v is None for v in attrs.values()) else attrs
+
+
+@converts(
+    "BatchNormalization", "InstanceNormalization", "GroupNormalization", "GlobalAveragePool", "GlobalMaxPool",
+    "GlobalLpPool", "Dropout", "Identity",
+)  # fmt: skip
+def _per_channel(rw: Rewriter, _low: Lowering, node: gs.Node) -> Arguments | None:
+    data = [t for t in node.inputs[1:] if t.name and rw.constant(t) is None]
+    plain = len(node.outputs) == 1 and node.attrs.get("spatial", 1) and not data
+    return Arguments(dict(node.attrs)) if plain and rw.constant(node.inputs[0]) is None else None
+
+
+@converts(*ELEMENTWISE, "Add", "Sub", "Mul", "Div", "Sum", "Max", "Min", "Mean", "Pow", "PRelu", "Floor", "Log", "Ceil")
+def _arithmetic(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
+    if rw.opset < 7 and len(node.inputs) > 1:
+        return None  # broadcasting was an attribute
+    constants: dict[int, Numbers] = {}
+    for i, t in enumerate(node.inputs):
+        held = rw.constant(t) if t.name else None
+        if held is None:
+            continue
+        shape = low.operand(tuple(held.shape)) if len(held.shape) <= low.rank else None
+        if shape is None:
+            return None
+        if shape != tuple(held.shape):
+            constants[i] = _reshaped(rw, held, shape)
+    return Arguments(dict(node.attrs), constants) if len(node.outputs) == 1 else None
+
+
+def _reshaped(rw: Rewriter, held: gs.Tensor, shape: tuple[int, ...]) -> Numbers:
+    def numbers() -> np.ndarray:
+        raw = rw.raw(held)
+        assert raw is not None
+        return raw.reshape(shape)
+
+    return numbers
+
+
+@converts("Concat", "Split", "Softmax", "LogSoftmax", "Hardmax")
+def _along_axis(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
+    default = {"Concat": 1, "Split": 0}.get(node.op, 1 if rw.opset < 13 else -1)
+    axis = low.axis(node.attrs.get("axis", default))
+    if node.op == "Concat" and any(rw.constant(t) is not None for t in node.inputs):
+        return None
+    flattens = rw.opset < 13 and node.op not in ("Concat", "Split")  # it took all axes from there on as one
+    if axis is None or (low.rank == 5 and node.op not in ("Concat", "Split") and not flattens and axis > 2):
+        return None
+    return Arguments({**node.attrs, "axis": axis})
+
+
+@converts("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2")
+def _reduction(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
+    since = 13 if node.op == "ReduceSum" else 18
+    axes = attributes.axes_of(rw, node, since)
+    if not axes or not node.attrs.get("keepdims", 1):
+        return None
+    whole = {3, 4} <= set(axes)
+    if low.rank == 5 and not whole and any(a > 2 for a in axes):
+        return None
+    mapped = sorted({3 if low.rank == 5 and a > 2 else low.axis(a) or 0 for a in axes})
+    if rw.opset < since:
+        return Arguments({**node.attrs, "axes": mapped})
+    return Arguments(dict(node.attrs), {1: _array(mapped, np.int64)})
+
+
+def _array(values: Iterable[float], dtype: type) -> Numbers:
+    listed = list(values)
+    return lambda: np.array(listed, dtype)
+
+
+@converts("Resize", "Upsample")
+def _resize(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
+    odd = node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize" or "axes" in node.attrs
+    if odd or node.attrs.get("mode", "nearest") == "cubic" or rw.opset < 9:
+        return None
+    if attributes.resized_by_sizes(rw, node):
+        sizes = rw.integers(node.inputs[3])
+        mapped = None if sizes is None or low.rank == 5 else low.every(sizes, 1)
+        return None if mapped is None else Arguments(dict(node.attrs), {3: _array(mapped, np.int64)})
+    index = 1 if node.op == "Upsample" or rw.opset < 11 else 2
+    scales = rw.value(node.inputs[index]) if len(node.inputs) > index else None
+    mapped = None if scales is None or scales.size != low.rank else low.every(scales.tolist(), 1.0)
+    return None if mapped is None else Arguments(dict(node.attrs), {index: _array(mapped, np.float32)})
+
+
+@converts("Pad")
+def _pad(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
+    found = attributes.pad_parameters(rw, node)
+    if found is None or len(node.inputs) > 3:
+        return None
+    pads, half = found[0], low.rank
+    begins, ends = low.every(pads[:half], 0), low.every(pads[half:], 0)
+    if begins is None or ends is None or (found[1] == "reflect" and low.rank == 5):
+        return None
+    if rw.opset < 11:
+        return Arguments({**node.attrs, "pads": [*begins, *ends]})
+    return Arguments(dict(node.attrs), {1: _array([*begins, *ends], np.int64)})
+
+
+@converts("Slice")
+def _slice(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
+    parameters = attributes.slice_parameters(rw, node)
+    if parameters is None or rw.opset < 10 or len(node.inputs) < 4:
+        return None
+    axes = [low.axis(a) for a, *_ in parameters]
+    if any(a is None for a in axes):
+        return None
+    return Arguments(dict(node.attrs), {3: _array([a for a in axes if a is not None], np.int64)})
