@@ -24,14 +24,17 @@ SPATIAL = {
 
 @dataclass(frozen=True)
 class Mover:
-    """A spatial operator, and the positions per channel that it reads and writes."""
+    """A spatial operator, the positions per channel that it reads and writes, and whether it only repeats one."""
 
     node: gs.Node
     reads: int
     writes: int
+    broadcasts: bool
 
     def work(self, channels: int) -> float:
         """In multiply-adds."""
+        if self.node.op == "Slice":  # what it leaves out is not even read
+            return ELEMENT * channels * 2.0 * self.writes
         return ELEMENT * SPATIAL[self.node.op] * channels * (self.reads + self.writes)
 
     @property
@@ -169,7 +172,7 @@ class CommuteSpatial(Pass):
         saved = (
             channels * out * (mover.writes - mover.reads) + mover.work(channels) + 2 * ELEMENT * channels * mover.writes
         )
-        spent = (0.0 if mover.reads == 1 else mover.work(out)) + 3 * ELEMENT * out * mover.writes
+        spent = (0.0 if mover.broadcasts else mover.work(out)) + 3 * ELEMENT * out * mover.writes
         if refusal or saved > spent:
             return refusal or mover
         return f"mapping its {channels} channels before {node.op} would not be cheaper than the sum that it takes"
@@ -205,7 +208,7 @@ class CommuteSpatial(Pass):
                 return Skip(written.reason)
             new += written.nodes
             residual = max(residual, written.residual)
-            if isinstance(mover, Mover) and not (mover.reads == 1 and terms):
+            if isinstance(mover, Mover) and not (mover.broadcasts and terms):
                 wide = rw.new_variable(f"{output.name}_large", output, rw.shape(output))
                 spatial = _copy(rw, mover.node, term, wide, axis, sizes[group[0]], out)
                 if spatial is None:
@@ -254,7 +257,9 @@ def _mover(rw: Rewriter, node: gs.Node, reading: Reading, axis: int | None) -> M
         or not writes
     ):
         return None
-    return Mover(node, reads, writes)
+    shape = rw.shape(node.inputs[0]) or ()
+    single = all(d == 1 for a, d in enumerate(shape) if a not in (0, axis))
+    return Mover(node, reads, writes, single and rw.dim(node.outputs[0], 0) == shape[0] and shape[0] is not None)
 
 
 def _refusal(rw: Rewriter, mover: Mover, reading: Reading, between: gs.Tensor) -> str:

@@ -35,7 +35,7 @@ class Lowering:
     ----------
     rank : int
     plane : tuple of int
-        H and W, which no operator of the region changes; empty for rank 3.
+        H and W, which the operator does not change; empty for rank 3, or where all planes are single elements.
     """
 
     rank: int
@@ -82,17 +82,19 @@ class Lowering:
 
 @dataclass
 class Region:
-    lowering: Lowering
-    nodes: list[gs.Node] = field(default_factory=list)
+    """Connected operators, each with the way in which it is lowered."""
+
+    rank: int
+    nodes: list[tuple[gs.Node, Lowering]] = field(default_factory=list)
 
     @property
     def convolutions(self) -> list[gs.Node]:
-        return [n for n in self.nodes if n.op in ("Conv", "ConvTranspose")]
+        return [n for n, _ in self.nodes if n.op in ("Conv", "ConvTranspose")]
 
 
 class LowerRank(Pass):
-    """A region of operators on (N, C, L) runs on (N, C, 1, L), one on (N, C, T, H, W) with kernels (k, 1, 1) on
-    (N, C, T, H·W): the same sums over the same numbers.
+    """f(x) = squeeze(f₂(unsqueeze(x))): a region f on (N, C, L) runs as f₂ on (N, C, 1, L), one on (N, C, T, H, W)
+    whose kernels are (k, 1, 1) on (N, C, T, H·W). The same sums over the same numbers.
 
     onnxruntime's CPU provider has its blocked layout for 2-D convolutions only. One Unsqueeze or Reshape at each
     entry, one at each exit; everything between is carried along. Audio networks (Kriman et al., "QuartzNet", 2020)
@@ -109,7 +111,7 @@ class LowerRank(Pass):
         region = self._roots.pop(id(node), None)
         if region is None:
             return None
-        count, rank = len(region.convolutions), region.lowering.rank - 2
+        count, rank = len(region.convolutions), region.rank - 2
         if not self.eager and count < ENOUGH:
             return Skip(
                 f"a region of {count} {rank}-D convolutions may not repay its changes of shape; only measuring can tell"
@@ -118,10 +120,10 @@ class LowerRank(Pass):
 
 
 def _lower(rw: Rewriter, region: Region) -> Rewrite:
-    low, inside = region.lowering, {id(n) for n in region.nodes}
+    inside = {id(n) for n, _ in region.nodes}
     made: dict[int, gs.Tensor] = {}
     records = []
-    for node in region.nodes:
+    for node, low in region.nodes:
         new: list[gs.Node] = []
         arguments = _arguments(rw, low, node)
         assert arguments is not None
@@ -148,7 +150,7 @@ def _lower(rw: Rewriter, region: Region) -> Rewrite:
         new.append(gs.Node(node.op, node.name, arguments.attrs, inputs, outputs, domain=node.domain))
         records.append((node, [*new, *after]))
     done = [rw.replace([node], new, "") for node, new in records]
-    count, rank = len(region.convolutions), low.rank - 2
+    count, rank = len(region.convolutions), region.rank - 2
     return Rewrite(
         f"{count} {rank}-D convolutions and {len(region.nodes) - count} other operators around them run in 2-D",
         tuple(n for r in done for n in r.removed),
@@ -156,7 +158,7 @@ def _lower(rw: Rewriter, region: Region) -> Rewrite:
         sum(r.macs_before for r in done),
         sum(r.macs_after for r in done),
         0.0,
-        tuple((t.name, made[id(t)].name) for n in region.nodes for t in n.outputs if t.name),
+        tuple((t.name, made[id(t)].name) for n, _ in region.nodes for t in n.outputs if t.name),
         f"{count} {rank}-D convolutions in a region of {len(region.nodes)} from {describe(region.convolutions[0])}",
     )
 
@@ -192,11 +194,11 @@ def _regions(rw: Rewriter) -> list[Region]:
     for node, lowering in low.values():
         for t in node.inputs:
             maker = rw.producer(t)
-            if maker is not None and id(maker) in low and low[id(maker)][1] == lowering:
+            if maker is not None and id(maker) in low and low[id(maker)][1].rank == lowering.rank:
                 parent[root(id(node))] = root(id(maker))
     regions: dict[int, Region] = {}
     for node, lowering in low.values():
-        regions.setdefault(root(id(node)), Region(lowering)).nodes.append(node)
+        regions.setdefault(root(id(node)), Region(lowering.rank)).nodes.append((node, lowering))
     return [r for r in regions.values() if r.convolutions]
 
 
@@ -212,9 +214,13 @@ def _lowering(rw: Rewriter, node: gs.Node) -> Lowering | None:
     if rank != 5:
         return None
     planes = {tuple(rw.dim(t, a) for a in (3, 4)) for t in data} - {(1, 1)}
-    plane = planes.pop() if len(planes) == 1 else None
-    known = plane is not None and all(isinstance(d, int) and d > 0 for d in plane)
-    return Lowering(5, tuple(d for d in plane if isinstance(d, int))) if plane is not None and known else None
+    plane = tuple(d for d in (planes.pop() if len(planes) == 1 else ()) if isinstance(d, int) and d > 0)
+    return Lowering(5, plane) if not planes and len(plane) != 1 and (plane or _flat(rw, data)) else None
+
+
+def _flat(rw: Rewriter, tensors: Iterable[gs.Tensor]) -> bool:
+    """Whether the planes of all tensors are single elements."""
+    return all((rw.dim(t, 3), rw.dim(t, 4)) == (1, 1) for t in tensors)
 
 
 Converter = Callable[[Rewriter, Lowering, gs.Node], Arguments | None]

@@ -1,0 +1,198 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from helpers import normal, ops, parse, reasons, run, same
+
+from pwopt.passes import LowerRank
+
+X = normal(2, 4, 11)
+SIDE = "(double[2,4,11] x) => (double[N] y) "
+
+
+def eager() -> LowerRank:
+    p = LowerRank()
+    p.eager = True
+    return p
+
+
+def kernels(model: onnx.ModelProto) -> list[int]:
+    """Ranks of the weights of all convolutions."""
+    rank = {t.name: len(t.dims) for t in model.graph.initializer}
+    return [rank[n.input[1]] for n in model.graph.node if n.op_type in ("Conv", "ConvTranspose")]
+
+
+def lowered(body: str, x: np.ndarray = X, opset: int = 17, **weights: np.ndarray) -> onnx.ModelProto:
+    model = parse(body, opset, **weights)
+    result, outcome, _ = run(model, eager())
+    assert len(outcome.rewrites) == 1
+    assert set(kernels(result)) == {4}
+    same(model, result, 1e-9, x=x)
+    return result
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "Conv<kernel_shape=[3], strides=[2], dilations=[2], pads=[1,2]>(x, w, b)",
+        "Conv<group=2>(x, g)",
+        'Conv<auto_pad="SAME_LOWER", strides=[2]>(x, w)',
+        "ConvTranspose<strides=[3], output_padding=[2], pads=[1,0]>(x, v, b)",
+    ],
+)
+def test_convolutions(call: str) -> None:
+    names = {"w": normal(6, 4, 3), "g": normal(6, 2, 3), "v": normal(4, 6, 3), "b": normal(6)}
+    result = lowered(
+        SIDE + f"{{ y = {call} }}", **{k: v for k, v in names.items() if f" {k}," in call or f" {k})" in call}
+    )
+    assert ops(result)["Unsqueeze"] == ops(result)["Squeeze"] == 1
+
+
+CARRIED = [
+    "Relu(a)", "Clip(a, s, t)", "PRelu(a, slope)", "PRelu(a, one)", "BatchNormalization(a, p, p, p, p)",
+    "InstanceNormalization(a, p, p)", "MaxPool<kernel_shape=[3], strides=[2], pads=[1,1]>(a)",
+    "AveragePool<kernel_shape=[2], strides=[2], ceil_mode=1>(a)", "Mul(a, slope)", "Add(row, a)", "Mul(a, whole)",
+    "Sub(one, a)", "Concat<axis=-2>(a, a)", "Concat<axis=2>(a, x)", "Softmax<axis=1>(a)", "Softmax<axis=-1>(a)",
+    "LogSoftmax<axis=2>(a)", "ReduceMean<axes=[-1]>(a)", "ReduceMax<axes=[1,2]>(a)", "Pad(a, around)",
+    'Pad<mode="reflect">(a, around)', "Slice(a, i, j, k)", 'Resize<mode="linear">(a, , scales)',
+    'Resize<mode="nearest">(a, , , sizes)', "GlobalAveragePool(a)",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("call", CARRIED)
+def test_what_is_carried_along(call: str) -> None:
+    numbers = {
+        "s": np.float64(-0.5), "t": np.float64(1), "slope": normal(4, 1), "one": normal(1), "p": np.abs(normal(4)),
+        "row": normal(11), "whole": normal(2, 4, 11), "around": np.array([0, 0, 2, 0, 1, 3]), "i": np.array([1]),
+        "j": np.array([9]), "k": np.array([-1]), "scales": np.array([1, 1, 2.5], np.float32), "sizes": np.array([2, 4, 20]),
+    }  # fmt: skip
+    used = {k: v for k, v in numbers.items() if any(f"{b}{k}{e}" in call for b in "( " for e in ",)")}
+    body = SIDE + f"{{ a = Conv<pads=[1,1]>(x, w) b = {call} c = Abs(b) y = Neg(c) }}"
+    result = lowered(body, w=normal(4, 4, 3), **used)
+    assert ops(result)["Squeeze"] == 1
+    assert [n.op_type for n in result.graph.node][-1] == "Squeeze"
+    assert ops(result)["Unsqueeze"] == 1
+
+
+@pytest.mark.parametrize(
+    ("opset", "call"),
+    [
+        (11, "Softmax<axis=1>(a)"),
+        (11, "Softmax<axis=2>(a)"),
+        (11, "ReduceSum<axes=[2]>(a)"),
+        (13, "ReduceSum(a, axes)"),
+        (18, "ReduceMean(a, axes)"),
+        (10, "Slice(a, i, j, k)"),
+        (10, "Pad<pads=[0,1,0,0,0,2]>(a)"),
+        (9, "Upsample(a, scales)"),
+        (12, "Split<axis=1>(a)"),
+    ],
+)
+def test_older_and_newer_spellings(opset: int, call: str) -> None:
+    numbers = {
+        "axes": np.array([-1]),
+        "i": np.array([1]),
+        "j": np.array([9]),
+        "k": np.array([2]),
+        "scales": np.array([1, 1, 2], np.float32),
+    }
+    used = {k: v for k, v in numbers.items() if f" {k})" in call or f" {k}," in call}
+    ends = "b, c = " + call + " y = Add(b, c)" if "Split" in call else "b = " + call + " y = Abs(b)"
+    lowered(SIDE + f"{{ a = Conv<pads=[1,1]>(x, w) {ends} }}", opset=opset, w=normal(4, 4, 3), **used)
+
+
+def test_what_stays_outside() -> None:
+    """Each region has one way in and one way out; what reads a result inside and outside gets both."""
+    body = SIDE + (
+        "{ a = Conv<pads=[1,1]>(x, w) b = Relu(a) t = Transpose<perm=[0,2,1]>(b) m = MatMul(t, v) u = Transpose<perm=[0,2,1]>(m)"
+        " c = Conv<pads=[1,1]>(b, w2) y = Add(c, u) }"
+    )
+    result = lowered(body, w=normal(4, 4, 3), w2=normal(4, 4, 3, seed=1), v=normal(4, 4))
+    assert ops(result)["Unsqueeze"] == 2
+    assert ops(result)["Squeeze"] == 2
+
+
+def test_outputs_inside_a_region_keep_their_names() -> None:
+    model = parse("(double[2,4,11] x) => (double[N] y, double[N] a) { a = Conv(x, w) y = Relu(a) }", w=normal(4, 4, 3))
+    result, _, _ = run(model, eager())
+    assert [o.name for o in result.graph.output] == ["y", "a"]
+    same(model, result, x=X)
+
+
+def test_dynamic_lengths() -> None:
+    model = parse(
+        "(double[N,4,L] x) => (double[M] y) { a = Conv<pads=[1,1]>(x, w) r = Relu(a) y = MaxPool<kernel_shape=[2]>(r) }",
+        w=normal(4, 4, 3),
+    )
+    result, _, _ = run(model, eager())
+    for size in ((1, 4, 5), (3, 4, 18)):
+        same(model, result, x=normal(*size))
+
+
+def test_small_regions_wait_for_a_measurement() -> None:
+    two = SIDE + "{ a = Conv<pads=[1,1]>(x, w) r = Relu(a) y = Conv(r, v) }"
+    model = parse(two, w=normal(4, 4, 3), v=normal(5, 4, 1))
+    result, outcome, _ = run(model, LowerRank())
+    assert result is model
+    assert "only measuring" in reasons(outcome)[0]
+    three = SIDE + "{ a = Conv<pads=[1,1]>(x, w) r = Relu(a) b = Conv(r, v) y = Conv(b, u) }"
+    model = parse(three, w=normal(4, 4, 3), v=normal(5, 4, 1), u=normal(3, 5, 2))
+    result, _, _ = run(model, LowerRank())
+    assert set(kernels(result)) == {4}
+    same(model, result, x=X)
+
+
+V = normal(2, 4, 5, 6, 7)
+VIDEO = "(double[2,4,5,6,7] x) => (double[N] y) "
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "Conv(x, w)", "Conv<pads=[1,0,0,1,0,0], strides=[2,1,1]>(x, k)",
+    ],
+)  # fmt: skip
+def test_volumes_with_flat_kernels(call: str) -> None:
+    names = {"w": normal(6, 4, 1, 1, 1), "k": normal(6, 4, 3, 1, 1), "p": np.abs(normal(6)), "v": normal(4, 6, 1, 1, 1)}
+    used = {k: v for k, v in names.items() if k in "pv" or f" {k})" in call}
+    body = (
+        VIDEO
+        + f"{{ a = {call} b = BatchNormalization(a, p, p, p, p) c = Relu(b) g = GlobalAveragePool(c) h = Sigmoid(g) i = Mul(c, h) y = Conv(i, v) }}"
+    )
+    result = lowered(body, x=V, **used)
+    assert ops(result)["Reshape"] == 2
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "Conv<pads=[0,1,1,0,1,1]>(x, w)",  # a kernel over the plane
+        "Conv<strides=[1,2,2]>(x, f)",
+    ],
+)
+def test_volumes_whose_plane_is_not_left_alone(call: str) -> None:
+    names = {"w": normal(6, 4, 1, 3, 3), "f": normal(6, 4, 1, 1, 1)}
+    model = parse(VIDEO + f"{{ y = {call} }}", **{k: v for k, v in names.items() if f" {k})" in call})
+    assert run(model, eager())[0] is model
+
+
+def test_volumes_of_unknown_plane_stay() -> None:
+    model = parse("(double[2,4,5,H,7] x) => (double[N] y) { y = Conv(x, w) }", w=normal(6, 4, 1, 1, 1))
+    assert run(model, eager())[0] is model
+
+
+def test_a_depthwise_volume_between_two_maps_stays_as_it_is() -> None:
+    body = (
+        VIDEO + "{ a = Conv(x, w) b = Relu(a) c = Conv<group=6, pads=[1,1,1,1,1,1]>(b, d) e = Relu(c) y = Conv(e, v) }"
+    )
+    model = parse(body, w=normal(6, 4, 1, 1, 1), d=normal(6, 1, 3, 3, 3), v=normal(4, 6, 1, 1, 1))
+    result, outcome, _ = run(model, eager())
+    assert len(outcome.rewrites) == 2
+    assert kernels(result) == [4, 5, 4]
+    same(model, result, x=V)
+
+
+def test_weights_that_are_inputs_stay() -> None:
+    model = parse("(double[2,4,11] x, double[4,4,3] w) => (double[N] y) { y = Conv(x, w) }")
+    assert run(model, eager())[0] is model
