@@ -13,6 +13,7 @@ from pwopt.cost import ELEMENT
 from pwopt.forms import Reading
 from pwopt.linear import LinearMap, Refusal, split_inputs
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip, describe
+from pwopt.shapes import channels
 
 #: Operators that act on every channel alike, linearly, and change the number of positions; each with how many
 #: elements' worth of work it does per element it reads or writes.
@@ -31,11 +32,11 @@ class Mover:
     writes: int
     broadcasts: bool
 
-    def work(self, channels: int) -> float:
+    def work(self, count: int) -> float:
         """In multiply-adds."""
         if self.node.op == "Slice":  # what it leaves out is not even read
-            return ELEMENT * channels * 2.0 * self.writes
-        return ELEMENT * SPATIAL[self.node.op] * channels * (self.reads + self.writes)
+            return ELEMENT * count * 2.0 * self.writes
+        return ELEMENT * SPATIAL[self.node.op] * count * (self.reads + self.writes)
 
     @property
     def source(self) -> gs.Tensor:
@@ -88,9 +89,7 @@ class CommuteSpatial(Pass):
             return Skip(
                 f"behind {node.op} it would not be cheaper: {g.in_channels} channels to move, not {g.out_channels}"
             )
-        moved = rw.new_variable(
-            f"{mover.output.name}_input", reading.source, _at(rw, mover.output, reading.axis, g.in_channels)
-        )
+        moved = rw.new_variable(f"{mover.output.name}_input", mover.output, channels(reading.axis, g.in_channels))
         return self._write(rw, mover, reading, (reading.source, moved), (moved, mover.output), "behind")
 
     def _lift(self, rw: Rewriter, reading: Reading, node: gs.Node) -> Rewrite | Skip | None:
@@ -108,9 +107,7 @@ class CommuteSpatial(Pass):
             return Skip(
                 f"before {node.op} it would not be cheaper: {g.out_channels} channels to move, not {g.in_channels}"
             )
-        mapped = rw.new_variable(
-            f"{reading.output.name}_small", reading.output, _at(rw, mover.source, reading.axis, g.out_channels)
-        )
+        mapped = rw.new_variable(f"{reading.output.name}_small", mover.source, channels(reading.axis, g.out_channels))
         return self._write(rw, mover, reading, (mapped, reading.output), (mover.source, mapped), "before")
 
     @staticmethod
@@ -159,7 +156,7 @@ class CommuteSpatial(Pass):
         return self._write_parts(rw, reading, concat, linear, movers)
 
     @staticmethod
-    def _lifted(rw: Rewriter, reading: Reading, tensor: gs.Tensor, channels: int) -> Mover | str:
+    def _lifted(rw: Rewriter, reading: Reading, tensor: gs.Tensor, count: int) -> Mover | str:
         """The upsampling that makes `tensor`, if a map before it is cheaper; else why not."""
         node = rw.producer(tensor)
         if node is None or rw.op(node) not in SPATIAL:
@@ -169,13 +166,11 @@ class CommuteSpatial(Pass):
             return ""
         refusal = _refusal(rw, mover, reading, tensor)
         out = reading.geometry.out_channels
-        saved = (
-            channels * out * (mover.writes - mover.reads) + mover.work(channels) + 2 * ELEMENT * channels * mover.writes
-        )
+        saved = count * out * (mover.writes - mover.reads) + mover.work(count) + 2 * ELEMENT * count * mover.writes
         spent = (0.0 if mover.broadcasts else mover.work(out)) + 3 * ELEMENT * out * mover.writes
         if refusal or saved > spent:
             return refusal or mover
-        return f"mapping its {channels} channels before {node.op} would not be cheaper than the sum that it takes"
+        return f"mapping its {count} channels before {node.op} would not be cheaper than the sum that it takes"
 
     def _write_parts(
         self, rw: Rewriter, reading: Reading, concat: gs.Node, linear: LinearMap, movers: list[Mover | str]
@@ -194,11 +189,9 @@ class CommuteSpatial(Pass):
             inputs = [concat.inputs[i] for i in group]
             source = mover.source if isinstance(mover, Mover) else inputs[0]
             if len(group) > 1:
-                source = rw.new_variable(
-                    f"{output.name}_inputs", reading.source, _at(rw, inputs[0], axis, weight.shape[1])
-                )
+                source = rw.new_variable(f"{output.name}_inputs", inputs[0], channels(axis, weight.shape[1]))
                 new.append(gs.Node("Concat", concat.name, dict(concat.attrs), inputs, [source]))
-            term = rw.new_variable(f"{output.name}_part", output, _at(rw, source, axis, out))
+            term = rw.new_variable(f"{output.name}_part", source, channels(axis, out))
             geometry = type(linear.geometry)(out, weight.shape[1]).at_rank(linear.geometry.rank)
             written = emit.write(
                 rw, LinearMap.of(geometry, weight, biased), reading, source, term, axis, inherit=not terms
@@ -209,7 +202,7 @@ class CommuteSpatial(Pass):
             new += written.nodes
             residual = max(residual, written.residual)
             if isinstance(mover, Mover) and not (mover.broadcasts and terms):
-                wide = rw.new_variable(f"{output.name}_large", output, rw.shape(output))
+                wide = rw.new_variable(f"{output.name}_large", output)
                 spatial = _copy(rw, mover.node, term, wide, axis, sizes[group[0]], out)
                 if spatial is None:
                     return Skip(NOT_FITTING)
@@ -219,7 +212,7 @@ class CommuteSpatial(Pass):
         total = terms[0]
         for i, term in enumerate(terms[1:], 2):
             last = i == len(terms)
-            after = output if last else rw.new_variable(f"{output.name}_sum", output, rw.shape(output))
+            after = output if last else rw.new_variable(f"{output.name}_sum", output)
             new.append(gs.Node("Add", rw.node_name(reading.node.name, "_sum"), {}, [total, term], [after]))
             total = after
         gone = [m.node for m in movers if isinstance(m, Mover)]
@@ -271,12 +264,6 @@ def _refusal(rw: Rewriter, mover: Mover, reading: Reading, between: gs.Tensor) -
         return "a sum of other numbers could overflow float16"
     crowd = rw.crowd(between)
     return crowd or (f"the weight {reading.weight_input.name!r} is shared" if rw.shared(reading.weight_input) else "")
-
-
-def _at(rw: Rewriter, tensor: gs.Tensor, axis: int | None, channels: int) -> tuple[int | str | None, ...] | None:
-    """The shape of `tensor` with another number of channels."""
-    shape = rw.shape(tensor)
-    return None if shape is None else tuple(channels if a == axis else d for a, d in enumerate(shape))
 
 
 def _copy(

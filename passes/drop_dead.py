@@ -9,9 +9,11 @@ import onnx_graphsurgeon as gs
 
 from pwopt import emit, forms
 from pwopt.channels import LARGEST_INPUT, Analysis, Channels, Scanner, flushed
+from pwopt.cost import macs
 from pwopt.forms import Reading
 from pwopt.linear import LinearMap, Refusal
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip, describe
+from pwopt.shapes import channels
 
 
 class DropDead(Pass):
@@ -33,7 +35,8 @@ class DropDead(Pass):
     def start(self, rw: Rewriter) -> None:
         self._pending: dict[int, tuple[list[Channels], Analysis]] = {}
         scans = [self._scan(rw, r) for n in rw.nodes() if (r := forms.weighted(rw, n)) is not None and r.nodes[0] is n]
-        if not any(s.dead for s in scans if s is not None):
+        zero_scale = any(_zero_scale(rw, n) for n in rw.nodes())
+        if not zero_scale and not any(s.dead for s in scans if s is not None):
             return
         analysis = Analysis(rw, self._scan)
         for component in analysis.components():
@@ -41,15 +44,18 @@ class DropDead(Pass):
                 (m for c in component if (m := rw.producer(c.tensor)) is not None), key=rw.position, default=None
             )
             if first is not None:
-                self._pending[id(first)] = (component, analysis)
+                self._pending[id(first.outputs[0])] = (component, analysis)
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
-        if id(node) in self._pending:
-            return self._prune(rw, *self._pending.pop(id(node)))
         reading = forms.weighted(rw, node)
-        if reading is None or reading.nodes[0] is not node:
-            return None
-        return self._flush(rw, node, reading)
+        flushed_now = self._flush(rw, node, reading) if reading is not None and reading.nodes[0] is node else None
+        if isinstance(flushed_now, Rewrite):
+            rw.enqueue_around(node)
+            return flushed_now
+        for tensor in node.outputs:
+            if id(tensor) in self._pending:
+                return self._prune(rw, *self._pending.pop(id(tensor)))
+        return flushed_now
 
     def _flush(self, rw: Rewriter, node: gs.Node, reading: Reading) -> Rewrite | Skip | None:
         """Subnormal weights become zero, for all readers of the weight."""
@@ -58,14 +64,19 @@ class DropDead(Pass):
         raw = rw.raw(tensor)
         if scan is None or not scan.subnormal or raw is None:
             return None
+        low = flushed(raw.astype(np.float64), raw.dtype).astype(raw.dtype)
+        if np.array_equal(low, raw):
+            return None
         if rw.pinned(tensor):
             return Skip(f"{scan.subnormal:,} weights are subnormal, but {rw.pinned(tensor)}")
-        readers = rw.readers(tensor)
-        rw.release([tensor.name])
-        clean = rw.new_constant(tensor.name, flushed(raw.astype(np.float64), raw.dtype).astype(raw.dtype))
+        maps = [(n, forms.weighted(rw, n)) for n in rw.readers(tensor)]
+        readers = [n for n, r in maps if r is not None and r.weight_input is tensor]
+        alone = len(readers) == len(rw.readers(tensor))
+        rw.release([tensor.name] if alone else [])
+        clean = rw.new_constant(tensor.name, low)
         maker = rw.producer(tensor)
-        rw.reroute(tensor, clean)
-        if maker is not None:
+        rw.reroute(tensor, clean, readers)
+        if maker is not None and alone:
             rw.remove(maker)
         names = tuple(describe(n) for n in readers)
         reason = (
@@ -89,33 +100,28 @@ class DropDead(Pass):
             if pruned is not None:
                 edits.append((current, pruned))
         reason = self._account(rw, component, analysis)
-        before = {id(c.tensor): c.tensor.shape for c in component}
+        macs_before = sum(macs(rw, n) or 0 for r, _ in edits for n in r.nodes)
+        before = [(c.tensor, rw.shape(c.tensor), rw.sizes.get(str(c.tensor.name))) for c in component]
         for c in component:
-            if c.tensor.shape is not None:
-                c.tensor.shape = [int((~c.gone).sum()) if a == c.axis else d for a, d in enumerate(c.tensor.shape)]
+            rw.reshape(c.tensor, channels(c.axis, int((~c.gone).sum())))
         written = []
         for reading, linear in edits:
             nodes = emit.write(rw, linear, reading, reading.source, reading.output, reading.axis)
             if isinstance(nodes, Refusal):
-                for c in component:
-                    c.tensor.shape = before[id(c.tensor)]
+                for tensor, shape, size in before:
+                    tensor.shape = shape
+                    if size is not None:
+                        rw.sizes[str(tensor.name)] = size
                 return Skip(f"channels could go, but {nodes.reason}")
             written.append((reading, nodes))
         _resize(rw, component, analysis)
-        old_sizes = {name: size for c in component if (size := rw.sizes.get(name := str(c.tensor.name))) is not None}
-        renamed = {}
         records = [rw.replace(r.nodes, w.nodes, "", w.residual) for r, w in written]
-        for c in component:
-            old = str(c.tensor.name)
-            renamed[old] = rw.rename(c.tensor, "_pruned")
-            if old in old_sizes:
-                count = int((~c.gone).sum())
-                rw.sizes[renamed[old]] = tuple(count if a == c.axis else d for a, d in enumerate(old_sizes[old]))
+        renamed = {str(c.tensor.name): rw.rename(c.tensor, "_pruned") for c in component}
         return Rewrite(
             reason,
             tuple(name for r in records for name in r.removed),
             tuple(name for r in records for name in r.added),
-            sum(r.macs_before for r in records),
+            macs_before,
             sum(r.macs_after for r in records),
             max((r.residual for r in records), default=0.0),
             tuple((a, renamed.get(b, b)) for r in records for a, b in r.became),
@@ -192,10 +198,20 @@ def _resize(rw: Rewriter, component: list[Channels], analysis: Analysis) -> None
             sizes = rw.new_constant(f"{node.outputs[0].name}_sizes", np.array(counts, np.int64))
             rw.set_input(node, 1, sizes)
         elif rw.op(node) == "Reshape":
-            shape, known = rw.integers(node.inputs[1]) or [], gone[id(node.outputs[0])]
-            if shape[known.axis] > 0:
-                shape[known.axis] = int((~known.gone).sum())
-                rw.set_input(node, 1, rw.new_constant(f"{node.outputs[0].name}_shape", np.array(shape, np.int64)))
+            source, output = analysis.of[id(node.inputs[0])], gone[id(node.outputs[0])]
+            old = rw.integers(node.inputs[1]) or []
+            copied = not node.attrs.get("allowzero", 0)
+            new = [len(source.gone) if d == 0 and a == source.axis and copied else d for a, d in enumerate(old)]
+            new[output.axis] = -1 if old[output.axis] == -1 else int((~output.gone).sum())
+            if new != old:
+                rw.set_input(node, 1, rw.new_constant(f"{node.outputs[0].name}_shape", np.array(new, np.int64)))
+
+
+def _zero_scale(rw: Rewriter, node: gs.Node) -> bool:
+    """Whether a normalisation or a factor makes a channel the same for every input."""
+    reading = forms.linear(rw, node) if rw.is_a(node, "BatchNormalization", "Mul") else None
+    step = reading.load() if reading is not None and reading.kind == "diagonal" else None
+    return isinstance(step, LinearMap) and bool(np.any(step.scale == 0))
 
 
 def _axis(analysis: Analysis, tensor: gs.Tensor) -> int:

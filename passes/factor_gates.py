@@ -31,7 +31,7 @@ class FactorGates(Pass):
             if dtype is None or dtype.kind not in "fV":
                 continue
             one = rw.new_constant(f"{gate.name}_one", np.ones((), dtype))
-            wider = rw.new_variable(f"{gate.name}_plus_one", gate, rw.shape(gate))
+            wider = rw.new_variable(f"{gate.name}_plus_one", gate)
             new = [
                 gs.Node("Add", rw.node_name(mul.name, "_one"), {}, [gate, one], [wider]),
                 gs.Node("Mul", node.name, {}, [x, wider], [node.outputs[0]]),

@@ -8,6 +8,7 @@ from pwopt import emit, forms
 from pwopt.graph import epsilon
 from pwopt.linear import LinearMap, Refusal, factor, low_rank
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
+from pwopt.shapes import channels
 
 #: Matrices are factored up to this many rows or columns; a singular value decomposition takes long beyond.
 LARGEST = 4096
@@ -52,9 +53,8 @@ class FactorRanks(Pass):
     @staticmethod
     def _write(rw: Rewriter, reading: forms.Reading, parts: tuple[LinearMap, LinearMap]) -> Rewrite | Skip:
         first, second = parts
-        rank, shape = first.geometry.out_channels, rw.shape(reading.output)
-        thin = None if shape is None else tuple(rank if a == reading.axis else d for a, d in enumerate(shape))
-        middle = rw.new_variable(f"{reading.output.name}_rank", reading.output, thin)
+        rank = first.geometry.out_channels
+        middle = rw.new_variable(f"{reading.output.name}_rank", reading.output, channels(reading.axis, rank))
         low = emit.write(rw, first, reading, reading.source, middle, reading.axis)
         high = emit.write(rw, second, reading, middle, reading.output, reading.axis, inherit=False)
         for written in (low, high):

@@ -9,7 +9,7 @@ import onnx_graphsurgeon as gs
 from pwopt import commute, emit, forms, idioms
 from pwopt.commute import Affine
 from pwopt.forms import Reading
-from pwopt.graph import epsilon
+from pwopt.graph import cancelling
 from pwopt.linear import LinearMap, Refusal, compose, compose_geometry
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip, describe
 
@@ -205,6 +205,6 @@ def _compose(rw: Rewriter, target: Reading, affine: Affine, *, after: bool) -> L
     linear = target.load()
     if isinstance(linear, Refusal):
         return linear
-    precision = 4 * epsilon(rw.dtype(target.output))
+    precision = cancelling(rw.dtype(target.output))
     diagonal = affine.map
     return compose(diagonal, linear, precision) if after else compose(linear, diagonal, precision)

@@ -13,6 +13,7 @@ from pwopt.graph import epsilon
 from pwopt.linear import Geometry, LinearMap, Refusal, compose_geometry, factor
 from pwopt.paths import relative_places
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
+from pwopt.shapes import channels
 
 #: Chains are planned exactly up to this many maps at a time; longer ones in such pieces, then again.
 MAX_CHAIN = 64
@@ -141,7 +142,7 @@ class FoldChains(Pass):
         parts = factor(composed, epsilon(dtype) / 2)
         if isinstance(parts, Refusal):
             return None
-        middle = rw.new_variable(f"{output.name}_rank", output)
+        middle = rw.new_variable(f"{output.name}_rank", output, channels(target.axis, parts[0].geometry.out_channels))
         first = emit.write(rw, parts[0], shape, source, middle, target.axis)
         second = emit.write(rw, parts[1], target, middle, output, target.axis, inherit=shape is not target)
         if isinstance(first, Refusal) or isinstance(second, Refusal):

@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 from pwopt import attributes
 from pwopt.positions import pooling, positionwise, spread, stencil
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
+from pwopt.shapes import Change
 
 #: First and last position of a crop along each spatial axis that it cuts.
 Window = dict[int, tuple[int, int]]
@@ -49,7 +50,7 @@ class HoistCrop(Pass):
             return Skip(f"cropping the {len(whole)} inputs of {maker.op} would cost more than it saves")
         crops, made = {}, []
         for t in {id(t): t for t in whole}.values():
-            crops[id(t)] = rw.new_variable(f"{t.name}_cropped", t, _cropped(rw, t, window))
+            crops[id(t)] = rw.new_variable(f"{t.name}_cropped", t, _cropped(window))
             made.append(_slice(rw, t, crops[id(t)], window))
         inputs = [crops.get(id(t), t) for t in maker.inputs]
         moved = gs.Node(maker.op, maker.name, dict(maker.attrs), inputs, list(node.outputs), domain=maker.domain)
@@ -84,7 +85,7 @@ class HoistCrop(Pass):
                 inner[axis] = (begin, end - 1)
         made, inputs = [], list(maker.inputs)
         if inner:
-            inputs[0] = rw.new_variable(f"{source.name}_cropped", source, _cropped(rw, source, inner))
+            inputs[0] = rw.new_variable(f"{source.name}_cropped", source, _cropped(inner))
             made.append(_slice(rw, source, inputs[0], inner))
         attrs = {k: v for k, v in maker.attrs.items() if k != "auto_pad"} | {"pads": around}
         made.append(gs.Node(maker.op, maker.name, attrs, inputs, list(node.outputs), domain=maker.domain))
@@ -108,13 +109,8 @@ def _window(rw: Rewriter, node: gs.Node) -> Window | None:
     return window or None
 
 
-def _cropped(rw: Rewriter, tensor: gs.Tensor, window: Window) -> tuple[int | str | None, ...] | None:
-    shape = rw.shape(tensor)
-    return (
-        None
-        if shape is None
-        else tuple(window[a][1] - window[a][0] + 1 if a in window else d for a, d in enumerate(shape))
-    )
+def _cropped(window: Window) -> Change:
+    return lambda shape: tuple(window[a][1] - window[a][0] + 1 if a in window else d for a, d in enumerate(shape))
 
 
 def _slice(rw: Rewriter, source: gs.Tensor, output: gs.Tensor, window: Window) -> gs.Node:

@@ -12,6 +12,7 @@ import onnx_graphsurgeon as gs
 from pwopt.cost import ELEMENT, macs
 from pwopt.positions import POOLS, pooling, positionwise, spread, stencil
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
+from pwopt.shapes import Change, Shape
 
 Steps = tuple[int, ...]
 
@@ -56,7 +57,7 @@ class HoistStride(Pass):
         new: list[tuple[gs.Node, list[gs.Node]]] = []
         before = sum(macs(rw, n) or 0 for n in region.nodes.values())
         for t in region.tensors.values():
-            t.shape = _strided(t.shape, self._steps[id(t)])
+            rw.reshape(t, _strided(self._steps[id(t)]))
         for node in sorted(region.nodes.values(), key=rw.position):
             made: list[gs.Node] = []
             step = self._steps.get(id(node.outputs[0]), ())
@@ -69,7 +70,7 @@ class HoistStride(Pass):
                     if rw.constant(t) is None and any(r > 1 for r in ratio) and spread(rw, t, len(step)):
                         key = (id(t), ratio)
                         if key not in pools:
-                            pools[key] = rw.new_variable(f"{t.name}_every", t, _strided(t.shape, ratio))
+                            pools[key] = rw.new_variable(f"{t.name}_every", t, _strided(ratio))
                             made.append(_subsample(rw, t, pools[key], ratio))
                         inputs[i] = pools[key]
                 made.append(
@@ -79,9 +80,6 @@ class HoistStride(Pass):
             new.append((node, made))
         records = [rw.replace([node], made, "") for node, made in new]
         renamed = {str(t.name): rw.rename(t, "_strided") for t in region.tensors.values()}
-        for t in region.tensors.values():
-            if t.name in rw.sizes:
-                rw.sizes[t.name] = tuple(_strided(rw.sizes[t.name], self._steps[id(t)]) or ())
         reason = (
             f"every {self._of(region)} position of {name!r} is read, so no other is computed"
             f" ({len(old)} operators{f', {len(pools)} inputs subsampled' if pools else ''})"
@@ -107,7 +105,7 @@ class HoistStride(Pass):
             out = node.outputs[0]
             step = self._steps.get(id(out), ())
             size = rw.size_of(out)
-            fewer = _strided(size, step) if step else size
+            fewer = _strided(step)(size) if step and size else size
             elements, kept = math.prod(size or (1,)), math.prod(d for d in fewer or (1,) if isinstance(d, int))
             reading = stencil(rw, node)
             per = reading.geometry.weights / reading.geometry.out_channels if reading is not None else ELEMENT
@@ -208,13 +206,12 @@ def _regions(rw: Rewriter, steps: dict[int, Steps]) -> list[Region]:
     return list(regions.values())
 
 
-def _strided(shape: Sequence[int | str | None] | None, steps: Steps) -> tuple[int | str | None, ...] | None:
-    if shape is None:
-        return None
-    space = [
-        -(-d // s) if isinstance(d, int) else (d if s == 1 else None) for d, s in zip(shape[2:], steps, strict=True)
-    ]
-    return (*shape[:2], *space)
+def _strided(steps: Steps) -> Change:
+    def every(shape: Shape) -> Shape:
+        parts = zip(shape[2:], steps, strict=True)
+        return (*shape[:2], *(-(-d // s) if isinstance(d, int) else d if s == 1 else None for d, s in parts))
+
+    return every
 
 
 def _subsample(rw: Rewriter, source: gs.Tensor, output: gs.Tensor, strides: Steps) -> gs.Node:

@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 from pwopt import emit, forms
 from pwopt.linear import LinearMap, Refusal, hcat
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
+from pwopt.shapes import channels
 
 
 class JoinConcat(Pass):
@@ -44,9 +45,9 @@ class JoinConcat(Pass):
         joined = hcat(first, second) if isinstance(first, LinearMap) and isinstance(second, LinearMap) else Refusal("")
         if isinstance(joined, Refusal):
             return Skip(joined.reason or forms.NOT_FINITE.reason)
-        shape, wide = rw.shape(a.source), joined.geometry.in_channels
-        widened = None if shape is None else tuple(wide if i == a.axis else d for i, d in enumerate(shape))
-        both = rw.new_variable(f"{node.outputs[0].name}_inputs", a.source, widened)
+        both = rw.new_variable(
+            f"{node.outputs[0].name}_inputs", a.source, channels(a.axis, joined.geometry.in_channels)
+        )
         written = emit.write(rw, joined, a, both, node.outputs[0], a.axis)
         if isinstance(written, Refusal):
             return Skip(written.reason)

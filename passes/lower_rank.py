@@ -71,9 +71,7 @@ class Lowering:
         whole = tuple(shape[-2:])
         return (*shape[:-2], whole[0] * whole[1]) if whole in ((1, 1), self.plane) else None
 
-    def shape(self, shape: Shape | None) -> Shape | None:
-        if shape is None:
-            return None
+    def shape(self, shape: Shape) -> Shape:
         if self.rank == 3:
             return (*shape[:2], 1, shape[2])
         h, w = shape[3:]
@@ -136,14 +134,14 @@ def _lower(rw: Rewriter, region: Region) -> Rewrite:
                 inputs.append(rw.new_constant(t.name if names else f"{node.outputs[0].name}_argument{i}", values))
             elif t.name and rw.constant(t) is None and rw.rank(t) == low.rank:
                 if id(t) not in made:
-                    made[id(t)] = rw.new_variable(f"{t.name}_2d", t, low.shape(rw.shape(t)))
+                    made[id(t)] = rw.new_variable(f"{t.name}_2d", t, low.shape)
                     new.append(_reshape(rw, low, t, made[id(t)], enter=True))
                 inputs.append(made[id(t)])
             else:
                 inputs.append(t)
         outputs, after = [], []
         for t in node.outputs:
-            made[id(t)] = rw.new_variable(f"{t.name}_2d", t, low.shape(rw.shape(t)))
+            made[id(t)] = rw.new_variable(f"{t.name}_2d", t, low.shape)
             outputs.append(made[id(t)])
             if rw.pinned(t) or any(id(r) not in inside for r in rw.readers(t)):
                 after.append(_reshape(rw, low, made[id(t)], t, enter=False))

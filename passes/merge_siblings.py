@@ -13,6 +13,7 @@ from pwopt.channels import ELEMENTWISE
 from pwopt.forms import Reading
 from pwopt.linear import Geometry, LinearMap, Refusal, stack
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
+from pwopt.shapes import channels
 
 #: Functions f of which exporters write x·f(x) as two operators.
 GATES = ("Sigmoid", "HardSigmoid", "Tanh")
@@ -71,7 +72,7 @@ class MergeSiblings(Pass):
         if isinstance(stacked, Refusal):
             return Skip(stacked.reason)
         wide = sum(s.geometry.out_channels for s in siblings)
-        merged = rw.new_variable(f"{first.output.name}_siblings", first.output, _widened(rw, first, wide))
+        merged = rw.new_variable(f"{first.output.name}_siblings", first.output, channels(first.axis, wide))
         written = emit.write(rw, stacked, first, first.source, merged, first.axis)
         if isinstance(written, Refusal):
             return Skip(written.reason)
@@ -81,7 +82,7 @@ class MergeSiblings(Pass):
         )
         result: gs.Tensor = merged
         for step in tails[0]:
-            after = rw.new_variable(f"{step.output.name}_siblings", step.output, _widened(rw, first, wide))
+            after = rw.new_variable(f"{step.output.name}_siblings", step.output, channels(first.axis, wide))
             new += _repeated(rw, step, result, after)
             result = after
         if concat is None:
@@ -129,11 +130,6 @@ def _nodes(sibling: Reading, tail: Sequence[Step]) -> list[gs.Node]:
     return [*sibling.nodes, *(n for step in tail for n in step.nodes)]
 
 
-def _widened(rw: Rewriter, reading: Reading, channels: int) -> tuple[int | str | None, ...] | None:
-    shape = rw.shape(reading.output)
-    return None if shape is None else tuple(channels if a == reading.axis else d for a, d in enumerate(shape))
-
-
 def _equal_tails(rw: Rewriter, siblings: Sequence[Reading]) -> list[list[Step]]:
     """The activations that follow all siblings alike."""
     tails: list[list[Step]] = [[] for _ in siblings]
@@ -177,7 +173,7 @@ def _repeated(rw: Rewriter, step: Step, source: gs.Tensor, output: gs.Tensor) ->
     node = step.nodes[0]
     if len(step.nodes) == 1:
         return [gs.Node(node.op, node.name, dict(node.attrs), [source, *node.inputs[1:]], [output])]
-    gate = rw.new_variable(f"{node.outputs[0].name}_siblings", source, rw.shape(source))
+    gate = rw.new_variable(f"{node.outputs[0].name}_siblings", source)
     product = gs.Node("Mul", step.nodes[1].name, {}, [source, gate], [output])
     return [gs.Node(node.op, node.name, dict(node.attrs), [source], [gate]), product]
 

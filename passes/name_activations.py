@@ -67,6 +67,6 @@ def _spell(rw: Rewriter, spelled: idioms.Activation, node: gs.Node, available: b
     if spelled.op == "HardSigmoid":
         yield gs.Node("HardSigmoid", node.name, attrs, [x], [y])
         return
-    gate = rw.new_variable(f"{y.name}_gate", y, rw.shape(y))
+    gate = rw.new_variable(f"{y.name}_gate", y)
     yield gs.Node("HardSigmoid", rw.node_name(node.name, "_gate"), attrs, [x], [gate])
     yield gs.Node("Mul", node.name, {}, [x, gate], [y])

@@ -42,9 +42,9 @@ class SplitConcat(Pass):
         sizes = [p.geometry.in_channels for p in parts]
         new: list[gs.Node] = []
         total: gs.Tensor | None = None
-        residual, output, shape = 0.0, reading.output, rw.shape(reading.output)
+        residual, output = 0.0, reading.output
         for i, (part, tensor) in enumerate(zip(split_inputs(linear, sizes), concat.inputs, strict=True)):
-            product = rw.new_variable(f"{output.name}_part", output, shape)
+            product = rw.new_variable(f"{output.name}_part", output)
             written = emit.write(rw, part, reading, tensor, product, reading.axis, inherit=False)
             if isinstance(written, Refusal):
                 return Skip(written.reason)
@@ -52,11 +52,11 @@ class SplitConcat(Pass):
             residual = max(residual, written.residual)
             last = i == len(parts) - 1
             if total is not None:
-                after = output if last else rw.new_variable(f"{output.name}_sum", output, shape)
+                after = output if last else rw.new_variable(f"{output.name}_sum", output)
                 new.append(gs.Node("Add", reading.node.name if last else "", {}, [total, product], [after]))
                 product = after
             total = product
         widths = " + ".join(map(str, sizes))
         reason = f"{widths} channels are mapped one by one and summed, instead of joined and mapped"
         done = rw.replace([concat, *reading.nodes], new, reason, residual)
-        return done.signed(f"{reading.kind} ({widths})→{reading.geometry.out_channels} at {shape}")
+        return done.signed(f"{reading.kind} ({widths})→{reading.geometry.out_channels} at {rw.shape(output)}")

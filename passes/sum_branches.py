@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -12,6 +13,7 @@ from pwopt.cost import price
 from pwopt.linear import Geometry, LinearMap, Refusal, add_geometry
 from pwopt.paths import Path, trace
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip, describe
+from pwopt.shapes import Change, channels
 
 #: Sums of more terms are summed in pieces.
 MAX_TERMS = 32
@@ -59,7 +61,12 @@ class SumBranches(Pass):
         if not _adds(rw, node) or _adds(rw, rw.sole_reader(node.outputs[0])):
             return None
         inner: list[gs.Node] = []
-        terms = [Term(trace(rw, t, self._fused), sign) for t, sign in _summands(rw, node, inner)]
+        summands = list(_summands(rw, node, inner))
+        counts = Counter(id(t) for t, _ in summands)
+        terms = [  # what is summed twice has two readers, though one node
+            Term(trace(rw, t, self._fused) if counts[id(t)] == 1 else Path(t, t, (), None, ""), sign)
+            for t, sign in summands
+        ]
         origins: dict[tuple[int, int | None], list[Term]] = {}
         axis_of = {id(t.path.source): t.path.axis for t in terms if t.path.axis is not None}
         for term in terms:
@@ -106,17 +113,13 @@ class SumBranches(Pass):
         like = max(readings, key=lambda r: (r.kind.startswith("conv"), r.weighted, r.geometry.weights))
         rest = [t for t in terms if all(t is not j for j in joined.terms)]
         output = root.outputs[0]
-        partial = output if not rest else rw.new_variable(f"{output.name}_branches", output, rw.shape(output))
+        alike = next((t.path.output for t in joined.terms if t.path.readings), source)
+        wide = total.geometry.out_channels
+        partial = output if not rest else rw.new_variable(f"{output.name}_branches", alike, channels(axis, wide))
         written = emit.write(rw, total, like, source, partial, axis)
         if isinstance(written, Refusal):
             return written
-        new, left = list(written.nodes), partial
-        for i, term in enumerate(rest):
-            last = i == len(rest) - 1
-            after = output if last else rw.new_variable(f"{output.name}_sum", output, rw.shape(output))
-            name = root.name if last else rw.node_name(root.name, "_sum")
-            new.append(gs.Node("Add" if term.sign > 0 else "Sub", name, {}, [left, term.path.output], [after]))
-            left = after
+        new = [*written.nodes, *_summed(rw, root, partial, rest)]
         old = [*(n for t in joined.terms for n in t.path.nodes), *sums]
         if len(new) >= len(old):
             return Refusal("joining the branches would not save an operator")
@@ -124,6 +127,22 @@ class SumBranches(Pass):
         plain = sum(not t.path.readings for t in joined.terms)
         reason = f"{len(joined.terms)} branches of {source.name!r} are one map: {names}"
         return rw.replace(old, new, reason + (" and the input itself" if plain else ""), written.residual)
+
+
+def _summed(rw: Rewriter, root: gs.Node, first: gs.Tensor, rest: Sequence[Term]) -> list[gs.Node]:
+    """Operators for the output of `root`, `first` plus the other terms: one Sum, or Add and Sub if signs differ."""
+    output = root.outputs[0]
+    if root.op == "Sum" and len(rest) > 1 and rw.opset >= 8 and all(t.sign > 0 for t in rest):
+        return [gs.Node("Sum", root.name, {}, [first, *(t.path.output for t in rest)], [output])]
+    new: list[gs.Node] = []
+    for i, term in enumerate(rest):
+        last, same = i == len(rest) - 1, rw.shape(first) == rw.shape(term.path.output)
+        change: Change = (lambda shape: shape) if same else (lambda _shape: None)
+        after = output if last else rw.new_variable(f"{output.name}_sum", first, change)
+        name = root.name if last else rw.node_name(root.name, "_sum")
+        new.append(gs.Node("Add" if term.sign > 0 else "Sub", name, {}, [first, term.path.output], [after]))
+        first = after
+    return new
 
 
 def _adds(rw: Rewriter, node: gs.Node | None) -> bool:
@@ -135,15 +154,22 @@ def _adds(rw: Rewriter, node: gs.Node | None) -> bool:
 
 def _summands(rw: Rewriter, root: gs.Node, inner: list[gs.Node]) -> Iterator[tuple[gs.Tensor, float]]:
     """Tensors and signs that `root` sums, through sums that serve nothing else; those are added to `inner`."""
-    pending = [(t, -1.0 if root.op == "Sub" and i == 1 else 1.0) for i, t in enumerate(root.inputs)][::-1]
+    pending = _operands(root, 1.0)[::-1]
     while pending:
-        tensor, sign = pending.pop()
-        maker = rw.producer(tensor)
+        tensor, sign, once = pending.pop()
+        maker = rw.producer(tensor) if once else None
         if maker is None or not _adds(rw, maker) or rw.crowd(tensor) or len(pending) + len(inner) >= MAX_TERMS:
             yield tensor, sign
             continue
         inner.insert(0, maker)
-        pending += [(t, -sign if maker.op == "Sub" and i == 1 else sign) for i, t in enumerate(maker.inputs)][::-1]
+        pending += _operands(maker, sign)[::-1]
+
+
+def _operands(node: gs.Node, sign: float) -> list[tuple[gs.Tensor, float, bool]]:
+    """What a sum reads, with its sign, and whether it reads that once."""
+    counts = Counter(map(id, node.inputs))
+    minus = node.op == "Sub"
+    return [(t, -sign if minus and i == 1 else sign, counts[id(t)] == 1) for i, t in enumerate(node.inputs)]
 
 
 def _cheapest(branches: Sequence[Branch]) -> tuple[Branch | None, str]:

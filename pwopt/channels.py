@@ -73,19 +73,21 @@ def _tiny(sizes: Array) -> Mask:
 
 
 class Scanner:
-    """Scans weights, each once."""
+    """Scans weights, each once in the form in which a map reads it."""
 
     def __init__(self) -> None:
-        self._done: dict[int, tuple[gs.Tensor, Scan | None]] = {}
+        self._done: dict[tuple[object, ...], tuple[gs.Tensor, Scan | None]] = {}
 
     def __call__(self, view: View, reading: Reading) -> Scan | None:
         """None where the numbers are not finite."""
         held = view.constant(reading.weight) if reading.weight is not None else None
         if held is None:
             return None
-        if id(held) not in self._done:
-            self._done[id(held)] = (held, self._scan(reading, held.dtype))
-        return self._done[id(held)][1]
+        attrs = reading.nodes[0].attrs
+        key = (id(held), reading.kind, reading.geometry, attrs.get("transB", 0), attrs.get("alpha", 1.0))
+        if key not in self._done:
+            self._done[key] = (held, self._scan(reading, held.dtype))
+        return self._done[key][1]
 
     @staticmethod
     def _scan(reading: Reading, dtype: object) -> Scan | None:
@@ -310,7 +312,8 @@ class Analysis:
             value, axis = np.full(len(constant), np.nan), source.axis
             if constant.any():
                 value[constant] = self._evaluate(node, source.value[constant])
-            radius = np.where(source.radius == 0, 0.0, source.radius * self._lipschitz(node, op))
+            steepest = self._lipschitz(node, op)
+            radius = source.radius * steepest if np.isfinite(steepest) else np.where(source.radius == 0, 0.0, np.inf)
         else:
             rule = commute.rule(self.view, node)
             if rule is None or (rule.axes is not None and source.axis not in rule.axes) or not self._keeps(node, op):
@@ -346,6 +349,8 @@ class Analysis:
             return False
         if op in ("Resize", "Upsample"):
             return not attributes.resized_by_sizes(self.view, node)
+        if op == "Squeeze":  # without axes, it would take a single channel along
+            return attributes.axes_of(self.view, node, 13) is not None
         return op != "Reshape" or (self.view.opset >= 5 and self.view.integers(node.inputs[1]) is not None)
 
     # Backward: which channels may go
@@ -407,9 +412,18 @@ class Analysis:
         if scan is None or reading.axis != source.axis or len(source.value) != g.in_channels:
             return np.zeros(len(source.value), bool)
         unread = scan.columns == 0
-        negligible = source.radius * scan.columns <= NEGLIGIBLE * np.max(scan.columns, initial=0.0)
         foldable = source.constant & ((source.value == 0) | (not g.padded and not g.transposed))
-        return np.asarray(unread | (foldable & negligible))
+        return np.asarray(unread | (foldable & self._negligible(reading, source)))
+
+    def _negligible(self, reading: Reading, source: Channels) -> Mask:
+        """Channels that stay so near to their constants that no sum they enter can tell in float32."""
+        loose = source.constant & (source.radius > 0)
+        linear = reading.load() if loose.any() else None
+        if not isinstance(linear, LinearMap):
+            return ~loose
+        size = np.abs(linear.weight).reshape(*linear.weight.shape[:2], -1).sum(-1)
+        others = size[:, ~source.constant].sum(1) + np.abs(linear.bias)
+        return np.asarray(~loose | np.all(size * source.radius <= NEGLIGIBLE * others[:, None], axis=0))
 
     def components(self) -> Iterator[list[Channels]]:
         """Sets of tensors whose channels go together, in the order of their first operators."""

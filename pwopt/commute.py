@@ -81,7 +81,9 @@ def rule(view: View, node: gs.Node) -> Rule | None:
         hollow = outside and any(d > 1 for d in node.attrs.get("dilations", ()))  # a window may miss the input
         return Rule(shift=not hollow and not (partial and node.attrs.get("count_include_pad", 0)), axes=CHANNELS)
     if op in ("MaxPool", "GlobalMaxPool"):
-        return None if any(o.name for o in node.outputs[1:]) else Rule("positive", axes=CHANNELS)
+        outside = any(node.attrs.get("pads", ())) or node.attrs.get("auto_pad", "NOTSET").startswith("SAME")
+        hollow = outside and any(d > 1 for d in node.attrs.get("dilations", ()))  # a window may miss the input
+        return None if hollow or any(o.name for o in node.outputs[1:]) else Rule("positive", axes=CHANNELS)
     if op in ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin"):
         return _reduction(view, node, op)
     if op in ("Resize", "Upsample"):

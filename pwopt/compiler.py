@@ -112,4 +112,6 @@ def run_pipeline(
     settled = settle(model, deny) if any(isinstance(p, CleanUp) for p in passes) else ()
     outcome = Pipeline(passes).run(model.graph, denied=deny, allowed=allowed, sizes=concrete, reserved=model.names())
     after = measure(View(model.graph, concrete))
+    if after.unknown > before.unknown:  # tensors that passes made
+        after = measure(View(model.graph, concrete_sizes(model.to_proto(), sizes)))
     return before, Outcome((*settled, *outcome.rewrites), outcome.skips), after

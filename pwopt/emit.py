@@ -129,7 +129,7 @@ class _Writer:
         return gs.Node(op, name, attrs, inputs, [output])
 
     def middle(self) -> gs.Variable:
-        return self.view.new_variable(f"{self.output.name}_product", self.output, self.view.shape(self.output))
+        return self.view.new_variable(f"{self.output.name}_product", self.output)
 
     def matrix(self) -> Array:
         """The weight as (out, in)."""

@@ -16,7 +16,7 @@ import onnx_graphsurgeon as gs
 
 from pwopt.linear import Array
 from pwopt.model import StoredValues
-from pwopt.shapes import Dim, Shape
+from pwopt.shapes import Change, Dim, Shape, known
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 
@@ -25,6 +25,14 @@ def epsilon(dtype: np.dtype[Any] | None) -> float:
     """Distance from 1 to the next number of a floating-point type; float32's where it is not known."""
     name = "float32" if dtype is None else str(dtype)
     return {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float64": 2.0**-52}.get(name, 2.0**-23)
+
+
+def cancelling(dtype: np.dtype[Any] | None) -> float:
+    """How near to zero, relative to its parts, a sum of constants is nothing but their rounding (`linear.compose`).
+
+    None of the half types: there, 4 units in the last place are a number to reckon with.
+    """
+    return 4 * epsilon(dtype) if str(dtype) in ("float32", "float64") else 0.0
 
 
 class View:
@@ -258,8 +266,22 @@ class View:
     def reserve(self, names: Iterable[str]) -> None:
         self._names.update(names)
 
-    def new_variable(self, name: str, like: gs.Tensor, shape: Shape | None = None) -> gs.Variable:
-        return gs.Variable(self.unique(name), dtype=like.dtype, shape=shape)
+    def new_variable(self, name: str, like: gs.Tensor, change: Change = lambda shape: shape) -> gs.Variable:
+        """A tensor of the type of `like`, and of its shape and representative size after `change`."""
+        shape, size = self.shape(like), self.size_of(like)
+        made = gs.Variable(self.unique(name), dtype=like.dtype, shape=None if shape is None else change(shape))
+        numbers = None if size is None else known(change(size))
+        if numbers is not None:
+            self.sizes[made.name] = numbers
+        return made
+
+    def reshape(self, tensor: gs.Tensor, change: Change) -> None:
+        """Let a tensor have another shape and representative size."""
+        shape, size = self.shape(tensor), self.size_of(tensor)
+        tensor.shape = None if shape is None else change(shape)
+        numbers = None if size is None else known(change(size))
+        if numbers is not None:
+            self.sizes[tensor.name] = numbers
 
     def rename(self, tensor: gs.Tensor, suffix: str) -> str:
         """A tensor whose value changes gets a new name: a name means the original's value, or nothing."""

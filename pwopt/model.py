@@ -115,6 +115,7 @@ class Model:
         listed_initializers = {t.name for t in old.initializer}
         dims = {t.name: tuple(t.dims) for t in new.initializer}
         stale = {n for n, size in dims.items() if n in self._constants and size != tuple(self._constants[n][1].dims)}
+        stale |= {n for n in dims if n not in self._constants}  # a Constant node's, until it became an initializer
         for value in old.input:
             if value.name not in listed_initializers or value.name in written:
                 new.input.append(value)
@@ -136,7 +137,11 @@ class Model:
             return False
         pairs = zip(self.graph.nodes, self.proto.graph.node, strict=True)
         same = all(_same_edges(node, proto) and self._original(node) is proto for node, proto in pairs)
-        return same and all(isinstance(c._values, StoredValues) for c, _ in self._constants.values())
+        held = all(
+            name in self._constants and self._constants[name][0] is c and isinstance(c._values, StoredValues)
+            for name, c in self._constant_tensors().items()
+        )
+        return same and held
 
     def _original(self, node: gs.Node) -> onnx.NodeProto | None:
         """The message a node came from, if its operator and attributes are still those."""

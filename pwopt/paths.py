@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from pwopt import forms
 from pwopt.cost import positions, price
 from pwopt.forms import Reading
-from pwopt.graph import View, epsilon
+from pwopt.graph import View, cancelling
 from pwopt.linear import LinearMap, Refusal, compose
 
 #: How far a path is followed; real models need a handful.
@@ -47,7 +47,7 @@ class Path:
     def compose(self, view: View) -> LinearMap | Refusal:
         """All maps as one; the identity of one channel if there are none."""
         composed: LinearMap | Refusal = LinearMap.identity(1)
-        precision = 4 * epsilon(view.dtype(self.output))
+        precision = cancelling(view.dtype(self.output))
         for step in (s for r in self.readings for s in steps(r)):
             if isinstance(composed, Refusal):
                 break

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import onnx
 from onnx import TensorProto, shape_inference
 
 Dim = int | str | None
 Shape = tuple[Dim, ...]
+#: How a shape becomes another; None where that is not known.
+Change = Callable[[Shape], Shape | None]
 
 #: Initializers up to this many elements may be shapes, axes or sizes, whose values inference reads.
 SMALL = 1024
@@ -22,6 +24,11 @@ def dims(value: onnx.TypeProto) -> Shape | None:
         (d.dim_value if d.dim_value >= 0 else None) if d.HasField("dim_value") else (d.dim_param or None)
         for d in value.tensor_type.shape.dim
     )
+
+
+def channels(axis: int | None, count: int) -> Change:
+    """The change of a shape to another number of channels."""
+    return lambda shape: tuple(count if a == axis else d for a, d in enumerate(shape))
 
 
 def known(shape: Sequence[Dim] | None) -> tuple[int, ...] | None:

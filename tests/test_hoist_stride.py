@@ -154,7 +154,13 @@ def test_other_types_are_subsampled_by_a_slice(dtype: type) -> None:
     model = parse(body, **{k: v.astype(dtype) for k, v in weights(u=(8, 8, 3, 3), v=(4, 8, 1, 1)).items()})
     result, _, _ = run(model, HoistStride())
     assert ops(result)["Slice" if dtype is np.float16 else "MaxPool"] == 1
-    same(model, result, 2e-2 if dtype is np.float16 else 1e-4, x=X.astype(dtype), z=normal(2, 8, 13, 11, seed=3, dtype=dtype))
+    same(
+        model,
+        result,
+        2e-2 if dtype is np.float16 else 1e-4,
+        x=X.astype(dtype),
+        z=normal(2, 8, 13, 11, seed=3, dtype=dtype),
+    )
 
 
 def test_dynamic_sizes() -> None:
