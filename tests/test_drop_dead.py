@@ -1059,7 +1059,8 @@ class Net:
             self.add("Add", [name, self.conv(inner, channels)[0]], channels, size)
         elif kind == "concat":
             other = self.pick(size)
-            self.add("Concat", [name, other[0]], channels + other[1], size, axis=1)
+            if channels + other[1] <= 24:
+                self.add("Concat", [name, other[0]], channels + other[1], size, axis=1)
         elif kind == "gate":
             pooled = self.add("GlobalAveragePool", [name], channels, 1)
             squeezed = self.conv(pooled, 3)
