@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pwopt.passes.channels_last import ChannelsLast
 from pwopt.passes.clean_up import CleanUp
 from pwopt.passes.commute_spatial import CommuteSpatial
 from pwopt.passes.drop_dead import DropDead
@@ -36,10 +37,12 @@ PASSES: tuple[type[Pass], ...] = (
     SplitConcat,
     JoinConcat,
     LowerRank,
+    ChannelsLast,
 )
 
 __all__ = [
     "PASSES",
+    "ChannelsLast",
     "CleanUp",
     "CommuteSpatial",
     "DropDead",

@@ -1,4 +1,4 @@
-"""Regions of 1-D and 3-D convolutions run as 2-D ones."""
+"""Regions of 1-D and 3-D convolutions run as 2-D ones, those on single positions as matrix products."""
 
 from __future__ import annotations
 
@@ -21,15 +21,16 @@ Numbers = Callable[[], np.ndarray]
 
 @dataclass(frozen=True)
 class Arguments:
-    """What an operator says once its data has another rank: attributes, and constant inputs by index."""
+    """What an operator says once its data has another rank: attributes, constant inputs by index, another name."""
 
     attrs: dict[str, object]
     constants: dict[int, Numbers] = field(default_factory=dict)
+    op: str = ""
 
 
 @dataclass(frozen=True)
 class Lowering:
-    """How tensors of rank 3 (N, C, L) or 5 (N, C, T, H, W) are seen with rank 4: (N, C, 1, L) or (N, C, T, H·W).
+    """How tensors are seen: (N, C, L) as (N, C, 1, L), (N, C, T, H, W) as (N, C, T, H·W), (N, C, 1, 1) as (N, C).
 
     Attributes
     ----------
@@ -43,10 +44,12 @@ class Lowering:
 
     def axis(self, axis: int) -> int | None:
         axis += self.rank if axis < 0 else 0
-        return {0: 0, 1: 1, 2: 3}.get(axis) if self.rank == 3 else axis if axis < 3 else None
+        return {3: {0: 0, 1: 1, 2: 3}, 4: {0: 0, 1: 1}, 5: {0: 0, 1: 1, 2: 2}}[self.rank].get(axis)
 
     def spatial(self, values: Sequence[int], neutral: int) -> list[int] | None:
         """Numbers per spatial axis; None if the plane is not left alone."""
+        if self.rank == 4:
+            return None
         if self.rank == 3:
             return [neutral, *values]
         return [values[0], neutral] if all(v == neutral for v in values[1:]) else None
@@ -58,6 +61,8 @@ class Lowering:
 
     def every(self, values: Sequence[float], neutral: float) -> list[float] | None:
         """Numbers for every axis of the tensor."""
+        if self.rank == 4:
+            return None
         if self.rank == 3:
             return [*values[:2], neutral, values[2]]
         return [*values[:3], neutral] if all(v == neutral for v in values[3:]) else None
@@ -68,12 +73,16 @@ class Lowering:
             return tuple(shape) if len(shape) < 2 else (*shape[:-1], 1, shape[-1])
         if len(shape) < 2:
             return tuple(shape) if all(d == 1 for d in shape) else None
+        if self.rank == 4:
+            return tuple(shape[:-2]) if tuple(shape[-2:]) == (1, 1) else None
         whole = tuple(shape[-2:])
         return (*shape[:-2], whole[0] * whole[1]) if whole in ((1, 1), self.plane) else None
 
     def shape(self, shape: Shape) -> Shape:
         if self.rank == 3:
             return (*shape[:2], 1, shape[2])
+        if self.rank == 4:
+            return shape[:2]
         h, w = shape[3:]
         return (*shape[:3], h * w if isinstance(h, int) and isinstance(w, int) else None)
 
@@ -92,7 +101,8 @@ class Region:
 
 class LowerRank(Pass):
     """f(x) = squeeze(f₂(unsqueeze(x))): a region f on (N, C, L) runs as f₂ on (N, C, 1, L), one on (N, C, T, H, W)
-    whose kernels are (k, 1, 1) on (N, C, T, H·W). The same sums over the same numbers.
+    whose kernels are (k, 1, 1) on (N, C, T, H·W), one on (N, C, 1, 1) on (N, C), where convolutions are matrix products.
+    The same sums over the same numbers.
 
     onnxruntime's CPU provider has its blocked layout for 2-D convolutions only. One Unsqueeze or Reshape at each
     entry, one at each exit; everything between is carried along. Audio networks (Kriman et al., "QuartzNet", 2020)
@@ -110,6 +120,8 @@ class LowerRank(Pass):
         if region is None:
             return None
         count, rank = len(region.convolutions), region.rank - 2
+        if not self.eager and rank == 2:
+            return Skip(f"{count} convolutions of single positions could be matrix products; only measuring can tell")
         if not self.eager and count < ENOUGH:
             return Skip(
                 f"a region of {count} {rank}-D convolutions may not repay its changes of shape; only measuring can tell"
@@ -145,12 +157,13 @@ def _lower(rw: Rewriter, region: Region) -> Rewrite:
             outputs.append(made[id(t)])
             if rw.pinned(t) or any(id(r) not in inside for r in rw.readers(t)):
                 after.append(_reshape(rw, low, made[id(t)], t, enter=False))
-        new.append(gs.Node(node.op, node.name, arguments.attrs, inputs, outputs, domain=node.domain))
+        new.append(gs.Node(arguments.op or node.op, node.name, arguments.attrs, inputs, outputs, domain=node.domain))
         records.append((node, [*new, *after]))
     done = [rw.replace([node], new, "") for node, new in records]
     count, rank = len(region.convolutions), region.rank - 2
     return Rewrite(
-        f"{count} {rank}-D convolutions and {len(region.nodes) - count} other operators around them run in 2-D",
+        f"{count} {rank}-D convolutions and {len(region.nodes) - count} other operators around them run "
+        + ("as matrix products" if rank == 2 else "in 2-D"),
         tuple(n for r in done for n in r.removed),
         tuple(n for r in done for n in r.added),
         sum(r.macs_before for r in done),
@@ -162,16 +175,17 @@ def _lower(rw: Rewriter, region: Region) -> Rewrite:
 
 
 def _reshape(rw: Rewriter, low: Lowering, source: gs.Tensor, output: gs.Tensor, *, enter: bool) -> gs.Node:
+    axes = np.array([2, 3] if low.rank == 4 else [2], np.int64)
     if low.rank == 5:
         h, w = (rw.dim(output, 3), rw.dim(output, 4)) if not enter else (0, 0)
         shape = np.array([0, 0, 0, -1] if enter else [0, 0, 0, h, w], np.int64)
         name = rw.node_name(str(output.name), "_reshape")
         return gs.Node("Reshape", name, {}, [source, rw.new_constant(f"{output.name}_shape", shape)], [output])
-    op = "Unsqueeze" if enter else "Squeeze"
+    op = "Unsqueeze" if enter == (low.rank == 3) else "Squeeze"
     name = rw.node_name(str(output.name), f"_{op.lower()}")
     if rw.opset < 13:
-        return gs.Node(op, name, {"axes": [2]}, [source], [output])
-    return gs.Node(op, name, {}, [source, rw.new_constant(f"{output.name}_axes", np.array([2], np.int64))], [output])
+        return gs.Node(op, name, {"axes": axes.tolist()}, [source], [output])
+    return gs.Node(op, name, {}, [source, rw.new_constant(f"{output.name}_axes", axes)], [output])
 
 
 def _regions(rw: Rewriter) -> list[Region]:
@@ -209,6 +223,9 @@ def _lowering(rw: Rewriter, node: gs.Node) -> Lowering | None:
     rank = ranks.pop()
     if rank == 3:
         return Lowering(3)
+    if rank == 4:
+        single = all((rw.dim(t, 2), rw.dim(t, 3)) == (1, 1) for t in data)
+        return Lowering(4) if single else None
     if rank != 5:
         return None
     planes = {tuple(rw.dim(t, a) for a in (3, 4)) for t in data} - {(1, 1)}
@@ -244,6 +261,8 @@ def _convolution(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None
     weight = rw.constant(node.inputs[1])
     if weight is None or "output_shape" in node.attrs or rw.constant(node.inputs[0]) is not None:
         return None
+    if low.rank == 4:
+        return _product(rw, node, weight)
     shape = low.spatial(list(weight.shape[2:]), 1)
     attrs = _window_attributes(low, node)
     if shape is None or attrs is None:
@@ -256,6 +275,14 @@ def _convolution(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None
         return raw.reshape(*raw.shape[:2], *shape)
 
     return Arguments(attrs, {1: reshaped})
+
+
+def _product(rw: Rewriter, node: gs.Node, weight: gs.Tensor) -> Arguments | None:
+    """A convolution that reads one position: y = x·Wᵀ + b."""
+    plain = node.op == "Conv" and node.attrs.get("group", 1) == 1 and not any(node.attrs.get("pads", ()))
+    if not plain or any(k != 1 for k in weight.shape[2:]) or rw.opset < 11:  # Gemm needs a bias before
+        return None
+    return Arguments({"transB": 1}, {1: _reshaped(rw, weight, tuple(weight.shape[:2]))}, "Gemm")
 
 
 @converts("MaxPool", "AveragePool", "LpPool")
@@ -281,7 +308,9 @@ def _window_attributes(low: Lowering, node: gs.Node) -> dict[str, object] | None
     "BatchNormalization", "InstanceNormalization", "GroupNormalization", "GlobalAveragePool", "GlobalMaxPool",
     "GlobalLpPool", "Dropout", "Identity",
 )  # fmt: skip
-def _per_channel(rw: Rewriter, _low: Lowering, node: gs.Node) -> Arguments | None:
+def _per_channel(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
+    if low.rank == 4 and node.op not in ("BatchNormalization", "Dropout", "Identity"):
+        return None
     data = [t for t in node.inputs[1:] if t.name and rw.constant(t) is None]
     plain = len(node.outputs) == 1 and node.attrs.get("spatial", 1) and not data
     return Arguments(dict(node.attrs)) if plain and rw.constant(node.inputs[0]) is None else None
@@ -316,7 +345,7 @@ def _reshaped(rw: Rewriter, held: gs.Tensor, shape: tuple[int, ...]) -> Numbers:
 @converts("Concat", "Split", "Softmax", "LogSoftmax", "Hardmax")
 def _along_axis(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
     default = {"Concat": 1, "Split": 0}.get(node.op, 1 if rw.opset < 13 else -1)
-    axis = low.axis(node.attrs.get("axis", default))
+    axis = low.axis(node.attrs.get("axis", default)) if low.rank != 4 or node.op == "Concat" else None
     if node.op == "Concat" and any(rw.constant(t) is not None for t in node.inputs):
         return None
     flattens = rw.opset < 13 and node.op not in ("Concat", "Split")  # it took all axes from there on as one
@@ -329,7 +358,7 @@ def _along_axis(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
 def _reduction(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
     since = 13 if node.op == "ReduceSum" else 18
     axes = attributes.axes_of(rw, node, since)
-    if not axes or not node.attrs.get("keepdims", 1):
+    if not axes or not node.attrs.get("keepdims", 1) or low.rank == 4:
         return None
     whole = {3, 4} <= set(axes)
     if low.rank == 5 and not whole and any(a > 2 for a in axes):
@@ -348,7 +377,7 @@ def _array(values: Iterable[float], dtype: type) -> Numbers:
 @converts("Resize", "Upsample")
 def _resize(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
     odd = node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize" or "axes" in node.attrs
-    if odd or node.attrs.get("mode", "nearest") == "cubic" or rw.opset < 9:
+    if odd or low.rank == 4 or node.attrs.get("mode", "nearest") == "cubic" or rw.opset < 9:
         return None
     if attributes.resized_by_sizes(rw, node):
         sizes = rw.integers(node.inputs[3])
@@ -363,7 +392,7 @@ def _resize(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
 @converts("Pad")
 def _pad(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
     found = attributes.pad_parameters(rw, node)
-    if found is None or len(node.inputs) > 3:
+    if found is None or len(node.inputs) > 3 or low.rank == 4:
         return None
     pads, half = found[0], low.rank
     begins, ends = low.every(pads[:half], 0), low.every(pads[half:], 0)
@@ -377,7 +406,7 @@ def _pad(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
 @converts("Slice")
 def _slice(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
     parameters = attributes.slice_parameters(rw, node)
-    if parameters is None or rw.opset < 10 or len(node.inputs) < 4:
+    if parameters is None or rw.opset < 10 or len(node.inputs) < 4 or low.rank == 4:
         return None
     axes = [low.axis(a) for a, *_ in parameters]
     if any(a is None for a in axes):

@@ -196,3 +196,34 @@ def test_a_depthwise_volume_between_two_maps_stays_as_it_is() -> None:
 def test_weights_that_are_inputs_stay() -> None:
     model = parse("(double[2,4,11] x, double[4,4,3] w) => (double[N] y) { y = Conv(x, w) }")
     assert run(model, eager())[0] is model
+
+
+GATE = "(double[3,8,5,6] x) => (double[N] y) "
+
+
+def test_maps_of_single_positions_are_matrix_products() -> None:
+    """Squeeze and excitation (Hu et al., 2018)."""
+    body = GATE + (
+        "{ g = GlobalAveragePool(x) a = Conv(g, u, b) r = Relu(a) c = Conv(r, v) n = BatchNormalization(c, p, p, p, p)"
+        " d = Mul(n, k) s = Sigmoid(d) y = Mul(x, s) }"
+    )
+    model = parse(body, u=normal(2, 8, 1, 1), b=normal(2), v=normal(8, 2, 1, 1), p=np.abs(normal(8)), k=normal(8, 1, 1))
+    waiting, outcome, _ = run(model, LowerRank())
+    assert waiting is model
+    assert "only measuring" in reasons(outcome)[0]
+    result, _, _ = run(model, eager())
+    assert ops(result)["Gemm"] == 2
+    assert ops(result)["Conv"] == 0
+    assert ops(result)["Squeeze"] == ops(result)["Unsqueeze"] == 1
+    same(model, result, x=normal(3, 8, 5, 6))
+
+
+@pytest.mark.parametrize(
+    "call", ["Conv<group=2>(g, w)", "Conv<pads=[1,1,1,1]>(g, k)", "ConvTranspose(g, t)", "Softmax<axis=1>(g)"]
+)
+def test_other_operators_on_single_positions_stay(call: str) -> None:
+    names = {"w": normal(4, 4, 1, 1), "k": normal(4, 8, 3, 3), "t": normal(8, 4, 1, 1)}
+    model = parse(
+        GATE + f"{{ g = GlobalAveragePool(x) y = {call} }}", **{k: v for k, v in names.items() if f" {k})" in call}
+    )
+    assert run(model, eager())[0] is model
