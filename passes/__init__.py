@@ -33,11 +33,11 @@ PASSES: tuple[type[Pass], ...] = (
     HoistStride,
     HoistCrop,
     FactorRanks,
+    LowerRank,
+    ChannelsLast,
     MergeSiblings,
     SplitConcat,
     JoinConcat,
-    LowerRank,
-    ChannelsLast,
 )
 
 __all__ = [

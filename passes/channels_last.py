@@ -47,9 +47,8 @@ class ChannelsLast(Pass):
         if rw.is_a(before, "Transpose") and not rw.crowd(source) and len(before.attrs.get("perm", ())) == 4:
             first = before.attrs["perm"]
             source, perm, old = before.inputs[0], tuple(first[p] for p in LAST), [before, *old]
-        moved = rw.new_variable(
-            f"{softmax.inputs[0].name}_last", softmax.inputs[0], lambda s: tuple(s[p] for p in LAST)
-        )
+        last = softmax.inputs[0]
+        moved = rw.new_variable(f"{last.name}_last", last, lambda s: tuple(s[p] for p in LAST))
         soft = rw.new_variable(f"{reading.source.name}_last", moved)
         out = reading.geometry.out_channels
         mapped = rw.new_variable(f"{reading.output.name}_last", moved, lambda s: (*s[:3], out))

@@ -101,8 +101,7 @@ class Region:
 
 class LowerRank(Pass):
     """f(x) = squeeze(f₂(unsqueeze(x))): a region f on (N, C, L) runs as f₂ on (N, C, 1, L), one on (N, C, T, H, W)
-    whose kernels are (k, 1, 1) on (N, C, T, H·W), one on (N, C, 1, 1) on (N, C), where convolutions are matrix products.
-    The same sums over the same numbers.
+    whose kernels are (k, 1, 1) on (N, C, T, H·W), one on (N, C, 1, 1) as matrix products on (N, C). The same sums over the same numbers.
 
     onnxruntime's CPU provider has its blocked layout for 2-D convolutions only. One Unsqueeze or Reshape at each
     entry, one at each exit; everything between is carried along. Audio networks (Kriman et al., "QuartzNet", 2020)

@@ -59,12 +59,13 @@ class Decision:
 
 
 def groups(rewrites: Iterable[Rewrite]) -> list[Group]:
-    """Measured rewrites by signature, the largest first."""
+    """Measured rewrites by signature: those of one pass together, in the order of the passes, the largest first."""
     found: dict[tuple[str, str], list[Rewrite]] = {}
     for r in rewrites:
         found.setdefault((r.pass_name, r.signature), []).append(r)
     listed = [Group(*key, tuple(r.site for r in rs), sum(r.macs_before for r in rs)) for key, rs in found.items()]
-    return sorted(listed, key=lambda g: -g.macs)
+    order = list(dict.fromkeys(g.pass_name for g in listed))
+    return sorted(listed, key=lambda g: (order.index(g.pass_name), -g.macs))
 
 
 def choose(
