@@ -63,4 +63,4 @@ class ChannelsLast(Pass):
             gs.Node("Transpose", rw.node_name(node.name, "_first"), {"perm": list(FIRST)}, [mapped], [reading.output]),
         ]
         done = rw.replace(old, new, f"softmax and {reading.channels} run channels-last", written.residual)
-        return done.signed(f"softmax, {reading.channels} at {rw.shape(reading.output)}")
+        return done.signed(f"softmax, {reading.channels} at {rw.size_of(reading.output)}")

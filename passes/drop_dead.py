@@ -71,12 +71,13 @@ class DropDead(Pass):
             return Skip(f"{scan.subnormal:,} weights are subnormal, but {rw.pinned(tensor)}")
         maps = [(n, forms.weighted(rw, n)) for n in rw.readers(tensor)]
         readers = [n for n, r in maps if r is not None and r.weight_input is tensor]
-        alone = len(readers) == len(rw.readers(tensor))
-        rw.release([tensor.name] if alone else [])
+        if len(readers) < len(rw.readers(tensor)):
+            return Skip(f"{scan.subnormal:,} weights are subnormal, but other operators read {tensor.name!r} too")
+        rw.release([tensor.name])
         clean = rw.new_constant(tensor.name, low)
         maker = rw.producer(tensor)
         rw.reroute(tensor, clean, readers)
-        if maker is not None and alone:
+        if maker is not None:
             rw.remove(maker)
         names = tuple(describe(n) for n in readers)
         reason = (
@@ -87,7 +88,7 @@ class DropDead(Pass):
     def _prune(self, rw: Rewriter, component: list[Channels], analysis: Analysis) -> Rewrite | Skip:
         keep = {id(c.tensor): ~c.gone for c in component}
         edits: list[tuple[Reading, LinearMap]] = []
-        for flow in analysis.flows:
+        for flow in analysis.flows_at(component):
             reading = flow.reading
             if reading is None or not (id(reading.source) in keep or id(reading.output) in keep):
                 continue
@@ -131,7 +132,7 @@ class DropDead(Pass):
         """How many channels went where."""
         gone = {id(c.tensor): c for c in component}
         made, ends = [], []
-        for flow in analysis.flows:
+        for flow in analysis.flows_at(component):
             if flow.reading is None or not flow.dense:
                 continue
             name, output = describe(flow.reading.node), gone.get(id(flow.reading.output))
@@ -150,7 +151,7 @@ class DropDead(Pass):
                 (held, f"are constant{bound}, in its bias now"),
             ]
             ends += [f"of those that {name} reads, {int(m.sum())} {what}" for m, what in parts if m.any()]
-        return f"channels: {_few(made, ', ')}; {_few(ends, '; ')}"
+        return f"channels: {_few(made, ', ')}; {_few(ends, '; ') or 'nobody reads them'}"
 
     def _pruned(
         self, rw: Rewriter, reading: Reading, analysis: Analysis, keep: dict[int, np.ndarray]
@@ -183,7 +184,7 @@ class DropDead(Pass):
 def _resize(rw: Rewriter, component: list[Channels], analysis: Analysis) -> None:
     """Channel counts in the arguments of Split and Reshape."""
     gone = {id(c.tensor): c for c in component}
-    for flow in analysis.flows:
+    for flow in analysis.flows_at(component):
         node = flow.node
         if node not in rw or not any(id(t) in gone for t in node.outputs):
             continue

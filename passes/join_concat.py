@@ -54,7 +54,7 @@ class JoinConcat(Pass):
         concat = gs.Node("Concat", rw.node_name(node.name, "_concat"), {"axis": a.axis}, [a.source, b.source], [both])
         reason = f"two maps that are summed, {a.channels} and {b.channels}, are one map of both inputs"
         done = rw.replace([*a.nodes, *b.nodes, node], [concat, *written.nodes], reason, written.residual)
-        return done.signed(f"{a.kind} {a.channels} + {b.channels} at {rw.shape(node.outputs[0])}")
+        return done.signed(f"{a.kind} {a.channels} + {b.channels} at {rw.size_of(node.outputs[0])}")
 
 
 def _form(reading: forms.Reading) -> object:

@@ -10,7 +10,8 @@ import onnx_graphsurgeon as gs
 
 from pwopt import attributes
 from pwopt.channels import ELEMENTWISE
-from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip, describe
+from pwopt.cost import macs
+from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
 from pwopt.shapes import Shape
 
 #: Without measuring, regions of fewer convolutions are left alone: the changes of shape around them cost too much.
@@ -101,7 +102,8 @@ class Region:
 
 class LowerRank(Pass):
     """f(x) = squeeze(f₂(unsqueeze(x))): a region f on (N, C, L) runs as f₂ on (N, C, 1, L), one on (N, C, T, H, W)
-    whose kernels are (k, 1, 1) on (N, C, T, H·W), one on (N, C, 1, 1) as matrix products on (N, C). The same sums over the same numbers.
+    whose kernels are (k, 1, 1) on (N, C, T, H·W), one on (N, C, 1, 1) as matrix products on (N, C). The same sums
+    over the same numbers.
 
     onnxruntime's CPU provider has its blocked layout for 2-D convolutions only. One Unsqueeze or Reshape at each
     entry, one at each exit; everything between is carried along. Audio networks (Kriman et al., "QuartzNet", 2020)
@@ -130,6 +132,9 @@ class LowerRank(Pass):
 
 def _lower(rw: Rewriter, region: Region) -> Rewrite:
     inside = {id(n) for n, _ in region.nodes}
+    work, size = sum(macs(rw, n) or 0 for n, _ in region.nodes), rw.size_of(region.convolutions[0].outputs[0])
+    signature = f"{len(region.convolutions)} {region.rank - 2}-D convolutions in a region of {len(region.nodes)}"
+    signature += f" with {work:,} multiply-adds, the first at {size}"
     made: dict[int, gs.Tensor] = {}
     records = []
     for node, low in region.nodes:
@@ -169,7 +174,7 @@ def _lower(rw: Rewriter, region: Region) -> Rewrite:
         sum(r.macs_after for r in done),
         0.0,
         tuple((t.name, made[id(t)].name) for n, _ in region.nodes for t in n.outputs if t.name),
-        f"{count} {rank}-D convolutions in a region of {len(region.nodes)} from {describe(region.convolutions[0])}",
+        signature,
     )
 
 

@@ -91,7 +91,7 @@ class MergeSiblings(Pass):
         reason = f"{count} maps of {first.source.name!r}, {widths}, are one map"
         done = rw.replace([*(n for n in old if n is not leader), leader], new, reason, written.residual)
         if concat is None:
-            return replace(done, became=tuple(became.items()), signature=_signature(first, widths, "Split"))
+            return replace(done, became=tuple(became.items()), signature=_signature(rw, first, widths, "Split"))
         inputs = [t for t in concat.inputs if all(t is not e for e in ends[1:])]
         joined = gs.Node(
             "Concat", concat.name, dict(concat.attrs), [result if t is ends[0] else t for t in inputs], concat.outputs
@@ -102,14 +102,14 @@ class MergeSiblings(Pass):
             done,
             reason=f"{reason}, and their Concat takes its result",
             became=tuple(became.items()),
-            signature=_signature(first, widths, "Concat"),
+            signature=_signature(rw, first, widths, "Concat"),
         )
 
 
-def _signature(reading: Reading, widths: str, into: str) -> str:
+def _signature(rw: Rewriter, reading: Reading, widths: str, into: str) -> str:
     g = reading.geometry
     kernel = "×".join(map(str, g.kernel)) or "1"
-    return f"{reading.kind} {widths} kernel {kernel} stride {g.strides} into {into}"
+    return f"{reading.kind} {widths} kernel {kernel} stride {g.strides} at {rw.size_of(reading.source)} into {into}"
 
 
 def _shape_only(g: Geometry) -> Geometry:

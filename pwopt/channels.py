@@ -111,6 +111,8 @@ class Channels:
         What each channel is at every position and for every input; NaN if it varies.
     radius : array
         How far it may be from that, for inputs up to `LARGEST_INPUT`.
+    size : array
+        How large a channel that varies is for inputs of one, at most 1.
     gone : array of bool
         Whether it may be removed.
     """
@@ -119,6 +121,7 @@ class Channels:
     axis: int
     value: Array
     radius: Array
+    size: Array
     gone: Mask = field(default_factory=lambda: np.zeros(0, bool))
 
     @property
@@ -160,6 +163,7 @@ class Analysis:
         self.view, self.scan = view, scan
         self.of: dict[int, Channels] = {}
         self.flows: list[Flow] = []
+        self._at: dict[int, list[int]] = {}
         covered: set[int] = set()
         for node in view.nodes():
             if id(node) not in covered:
@@ -185,8 +189,8 @@ class Analysis:
             return self._pair(node, op)
         return self._alone(node, op)
 
-    def _know(self, tensor: gs.Tensor, axis: int, value: Array, radius: Array) -> Channels:
-        self.of[id(tensor)] = Channels(tensor, axis, value, radius)
+    def _know(self, tensor: gs.Tensor, axis: int, value: Array, radius: Array, size: Array) -> Channels:
+        self.of[id(tensor)] = Channels(tensor, axis, value, radius, np.minimum(size, 1.0))
         return self.of[id(tensor)]
 
     def _map(self, node: gs.Node, reading: Reading) -> Flow:
@@ -214,7 +218,7 @@ class Analysis:
                 fixed = source.constant & ((source.value == 0) | (not g.padded and not g.transposed))
                 value = np.where(fixed & ~tiny, linear.bias + taps.sum(1) * source.value, value)
                 radius = np.where(fixed & ~tiny, np.abs(taps).sum(1) * source.radius, radius)
-        output = self._know(reading.output, reading.axis, value, radius)
+        output = self._know(reading.output, reading.axis, value, radius, scan.rows)
         if g.groups == 1:
             return Flow(node, reading, dense=True)
         links = (Link(source, output, 0, 0, g.in_channels),) if source is not None and self._depthwise(reading) else ()
@@ -238,7 +242,8 @@ class Analysis:
         if len(wide.scale) != len(source.value):
             return Flow(node)
         value = np.where(wide.scale == 0, wide.bias, wide.scale * source.value + wide.bias)
-        output = self._know(reading.output, source.axis, value, np.abs(wide.scale) * source.radius)
+        scale = np.abs(wide.scale)
+        output = self._know(reading.output, source.axis, value, scale * source.radius, scale * source.size)
         return Flow(node, reading, (Link(source, output, 0, 0, len(value)),))
 
     def _concat(self, node: gs.Node) -> Flow:
@@ -250,9 +255,10 @@ class Analysis:
         parts = [self._input(t, axis, w) for t, w in zip(node.inputs, sizes, strict=True)]
         value = np.concatenate([p.value if p else np.full(w, np.nan) for p, w in zip(parts, sizes, strict=True)])
         radius = np.concatenate([p.radius if p else np.zeros(w) for p, w in zip(parts, sizes, strict=True)])
+        size = np.concatenate([p.size if p else np.ones(w) for p, w in zip(parts, sizes, strict=True)])
         if not any(parts) or len({id(t) for t in node.inputs}) < len(node.inputs):
             return Flow(node)
-        output = self._know(node.outputs[0], axis, value, radius)
+        output = self._know(node.outputs[0], axis, value, radius, size)
         starts = np.cumsum([0, *sizes])
         links = [Link(p, output, 0, int(s), len(p.value)) for p, s in zip(parts, starts, strict=False) if p]
         whole = all(p is not None for p in parts)
@@ -267,7 +273,7 @@ class Analysis:
         for tensor, part in zip(node.outputs, parts, strict=True):
             count = part.geometry.out_channels
             here = slice(start, start + count)
-            output = self._know(tensor, source.axis, source.value[here], source.radius[here])
+            output = self._know(tensor, source.axis, source.value[here], source.radius[here], source.size[here])
             links.append(Link(source, output, start, 0, count))
             start += count
         return Flow(node, None, tuple(links))
@@ -290,14 +296,15 @@ class Analysis:
             signs = [-1.0 if op == "Sub" and i else 1.0 for i in range(len(known))]
             value = np.sum([s * p.value for s, p in zip(signs, known, strict=True)], axis=0)
             radius = np.sum([p.radius for p in known], axis=0)
+            size = np.max([p.size for p in known], axis=0)
         elif op == "Div":
-            value, radius = np.full(count, np.nan), np.zeros(count)
+            value, radius, size = np.full(count, np.nan), np.zeros(count), a.size
         else:
             exact = (a.constant & b.constant) & (a.radius == 0) & (b.radius == 0)
             zero = ((a.value == 0) & (a.radius == 0)) | ((b.value == 0) & (b.radius == 0))
             value = np.where(zero, 0.0, np.where(exact, a.value * b.value, np.nan))
-            radius = np.zeros(count)
-        output = self._know(node.outputs[0], axis, value, radius)
+            radius, size = np.zeros(count), a.size * b.size
+        output = self._know(node.outputs[0], axis, value, radius, size)
         return Flow(node, None, tuple(Link(p, output, 0, 0, count) for p in known))
 
     def _alone(self, node: gs.Node, op: str) -> Flow:
@@ -322,7 +329,7 @@ class Analysis:
             value = source.value if rule.shift else np.where(source.value == 0, 0.0, np.nan)
             radius = source.radius if rule.shift else np.where(source.radius == 0, 0.0, np.inf)
         value = np.where(np.isfinite(radius), value, np.nan)
-        output = self._know(node.outputs[0], axis, value, np.where(np.isnan(value), 0.0, radius))
+        output = self._know(node.outputs[0], axis, value, np.where(np.isnan(value), 0.0, radius), source.size)
         return Flow(node, None, (Link(source, output, 0, 0, len(constant)),))
 
     def _evaluate(self, node: gs.Node, values: Array) -> Array:
@@ -422,8 +429,17 @@ class Analysis:
         if not isinstance(linear, LinearMap):
             return ~loose
         size = np.abs(linear.weight).reshape(*linear.weight.shape[:2], -1).sum(-1)
-        others = size[:, ~source.constant].sum(1) + np.abs(linear.bias)
+        others = size @ np.where(source.constant, 0.0, source.size) + np.abs(linear.bias)
         return np.asarray(~loose | np.all(size * source.radius <= NEGLIGIBLE * others[:, None], axis=0))
+
+    def flows_at(self, component: Sequence[Channels]) -> list[Flow]:
+        """The operators that make or read one of some tensors, in order."""
+        if not self._at:
+            for i, flow in enumerate(self.flows):
+                nodes = flow.reading.nodes if flow.reading is not None else (flow.node,)
+                for t in (t for n in nodes for t in (*n.inputs, *n.outputs)):
+                    self._at.setdefault(id(t), []).append(i)
+        return [self.flows[i] for i in sorted({i for c in component for i in self._at.get(id(c.tensor), ())})]
 
     def components(self) -> Iterator[list[Channels]]:
         """Sets of tensors whose channels go together, in the order of their first operators."""
@@ -458,4 +474,4 @@ def _spare(gone: Mask) -> NDArray[np.intp]:
 def _stuck(output: Channels, parts: Sequence[Channels | None], sizes: Sequence[int]) -> Link:
     """A link to channels that never go, for the inputs of a Concat of which nothing is known."""
     fixed = np.concatenate([np.full(w, p is not None) for p, w in zip(parts, sizes, strict=True)])
-    return Link(Channels(gs.Variable(""), 0, output.value, output.radius, fixed), output, 0, 0, len(fixed))
+    return Link(Channels(gs.Variable(""), 0, output.value, output.radius, output.size, fixed), output, 0, 0, len(fixed))

@@ -14,6 +14,7 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
+from pwopt import cache as decisions
 from pwopt import inspection, runtime
 from pwopt.errors import PwoptError, UsageError
 from pwopt.optimizer import BUDGET, RACE_SECONDS, optimize, same_file
@@ -124,6 +125,9 @@ def optimize_command(
     budget: Annotated[
         float, typer.Option(help="Seconds at most for racing rewrites that only a clock can judge.")
     ] = BUDGET,
+    no_cache: Annotated[
+        bool, typer.Option("--no-cache", help="Neither use nor keep the decisions of races on this machine.")
+    ] = False,
     static: Annotated[bool, typer.Option("--static", help="Fix the inputs to --shape in the result.")] = False,
     opset: Annotated[int | None, typer.Option(help="Convert to this opset first.", show_default=False)] = None,
     report: Json = None,
@@ -161,6 +165,7 @@ def optimize_command(
                 check=not no_verify,
                 race_seconds=RACE_SECONDS,
                 budget=budget,
+                cache=not no_cache,
                 force=force,
                 progress=progress,
             )
@@ -248,6 +253,25 @@ def passes_command() -> None:
         identity, _, rest = (p.__doc__ or "").partition("\n\n")
         console.print(f"[bold]{p.name}[/bold]  [dim]({p.policy})[/dim]\n  {' '.join(identity.split())}")
         console.print(f"  [dim]{' '.join(rest.split())}[/dim]\n", soft_wrap=False)
+
+
+@app.command("cache")
+def cache_command(
+    action: Annotated[str, typer.Argument(help="show: list the decisions; clear: forget them.")] = "show",
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")] = False,
+) -> None:
+    """Decisions of races on this machine: which measured rewrites pay."""
+    console = Console(highlight=False, soft_wrap=True)
+    if action == "clear":
+        console.print(f"{decisions.clear()} decisions forgotten")
+        return
+    if action != "show":
+        raise UsageError(f"there is no action {action!r}; there are show and clear")
+    found = list(decisions.entries())
+    for entry in found:
+        interval = f"{entry.speedup:.3f}× \\[{entry.low:.3f}, {entry.high:.3f}]"
+        console.print(f"{entry.pass_name}  {plain(entry.signature)}  {interval}\n  [dim]{plain(entry.place)}[/dim]")
+    console.print(f"{len(found)} decisions in {plain(str(decisions.folder()))}")
 
 
 @app.callback(invoke_without_command=True)

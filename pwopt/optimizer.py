@@ -11,6 +11,7 @@ from pathlib import Path
 
 import onnx
 
+from pwopt import cache as decisions_on_disk
 from pwopt import runtime, timing, tune
 from pwopt.compiler import convert_opset, run_pipeline, select_passes
 from pwopt.cost import Cost
@@ -62,6 +63,7 @@ def optimize(
     check: bool = True,
     race_seconds: float = RACE_SECONDS,
     budget: float = BUDGET,
+    cache: bool = True,
     force: bool = False,
     progress: Progress = lambda _stage, _done: None,
 ) -> Result:
@@ -104,6 +106,8 @@ def optimize(
         Time to spend on the final race.
     budget : float
         Seconds at most to spend on racing measured rewrites; 0 leaves them out.
+    cache : bool
+        Use the decisions of earlier races on this machine (`pwopt.cache`), and remember those of this one.
     force : bool
         Allow `output` to be the file that the model came from.
     progress : callable, optional
@@ -164,7 +168,7 @@ def optimize(
         allowed: frozenset[str] | None = None
         dropped: list[Skip] = []
         if can_run and cost_model == "measured" and passes is None:
-            allowed, dropped = _tuned(work, _Arena(provider, threads, samples), budget, progress)
+            allowed, dropped = _tuned(work, _Arena(provider, threads, samples), budget, cache, progress)
         progress("rewriting", 0.0)
         before, outcome, after, proto = work.rewrite(allowed)
         report = Report(
@@ -192,6 +196,8 @@ def optimize(
             if cost_model == "measured":
                 report = replace(report, latency=trial.race(race_seconds, lambda done: progress("racing", done)))
         latency = report.latency
+        if latency is not None and latency.interval[0] <= 1.0 <= latency.interval[1]:
+            report = _noted(report, f"Not faster beyond doubt. {_why_little(report)}")
         if latency is not None and latency.interval[1] < 1.0 and (static or opset is not None):
             asked = "--static" if static else f"--opset {opset}"
             report = _noted(report, f"Measured slower ({latency.speedup:.2f}×), and kept since {asked} was asked for.")
@@ -278,18 +284,32 @@ class _Work:
         return path
 
 
-def _tuned(work: _Work, arena: _Arena, budget: float, progress: Progress) -> tuple[frozenset[str], list[Skip]]:
+def _tuned(
+    work: _Work, arena: _Arena, budget: float, cache: bool, progress: Progress
+) -> tuple[frozenset[str], list[Skip]]:
     """Sites of the measured rewrites that pay, and why the others were dropped."""
     progress("looking for rewrites to measure", 0.0)
     found, refused = work.opportunities() if budget > 0 else ([], [])
     groups = tune.groups(found)
+    where = decisions_on_disk.place(arena.provider, arena.threads)
+
+    def remembered(group: tune.Group) -> tune.Decision | None:
+        entry = decisions_on_disk.look_up(group.pass_name, group.signature, where) if cache else None
+        return None if entry is None else tune.Decision(group, entry.speedup, (entry.low, entry.high), remembered=True)
+
     decisions = tune.choose(
         groups,
         lambda sites: work.file(work.rewrite(sites)[3]),
         lambda a, b, seconds: arena.race([a, b], seconds, decided=tune.CONFIDENCE),
         budget,
         progress,
+        remembered,
     )
+    for d in decisions if cache else ():
+        if not d.remembered:
+            decisions_on_disk.store(
+                decisions_on_disk.Entry(d.group.pass_name, d.group.signature, where, d.speedup, *d.interval)
+            )
     kept = frozenset(site for d in decisions if d.kept for site in d.group.sites)
     undecided = [
         Skip(f"{g.signature}: no time was left to measure it; --budget gives more", g.pass_name, site)
@@ -346,6 +366,16 @@ def _notes(report: Report, before: Cost, denied: Iterable[str], guessed: object)
     for site in denied:
         if site not in seen:
             yield f"No place is called {site!r}; sites look like fold-chains:TENSOR and are listed by --details."
+
+
+def _why_little(report: Report) -> str:
+    """One sentence on what is left to gain."""
+    before, after = report.before.macs, report.after.macs
+    if after < before:
+        return f"Multiply-adds fell by {1 - after / before:.1%}, but the rest of the model takes the time."
+    folded = report.before.nodes - report.after.nodes
+    went = f"most of the {folded} operators that went are ones that onnxruntime fuses itself"
+    return f"The multiply-adds are all needed, and {went if folded else 'there was nothing to fold'}."
 
 
 def _noted(report: Report, *notes: str) -> Report:

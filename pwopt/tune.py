@@ -41,11 +41,12 @@ class Group:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a race said of a group: the speed-up it brought, with its interval at `CONFIDENCE`."""
+    """What a race, maybe an earlier one, said of a group: the speed-up it brought, its interval at `CONFIDENCE`."""
 
     group: Group
     speedup: float
     interval: tuple[float, float]
+    remembered: bool = False
 
     @property
     def kept(self) -> bool:
@@ -54,7 +55,10 @@ class Decision:
     def skips(self) -> list[Skip]:
         """A record for each site, if the group was dropped."""
         low, high = self.interval
-        reason = f"{self.group.signature}: measured {self.speedup:.3f}× [{low:.3f}, {high:.3f}] in the whole model"
+        when = " by an earlier run" if self.remembered else ""
+        reason = (
+            f"{self.group.signature}: measured {self.speedup:.3f}× [{low:.3f}, {high:.3f}] in the whole model{when}"
+        )
         return [] if self.kept else [Skip(reason, self.group.pass_name, site) for site in self.group.sites]
 
 
@@ -74,8 +78,9 @@ def choose(
     race: Callable[[Path, Path, float], Race],
     budget: float,
     progress: Callable[[str, float], None] = lambda _stage, _done: None,
+    remembered: Callable[[Group], Decision | None] = lambda _group: None,
 ) -> list[Decision]:
-    """Race each group on top of those kept so far.
+    """Race each group on top of those kept so far, unless it was decided before.
 
     Parameters
     ----------
@@ -88,6 +93,8 @@ def choose(
         Seconds for everything; groups that it leaves no time for are not decided.
     progress : callable, optional
         Called with what is raced, and the fraction of groups done.
+    remembered : callable, optional
+        The decision of an earlier run on a group.
 
     Returns
     -------
@@ -95,12 +102,19 @@ def choose(
     """
     start, decisions = time.perf_counter(), []
     kept: frozenset[str] = frozenset()
-    best = build(kept) if candidates else Path()
+    best: Path | None = None
     for done, group in enumerate(candidates):
+        earlier = remembered(group)
+        if earlier is not None:
+            decisions.append(earlier)
+            if earlier.kept:
+                kept, best = kept.union(group.sites), None
+            continue
         left = budget - (time.perf_counter() - start)
         if left <= 0:
             break
         progress(f"racing {group.pass_name}: {group.signature}", done / len(candidates))
+        best = best or build(kept)
         trial = build(kept.union(group.sites))
         result = race(best, trial, min(LONGEST_RACE, left / (len(candidates) - done)))
         decision = Decision(group, result.speedup(), result.interval(confidence=CONFIDENCE))

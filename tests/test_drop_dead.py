@@ -812,6 +812,14 @@ AMPLIFIED = {
         SIDE + "{ a = Conv(x, w) e = Conv(x, f) s = Add(a, e) r = Mul(s, k) y = Conv(r, v) }",
         {"f": dead(normal(7, 4, 1, 1, seed=1), (1, 4), scale=1e-30), "k": np.array([1, 1e30, 1, 1, 1e30, 1, 1]).reshape(7, 1, 1)},
     ),
+    "a scale where all that their reader reads is small": (
+        SIDE + "{ a = Conv(x, small) e = Conv(a, f) y = Mul(e, k) }",
+        {
+            "small": dead(dead(normal(7, 4, 1, 1), (1,), scale=1e-19), (2,), scale=1e-20),
+            "f": np.stack([np.eye(7)[1] + np.eye(7)[2], np.eye(7)[3]])[..., None, None],
+            "k": np.array([1e19, 1]).reshape(2, 1, 1),
+        },
+    ),
     "a scale behind their reader": (
         SIDE + "{ a = Conv(x, w) e = Conv(a, f) y = Mul(e, k) }",
         {"f": np.eye(7)[1:3, :, None, None], "k": np.array([1e30, 1]).reshape(2, 1, 1)},

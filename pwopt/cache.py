@@ -1,0 +1,115 @@
+"""Decisions of earlier races, on disk: one small file each, so that processes cannot get in each other's way."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_path
+
+from pwopt import runtime
+from pwopt.storage import replacing
+
+#: Where decisions are kept instead of the user's cache folder, if set.
+FOLDER_VARIABLE = "PWOPT_CACHE"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a race on this machine said of one kind of rewrite.
+
+    Attributes
+    ----------
+    pass_name, signature : str
+        The kind of rewrite.
+    place : str
+        Provider, onnxruntime version, processor with its features, and threads; a decision holds there only.
+    speedup : float
+        Of the whole model.
+    low, high : float
+        Its confidence interval.
+    """
+
+    pass_name: str
+    signature: str
+    place: str
+    speedup: float
+    low: float
+    high: float
+
+
+def folder() -> Path:
+    given = os.environ.get(FOLDER_VARIABLE)
+    return Path(given) if given else user_cache_path("pwopt", appauthor=False) / "decisions"
+
+
+def place(provider: str, threads: int) -> str:
+    """Everything that a time depends on, but the model."""
+    version = runtime.environment(provider, threads)["onnxruntime"]
+    features = hashlib.sha256(_features().encode()).hexdigest()[:12]
+    return (
+        f"{runtime.provider_name(provider)}, onnxruntime {version}, {runtime.cpu_name()} {features}, {threads} threads"
+    )
+
+
+def _features() -> str:
+    """The instruction sets of the processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _path(pass_name: str, signature: str, where: str) -> Path:
+    key = json.dumps([pass_name, signature, where])
+    return folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
+
+
+def look_up(pass_name: str, signature: str, where: str) -> Entry | None:
+    """The decision on a kind of rewrite; None if there is none, or its file is damaged."""
+    entry = _read(_path(pass_name, signature, where))
+    asked = (pass_name, signature, where)
+    return entry if entry is not None and (entry.pass_name, entry.signature, entry.place) == asked else None
+
+
+def _read(path: Path) -> Entry | None:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        entry = Entry(**content)
+    except (OSError, ValueError, TypeError):
+        return None
+    numbers = (entry.speedup, entry.low, entry.high)
+    return entry if all(isinstance(v, float) and v > 0 for v in numbers) else None
+
+
+def store(entry: Entry) -> None:
+    """Keep a decision; a cache that cannot be written is no reason to fail."""
+    path = _path(entry.pass_name, entry.signature, entry.place)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path) as stream:
+            stream.write(json.dumps(asdict(entry)).encode())
+
+
+def entries() -> Iterator[Entry]:
+    """All decisions that can be read."""
+    for path in sorted(folder().glob("*.json")):
+        entry = _read(path)
+        if entry is not None:
+            yield entry
+
+
+def clear() -> int:
+    """Forget everything; returns how many files went."""
+    count = 0
+    for path in folder().glob("*.json"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+            count += 1
+    return count
