@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from importlib import metadata
 
+from pwopt.bench import benchmark
 from pwopt.errors import ModelError, NotEquivalentError, ProviderError, PwoptError, UsageError
 from pwopt.inspection import inspect
 from pwopt.model import Model, load, save
@@ -24,6 +25,7 @@ __all__ = [
     "PwoptError",
     "Result",
     "UsageError",
+    "benchmark",
     "inspect",
     "load",
     "optimize",

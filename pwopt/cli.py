@@ -14,12 +14,21 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
+from pwopt import bench, inspection, runtime
 from pwopt import cache as decisions
-from pwopt import inspection, runtime
 from pwopt.errors import PwoptError, UsageError
 from pwopt.optimizer import BUDGET, RACE_SECONDS, optimize, same_file
 from pwopt.passes import PASSES
-from pwopt.report import SCHEMA, equivalence_dict, plain, render, render_equivalence, render_sizes, to_json
+from pwopt.report import (
+    SCHEMA,
+    equivalence_dict,
+    plain,
+    render,
+    render_benchmark,
+    render_equivalence,
+    render_sizes,
+    to_json,
+)
 from pwopt.storage import replacing
 from pwopt.verify import verify
 
@@ -253,6 +262,40 @@ def passes_command() -> None:
         identity, _, rest = (p.__doc__ or "").partition("\n\n")
         console.print(f"[bold]{p.name}[/bold]  [dim]({p.policy})[/dim]\n  {' '.join(identity.split())}")
         console.print(f"  [dim]{' '.join(rest.split())}[/dim]\n", soft_wrap=False)
+
+
+@app.command("bench")
+def bench_command(
+    models: Annotated[list[Path], typer.Argument(help="The models; the first is the one to beat.")],
+    provider: Provider = "cpu",
+    threads: Threads = 1,
+    shape: Shapes = None,
+    batch: Annotated[
+        str | None,
+        typer.Option(metavar="1,8,32", help="Batch sizes to try, for dynamic first axes.", show_default=False),
+    ] = None,
+    seconds: Annotated[float, typer.Option(help="Time to race the models, per batch size.")] = RACE_SECONDS,
+    report: Json = None,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")] = False,
+) -> None:
+    """Time models side by side: latency, cold start, memory, and where the time goes."""
+    _check_report(report, *models)
+    try:
+        batches = [int(b) for b in batch.split(",")] if batch else []
+    except ValueError as error:
+        raise UsageError(f"the batch sizes {batch!r} are not of the form 1,8,32") from error
+    with _progress(Console(stderr=True)) as progress:
+        rows = bench.benchmark(
+            models, provider=provider, threads=threads, shapes=_shapes(shape), batches=batches, seconds=seconds,
+            progress=progress,
+        )  # fmt: skip
+    render_benchmark(rows, Console(highlight=False))
+    content = {
+        "schema": SCHEMA,
+        "environment": runtime.environment(provider, threads),
+        "rows": [asdict(r) for r in rows],
+    }
+    _write(report, to_json(content))
 
 
 @app.command("cache")

@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 from rich import box
@@ -14,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from pwopt.bench import Row
 from pwopt.cost import Cost
 from pwopt.rewrite import Rewrite, Skip
 from pwopt.runtime import written
@@ -218,3 +220,24 @@ def general(skip: Skip) -> str:
     """A refusal without the names that differ from place to place, for counting."""
     words = skip.reason.split("'")
     return "…".join(words[::2]) if len(words) % 2 else skip.reason
+
+
+def render_benchmark(rows: Sequence[Row], console: Console) -> None:
+    """Models side by side, one row each, then what loading costs, and where each one's time goes."""
+    times = _table("model", "input", "median", "minimum", "ratio [95 %]")
+    costs = _table("model", "input", "load", "first run", "memory", "layout changes")
+    for row in rows:
+        low, high = row.interval
+        name = plain(Path(row.model).name)
+        shapes = " ".join(f"{plain(x)} {written(shape)}" for x, shape in row.shapes.items())
+        ratio = escape(f"{row.ratio:.3f} [{low:.3f}, {high:.3f}]")
+        times.add_row(name, shapes, f"{row.median_ms:.2f} ms", f"{row.minimum_ms:.2f} ms", ratio)
+        load, first = f"{row.session_ms:.0f} ms", f"{row.first_run_ms:.1f} ms"
+        costs.add_row(name, shapes, load, first, f"{row.memory_mb:.0f} MB", f"{row.layout_share:.1%}")
+    console.print(times)
+    console.print(costs)
+    for row in rows:
+        slowest = ", ".join(f"{plain(op)} {ms:.2f} ms" for op, ms in list(row.operators.items())[:6])
+        console.print(f"{plain(Path(row.model).name)}: {slowest}", style="dim", soft_wrap=True)
+        if row.elsewhere:
+            console.print(f"[yellow]{plain(row.model)}: {row.elsewhere} nodes ran on another provider[/yellow]")

@@ -208,17 +208,29 @@ class Session:
 
     def placement(self) -> dict[str, list[str]]:
         """Provider → names of the nodes that ran on it, from a profiled session; ends the profile."""
+        placed: dict[str, dict[str, None]] = {}
+        for name, arguments, _ in self._profiled():
+            placed.setdefault(arguments.get("provider", "unknown"), {})[name] = None
+        return {provider: list(names) for provider, names in placed.items()}
+
+    def operators(self) -> dict[str, float]:
+        """Operator → seconds per run, the median of each node's times, from a profiled session; ends the profile."""
+        times: dict[tuple[str, str], list[float]] = {}
+        for name, arguments, seconds in self._profiled():
+            times.setdefault((arguments.get("op_name", "unknown"), name), []).append(seconds)
+        total: dict[str, float] = {}
+        for (op, _), seen in times.items():
+            total[op] = total.get(op, 0.0) + float(np.median(seen))
+        return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+    def _profiled(self) -> Iterator[tuple[str, dict[str, Any], float]]:
+        """Each run of each node: its name, what the profiler knows of it, and seconds."""
         path = Path(self.session.end_profiling())
         events = json.loads(path.read_text())
         path.unlink(missing_ok=True)
-        placed: dict[str, list[str]] = {}
         for event in events:
             if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-                names = placed.setdefault(event["args"].get("provider", "unknown"), [])
-                name = event["name"].removesuffix("_kernel_time")
-                if name not in names:
-                    names.append(name)
-        return placed
+                yield event["name"].removesuffix("_kernel_time"), event["args"], event["dur"] / 1e6
 
 
 def _loads_on_cpu(path: str | os.PathLike[str]) -> bool:
