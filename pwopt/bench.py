@@ -207,19 +207,23 @@ def _saved(feeds: Feeds) -> Iterator[Path]:
 
 
 def _peak() -> float:
-    """The most memory that this process has used, in bytes; 0 where the system does not tell."""
-    try:
-        import resource
-    except ImportError:  # Windows
-        return 0.0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return float(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    """The most memory that this process has held since the last `_forget_peak`, in bytes; 0 if the system hides it."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0.0)
+
+
+def _forget_peak() -> None:
+    """Start `_peak` anew (Linux, proc(5))."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
 
 
 def _child(path: str, provider: str, threads: str, inputs: str) -> None:
     runtime.silence()
     runtime.onnxruntime()
     feeds = dict(np.load(inputs))
+    _forget_peak()
     before = _peak()
     start = time.perf_counter()
     session = Session(path, provider, int(threads), tf32=True)

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Race optimised models against onnxruntime alone on the originals.
 
-    python tests/benchmarks/run.py FOLDER [-o RESULTS.json] [--seconds 10] [--threads 1] [--provider cpu]
+    python tests/benchmarks/run.py FOLDER [-o RESULTS.json] [--seconds 10] [--budget 60] [--threads 1] [--provider cpu]
 
 FOLDER holds .onnx files and may hold a shapes.json, {"model.onnx": {"input": [1, 3, 640, 640]}}, for dynamic
 inputs. Nothing is downloaded and nothing is written into FOLDER. Both models run with all of onnxruntime's graph
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pwopt
+from pwopt.optimizer import BUDGET
 from pwopt.report import to_json
 from pwopt.runtime import environment
 
@@ -29,7 +31,13 @@ def measure(path: Path, shapes: dict[str, list[int]], options: argparse.Namespac
     start = time.perf_counter()
     try:
         result = pwopt.optimize(
-            path, shapes=shapes, provider=options.provider, threads=options.threads, race_seconds=options.seconds
+            path,
+            shapes=shapes,
+            provider=options.provider,
+            threads=options.threads,
+            race_seconds=options.seconds,
+            budget=options.budget,
+            cache=False,
         )
     except pwopt.PwoptError as error:
         return {"model": path.name, "error": str(error)}
@@ -40,7 +48,8 @@ def measure(path: Path, shapes: dict[str, list[int]], options: argparse.Namespac
         "cost": report["cost"],
         "latency": report["latency"],
         "equivalence": report["equivalence"],
-        "rewrites": len(report["rewrites"]),
+        "rewrites": dict(Counter(r["pass"] for r in report["rewrites"])),
+        "measured": sorted({s["reason"] for s in report["skips"] if "measured" in s["reason"]}),
         "skips": len(report["skips"]),
         "notes": report["notes"],
         "seconds": time.perf_counter() - start,
@@ -52,6 +61,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--seconds", type=float, default=10.0, help="time to race each model")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="time to choose measured rewrites of each model")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--provider", default="cpu")
     options = parser.parse_args()
