@@ -61,6 +61,8 @@ class CommuteSpatial(Pass):
     policy = "if cheaper"
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+        if rw.opset < 7:  # sums broadcast since
+            return None
         if rw.op(node) in SPATIAL:
             return self._sink(rw, node)
         reading = _pointwise(rw, node)
@@ -251,7 +253,8 @@ def _mover(rw: Rewriter, node: gs.Node, reading: Reading, axis: int | None) -> M
     ):
         return None
     shape = rw.shape(node.inputs[0]) or ()
-    single = all(d == 1 for a, d in enumerate(shape) if a not in (0, axis))
+    repeats = rw.op(node) in ("Expand", "Tile", "Resize", "Upsample")
+    single = repeats and all(d == 1 for a, d in enumerate(shape) if a not in (0, axis))
     return Mover(node, reads, writes, single and rw.dim(node.outputs[0], 0) == shape[0] and shape[0] is not None)
 
 

@@ -124,6 +124,8 @@ class FoldChains(Pass):
         target, source, output = formed[-1], maps[0].source, maps[-1].output
         widths = "→".join(str(r.geometry.in_channels) for r in maps) + f"→{maps[-1].geometry.out_channels}"
         low = self._factored(rw, composed, shape, source, output, target)
+        if low is not None and _weights(rw, low) >= sum(r.geometry.weights for r in formed):
+            low = None  # they were of that rank already
         written = low or emit.write(rw, composed, shape, source, output, target.axis)
         if isinstance(written, Refusal):
             return Skip(f"{widths} is cheaper as one map, but {written.reason}")
@@ -148,6 +150,10 @@ class FoldChains(Pass):
         if isinstance(first, Refusal) or isinstance(second, Refusal):
             return None
         return emit.Written((*first.nodes, *second.nodes), max(first.residual, second.residual))
+
+
+def _weights(rw: Rewriter, written: emit.Written) -> int:
+    return sum(rw.elements(t) or 0 for n in written.nodes for t in n.inputs[:2])
 
 
 def _member(rw: Rewriter, node: gs.Node | None) -> Reading | None:

@@ -47,6 +47,8 @@ class HoistStride(Pass):
         return None if region is None else self._rewrite(rw, region)
 
     def _rewrite(self, rw: Rewriter, region: Region) -> Rewrite | Skip | None:
+        if rw.opset < 8:  # onnxruntime's MaxPool takes float32 only before
+            return Skip(f"opset {rw.opset} cannot subsample every type; --opset converts the model")
         saved, spent = self._balance(rw, region)
         name = next(iter(region.tensors.values())).name
         if saved <= spent:
@@ -217,7 +219,7 @@ def _strided(steps: Steps) -> Change:
 def _subsample(rw: Rewriter, source: gs.Tensor, output: gs.Tensor, strides: Steps) -> gs.Node:
     """Every stride-th position: MaxPool stays in onnxruntime's blocked layout, but does not know every type."""
     name = rw.node_name(f"{source.name}", "_every")
-    if str(rw.dtype(source)) in ("float32", "float64"):
+    if rw.opset < 10 or str(rw.dtype(source)) in ("float32", "float64"):  # Slice has no steps before
         attrs = {"kernel_shape": [1] * len(strides), "strides": list(strides)}
         return gs.Node("MaxPool", name, attrs, [source], [output])
     rank = len(strides)

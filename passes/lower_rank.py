@@ -141,13 +141,17 @@ def _lower(rw: Rewriter, region: Region) -> Rewrite:
         new: list[gs.Node] = []
         arguments = _arguments(rw, low, node)
         assert arguments is not None
-        inputs = []
+        inputs: list[gs.Tensor] = []
+        constants: dict[int, gs.Constant] = {}
         for i, t in enumerate(node.inputs):
-            if i in arguments.constants:
+            if i in arguments.constants and id(t) in constants:
+                inputs.append(constants[id(t)])
+            elif i in arguments.constants:
                 values = arguments.constants[i]()
                 names = [t.name] if t.name and rw.sole_reader(t) is node else []
                 rw.release(names)
-                inputs.append(rw.new_constant(t.name if names else f"{node.outputs[0].name}_argument{i}", values))
+                name = t.name if names else f"{node.outputs[0].name}_argument{i}"
+                inputs.append(constants.setdefault(id(t), rw.new_constant(name, values)))
             elif t.name and rw.constant(t) is None and rw.rank(t) == low.rank:
                 if id(t) not in made:
                     made[id(t)] = rw.new_variable(f"{t.name}_2d", t, low.shape)
@@ -181,8 +185,9 @@ def _lower(rw: Rewriter, region: Region) -> Rewrite:
 def _reshape(rw: Rewriter, low: Lowering, source: gs.Tensor, output: gs.Tensor, *, enter: bool) -> gs.Node:
     axes = np.array([2, 3] if low.rank == 4 else [2], np.int64)
     if low.rank == 5:
-        h, w = (rw.dim(output, 3), rw.dim(output, 4)) if not enter else (0, 0)
-        shape = np.array([0, 0, 0, -1] if enter else [0, 0, 0, h, w], np.int64)
+        whole = source if enter else output
+        h, w = (d for d in (rw.dim(whole, 3), rw.dim(whole, 4)) if isinstance(d, int))
+        shape = np.array([0, 0, 0, h * w] if enter else [0, 0, 0, h, w], np.int64)
         name = rw.node_name(str(output.name), "_reshape")
         return gs.Node("Reshape", name, {}, [source, rw.new_constant(f"{output.name}_shape", shape)], [output])
     op = "Unsqueeze" if enter == (low.rank == 3) else "Squeeze"
@@ -412,7 +417,7 @@ def _slice(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
     parameters = attributes.slice_parameters(rw, node)
     if parameters is None or rw.opset < 10 or len(node.inputs) < 4 or low.rank == 4:
         return None
-    axes = [low.axis(a) for a, *_ in parameters]
-    if any(a is None for a in axes):
+    axes, starts = [low.axis(a) for a, *_ in parameters], rw.raw(node.inputs[1])
+    if any(a is None for a in axes) or starts is None:
         return None
-    return Arguments(dict(node.attrs), {3: _array([a for a in axes if a is not None], np.int64)})
+    return Arguments(dict(node.attrs), {3: _array([a for a in axes if a is not None], starts.dtype.type)})

@@ -172,7 +172,10 @@ def _repeated(rw: Rewriter, step: Step, source: gs.Tensor, output: gs.Tensor) ->
     """The operators of a step on the merged tensor."""
     node = step.nodes[0]
     if len(step.nodes) == 1:
-        return [gs.Node(node.op, node.name, dict(node.attrs), [source, *node.inputs[1:]], [output])]
+        # The siblings' own constants may be made further down than the first of them.
+        numbers = [(t, rw.raw(t)) for t in node.inputs[1:]]
+        arguments = [t if v is None else rw.new_constant(f"{output.name}_argument", v) for t, v in numbers]
+        return [gs.Node(node.op, node.name, dict(node.attrs), [source, *arguments], [output])]
     gate = rw.new_variable(f"{node.outputs[0].name}_siblings", source)
     product = gs.Node("Mul", step.nodes[1].name, {}, [source, gate], [output])
     return [gs.Node(node.op, node.name, dict(node.attrs), [source], [gate]), product]

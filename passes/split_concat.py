@@ -27,7 +27,12 @@ class SplitConcat(Pass):
         if not rw.is_a(concat, "Concat") or attributes.concat_axis(rw, concat) != reading.axis:
             return None
         parts = forms.read_concat(rw, concat)
-        if parts is None or reading.geometry.groups > 1 or len({id(t) for t in concat.inputs}) < len(parts):
+        if (
+            parts is None
+            or len(parts) < 2
+            or reading.geometry.groups > 1
+            or len({id(t) for t in concat.inputs}) < len(parts)
+        ):
             return None
         if not self.eager:
             return Skip(

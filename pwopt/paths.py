@@ -108,7 +108,7 @@ def trace(view: View, tensor: gs.Tensor, fused: Collection[int] = ()) -> Path:
 def relative_places(view: View, maps: list[Reading]) -> list[float]:
     """How often each map is applied: from sizes, or from the strides alone where one is not known."""
     counted = [positions(view, r) for r in maps]
-    if None not in counted:
+    if all(counted):  # none unknown, none empty
         return [float(c or 0) for c in counted]
     places, current = [], 1.0
     for r in maps:

@@ -39,7 +39,9 @@ def positionwise(view: View, node: gs.Node) -> bool:
     if out is None or len(out) < 3 or len([t for t in node.outputs if t.name]) != 1:
         return False
     if op == "Concat":
-        return bool(node.attrs.get("axis", 1) == 1) and all(view.rank(t) == len(out) for t in node.inputs)
+        return bool(node.attrs.get("axis", 1) == 1) and all(
+            view.rank(t) == len(out) and view.constant(t) is None for t in node.inputs
+        )
     reading = forms.linear(view, node)
     if reading is not None and reading.kind == "diagonal":
         return reading.axis in (1, None)

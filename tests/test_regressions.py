@@ -7,11 +7,21 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from helpers import normal, parse, run
+from helpers import normal, ops, parse, run, same
 
 import pwopt
 from pwopt.compiler import concrete_sizes
-from pwopt.passes import PASSES
+from pwopt.passes import (
+    PASSES,
+    CommuteSpatial,
+    FoldChains,
+    HoistCrop,
+    HoistStride,
+    LowerRank,
+    MergeSiblings,
+    SplitConcat,
+)
+from pwopt.rewrite import Pass
 from pwopt.shapes import infer
 
 ort = pytest.importorskip("onnxruntime")
@@ -186,3 +196,85 @@ def test_a_stale_shape_of_a_weight_is_dropped() -> None:
     result, _, _ = run(model, *(p() for p in PASSES))
     assert [t.name for t in result.graph.initializer] == ["v"]
     assert not result.graph.value_info
+
+
+def every(model: onnx.ModelProto, *passes: Pass, **feeds: np.ndarray) -> onnx.ModelProto:
+    """The model after passes that act wherever they are exact, found equal."""
+    for p in passes:
+        p.eager = True
+    result, _, _ = run(model, *passes)
+    same(model, result, **feeds)
+    return result
+
+
+@pytest.mark.parametrize(
+    "call", ["Pad(a, pads)", "AveragePool<kernel_shape=[2,2], pads=[1,1,1,1], count_include_pad=1>(a)"]
+)
+def test_not_everything_on_a_single_position_repeats_it(call: str) -> None:
+    size = 3 if "Pad(" in call else 2
+    body = f"(double[1,64,1,1] a, double[1,4,{size},{size}] b) => (double[N] y) {{ p = {call} c = Concat<axis=1>(p, b) y = Conv(c, w) }}"
+    pads = {"pads": np.array([0, 0, 1, 1, 0, 0, 1, 1])} if "Pad(" in call else {}
+    model = parse(body, w=normal(4, 68, 1, 1), **pads)
+    every(model, CommuteSpatial(), a=normal(1, 64, 1, 1), b=normal(1, 4, size, size, seed=1))
+
+
+def test_siblings_whose_bounds_are_constants_made_later() -> None:
+    body = """(double[1,3,8,8] x) => (double[N] y, double[N] z) { a = Conv(x, w) b = Conv(x, v)
+        lo = Constant<value=double{0.0}>() hi = Constant<value=double{6.0}>() y = Clip(a,lo,hi) z = Clip(b,lo,hi) }"""
+    model = parse(body, w=normal(4, 3, 1, 1), v=normal(4, 3, 1, 1, seed=1))
+    assert ops(every(model, MergeSiblings(), x=normal(1, 3, 8, 8)))["Clip"] == 1
+
+
+def test_indices_of_a_slice_keep_their_type() -> None:
+    body = "(double[1,3,9] x) => (double[N] y) { a = Conv(x, w) y = Slice(a, s, e, k) }"
+    indices = {"s": np.array([1], np.int32), "e": np.array([7], np.int32), "k": np.array([2], np.int32)}
+    every(parse(body, w=normal(4, 3, 1), **indices), LowerRank(), x=normal(1, 3, 9))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "{ c = Concat<axis=1>(x, k) y = Slice(c, s, e, d) }",
+        "{ a = Conv<pads=[1,1,1,1]>(x, v) c = Concat<axis=1>(a, k) y = Conv<strides=[2,2]>(c, w) }",
+    ],
+)
+def test_a_constant_part_of_a_concat(body: str) -> None:
+    numbers = {"k": normal(1, 2, 8, 8), "v": normal(3, 3, 3, 3), "w": normal(4, 5, 1, 1)}
+    numbers |= {"s": np.array([1]), "e": np.array([4]), "d": np.array([2])}
+    used = {n: v for n, v in numbers.items() if f" {n})" in body or f" {n}," in body}
+    every(
+        parse("(double[1,3,8,8] x) => (double[N] y) " + body, **used), HoistCrop(), HoistStride(), x=normal(1, 3, 8, 8)
+    )
+
+
+def test_a_concat_of_one() -> None:
+    model = parse("(double[1,3,8,8] x) => (double[N] y) { c = Concat<axis=1>(x) y = Conv(c, w) }", w=normal(4, 3, 1, 1))
+    every(model, SplitConcat(), x=normal(1, 3, 8, 8))
+
+
+def test_a_chain_at_sizes_without_positions_is_planned_all_the_same() -> None:
+    body = "(double[n,2,h,w] x) => (double[N] y) { t = Conv<pads=[1,1,1,1]>(x, u) y = Conv(t, v) }"
+    model = parse(body, u=normal(2, 2, 3, 3), v=normal(8, 2, 1, 1))
+    sizes = {"x": (1, 2, 0, 4), "t": (1, 2, 0, 4), "y": (1, 8, 0, 4)}
+    assert run(model, FoldChains(), sizes=sizes)[0] is model
+
+
+def test_old_opsets_subsample_without_steps() -> None:
+    body = "(float16[1,3,8,8] x) => (float16[N] y) { b = Softmax(x) c = Sigmoid(b) d = Relu(c) y = Conv<strides=[2,2]>(d, w) }"
+    run(parse(body, 9, w=normal(4, 3, 1, 1, dtype=np.float16)), HoistStride())
+
+
+def test_an_empty_batch_of_volumes() -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    model = parse("(float[n,3,4,5,6] x) => (float[N] y) { y = Conv(x, w) }", w=normal(4, 3, 1, 1, 1, dtype=np.float32))
+    lower = LowerRank()
+    lower.eager = True
+    result, _, _ = run(model, lower)
+    session = onnxruntime.InferenceSession(result.SerializeToString(), providers=["CPUExecutionProvider"])
+    assert session.run(None, {"x": np.zeros((0, 3, 4, 5, 6), np.float32)})[0].shape == (0, 4, 4, 5, 6)
+
+
+def test_a_constant_that_an_operator_reads_twice_is_lowered_once() -> None:
+    body = "(double[1,3,9] x) => (double[N] y) { a = Conv(x, w) y = Max(a, c, c) }"
+    result = every(parse(body, w=normal(4, 3, 1), c=normal(4, 1)), LowerRank(), x=normal(1, 3, 9))
+    assert len({t.name for t in result.graph.initializer}) == len(result.graph.initializer)
