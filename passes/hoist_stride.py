@@ -13,6 +13,7 @@ from pwopt.cost import ELEMENT, macs
 from pwopt.positions import POOLS, pooling, positionwise, spread, stencil
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
 from pwopt.shapes import Change, Shape
+from pwopt.unions import Unions
 
 Steps = tuple[int, ...]
 
@@ -185,24 +186,17 @@ def _wanted(rw: Rewriter, reader: gs.Node, tensor: gs.Tensor, rank: int, steps: 
 
 def _regions(rw: Rewriter, steps: dict[int, Steps]) -> list[Region]:
     """Connected sets of such tensors, with every operator that makes or reads one."""
-    parent: dict[int, int] = {}
-
-    def root(key: int) -> int:
-        while parent.setdefault(key, key) != key:
-            parent[key] = parent[parent[key]]
-            key = parent[key]
-        return key
-
+    sets = Unions()
     touching = []
     for node in rw.nodes():
         mine = [t for t in (*node.inputs, *node.outputs) if id(t) in steps]
         for t in mine[1:]:
-            parent[root(id(t))] = root(id(mine[0]))
+            sets.join(id(t), id(mine[0]))
         if mine:
             touching.append((node, mine))
     regions: dict[int, Region] = {}
     for node, mine in touching:
-        region = regions.setdefault(root(id(mine[0])), Region())
+        region = regions.setdefault(sets.root(id(mine[0])), Region())
         region.nodes[id(node)] = node
         region.tensors.update((id(t), t) for t in mine)
     return list(regions.values())

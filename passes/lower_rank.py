@@ -13,6 +13,7 @@ from pwopt.channels import ELEMENTWISE
 from pwopt.cost import macs
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
 from pwopt.shapes import Shape
+from pwopt.unions import Unions
 
 #: Without measuring, regions of fewer convolutions are left alone: the changes of shape around them cost too much.
 ENOUGH = 3
@@ -199,14 +200,7 @@ def _reshape(rw: Rewriter, low: Lowering, source: gs.Tensor, output: gs.Tensor, 
 
 def _regions(rw: Rewriter) -> list[Region]:
     """Connected operators that can all be lowered, where at least one is a convolution."""
-    parent: dict[int, int] = {}
-
-    def root(key: int) -> int:
-        while parent.setdefault(key, key) != key:
-            parent[key] = parent[parent[key]]
-            key = parent[key]
-        return key
-
+    sets = Unions()
     low: dict[int, tuple[gs.Node, Lowering]] = {}
     for node in rw.nodes():
         lowering = _lowering(rw, node)
@@ -216,10 +210,10 @@ def _regions(rw: Rewriter) -> list[Region]:
         for t in node.inputs:
             maker = rw.producer(t)
             if maker is not None and id(maker) in low and low[id(maker)][1].rank == lowering.rank:
-                parent[root(id(node))] = root(id(maker))
+                sets.join(id(node), id(maker))
     regions: dict[int, Region] = {}
     for node, lowering in low.values():
-        regions.setdefault(root(id(node)), Region(lowering.rank)).nodes.append((node, lowering))
+        regions.setdefault(sets.root(id(node)), Region(lowering.rank)).nodes.append((node, lowering))
     return [r for r in regions.values() if r.convolutions]
 
 

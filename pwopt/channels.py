@@ -22,6 +22,7 @@ from pwopt.constants import evaluate
 from pwopt.forms import Reading
 from pwopt.graph import View
 from pwopt.linear import Array, LinearMap, Refusal
+from pwopt.unions import Unions
 
 Mask = NDArray[np.bool_]
 
@@ -443,21 +444,14 @@ class Analysis:
 
     def components(self) -> Iterator[list[Channels]]:
         """Sets of tensors whose channels go together, in the order of their first operators."""
-        parent: dict[int, int] = {}
-
-        def root(key: int) -> int:
-            while parent.setdefault(key, key) != key:
-                parent[key] = parent[parent[key]]
-                key = parent[key]
-            return key
-
+        sets = Unions()
         for flow in self.flows:
             for link in flow.links:
-                parent[root(id(link.b.tensor))] = root(id(link.a.tensor))
+                sets.join(id(link.b.tensor), id(link.a.tensor))
         groups: dict[int, list[Channels]] = {}
         for known in self.of.values():
             if known.gone.any():
-                groups.setdefault(root(id(known.tensor)), []).append(known)
+                groups.setdefault(sets.root(id(known.tensor)), []).append(known)
         yield from groups.values()
 
 
