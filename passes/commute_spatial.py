@@ -243,14 +243,7 @@ def _mover(rw: Rewriter, node: gs.Node, reading: Reading, axis: int | None) -> M
         return None
     rule = commute.rule(rw, node)
     reads, writes = _places(rw, node.inputs[0], axis), _places(rw, node.outputs[0], axis)
-    if (
-        rule is None
-        or rule.scale != "any"
-        or rule.axes is None
-        or rule.axes.get(axis) != axis
-        or not reads
-        or not writes
-    ):
+    if rule is None or rule.axes is None or rule.axes.get(axis) != axis or not reads or not writes:
         return None
     shape = rw.shape(node.inputs[0]) or ()
     repeats = rw.op(node) in ("Expand", "Tile", "Resize", "Upsample")

@@ -78,7 +78,7 @@ class HoistCrop(Pass):
             low = strides[a] * first - pads[a]
             high = strides[a] * last - pads[a] + dilations[a] * (kernel[a] - 1) + 1
             begin, end = max(0, low), min(size, high)
-            if begin >= end or max(begin - low, high - end) > dilations[a] * (kernel[a] - 1):
+            if max(begin - low, high - end) > dilations[a] * (kernel[a] - 1):
                 return Skip("a window of the crop lies in the padding alone")
             around[a], around[a + rank] = begin - low, high - end
             if (begin, end) != (0, size):

@@ -351,8 +351,7 @@ def _along_axis(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
     axis = low.axis(node.attrs.get("axis", default)) if low.rank != 4 or node.op == "Concat" else None
     if node.op == "Concat" and any(rw.constant(t) is not None for t in node.inputs):
         return None
-    flattens = rw.opset < 13 and node.op not in ("Concat", "Split")  # it took all axes from there on as one
-    if axis is None or (low.rank == 5 and node.op not in ("Concat", "Split") and not flattens and axis > 2):
+    if axis is None:
         return None
     return Arguments({**node.attrs, "axis": axis})
 

@@ -117,7 +117,7 @@ def test_cropping_coordinates_are_left_alone() -> None:
     ],
 )
 def test_refusals(body: str) -> None:
-    names = {"w": normal(4, 8, 1, 1), "k": normal(4, 8, 3, 3)}
+    names = {"w": normal(24, 8, 1, 1), "k": normal(4, 8, 3, 3)}
     model = parse(SIDE + body, **{k: v for k, v in names.items() if f" {k})" in body})
     assert run(model, CommuteSpatial())[0] is model
 

@@ -141,3 +141,13 @@ def test_all_pairs_of_axes() -> None:
         result, _, _ = run(model, HoistCrop())
         assert ops(result) == {"Slice": 1, "Conv": 1}
         same(model, result, x=X)
+
+
+def test_a_crop_of_padding_alone_stays() -> None:
+    model = parse(
+        SIDE + "{ r = Conv<pads=[5,0,5,0]>(x, w, b) y = Slice(r, a, e, d) }", w=normal(4, 3, 2, 1), b=normal(4),
+        a=np.array([0]), e=np.array([2]), d=np.array([2]),
+    )  # fmt: skip
+    result, outcome, _ = run(model, HoistCrop())
+    assert result is model
+    assert "padding alone" in reasons(outcome)[0]

@@ -127,6 +127,23 @@ def test_readers_that_look_everywhere(body: str) -> None:
     assert run(model, HoistStride())[0] is model
 
 
+def test_automatic_padding_of_the_stride_before_is_kept() -> None:
+    """At stride 1 it pads by 1 and 1; at stride 2, on an even size, it would by 0 and 1."""
+    body = (
+        '(double[2,8,12,10] x) => (double[N] y) { a = Conv<auto_pad="SAME_UPPER">(x, u) y = Conv<strides=[2,2]>(a, v) }'
+    )
+    model = parse(body, **weights(u=(8, 8, 3, 3), v=(4, 8, 1, 1)))
+    result, _, _ = run(model, HoistStride())
+    assert strides(result)[0] == [2, 2]
+    same(model, result, 1e-11, x=normal(2, 8, 12, 10))
+
+
+def test_a_scale_per_column_needs_every_column_in_its_place() -> None:
+    body = SIDE + "{ a = Conv(x, u) r = Mul(a, k) y = Conv<strides=[2,2]>(r, v) }"
+    model = parse(body, **weights(u=(8, 8, 1, 1), v=(4, 8, 1, 1), k=(11,)))
+    assert run(model, HoistStride())[0] is model
+
+
 def test_a_graph_output_is_needed_whole() -> None:
     body = "(double[2,8,13,11] x) => (double[N] y, double[N] r) { a = Conv(x, u) r = Relu(a) y = Conv<strides=[2,2]>(r, v) }"
     model = parse(body, **weights(u=(8, 8, 1, 1), v=(4, 8, 1, 1)))

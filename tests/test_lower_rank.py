@@ -227,3 +227,18 @@ def test_other_operators_on_single_positions_stay(call: str) -> None:
         GATE + f"{{ g = GlobalAveragePool(x) y = {call} }}", **{k: v for k, v in names.items() if f" {k})" in call}
     )
     assert run(model, eager())[0] is model
+
+
+def test_what_cannot_be_said_at_another_rank_stays() -> None:
+    shaped = "{ y = ConvTranspose<strides=[2], output_shape=[23]>(x, v) }"
+    model = parse(SIDE + shaped, v=normal(4, 3, 3))
+    assert run(model, eager())[0] is model
+    cropped = '{ a = Conv(x, w) y = Resize<coordinate_transformation_mode="tf_crop_and_resize">(a, roi, s) }'
+    model = parse(
+        SIDE + cropped,
+        w=normal(4, 4, 1),
+        roi=np.array([0, 0, 0, 1, 1, 0.5], np.float32),
+        s=np.array([1, 1, 2], np.float32),
+    )
+    result, _, _ = run(model, eager())
+    assert [n.op_type for n in result.graph.node][-1] == "Resize"
