@@ -34,7 +34,8 @@ class DropDead(Pass):
 
     def start(self, rw: Rewriter) -> None:
         self._pending: dict[int, tuple[list[Channels], Analysis]] = {}
-        scans = [self._scan(rw, r) for n in rw.nodes() if (r := forms.weighted(rw, n)) is not None and r.nodes[0] is n]
+        readings = [r for n in rw.nodes() if (r := forms.weighted(rw, n)) is not None and r.nodes[0] is n]
+        scans = [self._scan(rw, r) for r in readings if not self._scan.sound(rw, r)]
         zero_scale = any(_zero_scale(rw, n) for n in rw.nodes())
         if not zero_scale and not any(s.dead for s in scans if s is not None):
             return
@@ -59,7 +60,7 @@ class DropDead(Pass):
 
     def _flush(self, rw: Rewriter, node: gs.Node, reading: Reading) -> Rewrite | Skip | None:
         """Subnormal weights become zero, for all readers of the weight."""
-        scan = self._scan(rw, reading)
+        scan = None if self._scan.sound(rw, reading) else self._scan(rw, reading)
         tensor = reading.weight_input
         raw = rw.raw(tensor)
         if scan is None or not scan.subnormal or raw is None:

@@ -64,14 +64,16 @@ class FoldChains(Pass):
         index = next(i for i, r in enumerate(chain.maps) if r.node is node)
         if chain.ends.get(index, index) < index:
             return self._fold(rw, chain, chain.ends[index], index)
+        if index not in chain.ends:
+            return None  # inside a segment, which is folded at its end
         if index > 0 and index - 1 in chain.ends:
             return Skip(_refusal_to_join(chain, index))
         return self._blocked(rw, reading)
 
     def _chain_of(self, rw: Rewriter, reading: Reading) -> Chain:
-        """The planned chain through a map; plans are kept until one of their maps changes."""
+        """The planned chain through a map; plans are kept until one of their segments is folded."""
         chain = self._chains.get(id(reading.node))
-        if chain is not None and all(n in rw for r in chain.maps for n in r.nodes):
+        if chain is not None:
             return chain
         maps = [reading]
         while len(maps) < MAX_CHAIN and (first := self._linked(rw, maps[0])[0]) is not None:
@@ -129,6 +131,8 @@ class FoldChains(Pass):
         written = low or emit.write(rw, composed, shape, source, output, target.axis)
         if isinstance(written, Refusal):
             return Skip(f"{widths} is cheaper as one map, but {written.reason}")
+        for r in chain.maps:
+            self._chains.pop(id(r.node), None)
         old = [n for r in maps for n in r.nodes]
         what = "one map" if low is None else "two maps of its rank"
         return rw.replace(old, written.nodes, f"{widths} is cheaper as {what}", written.residual)

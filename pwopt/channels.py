@@ -78,6 +78,18 @@ class Scanner:
 
     def __init__(self) -> None:
         self._done: dict[tuple[object, ...], tuple[gs.Tensor, Scan | None]] = {}
+        self._sound: dict[int, gs.Tensor] = {}
+
+    def sound(self, view: View, reading: Reading) -> bool:
+        """Whether no weight is small beside the largest, so that no row or column can be dead: a glance, no scan."""
+        held = view.constant(reading.weight) if reading.weight is not None else None
+        raw = None if held is None or id(held) in self._sound else view.raw(held)
+        if held is None or raw is None:
+            return True
+        size = np.abs(raw)
+        if size.size and size.min() > NEGLIGIBLE * size.max():
+            self._sound[id(held)] = held
+        return id(held) in self._sound
 
     def __call__(self, view: View, reading: Reading) -> Scan | None:
         """None where the numbers are not finite."""
