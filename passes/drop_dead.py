@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from pwopt import emit, forms
-from pwopt.channels import LARGEST_INPUT, Analysis, Channels, Scanner, flushed
+from pwopt.channels import ALIGNMENT, LARGEST_INPUT, Analysis, Channels, Scanner, flushed
 from pwopt.cost import macs
 from pwopt.forms import Reading
 from pwopt.linear import LinearMap, Refusal
@@ -24,7 +24,8 @@ class DropDead(Pass):
     activations, normalisations, depthwise convolutions, pooling, gates, sums and Concat (`pwopt.channels`) to the
     maps that read it, goes into their biases, and leaves every tensor on the way. So do channels that all their
     readers multiply by zero. Weight decay leaves both behind; for the sets of channels that must go together see
-    Fang et al., "DepGraph" (2023).
+    Fang et al., "DepGraph" (2023). Channel counts stay multiples of 8 as far as they are, for the runtime's sake; if the
+    pass is asked for by name, every dead channel goes.
     """
 
     name = "drop-dead"
@@ -39,7 +40,7 @@ class DropDead(Pass):
         zero_scale = any(_zero_scale(rw, n) for n in rw.nodes())
         if not zero_scale and not any(s.dead for s in scans if s is not None):
             return
-        analysis = Analysis(rw, self._scan)
+        analysis = Analysis(rw, self._scan, 1 if self.eager else ALIGNMENT)
         for component in analysis.components():
             first = min(
                 (m for c in component if (m := rw.producer(c.tensor)) is not None), key=rw.position, default=None

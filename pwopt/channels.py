@@ -168,12 +168,14 @@ class Analysis:
 
     Attributes
     ----------
+    alignment : int
+        Channel counts that are multiples of it, or of a divisor, stay so.
     of : dict of tensor id to Channels
     flows : list of Flow
     """
 
-    def __init__(self, view: View, scan: Scanner) -> None:
-        self.view, self.scan = view, scan
+    def __init__(self, view: View, scan: Scanner, alignment: int = ALIGNMENT) -> None:
+        self.view, self.scan, self.alignment = view, scan, alignment
         self.of: dict[int, Channels] = {}
         self.flows: list[Flow] = []
         self._at: dict[int, list[int]] = {}
@@ -407,7 +409,7 @@ class Analysis:
         while changed:
             changed = False
             for known in self.of.values():
-                spare = _spare(known.gone)
+                spare = _spare(known.gone, self.alignment)
                 if len(spare):
                     known.gone[spare] = False
                     self._settle(deque(at.get(id(known.tensor), ())), at)
@@ -467,12 +469,12 @@ class Analysis:
         yield from groups.values()
 
 
-def _spare(gone: Mask) -> NDArray[np.intp]:
+def _spare(gone: Mask, alignment: int) -> NDArray[np.intp]:
     """Channels that stay although they might go: without them, the others would not fill a vector (or be none)."""
     kept = int((~gone).sum())
     if kept == len(gone):
         return np.zeros(0, np.intp)
-    block = math.gcd(len(gone), ALIGNMENT)
+    block = math.gcd(len(gone), alignment)
     wanted = -(-max(kept, 1) // block) * block
     return np.flatnonzero(gone)[: wanted - kept]
 

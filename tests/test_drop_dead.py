@@ -1106,3 +1106,15 @@ def test_random_networks(seed: int, steps: list[str]) -> None:
     before, after = (measure(View(from_proto(m).graph)).macs for m in (model, result))
     assert after <= before
     assert run(result, DropDead())[0] is result
+
+
+def test_every_dead_channel_goes_if_that_is_asked_for() -> None:
+    body = "(double[2,4,6,6] x) => (double[N] y) { a = Conv(x, w, b) r = Relu(a) y = Conv(r, v) }"
+    first = dead(normal(16, 4, 1, 1), range(5))
+    model = parse(body, w=first, b=normal(16), v=normal(5, 16, 1, 1, seed=1))
+    for eager, kept in ((False, 16), (True, 11)):
+        p = DropDead()
+        p.eager = eager
+        result, _, _ = run(model, p)
+        assert weight(result, "w").shape[0] == kept
+        same(model, result, x=X)
