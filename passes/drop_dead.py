@@ -24,7 +24,7 @@ class DropDead(Pass):
     activations, normalisations, depthwise convolutions, pooling, gates, sums and Concat (`pwopt.channels`) to the
     maps that read it, goes into their biases, and leaves every tensor on the way. So do channels that all their
     readers multiply by zero. Weight decay leaves both behind; for the sets of channels that must go together see
-    Fang et al., "DepGraph" (2023). Channel counts stay multiples of 8 as far as they are, for the runtime's sake; if the
+    Fang et al., "DepGraph" (2023). Channel counts stay multiples of 8 as far as they are, for the runtime; if the
     pass is asked for by name, every dead channel goes.
     """
 
