@@ -36,10 +36,7 @@ class ChannelsLast(Pass):
             return None
         if not self.eager:
             return Skip("a softmax over channels and the map after it could run channels-last; only measuring can tell")
-        crowd = rw.crowd(reading.source)
-        if crowd or rw.shared(reading.weight_input):
-            return Skip(crowd or f"the weight {reading.weight_input.name!r} is shared")
-        linear = reading.load()
+        linear = forms.owned(rw, reading, reading.source)
         if isinstance(linear, Refusal):
             return Skip(linear.reason)
         source, perm, old = softmax.inputs[0], LAST, [softmax, node]

@@ -11,7 +11,7 @@ import onnx_graphsurgeon as gs
 from pwopt import commute, emit, forms
 from pwopt.cost import ELEMENT
 from pwopt.forms import Reading
-from pwopt.linear import LinearMap, Refusal, split_inputs
+from pwopt.linear import LinearMap, Refusal, pointwise_geometry, split_inputs
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip, describe
 from pwopt.shapes import channels
 
@@ -149,10 +149,7 @@ class CommuteSpatial(Pass):
         if not any(isinstance(m, Mover) for m in movers):
             refused = [m for m in movers if isinstance(m, str) and m]
             return Skip(refused[0]) if refused else None
-        crowd = rw.crowd(reading.source)
-        if crowd or rw.shared(reading.weight_input):
-            return Skip(crowd or f"the weight {reading.weight_input.name!r} is shared")
-        linear = reading.load()
+        linear = forms.owned(rw, reading, reading.source)
         if isinstance(linear, Refusal):
             return Skip(linear.reason)
         return self._write_parts(rw, reading, concat, linear, movers)
@@ -194,7 +191,7 @@ class CommuteSpatial(Pass):
                 source = rw.new_variable(f"{output.name}_inputs", inputs[0], channels(axis, weight.shape[1]))
                 new.append(gs.Node("Concat", concat.name, dict(concat.attrs), inputs, [source]))
             term = rw.new_variable(f"{output.name}_part", source, channels(axis, out))
-            geometry = type(linear.geometry)(out, weight.shape[1]).at_rank(linear.geometry.rank)
+            geometry = pointwise_geometry(out, weight.shape[1], rank=linear.geometry.rank)
             written = emit.write(
                 rw, LinearMap.of(geometry, weight, biased), reading, source, term, axis, inherit=not terms
             )

@@ -120,15 +120,7 @@ class DropDead(Pass):
         _resize(rw, component, analysis)
         records = [rw.replace(r.nodes, w.nodes, "", w.residual) for r, w in written]
         renamed = {str(c.tensor.name): rw.rename(c.tensor, "_pruned") for c in component}
-        return Rewrite(
-            reason,
-            tuple(name for r in records for name in r.removed),
-            tuple(name for r in records for name in r.added),
-            macs_before,
-            sum(r.macs_after for r in records),
-            max((r.residual for r in records), default=0.0),
-            tuple((a, renamed.get(b, b)) for r in records for a, b in r.became),
-        )
+        return replace(Rewrite.of(reason, records, renamed), macs_before=macs_before)
 
     def _account(self, rw: Rewriter, component: list[Channels], analysis: Analysis) -> str:
         """How many channels went where."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import onnx_graphsurgeon as gs
 
@@ -184,15 +184,8 @@ class FoldAffine(Pass):
         elif reading.node in rw:
             rw.remove(reading.node)
         renamed = {tensor.name: rw.rename(tensor, "_unscaled") for tensor in plan.changed}
-        return Rewrite(
-            reason,
-            (describe(reading.node), *(name for r in records for name in r.removed)),
-            tuple(name for r in records for name in r.added),
-            sum(r.macs_before for r in records),
-            sum(r.macs_after for r in records),
-            residual,
-            tuple((old, renamed.get(new, new)) for r in records for old, new in r.became),
-        )
+        done = Rewrite.of(reason, records, renamed)
+        return replace(done, removed=(describe(reading.node), *done.removed), residual=residual)
 
 
 def _beside_a_map(rw: Rewriter, reading: Reading) -> bool:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -87,15 +87,7 @@ class HoistStride(Pass):
             f"every {self._of(region)} position of {name!r} is read, so no other is computed"
             f" ({len(old)} operators{f', {len(pools)} inputs subsampled' if pools else ''})"
         )
-        return Rewrite(
-            reason,
-            tuple(n for r in records for n in r.removed),
-            tuple(n for r in records for n in r.added),
-            before,
-            sum(r.macs_after for r in records),
-            0.0,
-            tuple((a, renamed.get(b, b)) for r in records for a, b in r.became),
-        )
+        return replace(Rewrite.of(reason, records, renamed), macs_before=before)
 
     def _of(self, region: Region) -> str:
         steps = {self._steps[id(t)] for t in region.tensors.values()}

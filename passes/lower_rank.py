@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -170,17 +170,10 @@ def _lower(rw: Rewriter, region: Region) -> Rewrite:
         records.append((node, [*new, *after]))
     done = [rw.replace([node], new, "") for node, new in records]
     count, rank = len(region.convolutions), region.rank - 2
-    return Rewrite(
-        f"{count} {rank}-D convolutions and {len(region.nodes) - count} other operators around them run "
-        + ("as matrix products" if rank == 2 else "in 2-D"),
-        tuple(n for r in done for n in r.removed),
-        tuple(n for r in done for n in r.added),
-        sum(r.macs_before for r in done),
-        sum(r.macs_after for r in done),
-        0.0,
-        tuple((t.name, made[id(t)].name) for n, _ in region.nodes for t in n.outputs if t.name),
-        signature,
-    )
+    where = "as matrix products" if rank == 2 else "in 2-D"
+    reason = f"{count} {rank}-D convolutions and {len(region.nodes) - count} other operators around them run {where}"
+    became = tuple((str(t.name), str(made[id(t)].name)) for n, _ in region.nodes for t in n.outputs if t.name)
+    return replace(Rewrite.of(reason, done), became=became, signature=signature)
 
 
 def _reshape(rw: Rewriter, low: Lowering, source: gs.Tensor, output: gs.Tensor, *, enter: bool) -> gs.Node:

@@ -38,10 +38,7 @@ class SplitConcat(Pass):
             return Skip(
                 "split into one map per input of its Concat it takes as many multiply-adds; only measuring can tell"
             )
-        crowd = rw.crowd(reading.source)
-        if crowd or rw.shared(reading.weight_input):
-            return Skip(crowd or f"the weight {reading.weight_input.name!r} is shared")
-        linear = reading.load()
+        linear = forms.owned(rw, reading, reading.source)
         if isinstance(linear, Refusal):
             return Skip(linear.reason)
         sizes = [p.geometry.in_channels for p in parts]

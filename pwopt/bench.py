@@ -130,6 +130,8 @@ def benchmark(
             else _batched(specs, likely_sizes(specs, paths[0], provider, shapes), batch)
         )
         sizes = likely_sizes(specs, paths[0], provider, given)
+        for path in paths[1:]:
+            runtime.check_shapes(runtime.input_specs(load(path).proto), sizes)
         feeds = runtime.make_feeds(specs, sizes)
         sessions = [Session(p, provider, threads, tf32=True) for p in paths]
         stage = "racing" if batch is None else f"racing at batch {batch}"

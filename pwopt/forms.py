@@ -122,6 +122,14 @@ def weighted(view: View, node: gs.Node | None) -> Reading | None:
     return wider if wider is not None and wider.nodes[0] is node else reading
 
 
+def owned(view: View, reading: Reading, between: gs.Tensor) -> LinearMap | Refusal:
+    """The numbers of a map, if nobody else needs its weight, nor `between`, which a rewrite would do away with."""
+    crowd = view.crowd(between)
+    if crowd or view.shared(reading.weight_input):
+        return Refusal(crowd or f"the weight {reading.weight_input.name!r} is shared")
+    return reading.load()
+
+
 NOT_CONSTANT = Refusal("its weight is not a constant (an input, an overridable initializer, or computed)")
 NOT_FINITE = Refusal("its weights are not finite")
 

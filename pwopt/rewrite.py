@@ -50,6 +50,20 @@ class Rewrite:
     pass_name: str = ""
     site: str = ""
 
+    @classmethod
+    def of(cls, reason: str, records: Sequence[Rewrite], renamed: Mapping[str, str] | None = None) -> Rewrite:
+        """Several replacements as one rewrite; `renamed` tells what their results are called since."""
+        names = renamed or {}
+        return cls(
+            reason,
+            tuple(name for r in records for name in r.removed),
+            tuple(name for r in records for name in r.added),
+            sum(r.macs_before for r in records),
+            sum(r.macs_after for r in records),
+            max((r.residual for r in records), default=0.0),
+            tuple((old, names.get(new, new)) for r in records for old, new in r.became),
+        )
+
     def signed(self, signature: str) -> Rewrite:
         return replace(self, signature=signature)
 

@@ -60,6 +60,8 @@ def test_what_cannot_be_compared(pair: list[Path], tmp_path: Path) -> None:
     with pytest.raises(pwopt.UsageError, match="does not take the same inputs"):
         pwopt.benchmark([pair[0], other])
     fixed = saved(tmp_path / "d.onnx", "(float[1,3,8,8] x) => (float[M] y) { y = Conv(x, w) }")
+    with pytest.raises(pwopt.UsageError, match="does not fit input 'x'"):
+        pwopt.benchmark([pair[0], fixed], shapes={"x": (1, 3, 16, 16)}, seconds=0.01)
     with pytest.raises(pwopt.UsageError, match="batch cannot be 4"):
         pwopt.benchmark([fixed], batches=[4])
     with pytest.raises(pwopt.UsageError, match="1 or more"):
