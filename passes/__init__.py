@@ -16,7 +16,9 @@ from pwopt.passes.join_concat import JoinConcat
 from pwopt.passes.lower_rank import LowerRank
 from pwopt.passes.merge_siblings import MergeSiblings
 from pwopt.passes.name_activations import NameActivations
+from pwopt.passes.pad_channels import FillBlocks, PadChannels
 from pwopt.passes.split_concat import SplitConcat
+from pwopt.passes.split_multiplier import SplitMultiplier
 from pwopt.passes.sum_branches import SumBranches
 from pwopt.rewrite import Pass
 
@@ -33,6 +35,9 @@ PASSES: tuple[type[Pass], ...] = (
     HoistStride,
     HoistCrop,
     FactorRanks,
+    SplitMultiplier,
+    PadChannels,
+    FillBlocks,
     LowerRank,
     ChannelsLast,
     MergeSiblings,
@@ -48,6 +53,7 @@ __all__ = [
     "DropDead",
     "FactorGates",
     "FactorRanks",
+    "FillBlocks",
     "FoldAffine",
     "FoldChains",
     "HoistCrop",
@@ -56,6 +62,8 @@ __all__ = [
     "LowerRank",
     "MergeSiblings",
     "NameActivations",
+    "PadChannels",
     "SplitConcat",
+    "SplitMultiplier",
     "SumBranches",
 ]

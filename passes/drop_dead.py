@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pwopt import emit, forms
+from pwopt import forms
 from pwopt.channels import ALIGNMENT, LARGEST_INPUT, Analysis, Channels, Scanner, flushed
-from pwopt.cost import macs
 from pwopt.forms import Reading
 from pwopt.linear import LinearMap, Refusal
+from pwopt.rechannel import rechannel
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip, describe
-from pwopt.shapes import channels
 
 
 class DropDead(Pass):
@@ -41,7 +38,7 @@ class DropDead(Pass):
         if not zero_scale and not any(s.dead for s in scans if s is not None):
             return
         analysis = Analysis(rw, self._scan, 1 if self.eager else ALIGNMENT)
-        for component in analysis.components():
+        for component in ([c for c in found if c.gone.any()] for found in analysis.components()):
             first = min(
                 (m for c in component if (m := rw.producer(c.tensor)) is not None), key=rw.position, default=None
             )
@@ -88,39 +85,9 @@ class DropDead(Pass):
         return Rewrite(reason, names, names)
 
     def _prune(self, rw: Rewriter, component: list[Channels], analysis: Analysis) -> Rewrite | Skip:
-        keep = {id(c.tensor): ~c.gone for c in component}
-        edits: list[tuple[Reading, LinearMap]] = []
-        for flow in analysis.flows_at(component):
-            reading = flow.reading
-            if reading is None or not (id(reading.source) in keep or id(reading.output) in keep):
-                continue
-            current = forms.linear(rw, rw.producer(reading.output))  # another component may have rewritten it
-            if current is None or current.source is not reading.source:
-                return Skip("its neighbourhood has changed; it is looked at again in the next round")
-            pruned = self._pruned(rw, current, analysis, keep)
-            if isinstance(pruned, Refusal):
-                return Skip(pruned.reason)
-            if pruned is not None:
-                edits.append((current, pruned))
-        reason = self._account(rw, component, analysis)
-        macs_before = sum(macs(rw, n) or 0 for r, _ in edits for n in r.nodes)
-        before = [(c.tensor, rw.shape(c.tensor), rw.sizes.get(str(c.tensor.name))) for c in component]
-        for c in component:
-            rw.reshape(c.tensor, channels(c.axis, int((~c.gone).sum())))
-        written = []
-        for reading, linear in edits:
-            nodes = emit.write(rw, linear, reading, reading.source, reading.output, reading.axis)
-            if isinstance(nodes, Refusal):
-                for tensor, shape, size in before:
-                    tensor.shape = shape
-                    if size is not None:
-                        rw.sizes[str(tensor.name)] = size
-                return Skip(f"channels could go, but {nodes.reason}")
-            written.append((reading, nodes))
-        _resize(rw, component, analysis)
-        records = [rw.replace(r.nodes, w.nodes, "", w.residual) for r, w in written]
-        renamed = {str(c.tensor.name): rw.rename(c.tensor, "_pruned") for c in component}
-        return replace(Rewrite.of(reason, records, renamed), macs_before=macs_before)
+        takes = {id(c.tensor): np.flatnonzero(~c.gone) for c in component}
+        done = rechannel(rw, analysis, component, takes, self._account(rw, component, analysis), "_pruned")
+        return Skip(f"channels could go, but {done.reason}") if isinstance(done, Refusal) else done
 
     def _account(self, rw: Rewriter, component: list[Channels], analysis: Analysis) -> str:
         """How many channels went where."""
@@ -147,70 +114,12 @@ class DropDead(Pass):
             ends += [f"of those that {name} reads, {int(m.sum())} {what}" for m, what in parts if m.any()]
         return f"channels: {_few(made, ', ')}; {_few(ends, '; ') or 'nobody reads them'}"
 
-    def _pruned(
-        self, rw: Rewriter, reading: Reading, analysis: Analysis, keep: dict[int, np.ndarray]
-    ) -> LinearMap | Refusal | None:
-        """The map without the channels that go; None if it stays as it is."""
-        linear = reading.load()
-        if isinstance(linear, Refusal):
-            return linear
-        g, weight, bias = linear.geometry, linear.weight, linear.bias
-        source, output = keep.get(id(reading.source)), keep.get(id(reading.output))
-        if reading.weighted and g.groups == 1:
-            weight = flushed(weight, rw.dtype(reading.weight or reading.source))
-            if source is not None:
-                known = analysis.of[id(reading.source)]
-                value = np.nan_to_num(np.where(source, 0.0, known.value))
-                through = weight.reshape(*weight.shape[:2], -1).sum(-1)
-                bias, weight = bias + through @ value, weight[:, source]
-            if output is not None:
-                bias, weight = bias[output], weight[output]
-            g = replace(g, out_channels=weight.shape[0], in_channels=weight.shape[1])
-            return LinearMap.of(g, weight, bias)
-        if output is None or len(weight) != len(output):
-            return None  # a scale and a shift for all channels alike
-        count = int(output.sum())
-        return LinearMap.of(
-            replace(g, out_channels=count, in_channels=count, groups=count), weight[output], bias[output]
-        )
-
-
-def _resize(rw: Rewriter, component: list[Channels], analysis: Analysis) -> None:
-    """Channel counts in the arguments of Split and Reshape."""
-    gone = {id(c.tensor): c for c in component}
-    for flow in analysis.flows_at(component):
-        node = flow.node
-        if node not in rw or not any(id(t) in gone for t in node.outputs):
-            continue
-        if rw.op(node) == "Split":
-            counts = [
-                int((~gone[id(t)].gone).sum()) if id(t) in gone else rw.dim(t, _axis(analysis, t)) for t in node.outputs
-            ]
-            if rw.opset < 13:
-                node.attrs["split"] = counts
-                continue
-            node.attrs.pop("num_outputs", None)
-            sizes = rw.new_constant(f"{node.outputs[0].name}_sizes", np.array(counts, np.int64))
-            rw.set_input(node, 1, sizes)
-        elif rw.op(node) == "Reshape":
-            source, output = analysis.of[id(node.inputs[0])], gone[id(node.outputs[0])]
-            old = rw.integers(node.inputs[1]) or []
-            copied = not node.attrs.get("allowzero", 0)
-            new = [len(source.gone) if d == 0 and a == source.axis and copied else d for a, d in enumerate(old)]
-            new[output.axis] = -1 if old[output.axis] == -1 else int((~output.gone).sum())
-            if new != old:
-                rw.set_input(node, 1, rw.new_constant(f"{node.outputs[0].name}_shape", np.array(new, np.int64)))
-
 
 def _zero_scale(rw: Rewriter, node: gs.Node) -> bool:
     """Whether a normalisation or a factor makes a channel the same for every input."""
     reading = forms.linear(rw, node) if rw.is_a(node, "BatchNormalization", "Mul") else None
     step = reading.load() if reading is not None and reading.kind == "diagonal" else None
     return isinstance(step, LinearMap) and bool(np.any(step.scale == 0))
-
-
-def _axis(analysis: Analysis, tensor: gs.Tensor) -> int:
-    return analysis.of[id(tensor)].axis
 
 
 def _few(items: list[str], separator: str, most: int = 6) -> str:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -172,12 +172,18 @@ class Analysis:
         Channel counts that are multiples of it, or of a divisor, stay so.
     of : dict of tensor id to Channels
     flows : list of Flow
+    fixed : dict of tensor id to str
+        Why the channels of a tensor must stay what they are, where something else than maps and links holds them.
+    multiplied : dict of tensor id to Reading
+        Outputs of depthwise convolutions that make several channels of each.
     """
 
     def __init__(self, view: View, scan: Scanner, alignment: int = ALIGNMENT) -> None:
         self.view, self.scan, self.alignment = view, scan, alignment
         self.of: dict[int, Channels] = {}
         self.flows: list[Flow] = []
+        self.fixed: dict[int, str] = {}
+        self.multiplied: dict[int, Reading] = {}
         self._at: dict[int, list[int]] = {}
         covered: set[int] = set()
         for node in view.nodes():
@@ -333,7 +339,7 @@ class Analysis:
                 return Flow(node)
             value, axis = np.full(len(constant), np.nan), source.axis
             if constant.any():
-                value[constant] = self._evaluate(node, source.value[constant])
+                value[constant] = self.evaluate(node, source.value[constant])
             steepest = self._lipschitz(node, op)
             radius = source.radius * steepest if np.isfinite(steepest) else np.where(source.radius == 0, 0.0, np.inf)
         else:
@@ -347,7 +353,8 @@ class Analysis:
         output = self._know(node.outputs[0], axis, value, np.where(np.isnan(value), 0.0, radius), source.size)
         return Flow(node, None, (Link(source, output, 0, 0, len(constant)),))
 
-    def _evaluate(self, node: gs.Node, values: Array) -> Array:
+    def evaluate(self, node: gs.Node, values: Array) -> Array:
+        """What an elementwise operator makes of numbers; NaN where that is not known or not finite."""
         dtype = self.view.dtype(node.inputs[0])
         numbers = {t.name: self.view.raw(t) for t in node.inputs[1:] if t.name}
         if dtype is None or any(v is None for v in numbers.values()):
@@ -387,22 +394,26 @@ class Analysis:
                     at.setdefault(id(end.tensor), []).append(flow)
                     linked.add((id(end.tensor), id(flow.node)))
         for known in self.of.values():
-            known.gone = np.full(len(known.value), not view.pinned(known.tensor))
+            if view.pinned(known.tensor):
+                self.fixed[id(known.tensor)] = view.pinned(known.tensor)
+        read: list[tuple[Reading, Channels]] = []
         for flow in self.flows:
-            entered = flow.reading.source if flow.dense and flow.reading is not None else None
-            for t in flow.node.inputs:
+            through = flow.reading if flow.dense else None
+            for t in (*flow.node.inputs, *(flow.reading.nodes[-1].outputs if flow.reading else flow.node.outputs)):
                 side = self.of.get(id(t))
-                if side is None or (id(t), id(flow.node)) in linked:
+                if side is None or (id(t), id(flow.node)) in linked or (through is not None and t is through.output):
                     continue
-                if t is entered and flow.reading is not None:
-                    side.gone &= self._absorbable(flow.reading, side)
+                if through is not None and t is through.source and self._enters(through, side):
+                    read.append((through, side))
+                elif flow.reading is not None and t is flow.reading.output and multiplies(flow.reading):
+                    self.multiplied[id(t)] = flow.reading
                 else:
-                    side.gone[:] = False
-            outputs = [flow.reading.output] if flow.reading is not None else flow.node.outputs
-            for t in outputs:
-                side = self.of.get(id(t))
-                if side is not None and not flow.dense and (id(t), id(flow.node)) not in linked:
-                    side.gone[:] = False
+                    self.fixed.setdefault(id(t), f"{flow.node.op} {flow.node.name!r} holds the channels of {t.name!r}")
+        for known in self.of.values():
+            known.gone = np.full(len(known.value), not self.held([known]))
+        for reading, side in read:
+            if side.gone.any():
+                side.gone &= self._absorbable(reading, side)
         pending = deque(self.flows)
         self._settle(pending, at)
         changed = True
@@ -427,12 +438,15 @@ class Analysis:
                         mask[:] = both
                         pending.extend(at[id(side.tensor)])
 
+    def _enters(self, reading: Reading, source: Channels) -> bool:
+        """Whether a dense map reads these channels, and its weights can be edited."""
+        mapped = self.scan(self.view, reading) is not None
+        return mapped and reading.axis == source.axis and len(source.value) == reading.geometry.in_channels
+
     def _absorbable(self, reading: Reading, source: Channels) -> Mask:
         """Channels that a dense map can do without: weights of zero, or a constant that its bias can hold."""
-        scan = self.scan(self.view, reading)
-        g = reading.geometry
-        if scan is None or reading.axis != source.axis or len(source.value) != g.in_channels:
-            return np.zeros(len(source.value), bool)
+        scan, g = self.scan(self.view, reading), reading.geometry
+        assert scan is not None
         unread = scan.columns == 0
         foldable = source.constant & ((source.value == 0) | (not g.padded and not g.transposed))
         return np.asarray(unread | (foldable & self._negligible(reading, source)))
@@ -446,6 +460,15 @@ class Analysis:
         size = np.abs(linear.weight).reshape(*linear.weight.shape[:2], -1).sum(-1)
         others = size @ np.where(source.constant, 0.0, source.size) + np.abs(linear.bias)
         return np.asarray(~loose | np.all(size * source.radius <= NEGLIGIBLE * others[:, None], axis=0))
+
+    def held(self, tensors: Iterable[Channels], but: gs.Tensor | None = None) -> str:
+        """Why the channels of one of these tensors must stay, else ""; `but` may come from a channel multiplier."""
+        for t in (known.tensor for known in tensors):
+            if id(t) in self.fixed:
+                return self.fixed[id(t)]
+            if id(t) in self.multiplied and t is not but:
+                return f"{t.name!r} comes from a depthwise convolution with a channel multiplier"
+        return ""
 
     def flows_at(self, component: Sequence[Channels]) -> list[Flow]:
         """The operators that make or read one of some tensors, in order."""
@@ -464,9 +487,14 @@ class Analysis:
                 sets.join(id(link.b.tensor), id(link.a.tensor))
         groups: dict[int, list[Channels]] = {}
         for known in self.of.values():
-            if known.gone.any():
-                groups.setdefault(sets.root(id(known.tensor)), []).append(known)
+            groups.setdefault(sets.root(id(known.tensor)), []).append(known)
         yield from groups.values()
+
+
+def multiplies(reading: Reading) -> bool:
+    """Whether it is a depthwise convolution with a channel multiplier."""
+    g = reading.geometry
+    return reading.kind == "conv" and 1 < g.groups == g.in_channels < g.out_channels
 
 
 def _spare(gone: Mask, alignment: int) -> NDArray[np.intp]:

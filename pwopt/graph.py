@@ -72,6 +72,7 @@ class View:
         inner += [t for body in bodies for t in (*body.inputs, *body.outputs)]
         self._captured = {t.name for t in inner if t.name}
         self._names = {t.name for t in (*self._tensors.values(), *graph.inputs, *inner)}.union(reserved)
+        self._origin: dict[str, str] = {}
         self.changed = False
 
     def _link(self, node: gs.Node) -> None:
@@ -283,9 +284,15 @@ class View:
         if numbers is not None:
             self.sizes[tensor.name] = numbers
 
+    def origin(self, name: str) -> str:
+        """What a tensor was called before it was renamed."""
+        return self._origin.get(name, name)
+
     def rename(self, tensor: gs.Tensor, suffix: str) -> str:
         """A tensor whose value changes gets a new name: a name means the original's value, or nothing."""
-        old, tensor.name = tensor.name, self.unique(f"{tensor.name}{suffix}")
+        old, first = tensor.name, self.origin(tensor.name)
+        tensor.name = self.unique(f"{first}{suffix}")
+        self._origin[tensor.name] = first
         if old in self.sizes:
             self.sizes[tensor.name] = self.sizes[old]
         self.changed = True

@@ -169,8 +169,8 @@ class Rewriter(View):
         self._queued: set[int] = set()
 
     def site(self, node: gs.Node) -> str:
-        """Stable identifier of a place: the pass that runs and the tensor that the node produces."""
-        return f"{self._owner}:{next((t.name for t in node.outputs if t.name), node.name)}"
+        """Stable identifier of a place: the pass that runs and the tensor that the node produces, by its first name."""
+        return f"{self._owner}:{self.origin(next((t.name for t in node.outputs if t.name), node.name))}"
 
     def denied(self, node: gs.Node) -> bool:
         return bool(self._denied) and self.site(node) in self._denied

@@ -1,0 +1,146 @@
+"""Channels of zeros fill a tensor's channel count up to what the execution provider's layout asks for."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import operator
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import ClassVar
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pwopt import commute, forms
+from pwopt.channels import ELEMENTWISE, Analysis, Channels, Flow, Scanner
+from pwopt.linear import LinearMap, Refusal
+from pwopt.rechannel import Take, rechannel, runs
+from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
+
+#: Channels per block of onnxruntime's CPU provider with AVX-512; a multiple of the 8 that it has with AVX2.
+BLOCK = 16
+#: Operators that stay in its blocked layout only for whole blocks.
+BY_BLOCKS = ("AveragePool", "Concat", "GlobalAveragePool", "GlobalMaxPool", "MaxPool")
+#: How the operators that join tensors channel by channel join two numbers; what Div makes of zeros is no number.
+PAIRS: dict[str, Callable[[float, float], float]] = {
+    "Add": operator.add, "Sum": operator.add, "Sub": operator.sub, "Mul": operator.mul,
+}  # fmt: skip
+#: A new channel may hold this at most, far from what any type overflows at.
+LARGEST = 2.0**12
+
+
+class PadChannels(Pass):
+    """Wx = (W 0)·(x, 0): a channel of zeros that meets weights of zero changes nothing.
+
+    onnxruntime's CPU provider runs a convolution in its blocked layout only if it reads a multiple of 4 channels. Inner
+    widths such as 27 or 162 get a few channels more, made by filters of zeros, through activations, normalisations,
+    depthwise convolutions, pooling, gates, residual sums and Concat, up to the maps that multiply them by zero.
+    """
+
+    name = "pad-channels"
+    policy = "measured"
+    #: What channel counts become multiples of.
+    multiple: ClassVar[int] = 4
+
+    def __init__(self) -> None:
+        self._scan = Scanner()
+
+    def start(self, rw: Rewriter) -> None:
+        self._pending: dict[int, tuple[list[Channels], set[int], Analysis]] = {}
+        asking = {id(t) for n in rw.nodes() for t in self._asks(rw, n)}
+        if not asking:
+            return
+        analysis = Analysis(rw, self._scan)
+        for component in analysis.components():
+            asked = asking.intersection(id(c.tensor) for c in component)
+            first = min(
+                (m for c in component if (m := rw.producer(c.tensor)) is not None), key=rw.position, default=None
+            )
+            if asked and first is not None:
+                self._pending[id(first.outputs[0])] = (component, asked, analysis)
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+        return next((self._pad(rw, *self._pending.pop(id(t))) for t in node.outputs if id(t) in self._pending), None)
+
+    def _asks(self, rw: Rewriter, node: gs.Node) -> list[gs.Tensor]:
+        """The inputs of which this operator could do with more channels."""
+        reading = forms.linear(rw, node) if rw.is_a(node, "Conv") else None
+        if reading is None or len(reading.geometry.kernel) != 2 or reading.geometry.in_channels % self.multiple == 0:
+            return []
+        g = reading.geometry
+        return [reading.source] if g.groups > 1 or g.in_channels > BLOCK else []
+
+    def _pad(
+        self, rw: Rewriter, component: list[Channels], asking: Collection[int], analysis: Analysis
+    ) -> Rewrite | Skip:
+        why = analysis.held(component) or _harmful(rw, analysis, component)
+        takes = _takes(analysis, component, asking, self.multiple)
+        widths = sorted({(len(c.value), len(takes[id(c.tensor)])) for c in component})
+        change = ", ".join(f"{old}→{new}" for old, new in widths if old != new)
+        if why:
+            return Skip(f"{change} channels would be multiples of {self.multiple}, but {why}")
+        if not self.eager:
+            return Skip(f"{change} channels would be multiples of {self.multiple}; only measuring can tell")
+        reason = f"channels of zeros: {change} in {len(component)} tensors, for multiples of {self.multiple}"
+        done = rechannel(rw, analysis, component, takes, reason, "_padded")
+        return Skip(done.reason) if isinstance(done, Refusal) else done.signed(f"channels {change}")
+
+
+class FillBlocks(PadChannels):
+    """Wx = (W 0)·(x, 0), for whole blocks of 16 channels where a pooling or a Concat needs them to stay blocked."""
+
+    name = "fill-blocks"
+    multiple = BLOCK
+
+    def _asks(self, rw: Rewriter, node: gs.Node) -> list[gs.Tensor]:
+        blocked = [t for t in node.inputs if rw.rank(t) == 4] if rw.is_a(node, *BY_BLOCKS) else []
+        return [t for t in blocked if isinstance(count := rw.dim(t, 1), int) and count % BLOCK]
+
+
+def _takes(
+    analysis: Analysis, component: Sequence[Channels], asking: Collection[int], multiple: int
+) -> dict[int, Take]:
+    """Zeros behind every run of channels of the tensors that ask for a multiple."""
+    found = runs(analysis, component)
+    asked = {run.kind for tensor in asking for run in found[tensor]}
+    return {
+        tensor: np.concatenate(
+            [np.r_[r.start : r.stop, [-1] * (-(r.stop - r.start) % multiple * (r.kind in asked))] for r in parts]
+        ).astype(np.intp)
+        for tensor, parts in found.items()
+    }
+
+
+def _harmful(rw: Rewriter, analysis: Analysis, component: Sequence[Channels]) -> str:
+    """Why a new channel might not stay small on its way, since infinity times a weight of zero is NaN; else ""."""
+    holds: dict[int, set[float]] = {}
+    for flow in analysis.flows_at(component):
+        values = _held(rw, analysis, flow, holds)
+        if values is None or any(not abs(v) <= LARGEST for v in values):
+            return f"{flow.node.op} {flow.node.name!r} does not keep zeros small"
+        for t in flow.reading.nodes[-1].outputs if flow.reading is not None else flow.node.outputs:
+            holds[id(t)] = values
+    return ""
+
+
+def _held(rw: Rewriter, analysis: Analysis, flow: Flow, holds: Mapping[int, set[float]]) -> set[float] | None:
+    """What new channels hold behind an operator, from what they hold before it; None if that is not known."""
+    node, reading = flow.node, flow.reading
+    if reading is not None:
+        step = reading.load() if reading.kind == "diagonal" else None
+        known = analysis.of.get(id(reading.output))
+        if not isinstance(step, LinearMap) or known is None or len(step.weight) == len(known.value):
+            return {0.0}
+        return {float(step.scale[0] * v + step.bias[0]) for v in holds[id(reading.source)]}
+    parts = [holds[id(t)] for t in node.inputs if id(t) in holds]
+    op = rw.op(node)
+    if op in ("Concat", "Split"):
+        return set().union(*parts)
+    if op in PAIRS:
+        return {float(functools.reduce(PAIRS[op], values)) for values in itertools.product(*parts)}
+    if len(parts) != 1:
+        return None
+    if op in ELEMENTWISE:
+        return {float(v) for v in analysis.evaluate(node, np.array(sorted(parts[0])))}
+    rule = commute.rule(rw, node)
+    return parts[0] if rule is not None and (rule.shift or parts[0] == {0.0}) else None

@@ -1,0 +1,95 @@
+"""A depthwise convolution with a channel multiplier becomes as many plain depthwise ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pwopt import emit, forms
+from pwopt.channels import Analysis, Channels, Scanner, multiplies
+from pwopt.forms import Reading
+from pwopt.linear import LinearMap, Refusal
+from pwopt.rechannel import rechannel, runs
+from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
+from pwopt.shapes import channels
+
+
+class SplitMultiplier(Pass):
+    """W * x = P·concat(W₁ * x, …, Wₘ * x) for the j-th filter Wⱼ of each channel; the maps behind it read P away.
+
+    Execution providers have fast kernels for as many filters as channels; patch embeddings and downsampling layers
+    with m filters per channel fall back to slow ones. The permutation P goes through everything that acts on channels
+    one by one, into the columns of the next dense maps.
+    """
+
+    name = "split-multiplier"
+    policy = "measured"
+
+    def __init__(self) -> None:
+        self._scan = Scanner()
+
+    def start(self, rw: Rewriter) -> None:
+        self._places: dict[int, tuple[list[Channels], Analysis]] = {}
+        if not any(_reading(rw, n) for n in rw.nodes()):
+            return
+        analysis = Analysis(rw, self._scan)
+        for component in analysis.components():
+            self._places.update({id(c.tensor): (component, analysis) for c in component})
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+        reading = _reading(rw, node)
+        if reading is None:
+            return None
+        what = f"{reading.channels} depthwise"
+        if id(reading.output) not in self._places:
+            return Skip(f"{what}: its weight is shared, or not finite")
+        component, analysis = self._places[id(reading.output)]
+        places = runs(analysis, component)
+        first, count = places[id(reading.output)][0], reading.geometry.out_channels
+        why = analysis.held(component, but=reading.output)
+        if why or first.stop < count:
+            return Skip(
+                f"{what}: its channels cannot change places, since {why or 'they are split or summed in parts'}"
+            )
+        if not self.eager:
+            return Skip(f"{what} could be several depthwise convolutions; only measuring can tell")
+        linear = reading.load()
+        if isinstance(linear, Refusal):
+            return Skip(linear.reason)
+        order = np.arange(count).reshape(reading.geometry.groups, -1).T.reshape(-1)
+        takes = {
+            t: np.concatenate(
+                [r.start + (order if r.kind == first.kind else np.arange(r.stop - r.start)) for r in parts]
+            )
+            for t, parts in places.items()
+        }
+        moved = rechannel(rw, analysis, component, takes, "", "_reordered", but=node)
+        if isinstance(moved, Refusal):
+            return Skip(moved.reason)
+        for c in component:
+            self._places.pop(id(c.tensor))
+        split = self._split(rw, reading, linear)
+        parts = len(split.added) - 1
+        done = Rewrite.of(f"{what} as {parts} of {reading.geometry.groups} channels", [moved, split])
+        return done.signed(f"{what} at {rw.size_of(reading.output)}")
+
+    def _split(self, rw: Rewriter, reading: Reading, linear: LinearMap) -> Rewrite:
+        g, output = linear.geometry, reading.output
+        multiplier, narrow = g.out_channels // g.groups, replace(g, out_channels=g.groups)
+        parts, residual = [], 0.0
+        for j in range(multiplier):
+            part = rw.new_variable(f"{output.name}_part", output, channels(1, g.groups))
+            one = LinearMap.of(narrow, linear.weight[j::multiplier], linear.bias[j::multiplier])
+            written = emit.write(rw, one, reading, reading.source, part, 1, inherit=False)
+            assert not isinstance(written, Refusal), written.reason
+            parts += written.nodes
+            residual = max(residual, written.residual)
+        joined = gs.Node("Concat", reading.node.name, {"axis": 1}, [n.outputs[0] for n in parts], [output])
+        return rw.replace(reading.nodes, [*parts, joined], "", residual)
+
+
+def _reading(rw: Rewriter, node: gs.Node) -> Reading | None:
+    reading = forms.linear(rw, node) if rw.is_a(node, "Conv") else None
+    return reading if reading is not None and multiplies(reading) else None

@@ -1,0 +1,52 @@
+"""A small writer of float32 models with seeded weights, for the scripts beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx
+from onnx import TensorProto, helper, numpy_helper
+
+
+class Builder:
+    """Nodes are added one by one; each call returns the name of what it makes."""
+
+    def __init__(self) -> None:
+        self.rng = np.random.default_rng(0)
+        self.nodes: list[onnx.NodeProto] = []
+        self.weights: list[onnx.TensorProto] = []
+
+    def op(self, kind: str, *inputs: str, **attrs: object) -> str:
+        name = f"{kind.lower()}{len(self.nodes)}"
+        self.nodes.append(helper.make_node(kind, inputs, [name], name, **attrs))
+        return name
+
+    def constant(self, values: np.ndarray) -> str:
+        name = f"weight{len(self.weights)}"
+        self.weights.append(numpy_helper.from_array(values.astype(np.float32), name))
+        return name
+
+    def conv(self, x: str, inn: int, out: int, kernel: int = 1, groups: int = 1, stride: int = 1, rank: int = 2) -> str:
+        fan = inn // groups * kernel**rank
+        weight = self.constant(self.rng.normal(0, (2 / fan) ** 0.5, (out, inn // groups, *[kernel] * rank)))
+        bias = self.constant(self.rng.normal(0, 0.1, out))
+        shape = {"kernel_shape": [kernel] * rank, "pads": [kernel // 2] * 2 * rank, "strides": [stride] * rank}
+        return self.op("Conv", x, weight, bias, group=groups, **shape)
+
+    def silu(self, x: str) -> str:
+        return self.op("Mul", x, self.op("Sigmoid", x))
+
+    def gate(self, x: str, channels: int, squeezed: int) -> str:
+        """Squeeze-and-excitation (Hu et al., 2018)."""
+        g = self.op("Relu", self.conv(self.op("GlobalAveragePool", x), channels, squeezed))
+        return self.op("Mul", x, self.op("Sigmoid", self.conv(g, squeezed, channels)))
+
+    def save(self, path: Path, inputs: Mapping[str, Sequence[int]], outputs: Sequence[str]) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        x = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()]
+        y = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
+        graph = helper.make_graph(self.nodes, path.stem, x, y, self.weights)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        onnx.save(onnx.shape_inference.infer_shapes(model), path)
