@@ -13,6 +13,7 @@ from pwopt.passes.fold_chains import FoldChains
 from pwopt.passes.hoist_crop import HoistCrop
 from pwopt.passes.hoist_stride import HoistStride
 from pwopt.passes.join_concat import JoinConcat
+from pwopt.passes.keep_layout import KeepLayout
 from pwopt.passes.lower_rank import LowerRank
 from pwopt.passes.merge_siblings import MergeSiblings
 from pwopt.passes.name_activations import NameActivations
@@ -36,6 +37,7 @@ PASSES: tuple[type[Pass], ...] = (
     HoistCrop,
     FactorRanks,
     SplitMultiplier,
+    KeepLayout,
     PadChannels,
     FillBlocks,
     LowerRank,
@@ -59,6 +61,7 @@ __all__ = [
     "HoistCrop",
     "HoistStride",
     "JoinConcat",
+    "KeepLayout",
     "LowerRank",
     "MergeSiblings",
     "NameActivations",

@@ -26,6 +26,7 @@ class DropDead(Pass):
     """
 
     name = "drop-dead"
+    early = True  # pad-channels adds channels of zeros on purpose
 
     def __init__(self) -> None:
         self._scan = Scanner()

@@ -6,16 +6,12 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
 from pwopt.cost import ELEMENT, macs
-from pwopt.positions import POOLS, pooling, positionwise, spread, stencil
+from pwopt.positions import POOLS, Steps, every, pooling, positionwise, spread, stencil, subsample
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
-from pwopt.shapes import Change, Shape
 from pwopt.unions import Unions
-
-Steps = tuple[int, ...]
 
 
 @dataclass
@@ -60,7 +56,7 @@ class HoistStride(Pass):
         new: list[tuple[gs.Node, list[gs.Node]]] = []
         before = sum(macs(rw, n) or 0 for n in region.nodes.values())
         for t in region.tensors.values():
-            rw.reshape(t, _strided(self._steps[id(t)]))
+            rw.reshape(t, every(self._steps[id(t)]))
         for node in sorted(region.nodes.values(), key=rw.position):
             made: list[gs.Node] = []
             step = self._steps.get(id(node.outputs[0]), ())
@@ -73,8 +69,8 @@ class HoistStride(Pass):
                     if rw.constant(t) is None and any(r > 1 for r in ratio) and spread(rw, t, len(step)):
                         key = (id(t), ratio)
                         if key not in pools:
-                            pools[key] = rw.new_variable(f"{t.name}_every", t, _strided(ratio))
-                            made.append(_subsample(rw, t, pools[key], ratio))
+                            pools[key] = rw.new_variable(f"{t.name}_every", t, every(ratio))
+                            made.append(subsample(rw, t, pools[key], ratio))
                         inputs[i] = pools[key]
                 made.append(
                     gs.Node(node.op, node.name, dict(node.attrs), inputs, list(node.outputs), domain=node.domain)
@@ -100,7 +96,7 @@ class HoistStride(Pass):
             out = node.outputs[0]
             step = self._steps.get(id(out), ())
             size = rw.size_of(out)
-            fewer = _strided(step)(size) if step and size else size
+            fewer = every(step)(size) if step and size else size
             elements, kept = math.prod(size or (1,)), math.prod(d for d in fewer or (1,) if isinstance(d, int))
             reading = stencil(rw, node)
             per = reading.geometry.weights / reading.geometry.out_channels if reading is not None else ELEMENT
@@ -192,23 +188,3 @@ def _regions(rw: Rewriter, steps: dict[int, Steps]) -> list[Region]:
         region.nodes[id(node)] = node
         region.tensors.update((id(t), t) for t in mine)
     return list(regions.values())
-
-
-def _strided(steps: Steps) -> Change:
-    def every(shape: Shape) -> Shape:
-        parts = zip(shape[2:], steps, strict=True)
-        return (*shape[:2], *(-(-d // s) if isinstance(d, int) else d if s == 1 else None for d, s in parts))
-
-    return every
-
-
-def _subsample(rw: Rewriter, source: gs.Tensor, output: gs.Tensor, strides: Steps) -> gs.Node:
-    """Every stride-th position: MaxPool stays in onnxruntime's blocked layout, but does not know every type."""
-    name = rw.node_name(f"{source.name}", "_every")
-    if rw.opset < 10 or str(rw.dtype(source)) in ("float32", "float64"):  # Slice has no steps before
-        attrs = {"kernel_shape": [1] * len(strides), "strides": list(strides)}
-        return gs.Node("MaxPool", name, attrs, [source], [output])
-    rank = len(strides)
-    values = {"starts": [0] * rank, "ends": [2**31 - 1] * rank, "axes": range(2, 2 + rank), "steps": strides}
-    inputs = [rw.new_constant(f"{output.name}_{k}", np.array(list(v), np.int64)) for k, v in values.items()]
-    return gs.Node("Slice", name, {}, [source, *inputs], [output])

@@ -20,7 +20,7 @@ from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
 #: Channels per block of onnxruntime's CPU provider with AVX-512; a multiple of the 8 that it has with AVX2.
 BLOCK = 16
 #: Operators that stay in its blocked layout only for whole blocks.
-BY_BLOCKS = ("AveragePool", "Concat", "GlobalAveragePool", "GlobalMaxPool", "MaxPool")
+BY_BLOCKS = ("AveragePool", "Concat", "GlobalAveragePool", "GlobalMaxPool", "MaxPool", "ReduceMean")
 #: How the operators that join tensors channel by channel join two numbers; what Div makes of zeros is no number.
 PAIRS: dict[str, Callable[[float, float], float]] = {
     "Add": operator.add, "Sum": operator.add, "Sub": operator.sub, "Mul": operator.mul,

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from pwopt import forms
 from pwopt.channels import ELEMENTWISE
 from pwopt.forms import Reading
 from pwopt.graph import View
-from pwopt.shapes import Shape
+from pwopt.shapes import Change, Shape
 
+#: A stride for each spatial axis.
+Steps = tuple[int, ...]
 #: Pooling that can skip positions as convolutions can.
 POOLS = ("MaxPool", "AveragePool")
 
@@ -61,3 +64,25 @@ def _fits(view: View, tensor: gs.Tensor, out: Shape) -> bool:
         return False
     same = all(p == q and p is not None for p, q in zip(shape[2:], out[2:], strict=True))
     return same or all(d == 1 for d in shape[2:])
+
+
+def every(steps: Steps) -> Change:
+    """How a shape changes where only every so-many-th position is kept."""
+
+    def change(shape: Shape) -> Shape:
+        parts = zip(shape[2:], steps, strict=True)
+        return (*shape[:2], *(-(-d // s) if isinstance(d, int) else d if s == 1 else None for d, s in parts))
+
+    return change
+
+
+def subsample(view: View, source: gs.Tensor, output: gs.Tensor, strides: Steps) -> gs.Node:
+    """Every stride-th position: MaxPool stays in onnxruntime's blocked layout, but does not know every type."""
+    name = view.node_name(f"{source.name}", "_every")
+    if view.opset < 10 or str(view.dtype(source)) in ("float32", "float64"):  # Slice has no steps before
+        attrs = {"kernel_shape": [1] * len(strides), "strides": list(strides)}
+        return gs.Node("MaxPool", name, attrs, [source], [output])
+    rank = len(strides)
+    values = {"starts": [0] * rank, "ends": [2**31 - 1] * rank, "axes": range(2, 2 + rank), "steps": strides}
+    inputs = [view.new_constant(f"{output.name}_{k}", np.array(list(v), np.int64)) for k, v in values.items()]
+    return gs.Node("Slice", name, {}, [source, *inputs], [output])

@@ -94,6 +94,8 @@ class Pass:
     policy: ClassVar[str] = "always"
     #: Whether a measured rewrite is made wherever it is exact, because it was measured or asked for.
     eager: bool = False
+    #: Whether it runs before the measured passes only, since it would undo what they do.
+    early: ClassVar[bool] = False
 
     def start(self, rw: Rewriter) -> None:
         """Look at the whole graph once before the first node."""
@@ -281,7 +283,7 @@ class Pipeline:
                 rewrites.extend(outcome.rewrites)
                 skips[p.name] = outcome.skips
         if len(rewrites) > finished:
-            _repeat(rw, settled, rewrites, skips)
+            _repeat(rw, [p for p in settled if not p.early], rewrites, skips)
         rw.close()
         return Outcome(tuple(rewrites), tuple(itertools.chain.from_iterable(skips.values())))
 

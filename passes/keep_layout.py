@@ -1,0 +1,89 @@
+"""What cannot be folded is written in the form that stays in the provider's blocked layout."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pwopt import attributes
+from pwopt.positions import every, stencil, subsample
+from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
+
+Form = Callable[[Rewriter, gs.Node], "tuple[list[gs.Node], str] | Skip | None"]
+MEASURE = "would stay in the blocked layout in another form; only measuring can tell"
+
+
+class KeepLayout(Pass):
+    """x·g = x·resize(g) for a gate g; the mean over space is a global average pooling; W(Sx) = (WS)x for a stride S.
+
+    onnxruntime's CPU provider keeps feature maps in blocks of channels, but leaves that layout, and comes back, for a
+    product of tensors of different shapes (squeeze-and-excitation's gates), for ReduceMean, and runs strided 1×1
+    convolutions slowly. Nearest upsampling of a single position gives it everywhere, exactly; so does subsampling
+    before a 1×1 convolution instead of within it.
+    """
+
+    name = "keep-layout"
+    policy = "measured"
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+        form = FORMS.get(rw.op(node))
+        found = form(rw, node) if form is not None else None
+        if found is None or isinstance(found, Skip):
+            return found
+        new, signature = found
+        if not self.eager:
+            return Skip(f"{signature} {MEASURE}")
+        return rw.replace([node], new, f"{node.op}: {signature}").signed(signature)
+
+
+def _gate(rw: Rewriter, node: gs.Node) -> tuple[list[gs.Node], str] | Skip | None:
+    shapes = [rw.shape(t) for t in node.inputs]
+    if len(shapes) != 2 or any(rw.constant(t) is not None for t in node.inputs):
+        return None
+    single = [i for i, s in enumerate(shapes) if s is not None and len(s) == 4 and s[2:] == (1, 1)]
+    if len(single) != 1:
+        return None
+    gate, whole = node.inputs[single[0]], shapes[1 - single[0]]
+    if whole is None or len(whole) != 4 or rw.dim(gate, 1) != whole[1] or rw.dim(gate, 0) != whole[0]:
+        return None
+    if not all(isinstance(d, int) for d in whole[1:]) or str(rw.dtype(gate)) != "float32":
+        return Skip("its gate cannot be spread over positions whose number is not known; --static fixes the inputs")
+    if rw.opset < 11:
+        return Skip("its gate could stay in the blocked layout from opset 11; --opset converts the model")
+    over = rw.new_variable(f"{gate.name}_over", gate, lambda s: (*s[:2], *whole[2:]))
+    scales = rw.new_constant(f"{over.name}_scales", np.array([1, 1, *whole[2:]], np.float32))
+    attrs = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
+    none = gs.Variable.empty()
+    spread = gs.Node("Resize", rw.node_name(node.name, "_over"), attrs, [gate, none, scales], [over])
+    inputs = [over if t is gate else t for t in node.inputs]
+    return [spread, gs.Node(node.op, node.name, {}, inputs, list(node.outputs))], "gates and means over space"
+
+
+def _mean(rw: Rewriter, node: gs.Node) -> tuple[list[gs.Node], str] | None:
+    axes = attributes.axes_of(rw, node, 18)
+    if rw.rank(node.inputs[0]) != 4 or axes is None or sorted(axes) != [2, 3]:
+        return None
+    source, output = node.inputs[0], node.outputs[0]
+    if node.attrs.get("keepdims", 1):
+        return [gs.Node("GlobalAveragePool", node.name, {}, [source], [output])], "gates and means over space"
+    pooled = rw.new_variable(f"{output.name}_pooled", source, lambda s: (*s[:2], 1, 1))
+    flat = gs.Node("Flatten", rw.node_name(node.name, "_flat"), {"axis": 1}, [pooled], [output])
+    return [gs.Node("GlobalAveragePool", node.name, {}, [source], [pooled]), flat], "gates and means over space"
+
+
+def _strided(rw: Rewriter, node: gs.Node) -> tuple[list[gs.Node], str] | None:
+    reading = stencil(rw, node)
+    g = None if reading is None else reading.geometry
+    if reading is None or g is None or g.taps > 1 or g.groups > 1 or g.padded or len(g.kernel) != 2:
+        return None
+    if g.strides == (1, 1):
+        return None
+    kept = rw.new_variable(f"{reading.source.name}_every", reading.source, every(g.strides))
+    attrs = {**node.attrs, "strides": [1, 1]}
+    conv = gs.Node("Conv", node.name, attrs, [kept, *node.inputs[1:]], list(node.outputs))
+    return [subsample(rw, reading.source, kept, g.strides), conv], "1×1 convolutions with a stride"
+
+
+FORMS: dict[str, Form] = {"Mul": _gate, "Add": _gate, "ReduceMean": _mean, "Conv": _strided}
