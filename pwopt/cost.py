@@ -39,6 +39,9 @@ class Cost:
     unknown: int
 
 
+NOTHING = Cost(0, 0, 0, 0)
+
+
 def positions(view: View, reading: Reading) -> int | None:
     """How many times the map is applied: output positions, or input positions if transposed; None if not known."""
     if reading.geometry.transposed:

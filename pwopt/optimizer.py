@@ -169,40 +169,44 @@ def optimize(
         dropped: list[Skip] = []
         if can_run and cost_model == "measured" and passes is None:
             allowed, dropped = _tuned(work, _Arena(provider, threads, samples), budget, cache, progress)
-        progress("rewriting", 0.0)
-        before, outcome, after, proto = work.rewrite(allowed)
-        report = Report(
+        arena = _Arena(provider, threads, samples) if can_run else None
+        blank = Report(
             model=str(path) if path is not None else "<model in memory>",
             output=None if output is None else str(output),
             provider=provider,
             environment=runtime.environment(provider, threads),
             shapes=sizes,
-            rewrites=outcome.rewrites,
-            skips=(*outcome.skips, *dropped),
-            before=before,
-            after=after,
         )
-        report = _noted(report, *_notes(report, before, denied, static and not shapes and inputs is None and specs))
+        guessed = static and not shapes and inputs is None and bool(specs)
 
-        if not can_run:
-            report = _noted(report, f"Not verified ({'onnxruntime is not installed' if check else 'as asked'}).")
-        elif proto is not source.proto:
-            trial = _Trial(original, work.file(proto), _Arena(provider, threads, samples))
-            progress("verifying", 0.0)
-            report = replace(report, equivalence=trial.verify(rtol, atol))
-            if not report.equivalence or not report.equivalence.passed:
-                raise _not_equivalent(report)
-            report = _noted(report, *trial.placement())
-            if cost_model == "measured":
-                report = replace(report, latency=trial.race(race_seconds, lambda done: progress("racing", done)))
-        latency = report.latency
-        if latency is not None and latency.interval[0] <= 1.0 <= latency.interval[1]:
-            report = _noted(report, f"Not faster beyond doubt. {_why_little(report)}")
-        if latency is not None and latency.interval[1] < 1.0 and (static or opset is not None):
-            asked = "--static" if static else f"--opset {opset}"
-            report = _noted(report, f"Measured slower ({latency.speedup:.2f}×), and kept since {asked} was asked for.")
-        elif latency is not None and latency.interval[1] < 1.0:
-            proto, report = source.proto, _back_to_original(report, latency.speedup)
+        def attempt(always_only: bool = False) -> _Attempt:
+            """Rewrite; verify and race what came out."""
+            progress("rewriting", 0.0)
+            before, outcome, after, proto = work.rewrite(allowed, always_only)
+            report = replace(
+                blank, rewrites=outcome.rewrites, skips=(*outcome.skips, *dropped), before=before, after=after
+            )
+            report = _noted(report, *_notes(report, before, denied, guessed))
+            if arena is None:
+                report = _noted(report, f"Not verified ({'onnxruntime is not installed' if check else 'as asked'}).")
+            elif proto is not source.proto:
+                trial = _Trial(original, work.file(proto), arena)
+                progress("verifying", 0.0)
+                report = replace(report, equivalence=trial.verify(rtol, atol))
+                if not report.equivalence or not report.equivalence.passed:
+                    raise _not_equivalent(report)
+                report = _noted(report, *trial.placement())
+                if cost_model == "measured":
+                    report = replace(report, latency=trial.race(race_seconds, lambda done: progress("racing", done)))
+            return _Attempt(proto, report)
+
+        done = attempt()
+        asked = f"--opset {opset}" if opset is not None else "--static" if static else "--passes" if passes else ""
+        if not done.faster:
+            policy = {p.name: p.policy for p in select_passes(None)}
+            more = any(policy[r.pass_name] != "always" for r in done.report.rewrites)
+            done = _kept(done, asked) if asked else _best(done, attempt(True) if more else done, source.proto)
+        proto, report = done.proto, done.report
         if output is not None:
             progress("writing", 1.0)
             save(proto, output, source)
@@ -253,12 +257,17 @@ class _Work:
     folder: Path
     files: int = 0
 
-    def rewrite(self, allowed: frozenset[str] | None) -> tuple[Cost, Outcome, Cost, onnx.ModelProto]:
-        """The model with measured rewrites at the `allowed` sites; None for those that a shape alone decides."""
+    def rewrite(
+        self, allowed: frozenset[str] | None, always_only: bool = False
+    ) -> tuple[Cost, Outcome, Cost, onnx.ModelProto]:
+        """The model with measured rewrites at the `allowed` sites; None for those that a shape alone decides.
+
+        With `always_only`, just the passes that need no cost to judge them.
+        """
         fresh = from_proto(self.target.proto, self.target.folder)
-        chosen = select_passes(self.passes)
+        chosen = [p for p in select_passes(self.passes) if p.policy == "always" or not always_only]
         for p in chosen:
-            p.eager = p.eager or allowed is not None
+            p.eager = p.eager or (p.policy == "measured" and allowed is not None)
         before, outcome, after = run_pipeline(fresh, chosen, self.denied, self.sizes, allowed)
         return before, outcome, after, fresh.to_proto()
 
@@ -271,7 +280,7 @@ class _Work:
                 fresh = from_proto(self.target.proto, self.target.folder)
                 chosen = [q for j, q in enumerate(select_passes(None)) if q.policy != "measured" or i == j]
                 for q in chosen:
-                    q.eager = True
+                    q.eager = q.policy == "measured"
                 _, outcome, _ = run_pipeline(fresh, chosen, self.denied, self.sizes)
                 found += [r for r in outcome.rewrites if r.pass_name == p.name]
                 refused += [s for s in outcome.skips if s.pass_name == p.name]
@@ -382,11 +391,51 @@ def _noted(report: Report, *notes: str) -> Report:
     return replace(report, notes=(*report.notes, *notes))
 
 
-def _back_to_original(report: Report, speedup: float) -> Report:
-    """The report of a run whose rewrites were all taken back."""
-    taken = tuple(Skip(f"measured slower in the whole model: {r.reason}", r.pass_name, r.site) for r in report.rewrites)
-    back = replace(report, rewrites=(), skips=(*report.skips, *taken), after=report.before)
-    return _noted(back, f"The rewritten model was measured slower ({speedup:.2f}×): the original is returned.")
+@dataclass(frozen=True)
+class _Attempt:
+    """A rewritten model and the report on it."""
+
+    proto: onnx.ModelProto
+    report: Report
+
+    @property
+    def faster(self) -> bool:
+        """Whether it was measured faster beyond doubt, or nothing was measured."""
+        return self.report.latency is None or self.report.latency.interval[0] > 1.0
+
+
+def _kept(done: _Attempt, asked: str) -> _Attempt:
+    """What is not faster, and stays since it was asked for."""
+    latency = done.report.latency
+    assert latency is not None
+    slower = latency.interval[1] < 1.0
+    found = f"Measured slower ({latency.speedup:.2f}×)" if slower else f"Not faster beyond doubt{_within(latency)}"
+    return replace(done, report=_noted(done.report, f"{found}, and kept since {asked} was asked for."))
+
+
+def _best(tried: _Attempt, always: _Attempt, original: onnx.ModelProto) -> _Attempt:
+    """The original, or the model with nothing but rewrites that always pay if that is faster than it beyond doubt."""
+    latency = tried.report.latency
+    assert latency is not None
+    which = "slower" if latency.interval[1] < 1.0 else "no faster beyond doubt"
+    reason = f"measured {which} in the whole model{_within(latency)}"
+    better = always.report.latency is not None and always.faster
+    kept = always.report.rewrites if better else ()
+    sites = {r.site for r in kept}
+    taken = tuple(
+        Skip(f"{reason}: {r.reason}", r.pass_name, r.site) for r in tried.report.rewrites if r.site not in sites
+    )
+    skips = (*tried.report.skips, *taken)
+    told = f"The rewritten model was measured {which}{_within(latency)}"
+    if better:
+        note = f"{told}: only the rewrites that always pay were kept."
+        return replace(always, report=_noted(replace(always.report, skips=skips), note))
+    report = replace(tried.report, rewrites=(), skips=skips, after=tried.report.before)
+    return _Attempt(original, _noted(report, f"{told}: the original is returned. {_why_little(tried.report)}"))
+
+
+def _within(latency: Latency) -> str:
+    return f" ({latency.speedup:.3f}× [{latency.interval[0]:.3f}, {latency.interval[1]:.3f}])"
 
 
 def _not_equivalent(report: Report) -> NotEquivalentError:

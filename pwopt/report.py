@@ -16,7 +16,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from pwopt.bench import Row
-from pwopt.cost import Cost
+from pwopt.cost import NOTHING, Cost
 from pwopt.rewrite import Rewrite, Skip
 from pwopt.runtime import written
 from pwopt.verify import Equivalence
@@ -59,10 +59,10 @@ class Report:
     provider: str
     environment: dict[str, Any]
     shapes: dict[str, tuple[int, ...]]
-    rewrites: tuple[Rewrite, ...]
-    skips: tuple[Skip, ...]
-    before: Cost
-    after: Cost
+    rewrites: tuple[Rewrite, ...] = ()
+    skips: tuple[Skip, ...] = ()
+    before: Cost = NOTHING
+    after: Cost = NOTHING
     equivalence: Equivalence | None = None
     latency: Latency | None = None
     notes: tuple[str, ...] = ()

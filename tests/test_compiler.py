@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from pathlib import Path
 from typing import ClassVar
 
@@ -50,13 +51,88 @@ def test_a_slower_result_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyP
     slow = Race((np.full(50, 1.0), np.full(50, 2.0)))
     monkeypatch.setattr(optimizer.timing, "race", lambda *_, **__: slow)
     result = pwopt.optimize(MODELS / "linear_sequence.onnx", tmp_path / "out.onnx", shapes={"x": (1, 64, 4, 4)})
-    assert "measured slower (0.50×)" in result.report.notes[-1]
+    assert "measured slower (0.500× [0.500, 0.500]): the original is returned" in result.report.notes[-1]
     assert result.report.rewrites == ()
     assert "measured slower in the whole model" in result.report.skips[-1].reason
     assert result.report.after == result.report.before
     assert (tmp_path / "out.onnx").read_bytes() == onnx.load(MODELS / "linear_sequence.onnx").SerializeToString(
         deterministic=True
     )
+
+
+CHAIN = parse(
+    "(float[1,8,64,64] x) => (float[N] y) { a = Conv(x, w) r = Relu(a) b = Conv(r, v) c = Conv(b, u) m = Mul(c, one) y = Abs(m) }",
+    w=normal(8, 8, 1, 1).astype(F), v=normal(8, 8, 1, 1, seed=1).astype(F), u=normal(8, 8, 1, 1, seed=2).astype(F),
+    one=np.ones((), F),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("speedups", "note", "left"),
+    [
+        ([2.0], "", {"Conv": 2, "Relu": 1, "Abs": 1}),
+        ([0.5, 2.0], "only the rewrites that always pay were kept", {"Conv": 3, "Relu": 1, "Abs": 1}),
+        ([0.5, 0.7], "measured slower (0.500× [0.500, 0.500]): the original is returned", ops(CHAIN)),
+        ([1.0, 1.0], "no faster beyond doubt (1.000× [1.000, 1.000]): the original is returned", ops(CHAIN)),
+    ],
+)
+def test_what_is_not_faster_is_taken_back(
+    speedups: list[float], note: str, left: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folding the chain is judged by cost, removing the factor of 1 always pays."""
+    pytest.importorskip("onnxruntime")
+    races = iter([Race((np.full(50, s), np.full(50, 1.0))) for s in speedups])
+    monkeypatch.setattr(optimizer.timing, "race", lambda *_, **__: next(races))
+    result = pwopt.optimize(CHAIN, budget=0.0)
+    assert ops(result.model) == left
+    assert note in " ".join(result.report.notes)
+    assert next(races, None) is None
+    sites = {r.site for r in result.report.rewrites}
+    assert ("fold-chains:c" in sites, "clean-up:m" in sites) == (
+        "Mul" not in left and left["Conv"] == 2,
+        "Mul" not in left,
+    )
+    taken = {s.site: s.reason for s in result.report.skips if "in the whole model (" in s.reason}
+    assert set(taken).isdisjoint(sites)
+    assert len(taken) + len(sites) == 2
+    assert result.report.after.nodes == sum(left.values())
+
+
+def test_what_was_asked_for_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    slow = Race((np.full(50, 1.0), np.full(50, 2.0)))
+    monkeypatch.setattr(optimizer.timing, "race", lambda *_, **__: slow)
+    result = pwopt.optimize(CHAIN, passes=["fold-chains"])
+    assert ops(result.model)["Conv"] == 2
+    assert "Measured slower (0.50×), and kept since --passes was asked for." in result.report.notes
+
+
+class Detour(Pass):
+    """A slow rewrite that changes no answer: forty absolute values behind every Relu."""
+
+    name: ClassVar[str] = "detour"
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | None:
+        if rw.op(node) != "Relu" or rw.is_a(rw.readers(node.outputs[0])[0], "Abs"):
+            return None
+        y = node.outputs[0]
+        steps = [*(rw.new_variable(f"{y.name}_detour", y) for _ in range(40)), y]
+        first = gs.Node("Relu", node.name, {}, list(node.inputs), [steps[0]])
+        detour = [gs.Node("Abs", "", {}, [a], [b]) for a, b in itertools.pairwise(steps)]
+        return rw.replace([node], [first, *detour], "a detour").signed("detour")
+
+
+@pytest.mark.parametrize("policy", ["always", "measured"])
+def test_a_slow_rewrite_is_raced_out(policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For real: forty passes over memory are slower than none, whatever the machine."""
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(Detour, "policy", policy)
+    monkeypatch.setattr(compiler, "PASSES", (*compiler.PASSES, Detour))
+    result = pwopt.optimize(CHAIN, tmp_path / "out.onnx", race_seconds=0.5, cache=False)
+    assert ops(onnx.load(tmp_path / "out.onnx"))["Abs"] == 1
+    (dropped,) = (s for s in result.report.skips if s.pass_name == "detour")
+    assert "in the whole model" in dropped.reason
+    assert not any(r.pass_name == "detour" for r in result.report.rewrites)
 
 
 def test_measured(tmp_path: Path) -> None:
