@@ -65,6 +65,8 @@ def _mean(rw: Rewriter, node: gs.Node) -> tuple[list[gs.Node], str] | None:
     axes = attributes.axes_of(rw, node, 18)
     if rw.rank(node.inputs[0]) != 4 or axes is None or sorted(axes) != [2, 3]:
         return None
+    if str(rw.dtype(node.inputs[0])) != "float32":
+        return None  # providers pool few other types
     source, output = node.inputs[0], node.outputs[0]
     if node.attrs.get("keepdims", 1):
         return [gs.Node("GlobalAveragePool", node.name, {}, [source], [output])], "gates and means over space"

@@ -47,7 +47,9 @@ class PadChannels(Pass):
 
     def start(self, rw: Rewriter) -> None:
         self._pending: dict[int, tuple[list[Channels], set[int], Analysis]] = {}
-        asking = {id(t) for n in rw.nodes() for t in self._asks(rw, n)}
+        self._lost: dict[int, gs.Tensor] = {}
+        tensors = {id(t): t for n in rw.nodes() for t in self._asks(rw, n) if rw.producer(t) is not None}
+        asking = set(tensors)
         if not asking:
             return
         analysis = Analysis(rw, self._scan)
@@ -58,9 +60,16 @@ class PadChannels(Pass):
             )
             if asked and first is not None:
                 self._pending[id(first.outputs[0])] = (component, asked, analysis)
+        self._lost = {i: t for i, t in tensors.items() if i not in analysis.of}
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
-        return next((self._pad(rw, *self._pending.pop(id(t))) for t in node.outputs if id(t) in self._pending), None)
+        for t in node.outputs:
+            if id(t) in self._pending:
+                return self._pad(rw, *self._pending.pop(id(t)))
+            if id(t) in self._lost:
+                asked = f"{rw.dim(t, 1)} channels would be a multiple of {self.multiple}"
+                return Skip(f"{asked}, but what {node.op} {node.name!r} does to channels is not followed")
+        return None
 
     def _asks(self, rw: Rewriter, node: gs.Node) -> list[gs.Tensor]:
         """The inputs of which this operator could do with more channels."""

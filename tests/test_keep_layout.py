@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from helpers import evaluate, normal, ops, parse, reasons, run, same
+
+from pwopt.passes import KeepLayout
+
+F = np.float32
+X, G = normal(2, 4, 5, 3).astype(F), normal(2, 4, 1, 1, seed=1).astype(F)
+TWO = "(float[2,4,5,3] x, float[2,4,1,1] g) => (float[N] y) "
+
+
+def eager() -> KeepLayout:
+    p = KeepLayout()
+    p.eager = True
+    return p
+
+
+@pytest.mark.parametrize("body", ["{ y = Mul(x, g) }", "{ y = Mul(g, x) }", "{ y = Add(g, x) }"])
+def test_a_gate_is_spread(body: str) -> None:
+    model = parse(TWO + body)
+    result, _, _ = run(model, eager())
+    assert [n.op_type for n in result.graph.node] == ["Resize", body.split()[3].split("(")[0]]
+    for a, b in zip(evaluate(model, x=X, g=G), evaluate(result, x=X, g=G), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize(
+    ("signature", "why"),
+    [
+        ("(float[2,4,H,3] x, float[2,4,1,1] g)", "--static"),
+        ("(float[2,4,5,3] x, float[1,4,1,1] g)", ""),
+        ("(float[2,4,5,3] x, float[2,1,1,1] g)", ""),
+        ("(float[2,4,1,1] x, float[2,4,1,1] g)", ""),
+        ("(float[2,4,5,3] x, float[2,4,5,1] g)", ""),
+        ("(double[2,4,5,3] x, double[2,4,1,1] g)", "--static"),
+    ],
+)
+def test_other_products_are_left_alone(signature: str, why: str) -> None:
+    kind = signature[1:].split("[")[0]
+    model = parse(f"{signature} => ({kind}[N] y) {{ y = Mul(x, g) }}")
+    result, outcome, _ = run(model, eager())
+    assert result is model
+    assert why in " ".join(reasons(outcome))
+
+
+def test_before_opset_11() -> None:
+    model = parse(TWO + "{ y = Mul(x, g) }", opset=10)
+    result, outcome, _ = run(model, eager())
+    assert result is model
+    assert "--opset" in reasons(outcome)[0]
+
+
+@pytest.mark.parametrize(
+    ("attrs", "found"),
+    [
+        ("axes=[2,3]", ["GlobalAveragePool"]),
+        ("axes=[-1,-2],keepdims=1", ["GlobalAveragePool"]),
+        ("axes=[2,3],keepdims=0", ["GlobalAveragePool", "Flatten"]),
+        ("axes=[1]", ["ReduceMean"]),
+        ("axes=[2]", ["ReduceMean"]),
+    ],
+)
+def test_means_over_space(attrs: str, found: list[str]) -> None:
+    model = parse(f"(float[2,4,5,3] x) => (float[N] y) {{ y = ReduceMean<{attrs}>(x) }}", opset=13)
+    result, _, _ = run(model, eager())
+    assert [n.op_type for n in result.graph.node] == found
+    same(model, result, 1e-6, x=X)
+
+
+def test_means_of_other_types_are_left_alone() -> None:
+    model = parse("(double[2,4,5,3] x) => (double[N] y) { y = ReduceMean<axes=[2,3]>(x) }", opset=13)
+    assert run(model, eager())[0] is model
+
+
+@pytest.mark.parametrize(
+    ("attrs", "split"),
+    [
+        ("strides=[2,2]", True),
+        ("strides=[1,3]", True),
+        ("strides=[1,1]", False),
+        ("strides=[2,2],pads=[1,1,0,0]", False),
+        ("strides=[2,2],group=2", False),
+    ],
+)
+def test_strided_maps(attrs: str, split: bool) -> None:
+    w = normal(6, 2 if "group" in attrs else 4, 1, 1, seed=2).astype(F)
+    model = parse(f"(float[2,4,5,3] x) => (float[N] y) {{ y = Conv<{attrs}>(x, w) }}", w=w)
+    result, _, _ = run(model, eager())
+    assert ops(result) == ({"MaxPool": 1, "Conv": 1} if split else {"Conv": 1})
+    for a, b in zip(evaluate(model, x=X), evaluate(result, x=X), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_only_measuring_can_tell() -> None:
+    model = parse(TWO + "{ y = Mul(x, g) }")
+    result, outcome, _ = run(model, KeepLayout())
+    assert result is model
+    assert "only measuring can tell" in reasons(outcome)[0]
