@@ -78,7 +78,8 @@ class SplitMultiplier(Pass):
     def _split(self, rw: Rewriter, reading: Reading, linear: LinearMap) -> Rewrite:
         g, output = linear.geometry, reading.output
         multiplier, narrow = g.out_channels // g.groups, replace(g, out_channels=g.groups)
-        parts, residual = [], 0.0
+        parts: list[gs.Node] = []
+        residual = 0.0
         for j in range(multiplier):
             part = rw.new_variable(f"{output.name}_part", output, channels(1, g.groups))
             one = LinearMap.of(narrow, linear.weight[j::multiplier], linear.bias[j::multiplier])
