@@ -20,6 +20,7 @@ from pwopt.passes.name_activations import NameActivations
 from pwopt.passes.pad_channels import FillBlocks, PadChannels
 from pwopt.passes.split_concat import SplitConcat
 from pwopt.passes.split_multiplier import SplitMultiplier
+from pwopt.passes.split_siblings import SplitSiblings
 from pwopt.passes.sum_branches import SumBranches
 from pwopt.rewrite import Pass
 
@@ -36,6 +37,7 @@ PASSES: tuple[type[Pass], ...] = (
     HoistStride,
     HoistCrop,
     FactorRanks,
+    SplitSiblings,
     SplitMultiplier,
     KeepLayout,
     PadChannels,
@@ -68,5 +70,6 @@ __all__ = [
     "PadChannels",
     "SplitConcat",
     "SplitMultiplier",
+    "SplitSiblings",
     "SumBranches",
 ]

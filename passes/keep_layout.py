@@ -12,7 +12,7 @@ from pwopt.positions import every, stencil, subsample
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
 
 Form = Callable[[Rewriter, gs.Node], "tuple[list[gs.Node], str] | Skip | None"]
-MEASURE = "would stay in the blocked layout in another form; only measuring can tell"
+MEASURE = "it would stay in the blocked layout in another form; only measuring can tell"
 
 
 class KeepLayout(Pass):
@@ -32,10 +32,11 @@ class KeepLayout(Pass):
         found = form(rw, node) if form is not None else None
         if found is None or isinstance(found, Skip):
             return found
-        new, signature = found
         if not self.eager:
-            return Skip(f"{signature} {MEASURE}")
-        return rw.replace([node], new, f"{node.op}: {signature}").signed(signature)
+            return Skip(MEASURE)
+        new, signature = found
+        size = "×".join(map(str, rw.size_of(node.outputs[0]) or ("?",)))
+        return rw.replace([node], new, f"{node.op} in the blocked layout").signed(f"{signature}: {node.op} {size}")
 
 
 def _gate(rw: Rewriter, node: gs.Node) -> tuple[list[gs.Node], str] | Skip | None:

@@ -3,29 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from pwopt import emit, forms
-from pwopt.channels import ELEMENTWISE
-from pwopt.forms import Reading
+from pwopt.forms import Reading, describe_map
 from pwopt.linear import Geometry, LinearMap, Refusal, stack
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
 from pwopt.shapes import channels
-
-#: Functions f of which exporters write x·f(x) as two operators.
-GATES = ("Sigmoid", "HardSigmoid", "Tanh")
-
-
-@dataclass(frozen=True)
-class Step:
-    """An activation of one tensor: its operators, its result, and what must agree with its siblings'."""
-
-    nodes: tuple[gs.Node, ...]
-    output: gs.Tensor
-    signature: tuple[object, ...]
+from pwopt.steps import Step, activation, repeated
 
 
 class MergeSiblings(Pass):
@@ -83,7 +71,7 @@ class MergeSiblings(Pass):
         result: gs.Tensor = merged
         for step in tails[0]:
             after = rw.new_variable(f"{step.output.name}_siblings", step.output, channels(first.axis, wide))
-            new += _repeated(rw, step, result, after)
+            new += repeated(rw, step, result, after)
             result = after
         if concat is None:
             new.append(_split(rw, result, ends, first.axis or 0, [s.geometry.out_channels for s in siblings]))
@@ -91,7 +79,9 @@ class MergeSiblings(Pass):
         reason = f"{count} maps of {first.source.name!r}, {widths}, are one map"
         done = rw.replace([*(n for n in old if n is not leader), leader], new, reason, written.residual)
         if concat is None:
-            return replace(done, became=tuple(became.items()), signature=_signature(rw, first, widths, "Split"))
+            return replace(
+                done, became=tuple(became.items()), signature=f"{describe_map(rw, first, widths)} into Split"
+            )
         inputs = [t for t in concat.inputs if all(t is not e for e in ends[1:])]
         joined = gs.Node(
             "Concat", concat.name, dict(concat.attrs), [result if t is ends[0] else t for t in inputs], concat.outputs
@@ -102,14 +92,8 @@ class MergeSiblings(Pass):
             done,
             reason=f"{reason}, and their Concat takes its result",
             became=tuple(became.items()),
-            signature=_signature(rw, first, widths, "Concat"),
+            signature=f"{describe_map(rw, first, widths)} into Concat",
         )
-
-
-def _signature(rw: Rewriter, reading: Reading, widths: str, into: str) -> str:
-    g = reading.geometry
-    kernel = "×".join(map(str, g.kernel)) or "1"
-    return f"{reading.kind} {widths} kernel {kernel} stride {g.strides} at {rw.size_of(reading.source)} into {into}"
 
 
 def _shape_only(g: Geometry) -> Geometry:
@@ -135,50 +119,13 @@ def _equal_tails(rw: Rewriter, siblings: Sequence[Reading]) -> list[list[Step]]:
     tails: list[list[Step]] = [[] for _ in siblings]
     tensors = [s.output for s in siblings]
     while True:
-        steps = [_activation(rw, t) for t in tensors]
+        steps = [activation(rw, t) for t in tensors]
         if any(s is None for s in steps) or len({s.signature for s in steps if s is not None}) > 1:
             return tails
         for tail, step in zip(tails, steps, strict=True):
             assert step is not None
             tail.append(step)
         tensors = [s.output for s in steps if s is not None]
-
-
-def _activation(rw: Rewriter, tensor: gs.Tensor) -> Step | None:
-    """The elementwise operator, or x·f(x), that alone reads `tensor`."""
-    readers = rw.readers(tensor)
-    if rw.pinned(tensor) or not readers or len(readers) > 2:
-        return None
-    node = readers[0]
-    if len(readers) == 1:
-        rest = [rw.raw(t) if t.name else np.zeros(0) for t in node.inputs[1:]]
-        numbers = [None if v is None else (v.shape, v.dtype.str, v.tobytes()) for v in rest if v is None or v.size <= 1]
-        if (
-            rw.op(node) not in ELEMENTWISE
-            or node.inputs[0] is not tensor
-            or len(numbers) < len(rest)
-            or None in numbers
-        ):
-            return None
-        return Step((node,), node.outputs[0], (node.op, repr(sorted(node.attrs.items())), tuple(numbers)))
-    gate, product = sorted(readers, key=lambda n: rw.op(n) == "Mul")
-    gated = rw.op(gate) in GATES and rw.op(product) == "Mul" and rw.sole_reader(gate.outputs[0]) is product
-    if not gated or {id(t) for t in product.inputs} != {id(tensor), id(gate.outputs[0])}:
-        return None
-    return Step((gate, product), product.outputs[0], ("x·", gate.op, repr(sorted(gate.attrs.items()))))
-
-
-def _repeated(rw: Rewriter, step: Step, source: gs.Tensor, output: gs.Tensor) -> list[gs.Node]:
-    """The operators of a step on the merged tensor."""
-    node = step.nodes[0]
-    if len(step.nodes) == 1:
-        # The siblings' own constants may be made further down than the first of them.
-        numbers = [(t, rw.raw(t)) for t in node.inputs[1:]]
-        arguments = [t if v is None else rw.new_constant(f"{output.name}_argument", v) for t, v in numbers]
-        return [gs.Node(node.op, node.name, dict(node.attrs), [source, *arguments], [output])]
-    gate = rw.new_variable(f"{node.outputs[0].name}_siblings", source)
-    product = gs.Node("Mul", step.nodes[1].name, {}, [source, gate], [output])
-    return [gs.Node(node.op, node.name, dict(node.attrs), [source], [gate]), product]
 
 
 def _common_concat(rw: Rewriter, ends: Sequence[gs.Tensor], axis: int | None) -> gs.Node | None:

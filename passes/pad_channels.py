@@ -92,7 +92,7 @@ class PadChannels(Pass):
             return Skip(f"{change} channels would be multiples of {self.multiple}; only measuring can tell")
         reason = f"channels of zeros: {change} in {len(component)} tensors, for multiples of {self.multiple}"
         done = rechannel(rw, analysis, component, takes, reason, "_padded")
-        return Skip(done.reason) if isinstance(done, Refusal) else done.signed(f"channels {change}")
+        return Skip(done.reason) if isinstance(done, Refusal) else done.signed(f"more channels: {change}")
 
 
 class FillBlocks(PadChannels):

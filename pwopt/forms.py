@@ -130,6 +130,13 @@ def owned(view: View, reading: Reading, between: gs.Tensor) -> LinearMap | Refus
     return reading.load()
 
 
+def describe_map(view: View, reading: Reading, widths: str) -> str:
+    """What the time of a map depends on."""
+    g = reading.geometry
+    kernel = "×".join(map(str, g.kernel)) or "1"
+    return f"{reading.kind} {widths} kernel {kernel} stride {g.strides} at {view.size_of(reading.source)}"
+
+
 NOT_CONSTANT = Refusal("its weight is not a constant (an input, an overridable initializer, or computed)")
 NOT_FINITE = Refusal("its weights are not finite")
 

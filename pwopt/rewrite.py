@@ -34,7 +34,7 @@ class Rewrite:
     became : tuple of (str, str)
         Outputs of the removed operators, each with the tensor that their replacement produces ("" if none).
     signature : str
-        Of a measured rewrite: those that have it in common are measured, kept or dropped together.
+        Of a measured rewrite: those that have it in common, up to a colon, are measured, kept or dropped together.
     pass_name, site : str
         Filled in by the driver. The site is stable across runs: pass name and output tensor.
     """

@@ -8,6 +8,7 @@ layout around them may cost more than they save.
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -63,13 +64,27 @@ class Decision:
 
 
 def groups(rewrites: Iterable[Rewrite]) -> list[Group]:
-    """Measured rewrites by signature: those of one pass together, in the order of the passes, the largest first."""
+    """Measured rewrites by signature: those of one pass together, in the order of the passes, the largest first.
+
+    Of a signature like "gates: 72 at 28×28", the part before the colon says what belongs together.
+    """
     found: dict[tuple[str, str], list[Rewrite]] = {}
     for r in rewrites:
-        found.setdefault((r.pass_name, r.signature), []).append(r)
-    listed = [Group(*key, tuple(r.site for r in rs), sum(r.macs_before for r in rs)) for key, rs in found.items()]
+        found.setdefault((r.pass_name, r.signature.partition(": ")[0]), []).append(r)
+    listed = [
+        Group(name, _joint(rs), tuple(r.site for r in rs), sum(r.macs_before for r in rs))
+        for (name, _), rs in found.items()
+    ]
     order = list(dict.fromkeys(g.pass_name for g in listed))
     return sorted(listed, key=lambda g: (order.index(g.pass_name), -g.macs))
+
+
+def _joint(rewrites: Sequence[Rewrite]) -> str:
+    """The signature of a group: what its members have in common, and how often they differ in what."""
+    kind, _, details = rewrites[0].signature.partition(": ")
+    counted = Counter(r.signature.partition(": ")[2] for r in rewrites)
+    listed = ", ".join(f"{n} × {detail}" if n > 1 else detail for detail, n in sorted(counted.items()))
+    return f"{kind}: {listed}" if details else kind
 
 
 def choose(

@@ -1,0 +1,97 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from helpers import normal, ops, parse, reasons, run, same
+
+from pwopt.passes import SplitSiblings
+
+X = normal(2, 3, 6, 5, seed=50)
+HEAD = "(double[2,3,6,5] x) => (double[N] p, double[N] q) "
+CONSTANTS = {
+    "w": normal(7, 3, 1, 1), "b": normal(7, seed=1), "k": normal(7, 3, 3, 3, seed=2), "n": np.array([3, 4]), "three": np.array([2, 3, 2]),
+    "low": np.float64(-0.5), "high": np.float64(0.5), "slope": normal(7, 1, 1, seed=3), "g": normal(8, 3, 1, 1, seed=4), "half": np.array([4, 4]),
+    "space": np.array([2, 4]),
+}  # fmt: skip
+
+
+def eager() -> SplitSiblings:
+    p = SplitSiblings()
+    p.eager = True
+    return p
+
+
+def build(body: str, /) -> onnx.ModelProto:
+    words = body
+    for c in "()<>,=":
+        words = words.replace(c, f" {c} ")
+    text = body if body.startswith("(") else HEAD + body
+    return parse(text, **{k: v for k, v in CONSTANTS.items() if k in words.split()})
+
+
+@pytest.mark.parametrize(
+    ("body", "found"),
+    [
+        ("{ a = Conv(x, w) p, q = Split<axis=1>(a, n) }", {"Conv": 2}),
+        ("{ a = Conv<pads=[1,1,1,1],strides=[2,1]>(x, k, b) p, q = Split<axis=-3>(a, n) }", {"Conv": 2}),
+        ("{ a = Conv(x, w, b) s = Sigmoid(a) m = Mul(a, s) p, q = Split<axis=1>(m, n) }", {"Conv": 2, "Sigmoid": 2, "Mul": 2}),
+        ("{ a = Conv(x, w, b) r = Relu(a) m = Clip(r, low, high) p, q = Split<axis=1>(m, n) }", {"Conv": 2, "Relu": 2, "Clip": 2}),
+        ("{ a = Conv(x, w, b) p, z, q = Split<axis=1>(a, three) }", {"Conv": 3}),
+        ("(double[2,3] x) => (double[N] p, double[N] q) { a = Gemm(x, m, b) p, q = Split<axis=1>(a, n) }", {"Gemm": 2}),
+        ("(double[2,4,3] x) => (double[N] p, double[N] q) { a = MatMul(x, m) c = Add(a, b) p, q = Split<axis=2>(c, n) }", {"MatMul": 2, "Add": 2}),
+    ],
+)  # fmt: skip
+def test_parts_are_maps_of_their_own(body: str, found: dict[str, int]) -> None:
+    text, weights = body, {k: v for k, v in CONSTANTS.items() if k in body.replace(",", " ").replace(")", " ").split()}
+    weights |= {"m": normal(3, 7, seed=9)} if " m" in body and "Conv" not in body else {}
+    model = parse(text if text.startswith("(") else HEAD + text, **weights)
+    result, _, _ = run(model, eager())
+    assert ops(result) == found
+    shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
+    same(model, result, x=normal(*shape, seed=50))
+
+
+def test_a_part_that_nobody_reads_is_not_computed() -> None:
+    model = parse(
+        "(double[2,3,6,5] x) => (double[N] p) { a = Conv(x, w) p, unread = Split<axis=1>(a, n) }",
+        w=CONSTANTS["w"], n=CONSTANTS["n"],
+    )  # fmt: skip
+    result, _, _ = run(model, eager())
+    assert ops(result) == {"Conv": 1}
+    same(model, result, x=X)
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("{ a = Conv(x, w) r = Relu(a) p, q = Split<axis=1>(r, n) t = Conv(x, w) u = ReduceSum(t) y = Add(p, u) }", "shared"),
+        ("(double[2,3,6,5] x) => (double[N] p, double[N] q, double[N] a) { a = Conv(x, w) p, q = Split<axis=1>(a, n) }", ""),
+        ("{ a = Conv(x, w) m = Mul(a, slope) p, q = Split<axis=1>(m, n) }", ""),
+        ("{ a = Conv<group=2>(t, g2) p, q = Split<axis=1>(a, half) t = Concat<axis=1>(x, x) }", ""),
+        ("{ a = Conv(x, w) p, q = Split<axis=2>(a, space) }", ""),
+    ],
+)  # fmt: skip
+def test_refusals(body: str, why: str) -> None:
+    if "g2" in body:
+        body = "{ t = Concat<axis=1>(x, x) a = Conv<group=2>(t, g) p, q = Split<axis=1>(a, half) }"
+    model = build(body)
+    result, outcome, _ = run(model, eager())
+    assert result is model
+    assert why in " ".join(reasons(outcome))
+
+
+def test_only_measuring_can_tell() -> None:
+    model = build("{ a = Conv(x, w) p, q = Split<axis=1>(a, n) }")
+    result, outcome, _ = run(model, SplitSiblings())
+    assert result is model
+    assert "only measuring can tell" in reasons(outcome)[0]
+
+
+def test_names_are_not_used_twice() -> None:
+    model = build("{ a = Conv(x, w, b) s = Sigmoid(a) m = Mul(a, s) p, q = Split<axis=1>(m, n) }")
+    for i, node in enumerate(model.graph.node):
+        node.name = f"node{i}"
+    result, _, _ = run(model, eager())
+    names = [n.name for n in result.graph.node if n.name]
+    assert len(names) == len(set(names))
