@@ -143,7 +143,7 @@ def translation(f: Function, x: np.ndarray, shift: int = 1, stride: int = 1, mar
     x : array
         An object that stays clear of the border, so that nothing is shifted in or out.
     shift : int
-        Positions to move x along all axes from `axis` on.
+        Positions to move x along all axes from `axis` on, 0 or more.
     stride : int
         Positions of x per position of f(x); `shift` is a multiple of it.
     margin : int
@@ -158,10 +158,14 @@ def translation(f: Function, x: np.ndarray, shift: int = 1, stride: int = 1, mar
     """
     if shift % stride:
         raise UsageError(f"the shift {shift} is not a multiple of the stride {stride}")
-    still, moved = f(x), f(_rolled(x, shift, axis))
-    inner = slice(margin, -margin or None)
-    inside = (slice(None),) * axis + (inner,) * (still.ndim - axis)
-    return _relative(moved[inside], _rolled(still, shift // stride, axis)[inside])
+    axes = tuple(range(axis, x.ndim))
+    still, moved = f(x), f(np.roll(x, (shift,) * len(axes), axes))
+    step = shift // stride
+    for a in axes:
+        size = still.shape[a] - 2 * margin - step
+        still = np.take(still, range(margin, margin + size), a)
+        moved = np.take(moved, range(margin + step, margin + step + size), a)
+    return _relative(moved, still)
 
 
 def permutation(f: Function, x: np.ndarray, axis: int = 1, output_axis: int | None = None, seed: int = SEED) -> float:
@@ -290,7 +294,3 @@ def _gram(x: np.ndarray, axis: int) -> Array:
     product: Array = rows @ rows.T
     return product
 
-
-def _rolled(x: np.ndarray, shift: int, axis: int) -> np.ndarray:
-    axes = tuple(range(axis, x.ndim))
-    return np.roll(x, (shift,) * len(axes), axes)

@@ -1,0 +1,130 @@
+"""What every system of the gallery declares, and how a declaration is checked."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import onnx
+from numpy.typing import ArrayLike
+
+import pwopt
+from pwopt.compiler import select_passes
+from pwopt.runtime import Session
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Law:
+    """A property whose residual stays below a limit, before and after (see `pwopt.invariants`)."""
+
+    claim: str
+    residual: Callable[[Session], float]
+    limit: float
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A quantity that is the same before and after: the largest difference relative to the largest value."""
+
+    claim: str
+    value: Callable[[Session], ArrayLike]
+    limit: float
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """An operator that must stay, told by the tensor it makes.
+
+    Attributes
+    ----------
+    tensor : str
+    why : str
+        For readers.
+    said : str
+        A part of the reason that pwopt reports; "" where no pass is concerned with the place at all.
+    """
+
+    tensor: str
+    why: str
+    said: str = ""
+
+
+@dataclass(frozen=True)
+class System:
+    """One use of the pointwise convolution.
+
+    Attributes
+    ----------
+    build : callable
+        Makes the model; its module's docstring is the system's paragraph in the gallery.
+    shapes : mapping
+        Input sizes for figures.
+    rewrites : sequence of str
+        Passes that must change it, and no others.
+    properties : sequence of Law or Kept
+    refusals : sequence of Refusal
+    measured : sequence of str
+        Passes that only a clock can judge, and that this system is about: applied here without one.
+    """
+
+    build: Callable[[], onnx.ModelProto]
+    shapes: Mapping[str, Sequence[int]]
+    rewrites: Sequence[str]
+    properties: Sequence[Law | Kept]
+    refusals: Sequence[Refusal] = ()
+    measured: Sequence[str] = field(default=())
+
+    @property
+    def name(self) -> str:
+        return self.build.__module__.rpartition(".")[2]
+
+    @property
+    def path(self) -> Path:
+        return FOLDER / f"{self.name}.onnx"
+
+    @property
+    def text(self) -> str:
+        """The builder's docstring: a title, a blank line, paragraphs."""
+        return inspect.cleandoc(sys.modules[self.build.__module__].__doc__ or "")
+
+    @property
+    def title(self) -> str:
+        return self.text.partition("\n")[0].rstrip(".")
+
+    @property
+    def passes(self) -> list[str]:
+        """What runs without a clock: the passes that need none, and those that the system is about."""
+        return [p.name for p in select_passes(None) if p.policy != "measured" or p.name in self.measured]
+
+    def optimise(self) -> pwopt.Result:
+        """Rewritten, the same way on every machine, and verified with onnxruntime."""
+        return pwopt.optimize(self.path, cost_model="analytic", shapes=self.shapes, passes=self.passes)
+
+    def feeds(self, seed: int = 0) -> dict[str, np.ndarray]:
+        """Normal random inputs."""
+        rng = np.random.default_rng(seed)
+        return {name: rng.standard_normal(tuple(s)).astype(np.float32) for name, s in self.shapes.items()}
+
+
+def outputs(session: Session, **feeds: np.ndarray) -> dict[str, np.ndarray]:
+    """A run's outputs by name."""
+    return dict(zip(session.outputs, map(np.asarray, session.run(feeds)), strict=True))
+
+
+def normal(*shape: int, seed: int = 0) -> np.ndarray:
+    """Seeded float32 noise."""
+    return np.random.default_rng(seed).standard_normal(shape).astype(np.float32)
+
+
+def object_in(*shape: int, size: int, start: int, seed: int = 0) -> np.ndarray:
+    """Noise in a cube of `size` positions along every spatial axis, from `start` on, with zeros around it."""
+    x = np.zeros(shape, np.float32)
+    inside = (slice(None), slice(None), *(slice(start, start + size),) * (len(shape) - 2))
+    x[inside] = normal(*x[inside].shape, seed=seed)
+    return x
