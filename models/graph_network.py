@@ -6,12 +6,12 @@ adjacency Â mixes nodes, feature by feature. Where a graph has only self-loops,
 "MLP". Wu et al., "Simplifying Graph Convolutional Networks" (ICML 2019), leave the activations between layers out.
 The model is a fixed sensor network, as for traffic (Yu et al., "STGCN", IJCAI 2018), spelled as torch exports
 GCNConv with a dense adjacency: an encoder with a ReLU, then one head with self-loops only and one with two graph
-layers.
+layers, of which the second has a bias.
 
 Rewritten: the product with I goes. On the real graph, Â acts along the nodes and W along the features, so
 (ÂH)W = Â(HW) in either order: the second layer's W runs before both adjacencies, where it meets the first one's and
-becomes one narrow map, and the adjacencies, Â·Â as one matrix, mix 16 features instead of 96. The biases stay behind:
-they would be mixed by Â, whose rows do not sum to one.
+becomes one narrow map, and the adjacencies, Â·Â as one matrix, mix 16 features instead of 96. The bias stays behind:
+it would be mixed by Â, whose rows do not sum to one.
 
 Left alone: nothing folds across the encoder's ReLU, and Â itself stays.
 """
@@ -48,11 +48,10 @@ def build() -> onnx.ModelProto:
     loops = e.dense(loops, "alone/lin1", HIDDEN, WIDE)
     e.dense(loops, "alone/lin2", WIDE, CLASSES, output="alone")
     graph = e.constant("adjacency", adjacency())
-    for layer, inn, out, output in (("conv1", HIDDEN, WIDE, ""), ("conv2", WIDE, CLASSES, "mixed")):
+    for layer, inn, out in (("conv1", HIDDEN, WIDE), ("conv2", WIDE, CLASSES)):
         x = e.dense(x, f"mixed/{layer}/lin", inn, out, bias=False)
         x = e.node("MatMul", [graph, x], f"mixed/{layer}/propagate")
-        shift = e.constant(f"mixed/{layer}.bias", e.rng.normal(0, 0.05, out))
-        x = e.node("Add", [x, shift], f"mixed/{layer}", output)
+    e.node("Add", [x, e.constant("mixed/conv2.bias", e.rng.normal(0, 0.05, CLASSES))], "mixed/conv2", "mixed")
     return e.model(
         "graph_network",
         {"sensors": ["batch", NODES, FEATURES]},

@@ -71,7 +71,7 @@ def style_law(session: Session) -> float:
 SYSTEM = System(
     build,
     {"image": (1, 3, SIZE, SIZE)},
-    rewrites=("fold-affine", "fold-chains", "gram-palette"),
+    rewrites=("fold-affine", "fold-chains", "commute-gram"),
     properties=(
         Law(
             "the orthogonal palette keeps the length of every colour",
