@@ -69,8 +69,8 @@ SYSTEM = System(
         ),
     ),
     refusals=(
-        Refusal("/attn/scores/MatMul_output_0", "queries times keys: both depend on the tokens"),
-        Refusal("/attn/context/MatMul_output_0", "attention times values: both depend on the tokens"),
-        Refusal("/attn/Softmax_output_0", "softmax is not linear"),
+        Refusal("/attn/scores/MatMul", "queries times keys: both depend on the tokens"),
+        Refusal("/attn/context/MatMul", "attention times values: both depend on the tokens"),
+        Refusal("/attn/Softmax", "softmax is not linear"),
     ),
 )

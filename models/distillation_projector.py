@@ -74,7 +74,11 @@ SYSTEM = System(
         "teacher_hint": (8, HINT, SIZE // 4, SIZE // 4),
     },
     rewrites=("fold-affine", "fold-chains"),
-    properties=(Kept("the loss against the teacher", lambda s: losses(s)[0], 1e-6),
-                Kept("the loss of the hint", lambda s: losses(s)[1], 1e-6)),
-    refusals=(Refusal("/student/layer2/Relu_output_0", "the hint's regressor does not fold across the ReLU before it"),),
+    properties=(
+        Kept("the loss against the teacher", lambda s: losses(s)[0], 1e-6),
+        Kept("the loss of the hint", lambda s: losses(s)[1], 1e-6),
+    ),
+    refusals=(
+        Refusal("/student/layer2/Relu", "the hint's regressor does not fold across the ReLU before it"),
+    ),
 )

@@ -69,18 +69,18 @@ class Exporter:
         *,
         stride: int = 1,
         groups: int = 1,
-        bias: bool = True,
+        bias: bool | float = 0.05,
         rank: int = 2,
         weight: ArrayLike | None = None,
         gain: float = 1.0,
         output: str = "",
     ) -> str:
-        """A convolution of odd kernel k with padding k//2; weights of variance gain / fan-in, biases of 0.05."""
+        """A convolution of odd kernel k with padding k//2: weights of variance gain / fan-in, biases of that deviation."""
         kernel = (k,) * rank
         fan = inn // groups * k**rank
         values = self.rng.normal(0, (gain / fan) ** 0.5, (out, inn // groups, *kernel)) if weight is None else weight
         inputs = [x, self.constant(f"{name}.weight", np.reshape(values, (out, inn // groups, *kernel)))]
-        inputs += [self.constant(f"{name}.bias", self.rng.normal(0, 0.05, out))] if bias else []
+        inputs += [self.constant(f"{name}.bias", self.rng.normal(0, bias, out))] if bias else []
         attrs: dict[str, Any] = {
             "dilations": [1] * rank,
             "group": groups,
@@ -100,6 +100,17 @@ class Exporter:
         }
         inputs = [x, *(self.constant(f"{name}.{key}", v) for key, v in values.items())]
         return self.node("BatchNormalization", inputs, name, output, epsilon=epsilon, momentum=0.9)
+
+    def resize(self, x: str, name: str, factor: int, *, mode: str, coordinates: str) -> str:
+        """torch's interpolate: both spatial axes by `factor`."""
+        attrs: dict[str, Any] = {
+            "coordinate_transformation_mode": coordinates,
+            "cubic_coeff_a": -0.75,
+            "mode": mode,
+            "nearest_mode": "floor",
+        }
+        scales = self.constant(f"{name}.scales", [1.0, 1.0, factor, factor])
+        return self.node("Resize", [x, "", scales], name, **attrs)
 
     def dense(self, x: str, name: str, inn: int, out: int, *, bias: bool = True, output: str = "") -> str:
         """torch's Linear on more than two axes: a MatMul along the last one, and an Add."""
@@ -136,7 +147,9 @@ class Exporter:
             [info(*item) for item in outputs.items()],
             self.weights,
         )
-        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name="pwopt")
+        return helper.make_model(
+            graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name="pwopt"
+        )
 
 
 def orthogonal(rng: np.random.Generator, out: int, inn: int) -> np.ndarray:

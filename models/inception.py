@@ -71,7 +71,7 @@ SYSTEM = System(
     ),
     refusals=(
         Refusal(
-            "InceptionV1/Mixed_3b/Branch_2/Conv2d_0b_3x3/Relu:0",
+            "InceptionV1/Mixed_3b/Branch_2/Conv2d_0b_3x3/Conv",
             "squeeze before 3×3 stays: as one convolution it would cost 7.2 times the multiply-adds",
             "would cost 7.20× the multiply-adds",
         ),

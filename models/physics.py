@@ -83,7 +83,7 @@ SYSTEM = System(
     rewrites=("fold-affine", "fold-chains"),
     properties=(residual(0), residual(1)),
     refusals=(
-        Refusal("/network/2/Relu_output_0", "ReLU is not linear"),
-        Refusal("/network/4/Relu_output_0", "ReLU is not linear"),
+        Refusal("/network/2/Relu", "ReLU is not linear"),
+        Refusal("/network/4/Relu", "ReLU is not linear"),
     ),
 )

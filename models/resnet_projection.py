@@ -1,4 +1,4 @@
-"""ResNet projection shortcut: where a residual block changes width and stride, a 1×1 convolution carries the input over.
+"""ResNet projection shortcut: where a block changes width and stride, a 1×1 convolution carries the input over.
 
 He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), option B. The pointwise layer is a change of
 coordinates; if its columns are orthonormal, every pixel keeps its length, and so does what flows back. Two bottleneck
@@ -64,5 +64,5 @@ SYSTEM = System(
             1e-6,
         ),
     ),
-    refusals=(Refusal("/block1/a/Relu_output_0", "a 3×3 convolution needs every pixel of this ReLU"),),
+    refusals=(Refusal("/block1/a/Relu", "a 3×3 convolution needs every pixel of this ReLU"),),
 )

@@ -41,7 +41,7 @@ def build() -> onnx.ModelProto:
     gate = e.node("Relu", [e.conv(gate, "conv2d_squeeze", EXPANDED, SQUEEZED, gain=4)], "relu")
     gate = e.conv(gate, "conv2d_excite", SQUEEZED, EXPANDED, gain=4)
     gate = e.node("HardSigmoid", [gate], "hardsigmoid", alpha=0.2, beta=0.5)
-    x = e.node("Mul", [x, gate], "elementwise_mul", "excited")
+    x = e.node("Mul", [x, gate], "elementwise_mul")
     x = e.norm(e.conv(x, "conv2d_project", EXPANDED, WIDTH, bias=False), "batch_norm_project", WIDTH)
     e.node("Add", ["x", x], "elementwise_add", "y")
     shape = ["batch", WIDTH, SIZE, SIZE]
@@ -60,5 +60,5 @@ SYSTEM = System(
             1e-5,
         ),
     ),
-    refusals=(Refusal("excited", "the gate depends on the image"),),
+    refusals=(Refusal("p2o.Mul.2", "the gate depends on the image"),),
 )

@@ -80,5 +80,5 @@ SYSTEM = System(
         ),
         Law("style = W·Gram(content)·Wᵀ", style_law, 1e-5),
     ),
-    refusals=(Refusal("content", "the features are an output, and their ReLU is not linear"),),
+    refusals=(Refusal("/features/3/Relu", "the features are an output, and their ReLU is not linear"),),
 )

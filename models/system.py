@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -13,10 +13,22 @@ import onnx
 from numpy.typing import ArrayLike
 
 import pwopt
-from pwopt.compiler import select_passes
+from pwopt.passes import PASSES
 from pwopt.runtime import Session
 
 FOLDER = Path(__file__).parent
+#: Passes that need no clock.
+UNMEASURED = tuple(p.name for p in PASSES if p.policy != "measured")
+
+
+@dataclass(frozen=True)
+class Figure:
+    """A property before and after, as numbers to print, and whether it holds."""
+
+    claim: str
+    before: str
+    after: str
+    holds: bool
 
 
 @dataclass(frozen=True)
@@ -27,30 +39,42 @@ class Law:
     residual: Callable[[Session], float]
     limit: float
 
+    def compare(self, before: Session, after: Session) -> Figure:
+        a, b = self.residual(before), self.residual(after)
+        return Figure(self.claim, f"off by {a:.1e}", f"off by {b:.1e}", max(a, b) <= self.limit)
+
 
 @dataclass(frozen=True)
 class Kept:
-    """A quantity that is the same before and after: the largest difference relative to the largest value."""
+    """A quantity that is the same before and after, to within a limit relative to its largest value."""
 
     claim: str
     value: Callable[[Session], ArrayLike]
     limit: float
 
+    def compare(self, before: Session, after: Session) -> Figure:
+        a, b = (np.asarray(self.value(s), np.float64) for s in (before, after))
+        off = float(np.max(np.abs(a - b))) / float(np.max(np.abs(a)))
+        first = f"{a:.7g}" if a.ndim == 0 else f"{a.size:,} values"
+        second = f"{b:.7g}" if b.ndim == 0 else "the same" if off == 0 else f"off by {off:.1e}"
+        return Figure(self.claim, first, second, off <= self.limit)
+
 
 @dataclass(frozen=True)
 class Refusal:
-    """An operator that must stay, told by the tensor it makes.
+    """An operator that must stay.
 
     Attributes
     ----------
-    tensor : str
+    node : str
+        Its name.
     why : str
         For readers.
     said : str
         A part of the reason that pwopt reports; "" where no pass is concerned with the place at all.
     """
 
-    tensor: str
+    node: str
     why: str
     said: str = ""
 
@@ -68,6 +92,7 @@ class System:
     rewrites : sequence of str
         Passes that must change it, and no others.
     properties : sequence of Law or Kept
+        What holds before and after.
     refusals : sequence of Refusal
     measured : sequence of str
         Passes that only a clock can judge, and that this system is about: applied here without one.
@@ -78,7 +103,7 @@ class System:
     rewrites: Sequence[str]
     properties: Sequence[Law | Kept]
     refusals: Sequence[Refusal] = ()
-    measured: Sequence[str] = field(default=())
+    measured: Sequence[str] = ()
 
     @property
     def name(self) -> str:
@@ -100,16 +125,11 @@ class System:
     @property
     def passes(self) -> list[str]:
         """What runs without a clock: the passes that need none, and those that the system is about."""
-        return [p.name for p in select_passes(None) if p.policy != "measured" or p.name in self.measured]
+        return [*UNMEASURED, *self.measured]
 
     def optimise(self) -> pwopt.Result:
         """Rewritten, the same way on every machine, and verified with onnxruntime."""
         return pwopt.optimize(self.path, cost_model="analytic", shapes=self.shapes, passes=self.passes)
-
-    def feeds(self, seed: int = 0) -> dict[str, np.ndarray]:
-        """Normal random inputs."""
-        rng = np.random.default_rng(seed)
-        return {name: rng.standard_normal(tuple(s)).astype(np.float32) for name, s in self.shapes.items()}
 
 
 def outputs(session: Session, **feeds: np.ndarray) -> dict[str, np.ndarray]:

@@ -80,9 +80,7 @@ def _along_rows(rw: Rewriter, reading: Reading, flatten: gs.Node | None) -> bool
     return all(rule.axes.get(a) == a for a in range(axis + 1))
 
 
-def _write(
-    rw: Rewriter, node: gs.Node, reading: Reading, rows: gs.Tensor, flatten: gs.Node | None
-) -> Rewrite | Skip:
+def _write(rw: Rewriter, node: gs.Node, reading: Reading, rows: gs.Tensor, flatten: gs.Node | None) -> Rewrite | Skip:
     g, output, linear = reading.geometry, node.outputs[0], reading.load()
     dtype = rw.dtype(reading.weight_input)
     if isinstance(linear, Refusal) or dtype is None:

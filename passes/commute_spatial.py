@@ -81,11 +81,11 @@ class CommuteSpatial(Pass):
 
     With b ≠ 0 only if P keeps constants: average pooling that leaves its padding out, interpolation, cropping,
     broadcasting; not zero padding. Through a Concat only what was upsampled moves:
-    W·concat(Pa, b) = P(Wₐa) + W_b b. P may be a constant matrix, M(xW) = (Mx)W: it mixes positions or nodes where there
-    are fewest channels, and keeps constants if its rows sum to one. Decided by multiply-adds and by elements moved. DenseNet's transitions (Huang et
-    al., 2017) pool after a map; feature pyramids (Lin et al., 2017), U-Nets and YOLO's necks map what they just
-    upsampled;
-    graph networks (Kipf and Welling, 2017) map features on either side of an adjacency.
+    W·concat(Pa, b) = P(Wₐa) + W_b b. P may be a constant matrix, M(xW) = (Mx)W: it mixes positions or nodes where
+    there are fewest channels, and keeps constants if its rows sum to one. Decided by multiply-adds and by elements
+    moved. DenseNet's transitions (Huang et al., 2017) pool after a map; feature pyramids (Lin et al., 2017), U-Nets and
+    YOLO's necks map what they just upsampled; graph networks (Kipf and Welling, 2017) have maps on both sides of an
+    adjacency.
     """
 
     name = "commute-spatial"
@@ -94,18 +94,18 @@ class CommuteSpatial(Pass):
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
         if rw.opset < 7:  # sums broadcast since
             return None
-        done = None
-        if rw.op(node) in SPATIAL:
-            done = self._sink(rw, node)
-            if rw.op(node) != "MatMul" or isinstance(done, Rewrite):
-                return done
+        done = self._sink(rw, node) if rw.op(node) in SPATIAL else None
+        return done if isinstance(done, Rewrite) else self._lift_above(rw, node) or done
+
+    def _lift_above(self, rw: Rewriter, node: gs.Node) -> Rewrite | Skip | None:
+        """A map moves before what makes its input."""
         reading = _pointwise(rw, node)
         if reading is None or reading.nodes[0] is not node:
-            return done
+            return None
         maker = rw.producer(reading.source)
         if rw.is_a(maker, "Concat"):
             return self._lift_parts(rw, reading, maker)
-        return self._lift(rw, reading, maker) if maker is not None and rw.op(maker) in SPATIAL else done
+        return self._lift(rw, reading, maker) if maker is not None and rw.op(maker) in SPATIAL else None
 
     def _sink(self, rw: Rewriter, node: gs.Node) -> Rewrite | Skip | None:
         """P∘W becomes W∘P, where P leaves fewer positions."""
@@ -172,7 +172,9 @@ class CommuteSpatial(Pass):
         reason = f"{reading.channels} runs {where} {mover.node.op}, at {small:,} positions instead of {large:,}"
         if mover.terms:
             wide, narrow = counts
-            reason = f"{reading.channels} runs {where} a constant matrix, which then mixes {narrow} channels, not {wide}"
+            reason = (
+                f"{reading.channels} runs {where} a constant matrix, which then mixes {narrow} channels, not {wide}"
+            )
         new = [spatial, *written.nodes] if where == "behind" else [*written.nodes, spatial]
         old = [*reading.nodes, mover.node] if where == "behind" else [mover.node, *reading.nodes]
         return rw.replace(old, new, reason, written.residual)

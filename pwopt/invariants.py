@@ -293,4 +293,3 @@ def _gram(x: np.ndarray, axis: int) -> Array:
     rows = np.moveaxis(np.asarray(x, np.float64), axis, 0).reshape(x.shape[axis], -1)
     product: Array = rows @ rows.T
     return product
-

@@ -1,0 +1,133 @@
+"""The gallery as a table in the terminal and as README.md."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+import models
+from models.gallery import Row
+from pwopt.runtime import written
+
+COLUMNS = ("system", "rewrites", "stays", "multiply-adds", "speed-up", "property", "before", "after", "verdict")
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One row of the table, as text; several rewrites or properties on lines of their own."""
+    marks = {name: " *" if name in row.system.measured else "" for name in row.rewrites}
+    before, after = row.report.before.macs, row.report.after.macs
+    return (
+        row.system.name.replace("_", " "),
+        "\n".join(f"{name} ×{n}{marks[name]}" for name, n in row.rewrites.items()),
+        str(len(row.system.refusals) or ""),
+        f"{millions(before)} → {millions(after)}",
+        speed(row),
+        "\n".join(f.claim for f in row.figures),
+        "\n".join(f.before for f in row.figures),
+        "\n".join(f.after for f in row.figures),
+        "fails" if row.faults else "holds",
+    )
+
+
+def millions(count: int) -> str:
+    return f"{count / 1e6:.3g} M"
+
+
+def speed(row: Row) -> str:
+    """The measured speed-up and its interval; "" where nothing was raced."""
+    if row.raced is None:
+        return ""
+    if row.latency is None or not row.raced.rewrites:
+        return "1, original kept"
+    low, high = row.latency.interval
+    return f"{row.latency.speedup:.2f}× ({low:.2f} to {high:.2f})"
+
+
+def columns(rows: Sequence[Row]) -> list[int]:
+    """Indices of the columns that have something to say."""
+    return [i for i in range(len(COLUMNS)) if any(cells(r)[i] for r in rows)]
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """For the terminal: a line per rewrite or property."""
+    shown = columns(rows)
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for i in shown:
+        result.add_column(COLUMNS[i], no_wrap=COLUMNS[i] != "property", min_width=30 if COLUMNS[i] == "property" else None)
+    for row in rows:
+        lines = list(itertools.zip_longest(*(cells(row)[i].split("\n") for i in shown), fillvalue=""))
+        for number, line in enumerate(lines, 1):
+            style = ("red" if row.faults else "green") if number == 1 else ""
+            result.add_row(*line[:-1], Text(line[-1], style), end_section=number == len(lines))
+    return result
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """README.md: what the gallery is, the table, and a chapter per system."""
+    title, _, introduction = inspect.cleandoc(models.__doc__ or "").partition("\n\n")
+    shown = columns(rows)
+    lines = [f"# {title.rstrip('.')}", "", introduction, ""]
+    lines += ["| " + " | ".join(COLUMNS[i] for i in shown) + " |", "|" + "---|" * len(shown)]
+    for row in rows:
+        text = list(cells(row))
+        text[0] = f"[{text[0]}](#{anchor(row)})"
+        lines.append("| " + " | ".join(text[i].replace("*", "\\*").replace("\n", "<br>") for i in shown) + " |")
+    lines += ["", _legend(rows), "", _how(rows), ""]
+    for row in rows:
+        lines += ["", *_chapter(row)]
+    return "\n".join(lines) + "\n"
+
+
+def anchor(row: Row) -> str:
+    """Where GitHub puts a heading."""
+    kept = "".join(c for c in row.system.title.lower() if c.isalnum() or c in " -_")
+    return kept.replace(" ", "-")
+
+
+def _legend(rows: Sequence[Row]) -> str:
+    text = (
+        "*rewrites*: passes and how often they acted; \\* marks what only a clock can judge, applied here without one. "
+        "*stays*: operators that must be left alone, and are. *holds*: the committed file is what its builder makes, "
+        "byte for byte; onnxruntime finds both models equivalent; exactly these passes acted; what must stay stayed; "
+        "the properties hold before and after; there are no more multiply-adds than before."
+    )
+    if any(r.raced for r in rows):
+        text += (
+            " *speed-up*: median of interleaved runs with its 95 % interval, of what pwopt returned after it raced "
+            "each marked rewrite and the result as a whole, and kept only what was faster."
+        )
+    return text
+
+
+def _how(rows: Sequence[Row]) -> str:
+    raced = next((r.raced for r in rows if r.raced is not None), None)
+    e = (raced or rows[0].report).environment
+    versions = f"pwopt {e['pwopt']}, onnxruntime {e['onnxruntime']}, onnx {e['onnx']}, numpy {e['numpy']}"
+    machine = f" on {e['cpu']}, {e['threads']} thread" + ("s" if e["threads"] > 1 else "") if raced else ""
+    command = "python -m models" + (" --seconds 5" if raced else "")
+    return f"Made by `{command}` with {versions}{machine}."
+
+
+def _chapter(row: Row) -> list[str]:
+    """One system: its builder's text, then what was seen."""
+    system, report = row.system, row.report
+    _, _, text = system.text.partition("\n\n")
+    text = text.replace("Rewritten:", "**Rewritten.**").replace("Left alone:", "**Left alone.**")
+    sizes = ", ".join(f"`{name}` {written(tuple(shape))}" for name, shape in system.shapes.items())
+    lines = [f"## {system.title}", "", text, ""]
+    lines.append(f"[{system.name}.py]({system.name}.py) makes [{system.name}.onnx]({system.name}.onnx). For {sizes}:")
+    lines += ["", f"* operators {report.before.nodes} → {report.after.nodes}, multiply-adds {report.before.macs:,} → "
+              f"{report.after.macs:,}, parameters {report.before.params:,} → {report.after.params:,}"]
+    seen: dict[tuple[str, str], int] = {}
+    for r in report.rewrites:
+        reason = r.reason if r.pass_name != "fold-affine" else f"{r.removed[0].split()[0]} folds into a neighbour"
+        seen[(r.pass_name, reason)] = seen.get((r.pass_name, reason), 0) + 1
+    lines += [f"* done by {name}: {reason}" + (f" ({n} times)" if n > 1 else "") for (name, reason), n in seen.items()]
+    lines += [f"* stays: `{r.node}`: {r.why}" for r in system.refusals]
+    lines += [f"* {f.claim}: {f.before} before, {f.after} after" for f in row.figures]
+    return lines
