@@ -20,7 +20,9 @@ app = typer.Typer(add_completion=False)
 def main(
     names: Annotated[list[str] | None, typer.Argument(help="Systems to check; all by default.")] = None,
     build: Annotated[bool, typer.Option("--build", help="Write the .onnx files anew first.")] = False,
-    seconds: Annotated[float, typer.Option(help="Race each result against its original for so long.")] = 0.0,
+    seconds: Annotated[
+        float, typer.Option(help="Race each result against its original for so long; 0 for not at all.")
+    ] = 2.0,
     readme: Annotated[bool, typer.Option(help="Write README.md, if all systems are checked.")] = True,
 ) -> None:
     """Build, optimise and check the systems of the gallery."""

@@ -70,7 +70,7 @@ def build() -> onnx.ModelProto:
         x = e.node("Add", [x, e.conv(y, f"mask/{i}/project", HIDDEN, WIDTH, rank=1)], f"mask/{i}")
     mask = e.node("Sigmoid", [e.conv(x, "mask/out", WIDTH, BEAMS, rank=1)], "mask")
     e.node("Mul", [beams, mask], "apply", "enhanced")
-    shape = ["batch", BEAMS, LENGTH]
+    shape: list[int | str] = ["batch", BEAMS, LENGTH]
     return e.model("beamformer", {"microphones": ["batch", MICROPHONES, LENGTH]}, {"beams": shape, "enhanced": shape})
 
 

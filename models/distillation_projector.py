@@ -78,7 +78,5 @@ SYSTEM = System(
         Kept("the loss against the teacher", lambda s: losses(s)[0], 1e-6),
         Kept("the loss of the hint", lambda s: losses(s)[1], 1e-6),
     ),
-    refusals=(
-        Refusal("/student/layer2/Relu", "the hint's regressor does not fold across the ReLU before it"),
-    ),
+    refusals=(Refusal("/student/layer2/Relu", "the hint's regressor does not fold across the ReLU before it"),),
 )

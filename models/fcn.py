@@ -1,9 +1,9 @@
 """FCN classifier: dense features, brought to image size, and classified at every pixel.
 
 Long, Shelhamer and Darrell, "Fully Convolutional Networks for Semantic Segmentation" (CVPR 2015): the last layer of a
-classifier becomes a 1×1 convolution, which gives every pixel its scores. As torch writes it: a backbone of stride 8, the
-3×3 layer of torchvision's FCN head, its features interpolated bilinearly (half_pixel) to the size of the image, and only
-there the 1×1 classifier with its bias.
+classifier becomes a 1×1 convolution, which gives every pixel its scores. As torch writes it: a backbone of stride 8,
+the 3×3 layer of torchvision's FCN head, its features interpolated bilinearly (half_pixel) to the size of the image, and
+only there the 1×1 classifier with its bias.
 
 Rewritten: interpolation weights sum to one, so the classifier and the interpolation may change places, bias and all:
 P(Wx + b) = W(Px) + b. The classifier then sees 64 times fewer positions; "Hypercolumns" (Hariharan et al., CVPR 2015)

@@ -35,7 +35,8 @@ def build() -> onnx.ModelProto:
         return e.resize(x, name, 2, mode="nearest", coordinates="asymmetric")
 
     x = norm_relu(e.conv("image", "stem", 3, STEM, 3, stride=2, bias=False), "stem", STEM)
-    levels, inn = [], STEM
+    levels: list[str] = []
+    inn = STEM
     for i, out in enumerate(LEVELS, 2):
         if i == 2:
             x = e.conv(x, f"layer{i}", inn, out, 3, stride=2, bias=False)

@@ -97,7 +97,9 @@ def check(system: System, seconds: float = 0.0) -> Row:
     acted = {r.pass_name for r in report.rewrites}
     if acted != set(system.rewrites):
         faults.append(f"the passes that acted were {sorted(acted)}")
-    faults += [f"{r.node!r} did not stay" for r in system.refusals if not stays(r, onnx.load(system.path), result.model)]
+    faults += [
+        f"{r.node!r} did not stay" for r in system.refusals if not stays(r, onnx.load(system.path), result.model)
+    ]
     said = [r.said for r in system.refusals if r.said]
     reasons = _reasons(system, report) if said else []
     faults += [f"no refusal says {words!r}" for words in said if not any(words in reason for reason in reasons)]

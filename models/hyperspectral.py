@@ -42,7 +42,7 @@ def spectra(pixels: int = 4096, seed: int = 2) -> np.ndarray:
         np.exp(-(((wave - c) / w) ** 2)) for c, w in zip(rng.random(12), rng.uniform(0.05, 0.4, 12), strict=True)
     ]
     abundance = rng.dirichlet(np.full(12, 0.5), pixels)
-    return 0.1 + abundance @ np.array(endmembers) + rng.normal(0, 0.01, (pixels, BANDS))
+    return np.asarray(0.1 + abundance @ np.array(endmembers) + rng.normal(0, 0.01, (pixels, BANDS)))
 
 
 def parameters() -> Parameters:
@@ -84,7 +84,7 @@ def build() -> onnx.ModelProto:
 def features(session: Session) -> np.ndarray:
     """Of 1024 spectra: (pixels, channels)."""
     cube = spectra(1024).astype(np.float32).T.reshape(1, BANDS, 32, 32)
-    return outputs(session, cube=cube)["features"].reshape(CHANNELS, -1).T
+    return np.transpose(outputs(session, cube=cube)["features"].reshape(CHANNELS, -1))
 
 
 def deviation(session: Session) -> float:

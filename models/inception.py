@@ -17,6 +17,8 @@ exactly, but that would take seven times the multiply-adds. No module ever gets 
 
 from __future__ import annotations
 
+from typing import Any
+
 import onnx
 
 from models.exporter import TENSORFLOW, Exporter
@@ -42,7 +44,7 @@ def build() -> onnx.ModelProto:
     wide = unit(unit(x, "1/Conv2d_0a_1x1", WIDTH, SQUEEZED), "1/Conv2d_0b_3x3", SQUEEZED, WIDE, 3)
     squeeze = e.conv(x, f"{scope}2/Conv2d_0a_1x1", WIDTH, LINEAR, bias=False)
     narrow = unit(squeeze, "2/Conv2d_0b_3x3", LINEAR, NARROW, 3)
-    window = {"kernel_shape": [3, 3], "pads": [1] * 4, "strides": [1, 1]}
+    window: dict[str, Any] = {"kernel_shape": [3, 3], "pads": [1] * 4, "strides": [1, 1]}
     pooled = unit(e.node("MaxPool", [x], f"{scope}3/MaxPool_0a_3x3", **window), "3/Conv2d_0b_1x1", WIDTH, POOLED)
     x = e.node("Concat", [direct, wide, narrow, pooled], "InceptionV1/Mixed_3b/concat", axis=1)
     e.node("Transpose", [x], "InceptionV1/output", "output:0", perm=[0, 2, 3, 1])

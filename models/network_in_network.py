@@ -2,8 +2,8 @@
 
 Lin, Chen and Yan, "Network In Network" (ICLR 2014), where 1×1 convolutions come from: a k×k convolution and two 1×1
 convolutions, each with a ReLU, are a multilayer perceptron applied to every patch; at the end the maps, one per class,
-are averaged over the image (100 of them, as for CIFAR-100). The last block's 1×1 layers are linear here, as in a bottleneck classifier, and end in a
-BatchNormalization.
+are averaged over the image (100 of them, as for CIFAR-100). The last block's 1×1 layers are linear here, as in a
+bottleneck classifier, and end in a BatchNormalization.
 
 Rewritten: the BatchNormalizations and the last block's linear 1×1 layers become one 1×1 convolution, which then moves
 behind the average pooling: the average of W·x + b over all pixels is W·(average of x) + b, so it runs once, not 256
@@ -62,7 +62,5 @@ SYSTEM = System(
             1e-5,
         ),
     ),
-    refusals=(
-        Refusal("/block1.relu1/Relu", "ReLU is not linear: the layers on its sides stay two"),
-    ),
+    refusals=(Refusal("/block1.relu1/Relu", "ReLU is not linear: the layers on its sides stay two"),),
 )

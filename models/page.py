@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import inspect
 import itertools
+import textwrap
+from collections import Counter
 from collections.abc import Sequence
 
 from rich import box
@@ -12,9 +14,12 @@ from rich.text import Text
 
 import models
 from models.gallery import Row
+from pwopt.rewrite import Rewrite
 from pwopt.runtime import written
 
-COLUMNS = ("system", "rewrites", "stays", "multiply-adds", "speed-up", "property", "before", "after", "verdict")
+#: Of lines in the file, as everywhere in this repository.
+WIDTH = 120
+COLUMNS = ("system", "rewrites", "refused", "multiply-adds", "speed-up", "property", "before", "after", "verdict")
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -58,7 +63,9 @@ def table(rows: Sequence[Row]) -> Table:
     shown = columns(rows)
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
     for i in shown:
-        result.add_column(COLUMNS[i], no_wrap=COLUMNS[i] != "property", min_width=30 if COLUMNS[i] == "property" else None)
+        result.add_column(
+            COLUMNS[i], no_wrap=COLUMNS[i] != "property", min_width=30 if COLUMNS[i] == "property" else None
+        )
     for row in rows:
         lines = list(itertools.zip_longest(*(cells(row)[i].split("\n") for i in shown), fillvalue=""))
         for number, line in enumerate(lines, 1):
@@ -77,7 +84,7 @@ def markdown(rows: Sequence[Row]) -> str:
         text = list(cells(row))
         text[0] = f"[{text[0]}](#{anchor(row)})"
         lines.append("| " + " | ".join(text[i].replace("*", "\\*").replace("\n", "<br>") for i in shown) + " |")
-    lines += ["", _legend(rows), "", _how(rows), ""]
+    lines += ["", _legend(rows), "", _how(rows)]
     for row in rows:
         lines += ["", *_chapter(row)]
     return "\n".join(lines) + "\n"
@@ -91,17 +98,18 @@ def anchor(row: Row) -> str:
 
 def _legend(rows: Sequence[Row]) -> str:
     text = (
-        "*rewrites*: passes and how often they acted; \\* marks what only a clock can judge, applied here without one. "
-        "*stays*: operators that must be left alone, and are. *holds*: the committed file is what its builder makes, "
-        "byte for byte; onnxruntime finds both models equivalent; exactly these passes acted; what must stay stayed; "
-        "the properties hold before and after; there are no more multiply-adds than before."
+        "*rewrites*: passes (see [what it rewrites](../README.md#what-it-rewrites)) and how often they acted; \\* "
+        "marks what only a clock can judge, applied here without one. *refused*: operators that must stay as they "
+        "are, and did. *holds*: the committed file is what its builder makes, byte for byte; onnxruntime finds both "
+        "models equivalent; exactly these passes acted; what must stay stayed; the properties hold before and after; "
+        "there are no more multiply-adds than before."
     )
     if any(r.raced for r in rows):
         text += (
             " *speed-up*: median of interleaved runs with its 95 % interval, of what pwopt returned after it raced "
             "each marked rewrite and the result as a whole, and kept only what was faster."
         )
-    return text
+    return textwrap.fill(text, WIDTH)
 
 
 def _how(rows: Sequence[Row]) -> str:
@@ -109,25 +117,36 @@ def _how(rows: Sequence[Row]) -> str:
     e = (raced or rows[0].report).environment
     versions = f"pwopt {e['pwopt']}, onnxruntime {e['onnxruntime']}, onnx {e['onnx']}, numpy {e['numpy']}"
     machine = f" on {e['cpu']}, {e['threads']} thread" + ("s" if e["threads"] > 1 else "") if raced else ""
-    command = "python -m models" + (" --seconds 5" if raced else "")
-    return f"Made by `{command}` with {versions}{machine}."
+    return textwrap.fill(f"Made by `python -m models` with {versions}{machine}.", WIDTH)
+
+
+def _nameless(rewrite: Rewrite) -> str:
+    """What a rewrite did, without the names of nodes, for counting."""
+    reason = rewrite.reason
+    for node in (*rewrite.removed, *rewrite.added):
+        op, _, name = node.partition(" ")
+        reason = reason.replace(node, op) if name else reason
+    return reason
 
 
 def _chapter(row: Row) -> list[str]:
     """One system: its builder's text, then what was seen."""
-    system, report = row.system, row.report
+    system, before, after = row.system, row.report.before, row.report.after
     _, _, text = system.text.partition("\n\n")
-    text = text.replace("Rewritten:", "**Rewritten.**").replace("Left alone:", "**Left alone.**")
+    for word in ("Rewritten:", "Left alone:"):
+        text = text.replace(word, f"**{word}**")
     sizes = ", ".join(f"`{name}` {written(tuple(shape))}" for name, shape in system.shapes.items())
-    lines = [f"## {system.title}", "", text, ""]
-    lines.append(f"[{system.name}.py]({system.name}.py) makes [{system.name}.onnx]({system.name}.onnx). For {sizes}:")
-    lines += ["", f"* operators {report.before.nodes} → {report.after.nodes}, multiply-adds {report.before.macs:,} → "
-              f"{report.after.macs:,}, parameters {report.before.params:,} → {report.after.params:,}"]
-    seen: dict[tuple[str, str], int] = {}
-    for r in report.rewrites:
-        reason = r.reason if r.pass_name != "fold-affine" else f"{r.removed[0].split()[0]} folds into a neighbour"
-        seen[(r.pass_name, reason)] = seen.get((r.pass_name, reason), 0) + 1
-    lines += [f"* done by {name}: {reason}" + (f" ({n} times)" if n > 1 else "") for (name, reason), n in seen.items()]
-    lines += [f"* stays: `{r.node}`: {r.why}" for r in system.refusals]
-    lines += [f"* {f.claim}: {f.before} before, {f.after} after" for f in row.figures]
-    return lines
+    done = Counter((r.pass_name, _nameless(r)) for r in row.report.rewrites)
+    return [
+        f"## {system.title}",
+        "",
+        text,
+        "",
+        f"[{system.name}.py]({system.name}.py) makes [{system.name}.onnx]({system.name}.onnx). For {sizes}:",
+        "",
+        f"* operators {before.nodes} → {after.nodes}, multiply-adds {before.macs:,} → {after.macs:,}, "
+        f"parameters {before.params:,} → {after.params:,}",
+        *(f"* {name}: {what}" + (f" ({n} times)" if n > 1 else "") for (name, what), n in done.items()),
+        *(f"* refused at `{r.node}`: {r.why}" for r in system.refusals),
+        *(f"* {f.claim}: {f.before} before, {f.after} after" for f in row.figures),
+    ]

@@ -63,7 +63,7 @@ def build() -> onnx.ModelProto:
     y = e.node("Mul", [e.conv(y, "network/5", WIDTH, QUANTITIES), spread], "denormalise")
     y = e.conv(y, "constraint", QUANTITIES, QUANTITIES, bias=False, weight=projector())
     e.node("Add", [x, y], "step", "next")
-    fields = ["batch", QUANTITIES, SIZE, SIZE]
+    fields: list[int | str] = ["batch", QUANTITIES, SIZE, SIZE]
     return e.model("physics", {"fields": fields}, {"next": fields})
 
 

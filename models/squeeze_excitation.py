@@ -44,7 +44,7 @@ def build() -> onnx.ModelProto:
     x = e.node("Mul", [x, gate], "elementwise_mul")
     x = e.norm(e.conv(x, "conv2d_project", EXPANDED, WIDTH, bias=False), "batch_norm_project", WIDTH)
     e.node("Add", ["x", x], "elementwise_add", "y")
-    shape = ["batch", WIDTH, SIZE, SIZE]
+    shape: list[int | str] = ["batch", WIDTH, SIZE, SIZE]
     return e.model("squeeze_excitation", {"x": shape}, {"y": shape})
 
 

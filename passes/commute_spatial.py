@@ -169,7 +169,8 @@ class CommuteSpatial(Pass):
         if isinstance(written, Refusal):
             return Skip(written.reason)
         small, large = sorted((mover.reads, mover.writes))
-        reason = f"{reading.channels} runs {where} {mover.node.op}, at {small:,} positions instead of {large:,}"
+        places = f"{small:,} positions" if small > 1 else "1 position"
+        reason = f"{reading.channels} runs {where} {mover.node.op}, at {places} instead of {large:,}"
         if mover.terms:
             wide, narrow = counts
             reason = (
@@ -259,7 +260,7 @@ class CommuteSpatial(Pass):
             total = after
         gone = [m.node for m in movers if isinstance(m, Mover)]
         names = " and ".join(describe(n) for n in gone)
-        reason = f"what {names} adds to a Concat is mapped before it, {reading.channels} in parts"
+        reason = f"the part of a Concat that comes from {names} is mapped before it, {reading.channels} in parts"
         return rw.replace([*gone, concat, *reading.nodes], new, reason, residual)
 
 
