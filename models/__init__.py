@@ -10,6 +10,6 @@ onnxruntime.
 A few words that return. A *channel* is an entry of the vector at one position (a pixel, a token, a node, an instant). A
 map is *linear* if it is a matrix and a bias; ReLU, softmax and products of two tensors that both depend on the input
 are not. *Multiply-adds* count the work of convolutions and matrix products. An operator is *left alone* where a rewrite
-would change the answer, or cost more than it saves. *Off by* is a relative deviation from the law; single precision
-rounds at 1e-7.
+would change the answer, or cost more than it saves. Figures such as 2.1e-07 are a relative deviation from the law;
+single precision rounds at 1e-7.
 """

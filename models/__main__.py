@@ -25,7 +25,7 @@ def main(
     ] = 2.0,
     readme: Annotated[bool, typer.Option(help="Write README.md, if all systems are checked.")] = True,
 ) -> None:
-    """Build, optimise and check the systems of the gallery."""
+    """Build, optimise, check and race the systems of the gallery."""
     known = {s.name: s for s in SYSTEMS}
     unknown = set(names or ()) - set(known)
     if unknown:

@@ -2,9 +2,10 @@
 
 Vaswani et al., "Attention Is All You Need" (NeurIPS 2017), in the pre-norm block of a vision transformer (Dosovitskiy
 et al., ICLR 2021) as torch exports it: three Linear layers for queries, keys and values, Reshape and Transpose into
-heads, the scale 1/√d split evenly over queries and keys, Softmax, and the output layer. All its Linear layers are
-1×1 convolutions over tokens: static mixtures of channels, the same for every input. A second head, of two Linear
-layers alone, is the static counterpart that Cordonnier et al. (ICLR 2020) compare attention with.
+heads, the scale 1/√d split evenly over queries and keys, Softmax, and the output layer. All its Linear layers are 1×1
+convolutions over tokens: static mixtures of channels, the same for every input. A second head, of two Linear layers
+alone, is its static counterpart (compare Cordonnier, Loukas and Jaggi, "On the Relationship between Self-Attention and
+Convolutional Layers", ICLR 2020).
 
 Rewritten: the scales of queries and keys fold into their Linear layers. Queries, keys and values read the same
 tensor, so their three matrices are one with three times the columns, and a Split; the static head's two layers become

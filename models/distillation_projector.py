@@ -6,9 +6,9 @@ the idea. A pointwise layer here is a change of basis between two networks, and 
 evaluation keep it. As torch writes it: a convolutional student, its last Linear layer, the projector (another Linear),
 and the mean squared difference to the teacher's features, which come in as an input.
 
-Rewritten: the projector follows a linear layer, P(Wx + b) + p = (PW)x + (Pb + p), and one map 64→192 takes a third of
-the multiply-adds of 64→128→192. The student's BatchNormalizations fold into its convolutions. The loss is a function
-of the projector's result, so it is the same.
+Rewritten: the projector follows a linear layer, P(Wx + b) + p = (PW)x + (Pb + p), and one map 64→192 takes little more
+than a third of the multiply-adds of 64→128→192. The student's BatchNormalizations fold into its convolutions. The loss
+is a function of the projector's result, so it is the same.
 
 Left alone: the hint's regressor, a 1×1 convolution in the middle of the student, follows a ReLU.
 """

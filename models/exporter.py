@@ -75,7 +75,7 @@ class Exporter:
         gain: float = 1.0,
         output: str = "",
     ) -> str:
-        """A convolution of odd kernel k, padding k//2; weights of variance gain / fan-in, a bias of deviation `bias`."""
+        """A convolution of odd kernel k, padding k//2; weights of variance gain / fan-in, a bias of that deviation."""
         kernel = (k,) * rank
         fan = inn // groups * k**rank
         values = self.rng.normal(0, (gain / fan) ** 0.5, (out, inn // groups, *kernel)) if weight is None else weight

@@ -19,7 +19,20 @@ from pwopt.runtime import written
 
 #: Of lines in the file, as everywhere in this repository.
 WIDTH = 120
-COLUMNS = ("system", "rewrites", "refused", "multiply-adds", "speed-up", "property", "before", "after", "verdict")
+#: Columns of the table and their widths in a terminal, where the property has what is left.
+WIDTHS = {
+    "system": 13,
+    "rewrites": 19,
+    "refused": 7,
+    "multiply-adds": 9,
+    "speed-up": 9,
+    "property": None,
+    "before": 9,
+    "after": 9,
+    "verdict": 7,
+}
+COLUMNS = tuple(WIDTHS)
+COLUMNS = tuple(WIDTHS)
 
 
 def cells(row: Row) -> tuple[str, ...]:
@@ -59,19 +72,24 @@ def columns(rows: Sequence[Row]) -> list[int]:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """For the terminal: a line per rewrite or property."""
+    """For the terminal: a row per system, one more for every further property."""
     shown = columns(rows)
-    result = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
     for i in shown:
-        result.add_column(
-            COLUMNS[i], no_wrap=COLUMNS[i] != "property", min_width=30 if COLUMNS[i] == "property" else None
-        )
+        name = COLUMNS[i]
+        result.add_column(name, width=WIDTHS[name], ratio=1 if name == "property" else None, overflow="fold")
     for row in rows:
-        lines = list(itertools.zip_longest(*(cells(row)[i].split("\n") for i in shown), fillvalue=""))
+        lines = list(itertools.zip_longest(*(_parts(row, i) for i in shown), fillvalue=""))
         for number, line in enumerate(lines, 1):
-            style = ("red" if row.faults else "green") if number == 1 else ""
-            result.add_row(*line[:-1], Text(line[-1], style), end_section=number == len(lines))
+            verdict = Text(line[-1], "red" if row.faults else "green")
+            result.add_row(*line[:-1], verdict, end_section=number == len(lines))
     return result
+
+
+def _parts(row: Row, column: int) -> list[str]:
+    """What stands in each of a system's rows: properties in rows of their own, everything else in the first."""
+    text = cells(row)[column]
+    return text.split("\n") if COLUMNS[column] in ("property", "before", "after") else [text]
 
 
 def markdown(rows: Sequence[Row]) -> str:

@@ -6,12 +6,12 @@ blocks as Caffe, Detectron and Keras have them: the second one strides on its fi
 shortcut, so both look at every second pixel of the block before. A second shortcut carries the network's input past
 both blocks by two orthogonal maps, a rotation and a strided projection, and is an output.
 
-Rewritten: nobody looks at the odd pixels of the first block's result, so its last 1×1 convolution, its sum and its ReLU
-compute every second pixel only: the same numbers, bit for bit, at a quarter of the positions. BatchNormalizations fold.
-The rotation and the projection are linear neighbours and become one map, orthogonal like both.
+Rewritten: nobody looks at the odd pixels of the first block's result, so its 3×3 convolution takes the stride over, and
+its last 1×1 convolution, its sum and its ReLU compute every second pixel only: the same numbers, bit for bit, at a
+quarter of the positions. BatchNormalizations fold into convolutions. The rotation and the projection are linear
+neighbours and become one map, orthogonal like both.
 
-Left alone: the 3×3 convolution's ReLU, and the 3×3 convolution itself, whose odd pixels nobody needs but whose
-neighbourhood everybody does: it computes every second pixel from all of its input.
+Left alone: the first 1×1 convolution and its ReLU, since a 3×3 convolution looks at every pixel, whatever its stride.
 """
 
 from __future__ import annotations

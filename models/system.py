@@ -60,7 +60,7 @@ class Kept:
         if a.size <= MAX_PRINTED:
             first, second = (", ".join(f"{x:.5g}" for x in v.reshape(-1)) for v in (a, b))
         else:
-            first, second = f"{a.size:,} values", "the same" if off == 0 else _off(off)
+            first, second = f"{a.size:,} values", "the same" if off == 0 else f"off by {off:.1e}"
         return Figure(self.claim, first, second, off <= self.limit)
 
 
@@ -137,7 +137,7 @@ class System:
 
 
 def _off(residual: float) -> str:
-    return "exact" if residual == 0 else f"off by {residual:.1e}"
+    return "exact" if residual == 0 else f"{residual:.1e}"
 
 
 def outputs(session: Session, **feeds: np.ndarray) -> dict[str, np.ndarray]:

@@ -11,6 +11,7 @@ import pytest
 from onnx import numpy_helper
 
 from models import page
+from models.__main__ import app
 from models.gallery import SYSTEMS, Row, check, serialised
 from models.system import FOLDER, Kept, Law, Refusal, System
 from pwopt.model import as_file
@@ -155,3 +156,35 @@ def test_the_page_is_up_to_date(rows: dict[str, Row]) -> None:
     anchors = re.findall(r"\]\(#([^)]*)\)", kept)
     assert anchors == [page.anchor(row) for row in rows.values()]
     assert len(re.findall(r"^## ", kept, re.M)) == len(SYSTEMS)
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as stop:
+        app(["physics", "graph_network", "--seconds", "0"])
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert text.count("holds") == 2
+    assert "inception" not in text
+    with pytest.raises(SystemExit) as stop:
+        app(["phlogiston"])
+    assert stop.value.code == 2
+
+
+def test_a_fault_is_told_and_counts(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    system = next(s for s in SYSTEMS if s.name == "physics")
+    monkeypatch.setattr("models.__main__.SYSTEMS", (replace(system, rewrites=()),))
+    with pytest.raises(SystemExit) as stop:
+        app(["--seconds", "0", "--no-readme"])
+    assert stop.value.code == 1
+    assert "physics: the passes that acted" in capsys.readouterr().out
+
+
+def test_a_raced_row() -> None:
+    """Whatever the clock says, what was kept is told, and the page names the machine."""
+    row = check(next(s for s in SYSTEMS if s.name == "linear_sequence"), seconds=0.2)
+    assert row.faults == ()
+    assert row.raced is not None
+    assert "×" in page.speed(row) or page.speed(row) == "1, original kept"
+    text = page.markdown([row])
+    assert "speed-up" in text
+    assert row.raced.environment["cpu"] in text.replace("\n", " ")
