@@ -7,7 +7,8 @@ opponent space (three orthogonal 3×3 maps after each other: into the space, a r
 layers of a VGG-like network whose features get a palette W before their Gram matrix.
 
 Rewritten: the three colour maps become one 3→3 map, orthogonal like each of them. The palette moves behind the Gram
-matrix: (Wx)(Wx)ᵀ = W(xxᵀ)Wᵀ, so it multiplies two 64×64 matrices instead of 4,096 pixels.
+matrix: (Wx)(Wx)ᵀ = W(xxᵀ)Wᵀ, so it multiplies two 64×64 matrices instead of 4,096 pixels. An orthogonal W never cancels
+anything, so rounding stays as small as it was; for weights that nearly cancel their input, pwopt refuses.
 
 Left alone: the features are an output themselves, and come from a ReLU, so the palette does not fold into the
 convolution before it.

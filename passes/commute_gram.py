@@ -11,13 +11,18 @@ from pwopt.linear import Array, Refusal
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
 from pwopt.shapes import Shape, channels
 
+#: Largest ratio of singular values of W: (Wx)(Wx)ᵀ rounds relative to ‖W‖‖x‖·‖Wx‖, and W(x·xᵀ)Wᵀ to ‖W‖²‖x‖², which is
+#: at most this many times as much (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.5).
+MAX_CONDITION = 10.0
+
 
 class CommuteGram(Pass):
     """(Wx)(Wx)ᵀ = W(x·xᵀ)Wᵀ
 
     For a pointwise W without bias, whose result only the Gram matrix reads, perhaps through a Reshape that joins the
     positions. With P positions and W of n→m channels, m·n·P + m²·P multiply-adds become n²·P + m·n² + m²·n; done if
-    that is fewer. Style transfer (Gatys, Ecker and Bethge, 2016) and covariance pooling have Gram matrices.
+    that is fewer. W must be well-conditioned: where it all but cancels its input, the right side would round worse.
+    Style transfer (Gatys, Ecker and Bethge, 2016) and covariance pooling have Gram matrices.
     """
 
     name = "commute-gram"
@@ -27,24 +32,16 @@ class CommuteGram(Pass):
         rows = _gram_of(rw, node)
         if rows is None:
             return None
-        flatten = rw.producer(rows)
-        joined = flatten is not None and rw.op(flatten) == "Reshape"
-        mapped = flatten.inputs[0] if joined and flatten is not None else rows
+        maker = rw.producer(rows)
+        flatten = maker if rw.is_a(maker, "Reshape") else None
+        mapped = rows if flatten is None else flatten.inputs[0]
         reading = forms.weighted(rw, rw.producer(mapped))
-        if reading is None or reading.output is not mapped or not _along_rows(rw, reading, flatten if joined else None):
+        if reading is None or reading.output is not mapped or not _along_rows(rw, reading, flatten):
             return None
         g = reading.geometry
         if not g.pointwise or g.groups > 1:
             return None
-        refusal = rw.pinned(rows) or (rw.crowd(mapped) if joined else "")
-        if len(rw.readers(rows)) > 2:
-            refusal = f"{rows.name!r} is read by more than its Gram matrix"
-        if g.biased:
-            refusal = "the map before the Gram matrix has a bias, and (Wx + b)(Wx + b)ᵀ is not W(x·xᵀ)Wᵀ"
-        if str(rw.dtype(rows)) == "float16":
-            refusal = "a sum of other numbers could overflow float16"
-        if rw.shared(reading.weight_input):
-            refusal = f"the weight {reading.weight_input.name!r} is shared"
+        refusal = _refusal(rw, reading, node, mapped)
         if refusal:
             return Skip(refusal)
         size = rw.size_of(rows)
@@ -54,7 +51,23 @@ class CommuteGram(Pass):
         before, after = (m * n + m * m) * places, n * n * places + m * n * n + m * m * n
         if after >= before:
             return Skip(f"behind the Gram matrix, {n}→{m} would cost {after / before:.2f}× the multiply-adds")
-        return _write(rw, node, reading, rows, flatten if joined else None)
+        return _write(rw, node, reading, rows, flatten)
+
+
+def _refusal(rw: Rewriter, reading: Reading, node: gs.Node, mapped: gs.Tensor) -> str:
+    rows, columns = node.inputs
+    if len(rw.readers(rows)) > 2:
+        return f"{rows.name!r} is read by more than its Gram matrix"
+    crowd = rw.pinned(rows) or rw.crowd(columns) or (rw.crowd(mapped) if mapped is not rows else "")
+    if crowd:
+        return crowd
+    if rw.shared(reading.weight_input):
+        return f"the weight {reading.weight_input.name!r} is shared"
+    if reading.geometry.biased:
+        return "the map before the Gram matrix has a bias, and (Wx + b)(Wx + b)ᵀ is not W(x·xᵀ)Wᵀ"
+    if str(rw.dtype(rows)) == "float16":
+        return "a sum of other numbers could overflow float16"
+    return ""
 
 
 def _gram_of(rw: Rewriter, node: gs.Node) -> gs.Tensor | None:
@@ -86,6 +99,9 @@ def _write(rw: Rewriter, node: gs.Node, reading: Reading, rows: gs.Tensor, flatt
     if isinstance(linear, Refusal) or dtype is None:
         return Skip(linear.reason if isinstance(linear, Refusal) else "the element type is not known")
     matrix: Array = linear.weight.reshape(g.out_channels, g.in_channels)
+    condition = float(np.linalg.cond(matrix)) if g.out_channels >= g.in_channels else float("inf")
+    if not condition <= MAX_CONDITION:
+        return Skip(f"the weights have a condition number of {condition:.2g}, and a Gram matrix of x would square it")
     low = emit.rounded(matrix, dtype)
     if isinstance(low, Refusal):
         return Skip(low.reason)
