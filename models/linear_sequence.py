@@ -1,45 +1,48 @@
-"""A sequence of linear 1×1 convolutions, as an over-parameterised export has it: 64→128→192→128→32.
+"""Linear sequence: 1×1 convolutions with nothing between them, 64→128→192→128→32.
 
-Without activations between them the four are one map 64→32. ExpandNets (Guo et al., NeurIPS 2020) train
-such expansions on purpose and contract them afterwards; exports that forgot to are what pwopt finds.
-Expected: one convolution of 64·32 weights and 32 biases.
+The smallest system: a pointwise convolution multiplies the channels of every pixel by one matrix, and a sequence of
+them by the product of their matrices. ExpandNets (Guo, Alvarez and Salzmann, NeurIPS 2020) train such expansions on
+purpose and contract them afterwards; exports that forgot to are what pwopt finds.
+
+Rewritten: W₄(W₃(W₂(W₁x + b₁) + b₂) + b₃) + b₄ is one convolution of 64·32 weights and 32 biases, multiplied in float64
+and rounded once.
 """
 
 from __future__ import annotations
 
 import itertools
-import sys
-from pathlib import Path
 
 import numpy as np
 import onnx
-from onnx import TensorProto, helper, numpy_helper
+
+from models.exporter import Exporter
+from models.system import Law, System, normal
+from pwopt.invariants import function_of
+from pwopt.runtime import Session
 
 WIDTHS = (64, 128, 192, 128, 32)
 
 
 def build() -> onnx.ModelProto:
     """The model: x (batch, 64, height, width) float32 → y (batch, 32, height, width)."""
-    rng = np.random.default_rng(0)
-    nodes, weights, tensor = [], [], "x"
+    e, x = Exporter(0), "x"
     for i, (inn, out) in enumerate(itertools.pairwise(WIDTHS), 1):
-        output = "y" if i == len(WIDTHS) - 1 else f"h{i}"
-        weight = rng.normal(0, inn**-0.5, (out, inn, 1, 1)).astype(np.float32)
-        bias = rng.normal(0, 0.1, out).astype(np.float32)
-        weights += [numpy_helper.from_array(weight, f"conv{i}.weight"), numpy_helper.from_array(bias, f"conv{i}.bias")]
-        inputs = [tensor, f"conv{i}.weight", f"conv{i}.bias"]
-        nodes.append(helper.make_node("Conv", inputs, [output], f"conv{i}", kernel_shape=[1, 1]))
-        tensor = output
+        x = e.conv(x, f"conv{i}", inn, out, bias=0.1, output="y" if i == len(WIDTHS) - 1 else f"h{i}")
     space = ["height", "width"]
-    graph = helper.make_graph(
-        nodes,
-        "linear_sequence",
-        [helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", WIDTHS[0], *space])],
-        [helper.make_tensor_value_info("y", TensorProto.FLOAT, ["batch", WIDTHS[-1], *space])],
-        weights,
-    )
-    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8, producer_name="pwopt")
+    return e.model("linear_sequence", {"x": ["batch", WIDTHS[0], *space]}, {"y": ["batch", WIDTHS[-1], *space]})
 
 
-if __name__ == "__main__":
-    onnx.save(build(), sys.argv[1] if len(sys.argv) > 1 else Path(__file__).with_suffix(".onnx"))
+def nonlinearity(session: Session) -> float:
+    """‖f(a + b) − f(a) − f(b) + f(0)‖ / ‖f(a + b)‖ for two random images."""
+    f = function_of(session)
+    a, b = normal(1, WIDTHS[0], 16, 16), normal(1, WIDTHS[0], 16, 16, seed=1)
+    both = f(a + b)
+    return float(np.linalg.norm(both - f(a) - f(b) + f(np.zeros_like(a))) / np.linalg.norm(both))
+
+
+SYSTEM = System(
+    build,
+    {"x": (1, WIDTHS[0], 32, 32)},
+    rewrites=("fold-chains",),
+    properties=(Law("f(a + b) = f(a) + f(b) − f(0)", nonlinearity, 1e-6),),
+)

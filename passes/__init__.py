@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pwopt.passes.channels_last import ChannelsLast
 from pwopt.passes.clean_up import CleanUp
+from pwopt.passes.commute_gram import CommuteGram
 from pwopt.passes.commute_spatial import CommuteSpatial
 from pwopt.passes.drop_dead import DropDead
 from pwopt.passes.factor_gates import FactorGates
@@ -34,6 +35,7 @@ PASSES: tuple[type[Pass], ...] = (
     SumBranches,
     FoldChains,
     CommuteSpatial,
+    CommuteGram,
     HoistStride,
     HoistCrop,
     FactorRanks,
@@ -53,6 +55,7 @@ __all__ = [
     "PASSES",
     "ChannelsLast",
     "CleanUp",
+    "CommuteGram",
     "CommuteSpatial",
     "DropDead",
     "FactorGates",

@@ -8,7 +8,7 @@ import onnx_graphsurgeon as gs
 
 from pwopt import attributes, forms
 from pwopt.constants import evaluate
-from pwopt.linear import LinearMap
+from pwopt.linear import LinearMap, Refusal
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip, describe
 from pwopt.shapes import known
 
@@ -24,10 +24,14 @@ FOLDABLE = frozenset(
 )
 
 
+#: Elements of the largest weight that is compared with the identity: an adjacency of a thousand nodes.
+MAX_COMPARED = 1 << 20
+
+
 class CleanUp(Pass):
     """f(x) = x disappears; f(constant) becomes a constant; what nobody reads goes.
 
-    An operator does nothing if its constants say so (×1, +0, a full Slice) or its inferred shapes do (a
+    An operator does nothing if its constants say so (×1, +0, ·I, a full Slice) or its inferred shapes do (a
     Reshape, Expand or Resize to the shape it has). Constants are computed by onnx's reference evaluator,
     never larger than 1 MiB unless their inputs already are. Exporters leave both behind everywhere.
     """
@@ -52,7 +56,7 @@ class CleanUp(Pass):
     def _bypass(self, node: gs.Node, rw: Rewriter, reason: str) -> Rewrite | Skip:
         source = (
             node.inputs[0]
-            if rw.op(node) not in ("Mul", "Add")
+            if rw.op(node) not in ("Mul", "Add", "MatMul")
             else next(t for t in node.inputs if rw.constant(t) is None)
         )
         removed = (describe(node),)
@@ -104,6 +108,8 @@ def does_nothing(rw: Rewriter, node: gs.Node, op: str) -> str:
         step = reading.load() if reading is not None and reading.kind == "diagonal" else None
         same = isinstance(step, LinearMap) and np.all(step.scale == 1) and not step.geometry.biased
         return f"{op} by a constant that changes nothing" if same else ""
+    if op in forms.WEIGHTED_OPS:
+        return f"{op} by the identity" if _identity(rw, node) else ""
     if op in ("Concat", "Sum", "Max", "Min", "Mean") and len(node.inputs) == 1:
         return f"{op} of one tensor"
     if op == "Cast":
@@ -136,6 +142,21 @@ def does_nothing(rw: Rewriter, node: gs.Node, op: str) -> str:
         single = axes is not None and bool(axes) and all(before[a] == 1 for a in axes)
         return f"{op} over axes of size 1" if single and node.attrs.get("keepdims", 1) else ""
     return ""
+
+
+def _identity(rw: Rewriter, node: gs.Node) -> bool:
+    """Whether a convolution or product maps every channel to itself, as the adjacency of a graph of self-loops does."""
+    reading = forms.linear(rw, node)
+    if reading is None or reading.geometry.weights > MAX_COMPARED or not reading.geometry.pointwise:
+        return False
+    g = reading.geometry
+    if g.biased or g.in_channels != g.out_channels:
+        return False
+    linear = reading.load()
+    if isinstance(linear, Refusal):
+        return False
+    width = g.in_channels // g.groups
+    return bool(np.all(linear.weight.reshape(g.groups, width, width) == np.eye(width)))
 
 
 def _full_slice(rw: Rewriter, node: gs.Node, x: gs.Tensor) -> str:

@@ -19,28 +19,57 @@ from pwopt.shapes import channels
 #: elements' worth of work it does per element it reads or writes.
 SPATIAL = {
     "AveragePool": 2.0, "GlobalAveragePool": 1.0, "ReduceMean": 1.0, "ReduceSum": 1.0, "Slice": 1.0,
-    "Resize": 3.0, "Upsample": 3.0, "Expand": 1.0, "Tile": 1.0, "Pad": 1.0,
+    "Resize": 3.0, "Upsample": 3.0, "Expand": 1.0, "Tile": 1.0, "Pad": 1.0, "MatMul": 1.0,
 }  # fmt: skip
 
 
 @dataclass(frozen=True)
 class Mover:
-    """A spatial operator, the positions per channel that it reads and writes, and whether it only repeats one."""
+    """A spatial operator, and what it means to move it.
+
+    Attributes
+    ----------
+    node : gs.Node
+    data : int
+        The input that it moves; a MatMul's is the second one, its first is a constant matrix.
+    rule : commute.Rule
+    reads, writes : int
+        Positions per channel.
+    broadcasts : bool
+        Whether it only repeats one position.
+    terms : int
+        Multiply-adds per element that it writes, of a matrix.
+    """
 
     node: gs.Node
+    data: int
+    rule: commute.Rule
     reads: int
     writes: int
     broadcasts: bool
+    terms: int
 
     def work(self, count: int) -> float:
         """In multiply-adds."""
+        if self.terms:
+            return float(count * self.writes * self.terms)
         if self.node.op == "Slice":  # what it leaves out is not even read
             return ELEMENT * count * 2.0 * self.writes
         return ELEMENT * SPATIAL[self.node.op] * count * (self.reads + self.writes)
 
     @property
     def source(self) -> gs.Tensor:
-        return self.node.inputs[0]
+        return self.node.inputs[self.data]
+
+    @property
+    def shrinks(self) -> bool:
+        """Whether maps may be cheaper behind it; both sides of a matrix have to be compared."""
+        return self.writes < self.reads or self.terms > 0
+
+    @property
+    def grows(self) -> bool:
+        """Whether maps may be cheaper before it."""
+        return self.writes > self.reads or self.terms > 0
 
     @property
     def output(self) -> gs.Tensor:
@@ -52,9 +81,11 @@ class CommuteSpatial(Pass):
 
     With b ≠ 0 only if P keeps constants: average pooling that leaves its padding out, interpolation, cropping,
     broadcasting; not zero padding. Through a Concat only what was upsampled moves:
-    W·concat(Pa, b) = P(Wₐa) + W_b b. Decided by multiply-adds and by elements moved. DenseNet's transitions (Huang et
-    al., 2017) pool after a map; feature pyramids (Lin et al., 2017), U-Nets and YOLO's necks map what they just
-    upsampled.
+    W·concat(Pa, b) = P(Wₐa) + W_b b. P may be a constant matrix, M(xW) = (Mx)W: it mixes positions or nodes where
+    there are fewest channels, and keeps constants if its rows sum to one. Decided by multiply-adds and by elements
+    moved. DenseNet's transitions (Huang et al., 2017) pool after a map; feature pyramids (Lin et al., 2017), U-Nets and
+    YOLO's necks map what they just upsampled; graph networks (Kipf and Welling, 2017) have maps on both sides of an
+    adjacency.
     """
 
     name = "commute-spatial"
@@ -63,8 +94,11 @@ class CommuteSpatial(Pass):
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
         if rw.opset < 7:  # sums broadcast since
             return None
-        if rw.op(node) in SPATIAL:
-            return self._sink(rw, node)
+        done = self._sink(rw, node) if rw.op(node) in SPATIAL else None
+        return done if isinstance(done, Rewrite) else self._lift_above(rw, node) or done
+
+    def _lift_above(self, rw: Rewriter, node: gs.Node) -> Rewrite | Skip | None:
+        """A map moves before what makes its input."""
         reading = _pointwise(rw, node)
         if reading is None or reading.nodes[0] is not node:
             return None
@@ -75,11 +109,12 @@ class CommuteSpatial(Pass):
 
     def _sink(self, rw: Rewriter, node: gs.Node) -> Rewrite | Skip | None:
         """P∘W becomes W∘P, where P leaves fewer positions."""
-        reading = _pointwise(rw, rw.producer(node.inputs[0]))
-        if reading is None or reading.output is not node.inputs[0]:
+        tensor = node.inputs[_data(rw, node)]
+        reading = _pointwise(rw, rw.producer(tensor))
+        if reading is None or reading.output is not tensor:
             return None
-        mover = _mover(rw, node, reading, reading.axis)
-        if mover is None or mover.writes >= mover.reads:
+        mover = _mover(rw, node, reading.axis)
+        if mover is None or not mover.shrinks:
             return None
         refusal = _refusal(rw, mover, reading, reading.output)
         if refusal:
@@ -96,9 +131,12 @@ class CommuteSpatial(Pass):
 
     def _lift(self, rw: Rewriter, reading: Reading, node: gs.Node) -> Rewrite | Skip | None:
         """W∘P becomes P∘W, where P adds positions."""
-        mover = _mover(rw, node, reading, reading.axis)
-        if mover is None or mover.writes <= mover.reads:
+        mover = _mover(rw, node, reading.axis)
+        if mover is None or not mover.grows:
             return None
+        product = forms.linear(rw, reading.nodes[0])
+        if reading.geometry.biased and not mover.rule.shift and product is not None:
+            reading = product  # the Add that is a MatMul's bias stays behind
         refusal = _refusal(rw, mover, reading, reading.source)
         if refusal:
             return Skip(refusal)
@@ -131,7 +169,13 @@ class CommuteSpatial(Pass):
         if isinstance(written, Refusal):
             return Skip(written.reason)
         small, large = sorted((mover.reads, mover.writes))
-        reason = f"{reading.channels} runs {where} {mover.node.op}, at {small:,} positions instead of {large:,}"
+        places = f"{small:,} positions" if small > 1 else "1 position"
+        reason = f"{reading.channels} runs {where} {mover.node.op}, at {places} instead of {large:,}"
+        if mover.terms:
+            wide, narrow = counts
+            reason = (
+                f"{reading.channels} runs {where} a constant matrix, which then mixes {narrow} channels, not {wide}"
+            )
         new = [spatial, *written.nodes] if where == "behind" else [*written.nodes, spatial]
         old = [*reading.nodes, mover.node] if where == "behind" else [mover.node, *reading.nodes]
         return rw.replace(old, new, reason, written.residual)
@@ -160,7 +204,7 @@ class CommuteSpatial(Pass):
         node = rw.producer(tensor)
         if node is None or rw.op(node) not in SPATIAL:
             return ""
-        mover = _mover(rw, node, reading, reading.axis)
+        mover = _mover(rw, node, reading.axis)
         if mover is None or mover.writes <= mover.reads:
             return ""
         refusal = _refusal(rw, mover, reading, tensor)
@@ -216,7 +260,7 @@ class CommuteSpatial(Pass):
             total = after
         gone = [m.node for m in movers if isinstance(m, Mover)]
         names = " and ".join(describe(n) for n in gone)
-        reason = f"what {names} adds to a Concat is mapped before it, {reading.channels} in parts"
+        reason = f"the part of a Concat that comes from {names} is mapped before it, {reading.channels} in parts"
         return rw.replace([*gone, concat, *reading.nodes], new, reason, residual)
 
 
@@ -234,26 +278,33 @@ def _places(rw: Rewriter, tensor: gs.Tensor, axis: int) -> int | None:
     return None if size is None or not 0 <= axis < len(size) or size[axis] == 0 else math.prod(size) // size[axis]
 
 
-def _mover(rw: Rewriter, node: gs.Node, reading: Reading, axis: int | None) -> Mover | None:
+def _data(rw: Rewriter, node: gs.Node) -> int:
+    """The input of a spatial operator that it moves."""
+    return 1 if rw.op(node) == "MatMul" else 0
+
+
+def _mover(rw: Rewriter, node: gs.Node, axis: int | None) -> Mover | None:
     """A spatial operator that leaves the channel axis alone."""
-    if axis is None or rw.rank(node.inputs[0]) is None or rw.rank(node.inputs[0]) != rw.rank(node.outputs[0]):
+    data, product = _data(rw, node), rw.op(node) == "MatMul"
+    source, output = node.inputs[data], node.outputs[0]
+    if axis is None or rw.rank(source) is None or rw.rank(source) != rw.rank(output):
         return None
-    rule = commute.rule(rw, node)
-    reads, writes = _places(rw, node.inputs[0], axis), _places(rw, node.outputs[0], axis)
+    rule = commute.product_rule(rw, node) if product else commute.rule(rw, node)
+    reads, writes = _places(rw, source, axis), _places(rw, output, axis)
     if rule is None or rule.axes is None or rule.axes.get(axis) != axis or not reads or not writes:
         return None
-    shape = rw.shape(node.inputs[0]) or ()
+    shape = rw.shape(source) or ()
     repeats = rw.op(node) in ("Expand", "Tile", "Resize", "Upsample")
     single = repeats and all(d == 1 for a, d in enumerate(shape) if a not in (0, axis))
-    return Mover(node, reads, writes, single and rw.dim(node.outputs[0], 0) == shape[0] and shape[0] is not None)
+    broadcasts = single and rw.dim(output, 0) == shape[0] and shape[0] is not None
+    terms = rw.dim(source, -2) if product else 0
+    return Mover(node, data, rule, reads, writes, broadcasts, terms) if isinstance(terms, int) else None
 
 
 def _refusal(rw: Rewriter, mover: Mover, reading: Reading, between: gs.Tensor) -> str:
-    rule = commute.rule(rw, mover.node)
-    assert rule is not None
-    if reading.geometry.biased and not rule.shift:
+    if reading.geometry.biased and not mover.rule.shift:
         return f"{mover.node.op} does not keep constants, and the map has a bias"
-    if mover.node.op == "ReduceSum" and str(rw.dtype(between)) == "float16":
+    if mover.node.op in ("ReduceSum", "MatMul") and str(rw.dtype(between)) == "float16":
         return "a sum of other numbers could overflow float16"
     crowd = rw.crowd(between)
     return crowd or (f"the weight {reading.weight_input.name!r} is shared" if rw.shared(reading.weight_input) else "")
@@ -263,7 +314,8 @@ def _copy(
     rw: Rewriter, node: gs.Node, source: gs.Tensor, output: gs.Tensor, axis: int, before: int, after: int
 ) -> gs.Node | None:
     """The spatial operator on another number of channels; None if its arguments name the present one for good."""
-    inputs = [source, *node.inputs[1:]]
+    inputs = list(node.inputs)
+    inputs[_data(rw, node)] = source
     index = {"Expand": 1, "Resize": 3}.get(node.op)
     if index is not None and len(inputs) > index and inputs[index].name:
         sizes, rank = rw.integers(inputs[index]), rw.rank(node.inputs[0]) or 0

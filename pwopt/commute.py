@@ -14,7 +14,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from pwopt import attributes, forms
-from pwopt.graph import View
+from pwopt.graph import View, cancelling
 from pwopt.linear import LinearMap, Refusal
 
 
@@ -115,6 +115,24 @@ def rule(view: View, node: gs.Node) -> Rule | None:
     if op == "Dropout":
         return Rule() if attributes.inactive_dropout(view, node) else None
     return Rule() if op == "Identity" else None
+
+
+def product_rule(view: View, node: gs.Node) -> Rule | None:
+    """The rule of a constant matrix times the data, M·x: a graph's adjacency, or a transform of positions.
+
+    It mixes entries of the axis before the last, and treats all others alike. It keeps constants if every row sums to
+    one, to within the rounding of its numbers.
+    """
+    reading = forms.linear(view, node)
+    if reading is None or reading.kind != "left-matmul" or reading.geometry.biased or reading.axis is None:
+        return None
+    matrix = view.value(reading.weight_input)
+    if matrix is None:
+        return None
+    rounding = cancelling(view.dtype(reading.weight_input)) * np.abs(matrix).sum(1)
+    keeps = bool(np.all(np.abs(matrix.sum(1) - 1) <= rounding))
+    rank = view.rank(reading.source) or 0
+    return Rule(shift=keeps, axes={a: a for a in range(rank) if a != reading.axis})
 
 
 def _equal_axes(view: View, node: gs.Node) -> dict[int, int]:

@@ -1,7 +1,11 @@
 import os
+import sys
 import tempfile
+from pathlib import Path
 
 os.environ.setdefault("COLUMNS", "120")
 #: Decisions of races in tests stay out of the user's cache.
 _CACHE = tempfile.TemporaryDirectory(prefix="pwopt-cache-")
 os.environ["PWOPT_CACHE"] = _CACHE.name
+#: The gallery is no part of the installed package.
+sys.path.append(str(Path(__file__).parent.parent))

@@ -36,6 +36,11 @@ NOTHING: list[tuple[str, dict[str, np.ndarray]]] = [
     ("Resize(x, , , s)", {"s": np.array([2, 4, 6, 8])}),
     ("MaxPool<kernel_shape=[1,1]>(x)", {}),
     ("AveragePool<kernel_shape=[1,1], strides=[1,1]>(x)", {}),
+    ("MatMul(c, x)", {"c": np.eye(6)}),
+    ("MatMul(x, c)", {"c": np.eye(8)}),
+    ("Conv(x, c)", {"c": np.eye(4).reshape(4, 4, 1, 1)}),
+    ("Conv<group=4>(x, c)", {"c": np.ones((4, 1, 1, 1))}),
+    ("Conv<group=2>(x, c)", {"c": np.tile(np.eye(2), (2, 1)).reshape(4, 2, 1, 1)}),
 ]  # fmt: skip
 
 
@@ -54,6 +59,13 @@ def test_what_does_nothing_goes(call: str, weights: dict[str, np.ndarray]) -> No
 
 
 SOMETHING: list[tuple[str, dict[str, np.ndarray]]] = [
+    ("MatMul(c, x)", {"c": np.eye(6) + 1e-9}),
+    ("MatMul(c, x)", {"c": np.eye(6)[::-1]}),
+    ("MatMul(c, x)", {"c": np.eye(7, 6)}),
+    ("MatMul(c, x)", {"c": np.stack([np.stack([np.eye(6)] * 4)] * 2)}),
+    ("Conv(x, c, b)", {"c": np.eye(4).reshape(4, 4, 1, 1), "b": np.ones(4)}),
+    ("Conv<strides=[2,2]>(x, c)", {"c": np.eye(4).reshape(4, 4, 1, 1)}),
+    ("Conv<group=2>(x, c)", {"c": np.tile(np.eye(2)[::-1], (2, 1)).reshape(4, 2, 1, 1)}),
     ("Mul(x, c)", {"c": np.ones((3, 1, 1, 1, 1))}),
     ("Add(x, c)", {"c": np.zeros((1, 1, 1, 1, 1))}),
     ("Mul(x, c)", {"c": np.array([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0 + 1e-15])}),

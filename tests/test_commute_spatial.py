@@ -247,3 +247,97 @@ def test_random_stacks(steps: list[str], seed: int) -> None:
     result, _, _ = run(model, *passes)
     assert macs(result) <= macs(model)
     same(model, result, 1e-7, x=X)
+
+
+def stochastic(nodes: int, *, symmetric: bool = False) -> np.ndarray:
+    """A normalised adjacency with self-loops: rows sum to one, or D^(−1/2)·A·D^(−1/2)."""
+    a = np.abs(normal(nodes, nodes)) + np.eye(nodes)
+    a = a + a.T
+    degree = a.sum(1)
+    return np.asarray(a / np.sqrt(np.outer(degree, degree)) if symmetric else a / degree[:, None])
+
+
+def graph_layer(
+    inn: int, out: int, *, before: bool, bias: str = "", nodes: int = 9, matrix: np.ndarray | None = None
+) -> onnx.ModelProto:
+    """A·(xW) if the map comes before the adjacency, else (Ax)·W."""
+    head = f"(double[2,{nodes},{inn}] x) => (double[N] y) "
+    body = f"h = MatMul(x, w) {bias} y = MatMul(a, {'k' if bias else 'h'})" if before else ""
+    body = body or f"h = MatMul(a, x) {'k = MatMul(h, w) y = Add(k, b)' if bias else 'y = MatMul(h, w)'}"
+    a = stochastic(nodes) if matrix is None else matrix
+    return parse(f"{head}{{ {body} }}", w=normal(inn, out), a=a, **({"b": normal(out, seed=3)} if bias else {}))
+
+
+@pytest.mark.parametrize(("inn", "out", "before"), [(4, 7, True), (7, 4, False)])
+def test_a_map_moves_to_the_cheaper_side_of_a_constant_matrix(inn: int, out: int, before: bool) -> None:
+    model = graph_layer(inn, out, before=before)
+    result, outcome, _ = run(model, CommuteSpatial())
+    assert macs(model) - macs(result) == 2 * 9 * 9 * 3
+    assert "mixes 4 channels, not 7" in outcome.rewrites[0].reason
+    same(model, result, x=normal(2, 9, inn))
+
+
+@pytest.mark.parametrize(("inn", "out", "before"), [(7, 4, True), (4, 7, False), (5, 5, True), (5, 5, False)])
+def test_a_map_stays_on_the_cheaper_side_of_a_constant_matrix(inn: int, out: int, before: bool) -> None:
+    model = graph_layer(inn, out, before=before)
+    result, outcome, _ = run(model, CommuteSpatial())
+    assert result is model
+    assert "would not be cheaper" in reasons(outcome)[0]
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_bias_is_mixed_by_a_matrix_unless_its_rows_sum_to_one(symmetric: bool) -> None:
+    """k = xW + b in front of A: A(xW + b) = (Ax)W + b only if A keeps constants."""
+    model = graph_layer(4, 7, before=True, bias="k = Add(h, b)", matrix=stochastic(9, symmetric=symmetric))
+    result, outcome, _ = run(model, CommuteSpatial())
+    if symmetric:
+        assert result is model
+        assert "does not keep constants" in reasons(outcome)[0]
+    else:
+        assert macs(result) < macs(model)
+    same(model, result, x=normal(2, 9, 4))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_a_bias_behind_a_matrix_may_stay_behind(symmetric: bool) -> None:
+    """(Ax)W + b = A(xW) + b for any A."""
+    model = graph_layer(7, 4, before=False, bias="b", matrix=stochastic(9, symmetric=symmetric))
+    result, *_ = run(model, CommuteSpatial())
+    assert macs(model) - macs(result) == 2 * 9 * 9 * 3
+    same(model, result, x=normal(2, 9, 7))
+
+
+def test_a_matrix_that_pools_nodes() -> None:
+    """Fewer nodes behind it, so a map is cheaper there although it widens."""
+    body = "(double[2,12,4] x) => (double[N] y) { h = MatMul(x, w) y = MatMul(a, h) }"
+    model = parse(body, w=normal(4, 4), a=normal(3, 12))
+    result, *_ = run(model, CommuteSpatial())
+    assert order(result) == ["MatMul", "MatMul"]
+    assert macs(model) - macs(result) == 2 * 4 * 4 * (12 - 3)
+    same(model, result, x=normal(2, 12, 4))
+
+
+def test_maps_along_one_axis_do_not_commute() -> None:
+    body = "(double[2,6,4] x) => (double[N] y) { h = MatMul(v, x) y = MatMul(a, h) }"
+    model = parse(body, v=normal(9, 6), a=normal(9, 9))
+    assert run(model, CommuteSpatial())[0] is model
+
+
+def test_a_convolution_moves_past_a_transform_of_rows() -> None:
+    body = "(double[2,8,12,10] x) => (double[N] y) { h = Conv(x, w) y = MatMul(a, h) }"
+    model = parse(body, w=normal(12, 8, 1, 1), a=normal(12, 12))
+    result, *_ = run(model, CommuteSpatial())
+    assert order(result) == ["MatMul", "Conv"]
+    same(model, result, x=X)
+
+
+def test_observed_and_shared_maps_stay_beside_a_matrix() -> None:
+    body = "{ h = MatMul(x, w) y = MatMul(a, h) %s }"
+    for outputs, more, says in (
+        ("y, double[N] h", "", "graph output"),
+        ("y, double[N] z", "z = MatMul(x, w)", "shared"),
+    ):
+        model = parse(f"(double[2,9,4] x) => (double[N] {outputs}) {body % more}", w=normal(4, 7), a=stochastic(9))
+        result, outcome, _ = run(model, CommuteSpatial())
+        assert result is model
+        assert says in reasons(outcome)[0]

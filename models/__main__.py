@@ -1,0 +1,49 @@
+"""`python -m models`: build, optimise and check all systems, print one table, and write README.md."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.progress import track
+
+from models import page
+from models.gallery import SYSTEMS, check, serialised
+from pwopt.runtime import silence
+
+app = typer.Typer(add_completion=False)
+
+
+@app.command()
+def main(
+    names: Annotated[list[str] | None, typer.Argument(help="Systems to check; all by default.")] = None,
+    build: Annotated[bool, typer.Option("--build", help="Write the .onnx files anew first.")] = False,
+    seconds: Annotated[
+        float, typer.Option(help="Race each result against its original for so long; 0 for not at all.")
+    ] = 2.0,
+    readme: Annotated[bool, typer.Option(help="Write README.md, if all systems are checked.")] = True,
+) -> None:
+    """Build, optimise, check and race the systems of the gallery."""
+    known = {s.name: s for s in SYSTEMS}
+    unknown = set(names or ()) - set(known)
+    if unknown:
+        raise typer.BadParameter(f"there is no system {sorted(unknown)[0]!r}; there are {', '.join(known)}")
+    silence()
+    chosen = [known[name] for name in names or known]
+    for system in chosen if build else ():
+        system.path.write_bytes(serialised(system))
+    console = Console()
+    rows = [check(s, seconds) for s in track(chosen, "checking", console=console, transient=True)]
+    console.print(page.table(rows))
+    for row in rows:
+        for fault in row.faults:
+            console.print(f"[red]{row.system.name}: {fault}[/red]")
+    if readme and len(rows) == len(SYSTEMS):
+        Path(__file__).with_name("README.md").write_text(page.markdown(rows), encoding="utf-8")
+    raise typer.Exit(1 if any(row.faults for row in rows) else 0)
+
+
+if __name__ == "__main__":
+    app(prog_name="python -m models")

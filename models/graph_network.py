@@ -1,0 +1,78 @@
+"""Graph network: features of nodes, mixed along a fixed graph.
+
+Kipf and Welling, "Semi-Supervised Classification with Graph Convolutional Networks" (ICLR 2017), write a layer as
+H' = Â·H·W: the weight W acts on the features of each node alone, which is a 1×1 convolution over nodes, and the
+adjacency Â mixes nodes, feature by feature. Where a graph has only self-loops, Â = I and the layer is node-wise, an
+"MLP". Wu et al., "Simplifying Graph Convolutional Networks" (ICML 2019), leave the activations between layers out.
+The model is a fixed sensor network, as for traffic (Yu et al., "STGCN", IJCAI 2018), spelled as torch exports
+GCNConv with a dense adjacency: an encoder with a ReLU, then one head with self-loops only and one with two graph
+layers, of which the second has a bias.
+
+Rewritten: the product with I goes. On the real graph, Â acts along the nodes and W along the features, so
+(ÂH)W = Â(HW) in either order: the second layer's W runs before both adjacencies, where it meets the first one's and
+becomes one narrow map, and each adjacency mixes 16 features instead of 96. The bias stays behind: it would be mixed by
+Â, whose rows do not sum to one.
+
+Left alone: nothing folds across the encoder's ReLU. Both products with Â stay two, since they share one matrix, and a
+file that holds Â and Â·Â would be a larger one.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+
+from models.exporter import Exporter
+from models.system import Law, Refusal, System, normal
+from pwopt.invariants import function_of, locality
+
+NODES, FEATURES, HIDDEN, WIDE, CLASSES = 48, 32, 64, 96, 16
+
+
+def adjacency() -> np.ndarray:
+    """D^(−1/2)·(A + I)·D^(−1/2) of a ring of sensors with a few shortcuts."""
+    rng = np.random.default_rng(11)
+    a = np.eye(NODES)
+    for i in range(NODES):
+        a[i, (i + 1) % NODES] = a[(i + 1) % NODES, i] = 1
+    for i, j in rng.integers(0, NODES, (NODES // 2, 2)):
+        a[i, j] = a[j, i] = 1
+    scale = a.sum(1) ** -0.5
+    return np.asarray(scale[:, None] * a * scale)
+
+
+def build() -> onnx.ModelProto:
+    """The model: sensors (batch, 48, 32) float32 → alone and mixed (batch, 48, 16)."""
+    e = Exporter(11)
+    x = e.node("Relu", [e.dense("sensors", "encoder", FEATURES, HIDDEN)], "encoder")
+    loops = e.node("MatMul", [e.constant("self_loops", np.eye(NODES)), x], "alone/propagate")
+    loops = e.dense(loops, "alone/lin1", HIDDEN, WIDE)
+    e.dense(loops, "alone/lin2", WIDE, CLASSES, output="alone")
+    graph = e.constant("adjacency", adjacency())
+    for layer, inn, out in (("conv1", HIDDEN, WIDE), ("conv2", WIDE, CLASSES)):
+        x = e.dense(x, f"mixed/{layer}/lin", inn, out, bias=False)
+        x = e.node("MatMul", [graph, x], f"mixed/{layer}/propagate")
+    e.node("Add", [x, e.constant("mixed/conv2.bias", e.rng.normal(0, 0.05, CLASSES))], "mixed/conv2", "mixed")
+    return e.model(
+        "graph_network",
+        {"sensors": ["batch", NODES, FEATURES]},
+        {name: ["batch", NODES, CLASSES] for name in ("alone", "mixed")},
+    )
+
+
+SYSTEM = System(
+    build,
+    {"sensors": (4, NODES, FEATURES)},
+    rewrites=("clean-up", "fold-chains", "commute-spatial"),
+    properties=(
+        Law(
+            "without neighbours, a node's output depends on that node alone",
+            lambda s: locality(function_of(s, output="alone"), normal(2, NODES, FEATURES), index=7),
+            1e-6,
+        ),
+    ),
+    refusals=(
+        Refusal("/encoder/Relu", "the activation stays, and nothing folds across it"),
+        Refusal("/mixed/conv2/propagate/MatMul", "the two adjacencies share their weight", "'adjacency' is shared"),
+    ),
+)

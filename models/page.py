@@ -1,0 +1,170 @@
+"""The gallery as a table in the terminal and as README.md."""
+
+from __future__ import annotations
+
+import inspect
+import itertools
+import textwrap
+from collections import Counter
+from collections.abc import Sequence
+
+from rich import box
+from rich.table import Table
+from rich.text import Text
+
+import models
+from models.gallery import Row
+from pwopt.rewrite import Rewrite
+from pwopt.runtime import written
+
+#: Of lines in the file, as everywhere in this repository.
+WIDTH = 120
+#: Columns of the table and their widths in a terminal, where the property has what is left.
+WIDTHS = {
+    "system": 13,
+    "rewrites": 19,
+    "refused": 7,
+    "multiply-adds": 9,
+    "speed-up": 9,
+    "property": None,
+    "before": 9,
+    "after": 9,
+    "verdict": 7,
+}
+COLUMNS = tuple(WIDTHS)
+COLUMNS = tuple(WIDTHS)
+
+
+def cells(row: Row) -> tuple[str, ...]:
+    """One row of the table, as text; several rewrites or properties on lines of their own."""
+    marks = {name: " *" if name in row.system.measured else "" for name in row.rewrites}
+    before, after = row.report.before.macs, row.report.after.macs
+    return (
+        row.system.name.replace("_", " "),
+        "\n".join(f"{name} ×{n}{marks[name]}" for name, n in row.rewrites.items()),
+        str(len(row.system.refusals) or ""),
+        f"{millions(before)} → {millions(after)}",
+        speed(row),
+        "\n".join(f.claim for f in row.figures),
+        "\n".join(f.before for f in row.figures),
+        "\n".join(f.after for f in row.figures),
+        "fails" if row.faults else "holds",
+    )
+
+
+def millions(count: int) -> str:
+    return f"{count / 1e6:.3g} M"
+
+
+def speed(row: Row) -> str:
+    """The measured speed-up and its interval; "" where nothing was raced."""
+    if row.raced is None:
+        return ""
+    if row.latency is None or not row.raced.rewrites:
+        return "1, original kept"
+    low, high = row.latency.interval
+    return f"{row.latency.speedup:.2f}× ({low:.2f} to {high:.2f})"
+
+
+def columns(rows: Sequence[Row]) -> list[int]:
+    """Indices of the columns that have something to say."""
+    return [i for i in range(len(COLUMNS)) if any(cells(r)[i] for r in rows)]
+
+
+def table(rows: Sequence[Row]) -> Table:
+    """For the terminal: a row per system, one more for every further property."""
+    shown = columns(rows)
+    result = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
+    for i in shown:
+        name = COLUMNS[i]
+        result.add_column(name, width=WIDTHS[name], ratio=1 if name == "property" else None, overflow="fold")
+    for row in rows:
+        lines = list(itertools.zip_longest(*(_parts(row, i) for i in shown), fillvalue=""))
+        for number, line in enumerate(lines, 1):
+            verdict = Text(line[-1], "red" if row.faults else "green")
+            result.add_row(*line[:-1], verdict, end_section=number == len(lines))
+    return result
+
+
+def _parts(row: Row, column: int) -> list[str]:
+    """What stands in each of a system's rows: properties in rows of their own, everything else in the first."""
+    text = cells(row)[column]
+    return text.split("\n") if COLUMNS[column] in ("property", "before", "after") else [text]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """README.md: what the gallery is, the table, and a chapter per system."""
+    title, _, introduction = inspect.cleandoc(models.__doc__ or "").partition("\n\n")
+    shown = columns(rows)
+    lines = [f"# {title.rstrip('.')}", "", introduction, ""]
+    lines += ["| " + " | ".join(COLUMNS[i] for i in shown) + " |", "|" + "---|" * len(shown)]
+    for row in rows:
+        text = list(cells(row))
+        text[0] = f"[{text[0]}](#{anchor(row)})"
+        lines.append("| " + " | ".join(text[i].replace("*", "\\*").replace("\n", "<br>") for i in shown) + " |")
+    lines += ["", _legend(rows), "", _how(rows)]
+    for row in rows:
+        lines += ["", *_chapter(row)]
+    return "\n".join(lines) + "\n"
+
+
+def anchor(row: Row) -> str:
+    """Where GitHub puts a heading."""
+    kept = "".join(c for c in row.system.title.lower() if c.isalnum() or c in " -_")
+    return kept.replace(" ", "-")
+
+
+def _legend(rows: Sequence[Row]) -> str:
+    text = (
+        "*rewrites*: passes (see [what it rewrites](../README.md#what-it-rewrites)) and how often they acted; \\* "
+        "marks what only a clock can judge, applied here without one. *refused*: operators that must stay as they "
+        "are, and did. *holds*: the committed file is what its builder makes, byte for byte; onnxruntime finds both "
+        "models equivalent; exactly these passes acted; what must stay stayed; the properties hold before and after; "
+        "there are no more multiply-adds than before."
+    )
+    if any(r.raced for r in rows):
+        text += (
+            " *speed-up*: median of interleaved runs with its 95 % interval, of what pwopt returned after it raced "
+            "each marked rewrite and the result as a whole, and kept only what was faster."
+        )
+    return textwrap.fill(text, WIDTH)
+
+
+def _how(rows: Sequence[Row]) -> str:
+    raced = next((r.raced for r in rows if r.raced is not None), None)
+    e = (raced or rows[0].report).environment
+    versions = f"pwopt {e['pwopt']}, onnxruntime {e['onnxruntime']}, onnx {e['onnx']}, numpy {e['numpy']}"
+    machine = f" on {e['cpu']}, {e['threads']} thread" + ("s" if e["threads"] > 1 else "") if raced else ""
+    return textwrap.fill(f"Made by `python -m models` with {versions}{machine}.", WIDTH)
+
+
+def _nameless(rewrite: Rewrite) -> str:
+    """What a rewrite did, without the names of nodes, for counting."""
+    reason = rewrite.reason
+    for node in (*rewrite.removed, *rewrite.added):
+        op, _, name = node.partition(" ")
+        reason = reason.replace(node, op) if name else reason
+    return reason
+
+
+def _chapter(row: Row) -> list[str]:
+    """One system: its builder's text, then what was seen."""
+    system, before, after = row.system, row.report.before, row.report.after
+    _, _, text = system.text.partition("\n\n")
+    for word in ("Rewritten:", "Left alone:"):
+        text = text.replace(word, f"**{word}**")
+    sizes = ", ".join(f"`{name}` {written(tuple(shape))}" for name, shape in system.shapes.items())
+    done = Counter((r.pass_name, _nameless(r)) for r in row.report.rewrites)
+    return [
+        f"## {system.title}",
+        "",
+        text,
+        "",
+        f"[{system.name}.py]({system.name}.py) makes [{system.name}.onnx]({system.name}.onnx). For {sizes}:",
+        "",
+        f"* operators {before.nodes} → {after.nodes}, multiply-adds {before.macs:,} → {after.macs:,}, "
+        f"parameters {before.params:,} → {after.params:,}",
+        *(f"* {name}: {what}" + (f" ({n} times)" if n > 1 else "") for (name, what), n in done.items()),
+        *(f"* refused at `{r.node}`: {r.why}" for r in system.refusals),
+        *(f"* {f.claim}: {f.before} before, {f.after} after" for f in row.figures),
+    ]

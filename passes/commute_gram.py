@@ -1,0 +1,142 @@
+"""A pointwise map before a Gram matrix runs behind it, on two small matrices instead of every position."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pwopt import commute, emit, forms
+from pwopt.forms import Reading
+from pwopt.linear import Array, Refusal
+from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
+from pwopt.shapes import Shape, channels
+
+#: Largest ratio of singular values of W: (Wx)(Wx)ᵀ rounds relative to ‖W‖‖x‖·‖Wx‖, and W(x·xᵀ)Wᵀ to ‖W‖²‖x‖², which is
+#: at most this many times as much (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.5).
+MAX_CONDITION = 10.0
+
+
+class CommuteGram(Pass):
+    """(Wx)(Wx)ᵀ = W(x·xᵀ)Wᵀ
+
+    For a pointwise W without bias, whose result only the Gram matrix reads, perhaps through a Reshape that joins the
+    positions. With P positions and W of n→m channels, m·n·P + m²·P multiply-adds become n²·P + m·n² + m²·n; done if
+    that is fewer. W must be well-conditioned: where it all but cancels its input, the right side would round worse.
+    Style transfer (Gatys, Ecker and Bethge, 2016) and covariance pooling have Gram matrices.
+    """
+
+    name = "commute-gram"
+    policy = "if cheaper"
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+        rows = _gram_of(rw, node)
+        if rows is None:
+            return None
+        maker = rw.producer(rows)
+        flatten = maker if rw.is_a(maker, "Reshape") else None
+        mapped = rows if flatten is None else flatten.inputs[0]
+        reading = forms.weighted(rw, rw.producer(mapped))
+        if reading is None or reading.output is not mapped or not _along_rows(rw, reading, flatten):
+            return None
+        g = reading.geometry
+        if not g.pointwise or g.groups > 1:
+            return None
+        refusal = _refusal(rw, reading, node, mapped)
+        if refusal:
+            return Skip(refusal)
+        size = rw.size_of(rows)
+        if size is None:
+            return Skip("the number of positions is not known; --shape tells it")
+        m, n, places = g.out_channels, g.in_channels, size[-1]
+        before, after = (m * n + m * m) * places, n * n * places + m * n * n + m * m * n
+        if after >= before:
+            return Skip(f"behind the Gram matrix, {n}→{m} would cost {after / before:.2f}× the multiply-adds")
+        return _write(rw, node, reading, rows, flatten)
+
+
+def _refusal(rw: Rewriter, reading: Reading, node: gs.Node, mapped: gs.Tensor) -> str:
+    rows, columns = node.inputs
+    if len(rw.readers(rows)) > 2:
+        return f"{rows.name!r} is read by more than its Gram matrix"
+    crowd = rw.pinned(rows) or rw.crowd(columns) or (rw.crowd(mapped) if mapped is not rows else "")
+    if crowd:
+        return crowd
+    if rw.shared(reading.weight_input):
+        return f"the weight {reading.weight_input.name!r} is shared"
+    if reading.geometry.biased:
+        return "the map before the Gram matrix has a bias, and (Wx + b)(Wx + b)ᵀ is not W(x·xᵀ)Wᵀ"
+    if str(rw.dtype(rows)) == "float16":
+        return "a sum of other numbers could overflow float16"
+    return ""
+
+
+def _gram_of(rw: Rewriter, node: gs.Node) -> gs.Tensor | None:
+    """The matrix x of a product x·xᵀ."""
+    if rw.op(node) != "MatMul":
+        return None
+    rows, transpose = node.inputs[0], rw.producer(node.inputs[1])
+    if not rw.is_a(transpose, "Transpose") or transpose.inputs[0] is not rows:
+        return None
+    rank = rw.rank(rows) or 0
+    swapped = [*range(rank - 2), rank - 1, rank - 2]
+    return rows if rank >= 2 and list(transpose.attrs.get("perm", range(rank)[::-1])) == swapped else None
+
+
+def _along_rows(rw: Rewriter, reading: Reading, flatten: gs.Node | None) -> bool:
+    """Whether the channels of a map are the rows of the matrix, and all that follows them its columns."""
+    rank = rw.rank(reading.output) or 0
+    if flatten is None:
+        return reading.axis == rank - 2
+    rule, axis = commute.rule(rw, flatten), reading.axis
+    if rule is None or rule.axes is None or axis is None or rw.rank(flatten.outputs[0]) != axis + 2:
+        return False
+    return all(rule.axes.get(a) == a for a in range(axis + 1))
+
+
+def _write(rw: Rewriter, node: gs.Node, reading: Reading, rows: gs.Tensor, flatten: gs.Node | None) -> Rewrite | Skip:
+    g, output, linear = reading.geometry, node.outputs[0], reading.load()
+    dtype = rw.dtype(reading.weight_input)
+    if isinstance(linear, Refusal) or dtype is None:
+        return Skip(linear.reason if isinstance(linear, Refusal) else "the element type is not known")
+    matrix: Array = linear.weight.reshape(g.out_channels, g.in_channels)
+    condition = float(np.linalg.cond(matrix)) if g.out_channels >= g.in_channels else float("inf")
+    if not condition <= MAX_CONDITION:
+        return Skip(f"the weights have a condition number of {condition:.2g}, and a Gram matrix of x would square it")
+    low = emit.rounded(matrix, dtype)
+    if isinstance(low, Refusal):
+        return Skip(low.reason)
+    transpose = rw.producer(node.inputs[1])
+    assert transpose is not None
+    axis = (rw.rank(rows) or 2) - 2
+
+    def square(shape: Shape) -> Shape:
+        return (*shape[:-2], g.in_channels, g.in_channels)
+
+    new: list[gs.Node] = []
+    narrow = reading.source
+    if flatten is not None:
+        target = rw.integers(flatten.inputs[1])
+        if target is None:
+            return Skip("the shape of its Reshape is computed while the model runs; --static settles it")
+        held = flatten.inputs[1]
+        if target[axis] == g.out_channels != g.in_channels:
+            wanted = [g.in_channels if a == axis else d for a, d in enumerate(target)]
+            held = rw.new_constant(f"{rows.name}_shape", np.array(wanted, np.int64))
+        narrow = rw.new_variable(f"{rows.name}_before", rows, channels(axis, g.in_channels))
+        new.append(gs.Node("Reshape", flatten.name, dict(flatten.attrs), [reading.source, held], [narrow]))
+    flipped = rw.new_variable(f"{output.name}_transposed", node.inputs[1], channels(axis + 1, g.in_channels))
+    inner = rw.new_variable(f"{output.name}_gram", output, square)
+    half = rw.new_variable(f"{output.name}_half", output, channels(axis + 1, g.in_channels))
+    left = rw.new_constant(f"{output.name}_left", low)
+    right = rw.new_constant(f"{output.name}_right", low.T)
+    new += [
+        gs.Node("Transpose", transpose.name, dict(transpose.attrs), [narrow], [flipped]),
+        gs.Node("MatMul", node.name, {}, [narrow, flipped], [inner]),
+        gs.Node("MatMul", rw.node_name(node.name, "_left"), {}, [left, inner], [half]),
+        gs.Node("MatMul", rw.node_name(node.name, "_right"), {}, [half, right], [output]),
+    ]
+    old = [*reading.nodes, *([flatten] if flatten is not None else []), transpose, node]
+    largest = float(np.max(np.abs(matrix), initial=0.0))
+    residual = float(np.max(np.abs(low.astype(np.float64) - matrix), initial=0.0)) / largest if largest else 0.0
+    reason = f"{reading.channels} runs behind the Gram matrix, on both sides of it, instead of at every position"
+    return rw.replace(old, new, reason, residual)
