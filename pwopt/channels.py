@@ -184,6 +184,7 @@ class Analysis:
         self.flows: list[Flow] = []
         self.fixed: dict[int, str] = {}
         self.multiplied: dict[int, Reading] = {}
+        self._joined: dict[int, str] = {}
         self._at: dict[int, list[int]] = {}
         covered: set[int] = set()
         for node in view.nodes():
@@ -283,7 +284,10 @@ class Analysis:
         starts = np.cumsum([0, *sizes])
         links = [Link(p, output, 0, int(s), len(p.value)) for p, s in zip(parts, starts, strict=False) if p]
         whole = all(p is not None for p in parts)
-        return Flow(node, None, tuple(links)) if whole else Flow(node, None, (*links, _stuck(output, parts, sizes)))
+        if whole:
+            return Flow(node, None, tuple(links))
+        self._joined[id(output.tensor)] = f"{node.op} {node.name!r} joins channels of which nothing is known"
+        return Flow(node, None, (*links, _stuck(output, parts, sizes)))
 
     def _split(self, node: gs.Node) -> Flow:
         parts = forms.read_split(self.view, node)
@@ -410,7 +414,7 @@ class Analysis:
                 else:
                     self.fixed.setdefault(id(t), f"{flow.node.op} {flow.node.name!r} holds the channels of {t.name!r}")
         for known in self.of.values():
-            known.gone = np.full(len(known.value), not self.held([known]))
+            known.gone = np.full(len(known.value), id(known.tensor) not in self.fixed.keys() | self.multiplied)
         for reading, side in read:
             if side.gone.any():
                 side.gone &= self._absorbable(reading, side)
@@ -462,10 +466,10 @@ class Analysis:
         return np.asarray(~loose | np.all(size * source.radius <= NEGLIGIBLE * others[:, None], axis=0))
 
     def held(self, tensors: Iterable[Channels], but: gs.Tensor | None = None) -> str:
-        """Why the channels of one of these tensors must stay, else ""; `but` may come from a channel multiplier."""
+        """Why some channels of these tensors must stay where they are, else ""; `but` may have a multiplier."""
         for t in (known.tensor for known in tensors):
-            if id(t) in self.fixed:
-                return self.fixed[id(t)]
+            if id(t) in self.fixed or id(t) in self._joined:
+                return self.fixed.get(id(t)) or self._joined[id(t)]
             if id(t) in self.multiplied and t is not but:
                 return f"{t.name!r} comes from a depthwise convolution with a channel multiplier"
         return ""

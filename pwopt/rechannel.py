@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -36,12 +36,12 @@ class Run:
 
 def runs(analysis: Analysis, component: Sequence[Channels]) -> dict[int, list[Run]]:
     """The channels of each tensor (by its id) of a component, in runs that no Concat, Split or sum of such divides."""
-    links = [link for flow in analysis.flows_at(component) for link in flow.links]
+    cuts = {id(c.tensor): {0, len(c.value)} for c in component}
+    links = [link for flow in analysis.flows_at(component) for link in flow.links if _within(link, cuts)]
     at: dict[int, list[Link]] = {}
     for link in links:
         at.setdefault(id(link.a.tensor), []).append(link)
         at.setdefault(id(link.b.tensor), []).append(link)
-    cuts = {id(c.tensor): {0, len(c.value)} for c in component}
     pending = deque(links)
     while pending:
         link = pending.popleft()
@@ -62,6 +62,10 @@ def runs(analysis: Analysis, component: Sequence[Channels]) -> dict[int, list[Ru
         t: [Run(start, stop, kinds.root(number[t, start])) for start, stop in itertools.pairwise(sorted(found))]
         for t, found in cuts.items()
     }
+
+
+def _within(link: Link, tensors: Collection[int]) -> bool:
+    return id(link.a.tensor) in tensors and id(link.b.tensor) in tensors
 
 
 def rechannel(
