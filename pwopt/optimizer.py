@@ -322,7 +322,8 @@ def _tuned(
     kept = frozenset(site for d in decisions if d.kept for site in d.group.sites)
     undecided = [
         Skip(f"{g.signature}: no time was left to measure it; --budget gives more", g.pass_name, site)
-        for g in groups[len(decisions) :]
+        for g in groups
+        if all(d.group is not g for d in decisions)
         for site in g.sites
     ]
     return kept, [*refused, *(s for d in decisions for s in d.skips()), *undecided]

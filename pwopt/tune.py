@@ -97,6 +97,9 @@ def choose(
 ) -> list[Decision]:
     """Race each group on top of those kept so far, unless it was decided before.
 
+    Groups depend on each other: those that were dropped before others were kept are raced again, on top of these, and
+    at last those that were kept are raced again on top of all others, and dropped if they no longer pay.
+
     Parameters
     ----------
     candidates : sequence of Group
@@ -115,25 +118,42 @@ def choose(
     -------
     list of Decision
     """
-    start, decisions = time.perf_counter(), []
-    kept: frozenset[str] = frozenset()
-    best: Path | None = None
+    deadline = time.perf_counter() + budget
+    decided: dict[Group, Decision] = {}
+    files: dict[frozenset[str], Path] = {}
+
+    def kept() -> list[Group]:
+        return [g for g in candidates if g in decided and decided[g].kept]
+
+    def model(groups: Iterable[Group]) -> Path:
+        sites = frozenset(site for g in groups for site in g.sites)
+        if sites not in files:
+            files[sites] = build(sites)
+        return files[sites]
+
+    def decide(group: Group, races: int) -> None:
+        """Race a group on top of the others that are kept, with its share of the time that is left."""
+        left = deadline - time.perf_counter()
+        if left <= 0:
+            return
+        progress(f"racing {group.pass_name}: {group.signature}", 1 - left / budget)
+        others = [g for g in kept() if g is not group]
+        result = race(model(others), model([*others, group]), min(LONGEST_RACE, left / races))
+        decided[group] = Decision(group, result.speedup(), result.interval(confidence=CONFIDENCE))
+
     for done, group in enumerate(candidates):
         earlier = remembered(group)
         if earlier is not None:
-            decisions.append(earlier)
-            if earlier.kept:
-                kept, best = kept.union(group.sites), None
-            continue
-        left = budget - (time.perf_counter() - start)
-        if left <= 0:
-            break
-        progress(f"racing {group.pass_name}: {group.signature}", done / len(candidates))
-        best = best or build(kept)
-        trial = build(kept.union(group.sites))
-        result = race(best, trial, min(LONGEST_RACE, left / (len(candidates) - done)))
-        decision = Decision(group, result.speedup(), result.interval(confidence=CONFIDENCE))
-        decisions.append(decision)
-        if decision.kept:
-            kept, best = kept.union(group.sites), trial
-    return decisions
+            decided[group] = earlier
+        else:
+            decide(group, 2 * (len(candidates) - done))  # as much again for what follows
+    raced = [g for g in candidates if g in decided and not decided[g].remembered]
+    best = kept()
+    last = candidates.index(best[-1]) if best else 0
+    again = [g for g in raced if not decided[g].kept and decided[g].interval[1] > 1.0 and candidates.index(g) < last]
+    for i, group in enumerate(again):
+        decide(group, len(again) - i + len(best))
+    doubted = [g for g in kept()[:-1] if not decided[g].remembered] if len(kept()) > 1 else []
+    for i, group in enumerate(doubted):
+        decide(group, len(doubted) - i)
+    return [decided[g] for g in candidates if g in decided]

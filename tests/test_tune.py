@@ -8,7 +8,7 @@ from helpers import normal, ops, parse
 import pwopt
 from pwopt.rewrite import Rewrite
 from pwopt.timing import Race
-from pwopt.tune import Group, choose, groups
+from pwopt.tune import Decision, Group, choose, groups
 
 RNG = np.random.default_rng(0)
 
@@ -39,9 +39,59 @@ def test_groups_are_raced_on_top_of_those_kept() -> None:
     listed = [Group("p", s.upper(), (s,), 1) for s in "abcd"]
     decisions = choose(listed, lambda sites: Path("+".join(sorted(sites)) or "+"), race, 60.0)  # type: ignore[arg-type]
     assert [d.kept for d in decisions] == [True, False, True, False]
-    assert seen == [("+", "a"), ("a", "a+b"), ("a", "a+c"), ("a+c", "a+c+d")]
+    first, rest = seen[:4], seen[4:]
+    assert first == [("+", "a"), ("a", "a+b"), ("a", "a+c"), ("a+c", "a+c+d")]
+    assert rest == [("c", "a+c")]  # b was clearly slower, d came last: neither is raced again
     assert [s.site for d in decisions for s in d.skips()] == ["b", "d"]
     assert "measured" in decisions[1].skips()[0].reason
+
+
+def test_what_pays_only_with_others_is_raced_again() -> None:
+    """b makes a worth it."""
+
+    def race(a: Path, b: Path, _seconds: float) -> Race:
+        cost = {"+": 1.0, "a": 1.0, "b": 0.9, "a+b": 0.8}
+        return Race(tuple(cost[p.name] * (1 + 0.01 * RNG.random(40)) for p in (a, b)))
+
+    listed = [Group("p", s.upper(), (s,), 1) for s in "ab"]
+    decisions = choose(listed, lambda sites: Path("+".join(sorted(sites)) or "+"), race, 60.0)
+    assert [d.kept for d in decisions] == [True, True]
+
+
+def test_what_no_longer_pays_is_dropped_in_the_end() -> None:
+    """b does all that a does, and more."""
+
+    def race(a: Path, b: Path, _seconds: float) -> Race:
+        cost = {"+": 1.0, "a": 0.9, "b": 0.7, "a+b": 0.71}
+        return Race(tuple(cost[p.name] * (1 + 0.001 * RNG.random(40)) for p in (a, b)))
+
+    listed = [Group("p", s.upper(), (s,), 1) for s in "ab"]
+    decisions = choose(listed, lambda sites: Path("+".join(sorted(sites)) or "+"), race, 60.0)
+    assert [d.kept for d in decisions] == [False, True]
+
+
+def test_each_model_is_built_once() -> None:
+    built: list[frozenset[str]] = []
+
+    def build(sites: frozenset[str]) -> Path:
+        built.append(sites)
+        return Path("+".join(sorted(sites)) or "+")
+
+    _, race = fake({"a": -0.2, "b": 0.1, "c": -0.1})
+    choose([Group("p", s.upper(), (s,), 1) for s in "abc"], build, race, 60.0)  # type: ignore[arg-type]
+    assert len(built) == len(set(built))
+
+
+def test_remembered_groups_are_not_raced() -> None:
+    seen, race = fake({"a": -0.2, "b": -0.1})
+    listed = [Group("p", s.upper(), (s,), 1) for s in "ab"]
+    known = Decision(listed[0], 1.2, (1.1, 1.3), remembered=True)
+    decisions = choose(
+        listed, lambda sites: Path("+".join(sorted(sites)) or "+"), race, 60.0,  # type: ignore[arg-type]
+        remembered=lambda g: known if g is listed[0] else None,
+    )  # fmt: skip
+    assert [d.kept for d in decisions] == [True, True]
+    assert seen == [("a", "a+b")]
 
 
 def test_without_time_nothing_is_decided() -> None:
