@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pwopt.passes.channels_first import ChannelsFirst
 from pwopt.passes.channels_last import ChannelsLast
 from pwopt.passes.clean_up import CleanUp
 from pwopt.passes.commute_gram import CommuteGram
@@ -45,6 +46,7 @@ PASSES: tuple[type[Pass], ...] = (
     PadChannels,
     FillBlocks,
     LowerRank,
+    ChannelsFirst,
     ChannelsLast,
     MergeSiblings,
     SplitConcat,
@@ -53,6 +55,7 @@ PASSES: tuple[type[Pass], ...] = (
 
 __all__ = [
     "PASSES",
+    "ChannelsFirst",
     "ChannelsLast",
     "CleanUp",
     "CommuteGram",

@@ -7,7 +7,7 @@ from dataclasses import replace
 import onnx_graphsurgeon as gs
 
 from pwopt import emit, forms
-from pwopt.linear import LinearMap, Refusal
+from pwopt.linear import Refusal
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
 
 #: Channels to the end, and back.
@@ -49,8 +49,7 @@ class ChannelsLast(Pass):
         soft = rw.new_variable(f"{reading.source.name}_last", moved)
         out = reading.geometry.out_channels
         mapped = rw.new_variable(f"{reading.output.name}_last", moved, lambda s: (*s[:3], out))
-        flat = LinearMap.of(linear.geometry.at_rank(0), linear.weight, linear.bias)
-        written = emit.write(rw, flat, replace(reading, kind="matmul"), soft, mapped, 3)
+        written = emit.write(rw, linear.at_rank(0), replace(reading, kind="matmul"), soft, mapped, 3)
         if isinstance(written, Refusal):
             return Skip(written.reason)
         new = [

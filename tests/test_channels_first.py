@@ -1,0 +1,87 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from helpers import normal, ops, parse, reasons, run, same
+
+from pwopt.passes import ChannelsFirst
+
+X = normal(2, 4, 5, 3, seed=50)
+HEAD = "(double[2,4,5,3] x) => (double[N] y) "
+TO, BACK = "t = Transpose<perm=[0,2,3,1]>(x)", "y = Transpose<perm=[0,3,1,2]>"
+CONSTANTS = {
+    "w": normal(4, 6),
+    "b": normal(6, seed=1),
+    "v": normal(6, 5, seed=2),
+    "c": normal(5, seed=3),
+    "low": np.float64(0),
+    "high": np.float64(1),
+}
+
+
+def eager() -> ChannelsFirst:
+    p = ChannelsFirst()
+    p.eager = True
+    return p
+
+
+def build(body: str, /) -> onnx.ModelProto:
+    words = body
+    for c in "()<>,=":
+        words = words.replace(c, f" {c} ")
+    text = body if body.startswith("(") else HEAD + body
+    return parse(text, **{k: v for k, v in CONSTANTS.items() if k in words.split()})
+
+
+@pytest.mark.parametrize(
+    ("between", "last", "found"),
+    [
+        ("m = MatMul(t, w)", "m", {"Conv": 1}),
+        ("p = MatMul(t, w) m = Add(p, b)", "m", {"Conv": 1}),
+        ("p = MatMul(t, w) a = Add(b, p) r = Relu(a) m = MatMul(r, v)", "m", {"Conv": 2, "Relu": 1}),
+        ("r = Clip(t, low, high) p = MatMul(r, w) s = Sigmoid(p) g = Mul(p, s) q = MatMul(g, v) m = Add(q, c)", "m",
+         {"Clip": 1, "Conv": 2, "Sigmoid": 1, "Mul": 1}),
+        ("p = MatMul(t, w) m = Tanh(p)", "m", {"Conv": 1, "Tanh": 1}),
+    ],
+)  # fmt: skip
+def test_products_between_transposes(between: str, last: str, found: dict[str, int]) -> None:
+    model = build(f"{{ {TO} {between} {BACK}({last}) }}")
+    result, _, _ = run(model, eager())
+    assert ops(result) == found
+    same(model, result, x=X)
+
+
+def test_a_transpose_that_others_read_stays() -> None:
+    model = build(
+        "(double[2,4,5,3] x) => (double[N] y, double[N] z) {"
+        + f"{TO} m = MatMul(t, w) {BACK}(m) n = Softmax(t) z = Relu(n) }}"
+    )
+    result, _, _ = run(model, eager())
+    assert result is model  # two readers: the products are not alone between the Transposes
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (f"{{ {TO} m = MatMul(t, w) o = MatMul(t, w) q = Add(m, o) {BACK}(q) }}", ""),
+        (f"{{ {TO} n = Softmax(t) m = MatMul(n, w) {BACK}(m) }}", ""),
+        (f"{{ {TO} m = Relu(t) {BACK}(m) }}", ""),
+        (f"{{ {TO} m = MatMul(t, w) y = Transpose<perm=[0,2,1,3]>(m) }}", ""),
+        (f"(double[2,4,5,3] x) => (double[N] y, double[N] m) {{ {TO} m = MatMul(t, w) {BACK}(m) }}", ""),
+        (f"(double[2,4,5,3] x, double[4,6] u) => (double[N] y) {{ {TO} m = MatMul(t, u) {BACK}(m) }}", ""),
+        (f"(double[2,4,5,3] x, double[7,4] k) => (double[N] y, double[N] z) {{ {TO} m = MatMul(t, w) {BACK}(m) z = MatMul(k, w) }}", "the weight 'w' is shared"),
+    ],
+)  # fmt: skip
+def test_refusals(body: str, why: str) -> None:
+    model = build(body)
+    result, outcome, _ = run(model, eager())
+    assert result is model
+    assert why in " ".join(reasons(outcome))
+
+
+def test_only_measuring_can_tell() -> None:
+    model = build(f"{{ {TO} m = MatMul(t, w) {BACK}(m) }}")
+    result, outcome, _ = run(model, ChannelsFirst())
+    assert result is model
+    assert reasons(outcome) == ["4→6 between Transposes could be 1×1 convolutions; only measuring can tell"]
