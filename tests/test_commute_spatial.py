@@ -7,6 +7,7 @@ from helpers import normal, ops, parse, reasons, run, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pwopt
 from pwopt.cost import measure
 from pwopt.graph import View
 from pwopt.model import from_proto
@@ -400,3 +401,35 @@ def test_a_map_and_its_bias_between_a_matrix_and_a_map() -> None:
     model = parse(body, a=stochastic(9), v=normal(7, 8), c=normal(8), w=normal(8, 3))
     result, *_ = run(model, CommuteSpatial(), FoldChains())
     same(model, result, x=normal(2, 9, 7))
+
+
+LAYER = st.tuples(st.sampled_from(["map", "mix", "identity", "shift", "nodes' shift", "relu"]), st.integers(1, 9))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(LAYER, min_size=2, max_size=7))
+def test_random_graph_layers(layers: list[tuple[str, int]]) -> None:
+    """Maps of features, matrices of nodes (every other one keeps constants), and shifts of both, by the whole pipeline."""
+    nodes, width, t, lines, numbers = 5, 6, "x", [], {}
+    for i, (layer, size) in enumerate(layers):
+        y, w = f"t{i}", f"w{i}"
+        if layer == "map":
+            numbers[w], width = normal(width, size, seed=i), size
+            lines.append(f"{y} = MatMul({t}, {w})")
+        elif layer == "mix":
+            matrix = np.abs(normal(size, nodes, seed=i))
+            numbers[w], nodes = matrix / (matrix.sum(1, keepdims=True) if size % 2 else 1), size
+            lines.append(f"{y} = MatMul({w}, {t})")
+        elif layer == "identity":
+            numbers[w] = np.eye(nodes)
+            lines.append(f"{y} = MatMul({w}, {t})")
+        elif layer == "relu":
+            lines.append(f"{y} = Relu({t})")
+        else:
+            numbers[w] = normal(width, seed=i) if layer == "shift" else normal(nodes, 1, seed=i)
+            lines.append(f"{y} = Add({t}, {w})")
+        t = y
+    model = parse(f"(double[2,5,6] x) => (double[N] y) {{ {' '.join(lines)} y = Neg({t}) }}", **numbers)
+    result = pwopt.optimize(model, cost_model="analytic", check=False)
+    assert result.report.after.macs <= result.report.before.macs
+    same(model, result.model, 1e-8, x=normal(2, 5, 6))
