@@ -80,12 +80,12 @@ class CommuteSpatial(Pass):
     """P(Wx + b) = W(Px) + b for pointwise W and a spatial operator P that treats every channel alike, linearly.
 
     With b ≠ 0 only if P keeps constants: average pooling that leaves its padding out, interpolation, cropping,
-    broadcasting; not zero padding. Through a Concat only what was upsampled moves:
-    W·concat(Pa, b) = P(Wₐa) + W_b b. P may be a constant matrix, M(xW) = (Mx)W, perhaps with a bias behind it,
-    (Mx + c)W = M(xW) + cW: it mixes positions or nodes where there are fewest channels, and keeps constants if its rows
-    sum to one. Decided by multiply-adds and by elements moved. DenseNet's transitions (Huang et al., 2017) pool after a map; feature pyramids (Lin et al., 2017), U-Nets and
-    YOLO's necks map what they just upsampled; graph networks (Kipf and Welling, 2017) have maps on both sides of an
-    adjacency.
+    broadcasting; not zero padding. Through a Concat only what was upsampled moves: W·concat(Pa, b) = P(Wₐa) + W_b b. P
+    may be a constant matrix, M(xW) = (Mx)W, perhaps with a bias behind it, (Mx + c)W = M(xW) + cW: it mixes positions
+    or nodes where there are fewest channels, and keeps constants if its rows sum to one. Decided by multiply-adds and
+    by elements moved. DenseNet's transitions (Huang et al., 2017) pool after a map; feature pyramids (Lin et al.,
+    2017), U-Nets and YOLO's necks map what they just upsampled; graph networks (Kipf and Welling, 2017) have maps on
+    both sides of an adjacency.
     """
 
     name = "commute-spatial"
