@@ -7,10 +7,12 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import track
 
 from models import page
 from models.gallery import SYSTEMS, check, serialised
+from pwopt.errors import PwoptError
 from pwopt.runtime import silence
 
 app = typer.Typer(add_completion=False)
@@ -35,11 +37,15 @@ def main(
     for system in chosen if build else ():
         system.path.write_bytes(serialised(system))
     console = Console()
-    rows = [check(s, seconds) for s in track(chosen, "checking", console=console, transient=True)]
+    try:
+        rows = [check(s, seconds) for s in track(chosen, "checking", console=console, transient=True)]
+    except PwoptError as error:
+        console.print(f"[red]{escape(str(error))}[/red]")
+        raise typer.Exit(error.exit_code) from error
     console.print(page.table(rows))
     for row in rows:
         for fault in row.faults:
-            console.print(f"[red]{row.system.name}: {fault}[/red]")
+            console.print(f"[red]{row.system.name}: {escape(fault)}[/red]")
     if readme and len(rows) == len(SYSTEMS):
         Path(__file__).with_name("README.md").write_text(page.markdown(rows), encoding="utf-8")
     raise typer.Exit(1 if any(row.faults for row in rows) else 0)

@@ -6,15 +6,15 @@ adjacency Â mixes nodes, feature by feature. Where a graph has only self-loops,
 "MLP". Wu et al., "Simplifying Graph Convolutional Networks" (ICML 2019), leave the activations between layers out.
 The model is a fixed sensor network, as for traffic (Yu et al., "STGCN", IJCAI 2018), spelled as torch exports
 GCNConv with a dense adjacency: an encoder with a ReLU, then one head with self-loops only and one with two graph
-layers, of which the second has a bias.
+layers.
 
-Rewritten: the product with I goes. On the real graph, Â acts along the nodes and W along the features, so
-(ÂH)W = Â(HW) in either order: the second layer's W runs before both adjacencies, where it meets the first one's and
-becomes one narrow map, and each adjacency mixes 16 features instead of 96. The bias stays behind: it would be mixed by
-Â, whose rows do not sum to one.
+Rewritten: the product with I goes. On the real graph, Â acts along the nodes and W along the features, so (ÂH)W = Â(HW)
+in either order: the second layer's W runs before both adjacencies, where it meets the first one's and becomes one
+narrow map, and each adjacency mixes 16 features instead of 96. The biases stay behind the adjacencies, the first one as
+b·W, since Â, whose rows do not sum to one, would change them.
 
-Left alone: nothing folds across the encoder's ReLU. Both products with Â stay two, since they share one matrix, and a
-file that holds Â and Â·Â would be a larger one.
+Left alone: nothing folds across the encoder's ReLU. The products with Â stay two: the bias between them acts on the
+features, not on the nodes.
 """
 
 from __future__ import annotations
@@ -49,10 +49,11 @@ def build() -> onnx.ModelProto:
     loops = e.dense(loops, "alone/lin1", HIDDEN, WIDE)
     e.dense(loops, "alone/lin2", WIDE, CLASSES, output="alone")
     graph = e.constant("adjacency", adjacency())
-    for layer, inn, out in (("conv1", HIDDEN, WIDE), ("conv2", WIDE, CLASSES)):
+    for layer, inn, out, output in (("conv1", HIDDEN, WIDE, ""), ("conv2", WIDE, CLASSES, "mixed")):
         x = e.dense(x, f"mixed/{layer}/lin", inn, out, bias=False)
         x = e.node("MatMul", [graph, x], f"mixed/{layer}/propagate")
-    e.node("Add", [x, e.constant("mixed/conv2.bias", e.rng.normal(0, 0.05, CLASSES))], "mixed/conv2", "mixed")
+        shift = e.constant(f"mixed/{layer}.bias", e.rng.normal(0, 0.05, out))
+        x = e.node("Add", [x, shift], f"mixed/{layer}", output)
     return e.model(
         "graph_network",
         {"sensors": ["batch", NODES, FEATURES]},
@@ -73,6 +74,10 @@ SYSTEM = System(
     ),
     refusals=(
         Refusal("/encoder/Relu", "the activation stays, and nothing folds across it"),
-        Refusal("/mixed/conv2/propagate/MatMul", "the two adjacencies share their weight", "'adjacency' is shared"),
+        Refusal(
+            "/mixed/conv2/propagate/MatMul",
+            "a bias of features lies between the two adjacencies",
+            "acts on axis 1, not 2",
+        ),
     ),
 )

@@ -31,25 +31,25 @@ WIDTHS = {
     "after": 9,
     "verdict": 7,
 }
-COLUMNS = tuple(WIDTHS)
-COLUMNS = tuple(WIDTHS)
+#: Columns that have a line for each property.
+PER_PROPERTY = ("property", "before", "after")
 
 
-def cells(row: Row) -> tuple[str, ...]:
-    """One row of the table, as text; several rewrites or properties on lines of their own."""
+def cells(row: Row) -> dict[str, str]:
+    """What the columns say of a system; several rewrites or properties on lines of their own."""
     marks = {name: " *" if name in row.system.measured else "" for name in row.rewrites}
     before, after = row.report.before.macs, row.report.after.macs
-    return (
-        row.system.name.replace("_", " "),
-        "\n".join(f"{name} ×{n}{marks[name]}" for name, n in row.rewrites.items()),
-        str(len(row.system.refusals) or ""),
-        f"{millions(before)} → {millions(after)}",
-        speed(row),
-        "\n".join(f.claim for f in row.figures),
-        "\n".join(f.before for f in row.figures),
-        "\n".join(f.after for f in row.figures),
-        "fails" if row.faults else "holds",
-    )
+    return {
+        "system": row.system.name.replace("_", " "),
+        "rewrites": "\n".join(f"{name} ×{n}{marks[name]}" for name, n in row.rewrites.items()),
+        "refused": str(len(row.system.refusals) or ""),
+        "multiply-adds": f"{millions(before)} → {millions(after)}",
+        "speed-up": speed(row),
+        "property": "\n".join(f.claim for f in row.figures),
+        "before": "\n".join(f.before for f in row.figures),
+        "after": "\n".join(f.after for f in row.figures),
+        "verdict": "fails" if row.faults else "holds",
+    }
 
 
 def millions(count: int) -> str:
@@ -66,30 +66,25 @@ def speed(row: Row) -> str:
     return f"{row.latency.speedup:.2f}× ({low:.2f} to {high:.2f})"
 
 
-def columns(rows: Sequence[Row]) -> list[int]:
-    """Indices of the columns that have something to say."""
-    return [i for i in range(len(COLUMNS)) if any(cells(r)[i] for r in rows)]
+def columns(rows: Sequence[Row]) -> list[str]:
+    """Columns that have something to say."""
+    return [name for name in WIDTHS if any(cells(r)[name] for r in rows)]
 
 
 def table(rows: Sequence[Row]) -> Table:
     """For the terminal: a row per system, one more for every further property."""
     shown = columns(rows)
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
-    for i in shown:
-        name = COLUMNS[i]
+    for name in shown:
         result.add_column(name, width=WIDTHS[name], ratio=1 if name == "property" else None, overflow="fold")
     for row in rows:
-        lines = list(itertools.zip_longest(*(_parts(row, i) for i in shown), fillvalue=""))
+        said = cells(row)
+        parts = (said[name].split("\n") if name in PER_PROPERTY else [said[name]] for name in shown)
+        lines = list(itertools.zip_longest(*parts, fillvalue=""))
         for number, line in enumerate(lines, 1):
             verdict = Text(line[-1], "red" if row.faults else "green")
             result.add_row(*line[:-1], verdict, end_section=number == len(lines))
     return result
-
-
-def _parts(row: Row, column: int) -> list[str]:
-    """What stands in each of a system's rows: properties in rows of their own, everything else in the first."""
-    text = cells(row)[column]
-    return text.split("\n") if COLUMNS[column] in ("property", "before", "after") else [text]
 
 
 def markdown(rows: Sequence[Row]) -> str:
@@ -97,11 +92,11 @@ def markdown(rows: Sequence[Row]) -> str:
     title, _, introduction = inspect.cleandoc(models.__doc__ or "").partition("\n\n")
     shown = columns(rows)
     lines = [f"# {title.rstrip('.')}", "", introduction, ""]
-    lines += ["| " + " | ".join(COLUMNS[i] for i in shown) + " |", "|" + "---|" * len(shown)]
+    lines += ["| " + " | ".join(shown) + " |", "|" + "---|" * len(shown)]
     for row in rows:
-        text = list(cells(row))
-        text[0] = f"[{text[0]}](#{anchor(row)})"
-        lines.append("| " + " | ".join(text[i].replace("*", "\\*").replace("\n", "<br>") for i in shown) + " |")
+        said = cells(row)
+        said["system"] = f"[{said['system']}](#{anchor(row)})"
+        lines.append("| " + " | ".join(said[n].replace("*", "\\*").replace("\n", "<br>") for n in shown) + " |")
     lines += ["", _legend(rows), "", _how(rows)]
     for row in rows:
         lines += ["", *_chapter(row)]
@@ -147,6 +142,14 @@ def _nameless(rewrite: Rewrite) -> str:
     return reason
 
 
+def _decided(row: Row) -> list[str]:
+    """What a clock on this machine said of the rewrites that only a clock can judge."""
+    if row.raced is None:
+        return []
+    kept = {r.pass_name for r in row.raced.rewrites}
+    return [f"* {name}, raced: {'kept' if name in kept else 'not kept'}" for name in row.system.measured]
+
+
 def _chapter(row: Row) -> list[str]:
     """One system: its builder's text, then what was seen."""
     system, before, after = row.system, row.report.before, row.report.after
@@ -165,6 +168,7 @@ def _chapter(row: Row) -> list[str]:
         f"* operators {before.nodes} → {after.nodes}, multiply-adds {before.macs:,} → {after.macs:,}, "
         f"parameters {before.params:,} → {after.params:,}",
         *(f"* {name}: {what}" + (f" ({n} times)" if n > 1 else "") for (name, what), n in done.items()),
+        *_decided(row),
         *(f"* refused at `{r.node}`: {r.why}" for r in system.refusals),
         *(f"* {f.claim}: {f.before} before, {f.after} after" for f in row.figures),
     ]

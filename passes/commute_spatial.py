@@ -80,12 +80,12 @@ class CommuteSpatial(Pass):
     """P(Wx + b) = W(Px) + b for pointwise W and a spatial operator P that treats every channel alike, linearly.
 
     With b ≠ 0 only if P keeps constants: average pooling that leaves its padding out, interpolation, cropping,
-    broadcasting; not zero padding. Through a Concat only what was upsampled moves:
-    W·concat(Pa, b) = P(Wₐa) + W_b b. P may be a constant matrix, M(xW) = (Mx)W: it mixes positions or nodes where
-    there are fewest channels, and keeps constants if its rows sum to one. Decided by multiply-adds and by elements
-    moved. DenseNet's transitions (Huang et al., 2017) pool after a map; feature pyramids (Lin et al., 2017), U-Nets and
-    YOLO's necks map what they just upsampled; graph networks (Kipf and Welling, 2017) have maps on both sides of an
-    adjacency.
+    broadcasting; not zero padding. Through a Concat only what was upsampled moves: W·concat(Pa, b) = P(Wₐa) + W_b b. P
+    may be a constant matrix, M(xW) = (Mx)W, perhaps with a bias behind it, (Mx + c)W = M(xW) + cW: it mixes positions
+    or nodes where there are fewest channels, and keeps constants if its rows sum to one. Decided by multiply-adds and
+    by elements moved. DenseNet's transitions (Huang et al., 2017) pool after a map; feature pyramids (Lin et al.,
+    2017), U-Nets and YOLO's necks map what they just upsampled; graph networks (Kipf and Welling, 2017) have maps on
+    both sides of an adjacency.
     """
 
     name = "commute-spatial"
@@ -105,6 +105,8 @@ class CommuteSpatial(Pass):
         maker = rw.producer(reading.source)
         if rw.is_a(maker, "Concat"):
             return self._lift_parts(rw, reading, maker)
+        if rw.is_a(maker, "Add") and reading.kind == "matmul":
+            return self._lift_past_bias(rw, reading, maker)
         return self._lift(rw, reading, maker) if maker is not None and rw.op(maker) in SPATIAL else None
 
     def _sink(self, rw: Rewriter, node: gs.Node) -> Rewrite | Skip | None:
@@ -123,9 +125,7 @@ class CommuteSpatial(Pass):
         before = g.weights * mover.reads + mover.work(g.out_channels)
         after = g.weights * mover.writes + mover.work(g.in_channels)
         if after >= before:
-            return Skip(
-                f"behind {node.op} it would not be cheaper: {g.in_channels} channels to move, not {g.out_channels}"
-            )
+            return Skip(_dearer("behind", mover, g.in_channels, g.out_channels))
         moved = rw.new_variable(f"{mover.output.name}_input", mover.output, channels(reading.axis, g.in_channels))
         return self._write(rw, mover, reading, (reading.source, moved), (moved, mover.output), "behind")
 
@@ -144,11 +144,42 @@ class CommuteSpatial(Pass):
         before = g.weights * mover.writes + mover.work(g.in_channels)
         after = g.weights * mover.reads + mover.work(g.out_channels)
         if after >= before:
-            return Skip(
-                f"before {node.op} it would not be cheaper: {g.out_channels} channels to move, not {g.in_channels}"
-            )
+            return Skip(_dearer("before", mover, g.out_channels, g.in_channels))
         mapped = rw.new_variable(f"{reading.output.name}_small", mover.source, channels(reading.axis, g.out_channels))
         return self._write(rw, mover, reading, (mapped, reading.output), (mover.source, mapped), "before")
+
+    @staticmethod
+    def _lift_past_bias(rw: Rewriter, reading: Reading, node: gs.Node) -> Rewrite | Skip | None:
+        """W(Mx + c) becomes M(Wx) + Wc, for a matrix M: the next graph layer's map after this layer's bias."""
+        shift, product = forms.linear(rw, node), forms.linear(rw, reading.nodes[0])
+        if shift is None or product is None or shift.kind != "diagonal" or shift.axis != reading.axis:
+            return None
+        maker = rw.producer(shift.source)
+        mover = _mover(rw, maker, reading.axis) if rw.is_a(maker, "MatMul") else None
+        if mover is None:
+            return None
+        refusal = rw.crowd(product.source) or _refusal(rw, mover, product, shift.source)
+        if refusal:
+            return Skip(refusal)
+        g, dtype, linear, constant = product.geometry, rw.dtype(product.weight_input), product.load(), shift.load()
+        if g.weights * mover.reads + mover.work(g.out_channels) >= g.weights * mover.writes + mover.work(g.in_channels):
+            return Skip(_dearer("before", mover, g.out_channels, g.in_channels))
+        if isinstance(linear, Refusal) or isinstance(constant, Refusal) or dtype is None:
+            return None
+        bias = emit.rounded(linear.weight.reshape(g.out_channels, -1) @ constant.bias, dtype)
+        mapped = rw.new_variable(f"{product.output.name}_small", mover.source, channels(reading.axis, g.out_channels))
+        mixed = rw.new_variable(f"{product.output.name}_mixed", product.output)
+        moved = _copy(rw, mover.node, mapped, mixed, reading.axis or 0, g.in_channels, g.out_channels)
+        written = emit.write(rw, linear, product, mover.source, mapped, reading.axis)
+        if isinstance(written, Refusal) or isinstance(bias, Refusal) or moved is None:
+            return Skip(next(r.reason for r in (written, bias) if isinstance(r, Refusal)))
+        held = rw.new_constant(f"{product.output.name}_bias", bias)
+        add = gs.Node("Add", node.name, {}, [mixed, held], [product.output])
+        reason = (
+            f"{product.channels} runs before a constant matrix and its bias, and {g.out_channels} channels are mixed"
+        )
+        old = [mover.node, node, *product.nodes]
+        return rw.replace(old, [*written.nodes, moved, add], f"{reason}, not {g.in_channels}", written.residual)
 
     @staticmethod
     def _write(
@@ -276,6 +307,10 @@ def _pointwise(rw: Rewriter, node: gs.Node | None) -> Reading | None:
 def _places(rw: Rewriter, tensor: gs.Tensor, axis: int) -> int | None:
     size = rw.size_of(tensor)
     return None if size is None or not 0 <= axis < len(size) or size[axis] == 0 else math.prod(size) // size[axis]
+
+
+def _dearer(where: str, mover: Mover, moved: int, now: int) -> str:
+    return f"{where} {mover.node.op} it would not be cheaper: {moved} channels to move, not {now}"
 
 
 def _data(rw: Rewriter, node: gs.Node) -> int:

@@ -107,6 +107,14 @@ def isometry(f: Function, x: np.ndarray, axis: int = 1, stride: int = 1) -> floa
     -------
     float
         The largest difference of two norms, relative to the largest norm.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> from pwopt.invariants import isometry
+    >>> x = np.ones((1, 4, 8, 8))
+    >>> isometry(lambda x: -x, x), isometry(lambda x: 1.5 * x, x)
+    (0.0, 0.5)
     """
     seen = x[(slice(None),) * (axis + 1) + (slice(None, None, stride),) * (x.ndim - axis - 1)]
     before, after = (np.linalg.norm(np.asarray(v, np.float64), axis=axis) for v in (seen, f(x)))

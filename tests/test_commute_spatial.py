@@ -7,6 +7,7 @@ from helpers import normal, ops, parse, reasons, run, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import pwopt
 from pwopt.cost import measure
 from pwopt.graph import View
 from pwopt.model import from_proto
@@ -341,3 +342,94 @@ def test_observed_and_shared_maps_stay_beside_a_matrix() -> None:
         result, outcome, _ = run(model, CommuteSpatial())
         assert result is model
         assert says in reasons(outcome)[0]
+
+
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_map_moves_past_the_bias_of_the_layer_before(biased: bool) -> None:
+    """(Ax + c)W + b = A(xW) + (cW + b), as between two layers of a graph network without activation."""
+    body = "(double[2,9,7] x) => (double[N] y) { h = MatMul(a, x) k = Add(h, c) l = MatMul(k, w) y = %s }"
+    c = normal(7, seed=5)
+    model = parse(
+        body % ("Add(l, b)" if biased else "Neg(l)"),
+        a=stochastic(9, symmetric=True), c=c, w=normal(7, 4), **({"b": normal(4, seed=3)} if biased else {}),
+    )  # fmt: skip
+    result, outcome, _ = run(model, CommuteSpatial(), FoldAffine())
+    assert macs(model) - macs(result) == 2 * 9 * 9 * 3
+    assert "4 channels are mixed, not 7" in outcome.rewrites[0].reason
+    assert ops(result) == ({"MatMul": 2, "Add": 1} if biased else {"MatMul": 2, "Add": 1, "Neg": 1})
+    same(model, result, x=normal(2, 9, 7))
+
+
+PAST: dict[str, tuple[str, dict[str, np.ndarray]]] = {
+    "would not be cheaper": ("k = Add(h, c) y = MatMul(k, w)", {"w": normal(7, 9)}),
+    "graph output": ("k = Add(h, c) y = MatMul(k, w)", {}),
+    "2 consumers": ("k = Add(h, c) l = MatMul(k, w) m = Neg(h) y = MatMul(m, v)", {"v": normal(7, 2)}),
+}
+
+
+@pytest.mark.parametrize("reason", PAST)
+def test_a_map_stays_behind_the_bias_if(reason: str) -> None:
+    steps, weights = PAST[reason]
+    outputs = "double[N] y, double[N] k" if reason == "graph output" else "double[N] y"
+    body = f"(double[2,9,7] x) => ({outputs}) {{ h = MatMul(a, x) {steps} }}"
+    model = parse(body, **({"a": stochastic(9), "c": normal(7), "w": normal(7, 4)} | weights))
+    result, outcome, _ = run(model, CommuteSpatial())
+    assert result is model
+    assert any(reason in r for r in reasons(outcome))
+
+
+@pytest.mark.parametrize(
+    ("middle", "values"),
+    [
+        ("Add(h, c)", normal(9, 1)),
+        ("Add(h, c)", normal(1)),
+        ("Mul(h, c)", normal(7)),
+        ("Add(h, c)", normal(9, 7)),
+        ("Relu(h)", None),
+    ],
+)
+def test_what_lies_between_is_something_else(middle: str, values: np.ndarray | None) -> None:
+    """A shift that differs between nodes, or is the matrix's own bias; a scale, an activation."""
+    body = f"(double[2,9,7] x) => (double[N] y) {{ h = MatMul(a, x) k = {middle} y = MatMul(k, w) }}"
+    model = parse(body, a=stochastic(9), w=normal(7, 4), **({} if values is None else {"c": values}))
+    assert run(model, CommuteSpatial())[0] is model
+
+
+def test_a_map_and_its_bias_between_a_matrix_and_a_map() -> None:
+    """The bias is that map's own, and the two maps are a chain."""
+    body = "(double[2,9,7] x) => (double[N] y) { g = MatMul(a, x) h = MatMul(g, v) k = Add(h, c) y = MatMul(k, w) }"
+    model = parse(body, a=stochastic(9), v=normal(7, 8), c=normal(8), w=normal(8, 3))
+    result, *_ = run(model, CommuteSpatial(), FoldChains())
+    same(model, result, x=normal(2, 9, 7))
+
+
+LAYER = st.tuples(st.sampled_from(["map", "mix", "identity", "shift", "nodes' shift", "relu"]), st.integers(1, 9))
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(LAYER, min_size=2, max_size=7))
+def test_random_graph_layers(layers: list[tuple[str, int]]) -> None:
+    """Maps of features, matrices of nodes (every other one keeps constants), and shifts of both, by the whole pipeline."""
+    nodes, width, t, lines, numbers = 5, 6, "x", [], {}
+    for i, (layer, size) in enumerate(layers):
+        y, w = f"t{i}", f"w{i}"
+        if layer == "map":
+            numbers[w], width = normal(width, size, seed=i), size
+            lines.append(f"{y} = MatMul({t}, {w})")
+        elif layer == "mix":
+            matrix = np.abs(normal(size, nodes, seed=i))
+            numbers[w], nodes = matrix / (matrix.sum(1, keepdims=True) if size % 2 else 1), size
+            lines.append(f"{y} = MatMul({w}, {t})")
+        elif layer == "identity":
+            numbers[w] = np.eye(nodes)
+            lines.append(f"{y} = MatMul({w}, {t})")
+        elif layer == "relu":
+            lines.append(f"{y} = Relu({t})")
+        else:
+            numbers[w] = normal(width, seed=i) if layer == "shift" else normal(nodes, 1, seed=i)
+            lines.append(f"{y} = Add({t}, {w})")
+        t = y
+    model = parse(f"(double[2,5,6] x) => (double[N] y) {{ {' '.join(lines)} y = Neg({t}) }}", **numbers)
+    result = pwopt.optimize(model, cost_model="analytic", check=False)
+    assert result.report.after.macs <= result.report.before.macs
+    same(model, result.model, 1e-8, x=normal(2, 5, 6))

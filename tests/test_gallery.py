@@ -14,6 +14,7 @@ from models import page
 from models.__main__ import app
 from models.gallery import SYSTEMS, Row, check, serialised
 from models.system import FOLDER, Kept, Law, Refusal, System
+from pwopt.errors import ProviderError
 from pwopt.model import as_file
 from pwopt.runtime import Session
 
@@ -177,6 +178,19 @@ def test_a_fault_is_told_and_counts(capsys: pytest.CaptureFixture[str], monkeypa
         app(["--seconds", "0", "--no-readme"])
     assert stop.value.code == 1
     assert "physics: the passes that acted" in capsys.readouterr().out
+
+
+def test_without_onnxruntime_nothing_is_claimed(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing() -> None:
+        raise ProviderError("onnxruntime cannot be imported; pip install 'pwopt[cpu]'")
+
+    monkeypatch.setattr("pwopt.runtime.onnxruntime", missing)
+    with pytest.raises(SystemExit) as stop:
+        app(["physics"])
+    assert stop.value.code == 4
+    assert "pwopt[cpu]" in capsys.readouterr().out
 
 
 def test_a_raced_row() -> None:

@@ -78,8 +78,13 @@ def stack(steps: list[tuple[str, int]]) -> onnx.ModelProto:
     return parse(body, **{k: np.asarray(v, np.float32) for k, v in numbers.items()})
 
 
+def _small(steps: list[tuple[str, int]]) -> bool:
+    """At most eight times the input's height and width: convolutions of larger maps take minutes."""
+    return sum(step == "up" for step, _ in steps) <= 3
+
+
 @settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
-@given(st.lists(STEP, min_size=2, max_size=8))
+@given(st.lists(STEP, min_size=2, max_size=8).filter(_small))
 def test_random_stacks_at_two_sizes(steps: list[tuple[str, int]]) -> None:
     pytest.importorskip("onnxruntime")
     model = stack(steps)
