@@ -17,9 +17,9 @@ from rich.table import Table
 
 from pwopt.bench import Row
 from pwopt.cost import Cost
+from pwopt.equivalence import Equivalence
 from pwopt.rewrite import Rewrite, Skip
-from pwopt.runtime import written
-from pwopt.verify import Equivalence
+from pwopt.shapes import written
 
 #: Version of the JSON layout; grows when a field changes its meaning.
 SCHEMA = 1
