@@ -119,6 +119,19 @@ class Difference:
 
 
 @dataclass(frozen=True)
+class LawCheck:
+    """The residual of an invariant in both models: 0 where it holds, some machine epsilons where it does to rounding.
+
+    `law` is what was asked for, `formula` what it says.
+    """
+
+    law: str
+    formula: str
+    original: float
+    candidate: float
+
+
+@dataclass(frozen=True)
 class Equivalence:
     """Verdict over all outputs.
 
@@ -137,6 +150,8 @@ class Equivalence:
         Model ("original", "candidate") → other provider → operators that ran there, as "Op name".
     difference : Difference or None
         Where a candidate that did not pass begins to differ; None if it was not looked for or not found.
+    laws : tuple of LawCheck
+        Invariants that were asked for; they leave the verdict alone.
     """
 
     passed: bool
@@ -148,6 +163,7 @@ class Equivalence:
     inputs: tuple[str, ...] = ()
     elsewhere: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
     difference: Difference | None = None
+    laws: tuple[LawCheck, ...] = ()
 
     def worst(self) -> OutputCheck | None:
         return max(

@@ -17,7 +17,9 @@ from rich.table import Table
 
 from pwopt.bench import Row
 from pwopt.cost import Cost
-from pwopt.equivalence import Equivalence
+from pwopt.equivalence import Equivalence, OutputCheck
+from pwopt.errors import UsageError
+from pwopt.metrics import Agreement
 from pwopt.rewrite import Rewrite, Skip
 from pwopt.shapes import written
 
@@ -86,6 +88,7 @@ class Report:
                     "macs_before": r.macs_before,
                     "macs_after": r.macs_after,
                     "residual": r.residual,
+                    "became": [list(pair) for pair in r.became],
                 }
                 for r in self.rewrites
             ],
@@ -173,6 +176,82 @@ def render_sizes(shapes: Mapping[str, tuple[int, ...]], console: Console) -> Non
     if shapes:
         sizes = ", ".join(f"{plain(name)} {written(shape)}" for name, shape in shapes.items())
         console.print(f"[dim]figures are for {sizes}[/dim]", soft_wrap=True)
+
+
+def rewrites_from(path: Path) -> tuple[Rewrite, ...]:
+    """Records of the rewrites in a report that `optimize` wrote.
+
+    Raises
+    ------
+    UsageError
+        If the file is no such report.
+    """
+    try:
+        return tuple(
+            Rewrite(
+                r["reason"], tuple(r["removed"]), tuple(r["added"]), r["macs_before"], r["macs_after"],
+                float(r["residual"]), tuple((old, new) for old, new in r["became"]), "", r["pass"], r["site"],
+            )
+            for r in json.loads(path.read_text())["rewrites"]
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{str(path)!r} is not a report of pwopt optimize ({error!r})") from error
+
+
+def render_samples(equivalence: Equivalence, console: Console) -> None:
+    """Print what the models were compared on."""
+    console.print(f"[dim]compared on {plain('; '.join(equivalence.inputs))}[/dim]", soft_wrap=True)
+
+
+def render_figures(equivalence: Equivalence, console: Console) -> None:
+    """Print every figure of every output, and below it the same of the original against itself."""
+    table = _table("output", "mean error", "relative", "ULP (99 %)", "1 − cosine", "SNR", "top 1 / 5", "unequal")
+    for o in equivalence.outputs:
+        table.add_row(plain(o.name), *_figures(o))
+        table.add_row("[dim]noise floor[/dim]", *(f"[dim]{text}[/dim]" for text in _figures(o.noise)))
+    console.print(table)
+
+
+def _figures(of: OutputCheck | Agreement) -> tuple[str, ...]:
+    def shown(value: float | None, pattern: str) -> str:
+        return "–" if value is None else pattern.format(value)
+
+    ranks = " / ".join(f"{v:.2%}" for v in (of.top1, of.top5) if v is not None) or "–"
+    steps = "–" if of.ulp is None else f"{of.ulp:.3g} ({shown(of.ulp_p99, '{:.3g}')})"
+    cosine = None if of.cosine is None else 1 - of.cosine
+    return (
+        f"{of.mean_abs:.2g}", f"{of.max_rel:.2g}", steps, shown(cosine, "{:.1g}"), shown(of.snr_db, "{:.0f} dB"),
+        ranks, f"{of.mismatch:.2%}",
+    )  # fmt: skip
+
+
+def render_laws(equivalence: Equivalence, console: Console) -> None:
+    """Print the residual of every invariant in both models."""
+    if not equivalence.laws:
+        return
+    table = _table("invariant", "original", "candidate")
+    for law in equivalence.laws:
+        table.add_row(f"{plain(law.law)}: {plain(law.formula)}", f"{law.original:.2g}", f"{law.candidate:.2g}")
+    console.print(table)
+
+
+def render_difference(equivalence: Equivalence | None, console: Console, most: int = 8) -> None:
+    """Print where a candidate that did not pass begins to differ."""
+    if equivalence is None or equivalence.difference is None:
+        return
+    d = equivalence.difference
+    console.print(f"[bold]{plain(d.explain())}[/bold]", soft_wrap=True)
+    region = ", ".join(map(plain, d.region[:most])) + (f" and {len(d.region) - most} more" if d.region[most:] else "")
+    after = f"after {', '.join(map(plain, d.agreeing[:most]))}, which agree" if d.agreeing else "from the inputs on"
+    console.print(f"[dim]the fault lies {after}, in {region}; {d.compared} tensors compared[/dim]", soft_wrap=True)
+
+
+def render_elsewhere(equivalence: Equivalence, console: Console) -> None:
+    """Print the operators that ran on another provider than the one asked for."""
+    for model, places in equivalence.elsewhere.items():
+        for provider, nodes in places.items():
+            listed = plain(", ".join(nodes))
+            console.print(f"[yellow]{len(nodes)} operators of the {model} ran on {provider}: {listed}[/yellow]")
 
 
 def render_equivalence(equivalence: Equivalence, console: Console) -> None:

@@ -12,6 +12,7 @@ import onnx
 
 from pwopt.equivalence import Equivalence, compare
 from pwopt.inputs import InputSpec, input_specs
+from pwopt.laws import Law, measure
 from pwopt.localise import localise
 from pwopt.model import Model, as_file, load
 from pwopt.rewrite import Rewrite
@@ -61,6 +62,7 @@ def verify(
     atol: float | None = None,
     locate: bool = True,
     rewrites: Sequence[Rewrite] = (),
+    laws: Sequence[Law] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> Equivalence:
     """Compare two models on the same inputs.
@@ -85,6 +87,8 @@ def verify(
         Look for the first tensor that differs if the models are not equivalent.
     rewrites : sequence of Rewrite, optional
         What made the candidate of the original, so that the one at fault can be named.
+    laws : sequence of Law
+        Invariants to measure on both models, on the first sample; they leave the verdict alone.
     progress : callable, optional
         Called with each stage.
 
@@ -121,7 +125,11 @@ def verify(
             progress("looking for the first difference")
             result = replace(result, difference=localise(a, b, result, samples, provider, threads, rewrites))
         progress("looking where operators ran")
-        return replace(result, elsewhere=placements({"original": a, "candidate": b}, provider, threads, samples[0]))
+        return replace(
+            result,
+            laws=measure(laws, a, b, samples[0], provider, threads),
+            elsewhere=placements({"original": a, "candidate": b}, provider, threads, samples[0]),
+        )
 
 
 def placements(
