@@ -22,6 +22,7 @@ from pwopt.invariants import INVARIANTS
 from pwopt.laws import parse_law
 from pwopt.optimizer import BUDGET, RACE_SECONDS, optimize, same_file
 from pwopt.passes import PASSES
+from pwopt.properties import properties
 from pwopt.report import (
     SCHEMA,
     equivalence_dict,
@@ -33,6 +34,7 @@ from pwopt.report import (
     render_equivalence,
     render_figures,
     render_laws,
+    render_properties,
     render_samples,
     render_sizes,
     rewrites_from,
@@ -314,9 +316,20 @@ def inspect_command(
     shape: Shapes = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     every: Annotated[bool, typer.Option("--all", help="List k×k convolutions too, not only pointwise maps.")] = False,
+    weights: Annotated[
+        bool,
+        typer.Option("--properties", help="The weights of pointwise maps instead: rank, spectrum, kind, channels."),
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")] = False,
 ) -> None:
     """List every pointwise map of MODEL: its size, its chain, what would be done with it and why not more."""
+    if weights:
+        listed = properties(model, shapes=_shapes(shape))
+        if json:
+            sys.stdout.write(to_json([asdict(m) for m in listed]))
+        else:
+            render_properties(listed, Console(highlight=False))
+        return
     found = inspection.inspect(model, shapes=_shapes(shape))
     maps = [m for m in found if every or m.single_tap]
     if json:

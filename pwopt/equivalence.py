@@ -74,7 +74,7 @@ class OutputCheck:
 
     def explain(self) -> str:
         """What to say about it in a sentence."""
-        if self.mismatch and not self.max_abs or not np.isfinite(self.max_abs):
+        if (self.mismatch and not self.max_abs) or not np.isfinite(self.max_abs):
             return self.reason
         return f"deviates by {self.max_abs:.3g} (noise floor {self.floor:.3g}): {self.reason}"
 
@@ -186,10 +186,10 @@ def judge(candidate: Agreement, floor: Agreement, moved: Agreement, discrete: bo
         return candidate.mismatch <= FLOOR_FACTOR * own, shares
     if candidate.max_abs <= FLOOR_FACTOR * floor.max_abs:
         return True, f"within {FLOOR_FACTOR:g}× the noise floor"
-    if candidate.within:
-        return True, "within the tolerance"
     if candidate.max_abs <= FLOOR_FACTOR * moved.max_abs:
         return True, f"within {FLOOR_FACTOR:g}× the effect of rounding the inputs"
+    if candidate.within:
+        return True, "within the tolerance"
     return False, f"beyond the tolerance and {FLOOR_FACTOR:g}× the noise floor and sensitivity"
 
 

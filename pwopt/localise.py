@@ -32,6 +32,8 @@ TENSORS, ELEMENTS = 48, 1 << 25
 #: Deviations of so many roundings of a tensor's largest value are not a difference, whatever its noise floor: a sum of
 #: n terms in another order differs by some √n.
 ROUNDINGS = 32
+#: A fault shows as a step from one tensor to the next; what grows by less is noise that accumulates, nobody's fault.
+JUMP = 4.0
 
 
 def localise(
@@ -59,7 +61,8 @@ def localise(
     Returns
     -------
     Difference or None
-        None if no tensor differs once it is looked at: then the fault lies in what onnxruntime makes of the whole.
+        None if no tensor differs once it is looked at, so that the fault lies in what onnxruntime makes of the whole;
+        or if the difference grows from tensor to tensor without a step, as rounding does.
     """
     failing = next((o for o in failed.outputs if not o.passed), None)
     sample = next((s for s in samples if failing is not None and s.label == failing.sample), None)
@@ -71,7 +74,8 @@ def localise(
         checks: dict[str, OutputCheck] = {}
         for batch in _batches(list(_common(a, b)), concrete_sizes(a.proto, sizes)):
             checks.update(_compared(a, b, batch, sample, provider, threads))
-        differing = {name for name, check in checks.items() if _differs(check, b.epsilon(name))}
+        excesses = {name: _excess(check, b.epsilon(name)) for name, check in checks.items()}
+    differing = {name for name, excess in excesses.items() if excess > 1}
     wrong = [o for o in failed.outputs if not o.passed]
     if not checks or not differing:
         return None
@@ -83,17 +87,20 @@ def localise(
     if first is None:
         return None
     inside, agreeing = _back_from([first], made, set(checks) - differing)
+    before = max((excesses[name] for name in agreeing if name in excesses), default=0.0)
+    if first in excesses and excesses[first] < JUMP * before:
+        return None
     region = tuple(dict.fromkeys(_title(node) for name, node in made.items() if name in inside))
     made_by = _sites(rewrites, inside)
     return Difference(first, _title(made[first]), agreeing, region, checks[first], made_by, len(checks))
 
 
-def _differs(check: OutputCheck, roundoff: float) -> bool:
-    """Whether a tensor differs by more than its own noise; stricter than the rule for outputs, which may be lenient."""
+def _excess(check: OutputCheck, roundoff: float) -> float:
+    """How many times its own noise a tensor differs by; stricter than the rule for outputs, which may be lenient."""
     if check.ulp is None:
-        return not check.passed
+        return 0.0 if check.passed else math.inf
     noise = max(FLOOR_FACTOR * check.floor, FLOOR_FACTOR * check.sensitivity, ROUNDINGS * roundoff * check.scale)
-    return check.max_abs > noise
+    return check.max_abs / noise if noise else math.inf if check.max_abs else 0.0
 
 
 def _back_from(

@@ -20,6 +20,7 @@ from pwopt.cost import Cost
 from pwopt.equivalence import Equivalence, OutputCheck
 from pwopt.errors import UsageError
 from pwopt.metrics import Agreement
+from pwopt.properties import Properties
 from pwopt.rewrite import Rewrite, Skip
 from pwopt.shapes import written
 
@@ -203,26 +204,31 @@ def render_samples(equivalence: Equivalence, console: Console) -> None:
     console.print(f"[dim]compared on {plain('; '.join(equivalence.inputs))}[/dim]", soft_wrap=True)
 
 
-def render_figures(equivalence: Equivalence, console: Console) -> None:
-    """Print every figure of every output, and below it the same of the original against itself."""
-    table = _table("output", "mean error", "relative", "ULP (99 %)", "1 − cosine", "SNR", "top 1 / 5", "unequal")
-    for o in equivalence.outputs:
-        table.add_row(plain(o.name), *_figures(o))
-        table.add_row("[dim]noise floor[/dim]", *(f"[dim]{text}[/dim]" for text in _figures(o.noise)))
-    console.print(table)
+def render_figures(equivalence: Equivalence, console: Console, most: int = 4) -> None:
+    """Print every figure of the worst outputs, and beside it the same of the original against itself."""
+    ranked = sorted(equivalence.outputs, key=lambda o: (o.passed, -o.max_abs))
+    for o in ranked[:most]:
+        table = _table(plain(o.name), "candidate", "noise floor")
+        for label, mine, own in zip(FIGURES, _figures(o), _figures(o.noise), strict=True):
+            if mine is not None:
+                table.add_row(label, mine, own or "–")
+        console.print(table)
+    if ranked[most:]:
+        console.print(f"[dim]and {len(ranked) - most} more outputs; --report FILE.json has the figures of each[/dim]")
 
 
-def _figures(of: OutputCheck | Agreement) -> tuple[str, ...]:
-    def shown(value: float | None, pattern: str) -> str:
-        return "–" if value is None else pattern.format(value)
+FIGURES = (
+    "mean error", "relative error", "units in the last place", "… of 99 % of elements", "1 − cosine",
+    "signal to noise", "same largest entry", "same five largest", "unequal elements",
+)  # fmt: skip
 
-    ranks = " / ".join(f"{v:.2%}" for v in (of.top1, of.top5) if v is not None) or "–"
-    steps = "–" if of.ulp is None else f"{of.ulp:.3g} ({shown(of.ulp_p99, '{:.3g}')})"
+
+def _figures(of: OutputCheck | Agreement) -> list[str | None]:
+    """What `FIGURES` are, None where they are meaningless."""
     cosine = None if of.cosine is None else 1 - of.cosine
-    return (
-        f"{of.mean_abs:.2g}", f"{of.max_rel:.2g}", steps, shown(cosine, "{:.1g}"), shown(of.snr_db, "{:.0f} dB"),
-        ranks, f"{of.mismatch:.2%}",
-    )  # fmt: skip
+    patterns = ("{:.2g}", "{:.2g}", "{:,.0f}", "{:,.0f}", "{:.1g}", "{:.0f} dB", "{:.2%}", "{:.2%}", "{:.2%}")
+    values = (of.mean_abs, of.max_rel, of.ulp, of.ulp_p99, cosine, of.snr_db, of.top1, of.top5, of.mismatch)
+    return [None if v is None else p.format(v) for p, v in zip(patterns, values, strict=True)]
 
 
 def render_laws(equivalence: Equivalence, console: Console) -> None:
@@ -299,6 +305,28 @@ def general(skip: Skip) -> str:
     """A refusal without the names that differ from place to place, for counting."""
     words = skip.reason.split("'")
     return "…".join(words[::2]) if len(words) % 2 else skip.reason
+
+
+def render_properties(found: Properties, console: Console) -> None:
+    """Print what the weights of every pointwise map are."""
+    table = _table("map", "size", "kind", "rank", "effective", "condition", "WᵀW − I", "Σ columns", "dead", "flop/byte")
+    for m in found:
+        sums = m.column_sums
+        table.add_row(
+            plain(m.tensor),
+            f"{m.columns}→{m.rows}" + (f" /{m.groups}" if m.groups > 1 else ""),
+            m.kind,
+            "–" if m.rank is None else str(m.rank),
+            "–" if m.effective_rank is None else f"{m.effective_rank:.1f}",
+            "–" if m.condition is None else f"{m.condition:.2g}",
+            "–" if m.orthogonality_defect is None else f"{m.orthogonality_defect:.2g}",
+            f"{min(sums):.2g} … {max(sums):.2g}",
+            f"{len(m.dead_inputs)} in, {len(m.constant_outputs)} out",
+            "–" if m.intensity is None else f"{m.intensity:.1f}",
+        )
+    console.print(table)
+    render_sizes(found.shapes, console)
+    console.print(f"{len(found)} pointwise maps")
 
 
 def render_benchmark(rows: Sequence[Row], console: Console) -> None:

@@ -7,8 +7,7 @@ import os
 import platform
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -261,9 +260,7 @@ def elsewhere(placed: Mapping[str, list[str]], provider: str) -> dict[str, list[
     return {name: nodes for name, nodes in placed.items() if name != wanted}
 
 
-def fallbacks(
-    path: str | os.PathLike[str], provider: str, threads: int, feeds: Feeds
-) -> dict[str, tuple[str, ...]]:
+def fallbacks(path: str | os.PathLike[str], provider: str, threads: int, feeds: Feeds) -> dict[str, tuple[str, ...]]:
     """Other provider → operators of the model, as "Op name", that `provider` left to it.
 
     From the profile of a run; the CPU provider leaves nothing to anybody, so nothing is run there.

@@ -27,7 +27,6 @@ LENGTH = 64
 GROWTH = 4
 
 
-
 def candidate_shapes(
     specs: Sequence[InputSpec],
     given: Mapping[str, Sequence[int]] | None = None,
@@ -73,7 +72,6 @@ def _guess(shape: Shape, dtype: np.dtype[Any], axis: int, image: tuple[int, int]
         spatial = [a for a in (1, 2, 3) if a != channel]
         return 3 if axis == channel else image[spatial.index(axis)]
     return length
-
 
 
 def likely_sizes(
