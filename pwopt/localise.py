@@ -14,13 +14,11 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 
 from pwopt.compiler import concrete_sizes
 from pwopt.equivalence import FLOOR_FACTOR, Difference, Equivalence, OutputCheck, compare
 from pwopt.errors import ModelError
-from pwopt.graph import epsilon
 from pwopt.model import captured_names, load, save
 from pwopt.rewrite import Rewrite
 from pwopt.runtime import Session
@@ -74,7 +72,7 @@ def localise(
         checks: dict[str, OutputCheck] = {}
         for batch in _batches(list(_common(a, b)), concrete_sizes(a.proto, sizes)):
             checks.update(_compared(a, b, batch, sample, provider, threads))
-        excesses = {name: _excess(check, b.epsilon(name)) for name, check in checks.items()}
+        excesses = {name: _excess(check) for name, check in checks.items()}
     differing = {name for name, excess in excesses.items() if excess > 1}
     wrong = [o for o in failed.outputs if not o.passed]
     if not checks or not differing:
@@ -95,11 +93,11 @@ def localise(
     return Difference(first, _title(made[first]), agreeing, region, checks[first], made_by, len(checks))
 
 
-def _excess(check: OutputCheck, roundoff: float) -> float:
+def _excess(check: OutputCheck) -> float:
     """How many times its own noise a tensor differs by; stricter than the rule for outputs, which may be lenient."""
     if check.ulp is None:
         return 0.0 if check.passed else math.inf
-    noise = max(FLOOR_FACTOR * check.floor, FLOOR_FACTOR * check.sensitivity, ROUNDINGS * roundoff * check.scale)
+    noise = max(FLOOR_FACTOR * check.floor, FLOOR_FACTOR * check.sensitivity, ROUNDINGS * check.resolution)
     return check.max_abs / noise if noise else math.inf if check.max_abs else 0.0
 
 
@@ -151,9 +149,6 @@ class _Copy:
         save(model, folder / "model.onnx")
         proto = onnx.load(folder / "model.onnx", load_external_data=False)
         return cls(proto, folder, infer(proto))
-
-    def epsilon(self, tensor: str) -> float:
-        return epsilon(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(self.types[tensor][0])))
 
     def exposing(self, tensors: Iterable[str]) -> Path:
         """The model with just these outputs."""
