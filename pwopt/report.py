@@ -22,6 +22,7 @@ from pwopt.errors import UsageError
 from pwopt.metrics import Agreement
 from pwopt.properties import Properties
 from pwopt.rewrite import Rewrite, Skip
+from pwopt.runtime import provider_name
 from pwopt.shapes import written
 
 #: Version of the JSON layout; grows when a field changes its meaning.
@@ -199,9 +200,11 @@ def rewrites_from(path: Path) -> tuple[Rewrite, ...]:
         raise UsageError(f"{str(path)!r} is not a report of pwopt optimize ({error!r})") from error
 
 
-def render_samples(equivalence: Equivalence, console: Console) -> None:
+def render_samples(equivalence: Equivalence, provider: str, console: Console) -> None:
     """Print what the models were compared on."""
-    console.print(f"[dim]compared on {plain('; '.join(equivalence.inputs))}[/dim]", soft_wrap=True)
+    precise = ", with TF32 off" if provider_name(provider) == "CUDAExecutionProvider" else ""
+    samples = plain("; ".join(equivalence.inputs))
+    console.print(f"[dim]compared on {plain(provider)}{precise}: {samples}[/dim]", soft_wrap=True)
 
 
 def render_figures(equivalence: Equivalence, console: Console, most: int = 4) -> None:
