@@ -85,7 +85,8 @@ def localise(
     if first is None:
         return None
     inside, agreeing = _back_from([first], made, set(checks) - differing)
-    region = tuple(dict.fromkeys(_title(node) for name, node in made.items() if name in inside))
+    nodes = [node for name, node in made.items() if name in inside and node.op_type != "Constant"]
+    region = tuple(dict.fromkeys(map(_title, nodes)))
     made_by = _sites(rewrites, inside)
     return Difference(first, _title(made[first]), agreeing, region, checks[first], made_by, len(checks))
 

@@ -251,8 +251,8 @@ def render_difference(equivalence: Equivalence | None, console: Console, most: i
     d = equivalence.difference
     console.print(f"[bold]{plain(d.explain())}[/bold]", soft_wrap=True)
     region = ", ".join(map(plain, d.region[:most])) + (f" and {len(d.region) - most} more" if d.region[most:] else "")
-    after = f"after {', '.join(map(plain, d.agreeing[:most]))}, which agree" if d.agreeing else "from the inputs on"
-    console.print(f"[dim]the fault lies {after}, in {region}; {d.compared} tensors compared[/dim]", soft_wrap=True)
+    agreeing = f"{plain(', '.join(d.agreeing[:most]))} still agree; " if d.agreeing else ""
+    console.print(f"[dim]{agreeing}the fault lies in {region}; {d.compared} tensors compared[/dim]", soft_wrap=True)
 
 
 def render_elsewhere(equivalence: Equivalence, console: Console) -> None:
