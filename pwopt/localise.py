@@ -32,6 +32,11 @@ TENSORS, ELEMENTS = 48, 1 << 25
 ROUNDINGS = 8
 #: A fault shows as a step from one tensor to the next; what grows by less is noise that accumulates, nobody's fault.
 JUMP = 4.0
+#: A tensor that differs by no more than the original does from itself tells nothing.
+QUIET = 1 / FLOOR_FACTOR
+#: Noise can drown a fault so many times over before something averages it away: the mean of n values has 1/√n of their
+#: noise and all of their common error, and a small map has some 256 positions.
+DROWNED = 16.0
 
 
 def localise(
@@ -84,6 +89,7 @@ def localise(
     first = next((name for name in made if name in tensors & differing and _steps(name, made, excesses)), None)
     if first is None:
         return None
+    first = _fainter(first, made, excesses)
     inside, agreeing = _back_from([first], made, set(checks) - differing)
     nodes = [node for name, node in made.items() if name in inside and node.op_type != "Constant"]
     region = tuple(dict.fromkeys(map(_title, nodes)))
@@ -93,7 +99,7 @@ def localise(
 
 def _excess(check: OutputCheck) -> float:
     """How many times its own noise a tensor differs by; stricter than the rule for outputs, which may be lenient."""
-    if check.ulp is None:
+    if not check.resolution:
         return 0.0 if check.passed else math.inf
     noise = max(FLOOR_FACTOR * check.floor, FLOOR_FACTOR * check.sensitivity, ROUNDINGS * check.resolution)
     return check.max_abs / noise if noise else math.inf if check.max_abs else 0.0
@@ -103,6 +109,14 @@ def _steps(tensor: str, made: Mapping[str, onnx.NodeProto], excesses: Mapping[st
     """Whether a tensor differs by much more than those before it."""
     _, before = _back_from([tensor], made, excesses.keys())
     return excesses.get(tensor, math.inf) >= JUMP * max((excesses[name] for name in before), default=0.0)
+
+
+def _fainter(tensor: str, made: Mapping[str, onnx.NodeProto], excesses: Mapping[str, float]) -> str:
+    """The first tensor before this one where its fault already shows, fainter, within the noise or little above it."""
+    loud = excesses.get(tensor, math.inf)
+    trail, _ = _back_from([tensor], made, {name for name, excess in excesses.items() if excess <= QUIET})
+    faint = (n for n in made if n in trail and loud / DROWNED <= excesses.get(n, 0.0) <= loud)
+    return next((n for n in faint if _steps(n, made, excesses)), tensor)
 
 
 def _back_from(
@@ -209,6 +223,7 @@ def _compared(
             Session(ours, provider, threads, optimise=False),
             Session(theirs, provider, threads),
             [sample],
+            brief=True,
         )
     except ModelError:
         if len(batch) == 1:
