@@ -178,6 +178,31 @@ def test_another_shape_is_found_as_well() -> None:
     assert "became" in result.outputs[0].reason
 
 
+def test_the_sample_that_failed_is_the_one_looked_at() -> None:
+    """Only the largest input of the second normal sample shows it, and an output that failed elsewhere is not blamed."""
+    body = (
+        "(float[1,1000] x) => (float[N] y, float[N] z) { a = Clip(x, low, high) y = Neg(a) b = Abs(x) z = Mul(b, c) }"
+    )
+    rng = [np.random.default_rng(seed).standard_normal(1000).astype(F).max() for seed in (0, 2)]
+    assert rng[1] > rng[0]
+    limit = (rng[0] + rng[1]) / 2
+    model, other = (parse(body, low=F(-9), high=F(h), c=F(2)) for h in (9, limit))
+    result = verify(model, other)
+    assert [o.passed for o in result.outputs] == [False, True]
+    assert result.outputs[0].sample.startswith("normal 2")
+    assert result.difference is not None
+    assert result.difference.tensor == "a"
+
+
+def test_an_output_that_nothing_makes() -> None:
+    body = "(float[2,3] x) => (float[2,3] w, float[N] y) { y = Add(x, w) }"
+    model, other = parse(body, w=np.ones((2, 3), F)), parse(body, w=np.full((2, 3), 2, F))
+    result = verify(model, other)
+    assert [o.passed for o in result.outputs] == [False, False]
+    assert result.difference is not None
+    assert result.difference.tensor == "y"
+
+
 def test_a_candidate_that_fails_where_the_original_runs() -> None:
     """Its declared inputs are dynamic, but it only takes one size."""
     model = parse("(float[N,3] x) => (float[N,3] y) { y = Relu(x) }")
