@@ -15,7 +15,7 @@ from rich.text import Text
 import models
 from models.gallery import Row
 from pwopt.rewrite import Rewrite
-from pwopt.runtime import written
+from pwopt.shapes import written
 
 #: Of lines in the file, as everywhere in this repository.
 WIDTH = 120
