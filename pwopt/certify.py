@@ -1,11 +1,12 @@
 """Certificates: each rewrite's region, before and after, evaluated in float64 on probes of its own.
 
 Where a region is affine in what feeds it, two versions of it are equal for all inputs if they agree on a basis, or, but
-for a stated probability, on random probes (Freivalds, "Probabilistic machines can use less running time", 1977; Schwartz,
-"Fast probabilistic algorithms for verification of polynomial identities", 1980). What may differ is bounded before
-anything is run: weights are stored once more, with a relative rounding of u, in sums of n terms whose sizes add up to M
-(Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.1: γₙ = n·u/(1 − n·u)). Other regions are
-tested on probes of several sizes, against what rounding their weights does to them.
+for a stated probability, on random probes (Freivalds, "Probabilistic machines can use less running time", 1977;
+Schwartz, "Fast probabilistic algorithms for verification of polynomial identities", 1980). What may differ is bounded
+before anything is compared: d maps in sequence store their weights anew, each with a relative rounding of u; what they
+were folded from was added up in float64, with γₙ for sums of n terms (Higham, "Accuracy and Stability of Numerical
+Algorithms", 2002, section 3.1). Both apply to what the sizes of all terms add up to. Other regions are tested on probes
+of several sizes, against what rounding their weights does to them.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ SIZES = (0.01, 1.0, 30.0, 1000.0)
 BASIS = 16
 #: A fault of so many times the bound in one coefficient is what the stated probability is about.
 FAULT = 1000.0
-#: Roundings, in units of u, that a folded bias may differ by: one that cancels within 4 ε = 8 u becomes zero, stored once.
-CANCELLED = 9.0
+#: Biases that cancel to within so many units of u may have become zero (`graph.cancelling`).
+CANCELLED = 8.0
+#: Roundings of an operator that is not affine, in units of u.
+ROUNDINGS = 8.0
 #: A nonlinear region may differ by this many times what rounding its weights does to it.
 JITTERS = 16.0
 #: Spatial extents to evaluate on, where the region takes them; the model's own come last.
@@ -40,6 +43,8 @@ EXTENTS = (8, 32)
 WIDENINGS = 3
 #: Operators in a region; larger ones are not evaluated.
 MAX_OPERATORS = 2000
+#: Operators that may be told a size which the model knows, so that a region with them is right at that size only.
+SIZED = frozenset({"Shape", "Size", "Slice", "Reshape", "Expand", "Tile", "Resize", "Upsample", "Gather", "Pad"})
 #: Unit roundoff of the evaluation itself.
 DOUBLE = 2.0**-53
 
@@ -72,6 +77,11 @@ class Certificate:
     @property
     def passed(self) -> bool:
         return self.status != "failed"
+
+
+def unchecked(_region: Region, _view: View) -> Certificate:
+    """No evaluation, where none is wanted."""
+    return Certificate("none", "not verified, as asked")
 
 
 def certify(region: Region, view: View) -> Certificate:
@@ -114,12 +124,14 @@ def _evaluated(region: Region, view: View) -> Certificate:
         return Certificate("none", f"too large: more than {MAX_OPERATORS} operators")
     sides = Side(view, region.before), Side(view, region.after)
     failed: Certificate | None = None
+    sized = any(s.op in SIZED for s in (*region.before, *region.after))
     unfit = "the sizes of what feeds it are not known"
     for sizes in _sizes(region, view):
         try:
             result = _compared(region, view, sides, sizes)
         except TooLargeError:
             unfit = f"too large: over {MAX_WORK:,} multiply-adds"
+            failed = None if sized else failed  # what agrees at the model's own sizes need not at others
             break
         except UnfitError as error:
             unfit = str(error)
@@ -142,8 +154,13 @@ def _sizes(region: Region, view: View) -> Iterator[dict[int, tuple[int, ...]]]:
         if size is None:
             return
         whole[id(t)] = size
+    told = any(s.op in ("Shape", "Size") for s in (*region.before, *region.after))
     seen = []
-    for small in (*(_shrunk(whole, 2, n) for n in EXTENTS), _divided(whole), _shrunk(whole, 1, EXTENTS[0]), whole):
+    for small in (
+        (whole,)
+        if told
+        else (*(_shrunk(whole, 2, n) for n in EXTENTS), _divided(whole), _shrunk(whole, 1, EXTENTS[0]), whole)
+    ):
         if small is not None and small not in seen:
             seen.append(small)
             yield small
@@ -156,7 +173,9 @@ def _shrunk(whole: dict[int, tuple[int, ...]], first: int, extent: int) -> dict[
     if len(planes) > 1:
         return None
     return {
-        key: (*size[:first], *(min(d, extent) for d in size[first:end]), *(size[end:] if end else ())) if len(size) >= 3 else size
+        key: (*size[:first], *(min(d, extent) for d in size[first:end]), *(size[end:] if end else ()))
+        if len(size) >= 3
+        else size
         for key, size in whole.items()
     }
 
@@ -176,9 +195,15 @@ def _divided(whole: dict[int, tuple[int, ...]]) -> dict[int, tuple[int, ...]] | 
 
 
 def _compared(region: Region, view: View, sides: tuple[Side, Side], sizes: dict[int, tuple[int, ...]]) -> Certificate:
-    inputs = [t for t in region.sources() if id(t) in sizes]
-    if sum(math.prod(s) for s in sizes.values()) > MAX_WORK // 16:
+    states = (*region.before, *region.after)
+    reckoned = {id(t) for s in states if s.op not in ("Shape", "Size") for t in s.inputs}
+    reckoned |= {id(t) for pair in region.claims() for t in pair}
+    given = [t for t in region.sources() if id(t) in sizes]
+    inputs = [t for t in given if id(t) in reckoned]
+    if sum(math.prod(sizes[id(t)]) for t in inputs) > MAX_WORK // 16:
         raise TooLargeError
+    for side in sides:
+        side.shapes = {id(t): np.broadcast_to(0.0, sizes[id(t)]) for t in given if id(t) not in reckoned}
     floating = all(_kind(view, t) == "f" for t in inputs)
     moving = {id(t) for t in inputs}
     affine = floating and all(_affine(side, moving) for side in sides)
@@ -208,21 +233,28 @@ def _certified(
         kind = str(tensor.dtype)
         return np.abs(value) + SMALLEST.get(kind, 0.0) * 2 / epsilon(np.dtype(tensor.dtype) if kind in FLOATS else None)
 
-    terms = [side.run(largest, outward, absolute=True) for side in sides]
-    bound = (CANCELLED * _depth(region.before) + _depth(region.after)) * unit + 4 * _terms(sides) * DOUBLE
+    zero = {key: np.zeros_like(value) for key, value in largest.items()}
+    old_sizes, new_sizes = (side.run(largest, outward, absolute=True) for side in sides)
+    biases = sides[0].run(zero, outward, absolute=True)
+    bound = _depth(region.after) * unit
+    cancelled, summed = CANCELLED * _depth(region.before) * unit / bound, 4 * _terms(sides) * DOUBLE / bound
+
+    def scale(old: gs.Tensor, new: gs.Tensor) -> Array:
+        parts = sides[0].value(old, biases), sides[0].value(old, old_sizes)
+        return sides[1].value(new, new_sizes) + cancelled * parts[0] + summed * parts[1]
+
     chained = _depth(region.after) > 1
     worst, normwise = 0.0, 0.0
     for feeds in probes:
         before, after = (side.run(feeds, None) for side in sides)
         for old, new in region.claims():
-            a, b = sides[0]._value(old, before), sides[1]._value(new, after)
-            scale = np.maximum(sides[0]._value(old, terms[0]), sides[1]._value(new, terms[1])) if _alike(a, b) else None
-            if a is None or b is None or scale is None:
+            a, b = sides[0].value(old, before), sides[1].value(new, after)
+            if not _alike(a, b):
                 return Certificate("failed", _mismatch(old, a, b), math.inf, bound)
-            gap = np.abs(np.subtract(a, b, dtype=np.float64))
-            worst = max(worst, _ratio(gap, scale))
-            normwise = max(normwise, _ratio(gap, np.max(np.abs(scale), initial=0.0)))
-    how = f"a basis of {count + 1}" if basis else f"{PROBES} random probes"
+            gap, allowed = np.abs(np.subtract(a, b, dtype=np.float64)), scale(old, new)
+            worst = max(worst, _ratio(gap, allowed))
+            normwise = max(normwise, _ratio(gap, np.max(allowed, initial=0.0)))
+    how = f"{PROBES} random probes" if not basis else f"a basis of {count + 1}" if count else "constants computed anew"
     if worst > bound >= normwise and chained:  # a split at the rank is exact as a whole, not row by row
         worst, how = normwise, f"{how}, relative to the largest element"
     if not worst <= bound:
@@ -246,8 +278,8 @@ def _tested(
         before, after = (side.run(feeds, None) for side in sides)
         nearby = [side.run(feeds, rounded) for side in sides for _ in range(2)]
         for old, new in region.claims():
-            a, b = sides[0]._value(old, before), sides[1]._value(new, after)
-            if a is None or b is None or not _alike(a, b):
+            a, b = sides[0].value(old, before), sides[1].value(new, after)
+            if not _alike(a, b):
                 return Certificate("failed", _mismatch(old, a, b), math.inf)
             if not np.array_equal(np.isfinite(a), np.isfinite(b)):
                 return Certificate("failed", f"{old.name!r} is finite at different places", math.inf)
@@ -256,9 +288,9 @@ def _tested(
             scale = float(np.max(np.abs(a[fine]), initial=0.0))
             gap = float(np.max(np.abs(np.subtract(a[fine], b[fine], dtype=np.float64)), initial=0.0))
             owners = ((old, a, 0), (old, a, 1), (new, b, 2), (new, b, 3))
-            moved = max(_moved(sides[i // 2]._value(t, nearby[i]), value) for t, value, i in owners)
+            moved = max(_moved(sides[i // 2].value(t, nearby[i]), value) for t, value, i in owners)
             steps = len(region.before) + len(region.after)
-            allowed = (JITTERS * moved / scale if scale else 0.0) + CANCELLED * steps * unit
+            allowed = (JITTERS * moved / scale if scale else 0.0) + ROUNDINGS * steps * unit
             here = gap / scale if scale else math.inf if gap else 0.0
             if bound == math.inf or here * bound > worst * allowed or (here == worst and allowed < bound):
                 worst, bound = here, allowed
@@ -266,16 +298,17 @@ def _tested(
                 return Certificate("failed", f"on probes of size {size:g}", here, allowed)
     if not finite:
         return Certificate("none", "no probe gives a finite value")
-    return Certificate("tested", f"not affine: {len(SIZES)} probes of sizes {SIZES[0]:g} to {SIZES[-1]:g}", worst, bound)
+    return Certificate(
+        "tested", f"not affine: {len(SIZES)} probes of sizes {SIZES[0]:g} to {SIZES[-1]:g}", worst, bound
+    )
 
 
-def _alike(a: np.ndarray | None, b: np.ndarray | None) -> bool:
-    return a is not None and b is not None and a.shape == b.shape and a.dtype.kind == b.dtype.kind
+def _alike(a: np.ndarray, b: np.ndarray) -> bool:
+    return a.shape == b.shape and a.dtype.kind == b.dtype.kind
 
 
-def _mismatch(tensor: gs.Tensor, a: np.ndarray | None, b: np.ndarray | None) -> str:
-    said = [f"{v.dtype}{list(v.shape)}" if v is not None else "nothing" for v in (a, b)]
-    return f"{tensor.name!r} was {said[0]}, and is {said[1]}"
+def _mismatch(tensor: gs.Tensor, a: np.ndarray, b: np.ndarray) -> str:
+    return f"{tensor.name!r} was {a.dtype}{list(a.shape)}, and is {b.dtype}{list(b.shape)}"
 
 
 def _ratio(gap: Array, scale: Array | float) -> float:
@@ -285,8 +318,8 @@ def _ratio(gap: Array, scale: Array | float) -> float:
     return math.inf if np.isnan(ratio).any() else float(np.max(ratio, initial=0.0))
 
 
-def _moved(value: np.ndarray | None, reference: np.ndarray) -> float:
-    if value is None or value.shape != reference.shape:
+def _moved(value: np.ndarray, reference: np.ndarray) -> float:
+    if value.shape != reference.shape:
         return 0.0
     with np.errstate(all="ignore"):
         gap = np.abs(np.subtract(value, reference, dtype=np.float64))
@@ -312,7 +345,7 @@ def _random(inputs: Sequence[gs.Tensor], sizes: dict[int, tuple[int, ...]]) -> I
 
 
 def _signed(rng: np.random.Generator, size: tuple[int, ...]) -> Array:
-    return (1.0 + rng.integers(0, GRID, size) / GRID) * rng.choice((-1.0, 1.0), size)
+    return np.asarray((1.0 + rng.integers(0, GRID, size) / GRID) * rng.choice((-1.0, 1.0), size))
 
 
 def _probe(view: View, tensor: gs.Tensor, size: tuple[int, ...], scale: float, rng: np.random.Generator) -> np.ndarray:
@@ -355,7 +388,7 @@ def _affine(side: Side, moving: set[int]) -> bool:
     moving = set(moving)
     for s in side.states:
         where = [i for i, t in enumerate(s.inputs) if id(t) in moving]
-        if not where:
+        if not where or s.op in ("Shape", "Size"):
             continue
         product = s.op in ("Mul", "MatMul", "Gemm") and not {0, 1} <= set(where)
         if not (product or s.op in JOINING or (s.op in MOVING and where == [0])) or not side.view.op(s.node):
@@ -364,5 +397,3 @@ def _affine(side: Side, moving: set[int]) -> bool:
             return False
         moving.update(id(t) for t in s.outputs)
     return True
-
-

@@ -56,6 +56,8 @@ class Side:
     def __init__(self, view: View, states: Sequence[State]) -> None:
         self.view, self.states = view, states
         self.work = 0
+        #: Stand-ins for tensors of which only the shape is read.
+        self.shapes: Tensors = {}
         self._constants: Tensors = {}
         self._references: dict[int, ReferenceEvaluator] = {}
 
@@ -74,7 +76,12 @@ class Side:
         kinds = {str(t.dtype): t.dtype for t in tensors if t.dtype is not None}
         return max((epsilon(np.dtype(d)) for name, d in kinds.items() if name in FLOATS), default=0.0) / 2
 
-    def run(self, feeds: Mapping[int, np.ndarray], adjust: Callable[[Array, gs.Tensor], Array] | None, absolute: bool = False) -> Tensors:
+    def run(
+        self,
+        feeds: Mapping[int, np.ndarray],
+        adjust: Callable[[Array, gs.Tensor], Array] | None,
+        absolute: bool = False,
+    ) -> Tensors:
         """Values of all tensors, by id.
 
         Parameters
@@ -87,18 +94,19 @@ class Side:
             Compute what the sizes of all terms add up to, instead of the terms: |a| + |b| for a − b.
         """
         self.work = 0
-        values: Tensors = dict(feeds)
+        values: Tensors = {**self.shapes, **feeds}
         moving = set(feeds)
         with np.errstate(all="ignore"):
             for state in self.states:
                 moves = any(id(t) in moving for t in state.inputs)
                 inputs: list[Any] = []
                 for i, t in enumerate(state.inputs):
-                    value = self._value(t, values)
+                    value = self.value(t, values) if t.name else None
                     if moves and adjust is not None and id(t) not in moving and i in NUMBERS.get(state.op, ()):
                         value = adjust(value, t) if isinstance(value, np.ndarray) and value.dtype.kind == "f" else value
                     inputs.append(value)
-                self.spend(max((v.size for v in inputs if v is not None), default=0))
+                if state.op not in ("Shape", "Size"):
+                    self.spend(max((v.size for v in inputs if v is not None), default=0))
                 outputs = self._apply(state, inputs, absolute)
                 for t, result in zip(state.outputs, outputs, strict=False):
                     if t.name or len(state.outputs) == 1:
@@ -112,9 +120,8 @@ class Side:
         if self.work > MAX_WORK:
             raise TooLargeError
 
-    def _value(self, tensor: gs.Tensor, values: Tensors) -> np.ndarray | None:
-        if not tensor.name and id(tensor) not in values:
-            return None
+    def value(self, tensor: gs.Tensor, values: Tensors) -> np.ndarray:
+        """The value of a tensor after a run: computed, or constant."""
         value = values.get(id(tensor))
         value = self.constant(tensor) if value is None else value
         if value is None:
@@ -205,6 +212,11 @@ def _constant(side: Side, state: State, inputs: list[Any], absolute: bool) -> li
     return [value] if value is not None else side._reference(state, inputs)
 
 
+@rule("Size")
+def _size(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[np.ndarray]:
+    return [np.array(inputs[0].size, np.int64)]
+
+
 @rule("Shape")
 def _shape(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[np.ndarray]:
     return [np.array(inputs[0].shape[slice(state.attrs.get("start", 0), state.attrs.get("end"))], np.int64)]
@@ -274,7 +286,9 @@ def _normalise(side: Side, state: State, inputs: list[Any], absolute: bool) -> l
     return [(x + mean if absolute else x - mean) * scale + beta]
 
 
-def _windows(state: State, size: Sequence[int], kernel: Sequence[int]) -> tuple[list[int], list[int], list[int], list[int]]:
+def _windows(
+    state: State, size: Sequence[int], kernel: Sequence[int]
+) -> tuple[list[int], list[int], list[int], list[int]]:
     """Strides, dilations, begins and ends of windows over `size` positions."""
     rank = len(kernel)
     strides = list(state.attrs.get("strides", [1] * rank))
@@ -285,9 +299,7 @@ def _windows(state: State, size: Sequence[int], kernel: Sequence[int]) -> tuple[
         pads = [0] * 2 * rank
     elif auto in ("SAME_UPPER", "SAME_LOWER"):
         reach = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
-        total = [
-            max(0, (-(-n // s) - 1) * s + r - n) for n, s, r in zip(size, strides, reach, strict=True)
-        ]
+        total = [max(0, (-(-n // s) - 1) * s + r - n) for n, s, r in zip(size, strides, reach, strict=True)]
         less, more = [t // 2 for t in total], [t - t // 2 for t in total]
         pads = [*less, *more] if auto == "SAME_UPPER" else [*more, *less]
     return strides, dilations, pads[:rank], pads[rank:]
@@ -305,7 +317,7 @@ def _taps(x: np.ndarray, kernel: Sequence[int], strides: Sequence[int], dilation
         cuts = [
             slice(t * d, t * d + (c - 1) * s + 1, s) for t, d, c, s in zip(tap, dilations, counts, strides, strict=True)
         ]
-        views.append(x[(slice(None), slice(None), *cuts)])
+        views.append(x[(slice(None),) * 2 + tuple(cuts)])
     return views
 
 
@@ -351,9 +363,9 @@ def _conv_transpose(side: Side, state: State, inputs: list[Any], absolute: bool)
         cuts = [
             slice(t * d, t * d + (n - 1) * s + 1, s) for t, d, n, s in zip(tap, dilations, space, strides, strict=True)
         ]
-        result[(slice(None), slice(None), *cuts)] += (blocks[:, :, :, k] @ seen).reshape(batch, -1, *space)
+        result[(slice(None),) * 2 + tuple(cuts)] += (blocks[:, :, :, k] @ seen).reshape(batch, -1, *space)
     cuts = [slice(b, n - e) for b, e, n in zip(begins, ends, result.shape[2:], strict=True)]
-    output = result[(slice(None), slice(None), *cuts)]
+    output = result[(slice(None),) * 2 + tuple(cuts)]
     bias = inputs[2] if len(inputs) > 2 else None
     return [output if bias is None else output + bias.reshape(-1, *(1,) * len(space))]
 
@@ -367,12 +379,15 @@ def _pool(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[n
     around = [(0, 0), (0, 0), *zip(begins, ends, strict=True)]
     side.spend(x.size * math.prod(kernel))
     if state.op == "MaxPool":
-        return [functools.reduce(np.maximum, _taps(np.pad(x, around, constant_values=-np.inf), kernel, strides, dilations))]
+        return [
+            functools.reduce(np.maximum, _taps(np.pad(x, around, constant_values=-np.inf), kernel, strides, dilations))
+        ]
     total = functools.reduce(np.add, _taps(np.pad(x, around), kernel, strides, dilations))
     if state.attrs.get("count_include_pad", 0):
         return [total / math.prod(kernel)]
     inside = np.pad(np.ones((1, 1, *x.shape[2:])), around)
-    return [total / functools.reduce(np.add, _taps(inside, kernel, strides, dilations))]
+    seen = functools.reduce(np.add, _taps(inside, kernel, strides, dilations))
+    return [total / np.maximum(seen, 1)]  # as onnxruntime has it, a window that misses the input gives zero
 
 
 @rule("Resize", "Upsample")
@@ -408,19 +423,31 @@ def _scales(state: State, inputs: list[Any]) -> tuple[Any, Any]:
 
 
 @functools.lru_cache(64)
-def _interpolation(count: int, scale: float, size: int, op: str, attrs: tuple[tuple[str, Any], ...], opset: int) -> Array:
+def _interpolation(
+    count: int, scale: float, size: int, op: str, attrs: tuple[tuple[str, Any], ...], opset: int
+) -> Array:
     """The matrix that resizes an axis of `count` positions, by onnx's reference evaluator on unit vectors."""
     if count > 512:
         raise TooLargeError
     by_sizes = size >= 0 and opset >= 11
-    inputs = ["x", "scales"] if op == "Upsample" or opset < 11 else ["x", "", "" if by_sizes else "scales", *(["sizes"] if by_sizes else [])]
+    inputs = (
+        ["x", "scales"]
+        if op == "Upsample" or opset < 11
+        else ["x", "", "" if by_sizes else "scales", *(["sizes"] if by_sizes else [])]
+    )
     node = onnx.helper.make_node(op, inputs, ["y"], **dict(attrs))
     names = [n for n in inputs if n]
-    graph = onnx.helper.make_graph([node], "axis", [onnx.ValueInfoProto(name=n) for n in names], [onnx.ValueInfoProto(name="y")])
+    graph = onnx.helper.make_graph(
+        [node], "axis", [onnx.ValueInfoProto(name=n) for n in names], [onnx.ValueInfoProto(name="y")]
+    )
     evaluator = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)]))
     columns = []
     for i in range(count):
-        feeds = {"x": np.eye(count)[i], "scales": np.array([scale], np.float32), "sizes": np.array([size], np.int64)}
+        feeds: dict[str, np.ndarray] = {
+            "x": np.eye(count)[i],
+            "scales": np.array([scale], np.float32),
+            "sizes": np.array([size], np.int64),
+        }
         try:
             columns.append(np.asarray(evaluator.run(None, {n: feeds[n] for n in names})[0], np.float64))
         except Exception as error:

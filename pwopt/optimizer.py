@@ -11,14 +11,15 @@ from pathlib import Path
 
 import onnx
 
+from pwopt import bench, runtime, timing, tune
 from pwopt import cache as decisions_on_disk
-from pwopt import runtime, timing, tune
+from pwopt.certify import certify, unchecked
 from pwopt.compiler import convert_opset, run_pipeline, select_passes
 from pwopt.cost import Cost
 from pwopt.errors import ModelError, NotEquivalentError, UsageError
 from pwopt.model import Model, as_file, from_proto, load, save, with_fixed_inputs
 from pwopt.report import Latency, Report
-from pwopt.rewrite import Outcome, Rewrite, Skip
+from pwopt.rewrite import Certifier, Outcome, Rewrite, Skip
 from pwopt.runtime import Feeds, Session
 from pwopt.verify import Equivalence, compare, likely_sizes, samples_for
 
@@ -28,6 +29,10 @@ Progress = Callable[[str, float], None]
 RACE_SECONDS = 8.0
 #: Seconds to spend on choosing measured rewrites.
 BUDGET = 60.0
+#: What to say of a rewrite that its certificate refuses.
+DEFECT = "a defect of pwopt, please report it with the model"
+#: How often rewriting starts anew without what certificates refused.
+MAX_REFUSALS = 8
 
 
 @dataclass(frozen=True)
@@ -170,7 +175,7 @@ def optimize(
         if can_run and cost_model == "measured" and passes is None:
             allowed, dropped = _tuned(work, _Arena(provider, threads, samples), budget, cache, progress)
         progress("rewriting", 0.0)
-        before, outcome, after, proto = work.rewrite(allowed)
+        before, outcome, after, proto, refused = work.certified(allowed, certify if check else unchecked)
         report = Report(
             model=str(path) if path is not None else "<model in memory>",
             output=None if output is None else str(output),
@@ -178,10 +183,12 @@ def optimize(
             environment=runtime.environment(provider, threads),
             shapes=sizes,
             rewrites=outcome.rewrites,
-            skips=(*outcome.skips, *dropped),
+            skips=(*(s for s in outcome.skips if s.site not in refused), *refused.values(), *dropped),
             before=before,
             after=after,
         )
+        if refused:
+            report = _noted(report, f"{len(refused)} rewrites were refused by their certificates: {DEFECT}.")
         report = _noted(report, *_notes(report, before, denied, static and not shapes and inputs is None and specs))
 
         if not can_run:
@@ -195,6 +202,7 @@ def optimize(
             report = _noted(report, *trial.placement())
             if cost_model == "measured":
                 report = replace(report, latency=trial.race(race_seconds, lambda done: progress("racing", done)))
+                report = replace(report, operators=trial.operators())
         latency = report.latency
         if latency is not None and latency.interval[0] <= 1.0 <= latency.interval[1]:
             report = _noted(report, f"Not faster beyond doubt. {_why_little(report)}")
@@ -253,13 +261,29 @@ class _Work:
     folder: Path
     files: int = 0
 
-    def rewrite(self, allowed: frozenset[str] | None) -> tuple[Cost, Outcome, Cost, onnx.ModelProto]:
+    def certified(
+        self, allowed: frozenset[str] | None, certifier: Certifier
+    ) -> tuple[Cost, Outcome, Cost, onnx.ModelProto, dict[str, Skip]]:
+        """`rewrite`, again without the sites whose certificates fail; those last, by site."""
+        refused: dict[str, Skip] = {}
+        for _ in range(MAX_REFUSALS):
+            done = self.rewrite(allowed, certifier, refused)
+            failed = [r for r in done[1].rewrites if r.certificate is not None and not r.certificate.passed]
+            if not failed:
+                return *done, refused
+            refused.update((r.site, Skip(_refusal(r), r.pass_name, r.site)) for r in failed)
+        raise RuntimeError(f"certificates refuse rewrites at {', '.join(refused)}")
+
+    def rewrite(
+        self, allowed: frozenset[str] | None, certifier: Certifier | None = None, refused: Iterable[str] = ()
+    ) -> tuple[Cost, Outcome, Cost, onnx.ModelProto]:
         """The model with measured rewrites at the `allowed` sites; None for those that a shape alone decides."""
         fresh = from_proto(self.target.proto, self.target.folder)
         chosen = select_passes(self.passes)
         for p in chosen:
             p.eager = p.eager or allowed is not None
-        before, outcome, after = run_pipeline(fresh, chosen, self.denied, self.sizes, allowed)
+        denied = (*self.denied, *refused)
+        before, outcome, after = run_pipeline(fresh, chosen, denied, self.sizes, allowed, certifier)
         return before, outcome, after, fresh.to_proto()
 
     def opportunities(self) -> tuple[list[Rewrite], list[Skip]]:
@@ -344,6 +368,12 @@ class _Trial:
             race.minimum(0) * 1e3, race.minimum(1) * 1e3, race.rounds,
         )  # fmt: skip
 
+    def operators(self) -> dict[str, dict[str, float]]:
+        """Where the time goes in both, by operator, in milliseconds per run."""
+        models = {"before": self.original, "after": self.candidate}
+        provider, threads, feeds = self.arena.provider, self.arena.threads, self.arena.samples[0]
+        return {name: bench.operator_times(path, provider, threads, feeds) for name, path in models.items()}
+
     def placement(self) -> Iterator[str]:
         """Which nodes the provider left to another one; on the CPU provider there is nothing to leave."""
         if runtime.provider_name(self.arena.provider) == "CPUExecutionProvider":
@@ -355,6 +385,12 @@ class _Trial:
         for other, names in runtime.elsewhere(placed, self.arena.provider).items():
             some = ", ".join(sorted(names)[:5]) + (" and more" if len(names) > 5 else "")
             yield f"{len(names)} of {total} nodes ran on {other}, not on {self.arena.provider}: {some}."
+
+
+def _refusal(rewrite: Rewrite) -> str:
+    c = rewrite.certificate
+    assert c is not None
+    return f"refused by its certificate ({c.reason}: residual {c.residual:.2g}, bound {c.bound:.2g}): {DEFECT}"
 
 
 def _notes(report: Report, before: Cost, denied: Iterable[str], guessed: object) -> Iterator[str]:

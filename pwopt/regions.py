@@ -104,7 +104,9 @@ class Region:
             node = journal.nodes[key]
             new = State.of(node) if node in view else None
             if old is not None and new is not None and old.computes(new):
-                if not old.reads_as(new) and not any(id(t) in renamed for t in (*old.inputs, *new.inputs, *new.outputs)):
+                if not old.reads_as(new) and not any(
+                    id(t) in renamed for t in (*old.inputs, *new.inputs, *new.outputs)
+                ):
                     rerouted[key] = old, new
                     continue
                 if old.reads_as(new) and not any(id(t) in renamed for t in (*new.inputs, *new.outputs)):
@@ -138,7 +140,9 @@ class Region:
         made = [{id(t) for s in side for t in s.outputs} for side in (self.before, self.after)]
         pairs = [t for old, new in self.rerouted for t in _exchanged(old, new)]
         found: dict[int, gs.Tensor] = {}
-        for side, own, ends in zip((self.before, self.after), made, ([a for a, _ in pairs], [b for _, b in pairs]), strict=True):
+        for side, own, ends in zip(
+            (self.before, self.after), made, ([a for a, _ in pairs], [b for _, b in pairs]), strict=True
+        ):
             read = (t for s in side for t in s.inputs if t.name)
             found.update((id(t), t) for t in (*read, *ends) if id(t) not in own)
         return list(found.values())

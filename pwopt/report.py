@@ -52,7 +52,11 @@ class Latency:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything one optimisation did, declined, and measured. `equivalence` and `latency` are None if not run."""
+    """Everything one optimisation did, declined, and measured.
+
+    `equivalence`, `latency` and `operators` (where the time goes, "before" and "after") are None if not run. `command`
+    is how to repeat it, if it came from the command line.
+    """
 
     model: str
     output: str | None
@@ -65,6 +69,8 @@ class Report:
     after: Cost
     equivalence: Equivalence | None = None
     latency: Latency | None = None
+    operators: dict[str, dict[str, float]] | None = None
+    command: str | None = None
     notes: tuple[str, ...] = ()
 
     def to_dict(self) -> dict[str, Any]:
@@ -86,6 +92,7 @@ class Report:
                     "macs_before": r.macs_before,
                     "macs_after": r.macs_after,
                     "residual": r.residual,
+                    "certificate": None if r.certificate is None else asdict(r.certificate),
                 }
                 for r in self.rewrites
             ],
@@ -93,6 +100,8 @@ class Report:
             "cost": {"before": asdict(self.before), "after": asdict(self.after)},
             "equivalence": equivalence_dict(self.equivalence),
             "latency": None if self.latency is None else asdict(self.latency),
+            "operators": self.operators,
+            "command": self.command,
             "notes": list(self.notes),
         }
 
@@ -194,11 +203,13 @@ def _render_rewrites(report: Report, console: Console) -> None:
     if not report.rewrites:
         console.print("No rewrite was made: the output is a copy of the input.")
         return
-    table = _table("rewrites", "count", "multiply-adds saved", "worst rounding")
+    table = _table("rewrites", "count", "multiply-adds saved", "worst rounding", "certified")
     for name, count in Counter(r.pass_name for r in report.rewrites).items():
         mine = [r for r in report.rewrites if r.pass_name == name]
         saved = sum(r.macs_before - r.macs_after for r in mine)
-        table.add_row(name, str(count), f"{saved:,}", f"{max(r.residual for r in mine):.1g}")
+        certified = sum(r.certificate is not None and r.certificate.status == "certified" for r in mine)
+        worst = f"{max(r.residual for r in mine):.1g}"
+        table.add_row(name, str(count), f"{saved:,}", worst, f"{certified} of {count}")
     console.print(table)
 
 
