@@ -13,6 +13,7 @@ from pwopt.errors import ModelError, NotEquivalentError, ProviderError, PwoptErr
 from pwopt.inspection import inspect
 from pwopt.model import Model, load, save
 from pwopt.optimizer import Result, optimize
+from pwopt.properties import properties
 from pwopt.verify import verify
 
 __version__ = metadata.version("pwopt")
@@ -29,6 +30,7 @@ __all__ = [
     "inspect",
     "load",
     "optimize",
+    "properties",
     "save",
     "verify",
 ]

@@ -18,9 +18,11 @@ import numpy as np
 
 from pwopt import runtime, timing
 from pwopt.errors import UsageError
+from pwopt.inputs import InputSpec, check_shapes, input_specs
 from pwopt.model import load
-from pwopt.runtime import Feeds, InputSpec, Session
-from pwopt.verify import likely_sizes
+from pwopt.runtime import Feeds, Session
+from pwopt.samples import make_feeds
+from pwopt.sizes import likely_sizes
 
 #: Operators that only change how a tensor lies in memory.
 LAYOUT = frozenset({"ReorderInput", "ReorderOutput", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"})
@@ -116,12 +118,12 @@ def benchmark(
         raise UsageError("there is no model to time; give one or more")
     runtime.check_settings(threads, None, None)
     paths = [Path(m) for m in models]
-    specs = runtime.input_specs(load(paths[0]).proto)
+    specs = input_specs(load(paths[0]).proto)
     for path in paths[1:]:
-        theirs = [(s.name, s.dtype) for s in runtime.input_specs(load(path).proto)]
+        theirs = [(s.name, s.dtype) for s in input_specs(load(path).proto)]
         if sorted(theirs) != sorted((s.name, s.dtype) for s in specs):
             raise UsageError(f"{str(path)!r} does not take the same inputs as {str(paths[0])!r}")
-    runtime.check_shapes(specs, shapes or {})
+    check_shapes(specs, shapes or {})
     rows: list[Row] = []
     for i, batch in enumerate(batches or (None,)):
         given = (
@@ -131,8 +133,8 @@ def benchmark(
         )
         sizes = likely_sizes(specs, paths[0], provider, given)
         for path in paths[1:]:
-            runtime.check_shapes(runtime.input_specs(load(path).proto), sizes)
-        feeds = runtime.make_feeds(specs, sizes)
+            check_shapes(input_specs(load(path).proto), sizes)
+        feeds = make_feeds(specs, sizes)
         sessions = [Session(p, provider, threads, tf32=True) for p in paths]
         stage = "racing" if batch is None else f"racing at batch {batch}"
         race = timing.race(sessions, feeds, seconds, lambda done, stage=stage: progress(stage, done))  # type: ignore[misc]

@@ -14,21 +14,33 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
-from pwopt import bench, inspection, runtime
+from pwopt import bench, inspection, runtime, samples
 from pwopt import cache as decisions
 from pwopt.errors import PwoptError, UsageError
+from pwopt.inputs import parse_shape
+from pwopt.invariants import INVARIANTS
+from pwopt.laws import parse_law
 from pwopt.optimizer import BUDGET, RACE_SECONDS, optimize, same_file
 from pwopt.passes import PASSES
+from pwopt.properties import properties
 from pwopt.report import (
     SCHEMA,
     equivalence_dict,
     plain,
     render,
     render_benchmark,
+    render_difference,
+    render_elsewhere,
     render_equivalence,
+    render_figures,
+    render_laws,
+    render_properties,
+    render_samples,
     render_sizes,
+    rewrites_from,
     to_json,
 )
+from pwopt.shapes import written
 from pwopt.storage import replacing
 from pwopt.verify import verify
 
@@ -56,8 +68,13 @@ Shapes = Annotated[
     ),
 ]
 Inputs = Annotated[
-    Path | None,
-    typer.Option("--input", metavar="FILE.npz", help="Inputs to run on, one array per name.", show_default=False),
+    list[Path] | None,
+    typer.Option(
+        "--input",
+        metavar="FILE",
+        help="Inputs to run on: .npz, .npy, .pb, or a folder of them; repeatable.",
+        show_default=False,
+    ),
 ]
 Provider = Annotated[str, typer.Option(help="Execution provider: cpu, cuda, openvino… It runs there or not at all.")]
 Threads = Annotated[int, typer.Option(min=1, help="Threads per operator while verifying and timing.")]
@@ -73,7 +90,26 @@ Json = Annotated[
 
 
 def _shapes(given: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
-    return dict(runtime.parse_shape(text) for text in given or ())
+    rounds = _rounds(given)
+    if len(rounds) > 1:
+        raise UsageError("an input has two sizes; only verify takes several")
+    return rounds[0] if rounds else {}
+
+
+def _rounds(given: Sequence[str] | None) -> list[dict[str, tuple[int, ...]]]:
+    """Sizes that inputs are given k times are the k-th round; those given once hold for all."""
+    sizes: dict[str, list[tuple[int, ...]]] = {}
+    for name, shape in map(parse_shape, given or ()):
+        sizes.setdefault(name, []).append(shape)
+    count = max(map(len, sizes.values()), default=0)
+    for name, shapes in sizes.items():
+        if len(shapes) not in (1, count):
+            raise UsageError(f"input {name!r} has {len(shapes)} sizes and another {count}; give one or as many")
+    return [{name: shapes[k % len(shapes)] for name, shapes in sizes.items()} for k in range(count)]
+
+
+def _list(given: str) -> list[str]:
+    return [word.strip() for word in given.split(",") if word.strip()]
 
 
 def _write(path: Path | None, content: str) -> None:
@@ -163,8 +199,8 @@ def optimize_command(
                 provider=provider,
                 cost_model=cost,
                 shapes=_shapes(shape),
-                inputs=inputs,
-                passes=None if passes is None else [p.strip() for p in passes.split(",") if p.strip()],
+                inputs=inputs or None,
+                passes=None if passes is None else _list(passes),
                 deny=deny or (),
                 threads=threads,
                 static=static,
@@ -182,6 +218,7 @@ def optimize_command(
         failed = getattr(error, "report", None)
         if failed is not None:
             render_equivalence(failed.equivalence, console)
+            render_difference(failed.equivalence, console)
             _write(report, failed.to_json())
         raise
     render(result.report, console, details)
@@ -194,8 +231,48 @@ def verify_command(
     original: Annotated[Path, typer.Argument(metavar="A", help="The original.", show_default=False)],
     candidate: Annotated[Path, typer.Argument(metavar="B", help="The model to compare with it.", show_default=False)],
     provider: Provider = "cpu",
-    shape: Shapes = None,
+    shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--shape",
+            metavar="NAME=1x3x640x640",
+            help="Size of a dynamic input; again for another round.  (default: two likely ones)",
+            show_default=False,
+        ),
+    ] = None,
     inputs: Inputs = None,
+    kinds: Annotated[
+        str, typer.Option("--samples", help=f"Random inputs, comma-separated: {', '.join(samples.KINDS)}.")
+    ] = ",".join(samples.DEFAULT_KINDS),
+    ranges: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--range",
+            metavar="NAME=0:255",
+            help="Smallest and largest value of a random input; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    invariants: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--invariant",
+            metavar="NAME[:KEY=VALUE…]",
+            help=f"Also measure a law on both models: {', '.join(INVARIANTS)}; repeatable.",
+            show_default=False,
+        ),
+    ] = None,
+    rewrites: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.json",
+            help="The report of the optimisation that made B, so that a rewrite at fault is named.",
+            show_default=False,
+        ),
+    ] = None,
+    no_locate: Annotated[
+        bool, typer.Option("--no-locate", help="Do not look for the first tensor that differs.")
+    ] = False,
     threads: Threads = 1,
     rtol: Rtol = None,
     atol: Atol = None,
@@ -204,14 +281,21 @@ def verify_command(
 ) -> None:
     """Compare two models, whoever made the second: exit 0 if equivalent, 1 if not, more if they cannot be compared."""
     _check_report(report, original, candidate)
+    records = () if rewrites is None else rewrites_from(rewrites)
+    asked = [parse_law(text) for text in invariants or ()]
     console = Console(highlight=False)
     with _progress(Console(stderr=True)) as progress:
         equivalence = verify(
-            original, candidate, provider=provider, threads=threads, shapes=_shapes(shape), inputs=inputs,
-            rtol=rtol, atol=atol, progress=lambda stage: progress(stage, 0.0),
+            original, candidate, provider=provider, threads=threads, shapes=_rounds(shape), inputs=inputs or None,
+            kinds=_list(kinds), ranges=dict(map(samples.parse_range, ranges or ())), rtol=rtol, atol=atol,
+            locate=not no_locate, rewrites=records, laws=asked, progress=lambda stage: progress(stage, 0.0),
         )  # fmt: skip
-    render_sizes(equivalence.shapes, console)
+    render_samples(equivalence, console)
     render_equivalence(equivalence, console)
+    render_figures(equivalence, console)
+    render_laws(equivalence, console)
+    render_difference(equivalence, console)
+    render_elsewhere(equivalence, console)
     content: dict[str, Any] = {
         "schema": SCHEMA,
         "model": str(original),
@@ -232,9 +316,20 @@ def inspect_command(
     shape: Shapes = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")] = False,
     every: Annotated[bool, typer.Option("--all", help="List k×k convolutions too, not only pointwise maps.")] = False,
+    weights: Annotated[
+        bool,
+        typer.Option("--properties", help="The weights of pointwise maps instead: rank, spectrum, kind, channels."),
+    ] = False,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")] = False,
 ) -> None:
     """List every pointwise map of MODEL: its size, its chain, what would be done with it and why not more."""
+    if weights:
+        listed = properties(model, shapes=_shapes(shape))
+        if json:
+            sys.stdout.write(to_json([asdict(m) for m in listed]))
+        else:
+            render_properties(listed, Console(highlight=False))
+        return
     found = inspection.inspect(model, shapes=_shapes(shape))
     maps = [m for m in found if every or m.single_tap]
     if json:
@@ -243,7 +338,7 @@ def inspect_command(
     console = Console(highlight=False, soft_wrap=True)
     for m in maps:
         kernel = "×".join(map(str, m.kernel)) or "pointwise"
-        space = runtime.written(m.space) if m.space is not None else "?"
+        space = written(m.space) if m.space is not None else "?"
         work = f"{m.macs:,} multiply-adds" if m.macs is not None else "size not known"
         chain = f"  [cyan]chain {m.chain}[/cyan]" if m.chain is not None else ""
         console.print(f"[bold]{plain(m.tensor)}[/bold]  {m.op} {m.channels}  {kernel}  at {space}  {work}{chain}")

@@ -8,14 +8,15 @@ from dataclasses import dataclass
 
 import onnx
 
-from pwopt import forms, runtime
+from pwopt import forms
 from pwopt.compiler import concrete_sizes, run_pipeline, select_passes
 from pwopt.cost import macs
 from pwopt.graph import View
+from pwopt.inputs import check_shapes, input_specs
 from pwopt.model import Model, as_file, load
 from pwopt.passes import FoldChains
 from pwopt.rewrite import Outcome
-from pwopt.verify import likely_sizes
+from pwopt.sizes import likely_sizes
 
 
 @dataclass(frozen=True)
@@ -101,8 +102,8 @@ def inspect(
     128→192 1 fold-chains: 64→128→192→128→32 is cheaper as one map
     """
     original, edited, affine = load(model), load(model), load(model)
-    specs = runtime.input_specs(original.proto)
-    runtime.check_shapes(specs, shapes or {})
+    specs = input_specs(original.proto)
+    check_shapes(specs, shapes or {})
     with as_file(model) as path:
         sizes = likely_sizes(specs, path, shapes=shapes, must_run=False)
     passes = select_passes(None)

@@ -16,12 +16,17 @@ from pwopt import cache as decisions_on_disk
 from pwopt.certify import certify, unchecked
 from pwopt.compiler import convert_opset, run_pipeline, select_passes
 from pwopt.cost import Cost
+from pwopt.equivalence import Equivalence, compare
 from pwopt.errors import ModelError, NotEquivalentError, UsageError
+from pwopt.inputs import check_shapes, input_specs
+from pwopt.localise import localise
 from pwopt.model import Model, as_file, from_proto, load, save, with_fixed_inputs
 from pwopt.report import Latency, Report
 from pwopt.rewrite import Certifier, Outcome, Rewrite, Skip
 from pwopt.runtime import Feeds, Session
-from pwopt.verify import Equivalence, compare, likely_sizes, samples_for
+from pwopt.samples import Sample, given_samples, random_samples
+from pwopt.sizes import likely_sizes, rounds
+from pwopt.verify import placements
 
 Progress = Callable[[str, float], None]
 
@@ -146,20 +151,21 @@ def optimize(
         raise UsageError(f"the output {str(output)!r} is the input; choose another, or force it")
     progress("reading", 0.0)
     source = load(model)
-    specs = runtime.input_specs(source.proto)
-    runtime.check_shapes(specs, shapes or {})
+    specs = input_specs(source.proto)
+    check_shapes(specs, shapes or {})
     if check and cost_model == "measured":
         runtime.onnxruntime()
     can_run = check and runtime.available()
 
     with contextlib.ExitStack() as stack:
         original = stack.enter_context(as_file(path or source))
-        feeds = None if inputs is None else runtime.as_feeds(inputs, specs, shapes)
+        samples = [] if inputs is None else given_samples(inputs, specs, shapes)
         progress("choosing inputs", 0.0)
-        if feeds is not None:
-            sizes = {name: value.shape for name, value in feeds.items()}
-        elif can_run:
-            sizes = likely_sizes(specs, original, provider, shapes)
+        if can_run and not samples:
+            chosen = rounds(specs, original, provider, [shapes] if shapes else [])
+            samples = random_samples(specs, chosen[:1] if static else chosen)
+        if samples:
+            sizes = {name: value.shape for name, value in samples[0].feeds.items()}
         else:
             sizes = likely_sizes(specs, original, shapes=shapes, must_run=False)
 
@@ -169,7 +175,6 @@ def optimize(
         if static:
             target = from_proto(with_fixed_inputs(target.proto, sizes), source.folder)
         work = _Work(target, source, _names(passes), denied, sizes, stack.enter_context(_workspace(output)))
-        samples = samples_for(specs, sizes, feeds) if can_run else []
         allowed: frozenset[str] | None = None
         dropped: list[Skip] = []
         if can_run and cost_model == "measured" and passes is None:
@@ -198,8 +203,8 @@ def optimize(
             progress("verifying", 0.0)
             report = replace(report, equivalence=trial.verify(rtol, atol))
             if not report.equivalence or not report.equivalence.passed:
-                raise _not_equivalent(report)
-            report = _noted(report, *trial.placement())
+                raise _not_equivalent(trial.located(report))
+            report = _noted(report, *_placed(report))
             if cost_model == "measured":
                 report = replace(report, latency=trial.race(race_seconds, lambda done: progress("racing", done)))
                 report = replace(report, operators=trial.operators())
@@ -232,7 +237,7 @@ class _Arena:
 
     provider: str
     threads: int
-    samples: list[Feeds]
+    samples: list[Sample]
 
     def session(self, model: Path, **options: bool) -> Session:
         return Session(model, self.provider, self.threads, **options)
@@ -246,7 +251,7 @@ class _Arena:
     ) -> timing.Race:
         """As users run them: on CUDA, that is with TF32."""
         sessions = [self.session(m, tf32=True) for m in models]
-        return timing.race(sessions, self.samples[0], seconds, progress, decided=decided)
+        return timing.race(sessions, self.samples[0].feeds, seconds, progress, decided=decided)
 
 
 @dataclass
@@ -352,14 +357,29 @@ class _Trial:
     arena: _Arena
 
     def verify(self, rtol: float | None, atol: float | None) -> Equivalence:
-        return compare(
-            self.arena.session(self.original),
-            self.arena.session(self.original, optimise=False),
-            self.arena.session(self.candidate),
-            self.arena.samples,
+        arena = self.arena
+        equivalence = compare(
+            arena.session(self.original),
+            arena.session(self.original, optimise=False),
+            arena.session(self.candidate),
+            arena.samples,
             rtol,
             atol,
         )
+        return replace(
+            equivalence,
+            elsewhere=placements({"candidate": self.candidate}, arena.provider, arena.threads, arena.samples[0]),
+        )
+
+    def located(self, report: Report) -> Report:
+        """The report of a failure, with the place where the models begin to differ and the rewrites that made it."""
+        failed, arena = report.equivalence, self.arena
+        if failed is None:
+            return report
+        difference = localise(
+            self.original, self.candidate, failed, arena.samples, arena.provider, arena.threads, report.rewrites
+        )
+        return replace(report, equivalence=replace(failed, difference=difference))
 
     def race(self, seconds: float, progress: Callable[[float], None]) -> Latency:
         race = self.arena.race([self.original, self.candidate], seconds, progress)
@@ -371,20 +391,16 @@ class _Trial:
     def operators(self) -> dict[str, dict[str, float]]:
         """Where the time goes in both, by operator, in milliseconds per run."""
         models = {"before": self.original, "after": self.candidate}
-        provider, threads, feeds = self.arena.provider, self.arena.threads, self.arena.samples[0]
+        provider, threads, feeds = self.arena.provider, self.arena.threads, self.arena.samples[0].feeds
         return {name: bench.operator_times(path, provider, threads, feeds) for name, path in models.items()}
 
-    def placement(self) -> Iterator[str]:
-        """Which nodes the provider left to another one; on the CPU provider there is nothing to leave."""
-        if runtime.provider_name(self.arena.provider) == "CPUExecutionProvider":
-            return
-        session = self.arena.session(self.candidate, profile=True)
-        session.run(self.arena.samples[0])
-        placed = session.placement()
-        total = sum(map(len, placed.values()))
-        for other, names in runtime.elsewhere(placed, self.arena.provider).items():
-            some = ", ".join(sorted(names)[:5]) + (" and more" if len(names) > 5 else "")
-            yield f"{len(names)} of {total} nodes ran on {other}, not on {self.arena.provider}: {some}."
+
+def _placed(report: Report) -> Iterator[str]:
+    """Which operators the provider left to another one."""
+    for places in report.equivalence.elsewhere.values() if report.equivalence is not None else ():
+        for other, names in places.items():
+            some = ", ".join(names[:5]) + (" and more" if len(names) > 5 else "")
+            yield f"{len(names)} operators ran on {other}, not on {report.provider}: {some}."
 
 
 def _refusal(rewrite: Rewrite) -> str:
@@ -427,7 +443,9 @@ def _back_to_original(report: Report, speedup: float) -> Report:
 
 def _not_equivalent(report: Report) -> NotEquivalentError:
     worst = report.equivalence.worst() if report.equivalence is not None else None
+    where = report.equivalence.difference if report.equivalence is not None else None
     what = f"output {worst.name!r} {worst.explain()}; " if worst is not None else ""
+    what += f"{where.explain()}; " if where is not None else ""
     hint = "nothing was written; leave rewrites out with --deny, or allow more with --rtol and --atol"
     return NotEquivalentError(what + hint, report)
 

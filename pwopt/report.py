@@ -17,9 +17,12 @@ from rich.table import Table
 
 from pwopt.bench import Row
 from pwopt.cost import Cost
+from pwopt.equivalence import Equivalence, OutputCheck
+from pwopt.errors import UsageError
+from pwopt.metrics import Agreement
+from pwopt.properties import Properties
 from pwopt.rewrite import Rewrite, Skip
-from pwopt.runtime import written
-from pwopt.verify import Equivalence
+from pwopt.shapes import written
 
 #: Version of the JSON layout; grows when a field changes its meaning.
 SCHEMA = 1
@@ -93,6 +96,7 @@ class Report:
                     "macs_after": r.macs_after,
                     "residual": r.residual,
                     "certificate": None if r.certificate is None else asdict(r.certificate),
+                    "became": [list(pair) for pair in r.became],
                 }
                 for r in self.rewrites
             ],
@@ -184,6 +188,87 @@ def render_sizes(shapes: Mapping[str, tuple[int, ...]], console: Console) -> Non
         console.print(f"[dim]figures are for {sizes}[/dim]", soft_wrap=True)
 
 
+def rewrites_from(path: Path) -> tuple[Rewrite, ...]:
+    """Records of the rewrites in a report that `optimize` wrote.
+
+    Raises
+    ------
+    UsageError
+        If the file is no such report.
+    """
+    try:
+        return tuple(
+            Rewrite(
+                r["reason"], tuple(r["removed"]), tuple(r["added"]), r["macs_before"], r["macs_after"],
+                float(r["residual"]), tuple((old, new) for old, new in r["became"]), "", r["pass"], r["site"],
+            )
+            for r in json.loads(path.read_text())["rewrites"]
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{str(path)!r} is not a report of pwopt optimize ({error!r})") from error
+
+
+def render_samples(equivalence: Equivalence, console: Console) -> None:
+    """Print what the models were compared on."""
+    console.print(f"[dim]compared on {plain('; '.join(equivalence.inputs))}[/dim]", soft_wrap=True)
+
+
+def render_figures(equivalence: Equivalence, console: Console, most: int = 4) -> None:
+    """Print every figure of the worst outputs, and beside it the same of the original against itself."""
+    ranked = sorted(equivalence.outputs, key=lambda o: (o.passed, -o.max_abs))
+    for o in ranked[:most]:
+        table = _table(plain(o.name), "candidate", "noise floor")
+        for label, mine, own in zip(FIGURES, _figures(o), _figures(o.noise), strict=True):
+            if mine is not None:
+                table.add_row(label, mine, own or "–")
+        console.print(table)
+    if ranked[most:]:
+        console.print(f"[dim]and {len(ranked) - most} more outputs; --report FILE.json has the figures of each[/dim]")
+
+
+FIGURES = (
+    "mean error", "relative error", "units in the last place", "… of 99 % of elements", "1 − cosine",
+    "signal to noise", "same largest entry", "same five largest", "unequal elements",
+)  # fmt: skip
+
+
+def _figures(of: OutputCheck | Agreement) -> list[str | None]:
+    """What `FIGURES` are, None where they are meaningless."""
+    cosine = None if of.cosine is None else 1 - of.cosine
+    patterns = ("{:.2g}", "{:.2g}", "{:,.0f}", "{:,.0f}", "{:.1g}", "{:.0f} dB", "{:.2%}", "{:.2%}", "{:.2%}")
+    values = (of.mean_abs, of.max_rel, of.ulp, of.ulp_p99, cosine, of.snr_db, of.top1, of.top5, of.mismatch)
+    return [None if v is None else p.format(v) for p, v in zip(patterns, values, strict=True)]
+
+
+def render_laws(equivalence: Equivalence, console: Console) -> None:
+    """Print the residual of every invariant in both models."""
+    if not equivalence.laws:
+        return
+    table = _table("invariant", "original", "candidate")
+    for law in equivalence.laws:
+        table.add_row(f"{plain(law.law)}: {plain(law.formula)}", f"{law.original:.2g}", f"{law.candidate:.2g}")
+    console.print(table)
+
+
+def render_difference(equivalence: Equivalence | None, console: Console, most: int = 8) -> None:
+    """Print where a candidate that did not pass begins to differ."""
+    if equivalence is None or equivalence.difference is None:
+        return
+    d = equivalence.difference
+    console.print(f"[bold]{plain(d.explain())}[/bold]", soft_wrap=True)
+    region = ", ".join(map(plain, d.region[:most])) + (f" and {len(d.region) - most} more" if d.region[most:] else "")
+    after = f"after {', '.join(map(plain, d.agreeing[:most]))}, which agree" if d.agreeing else "from the inputs on"
+    console.print(f"[dim]the fault lies {after}, in {region}; {d.compared} tensors compared[/dim]", soft_wrap=True)
+
+
+def render_elsewhere(equivalence: Equivalence, console: Console) -> None:
+    """Print the operators that ran on another provider than the one asked for."""
+    for model, places in equivalence.elsewhere.items():
+        for provider, nodes in places.items():
+            listed = plain(", ".join(nodes))
+            console.print(f"[yellow]{len(nodes)} operators of the {model} ran on {provider}: {listed}[/yellow]")
+
+
 def render_equivalence(equivalence: Equivalence, console: Console) -> None:
     """Print the verdict per output."""
     table = _table("output", "max deviation", "noise floor", "sensitivity", "verdict")
@@ -231,6 +316,28 @@ def general(skip: Skip) -> str:
     """A refusal without the names that differ from place to place, for counting."""
     words = skip.reason.split("'")
     return "…".join(words[::2]) if len(words) % 2 else skip.reason
+
+
+def render_properties(found: Properties, console: Console) -> None:
+    """Print what the weights of every pointwise map are."""
+    table = _table("map", "size", "kind", "rank", "effective", "condition", "WᵀW − I", "Σ columns", "dead", "flop/byte")
+    for m in found:
+        sums = m.column_sums
+        table.add_row(
+            plain(m.tensor),
+            f"{m.columns}→{m.rows}" + (f" /{m.groups}" if m.groups > 1 else ""),
+            m.kind,
+            "–" if m.rank is None else str(m.rank),
+            "–" if m.effective_rank is None else f"{m.effective_rank:.1f}",
+            "–" if m.condition is None else f"{m.condition:.2g}",
+            "–" if m.orthogonality_defect is None else f"{m.orthogonality_defect:.2g}",
+            f"{min(sums):.2g} … {max(sums):.2g}",
+            f"{len(m.dead_inputs)} in, {len(m.constant_outputs)} out",
+            "–" if m.intensity is None else f"{m.intensity:.1f}",
+        )
+    console.print(table)
+    render_sizes(found.shapes, console)
+    console.print(f"{len(found)} pointwise maps")
 
 
 def render_benchmark(rows: Sequence[Row], console: Console) -> None:

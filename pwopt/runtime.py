@@ -1,4 +1,4 @@
-"""onnxruntime sessions that run where they were asked to, and inputs for a model."""
+"""onnxruntime sessions that run where they were asked to."""
 
 from __future__ import annotations
 
@@ -7,8 +7,7 @@ import os
 import platform
 import re
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +17,6 @@ import numpy as np
 import onnx
 
 from pwopt.errors import ModelError, ProviderError, UsageError
-from pwopt.shapes import Shape, dims
 
 Feeds = dict[str, np.ndarray]
 
@@ -34,11 +32,6 @@ PROVIDERS = {
 }
 #: What to install when a provider is missing.
 WHEELS = {"cpu": "pwopt[cpu]", "cuda": "pwopt[gpu]", "tensorrt": "pwopt[gpu]", "openvino": "onnxruntime-openvino"}
-
-#: Sizes (height, width) to try for dynamic images, in order: classifiers, detectors, text recognisers.
-IMAGE_SIZES = ((224, 224), (320, 320), (640, 640), (48, 320), (32, 320), (48, 192), (256, 256), (512, 512))
-#: Length to try for any other dynamic axis.
-LENGTH = 64
 
 
 def onnxruntime() -> ModuleType:
@@ -207,10 +200,11 @@ class Session:
             self._binding.synchronize_outputs()
 
     def placement(self) -> dict[str, list[str]]:
-        """Provider → names of the nodes that ran on it, from a profiled session; ends the profile."""
+        """Provider → nodes that ran on it, as "Op name", from a profiled session; ends the profile."""
         placed: dict[str, dict[str, None]] = {}
         for name, arguments, _ in self._profiled():
-            placed.setdefault(arguments.get("provider", "unknown"), {})[name] = None
+            title = f"{arguments.get('op_name', 'unknown')} {name}".strip()
+            placed.setdefault(arguments.get("provider", "unknown"), {})[title] = None
         return {provider: list(names) for provider, names in placed.items()}
 
     def operators(self) -> dict[str, float]:
@@ -246,66 +240,6 @@ def _first_line(error: BaseException) -> str:
     return re.sub(r"\s+", " ", str(error).strip())[:300]
 
 
-@dataclass(frozen=True)
-class InputSpec:
-    """One input of a model: its name, numpy type and declared shape (None if not even its rank is declared)."""
-
-    name: str
-    dtype: np.dtype[Any]
-    shape: Shape | None
-
-
-def input_specs(model: onnx.ModelProto) -> list[InputSpec]:
-    """Inputs a caller must give: those without an initializer.
-
-    Raises
-    ------
-    UsageError
-        If one is not a tensor.
-    """
-    initialized = {t.name for t in model.graph.initializer} | {s.values.name for s in model.graph.sparse_initializer}
-    specs = []
-    for value in model.graph.input:
-        if value.name in initialized:
-            continue
-        if not value.type.HasField("tensor_type"):
-            raise UsageError(f"input {value.name!r} is not a tensor; pwopt takes models whose inputs are tensors")
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
-        specs.append(InputSpec(value.name, np.dtype(dtype), dims(value.type)))
-    return specs
-
-
-def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
-    """``NAME=1x3x640x640`` → name and sizes; a scalar is ``NAME=``."""
-    name, sep, sizes = text.rpartition("=")
-    if not sep or not name or not re.fullmatch(r"(\d+([x,]\d+)*)?", sizes):
-        raise UsageError(f"the shape {text!r} is not of the form NAME=1x3x640x640")
-    return name, tuple(int(s) for s in re.split("[x,]", sizes) if s)
-
-
-def written(shape: Sequence[object]) -> str:
-    """A shape as people write it; "?" where a dimension is not known."""
-    return "×".join("?" if d is None else str(d) for d in shape) or "a scalar"
-
-
-def check_shapes(specs: Sequence[InputSpec], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Refuse shapes that do not fit the declared inputs."""
-    known = {s.name: s for s in specs}
-    for name, shape in shapes.items():
-        if name not in known:
-            raise UsageError(f"there is no input {name!r}; the model has {', '.join(map(repr, known)) or 'none'}")
-        if isinstance(shape, str) or not all(isinstance(d, (int, np.integer)) and d >= 0 for d in shape):
-            raise UsageError(f"the shape {shape!r} of input {name!r} is not a sequence of sizes like (1, 3, 640, 640)")
-        declared = known[name].shape
-        if declared is None:
-            continue
-        fits = len(shape) == len(declared) and all(
-            not isinstance(d, int) or d in (0, s) for d, s in zip(declared, shape, strict=True)
-        )
-        if not fits:
-            raise UsageError(f"the shape {written(shape)} does not fit input {name!r}, which is {written(declared)}")
-
-
 def check_settings(threads: int, rtol: float | None, atol: float | None) -> None:
     """Refuse numbers that make no sense."""
     if threads < 1:
@@ -313,106 +247,6 @@ def check_settings(threads: int, rtol: float | None, atol: float | None) -> None
     for name, value in (("rtol", rtol), ("atol", atol)):
         if value is not None and not 0 <= value < float("inf"):
             raise UsageError(f"a tolerance is a number from 0 on, and {name} is {value}")
-
-
-def candidate_shapes(
-    specs: Sequence[InputSpec], given: Mapping[str, Sequence[int]] | None = None
-) -> Iterator[dict[str, tuple[int, ...]]]:
-    """Shapes to try for inputs with dynamic dimensions, the likeliest first.
-
-    Batches are 1, images have 3 channels; equal names get equal sizes. `given` shapes are kept.
-    """
-    given = given or {}
-    for spec in specs:
-        if spec.shape is None and spec.name not in given:
-            raise UsageError(f"input {spec.name!r} declares no shape; give --shape {spec.name}=…")
-    tried = set()
-    for image in IMAGE_SIZES:
-        names: dict[str, int] = {}
-        shapes = {}
-        for spec in specs:
-            if spec.name in given:
-                shapes[spec.name] = tuple(given[spec.name])
-                for d, size in zip(spec.shape or (), given[spec.name], strict=False):
-                    if isinstance(d, str):
-                        names.setdefault(d, size)
-                continue
-            guess = []
-            for axis, d in enumerate(spec.shape or ()):
-                if isinstance(d, int) and d > 0:
-                    guess.append(d)
-                    continue
-                size = _guess(spec.shape or (), spec.dtype, axis, image)
-                guess.append(names.setdefault(d, size) if isinstance(d, str) and d != "?" else size)
-            shapes[spec.name] = tuple(guess)
-        key = tuple(sorted(shapes.items()))
-        if key not in tried:
-            tried.add(key)
-            yield shapes
-
-
-def _guess(shape: Shape, dtype: np.dtype[Any], axis: int, image: tuple[int, int]) -> int:
-    if axis == 0:
-        return 1
-    if len(shape) == 4 and dtype.kind == "f":
-        channel = 3 if shape[-1] in (1, 3) else 1  # channels last, or as usual
-        spatial = [a for a in (1, 2, 3) if a != channel]
-        return 3 if axis == channel else image[spatial.index(axis)]
-    return LENGTH
-
-
-def make_feeds(
-    specs: Sequence[InputSpec], shapes: Mapping[str, Sequence[int]], kind: str = "normal", seed: int = 0
-) -> Feeds:
-    """Random inputs: "normal" or "uniform" on [0, 1) for floats; 0 and 1 for integers; reproducible."""
-    rng = np.random.default_rng(seed)
-    feeds: Feeds = {}
-    for spec in specs:
-        shape = tuple(shapes[spec.name])
-        if spec.dtype.kind in "fV":
-            values = rng.random(shape) if kind == "uniform" else rng.standard_normal(shape)
-            feeds[spec.name] = np.asarray(values).astype(spec.dtype)
-        elif spec.dtype.kind in "iub":
-            feeds[spec.name] = rng.integers(0, 2, shape).astype(spec.dtype)
-        else:
-            feeds[spec.name] = np.full(shape, "a", dtype=object)
-    return feeds
-
-
-def as_feeds(
-    given: str | os.PathLike[str] | Mapping[str, Any],
-    specs: Sequence[InputSpec],
-    shapes: Mapping[str, Sequence[int]] | None = None,
-) -> Feeds:
-    """Inputs from a dict of arrays, an .npz with one array per input, or an .npy for the only input.
-
-    Raises
-    ------
-    UsageError
-        If an input is missing, or one does not fit the model or the given shapes.
-    """
-    where = "the given inputs" if isinstance(given, Mapping) else repr(os.fspath(given))
-    if isinstance(given, Mapping):
-        arrays = {name: np.asarray(value) for name, value in given.items()}
-    else:
-        try:
-            loaded = np.load(given, allow_pickle=False)
-            alone = isinstance(loaded, np.ndarray)
-            arrays = {specs[0].name: loaded} if alone and len(specs) == 1 else {n: loaded[n] for n in loaded.files}
-        except (OSError, ValueError, AttributeError) as error:
-            raise UsageError(f"{where} cannot be read as .npz ({error}); save one with numpy.savez") from error
-    missing = [s.name for s in specs if s.name not in arrays]
-    if missing:
-        has = f"has {', '.join(map(repr, arrays))}" if arrays else "is empty"
-        raise UsageError(f"{where} lacks the inputs {', '.join(map(repr, missing))}; it {has}")
-    check_shapes(specs, {s.name: arrays[s.name].shape for s in specs})
-    for name, shape in (shapes or {}).items():
-        if tuple(shape) != arrays[name].shape:
-            raise UsageError(f"input {name!r} in {where} is {written(arrays[name].shape)}, not {written(shape)}")
-    try:
-        return {s.name: arrays[s.name].astype(s.dtype) for s in specs}
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{where} does not hold numbers of the model's types: {error}") from error
 
 
 def provider_name(provider: str) -> str:
@@ -424,3 +258,15 @@ def elsewhere(placed: Mapping[str, list[str]], provider: str) -> dict[str, list[
     """The part of a placement that is not on `provider`."""
     wanted = provider_name(provider)
     return {name: nodes for name, nodes in placed.items() if name != wanted}
+
+
+def fallbacks(path: str | os.PathLike[str], provider: str, threads: int, feeds: Feeds) -> dict[str, tuple[str, ...]]:
+    """Other provider → operators of the model, as "Op name", that `provider` left to it.
+
+    From the profile of a run; the CPU provider leaves nothing to anybody, so nothing is run there.
+    """
+    if provider_name(provider) == "CPUExecutionProvider":
+        return {}
+    session = Session(path, provider, threads, profile=True)
+    session.run(feeds)
+    return {name: tuple(nodes) for name, nodes in elsewhere(session.placement(), provider).items()}

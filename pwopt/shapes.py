@@ -38,6 +38,11 @@ def known(shape: Sequence[Dim] | None) -> tuple[int, ...] | None:
     return tuple(d for d in shape if isinstance(d, int))
 
 
+def written(shape: Sequence[object]) -> str:
+    """A shape as people write it; "?" where a dimension is not known."""
+    return "×".join("?" if d is None else str(d) for d in shape) or "a scalar"
+
+
 def skeleton(model: onnx.ModelProto, inputs: Mapping[str, Sequence[int]] | None = None) -> onnx.ModelProto:
     """A copy of `model` for inference: large weights become inputs, declared inner shapes are dropped.
 

@@ -8,11 +8,16 @@ import pytest
 from helpers import MODELS, normal, parse
 
 from pwopt import runtime
+from pwopt.equivalence import nudge
 from pwopt.errors import ModelError, ProviderError, UsageError
+from pwopt.inputs import check_shapes, input_specs, parse_shape
+from pwopt.metrics import agreement
 from pwopt.model import load
-from pwopt.runtime import Session, as_feeds, candidate_shapes, elsewhere, input_specs, make_feeds, parse_shape
+from pwopt.runtime import Session, elsewhere
+from pwopt.samples import given_samples, make_feeds
+from pwopt.sizes import candidate_shapes
 from pwopt.timing import Race, race
-from pwopt.verify import deviation, nudge, verify
+from pwopt.verify import verify
 
 pytest.importorskip("onnxruntime")
 F = np.float32
@@ -54,8 +59,8 @@ def test_nan_and_infinity_must_agree(tmp_path: Path) -> None:
     assert verify(a, a).passed
     assert "NaN" in verify(a, b).outputs[0].reason
     one, other = np.array([1.0, np.nan, np.inf]), np.array([1.0, np.inf, np.inf])
-    assert not deviation(one, other).within
-    assert deviation(one, one.copy()).within
+    assert not agreement(one, other).within
+    assert agreement(one, one.copy()).within
 
 
 def test_other_outputs_are_an_error(tmp_path: Path) -> None:
@@ -65,8 +70,8 @@ def test_other_outputs_are_an_error(tmp_path: Path) -> None:
 
 
 def test_shape_and_type_are_part_of_the_answer() -> None:
-    assert "became" in deviation(np.zeros((1, 2), F), np.zeros((2, 1), F)).note
-    assert "became" in deviation(np.zeros(2, F), np.zeros(2, np.float64)).note
+    assert "became" in agreement(np.zeros((1, 2), F), np.zeros((2, 1), F)).note
+    assert "became" in agreement(np.zeros(2, F), np.zeros(2, np.float64)).note
 
 
 def test_sensitivity_is_one_unit_in_the_last_place() -> None:
@@ -83,7 +88,7 @@ def test_default_sizes_are_tried_until_one_runs(tmp_path: Path) -> None:
         p = AveragePool<kernel_shape=[48,1], strides=[48,1]>(x) y = Squeeze(p, a)
     }"""
     path = write(tmp_path, "ocr.onnx", body, a=np.array([2]))
-    assert verify(path, path).samples == 3
+    assert verify(path, path).samples == 6
     impossible = write(tmp_path, "odd.onnx", body.replace("48", "7"), a=np.array([2]))
     with pytest.raises(UsageError, match="--shape x="):
         verify(impossible, impossible)
@@ -103,7 +108,7 @@ def test_shapes_are_parsed_and_checked() -> None:
         ({"x": (1,)}, "does not fit"),
     ):
         with pytest.raises(UsageError, match=word):
-            runtime.check_shapes(specs, shapes)
+            check_shapes(specs, shapes)
 
 
 def test_equal_names_get_equal_sizes() -> None:
@@ -117,13 +122,13 @@ def test_equal_names_get_equal_sizes() -> None:
 def test_inputs_from_a_file(tmp_path: Path) -> None:
     specs = input_specs(parse("(float[N,3] x) => (float[N] y) { y = Neg(x) }"))
     np.savez(tmp_path / "in.npz", x=np.ones((2, 3)))
-    assert as_feeds(tmp_path / "in.npz", specs)["x"].dtype == np.float32
+    assert given_samples(tmp_path / "in.npz", specs)[0].feeds["x"].dtype == np.float32
     np.savez(tmp_path / "other.npz", z=np.ones((2, 3)))
     with pytest.raises(UsageError, match="lacks the inputs 'x'"):
-        as_feeds(tmp_path / "other.npz", specs)
+        given_samples(tmp_path / "other.npz", specs)
     (tmp_path / "bad.npz").write_bytes(b"nothing")
     with pytest.raises(UsageError, match="cannot be read"):
-        as_feeds(tmp_path / "bad.npz", specs)
+        given_samples(tmp_path / "bad.npz", specs)
 
 
 def test_providers_are_strict() -> None:

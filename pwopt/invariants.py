@@ -1,0 +1,296 @@
+"""Laws that a model obeys, each measured as one figure: what ought to hold before a rewrite holds after it.
+
+An invariant takes a function from one array to one array (`function_of` makes one from a model) and an input, and
+gives a relative residual: a number without unit, 0 where the law holds exactly, some multiples of the machine epsilon
+(1e-7 in float32) where it holds to rounding, infinite where an output is not finite. All sums are in float64.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import onnx
+from numpy.typing import ArrayLike
+
+from pwopt.errors import UsageError
+from pwopt.linear import Array
+from pwopt.model import Model, as_file
+from pwopt.runtime import Session
+
+Function = Callable[[np.ndarray], np.ndarray]
+
+#: Of perturbations and permutations, so that figures are reproducible.
+SEED = 0
+
+
+def function_of(
+    model: str | os.PathLike[str] | onnx.ModelProto | Model | Session,
+    input: str | None = None,
+    output: str | None = None,
+    others: Mapping[str, np.ndarray] | None = None,
+    provider: str = "cpu",
+) -> Function:
+    """One input of a model → one of its outputs, run by onnxruntime.
+
+    Parameters
+    ----------
+    model : path, onnx.ModelProto, Model or Session
+    input, output : str, optional
+        Names; the first input and the first output by default.
+    others : mapping, optional
+        What the model's other inputs are held at.
+    provider : str
+        Execution provider, unless `model` is a session already.
+
+    Raises
+    ------
+    UsageError
+        If there is no such input or output.
+    """
+    if isinstance(model, Session):
+        session = model
+    else:
+        with as_file(model) as path:
+            session = Session(path, provider)
+    chosen = input or session.inputs[0]
+    wanted = output or session.outputs[0]
+    for kind, name, names in (("input", chosen, session.inputs), ("output", wanted, session.outputs)):
+        if name not in names:
+            raise UsageError(f"there is no {kind} {name!r}; the model has {', '.join(map(repr, names))}")
+    index = session.outputs.index(wanted)
+
+    def run(x: np.ndarray) -> np.ndarray:
+        return np.asarray(session.run({**(others or {}), chosen: x})[index])
+
+    return run
+
+
+def conservation(f: Function, x: np.ndarray, matrix: ArrayLike, axis: int = 1) -> float:
+    """A·f(x) = A·x: what the rows of A sum up at each position (mass, energy, charge) is left as it was.
+
+    Parameters
+    ----------
+    f : callable
+        As many channels, and positions, as its input has.
+    x : array
+    matrix : array_like, shape (laws, channels)
+    axis : int
+        The channel axis of x and f(x).
+
+    Returns
+    -------
+    float
+        The largest |A·f(x) − A·x| of any law, relative to the largest |A·x| of that law.
+    """
+    a = np.atleast_2d(np.asarray(matrix, np.float64))
+    before, after = _mapped(a, x, axis), _mapped(a, f(x), axis)
+    _fit(before, after)
+    return max(_relative(after[i], before[i]) for i in range(len(a)))
+
+
+def isometry(f: Function, x: np.ndarray, axis: int = 1, stride: int = 1) -> float:
+    """‖f(x)‖ = ‖x‖ at every position, as for y = Wx with WᵀW = I.
+
+    Parameters
+    ----------
+    f : callable
+    x : array
+    axis : int
+        The channel axis of x and f(x).
+    stride : int
+        f looks at every stride-th position of each axis after the channels.
+
+    Returns
+    -------
+    float
+        The largest difference of two norms, relative to the largest norm.
+    """
+    seen = x[(slice(None),) * (axis + 1) + (slice(None, None, stride),) * (x.ndim - axis - 1)]
+    before, after = (np.linalg.norm(np.asarray(v, np.float64), axis=axis) for v in (seen, f(x)))
+    return _relative(after, before)
+
+
+def gram(f: Function, x: np.ndarray, matrix: ArrayLike, axis: int = 1) -> float:
+    """G(f(x)) = W·G(x)·Wᵀ for G(x) = x·xᵀ summed over all positions, as for y = Wx.
+
+    Parameters
+    ----------
+    f : callable
+    x : array
+    matrix : array_like, shape (out, in)
+        W.
+    axis : int
+        The channel axis of x and f(x).
+
+    Returns
+    -------
+    float
+        The largest difference of two entries, relative to the largest entry of W·G(x)·Wᵀ.
+    """
+    w = np.asarray(matrix, np.float64)
+    return _relative(_gram(f(x), axis), w @ _gram(x, axis) @ w.T)
+
+
+def translation(f: Function, x: np.ndarray, shift: int = 1, stride: int = 1, margin: int = 0, axis: int = 2) -> float:
+    """f(shifted x) = shifted f(x): an object that moves takes its features along (equivariance).
+
+    Parameters
+    ----------
+    f : callable
+    x : array
+        An object that stays clear of the border, so that nothing is shifted in or out.
+    shift : int
+        Positions to move x along all axes from `axis` on.
+    stride : int
+        Positions of x per position of f(x); `shift` is a multiple of it.
+    margin : int
+        Positions of f(x) at each border to leave out, where padding shows.
+    axis : int
+        The first spatial axis of x and f(x).
+
+    Returns
+    -------
+    float
+        The largest difference inside, relative to the largest value inside.
+    """
+    if shift % stride:
+        raise UsageError(f"the shift {shift} is not a multiple of the stride {stride}")
+    still, moved = f(x), f(_rolled(x, shift, axis))
+    inner = slice(margin, -margin or None)
+    inside = (slice(None),) * axis + (inner,) * (still.ndim - axis)
+    return _relative(moved[inside], _rolled(still, shift // stride, axis)[inside])
+
+
+def permutation(f: Function, x: np.ndarray, axis: int = 1, output_axis: int | None = None, seed: int = SEED) -> float:
+    """f(Px) = P·f(x): nodes, tokens or points have no order (equivariance).
+
+    Parameters
+    ----------
+    f : callable
+    x : array
+    axis : int
+        The axis whose entries are reordered at random.
+    output_axis : int, optional
+        The same axis in f(x); `axis` by default.
+    seed : int
+
+    Returns
+    -------
+    float
+        The largest difference, relative to the largest value.
+    """
+    order = np.random.default_rng(seed).permutation(x.shape[axis])
+    wanted = np.take(f(x), order, axis=axis if output_axis is None else output_axis)
+    return _relative(f(np.take(x, order, axis=axis)), wanted)
+
+
+def locality(
+    f: Function, x: np.ndarray, axis: int = 1, output_axis: int | None = None, index: int = 0, seed: int = SEED
+) -> float:
+    """f(x)ᵢ depends on xᵢ alone: every other node, pixel or token may be anything.
+
+    Parameters
+    ----------
+    f : callable
+    x : array
+    axis : int
+        The axis of the nodes.
+    output_axis : int, optional
+        The same axis in f(x); `axis` by default.
+    index : int
+        The node i that stays; all others are replaced by noise of the same size.
+    seed : int
+
+    Returns
+    -------
+    float
+        The largest change of f(x)ᵢ, relative to its largest value.
+    """
+    noise = np.random.default_rng(seed).normal(0, max(float(np.std(x)), 1e-6), x.shape).astype(x.dtype)
+    kept = np.expand_dims(np.take(x, index, axis), axis)
+    at = (slice(None),) * axis + (slice(index, index + 1),)
+    noise[at] = kept
+    where = axis if output_axis is None else output_axis
+    return _relative(np.take(f(noise), index, where), np.take(f(x), index, where))
+
+
+def symmetry(f: Function, x: np.ndarray, axes: tuple[int, int] = (-2, -1)) -> float:
+    """f(x)ᵢⱼ = f(x)ⱼᵢ: distances and contacts have no direction.
+
+    Parameters
+    ----------
+    f : callable
+    x : array
+    axes : tuple of int
+        The axes i and j of f(x).
+
+    Returns
+    -------
+    float
+        The largest difference, relative to the largest value.
+    """
+    y = f(x)
+    return _relative(np.swapaxes(y, *axes), y)
+
+
+@dataclass(frozen=True)
+class Invariant:
+    """A law by its name: the formula, and the function that measures its residual."""
+
+    name: str
+    formula: str
+    residual: Callable[..., float]
+
+
+def _invariant(residual: Callable[..., float]) -> Invariant:
+    assert residual.__doc__ is not None
+    return Invariant(residual.__name__, residual.__doc__.partition(":")[0], residual)
+
+
+_RESIDUALS: tuple[Callable[..., float], ...] = (
+    conservation,
+    isometry,
+    gram,
+    translation,
+    permutation,
+    locality,
+    symmetry,
+)
+#: All invariants by name.
+INVARIANTS: Mapping[str, Invariant] = {r.__name__: _invariant(r) for r in _RESIDUALS}
+
+
+def _fit(a: Array, b: Array) -> None:
+    if a.shape != b.shape:
+        raise UsageError(f"the shapes {a.shape} and {b.shape}, which the law compares, are not the same")
+
+
+def _relative(found: np.ndarray, wanted: np.ndarray) -> float:
+    """max |found − wanted| / max |wanted|; 0 for 0 / 0."""
+    a, b = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
+    _fit(a, b)
+    if not (np.all(np.isfinite(a)) and np.all(np.isfinite(b))):
+        return float("inf")
+    off, size = float(np.max(np.abs(a - b), initial=0.0)), float(np.max(np.abs(b), initial=0.0))
+    return off / size if size else (float("inf") if off else 0.0)
+
+
+def _mapped(matrix: Array, x: np.ndarray, axis: int) -> Array:
+    """matrix · x along one axis, which comes first in the result."""
+    if matrix.shape[1] != x.shape[axis]:
+        raise UsageError(f"the matrix has {matrix.shape[1]} columns, and axis {axis} has {x.shape[axis]} channels")
+    return np.tensordot(matrix, np.asarray(x, np.float64), axes=(1, axis))
+
+
+def _gram(x: np.ndarray, axis: int) -> Array:
+    rows = np.moveaxis(np.asarray(x, np.float64), axis, 0).reshape(x.shape[axis], -1)
+    product: Array = rows @ rows.T
+    return product
+
+
+def _rolled(x: np.ndarray, shift: int, axis: int) -> np.ndarray:
+    axes = tuple(range(axis, x.ndim))
+    return np.roll(x, (shift,) * len(axes), axes)

@@ -1,0 +1,224 @@
+"""Where two models begin to differ: the first tensor, what makes it, and the rewrite that made that.
+
+Tensors are matched by name. In what pwopt writes, a name stands for the original's value or for nothing; other tools
+may give an old name to a new value (a convolution that has swallowed its normalisation, under the convolution's
+name), and such a tensor differs though nothing is wrong. So only what a failing output is computed from counts, and
+only as far back as the tensors that agree.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+
+from pwopt.compiler import concrete_sizes
+from pwopt.equivalence import FLOOR_FACTOR, Difference, Equivalence, OutputCheck, compare
+from pwopt.errors import ModelError
+from pwopt.graph import epsilon
+from pwopt.model import captured_names, load, save
+from pwopt.rewrite import Rewrite
+from pwopt.runtime import Session
+from pwopt.samples import Sample
+from pwopt.shapes import Shape, infer
+
+#: Tensors that are looked at in one run, and the elements that they may have together.
+TENSORS, ELEMENTS = 48, 1 << 25
+#: Deviations of so many roundings of a tensor's largest value are not a difference, whatever its noise floor: a sum of
+#: n terms in another order differs by some √n.
+ROUNDINGS = 32
+#: A fault shows as a step from one tensor to the next; what grows by less is noise that accumulates, nobody's fault.
+JUMP = 4.0
+
+
+def localise(
+    original: Path,
+    candidate: Path,
+    failed: Equivalence,
+    samples: Sequence[Sample],
+    provider: str = "cpu",
+    threads: int = 1,
+    rewrites: Sequence[Rewrite] = (),
+) -> Difference | None:
+    """Find the first tensor that differs between two models that are not equivalent.
+
+    Both models run with their inner tensors as outputs, on temporary copies, a bounded number of them at a time; each
+    tensor is held against its own noise floor and sensitivity.
+
+    Parameters
+    ----------
+    original, candidate : path
+    failed : Equivalence
+        Their comparison on `samples`.
+    rewrites : sequence of Rewrite
+        What made the candidate of the original, where that is known.
+
+    Returns
+    -------
+    Difference or None
+        None if no tensor differs once it is looked at, so that the fault lies in what onnxruntime makes of the whole;
+        or if the difference grows from tensor to tensor without a step, as rounding does.
+    """
+    failing = next((o for o in failed.outputs if not o.passed), None)
+    sample = next((s for s in samples if failing is not None and s.label == failing.sample), None)
+    if failing is None or sample is None:
+        return None
+    with tempfile.TemporaryDirectory(prefix="pwopt-") as folder:
+        a, b = _Copy.of(original, Path(folder) / "original"), _Copy.of(candidate, Path(folder) / "candidate")
+        sizes = {name: value.shape for name, value in sample.feeds.items()}
+        checks: dict[str, OutputCheck] = {}
+        for batch in _batches(list(_common(a, b)), concrete_sizes(a.proto, sizes)):
+            checks.update(_compared(a, b, batch, sample, provider, threads))
+        excesses = {name: _excess(check, b.epsilon(name)) for name, check in checks.items()}
+    differing = {name for name, excess in excesses.items() if excess > 1}
+    wrong = [o for o in failed.outputs if not o.passed]
+    if not checks or not differing:
+        return None
+    differing.update(o.name for o in wrong)
+    checks.update((o.name, o) for o in wrong)
+    made = _made(b.proto)
+    tensors, _ = _back_from([o.name for o in wrong], made, set(checks) - differing)
+    first = next((name for name in made if name in tensors and name in differing), None)
+    if first is None:
+        return None
+    inside, agreeing = _back_from([first], made, set(checks) - differing)
+    before = max((excesses[name] for name in agreeing if name in excesses), default=0.0)
+    if first in excesses and excesses[first] < JUMP * before:
+        return None
+    region = tuple(dict.fromkeys(_title(node) for name, node in made.items() if name in inside))
+    made_by = _sites(rewrites, inside)
+    return Difference(first, _title(made[first]), agreeing, region, checks[first], made_by, len(checks))
+
+
+def _excess(check: OutputCheck, roundoff: float) -> float:
+    """How many times its own noise a tensor differs by; stricter than the rule for outputs, which may be lenient."""
+    if check.ulp is None:
+        return 0.0 if check.passed else math.inf
+    noise = max(FLOOR_FACTOR * check.floor, FLOOR_FACTOR * check.sensitivity, ROUNDINGS * roundoff * check.scale)
+    return check.max_abs / noise if noise else math.inf if check.max_abs else 0.0
+
+
+def _back_from(
+    tensors: Sequence[str], made: Mapping[str, onnx.NodeProto], agreeing: Collection[str]
+) -> tuple[set[str], tuple[str, ...]]:
+    """What `tensors` are computed from, back to those that agree: the tensors on the way, and the agreeing ones."""
+    inside, border, left = set(tensors), dict[str, None](), list(tensors)
+    while left:
+        node = made[left.pop()]
+        for name in (*node.input, *captured_names([node])):
+            if name in agreeing:
+                border[name] = None
+            elif name in made and name not in inside:
+                inside.add(name)
+                left.append(name)
+    return inside, tuple(border)
+
+
+def _title(node: onnx.NodeProto) -> str:
+    return f"{node.op_type} {node.name}".strip()
+
+
+def _sites(rewrites: Sequence[Rewrite], tensors: Collection[str]) -> tuple[str, ...]:
+    """Sites of the rewrites that made one of these tensors, followed through the rewrites after them."""
+    found = []
+    for i, rewrite in enumerate(rewrites):
+        names = {new for _, new in rewrite.became} | {rewrite.site.partition(":")[2]}
+        for later in rewrites[i + 1 :]:
+            became = dict(later.became)
+            names = {became.get(name, name) for name in names}
+        if names.intersection(tensors):
+            found.append(rewrite.site)
+    return tuple(dict.fromkeys(found))
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A model whose weights lie in a temporary folder, for variants of it with other outputs."""
+
+    proto: onnx.ModelProto
+    folder: Path
+    types: Mapping[str, tuple[int, Shape | None]]
+
+    @classmethod
+    def of(cls, path: Path, folder: Path) -> _Copy:
+        folder.mkdir()
+        model = load(path)
+        save(model, folder / "model.onnx")
+        proto = onnx.load(folder / "model.onnx", load_external_data=False)
+        return cls(proto, folder, infer(proto))
+
+    def epsilon(self, tensor: str) -> float:
+        return epsilon(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(self.types[tensor][0])))
+
+    def exposing(self, tensors: Iterable[str]) -> Path:
+        """The model with just these outputs."""
+        kept = list(self.proto.graph.output)
+        del self.proto.graph.output[:]
+        for name in tensors:
+            code, _ = self.types[name]
+            self.proto.graph.output.append(onnx.helper.make_tensor_value_info(name, code, None))
+        path = self.folder / "exposed.onnx"
+        path.write_bytes(self.proto.SerializeToString())
+        del self.proto.graph.output[:]
+        self.proto.graph.output.extend(kept)
+        return path
+
+
+def _made(proto: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    """Tensor → the node that makes it, in the file's (topological) order."""
+    return {name: node for node in proto.graph.node for name in node.output if name}
+
+
+def _common(a: _Copy, b: _Copy) -> Iterator[str]:
+    """Tensors that both models compute, of one type as far as inference tells."""
+    others = _made(b.proto)
+    for name, node in _made(a.proto).items():
+        if name in others and node.op_type != "Constant":
+            code, other = (copy.types.get(name, (0, None))[0] for copy in (a, b))
+            if code and code == other:
+                yield name
+
+
+def _batches(names: Sequence[str], sizes: Mapping[str, Sequence[int]]) -> Iterator[list[str]]:
+    """Runs of tensors, as many as fit; one of unknown size counts as the largest known."""
+    largest = max((math.prod(s) for s in sizes.values()), default=1)
+    batch: list[str] = []
+    elements = 0
+    for name in names:
+        size = math.prod(sizes[name]) if name in sizes else largest
+        if batch and (len(batch) == TENSORS or elements + size > ELEMENTS):
+            yield batch
+            batch, elements = [], 0
+        batch.append(name)
+        elements += size
+    if batch:
+        yield batch
+
+
+def _compared(
+    a: _Copy, b: _Copy, batch: Sequence[str], sample: Sample, provider: str, threads: int
+) -> dict[str, OutputCheck]:
+    """How each tensor agrees; by halves where a tensor cannot be an output, and without it in the end."""
+    ours, theirs = a.exposing(batch), b.exposing(batch)
+    try:
+        result = compare(
+            Session(ours, provider, threads),
+            Session(ours, provider, threads, optimise=False),
+            Session(theirs, provider, threads),
+            [sample],
+        )
+    except ModelError:
+        if len(batch) == 1:
+            return {}
+        half = len(batch) // 2
+        return {
+            name: check
+            for part in (batch[:half], batch[half:])
+            for name, check in _compared(a, b, part, sample, provider, threads).items()
+        }
+    return {o.name: o for o in result.outputs if o.compared}
