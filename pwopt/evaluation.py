@@ -449,8 +449,8 @@ def _interpolation(
             "sizes": np.array([size], np.int64),
         }
         try:
-            given: dict[str, Any] = {n: feeds[n] for n in names}
-            columns.append(np.asarray(evaluator.run(None, given)[0], np.float64))
+            (column,) = evaluator.run(None, {n: feeds[n] for n in names})
+            columns.append(np.asarray(column, np.float64))
         except Exception as error:
             raise UnfitError(f"{op} does not take such inputs") from error
     return np.stack(columns, axis=1)

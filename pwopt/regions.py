@@ -159,9 +159,15 @@ class Region:
         gone = (t for s in self.before for t in s.outputs if t.name and id(t) not in made)
         return next((t for t in gone if view.producer(t) is None and (view.readers(t) or view.pinned(t))), None)
 
-    def drawings(self) -> tuple[tuple[Operator, ...], tuple[Operator, ...]]:
-        """Both sides for people to see."""
-        return tuple(map(_operator, self.before)), tuple(map(_operator, self.after))
+    def drawings(self, view: View) -> tuple[tuple[Operator, ...], tuple[Operator, ...]]:
+        """Both sides for people to see, constants left out."""
+        both = (*self.before, *self.after)
+        constants = {id(t) for s in both for t in s.outputs if s.op == "Constant"}
+        constants |= {id(t) for s in both for t in s.inputs if view.constant(t) is not None}
+        before, after = (
+            tuple(_operator(s, constants) for s in side if s.op != "Constant") for side in (self.before, self.after)
+        )
+        return before, after
 
 
 def _exchanged(old: State, new: State) -> Iterator[tuple[gs.Tensor, gs.Tensor]]:
@@ -172,6 +178,6 @@ def _ordered(view: View, states: Iterable[State]) -> tuple[State, ...]:
     return tuple(sorted(states, key=lambda s: view.position(s.node)))
 
 
-def _operator(state: State) -> Operator:
-    inputs = tuple(n for n, t in zip(state.input_names, state.inputs, strict=True) if not isinstance(t, gs.Constant))
+def _operator(state: State, constants: set[int]) -> Operator:
+    inputs = tuple(n for n, t in zip(state.input_names, state.inputs, strict=True) if id(t) not in constants)
     return Operator(state.op, str(state.node.name), inputs, state.output_names)

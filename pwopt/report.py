@@ -76,6 +76,11 @@ class Report:
     command: str | None = None
     notes: tuple[str, ...] = ()
 
+    @property
+    def result(self) -> str | None:
+        """The file that the model was compared with, or that was written."""
+        return self.output
+
     def to_dict(self) -> dict[str, Any]:
         """The documented JSON layout (README, "The report")."""
         return {
@@ -102,7 +107,7 @@ class Report:
             ],
             "skips": [{"pass": s.pass_name, "site": s.site, "reason": s.reason} for s in self.skips],
             "cost": {"before": asdict(self.before), "after": asdict(self.after)},
-            "equivalence": equivalence_dict(self.equivalence),
+            "equivalence": None if self.equivalence is None else asdict(self.equivalence),
             "latency": None if self.latency is None else asdict(self.latency),
             "operators": self.operators,
             "command": self.command,
@@ -111,6 +116,36 @@ class Report:
 
     def to_json(self) -> str:
         return to_json(self.to_dict())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models side by side, whoever made the second."""
+
+    model: str
+    candidate: str
+    provider: str
+    environment: dict[str, Any]
+    equivalence: Equivalence
+    command: str | None = None
+
+    @property
+    def result(self) -> str:
+        return self.candidate
+
+    def to_json(self) -> str:
+        """The documented JSON layout (README, "The report")."""
+        content = {
+            "schema": SCHEMA,
+            "model": self.model,
+            "candidate": self.candidate,
+            "provider": self.provider,
+            "shapes": self.equivalence.shapes,
+            "environment": self.environment,
+            "equivalence": asdict(self.equivalence),
+            "command": self.command,
+        }
+        return to_json(content)
 
 
 def to_json(value: Any) -> str:
@@ -126,13 +161,14 @@ def to_json(value: Any) -> str:
     return json.dumps(strict(value), indent=2, ensure_ascii=True, allow_nan=False) + "\n"
 
 
-def equivalence_dict(equivalence: Equivalence | None) -> dict[str, Any] | None:
-    return None if equivalence is None else asdict(equivalence)
+def harmless(text: str) -> str:
+    """Text from a model without control or direction characters."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def plain(text: str) -> str:
-    """Text from a model, harmless in a terminal: no control or direction characters, no markup."""
-    return escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+    """Text from a model, harmless in a terminal: no markup besides."""
+    return escape(harmless(text))
 
 
 def _table(*columns: str, title: str = "") -> Table:
@@ -218,7 +254,7 @@ def render_figures(equivalence: Equivalence, console: Console, most: int = 4) ->
     ranked = sorted(equivalence.outputs, key=lambda o: (o.passed, -o.max_abs))
     for o in ranked[:most]:
         table = _table(plain(o.name), "candidate", "noise floor")
-        for label, mine, own in zip(FIGURES, _figures(o), _figures(o.noise), strict=True):
+        for label, mine, own in zip(FIGURES, figures(o), figures(o.noise), strict=True):
             if mine is not None:
                 table.add_row(label, mine, own or "–")
         console.print(table)
@@ -232,7 +268,7 @@ FIGURES = (
 )  # fmt: skip
 
 
-def _figures(of: OutputCheck | Agreement) -> list[str | None]:
+def figures(of: OutputCheck | Agreement) -> list[str | None]:
     """What `FIGURES` are, None where they are meaningless."""
     cosine = None if of.cosine is None else 1 - of.cosine
     patterns = ("{:.2g}", "{:.2g}", "{:,.0f}", "{:,.0f}", "{:.1g}", "{:.0f} dB", "{:.2%}", "{:.2%}", "{:.2%}")

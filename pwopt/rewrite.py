@@ -221,7 +221,7 @@ class Rewriter(View):
         if self._certifier is None or self.journal is None:
             return rewrite
         region = Region.of(self, self.journal)
-        before, after = region.drawings()
+        before, after = region.drawings(self)
         return replace(rewrite, before=before, after=after, certificate=self._certifier(region, self))
 
     def _enqueue(self, node: gs.Node | None) -> None:
