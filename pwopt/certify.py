@@ -39,8 +39,6 @@ ROUNDINGS = 8.0
 JITTERS = 16.0
 #: Spatial extents to evaluate on, where the region takes them; the model's own come last.
 EXTENTS = (8, 32)
-#: How far a region is widened when it does not agree by itself: what feeds it may explain why.
-WIDENINGS = 3
 #: Operators in a region; larger ones are not evaluated.
 MAX_OPERATORS = 2000
 #: Operators that may be told a size which the model knows, so that a region with them is right at that size only.
@@ -87,8 +85,8 @@ def unchecked(_region: Region, _view: View) -> Certificate:
 def certify(region: Region, view: View) -> Certificate:
     """Evaluate a region before and after a rewrite, and compare.
 
-    Small spatial extents are tried first; where they do not fit, or do not agree, the model's own are; where those do
-    not agree either, the operators that feed the region are taken along. What agrees then is proven.
+    Small spatial extents are tried first; where they do not fit, or do not agree, the model's own are. Nothing is assumed
+    of what feeds the region, unless the pass rests on facts about it: then the operators above it are taken along.
 
     Parameters
     ----------
@@ -109,12 +107,10 @@ def certify(region: Region, view: View) -> Certificate:
     if result.status == "failed" and region.rerouted:
         region = region.with_rerouted(view)
         result = _evaluated(region, view)
-    for _ in range(WIDENINGS):
-        if result.status != "failed":
-            break
+    while result.status == "failed" and region.context:
         region = region.widened(view)
         wider = _evaluated(region, view)
-        result = wider if wider.status != "none" else result
+        result = result if wider.status == "none" else wider
     return result
 
 
@@ -129,7 +125,7 @@ def _evaluated(region: Region, view: View) -> Certificate:
     for sizes in _sizes(region, view):
         try:
             result = _compared(region, view, sides, sizes)
-        except TooLargeError:
+        except (TooLargeError, MemoryError):
             unfit = f"too large: over {MAX_WORK:,} multiply-adds"
             failed = None if sized else failed  # what agrees at the model's own sizes need not at others
             break
@@ -236,14 +232,17 @@ def _certified(
     zero = {key: np.zeros_like(value) for key, value in largest.items()}
     old_sizes, new_sizes = (side.run(largest, outward, absolute=True) for side in sides)
     biases = sides[0].run(zero, outward, absolute=True)
-    bound = _depth(region.after) * unit
-    cancelled, summed = CANCELLED * _depth(region.before) * unit / bound, 4 * _terms(sides) * DOUBLE / bound
+    depths = [_depth(side, inputs) for side in sides]
+    bound = depths[1] * unit
+    cancelled, summed = CANCELLED * depths[0] * unit / bound, 4 * _terms(sides) * DOUBLE / bound
+
+    shifts = sides[1].run(zero, None)
 
     def scale(old: gs.Tensor, new: gs.Tensor) -> Array:
-        parts = sides[0].value(old, biases), sides[0].value(old, old_sizes)
-        return sides[1].value(new, new_sizes) + cancelled * parts[0] + summed * parts[1]
+        parts = np.where(sides[1].value(new, shifts) == 0, sides[0].value(old, biases), 0.0)
+        return sides[1].value(new, new_sizes) + cancelled * parts + summed * sides[0].value(old, old_sizes)
 
-    chained = _depth(region.after) > 1
+    chained = depths[1] > 1
     worst, normwise = 0.0, 0.0
     for feeds in probes:
         before, after = (side.run(feeds, None) for side in sides)
@@ -304,6 +303,8 @@ def _tested(
 
 
 def _alike(a: np.ndarray, b: np.ndarray) -> bool:
+    if {a.dtype.kind, b.dtype.kind} - set("fiub"):
+        raise UnfitError("its results are not numbers")
     return a.shape == b.shape and a.dtype.kind == b.dtype.kind
 
 
@@ -355,20 +356,24 @@ def _probe(view: View, tensor: gs.Tensor, size: tuple[int, ...], scale: float, r
     return rng.integers(0, 2, size).astype(view.dtype(tensor))
 
 
-def _depth(states: Sequence[State]) -> int:
-    """The largest number of operators with numbers of their own, one after another."""
-    depth: dict[int, int] = {}
-    deepest = 1
-    for s in states:
-        here = max((depth.get(id(t), 0) for t in s.inputs), default=0) + (s.op in NUMBERS)
-        depth.update((id(t), here) for t in s.outputs)
-        deepest = max(deepest, here)
-    return deepest
+def _depth(side: Side, sources: Sequence[gs.Tensor]) -> int:
+    """The largest number of operators that reckon with constants, one after another; at least 1."""
+    depth = {id(t): 0 for t in sources}
+    for s in side.states:
+        moving = [depth[id(t)] for t in s.inputs if id(t) in depth]
+        if moving:
+            stored = any(t.name and id(t) not in depth for t in (s.inputs[i] for i in _reckoned(s)))
+            depth.update((id(t), max(moving) + stored) for t in s.outputs)
+    return max((1, *depth.values()))
+
+
+def _reckoned(state: State) -> list[int]:
+    return [i for i in NUMBERS.get(state.op, ()) if i < len(state.inputs)]
 
 
 def _terms(sides: tuple[Side, Side]) -> int:
     """The number of terms in the longest sums of the regions, one after another."""
-    weights = [side.constant(t) for side in sides for s in side.states if s.op in NUMBERS for t in s.inputs if t.name]
+    weights = [side.constant(t) for side in sides for s in side.states for t in s.inputs if s.op in NUMBERS and t.name]
     sums = [w.size // max(1, min(w.shape, default=1)) if w.ndim else 1 for w in weights if w is not None]
     return 8 + sum(sums)
 

@@ -308,7 +308,7 @@ def verify_command(
             kinds=_list(kinds), ranges=dict(map(samples.parse_range, ranges or ())), rtol=rtol, atol=atol,
             locate=not no_locate, rewrites=records, laws=asked, progress=lambda stage: progress(stage, 0.0),
         )  # fmt: skip
-    render_samples(equivalence, console)
+    render_samples(equivalence, provider, console)
     render_equivalence(equivalence, console)
     render_figures(equivalence, console)
     render_laws(equivalence, console)

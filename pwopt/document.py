@@ -14,7 +14,7 @@ import numpy as np
 
 from pwopt.cost import Cost
 from pwopt.drawing import HEIGHT, WIDTH, draw
-from pwopt.equivalence import Equivalence, OutputCheck
+from pwopt.equivalence import EXCUSED, FLOOR_FACTOR, Equivalence, OutputCheck
 from pwopt.errors import UsageError
 from pwopt.metrics import TOLERANCES
 from pwopt.passes import PASSES
@@ -144,7 +144,8 @@ def clipped(text: str, most: int = 20) -> str:
 def scientific(text: str) -> str:
     """A number like 6e-08 as 6×10⁻⁸, which lines do not break."""
     mantissa, sign, exponent = text.partition("e")
-    return f"{mantissa}×10{str(int(exponent)).translate(SUPERSCRIPTS)}" if sign else text
+    shown = f"{mantissa}×10{str(int(exponent)).translate(SUPERSCRIPTS)}" if sign else text
+    return shown.replace("-", "−")
 
 
 def _percent(change: float) -> str:
@@ -182,7 +183,9 @@ def _facts(content: Report | Comparison) -> dict[str, Any]:
         "refusals": _refusals(report.skips) if report is not None else [],
         "drawn": DRAWN,
         "listed": LISTED,
-        "tolerances": {name: f"{r:g} · |value| + {a:g}" for name, (r, a) in TOLERANCES.items()},
+        "factor": f"{FLOOR_FACTOR:g}×",
+        "excused": f"{EXCUSED:g}×",
+        "tolerances": {name: f"{scientific(f'{r:g}')} · |value| + {scientific(f'{a:g}')}" for name, (r, a) in TOLERANCES.items()},
     }
 
 

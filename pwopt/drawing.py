@@ -66,7 +66,9 @@ def draw(operators: Sequence[Operator]) -> Drawing:
     lines_of = [row[i : i + MOST_BESIDE] for _, row in sorted(rows.items()) for i in range(0, len(row), MOST_BESIDE)]
     widest = max((len(row) for row in lines_of), default=1)
     width = 2 * MARGIN + widest * WIDTH + (widest - 1) * GAP_X
-    boxes, place, lines = [], {}, []
+    boxes: list[Box] = []
+    place: dict[str, Box] = {}
+    lines: list[tuple[int, int, int, int, int]] = []
     top = MARGIN
     for row in lines_of:
         left = (width - len(row) * WIDTH - (len(row) - 1) * GAP_X) // 2

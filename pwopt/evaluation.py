@@ -26,9 +26,9 @@ MAX_WORK = 400_000_000
 #: Smallest positive numbers of each type, below which rounding is absolute; where a pass flushes, the smallest normal.
 SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
 #: Inputs that hold numbers to reckon with, not shapes, axes, limits or exponents.
-NUMBERS = {
+NUMBERS: dict[str, Sequence[int]] = {
     "Conv": (1, 2), "ConvTranspose": (1, 2), "Gemm": (0, 1, 2), "MatMul": (0, 1), "Add": (0, 1), "Sub": (0, 1),
-    "Mul": (0, 1), "Div": (0, 1), "Sum": tuple(range(64)), "BatchNormalization": (1, 2, 3, 4), "Clip": (1, 2),
+    "Mul": (0, 1), "Div": (0, 1), "Sum": range(64), "Mean": range(64), "Concat": range(64), "Pad": (2,), "BatchNormalization": (1, 2, 3, 4), "Clip": (1, 2),
     "Min": (0, 1), "Max": (0, 1), "PRelu": (1,),
 }  # fmt: skip
 
@@ -64,6 +64,8 @@ class Side:
     def constant(self, tensor: gs.Tensor) -> np.ndarray | None:
         """Value of a constant, floating-point ones in float64."""
         if id(tensor) not in self._constants:
+            if (self.view.elements(tensor) or 0) > MAX_WORK // 8:
+                raise TooLargeError
             value = self.view.raw(tensor)
             if value is None:
                 return None

@@ -93,8 +93,10 @@ def measure(
     if not laws:
         return ()
     sessions = [Session(path, provider, threads) for path in (original, candidate)]
-    return tuple(LawCheck(law.text or law.name, INVARIANTS[law.name].formula, *(_residual(law, s, sample) for s in sessions))
-                 for law in laws)  # fmt: skip
+    return tuple(
+        LawCheck(law.text or law.name, INVARIANTS[law.name].formula, *(_residual(law, s, sample) for s in sessions))
+        for law in laws
+    )
 
 
 def _residual(law: Law, session: Session, sample: Sample) -> float:

@@ -10,28 +10,26 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import onnx
 
 from pwopt.compiler import concrete_sizes
 from pwopt.equivalence import FLOOR_FACTOR, Difference, Equivalence, OutputCheck, compare
 from pwopt.errors import ModelError
-from pwopt.graph import epsilon
 from pwopt.model import captured_names, load, save
 from pwopt.rewrite import Rewrite
 from pwopt.runtime import Session
 from pwopt.samples import Sample
-from pwopt.shapes import Shape, infer
+from pwopt.shapes import infer
 
 #: Tensors that are looked at in one run, and the elements that they may have together.
 TENSORS, ELEMENTS = 48, 1 << 25
 #: Deviations of so many roundings of a tensor's largest value are not a difference, whatever its noise floor: a sum of
 #: n terms in another order differs by some √n.
-ROUNDINGS = 32
+ROUNDINGS = 8
 #: A fault shows as a step from one tensor to the next; what grows by less is noise that accumulates, nobody's fault.
 JUMP = 4.0
 
@@ -72,9 +70,9 @@ def localise(
         a, b = _Copy.of(original, Path(folder) / "original"), _Copy.of(candidate, Path(folder) / "candidate")
         sizes = {name: value.shape for name, value in sample.feeds.items()}
         checks: dict[str, OutputCheck] = {}
-        for batch in _batches(list(_common(a, b)), concrete_sizes(a.proto, sizes)):
+        for batch in _batches(_common(a.proto, b.proto), concrete_sizes(a.proto, sizes)):
             checks.update(_compared(a, b, batch, sample, provider, threads))
-        excesses = {name: _excess(check, b.epsilon(name)) for name, check in checks.items()}
+        excesses = {name: _excess(check) for name, check in checks.items()}
     differing = {name for name, excess in excesses.items() if excess > 1}
     wrong = [o for o in failed.outputs if not o.passed]
     if not checks or not differing:
@@ -83,24 +81,28 @@ def localise(
     checks.update((o.name, o) for o in wrong)
     made = _made(b.proto)
     tensors, _ = _back_from([o.name for o in wrong], made, set(checks) - differing)
-    first = next((name for name in made if name in tensors and name in differing), None)
+    first = next((name for name in made if name in tensors & differing and _steps(name, made, excesses)), None)
     if first is None:
         return None
     inside, agreeing = _back_from([first], made, set(checks) - differing)
-    before = max((excesses[name] for name in agreeing if name in excesses), default=0.0)
-    if first in excesses and excesses[first] < JUMP * before:
-        return None
-    region = tuple(dict.fromkeys(_title(node) for name, node in made.items() if name in inside))
+    nodes = [node for name, node in made.items() if name in inside and node.op_type != "Constant"]
+    region = tuple(dict.fromkeys(map(_title, nodes)))
     made_by = _sites(rewrites, inside)
     return Difference(first, _title(made[first]), agreeing, region, checks[first], made_by, len(checks))
 
 
-def _excess(check: OutputCheck, roundoff: float) -> float:
+def _excess(check: OutputCheck) -> float:
     """How many times its own noise a tensor differs by; stricter than the rule for outputs, which may be lenient."""
     if check.ulp is None:
         return 0.0 if check.passed else math.inf
-    noise = max(FLOOR_FACTOR * check.floor, FLOOR_FACTOR * check.sensitivity, ROUNDINGS * roundoff * check.scale)
+    noise = max(FLOOR_FACTOR * check.floor, FLOOR_FACTOR * check.sensitivity, ROUNDINGS * check.resolution)
     return check.max_abs / noise if noise else math.inf if check.max_abs else 0.0
+
+
+def _steps(tensor: str, made: Mapping[str, onnx.NodeProto], excesses: Mapping[str, float]) -> bool:
+    """Whether a tensor differs by much more than those before it."""
+    _, before = _back_from([tensor], made, excesses.keys())
+    return excesses.get(tensor, math.inf) >= JUMP * max((excesses[name] for name in before), default=0.0)
 
 
 def _back_from(
@@ -142,25 +144,19 @@ class _Copy:
 
     proto: onnx.ModelProto
     folder: Path
-    types: Mapping[str, tuple[int, Shape | None]]
 
     @classmethod
     def of(cls, path: Path, folder: Path) -> _Copy:
         folder.mkdir()
         model = load(path)
         save(model, folder / "model.onnx")
-        proto = onnx.load(folder / "model.onnx", load_external_data=False)
-        return cls(proto, folder, infer(proto))
+        return cls(onnx.load(folder / "model.onnx", load_external_data=False), folder)
 
-    def epsilon(self, tensor: str) -> float:
-        return epsilon(np.dtype(onnx.helper.tensor_dtype_to_np_dtype(self.types[tensor][0])))
-
-    def exposing(self, tensors: Iterable[str]) -> Path:
-        """The model with just these outputs."""
+    def exposing(self, tensors: Mapping[str, int]) -> Path:
+        """The model with just these outputs, each of its element type."""
         kept = list(self.proto.graph.output)
         del self.proto.graph.output[:]
-        for name in tensors:
-            code, _ = self.types[name]
+        for name, code in tensors.items():
             self.proto.graph.output.append(onnx.helper.make_tensor_value_info(name, code, None))
         path = self.folder / "exposed.onnx"
         path.write_bytes(self.proto.SerializeToString())
@@ -174,34 +170,36 @@ def _made(proto: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
     return {name: node for node in proto.graph.node for name in node.output if name}
 
 
-def _common(a: _Copy, b: _Copy) -> Iterator[str]:
-    """Tensors that both models compute, of one type as far as inference tells."""
-    others = _made(b.proto)
-    for name, node in _made(a.proto).items():
+def _common(a: onnx.ModelProto, b: onnx.ModelProto) -> dict[str, int]:
+    """Tensors that both models compute, with their element type; inference may not get that far in one of them."""
+    ours, theirs, others = infer(a), infer(b), _made(b)
+    common = {}
+    for name, node in _made(a).items():
         if name in others and node.op_type != "Constant":
-            code, other = (copy.types.get(name, (0, None))[0] for copy in (a, b))
-            if code and code == other:
-                yield name
+            codes = {types[name][0] for types in (ours, theirs) if name in types} - {0}
+            if len(codes) == 1:
+                common[name] = codes.pop()
+    return common
 
 
-def _batches(names: Sequence[str], sizes: Mapping[str, Sequence[int]]) -> Iterator[list[str]]:
+def _batches(tensors: Mapping[str, int], sizes: Mapping[str, Sequence[int]]) -> Iterator[dict[str, int]]:
     """Runs of tensors, as many as fit; one of unknown size counts as the largest known."""
     largest = max((math.prod(s) for s in sizes.values()), default=1)
-    batch: list[str] = []
+    batch: dict[str, int] = {}
     elements = 0
-    for name in names:
+    for name, code in tensors.items():
         size = math.prod(sizes[name]) if name in sizes else largest
         if batch and (len(batch) == TENSORS or elements + size > ELEMENTS):
             yield batch
-            batch, elements = [], 0
-        batch.append(name)
+            batch, elements = {}, 0
+        batch[name] = code
         elements += size
     if batch:
         yield batch
 
 
 def _compared(
-    a: _Copy, b: _Copy, batch: Sequence[str], sample: Sample, provider: str, threads: int
+    a: _Copy, b: _Copy, batch: Mapping[str, int], sample: Sample, provider: str, threads: int
 ) -> dict[str, OutputCheck]:
     """How each tensor agrees; by halves where a tensor cannot be an output, and without it in the end."""
     ours, theirs = a.exposing(batch), b.exposing(batch)
@@ -215,10 +213,11 @@ def _compared(
     except ModelError:
         if len(batch) == 1:
             return {}
-        half = len(batch) // 2
+        names = list(batch)
+        half = len(names) // 2
         return {
             name: check
-            for part in (batch[:half], batch[half:])
-            for name, check in _compared(a, b, part, sample, provider, threads).items()
+            for part in (names[:half], names[half:])
+            for name, check in _compared(a, b, {n: batch[n] for n in part}, sample, provider, threads).items()
         }
     return {o.name: o for o in result.outputs if o.compared}

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pwopt.graph import epsilon
 from pwopt.linear import Array
 
 #: Elements that are looked at together.
@@ -54,8 +55,8 @@ class Agreement:
         Largest deviation relative to the reference's magnitude at that element.
     mismatch : float
         Fraction of unequal elements.
-    scale : float
-        Largest magnitude of the reference.
+    scale, resolution : float
+        Largest magnitude of the reference, and the machine epsilon of its type there.
     ulp, ulp_p99 : float or None
         Units in the last place between them, at most and for 99 % of (at most a million, randomly drawn) elements:
         how many numbers of the type lie between. Of values near zero it says little. None unless floating point.
@@ -83,6 +84,7 @@ class Agreement:
     max_rel: float = 0.0
     mismatch: float = 0.0
     scale: float = 0.0
+    resolution: float = 0.0
     ulp: float | None = None
     ulp_p99: float | None = None
     cosine: float | None = None
@@ -104,6 +106,7 @@ class Agreement:
             max(self.max_rel, other.max_rel),
             max(self.mismatch, other.mismatch),
             max(self.scale, other.scale),
+            max(self.resolution, other.resolution),
             _either(max, self.ulp, other.ulp),
             _either(max, self.ulp_p99, other.ulp_p99),
             _either(min, self.cosine, other.cosine),
@@ -229,7 +232,7 @@ def _continuous(reference: np.ndarray, value: np.ndarray, rtol: float | None, at
     xs, ys = _drawn(reference, value, DRAWN)
     pairs = [p.astype(np.float64).tolist() for p in _drawn(reference, value, PAIRS)]
     return Agreement(
-        worst, total / compared, relative, unequal / reference.size, scale,
+        worst, total / compared, relative, unequal / reference.size, scale, scale * epsilon(reference.dtype),
         steps, float(np.percentile(ulps(xs, ys), 99)) if xs.size else None,
         _cosine(product, squares, others), _decibels(squares, noise),
         *_ranking(reference, value), Histogram(EDGES, tuple(bins.tolist()), zero),

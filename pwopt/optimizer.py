@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import onnx
 
@@ -62,7 +63,7 @@ def optimize(
     provider: str = "cpu",
     cost_model: str = "measured",
     shapes: Mapping[str, Sequence[int]] | None = None,
-    inputs: str | os.PathLike[str] | Feeds | None = None,
+    inputs: str | os.PathLike[str] | Feeds | Sequence[Any] | None = None,
     passes: Sequence[str] | None = None,
     deny: Iterable[str] = (),
     threads: int = 1,
@@ -93,8 +94,8 @@ def optimize(
         and says in the report's notes if it does not.
     shapes : mapping of input name to sizes, optional
         Sizes for dynamic inputs, for costs, verification and timing; the model stays dynamic.
-    inputs : path of an .npz (or .npy, for one input), or dict of arrays, optional
-        Inputs to verify and time on, instead of random ones.
+    inputs : path, dict of arrays, or a sequence of those, optional
+        Inputs to verify on, and to time on the first of, instead of random ones; see `pwopt.samples.given_samples`.
     passes : sequence of str, optional
         Names of passes to run; all by default. Measured passes that are named are not raced, but applied wherever
         they are exact.

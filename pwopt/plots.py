@@ -11,7 +11,7 @@ from typing import Any
 import matplotlib as mpl
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter
+from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from pwopt.document import SUPERSCRIPTS
 from pwopt.metrics import Histogram
@@ -20,6 +20,8 @@ from pwopt.report import Latency
 #: Stand-ins for the page's colours, so that dark mode reaches into plots.
 COLOURS = {"#010101": "var(--ink)", "#020202": "var(--line)", "#030303": "var(--after)", "#040404": "var(--before)"}
 INK, LINE, AFTER, BEFORE = COLOURS
+#: Counts up to this read best on a linear scale; points up to this, as large dots.
+FEW = 20
 SETTINGS = {
     "svg.fonttype": "none", "svg.hashsalt": "pwopt", "font.family": "sans-serif", "font.size": 9,
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": LINE, "xtick.color": INK, "ytick.color": INK,
@@ -64,8 +66,11 @@ def errors(found: Histogram, noise: Histogram, discrete: bool = False) -> str:
         edges = found.edges[first : last + 1]
         axes.stairs(noise.counts[first:last], edges, fill=True, color=BEFORE, alpha=0.35, label="noise floor")
         axes.stairs(found.counts[first:last], edges, color=AFTER, linewidth=1.6, label="candidate")
-        axes.set_yscale("symlog", linthresh=1)
-        axes.yaxis.set_major_formatter(FuncFormatter(_power))
+        if max(*found.counts, *noise.counts) > FEW:
+            axes.set_yscale("symlog", linthresh=1)
+            axes.yaxis.set_major_formatter(FuncFormatter(_power))
+        else:
+            axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.set_xlabel("log₁₀ of the absolute error")
         axes.set_ylabel("elements")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8)
@@ -78,7 +83,7 @@ def scatter(pairs: Sequence[tuple[float, float]]) -> str:
         xs, ys = zip(*pairs, strict=True)
         low, high = min(*xs, *ys), max(*xs, *ys)
         axes.plot([low, high], [low, high], color=LINE, linewidth=1)
-        axes.plot(xs, ys, linestyle="", marker="o", markersize=2.2, color=AFTER, alpha=0.6, markeredgewidth=0)
+        axes.plot(xs, ys, linestyle="", marker="o", markersize=5 if len(pairs) <= FEW else 2.2, color=AFTER, alpha=0.6, markeredgewidth=0)
         axes.set_xlabel("original")
         axes.set_ylabel("candidate")
         return _svg(axes, "Values of both models")
@@ -116,11 +121,14 @@ def operators(rows: Sequence[tuple[str, float, float]]) -> str:
 def spectrum(values: Sequence[float], rank: int | None) -> str:
     """Singular values, largest first, and where the rank ends."""
     with _axes(4.8, 2.2) as axes:
-        axes.plot(range(1, len(values) + 1), values, color=AFTER, marker="o", markersize=2.5, linewidth=1)
-        if min(values) > 0:
+        axes.plot(range(1, len(values) + 1), values, color=AFTER, marker="o" if len(values) <= 64 else "", markersize=2.5, linewidth=1.2)
+        positive = [v for v in values if v > 0]
+        if positive and max(positive) > 100 * min(values):
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter(FuncFormatter(_power))
-            axes.yaxis.set_minor_formatter(FuncFormatter(lambda _value, _place: ""))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.set_ylim(bottom=0)
         if rank is not None and rank < len(values):
             axes.axvline(rank + 0.5, color=INK, linewidth=1, linestyle="--")
         axes.set_xlabel("index")

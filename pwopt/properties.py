@@ -120,8 +120,8 @@ def properties(
     >>> import pwopt
     >>> for m in pwopt.properties("models/linear_sequence.onnx").maps[:2]:
     ...     print(m.tensor, m.rows, m.columns, m.rank, m.kind)
-    a 128 64 64 dense
-    b 192 128 128 dense
+    h1 128 64 64 dense
+    h2 192 128 128 dense
     """
     original = load(model)
     specs = input_specs(original.proto)

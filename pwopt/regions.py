@@ -86,15 +86,18 @@ class Region:
         Tensors, by id, whose value is another one since; only operators inside the region touch them.
     rerouted : tuple of (State, State)
         Operators around it of which only the inputs changed.
+    context : int
+        How far above it a certificate may look for facts that the rewrite rests on.
     """
 
     before: tuple[State, ...]
     after: tuple[State, ...]
     renamed: dict[int, gs.Tensor]
     rerouted: tuple[tuple[State, State], ...] = ()
+    context: int = 0
 
     @classmethod
-    def of(cls, view: View, journal: Journal) -> Region:
+    def of(cls, view: View, journal: Journal, context: int = 0) -> Region:
         """The region of everything that a journal saw change."""
         renamed = dict(journal.changed)
         before: dict[int, State] = {}
@@ -119,21 +122,22 @@ class Region:
             for node in (view.producer(tensor), *view.readers(tensor)):
                 if node is not None and id(node) not in after:
                     before[id(node)] = after[id(node)] = State.of(node)
-        return cls(_ordered(view, before.values()), _ordered(view, after.values()), renamed, tuple(rerouted.values()))
+        sides = _ordered(view, before.values()), _ordered(view, after.values())
+        return cls(*sides, renamed, tuple(rerouted.values()), context)
 
     def with_rerouted(self, view: View) -> Region:
         """The region with the operators that only read something else since."""
         old, new = [a for a, _ in self.rerouted], [b for _, b in self.rerouted]
-        return Region(_ordered(view, (*self.before, *old)), _ordered(view, (*self.after, *new)), self.renamed)
+        sides = _ordered(view, (*self.before, *old)), _ordered(view, (*self.after, *new))
+        return Region(*sides, self.renamed, (), self.context)
 
     def widened(self, view: View) -> Region:
         """The region with the operators that feed it."""
         inside = {id(s.node) for s in (*self.before, *self.after)}
         feeding = {id(n): n for t in self.sources() if (n := view.producer(t)) is not None and id(n) not in inside}
         more = [State.of(n) for n in feeding.values()]
-        return Region(
-            _ordered(view, (*self.before, *more)), _ordered(view, (*self.after, *more)), self.renamed, self.rerouted
-        )
+        sides = _ordered(view, (*self.before, *more)), _ordered(view, (*self.after, *more))
+        return Region(*sides, self.renamed, self.rerouted, self.context - 1)
 
     def sources(self) -> list[gs.Tensor]:
         """Tensors that come from outside."""

@@ -22,6 +22,7 @@ from pwopt.errors import UsageError
 from pwopt.metrics import Agreement
 from pwopt.properties import Properties
 from pwopt.rewrite import Rewrite, Skip
+from pwopt.runtime import provider_name
 from pwopt.shapes import written
 
 #: Version of the JSON layout; grows when a field changes its meaning.
@@ -140,6 +141,7 @@ class Comparison:
             "model": self.model,
             "candidate": self.candidate,
             "provider": self.provider,
+            "tf32": False,
             "shapes": self.equivalence.shapes,
             "environment": self.environment,
             "equivalence": asdict(self.equivalence),
@@ -244,9 +246,11 @@ def rewrites_from(path: Path) -> tuple[Rewrite, ...]:
         raise UsageError(f"{str(path)!r} is not a report of pwopt optimize ({error!r})") from error
 
 
-def render_samples(equivalence: Equivalence, console: Console) -> None:
+def render_samples(equivalence: Equivalence, provider: str, console: Console) -> None:
     """Print what the models were compared on."""
-    console.print(f"[dim]compared on {plain('; '.join(equivalence.inputs))}[/dim]", soft_wrap=True)
+    precise = ", with TF32 off" if provider_name(provider) == "CUDAExecutionProvider" else ""
+    samples = plain("; ".join(equivalence.inputs))
+    console.print(f"[dim]compared on {plain(provider)}{precise}: {samples}[/dim]", soft_wrap=True)
 
 
 def render_figures(equivalence: Equivalence, console: Console, most: int = 4) -> None:
@@ -293,8 +297,8 @@ def render_difference(equivalence: Equivalence | None, console: Console, most: i
     d = equivalence.difference
     console.print(f"[bold]{plain(d.explain())}[/bold]", soft_wrap=True)
     region = ", ".join(map(plain, d.region[:most])) + (f" and {len(d.region) - most} more" if d.region[most:] else "")
-    after = f"after {', '.join(map(plain, d.agreeing[:most]))}, which agree" if d.agreeing else "from the inputs on"
-    console.print(f"[dim]the fault lies {after}, in {region}; {d.compared} tensors compared[/dim]", soft_wrap=True)
+    agreeing = f"{plain(', '.join(d.agreeing[:most]))} still agree; " if d.agreeing else ""
+    console.print(f"[dim]{agreeing}the fault lies in {region}; {d.compared} tensors compared[/dim]", soft_wrap=True)
 
 
 def render_elsewhere(equivalence: Equivalence, console: Console) -> None:

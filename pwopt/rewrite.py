@@ -103,6 +103,8 @@ class Pass:
     name: ClassVar[str]
     #: When the rewrite is kept: "always", "if cheaper" or "measured".
     policy: ClassVar[str] = "always"
+    #: How many operators above a rewrite hold facts that it rests on, beside its own region.
+    context: ClassVar[int] = 0
     #: Whether a measured rewrite is made wherever it is exact, because it was measured or asked for.
     eager: bool = False
 
@@ -211,16 +213,16 @@ class Rewriter(View):
                 self.journal = Journal()
             result = Skip("denied by the user") if self.denied(node) else p.match_and_rewrite(node, self)
             if isinstance(result, Rewrite):
-                rewrites.append(self._certified(replace(result, pass_name=p.name, site=site)))
+                rewrites.append(self._certified(replace(result, pass_name=p.name, site=site), p.context))
                 skips.pop(site, None)
             elif isinstance(result, Skip):
                 skips[site] = replace(result, pass_name=p.name, site=site)
         return Outcome(tuple(rewrites), tuple(skips.values()))
 
-    def _certified(self, rewrite: Rewrite) -> Rewrite:
+    def _certified(self, rewrite: Rewrite, context: int) -> Rewrite:
         if self._certifier is None or self.journal is None:
             return rewrite
-        region = Region.of(self, self.journal)
+        region = Region.of(self, self.journal, context)
         before, after = region.drawings(self)
         return replace(rewrite, before=before, after=after, certificate=self._certifier(region, self))
 

@@ -206,6 +206,78 @@ def test_only_regular_files_are_replaced(model: Path) -> None:
     assert ops(onnx.load(target)) == {"Conv": 1}
 
 
+def test_verify_tells_everything(model: Path) -> None:
+    """Rounds of sizes, distributions, ranges, invariants, figures, the first difference and the rewrite to deny."""
+    report, made, wrong = (model.parent / n for n in ("optimize.json", "made.onnx", "wrong.onnx"))
+    sizes = ("--shape", "x=1x64x4x4", "--shape", "x=2x64x3x5")
+    assert pwopt("optimize", model, "-o", made, "--cost", "analytic", *sizes[:2], "--report", report).returncode == 0
+    proto = onnx.load(made)
+    tensor = next(t for t in proto.graph.initializer if len(t.dims) == 4)
+    tensor.raw_data = (np.frombuffer(tensor.raw_data, np.float32) * np.float32(1.001)).tobytes()
+    onnx.save(proto, wrong)
+    verdict = model.parent / "verify.json"
+    done = pwopt(
+        "verify", model, wrong, *sizes, "--samples", "normal,zeros", "--range", "x=0:255", "--invariant",
+        "translation:shift=1:margin=1", "--rewrites", report, "--report", verdict,
+    )  # fmt: skip
+    assert done.returncode == 1, done.stderr
+    text = " ".join(done.stdout.split())
+    for words in ("x 2×64×3×5", "units in the last place", "f(shifted x) = shifted f(x)", "--deny 'fold-chains:y'"):
+        assert words in text
+    content = json.loads(verdict.read_text())
+    equivalence = content["equivalence"]
+    assert equivalence["inputs"] == [
+        "normal, x 1×64×4×4",
+        "zeros, x 1×64×4×4",
+        "normal, x 2×64×3×5",
+        "zeros, x 2×64×3×5",
+    ]
+    assert equivalence["difference"]["tensor"] == "y"
+    assert equivalence["difference"]["sites"] == ["fold-chains:y"]
+    assert equivalence["laws"][0]["original"] < 1e-5
+    (output,) = equivalence["outputs"]
+    assert set(output) >= {"ulp", "ulp_p99", "cosine", "snr_db", "top1", "top5", "histogram", "scatter", "noise"}
+    assert len(output["scatter"]) <= 500
+    assert sum(output["histogram"]["counts"]) + output["histogram"]["zero"] == output["compared"]
+    assert len(output["histogram"]["edges"]) == len(output["histogram"]["counts"]) + 1
+
+
+def test_verify_on_a_folder_of_inputs(model: Path) -> None:
+    folder = model.parent / "inputs"
+    folder.mkdir()
+    for k in range(2):
+        np.savez(folder / f"{k}.npz", x=normal(1, 64, 2, 2 + k))
+    done = pwopt("verify", model, model, "--input", folder, "--input", folder / "0.npz")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("0.npz") == 2
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["verify", "seq.onnx", "seq.onnx", "--samples", "gaussian"], "there is no distribution 'gaussian'"),
+        (["verify", "seq.onnx", "seq.onnx", "--range", "x=255"], "not of the form NAME=0:255"),
+        (["verify", "seq.onnx", "seq.onnx", "--invariant", "energy"], "there is no invariant 'energy'"),
+        (["verify", "seq.onnx", "seq.onnx", "--rewrites", "seq.onnx"], "is not a report of pwopt optimize"),
+        (["verify", "seq.onnx", "seq.onnx", "--input", "none.npz"], "cannot be read"),
+        (["optimize", "seq.onnx", "--shape", "x=1x64x2x2", "--shape", "x=1x64x3x3"], "only verify takes several"),
+    ],
+)
+def test_what_verify_refuses(model: Path, arguments: list[str], words: str) -> None:
+    done = pwopt(*arguments, cwd=model.parent)
+    assert done.returncode == 2, done.stderr
+    assert words in " ".join(done.stderr.split())
+
+
+def test_inspect_properties(model: Path) -> None:
+    done = pwopt("inspect", model, "--properties", "--shape", "x=1x64x2x2")
+    assert done.returncode == 0, done.stderr
+    assert "4 pointwise maps" in done.stdout
+    listed = json.loads(pwopt("inspect", model, "--properties", "--json", "--shape", "x=1x64x2x2").stdout)
+    assert [(m["columns"], m["rows"]) for m in listed] == [(64, 128), (128, 192), (192, 128), (128, 32)]
+    assert all(len(m["singular_values"]) == min(m["columns"], m["rows"]) for m in listed)
+
+
 def test_debug_keeps_the_exit_code(model: Path) -> None:
     done = pwopt("optimize", model, "--provider", "cuda", "--debug")
     assert done.returncode == 4

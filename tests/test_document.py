@@ -29,7 +29,9 @@ pytest.importorskip("onnxruntime")
 
 #: A name that runs in a careless page, breaks a careless table, and hides in a careless terminal.
 EVIL = "<script>console.error('pwned')</script>|`*_\u202e\"'&amp;"
-CHROMIUM = next((found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), "")
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
+)
 
 
 def evil_model() -> onnx.ModelProto:
@@ -91,7 +93,9 @@ def test_names_are_text(page: str) -> None:
 def test_the_page_loads_nothing(page: str) -> None:
     found = Elements(page)
     assert not {"script", "link", "img", "iframe", "object", "embed", "base"} & set(found.tags)
-    assert not [a for a, _ in found.attributes if a in ("src", "srcset", "href", "action", "data") or a.startswith("on")]
+    assert not [
+        a for a, _ in found.attributes if a in ("src", "srcset", "href", "action", "data") or a.startswith("on")
+    ]
     assert not [v for a, v in found.attributes if a == "xlink:href" and not (v or "").startswith("#")]
     namespaces = {v for a, v in found.attributes if a.startswith("xmlns")}
     assert set(re.findall(r"https?://[^\s\"'<)]+", page)) <= namespaces
@@ -197,13 +201,17 @@ def test_spectra_are_drawn() -> None:
 
 
 def test_a_drawing_has_each_operator_below_what_it_reads() -> None:
-    chain = [Operator("Conv", "a", ("x",), ("p",)), Operator("Relu", "b", ("p",), ("q",)), Operator("Add", "c", ("p", "q"), ("y",))]
+    chain = [
+        Operator("Conv", "a", ("x",), ("p",)),
+        Operator("Relu", "b", ("p",), ("q",)),
+        Operator("Add", "c", ("p", "q"), ("y",)),
+    ]
     found = draw(chain)
     assert [b.op for b in found.boxes] == ["", "Conv", "Relu", "Add"]
     assert [b.y for b in found.boxes] == sorted({b.y for b in found.boxes})
     assert len(found.lines) == 4
     assert sum(swing > 0 for *_, swing in found.lines) == 1  # past the Relu
-    assert all(0 <= b.x and b.x < found.width and b.y + b.height <= found.height for b in found.boxes)
+    assert all(b.x >= 0 and b.x < found.width and b.y + b.height <= found.height for b in found.boxes)
 
 
 def test_large_drawings_leave_operators_out() -> None:
@@ -215,13 +223,30 @@ def test_large_drawings_leave_operators_out() -> None:
 def test_the_command_line_writes_documents(tmp_path: Path) -> None:
     source = tmp_path / "seq.onnx"
     source.write_bytes((MODELS / "linear_sequence.onnx").read_bytes())
-    arguments = ["optimize", str(source), "--cost", "analytic", "--shape", "x=1x64x8x8", "--report", str(tmp_path / "r.html")]
+    arguments = [
+        "optimize",
+        str(source),
+        "--cost",
+        "analytic",
+        "--shape",
+        "x=1x64x8x8",
+        "--report",
+        str(tmp_path / "r.html"),
+    ]
     done = subprocess.run([sys.executable, "-m", "pwopt", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     text = Elements((tmp_path / "r.html").read_text()).text
     assert "pwopt optimize" in text
     assert "--shape x=1x64x8x8" in text
-    arguments = ["verify", str(source), str(tmp_path / "seq.pwopt.onnx"), "--shape", "x=1x64x8x8", "--report", str(tmp_path / "v.md")]
+    arguments = [
+        "verify",
+        str(source),
+        str(tmp_path / "seq.pwopt.onnx"),
+        "--shape",
+        "x=1x64x8x8",
+        "--report",
+        str(tmp_path / "v.md"),
+    ]
     done = subprocess.run([sys.executable, "-m", "pwopt", *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "# seq.onnx → seq.pwopt.onnx: Equivalent" in (tmp_path / "v.md").read_text()
@@ -229,7 +254,14 @@ def test_the_command_line_writes_documents(tmp_path: Path) -> None:
 
 def test_a_missing_library_is_told_before_any_work(tmp_path: Path) -> None:
     script = "import sys; sys.modules['jinja2'] = None; from pwopt.cli import main; main(sys.argv[1:])"
-    arguments = ["optimize", str(MODELS / "linear_sequence.onnx"), "-o", str(tmp_path / "o.onnx"), "--report", str(tmp_path / "r.html")]
+    arguments = [
+        "optimize",
+        str(MODELS / "linear_sequence.onnx"),
+        "-o",
+        str(tmp_path / "o.onnx"),
+        "--report",
+        str(tmp_path / "r.html"),
+    ]
     done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert "pip install 'pwopt[report]'" in done.stderr
@@ -257,6 +289,14 @@ def test_the_browser_would_have_complained(tmp_path: Path) -> None:
     """The test above sees what a careless page does."""
     path = tmp_path / "careless.html"
     path.write_text(f"<!DOCTYPE html><title>careless</title><p>{EVIL}</p>")
-    options = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", "--enable-logging=stderr", "--dump-dom", path.as_uri()]
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--enable-logging=stderr",
+        "--dump-dom",
+        path.as_uri(),
+    ]
     done = subprocess.run([CHROMIUM, *options], capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" in done.stderr
