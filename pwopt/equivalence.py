@@ -21,9 +21,9 @@ from pwopt.samples import Sample
 
 #: An output passes if its deviation is within this many times the original's noise floor or sensitivity.
 FLOOR_FACTOR = 4.0
-#: A tolerance that nobody asked for excuses no more than this many times those, or roundings of the largest value. Of 200
-#: equivalent pairs none deviates by more than 2 times them (tests/benchmarks/error_rates.py), of 32 pairs of a real model
-#: and its optimised form (by pwopt, onnxsim or OnnxSlim) none by more than 3.1, and on constant or huge inputs by 8.
+#: A tolerance that nobody asked for excuses no more than this many times those, or roundings of the largest value. Of
+#: 200 equivalent pairs none deviates by more than 2 times them (tests/benchmarks/error_rates.py), of 32 pairs of a real
+#: model and its optimised form (by pwopt or another) none by more than 3.1, and on constant or huge inputs by 8.
 EXCUSED = 32.0
 
 #: Figures of an `Agreement` that an `OutputCheck` reports.
@@ -252,10 +252,13 @@ def compare(
     samples: Sequence[Sample],
     rtol: float | None = None,
     atol: float | None = None,
+    *,
+    brief: bool = False,
 ) -> Equivalence:
     """Run three sessions on the same inputs: the original, the original without graph optimisation, the candidate.
 
     Outputs are matched by name. A candidate that does not run where the original does is not equivalent.
+    `brief` leaves out the figures that no verdict needs.
     """
     for what in ("inputs", "outputs"):
         a, b = getattr(original, what), getattr(candidate, what)
@@ -265,10 +268,10 @@ def compare(
     tallies = {name: _Tally(name, asked) for name in original.outputs}
     for sample in samples:
         reference = _named(original, sample.feeds)
-        floor = _agreements(reference, _named(plain, sample.feeds), rtol, atol)
-        moved = _agreements(reference, _named(original, nudge(sample.feeds)), rtol, atol)
+        floor = _agreements(reference, _named(plain, sample.feeds), rtol, atol, brief)
+        moved = _agreements(reference, _named(original, nudge(sample.feeds)), rtol, atol, brief=True)
         try:
-            found = _agreements(reference, _named(candidate, sample.feeds), rtol, atol)
+            found = _agreements(reference, _named(candidate, sample.feeds), rtol, atol, brief)
         except ModelError as error:
             found = dict.fromkeys(reference, Agreement.none(f"the candidate fails where the original runs: {error}"))
         for name, value in reference.items():
@@ -285,9 +288,9 @@ def _named(session: Session, feeds: Feeds) -> dict[str, Any]:
 
 
 def _agreements(
-    reference: dict[str, Any], values: dict[str, Any], rtol: float | None, atol: float | None
+    reference: dict[str, Any], values: dict[str, Any], rtol: float | None, atol: float | None, brief: bool
 ) -> dict[str, Agreement]:
-    return {name: agreement(value, values[name], rtol, atol) for name, value in reference.items()}
+    return {name: agreement(value, values[name], rtol, atol, brief=brief) for name, value in reference.items()}
 
 
 def nudge(feeds: Feeds) -> Feeds:

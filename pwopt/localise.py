@@ -32,6 +32,11 @@ TENSORS, ELEMENTS = 48, 1 << 25
 ROUNDINGS = 8
 #: A fault shows as a step from one tensor to the next; what grows by less is noise that accumulates, nobody's fault.
 JUMP = 4.0
+#: A tensor that differs by no more than the original does from itself tells nothing.
+QUIET = 1 / FLOOR_FACTOR
+#: Noise can drown a fault so many times over before something averages it away: the mean of n values has 1/√n of their
+#: noise and all of their common error, and a small map has some 256 positions.
+DROWNED = 16.0
 
 
 def localise(
@@ -60,40 +65,43 @@ def localise(
     -------
     Difference or None
         None if no tensor differs once it is looked at, so that the fault lies in what onnxruntime makes of the whole;
-        or if the difference grows from tensor to tensor without a step, as rounding does.
+        if the difference grows from tensor to tensor without a step, as rounding does; or if there is no room for the
+        copies.
     """
     failing = next((o for o in failed.outputs if not o.passed), None)
     sample = next((s for s in samples if failing is not None and s.label == failing.sample), None)
     if failing is None or sample is None:
         return None
+    wrong = {o.name: o for o in failed.outputs if not o.passed and o.sample == failing.sample}
     with tempfile.TemporaryDirectory(prefix="pwopt-") as folder:
-        a, b = _Copy.of(original, Path(folder) / "original"), _Copy.of(candidate, Path(folder) / "candidate")
-        sizes = {name: value.shape for name, value in sample.feeds.items()}
-        checks: dict[str, OutputCheck] = {}
-        for batch in _batches(_common(a.proto, b.proto), concrete_sizes(a.proto, sizes)):
-            checks.update(_compared(a, b, batch, sample, provider, threads))
-        excesses = {name: _excess(check) for name, check in checks.items()}
+        try:
+            a, b = _Copy.of(original, Path(folder) / "original"), _Copy.of(candidate, Path(folder) / "candidate")
+            checks = _checks(a, b, sample, provider, threads)
+        except (ModelError, OSError):
+            return None
+    excesses = {name: _excess(check) for name, check in checks.items()}
     differing = {name for name, excess in excesses.items() if excess > 1}
-    wrong = [o for o in failed.outputs if not o.passed]
-    if not checks or not differing:
+    if not differing:
         return None
-    differing.update(o.name for o in wrong)
-    checks.update((o.name, o) for o in wrong)
+    differing.update(wrong)
+    checks.update(wrong)
     made = _made(b.proto)
-    tensors, _ = _back_from([o.name for o in wrong], made, set(checks) - differing)
+    tensors, _ = _back_from(list(wrong), made, set(checks) - differing)
     first = next((name for name in made if name in tensors & differing and _steps(name, made, excesses)), None)
     if first is None:
         return None
+    first = _fainter(first, made, excesses)
     inside, agreeing = _back_from([first], made, set(checks) - differing)
     nodes = [node for name, node in made.items() if name in inside and node.op_type != "Constant"]
     region = tuple(dict.fromkeys(map(_title, nodes)))
-    made_by = _sites(rewrites, inside)
-    return Difference(first, _title(made[first]), agreeing, region, checks[first], made_by, len(checks))
+    return Difference(
+        first, _title(made[first]), agreeing, region, checks[first], _sites(rewrites, inside), len(checks)
+    )
 
 
 def _excess(check: OutputCheck) -> float:
     """How many times its own noise a tensor differs by; stricter than the rule for outputs, which may be lenient."""
-    if check.ulp is None:
+    if not check.resolution:
         return 0.0 if check.passed else math.inf
     noise = max(FLOOR_FACTOR * check.floor, FLOOR_FACTOR * check.sensitivity, ROUNDINGS * check.resolution)
     return check.max_abs / noise if noise else math.inf if check.max_abs else 0.0
@@ -105,11 +113,19 @@ def _steps(tensor: str, made: Mapping[str, onnx.NodeProto], excesses: Mapping[st
     return excesses.get(tensor, math.inf) >= JUMP * max((excesses[name] for name in before), default=0.0)
 
 
+def _fainter(tensor: str, made: Mapping[str, onnx.NodeProto], excesses: Mapping[str, float]) -> str:
+    """The first tensor before this one where its fault already shows, fainter, within the noise or little above it."""
+    loud = excesses.get(tensor, math.inf)
+    trail, _ = _back_from([tensor], made, {name for name, excess in excesses.items() if excess <= QUIET})
+    faint = (n for n in made if n in trail and loud / DROWNED <= excesses.get(n, 0.0) <= loud)
+    return next((n for n in faint if _steps(n, made, excesses)), tensor)
+
+
 def _back_from(
     tensors: Sequence[str], made: Mapping[str, onnx.NodeProto], agreeing: Collection[str]
 ) -> tuple[set[str], tuple[str, ...]]:
     """What `tensors` are computed from, back to those that agree: the tensors on the way, and the agreeing ones."""
-    inside, border, left = set(tensors), dict[str, None](), list(tensors)
+    inside, border, left = set(tensors), dict[str, None](), [name for name in tensors if name in made]
     while left:
         node = made[left.pop()]
         for name in (*node.input, *captured_names([node])):
@@ -198,6 +214,15 @@ def _batches(tensors: Mapping[str, int], sizes: Mapping[str, Sequence[int]]) -> 
         yield batch
 
 
+def _checks(a: _Copy, b: _Copy, sample: Sample, provider: str, threads: int) -> dict[str, OutputCheck]:
+    """How every tensor agrees that both models have."""
+    sizes = concrete_sizes(a.proto, {name: value.shape for name, value in sample.feeds.items()})
+    checks: dict[str, OutputCheck] = {}
+    for batch in _batches(_common(a.proto, b.proto), sizes):
+        checks.update(_compared(a, b, batch, sample, provider, threads))
+    return checks
+
+
 def _compared(
     a: _Copy, b: _Copy, batch: Mapping[str, int], sample: Sample, provider: str, threads: int
 ) -> dict[str, OutputCheck]:
@@ -209,6 +234,7 @@ def _compared(
             Session(ours, provider, threads, optimise=False),
             Session(theirs, provider, threads),
             [sample],
+            brief=True,
         )
     except ModelError:
         if len(batch) == 1:

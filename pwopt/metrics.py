@@ -136,7 +136,9 @@ def floating(dtype: np.dtype[Any]) -> bool:
     return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))
 
 
-def agreement(reference: Any, value: Any, rtol: float | None = None, atol: float | None = None) -> Agreement:
+def agreement(
+    reference: Any, value: Any, rtol: float | None = None, atol: float | None = None, *, brief: bool = False
+) -> Agreement:
     """Compare two outputs.
 
     Parameters
@@ -146,6 +148,8 @@ def agreement(reference: Any, value: Any, rtol: float | None = None, atol: float
     rtol, atol : float, optional
         |deviation| ≤ atol · s + rtol · |reference| is within the tolerance; by default those of `TOLERANCES`, and s the
         root mean square of the reference or 1 if that is smaller. A given `atol` is taken as it is, s = 1.
+    brief : bool
+        Leave out what no verdict needs: rounding steps, rankings, histogram and scatter.
     """
     if not isinstance(reference, np.ndarray) or not isinstance(value, np.ndarray):
         same = _plain(reference) == _plain(value)
@@ -159,7 +163,7 @@ def agreement(reference: Any, value: Any, rtol: float | None = None, atol: float
         return Agreement()
     if not floating(reference.dtype):
         return _discrete(reference, value)
-    return _continuous(reference, value, rtol, atol)
+    return _continuous(reference, value, rtol, atol, brief)
 
 
 def _plain(value: Any) -> Any:
@@ -191,7 +195,9 @@ def _discrete(reference: np.ndarray, value: np.ndarray) -> Agreement:
     )  # fmt: skip
 
 
-def _continuous(reference: np.ndarray, value: np.ndarray, rtol: float | None, atol: float | None) -> Agreement:
+def _continuous(
+    reference: np.ndarray, value: np.ndarray, rtol: float | None, atol: float | None, brief: bool
+) -> Agreement:
     scale, squares, compared = 0.0, 0.0, 0
     for a, b in _pieces(reference, value):
         x, y = a.astype(np.float64), b.astype(np.float64)
@@ -223,20 +229,26 @@ def _continuous(reference: np.ndarray, value: np.ndarray, rtol: float | None, at
         worst, total = max(worst, float(error.max())), total + float(error.sum())
         relative = max(relative, float(np.max(error / np.maximum(np.abs(x), np.finfo(np.float32).tiny))))
         unequal, zero = unequal + wrong.size, zero + error.size - wrong.size
-        steps = max(steps, float(np.max(ulps(a[finite], b[finite]))))
         within = within and bool(np.all(error <= atol + rtol * np.abs(x)))
         product += float(np.sum(x / unit * (y / unit)))
         others += float(np.sum((y / unit) ** 2))
         noise += float(np.sum((error / unit) ** 2))
-        bins += np.histogram(np.clip(np.log10(wrong), EDGES[0], EDGES[-1]), EDGES)[0]
+        if not brief:
+            steps = max(steps, float(np.max(ulps(a[finite], b[finite]))))
+            bins += np.histogram(np.clip(np.log10(wrong), EDGES[0], EDGES[-1]), EDGES)[0]
+    found = Agreement(
+        max_abs=worst, mean_abs=total / compared, max_rel=relative, mismatch=unequal / reference.size, scale=scale,
+        resolution=scale * epsilon(reference.dtype), cosine=_cosine(product, squares, others),
+        snr_db=_decibels(squares, noise), within=within, size=reference.size, compared=compared,
+    )  # fmt: skip
+    if brief:
+        return found
     xs, ys = _drawn(reference, value, DRAWN)
     pairs = [p.astype(np.float64).tolist() for p in _drawn(reference, value, PAIRS)]
-    return Agreement(
-        worst, total / compared, relative, unequal / reference.size, scale, scale * epsilon(reference.dtype),
-        steps, float(np.percentile(ulps(xs, ys), 99)) if xs.size else None,
-        _cosine(product, squares, others), _decibels(squares, noise),
-        *_ranking(reference, value), Histogram(EDGES, tuple(bins.tolist()), zero),
-        tuple(zip(*pairs, strict=True)), within, "", reference.size, compared,
+    top1, top5 = _ranking(reference, value)
+    return replace(
+        found, ulp=steps, ulp_p99=float(np.percentile(ulps(xs, ys), 99)) if xs.size else None, top1=top1, top5=top5,
+        histogram=Histogram(EDGES, tuple(bins.tolist()), zero), scatter=tuple(zip(*pairs, strict=True)),
     )  # fmt: skip
 
 

@@ -115,8 +115,9 @@ def random_samples(
     ranges: Mapping[str, Range] | None = None,
 ) -> list[Sample]:
     """Each distribution in each round of sizes."""
+    names = [kind if kind not in kinds[:i] else f"{kind} {kinds[:i].count(kind) + 1}" for i, kind in enumerate(kinds)]
     return [
-        Sample(f"{kind}, {_sizes(sizes)}", make_feeds(specs, sizes, kind, seed, ranges))
+        Sample(f"{names[seed]}, {_sizes(sizes)}", make_feeds(specs, sizes, kind, seed, ranges))
         for sizes in rounds
         for seed, kind in enumerate(kinds)
     ]

@@ -11,6 +11,7 @@ from typing import Any
 import onnx
 
 from pwopt.equivalence import Equivalence, compare
+from pwopt.errors import UsageError
 from pwopt.inputs import InputSpec, input_specs
 from pwopt.laws import Law, measure
 from pwopt.localise import localise
@@ -43,6 +44,8 @@ def samples_for(
     """The given inputs, or random ones in every round of sizes; parameters as for `verify`."""
     check_kinds(kinds, specs, ranges or {})
     given = as_rounds(shapes)
+    if inputs is not None and len(given) > 1:
+        raise UsageError("given inputs have their own sizes; rounds of --shape are for random ones")
     if inputs is None:
         return random_samples(specs, rounds(specs, path, provider, given), kinds, ranges)
     return given_samples(inputs, specs, given[0] if given else None)
@@ -104,7 +107,8 @@ def verify(
     Examples
     --------
     >>> import pwopt
-    >>> pwopt.verify("models/linear_sequence.onnx", "models/linear_sequence.onnx").passed
+    >>> path = "models/linear_sequence.onnx"
+    >>> pwopt.verify(path, path, shapes=[{"x": (1, 64, 8, 8)}, {"x": (2, 64, 5, 7)}]).passed
     True
     """
     check_settings(threads, rtol, atol)

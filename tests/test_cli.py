@@ -261,6 +261,10 @@ def test_verify_on_a_folder_of_inputs(model: Path) -> None:
         (["verify", "seq.onnx", "seq.onnx", "--rewrites", "seq.onnx"], "is not a report of pwopt optimize"),
         (["verify", "seq.onnx", "seq.onnx", "--input", "none.npz"], "cannot be read"),
         (["optimize", "seq.onnx", "--shape", "x=1x64x2x2", "--shape", "x=1x64x3x3"], "only verify takes several"),
+        (
+            ["verify", "seq.onnx", "seq.onnx", "--input", "a.npz", "--shape", "x=1x64x2x2", "--shape", "x=1x64x3x3"],
+            "have their own sizes",
+        ),
     ],
 )
 def test_what_verify_refuses(model: Path, arguments: list[str], words: str) -> None:
