@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -41,10 +41,13 @@ JITTERS = 16.0
 EXTENTS = (8, 32)
 #: Operators in a region; larger ones are not evaluated.
 MAX_OPERATORS = 2000
-#: Operators that may be told a size which the model knows, so that a region with them is right at that size only.
-SIZED = frozenset({"Shape", "Size", "Slice", "Reshape", "Expand", "Tile", "Resize", "Upsample", "Gather", "Pad"})
+#: Operators that may be told a size or a position which the model knows: a region with them is held to its own sizes.
+SIZED = frozenset({"Shape", "Size", "Slice", "Reshape", "Expand", "Tile", "Gather"})
 #: Unit roundoff of the evaluation itself.
 DOUBLE = 2.0**-53
+
+
+Sizes = dict[int, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -85,8 +88,9 @@ def unchecked(_region: Region, _view: View) -> Certificate:
 def certify(region: Region, view: View) -> Certificate:
     """Evaluate a region before and after a rewrite, and compare.
 
-    Small spatial extents are tried first; where they do not fit, or do not agree, the model's own are. Nothing is assumed
-    of what feeds the region, unless the pass rests on facts about it: then the operators above it are taken along.
+    Small spatial extents are tried first, large enough for every window; where they do not fit, or do not agree, the
+    model's own are. Nothing is assumed of what feeds the region, unless the pass rests on facts about it: then the
+    operators above it are taken along.
 
     Parameters
     ----------
@@ -119,28 +123,35 @@ def _evaluated(region: Region, view: View) -> Certificate:
     if len(region.before) + len(region.after) > MAX_OPERATORS:
         return Certificate("none", f"too large: more than {MAX_OPERATORS} operators")
     sides = Side(view, region.before), Side(view, region.after)
-    failed: Certificate | None = None
+    whole = _whole(region, view)
+    if whole is None:
+        return Certificate("none", "the sizes of what feeds it are not known")
     sized = any(s.op in SIZED for s in (*region.before, *region.after))
-    unfit = "the sizes of what feeds it are not known"
-    for sizes in _sizes(region, view):
+    small = [s for s in _small(whole, max(map(_reach, sides))) if s != whole]
+    failed: Certificate | None = None
+    unfit, large = "", False
+    for sizes in (whole, *small) if sized else (*small, whole):
         try:
             result = _compared(region, view, sides, sizes)
         except (TooLargeError, MemoryError):
-            unfit = f"too large: over {MAX_WORK:,} multiply-adds"
-            failed = None if sized else failed  # what agrees at the model's own sizes need not at others
-            break
-        except UnfitError as error:
-            unfit = str(error)
+            unfit, large = f"too large: over {MAX_WORK:,} multiply-adds", large or sizes is whole
             continue
+        except UnfitError as error:
+            unfit = unfit or str(error)
+            continue
+        if sized and sizes is not whole:  # small sizes decide nothing where positions count
+            return replace(result, status="tested", probability=1.0) if result.passed else Certificate("none", unfit)
         if result.passed:
+            return result
+        if sized:
             return result
         failed = failed or result
     return failed or Certificate("none", unfit)
 
 
-def _sizes(region: Region, view: View) -> Iterator[dict[int, tuple[int, ...]]]:
-    """Sizes for every tensor that comes from outside: small ones, then the model's own."""
-    whole: dict[int, tuple[int, ...]] = {}
+def _whole(region: Region, view: View) -> Sizes | None:
+    """The model's own size of every tensor that comes from outside."""
+    whole: Sizes = {}
     for t in region.sources():
         if view.constant(t) is not None:
             continue
@@ -148,21 +159,33 @@ def _sizes(region: Region, view: View) -> Iterator[dict[int, tuple[int, ...]]]:
         if size is None and shape is not None:
             size = tuple(d if isinstance(d, int) else 1 if a == 0 else EXTENTS[0] for a, d in enumerate(shape))
         if size is None:
-            return
+            return None
         whole[id(t)] = size
-    told = any(s.op in ("Shape", "Size") for s in (*region.before, *region.after))
-    seen = []
-    for small in (
-        (whole,)
-        if told
-        else (*(_shrunk(whole, 2, n) for n in EXTENTS), _divided(whole), _shrunk(whole, 1, EXTENTS[0]), whole)
-    ):
-        if small is not None and small not in seen:
-            seen.append(small)
-            yield small
+    return whole
 
 
-def _shrunk(whole: dict[int, tuple[int, ...]], first: int, extent: int) -> dict[int, tuple[int, ...]] | None:
+def _small(whole: Sizes, reach: int) -> Iterator[Sizes]:
+    """Smaller sizes to try, none of which is below `reach` along an axis that windows may slide over."""
+    for first, extent in ((2, EXTENTS[0]), (2, EXTENTS[1]), (2, 0), (1, EXTENTS[0])):
+        sizes = _shrunk(whole, first, max(extent, reach)) if extent else _divided(whole, max(4, reach))
+        if sizes is not None:
+            yield sizes
+
+
+def _reach(side: Side) -> int:
+    """Positions that the largest window of a region spans, and its stride: so many show each of its weights."""
+    reach = 1
+    for s in side.states:
+        kernel = s.attrs.get("kernel_shape") or ()
+        if s.op in ("Conv", "ConvTranspose"):
+            kernel = tuple((side.view.constant(s.inputs[1]) or s.inputs[1]).shape or ())[2:]
+        for a, k in enumerate(kernel):
+            stride, dilation = (list(s.attrs.get(name) or [1] * len(kernel))[a] for name in ("strides", "dilations"))
+            reach = max(reach, dilation * (k - 1) + 1 + stride)
+    return reach
+
+
+def _shrunk(whole: Sizes, first: int, extent: int) -> Sizes | None:
     """All positions along axes from `first` on at most `extent`, if all inputs have the same ones (or a single one)."""
     end = None if first > 1 else 2
     planes = {size[first:end] for size in whole.values() if len(size) >= 3 and any(d != 1 for d in size[first:end])}
@@ -176,11 +199,11 @@ def _shrunk(whole: dict[int, tuple[int, ...]], first: int, extent: int) -> dict[
     }
 
 
-def _divided(whole: dict[int, tuple[int, ...]]) -> dict[int, tuple[int, ...]] | None:
-    """Extents in the same proportions, the smallest as near to 4 as these allow."""
+def _divided(whole: Sizes, least: int) -> Sizes | None:
+    """Extents in the same proportions, the smallest as near to `least` as these allow."""
     extents = {d for size in whole.values() if len(size) >= 3 for d in size[2:] if d > 1}
     common = math.gcd(*extents) if extents else 1
-    divisors = [k for k in range(2, common + 1) if common % k == 0 and min(extents) // k >= 4]
+    divisors = [k for k in range(2, common + 1) if common % k == 0 and min(extents) // k >= least]
     if not divisors:
         return None
     k = max(divisors)
@@ -190,7 +213,7 @@ def _divided(whole: dict[int, tuple[int, ...]]) -> dict[int, tuple[int, ...]] | 
     }
 
 
-def _compared(region: Region, view: View, sides: tuple[Side, Side], sizes: dict[int, tuple[int, ...]]) -> Certificate:
+def _compared(region: Region, view: View, sides: tuple[Side, Side], sizes: Sizes) -> Certificate:
     states = (*region.before, *region.after)
     reckoned = {id(t) for s in states if s.op not in ("Shape", "Size") for t in s.inputs}
     reckoned |= {id(t) for pair in region.claims() for t in pair}
@@ -216,7 +239,7 @@ def _kind(view: View, tensor: gs.Tensor) -> str:
 
 
 def _certified(
-    region: Region, view: View, sides: tuple[Side, Side], inputs: Sequence[gs.Tensor], sizes: dict[int, tuple[int, ...]]
+    region: Region, view: View, sides: tuple[Side, Side], inputs: Sequence[gs.Tensor], sizes: Sizes
 ) -> Certificate:
     """Affine regions: |after − before| ≤ bound · M at every element, on a basis or random probes."""
     count = sum(math.prod(sizes[id(t)]) for t in inputs)
@@ -235,7 +258,6 @@ def _certified(
     depths = [_depth(side, inputs) for side in sides]
     bound = depths[1] * unit
     cancelled, summed = CANCELLED * depths[0] * unit / bound, 4 * _terms(sides) * DOUBLE / bound
-
     shifts = sides[1].run(zero, None)
 
     def scale(old: gs.Tensor, new: gs.Tensor) -> Array:
@@ -262,7 +284,7 @@ def _certified(
 
 
 def _tested(
-    region: Region, view: View, sides: tuple[Side, Side], inputs: Sequence[gs.Tensor], sizes: dict[int, tuple[int, ...]]
+    region: Region, view: View, sides: tuple[Side, Side], inputs: Sequence[gs.Tensor], sizes: Sizes
 ) -> Certificate:
     """Other regions: |after − before| within what storing the weights once more does to either side."""
     unit = max(DOUBLE, *(side.unit() for side in sides))
@@ -283,7 +305,7 @@ def _tested(
             if not np.array_equal(np.isfinite(a), np.isfinite(b)):
                 return Certificate("failed", f"{old.name!r} is finite at different places", math.inf)
             fine = np.isfinite(a)
-            finite = finite or bool(fine.any()) or not a.size
+            finite = finite or bool(fine.any())
             scale = float(np.max(np.abs(a[fine]), initial=0.0))
             gap = float(np.max(np.abs(np.subtract(a[fine], b[fine], dtype=np.float64)), initial=0.0))
             owners = ((old, a, 0), (old, a, 1), (new, b, 2), (new, b, 3))
@@ -305,6 +327,8 @@ def _tested(
 def _alike(a: np.ndarray, b: np.ndarray) -> bool:
     if {a.dtype.kind, b.dtype.kind} - set("fiub"):
         raise UnfitError("its results are not numbers")
+    if not a.size:
+        raise UnfitError("its results are empty")
     return a.shape == b.shape and a.dtype.kind == b.dtype.kind
 
 
@@ -327,7 +351,7 @@ def _moved(value: np.ndarray, reference: np.ndarray) -> float:
     return float(np.max(gap[np.isfinite(gap)], initial=0.0))
 
 
-def _unit_vectors(inputs: Sequence[gs.Tensor], sizes: dict[int, tuple[int, ...]]) -> Iterator[Tensors]:
+def _unit_vectors(inputs: Sequence[gs.Tensor], sizes: Sizes) -> Iterator[Tensors]:
     zero = {id(t): np.zeros(sizes[id(t)]) for t in inputs}
     yield zero
     for t in inputs:
@@ -337,7 +361,7 @@ def _unit_vectors(inputs: Sequence[gs.Tensor], sizes: dict[int, tuple[int, ...]]
             yield {**zero, id(t): unit}
 
 
-def _random(inputs: Sequence[gs.Tensor], sizes: dict[int, tuple[int, ...]]) -> Iterator[Tensors]:
+def _random(inputs: Sequence[gs.Tensor], sizes: Sizes) -> Iterator[Tensors]:
     """Probes whose entries are drawn from 2 GRID numbers, none smaller than 1: a single wrong coefficient always shows,
     several cancel with a probability of at most 1 / (2 GRID) in each probe."""
     rng = np.random.default_rng(0)

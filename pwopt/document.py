@@ -185,7 +185,9 @@ def _facts(content: Report | Comparison) -> dict[str, Any]:
         "listed": LISTED,
         "factor": f"{FLOOR_FACTOR:g}×",
         "excused": f"{EXCUSED:g}×",
-        "tolerances": {name: f"{scientific(f'{r:g}')} · |value| + {scientific(f'{a:g}')}" for name, (r, a) in TOLERANCES.items()},
+        "tolerances": {
+            name: f"{scientific(f'{r:g}')} · |value| + {scientific(f'{a:g}')}" for name, (r, a) in TOLERANCES.items()
+        },
     }
 
 

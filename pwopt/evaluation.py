@@ -28,8 +28,8 @@ SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-126, "float32": 2.0**-126, "f
 #: Inputs that hold numbers to reckon with, not shapes, axes, limits or exponents.
 NUMBERS: dict[str, Sequence[int]] = {
     "Conv": (1, 2), "ConvTranspose": (1, 2), "Gemm": (0, 1, 2), "MatMul": (0, 1), "Add": (0, 1), "Sub": (0, 1),
-    "Mul": (0, 1), "Div": (0, 1), "Sum": range(64), "Mean": range(64), "Concat": range(64), "Pad": (2,), "BatchNormalization": (1, 2, 3, 4), "Clip": (1, 2),
-    "Min": (0, 1), "Max": (0, 1), "PRelu": (1,),
+    "Mul": (0, 1), "Div": (0, 1), "Sum": range(64), "Mean": range(64), "Concat": range(64), "Pad": (2,),
+    "BatchNormalization": (1, 2, 3, 4), "Clip": (1, 2), "Min": (0, 1), "Max": (0, 1), "PRelu": (1,),
 }  # fmt: skip
 
 Tensors = dict[int, np.ndarray]

@@ -83,7 +83,16 @@ def scatter(pairs: Sequence[tuple[float, float]]) -> str:
         xs, ys = zip(*pairs, strict=True)
         low, high = min(*xs, *ys), max(*xs, *ys)
         axes.plot([low, high], [low, high], color=LINE, linewidth=1)
-        axes.plot(xs, ys, linestyle="", marker="o", markersize=5 if len(pairs) <= FEW else 2.2, color=AFTER, alpha=0.6, markeredgewidth=0)
+        axes.plot(
+            xs,
+            ys,
+            linestyle="",
+            marker="o",
+            markersize=5 if len(pairs) <= FEW else 2.2,
+            color=AFTER,
+            alpha=0.6,
+            markeredgewidth=0,
+        )
         axes.set_xlabel("original")
         axes.set_ylabel("candidate")
         return _svg(axes, "Values of both models")
@@ -121,7 +130,14 @@ def operators(rows: Sequence[tuple[str, float, float]]) -> str:
 def spectrum(values: Sequence[float], rank: int | None) -> str:
     """Singular values, largest first, and where the rank ends."""
     with _axes(4.8, 2.2) as axes:
-        axes.plot(range(1, len(values) + 1), values, color=AFTER, marker="o" if len(values) <= 64 else "", markersize=2.5, linewidth=1.2)
+        axes.plot(
+            range(1, len(values) + 1),
+            values,
+            color=AFTER,
+            marker="o" if len(values) <= 64 else "",
+            markersize=2.5,
+            linewidth=1.2,
+        )
         positive = [v for v in values if v > 0]
         if positive and max(positive) > 100 * min(values):
             axes.set_yscale("log")

@@ -137,7 +137,7 @@ class Region:
         feeding = {id(n): n for t in self.sources() if (n := view.producer(t)) is not None and id(n) not in inside}
         more = [State.of(n) for n in feeding.values()]
         sides = _ordered(view, (*self.before, *more)), _ordered(view, (*self.after, *more))
-        return Region(*sides, self.renamed, self.rerouted, self.context - 1)
+        return Region(*sides, self.renamed, self.rerouted, self.context - 1 if feeding else 0)
 
     def sources(self) -> list[gs.Tensor]:
         """Tensors that come from outside."""

@@ -318,6 +318,41 @@ def test_constants_beside_data_count_by_their_size() -> None:
     assert (found.status, found.bound) == ("certified", 2.0**-24)
 
 
+def test_every_tap_of_a_large_window_counts() -> None:
+    """Even where a few positions would do for the others."""
+    body = "(float[1,2,400,400] x) => (float[N] y) { h = Conv<pads=[15,15,15,15]>(x, w) y = Mul(h, k) }"
+    model = parse(body, w=normal(3, 2, 31, 31, dtype=np.float32), k=normal(3, 1, 1, seed=1, dtype=np.float32))
+    assert [c.status for c in certificates(model, FoldAffine())] == ["certified"]
+    for corner in (0, 30, 31 * 31 - 1):
+        wrong = certificates(model, Faulty(FoldAffine(), off_by(1, corner, 0.01)))
+        assert [c.status for c in wrong] == ["failed"]
+
+
+@pytest.mark.parametrize(("start", "status"), [(300, "tested"), (301, "failed")])
+def test_positions_are_held_to_the_models_own_sizes(start: int, status: str) -> None:
+    class Crop(Pass):
+        """Relu(Slice(x)) becomes Slice(Relu(x)), perhaps elsewhere."""
+
+        name = "crop"
+
+        def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | None:
+            if node.op != "Relu" or rw.producer(node.inputs[0]) is None:
+                return None
+            crop = rw.producer(node.inputs[0])
+            assert crop is not None
+            middle = rw.new_variable("middle", crop.inputs[0])
+            bounds = [rw.new_constant(n, np.array([v])) for n, v in (("s", start), ("e", start + 20), ("a", 2))]
+            new = [
+                gs.Node("Relu", "", {}, [crop.inputs[0]], [middle]),
+                gs.Node("Slice", "", {}, [middle, *bounds], list(node.outputs)),
+            ]
+            return rw.replace([crop, node], new, "")
+
+    body = "(float[1,2,400,400] x) => (float[N] y) { h = Slice(x, f, t, u) y = Relu(h) }"
+    model = parse(body, f=np.array([300]), t=np.array([320]), u=np.array([2]))
+    assert [c.status for c in certificates(model, Crop())] == [status]
+
+
 #: Operators that are spelled out for certificates, against onnx's reference: text, and inputs.
 OPERATORS = {
     "grouped": "y = Conv<group=2,strides=[2,1],dilations=[1,2],pads=[1,0,2,3]>(x, w, b)",
