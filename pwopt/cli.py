@@ -402,6 +402,8 @@ def bench_command(
 ) -> None:
     """Time models side by side: latency, cold start, memory, and where the time goes."""
     _check_report(report, *models)
+    if report is not None and kind_of(report) != "json":
+        raise UsageError(f"bench reports in JSON only; call it {str(report.with_suffix('.json'))!r}")
     try:
         batches = [int(b) for b in batch.split(",")] if batch else []
     except ValueError as error:
