@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import shlex
 import sys
 import traceback
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, NoReturn
 
 import typer
 from rich.console import Console
@@ -16,6 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from pwopt import bench, inspection, runtime, samples
 from pwopt import cache as decisions
+from pwopt.document import check_available, document, kind_of, spectra
 from pwopt.errors import PwoptError, UsageError
 from pwopt.inputs import parse_shape
 from pwopt.invariants import INVARIANTS
@@ -25,7 +27,8 @@ from pwopt.passes import PASSES
 from pwopt.properties import properties
 from pwopt.report import (
     SCHEMA,
-    equivalence_dict,
+    Comparison,
+    Report,
     plain,
     render,
     render_benchmark,
@@ -87,6 +90,12 @@ Atol = Annotated[
 Json = Annotated[
     Path | None, typer.Option("--report", metavar="FILE.json", help="Write the full report.", show_default=False)
 ]
+Document = Annotated[
+    Path | None,
+    typer.Option(
+        "--report", metavar="FILE.html", help="Write the full report: .html, .md or .json.", show_default=False
+    ),
+]
 
 
 def _shapes(given: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
@@ -122,6 +131,11 @@ def _write(path: Path | None, content: str) -> None:
         raise UsageError(f"the report {str(path)!r} cannot be written: {error.strerror}") from error
 
 
+def _document(path: Path | None, content: Report | Comparison) -> None:
+    if path is not None:
+        _write(path, document(content, kind_of(path)))
+
+
 def _check_report(path: Path | None, *others: Path) -> None:
     """Refuse a report that would replace a model, or that cannot be written, before any work is done."""
     if path is None:
@@ -146,6 +160,7 @@ def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
 
 @app.command("optimize")
 def optimize_command(
+    context: typer.Context,
     model: ModelPath,
     output: Annotated[
         Path | None,
@@ -175,7 +190,7 @@ def optimize_command(
     ] = False,
     static: Annotated[bool, typer.Option("--static", help="Fix the inputs to --shape in the result.")] = False,
     opset: Annotated[int | None, typer.Option(help="Convert to this opset first.", show_default=False)] = None,
-    report: Json = None,
+    report: Document = None,
     rtol: Rtol = None,
     atol: Atol = None,
     no_verify: Annotated[
@@ -190,6 +205,7 @@ def optimize_command(
     if not force and same_file(out, model):
         raise UsageError(f"the output {str(out)!r} is the input; choose another -o, or pass --force")
     _check_report(report, model, out)
+    check_available(report)
     console = Console(highlight=False)
     try:
         with _progress(Console(stderr=True)) as progress:
@@ -219,15 +235,16 @@ def optimize_command(
         if failed is not None:
             render_equivalence(failed.equivalence, console)
             render_difference(failed.equivalence, console)
-            _write(report, failed.to_json())
+            _document(report, replace(failed, command=context.obj))
         raise
     render(result.report, console, details)
-    _write(report, result.report.to_json())
+    _document(report, replace(result.report, command=context.obj))
     console.print(f"wrote {plain(str(out))}" + (f" and {plain(str(report))}" if report else ""), soft_wrap=True)
 
 
 @app.command("verify")
 def verify_command(
+    context: typer.Context,
     original: Annotated[Path, typer.Argument(metavar="A", help="The original.", show_default=False)],
     candidate: Annotated[Path, typer.Argument(metavar="B", help="The model to compare with it.", show_default=False)],
     provider: Provider = "cpu",
@@ -276,11 +293,12 @@ def verify_command(
     threads: Threads = 1,
     rtol: Rtol = None,
     atol: Atol = None,
-    report: Json = None,
+    report: Document = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")] = False,
 ) -> None:
     """Compare two models, whoever made the second: exit 0 if equivalent, 1 if not, more if they cannot be compared."""
     _check_report(report, original, candidate)
+    check_available(report)
     records = () if rewrites is None else rewrites_from(rewrites)
     asked = [parse_law(text) for text in invariants or ()]
     console = Console(highlight=False)
@@ -296,17 +314,9 @@ def verify_command(
     render_laws(equivalence, console)
     render_difference(equivalence, console)
     render_elsewhere(equivalence, console)
-    content: dict[str, Any] = {
-        "schema": SCHEMA,
-        "model": str(original),
-        "candidate": str(candidate),
-        "provider": provider,
-        "tf32": False,
-        "shapes": equivalence.shapes,
-        "environment": runtime.environment(provider, threads),
-        "equivalence": equivalence_dict(equivalence),
-    }
-    _write(report, to_json(content))
+    environment = runtime.environment(provider, threads)
+    content = Comparison(str(original), str(candidate), provider, environment, equivalence, context.obj)
+    _document(report, content)
     console.print("[green]equivalent[/green]" if equivalence.passed else "[red]not equivalent[/red]")
     raise typer.Exit(0 if equivalence.passed else 1)
 
@@ -321,16 +331,32 @@ def inspect_command(
         bool,
         typer.Option("--properties", help="The weights of pointwise maps instead: rank, spectrum, kind, channels."),
     ] = False,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="FILE.html",
+            help="With --properties: write them as a page with spectra, or as .json.",
+            show_default=False,
+        ),
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")] = False,
 ) -> None:
     """List every pointwise map of MODEL: its size, its chain, what would be done with it and why not more."""
     if weights:
+        _check_report(report, model)
+        check_available(report)
         listed = properties(model, shapes=_shapes(shape))
+        if report is not None:
+            _write(
+                report, spectra(listed, model) if kind_of(report) == "html" else to_json([asdict(m) for m in listed])
+            )
         if json:
             sys.stdout.write(to_json([asdict(m) for m in listed]))
         else:
             render_properties(listed, Console(highlight=False))
         return
+    if report is not None:
+        raise UsageError("only --properties are written to a file; add it, or use --json")
     found = inspection.inspect(model, shapes=_shapes(shape))
     maps = [m for m in found if every or m.single_tap]
     if json:
@@ -376,6 +402,8 @@ def bench_command(
 ) -> None:
     """Time models side by side: latency, cold start, memory, and where the time goes."""
     _check_report(report, *models)
+    if report is not None and kind_of(report) != "json":
+        raise UsageError(f"bench reports in JSON only; call it {str(report.with_suffix('.json'))!r}")
     try:
         batches = [int(b) for b in batch.split(",")] if batch else []
     except ValueError as error:
@@ -429,7 +457,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     try:
         if not debug:
             runtime.silence()
-        app(arguments)
+        app(arguments, obj=shlex.join(["pwopt", *arguments]))
     except PwoptError as error:
         _fail(str(error), error.exit_code, debug)
     except Exception as error:

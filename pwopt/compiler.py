@@ -11,7 +11,7 @@ from pwopt.errors import UsageError
 from pwopt.graph import View
 from pwopt.model import Model, annotate, from_proto
 from pwopt.passes import PASSES, CleanUp
-from pwopt.rewrite import Outcome, Pass, Pipeline, Rewrite
+from pwopt.rewrite import Certifier, Outcome, Pass, Pipeline, Rewrite
 from pwopt.shapes import infer, known, skeleton
 
 
@@ -75,10 +75,10 @@ def convert_opset(model: Model, target: int) -> onnx.ModelProto:
     return out
 
 
-def settle(model: Model, deny: Iterable[str] = ()) -> tuple[Rewrite, ...]:
+def settle(model: Model, deny: Iterable[str] = (), certifier: Certifier | None = None) -> tuple[Rewrite, ...]:
     """Clean up and infer shapes in turn until neither has news: each constant computed may settle more shapes."""
     rewrites: list[Rewrite] = []
-    while done := CleanUp().run(model.graph, denied=deny, reserved=model.names()).rewrites:
+    while done := CleanUp().run(model.graph, denied=deny, reserved=model.names(), certifier=certifier).rewrites:
         rewrites.extend(done)
         annotate(model, infer(model.to_proto()))
     return tuple(rewrites)
@@ -102,15 +102,19 @@ def run_pipeline(
     deny: Iterable[str],
     sizes: Mapping[str, Sequence[int]],
     allowed: Collection[str] | None = None,
+    certifier: Certifier | None = None,
 ) -> tuple[Cost, Outcome, Cost]:
     """Run passes over a model in place; returns its cost before, what was done, and its cost after.
 
-    `allowed` lists the sites where measured passes may act; None for all.
+    `allowed` lists the sites where measured passes may act; None for all. `certifier` gives rewrites their
+    certificates.
     """
     concrete = concrete_sizes(model.proto, sizes)
     before = measure(View(model.graph, concrete))
-    settled = settle(model, deny) if any(isinstance(p, CleanUp) for p in passes) else ()
-    outcome = Pipeline(passes).run(model.graph, denied=deny, allowed=allowed, sizes=concrete, reserved=model.names())
+    settled = settle(model, deny, certifier) if any(isinstance(p, CleanUp) for p in passes) else ()
+    outcome = Pipeline(passes).run(
+        model.graph, denied=deny, allowed=allowed, sizes=concrete, reserved=model.names(), certifier=certifier
+    )
     after = measure(View(model.graph, concrete))
     if after.unknown > before.unknown:  # tensors that passes made
         after = measure(View(model.graph, concrete_sizes(model.to_proto(), sizes)))

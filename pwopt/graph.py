@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 
 from pwopt.linear import Array
 from pwopt.model import StoredValues
+from pwopt.regions import Journal
 from pwopt.shapes import Change, Dim, Shape, known
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
@@ -74,6 +75,8 @@ class View:
         self._names = {t.name for t in (*self._tensors.values(), *graph.inputs, *inner)}.union(reserved)
         self._origin: dict[str, str] = {}
         self.changed = False
+        #: Notes what each edit changes, while there is one.
+        self.journal: Journal | None = None
 
     def _link(self, node: gs.Node) -> None:
         for t in node.outputs:
@@ -239,6 +242,22 @@ class View:
 
     # Edits
 
+    def _note(self, node: gs.Node | None) -> None:
+        if self.journal is not None:
+            self.journal.note(node)
+
+    def _note_around(self, tensor: gs.Tensor) -> None:
+        if self.journal is not None:
+            for node in (self.producer(tensor), *self.readers(tensor)):
+                self.journal.note(node)
+
+    def set_attributes(self, node: gs.Node, **attrs: Any) -> None:
+        """Let attributes of `node` have other values; None takes one away."""
+        self._note(node)
+        node.attrs.update(attrs)
+        for key in [k for k, v in attrs.items() if v is None]:
+            del node.attrs[key]
+
     def unique(self, name: str) -> str:
         """`name`, or the first of name_1, name_2, … that no tensor has."""
         candidate, k = name, 0
@@ -278,6 +297,7 @@ class View:
 
     def reshape(self, tensor: gs.Tensor, change: Change) -> None:
         """Let a tensor have another shape and representative size."""
+        self._note_around(tensor)
         shape, size = self.shape(tensor), self.size_of(tensor)
         tensor.shape = None if shape is None else change(shape)
         numbers = None if size is None else known(change(size))
@@ -290,6 +310,9 @@ class View:
 
     def rename(self, tensor: gs.Tensor, suffix: str) -> str:
         """A tensor whose value changes gets a new name: a name means the original's value, or nothing."""
+        self._note_around(tensor)
+        if self.journal is not None:
+            self.journal.changed[id(tensor)] = tensor
         old, first = tensor.name, self.origin(tensor.name)
         tensor.name = self.unique(f"{first}{suffix}")
         self._origin[tensor.name] = first
@@ -300,6 +323,8 @@ class View:
 
     def add(self, node: gs.Node, at: gs.Node) -> gs.Node:
         """Put `node` where `at` stands; several additions at one place keep their order."""
+        if self.journal is not None:
+            self.journal.note_new(node)
         self._position[id(node)] = (*self._position[id(at)], len(self._seen))
         self._seen.append(node)
         self._nodes[id(node)] = node
@@ -314,6 +339,7 @@ class View:
             node = pending.pop()
             if node not in self:
                 continue
+            self._note(node)
             del self._nodes[id(node)]
             for t in node.outputs:
                 if self._producer.get(id(t)) is node:
@@ -331,6 +357,7 @@ class View:
     def reroute(self, old: gs.Tensor, new: gs.Tensor, readers: Iterable[gs.Node] | None = None) -> None:
         """Let the given readers of `old` (default: all) read `new` instead."""
         for node in list(readers if readers is not None else self.readers(old)):
+            self._note(node)
             for i, t in enumerate(node.inputs):
                 if t is old:
                     list.__setitem__(node.inputs, i, new)
@@ -341,6 +368,7 @@ class View:
 
     def set_input(self, node: gs.Node, index: int, tensor: gs.Tensor) -> None:
         """Let `node` read `tensor` as its input `index`, an optional one perhaps."""
+        self._note(node)
         while len(node.inputs) <= index:
             list.append(node.inputs, gs.Variable.empty())
         old = node.inputs[index]
@@ -361,6 +389,8 @@ class View:
             maker = self.producer(source)
             if maker is None or self.pinned(source) or isinstance(source, gs.Constant):
                 return False
+            self._note(maker)
+            self._note(node)
             index = next(i for i, t in enumerate(maker.outputs) if t is source)
             self._unlink_output(node, 0)
             list.__setitem__(maker.outputs, index, output)

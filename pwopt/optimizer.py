@@ -12,8 +12,9 @@ from typing import Any
 
 import onnx
 
+from pwopt import bench, runtime, timing, tune
 from pwopt import cache as decisions_on_disk
-from pwopt import runtime, timing, tune
+from pwopt.certify import certify, unchecked
 from pwopt.compiler import convert_opset, run_pipeline, select_passes
 from pwopt.cost import Cost
 from pwopt.equivalence import Equivalence, compare
@@ -22,7 +23,7 @@ from pwopt.inputs import check_shapes, input_specs
 from pwopt.localise import localise
 from pwopt.model import Model, as_file, from_proto, load, save, with_fixed_inputs
 from pwopt.report import Latency, Report
-from pwopt.rewrite import Outcome, Rewrite, Skip
+from pwopt.rewrite import Certifier, Outcome, Rewrite, Skip
 from pwopt.runtime import Feeds, Session
 from pwopt.samples import Sample, given_samples, random_samples
 from pwopt.sizes import likely_sizes, rounds
@@ -34,6 +35,10 @@ Progress = Callable[[str, float], None]
 RACE_SECONDS = 8.0
 #: Seconds to spend on choosing measured rewrites.
 BUDGET = 60.0
+#: What to say of a rewrite that its certificate refuses.
+DEFECT = "a defect of pwopt, please report it with the model"
+#: How often rewriting starts anew without what certificates refused.
+MAX_REFUSALS = 8
 
 
 @dataclass(frozen=True)
@@ -188,10 +193,12 @@ def optimize(
         def attempt(always_only: bool = False) -> _Attempt:
             """Rewrite; verify and race what came out."""
             progress("rewriting", 0.0)
-            before, outcome, after, proto = work.rewrite(allowed, always_only)
-            report = replace(
-                blank, rewrites=outcome.rewrites, skips=(*outcome.skips, *dropped), before=before, after=after
-            )
+            tried = replace(work, always_only=always_only)
+            before, outcome, after, proto, refused = tried.certified(allowed, certify if check else unchecked)
+            left = (*(s for s in outcome.skips if s.site not in refused), *refused.values(), *dropped)
+            report = replace(blank, rewrites=outcome.rewrites, skips=left, before=before, after=after)
+            if refused:
+                report = _noted(report, f"{len(refused)} rewrites were refused by their certificates: {DEFECT}.")
             report = _noted(report, *_notes(report, before, denied, guessed))
             if arena is None:
                 report = _noted(report, f"Not verified ({'onnxruntime is not installed' if check else 'as asked'}).")
@@ -204,6 +211,7 @@ def optimize(
                 report = _noted(report, *_placed(report))
                 if cost_model == "measured":
                     report = replace(report, latency=trial.race(race_seconds, lambda done: progress("racing", done)))
+                    report = replace(report, operators=trial.operators())
             return _Attempt(proto, report)
 
         done = attempt()
@@ -262,19 +270,32 @@ class _Work:
     sizes: Mapping[str, Sequence[int]]
     folder: Path
     files: int = 0
+    #: Just the passes that need no cost to judge them.
+    always_only: bool = False
+
+    def certified(
+        self, allowed: frozenset[str] | None, certifier: Certifier
+    ) -> tuple[Cost, Outcome, Cost, onnx.ModelProto, dict[str, Skip]]:
+        """`rewrite`, again without the sites whose certificates fail; those last, by site."""
+        refused: dict[str, Skip] = {}
+        for _ in range(MAX_REFUSALS):
+            done = self.rewrite(allowed, certifier, refused)
+            failed = [r for r in done[1].rewrites if r.certificate is not None and not r.certificate.passed]
+            if not failed:
+                return *done, refused
+            refused.update((r.site, Skip(_refusal(r), r.pass_name, r.site)) for r in failed)
+        raise RuntimeError(f"certificates refuse rewrites at {', '.join(refused)}")
 
     def rewrite(
-        self, allowed: frozenset[str] | None, always_only: bool = False
+        self, allowed: frozenset[str] | None, certifier: Certifier | None = None, refused: Iterable[str] = ()
     ) -> tuple[Cost, Outcome, Cost, onnx.ModelProto]:
-        """The model with measured rewrites at the `allowed` sites; None for those that a shape alone decides.
-
-        With `always_only`, just the passes that need no cost to judge them.
-        """
+        """The model with measured rewrites at the `allowed` sites; None for those that a shape alone decides."""
         fresh = from_proto(self.target.proto, self.target.folder)
-        chosen = [p for p in select_passes(self.passes) if p.policy == "always" or not always_only]
+        chosen = [p for p in select_passes(self.passes) if p.policy == "always" or not self.always_only]
         for p in chosen:
             p.eager = p.eager or (p.policy == "measured" and allowed is not None)
-        before, outcome, after = run_pipeline(fresh, chosen, self.denied, self.sizes, allowed)
+        denied = (*self.denied, *refused)
+        before, outcome, after = run_pipeline(fresh, chosen, denied, self.sizes, allowed, certifier)
         return before, outcome, after, fresh.to_proto()
 
     def opportunities(self) -> tuple[list[Rewrite], list[Skip]]:
@@ -375,6 +396,12 @@ class _Trial:
             race.minimum(0) * 1e3, race.minimum(1) * 1e3, race.rounds,
         )  # fmt: skip
 
+    def operators(self) -> dict[str, dict[str, float]]:
+        """Where the time goes in both, by operator, in milliseconds per run."""
+        models = {"before": self.original, "after": self.candidate}
+        provider, threads, feeds = self.arena.provider, self.arena.threads, self.arena.samples[0].feeds
+        return {name: bench.operator_times(path, provider, threads, feeds) for name, path in models.items()}
+
 
 def _placed(report: Report) -> Iterator[str]:
     """Which operators the provider left to another one."""
@@ -382,6 +409,12 @@ def _placed(report: Report) -> Iterator[str]:
         for other, names in places.items():
             some = ", ".join(names[:5]) + (" and more" if len(names) > 5 else "")
             yield f"{len(names)} operators ran on {other}, not on {report.provider}: {some}."
+
+
+def _refusal(rewrite: Rewrite) -> str:
+    c = rewrite.certificate
+    assert c is not None
+    return f"refused by its certificate ({c.reason}: residual {c.residual:.2g}, bound {c.bound:.2g}): {DEFECT}"
 
 
 def _notes(report: Report, before: Cost, denied: Iterable[str], guessed: object) -> Iterator[str]:

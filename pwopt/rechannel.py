@@ -177,9 +177,9 @@ def _resize(rw: Rewriter, component: Sequence[Channels], analysis: Analysis, tak
         if rw.op(node) == "Split":
             counts = [len(takes[id(t)]) if id(t) in takes else rw.dim(t, analysis.of[id(t)].axis) for t in node.outputs]
             if rw.opset < 13:
-                node.attrs["split"] = counts
+                rw.set_attributes(node, split=counts)
                 continue
-            node.attrs.pop("num_outputs", None)
+            rw.set_attributes(node, num_outputs=None)
             sizes = rw.new_constant(f"{node.outputs[0].name}_sizes", np.array(counts, np.int64))
             rw.set_input(node, 1, sizes)
         elif rw.op(node) == "Reshape":

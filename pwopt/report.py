@@ -56,7 +56,11 @@ class Latency:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything one optimisation did, declined, and measured. `equivalence` and `latency` are None if not run."""
+    """Everything one optimisation did, declined, and measured.
+
+    `equivalence`, `latency` and `operators` (where the time goes, "before" and "after") are None if not run. `command`
+    is how to repeat it, if it came from the command line.
+    """
 
     model: str
     output: str | None
@@ -69,7 +73,14 @@ class Report:
     after: Cost = NOTHING
     equivalence: Equivalence | None = None
     latency: Latency | None = None
+    operators: dict[str, dict[str, float]] | None = None
+    command: str | None = None
     notes: tuple[str, ...] = ()
+
+    @property
+    def result(self) -> str | None:
+        """The file that the model was compared with, or that was written."""
+        return self.output
 
     def to_dict(self) -> dict[str, Any]:
         """The documented JSON layout (README, "The report")."""
@@ -90,19 +101,53 @@ class Report:
                     "macs_before": r.macs_before,
                     "macs_after": r.macs_after,
                     "residual": r.residual,
+                    "certificate": None if r.certificate is None else asdict(r.certificate),
                     "became": [list(pair) for pair in r.became],
                 }
                 for r in self.rewrites
             ],
             "skips": [{"pass": s.pass_name, "site": s.site, "reason": s.reason} for s in self.skips],
             "cost": {"before": asdict(self.before), "after": asdict(self.after)},
-            "equivalence": equivalence_dict(self.equivalence),
+            "equivalence": None if self.equivalence is None else asdict(self.equivalence),
             "latency": None if self.latency is None else asdict(self.latency),
+            "operators": self.operators,
+            "command": self.command,
             "notes": list(self.notes),
         }
 
     def to_json(self) -> str:
         return to_json(self.to_dict())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models side by side, whoever made the second."""
+
+    model: str
+    candidate: str
+    provider: str
+    environment: dict[str, Any]
+    equivalence: Equivalence
+    command: str | None = None
+
+    @property
+    def result(self) -> str:
+        return self.candidate
+
+    def to_json(self) -> str:
+        """The documented JSON layout (README, "The report")."""
+        content = {
+            "schema": SCHEMA,
+            "model": self.model,
+            "candidate": self.candidate,
+            "provider": self.provider,
+            "tf32": False,
+            "shapes": self.equivalence.shapes,
+            "environment": self.environment,
+            "equivalence": asdict(self.equivalence),
+            "command": self.command,
+        }
+        return to_json(content)
 
 
 def to_json(value: Any) -> str:
@@ -118,13 +163,14 @@ def to_json(value: Any) -> str:
     return json.dumps(strict(value), indent=2, ensure_ascii=True, allow_nan=False) + "\n"
 
 
-def equivalence_dict(equivalence: Equivalence | None) -> dict[str, Any] | None:
-    return None if equivalence is None else asdict(equivalence)
+def harmless(text: str) -> str:
+    """Text from a model without control or direction characters."""
+    return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
 def plain(text: str) -> str:
-    """Text from a model, harmless in a terminal: no control or direction characters, no markup."""
-    return escape("".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text))
+    """Text from a model, harmless in a terminal: no markup besides."""
+    return escape(harmless(text))
 
 
 def _table(*columns: str, title: str = "") -> Table:
@@ -212,7 +258,7 @@ def render_figures(equivalence: Equivalence, console: Console, most: int = 4) ->
     ranked = sorted(equivalence.outputs, key=lambda o: (o.passed, -o.max_abs))
     for o in ranked[:most]:
         table = _table(plain(o.name), "candidate", "noise floor")
-        for label, mine, own in zip(FIGURES, _figures(o), _figures(o.noise), strict=True):
+        for label, mine, own in zip(FIGURES, figures(o), figures(o.noise), strict=True):
             if mine is not None:
                 table.add_row(label, mine, own or "–")
         console.print(table)
@@ -226,7 +272,7 @@ FIGURES = (
 )  # fmt: skip
 
 
-def _figures(of: OutputCheck | Agreement) -> list[str | None]:
+def figures(of: OutputCheck | Agreement) -> list[str | None]:
     """What `FIGURES` are, None where they are meaningless."""
     cosine = None if of.cosine is None else 1 - of.cosine
     patterns = ("{:.2g}", "{:.2g}", "{:,.0f}", "{:,.0f}", "{:.1g}", "{:.0f} dB", "{:.2%}", "{:.2%}", "{:.2%}")
@@ -282,11 +328,13 @@ def _render_rewrites(report: Report, console: Console) -> None:
     if not report.rewrites:
         console.print("No rewrite was made: the output is a copy of the input.")
         return
-    table = _table("rewrites", "count", "multiply-adds saved", "worst rounding")
+    table = _table("rewrites", "count", "multiply-adds saved", "worst rounding", "certified")
     for name, count in Counter(r.pass_name for r in report.rewrites).items():
         mine = [r for r in report.rewrites if r.pass_name == name]
         saved = sum(r.macs_before - r.macs_after for r in mine)
-        table.add_row(name, str(count), f"{saved:,}", f"{max(r.residual for r in mine):.1g}")
+        certified = sum(r.certificate is not None and r.certificate.status == "certified" for r in mine)
+        worst = f"{max(r.residual for r in mine):.1g}"
+        table.add_row(name, str(count), f"{saved:,}", worst, f"{certified} of {count}")
     console.print(table)
 
 

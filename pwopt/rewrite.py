@@ -4,14 +4,19 @@ from __future__ import annotations
 
 import itertools
 from collections import deque
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import onnx_graphsurgeon as gs
 
+from pwopt.certify import Certificate
 from pwopt.cost import macs
 from pwopt.graph import View
+from pwopt.regions import Journal, Operator, Region
+
+#: Judges what a rewrite did to its region of the graph.
+Certifier = Callable[[Region, View], Certificate]
 
 #: A pipeline repeats until nothing changes; real models need two or three rounds.
 MAX_ROUNDS = 8
@@ -37,6 +42,9 @@ class Rewrite:
         Of a measured rewrite: those that have it in common, up to a colon, are measured, kept or dropped together.
     pass_name, site : str
         Filled in by the driver. The site is stable across runs: pass name and output tensor.
+    before, after : tuple of Operator
+        The region that changed, filled in by the driver if it certifies.
+    certificate : Certificate or None
     """
 
     reason: str
@@ -49,6 +57,9 @@ class Rewrite:
     signature: str = ""
     pass_name: str = ""
     site: str = ""
+    before: tuple[Operator, ...] = ()
+    after: tuple[Operator, ...] = ()
+    certificate: Certificate | None = None
 
     @classmethod
     def of(cls, reason: str, records: Sequence[Rewrite], renamed: Mapping[str, str] | None = None) -> Rewrite:
@@ -92,6 +103,8 @@ class Pass:
     name: ClassVar[str]
     #: When the rewrite is kept: "always", "if cheaper" or "measured".
     policy: ClassVar[str] = "always"
+    #: How many operators above a rewrite hold facts that it rests on, beside its own region.
+    context: ClassVar[int] = 0
     #: Whether a measured rewrite is made wherever it is exact, because it was measured or asked for.
     eager: bool = False
     #: Whether it runs before the measured passes only, since it would undo what they do.
@@ -110,6 +123,7 @@ class Pass:
         denied: Iterable[str] = (),
         sizes: Mapping[str, Sequence[int]] | None = None,
         reserved: Iterable[str] = (),
+        certifier: Certifier | None = None,
     ) -> Outcome:
         """Apply this pass to a graph until nothing more applies.
 
@@ -123,6 +137,8 @@ class Pass:
             Representative tensor sizes, for costs where shapes are dynamic.
         reserved : iterable of str, optional
             Names that new tensors must not take.
+        certifier : callable, optional
+            Gives each rewrite its certificate: `pwopt.certify.certify`.
 
         Returns
         -------
@@ -137,7 +153,7 @@ class Pass:
         >>> [node.op for node in model.graph.nodes]
         ['Conv']
         """
-        rw = Rewriter(graph, denied, sizes, reserved)
+        rw = Rewriter(graph, denied, sizes, reserved, certifier)
         outcome = rw.apply(self)
         rw.close()
         return outcome
@@ -163,8 +179,10 @@ class Rewriter(View):
         denied: Iterable[str] = (),
         sizes: Mapping[str, Sequence[int]] | None = None,
         reserved: Iterable[str] = (),
+        certifier: Certifier | None = None,
     ) -> None:
         super().__init__(graph, sizes, reserved)
+        self._certifier = certifier
         self._denied = frozenset(denied)
         self._owner = ""
         self._queue: deque[gs.Node] = deque()
@@ -193,13 +211,22 @@ class Rewriter(View):
             site = self.site(node)
             if allowed is not None and site not in allowed:
                 continue
+            if self._certifier is not None:
+                self.journal = Journal()
             result = Skip("denied by the user") if self.denied(node) else p.match_and_rewrite(node, self)
             if isinstance(result, Rewrite):
-                rewrites.append(replace(result, pass_name=p.name, site=site))
+                rewrites.append(self._certified(replace(result, pass_name=p.name, site=site), p.context))
                 skips.pop(site, None)
             elif isinstance(result, Skip):
                 skips[site] = replace(result, pass_name=p.name, site=site)
         return Outcome(tuple(rewrites), tuple(skips.values()))
+
+    def _certified(self, rewrite: Rewrite, context: int) -> Rewrite:
+        if self._certifier is None or self.journal is None:
+            return rewrite
+        region = Region.of(self, self.journal, context)
+        before, after = region.drawings(self)
+        return replace(rewrite, before=before, after=after, certificate=self._certifier(region, self))
 
     def _enqueue(self, node: gs.Node | None) -> None:
         if node is not None and node in self and id(node) not in self._queued:
@@ -266,12 +293,13 @@ class Pipeline:
         allowed: Collection[str] | None = None,
         sizes: Mapping[str, Sequence[int]] | None = None,
         reserved: Iterable[str] = (),
+        certifier: Certifier | None = None,
     ) -> Outcome:
         """Edit `graph` in place; parameters as for `Pass.run`. Refusals are those of each pass's last run.
 
         `allowed` lists the sites where measured passes may act; None for all.
         """
-        rw = Rewriter(graph, denied, sizes, reserved)
+        rw = Rewriter(graph, denied, sizes, reserved, certifier)
         rewrites: list[Rewrite] = []
         skips: dict[str, tuple[Skip, ...]] = {}
         settled = [p for p in self.passes if p.policy != "measured"]

@@ -11,6 +11,7 @@ import onnx.parser
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from pwopt.certify import certify
 from pwopt.model import Model, from_proto
 from pwopt.rewrite import Outcome, Pass, Pipeline
 
@@ -43,9 +44,12 @@ def evaluate(model: onnx.ModelProto, **feeds: np.ndarray) -> list[np.ndarray]:
 
 
 def run(model: onnx.ModelProto, *passes: Pass, **options: object) -> tuple[onnx.ModelProto, Outcome, Model]:
-    """Apply passes; returns the new model, what was done, and the edited graph."""
+    """Apply passes; returns the new model, what was done, and the edited graph. Every rewrite passes its certificate."""
     loaded = from_proto(model)
+    options.setdefault("certifier", certify)
     outcome = Pipeline(passes).run(loaded.graph, reserved=loaded.names(), **options)  # type: ignore[arg-type]
+    failed = [(r.site, r.certificate) for r in outcome.rewrites if r.certificate and not r.certificate.passed]
+    assert not failed
     result = loaded.to_proto()
     onnx.checker.check_model(result, full_check=True)
     return result, outcome, loaded

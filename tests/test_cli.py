@@ -78,6 +78,8 @@ def test_the_input_is_not_overwritten_unless_forced(model: Path) -> None:
         (["optimize", "seq.onnx", "-o", "no/such/folder/out.onnx"], 3, "nothing can be written"),
         (["verify", "seq.onnx", "text.onnx"], 3, "not an ONNX model"),
         (["optimize", "bad.onnx"], 3, "onnxruntime does not load the model"),
+        (["bench", "seq.onnx", "--report", "r.html"], 2, "bench reports in JSON only"),
+        (["inspect", "seq.onnx", "--report", "r.html"], 2, "only --properties are written to a file"),
         (["frobnicate"], 2, "No such command"),
         (["optimize"], 2, "Missing argument"),
     ],

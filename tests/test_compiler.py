@@ -14,6 +14,7 @@ from helpers import MODELS, evaluate, normal, ops, parse, weight
 
 import pwopt
 from pwopt import compiler, optimizer, runtime
+from pwopt.certify import unchecked
 from pwopt.errors import NotEquivalentError, ProviderError, UsageError
 from pwopt.model import load
 from pwopt.rewrite import Pass, Rewrite, Rewriter
@@ -40,10 +41,22 @@ class Planted(Pass):
 def test_a_wrong_rewrite_is_caught_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(compiler, "PASSES", (Planted,))
+    monkeypatch.setattr(optimizer, "certify", unchecked)
     with pytest.raises(NotEquivalentError, match="nothing was written") as caught:
         pwopt.optimize(MODELS / "network_in_network.onnx", tmp_path / "out.onnx", cost_model="analytic")
     assert not caught.value.report.equivalence.passed
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_rewrite_is_dropped_by_its_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(compiler, "PASSES", (Planted,))
+    path = MODELS / "network_in_network.onnx"
+    report = pwopt.optimize(path, tmp_path / "out.onnx", cost_model="analytic").report
+    assert report.rewrites == ()
+    assert "refused by its certificate" in report.skips[-1].reason
+    assert "please report" in " ".join(report.notes)
+    assert onnx.load(tmp_path / "out.onnx") == onnx.load(path)
 
 
 def test_a_slower_result_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,5 +99,5 @@ def test_what_is_too_large_has_no_spectrum() -> None:
 
 def test_only_pointwise_maps_are_listed() -> None:
     found = pwopt.properties(MODELS / "network_in_network.onnx")
-    assert [(m.columns, m.rows) for m in found] == [(96, 80), (80, 48), (64, 64), (64, 10)]
+    assert [(m.columns, m.rows) for m in found] == [(96, 80), (80, 48), (64, 64), (64, 100)]
     assert found.shapes
