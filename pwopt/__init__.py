@@ -14,6 +14,7 @@ from pwopt.inspection import inspect
 from pwopt.model import Model, load, save
 from pwopt.optimizer import Result, optimize
 from pwopt.properties import properties
+from pwopt.targets import Profile, profile
 from pwopt.verify import verify
 
 __version__ = metadata.version("pwopt")
@@ -22,6 +23,7 @@ __all__ = [
     "Model",
     "ModelError",
     "NotEquivalentError",
+    "Profile",
     "ProviderError",
     "PwoptError",
     "Result",
@@ -30,6 +32,7 @@ __all__ = [
     "inspect",
     "load",
     "optimize",
+    "profile",
     "properties",
     "save",
     "verify",

@@ -17,7 +17,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from pwopt import bench, inspection, runtime, samples
 from pwopt import cache as decisions
-from pwopt.document import check_available, document, kind_of, spectra
+from pwopt.document import check_available, document, kind_of, latencies, spectra
 from pwopt.errors import PwoptError, UsageError
 from pwopt.inputs import parse_shape
 from pwopt.invariants import INVARIANTS
@@ -45,6 +45,7 @@ from pwopt.report import (
 )
 from pwopt.shapes import written
 from pwopt.storage import replacing
+from pwopt.targets import profile
 from pwopt.verify import verify
 
 #: Exit code for a defect of pwopt itself.
@@ -188,6 +189,10 @@ def optimize_command(
     no_cache: Annotated[
         bool, typer.Option("--no-cache", help="Neither use nor keep the decisions of races on this machine.")
     ] = False,
+    target_profile: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Decide as `pwopt profile` found on another machine.", show_default=False),
+    ] = None,
     static: Annotated[bool, typer.Option("--static", help="Fix the inputs to --shape in the result.")] = False,
     opset: Annotated[int | None, typer.Option(help="Convert to this opset first.", show_default=False)] = None,
     report: Document = None,
@@ -227,6 +232,7 @@ def optimize_command(
                 race_seconds=RACE_SECONDS,
                 budget=budget,
                 cache=not no_cache,
+                target_profile=target_profile,
                 force=force,
                 progress=progress,
             )
@@ -398,12 +404,19 @@ def bench_command(
     ] = None,
     seconds: Annotated[float, typer.Option(help="Time to race the models, per batch size.")] = RACE_SECONDS,
     report: Json = None,
+    plot: Annotated[
+        Path | None, typer.Option(metavar="FILE.svg", help="Draw the latencies.", show_default=False)
+    ] = None,
     debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")] = False,
 ) -> None:
     """Time models side by side: latency, cold start, memory, and where the time goes."""
     _check_report(report, *models)
     if report is not None and kind_of(report) != "json":
         raise UsageError(f"bench reports in JSON only; call it {str(report.with_suffix('.json'))!r}")
+    _check_report(plot, *models)
+    if plot is not None and plot.suffix.lower() != ".svg":
+        raise UsageError(f"the plot is an SVG; call it {str(plot.with_suffix('.svg'))!r}")
+    check_available(plot)
     try:
         batches = [int(b) for b in batch.split(",")] if batch else []
     except ValueError as error:
@@ -420,6 +433,31 @@ def bench_command(
         "rows": [asdict(r) for r in rows],
     }
     _write(report, to_json(content))
+    if plot is not None:
+        _write(plot, latencies(rows))
+
+
+@app.command("profile")
+def profile_command(
+    models: Annotated[list[Path], typer.Argument(help="Models like those to be optimised for this machine.")],
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.json", help="Where to write the profile.")],
+    provider: Provider = "cpu",
+    threads: Threads = 1,
+    shape: Shapes = None,
+    budget: Annotated[float, typer.Option(help="Seconds of racing for each model.")] = BUDGET,
+    debug: Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")] = False,
+) -> None:
+    """Record which measured rewrites pay on this machine, for `optimize --target-profile` on another."""
+    _check_report(output, *models)
+    with _progress(Console(stderr=True)) as progress:
+        found = profile(
+            models, provider=provider, threads=threads, shapes=_shapes(shape), budget=budget, progress=progress
+        )
+    found.save(output)
+    Console(highlight=False, soft_wrap=True).print(
+        f"{sum(e.low > 1 for e in found.entries)} of {len(found.entries)} kinds of rewrites pay here; "
+        f"wrote {plain(str(output))}"
+    )
 
 
 @app.command("cache")

@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from pwopt.bench import Row
 from pwopt.cost import Cost
 from pwopt.drawing import HEIGHT, WIDTH, draw
 from pwopt.equivalence import EXCUSED, FLOOR_FACTOR, Equivalence, OutputCheck
@@ -55,23 +56,21 @@ class Refusals:
 
 
 def check_available(path: Path | None) -> None:
-    """Refuse a document for which a library is missing, before any work is done.
+    """Refuse a document or plot for which a library is missing, before any work is done.
 
     Raises
     ------
     UsageError
         If jinja2 or matplotlib cannot be imported.
     """
-    if path is None or kind_of(path) == "json":
+    if path is None or (kind_of(path) == "json" and path.suffix.lower() != ".svg"):
         return
     try:
         import_module("jinja2")
         import_module("matplotlib")
     except ImportError as error:
         what = path.suffix.lstrip(".").upper()
-        raise UsageError(
-            f"a report in {what} needs {error.name}; pip install 'pwopt[report]', or write a .json"
-        ) from error
+        raise UsageError(f"{what} needs {error.name}; pip install 'pwopt[report]', or write a .json") from error
 
 
 def kind_of(path: Path) -> str:
@@ -87,6 +86,11 @@ def spectra(found: Properties, model: Path) -> str:
         _environment("html").get_template("properties.html.j2").render(found=found, model=model.name, plots=_plots())
     )
     return text
+
+
+def latencies(rows: Sequence[Row]) -> str:
+    """A plot of what `bench` measured, as SVG."""
+    return str(_plots().latencies(rows))
 
 
 def document(content: Report | Comparison, kind: str) -> str:

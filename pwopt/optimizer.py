@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -12,33 +11,29 @@ from typing import Any
 
 import onnx
 
-from pwopt import bench, runtime, timing, tune
-from pwopt import cache as decisions_on_disk
+from pwopt import bench, runtime
 from pwopt.certify import certify, unchecked
-from pwopt.compiler import convert_opset, run_pipeline, select_passes
+from pwopt.compiler import convert_opset, select_passes
 from pwopt.cost import Cost
 from pwopt.equivalence import Equivalence, compare
-from pwopt.errors import ModelError, NotEquivalentError, UsageError
+from pwopt.errors import NotEquivalentError, UsageError
 from pwopt.inputs import check_shapes, input_specs
 from pwopt.localise import localise
 from pwopt.model import Model, as_file, from_proto, load, save, with_fixed_inputs
 from pwopt.report import Latency, Report
-from pwopt.rewrite import Certifier, Outcome, Rewrite, Skip
-from pwopt.runtime import Feeds, Session
-from pwopt.samples import Sample, given_samples, random_samples
+from pwopt.rewrite import Skip
+from pwopt.runtime import Feeds
+from pwopt.samples import given_samples, random_samples
+from pwopt.selection import DEFECT, Arena, Disk, Forgetful, Memory, Progress, Work, select
 from pwopt.sizes import likely_sizes, rounds
+from pwopt.storage import workspace
+from pwopt.targets import Profile
 from pwopt.verify import placements
-
-Progress = Callable[[str, float], None]
 
 #: Seconds to race the result against the original.
 RACE_SECONDS = 8.0
 #: Seconds to spend on choosing measured rewrites.
 BUDGET = 60.0
-#: What to say of a rewrite that its certificate refuses.
-DEFECT = "a defect of pwopt, please report it with the model"
-#: How often rewriting starts anew without what certificates refused.
-MAX_REFUSALS = 8
 
 
 @dataclass(frozen=True)
@@ -75,6 +70,7 @@ def optimize(
     race_seconds: float = RACE_SECONDS,
     budget: float = BUDGET,
     cache: bool = True,
+    target_profile: str | os.PathLike[str] | None = None,
     force: bool = False,
     progress: Progress = lambda _stage, _done: None,
 ) -> Result:
@@ -119,6 +115,9 @@ def optimize(
         Seconds at most to spend on racing measured rewrites; 0 leaves them out.
     cache : bool
         Use the decisions of earlier races on this machine (`pwopt.cache`), and remember those of this one.
+    target_profile : path, optional
+        What `pwopt.profile` recorded on the machine that the model is for: it decides on measured rewrites, and nothing
+        is timed here.
     force : bool
         Allow `output` to be the file that the model came from.
     progress : callable, optional
@@ -142,6 +141,8 @@ def optimize(
     >>> result.report.before.nodes, result.report.after.nodes
     (4, 1)
     """
+    if target_profile is not None:
+        cost_model = "analytic"  # a race on this machine says nothing about that one
     if cost_model not in ("measured", "analytic"):
         raise UsageError(f"the cost model {cost_model!r} is not one of: measured, analytic")
     runtime.check_settings(threads, rtol, atol)
@@ -175,12 +176,15 @@ def optimize(
             target = from_proto(convert_opset(source, opset), source.folder)
         if static:
             target = from_proto(with_fixed_inputs(target.proto, sizes), source.folder)
-        work = _Work(target, source, _names(passes), denied, sizes, stack.enter_context(_workspace(output)))
+        work = Work(target, source, _names(passes), denied, sizes, stack.enter_context(workspace(output)))
         allowed: frozenset[str] | None = None
         dropped: list[Skip] = []
-        if can_run and cost_model == "measured" and passes is None:
-            allowed, dropped = _tuned(work, _Arena(provider, threads, samples), budget, cache, progress)
-        arena = _Arena(provider, threads, samples) if can_run else None
+        arena = Arena(provider, threads, samples) if can_run else None
+        if target_profile is not None and passes is None:
+            allowed, dropped = select(work, None, 0.0, Profile.load(target_profile), progress)
+        elif arena is not None and cost_model == "measured" and passes is None and budget > 0:
+            memory: Memory = Disk(provider, threads) if cache else Forgetful()
+            allowed, dropped = select(work, arena, budget, memory, progress)
         blank = Report(
             model=str(path) if path is not None else "<model in memory>",
             output=None if output is None else str(output),
@@ -237,132 +241,12 @@ def _names(given: Iterable[str] | None) -> tuple[str, ...] | None:
 
 
 @dataclass(frozen=True)
-class _Arena:
-    """Where models run: a provider, threads, and inputs."""
-
-    provider: str
-    threads: int
-    samples: list[Sample]
-
-    def session(self, model: Path, **options: bool) -> Session:
-        return Session(model, self.provider, self.threads, **options)
-
-    def race(
-        self,
-        models: Sequence[Path],
-        seconds: float,
-        progress: Callable[[float], None] = lambda _: None,
-        decided: float | None = None,
-    ) -> timing.Race:
-        """As users run them: on CUDA, that is with TF32."""
-        sessions = [self.session(m, tf32=True) for m in models]
-        return timing.race(sessions, self.samples[0].feeds, seconds, progress, decided=decided)
-
-
-@dataclass
-class _Work:
-    """A model to rewrite, as often as needed, and a folder for the results."""
-
-    target: Model
-    source: Model
-    passes: tuple[str, ...] | None
-    denied: tuple[str, ...]
-    sizes: Mapping[str, Sequence[int]]
-    folder: Path
-    files: int = 0
-    #: Just the passes that need no cost to judge them.
-    always_only: bool = False
-
-    def certified(
-        self, allowed: frozenset[str] | None, certifier: Certifier
-    ) -> tuple[Cost, Outcome, Cost, onnx.ModelProto, dict[str, Skip]]:
-        """`rewrite`, again without the sites whose certificates fail; those last, by site."""
-        refused: dict[str, Skip] = {}
-        for _ in range(MAX_REFUSALS):
-            done = self.rewrite(allowed, certifier, refused)
-            failed = [r for r in done[1].rewrites if r.certificate is not None and not r.certificate.passed]
-            if not failed:
-                return *done, refused
-            refused.update((r.site, Skip(_refusal(r), r.pass_name, r.site)) for r in failed)
-        raise RuntimeError(f"certificates refuse rewrites at {', '.join(refused)}")
-
-    def rewrite(
-        self, allowed: frozenset[str] | None, certifier: Certifier | None = None, refused: Iterable[str] = ()
-    ) -> tuple[Cost, Outcome, Cost, onnx.ModelProto]:
-        """The model with measured rewrites at the `allowed` sites; None for those that a shape alone decides."""
-        fresh = from_proto(self.target.proto, self.target.folder)
-        chosen = [p for p in select_passes(self.passes) if p.policy == "always" or not self.always_only]
-        for p in chosen:
-            p.eager = p.eager or (p.policy == "measured" and allowed is not None)
-        denied = (*self.denied, *refused)
-        before, outcome, after = run_pipeline(fresh, chosen, denied, self.sizes, allowed, certifier)
-        return before, outcome, after, fresh.to_proto()
-
-    def opportunities(self) -> tuple[list[Rewrite], list[Skip]]:
-        """Everything that each measured pass could do by itself, and what it refuses."""
-        found: list[Rewrite] = []
-        refused: list[Skip] = []
-        for i, p in enumerate(select_passes(None)):
-            if p.policy == "measured":
-                fresh = from_proto(self.target.proto, self.target.folder)
-                chosen = [q for j, q in enumerate(select_passes(None)) if q.policy != "measured" or i == j]
-                for q in chosen:
-                    q.eager = q.policy == "measured"
-                _, outcome, _ = run_pipeline(fresh, chosen, self.denied, self.sizes)
-                found += [r for r in outcome.rewrites if r.pass_name == p.name]
-                refused += [s for s in outcome.skips if s.pass_name == p.name]
-        return found, refused
-
-    def file(self, proto: onnx.ModelProto) -> Path:
-        self.files += 1
-        path = self.folder / f"candidate{self.files}.onnx"
-        save(proto, path, self.source)
-        return path
-
-
-def _tuned(
-    work: _Work, arena: _Arena, budget: float, cache: bool, progress: Progress
-) -> tuple[frozenset[str], list[Skip]]:
-    """Sites of the measured rewrites that pay, and why the others were dropped."""
-    progress("looking for rewrites to measure", 0.0)
-    found, refused = work.opportunities() if budget > 0 else ([], [])
-    groups = tune.groups(found)
-    where = decisions_on_disk.place(arena.provider, arena.threads)
-
-    def remembered(group: tune.Group) -> tune.Decision | None:
-        entry = decisions_on_disk.look_up(group.pass_name, group.signature, where) if cache else None
-        return None if entry is None else tune.Decision(group, entry.speedup, (entry.low, entry.high), remembered=True)
-
-    decisions = tune.choose(
-        groups,
-        lambda sites: work.file(work.rewrite(sites)[3]),
-        lambda a, b, seconds: arena.race([a, b], seconds, decided=tune.CONFIDENCE),
-        budget,
-        progress,
-        remembered,
-    )
-    for d in decisions if cache else ():
-        if not d.remembered:
-            decisions_on_disk.store(
-                decisions_on_disk.Entry(d.group.pass_name, d.group.signature, where, d.speedup, *d.interval)
-            )
-    kept = frozenset(site for d in decisions if d.kept for site in d.group.sites)
-    undecided = [
-        Skip(f"{g.signature}: no time was left to measure it; --budget gives more", g.pass_name, site)
-        for g in groups
-        if all(d.group is not g for d in decisions)
-        for site in g.sites
-    ]
-    return kept, [*refused, *(s for d in decisions for s in d.skips()), *undecided]
-
-
-@dataclass(frozen=True)
 class _Trial:
     """The original and its rewritten candidate in one arena."""
 
     original: Path
     candidate: Path
-    arena: _Arena
+    arena: Arena
 
     def verify(self, rtol: float | None, atol: float | None) -> Equivalence:
         arena = self.arena
@@ -409,12 +293,6 @@ def _placed(report: Report) -> Iterator[str]:
         for other, names in places.items():
             some = ", ".join(names[:5]) + (" and more" if len(names) > 5 else "")
             yield f"{len(names)} operators ran on {other}, not on {report.provider}: {some}."
-
-
-def _refusal(rewrite: Rewrite) -> str:
-    c = rewrite.certificate
-    assert c is not None
-    return f"refused by its certificate ({c.reason}: residual {c.residual:.2g}, bound {c.bound:.2g}): {DEFECT}"
 
 
 def _notes(report: Report, before: Cost, denied: Iterable[str], guessed: object) -> Iterator[str]:
@@ -496,15 +374,3 @@ def _not_equivalent(report: Report) -> NotEquivalentError:
     what += f"{where.explain()}; " if where is not None else ""
     hint = "nothing was written; leave rewrites out with --deny, or allow more with --rtol and --atol"
     return NotEquivalentError(what + hint, report)
-
-
-@contextlib.contextmanager
-def _workspace(output: str | os.PathLike[str] | None) -> Iterator[Path]:
-    """A folder for the candidate, gone afterwards; beside the output, if there is one, where space is needed."""
-    where = None if output is None else Path(output).resolve().parent
-    try:
-        folder = tempfile.TemporaryDirectory(prefix=".pwopt-", dir=where)
-    except OSError as error:
-        raise ModelError(f"nothing can be written in {str(where)!r}: {error.strerror}") from error
-    with folder:
-        yield Path(folder.name)

@@ -6,6 +6,7 @@ import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import matplotlib as mpl
@@ -13,13 +14,17 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
+from pwopt.bench import Row
 from pwopt.document import SUPERSCRIPTS
 from pwopt.metrics import Histogram
 from pwopt.report import Latency
+from pwopt.shapes import written
 
 #: Stand-ins for the page's colours, so that dark mode reaches into plots.
 COLOURS = {"#010101": "var(--ink)", "#020202": "var(--line)", "#030303": "var(--after)", "#040404": "var(--before)"}
 INK, LINE, AFTER, BEFORE = COLOURS
+#: Those colours in a file of its own.
+ALONE = {INK: "#24292f", LINE: "#d0d7de", AFTER: "#0b6bcb", BEFORE: "#8a939c"}
 #: Counts up to this read best on a linear scale; points up to this, as large dots.
 FEW = 20
 SETTINGS = {
@@ -56,6 +61,36 @@ def _svg(axes: Any, title: str) -> str:
     for colour, variable in COLOURS.items():
         text = text.replace(colour, variable)
     return text
+
+
+def latencies(rows: Sequence[Row]) -> str:
+    """Median latency of each model, with its minimum and its ratio to the first, by input shapes; a whole SVG file."""
+    cases = list(dict.fromkeys(tuple(row.shapes.items()) for row in rows))
+    with _axes(6.4, 0.8 + 0.42 * len(rows) + 0.3 * len(cases)) as axes:
+        place, ticks = 0.0, []
+        for case in cases:
+            axes.text(0, place, "  " + ", ".join(f"{n} {written(s)}" for n, s in case), va="center", fontsize=8)
+            for row in (r for r in rows if tuple(r.shapes.items()) == case):
+                place += 1
+                axes.barh([place], [row.median_ms], 0.7, color=AFTER if row.ratio > 1 else BEFORE)
+                axes.plot([row.minimum_ms] * 2, [place - 0.35, place + 0.35], color=INK, linewidth=1.2)
+                low, high = row.interval
+                ratio = "" if row.ratio == 1 else f", {row.ratio:.2f}× [{low:.2f}, {high:.2f}]"
+                axes.text(row.median_ms, place, f"  {row.median_ms:.3g} ms{ratio}", va="center", fontsize=8)
+                ticks.append((place, Path(row.model).name))
+            place += 1.2
+        axes.set_yticks([p for p, _ in ticks], [name for _, name in ticks])
+        axes.set_xlim(0, 1.45 * max(row.median_ms for row in rows))
+        axes.invert_yaxis()
+        axes.grid(axis="y", visible=False)
+        axes.set_xlabel("milliseconds per run: median; the line is the minimum")
+        target = io.StringIO()
+        axes.figure.patch.set_facecolor("white")
+        axes.figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None, "Title": "Latency"})
+        text = target.getvalue()
+        for colour, real in ALONE.items():
+            text = text.replace(colour, real)
+        return text
 
 
 def errors(found: Histogram, noise: Histogram, discrete: bool = False) -> str:

@@ -165,3 +165,15 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
+
+
+@contextlib.contextmanager
+def workspace(output: str | os.PathLike[str] | None) -> Iterator[Path]:
+    """A folder for the candidate, gone afterwards; beside the output, if there is one, where space is needed."""
+    where = None if output is None else Path(output).resolve().parent
+    try:
+        folder = tempfile.TemporaryDirectory(prefix=".pwopt-", dir=where)
+    except OSError as error:
+        raise ModelError(f"nothing can be written in {str(where)!r}: {error.strerror}") from error
+    with folder:
+        yield Path(folder.name)
