@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
 from helpers import normal, parse
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 import pwopt
@@ -88,6 +89,7 @@ def _small(steps: list[tuple[str, int]]) -> bool:
 def test_random_stacks_at_two_sizes(steps: list[tuple[str, int]]) -> None:
     pytest.importorskip("onnxruntime")
     model = stack(steps)
+    assume(max(map(math.prod, concrete_sizes(model, {"x": (2, 6, 80, 112)}).values())) <= 1 << 22)  # steps may double
     result = pwopt.optimize(model, cost_model="analytic", shapes={"x": (1, 6, 64, 48)}, check=False)
     for shape in ((1, 6, 64, 48), (2, 6, 80, 112)):
         equivalence = pwopt.verify(model, result.model, shapes={"x": shape})
