@@ -69,19 +69,22 @@ def latencies(rows: Sequence[Row]) -> str:
     with _axes(6.4, 0.8 + 0.42 * len(rows) + 0.3 * len(cases)) as axes:
         place, ticks = 0.0, []
         for case in cases:
-            axes.text(0, place, "  " + ", ".join(f"{n} {written(s)}" for n, s in case), va="center", fontsize=8)
+            axes.text(0, place, ", ".join(f"{n} {written(s)}" for n, s in case), va="center", fontsize=8)
             for row in (r for r in rows if tuple(r.shapes.items()) == case):
                 place += 1
                 axes.barh([place], [row.median_ms], 0.7, color=AFTER if row.ratio > 1 else BEFORE)
                 axes.plot([row.minimum_ms] * 2, [place - 0.35, place + 0.35], color=INK, linewidth=1.2)
                 low, high = row.interval
                 ratio = "" if row.ratio == 1 else f", {row.ratio:.2f}× [{low:.2f}, {high:.2f}]"
-                axes.text(row.median_ms, place, f"  {row.median_ms:.3g} ms{ratio}", va="center", fontsize=8)
+                axes.annotate(
+                    f"{row.median_ms:.3g} ms{ratio}", (row.median_ms, place), (4, 0),
+                    textcoords="offset points", va="center", fontsize=8,
+                )  # fmt: skip
                 ticks.append((place, Path(row.model).name))
             place += 1.2
         axes.set_yticks([p for p, _ in ticks], [name for _, name in ticks])
         axes.set_xlim(0, 1.45 * max(row.median_ms for row in rows))
-        axes.invert_yaxis()
+        axes.set_ylim(place - 0.5, -0.5)
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("milliseconds per run: median; the line is the minimum")
         target = io.StringIO()

@@ -83,3 +83,19 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     with pytest.raises(SystemExit) as caught:
         main(["bench", model, "--batch", "one"])
     assert caught.value.code == 2
+
+
+def test_a_plot_of_the_latencies(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    model = MODELS / "linear_sequence.onnx"
+    plot = tmp_path / "plot.svg"
+    with pytest.raises(SystemExit) as code:
+        main(["bench", str(model), str(model), "--shape", "x=1x64x8x8", "--seconds", "0", "--plot", str(plot)])
+    assert code.value.code == 0
+    text = plot.read_text()
+    assert text.count("linear_sequence.onnx") == 2
+    assert "x 1×64×8×8" in text
+    assert "var(--" not in text
+    with pytest.raises(SystemExit) as code:
+        main(["bench", str(model), "--plot", str(tmp_path / "plot.png")])
+    assert code.value.code == 2
