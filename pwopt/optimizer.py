@@ -16,7 +16,7 @@ from pwopt import runtime, timing, tune
 from pwopt.compiler import convert_opset, run_pipeline, select_passes
 from pwopt.cost import Cost
 from pwopt.errors import ModelError, NotEquivalentError, UsageError
-from pwopt.model import Model, as_file, from_proto, load, save, with_fixed_inputs
+from pwopt.model import Model, as_file, blaming, from_proto, load, save, with_fixed_inputs
 from pwopt.report import Latency, Report
 from pwopt.rewrite import Outcome, Rewrite, Skip
 from pwopt.runtime import Feeds, Session
@@ -148,6 +148,7 @@ def optimize(
     can_run = check and runtime.available()
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(blaming(source.proto))
         original = stack.enter_context(as_file(path or source))
         feeds = None if inputs is None else runtime.as_feeds(inputs, specs, shapes)
         progress("choosing inputs", 0.0)

@@ -106,6 +106,22 @@ def _infer(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
     return types
 
 
+def objection(model: onnx.ModelProto) -> str:
+    """What onnx's checker or its strict inference has against a model's nodes, in one line, else ""."""
+    light = skeleton(model)
+    context = onnx.checker.C.CheckerContext()
+    context.ir_version = light.ir_version
+    context.opset_imports = {o.domain: o.version for o in light.opset_import}
+    try:
+        for node in light.graph.node:
+            if not any(a.HasField("g") or a.graphs for a in node.attribute):  # the checker takes captures for undefined
+                onnx.checker.check_node(node, context)
+        shape_inference.infer_shapes(light, check_type=True, strict_mode=True, data_prop=True)
+    except Exception as error:  # both raise many types
+        return " ".join(str(error).split())[:300]
+    return ""
+
+
 POOLS = ("MaxPool", "AveragePool", "LpPool")
 
 
