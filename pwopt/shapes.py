@@ -7,10 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 import onnx
 from onnx import TensorProto, shape_inference
 
+from pwopt.limits import memory_bound
+
 Dim = int | str | None
 Shape = tuple[Dim, ...]
 #: How a shape becomes another; None where that is not known.
 Change = Callable[[Shape], Shape | None]
+
+#: The longest one-dimensional tensor whose elements inference may follow one by one.
+WIDEST = 1 << 16
+#: Bytes that inference may take, and for each byte of the graph; it keeps several copies, and needs a tenth of both.
+INFERENCE_MEMORY, INFERENCE_COPIES = 1 << 28, 64
 
 #: Initializers up to this many elements may be shapes, axes or sizes, whose values inference reads.
 SMALL = 1024
@@ -94,8 +101,31 @@ def infer(
 
 
 def _infer(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
+    """Types without the propagation of data, and with it if they leave something open.
+
+    That propagation writes down every element of a one-dimensional tensor, whatever it is for; a model can make
+    that terabytes.
+    """
+    types = _inferred(light, propagate=False)
+    outputs = {name for node in light.graph.node for name in node.output if name}
+    if all(known(types.get(name, (0, None))[1]) is not None for name in outputs):
+        return types
+    inputs = {name for node in light.graph.node if _propagates(node) for name in node.input}
+    if any(len(size) == 1 and size[0] > WIDEST for n in inputs if (size := known(types.get(n, (0, None))[1]))):
+        return types
+    with memory_bound(INFERENCE_MEMORY + INFERENCE_COPIES * light.ByteSize()):
+        return _inferred(light, propagate=True)
+
+
+def _propagates(node: onnx.NodeProto) -> bool:
+    return onnx.defs.has(node.op_type) and onnx.defs.get_schema(node.op_type).has_data_propagation_function
+
+
+def _inferred(light: onnx.ModelProto, propagate: bool) -> dict[str, tuple[int, Shape | None]]:
     try:
-        inferred = shape_inference.infer_shapes(light, data_prop=True)
+        inferred = shape_inference.infer_shapes(light, data_prop=propagate)
+    except MemoryError:
+        inferred = shape_inference.infer_shapes(light, data_prop=False)
     except Exception:  # inference stops at what it does not understand; what is declared still holds
         inferred = light
     graph = inferred.graph
@@ -116,7 +146,7 @@ def objection(model: onnx.ModelProto) -> str:
         for node in light.graph.node:
             if not any(a.HasField("g") or a.graphs for a in node.attribute):  # the checker takes captures for undefined
                 onnx.checker.check_node(node, context)
-        shape_inference.infer_shapes(light, check_type=True, strict_mode=True, data_prop=True)
+        shape_inference.infer_shapes(light, check_type=True, strict_mode=True)
     except Exception as error:  # both raise many types
         return " ".join(str(error).split())[:300]
     return ""
