@@ -372,6 +372,8 @@ def from_proto(proto: onnx.ModelProto, folder: Path | None = None) -> Model:
 
     model = Model(graph, proto, folder)
     for node, message in zip(graph.nodes, proto.graph.node, strict=True):
+        if node.op == "Constant" and isinstance(node.attrs.get("value"), gs.Constant):
+            node.attrs["value"]._values = StoredValues(message.attribute[0].t, folder)  # which knows every type
         model._nodes[id(node)] = (node, message, _snapshot(node.attrs))
     tensors = {t.name: t for node in graph.nodes for t in (*node.inputs, *node.outputs)}
     tensors.update({t.name: t for t in (*graph.inputs, *graph.outputs)})
