@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import tempfile
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -183,7 +184,8 @@ def optimize(
             before=before,
             after=after,
         )
-        report = _noted(report, *_notes(report, before, denied, static and not shapes and inputs is None and specs))
+        guessed = static and not shapes and inputs is None and specs
+        report = _noted(report, *_notes(report, source.proto, denied, guessed))
 
         if not can_run:
             report = _noted(report, f"Not verified ({'onnxruntime is not installed' if check else 'as asked'}).")
@@ -358,9 +360,18 @@ class _Trial:
             yield f"{len(names)} of {total} nodes ran on {other}, not on {self.arena.provider}: {some}."
 
 
-def _notes(report: Report, before: Cost, denied: Iterable[str], guessed: object) -> Iterator[str]:
-    if before.unknown:
-        yield f"Multiply-adds leave out {before.unknown} operators whose sizes are not known; --shape may settle them."
+#: Operators on integers that stand for reals, besides those called QLinear….
+QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
+
+
+def _notes(report: Report, proto: onnx.ModelProto, denied: Iterable[str], guessed: object) -> Iterator[str]:
+    unknown = report.before.unknown
+    if unknown:
+        yield f"Multiply-adds leave out {unknown} operators whose sizes are not known; --shape may settle them."
+    found = Counter(n.op_type for n in proto.graph.node if n.op_type in QUANTISED or n.op_type.startswith("QLinear"))
+    if found:
+        listed = ", ".join(f"{count} {op}" for op, count in found.most_common())
+        yield f"Not touched, since folding would round integers once more: {listed}, and the weights that they hold."
     if guessed:
         yield "Inputs fixed to likely sizes, since none were given; --shape chooses them."
     seen = {r.site for r in report.rewrites} | {s.site for s in report.skips}

@@ -50,7 +50,7 @@ class Tensor(NamedTuple):
         return len(self.shape)
 
 
-class Unfit(Exception):
+class UnfitError(Exception):
     """What was drawn does not fit; the graph goes on without it."""
 
 
@@ -162,7 +162,7 @@ class Builder:
 
         Raises
         ------
-        Unfit
+        UnfitError
             If onnx finds it wrong, or its size open.
         """
         names = [i.name if isinstance(i, Tensor) else i for i in inputs]
@@ -171,10 +171,10 @@ class Builder:
             message.name = message.output[0] + op
         shapes = self.infer(message)
         if any(math.prod(s) > LARGEST or len(s) > 6 for s in shapes):
-            raise Unfit(op)
+            raise UnfitError(op)
         empty = any(0 in i.shape for i in inputs if isinstance(i, Tensor))
         if any(d < 0 or (d == 0 and not empty) for s in shapes for d in s):
-            raise Unfit(op)  # a window larger than what it slides over
+            raise UnfitError(op)  # a window larger than what it slides over
         self.nodes.append(message)
         made = [Tensor(n, s) for n, s in zip(message.output, shapes, strict=True)]
         self.pool += made
@@ -199,7 +199,7 @@ class Builder:
             model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", self.opset)], ir_version=8)
             inferred = onnx.shape_inference.infer_shapes(model, strict_mode=True, check_type=True)
         except Exception as error:
-            raise Unfit(str(error)) from error
+            raise UnfitError(str(error)) from error
         shapes = []
         for value in inferred.graph.output:
             kind = value.type.tensor_type
@@ -208,7 +208,7 @@ class Builder:
                 or not all(d.HasField("dim_value") for d in kind.shape.dim)
                 or not kind.HasField("shape")
             ):
-                raise Unfit(value.name)
+                raise UnfitError(value.name)
             shapes.append(tuple(d.dim_value for d in kind.shape.dim))
         return shapes
 
@@ -219,7 +219,7 @@ class Builder:
     ) -> Tensor:
         rank, inn = x.rank - 2, x.shape[1]
         if inn == 0 or rank < 1:
-            raise Unfit("no channels")
+            raise UnfitError("no channels")
         out = out or self.rng.choice([2, 4, 6, 8, 12, 16, 24])
         kernel = kernel or self.rng.choice([1, 1, 1, 2, 3])
         stride = stride or self.rng.choice([1, 1, 1, 1, 2])
@@ -257,7 +257,7 @@ class Builder:
     def product(self, x: Tensor, out: int | None = None) -> Tensor:
         out = out or self.rng.choice([2, 4, 6, 8, 12])
         if x.rank < 1 or 0 in x.shape:
-            raise Unfit("no matrix")
+            raise UnfitError("no matrix")
         if x.rank == 2 and self.chance(0.5):
             flip = self.chance(0.5)
             w = self.weights(out, x.shape[1])
@@ -302,7 +302,7 @@ class Builder:
             return self.node("Neg", [x])[0]
         if kind == "BatchNormalization":
             if x.rank < 2:
-                raise Unfit("no channels")
+                raise UnfitError("no channels")
             c = x.shape[1]
             values = [
                 self.numbers.normal(size=c),
@@ -349,7 +349,7 @@ class Builder:
     def pooling(self, x: Tensor) -> Tensor:
         rank, kind = x.rank - 2, self.rng.randrange(5)
         if rank < 1 or 0 in x.shape:
-            raise Unfit("no space")
+            raise UnfitError("no space")
         if kind == 0:
             return self.node(self.rng.choice(["GlobalAveragePool", "GlobalMaxPool"]), [x])[0]
         if kind == 1:
@@ -373,7 +373,7 @@ class Builder:
 
     def upsample(self, x: Tensor) -> Tensor:
         if x.rank < 3 or 0 in x.shape or self.opset < 11:
-            raise Unfit("no space")
+            raise UnfitError("no space")
         scales = [1.0, 1.0, *[self.rng.choice([2.0, 2.0, 1.0, 1.5])] * (x.rank - 2)]
         mode = self.rng.choice(["nearest", "nearest", "linear"])
         attrs: dict[str, Any] = {"mode": mode}
@@ -388,7 +388,7 @@ class Builder:
 
     def pad(self, x: Tensor) -> Tensor:
         if x.rank < 3 or self.opset < 11:
-            raise Unfit("no space")
+            raise UnfitError("no space")
         mode = self.rng.choice(["constant", "constant", "edge", "reflect"])
         ends = [[0] * x.rank, [0] * x.rank]
         axes = [1] if self.chance(0.25) else range(2, x.rank)
@@ -400,7 +400,7 @@ class Builder:
 
     def cut(self, x: Tensor, axes: Sequence[int], step: int = 1) -> Tensor:
         if self.opset < 10 or any(x.shape[a] < 2 for a in axes):
-            raise Unfit("nothing to cut")
+            raise UnfitError("nothing to cut")
         starts = [self.rng.randrange(x.shape[a] // 2) for a in axes]
         ends = [self.rng.choice([x.shape[a], (1 << 63) - 1, x.shape[a] - 1, -1]) for a in axes]
         if self.chance(0.1):
@@ -411,7 +411,7 @@ class Builder:
     def split(self, x: Tensor) -> list[Tensor]:
         axis = 1 if x.rank > 1 else 0
         if x.rank < 2 or x.shape[axis] % 2 or not x.shape[axis]:
-            raise Unfit("not even")
+            raise UnfitError("not even")
         half = x.shape[axis] // 2
         extra: dict[str, Any] = (
             {"num_outputs": 2} if self.opset >= 18 else {"split": [half, half]} if self.opset < 13 else {}
@@ -456,7 +456,7 @@ class Builder:
         if x.rank > 1 and x.shape[1]:
             picks = [self.rng.randrange(x.shape[1]) for _ in range(self.rng.randrange(1, 9))]
             return self.node("Gather", [x, self.integers(picks if self.chance(0.8) else picks[0])], axis=1)[0]
-        raise Unfit("no layout")
+        raise UnfitError("no layout")
 
     def same_shape(self, x: Tensor) -> Tensor:
         """Another tensor of the shape of `x`: one there is, a map of it, or a new input."""
@@ -508,7 +508,7 @@ class Builder:
     def m_transposed(self) -> None:
         x = self.tensor(3, 4)
         if not x.shape[1]:
-            raise Unfit("no channels")
+            raise UnfitError("no channels")
         rank, out = x.rank - 2, self.rng.choice([2, 4, 8])
         if self.chance(0.5):
             x = self.affine(x)
@@ -609,7 +609,7 @@ class Builder:
         """A map with dead filters, what follows channels, and a map that reads them."""
         x = self.tensor(3, 4, 4)
         if not x.shape[1]:
-            raise Unfit("no channels")
+            raise UnfitError("no channels")
         w = self.weights(16, x.shape[1], *[1] * (x.rank - 2))
         w[self.numbers.random(16) < 0.6] = 0
         inputs: list[str | Tensor] = [x, self.constant(w)]
@@ -639,9 +639,9 @@ class Builder:
 
     def m_shuffle(self) -> None:
         x = self.tensor(4)
-        n, c, *space = x.shape
+        n, c = x.shape[:2]
         if c % 2 or not c:
-            raise Unfit("not even")
+            raise UnfitError("not even")
         y = self.conv(x, c, 1, 1, pads=[0] * 4)
         wide = self.node("Reshape", [y, self.integers([n, 2, c // 2, *y.shape[2:]])])[0]
         back = self.node("Transpose", [wide], perm=[0, 2, 1, 3, 4])[0]
@@ -659,7 +659,7 @@ class Builder:
         self.nodes.append(helper.make_node("Concat", [*picks, self.integers([-1])], [target], axis=0))
         y = Tensor(name(), (*x.shape[:2], math.prod(x.shape[2:])))
         if 0 in x.shape:
-            raise Unfit("-1 of nothing")
+            raise UnfitError("-1 of nothing")
         self.nodes.append(helper.make_node("Reshape", [x.name, target], [y.name]))
         self.pool.append(y)
         if self.chance(0.6):
@@ -680,7 +680,7 @@ class Builder:
     def m_channels(self) -> None:
         x = self.tensor(3, 4)
         if x.shape[1] < 4:
-            raise Unfit("few channels")
+            raise UnfitError("few channels")
         y = self.cut(self.pointwise(x, 8), [1]) if self.chance(0.5) else self.relayout(self.pointwise(x, 8))
         self.pointwise(y)
 
@@ -738,7 +738,7 @@ class Builder:
                 [info(names[2], self.code, inner), info(names[3], self.code, inner)],
             )  # fmt: skip
             if not x.shape[0]:
-                raise Unfit("nothing to scan")
+                raise UnfitError("nothing to scan")
             first = self.name("c")
             self.constants.append(numpy_helper.from_array(np.zeros(x.shape[1:], self.dtype), first))
             message = helper.make_node("Scan", [first, x.name], [self.name("b"), out], body=body, num_scan_inputs=1)
@@ -761,7 +761,7 @@ class Builder:
     def m_quantised(self) -> None:
         """QuantizeLinear and DequantizeLinear of an input, whose rounding no rewrite can move; of a weight too."""
         if self.dtype != np.float32 or self.opset < 10:
-            raise Unfit("not float32")
+            raise UnfitError("not float32")
         x = self.input(4)
         scale, zero = self.constant(0.05), self.name("z")
         self.constants.append(numpy_helper.from_array(np.uint8(128), zero))
@@ -779,7 +779,7 @@ class Builder:
     def m_foreign(self) -> None:
         """An operator of another domain, which onnxruntime has."""
         if self.dtype != np.float32:
-            raise Unfit("not float32")
+            raise UnfitError("not float32")
         x = self.tensor()
         made = Tensor(self.name(), x.shape)
         self.nodes.append(helper.make_node("QuickGelu", [x.name], [made.name], domain="com.microsoft"))
@@ -790,7 +790,7 @@ class Builder:
         """A weight that callers may override."""
         x = self.tensor(2)
         if not x.shape[1]:
-            raise Unfit("no channels")
+            raise UnfitError("no channels")
         made = Tensor(self.name("w"), (x.shape[1], 4))
         self.inputs.append(made)
         self.constants.append(numpy_helper.from_array(self.weights(*made.shape).astype(self.dtype), made.name))
@@ -807,7 +807,7 @@ class Builder:
             state = len(self.nodes), len(self.constants), len(self.inputs), len(self.pool)
             try:
                 getattr(self, self.rng.choice(names))()
-            except Unfit:
+            except UnfitError:
                 if self.chance(0.5):  # half of what was begun stays
                     del (
                         self.nodes[state[0] :],
@@ -823,7 +823,7 @@ class Builder:
         outputs += [t for t in made if t.name in read and self.chance(0.06)]
         held = {t.name for t in self.constants}
         free = [t for t in self.inputs if t.name in read or t in outputs]
-        names = {d: f"D{d}" for t in free for d in t.shape if t.name not in held} if self.dynamic else {}
+        names = {d: f"D{d}" for t in free for d in t.shape if d and t.name not in held} if self.dynamic else {}
         axes = {(t.name, a) for t in free for a in range(t.rank) if a != 1 and self.chance(0.7)}
 
         def declared(t: Tensor) -> list[int | str]:
