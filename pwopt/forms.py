@@ -509,15 +509,14 @@ def read_pad(view: View, node: gs.Node) -> Result:
     axes = [a for a in range(rank) if pads[a] or pads[a + rank]]
     if mode != "constant" or not axes or constant is None or min(pads) < 0:
         return None
-    if axes[0] >= 2:
-        channels = view.dim(node.inputs[0], 1)
-        around = (*pads[2:rank], *pads[rank + 2 :])
-        return (
-            _border((node,), node.inputs[0], around, np.full(channels, constant)) if isinstance(channels, int) else None
-        )
-    axis = axes[0]
+    axis = min(axes[0], 1)
     channels = view.dim(node.inputs[0], axis)
-    if len(axes) != 1 or not isinstance(channels, int):
+    if not isinstance(channels, int) or channels < 1:
+        return None
+    if axes[0] >= 2:
+        around = (*pads[2:rank], *pads[rank + 2 :])
+        return _border((node,), node.inputs[0], around, np.full(channels, constant))
+    if len(axes) != 1:
         return None
     before, total = pads[axis], pads[axis] + channels + pads[axis + rank]
     geometry = pointwise_geometry(total, channels, biased=bool(constant))

@@ -114,10 +114,10 @@ class Builder:
 
     # Pieces
 
-    def constant(self, values: Any, dtype: np.dtype[Any] | None = None) -> str:
+    def constant(self, values: Any, dtype: np.dtype[Any] | None = None, shared: bool = True) -> str:
         """An initializer, or now and then a Constant node, an Identity of one, or one shared with an earlier place."""
         values = np.asarray(values, self.dtype if dtype is None else dtype)
-        for t in self.constants:
+        for t in self.constants if shared else ():
             if (
                 self.chance(0.05)
                 and tuple(t.dims) == values.shape
@@ -312,7 +312,7 @@ class Builder:
             ]
             if self.chance(0.15):
                 values[0] *= self.numbers.random(c) < 0.5
-            return self.node(kind, [x, *(self.constant(v) for v in values)])[0]
+            return self.node(kind, [x, *(self.constant(v, shared=i < 3) for i, v in enumerate(values))])[0]
         values = self.numbers.normal(size=self.scalar_shape(x)) + 0.1
         if kind == "Div" or self.chance(0.3):
             values = np.abs(values) + 0.5

@@ -108,6 +108,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"k": np.abs(S)}, {}),
     "no channels: normalisation": ("(float[2,0,4,4] x) => (float[2,0,4,4] y) { y = BatchNormalization(x, s, s, s, s) }", {"s": np.zeros(0, F)}, {}),
     "no channels: scalars": ("(float[2,0,4,4] x) => (float[2,0,4,4] y) { a = Mul(x, k) y = Add(a, k) }", {"k": F(2)}, {}),
+    "no channels: padding": (
+        "(float[2,0,4,4] x) => (float[2,0,5,6] y) { a = Pad(x, p) b = Mul(a, k) y = Relu(b) }", {"p": np.array([0, 0, 0, 1, 0, 0, 1, 1]), "k": F(2)}, {}),
     "no inputs": ("(float[2,0] x) => (float[2,5] y) { a = MatMul(x, w) y = Mul(a, k) }", {"k": F(2), "w": np.zeros((0, 5), F)}, {}),
     "no outputs": ("(float[2,3] x) => (float[2,0] y) { a = MatMul(x, w) y = MatMul(a, v) }", {"w": r(3, 4), "v": np.zeros((4, 0), F)}, {}),
 }  # fmt: skip
