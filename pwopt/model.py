@@ -321,6 +321,12 @@ def _check(proto: onnx.ModelProto) -> None:
     for name in [name for node in graph.node for name in node.input] + [v.name for v in graph.output]:
         if name and name not in defined:
             raise ModelError(f"tensor {name!r} is used but nothing defines it; export the model again")
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.name in ("strides", "dilations") and min(attribute.ints, default=1) < 1:
+                # onnx before 1.22 divides by them
+                at = node.name or (node.output[0] if node.output else node.op_type)
+                raise ModelError(f"node {at!r} has {attribute.name} below 1; export the model again")
     stuck = _first_in_cycle(graph)
     if stuck is not None:
         raise ModelError(f"node {stuck!r} depends on its own output; export the model again")

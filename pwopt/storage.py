@@ -66,6 +66,8 @@ def _check_place(tensor: TensorProto, folder: Path | None) -> None:
         raise ModelError("a model in memory has no folder for its external data; give its path instead")
     try:
         info = ExternalDataInfo(tensor)
+        if min(info.offset or 0, info.length or 0) < 0:
+            raise ValueError("a negative offset or length")
         path = folder / info.location
         inside = not Path(info.location).is_absolute() and path.resolve().is_relative_to(folder)
         available = path.stat().st_size - (info.offset or 0) if inside and path.is_file() else None

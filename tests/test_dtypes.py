@@ -9,8 +9,10 @@ import numpy as np
 import onnx
 import pytest
 from helpers import normal, ops, parse, reasons, run, weight
-from judge import runtime, widened
 from onnx import TensorProto, helper, numpy_helper
+
+pytest.importorskip("onnxruntime")
+from judge import runtime, widened
 
 import pwopt
 from pwopt.passes import PASSES, FoldAffine, FoldChains
@@ -146,6 +148,7 @@ def quantised(form: str) -> onnx.ModelProto:
             c = QLinearConv(b, s, z, v, s, o, s, z) y = DequantizeLinear(c, s, z) }""",
             v=w8, s=scale, z=point, o=zero,
         )  # fmt: skip
+    w8 = w8.view(np.uint8)  # signed weights are newer in onnxruntime
     return parse(
         """(float[1,4,5,5] x) => (float[N] y) { a, s, z = DynamicQuantizeLinear(x) b = ConvInteger(a, v, z)
         c = Cast<to=1>(b) d = Mul(c, s) y = Mul(d, t) }""",

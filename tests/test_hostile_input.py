@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import resource
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -104,6 +105,7 @@ def test_many_constants_below_the_limit_have_a_limit_together() -> None:
     assert any("bytes (limit" in s.reason for s in result.report.skips)
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="the bound is Linux's")
 def test_a_bound_on_memory_is_a_memory_error_and_ends() -> None:
     before = resource.getrlimit(resource.RLIMIT_AS)
     with pytest.raises(MemoryError), memory_bound(1 << 26):

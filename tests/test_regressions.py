@@ -271,10 +271,13 @@ def test_a_constant_node_in_bfloat16() -> None:
 def test_swish_is_named_where_onnxruntime_runs_it() -> None:
     body = "(float[2,3] x) => (float[2,3] y) { s = Sigmoid(x) y = Mul(x, s) }"
     for opset in (24, onnx.defs.onnx_opset_version()):
-        model = parse(body, opset, 10)
+        model, feeds = parse(body, opset, 10), {"x": r(2, 3)}
+        try:
+            expected = on_onnxruntime(model, feeds)[0]
+        except Exception:
+            pytest.skip(f"this onnxruntime is older than opset {opset}")
         result, _, _ = run(model, NameActivations())
-        feeds = {"x": r(2, 3)}
-        np.testing.assert_allclose(on_onnxruntime(result, feeds)[0], on_onnxruntime(model, feeds)[0], rtol=1e-6)
+        np.testing.assert_allclose(on_onnxruntime(result, feeds)[0], expected, rtol=1e-6)
 
 
 def test_a_concat_of_one() -> None:
