@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import onnx
 from onnx import TensorProto, shape_inference
 
-from pwopt.limits import memory_bound
+from pwopt.limits import isolated
 
 Dim = int | str | None
 Shape = tuple[Dim, ...]
@@ -106,29 +106,31 @@ def _infer(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
     That propagation writes down every element of a one-dimensional tensor, whatever it is for; a model can make
     that terabytes.
     """
-    types = _inferred(light, propagate=False)
+    try:
+        types = _types(shape_inference.infer_shapes(light))
+    except Exception:  # inference stops at what it does not understand; what is declared still holds
+        return _types(light)
     outputs = {name for node in light.graph.node for name in node.output if name}
     if all(known(types.get(name, (0, None))[1]) is not None for name in outputs):
         return types
     inputs = {name for node in light.graph.node if _propagates(node) for name in node.input}
     if any(len(size) == 1 and size[0] > WIDEST for n in inputs if (size := known(types.get(n, (0, None))[1]))):
         return types
-    with memory_bound(INFERENCE_MEMORY + INFERENCE_COPIES * light.ByteSize()):
-        return _inferred(light, propagate=True)
+    content = light.SerializeToString()
+    found = isolated(
+        lambda: shape_inference.infer_shapes(content, data_prop=True).SerializeToString(),
+        INFERENCE_MEMORY + INFERENCE_COPIES * len(content),
+    )
+    return types if found is None else _types(onnx.load_from_string(found))
 
 
 def _propagates(node: onnx.NodeProto) -> bool:
     return onnx.defs.has(node.op_type) and onnx.defs.get_schema(node.op_type).has_data_propagation_function
 
 
-def _inferred(light: onnx.ModelProto, propagate: bool) -> dict[str, tuple[int, Shape | None]]:
-    try:
-        inferred = shape_inference.infer_shapes(light, data_prop=propagate)
-    except MemoryError:
-        inferred = shape_inference.infer_shapes(light, data_prop=False)
-    except Exception:  # inference stops at what it does not understand; what is declared still holds
-        inferred = light
-    graph = inferred.graph
+def _types(model: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
+    """Of every tensor that the model declares."""
+    graph = model.graph
     types: dict[str, tuple[int, Shape | None]] = {t.name: (t.data_type, tuple(t.dims)) for t in graph.initializer}
     for value in [*graph.input, *graph.value_info, *graph.output]:
         if value.type.HasField("tensor_type"):
