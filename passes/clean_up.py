@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import math
+import sys
+
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
 from pwopt import attributes, forms
-from pwopt.constants import evaluate
+from pwopt.constants import MAX_GROWTH_BYTES, NEGLIGIBLE_BYTES, evaluate
 from pwopt.linear import LinearMap, Refusal
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip, describe
 from pwopt.shapes import known
 
+#: Elements of the largest tensor that numpy can describe in 4 bytes each.
+LARGEST = sys.maxsize // 4
 #: Ends of a Slice from here on mean "to the end", as exporters write it.
 FAR = 2**31 - 1
 
@@ -37,6 +42,9 @@ class CleanUp(Pass):
     """
 
     name = "clean-up"
+
+    def __init__(self) -> None:
+        self._growth = MAX_GROWTH_BYTES
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
         op = rw.op(node)
@@ -71,6 +79,7 @@ class CleanUp(Pass):
     def _fold(self, node: gs.Node, rw: Rewriter, op: str) -> Rewrite | Skip | None:
         shape = rw.shape(node.inputs[0]) if node.inputs else None
         sizes = known(shape)
+        sizes = sizes if sizes is not None and math.prod(sizes) < LARGEST else None
         inputs = [rw.constant(t) for t in node.inputs if t.name]
         if op in ("Shape", "Size") and sizes is not None:
             values = {node.inputs[0].name: np.broadcast_to(np.float32(0), sizes)}
@@ -80,9 +89,12 @@ class CleanUp(Pass):
             return None
         if any(rw.pinned(t) for t in node.outputs) or any(v.dtype.kind not in "fiub" for v in values.values()):
             return None
-        outputs = evaluate(node, values, rw.opset)
+        outputs = evaluate(node, values, rw.opset, self._growth)
         if isinstance(outputs, str):
             return Skip(outputs)
+        made = sum(v.nbytes for v in outputs)
+        if made > NEGLIGIBLE_BYTES:
+            self._growth -= max(0, made - sum(v.nbytes for v in values.values()))
         removed = (describe(node),)
         for tensor, value in zip(list(node.outputs), outputs, strict=True):
             readers = rw.readers(tensor)

@@ -115,10 +115,10 @@ class FoldChains(Pass):
         maps = chain.maps[first : last + 1]
         composed = maps[0].load()
         for r in maps[1:]:
-            step = r.load()
-            if isinstance(step, Refusal) or isinstance(composed, Refusal):
+            if isinstance(composed, Refusal):
                 break
-            composed = step @ composed
+            step = r.load()
+            composed = step if isinstance(step, Refusal) else step @ composed
         if isinstance(composed, Refusal):
             return Skip(composed.reason)
         formed = [r for r in maps if r.weighted]

@@ -56,8 +56,8 @@ def _gate(rw: Rewriter, node: gs.Node) -> tuple[list[gs.Node], str] | Skip | Non
     over = rw.new_variable(f"{gate.name}_over", gate, lambda s: (*s[:2], *whole[2:]))
     scales = rw.new_constant(f"{over.name}_scales", np.array([1, 1, *whole[2:]], np.float32))
     attrs = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-    none = gs.Variable.empty()
-    spread = gs.Node("Resize", rw.node_name(node.name, "_over"), attrs, [gate, none, scales], [over])
+    roi = rw.new_constant(f"{over.name}_roi", np.zeros(0, np.float32)) if rw.opset < 13 else gs.Variable.empty()
+    spread = gs.Node("Resize", rw.node_name(node.name, "_over"), attrs, [gate, roi, scales], [over])
     inputs = [over if t is gate else t for t in node.inputs]
     return [spread, gs.Node(node.op, node.name, {}, inputs, list(node.outputs))], "gates and means over space"
 

@@ -14,6 +14,10 @@ from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
 SINCE = {"HardSigmoid": 1, "HardSwish": 14, "Gelu": 20, "Swish": 24}
 
 
+#: The newest opset in which onnxruntime 1.32 runs an operator that it has no kernel for, but only the definition.
+UNTIL = {"Swish": 24}
+
+
 class NameActivations(Pass):
     """x·min(max(x + 3, 0), 6)/6 = HardSwish(x), scale·clip(a·x + b, 0, 1/scale) = HardSigmoid(x),
     x·sigmoid(x) = Swish(x), x·(1 + erf(x/√2))/2 = Gelu(x).
@@ -40,6 +44,8 @@ class NameActivations(Pass):
         available = standard and rw.opset >= SINCE[spelled.op]
         count = len({id(n) for n in spelled.nodes})
         hint = "" if available or not standard else f"; {spelled.op} exists from opset {SINCE[spelled.op]}"
+        if available and rw.opset > UNTIL.get(spelled.op, rw.opset):
+            return Skip(f"onnxruntime runs {spelled.op} up to opset {UNTIL[spelled.op]}, and this model has {rw.opset}")
         if not available and spelled.op in ("Swish", "Gelu"):
             return Skip(f"spells {spelled.op}, which this model's opset {rw.opset} does not have{hint}")
         needed = 1 if available else 2

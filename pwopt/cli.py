@@ -149,8 +149,11 @@ def _check_report(path: Path | None, *others: Path) -> None:
 
 @contextlib.contextmanager
 def _progress(console: Console) -> Iterator[Callable[[str, float], None]]:
+    if not console.is_terminal:
+        yield lambda _stage, _done: None
+        return
     columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("", total=1.0)
 
         def update(stage: str, done: float) -> None:

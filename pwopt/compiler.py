@@ -78,7 +78,8 @@ def convert_opset(model: Model, target: int) -> onnx.ModelProto:
 def settle(model: Model, deny: Iterable[str] = (), certifier: Certifier | None = None) -> tuple[Rewrite, ...]:
     """Clean up and infer shapes in turn until neither has news: each constant computed may settle more shapes."""
     rewrites: list[Rewrite] = []
-    while done := CleanUp().run(model.graph, denied=deny, reserved=model.names(), certifier=certifier).rewrites:
+    cleaner = CleanUp()
+    while done := cleaner.run(model.graph, denied=deny, reserved=model.names(), certifier=certifier).rewrites:
         rewrites.extend(done)
         annotate(model, infer(model.to_proto()))
     return tuple(rewrites)
@@ -88,11 +89,12 @@ def concrete_sizes(proto: onnx.ModelProto, sizes: Mapping[str, Sequence[int]]) -
     """Shapes in numbers of every tensor for inputs of the given sizes, as far as they follow."""
     model = from_proto(skeleton(proto, sizes))
     found: dict[str, tuple[int, ...]] = {}
+    cleaner = CleanUp()
     while True:
         types = infer(model.to_proto())
         annotate(model, types)
         found.update((name, numbers) for name, (_, shape) in types.items() if (numbers := known(shape)) is not None)
-        if not CleanUp().run(model.graph).rewrites:
+        if not cleaner.run(model.graph).rewrites:
             return found
 
 

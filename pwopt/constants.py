@@ -16,8 +16,19 @@ from pwopt.shapes import Shape, dims, known
 MAX_FOLDED_BYTES = 1 << 20
 
 
-def evaluate(node: gs.Node, values: dict[str, np.ndarray], opset: int) -> list[np.ndarray] | str:
-    """Outputs of a node on constants, or why they are not computed. Their size is known before they are made."""
+#: All constants that a model's clean-up makes may be larger than what they are computed from by this much.
+MAX_GROWTH_BYTES = 1 << 26
+#: Shapes, axes and scalars, which that leaves out.
+NEGLIGIBLE_BYTES = 1 << 10
+
+
+def evaluate(
+    node: gs.Node, values: dict[str, np.ndarray], opset: int, growth: int = MAX_FOLDED_BYTES
+) -> list[np.ndarray] | str:
+    """Outputs of a node on constants, or why they are not computed. Their size is known before they are made.
+
+    They may have `growth` bytes more than `values`.
+    """
     message = OnnxExporter.export_node(node)
     shape_only = node.op in ("Shape", "Size")
     graph = onnx.helper.make_graph(
@@ -34,9 +45,10 @@ def evaluate(node: gs.Node, values: dict[str, np.ndarray], opset: int) -> list[n
         graph.initializer.extend(small)
     model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
     try:
-        inferred = onnx.shape_inference.infer_shapes(model, data_prop=True)
+        inferred = onnx.shape_inference.infer_shapes(model)
         sizes: list[Shape | None] = [dims(v.type) for v in inferred.graph.output]
-        allowed = max(MAX_FOLDED_BYTES, 0 if shape_only else sum(v.nbytes for v in values.values()))
+        held = 0 if shape_only else sum(v.nbytes for v in values.values())
+        allowed = max(NEGLIGIBLE_BYTES, min(max(MAX_FOLDED_BYTES, held), held + growth))
         for value, size in zip(inferred.graph.output, sizes, strict=True):
             numbers = known(size)
             if numbers is None:

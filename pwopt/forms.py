@@ -137,6 +137,10 @@ def describe_map(view: View, reading: Reading, widths: str) -> str:
     return f"{reading.kind} {widths} kernel {kernel} stride {g.strides} at {view.size_of(reading.source)}"
 
 
+#: Weights at most of a map that the model does not hold as numbers (a selection, a pooling): 128 MiB in float64.
+MAX_IMPLIED = 1 << 24
+
+
 NOT_CONSTANT = Refusal("its weight is not a constant (an input, an overridable initializer, or computed)")
 NOT_FINITE = Refusal("its weights are not finite")
 
@@ -270,6 +274,12 @@ def read_matmul(view: View, node: gs.Node) -> Result:
         return Reading((node,), source, geometry, rank - 2, "left-matmul", weight, load)
     load = _loader(view, weight, geometry, np.zeros(out), lambda w: w.T)
     return Reading((node,), source, geometry, rank - 1, "matmul", weight, load)
+
+
+def _implied(geometry: Geometry, make: Callable[[], LinearMap]) -> Callable[[], LinearMap | Refusal]:
+    """Loads numbers that follow from a few attributes, and could be any number of them."""
+    too_many = Refusal(f"written out, it has {geometry.weights:,} weights")
+    return lambda: make() if geometry.weights <= MAX_IMPLIED else too_many
 
 
 def _diagonal(node: gs.Node, source: gs.Tensor, scale: Array, shift: Array, axis: int | None) -> Result:
@@ -407,8 +417,8 @@ def read_average_pool(view: View, node: gs.Node) -> Result:
     if (any(spatial.pads) and not node.attrs.get("count_include_pad", 0)) or spatial.auto_pad:
         return Refusal("its windows at the border average fewer elements")
     geometry = Geometry(channels, channels, channels, kernel, *spatial)
-    weights = np.full((channels, 1, *kernel), 1 / math.prod(kernel))
-    return Reading((node,), node.inputs[0], geometry, 1, "pool", None, lambda: LinearMap.of(geometry, weights))
+    load = _implied(geometry, lambda: LinearMap.of(geometry, np.full((channels, 1, *kernel), 1 / math.prod(kernel))))
+    return Reading((node,), node.inputs[0], geometry, 1, "pool", None, load)
 
 
 @reads("ReduceSum", "ReduceMean")
@@ -434,7 +444,8 @@ def read_reduction(view: View, node: gs.Node) -> Result:
 
 def _selection(node: gs.Node, source: gs.Tensor, picks: Sequence[int], channels: int, axis: int) -> Reading:
     geometry = pointwise_geometry(len(picks), channels)
-    return Reading((node,), source, geometry, axis, "selection", None, lambda: LinearMap.selection(picks, channels))
+    load = _implied(geometry, lambda: LinearMap.selection(picks, channels))
+    return Reading((node,), source, geometry, axis, "selection", None, load)
 
 
 @reads("Slice")
@@ -506,21 +517,25 @@ def read_pad(view: View, node: gs.Node) -> Result:
     axes = [a for a in range(rank) if pads[a] or pads[a + rank]]
     if mode != "constant" or not axes or constant is None or min(pads) < 0:
         return None
-    if axes[0] >= 2:
-        channels = view.dim(node.inputs[0], 1)
-        around = (*pads[2:rank], *pads[rank + 2 :])
-        return (
-            _border((node,), node.inputs[0], around, np.full(channels, constant)) if isinstance(channels, int) else None
-        )
-    axis = axes[0]
+    axis = min(axes[0], 1)
     channels = view.dim(node.inputs[0], axis)
-    if len(axes) != 1 or not isinstance(channels, int):
+    if not isinstance(channels, int) or channels < 1:
         return None
-    picks = [-1] * pads[axis] + list(range(channels)) + [-1] * pads[axis + rank]
-    selection = LinearMap.selection(picks, channels)
-    bias = np.where(np.asarray(picks) < 0, constant, 0.0)
-    padded = LinearMap.of(selection.geometry, selection.weight, bias)
-    return Reading((node,), node.inputs[0], padded.geometry, axis, "selection", None, lambda: padded)
+    if axes[0] >= 2:
+        around = (*pads[2:rank], *pads[rank + 2 :])
+        return _border((node,), node.inputs[0], around, np.full(channels, constant))
+    if len(axes) != 1:
+        return None
+    before, total = pads[axis], pads[axis] + channels + pads[axis + rank]
+    geometry = pointwise_geometry(total, channels, biased=bool(constant))
+
+    def padded() -> LinearMap:
+        picks = np.full(total, -1)
+        picks[before : before + channels] = np.arange(channels)
+        selection = LinearMap.selection(picks.tolist(), channels)
+        return LinearMap.of(geometry, selection.weight, np.where(picks < 0, constant, 0.0))
+
+    return Reading((node,), node.inputs[0], geometry, axis, "selection", None, _implied(geometry, padded))
 
 
 def _border(nodes: tuple[gs.Node, ...], source: gs.Tensor, pads: tuple[int, ...], fill: Array) -> Reading:

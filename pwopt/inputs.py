@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import onnx
 
-from pwopt.errors import UsageError
+from pwopt.errors import ModelError, UsageError
 from pwopt.shapes import Shape, dims, written
 
 
@@ -30,6 +30,8 @@ def input_specs(model: onnx.ModelProto) -> list[InputSpec]:
     ------
     UsageError
         If one is not a tensor.
+    ModelError
+        If one has no valid type.
     """
     initialized = {t.name for t in model.graph.initializer} | {s.values.name for s in model.graph.sparse_initializer}
     specs = []
@@ -38,7 +40,10 @@ def input_specs(model: onnx.ModelProto) -> list[InputSpec]:
             continue
         if not value.type.HasField("tensor_type"):
             raise UsageError(f"input {value.name!r} is not a tensor; pwopt takes models whose inputs are tensors")
-        dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        try:
+            dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
+        except KeyError:
+            raise ModelError(f"input {value.name!r} has no valid type; export the model again") from None
         specs.append(InputSpec(value.name, np.dtype(dtype), dims(value.type)))
     return specs
 

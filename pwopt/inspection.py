@@ -13,7 +13,7 @@ from pwopt.compiler import concrete_sizes, run_pipeline, select_passes
 from pwopt.cost import macs
 from pwopt.graph import View
 from pwopt.inputs import check_shapes, input_specs
-from pwopt.model import Model, as_file, load
+from pwopt.model import Model, as_file, blaming, load
 from pwopt.passes import FoldChains
 from pwopt.rewrite import Outcome
 from pwopt.sizes import likely_sizes
@@ -106,6 +106,11 @@ def inspect(
     check_shapes(specs, shapes or {})
     with as_file(model) as path:
         sizes = likely_sizes(specs, path, shapes=shapes, must_run=False)
+    with blaming(original.proto):
+        return _inspected(original, edited, affine, sizes)
+
+
+def _inspected(original: Model, edited: Model, affine: Model, sizes: dict[str, tuple[int, ...]]) -> Inspection:
     passes = select_passes(None)
     _, outcome, _ = run_pipeline(edited, passes, (), sizes)
     _, folded, _ = run_pipeline(affine, [p for p in passes if not isinstance(p, FoldChains)], (), sizes)

@@ -345,7 +345,8 @@ class LinearMap:
         kernel1 = first.geometry.kernel
         weight = np.zeros((groups, blocks, w2.shape[2], inn, *geometry.kernel))
         for flat, tap in enumerate(itertools.product(*map(range, g2.kernel))):
-            product = (w2[..., flat] @ w1).reshape(*weight.shape[:4], *kernel1)
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused where it is written
+                product = (w2[..., flat] @ w1).reshape(*weight.shape[:4], *kernel1)
             places = []
             for axis, t in enumerate(tap):
                 step = geometry.dilations[axis]

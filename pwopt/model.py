@@ -9,6 +9,7 @@ construction. Weights stay where they are (in the file, for external data) until
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -25,12 +26,14 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import LazyValues
 from onnx_graphsurgeon.logger import G_LOGGER
 
-from pwopt.errors import ModelError, UsageError
-from pwopt.shapes import Shape, infer, known
+from pwopt.errors import ModelError, PwoptError, UsageError
+from pwopt.shapes import Shape, infer, known, objection
 from pwopt.storage import check_external, copy_fields, data_files_of, externalise, locations_of, replacing
 
 #: Since this IR version an initializer that is also an input is a default that callers may override.
 OVERRIDABLE_SINCE_IR = 4
+#: Since this IR version a model names its opsets; before, it is opset 1.
+OPSETS_SINCE_IR = 3
 
 
 class StoredValues(LazyValues):  # type: ignore[misc]
@@ -43,7 +46,13 @@ class StoredValues(LazyValues):  # type: ignore[misc]
             self.dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
         except KeyError:
             raise ModelError(f"initializer {tensor.name!r} has no valid type; export the model again") from None
-        self.nbytes = int(np.prod(self.shape, dtype=np.int64)) * self.dtype.itemsize
+        elements = math.prod(self.shape)
+        inside = tensor.data_location != TensorProto.EXTERNAL
+        if min(self.shape, default=0) < 0 or (
+            inside and elements > 8 * tensor.ByteSize()
+        ):  # no type has less than a bit
+            raise ModelError(f"initializer {tensor.name!r} does not hold what its shape says; export the model again")
+        self.nbytes = elements * self.dtype.itemsize
 
     def load(self) -> np.ndarray:
         try:
@@ -244,15 +253,36 @@ def load(source: str | os.PathLike[str] | onnx.ModelProto | Model) -> Model:
         proto, folder = _read(path), path.resolve().parent
     _check(proto)
     check_external(proto, folder)
-    return from_proto(proto, folder)
+    with blaming(proto):
+        return from_proto(proto, folder)
+
+
+@contextlib.contextmanager
+def blaming(proto: onnx.ModelProto) -> Iterator[None]:
+    """Where a model that onnx's checker objects to makes pwopt stumble, the error is the model's: a `ModelError`.
+
+    The checker is asked only then, since onnxruntime runs models that it refuses.
+    """
+    try:
+        yield
+    except PwoptError:
+        raise
+    except MemoryError as error:
+        raise ModelError("there is not enough memory for this model; optimise it on a larger machine") from error
+    except Exception as error:
+        reason = objection(proto)
+        if not reason:
+            raise
+        raise ModelError(f"the model is not valid: {reason}") from error
 
 
 def _read(path: Path) -> onnx.ModelProto:
-    if not path.exists():
-        raise UsageError(f"there is no file {str(path)!r}; give the path of an ONNX model")
-    if path.is_dir():
-        raise ModelError(f"{str(path)!r} is a folder; give the path of an ONNX model")
     try:
+        if not path.exists():
+            raise UsageError(f"there is no file {str(path)!r}; give the path of an ONNX model")
+        if not path.is_file():
+            what = "a folder" if path.is_dir() else "not a regular file"
+            raise ModelError(f"{str(path)!r} is {what}; give the path of an ONNX model")
         proto = onnx.load(path, format="protobuf", load_external_data=False)
     except (DecodeError, ValueError) as error:
         raise ModelError(f"{str(path)!r} is not an ONNX model ({error}); export it again") from error
@@ -264,11 +294,16 @@ def _read(path: Path) -> onnx.ModelProto:
 
 
 def _check(proto: onnx.ModelProto) -> None:
-    """Single assignment, defined inputs, a known opset; the rest is left to the checker and the runtime."""
-    opset = next((o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")), None)
+    """Known versions, single assignment, defined inputs; the rest is left to the runtime."""
     newest = onnx.defs.onnx_opset_version()
-    if opset is not None and not 1 <= opset <= newest:
-        raise ModelError(f"the model uses opset {opset}, and the installed onnx knows 1 to {newest}; upgrade onnx")
+    opsets = [o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")]
+    if len(opsets) > 1 or (not proto.opset_import and proto.ir_version >= OPSETS_SINCE_IR):
+        raise ModelError(f"the model names {len(opsets) or 'no'} opsets of ONNX, not one; export it again")
+    if opsets and not 1 <= opsets[0] <= newest:
+        raise ModelError(f"the model uses opset {opsets[0]}, and the installed onnx knows 1 to {newest}; upgrade onnx")
+    if not 1 <= proto.ir_version <= onnx.IR_VERSION:
+        known_versions = f"the installed onnx knows 1 to {onnx.IR_VERSION}"
+        raise ModelError(f"the model has IR version {proto.ir_version}, and {known_versions}; upgrade onnx")
     graph = proto.graph
     for group in (graph.initializer, graph.input):
         names = [v.name for v in group]
@@ -286,6 +321,12 @@ def _check(proto: onnx.ModelProto) -> None:
     for name in [name for node in graph.node for name in node.input] + [v.name for v in graph.output]:
         if name and name not in defined:
             raise ModelError(f"tensor {name!r} is used but nothing defines it; export the model again")
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.name in ("strides", "dilations") and min(attribute.ints, default=1) < 1:
+                # onnx before 1.22 divides by them
+                at = node.name or (node.output[0] if node.output else node.op_type)
+                raise ModelError(f"node {at!r} has {attribute.name} below 1; export the model again")
     stuck = _first_in_cycle(graph)
     if stuck is not None:
         raise ModelError(f"node {stuck!r} depends on its own output; export the model again")
@@ -331,12 +372,14 @@ def from_proto(proto: onnx.ModelProto, folder: Path | None = None) -> Model:
     try:
         graph = gs.import_onnx(shell)
     except Exception as error:
-        raise ModelError(f"the graph cannot be read: {error}") from error
+        raise ModelError(f"the graph cannot be read: {objection(proto) or error}") from error
     finally:
         G_LOGGER.severity = severity
 
     model = Model(graph, proto, folder)
     for node, message in zip(graph.nodes, proto.graph.node, strict=True):
+        if node.op == "Constant" and isinstance(node.attrs.get("value"), gs.Constant):
+            node.attrs["value"]._values = StoredValues(message.attribute[0].t, folder)  # which knows every type
         model._nodes[id(node)] = (node, message, _snapshot(node.attrs))
     tensors = {t.name: t for node in graph.nodes for t in (*node.inputs, *node.outputs)}
     tensors.update({t.name: t for t in (*graph.inputs, *graph.outputs)})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,12 +15,11 @@ import onnx
 from pwopt import bench, runtime
 from pwopt.certify import certify, unchecked
 from pwopt.compiler import convert_opset, select_passes
-from pwopt.cost import Cost
 from pwopt.equivalence import Equivalence, compare
 from pwopt.errors import NotEquivalentError, UsageError
 from pwopt.inputs import check_shapes, input_specs
 from pwopt.localise import localise
-from pwopt.model import Model, as_file, from_proto, load, save, with_fixed_inputs
+from pwopt.model import Model, as_file, blaming, from_proto, load, save, with_fixed_inputs
 from pwopt.report import Latency, Report
 from pwopt.rewrite import Skip
 from pwopt.runtime import Feeds
@@ -160,6 +160,7 @@ def optimize(
     can_run = check and runtime.available()
 
     with contextlib.ExitStack() as stack:
+        stack.enter_context(blaming(source.proto))
         original = stack.enter_context(as_file(path or source))
         samples = [] if inputs is None else given_samples(inputs, specs, shapes)
         progress("choosing inputs", 0.0)
@@ -182,9 +183,9 @@ def optimize(
         arena = Arena(provider, threads, samples) if can_run else None
         if target_profile is not None and passes is None:
             allowed, dropped = select(work, None, 0.0, Profile.load(target_profile), progress)
-        elif arena is not None and cost_model == "measured" and passes is None and budget > 0:
+        elif arena is not None and cost_model == "measured" and passes is None:
             memory: Memory = Disk(provider, threads) if cache else Forgetful()
-            allowed, dropped = select(work, arena, budget, memory, progress)
+            allowed, dropped = select(work, arena, budget, memory, progress) if budget > 0 else (frozenset(), [])
         blank = Report(
             model=str(path) if path is not None else "<model in memory>",
             output=None if output is None else str(output),
@@ -203,7 +204,7 @@ def optimize(
             report = replace(blank, rewrites=outcome.rewrites, skips=left, before=before, after=after)
             if refused:
                 report = _noted(report, f"{len(refused)} rewrites were refused by their certificates: {DEFECT}.")
-            report = _noted(report, *_notes(report, before, denied, guessed))
+            report = _noted(report, *_notes(report, source.proto, denied, guessed))
             if arena is None:
                 report = _noted(report, f"Not verified ({'onnxruntime is not installed' if check else 'as asked'}).")
             elif proto is not source.proto:
@@ -295,9 +296,18 @@ def _placed(report: Report) -> Iterator[str]:
             yield f"{len(names)} operators ran on {other}, not on {report.provider}: {some}."
 
 
-def _notes(report: Report, before: Cost, denied: Iterable[str], guessed: object) -> Iterator[str]:
-    if before.unknown:
-        yield f"Multiply-adds leave out {before.unknown} operators whose sizes are not known; --shape may settle them."
+#: Operators on integers that stand for reals, besides those called QLinear….
+QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
+
+
+def _notes(report: Report, proto: onnx.ModelProto, denied: Iterable[str], guessed: object) -> Iterator[str]:
+    unknown = report.before.unknown
+    if unknown:
+        yield f"Multiply-adds leave out {unknown} operators whose sizes are not known; --shape may settle them."
+    found = Counter(n.op_type for n in proto.graph.node if n.op_type in QUANTISED or n.op_type.startswith("QLinear"))
+    if found:
+        listed = ", ".join(f"{count} {op}" for op, count in found.most_common())
+        yield f"Not touched, since folding would round integers once more: {listed}, and the weights that they hold."
     if guessed:
         yield "Inputs fixed to likely sizes, since none were given; --shape chooses them."
     seen = {r.site for r in report.rewrites} | {s.site for s in report.skips}

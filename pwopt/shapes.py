@@ -7,10 +7,17 @@ from collections.abc import Callable, Mapping, Sequence
 import onnx
 from onnx import TensorProto, shape_inference
 
+from pwopt.limits import isolated
+
 Dim = int | str | None
 Shape = tuple[Dim, ...]
 #: How a shape becomes another; None where that is not known.
 Change = Callable[[Shape], Shape | None]
+
+#: The longest one-dimensional tensor whose elements inference may follow one by one.
+WIDEST = 1 << 16
+#: Bytes that inference may take, and for each byte of the graph; it keeps several copies, and needs a tenth of both.
+INFERENCE_MEMORY, INFERENCE_COPIES = 1 << 28, 64
 
 #: Initializers up to this many elements may be shapes, axes or sizes, whose values inference reads.
 SMALL = 1024
@@ -99,16 +106,57 @@ def infer(
 
 
 def _infer(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
+    """Types without the propagation of data, and with it if they leave something open.
+
+    That propagation writes down every element of a one-dimensional tensor, whatever it is for; a model can make
+    that terabytes.
+    """
     try:
-        inferred = shape_inference.infer_shapes(light, data_prop=True)
+        types = _types(shape_inference.infer_shapes(light))
     except Exception:  # inference stops at what it does not understand; what is declared still holds
-        inferred = light
-    graph = inferred.graph
+        return _types(light)
+    outputs = {name for node in light.graph.node for name in node.output if name}
+    if all(known(types.get(name, (0, None))[1]) is not None for name in outputs):
+        return types
+    inputs = {name for node in light.graph.node if _propagates(node) for name in node.input}
+    if any(len(size) == 1 and size[0] > WIDEST for n in inputs if (size := known(types.get(n, (0, None))[1]))):
+        return types
+    content = light.SerializeToString()
+    found = isolated(
+        lambda: shape_inference.infer_shapes(content, data_prop=True).SerializeToString(),
+        INFERENCE_MEMORY + INFERENCE_COPIES * len(content),
+    )
+    return types if found is None else _types(onnx.load_from_string(found))
+
+
+def _propagates(node: onnx.NodeProto) -> bool:
+    return onnx.defs.has(node.op_type) and onnx.defs.get_schema(node.op_type).has_data_propagation_function
+
+
+def _types(model: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
+    """Of every tensor that the model declares."""
+    graph = model.graph
     types: dict[str, tuple[int, Shape | None]] = {t.name: (t.data_type, tuple(t.dims)) for t in graph.initializer}
     for value in [*graph.input, *graph.value_info, *graph.output]:
         if value.type.HasField("tensor_type"):
             types[value.name] = (value.type.tensor_type.elem_type, dims(value.type))
     return types
+
+
+def objection(model: onnx.ModelProto) -> str:
+    """What onnx's checker or its strict inference has against a model's nodes, in one line, else ""."""
+    light = skeleton(model)
+    context = onnx.checker.C.CheckerContext()
+    context.ir_version = light.ir_version
+    context.opset_imports = {o.domain: o.version for o in light.opset_import}
+    try:
+        for node in light.graph.node:
+            if not any(a.HasField("g") or a.graphs for a in node.attribute):  # the checker takes captures for undefined
+                onnx.checker.check_node(node, context)
+        shape_inference.infer_shapes(light, check_type=True, strict_mode=True)
+    except Exception as error:  # both raise many types
+        return " ".join(str(error).split())[:300]
+    return ""
 
 
 POOLS = ("MaxPool", "AveragePool", "LpPool")

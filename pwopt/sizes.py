@@ -95,7 +95,8 @@ def likely_sizes(
         If the model runs on none of them.
     """
     likeliest = next(candidate_shapes(specs, shapes))
-    if not must_run and not available():
+    settled = all(s.name in (shapes or {}) or known(s.shape) is not None for s in specs)
+    if not must_run and (settled or not available()):
         return likeliest
     failure: ModelError | None = None
     try:
@@ -113,7 +114,7 @@ def likely_sizes(
         return candidate
     if not must_run:
         return likeliest
-    if all(s.name in (shapes or {}) or known(s.shape) is not None for s in specs):
+    if settled:
         raise UsageError(f"the model does not run at its sizes: {failure}; give others, or --input FILE.npz")
     names = " ".join(f"--shape {s.name}=…" for s in specs if known(s.shape) is None)
     raise UsageError(f"no likely size runs ({failure}); give {names} or --input FILE.npz")

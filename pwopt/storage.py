@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import math
 import os
 import re
 import tempfile
@@ -13,7 +14,13 @@ from typing import IO, Any
 
 import onnx
 from google.protobuf.message import DecodeError
-from onnx.external_data_helper import ExternalDataInfo, set_external_data, uses_external_data
+from onnx import TensorProto
+from onnx.external_data_helper import (
+    ExternalDataInfo,
+    load_external_data_for_tensor,
+    set_external_data,
+    uses_external_data,
+)
 
 from pwopt.errors import ModelError
 
@@ -36,21 +43,58 @@ def copy_fields(source: Any, target: Any, skip: set[str]) -> None:
 
 
 def check_external(proto: onnx.ModelProto, folder: Path | None) -> None:
+    """Refuse external data that is not there, or not in the model's own folder.
+
+    Initializers of the main graph stay where they are; what the nodes and bodies hold is few, and is read.
+    """
     for tensor in proto.graph.initializer:
-        if not uses_external_data(tensor):
-            continue
+        if uses_external_data(tensor):
+            _check_place(tensor, folder)
+    for tensor in _inner_tensors(proto):
+        if uses_external_data(tensor):
+            _check_place(tensor, folder)
+            try:
+                load_external_data_for_tensor(tensor, str(folder))
+            except (OSError, ValueError, onnx.checker.ValidationError) as error:
+                raise ModelError(f"external data of {tensor.name!r} cannot be read: {error}") from error
+            tensor.data_location = TensorProto.DEFAULT
+            del tensor.external_data[:]
+
+
+def _check_place(tensor: TensorProto, folder: Path | None) -> None:
+    if folder is None:
+        raise ModelError("a model in memory has no folder for its external data; give its path instead")
+    try:
         info = ExternalDataInfo(tensor)
-        if folder is None:
-            raise ModelError("a model in memory has no folder for its external data; give its path instead")
+        if min(info.offset or 0, info.length or 0) < 0:
+            raise ValueError("a negative offset or length")
         path = folder / info.location
-        if Path(info.location).is_absolute() or not path.resolve().is_relative_to(folder):
-            raise ModelError(
-                f"external data {info.location!r} of {tensor.name!r} lies outside the model's folder; move it"
-            )
-        if not path.is_file():
-            raise ModelError(f"external data {info.location!r} of {tensor.name!r} is missing; put it beside the model")
-        if (info.offset or 0) + (info.length or 0) > path.stat().st_size:
-            raise ModelError(f"external data {info.location!r} is too short for {tensor.name!r}; copy it again")
+        inside = not Path(info.location).is_absolute() and path.resolve().is_relative_to(folder)
+        available = path.stat().st_size - (info.offset or 0) if inside and path.is_file() else None
+    except (ValueError, OSError) as error:
+        raise ModelError(f"external data of {tensor.name!r} has no valid place ({error}); export it again") from error
+    if not inside:
+        raise ModelError(f"external data {info.location!r} of {tensor.name!r} lies outside the model's folder; move it")
+    if available is None:
+        raise ModelError(f"external data {info.location!r} of {tensor.name!r} is missing; put it beside the model")
+    if max(info.length or 0, math.prod(tensor.dims) // 8) > available:  # no type has less than a bit
+        raise ModelError(f"external data {info.location!r} is too short for {tensor.name!r}; copy it again")
+
+
+def _inner_tensors(proto: onnx.ModelProto) -> Iterator[TensorProto]:
+    """Every tensor of a model but the initializers of its main graph."""
+    nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
+    sparse = list(proto.graph.sparse_initializer)
+    while nodes:
+        for attribute in nodes.pop().attribute:
+            yield from [attribute.t] if attribute.HasField("t") else attribute.tensors
+            sparse += [attribute.sparse_tensor] if attribute.HasField("sparse_tensor") else attribute.sparse_tensors
+            for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                yield from body.initializer
+                sparse += body.sparse_initializer
+                nodes += body.node
+    for tensor in sparse:
+        yield from (tensor.values, tensor.indices)
 
 
 def locations_of(proto: onnx.ModelProto) -> dict[str, str]:
@@ -88,13 +132,16 @@ def externalise(model: onnx.ModelProto, path: Path, folder: Path | None, layout:
     copy_fields(model.graph, proto.graph, skip={"initializer"})
     with contextlib.ExitStack() as files:
         streams = {old: files.enter_context(replacing(path.parent / name)) for old, name in new_names.items()}
+        copied: dict[tuple[str, int | None, int | None], tuple[int, int]] = {}  # tensors may share their bytes
         for tensor in model.graph.initializer:
             kept = proto.graph.initializer.add()
             if uses_external_data(tensor):
                 info = ExternalDataInfo(tensor)
                 kept.CopyFrom(tensor)
-                target = info.location
-                offset, length = _append_file(streams[target], folder / info.location, info)
+                target, piece = info.location, (info.location, info.offset, info.length)
+                if piece not in copied:
+                    copied[piece] = _append_file(streams[target], folder / info.location, info)
+                offset, length = copied[piece]
             elif len(tensor.raw_data) >= EXTERNAL_THRESHOLD:
                 for descriptor, value in tensor.ListFields():
                     if descriptor.name in ("name", "data_type", "doc_string"):

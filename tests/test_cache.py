@@ -10,7 +10,7 @@ import pytest
 from helpers import normal, parse
 
 import pwopt
-from pwopt import cache, optimizer
+from pwopt import cache, selection
 from pwopt.cache import Entry
 from pwopt.cli import main
 
@@ -78,13 +78,13 @@ def siblings() -> onnx.ModelProto:
 def test_a_second_run_decides_alike_without_racing(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     races: list[object] = []
-    real = optimizer.timing.race
+    real = selection.timing.race
 
     def counted(sessions: object, *args: object, **options: object) -> object:
         races.append(options.get("decided"))
         return real(sessions, *args, **options)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(optimizer.timing, "race", counted)
+    monkeypatch.setattr(selection.timing, "race", counted)
     first = pwopt.optimize(siblings(), race_seconds=0.01, budget=5.0)
     tuned = sum(r is not None for r in races)
     assert tuned == len(list(cache.entries())) > 0

@@ -13,7 +13,7 @@ import pytest
 from helpers import MODELS, evaluate, normal, ops, parse, weight
 
 import pwopt
-from pwopt import compiler, optimizer, runtime
+from pwopt import compiler, optimizer, runtime, selection
 from pwopt.certify import unchecked
 from pwopt.errors import NotEquivalentError, ProviderError, UsageError
 from pwopt.model import load
@@ -62,7 +62,7 @@ def test_a_wrong_rewrite_is_dropped_by_its_certificate(tmp_path: Path, monkeypat
 def test_a_slower_result_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     slow = Race((np.full(50, 1.0), np.full(50, 2.0)))
-    monkeypatch.setattr(optimizer.timing, "race", lambda *_, **__: slow)
+    monkeypatch.setattr(selection.timing, "race", lambda *_, **__: slow)
     result = pwopt.optimize(MODELS / "linear_sequence.onnx", tmp_path / "out.onnx", shapes={"x": (1, 64, 4, 4)})
     assert "measured slower (0.500× [0.500, 0.500]): the original is returned" in result.report.notes[-1]
     assert result.report.rewrites == ()
@@ -95,7 +95,7 @@ def test_what_is_not_faster_is_taken_back(
     """Folding the chain is judged by cost, removing the factor of 1 always pays."""
     pytest.importorskip("onnxruntime")
     races = iter([Race((np.full(50, s), np.full(50, 1.0))) for s in speedups])
-    monkeypatch.setattr(optimizer.timing, "race", lambda *_, **__: next(races))
+    monkeypatch.setattr(selection.timing, "race", lambda *_, **__: next(races))
     result = pwopt.optimize(CHAIN, budget=0.0)
     assert ops(result.model) == left
     assert note in " ".join(result.report.notes)
@@ -114,7 +114,7 @@ def test_what_is_not_faster_is_taken_back(
 def test_what_was_asked_for_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     slow = Race((np.full(50, 1.0), np.full(50, 2.0)))
-    monkeypatch.setattr(optimizer.timing, "race", lambda *_, **__: slow)
+    monkeypatch.setattr(selection.timing, "race", lambda *_, **__: slow)
     result = pwopt.optimize(CHAIN, passes=["fold-chains"])
     assert ops(result.model)["Conv"] == 2
     assert "Measured slower (0.50×), and kept since --passes was asked for." in result.report.notes

@@ -17,13 +17,15 @@ def eager() -> KeepLayout:
     return p
 
 
+@pytest.mark.parametrize("opset", [11, 13, 19])
 @pytest.mark.parametrize("body", ["{ y = Mul(x, g) }", "{ y = Mul(g, x) }", "{ y = Add(g, x) }"])
-def test_a_gate_is_spread(body: str) -> None:
-    model = parse(TWO + body)
+def test_a_gate_is_spread(body: str, opset: int) -> None:
+    model = parse(TWO + body, opset=opset)
     result, _, _ = run(model, eager())
     assert [n.op_type for n in result.graph.node] == ["Resize", body.split()[3].split("(")[0]]
     for a, b in zip(evaluate(model, x=X, g=G), evaluate(result, x=X, g=G), strict=True):
         np.testing.assert_array_equal(a, b)
+    pytest.importorskip("onnxruntime").InferenceSession(result.SerializeToString(), providers=["CPUExecutionProvider"])
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from helpers import MODELS, normal, parse, weight
 from onnx import numpy_helper
 
 import pwopt
-from pwopt import localise, optimizer
+from pwopt import localise, selection
 from pwopt.errors import NotEquivalentError
 from pwopt.inputs import input_specs
 from pwopt.model import save
@@ -237,7 +237,7 @@ def test_a_fault_that_noise_drowns_is_traced_back_from_where_it_shows() -> None:
 
 def test_the_rewrite_at_fault_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A rewrite that went wrong: optimize refuses the result, says where, and which site to deny."""
-    real = optimizer.run_pipeline
+    real = selection.run_pipeline
 
     def faulty(model: pwopt.Model, *arguments: object, **options: object) -> object:
         result = real(model, *arguments, **options)  # type: ignore[arg-type]
@@ -246,7 +246,7 @@ def test_the_rewrite_at_fault_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path
                 node.inputs[1].values = node.inputs[1].values * F(1.001)
         return result
 
-    monkeypatch.setattr(optimizer, "run_pipeline", faulty)
+    monkeypatch.setattr(selection, "run_pipeline", faulty)
     with pytest.raises(NotEquivalentError, match="--deny 'fold-affine:n'") as failure:
         pwopt.optimize(net(), tmp_path / "out.onnx", cost_model="analytic", passes=["fold-affine"])
     assert not list(tmp_path.iterdir())

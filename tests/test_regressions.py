@@ -19,6 +19,7 @@ from pwopt.passes import (
     HoistStride,
     LowerRank,
     MergeSiblings,
+    NameActivations,
     SplitConcat,
 )
 from pwopt.rewrite import Pass
@@ -107,6 +108,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"k": np.abs(S)}, {}),
     "no channels: normalisation": ("(float[2,0,4,4] x) => (float[2,0,4,4] y) { y = BatchNormalization(x, s, s, s, s) }", {"s": np.zeros(0, F)}, {}),
     "no channels: scalars": ("(float[2,0,4,4] x) => (float[2,0,4,4] y) { a = Mul(x, k) y = Add(a, k) }", {"k": F(2)}, {}),
+    "no channels: padding": (
+        "(float[2,0,4,4] x) => (float[2,0,5,6] y) { a = Pad(x, p) b = Mul(a, k) y = Relu(b) }", {"p": np.array([0, 0, 0, 1, 0, 0, 1, 1]), "k": F(2)}, {}),
     "no inputs": ("(float[2,0] x) => (float[2,5] y) { a = MatMul(x, w) y = Mul(a, k) }", {"k": F(2), "w": np.zeros((0, 5), F)}, {}),
     "no outputs": ("(float[2,3] x) => (float[2,0] y) { a = MatMul(x, w) y = MatMul(a, v) }", {"w": r(3, 4), "v": np.zeros((4, 0), F)}, {}),
 }  # fmt: skip
@@ -245,6 +248,36 @@ def test_a_constant_part_of_a_concat(body: str) -> None:
     every(
         parse("(double[1,3,8,8] x) => (double[N] y) " + body, **used), HoistCrop(), HoistStride(), x=normal(1, 3, 8, 8)
     )
+
+
+def test_a_chain_stops_at_a_map_that_is_not_finite() -> None:
+    w = normal(4, 8, 1, 1)
+    w[0, 1] = np.nan
+    model = parse("(double[1,4,2,2] x) => (double[N] y) { a = Conv(x, u) y = Conv(a, w) }", u=normal(8, 4, 1, 1), w=w)
+    result, outcome, _ = run(model, FoldChains())
+    assert result is model
+    assert [s.reason for s in outcome.skips] == ["its weights are not finite"]
+
+
+def test_a_constant_node_in_bfloat16() -> None:
+    bfloat16 = onnx.TensorProto.BFLOAT16
+    model = parse("(bfloat16[2,3] x) => (bfloat16[2,3] y) { c = Constant<value_float=2.0>() y = Mul(x, c) }", 22, 10)
+    model.graph.node[0].CopyFrom(
+        onnx.helper.make_node("Constant", [], ["c"], value=onnx.helper.make_tensor("c", bfloat16, [], [2.0]))
+    )
+    assert pwopt.optimize(model, cost_model="analytic", check=False).report.before.params == 1
+
+
+def test_swish_is_named_where_onnxruntime_runs_it() -> None:
+    body = "(float[2,3] x) => (float[2,3] y) { s = Sigmoid(x) y = Mul(x, s) }"
+    for opset in (24, onnx.defs.onnx_opset_version()):
+        model, feeds = parse(body, opset, 10), {"x": r(2, 3)}
+        try:
+            expected = on_onnxruntime(model, feeds)[0]
+        except Exception:
+            pytest.skip(f"this onnxruntime is older than opset {opset}")
+        result, _, _ = run(model, NameActivations())
+        np.testing.assert_allclose(on_onnxruntime(result, feeds)[0], expected, rtol=1e-6)
 
 
 def test_a_concat_of_one() -> None:

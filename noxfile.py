@@ -1,0 +1,49 @@
+"""The suite on every Python and on the oldest and newest libraries: `pip install nox`, then `nox`.
+
+`nox -s oldest` tests the lower bounds of pyproject.toml themselves: each requirement ``name>=version`` is installed as
+``name==version``. `nox -s "newest-3.12"` runs on one Python; Pythons that are not installed are skipped. Arguments
+after ``--`` go to pytest: `nox -s oldest -- -x tests/test_forms.py`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import nox
+
+PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
+#: What the lower bounds are tested on: the oldest Python.
+OLDEST = PYTHONS[0]
+
+nox.options.default_venv_backend = "venv"
+nox.options.error_on_missing_interpreters = False
+nox.options.sessions = ["newest", "oldest", "without_runtime"]
+ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
+
+
+def lower_bounds() -> list[str]:
+    """The dependencies, with the onnxruntime of the `cpu` extra, each at its lower bound."""
+    project = nox.project.load_toml(Path(__file__).parent / "pyproject.toml")["project"]
+    required = [*project["dependencies"], *project["optional-dependencies"]["cpu"]]
+    return [r.replace(">=", "==") for r in required]
+
+
+@nox.session(python=PYTHONS)
+def newest(session: nox.Session) -> None:
+    """Every Python, with the newest libraries it has."""
+    session.install("--upgrade", "-e", ".[cpu,report,test]")
+    session.run("pytest", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session(python=OLDEST)
+def oldest(session: nox.Session) -> None:
+    """The lower bounds of pyproject.toml."""
+    session.install("-e", ".[cpu,test]", *lower_bounds())
+    session.run("pytest", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session(python=OLDEST)
+def without_runtime(session: nox.Session) -> None:
+    """No onnxruntime: tests that need it are skipped, the algebra is not."""
+    session.install("-e", ".[test]")
+    session.run("pytest", *session.posargs, env=ENVIRONMENT)

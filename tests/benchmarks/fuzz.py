@@ -1,0 +1,112 @@
+#!/usr/bin/env python3
+"""Optimise random models by every pass alone and by all together, and compare with the originals.
+
+    python tests/benchmarks/fuzz.py [--graphs 20000] [--first 0] [--processes 2] [--minutes 60] [-o RESULTS.json]
+
+Graph number n is made from seed n alone (tests/strategies.py), so a failure is reproduced by ``--first n --graphs 1``.
+With -o, a campaign that was interrupted goes on where it stopped. The judge (tests/judge.py) is onnxruntime without
+graph optimisation, on the sizes that a graph was made for and on others of its dynamic dimensions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from random import Random
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parent.parent))
+
+from judge import WrongError, choose, judge
+from strategies import random_sample
+
+from pwopt.passes import PASSES
+from pwopt.report import to_json
+from pwopt.runtime import environment
+
+#: Graphs that a process runs before its figures are written down.
+BATCH = 50
+
+
+def run(seeds: range) -> dict[str, Any]:
+    """Figures of these graphs: by judge, rewrites by pass, failures."""
+    warnings.simplefilter("ignore")
+    judges: Counter[str] = Counter()
+    rewrites: Counter[str] = Counter()
+    failures = []
+    for seed in seeds:
+        sample = random_sample(Random(seed))
+        make, given = choose(sample.model, sample.feeds)
+        judges[make.__name__ if make is not None else "none"] += 1
+        judges["nodes"] += len(sample.model.graph.node)
+        for passes in [None, *([p.name] for p in PASSES)] if make is not None else []:
+            try:
+                rewrites.update(judge(sample, passes, given, make))
+            except Exception as error:
+                kind = "wrong" if isinstance(error, WrongError) else "crash"
+                where = traceback.extract_tb(error.__traceback__)[-1]
+                failures.append({"seed": seed, "passes": passes, "kind": kind, "error": f"{type(error).__name__}: {error}",
+                                 "at": f"{Path(where.filename).name}:{where.lineno}"})  # fmt: skip
+    return {"judges": judges, "rewrites": rewrites, "failures": failures}
+
+
+def batches(first: int, graphs: int, done: set[int]) -> Iterator[range]:
+    for start in range(first, first + graphs, BATCH):
+        if start not in done:
+            yield range(start, min(start + BATCH, first + graphs))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("-o", "--output", type=Path)
+    parser.add_argument("--graphs", type=int, default=20_000)
+    parser.add_argument("--first", type=int, default=0, help="seed of the first graph; a multiple of 50 to go on")
+    parser.add_argument("--processes", type=int, default=1)
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no batch after this time")
+    options = parser.parse_args()
+    known = json.loads(options.output.read_text()) if options.output and options.output.exists() else {}
+    judges, rewrites = Counter(known.get("judges", {})), Counter(known.get("rewrites", {}))
+    failures, done = known.get("failures", []), set(known.get("done", []))
+    start = time.monotonic()
+    with ProcessPoolExecutor(options.processes, max_tasks_per_child=20) as pool:
+        waiting = batches(options.first, options.graphs, done)
+        running = {
+            pool.submit(run, seeds): seeds for seeds in (next(waiting, None) for _ in range(options.processes)) if seeds
+        }
+        while running:
+            future = next(iter(running))
+            seeds, found = running.pop(future), future.result()
+            judges.update(found["judges"])
+            rewrites.update(found["rewrites"])
+            failures += found["failures"]
+            done.add(seeds.start)
+            for failure in found["failures"]:
+                print(failure, flush=True)
+            if time.monotonic() - start < 60 * options.minutes and (following := next(waiting, None)):
+                running[pool.submit(run, following)] = following
+            ran = sum(n for name, n in judges.items() if name != "nodes")
+            content = {
+                "environment": environment("cpu", 1),
+                "graphs": ran,
+                "judges": dict(judges),
+                "rewrites": {p.name: rewrites[p.name] for p in PASSES},
+                "failures": failures,
+                "done": sorted(done),
+            }
+            if options.output:
+                options.output.write_text(to_json(content))
+    print(f"{ran} graphs, {sum(rewrites.values())} rewrites, {len(failures)} failures")
+    print(" ".join(f"{p.name}:{rewrites[p.name]}" for p in PASSES))
+    sys.exit(bool(failures))
+
+
+if __name__ == "__main__":
+    main()

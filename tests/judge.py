@@ -1,0 +1,171 @@
+"""Whether passes keep a model's answers, by onnxruntime on the original."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import TensorProto, numpy_helper
+from strategies import Sample
+
+import pwopt
+
+Feeds = dict[str, np.ndarray]
+Runner = Callable[[Feeds], list[np.ndarray]]
+
+#: Deviation allowed, relative to an output's largest element: a few hundred roundings, as `pwopt.verify` has it.
+TOLERANCES = {"float64": 1e-9, "float32": 3e-4, "float16": 3e-2, "bfloat16": 2e-1}
+#: Floating-point types other than float32.
+OTHER_FLOATS = (TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+#: Deviation allowed, in multiples of what one rounding of the inputs does, or of onnxruntime's own noise.
+FACTOR = 8.0
+#: Where rounding to integers follows, elements that may fall on the other side of a step.
+FLIPPED = 0.02
+
+
+class WrongError(AssertionError):
+    """A rewritten model does not load, or does not give the original's answers."""
+
+
+def runtime(model: onnx.ModelProto, optimise: bool = False) -> Runner:
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
+    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    return lambda feeds: list(session.run(None, feeds))
+
+
+def widened(model: onnx.ModelProto) -> Runner:
+    """onnxruntime on the same model in float32, for types that it has no kernels for."""
+    wide = onnx.ModelProto()
+    wide.CopyFrom(model)
+    graphs = [wide.graph]
+    nodes = [node for function in wide.functions for node in function.node]
+    for graph in graphs:  # grows as bodies are found
+        nodes += graph.node
+        graphs += [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
+        for value in (*graph.input, *graph.output, *graph.value_info):
+            if value.type.tensor_type.elem_type in OTHER_FLOATS:
+                value.type.tensor_type.elem_type = TensorProto.FLOAT
+        for tensor in graph.initializer:
+            _widen(tensor)
+    for attribute in (a for node in nodes for a in node.attribute):
+        if attribute.HasField("t"):
+            _widen(attribute.t)
+        elif attribute.name == "to" and attribute.i in OTHER_FLOATS:
+            attribute.i = TensorProto.FLOAT
+    run = runtime(wide)
+    return lambda feeds: run({n: v.astype(np.float32) if v.dtype.kind in "fV" else v for n, v in feeds.items()})
+
+
+def _widen(tensor: TensorProto) -> None:
+    if tensor.data_type in OTHER_FLOATS:
+        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+
+
+def answers(run: Runner, feeds: Sequence[Feeds]) -> list[list[np.ndarray] | None]:
+    """The outputs for each feed; None for those that the model does not take."""
+    found: list[list[np.ndarray] | None] = []
+    for f in feeds:
+        try:
+            with np.errstate(all="ignore"):
+                found.append(run(f))
+        except Exception:
+            found.append(None)
+    return found
+
+
+def choose(
+    model: onnx.ModelProto, feeds: Sequence[Feeds]
+) -> tuple[Callable[[onnx.ModelProto], Runner] | None, list[list[np.ndarray] | None]]:
+    """The first judge that runs the original, and what it says."""
+    for make in (runtime, widened):
+        try:
+            given = answers(make(model), feeds)
+        except Exception:
+            continue
+        if given[0] is not None:
+            return make, given
+    return None, []
+
+
+def nudged(feeds: Feeds) -> Feeds:
+    """Every other element moved by a rounding."""
+    moved = {}
+    for name, value in feeds.items():
+        eps = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float64": 2.0**-52}.get(str(value.dtype), 2.0**-23)
+        factors = np.where(np.arange(value.size).reshape(value.shape) % 2, 1 + eps, 1 - eps)
+        moved[name] = (value.astype(np.float64) * factors).astype(value.dtype)
+    return moved
+
+
+def deviations(expected: list[np.ndarray], found: list[np.ndarray]) -> list[np.ndarray]:
+    """Absolute deviations of each output; infinite where one is not a number and the other is."""
+    result = []
+    for a, b in zip(expected, found, strict=True):
+        if a.shape != b.shape or a.dtype != b.dtype:
+            raise WrongError(f"{b.dtype}{b.shape} instead of {a.dtype}{a.shape}")
+        x, y = a.astype(np.float64), b.astype(np.float64)
+        with np.errstate(all="ignore"):
+            result.append(
+                np.where((x == y) | (np.isnan(x) & np.isnan(y)), 0.0, np.where(np.isfinite(x - y), abs(x - y), np.inf))
+            )
+    return result
+
+
+def judge(
+    sample: Sample,
+    passes: Sequence[str] | None,
+    given: list[list[np.ndarray] | None],
+    make: Callable[[onnx.ModelProto], Runner],
+) -> Counter[str]:
+    """Rewrites applied, by pass.
+
+    Raises
+    ------
+    WrongError
+        If the result is not sound, or not equivalent.
+    """
+    shapes = {n: v.shape for n, v in sample.feeds[0].items()}
+    result = pwopt.optimize(sample.model, cost_model="analytic", check=False, passes=passes, shapes=shapes)
+    applied = Counter(r.pass_name for r in result.report.rewrites)
+    if result.model is sample.model:
+        return applied
+    old, new = sample.model.graph, result.model.graph
+    if [i.name for i in old.input] != [i.name for i in new.input] or list(old.output) != list(new.output):
+        raise WrongError("inputs or outputs changed")
+    try:
+        run = make(result.model)
+        onnx.checker.check_model(result.model)
+    except Exception as error:
+        raise WrongError(f"does not load: {error}") from error
+    discrete = any(n.op_type == "QuantizeLinear" for n in old.node)
+    original: Runner | None = None
+    for feeds, expected, found in zip(sample.feeds, given, answers(run, sample.feeds), strict=True):
+        if expected is None:
+            continue
+        if found is None:
+            raise WrongError("does not run on inputs that the original runs on")
+        for i, off in enumerate(deviations(expected, found)):
+            finite = np.abs(expected[i].astype(np.float64))
+            size = float(np.max(finite[np.isfinite(finite)], initial=0.0))
+            kind = str(next(iter(feeds.values()), expected[i]).dtype)
+            allowed = max(TOLERANCES.get(kind, 0.0), TOLERANCES.get(str(expected[i].dtype), 0.0)) * size + 1e-30
+            if not (off > allowed).any():
+                continue
+            original = original or make(sample.model)
+            others = [answers(original, [nudged(feeds)])[0]]
+            if make is runtime:
+                others.append(answers(runtime(sample.model, optimise=True), [feeds])[0])
+            noise = max(float(np.max(deviations(expected, o)[i], initial=0.0)) for o in others if o is not None)
+            wrong = off > max(allowed, FACTOR * noise)
+            if wrong.any() and not (discrete and wrong.mean() <= FLIPPED):
+                raise WrongError(
+                    f"output {old.output[i].name} deviates by {off.max():.3g} of {size:.3g} (noise {noise:.3g})"
+                )
+    return applied
