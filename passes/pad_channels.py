@@ -12,7 +12,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from pwopt import commute, forms
-from pwopt.channels import ELEMENTWISE, Analysis, Channels, Flow, Scanner
+from pwopt.channels import ELEMENTWISE, Analysis, Channels, Flow, Unread
 from pwopt.linear import LinearMap, Refusal
 from pwopt.rechannel import Take, rechannel, runs
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
@@ -42,17 +42,14 @@ class PadChannels(Pass):
     #: What channel counts become multiples of.
     multiple: ClassVar[int] = 4
 
-    def __init__(self) -> None:
-        self._scan = Scanner()
-
     def start(self, rw: Rewriter) -> None:
         self._pending: dict[int, tuple[list[Channels], set[int], Analysis]] = {}
         self._lost: dict[int, gs.Tensor] = {}
-        tensors = {id(t): t for n in rw.nodes() for t in self._asks(rw, n) if rw.producer(t) is not None}
-        asking = set(tensors)
-        if not asking:
+        self._asking = {id(t): t for n in rw.nodes() for t in self._asks(rw, n) if rw.producer(t) is not None}
+        asking = set(self._asking)
+        if not asking or not self.eager:
             return
-        analysis = Analysis(rw, self._scan)
+        analysis = Analysis(rw, Unread())
         for component in analysis.components():
             asked = asking.intersection(id(c.tensor) for c in component)
             first = min(
@@ -60,15 +57,17 @@ class PadChannels(Pass):
             )
             if asked and first is not None:
                 self._pending[id(first.outputs[0])] = (component, asked, analysis)
-        self._lost = {i: t for i, t in tensors.items() if i not in analysis.of}
+        self._lost = {i: t for i, t in self._asking.items() if i not in analysis.of}
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
         for t in node.outputs:
             if id(t) in self._pending:
                 return self._pad(rw, *self._pending.pop(id(t)))
+            asked = f"{rw.dim(t, 1)} channels would be a multiple of {self.multiple}"
             if id(t) in self._lost:
-                asked = f"{rw.dim(t, 1)} channels would be a multiple of {self.multiple}"
                 return Skip(f"{asked}, but what {node.op} {node.name!r} does to channels is not followed")
+            if id(t) in self._asking and not self.eager:
+                return Skip(f"{asked}; only measuring can tell")
         return None
 
     def _asks(self, rw: Rewriter, node: gs.Node) -> list[gs.Tensor]:
@@ -88,8 +87,6 @@ class PadChannels(Pass):
         change = ", ".join(f"{old}→{new}" for old, new in widths if old != new)
         if why:
             return Skip(f"{change} channels would be multiples of {self.multiple}, but {why}")
-        if not self.eager:
-            return Skip(f"{change} channels would be multiples of {self.multiple}; only measuring can tell")
         reason = f"channels of zeros: {change} in {len(component)} tensors, for multiples of {self.multiple}"
         done = rechannel(rw, analysis, component, takes, reason, "_padded")
         return Skip(done.reason) if isinstance(done, Refusal) else done.signed(f"more channels: {change}")

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from pwopt import emit, forms
-from pwopt.channels import Analysis, Channels, Scanner, multiplies
+from pwopt.channels import Analysis, Channels, Unread, multiplies
 from pwopt.forms import Reading
 from pwopt.linear import LinearMap, Refusal
 from pwopt.rechannel import rechannel, runs
@@ -27,14 +27,11 @@ class SplitMultiplier(Pass):
     name = "split-multiplier"
     policy = "measured"
 
-    def __init__(self) -> None:
-        self._scan = Scanner()
-
     def start(self, rw: Rewriter) -> None:
         self._places: dict[int, tuple[list[Channels], Analysis]] = {}
         if not any(_reading(rw, n) for n in rw.nodes()):
             return
-        analysis = Analysis(rw, self._scan)
+        analysis = Analysis(rw, Unread())
         for component in analysis.components():
             self._places.update({id(c.tensor): (component, analysis) for c in component})
 
