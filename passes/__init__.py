@@ -24,6 +24,7 @@ from pwopt.passes.split_concat import SplitConcat
 from pwopt.passes.split_multiplier import SplitMultiplier
 from pwopt.passes.split_siblings import SplitSiblings
 from pwopt.passes.sum_branches import SumBranches
+from pwopt.passes.to_matmul import ToMatMul
 from pwopt.rewrite import Pass
 
 #: The default pipeline, in order.
@@ -51,6 +52,7 @@ PASSES: tuple[type[Pass], ...] = (
     MergeSiblings,
     SplitConcat,
     JoinConcat,
+    ToMatMul,
 )
 
 __all__ = [
@@ -78,4 +80,5 @@ __all__ = [
     "SplitMultiplier",
     "SplitSiblings",
     "SumBranches",
+    "ToMatMul",
 ]

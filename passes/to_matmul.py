@@ -1,0 +1,56 @@
+"""Pointwise convolutions run as matrix products over flattened positions."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pwopt import emit
+from pwopt.linear import Refusal
+from pwopt.positions import stencil
+from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
+
+
+class ToMatMul(Pass):
+    """conv₁ₓ₁(x) = reshape(W · reshape(x)): a pointwise convolution is a product of (out, in) and (in, positions).
+
+    Tools that write every 1×1 convolution so make most models slower on onnxruntime's CPU provider, whose blocked
+    layout the product leaves; other providers, and odd sizes, may differ. Maps of one position are lower-rank's.
+    """
+
+    name = "to-matmul"
+    policy = "measured"
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+        reading = stencil(rw, node)
+        g = None if reading is None else reading.geometry
+        if reading is None or g is None or not g.pointwise or g.groups > 1 or len(g.kernel) != 2:
+            return None
+        height, width = rw.dim(reading.source, 2), rw.dim(reading.source, 3)
+        if not isinstance(height, int) or not isinstance(width, int) or height * width < 2 or not self.eager:
+            return None
+        if rw.shared(reading.weight_input):
+            return Skip(f"the weight {reading.weight_input.name!r} is shared")
+        linear = reading.load()
+        if isinstance(linear, Refusal):
+            return Skip(linear.reason)
+        source, output, places = reading.source, reading.output, height * width
+        flat = rw.new_variable(f"{output.name}_flat", source, lambda s: (*s[:2], places))
+        product = rw.new_variable(f"{output.name}_mapped", output, lambda s: (*s[:2], places))
+        like = replace(reading, kind="left-matmul")
+        written = emit.write(rw, linear.at_rank(0), like, flat, product, 1, inherit=False)
+        if isinstance(written, Refusal):
+            return Skip(written.reason)
+        shapes = [
+            rw.new_constant(f"{output.name}_{name}", np.array(shape, np.int64))
+            for name, shape in (("positions", (0, g.in_channels, places)), ("map", (0, g.out_channels, height, width)))
+        ]
+        new = [
+            gs.Node("Reshape", rw.node_name(node.name, "_flat"), {}, [source, shapes[0]], [flat]),
+            *written.nodes,
+            gs.Node("Reshape", rw.node_name(node.name, "_map"), {}, [product, shapes[1]], [output]),
+        ]
+        done = rw.replace([node], new, f"{reading.channels} runs as a matrix product", written.residual)
+        return done.signed(f"products at {height}×{width}: {reading.channels}")
