@@ -19,12 +19,14 @@ from pwopt.shapes import written
 
 #: Of lines in the file, as everywhere in this repository.
 WIDTH = 120
-#: Columns of the table and their widths in a terminal, where the property has what is left.
+#: Of lines in a terminal that the table does not fit.
+NARROW = 80
+#: Columns of the table and their widths in a terminal of `WIDTH`, where the property has what is left.
 WIDTHS = {
     "system": 13,
     "rewrites": 19,
     "refused": 7,
-    "multiply-adds": 9,
+    "multiply-adds": 13,
     "speed-up": 9,
     "property": None,
     "before": 9,
@@ -71,8 +73,23 @@ def columns(rows: Sequence[Row]) -> list[str]:
     return [name for name in WIDTHS if any(cells(r)[name] for r in rows)]
 
 
+def blocks(rows: Sequence[Row]) -> Text:
+    """For a terminal narrower than the table: a few lines per system."""
+    result = Text()
+    for row in rows:
+        said = cells(row)
+        result.append(said["system"], "bold").append(": ").append(said["verdict"], "red" if row.faults else "green")
+        lines = [f"rewrites {said['rewrites'].replace(chr(10), ', ')}"]
+        lines += [f"{name} {said[name]}" for name in ("refused", "multiply-adds", "speed-up") if said[name]]
+        lines += [f"{f.claim}: {f.before} before, {f.after} after" for f in row.figures]
+        for line in lines:
+            result.append("\n" + textwrap.fill(line, NARROW, initial_indent="    ", subsequent_indent="      "))
+        result.append("\n")
+    return result
+
+
 def table(rows: Sequence[Row]) -> Table:
-    """For the terminal: a row per system, one more for every further property."""
+    """For a terminal of `WIDTH` and more: a row per system, one more for every further property."""
     shown = columns(rows)
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
     for name in shown:

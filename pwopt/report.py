@@ -13,6 +13,7 @@ from typing import Any
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from pwopt.bench import Row
@@ -27,6 +28,8 @@ from pwopt.shapes import written
 
 #: Version of the JSON layout; grows when a field changes its meaning.
 SCHEMA = 1
+#: Columns of a terminal that any table fits.
+UNLIMITED = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -182,9 +185,22 @@ def _table(*columns: str, title: str = "") -> Table:
     return table
 
 
+def _show(table: Table, console: Console) -> None:
+    """Print a table, or a block for each of its rows where the terminal is too narrow: no figure is ever cut."""
+    unlimited = console.options.update(max_width=UNLIMITED)
+    if console.measure(table, options=unlimited).minimum <= console.width:
+        console.print(table)
+        return
+    for name, *values in zip(*(column.cells for column in table.columns), strict=True):
+        labels = (str(column.header) for column in table.columns[1:])
+        said = "; ".join(f"{label} {value}" for label, value in zip(labels, values, strict=True) if value)
+        console.print(f"[bold]{name}[/bold]", soft_wrap=True)
+        console.print(Padding(said, (0, 0, 0, 4)))
+
+
 def render(report: Report, console: Console, details: bool = False) -> None:
     """Print the summary; with `details`, also every rewrite and refusal."""
-    console.print(_cost_table(report))
+    _show(_cost_table(report), console)
     render_sizes(report.shapes, console)
     if report.equivalence is not None:
         render_equivalence(report.equivalence, console)
@@ -261,7 +277,7 @@ def render_figures(equivalence: Equivalence, console: Console, most: int = 4) ->
         for label, mine, own in zip(FIGURES, figures(o), figures(o.noise), strict=True):
             if mine is not None:
                 table.add_row(label, mine, own or "–")
-        console.print(table)
+        _show(table, console)
     if ranked[most:]:
         console.print(f"[dim]and {len(ranked) - most} more outputs; --report FILE.json has the figures of each[/dim]")
 
@@ -287,7 +303,7 @@ def render_laws(equivalence: Equivalence, console: Console) -> None:
     table = _table("invariant", "original", "candidate")
     for law in equivalence.laws:
         table.add_row(f"{plain(law.law)}: {plain(law.formula)}", f"{law.original:.2g}", f"{law.candidate:.2g}")
-    console.print(table)
+    _show(table, console)
 
 
 def render_difference(equivalence: Equivalence | None, console: Console, most: int = 8) -> None:
@@ -321,7 +337,7 @@ def render_equivalence(equivalence: Equivalence, console: Console) -> None:
             f"{o.sensitivity:.2g}",
             f"[{colour}]{plain(o.reason)}[/{colour}]",
         )
-    console.print(table)
+    _show(table, console)
 
 
 def _render_rewrites(report: Report, console: Console) -> None:
@@ -335,7 +351,7 @@ def _render_rewrites(report: Report, console: Console) -> None:
         certified = sum(r.certificate is not None and r.certificate.status == "certified" for r in mine)
         worst = f"{max(r.residual for r in mine):.1g}"
         table.add_row(name, str(count), f"{saved:,}", worst, f"{certified} of {count}")
-    console.print(table)
+    _show(table, console)
 
 
 def _render_skips(report: Report, console: Console, most: int = 8) -> None:
@@ -345,7 +361,7 @@ def _render_skips(report: Report, console: Console, most: int = 8) -> None:
     table = _table("left alone, because", "count")
     for (name, reason), count in groups.most_common(most):
         table.add_row(f"{name}: {plain(reason)}", str(count))
-    console.print(table)
+    _show(table, console)
     if len(groups) > most:
         console.print(
             f"[dim]and {len(groups) - most} more reasons; --details or --report FILE.json lists every place[/dim]"
@@ -375,7 +391,7 @@ def render_properties(found: Properties, console: Console) -> None:
             f"{len(m.dead_inputs)} in, {len(m.constant_outputs)} out",
             "–" if m.intensity is None else f"{m.intensity:.1f}",
         )
-    console.print(table)
+    _show(table, console)
     render_sizes(found.shapes, console)
     console.print(f"{len(found)} pointwise maps")
 
@@ -392,8 +408,8 @@ def render_benchmark(rows: Sequence[Row], console: Console) -> None:
         times.add_row(name, shapes, f"{row.median_ms:.2f} ms", f"{row.minimum_ms:.2f} ms", ratio)
         load, first = f"{row.session_ms:.0f} ms", f"{row.first_run_ms:.1f} ms"
         costs.add_row(name, shapes, load, first, f"{row.memory_mb:.0f} MB", f"{row.layout_share:.1%}")
-    console.print(times)
-    console.print(costs)
+    _show(times, console)
+    _show(costs, console)
     for row in rows:
         slowest = ", ".join(f"{plain(op)} {ms:.2f} ms" for op, ms in list(row.operators.items())[:6])
         console.print(f"{plain(Path(row.model).name)}: {slowest}", style="dim", soft_wrap=True)
