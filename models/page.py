@@ -129,17 +129,21 @@ def anchor(row: Row) -> str:
 def _legend(rows: Sequence[Row]) -> str:
     text = (
         "*rewrites*: passes (see [what it rewrites](../README.md#what-it-rewrites)) and how often they acted; \\* "
-        "marks what only a clock can judge, applied here without one. *refused*: operators that must stay as they "
-        "are, and did. *holds*: the committed file is what its builder makes, byte for byte; onnxruntime finds both "
+        "marks what only a clock can judge, applied here without one, so that they are the same on every machine: "
+        "operators, multiply-adds, parameters and properties are those of the model with these rewrites. *refused*: "
+        "operators that must stay as they are, and did. *holds*: the committed file is what its builder makes, byte "
+        "for byte; onnxruntime finds both "
         "models equivalent; exactly these passes acted; what must stay stayed; the properties hold before and after; "
         "there are no more multiply-adds than before."
     )
     if any(r.raced for r in rows):
         text += (
-            " *speed-up*: median of interleaved runs with its 95 % interval, of what pwopt returned after it raced "
-            "each marked rewrite and the result as a whole, and kept only what was faster."
+            " *speed-up*: the only figure of another run, that of `pwopt optimize` as a user has it: it raced each "
+            "marked rewrite and the result as a whole, and kept only what was faster (the chapters say which marked "
+            "ones). Median of interleaved runs of what it returned against the original, with its 95 % interval; "
+            "*1, original kept*: nothing was faster, so the original was returned."
         )
-    return textwrap.fill(text, WIDTH)
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False)
 
 
 def _how(rows: Sequence[Row]) -> str:
