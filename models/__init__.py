@@ -12,6 +12,6 @@ map is *linear* if it is a matrix and a bias; ReLU, softmax and products of two 
 are not. *Multiply-adds* count the work of convolutions and matrix products. An operator is *left alone* where a rewrite
 would change the answer, or cost more than it saves. Figures such as 2.1e-07, before and after, are a relative deviation
 from the law; single precision rounds at 1e-7, and *exact* is none at all. Where a property is a quantity that stays
-(a loss, a variance, labels), the cells show the quantity itself; where it has many values, how many they are before, and
-after that they are the same, or the largest difference relative to the largest value.
+(a loss, a variance, labels), the cells show the quantity itself; where it has many values, how many they are before,
+and after that they are the same, or the largest difference relative to the largest value.
 """

@@ -16,6 +16,7 @@ import models
 from models.gallery import Row
 from pwopt.rewrite import Rewrite
 from pwopt.shapes import written
+from pwopt.wording import counted
 
 #: Of lines in the file, as everywhere in this repository.
 WIDTH = 120
@@ -150,7 +151,7 @@ def _how(rows: Sequence[Row]) -> str:
     raced = next((r.raced for r in rows if r.raced is not None), None)
     e = (raced or rows[0].report).environment
     versions = f"pwopt {e['pwopt']}, onnxruntime {e['onnxruntime']}, onnx {e['onnx']}, numpy {e['numpy']}"
-    machine = f" on {e['cpu']}, {e['threads']} thread" + ("s" if e["threads"] > 1 else "") if raced else ""
+    machine = f" on {e['cpu']}, {counted(e['threads'], 'thread')}" if raced else ""
     return textwrap.fill(f"Made by `python -m models` with {versions}{machine}.", WIDTH)
 
 

@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,9 @@ from pwopt.metrics import Agreement
 from pwopt.properties import Properties
 from pwopt.rewrite import Rewrite, Skip
 from pwopt.runtime import provider_name
+from pwopt.samples import KINDS
 from pwopt.shapes import written
+from pwopt.wording import counted
 
 #: Version of the JSON layout; grows when a field changes its meaning.
 SCHEMA = 1
@@ -227,9 +230,9 @@ def _cost_table(report: Report) -> Table:
     if report.latency is not None:
         t = report.latency
         low, high = t.interval
-        threads = report.environment["threads"]
+        threads = counted(report.environment["threads"], "thread")
         table.add_row(
-            f"latency ({plain(report.provider)}, {threads} thread{'s' if threads > 1 else ''})",
+            f"latency ({plain(report.provider)}, {threads})",
             f"{t.before_ms:.2f} ms", f"{t.after_ms:.2f} ms", f"{t.speedup:.2f}× [{low:.2f}, {high:.2f}]",
         )  # fmt: skip
     return table
@@ -263,36 +266,55 @@ def rewrites_from(path: Path) -> tuple[Rewrite, ...]:
 
 
 def render_samples(equivalence: Equivalence, provider: str, console: Console) -> None:
-    """Print what the models were compared on."""
+    """Print what the models were compared on, distributions of one size together."""
     precise = ", with TF32 off" if provider_name(provider) == "CUDAExecutionProvider" else ""
-    samples = plain("; ".join(equivalence.inputs))
-    console.print(f"[dim]compared on {plain(provider)}{precise}: {samples}[/dim]", soft_wrap=True)
+    parts = (label.partition(", ") for label in equivalence.inputs)
+    drawn = [
+        (kind, sizes) if sizes and kind.split()[0] in KINDS else (kind + comma + sizes, "")
+        for kind, comma, sizes in parts
+    ]
+    rounds = [(sizes, [kind for kind, _ in group]) for sizes, group in groupby(drawn, lambda sample: sample[1])]
+    samples = "; ".join(f"{sizes} ({', '.join(kinds)})" if sizes else "; ".join(kinds) for sizes, kinds in rounds)
+    console.print(f"[dim]compared on {plain(provider)}{precise}: {plain(samples)}[/dim]", soft_wrap=True)
 
 
-def render_figures(equivalence: Equivalence, console: Console, most: int = 4) -> None:
-    """Print every figure of the worst outputs, and beside it the same of the original against itself."""
+def render_figures(equivalence: Equivalence, console: Console, details: bool = False, most: int = 4) -> None:
+    """Print figures of the worst outputs, and beside them the same of the original against itself.
+
+    With `details`, every figure of every output, those too that elements close to zero dominate.
+    """
+    console.print(f"[dim]{LEGEND}[/dim]")
     ranked = sorted(equivalence.outputs, key=lambda o: (o.passed, -o.max_abs))
+    most = len(ranked) if details else most
     for o in ranked[:most]:
         table = _table(plain(o.name), "candidate", "noise floor")
         for label, mine, own in zip(FIGURES, figures(o), figures(o.noise), strict=True):
-            if mine is not None:
+            if mine is not None and (details or label not in ELEMENTWISE):
                 table.add_row(label, mine, own or "–")
         _show(table, console)
     if ranked[most:]:
-        console.print(f"[dim]and {len(ranked) - most} more outputs; --report FILE.json has the figures of each[/dim]")
+        console.print(f"[dim]and {len(ranked) - most} more outputs; --details shows the figures of each[/dim]")
 
 
+#: What the columns of the outputs are, once.
+LEGEND = (
+    "noise floor: how far the original is from itself without graph optimisation; sensitivity: from itself with inputs "
+    "moved by one unit in the last place. README, “How equivalence is decided”, has the rule."
+)
 FIGURES = (
-    "mean error", "relative error", "units in the last place", "… of 99 % of elements", "1 − cosine",
-    "signal to noise", "same largest entry", "same five largest", "unequal elements",
+    "largest error / largest value", "mean error", "relative error", "units in the last place", "… of 99 % of elements",
+    "1 − cosine", "signal to noise", "same largest entry", "same five largest", "unequal elements",
 )  # fmt: skip
+#: Figures that are large wherever a single element is close to zero, and say little of the whole.
+ELEMENTWISE = ("relative error", "units in the last place", "… of 99 % of elements")
 
 
 def figures(of: OutputCheck | Agreement) -> list[str | None]:
     """What `FIGURES` are, None where they are meaningless."""
     cosine = None if of.cosine is None else 1 - of.cosine
-    patterns = ("{:.2g}", "{:.2g}", "{:,.0f}", "{:,.0f}", "{:.1g}", "{:.0f} dB", "{:.2%}", "{:.2%}", "{:.2%}")
-    values = (of.mean_abs, of.max_rel, of.ulp, of.ulp_p99, cosine, of.snr_db, of.top1, of.top5, of.mismatch)
+    relative = of.max_abs / of.scale if of.scale else None
+    patterns = ("{:.2g}", "{:.2g}", "{:.2g}", "{:,.0f}", "{:,.0f}", "{:.1g}", "{:.0f} dB", "{:.2%}", "{:.2%}", "{:.2%}")
+    values = (relative, of.mean_abs, of.max_rel, of.ulp, of.ulp_p99, cosine, of.snr_db, of.top1, of.top5, of.mismatch)
     return [None if v is None else p.format(v) for p, v in zip(patterns, values, strict=True)]
 
 
@@ -313,8 +335,10 @@ def render_difference(equivalence: Equivalence | None, console: Console, most: i
     d = equivalence.difference
     console.print(f"[bold]{plain(d.explain())}[/bold]", soft_wrap=True)
     region = ", ".join(map(plain, d.region[:most])) + (f" and {len(d.region) - most} more" if d.region[most:] else "")
-    agreeing = f"{plain(', '.join(d.agreeing[:most]))} still agree; " if d.agreeing else ""
-    console.print(f"[dim]{agreeing}the fault lies in {region}; {d.compared} tensors compared[/dim]", soft_wrap=True)
+    agree = "agree" if len(d.agreeing) > 1 else "agrees"
+    agreeing = f"{plain(', '.join(d.agreeing[:most]))} still {agree}; " if d.agreeing else ""
+    compared = counted(d.compared, "tensor")
+    console.print(f"[dim]{agreeing}the fault lies in {region}; {compared} compared[/dim]", soft_wrap=True)
 
 
 def render_elsewhere(equivalence: Equivalence, console: Console) -> None:
@@ -322,7 +346,9 @@ def render_elsewhere(equivalence: Equivalence, console: Console) -> None:
     for model, places in equivalence.elsewhere.items():
         for provider, nodes in places.items():
             listed = plain(", ".join(nodes))
-            console.print(f"[yellow]{len(nodes)} operators of the {model} ran on {provider}: {listed}[/yellow]")
+            console.print(
+                f"[yellow]{counted(len(nodes), 'operator')} of the {model} ran on {provider}: {listed}[/yellow]"
+            )
 
 
 def render_equivalence(equivalence: Equivalence, console: Console) -> None:
@@ -393,7 +419,7 @@ def render_properties(found: Properties, console: Console) -> None:
         )
     _show(table, console)
     render_sizes(found.shapes, console)
-    console.print(f"{len(found)} pointwise maps")
+    console.print(counted(len(found), "pointwise map"))
 
 
 def render_benchmark(rows: Sequence[Row], console: Console) -> None:
@@ -412,6 +438,7 @@ def render_benchmark(rows: Sequence[Row], console: Console) -> None:
     _show(costs, console)
     for row in rows:
         slowest = ", ".join(f"{plain(op)} {ms:.2f} ms" for op, ms in list(row.operators.items())[:6])
-        console.print(f"{plain(Path(row.model).name)}: {slowest}", style="dim", soft_wrap=True)
+        shapes = " ".join(f"{plain(x)} {written(shape)}" for x, shape in row.shapes.items())
+        console.print(f"{plain(Path(row.model).name)}, {shapes}: {slowest}", style="dim", soft_wrap=True)
         if row.elsewhere:
             console.print(f"[yellow]{plain(row.model)}: {row.elsewhere} nodes ran on another provider[/yellow]")
