@@ -1,4 +1,4 @@
-"""`python -m models`: build, optimise and check all systems, print one table, and write README.md."""
+"""`python -m models`: build, optimise and check all systems, print one table, and write README.md after racing all."""
 
 from __future__ import annotations
 
@@ -25,13 +25,23 @@ def main(
     seconds: Annotated[
         float, typer.Option(help="Race each result against its original for so long; 0 for not at all.")
     ] = 2.0,
-    readme: Annotated[bool, typer.Option(help="Write README.md, if all systems are checked.")] = True,
+    readme: Annotated[
+        bool | None,
+        typer.Option(
+            "--readme/--no-readme",
+            help="Write README.md, which takes all systems.  (default: if all of them are raced)",
+            show_default=False,
+        ),
+    ] = None,
 ) -> None:
     """Build, optimise, check and race the systems of the gallery."""
     known = {s.name: s for s in SYSTEMS}
     unknown = set(names or ()) - set(known)
     if unknown:
         raise typer.BadParameter(f"there is no system {sorted(unknown)[0]!r}; there are {', '.join(known)}")
+    complete = set(names or known) == set(known)
+    if readme and not complete:
+        raise typer.BadParameter("README.md is about all systems; name none, or leave --readme out")
     silence()
     chosen = [known[name] for name in names or known]
     for system in chosen if build else ():
@@ -42,12 +52,14 @@ def main(
     except PwoptError as error:
         console.print(f"[red]{escape(str(error))}[/red]")
         raise typer.Exit(error.exit_code) from error
-    console.print(page.table(rows))
+    console.print(page.table(rows) if console.width >= page.WIDTH else page.blocks(rows))
     for row in rows:
         for fault in row.faults:
             console.print(f"[red]{row.system.name}: {escape(fault)}[/red]")
-    if readme and len(rows) == len(SYSTEMS):
-        Path(__file__).with_name("README.md").write_text(page.markdown(rows), encoding="utf-8")
+    if readme or (readme is None and complete and seconds > 0):
+        path = Path(__file__).with_name("README.md")
+        path.write_text(page.markdown(rows), encoding="utf-8")
+        console.print(f"wrote {escape(str(path))}", soft_wrap=True)
     raise typer.Exit(1 if any(row.faults for row in rows) else 0)
 
 

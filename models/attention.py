@@ -7,9 +7,9 @@ convolutions over tokens: static mixtures of channels, the same for every input.
 alone, is its static counterpart (compare Cordonnier, Loukas and Jaggi, "On the Relationship between Self-Attention and
 Convolutional Layers", ICLR 2020).
 
-Rewritten: the scales of queries and keys fold into their Linear layers. Queries, keys and values read the same
-tensor, so their three matrices are one with three times the columns, and a Split; the static head's two layers become
-one map. Whether one wide product beats three is measured.
+Rewritten: the scales of queries and keys fold into their Linear layers. The static head's two layers become one map.
+It reads the same tensor as queries, keys and values, so the four matrices are one with the columns of all of them, and
+a Split. Whether one wide product beats four is measured.
 
 Left alone: the products of queries with keys and of attention with values. Both operands depend on the input; nothing
 there is a constant matrix, and a fold would freeze what attention is free to choose.

@@ -4,7 +4,9 @@ Van Veen and Buckley, "Beamforming: A Versatile Approach to Spatial Filtering" (
 one direction reaches the microphones one after another; delay each so that they agree, and sum. A pointwise layer is
 the mix across microphones at one instant, a delay is a convolution along time of one microphone (a windowed sinc, for
 fractions of a sample), and the gains of the microphones are one number each. Behind it, as in Conv-TasNet (Luo and
-Mesgarani, TASLP 2019), a separable 1-D network estimates a mask per beam. As torch writes it, with Conv1d.
+Mesgarani, TASLP 2019), a separable 1-D network estimates a mask per beam. As torch writes it, with Conv1d. The 1.8e-03
+by which sound from a beam's direction is off, before and after, are no rounding, but the accuracy of a windowed sinc
+of 31 taps for sound below a quarter of the sampling rate.
 
 Rewritten: gains, delays and mix are one convolution of 31 taps from microphones to beams, exactly, since none of
 them is followed by an activation; BatchNormalizations fold. Then the whole region runs as 2-D convolutions of height

@@ -9,8 +9,9 @@ Rewritten: interpolation weights sum to one, so the classifier and the interpola
 P(Wx + b) = W(Px) + b. The classifier then sees 64 times fewer positions; "Hypercolumns" (Hariharan et al., CVPR 2015)
 are built this way round on purpose. BatchNormalizations fold.
 
-Left alone: the ArgMax, so every pixel keeps its label. A Resize that extrapolates (tf_crop_and_resize) would keep the
-classifier behind it, since what it fills in is not the image of anything.
+Left alone: the ArgMax; its labels agree at every pixel of the test image (where two scores are equal to rounding, they
+need not). A Resize that extrapolates (tf_crop_and_resize) would keep the classifier behind it, since what it fills in
+is not the image of anything.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Lin et al., "Feature Pyramid Networks for Object Detection" (CVPR 2017): backbone levels of stride 4, 8 and 16; a 1×1
 lateral convolution brings each to a common width, so that nearest-neighbour upsampling can add the coarse one to the
-finer one; a 3×3 convolution against aliasing at every level. Narrow, on a mostly depthwise separable backbone. The neck
+finer one; a 3×3 convolution against aliasing at every level. The backbone is mostly depthwise separable. The neck
 is spelled as in YOLOv3 (Redmon and Farhadi, 2018) and PANet (Liu et al., CVPR 2018): a reduced coarse map, upsampled,
 concatenated with the finer lateral map, then a 1×1 convolution. As torch writes it.
 

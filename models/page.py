@@ -16,15 +16,18 @@ import models
 from models.gallery import Row
 from pwopt.rewrite import Rewrite
 from pwopt.shapes import written
+from pwopt.wording import counted
 
 #: Of lines in the file, as everywhere in this repository.
 WIDTH = 120
-#: Columns of the table and their widths in a terminal, where the property has what is left.
+#: Of lines in a terminal that the table does not fit.
+NARROW = 80
+#: Columns of the table and their widths in a terminal of `WIDTH`, where the property has what is left.
 WIDTHS = {
     "system": 13,
     "rewrites": 19,
     "refused": 7,
-    "multiply-adds": 9,
+    "multiply-adds": 13,
     "speed-up": 9,
     "property": None,
     "before": 9,
@@ -71,8 +74,23 @@ def columns(rows: Sequence[Row]) -> list[str]:
     return [name for name in WIDTHS if any(cells(r)[name] for r in rows)]
 
 
+def blocks(rows: Sequence[Row]) -> Text:
+    """For a terminal narrower than the table: a few lines per system."""
+    result = Text()
+    for row in rows:
+        said = cells(row)
+        result.append(said["system"], "bold").append(": ").append(said["verdict"], "red" if row.faults else "green")
+        lines = [f"rewrites {said['rewrites'].replace(chr(10), ', ')}"]
+        lines += [f"{name} {said[name]}" for name in ("refused", "multiply-adds", "speed-up") if said[name]]
+        lines += [f"{f.claim}: {f.before} before, {f.after} after" for f in row.figures]
+        for line in lines:
+            result.append("\n" + textwrap.fill(line, NARROW, initial_indent="    ", subsequent_indent="      "))
+        result.append("\n")
+    return result
+
+
 def table(rows: Sequence[Row]) -> Table:
-    """For the terminal: a row per system, one more for every further property."""
+    """For a terminal of `WIDTH` and more: a row per system, one more for every further property."""
     shown = columns(rows)
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
     for name in shown:
@@ -112,24 +130,28 @@ def anchor(row: Row) -> str:
 def _legend(rows: Sequence[Row]) -> str:
     text = (
         "*rewrites*: passes (see [what it rewrites](../README.md#what-it-rewrites)) and how often they acted; \\* "
-        "marks what only a clock can judge, applied here without one. *refused*: operators that must stay as they "
-        "are, and did. *holds*: the committed file is what its builder makes, byte for byte; onnxruntime finds both "
+        "marks what only a clock can judge, applied here without one, so that they are the same on every machine: "
+        "operators, multiply-adds, parameters and properties are those of the model with these rewrites. *refused*: "
+        "operators that must stay as they are, and did. *holds*: the committed file is what its builder makes, byte "
+        "for byte; onnxruntime finds both "
         "models equivalent; exactly these passes acted; what must stay stayed; the properties hold before and after; "
         "there are no more multiply-adds than before."
     )
     if any(r.raced for r in rows):
         text += (
-            " *speed-up*: median of interleaved runs with its 95 % interval, of what pwopt returned after it raced "
-            "each marked rewrite and the result as a whole, and kept only what was faster."
+            " *speed-up*: the only figure of another run, that of `pwopt optimize` as a user has it: it raced each "
+            "marked rewrite and the result as a whole, and kept only what was faster (the chapters say which marked "
+            "ones). Median of interleaved runs of what it returned against the original, with its 95 % interval; "
+            "*1, original kept*: nothing was faster, so the original was returned."
         )
-    return textwrap.fill(text, WIDTH)
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False)
 
 
 def _how(rows: Sequence[Row]) -> str:
     raced = next((r.raced for r in rows if r.raced is not None), None)
     e = (raced or rows[0].report).environment
     versions = f"pwopt {e['pwopt']}, onnxruntime {e['onnxruntime']}, onnx {e['onnx']}, numpy {e['numpy']}"
-    machine = f" on {e['cpu']}, {e['threads']} thread" + ("s" if e["threads"] > 1 else "") if raced else ""
+    machine = f" on {e['cpu']}, {counted(e['threads'], 'thread')}" if raced else ""
     return textwrap.fill(f"Made by `python -m models` with {versions}{machine}.", WIDTH)
 
 

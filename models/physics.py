@@ -8,8 +8,9 @@ quantity loses, others gain) and a network on normalised fields whose tendency g
 A·P = 0: whatever the network says, it can only redistribute.
 
 Rewritten: the two processes are one matrix, A·(W₂W₁) = A·W₁ = A. The normalisation folds into the network's first
-layer; its last layer, the denormalisation and P are one matrix M with A·M = 0 still. Folding multiplies exact laws with
-each other, so it keeps them to the rounding of the weights.
+layer; its last layer, the denormalisation and P are one matrix M with A·M = 0 still. M has rank 10, since P takes two
+of twelve dimensions away, and is stored as two maps, 128→10→12, which take fewer multiply-adds than one. Folding
+multiplies exact laws with each other, so it keeps them to the rounding of the weights.
 
 Left alone: the network's ReLUs; the law holds across them all the same, because P comes last.
 """

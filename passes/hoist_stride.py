@@ -12,6 +12,7 @@ from pwopt.cost import ELEMENT, macs
 from pwopt.positions import POOLS, Steps, every, pooling, positionwise, spread, stencil, subsample
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
 from pwopt.unions import Unions
+from pwopt.wording import counted
 
 
 @dataclass
@@ -49,8 +50,7 @@ class HoistStride(Pass):
         saved, spent = self._balance(rw, region)
         name = next(iter(region.tensors.values())).name
         if saved <= spent:
-            read = f"only every {self._of(region)} position of {name!r} is read"
-            return Skip(f"{read}, but subsampling costs more than that saves")
+            return Skip(f"only {self._of(region)} of {name!r} is read, but subsampling costs more than that saves")
         pools: dict[tuple[int, Steps], gs.Tensor] = {}
         old: list[gs.Node] = []
         new: list[tuple[gs.Node, list[gs.Node]]] = []
@@ -79,15 +79,16 @@ class HoistStride(Pass):
             new.append((node, made))
         records = [rw.replace([node], made, "") for node, made in new]
         renamed = {str(t.name): rw.rename(t, "_strided") for t in region.tensors.values()}
+        subsampled = f", {counted(len(pools), 'input')} subsampled" if pools else ""
         reason = (
-            f"every {self._of(region)} position of {name!r} is read, so no other is computed"
-            f" ({len(old)} operators{f', {len(pools)} inputs subsampled' if pools else ''})"
+            f"{self._of(region)} of {name!r} is read, so no other is computed"
+            f" ({counted(len(old), 'operator')}{subsampled})"
         )
         return replace(Rewrite.of(reason, records, renamed), macs_before=before)
 
     def _of(self, region: Region) -> str:
         steps = {self._steps[id(t)] for t in region.tensors.values()}
-        return " or ".join("×".join(map(str, s)) + "th" for s in sorted(steps))
+        return f"one in {' or '.join('×'.join(map(str, s)) for s in sorted(steps))} positions"
 
     def _balance(self, rw: Rewriter, region: Region) -> tuple[float, float]:
         """Multiply-adds saved in the region, and those that subsampling its inputs is worth."""

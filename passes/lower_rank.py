@@ -14,6 +14,7 @@ from pwopt.cost import macs
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
 from pwopt.shapes import Shape
 from pwopt.unions import Unions
+from pwopt.wording import counted
 
 #: Without measuring, regions of fewer convolutions are left alone: the changes of shape around them cost too much.
 ENOUGH = 3
@@ -123,10 +124,12 @@ class LowerRank(Pass):
             return None
         count, rank = len(region.convolutions), region.rank - 2
         if not self.eager and rank == 2:
-            return Skip(f"{count} convolutions of single positions could be matrix products; only measuring can tell")
+            single = counted(count, "convolution")
+            return Skip(f"{single} of single positions could run as matrix products; only measuring can tell")
         if not self.eager and count < ENOUGH:
             return Skip(
-                f"a region of {count} {rank}-D convolutions may not repay its changes of shape; only measuring can tell"
+                f"a region of {counted(count, f'{rank}-D convolution')} may not repay its changes of shape; "
+                "only measuring can tell"
             )
         return _lower(rw, region)
 
@@ -134,7 +137,8 @@ class LowerRank(Pass):
 def _lower(rw: Rewriter, region: Region) -> Rewrite:
     inside = {id(n) for n, _ in region.nodes}
     work, size = sum(macs(rw, n) or 0 for n, _ in region.nodes), rw.size_of(region.convolutions[0].outputs[0])
-    signature = f"{len(region.convolutions)} {region.rank - 2}-D convolutions in a region of {len(region.nodes)}"
+    convolutions = counted(len(region.convolutions), f"{region.rank - 2}-D convolution")
+    signature = f"{convolutions} in a region of {len(region.nodes)}"
     signature += f" with {work:,} multiply-adds, the first at {size}"
     made: dict[int, gs.Tensor] = {}
     records = []
@@ -169,9 +173,9 @@ def _lower(rw: Rewriter, region: Region) -> Rewrite:
         new.append(gs.Node(arguments.op or node.op, node.name, arguments.attrs, inputs, outputs, domain=node.domain))
         records.append((node, [*new, *after]))
     done = [rw.replace([node], new, "") for node, new in records]
-    count, rank = len(region.convolutions), region.rank - 2
-    where = "as matrix products" if rank == 2 else "in 2-D"
-    reason = f"{count} {rank}-D convolutions and {len(region.nodes) - count} other operators around them run {where}"
+    where = "as matrix products" if region.rank == 4 else "in 2-D"
+    others = counted(len(region.nodes) - len(region.convolutions), "other operator")
+    reason = f"{convolutions} and {others} around them run {where}"
     became = tuple((str(t.name), str(made[id(t)].name)) for n, _ in region.nodes for t in n.outputs if t.name)
     return replace(Rewrite.of(reason, done), became=became, signature=signature)
 

@@ -47,6 +47,7 @@ from pwopt.shapes import written
 from pwopt.storage import replacing
 from pwopt.targets import profile
 from pwopt.verify import verify
+from pwopt.wording import counted
 
 #: Exit code for a defect of pwopt itself.
 INTERNAL_ERROR = 5
@@ -296,6 +297,9 @@ def verify_command(
             show_default=False,
         ),
     ] = None,
+    details: Annotated[
+        bool, typer.Option("--details", help="Print every figure of every output, relative errors and units too.")
+    ] = False,
     no_locate: Annotated[
         bool, typer.Option("--no-locate", help="Do not look for the first tensor that differs.")
     ] = False,
@@ -317,16 +321,16 @@ def verify_command(
             kinds=_list(kinds), ranges=dict(map(samples.parse_range, ranges or ())), rtol=rtol, atol=atol,
             locate=not no_locate, rewrites=records, laws=asked, progress=lambda stage: progress(stage, 0.0),
         )  # fmt: skip
+    console.print("[green]equivalent[/green]" if equivalence.passed else "[red]not equivalent[/red]")
     render_samples(equivalence, provider, console)
     render_equivalence(equivalence, console)
-    render_figures(equivalence, console)
+    render_figures(equivalence, console, details)
     render_laws(equivalence, console)
     render_difference(equivalence, console)
     render_elsewhere(equivalence, console)
     environment = runtime.environment(provider, threads)
     content = Comparison(str(original), str(candidate), provider, environment, equivalence, context.obj)
     _document(report, content)
-    console.print("[green]equivalent[/green]" if equivalence.passed else "[red]not equivalent[/red]")
     raise typer.Exit(0 if equivalence.passed else 1)
 
 
@@ -382,7 +386,7 @@ def inspect_command(
         for line in m.decisions or (alone if m.chain is None else "first of its chain",):
             console.print(f"    {plain(line)}", style="dim")
     render_sizes(found.shapes, console)
-    console.print(f"{len(maps)} maps")
+    console.print(counted(len(maps), "map"))
 
 
 @app.command("passes")
@@ -397,7 +401,10 @@ def passes_command() -> None:
 
 @app.command("bench")
 def bench_command(
-    models: Annotated[list[Path], typer.Argument(help="The models; the first is the one to beat.")],
+    models: Annotated[
+        list[Path],
+        typer.Argument(metavar="MODEL", help="The models; the first is the one to beat.", show_default=False),
+    ],
     provider: Provider = "cpu",
     threads: Threads = 1,
     shape: Shapes = None,
@@ -442,7 +449,10 @@ def bench_command(
 
 @app.command("profile")
 def profile_command(
-    models: Annotated[list[Path], typer.Argument(help="Models like those to be optimised for this machine.")],
+    models: Annotated[
+        list[Path],
+        typer.Argument(metavar="MODEL", help="Models like those to be optimised for this machine.", show_default=False),
+    ],
     output: Annotated[Path, typer.Option("--output", "-o", metavar="FILE.json", help="Where to write the profile.")],
     provider: Provider = "cpu",
     threads: Threads = 1,
@@ -471,15 +481,17 @@ def cache_command(
     """Decisions of races on this machine: which measured rewrites pay."""
     console = Console(highlight=False, soft_wrap=True)
     if action == "clear":
-        console.print(f"{decisions.clear()} decisions forgotten")
+        console.print(f"{counted(decisions.clear(), 'decision')} forgotten")
         return
     if action != "show":
         raise UsageError(f"there is no action {action!r}; there are show and clear")
     found = list(decisions.entries())
     for entry in found:
+        verdict = "[green]kept[/green]" if entry.low > 1 else "[yellow]dropped[/yellow]"
         interval = f"{entry.speedup:.3f}× \\[{entry.low:.3f}, {entry.high:.3f}]"
-        console.print(f"{entry.pass_name}  {plain(entry.signature)}  {interval}\n  [dim]{plain(entry.place)}[/dim]")
-    console.print(f"{len(found)} decisions in {plain(str(decisions.folder()))}")
+        console.print(f"{verdict}  {entry.pass_name}  {plain(entry.signature)}  {interval}")
+        console.print(f"  [dim]{plain(entry.place)}[/dim]")
+    console.print(f"{counted(len(found), 'decision')} in {plain(str(decisions.folder()))}")
 
 
 @app.callback(invoke_without_command=True)

@@ -250,7 +250,7 @@ def symmetry(f: Function, x: np.ndarray, axes: tuple[int, int] = (-2, -1)) -> fl
 
 @dataclass(frozen=True)
 class Invariant:
-    """A law by its name: the formula, and the function that measures its residual."""
+    """A law by its name: the formula, which its docstring begins with, and the function that measures its residual."""
 
     name: str
     formula: str
@@ -259,7 +259,8 @@ class Invariant:
 
 def _invariant(residual: Callable[..., float]) -> Invariant:
     assert residual.__doc__ is not None
-    return Invariant(residual.__name__, residual.__doc__.partition(":")[0], residual)
+    sentence = residual.__doc__.partition("\n")[0]
+    return Invariant(residual.__name__, sentence.partition(": ")[0].rstrip("."), residual)
 
 
 _RESIDUALS: tuple[Callable[..., float], ...] = (

@@ -15,6 +15,7 @@ from pwopt.errors import UsageError
 from pwopt.invariants import INVARIANTS, function_of
 from pwopt.runtime import Session
 from pwopt.samples import Sample
+from pwopt.shapes import written
 
 
 @dataclass(frozen=True)
@@ -107,5 +108,12 @@ def _residual(law: Law, session: Session, sample: Sample) -> float:
     function = function_of(session, name, law.output, others)
     try:
         return float(INVARIANTS[law.name].residual(function, sample.feeds[name], **law.settings))
-    except (ValueError, IndexError, TypeError) as error:
+    except IndexError as error:
+        result = law.output or session.outputs[0]
+        size = written(function(sample.feeds[name]).shape)
+        raise UsageError(
+            f"{law.text} needs an axis that input {name!r}, {written(sample.feeds[name].shape)}, or output {result!r},"
+            f" {size}, has not; choose others with input=NAME or output=NAME"
+        ) from error
+    except (ValueError, TypeError) as error:
         raise UsageError(f"{law.text} does not fit the model: {error}; see {law.name} in pwopt.invariants") from error

@@ -7,12 +7,14 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.padding import Padding
 from rich.table import Table
 
 from pwopt.bench import Row
@@ -23,10 +25,14 @@ from pwopt.metrics import Agreement
 from pwopt.properties import Properties
 from pwopt.rewrite import Rewrite, Skip
 from pwopt.runtime import provider_name
+from pwopt.samples import KINDS
 from pwopt.shapes import written
+from pwopt.wording import counted
 
 #: Version of the JSON layout; grows when a field changes its meaning.
 SCHEMA = 1
+#: Columns of a terminal that any table fits.
+UNLIMITED = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -182,9 +188,22 @@ def _table(*columns: str, title: str = "") -> Table:
     return table
 
 
+def _show(table: Table, console: Console) -> None:
+    """Print a table, or a block for each of its rows where the terminal is too narrow: no figure is ever cut."""
+    unlimited = console.options.update(max_width=UNLIMITED)
+    if console.measure(table, options=unlimited).minimum <= console.width:
+        console.print(table)
+        return
+    for name, *values in zip(*(column.cells for column in table.columns), strict=True):
+        labels = (str(column.header) for column in table.columns[1:])
+        said = "; ".join(f"{label} {value}" for label, value in zip(labels, values, strict=True) if value)
+        console.print(f"[bold]{name}[/bold]", soft_wrap=True)
+        console.print(Padding(said, (0, 0, 0, 4)))
+
+
 def render(report: Report, console: Console, details: bool = False) -> None:
     """Print the summary; with `details`, also every rewrite and refusal."""
-    console.print(_cost_table(report))
+    _show(_cost_table(report), console)
     render_sizes(report.shapes, console)
     if report.equivalence is not None:
         render_equivalence(report.equivalence, console)
@@ -211,9 +230,9 @@ def _cost_table(report: Report) -> Table:
     if report.latency is not None:
         t = report.latency
         low, high = t.interval
-        threads = report.environment["threads"]
+        threads = counted(report.environment["threads"], "thread")
         table.add_row(
-            f"latency ({plain(report.provider)}, {threads} thread{'s' if threads > 1 else ''})",
+            f"latency ({plain(report.provider)}, {threads})",
             f"{t.before_ms:.2f} ms", f"{t.after_ms:.2f} ms", f"{t.speedup:.2f}× [{low:.2f}, {high:.2f}]",
         )  # fmt: skip
     return table
@@ -247,36 +266,55 @@ def rewrites_from(path: Path) -> tuple[Rewrite, ...]:
 
 
 def render_samples(equivalence: Equivalence, provider: str, console: Console) -> None:
-    """Print what the models were compared on."""
+    """Print what the models were compared on, distributions of one size together."""
     precise = ", with TF32 off" if provider_name(provider) == "CUDAExecutionProvider" else ""
-    samples = plain("; ".join(equivalence.inputs))
-    console.print(f"[dim]compared on {plain(provider)}{precise}: {samples}[/dim]", soft_wrap=True)
+    parts = (label.partition(", ") for label in equivalence.inputs)
+    drawn = [
+        (kind, sizes) if sizes and kind.split()[0] in KINDS else (kind + comma + sizes, "")
+        for kind, comma, sizes in parts
+    ]
+    rounds = [(sizes, [kind for kind, _ in group]) for sizes, group in groupby(drawn, lambda sample: sample[1])]
+    samples = "; ".join(f"{sizes} ({', '.join(kinds)})" if sizes else "; ".join(kinds) for sizes, kinds in rounds)
+    console.print(f"[dim]compared on {plain(provider)}{precise}: {plain(samples)}[/dim]", soft_wrap=True)
 
 
-def render_figures(equivalence: Equivalence, console: Console, most: int = 4) -> None:
-    """Print every figure of the worst outputs, and beside it the same of the original against itself."""
+def render_figures(equivalence: Equivalence, console: Console, details: bool = False, most: int = 4) -> None:
+    """Print figures of the worst outputs, and beside them the same of the original against itself.
+
+    With `details`, every figure of every output, those too that elements close to zero dominate.
+    """
+    console.print(f"[dim]{LEGEND}[/dim]")
     ranked = sorted(equivalence.outputs, key=lambda o: (o.passed, -o.max_abs))
+    most = len(ranked) if details else most
     for o in ranked[:most]:
         table = _table(plain(o.name), "candidate", "noise floor")
         for label, mine, own in zip(FIGURES, figures(o), figures(o.noise), strict=True):
-            if mine is not None:
+            if mine is not None and (details or label not in ELEMENTWISE):
                 table.add_row(label, mine, own or "–")
-        console.print(table)
+        _show(table, console)
     if ranked[most:]:
-        console.print(f"[dim]and {len(ranked) - most} more outputs; --report FILE.json has the figures of each[/dim]")
+        console.print(f"[dim]and {len(ranked) - most} more outputs; --details shows the figures of each[/dim]")
 
 
+#: What the columns of the outputs are, once.
+LEGEND = (
+    "noise floor: how far the original is from itself without graph optimisation; sensitivity: from itself with inputs "
+    "moved by one unit in the last place. README, “How equivalence is decided”, has the rule."
+)
 FIGURES = (
-    "mean error", "relative error", "units in the last place", "… of 99 % of elements", "1 − cosine",
-    "signal to noise", "same largest entry", "same five largest", "unequal elements",
+    "largest error / largest value", "mean error", "relative error", "units in the last place", "… of 99 % of elements",
+    "1 − cosine", "signal to noise", "same largest entry", "same five largest", "unequal elements",
 )  # fmt: skip
+#: Figures that are large wherever a single element is close to zero, and say little of the whole.
+ELEMENTWISE = ("relative error", "units in the last place", "… of 99 % of elements")
 
 
 def figures(of: OutputCheck | Agreement) -> list[str | None]:
     """What `FIGURES` are, None where they are meaningless."""
     cosine = None if of.cosine is None else 1 - of.cosine
-    patterns = ("{:.2g}", "{:.2g}", "{:,.0f}", "{:,.0f}", "{:.1g}", "{:.0f} dB", "{:.2%}", "{:.2%}", "{:.2%}")
-    values = (of.mean_abs, of.max_rel, of.ulp, of.ulp_p99, cosine, of.snr_db, of.top1, of.top5, of.mismatch)
+    relative = of.max_abs / of.scale if of.scale else None
+    patterns = ("{:.2g}", "{:.2g}", "{:.2g}", "{:,.0f}", "{:,.0f}", "{:.1g}", "{:.0f} dB", "{:.2%}", "{:.2%}", "{:.2%}")
+    values = (relative, of.mean_abs, of.max_rel, of.ulp, of.ulp_p99, cosine, of.snr_db, of.top1, of.top5, of.mismatch)
     return [None if v is None else p.format(v) for p, v in zip(patterns, values, strict=True)]
 
 
@@ -287,7 +325,7 @@ def render_laws(equivalence: Equivalence, console: Console) -> None:
     table = _table("invariant", "original", "candidate")
     for law in equivalence.laws:
         table.add_row(f"{plain(law.law)}: {plain(law.formula)}", f"{law.original:.2g}", f"{law.candidate:.2g}")
-    console.print(table)
+    _show(table, console)
 
 
 def render_difference(equivalence: Equivalence | None, console: Console, most: int = 8) -> None:
@@ -297,8 +335,10 @@ def render_difference(equivalence: Equivalence | None, console: Console, most: i
     d = equivalence.difference
     console.print(f"[bold]{plain(d.explain())}[/bold]", soft_wrap=True)
     region = ", ".join(map(plain, d.region[:most])) + (f" and {len(d.region) - most} more" if d.region[most:] else "")
-    agreeing = f"{plain(', '.join(d.agreeing[:most]))} still agree; " if d.agreeing else ""
-    console.print(f"[dim]{agreeing}the fault lies in {region}; {d.compared} tensors compared[/dim]", soft_wrap=True)
+    agree = "agree" if len(d.agreeing) > 1 else "agrees"
+    agreeing = f"{plain(', '.join(d.agreeing[:most]))} still {agree}; " if d.agreeing else ""
+    compared = counted(d.compared, "tensor")
+    console.print(f"[dim]{agreeing}the fault lies in {region}; {compared} compared[/dim]", soft_wrap=True)
 
 
 def render_elsewhere(equivalence: Equivalence, console: Console) -> None:
@@ -306,7 +346,9 @@ def render_elsewhere(equivalence: Equivalence, console: Console) -> None:
     for model, places in equivalence.elsewhere.items():
         for provider, nodes in places.items():
             listed = plain(", ".join(nodes))
-            console.print(f"[yellow]{len(nodes)} operators of the {model} ran on {provider}: {listed}[/yellow]")
+            console.print(
+                f"[yellow]{counted(len(nodes), 'operator')} of the {model} ran on {provider}: {listed}[/yellow]"
+            )
 
 
 def render_equivalence(equivalence: Equivalence, console: Console) -> None:
@@ -321,7 +363,7 @@ def render_equivalence(equivalence: Equivalence, console: Console) -> None:
             f"{o.sensitivity:.2g}",
             f"[{colour}]{plain(o.reason)}[/{colour}]",
         )
-    console.print(table)
+    _show(table, console)
 
 
 def _render_rewrites(report: Report, console: Console) -> None:
@@ -335,7 +377,7 @@ def _render_rewrites(report: Report, console: Console) -> None:
         certified = sum(r.certificate is not None and r.certificate.status == "certified" for r in mine)
         worst = f"{max(r.residual for r in mine):.1g}"
         table.add_row(name, str(count), f"{saved:,}", worst, f"{certified} of {count}")
-    console.print(table)
+    _show(table, console)
 
 
 def _render_skips(report: Report, console: Console, most: int = 8) -> None:
@@ -345,7 +387,7 @@ def _render_skips(report: Report, console: Console, most: int = 8) -> None:
     table = _table("left alone, because", "count")
     for (name, reason), count in groups.most_common(most):
         table.add_row(f"{name}: {plain(reason)}", str(count))
-    console.print(table)
+    _show(table, console)
     if len(groups) > most:
         console.print(
             f"[dim]and {len(groups) - most} more reasons; --details or --report FILE.json lists every place[/dim]"
@@ -375,9 +417,9 @@ def render_properties(found: Properties, console: Console) -> None:
             f"{len(m.dead_inputs)} in, {len(m.constant_outputs)} out",
             "–" if m.intensity is None else f"{m.intensity:.1f}",
         )
-    console.print(table)
+    _show(table, console)
     render_sizes(found.shapes, console)
-    console.print(f"{len(found)} pointwise maps")
+    console.print(counted(len(found), "pointwise map"))
 
 
 def render_benchmark(rows: Sequence[Row], console: Console) -> None:
@@ -392,10 +434,11 @@ def render_benchmark(rows: Sequence[Row], console: Console) -> None:
         times.add_row(name, shapes, f"{row.median_ms:.2f} ms", f"{row.minimum_ms:.2f} ms", ratio)
         load, first = f"{row.session_ms:.0f} ms", f"{row.first_run_ms:.1f} ms"
         costs.add_row(name, shapes, load, first, f"{row.memory_mb:.0f} MB", f"{row.layout_share:.1%}")
-    console.print(times)
-    console.print(costs)
+    _show(times, console)
+    _show(costs, console)
     for row in rows:
         slowest = ", ".join(f"{plain(op)} {ms:.2f} ms" for op, ms in list(row.operators.items())[:6])
-        console.print(f"{plain(Path(row.model).name)}: {slowest}", style="dim", soft_wrap=True)
+        shapes = " ".join(f"{plain(x)} {written(shape)}" for x, shape in row.shapes.items())
+        console.print(f"{plain(Path(row.model).name)}, {shapes}: {slowest}", style="dim", soft_wrap=True)
         if row.elsewhere:
             console.print(f"[yellow]{plain(row.model)}: {row.elsewhere} nodes ran on another provider[/yellow]")

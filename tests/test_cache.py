@@ -103,7 +103,9 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     cache.store(ENTRY)
     for arguments, expected in (
         (["cache"], "conv 6→(4, 4)"),
-        (["cache", "clear"], "1 decisions forgotten"),
+        (["cache"], f"{'kept' if ENTRY.low > 1 else 'dropped'}  merge-siblings"),
+        (["cache"], "1 decision in"),
+        (["cache", "clear"], "1 decision forgotten"),
         (["cache", "show"], "0 decisions"),
     ):
         with pytest.raises(SystemExit) as caught:

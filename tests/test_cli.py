@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -224,7 +225,9 @@ def test_verify_tells_everything(model: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 1, done.stderr
     text = " ".join(done.stdout.split())
-    for words in ("x 2×64×3×5", "units in the last place", "f(shifted x) = shifted f(x)", "--deny 'fold-chains:y'"):
+    assert text.startswith("not equivalent compared on cpu: x 1×64×4×4 (normal, zeros); x 2×64×3×5 (normal, zeros) ")
+    assert "of 99 % of elements" not in text
+    for words in ("largest error / largest value", "f(shifted x) = shifted f(x)", "--deny 'fold-chains:y'"):
         assert words in text
     content = json.loads(verdict.read_text())
     equivalence = content["equivalence"]
@@ -282,6 +285,14 @@ def test_inspect_properties(model: Path) -> None:
     listed = json.loads(pwopt("inspect", model, "--properties", "--json", "--shape", "x=1x64x2x2").stdout)
     assert [(m["columns"], m["rows"]) for m in listed] == [(64, 128), (128, 192), (192, 128), (128, 32)]
     assert all(len(m["singular_values"]) == min(m["columns"], m["rows"]) for m in listed)
+
+
+@pytest.mark.parametrize("columns", ["40", "80", "200"])
+def test_no_figure_is_cut(model: Path, monkeypatch: pytest.MonkeyPatch, columns: str) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    done = pwopt("inspect", model, "--properties", "--shape", "x=1x64x2x2")
+    for size in ("64→128", "128→192", "192→128", "128→32"):
+        assert re.search(rf"(?<!\S){size}(?![\w.])", done.stdout), done.stdout
 
 
 def test_debug_keeps_the_exit_code(model: Path) -> None:

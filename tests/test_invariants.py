@@ -67,6 +67,8 @@ def test_the_residual_tells_who_obeys(
 def test_every_law_has_a_case_and_a_formula() -> None:
     assert {name for name, *_ in CASES} == set(INVARIANTS)
     assert INVARIANTS["conservation"].formula == "A·f(x) = A·x"
+    assert INVARIANTS["isometry"].formula == "‖f(x)‖ = ‖x‖ at every position, as for y = Wx with WᵀW = I"
+    assert not any("\n" in i.formula or "Parameters" in i.formula for i in INVARIANTS.values())
     assert all("=" in i.formula or "alone" in i.formula for i in INVARIANTS.values())
 
 

@@ -11,6 +11,7 @@ from pwopt import runtime
 from pwopt.equivalence import nudge
 from pwopt.errors import ModelError, ProviderError, UsageError
 from pwopt.inputs import check_shapes, input_specs, parse_shape
+from pwopt.laws import parse_law
 from pwopt.metrics import agreement
 from pwopt.model import load
 from pwopt.runtime import Session, elsewhere
@@ -234,6 +235,14 @@ def test_settings_that_make_no_sense() -> None:
     ):
         with pytest.raises(UsageError):
             verify(path, path, **arguments)  # type: ignore[arg-type]
+
+
+def test_a_law_about_an_axis_that_is_not_there() -> None:
+    path = MODELS / "network_in_network.onnx"
+    with pytest.raises(UsageError, match=r"output 'logits', 1×100, has not; choose others with .*output=NAME"):
+        verify(path, path, laws=[parse_law("translation:shift=2:stride=2")])
+    within = parse_law("translation:shift=2:stride=2:margin=4:output=/block2.relu/Relu_output_0")
+    assert verify(path, path, laws=[within]).laws[0].original < 1e-6
 
 
 def test_given_arrays_are_cast_and_checked() -> None:
