@@ -19,6 +19,8 @@ CONSTANTS = {
     "c": normal(5, seed=3, dtype=F),
     "low": F(0),
     "high": F(1),
+    "k3": normal(6, 3, dtype=F),
+    "w3": normal(3, 6, dtype=F),
 }
 
 
@@ -69,6 +71,8 @@ def test_a_transpose_that_others_read_stays() -> None:
         (f"{{ {TO} m = MatMul(t, w) o = MatMul(t, w) q = Add(m, o) {BACK}(q) }}", ""),
         (f"{{ {TO} n = Softmax(t) m = MatMul(n, w) {BACK}(m) }}", ""),
         (f"{{ {TO} m = Relu(t) {BACK}(m) }}", ""),
+        (f"{{ {TO} m = MatMul(k3, t) {BACK}(m) }}", ""),
+        (f"{{ t = Transpose<perm=[0,2,1,3]>(x) m = MatMul(t, w3) {BACK}(m) }}", ""),
         (f"{{ {TO} m = MatMul(t, w) y = Transpose<perm=[0,2,1,3]>(m) }}", ""),
         (f"(float[2,4,5,3] x) => (float[N] y, float[N] m) {{ {TO} m = MatMul(t, w) {BACK}(m) }}", ""),
         (f"(float[2,4,5,3] x, float[4,6] u) => (float[N] y) {{ {TO} m = MatMul(t, u) {BACK}(m) }}", ""),
