@@ -15,7 +15,6 @@ from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
 from pwopt.shapes import Shape
 from pwopt.steps import Step, activation, repeated
 
-
 #: Types that onnxruntime's CPU provider convolves; it multiplies matrices of float64 too.
 CONVOLVED = ("float16", "float32")
 

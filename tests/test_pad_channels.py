@@ -193,7 +193,10 @@ def test_a_part_that_asks_for_nothing_stays() -> None:
 
 
 def test_a_split_into_a_number_of_parts() -> None:
-    text = HEAD + "{ a = Conv(x, w) p, q = Split<axis=1,num_outputs=2>(a) s = Sub(p, q) c = Conv<group=9>(s, k) y = Conv(c, v) }"
+    text = (
+        HEAD
+        + "{ a = Conv(x, w) p, q = Split<axis=1,num_outputs=2>(a) s = Sub(p, q) c = Conv<group=9>(s, k) y = Conv(c, v) }"
+    )
     model = parse(text, 18, w=W, k=normal(9, 1, 1, 1), v=normal(2, 9, 1, 1))
     result, outcome, _ = run(model, eager())
     assert widths(result) == [(24, 3), (12, 1), (2, 12)], reasons(outcome)
