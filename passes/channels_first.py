@@ -15,6 +15,9 @@ from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
 from pwopt.shapes import Shape
 from pwopt.steps import Step, activation, repeated
 
+#: Types that onnxruntime's CPU provider convolves; it multiplies matrices of float64 too.
+CONVOLVED = ("float16", "float32")
+
 
 class ChannelsFirst(Pass):
     """Tᵀ(f((Tx)·W + b)) = f(Wᵀ·x + b) for T, which moves the channels to the end, and elementwise f.
@@ -46,6 +49,11 @@ class ChannelsFirst(Pass):
         if not maps or reader is None:
             return None
         widths = "→".join(map(str, (maps[0].geometry.in_channels, *(m.geometry.out_channels for m in maps))))
+        dtype = str(rw.dtype(node.inputs[0]))
+        if dtype not in CONVOLVED:
+            return Skip(f"{widths} between Transposes stays: onnxruntime has no convolution in {dtype}")
+        if 0 in (rw.shape(node.inputs[0]) or ()):
+            return Skip(f"{widths} between Transposes stays: onnxruntime does not convolve empty tensors")
         if not self.eager:
             return Skip(f"{widths} between Transposes could be 1×1 convolutions; only measuring can tell")
         new: list[gs.Node] = []

@@ -49,7 +49,9 @@ def _gate(rw: Rewriter, node: gs.Node) -> tuple[list[gs.Node], str] | Skip | Non
     gate, whole = node.inputs[single[0]], shapes[1 - single[0]]
     if whole is None or len(whole) != 4 or rw.dim(gate, 1) != whole[1] or rw.dim(gate, 0) != whole[0]:
         return None
-    if not all(isinstance(d, int) for d in whole[1:]) or str(rw.dtype(gate)) != "float32":
+    if 0 in whole or str(rw.dtype(gate)) != "float32":
+        return None
+    if not all(isinstance(d, int) for d in whole[1:]):
         return Skip("its gate cannot be spread over positions whose number is not known; --static fixes the inputs")
     if rw.opset < 11:
         return Skip("its gate could stay in the blocked layout from opset 11; --opset converts the model")
@@ -66,8 +68,8 @@ def _mean(rw: Rewriter, node: gs.Node) -> tuple[list[gs.Node], str] | None:
     axes = attributes.axes_of(rw, node, 18)
     if rw.rank(node.inputs[0]) != 4 or axes is None or sorted(axes) != [2, 3]:
         return None
-    if str(rw.dtype(node.inputs[0])) != "float32":
-        return None  # providers pool few other types
+    if str(rw.dtype(node.inputs[0])) != "float32" or 0 in (rw.shape(node.inputs[0]) or ()):
+        return None  # providers pool few other types, and no empty tensors
     source, output = node.inputs[0], node.outputs[0]
     if node.attrs.get("keepdims", 1):
         return [gs.Node("GlobalAveragePool", node.name, {}, [source], [output])], "gates and means over space"

@@ -475,7 +475,7 @@ def read_gather(view: View, node: gs.Node) -> Result:
 
 
 def read_split(view: View, node: gs.Node) -> list[Reading] | None:
-    """One selection per output of a Split with known sizes."""
+    """One selection per output of a Split with known sizes; None if one is empty."""
     axis, rank = node.attrs.get("axis", 0), view.rank(node.inputs[0])
     if rank is None:
         return None
@@ -483,7 +483,7 @@ def read_split(view: View, node: gs.Node) -> list[Reading] | None:
     channels = view.dim(node.inputs[0], axis)
     sizes = [view.dim(t, axis) for t in node.outputs]
     numbers = known(sizes)
-    if not isinstance(channels, int) or numbers is None or sum(numbers) != channels:
+    if not isinstance(channels, int) or numbers is None or 0 in numbers or sum(numbers) != channels:
         return None
     starts = np.concatenate([[0], np.cumsum(numbers)]).tolist()
     return [

@@ -42,7 +42,7 @@ def activation(view: View, tensor: gs.Tensor) -> Step | None:
         return Step((node,), node.outputs[0], (node.op, repr(sorted(node.attrs.items())), tuple(numbers)))
     gate, product = sorted(readers, key=lambda n: view.op(n) == "Mul")
     gated = view.op(gate) in GATES and view.op(product) == "Mul" and view.sole_reader(gate.outputs[0]) is product
-    if not gated or {id(t) for t in product.inputs} != {id(tensor), id(gate.outputs[0])}:
+    if not gated:
         return None
     return Step((gate, product), product.outputs[0], ("x·", gate.op, repr(sorted(gate.attrs.items()))))
 

@@ -94,11 +94,12 @@ def choose(
     return None, []
 
 
-def nudged(feeds: Feeds) -> Feeds:
-    """Every other element moved by a rounding."""
+def nudged(feeds: Feeds, least: float = 0.0) -> Feeds:
+    """Every other element moved by a rounding, of `least` at least."""
     moved = {}
     for name, value in feeds.items():
         eps = {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float64": 2.0**-52}.get(str(value.dtype), 2.0**-23)
+        eps = max(eps, least)
         factors = np.where(np.arange(value.size).reshape(value.shape) % 2, 1 + eps, 1 - eps)
         moved[name] = (value.astype(np.float64) * factors).astype(value.dtype)
     return moved
@@ -159,7 +160,7 @@ def judge(
             if not (off > allowed).any():
                 continue
             original = original or make(sample.model)
-            others = [answers(original, [nudged(feeds)])[0]]
+            others = [answers(original, [nudged(feeds, 0.0 if make is runtime else 2.0**-23)])[0]]
             if make is runtime:
                 others.append(answers(runtime(sample.model, optimise=True), [feeds])[0])
             noise = max(float(np.max(deviations(expected, o)[i], initial=0.0)) for o in others if o is not None)

@@ -38,7 +38,7 @@ ACTIVATIONS = (
     "Identity",
     "Exp",
 )
-OPSETS = (9, 11, 13, 14, 17, 18, 20, 21)
+OPSETS = (7, 9, 11, 13, 14, 17, 18, 20, 21)
 
 
 class Tensor(NamedTuple):
@@ -683,6 +683,117 @@ class Builder:
             raise UnfitError("few channels")
         y = self.cut(self.pointwise(x, 8), [1]) if self.chance(0.5) else self.relayout(self.pointwise(x, 8))
         self.pointwise(y)
+
+    def m_widths(self) -> None:
+        """An inverted residual of odd widths: expansion, depthwise filters, squeeze-and-excitation, projection."""
+        x = self.tensor(4)
+        wide = self.rng.choice([17, 18, 21, 27, 30])
+        y = self.dense(x, wide)
+        if self.chance(0.3):
+            y = self.affine(y)
+        y = self.activation(y) if self.chance(0.7) else y
+        if self.chance(0.6):
+            y = self.depthwise(y, 1)
+        if self.chance(0.2):
+            y = self.rng.choice([self.pooling, self.upsample, self.pad, self.relayout])(y)
+        if self.chance(0.6):
+            g = self.node("GlobalAveragePool", [y])[0] if self.chance(0.5) else self.reduce(y, [2, 3])
+            if g.rank == 2:
+                squeezed = self.product(g, y.shape[1]) if self.chance(0.5) else g
+                g = self.node("Reshape", [squeezed, self.integers([-1, y.shape[1], 1, 1])])[0]
+            elif self.chance(0.8):
+                g = self.dense(self.activation(self.dense(g, self.rng.choice([3, 4]))), y.shape[1])
+            op = self.rng.choice(["Sigmoid", "HardSigmoid", "Tanh"])
+            y = self.node(self.rng.choice(["Mul", "Mul", "Add"]), self.swapped(y, self.node(op, [g])[0]))[0]
+        if self.chance(0.3):
+            other = self.dense(x, y.shape[1])
+            y = self.node(self.rng.choice(["Add", "Sub", "Mul"]), self.swapped(y, other))[0]
+        y = self.dense(y, x.shape[1] if self.chance(0.5) else self.rng.choice([5, 18]))
+        if y.shape == x.shape:
+            self.node("Add", self.swapped(x, y))
+
+    def m_stages(self) -> None:
+        """A block of a cross-stage partial network: a map's result is split, worked on and joined again."""
+        x = self.tensor(4)
+        sizes = self.rng.choice([[7, 11], [9, 9], [4, 4], [3, 8, 7]])
+        y = self.dense(x, sum(sizes))
+        y = self.activation(y) if self.chance(0.7) else y
+        y = self.affine(y) if self.chance(0.15) else y
+        axis = self.rng.choice([1, 1, -3])
+        if self.opset < 13:
+            parts = self.node("Split", [y], len(sizes), axis=axis, split=sizes)
+        else:
+            parts = self.node("Split", [y, self.integers(sizes)], len(sizes), axis=axis)
+        joined = [parts[0]] if self.chance(0.7) else []
+        joined.append(self.activation(self.dense(parts[1], self.rng.choice([5, parts[1].shape[1]]))))
+        if joined[-1].shape == parts[1].shape and self.chance(0.6):
+            joined.append(self.node("Add", self.swapped(parts[1], joined[-1]))[0])
+        joined += parts[2:] if self.chance(0.7) else []
+        z = self.node("Concat", joined, axis=1)[0]
+        z = self.pooling(z) if self.chance(0.3) else z
+        if z.rank == 4:
+            self.dense(z, 6)
+
+    def m_multiplier(self) -> None:
+        """Depthwise filters, several for each channel, on the way to a map."""
+        x = self.tensor(3, 4, 4)
+        y = self.depthwise(x, self.rng.choice([2, 2, 3]))
+        for _ in range(self.rng.randrange(3)):
+            y = self.rng.choice([self.activation, self.affine, self.pooling])(y)
+        if self.chance(0.3):
+            y = self.depthwise(y, 1)
+        if self.chance(0.3):
+            y = self.node("Add", self.swapped(y, self.dense(y, y.shape[1])))[0]
+        elif self.chance(0.3):
+            y = self.node("Concat", self.swapped(y, self.dense(y, 5)), axis=1)[0]
+        self.dense(y)
+
+    def m_last(self) -> None:
+        """Matrix products between Transposes."""
+        x = self.tensor(4)
+        y = self.node("Transpose", [x], perm=[0, 2, 3, 1])[0]
+        for _ in range(self.rng.choice([1, 2, 2])):
+            y = self.product(y)
+            y = self.activation(y) if self.chance(0.5) else y
+        self.node("Transpose", [y], perm=[0, 3, 1, 2])
+
+    def m_gram(self) -> None:
+        """A Gram matrix of a map, whose weights are well-conditioned."""
+        x = self.tensor(3, 4, 4)
+        n = x.shape[1]
+        if not 0 < n <= 16:
+            raise UnfitError("channels")
+        m = n + self.rng.choice([0, 0, 1, 3])
+        w, _ = np.linalg.qr(self.numbers.normal(size=(m, n)))
+        w *= self.numbers.uniform(0.5, 2, size=(m, 1))
+        if x.rank == 3 and self.chance(0.5):
+            y = self.node("MatMul", [self.constant(w), x])[0]
+        else:
+            y = self.node("Conv", [x, self.constant(w.reshape(m, n, *[1] * (x.rank - 2)))])[0]
+        if x.rank == 4:
+            target = self.rng.choice([[0, 0, -1], [0, m, -1], [x.shape[0], m, math.prod(x.shape[2:])]])
+            y = self.node("Reshape", [y, self.integers(target)])[0]
+        self.node("MatMul", [y, self.node("Transpose", [y], perm=[0, 2, 1])[0]])
+
+    def dense(self, x: Tensor, out: int | None = None) -> Tensor:
+        """A convolution of one group that keeps all positions; now and then with a stride."""
+        if x.rank < 3 or not x.shape[1]:
+            raise UnfitError("no channels")
+        rank, out = x.rank - 2, out or self.rng.choice([3, 6, 8])
+        kernel, stride = self.rng.choice([1, 1, 3]), 2 if self.chance(0.1) else 1
+        inputs: list[str | Tensor] = [x, self.constant(self.weights(out, x.shape[1], *[kernel] * rank))]
+        if self.chance(0.6):
+            inputs.append(self.constant(self.numbers.normal(size=out)))
+        return self.node("Conv", inputs, pads=[kernel // 2] * 2 * rank, strides=[stride] * rank)[0]
+
+    def depthwise(self, x: Tensor, multiplier: int) -> Tensor:
+        if x.rank < 3 or not x.shape[1]:
+            raise UnfitError("no channels")
+        rank, (c, out) = x.rank - 2, (x.shape[1], x.shape[1] * multiplier)
+        inputs: list[str | Tensor] = [x, self.constant(self.weights(out, 1, *[3] * rank))]
+        if self.chance(0.6):
+            inputs.append(self.constant(self.numbers.normal(size=out)))
+        return self.node("Conv", inputs, group=c, pads=[1] * 2 * rank)[0]
 
     # What pwopt must leave alone
 

@@ -103,6 +103,8 @@ def test_what_is_refused(reason: str) -> None:
         "h = Conv(x, w) t = Transpose<perm=[0,1,3,2]>(h) y = MatMul(h, t)",  # along one spatial axis
         "h = Conv(x, w) k = Relu(h) r = Reshape(k, s) t = Transpose<perm=[0,2,1]>(r) y = MatMul(r, t)",
         "h = Conv<kernel_shape=[3,3]>(x, k) " + GRAM,
+        "h = Conv<group=2>(x, g) " + GRAM,
+        "h = Conv(x, w) r = Reshape(h, s) o = Reshape(x, s) t = Transpose<perm=[0,2,1]>(o) y = MatMul(r, t)",
         "h = Conv(x, w) " + GRAM.replace("s)", "m)"),  # rows mix channels and positions
     ],
 )
@@ -110,10 +112,33 @@ def test_what_is_something_else(body: str) -> None:
     weights = {"k": normal(6, 6, 3, 3)} if " k)" in body and "kernel" in body else {}
     weights |= {"q": np.array([2, 2, 3, -1])} if " q)" in body else {}
     weights |= {"m": np.array([2, 12, -1])} if " m)" in body else {}
+    weights |= {"g": normal(6, 3, 1, 1)} if " g)" in body else {}
     model = gram(body, **weights)
     result, outcome, _ = run(model, CommuteGram())
     assert result is model
     assert not outcome.rewrites
+
+
+def test_a_gram_matrix_of_lines() -> None:
+    """Rows that are an axis of positions, however many columns there are."""
+    body = "h = Conv(x, w) t = Transpose<perm=[0,1,3,2]>(h) y = MatMul(h, t)"
+    model = gram(body, "(double[2,6,5,80] x) => (double[N] y) ")
+    assert run(model, CommuteGram())[0] is model
+
+
+@pytest.mark.parametrize(
+    ("head", "dtype", "why"),
+    [
+        ("(float16[2,6,5,8] x) => (float16[N] y) ", np.float16, "overflow float16"),
+        ("(double[2,6,H,W] x) => (double[N] y) ", np.float64, "positions is not known"),
+        ("(double[2,6,5,8] x) => (double[N] y, double[N] r) ", np.float64, "graph output"),
+    ],
+)
+def test_what_cannot_be_told_or_moved(head: str, dtype: type, why: str) -> None:
+    model = gram(head=head, w=sound(6, 6).reshape(6, 6, 1, 1).astype(dtype))
+    result, outcome, _ = run(model, CommuteGram())
+    assert result is model
+    assert why in reasons(outcome)[0]
 
 
 def test_an_observed_map_stays() -> None:

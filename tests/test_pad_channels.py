@@ -179,3 +179,43 @@ def test_any_way_through(steps: list[str], blocks: bool) -> None:
     result, _, _ = run(model, eager(FillBlocks if blocks else PadChannels))
     assert all(np.isfinite(v).all() for v in evaluate(result, x=X))
     same(model, result, x=X)
+
+
+def test_a_part_that_asks_for_nothing_stays() -> None:
+    """Of two parts, the depthwise convolution's is padded, the other is not."""
+    model = build(
+        "{ a = Conv(x, w) p, q = Split<axis=1>(a, parts) s = Conv(p, u7) e = Conv<group=11>(q, e11) t = Conv(e, u11) y = Add(s, t) }",
+        e11=normal(11, 1, 1, 1),
+    )  # fmt: skip
+    result, outcome, _ = run(model, eager())
+    assert widths(result) == [(19, 3), (2, 7), (12, 1), (2, 12)], reasons(outcome)
+    same(model, result, x=X)
+
+
+def test_a_split_into_a_number_of_parts() -> None:
+    text = (
+        HEAD
+        + "{ a = Conv(x, w) p, q = Split<axis=1,num_outputs=2>(a) s = Sub(p, q) c = Conv<group=9>(s, k) y = Conv(c, v) }"
+    )
+    model = parse(text, 18, w=W, k=normal(9, 1, 1, 1), v=normal(2, 9, 1, 1))
+    result, outcome, _ = run(model, eager())
+    assert widths(result) == [(24, 3), (12, 1), (2, 12)], reasons(outcome)
+    same(model, result, x=X)
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        ("{ a = Conv<group=3>(x, m) y = Conv(a, v) }", "a channel multiplier"),
+        ("{ a = Conv(x, w) k = Concat<axis=1>(a, x) y = Conv(k, v21) }", "joins channels of which nothing is known"),
+    ],
+)
+def test_channels_that_have_to_stay(body: str, why: str) -> None:
+    assert why in left(body, m=normal(18, 1, 1, 1), v21=normal(4, 21, 1, 1))
+
+
+@pytest.mark.parametrize("kind", [PadChannels, FillBlocks])
+def test_lines_are_left_alone(kind: type[Pass]) -> None:
+    """The blocked layout is one of images."""
+    body = "(double[2,3,6] x) => (double[N] y) { a = Conv(x, w1) p = MaxPool<kernel_shape=[2]>(a) y = Conv(p, v1) }"
+    assert left(body, kind, w1=normal(18, 3, 1), v1=normal(4, 18, 1)) == ""

@@ -20,7 +20,9 @@ from pwopt.passes import (
     LowerRank,
     MergeSiblings,
     NameActivations,
+    PadChannels,
     SplitConcat,
+    SplitSiblings,
 )
 from pwopt.rewrite import Pass
 from pwopt.shapes import infer
@@ -311,3 +313,10 @@ def test_a_constant_that_an_operator_reads_twice_is_lowered_once() -> None:
     body = "(double[1,3,9] x) => (double[N] y) { a = Conv(x, w) y = Max(a, c, c) }"
     result = every(parse(body, w=normal(4, 3, 1), c=normal(4, 1)), LowerRank(), x=normal(1, 3, 9))
     assert len({t.name for t in result.graph.initializer}) == len(result.graph.initializer)
+
+
+@pytest.mark.parametrize("p", [PadChannels, SplitSiblings])
+def test_a_split_with_an_empty_part(p: type[Pass]) -> None:
+    body = "{ a = Conv(x, u) e, b = Split<axis=1>(a, n) y = Conv(b, w) }"
+    weights = {"u": normal(18, 3, 1, 1), "w": normal(4, 18, 1, 1), "n": np.array([0, 18])}
+    every(parse("(double[1,3,6,6] x) => (double[N] y) " + body, **weights), p(), x=normal(1, 3, 6, 6))

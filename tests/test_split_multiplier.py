@@ -91,3 +91,10 @@ def test_only_measuring_can_tell() -> None:
     result, outcome, _ = run(model, SplitMultiplier())
     assert result is model
     assert "only measuring can tell" in reasons(outcome)[0]
+
+
+def test_many_filters_of_a_single_channel_are_a_dense_map() -> None:
+    model = parse("(double[2,1,7,6] x) => (double[N] y) { a = Conv(x, w) y = Conv(a, v) }", w=normal(6, 1, 3, 3), v=normal(4, 6, 1, 1))  # fmt: skip
+    result, outcome, _ = run(model, eager())
+    assert result is model
+    assert not reasons(outcome)

@@ -67,6 +67,10 @@ def test_a_part_that_nobody_reads_is_not_computed() -> None:
     [
         ("{ a = Conv(x, w) r = Relu(a) p, q = Split<axis=1>(r, n) t = Conv(x, w) u = ReduceSum(t) y = Add(p, u) }", "shared"),
         ("(double[2,3,6,5] x) => (double[N] p, double[N] q, double[N] a) { a = Conv(x, w) p, q = Split<axis=1>(a, n) }", ""),
+        ("(double[2,3,6,5] x) => (double[N] p, double[N] q, double[N] a) { a = Conv(x, w) r = Relu(a) p, q = Split<axis=1>(r, n) }", ""),
+        ("(double[2,3,6,5] x) => (double[N] p, double[N] q, double[N] z) { a = Conv(x, w) r = Relu(a) p, q = Split<axis=1>(r, n) s = Tanh(a) z = Abs(s) }", ""),
+        ("(double[2,3,6,5] x) => (double[N] p, double[N] q, double[N] z) { a = Conv(x, w) s = Sigmoid(a) m = Mul(a, s) z = Neg(s) p, q = Split<axis=1>(m, n) }", ""),
+        ("(double[2,3,6,5] x) => (double[N] p, double[N] q, double[N] z) { a = Conv(x, w) s = Sigmoid(a) m = Mul(a, s) z = Neg(a) p, q = Split<axis=1>(m, n) }", ""),
         ("{ a = Conv(x, w) m = Mul(a, slope) p, q = Split<axis=1>(m, n) }", ""),
         ("{ a = Conv<group=2>(t, g2) p, q = Split<axis=1>(a, half) t = Concat<axis=1>(x, x) }", ""),
         ("{ a = Conv(x, w) p, q = Split<axis=2>(a, space) }", ""),
