@@ -70,7 +70,7 @@ def test_every_pass_keeps_the_type_and_the_answers(name: str, dtype: Any) -> Non
     }  # fmt: skip
     model = parse(body, 22, 10, **{n: v.astype(dtype) for n, v in numbers.items()})
     result = pwopt.optimize(model, cost_model="analytic", check=False, passes=[p.name for p in PASSES])
-    assert len(result.model.graph.node) < len(model.graph.node)
+    assert not {"BatchNormalization", "Mul"} & {n.op_type for n in result.model.graph.node}
     assert {t.data_type for t in result.model.graph.initializer} <= {
         helper.np_dtype_to_tensor_dtype(np.dtype(dtype)),
         TensorProto.INT64,

@@ -80,7 +80,7 @@ def test_a_profile_comes_back_as_it_was(recorded: Path, tmp_path: Path) -> None:
     profile = Profile.load(recorded)
     profile.save(tmp_path / "again.json")
     assert Profile.load(tmp_path / "again.json") == profile
-    assert {e.pass_name for e in profile.entries} == {"split-siblings", "keep-layout"}
+    assert {e.pass_name for e in profile.entries} == {"split-siblings", "keep-layout", "to-matmul"}
     assert profile.environment["threads"] == 1
 
 
