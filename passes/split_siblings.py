@@ -2,87 +2,152 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
-from pwopt import emit, forms
+from pwopt import attributes, commute, emit, forms
+from pwopt.channels import ELEMENTWISE
 from pwopt.forms import Reading, describe_map
 from pwopt.linear import LinearMap, Refusal
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
 from pwopt.shapes import channels
-from pwopt.steps import Step, activation, repeated
+
+#: Operators between the maps and the Split, at most: each is repeated for every part.
+MAX_BETWEEN = 32
 
 
 class SplitSiblings(Pass):
-    """split(f((W₁; W₂; …)x)) = (f(W₁x), f(W₂x), …) for an elementwise f: merge-siblings backwards.
+    """split(f((W₁; W₂; …)x)) = (f(W₁x), f(W₂x), …) for any f that acts on channels one by one.
 
-    A Split takes its input out of the provider's blocked layout, and with it the Concat that so often follows: the
-    blocks of CSPNet (Wang et al., 2020), C2f and C3k2 of YOLOv8 and v11, split what a 1×1 convolution makes, work on
-    one half, and join all again.
+    That is merge-siblings backwards. A Split takes its input out of the provider's blocked layout, and with it the
+    Concat that so often follows: the blocks of CSPNet (Wang et al., 2020), C2f and C3k2 of YOLOv8 and v11, split what a
+    1×1 convolution makes, work on one half, and join all again. f may be activations, sums of several maps, pooling and
+    upsampling.
     """
 
     name = "split-siblings"
     policy = "measured"
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
-        reading = forms.weighted(rw, node)
-        if reading is None or reading.nodes[0] is not node or reading.geometry.groups > 1:
+        parts = forms.read_split(rw, node) if rw.op(node) == "Split" else None
+        if parts is None or parts[0].axis is None:
             return None
-        steps: list[Step] = []
-        while True:
-            tensor = steps[-1].output if steps else reading.output
-            split = rw.sole_reader(tensor)
-            if rw.is_a(split, "Split"):
-                break
-            step = activation(rw, tensor)
-            if step is None:
+        axis, counts = parts[0].axis, [p.geometry.out_channels for p in parts]
+        found = _above(rw, node.inputs[0], axis, sum(counts))
+        if found is None:
+            return None
+        maps = [f for f in found if isinstance(f, Reading) and f.geometry.groups == 1 and f.weighted]
+        inside = {id(n) for f in found for n in (f.nodes if isinstance(f, Reading) else (f,))} | {id(node)}
+        widths = f"{maps[0].geometry.in_channels}→({', '.join(map(str, counts))})"
+        for f in found:
+            tensor = f.output if isinstance(f, Reading) else f.outputs[0]
+            if rw.pinned(tensor) or any(id(n) not in inside for n in rw.readers(tensor)):
                 return None
-            steps.append(step)
-        parts = forms.read_split(rw, split)
-        if parts is None or parts[0].axis != reading.axis:
-            return None
-        counts = [p.geometry.out_channels for p in parts]
-        widths = f"{reading.geometry.in_channels}→({', '.join(map(str, counts))})"
-        if rw.shared(reading.weight_input):
-            return Skip(f"{widths}: the weight {reading.weight_input.name!r} is shared")
+        shared = [m.weight_input.name for m in maps if rw.shared(m.weight_input)]
+        if shared:
+            return Skip(f"{widths}: the weight {shared[0]!r} is shared")
         if not self.eager:
             return Skip(f"{widths} could be maps of their own, instead of one and a Split; only measuring can tell")
-        linear = reading.load()
-        if isinstance(linear, Refusal):
-            return Skip(linear.reason)
         new: list[gs.Node] = []
         residual, start = 0.0, 0
-        for output, count in zip(split.outputs, counts, strict=True):
+        for output, count in zip(node.outputs, counts, strict=True):
             rows, start = slice(start, start + count), start + count
             if not rw.readers(output) and not rw.pinned(output):
                 continue
-            made = self._part(rw, reading, linear, rows, steps, output)
+            made = _part(rw, found, axis, rows, node.inputs[0], output)
             if isinstance(made, Refusal):
                 return Skip(made.reason)
             new += made[0]
             residual = max(residual, made[1])
-        old = [*reading.nodes, *(n for step in steps for n in step.nodes), split]
+        old = [*(n for f in found for n in (f.nodes if isinstance(f, Reading) else (f,))), node]
         done = rw.replace(old, new, f"{widths} as maps of their own, instead of one and a Split", residual)
-        kept = tuple((str(t.name), str(t.name)) for t in split.outputs if t.name)
-        return replace(done, became=kept).signed(f"split results: {describe_map(rw, reading, widths)}")
+        kept = tuple((str(t.name), str(t.name)) for t in node.outputs if t.name)
+        return replace(done, became=kept).signed(f"split results: {describe_map(rw, maps[0], widths)}")
 
-    def _part(
-        self, rw: Rewriter, reading: Reading, linear: LinearMap, rows: slice, steps: list[Step], output: gs.Tensor
-    ) -> tuple[list[gs.Node], float] | Refusal:
-        """Nodes for one part of the result, and what rounding did to its weights."""
-        count = rows.stop - rows.start
-        part = LinearMap.of(replace(linear.geometry, out_channels=count), linear.weight[rows], linear.bias[rows])
-        axis = reading.axis or 0
-        ends = [rw.new_variable(f"{s.output.name}_part", s.output, channels(axis, count)) for s in steps[:-1]]
-        first = (
-            rw.new_variable(f"{reading.output.name}_part", reading.output, channels(axis, count)) if steps else output
-        )
-        written = emit.write(rw, part, reading, reading.source, first, reading.axis, inherit=False)
+
+def _above(rw: Rewriter, tensor: gs.Tensor, axis: int, count: int) -> list[Reading | gs.Node] | None:
+    """Everything between some dense maps and a tensor, the maps included, in order; None if other things make it."""
+    found: dict[int, Reading | gs.Node] = {}
+    pending = [tensor]
+    while pending:
+        t = pending.pop()
+        maker = rw.producer(t)
+        if maker is None or rw.dim(t, axis) != count or len(found) > MAX_BETWEEN:
+            return None
+        if id(maker) in found:
+            continue
+        reading = forms.linear(rw, maker)
+        if reading is not None and reading.output is t and reading.axis == axis and _by_rows(reading, count):
+            found[id(maker)] = reading
+            pending += [] if reading.geometry.groups == 1 else [reading.source]
+            continue
+        sources = _sources(rw, maker, axis)
+        if sources is None:
+            return None
+        found[id(maker)] = maker
+        pending += sources
+    return sorted(found.values(), key=lambda f: rw.position(f.node if isinstance(f, Reading) else f))
+
+
+def _by_rows(reading: Reading, count: int) -> bool:
+    """Whether a map's weights can be taken row by row: dense, or one channel from each."""
+    g = reading.geometry
+    dense = reading.weighted and g.groups == 1
+    single = reading.kind in emit.FORMS and g.groups == g.in_channels == count > 1
+    return g.out_channels == count and (dense or single)
+
+
+def _sources(rw: Rewriter, node: gs.Node, axis: int) -> list[gs.Tensor] | None:
+    """The inputs of an operator that treats channels one by one and alike, with no number for each of them."""
+    op, first = rw.op(node), node.inputs[:1]
+    if op in ("Add", "Sub", "Mul", "Div", "Sum") and rw.opset >= 7:
+        rank, whole = rw.rank(node.outputs[0]), all(rw.constant(t) is None for t in node.inputs)
+        if whole and all(rw.rank(t) == rank for t in node.inputs):
+            return list(node.inputs)
+        moving = [t for t in node.inputs if rw.constant(t) is None]
+        return moving if len(moving) == 1 and all(rw.elements(t) in (None, 1) for t in node.inputs) else None
+    if len([t for t in node.outputs if t.name]) != 1 or not first:
+        return None
+    if op in ELEMENTWISE:
+        return list(first) if all(rw.elements(t) == 1 for t in node.inputs[1:] if t.name) else None
+    rule = commute.rule(rw, node)
+    kept = rule is not None and (rule.axes is None or rule.axes.get(axis) == axis)
+    named = op in ("Reshape", "Expand", "Tile", "PRelu", "Squeeze", "Unsqueeze", "Flatten", "Transpose")
+    return list(first) if kept and not named and not attributes.resized_by_sizes(rw, node) else None
+
+
+def _part(
+    rw: Rewriter,
+    found: Sequence[Reading | gs.Node],
+    axis: int,
+    rows: slice,
+    whole: gs.Tensor,
+    output: gs.Tensor,
+) -> tuple[list[gs.Node], float] | Refusal:
+    """Nodes for some channels of `whole` as `output`, and what rounding did to their weights."""
+    count, residual = rows.stop - rows.start, 0.0
+    made: dict[int, gs.Tensor] = {id(whole): output}
+    nodes: list[gs.Node] = []
+    for f in found:
+        tensor = f.output if isinstance(f, Reading) else f.outputs[0]
+        result = made.setdefault(id(tensor), rw.new_variable(f"{tensor.name}_part", tensor, channels(axis, count)))
+        if isinstance(f, gs.Node):
+            inputs = [made.get(id(t), t) for t in f.inputs]
+            nodes.append(gs.Node(f.op, rw.node_name(f.name, "_part"), dict(f.attrs), inputs, [result]))
+            continue
+        linear = f.load()
+        if isinstance(linear, Refusal):
+            return linear
+        g = replace(linear.geometry, out_channels=count)
+        g = g if g.groups == 1 else replace(g, in_channels=count, groups=count)
+        part = LinearMap.of(g, np.asarray(linear.weight)[rows], linear.bias[rows])
+        source = f.source if g.groups == 1 and f.geometry.groups == 1 else made[id(f.source)]
+        written = emit.write(rw, part, f, source, result, f.axis, inherit=False)
         if isinstance(written, Refusal):
             return written
-        nodes, last = list(written.nodes), first
-        for step, end in zip(steps, [*ends, output], strict=False):
-            nodes += repeated(rw, step, last, end)
-            last = end
-        return nodes, written.residual
+        nodes += written.nodes
+        residual = max(residual, written.residual)
+    return nodes, residual

@@ -12,7 +12,8 @@ HEAD = "(double[2,3,6,5] x) => (double[N] p, double[N] q) "
 CONSTANTS = {
     "w": normal(7, 3, 1, 1), "b": normal(7, seed=1), "k": normal(7, 3, 3, 3, seed=2), "n": np.array([3, 4]), "three": np.array([2, 3, 2]),
     "low": np.float64(-0.5), "high": np.float64(0.5), "slope": normal(7, 1, 1, seed=3), "g": normal(8, 3, 1, 1, seed=4), "half": np.array([4, 4]),
-    "space": np.array([2, 4]),
+    "space": np.array([2, 4]), "d": normal(7, 1, 3, 3, seed=5), "up": np.array([1, 1, 2, 2], np.float32), "w2": normal(7, 3, 1, 1, seed=6),
+    "u7": normal(2, 7, 1, 1, seed=7),
 }  # fmt: skip
 
 
@@ -37,6 +38,12 @@ def build(body: str, /) -> onnx.ModelProto:
         ("{ a = Conv<pads=[1,1,1,1],strides=[2,1]>(x, k, b) p, q = Split<axis=-3>(a, n) }", {"Conv": 2}),
         ("{ a = Conv(x, w, b) s = Sigmoid(a) m = Mul(a, s) p, q = Split<axis=1>(m, n) }", {"Conv": 2, "Sigmoid": 2, "Mul": 2}),
         ("{ a = Conv(x, w, b) r = Relu(a) m = Clip(r, low, high) p, q = Split<axis=1>(m, n) }", {"Conv": 2, "Relu": 2, "Clip": 2}),
+        ("{ a = Conv(x, w) e = GlobalAveragePool(a) m = Mul(a, e) p, q = Split<axis=1>(m, n) }", {"Conv": 2, "GlobalAveragePool": 2, "Mul": 2}),
+        ("{ a = Conv(x, w) m = Mul(a, slope) p, q = Split<axis=1>(m, n) }", {"Conv": 2, "Mul": 2}),
+        ("{ a = Conv(x, w) m = Conv<group=7,pads=[1,1,1,1]>(a, d, b) p, q = Split<axis=1>(m, n) }", {"Conv": 4}),
+        ("{ a = Conv(x, w) c = Conv<pads=[1,1,1,1]>(x, k, b) s = Add(a, c) m = Relu(s) p, q = Split<axis=1>(m, n) }", {"Conv": 4, "Add": 2, "Relu": 2}),
+        ("{ a = Conv(x, w) r = Resize<mode=\"nearest\">(a, , up) e = Conv<strides=[1,1]>(x, w2) o = Resize<mode=\"nearest\">(e, , up) s = Add(r, o) p, q = Split<axis=1>(s, n) }", {"Conv": 4, "Resize": 4, "Add": 2}),
+        ("{ a = Conv(x, w) o = MaxPool<kernel_shape=[2,2]>(a) t = AveragePool<kernel_shape=[2,2]>(o) p, q = Split<axis=1>(t, n) }", {"Conv": 2, "MaxPool": 2, "AveragePool": 2}),
         ("{ a = Conv(x, w, b) p, z, q = Split<axis=1>(a, three) }", {"Conv": 2}),
         ("(double[2,3] x) => (double[N] p, double[N] q) { a = Gemm(x, m, b) p, q = Split<axis=1>(a, n) }", {"Gemm": 2}),
         ("(double[2,4,3] x) => (double[N] p, double[N] q) { a = MatMul(x, m) c = Add(a, b) p, q = Split<axis=2>(c, n) }", {"MatMul": 2, "Add": 2}),
@@ -71,7 +78,8 @@ def test_a_part_that_nobody_reads_is_not_computed() -> None:
         ("(double[2,3,6,5] x) => (double[N] p, double[N] q, double[N] z) { a = Conv(x, w) r = Relu(a) p, q = Split<axis=1>(r, n) s = Tanh(a) z = Abs(s) }", ""),
         ("(double[2,3,6,5] x) => (double[N] p, double[N] q, double[N] z) { a = Conv(x, w) s = Sigmoid(a) m = Mul(a, s) z = Neg(s) p, q = Split<axis=1>(m, n) }", ""),
         ("(double[2,3,6,5] x) => (double[N] p, double[N] q, double[N] z) { a = Conv(x, w) s = Sigmoid(a) m = Mul(a, s) z = Neg(a) p, q = Split<axis=1>(m, n) }", ""),
-        ("{ a = Conv(x, w) m = Mul(a, slope) p, q = Split<axis=1>(m, n) }", ""),
+        ("{ a = Conv(x, w) m = Softmax<axis=1>(a) p, q = Split<axis=1>(m, n) }", ""),
+        ("(double[2,3,6,5] x) => (double[N] p, double[N] q, double[N] z) { a = Conv(x, w) e = GlobalAveragePool(a) m = Mul(a, e) p, q = Split<axis=1>(m, n) z = Conv(e, u7) }", ""),
         ("{ a = Conv<group=2>(t, g2) p, q = Split<axis=1>(a, half) t = Concat<axis=1>(x, x) }", ""),
         ("{ a = Conv(x, w) p, q = Split<axis=2>(a, space) }", ""),
     ],
