@@ -105,13 +105,14 @@ def run_pipeline(
     sizes: Mapping[str, Sequence[int]],
     allowed: Collection[str] | None = None,
     certifier: Certifier | None = None,
+    concrete: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[Cost, Outcome, Cost]:
     """Run passes over a model in place; returns its cost before, what was done, and its cost after.
 
     `allowed` lists the sites where measured passes may act; None for all. `certifier` gives rewrites their
-    certificates.
+    certificates. `concrete` are all shapes in numbers, if they are known already.
     """
-    concrete = concrete_sizes(model.proto, sizes)
+    concrete = concrete_sizes(model.proto, sizes) if concrete is None else concrete
     before = measure(View(model.graph, concrete))
     settled = settle(model, deny, certifier) if any(isinstance(p, CleanUp) for p in passes) else ()
     outcome = Pipeline(passes).run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -11,10 +12,10 @@ import onnx
 
 from pwopt import timing, tune
 from pwopt.cache import Entry, look_up, place, store
-from pwopt.compiler import run_pipeline, select_passes
+from pwopt.compiler import concrete_sizes, run_pipeline, select_passes, settle
 from pwopt.cost import Cost
 from pwopt.model import Model, from_proto, save
-from pwopt.rewrite import Certifier, Outcome, Rewrite, Skip
+from pwopt.rewrite import Certifier, Outcome, Pipeline, Rewrite, Skip
 from pwopt.runtime import Session
 from pwopt.samples import Sample
 
@@ -63,6 +64,11 @@ class Work:
     #: Just the passes that need no cost to judge them.
     always_only: bool = False
 
+    @cached_property
+    def concrete(self) -> dict[str, tuple[int, ...]]:
+        """Shapes in numbers of all tensors."""
+        return concrete_sizes(self.target.proto, self.sizes)
+
     def certified(
         self, allowed: frozenset[str] | None, certifier: Certifier
     ) -> tuple[Cost, Outcome, Cost, onnx.ModelProto, dict[str, Skip]]:
@@ -85,7 +91,7 @@ class Work:
         for p in chosen:
             p.eager = p.eager or (p.policy == "measured" and allowed is not None)
         denied = (*self.denied, *refused)
-        before, outcome, after = run_pipeline(fresh, chosen, denied, self.sizes, allowed, certifier)
+        before, outcome, after = run_pipeline(fresh, chosen, denied, self.sizes, allowed, certifier, self.concrete)
         return before, outcome, after, fresh.to_proto()
 
     def opportunities(self) -> tuple[list[Rewrite], list[Skip]]:
@@ -98,7 +104,10 @@ class Work:
                 chosen = [q for j, q in enumerate(select_passes(None)) if q.policy != "measured" or i == j]
                 for q in chosen:
                     q.eager = q.policy == "measured"
-                _, outcome, _ = run_pipeline(fresh, chosen, self.denied, self.sizes)
+                settle(fresh, self.denied)
+                outcome = Pipeline(chosen).run(
+                    fresh.graph, denied=self.denied, sizes=self.concrete, reserved=fresh.names()
+                )
                 found += [r for r in outcome.rewrites if r.pass_name == p.name]
                 refused += [s for s in outcome.skips if s.pass_name == p.name]
         return found, refused
