@@ -27,7 +27,7 @@ INK, LINE, AFTER, BEFORE = COLOURS
 ALONE = {INK: "#24292f", LINE: "#d0d7de", AFTER: "#0b6bcb", BEFORE: "#8a939c"}
 #: Counts up to this read best on a linear scale; points up to this, as large dots.
 FEW = 20
-SETTINGS = {
+SETTINGS: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "pwopt", "font.family": "sans-serif", "font.size": 9,
     "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": LINE, "xtick.color": INK, "ytick.color": INK,
     "grid.color": LINE, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
