@@ -13,6 +13,7 @@ import pwopt
 from pwopt import cache, selection
 from pwopt.cache import Entry
 from pwopt.cli import main
+from pwopt.timing import Race
 
 ENTRY = Entry("merge-siblings", "conv 6→(4, 4)", "here", 1.25, 1.2, 1.3)
 
@@ -78,23 +79,22 @@ def siblings() -> onnx.ModelProto:
 def test_a_second_run_decides_alike_without_racing(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     races: list[object] = []
-    real = selection.timing.race
 
-    def counted(sessions: object, *args: object, **options: object) -> object:
+    def counted(_sessions: object, *_args: object, **options: object) -> Race:
         races.append(options.get("decided"))
-        return real(sessions, *args, **options)  # type: ignore[arg-type]
+        return Race((np.full(40, 2.0), np.full(40, 1.0)))  # whatever is tried is faster
 
     monkeypatch.setattr(selection.timing, "race", counted)
     first = pwopt.optimize(siblings(), race_seconds=0.01, budget=5.0)
     tuned = sum(r is not None for r in races)
-    assert tuned == len(list(cache.entries())) > 0
+    assert tuned >= len(list(cache.entries())) > 0
     second = pwopt.optimize(siblings(), race_seconds=0.01, budget=5.0)
     assert sum(r is not None for r in races) == tuned
 
     def kinds(result: pwopt.Result) -> set[str]:
         return {r.site for r in result.report.rewrites if r.signature}
 
-    assert kinds(first) == kinds(second)
+    assert kinds(first) == kinds(second) != set()
     pwopt.optimize(siblings(), race_seconds=0.01, budget=5.0, cache=False)
     assert sum(r is not None for r in races) == 2 * tuned
 
