@@ -32,6 +32,8 @@ from pwopt.verify import placements
 
 #: Seconds to race the result against the original.
 RACE_SECONDS = 8.0
+#: A speed-up below this is explained.
+LITTLE = 1.05
 #: Seconds to spend on choosing measured rewrites.
 BUDGET = 60.0
 
@@ -226,6 +228,8 @@ def optimize(
             more = any(policy[r.pass_name] != "always" for r in done.report.rewrites)
             done = _kept(done, asked) if asked else _best(done, attempt(True) if more else done, source.proto)
         proto, report = done.proto, done.report
+        if done.faster and report.latency is not None and report.latency.speedup < LITTLE and not asked:
+            report = _noted(report, f"Little was gained. {_why_little(report)}")
         if output is not None:
             progress("writing", 1.0)
             save(proto, output, source)
