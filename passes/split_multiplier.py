@@ -41,7 +41,7 @@ class SplitMultiplier(Pass):
             return None
         what = f"{reading.channels} depthwise"
         if id(reading.output) not in self._places:
-            return Skip(f"{what}: its weight is shared, or not finite")
+            return Skip(f"{what}: its weight is shared")
         component, analysis = self._places[id(reading.output)]
         places = runs(analysis, component)
         first, count = places[id(reading.output)][0], reading.geometry.out_channels

@@ -133,7 +133,9 @@ def _part(
     nodes: list[gs.Node] = []
     for f in found:
         tensor = f.output if isinstance(f, Reading) else f.outputs[0]
-        result = made.setdefault(id(tensor), rw.new_variable(f"{tensor.name}_part", tensor, channels(axis, count)))
+        if id(tensor) not in made:
+            made[id(tensor)] = rw.new_variable(f"{tensor.name}_part", tensor, channels(axis, count))
+        result = made[id(tensor)]
         if isinstance(f, gs.Node):
             inputs = [made.get(id(t), t) for t in f.inputs]
             nodes.append(gs.Node(f.op, rw.node_name(f.name, "_part"), dict(f.attrs), inputs, [result]))
