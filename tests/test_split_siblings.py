@@ -13,7 +13,7 @@ CONSTANTS = {
     "w": normal(7, 3, 1, 1), "b": normal(7, seed=1), "k": normal(7, 3, 3, 3, seed=2), "n": np.array([3, 4]), "three": np.array([2, 3, 2]),
     "low": np.float64(-0.5), "high": np.float64(0.5), "slope": normal(7, 1, 1, seed=3), "g": normal(8, 3, 1, 1, seed=4), "half": np.array([4, 4]),
     "space": np.array([2, 4]), "d": normal(7, 1, 3, 3, seed=5), "up": np.array([1, 1, 2, 2], np.float32), "w2": normal(7, 3, 1, 1, seed=6),
-    "image": normal(6, 5, seed=8), "one": normal(1, 3, 1, 1, seed=9), "x7": normal(1, 7, 6, 5, seed=10), "size": np.array([2, 7, 12, 10]),
+    "w1": normal(7, 3, 1, seed=11), "image": normal(6, 5, seed=8), "one": normal(1, 3, 1, 1, seed=9), "x7": normal(1, 7, 6, 5, seed=10), "size": np.array([2, 7, 12, 10]),
     "u7": normal(2, 7, 1, 1, seed=7),
 }  # fmt: skip
 
@@ -79,6 +79,8 @@ def test_a_part_that_nobody_reads_is_not_computed() -> None:
         ("(double[2,3,6,5] x) => (double[N] p, double[N] q, double[N] z) { a = Conv(x, w) r = Relu(a) p, q = Split<axis=1>(r, n) s = Tanh(a) z = Abs(s) }", ""),
         ("(double[2,3,6,5] x) => (double[N] p, double[N] q, double[N] z) { a = Conv(x, w) s = Sigmoid(a) m = Mul(a, s) z = Neg(s) p, q = Split<axis=1>(m, n) }", ""),
         ("(double[2,3,6,5] x) => (double[N] p, double[N] q, double[N] z) { a = Conv(x, w) s = Sigmoid(a) m = Mul(a, s) z = Neg(a) p, q = Split<axis=1>(m, n) }", ""),
+        ("(double[2,3,7,5] x) => (double[N] p, double[N] q) { a = Conv(x, w) p, q = Split<axis=2>(a, n) }", ""),
+        ("(double[2,3,7,5] x, double[1,3,5] line) => (double[N] p, double[N] q) { a = Conv(x, w) o = Conv(line, w1) m = Add(a, o) p, q = Split<axis=1>(m, n) }", ""),
         ("{ a = Conv(x, w) m = Mul(a, image) p, q = Split<axis=1>(m, n) }", ""),
         ("{ a = Conv(x, w) o = Conv(x, one) m = Mul(a, o) p, q = Split<axis=1>(m, n) }", ""),
         ("{ a = Conv(x, w) m = Add(a, x7) p, q = Split<axis=1>(m, n) }", ""),
