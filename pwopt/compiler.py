@@ -9,6 +9,7 @@ import onnx
 from pwopt.cost import Cost, measure
 from pwopt.errors import UsageError
 from pwopt.graph import View
+from pwopt.memo import remembered
 from pwopt.model import Model, annotate, from_proto
 from pwopt.passes import PASSES, CleanUp
 from pwopt.rewrite import Certifier, Outcome, Pass, Pipeline, Rewrite
@@ -87,7 +88,12 @@ def settle(model: Model, deny: Iterable[str] = (), certifier: Certifier | None =
 
 def concrete_sizes(proto: onnx.ModelProto, sizes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
     """Shapes in numbers of every tensor for inputs of the given sizes, as far as they follow."""
-    model = from_proto(skeleton(proto, sizes))
+    return dict(_concrete(skeleton(proto, sizes)))
+
+
+@remembered
+def _concrete(light: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    model = from_proto(light)
     found: dict[str, tuple[int, ...]] = {}
     cleaner = CleanUp()
     while True:
@@ -105,14 +111,13 @@ def run_pipeline(
     sizes: Mapping[str, Sequence[int]],
     allowed: Collection[str] | None = None,
     certifier: Certifier | None = None,
-    concrete: Mapping[str, tuple[int, ...]] | None = None,
 ) -> tuple[Cost, Outcome, Cost]:
     """Run passes over a model in place; returns its cost before, what was done, and its cost after.
 
     `allowed` lists the sites where measured passes may act; None for all. `certifier` gives rewrites their
-    certificates. `concrete` are all shapes in numbers, if they are known already.
+    certificates.
     """
-    concrete = concrete_sizes(model.proto, sizes) if concrete is None else concrete
+    concrete = concrete_sizes(model.proto, sizes)
     before = measure(View(model.graph, concrete))
     settled = settle(model, deny, certifier) if any(isinstance(p, CleanUp) for p in passes) else ()
     outcome = Pipeline(passes).run(

@@ -518,7 +518,8 @@ def factor(linear: LinearMap, relative_error: float) -> tuple[LinearMap, LinearM
     `first` keeps the stencil, `second` is pointwise with the bias. The rank is the smallest for which
     the discarded singular values have a Frobenius norm of at most `relative_error`·‖W‖; pass half the
     machine epsilon of the model's type, and the split changes W by no more than its rounding did
-    (Eckart and Young, 1936). Refused where that rank does not need fewer weights.
+    (Eckart and Young, 1936). Errors below √n machine epsilons of float64 count as none: sums of n products, and the
+    decomposition itself, round as much (Higham and Mary, 2019). Refused where that rank saves no weights.
     """
     g = linear.geometry
     if g.groups != 1 or g.transposed:
@@ -528,7 +529,8 @@ def factor(linear: LinearMap, relative_error: float) -> tuple[LinearMap, LinearM
         return Refusal("the weights are not finite")
     u, s, vt = np.linalg.svd(matrix, full_matrices=False)
     tail = np.sqrt(np.cumsum(s[::-1] ** 2)[::-1])
-    rank = int(np.sum(tail > relative_error * tail[0])) if tail.size else 0
+    least = math.sqrt(max(matrix.shape)) * float(np.finfo(np.float64).eps)
+    rank = int(np.sum(tail > max(relative_error, least) * tail[0])) if tail.size else 0
     if rank * sum(matrix.shape) >= matrix.size or rank == 0:
         return Refusal(f"the rank {rank} of {g.out_channels}×{matrix.shape[1]} weights is too high to save anything")
     root = np.sqrt(s[:rank])

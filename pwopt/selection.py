@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Protocol
 
@@ -64,11 +63,6 @@ class Work:
     #: Just the passes that need no cost to judge them.
     always_only: bool = False
 
-    @cached_property
-    def concrete(self) -> dict[str, tuple[int, ...]]:
-        """Shapes in numbers of all tensors."""
-        return concrete_sizes(self.target.proto, self.sizes)
-
     def certified(
         self, allowed: frozenset[str] | None, certifier: Certifier
     ) -> tuple[Cost, Outcome, Cost, onnx.ModelProto, dict[str, Skip]]:
@@ -91,13 +85,14 @@ class Work:
         for p in chosen:
             p.eager = p.eager or (p.policy == "measured" and allowed is not None)
         denied = (*self.denied, *refused)
-        before, outcome, after = run_pipeline(fresh, chosen, denied, self.sizes, allowed, certifier, self.concrete)
+        before, outcome, after = run_pipeline(fresh, chosen, denied, self.sizes, allowed, certifier)
         return before, outcome, after, fresh.to_proto()
 
     def opportunities(self) -> tuple[list[Rewrite], list[Skip]]:
         """Everything that each measured pass could do by itself, and what it refuses."""
         found: list[Rewrite] = []
         refused: list[Skip] = []
+        sizes = concrete_sizes(self.target.proto, self.sizes)
         for i, p in enumerate(select_passes(None)):
             if p.policy == "measured":
                 fresh = from_proto(self.target.proto, self.target.folder)
@@ -105,9 +100,7 @@ class Work:
                 for q in chosen:
                     q.eager = q.policy == "measured"
                 settle(fresh, self.denied)
-                outcome = Pipeline(chosen).run(
-                    fresh.graph, denied=self.denied, sizes=self.concrete, reserved=fresh.names()
-                )
+                outcome = Pipeline(chosen).run(fresh.graph, denied=self.denied, sizes=sizes, reserved=fresh.names())
                 found += [r for r in outcome.rewrites if r.pass_name == p.name]
                 refused += [s for s in outcome.skips if s.pass_name == p.name]
         return found, refused

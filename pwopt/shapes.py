@@ -8,6 +8,7 @@ import onnx
 from onnx import TensorProto, shape_inference
 
 from pwopt.limits import isolated
+from pwopt.memo import remembered
 
 Dim = int | str | None
 Shape = tuple[Dim, ...]
@@ -98,7 +99,11 @@ def infer(
     inputs : mapping of input name to fixed shape, optional
         Sizes to assume; without them the result holds for every input the model accepts.
     """
-    light = skeleton(model, inputs)
+    return dict(_inferred(skeleton(model, inputs)))
+
+
+@remembered
+def _inferred(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
     types = _infer(light)
     if any(_miscounted(node, types) for node in light.graph.node):
         types = _infer(_without_sizes_of(light, [n for n in light.graph.node if n.op_type in POOLS and _ceil(n)]))

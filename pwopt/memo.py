@@ -1,0 +1,36 @@
+"""Functions of a model that remember what they said of the last few."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+from collections import OrderedDict
+from collections.abc import Callable
+from typing import TypeVar
+
+import onnx
+
+T = TypeVar("T")
+
+#: Models remembered: an original as it is and with its sizes, and what became of both.
+LATEST = 4
+
+
+def remembered(function: Callable[[onnx.ModelProto], T]) -> Callable[[onnx.ModelProto], T]:
+    """`function`, called once for models with the same content; its results must not be changed.
+
+    A model is rewritten again and again while its rewrites are chosen, each time from the same beginning.
+    """
+    known: OrderedDict[bytes, T] = OrderedDict()
+
+    @functools.wraps(function)
+    def remembering(model: onnx.ModelProto) -> T:
+        key = hashlib.sha256(model.SerializeToString(deterministic=True)).digest()
+        if key not in known:
+            known[key] = function(model)
+            if len(known) > LATEST:
+                known.popitem(last=False)
+        known.move_to_end(key)
+        return known[key]
+
+    return remembering
