@@ -1,62 +1,212 @@
-"""A softmax over the channels and the map after it run channels-last."""
+"""Reductions and softmaxes over the channels, and what follows them, run channels-last."""
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
-from pwopt import emit, forms
-from pwopt.linear import Refusal
+from pwopt import attributes, emit, forms
+from pwopt.carry import BY_AXES, Member, See, along, carry, data, reduces_since, rewritten
+from pwopt.forms import Reading
+from pwopt.linear import LinearMap
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
+from pwopt.shapes import Shape
+from pwopt.unions import Unions
+from pwopt.wording import counted
 
-#: Channels to the end, and back.
+#: Channels to the end, and back, of feature maps.
 LAST, FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
+#: Operators that combine all channels at each position.
+SOFTMAXES = ("Softmax", "LogSoftmax", "Hardmax")
+PICKS = ("ArgMax", "ArgMin")
+REDUCTIONS = tuple(op for op in BY_AXES if op.startswith("Reduce"))
+
+
+@dataclass(frozen=True)
+class Last:
+    """(N, C, *space) seen as (N, *space, C)."""
+
+    rank: int
+    suffix = "_last"
+
+    @property
+    def perm(self) -> list[int]:
+        return [0, *range(2, self.rank), 1]
+
+    def axis(self, axis: int) -> int:
+        return self.perm.index(axis % self.rank)
+
+    def operand(self, shape: Sequence[int]) -> tuple[int, ...]:
+        full = (*(1,) * (self.rank - len(shape)), *shape)
+        moved = [full[a] for a in self.perm]
+        return tuple(moved[next((i for i, d in enumerate(moved) if d != 1), self.rank) :])
+
+    def turned(self, values: np.ndarray) -> np.ndarray:
+        full = values.reshape((1,) * (self.rank - values.ndim) + values.shape)
+        return np.ascontiguousarray(full.transpose(self.perm)).reshape(self.operand(values.shape))
+
+    def shape(self, shape: Shape) -> Shape:
+        return tuple(shape[a] for a in self.perm)
+
+    def change(self, rw: Rewriter, source: gs.Tensor, output: gs.Tensor, *, enter: bool) -> gs.Node:
+        perm = self.perm if enter else [self.perm.index(a) for a in range(self.rank)]
+        return gs.Node("Transpose", rw.node_name(str(output.name), "_transpose"), {"perm": perm}, [source], [output])
+
+
+@dataclass
+class Region:
+    """Operators that run channels-last together, and those among them that combine channels."""
+
+    members: list[Member[Last]] = field(default_factory=list)
+    anchors: list[gs.Node] = field(default_factory=list)
 
 
 class ChannelsLast(Pass):
-    """W·softmax(x, axis 1) = Tᵀ(softmax(Tx, axis −1)·Wᵀ) for T, which moves the channels to the end.
+    """f(x, axis 1) = Tᵀ(f(Tx, axis −1)) for T, which moves the channels to the end, and regions f of operators.
 
-    A softmax across channels strides through memory; along the last axis it runs at full speed, and a pointwise map is
-    a matrix product there. A Transpose before it takes T over. The distribution heads of YOLOv8, v9 and v11 (Li et
-    al., "Generalized Focal Loss", 2020) take the expectation of a softmax so.
+    A reduction or a softmax across channels strides through memory; along the last axis it runs at full speed, and a
+    pointwise map is a matrix product there. What combines channels is carried over together with all that follows it
+    and can be (elementwise operators, pointwise maps, sums), with one T on each way in and one on each way out; a
+    Transpose that is there takes T over (`clean-up`). The distribution heads of YOLOv8, v9 and v11 take the expectation
+    of a softmax so (Li et al., "Generalized Focal Loss", 2020); normalisations over channels (Ba et al., "Layer
+    Normalization", 2016) on feature maps, in ConvNeXt, NAFNet and the neck of Segment Anything, are nine operators,
+    which providers fuse along the last axis only; segmentation heads end in a softmax or an ArgMax.
     """
 
     name = "channels-last"
     policy = "measured"
 
+    def start(self, rw: Rewriter) -> None:
+        self._roots = {id(r.members[0][0]): r for r in _regions(rw)}
+
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
-        reading = forms.linear(rw, node)
-        if reading is None or reading.kind != "conv" or not reading.geometry.pointwise or reading.geometry.groups > 1:
+        region = self._roots.pop(id(node), None)
+        if region is None:
             return None
-        softmax = rw.producer(reading.source)
-        if not rw.is_a(softmax, "Softmax") or rw.opset < 13 or rw.rank(reading.source) != 4:
-            return None
-        if softmax.attrs.get("axis", -1) not in (1, -3):
-            return None
+        what = counted(len(region.anchors), "operator") + " over channels"
         if not self.eager:
-            return Skip("a softmax over channels and the map after it could run channels-last; only measuring can tell")
-        linear = forms.owned(rw, reading, reading.source)
-        if isinstance(linear, Refusal):
-            return Skip(linear.reason)
-        source, perm, old = softmax.inputs[0], LAST, [softmax, node]
-        before = rw.producer(source)
-        if rw.is_a(before, "Transpose") and not rw.crowd(source) and len(before.attrs.get("perm", ())) == 4:
-            first = before.attrs["perm"]
-            source, perm, old = before.inputs[0], tuple(first[p] for p in LAST), [before, *old]
-        last = softmax.inputs[0]
-        moved = rw.new_variable(f"{last.name}_last", last, lambda s: tuple(s[p] for p in LAST))
-        soft = rw.new_variable(f"{reading.source.name}_last", moved)
-        out = reading.geometry.out_channels
-        mapped = rw.new_variable(f"{reading.output.name}_last", moved, lambda s: (*s[:3], out))
-        written = emit.write(rw, linear.at_rank(0), replace(reading, kind="matmul"), soft, mapped, 3)
-        if isinstance(written, Refusal):
-            return Skip(written.reason)
-        new = [
-            gs.Node("Transpose", rw.node_name(softmax.name, "_last"), {"perm": list(perm)}, [source], [moved]),
-            gs.Node("Softmax", softmax.name, {"axis": -1}, [moved], [soft]),
-            *written.nodes,
-            gs.Node("Transpose", rw.node_name(node.name, "_first"), {"perm": list(FIRST)}, [mapped], [reading.output]),
-        ]
-        done = rw.replace(old, new, f"softmax and {reading.channels} run channels-last", written.residual)
-        return done.signed(f"softmax, {reading.channels} at {rw.size_of(reading.output)}")
+            return Skip(f"{what} could run channels-last; only measuring can tell")
+
+        def write(node: gs.Node, last: Last, see: See, outputs: list[gs.Tensor]) -> Sequence[gs.Node]:
+            return _written(rw, node, last, see, outputs)
+
+        kinds = ", ".join(f"{n} {op}" for op, n in sorted(Counter(rw.op(a) for a in region.anchors).items()))
+        size = rw.size_of(region.anchors[0].inputs[0])
+        others = counted(len(region.members) - len(region.anchors), "other")
+        done = carry(rw, region.members, write, f"{what} and {others} run channels-last")
+        return done.signed(f"channels-last: {kinds}, {others}, at {size}")
+
+
+def _regions(rw: Rewriter) -> list[Region]:
+    """What combines channels, with all that follows it and can be carried over."""
+    found: dict[int, Member[Last]] = {}
+    anchors: dict[int, gs.Node] = {}
+    makers: dict[int, gs.Node] = {}
+    nodes = rw.nodes()
+    for node in nodes:
+        last, combines = _last(rw, node), _anchor(rw, node)
+        reached = combines or any(id(t) in makers for t in node.inputs)
+        if last is None or not reached or not _moves(rw, node, last):
+            continue
+        found[id(node)] = (node, last)
+        makers.update((id(t), node) for t in node.outputs if rw.rank(t) == last.rank)
+        if combines:
+            anchors[id(node)] = node
+    entered = {id(t) for node, _ in found.values() for t in _entries(rw, node)}
+    for node in reversed(nodes):  # x² before its mean, where x itself comes in as well: one way in instead of two
+        last = _last(rw, node) if id(node) not in found and rw.op(node) in BY_AXES else None
+        if last is None or not _moves(rw, node, last):
+            continue
+        readers = [r for t in node.outputs for r in rw.readers(t)]
+        inside = all(id(r) in found for r in readers) and not any(rw.pinned(t) for t in node.outputs)
+        if readers and inside and any(id(t) in entered for t in node.inputs):
+            found[id(node)] = (node, last)
+    return list(_connected(rw, [found[id(n)] for n in nodes if id(n) in found], anchors))
+
+
+def _connected(rw: Rewriter, members: Iterable[Member[Last]], anchors: dict[int, gs.Node]) -> Iterator[Region]:
+    """Members that share a tensor, in order."""
+    members, sets = list(members), Unions()
+    for node, last in members:
+        for t in data(rw, node):
+            if rw.rank(t) == last.rank:
+                sets.join(id(node), -id(t))
+    regions: dict[int, Region] = {}
+    for node, last in members:
+        region = regions.setdefault(sets.root(id(node)), Region())
+        region.members.append((node, last))
+        region.anchors += [node] if id(node) in anchors else []
+    return iter(r for r in regions.values() if r.anchors)
+
+
+def _entries(rw: Rewriter, node: gs.Node) -> list[gs.Tensor]:
+    return [t for t in node.inputs if t.name and rw.constant(t) is None]
+
+
+def _last(rw: Rewriter, node: gs.Node) -> Last | None:
+    """The view of what a node computes from; None if there are several ranks, or no space besides channels."""
+    ranks = {rw.rank(t) for t in _entries(rw, node)}
+    rank = ranks.pop() if len(ranks) == 1 else None
+    return Last(rank) if rank is not None and rank >= 3 else None
+
+
+def _anchor(rw: Rewriter, node: gs.Node) -> bool:
+    """Whether an operator combines the channels, several of them, and nothing else."""
+    op = rw.op(node)
+    if op not in (*SOFTMAXES, *PICKS, *REDUCTIONS):
+        return False
+    source = node.inputs[0]
+    shape = rw.shape(source) or ()
+    if op in SOFTMAXES:
+        axes: list[int] | None = [node.attrs.get("axis", -1)]
+    elif op in PICKS:
+        axes = [node.attrs.get("axis", 0)]
+    else:
+        axes = attributes.axes_of(rw, node, reduces_since(node))
+    if len(shape) < 3 or [a % len(shape) for a in axes or ()] != [1]:
+        return False
+    return isinstance(shape[1], int) and shape[1] > 1 and any(d != 1 for d in shape[2:])
+
+
+def _map(rw: Rewriter, node: gs.Node) -> Reading | None:
+    """A convolution that becomes a matrix product."""
+    reading = forms.linear(rw, node) if rw.is_a(node, "Conv") else None
+    return reading if reading is not None and reading.geometry.pointwise and reading.geometry.groups == 1 else None
+
+
+def _moves(rw: Rewriter, node: gs.Node, last: Last) -> bool:
+    """Whether an operator can be carried over: its outputs are seen as its inputs are, or have lost the channels."""
+    op, ranks = rw.op(node), {rw.rank(t) if t.name else None for t in node.outputs}
+    if op in SOFTMAXES and rw.opset < 13:  # over all axes from there on
+        return False
+    if op in (*PICKS, *REDUCTIONS) and not node.attrs.get("keepdims", 1):
+        return _anchor(rw, node) and ranks == {last.rank - 1}
+    if ranks != {last.rank}:
+        return False
+    if op == "Conv":
+        reading = _map(rw, node)
+        owned = reading is not None and not rw.shared(reading.weight_input)
+        return owned and isinstance(reading.load(), LinearMap)
+    return op in PICKS or (op in BY_AXES and BY_AXES[op](rw, last, node) is not None)
+
+
+def _written(rw: Rewriter, node: gs.Node, last: Last, see: See, outputs: list[gs.Tensor]) -> Sequence[gs.Node]:
+    op, channels = rw.op(node), last.rank - 1
+    reading = _map(rw, node)
+    if reading is not None:
+        linear, source = reading.load(), see(reading.source)
+        assert isinstance(linear, LinearMap)
+        written = emit.write(rw, linear.at_rank(0), replace(reading, kind="matmul"), source, outputs[0], channels)
+        assert isinstance(written, emit.Written)
+        return written.nodes
+    if op in PICKS:
+        attrs = {**node.attrs, "axis": last.axis(node.attrs.get("axis", 0))}
+        return [gs.Node(op, node.name, attrs, [see(node.inputs[0])], outputs)]
+    lost = op in REDUCTIONS and not node.attrs.get("keepdims", 1)
+    arguments = along(rw, node, [channels]) if lost else BY_AXES[op](rw, last, node)
+    assert arguments is not None
+    return rewritten(rw, node, arguments, last, see, outputs)

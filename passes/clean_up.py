@@ -34,7 +34,7 @@ MAX_COMPARED = 1 << 20
 
 
 class CleanUp(Pass):
-    """f(x) = x disappears; f(constant) becomes a constant; what nobody reads goes.
+    """f(x) = x disappears; f(constant) becomes a constant; what nobody reads goes; TₚTᵩ = Tᵩₚ and reshapes likewise.
 
     An operator does nothing if its constants say so (×1, +0, ·I, a full Slice) or its inferred shapes do (a
     Reshape, Expand or Resize to the shape it has). Constants are computed by onnx's reference evaluator,
@@ -57,6 +57,9 @@ class CleanUp(Pass):
         reason = does_nothing(rw, node, op)
         if reason:
             return self._bypass(node, rw, reason)
+        single = _joined(rw, node, op)
+        if single is not None:
+            return single
         if op in FOLDABLE:
             return self._fold(node, rw, op)
         return None
@@ -154,6 +157,25 @@ def does_nothing(rw: Rewriter, node: gs.Node, op: str) -> str:
         single = axes is not None and bool(axes) and all(before[a] == 1 for a in axes)
         return f"{op} over axes of size 1" if single and node.attrs.get("keepdims", 1) else ""
     return ""
+
+
+def _joined(rw: Rewriter, node: gs.Node, op: str) -> Rewrite | None:
+    """One operator for a Transpose behind another, or a Reshape behind what keeps the order of the elements too."""
+    before = rw.producer(node.inputs[0]) if op in ("Transpose", "Reshape") else None
+    if before is None or rw.crowd(node.inputs[0]):
+        return None
+    attrs = dict(node.attrs)
+    if op == "Transpose":
+        perms = before.attrs.get("perm"), node.attrs.get("perm")
+        if not rw.is_a(before, "Transpose") or perms[0] is None or perms[1] is None:
+            return None
+        attrs["perm"] = [perms[0][p] for p in perms[1]]
+    else:
+        shape = rw.integers(node.inputs[1]) if len(node.inputs) > 1 else None  # a 0 stands for the size before it
+        if not rw.is_a(before, "Reshape", "Flatten", "Squeeze", "Unsqueeze") or not shape or 0 in shape:
+            return None
+    new = gs.Node(op, node.name, attrs, [before.inputs[0], *node.inputs[1:]], list(node.outputs))
+    return rw.replace([before, node], [new], f"{before.op} and {op} are one {op}")
 
 
 def _identity(rw: Rewriter, node: gs.Node) -> bool:

@@ -2,14 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import onnx_graphsurgeon as gs
 
 from pwopt import attributes
-from pwopt.channels import ELEMENTWISE
+from pwopt.carry import (
+    BY_AXES,
+    Arguments,
+    Converter,
+    See,
+    along,
+    array,
+    carry,
+    data,
+    reduces_since,
+    registry,
+    rewritten,
+    turned,
+)
 from pwopt.cost import macs
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
 from pwopt.shapes import Shape
@@ -18,17 +31,6 @@ from pwopt.wording import counted
 
 #: Without measuring, regions of fewer convolutions are left alone: the changes of shape around them cost too much.
 ENOUGH = 3
-
-Numbers = Callable[[], np.ndarray]
-
-
-@dataclass(frozen=True)
-class Arguments:
-    """What an operator says once its data has another rank: attributes, constant inputs by index, another name."""
-
-    attrs: dict[str, object]
-    constants: dict[int, Numbers] = field(default_factory=dict)
-    op: str = ""
 
 
 @dataclass(frozen=True)
@@ -44,6 +46,7 @@ class Lowering:
 
     rank: int
     plane: tuple[int, ...] = ()
+    suffix = "_2d"
 
     def axis(self, axis: int) -> int | None:
         axis += self.rank if axis < 0 else 0
@@ -81,6 +84,11 @@ class Lowering:
         whole = tuple(shape[-2:])
         return (*shape[:-2], whole[0] * whole[1]) if whole in ((1, 1), self.plane) else None
 
+    def turned(self, values: np.ndarray) -> np.ndarray:
+        shape = self.operand(values.shape)
+        assert shape is not None
+        return values.reshape(shape)
+
     def shape(self, shape: Shape) -> Shape:
         if self.rank == 3:
             return (*shape[:2], 1, shape[2])
@@ -88,6 +96,20 @@ class Lowering:
             return shape[:2]
         h, w = shape[3:]
         return (*shape[:3], h * w if isinstance(h, int) and isinstance(w, int) else None)
+
+    def change(self, rw: Rewriter, source: gs.Tensor, output: gs.Tensor, *, enter: bool) -> gs.Node:
+        axes = np.array([2, 3] if self.rank == 4 else [2], np.int64)
+        if self.rank == 5:
+            whole = source if enter else output
+            h, w = (d for d in (rw.dim(whole, 3), rw.dim(whole, 4)) if isinstance(d, int))
+            shape = np.array([0, 0, 0, h * w] if enter else [0, 0, 0, h, w], np.int64)
+            name = rw.node_name(str(output.name), "_reshape")
+            return gs.Node("Reshape", name, {}, [source, rw.new_constant(f"{output.name}_shape", shape)], [output])
+        op = "Unsqueeze" if enter == (self.rank == 3) else "Squeeze"
+        name = rw.node_name(str(output.name), f"_{op.lower()}")
+        if rw.opset < 13:
+            return gs.Node(op, name, {"axes": axes.tolist()}, [source], [output])
+        return gs.Node(op, name, {}, [source, rw.new_constant(f"{output.name}_axes", axes)], [output])
 
 
 @dataclass
@@ -135,64 +157,20 @@ class LowerRank(Pass):
 
 
 def _lower(rw: Rewriter, region: Region) -> Rewrite:
-    inside = {id(n) for n, _ in region.nodes}
     work, size = sum(macs(rw, n) or 0 for n, _ in region.nodes), rw.size_of(region.convolutions[0].outputs[0])
     convolutions = counted(len(region.convolutions), f"{region.rank - 2}-D convolution")
     signature = f"{convolutions} in a region of {len(region.nodes)}"
     signature += f" with {work:,} multiply-adds, the first at {size}"
-    made: dict[int, gs.Tensor] = {}
-    records = []
-    for node, low in region.nodes:
-        new: list[gs.Node] = []
+
+    def write(node: gs.Node, low: Lowering, see: See, outputs: list[gs.Tensor]) -> list[gs.Node]:
         arguments = _arguments(rw, low, node)
         assert arguments is not None
-        inputs: list[gs.Tensor] = []
-        constants: dict[int, gs.Constant] = {}
-        for i, t in enumerate(node.inputs):
-            if i in arguments.constants and id(t) in constants:
-                inputs.append(constants[id(t)])
-            elif i in arguments.constants:
-                values = arguments.constants[i]()
-                names = [t.name] if t.name and rw.sole_reader(t) is node else []
-                rw.release(names)
-                name = t.name if names else f"{node.outputs[0].name}_argument{i}"
-                inputs.append(constants.setdefault(id(t), rw.new_constant(name, values)))
-            elif t.name and rw.constant(t) is None and rw.rank(t) == low.rank:
-                if id(t) not in made:
-                    made[id(t)] = rw.new_variable(f"{t.name}_2d", t, low.shape)
-                    new.append(_reshape(rw, low, t, made[id(t)], enter=True))
-                inputs.append(made[id(t)])
-            else:
-                inputs.append(t)
-        outputs, after = [], []
-        for t in node.outputs:
-            made[id(t)] = rw.new_variable(f"{t.name}_2d", t, low.shape)
-            outputs.append(made[id(t)])
-            if rw.pinned(t) or any(id(r) not in inside for r in rw.readers(t)):
-                after.append(_reshape(rw, low, made[id(t)], t, enter=False))
-        new.append(gs.Node(arguments.op or node.op, node.name, arguments.attrs, inputs, outputs, domain=node.domain))
-        records.append((node, [*new, *after]))
-    done = [rw.replace([node], new, "") for node, new in records]
+        return rewritten(rw, node, arguments, low, see, outputs)
+
     where = "as matrix products" if region.rank == 4 else "in 2-D"
     others = counted(len(region.nodes) - len(region.convolutions), "other operator")
     reason = f"{convolutions} and {others} around them run {where}"
-    became = tuple((str(t.name), str(made[id(t)].name)) for n, _ in region.nodes for t in n.outputs if t.name)
-    return replace(Rewrite.of(reason, done), became=became, signature=signature)
-
-
-def _reshape(rw: Rewriter, low: Lowering, source: gs.Tensor, output: gs.Tensor, *, enter: bool) -> gs.Node:
-    axes = np.array([2, 3] if low.rank == 4 else [2], np.int64)
-    if low.rank == 5:
-        whole = source if enter else output
-        h, w = (d for d in (rw.dim(whole, 3), rw.dim(whole, 4)) if isinstance(d, int))
-        shape = np.array([0, 0, 0, h * w] if enter else [0, 0, 0, h, w], np.int64)
-        name = rw.node_name(str(output.name), "_reshape")
-        return gs.Node("Reshape", name, {}, [source, rw.new_constant(f"{output.name}_shape", shape)], [output])
-    op = "Unsqueeze" if enter == (low.rank == 3) else "Squeeze"
-    name = rw.node_name(str(output.name), f"_{op.lower()}")
-    if rw.opset < 13:
-        return gs.Node(op, name, {"axes": axes.tolist()}, [source], [output])
-    return gs.Node(op, name, {}, [source, rw.new_constant(f"{output.name}_axes", axes)], [output])
+    return carry(rw, region.nodes, write, reason).signed(signature)
 
 
 def _regions(rw: Rewriter) -> list[Region]:
@@ -216,21 +194,21 @@ def _regions(rw: Rewriter) -> list[Region]:
 
 def _lowering(rw: Rewriter, node: gs.Node) -> Lowering | None:
     """The rank of what a node computes from and to, and the plane that it must keep."""
-    data = [t for t in (*node.inputs, *node.outputs) if t.name and rw.constant(t) is None]
-    ranks = {rw.rank(t) for t in data}
-    if len(ranks) != 1 or not data:
+    tensors = data(rw, node)
+    ranks = {rw.rank(t) for t in tensors}
+    if len(ranks) != 1 or not tensors:
         return None
     rank = ranks.pop()
     if rank == 3:
         return Lowering(3)
     if rank == 4:
-        single = all((rw.dim(t, 2), rw.dim(t, 3)) == (1, 1) for t in data)
+        single = all((rw.dim(t, 2), rw.dim(t, 3)) == (1, 1) for t in tensors)
         return Lowering(4) if single else None
     if rank != 5:
         return None
-    planes = {tuple(rw.dim(t, a) for a in (3, 4)) for t in data} - {(1, 1)}
+    planes = {tuple(rw.dim(t, a) for a in (3, 4)) for t in tensors} - {(1, 1)}
     plane = tuple(d for d in (planes.pop() if len(planes) == 1 else ()) if isinstance(d, int) and d > 0)
-    return Lowering(5, plane) if not planes and len(plane) != 1 and (plane or _flat(rw, data)) else None
+    return Lowering(5, plane) if not planes and len(plane) != 1 and (plane or _flat(rw, tensors)) else None
 
 
 def _flat(rw: Rewriter, tensors: Iterable[gs.Tensor]) -> bool:
@@ -238,16 +216,8 @@ def _flat(rw: Rewriter, tensors: Iterable[gs.Tensor]) -> bool:
     return all((rw.dim(t, 3), rw.dim(t, 4)) == (1, 1) for t in tensors)
 
 
-Converter = Callable[[Rewriter, Lowering, gs.Node], Arguments | None]
-CONVERTERS: dict[str, Converter] = {}
-
-
-def converts(*ops: str) -> Callable[[Converter], Converter]:
-    def register(converter: Converter) -> Converter:
-        CONVERTERS.update(dict.fromkeys(ops, converter))
-        return converter
-
-    return register
+CONVERTERS: dict[str, Converter[Lowering]] = dict(BY_AXES)
+converts = registry(CONVERTERS)
 
 
 def _arguments(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
@@ -282,7 +252,7 @@ def _product(rw: Rewriter, node: gs.Node, weight: gs.Tensor) -> Arguments | None
     plain = node.op == "Conv" and node.attrs.get("group", 1) == 1 and not any(node.attrs.get("pads", ()))
     if not plain or any(k != 1 for k in weight.shape[2:]) or rw.opset < 11:  # Gemm needs a bias before
         return None
-    return Arguments({"transB": 1}, {1: _reshaped(rw, weight, tuple(weight.shape[:2]))}, "Gemm")
+    return Arguments({"transB": 1}, {1: turned(rw, Lowering(4), weight)}, "Gemm")
 
 
 @converts("MaxPool", "AveragePool", "LpPool")
@@ -306,71 +276,23 @@ def _window_attributes(low: Lowering, node: gs.Node) -> dict[str, object] | None
 
 @converts(
     "BatchNormalization", "InstanceNormalization", "GroupNormalization", "GlobalAveragePool", "GlobalMaxPool",
-    "GlobalLpPool", "Dropout", "Identity",
+    "GlobalLpPool",
 )  # fmt: skip
 def _per_channel(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
-    if low.rank == 4 and node.op not in ("BatchNormalization", "Dropout", "Identity"):
+    if low.rank == 4 and node.op != "BatchNormalization":
         return None
-    data = [t for t in node.inputs[1:] if t.name and rw.constant(t) is None]
-    plain = len(node.outputs) == 1 and node.attrs.get("spatial", 1) and not data
+    computed = any(t.name and rw.constant(t) is None for t in node.inputs[1:])
+    plain = len(node.outputs) == 1 and node.attrs.get("spatial", 1) and not computed
     return Arguments(dict(node.attrs)) if plain and rw.constant(node.inputs[0]) is None else None
 
 
-@converts(*ELEMENTWISE, "Add", "Sub", "Mul", "Div", "Sum", "Max", "Min", "Mean", "Pow", "PRelu", "Floor", "Log", "Ceil")
-def _arithmetic(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
-    if rw.opset < 7 and len(node.inputs) > 1:
-        return None  # broadcasting was an attribute
-    constants: dict[int, Numbers] = {}
-    for i, t in enumerate(node.inputs):
-        held = rw.constant(t) if t.name else None
-        if held is None:
-            continue
-        shape = low.operand(tuple(held.shape)) if len(held.shape) <= low.rank else None
-        if shape is None:
-            return None
-        if shape != tuple(held.shape):
-            constants[i] = _reshaped(rw, held, shape)
-    return Arguments(dict(node.attrs), constants) if len(node.outputs) == 1 else None
-
-
-def _reshaped(rw: Rewriter, held: gs.Tensor, shape: tuple[int, ...]) -> Numbers:
-    def numbers() -> np.ndarray:
-        raw = rw.raw(held)
-        assert raw is not None
-        return raw.reshape(shape)
-
-    return numbers
-
-
-@converts("Concat", "Split", "Softmax", "LogSoftmax", "Hardmax")
-def _along_axis(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
-    default = {"Concat": 1, "Split": 0}.get(node.op, 1 if rw.opset < 13 else -1)
-    axis = low.axis(node.attrs.get("axis", default)) if low.rank != 4 or node.op == "Concat" else None
-    if node.op == "Concat" and any(rw.constant(t) is not None for t in node.inputs):
-        return None
-    if axis is None:
-        return None
-    return Arguments({**node.attrs, "axis": axis})
-
-
-@converts("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL2")
+@converts("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare")
 def _reduction(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
-    since = 13 if node.op == "ReduceSum" else 18
-    axes = attributes.axes_of(rw, node, since)
-    if not axes or not node.attrs.get("keepdims", 1) or low.rank == 4:
-        return None
-    whole = {3, 4} <= set(axes)
-    if low.rank == 5 and not whole and any(a > 2 for a in axes):
-        return None
-    mapped = sorted({3 if low.rank == 5 and a > 2 else low.axis(a) or 0 for a in axes})
-    if rw.opset < since:
-        return Arguments({**node.attrs, "axes": mapped})
-    return Arguments(dict(node.attrs), {1: _array(mapped, np.int64)})
-
-
-def _array(values: Iterable[float], dtype: type) -> Numbers:
-    listed = list(values)
-    return lambda: np.array(listed, dtype)
+    arguments = BY_AXES[node.op](rw, low, node)
+    axes = attributes.axes_of(rw, node, reduces_since(node)) or ()
+    if arguments is not None or low.rank != 5 or not {3, 4} <= set(axes) or not node.attrs.get("keepdims", 1):
+        return arguments
+    return along(rw, node, sorted({min(a, 3) for a in axes}))
 
 
 @converts("Resize", "Upsample")
@@ -381,11 +303,11 @@ def _resize(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
     if attributes.resized_by_sizes(rw, node):
         sizes = rw.integers(node.inputs[3])
         mapped = None if sizes is None or low.rank == 5 else low.every(sizes, 1)
-        return None if mapped is None else Arguments(dict(node.attrs), {3: _array(mapped, np.int64)})
+        return None if mapped is None else Arguments(dict(node.attrs), {3: array(mapped, np.int64)})
     index = 1 if node.op == "Upsample" or rw.opset < 11 else 2
     scales = rw.value(node.inputs[index]) if len(node.inputs) > index else None
     mapped = None if scales is None or scales.size != low.rank else low.every(scales.tolist(), 1.0)
-    return None if mapped is None else Arguments(dict(node.attrs), {index: _array(mapped, np.float32)})
+    return None if mapped is None else Arguments(dict(node.attrs), {index: array(mapped, np.float32)})
 
 
 @converts("Pad")
@@ -399,15 +321,4 @@ def _pad(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
         return None
     if rw.opset < 11:
         return Arguments({**node.attrs, "pads": [*begins, *ends]})
-    return Arguments(dict(node.attrs), {1: _array([*begins, *ends], np.int64)})
-
-
-@converts("Slice")
-def _slice(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
-    parameters = attributes.slice_parameters(rw, node)
-    if parameters is None or rw.opset < 10 or len(node.inputs) < 4 or low.rank == 4:
-        return None
-    axes, starts = [low.axis(a) for a, *_ in parameters], rw.raw(node.inputs[1])
-    if any(a is None for a in axes) or starts is None:
-        return None
-    return Arguments(dict(node.attrs), {3: _array([a for a in axes if a is not None], starts.dtype.type)})
+    return Arguments(dict(node.attrs), {1: array([*begins, *ends], np.int64)})

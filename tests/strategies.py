@@ -365,7 +365,9 @@ class Builder:
         return self.node(op, [x], **attrs)[0]
 
     def reduce(self, x: Tensor, axes: list[int]) -> Tensor:
-        op, keep = self.rng.choice(["ReduceMean", "ReduceSum", "ReduceMax"]), int(self.chance(0.8))
+        return self.over(self.rng.choice(["ReduceMean", "ReduceSum", "ReduceMax"]), x, axes, int(self.chance(0.8)))
+
+    def over(self, op: str, x: Tensor, axes: list[int], keep: int = 1) -> Tensor:
         since = 13 if op == "ReduceSum" else 18
         if self.opset >= since:
             return self.node(op, [x, self.integers(axes)], keepdims=keep)[0]
@@ -597,6 +599,30 @@ class Builder:
             x = self.node("Transpose", [x], perm=self.rng.choice([[0, 2, 1, 3], [0, 3, 1, 2], [0, 1, 3, 2]]))[0]
         s = self.node("Softmax", [x], axis=1)[0]
         self.conv(s, self.rng.choice([1, 4]), 1, 1, pads=[0] * 4)
+
+    def m_norm(self) -> None:
+        """A normalisation over channels: to length one, or to mean zero and variance one."""
+        x = self.tensor(4, 4, 3)
+        if not x.shape[1]:
+            raise UnfitError("no channels")
+        if self.chance(0.5):
+            x = self.activation(x)
+        two, small, axes = self.constant(2.0), self.constant(0.1), [1]
+        if self.chance(0.3):
+            square = self.node("Mul", [x, x])[0]
+            total = self.over(self.rng.choice(["ReduceSum", "ReduceMean"]), square, axes)
+            y = self.node("Div", [x, self.node("Sqrt", [self.node("Add", [total, small])[0]])[0]])[0]
+        else:
+            centred = self.node("Sub", [x, self.over("ReduceMean", x, axes)])[0]
+            variance = self.over("ReduceMean", self.node("Pow", [centred, two])[0], axes)
+            y = self.node("Div", [centred, self.node("Sqrt", [self.node("Add", [variance, small])[0]])[0]])[0]
+            for op in ("Mul", "Add"):
+                weight = self.constant(self.numbers.normal(size=(x.shape[1], *[1] * (x.rank - 2))))
+                y = self.node(op, self.swapped(y, weight))[0]
+        for _ in range(self.rng.randrange(3)):
+            y = self.rng.choice([self.activation, self.affine, lambda t: self.conv(t, None, 1, 1)])(y)
+        if self.chance(0.3):
+            self.node("Add", [y, self.same_shape(y)])
 
     def m_space(self) -> None:
         x = self.tensor(3, 4, 4, 5)

@@ -43,6 +43,15 @@ class Builder:
         g = self.op("Relu", self.conv(self.op("GlobalAveragePool", x), channels, squeezed))
         return self.op("Mul", x, self.op("Sigmoid", self.conv(g, squeezed, channels)))
 
+    def norm(self, x: str, channels: int) -> str:
+        """Normalisation over channels as torch exports it from ConvNeXt's and NAFNet's code."""
+        two, small = self.constant(np.array(2.0)), self.constant(np.array(1e-6))
+        scale, shift = (self.constant(self.rng.normal(size=(1, channels, 1, 1))) for _ in range(2))
+        centred = self.op("Sub", x, self.op("ReduceMean", x, axes=[1]))
+        variance = self.op("ReduceMean", self.op("Pow", centred, two), axes=[1])
+        whitened = self.op("Div", centred, self.op("Sqrt", self.op("Add", variance, small)))
+        return self.op("Add", self.op("Mul", whitened, scale), shift)
+
     def save(self, path: Path, inputs: Mapping[str, Sequence[int]], outputs: Sequence[str]) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         x = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()]

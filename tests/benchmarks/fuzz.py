@@ -5,20 +5,23 @@
 
 Graph number n is made from seed n alone (tests/strategies.py), so a failure is reproduced by ``--first n --graphs 1``.
 With -o, a campaign that was interrupted goes on where it stopped. The judge (tests/judge.py) is onnxruntime without
-graph optimisation, on the sizes that a graph was made for and on others of its dynamic dimensions.
+graph optimisation, on the sizes that a graph was made for and on others of its dynamic dimensions. Every fifty graphs
+run in a process of their own, which onnxruntime takes down with it where it aborts; the graph at fault is found, and
+counts as a failure unless the original alone does it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import subprocess
 import sys
 import time
 import traceback
 import warnings
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -58,6 +61,37 @@ def run(seeds: range) -> dict[str, Any]:
     return {"judges": judges, "rewrites": rewrites, "failures": failures}
 
 
+def judged(seed: int) -> None:
+    """Run the original alone."""
+    sample = random_sample(Random(seed))
+    choose(sample.model, sample.feeds)
+
+
+def apart(seeds: range, *options: str) -> dict[str, Any] | None:
+    """`run` in a process of its own; None if that dies."""
+    command = [sys.executable, __file__, "--first", str(seeds.start), "--graphs", str(len(seeds)), "--apart", *options]
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, check=False)
+    return json.loads(done.stdout) if done.returncode == 0 else None
+
+
+def found(seeds: range) -> dict[str, Any]:
+    """`run` apart; by halves where it dies."""
+    figures = apart(seeds)
+    if figures is not None:
+        return figures
+    if len(seeds) == 1:
+        if apart(seeds, "--original") is None:
+            return {"judges": {"aborts": 1}, "rewrites": {}, "failures": []}
+        return {"judges": {}, "rewrites": {}, "failures": [{"seed": seeds.start, "kind": "abort"}]}
+    half = len(seeds) // 2
+    parts = [found(seeds[:half]), found(seeds[half:])]
+    return {
+        "judges": sum((Counter(p["judges"]) for p in parts), Counter()),
+        "rewrites": sum((Counter(p["rewrites"]) for p in parts), Counter()),
+        "failures": [f for p in parts for f in p["failures"]],
+    }
+
+
 def batches(first: int, graphs: int, done: set[int]) -> Iterator[range]:
     for start in range(first, first + graphs, BATCH):
         if start not in done:
@@ -71,27 +105,35 @@ def main() -> None:
     parser.add_argument("--first", type=int, default=0, help="seed of the first graph; a multiple of 50 to go on")
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--minutes", type=float, default=float("inf"), help="begin no batch after this time")
+    parser.add_argument("--apart", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--original", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    seeds = range(options.first, options.first + options.graphs)
+    if options.apart:
+        print(json.dumps(judged(seeds.start) if options.original else run(seeds)))
+        return
     known = json.loads(options.output.read_text()) if options.output and options.output.exists() else {}
     judges, rewrites = Counter(known.get("judges", {})), Counter(known.get("rewrites", {}))
     failures, done = known.get("failures", []), set(known.get("done", []))
     start = time.monotonic()
-    with ProcessPoolExecutor(options.processes, max_tasks_per_child=20) as pool:
+    with ThreadPoolExecutor(options.processes) as pool:
         waiting = batches(options.first, options.graphs, done)
         running = {
-            pool.submit(run, seeds): seeds for seeds in (next(waiting, None) for _ in range(options.processes)) if seeds
+            pool.submit(found, seeds): seeds
+            for seeds in (next(waiting, None) for _ in range(options.processes))
+            if seeds
         }
         while running:
             future = next(iter(running))
-            seeds, found = running.pop(future), future.result()
-            judges.update(found["judges"])
-            rewrites.update(found["rewrites"])
-            failures += found["failures"]
+            seeds, figures = running.pop(future), future.result()
+            judges.update(figures["judges"])
+            rewrites.update(figures["rewrites"])
+            failures += figures["failures"]
             done.add(seeds.start)
-            for failure in found["failures"]:
+            for failure in figures["failures"]:
                 print(failure, flush=True)
             if time.monotonic() - start < 60 * options.minutes and (following := next(waiting, None)):
-                running[pool.submit(run, following)] = following
+                running[pool.submit(found, following)] = following
             ran = sum(n for name, n in judges.items() if name != "nodes")
             content = {
                 "environment": environment("cpu", 1),

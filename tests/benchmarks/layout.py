@@ -7,6 +7,8 @@
   inside, with squeeze-and-excitation and SiLU, as in scaled EfficientNets and ReXNet.
 * patch_embedding: depthwise convolutions that double the channels, as in patch embeddings of hybrid transformers.
 * gates: the 1×1 convolutions of SE-ResNet-50's squeeze-and-excitations, at batch 32.
+* norms: normalisations over channels between convolutions, nine operators each as frameworks export them, in blocks as
+  NAFNet's (Chen et al., "Simple Baselines for Image Restoration", 2022).
 """
 
 from __future__ import annotations
@@ -47,7 +49,20 @@ def gates(path: Path) -> None:
     b.save(path, inputs, outputs)
 
 
+def norms(path: Path) -> None:
+    b, width = Builder(), 32
+    x = b.conv("x", 3, width, 3)
+    for _ in range(4):
+        y = b.conv(b.norm(x, width), width, 2 * width)
+        y = b.gate(b.op("Relu", b.conv(y, 2 * width, 2 * width, 3, 2 * width)), 2 * width, width // 2)
+        x = b.op("Add", x, b.conv(y, 2 * width, width))
+        y = b.op("Relu", b.conv(b.norm(x, width), width, 2 * width))
+        x = b.op("Add", x, b.conv(y, 2 * width, width))
+    b.save(path, {"x": [1, 3, 128, 128]}, [b.conv(x, width, 3, 3)])
+
+
 if __name__ == "__main__":
     odd_widths(Path(sys.argv[1]) / "odd_widths.onnx")
     patch_embedding(Path(sys.argv[1]) / "patch_embedding.onnx")
     gates(Path(sys.argv[1]) / "gates.onnx")
+    norms(Path(sys.argv[1]) / "norms.onnx")
