@@ -402,7 +402,7 @@ def _pool(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[n
 def _resize(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[np.ndarray]:
     """One axis after the other: interpolation is separable."""
     x = inputs[0]
-    odd = {"axes", "antialias", "keep_aspect_ratio_policy", "exclude_outside"} & set(state.attrs)
+    odd = {"axes", "antialias", "keep_aspect_ratio_policy"} & set(state.attrs)
     crop = state.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize"
     scales, sizes = _scales(state, inputs)
     if odd or crop or (scales is None and sizes is None):
