@@ -25,6 +25,7 @@ from pwopt.passes.split_multiplier import SplitMultiplier
 from pwopt.passes.split_siblings import SplitSiblings
 from pwopt.passes.sum_branches import SumBranches
 from pwopt.passes.to_matmul import ToMatMul
+from pwopt.passes.winograd import Winograd
 from pwopt.rewrite import Pass
 
 #: The default pipeline, in order.
@@ -52,6 +53,7 @@ PASSES: tuple[type[Pass], ...] = (
     MergeSiblings,
     SplitConcat,
     JoinConcat,
+    Winograd,
     ToMatMul,
 )
 
@@ -81,4 +83,5 @@ __all__ = [
     "SplitSiblings",
     "SumBranches",
     "ToMatMul",
+    "Winograd",
 ]

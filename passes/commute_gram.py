@@ -48,6 +48,8 @@ class CommuteGram(Pass):
         if size is None:
             return Skip("the number of positions is not known; --shape tells it")
         m, n, places = g.out_channels, g.in_channels, size[-1]
+        if not places:
+            return None
         before, after = (m * n + m * m) * places, n * n * places + m * n * n + m * m * n
         if after >= before:
             return Skip(f"behind the Gram matrix, {n}→{m} would cost {after / before:.2f}× the multiply-adds")

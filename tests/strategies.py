@@ -624,6 +624,19 @@ class Builder:
         if self.chance(0.3):
             self.node("Add", [y, self.same_shape(y)])
 
+    def m_wide(self) -> None:
+        """3×3 convolutions of many channels."""
+        x = self.conv(self.tensor(4), 40, 1, 1, pads=[0] * 4)
+        inputs: list[str | Tensor] = [x, self.constant(self.weights(self.rng.choice([40, 48]), 40, 3, 3))]
+        if x.shape[1] != 40:
+            raise UnfitError("depthwise")
+        if self.chance(0.5):
+            inputs.append(self.constant(self.numbers.normal(size=self.constants[-1].dims[0])))
+        y = self.node("Conv", inputs, pads=[1] * 4)[0]
+        if self.chance(0.5):
+            y = self.rng.choice([self.activation, self.affine])(y)
+        self.conv(y, 4, self.rng.choice([1, 3]))
+
     def m_space(self) -> None:
         x = self.tensor(3, 4, 4, 5)
         if self.chance(0.5):

@@ -146,3 +146,9 @@ def test_an_observed_map_stays() -> None:
     result, outcome, _ = run(model, CommuteGram())
     assert result is model
     assert "graph output" in reasons(outcome)[0]
+
+
+def test_an_empty_gram_matrix() -> None:
+    """Nothing is multiplied, so nothing is saved."""
+    model = gram("h = Conv(x, w) " + GRAM, "(double[2,6,0,8] x) => (double[N] y) ")
+    assert run(model, CommuteGram())[0] is model

@@ -1,0 +1,179 @@
+"""3×3 convolutions as pointwise maps between sums of neighbours, in fewer multiply-adds."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pwopt import emit
+from pwopt.cost import ELEMENT
+from pwopt.forms import Reading
+from pwopt.linear import Geometry, LinearMap, Refusal
+from pwopt.positions import stencil
+from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
+from pwopt.shapes import Change
+
+#: The filter transform.
+G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+#: The rows of Bᵀ, with two taps each: the first one's place in a tile, the second's behind it, and their signs.
+ROWS = ((0, 2, (1, -1)), (1, 1, (1, 1)), (1, 1, (-1, 1)), (1, 2, (1, -1)))
+#: Outputs per axis of a tile; it reads two inputs more.
+TILE = 2
+#: Elements read and written per tile for each input channel, and for each output channel: 16 sums of neighbours go out
+#: and in again, 16 products go in and out of 24 sums and 6 changes of sign; then the tile is put together.
+MOVED_IN, MOVED_OUT = 32, 64
+#: Types that providers convolve; coarser ones would notice that the sums are larger than what they are sums of.
+FINE = ("float32", "float64")
+
+
+class Winograd(Pass):
+    """w ∗ x = Aᵀ((G·w·Gᵀ) ⊙ (Bᵀ·x·B))A on tiles of 4×4 inputs and 2×2 outputs, where ⊙ is a pointwise map for each of
+    the 16 places: 16 multiply-adds per four outputs and pair of channels instead of 36.
+
+        Bᵀ = | 1  0 −1  0 |    G = | 1    0    0  |    Aᵀ = | 1  1  1  0 |
+             | 0  1  1  0 |        | 1/2  1/2 1/2 |         | 0  1 −1 −1 |
+             | 0 −1  1  0 |        | 1/2 −1/2 1/2 |
+             | 0  1  0 −1 |        | 0    0    1  |
+
+    Exact, since it is a polynomial identity (Winograd, "Arithmetic Complexity of Computations", 1980; Lavin and Gray,
+    "Fast Algorithms for Convolutional Neural Networks", 2016), and hardly less accurate, since A and B only add: G·w·Gᵀ
+    is computed in float64. Bᵀ·x·B is 16 depthwise convolutions of four taps and stride two, Aᵀ·m·A is sums, and all of
+    them stay in the provider's blocked layout. It pays from about a hundred channels on.
+    """
+
+    name = "winograd"
+    policy = "measured"
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+        reading = stencil(rw, node)
+        g = None if reading is None else reading.geometry
+        if reading is None or g is None or g.kernel != (3, 3) or g.groups > 1:
+            return None
+        if g.strides != (1, 1) or g.dilations != (1, 1) or g.pads != (1, 1, 1, 1):
+            return None
+        saved = (TILE**2 * 9 - 16) * g.in_channels * g.out_channels
+        if saved <= ELEMENT * (MOVED_IN * g.in_channels + MOVED_OUT * g.out_channels) / 2:
+            return None
+        size = [rw.dim(reading.source, axis) for axis in (2, 3)]
+        numbers = [d for d in size if isinstance(d, int) and d > 0]
+        what = f"3×3 {reading.channels}"
+        if len(numbers) < 2:
+            return Skip(f"{what} could be 16 pointwise maps if its sizes were known; --static fixes the inputs")
+        if str(rw.dtype(reading.source)) not in FINE or (any(d % TILE for d in numbers) and rw.opset < 10):
+            return None
+        if not self.eager:
+            return Skip(f"{what} could be 16 pointwise maps; only measuring can tell")
+        if rw.shared(reading.weight_input):
+            return Skip(f"the weight {reading.weight_input.name!r} is shared")
+        linear = reading.load()
+        if isinstance(linear, Refusal):
+            return Skip(linear.reason)
+        filtering = _Filtering(rw, reading, linear, (numbers[0], numbers[1]))
+        refusal = filtering.write()
+        if refusal is not None:
+            return Skip(refusal.reason)
+        reason = f"{what} as 16 pointwise maps by minimal filtering"
+        done = rw.replace([node], filtering.nodes, reason, filtering.residual)
+        return done.signed(f"minimal filtering of {what} at {numbers[0]}×{numbers[1]}")
+
+
+@dataclass
+class _Filtering:
+    """The operators that replace one convolution."""
+
+    rw: Rewriter
+    reading: Reading
+    linear: LinearMap
+    size: tuple[int, int]
+    nodes: list[gs.Node] = field(default_factory=list)
+    residual: float = 0.0
+
+    def write(self) -> Refusal | None:
+        """Fill `nodes`; the last one makes the convolution's output."""
+        matrices = np.einsum("pa,oiab,qb->pqoi", G, self.linear.weight, G)
+        products: list[list[gs.Tensor]] = []
+        for p, q in np.ndindex(4, 4):
+            bias = self.linear.bias if p == q == 1 else None  # in all four outputs, once
+            linear = LinearMap.pointwise(matrices[p, q], bias, rank=2)
+            around = self._neighbours(p, q)
+            product = self._tensor(f"product{p}{q}", linear.geometry.out_channels)
+            refusal = self._map(linear, around, product)
+            if refusal is not None:
+                return refusal
+            products += [[]] if q == 0 else []
+            products[-1].append(product)
+        columns = [list(self._pair([row[q] for row in products])) for q in range(4)]
+        outputs = [t for p in range(TILE) for t in self._pair([column[p] for column in columns])]
+        self._together(outputs)
+        return None
+
+    def _tensor(self, role: str, channels: int) -> gs.Variable:
+        tiles = [-(-d // TILE) for d in self.size]
+        output = self.reading.output
+        return self.rw.new_variable(f"{output.name}_{role}", output, lambda s: (s[0], channels, *tiles))
+
+    def _map(self, linear: LinearMap, source: gs.Tensor, output: gs.Tensor) -> Refusal | None:
+        written = emit.write(self.rw, linear, self.reading, source, output, 1, inherit=False)
+        if isinstance(written, Refusal):
+            return written
+        self.nodes += written.nodes
+        self.residual = max(self.residual, written.residual)
+        return None
+
+    def _neighbours(self, p: int, q: int) -> gs.Tensor:
+        """Row p of Bᵀ over the rows of every tile, row q over its columns: a depthwise convolution of 2×2 taps."""
+        channels = self.linear.geometry.in_channels
+        begins, ends, dilations = [], [], []
+        for row, size in zip((ROWS[p], ROWS[q]), self.size, strict=True):
+            first, second, _ = row
+            begins.append(1 - first)  # a tile begins one before its outputs
+            last = TILE * (-(-size // TILE) - 1) - 1 + first + second
+            ends.append(max(0, last - (size - 1)))
+            dilations.append(second)
+        taps = np.outer(ROWS[p][2], ROWS[q][2])
+        geometry = Geometry(
+            channels, channels, channels, (2, 2), (TILE, TILE), (dilations[0], dilations[1]), (*begins, *ends)
+        )
+        around = self._tensor(f"neighbours{p}{q}", channels)
+        self._map(LinearMap.of(geometry, np.tile(taps, (channels, 1, 1))), self.reading.source, around)
+        return around
+
+    def _pair(self, parts: Sequence[gs.Tensor]) -> Iterator[gs.Tensor]:
+        """Aᵀ along one axis of a tile: the sums of the first three, and of the second less the third and the fourth."""
+        yield self._sum(self._sum(parts[0], parts[1]), parts[2])
+        yield self._sum(parts[1], self._negative(self._sum(parts[2], parts[3])))
+
+    def _sum(self, a: gs.Tensor, b: gs.Tensor) -> gs.Tensor:
+        total = self._tensor("sum", self.linear.geometry.out_channels)
+        self.nodes.append(gs.Node("Add", self.rw.node_name(str(total.name), "_add"), {}, [a, b], [total]))
+        return total
+
+    def _negative(self, tensor: gs.Tensor) -> gs.Tensor:
+        """As a depthwise convolution, which the blocked layout has, as it has no Neg and no Sub."""
+        channels = self.linear.geometry.out_channels
+        negative = self._tensor("negative", channels)
+        self._map(LinearMap.diagonal(-np.ones(channels), rank=2), tensor, negative)
+        return negative
+
+    def _together(self, outputs: Sequence[gs.Tensor]) -> None:
+        """The four outputs of all tiles, interleaved; what lies beyond an odd size is cut off."""
+        name, output = str(self.reading.output.name), self.reading.output
+        channels = self.linear.geometry.out_channels
+        stacked = self._tensor("tiles", TILE**2 * channels)
+        even = [TILE * -(-d // TILE) for d in self.size]
+        odd = even != list(self.size)
+        whole = self._whole(lambda s: (*s[:2], *even)) if odd else output
+        self.nodes += [
+            gs.Node("Concat", self.rw.node_name(name, "_tiles"), {"axis": 1}, list(outputs), [stacked]),
+            gs.Node("DepthToSpace", self.rw.node_name(name, "_whole"), {"blocksize": TILE}, [stacked], [whole]),
+        ]
+        if odd:
+            numbers = {"starts": [0, 0], "ends": list(self.size), "axes": [2, 3]}
+            ends = [self.rw.new_constant(f"{name}_{k}", np.array(v, np.int64)) for k, v in numbers.items()]
+            self.nodes.append(gs.Node("Slice", self.rw.node_name(name, "_cut"), {}, [whole, *ends], [output]))
+
+    def _whole(self, change: Change) -> gs.Variable:
+        return self.rw.new_variable(f"{self.reading.output.name}_whole", self.reading.output, change)

@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+from fractions import Fraction
+
+import numpy as np
+import pytest
+from helpers import normal, ops, parse, reasons, run, same
+
+from pwopt.passes import PASSES, Winograd
+from pwopt.passes.winograd import ROWS, G
+
+WIDE = 48
+
+
+def eager() -> Winograd:
+    p = Winograd()
+    p.eager = True
+    return p
+
+
+def side(size: str = "2,48,6,8", kind: str = "double") -> str:
+    return f"({kind}[{size}] x) => ({kind}[N] y) "
+
+
+def test_the_transforms_are_a_polynomial_identity() -> None:
+    """Aᵀ((G·w) ⊙ (Bᵀ·x)) = w ∗ x on one axis in exact fractions: for unit vectors, and so for all, since it is bilinear."""
+    b = [[0] * 4 for _ in ROWS]
+    for row, (first, distance, signs) in zip(b, ROWS, strict=True):
+        row[first], row[first + distance] = signs
+    a = [[1, 1, 1, 0], [0, 1, -1, -1]]
+    g = [[Fraction(v) for v in row] for row in G.tolist()]
+    for tap in range(3):
+        for place in range(4):
+            product = [g[k][tap] * b[k][place] for k in range(4)]
+            found = [sum(a[o][k] * product[k] for k in range(4)) for o in range(2)]
+            assert found == [int(place == o + tap) for o in range(2)]
+
+
+@pytest.mark.parametrize("size", [(6, 8), (7, 8), (6, 5), (9, 7), (1, 2), (1, 1)])
+@pytest.mark.parametrize("biased", [False, True])
+def test_a_convolution(size: tuple[int, int], biased: bool) -> None:
+    height, width = size
+    body = side(f"2,48,{height},{width}") + f"{{ y = Conv<pads=[1,1,1,1]>(x, w{', b' if biased else ''}) }}"
+    model = parse(body, w=normal(40, WIDE, 3, 3), **({"b": normal(40)} if biased else {}))
+    result, outcome, _ = run(model, eager())
+    odd = height % 2 or width % 2
+    expected = {"Conv": 16 + 16 + 6, "Add": 24, "Concat": 1, "DepthToSpace": 1, **({"Slice": 1} if odd else {})}
+    assert ops(result) == expected
+    tiles = -(-height // 2) * -(-width // 2)
+    assert outcome.rewrites[0].macs_after == 2 * tiles * 16 * WIDE * (40 + 4) + 2 * tiles * 6 * 40
+    same(model, result, x=normal(2, WIDE, height, width))
+
+
+def test_it_takes_fewer_multiply_adds() -> None:
+    model = parse(side() + "{ y = Conv<pads=[1,1,1,1]>(x, w) }", w=normal(96, WIDE, 3, 3))
+    _, outcome, _ = run(model, eager())
+    assert outcome.rewrites[0].macs_after < outcome.rewrites[0].macs_before / 1.9
+
+
+def test_no_other_pass_undoes_it() -> None:
+    """Maps of neighbours, products and sums are linear: to fold them again would be a convolution of 36."""
+    body = side() + "{ c = Conv<pads=[1,1,1,1]>(x, w, b) r = Relu(c) d = Conv<pads=[1,1,1,1]>(r, v) y = Relu(d) }"
+    model = parse(body, w=normal(WIDE, WIDE, 3, 3), b=normal(WIDE), v=normal(WIDE, WIDE, 3, 3, seed=1))
+    result, outcome, _ = run(model, *(eager() if p is Winograd else p() for p in PASSES))
+    assert len([r for r in outcome.rewrites if r.pass_name == "winograd"]) == 2
+    assert ops(result) == {"Conv": 2 * 38, "Add": 2 * 24, "Concat": 2, "DepthToSpace": 2, "Relu": 2}
+    same(model, result, x=normal(2, WIDE, 6, 8))
+
+
+def test_float32_is_as_accurate_as_rounding() -> None:
+    pytest.importorskip("onnxruntime")
+    import pwopt
+
+    model = parse(side("1,48,14,14", "float") + "{ y = Conv<pads=[1,1,1,1]>(x, w) }",
+                  w=normal(WIDE, WIDE, 3, 3, dtype=np.float32))  # fmt: skip
+    result, _, _ = run(model, eager())
+    output = pwopt.verify(model, result).outputs[0]
+    assert output.passed
+    assert output.snr_db is not None
+    assert output.snr_db > 120
+
+
+CALLS = [
+    "Conv<pads=[1,1,1,1], strides=[2,2]>(x, w)",
+    "Conv<pads=[2,2,2,2], dilations=[2,2]>(x, w)",
+    "Conv(x, w)",
+    "Conv<pads=[1,1,0,0]>(x, w)",
+    "Conv<pads=[1,1,1,1], group=2>(x, h)",
+    "Conv<pads=[2,2,2,2]>(x, k)",
+    "Conv<pads=[1,1,1,1]>(x, few)",
+]
+
+
+@pytest.mark.parametrize("call", CALLS)
+def test_other_convolutions_stay(call: str) -> None:
+    """Strided, dilated, otherwise padded and grouped ones, larger kernels, and few channels."""
+    names = {"w": normal(WIDE, WIDE, 3, 3), "h": normal(WIDE, 24, 3, 3), "k": normal(WIDE, WIDE, 5, 5),
+             "few": normal(8, WIDE, 3, 3)}  # fmt: skip
+    used = {k: v for k, v in names.items() if f" {k})" in call}
+    model = parse(side() + f"{{ y = {call} }}", **used)
+    assert run(model, eager())[0] is model
+
+
+def test_refusals_have_reasons() -> None:
+    shared = parse(side() + "{ a = Conv<pads=[1,1,1,1]>(x, w) b = Conv<pads=[1,1,1,1]>(a, w) y = Relu(b) }",
+                   w=normal(WIDE, WIDE, 3, 3))  # fmt: skip
+    result, outcome, _ = run(shared, eager())
+    assert result is shared
+    assert "shared" in reasons(outcome)[0]
+    dynamic = parse(side("2,48,H,W") + "{ y = Conv<pads=[1,1,1,1]>(x, w) }", w=normal(WIDE, WIDE, 3, 3))
+    result, outcome, _ = run(dynamic, eager())
+    assert result is dynamic
+    assert "--static" in reasons(outcome)[0]
+
+
+def test_not_without_measuring() -> None:
+    model = parse(side() + "{ y = Conv<pads=[1,1,1,1]>(x, w) }", w=normal(WIDE, WIDE, 3, 3))
+    result, outcome, _ = run(model, Winograd())
+    assert result is model
+    assert "only measuring" in reasons(outcome)[0]
+
+
+def test_a_batch_of_any_size() -> None:
+    model = parse(side("N,48,6,8") + "{ y = Conv<pads=[1,1,1,1]>(x, w) }", w=normal(WIDE, WIDE, 3, 3))
+    result, _, _ = run(model, eager())
+    assert ops(result)["DepthToSpace"] == 1
+    for n in (1, 3):
+        same(model, result, x=normal(n, WIDE, 6, 8))
+
+
+def test_half_precision_stays() -> None:
+    model = parse(
+        side(kind="float16") + "{ y = Conv<pads=[1,1,1,1]>(x, w) }", w=normal(WIDE, WIDE, 3, 3, dtype=np.float16)
+    )
+    assert run(model, eager())[0] is model
