@@ -31,7 +31,7 @@ class Group:
     pass_name, signature : str
     sites : tuple of str
     macs : int
-        Multiply-adds that they touch; those with most are raced first.
+        Multiply-adds that they touch.
     """
 
     pass_name: str
@@ -64,9 +64,9 @@ class Decision:
 
 
 def groups(rewrites: Iterable[Rewrite]) -> list[Group]:
-    """Measured rewrites by signature: those of one pass together, in the order of the passes, the largest first.
+    """Measured rewrites by signature: those of one pass together, the largest first, and the pass that saves most first.
 
-    Of a signature like "gates: 72 at 28×28", the part before the colon says what belongs together.
+    Time may run out before the last; passes that save equally many multiply-adds come in their own order. Of a signature like "gates: 72 at 28×28", the part before the colon says what belongs together.
     """
     found: dict[tuple[str, str], list[Rewrite]] = {}
     for r in rewrites:
@@ -75,7 +75,10 @@ def groups(rewrites: Iterable[Rewrite]) -> list[Group]:
         Group(name, _joint(rs), tuple(r.site for r in rs), sum(r.macs_before for r in rs))
         for (name, _), rs in found.items()
     ]
-    order = list(dict.fromkeys(g.pass_name for g in listed))
+    saved = Counter[str]()
+    for (name, _), rs in found.items():
+        saved[name] += max(0, sum(r.macs_before - r.macs_after for r in rs))
+    order = sorted(dict.fromkeys(g.pass_name for g in listed), key=lambda name: -saved[name])
     return sorted(listed, key=lambda g: (order.index(g.pass_name), -g.macs))
 
 

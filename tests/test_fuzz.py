@@ -38,7 +38,7 @@ def test_random_models_keep_their_answers(sample: Sample) -> None:
 
 def test_every_pass_acts_on_random_models() -> None:
     applied: Counter[str] = Counter()
-    for number in range(90):
+    for number in range(200):
         applied += check(random_sample(Random(number)))
         if set(applied) >= set(EVERY):
             return

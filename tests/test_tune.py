@@ -135,3 +135,13 @@ def test_a_measured_pass_that_is_named_acts_wherever_it_is_exact(tmp_path: Path)
     model = parse(body, w=normal(5, 7, 1, 1).astype(np.float32))
     result = pwopt.optimize(model, passes=["split-concat"], cost_model="analytic")
     assert ops(result.model) == {"Conv": 2, "Add": 1}
+
+
+def test_the_pass_that_saves_most_is_raced_first() -> None:
+    """Time may run out; what saves nothing, or costs multiply-adds, waits in its own order."""
+    saves = [("a", 9, 9), ("b", 5, 8), ("c", 5, 3), ("d", 4, 2), ("d", 6, 3), ("a", 1, 1)]
+    rewrites = [
+        Rewrite("", macs_before=before, macs_after=after, signature=str(i), pass_name=name, site=f"{name}{i}")
+        for i, (name, before, after) in enumerate(saves)
+    ]
+    assert [g.sites[0] for g in groups(rewrites)] == ["d4", "d3", "c2", "a0", "a5", "b1"]
