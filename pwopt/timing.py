@@ -25,7 +25,7 @@ class Race:
     Attributes
     ----------
     times : tuple of arrays
-        Seconds, one array per model; equal indices ran in the same round.
+        Seconds by `Session.clock`, one array per model; equal indices ran in the same round.
     """
 
     times: tuple[np.ndarray, ...]
@@ -87,9 +87,10 @@ def race(
     start = time.perf_counter()
     for done in range(MAX_ROUNDS):
         for i in rng.permutation(len(sessions)):
-            begin = time.perf_counter()
+            clock = sessions[i].clock
+            begin = clock()
             sessions[i].step()
-            times[i].append(time.perf_counter() - begin)
+            times[i].append(clock() - begin)
         spent = time.perf_counter() - start
         progress(min(1.0, max(spent / budget if budget else 1.0, (done + 1) / MAX_ROUNDS)))
         if done + 1 < MIN_ROUNDS:

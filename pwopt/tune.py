@@ -64,9 +64,10 @@ class Decision:
 
 
 def groups(rewrites: Iterable[Rewrite]) -> list[Group]:
-    """Measured rewrites by signature: those of one pass together, the largest first, and the pass that saves most first.
+    """Measured rewrites by signature: those of one pass together, the largest first.
 
-    Time may run out before the last; passes that save equally many multiply-adds come in their own order. Of a signature like "gates: 72 at 28×28", the part before the colon says what belongs together.
+    The pass that saves most multiply-adds comes first, since time may run out before the last; others come in their own
+    order. Of a signature like "gates: 72 at 28×28", the part before the colon says what belongs together.
     """
     found: dict[tuple[str, str], list[Rewrite]] = {}
     for r in rewrites:
