@@ -12,9 +12,10 @@ from pwopt import emit
 from pwopt.cost import ELEMENT
 from pwopt.forms import Reading
 from pwopt.linear import Geometry, LinearMap, Refusal
+from pwopt.passes.channels_last import FIRST, LAST
 from pwopt.positions import stencil
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
-from pwopt.shapes import Change
+from pwopt.steps import Step, activation, repeated
 
 #: The filter transform.
 G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
@@ -41,7 +42,7 @@ class Winograd(Pass):
     Exact, since it is a polynomial identity (Winograd, "Arithmetic Complexity of Computations", 1980; Lavin and Gray,
     "Fast Algorithms for Convolutional Neural Networks", 2016), and hardly less accurate, since A and B only add: G·w·Gᵀ
     is computed in float64. Bᵀ·x·B is 16 depthwise convolutions of four taps and stride two, Aᵀ·m·A is sums, and all of
-    them stay in the provider's blocked layout. It pays from about a hundred channels on.
+    them stay in the provider's blocked layout. It pays from about sixty channels on.
     """
 
     name = "winograd"
@@ -71,12 +72,15 @@ class Winograd(Pass):
         linear = reading.load()
         if isinstance(linear, Refusal):
             return Skip(linear.reason)
-        filtering = _Filtering(rw, reading, linear, (numbers[0], numbers[1]))
+        step = activation(rw, reading.output)
+        filtering = _Filtering(rw, reading, linear, (numbers[0], numbers[1]), step)
         refusal = filtering.write()
         if refusal is not None:
             return Skip(refusal.reason)
         reason = f"{what} as 16 pointwise maps by minimal filtering"
-        done = rw.replace([node], filtering.nodes, reason, filtering.residual)
+        done = rw.replace(
+            [node, *(step.nodes if step is not None else ())], filtering.nodes, reason, filtering.residual
+        )
         return done.signed(f"minimal filtering of {what} at {numbers[0]}×{numbers[1]}")
 
 
@@ -88,11 +92,16 @@ class _Filtering:
     reading: Reading
     linear: LinearMap
     size: tuple[int, int]
+    step: Step | None
     nodes: list[gs.Node] = field(default_factory=list)
     residual: float = 0.0
 
+    @property
+    def output(self) -> gs.Tensor:
+        return self.reading.output if self.step is None else self.step.output
+
     def write(self) -> Refusal | None:
-        """Fill `nodes`; the last one makes the convolution's output."""
+        """Fill `nodes`; the last one makes the output of the convolution, or of the activation that follows it."""
         matrices = np.einsum("pa,oiab,qb->pqoi", G, self.linear.weight, G)
         products: list[list[gs.Tensor]] = []
         for p, q in np.ndindex(4, 4):
@@ -111,9 +120,7 @@ class _Filtering:
         return None
 
     def _tensor(self, role: str, channels: int) -> gs.Variable:
-        tiles = [-(-d // TILE) for d in self.size]
-        output = self.reading.output
-        return self.rw.new_variable(f"{output.name}_{role}", output, lambda s: (s[0], channels, *tiles))
+        return self._made(role, channels, *(-(-d // TILE) for d in self.size))
 
     def _map(self, linear: LinearMap, source: gs.Tensor, output: gs.Tensor) -> Refusal | None:
         written = emit.write(self.rw, linear, self.reading, source, output, 1, inherit=False)
@@ -148,7 +155,7 @@ class _Filtering:
 
     def _sum(self, a: gs.Tensor, b: gs.Tensor) -> gs.Tensor:
         total = self._tensor("sum", self.linear.geometry.out_channels)
-        self.nodes.append(gs.Node("Add", self.rw.node_name(str(total.name), "_add"), {}, [a, b], [total]))
+        self._node("Add", [a, b], total)
         return total
 
     def _negative(self, tensor: gs.Tensor) -> gs.Tensor:
@@ -159,21 +166,42 @@ class _Filtering:
         return negative
 
     def _together(self, outputs: Sequence[gs.Tensor]) -> None:
-        """The four outputs of all tiles, interleaved; what lies beyond an odd size is cut off."""
-        name, output = str(self.reading.output.name), self.reading.output
-        channels = self.linear.geometry.out_channels
-        stacked = self._tensor("tiles", TILE**2 * channels)
-        even = [TILE * -(-d // TILE) for d in self.size]
-        odd = even != list(self.size)
-        whole = self._whole(lambda s: (*s[:2], *even)) if odd else output
-        self.nodes += [
-            gs.Node("Concat", self.rw.node_name(name, "_tiles"), {"axis": 1}, list(outputs), [stacked]),
-            gs.Node("DepthToSpace", self.rw.node_name(name, "_whole"), {"blocksize": TILE}, [stacked], [whole]),
-        ]
-        if odd:
-            numbers = {"starts": [0, 0], "ends": list(self.size), "axes": [2, 3]}
+        """The four outputs of all tiles, interleaved with the channels last, where whole rows of them are copied; what
+        lies beyond an odd size is cut off. An activation comes before."""
+        high, wide = (-(-d // TILE) for d in self.size)
+        name, channels = str(self.output.name), self.linear.geometry.out_channels
+        rows = []
+        for p, pair in enumerate((outputs[:TILE], outputs[TILE:])):
+            stacked = self._tensor(f"pair{p}", TILE * channels)
+            self._node("Concat", list(pair), stacked, axis=1)
+            if self.step is not None:
+                active = self._tensor(f"active{p}", TILE * channels)
+                self.nodes += repeated(self.rw, self.step, stacked, active)
+                stacked = active
+            last = self._made(f"last{p}", high, wide, TILE * channels)
+            self._node("Transpose", [stacked], last, perm=list(LAST))
+            rows.append(self._reshaped(f"row{p}", last, high, 1, TILE * wide, channels))
+        joined = self._made("rows", high, TILE, TILE * wide, channels)
+        self._node("Concat", rows, joined, axis=2)
+        whole = self._reshaped("whole", joined, TILE * high, TILE * wide, channels)
+        if (TILE * high, TILE * wide) != self.size:
+            numbers = {"starts": [0, 0], "ends": list(self.size), "axes": [1, 2]}
             ends = [self.rw.new_constant(f"{name}_{k}", np.array(v, np.int64)) for k, v in numbers.items()]
-            self.nodes.append(gs.Node("Slice", self.rw.node_name(name, "_cut"), {}, [whole, *ends], [output]))
+            cut = self._made("cut", *self.size, channels)
+            self._node("Slice", [whole, *ends], cut)
+            whole = cut
+        self._node("Transpose", [whole], self.output, perm=list(FIRST))
 
-    def _whole(self, change: Change) -> gs.Variable:
-        return self.rw.new_variable(f"{self.reading.output.name}_whole", self.reading.output, change)
+    def _made(self, role: str, *sizes: int) -> gs.Variable:
+        """A tensor of these sizes for each member of the batch."""
+        return self.rw.new_variable(f"{self.output.name}_{role}", self.output, lambda s: (s[0], *sizes))
+
+    def _reshaped(self, role: str, tensor: gs.Tensor, *sizes: int) -> gs.Tensor:
+        made = self._made(role, *sizes)
+        shape = self.rw.new_constant(f"{made.name}_shape", np.array([0, *sizes], np.int64))
+        self._node("Reshape", [tensor, shape], made)
+        return made
+
+    def _node(self, op: str, inputs: list[gs.Tensor], output: gs.Tensor, **attrs: object) -> None:
+        name = self.rw.node_name(str(output.name), f"_{op.lower()}")
+        self.nodes.append(gs.Node(op, name, attrs, inputs, [output]))
