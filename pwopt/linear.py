@@ -534,6 +534,8 @@ def factor(linear: LinearMap, relative_error: float) -> tuple[LinearMap, LinearM
     if rank * sum(matrix.shape) >= matrix.size or rank == 0:
         return Refusal(f"the rank {rank} of {g.out_channels}×{matrix.shape[1]} weights is too high to save anything")
     root = np.sqrt(s[:rank])
-    first = LinearMap.of(replace(g, out_channels=rank, biased=False), root[:, None] * vt[:rank])
-    second = LinearMap.pointwise(u[:, :rank] * root, linear.bias, rank=g.rank)
+    left, right = u[:, :rank] * root, root[:, None] * vt[:rank]
+    left[~np.any(matrix, axis=1)], right[:, ~np.any(matrix, axis=0)] = 0, 0  # nothing stays nothing
+    first = LinearMap.of(replace(g, out_channels=rank, biased=False), right)
+    second = LinearMap.pointwise(left, linear.bias, rank=g.rank)
     return first, second

@@ -5,6 +5,7 @@ import pytest
 from helpers import normal, ops, parse, run, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from onnx import numpy_helper
 
 from pwopt.linear import low_rank
 from pwopt.passes import FactorRanks, FoldChains
@@ -21,6 +22,18 @@ def test_a_pointwise_map() -> None:
     result, outcome, _ = run(model, FactorRanks(), FoldChains())
     assert [t.dims[:2] for t in result.graph.initializer if len(t.dims) == 4] == [[3, 16], [12, 3]]
     assert outcome.rewrites[0].macs_after * 12 * 16 == outcome.rewrites[0].macs_before * 3 * (12 + 16)
+    same(model, result, x=normal(2, 16, 5, 7))
+
+
+def test_dead_channels_stay_dead() -> None:
+    """A row or a column of zeros has factors of zeros, not of what the decomposition rounds."""
+    w = of_rank(3, 12, 16, 1, 1)
+    w[5], w[:, 7] = 0, 0
+    model = parse("(double[2,16,5,7] x) => (double[N] y) { y = Conv(x, w) }", w=w)
+    result, _, _ = run(model, FactorRanks())
+    first, second = (numpy_helper.to_array(t) for t in result.graph.initializer if len(t.dims) == 4)
+    assert not first[:, 7].any()
+    assert not second[5].any()
     same(model, result, x=normal(2, 16, 5, 7))
 
 
