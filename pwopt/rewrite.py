@@ -297,8 +297,10 @@ class Pipeline:
     ) -> Outcome:
         """Edit `graph` in place; parameters as for `Pass.run`. Refusals are those of each pass's last run.
 
-        `allowed` lists the sites where measured passes may act; None for all.
+        `allowed` lists the sites where measured passes may act; None for all. Refusals are of tensors that the graph
+        had to begin with: nobody asked for what becomes of those that a rewrite made.
         """
+        named = {t.name or n.name for n in graph.nodes for t in n.outputs}
         rw = Rewriter(graph, denied, sizes, reserved, certifier)
         rewrites: list[Rewrite] = []
         skips: dict[str, tuple[Skip, ...]] = {}
@@ -313,7 +315,8 @@ class Pipeline:
         if len(rewrites) > finished:
             _repeat(rw, [p for p in settled if not p.early], rewrites, skips)
         rw.close()
-        return Outcome(tuple(rewrites), tuple(itertools.chain.from_iterable(skips.values())))
+        listed = itertools.chain.from_iterable(skips.values())
+        return Outcome(tuple(rewrites), tuple(s for s in listed if s.tensor in named))
 
 
 def _repeat(rw: Rewriter, passes: Sequence[Pass], rewrites: list[Rewrite], skips: dict[str, tuple[Skip, ...]]) -> None:
