@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,17 @@ def test_a_race_runs_every_model_every_round() -> None:
     result = race(sessions, make_feeds(specs, {"x": (1, 64, 4, 4)}), budget=0.0)
     assert result.rounds == 20
     assert all(t.min() > 0 for t in result.times)
+
+
+def test_waiting_is_no_time_of_a_single_thread() -> None:
+    """Other load on the machine makes a thread wait; several threads, and devices, are timed by the clock."""
+    single, several = (Session(MODELS / "linear_sequence.onnx", threads=n) for n in (1, 2))
+    spent = []
+    for session in (single, several):
+        begin = session.clock()
+        time.sleep(0.05)
+        spent.append(session.clock() - begin)
+    assert spent[0] < 0.02 < 0.05 <= spent[1]
 
 
 def test_statistics_of_a_race() -> None:
