@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -15,6 +15,7 @@ from pwopt.linear import Geometry, LinearMap, Refusal
 from pwopt.passes.channels_last import FIRST, LAST
 from pwopt.positions import stencil
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
+from pwopt.shapes import Dim
 from pwopt.steps import Step, activation, repeated
 
 #: The filter transform.
@@ -58,12 +59,9 @@ class Winograd(Pass):
         saved = (TILE**2 * 9 - 16) * g.in_channels * g.out_channels
         if saved <= ELEMENT * (MOVED_IN * g.in_channels + MOVED_OUT * g.out_channels) / 2:
             return None
-        size = [rw.dim(reading.source, axis) for axis in (2, 3)]
-        numbers = [d for d in size if isinstance(d, int) and d > 0]
-        what = f"3×3 {reading.channels}"
-        if len(numbers) < 2:
-            return Skip(f"{what} could be 16 pointwise maps if its sizes were known; --static fixes the inputs")
-        if str(rw.dtype(reading.source)) not in FINE or (any(d % TILE for d in numbers) and rw.opset < 10):
+        size = [d if isinstance(d := rw.dim(reading.source, axis), int) else None for axis in (2, 3)]
+        what, even = f"3×3 {reading.channels}", all(d is not None and d % TILE == 0 for d in size)
+        if str(rw.dtype(reading.source)) not in FINE or 0 in size or (not even and rw.opset < 15):  # Shape has a start
             return None
         if not self.eager:
             return Skip(f"{what} could be 16 pointwise maps; only measuring can tell")
@@ -73,7 +71,7 @@ class Winograd(Pass):
         if isinstance(linear, Refusal):
             return Skip(linear.reason)
         step = activation(rw, reading.output)
-        filtering = _Filtering(rw, reading, linear, (numbers[0], numbers[1]), step)
+        filtering = _Filtering(rw, reading, linear, (size[0], size[1]), step)
         refusal = filtering.write()
         if refusal is not None:
             return Skip(refusal.reason)
@@ -81,7 +79,12 @@ class Winograd(Pass):
         done = rw.replace(
             [node, *(step.nodes if step is not None else ())], filtering.nodes, reason, filtering.residual
         )
-        return done.signed(f"minimal filtering of {what} at {numbers[0]}×{numbers[1]}")
+        return done.signed(f"minimal filtering of {what} at {rw.size_of(reading.source)}")
+
+
+def _tiles(size: Dim, outputs: int = 1) -> int | None:
+    """How many tiles there are along an axis, or how many outputs they have; None where that is not known."""
+    return outputs * -(-size // TILE) if isinstance(size, int) else None
 
 
 @dataclass
@@ -91,7 +94,7 @@ class _Filtering:
     rw: Rewriter
     reading: Reading
     linear: LinearMap
-    size: tuple[int, int]
+    size: tuple[int | None, int | None]
     step: Step | None
     nodes: list[gs.Node] = field(default_factory=list)
     residual: float = 0.0
@@ -119,9 +122,6 @@ class _Filtering:
         self._together(outputs)
         return None
 
-    def _tensor(self, role: str, channels: int) -> gs.Variable:
-        return self._made(role, channels, *(-(-d // TILE) for d in self.size))
-
     def _map(self, linear: LinearMap, source: gs.Tensor, output: gs.Tensor) -> Refusal | None:
         written = emit.write(self.rw, linear, self.reading, source, output, 1, inherit=False)
         if isinstance(written, Refusal):
@@ -136,9 +136,9 @@ class _Filtering:
         begins, ends, dilations = [], [], []
         for row, size in zip((ROWS[p], ROWS[q]), self.size, strict=True):
             first, second, _ = row
+            odd = size is None or size % TILE  # the padding of an odd size gives an even one no further tile
             begins.append(1 - first)  # a tile begins one before its outputs
-            last = TILE * (-(-size // TILE) - 1) - 1 + first + second
-            ends.append(max(0, last - (size - 1)))
+            ends.append(first + second - (1 if odd else 2))
             dilations.append(second)
         taps = np.outer(ROWS[p][2], ROWS[q][2])
         geometry = Geometry(
@@ -168,8 +168,7 @@ class _Filtering:
     def _together(self, outputs: Sequence[gs.Tensor]) -> None:
         """The four outputs of all tiles, interleaved with the channels last, where whole rows of them are copied; what
         lies beyond an odd size is cut off. An activation comes before."""
-        high, wide = (-(-d // TILE) for d in self.size)
-        name, channels = str(self.output.name), self.linear.geometry.out_channels
+        channels, (high, wide) = self.linear.geometry.out_channels, self.size
         rows = []
         for p, pair in enumerate((outputs[:TILE], outputs[TILE:])):
             stacked = self._tensor(f"pair{p}", TILE * channels)
@@ -178,29 +177,46 @@ class _Filtering:
                 active = self._tensor(f"active{p}", TILE * channels)
                 self.nodes += repeated(self.rw, self.step, stacked, active)
                 stacked = active
-            last = self._made(f"last{p}", high, wide, TILE * channels)
+            last = self._made(f"last{p}", lambda h, w: (_tiles(h), _tiles(w), TILE * channels))
             self._node("Transpose", [stacked], last, perm=list(LAST))
-            rows.append(self._reshaped(f"row{p}", last, high, 1, TILE * wide, channels))
-        joined = self._made("rows", high, TILE, TILE * wide, channels)
+            row = self._made(f"row{p}", lambda h, w: (_tiles(h), 1, _tiles(w, TILE), channels))
+            self._node("Reshape", [last, self._constant("row", [0, 0, 1, -1, channels])], row)
+            rows.append(row)
+        joined = self._made("rows", lambda h, w: (_tiles(h), TILE, _tiles(w, TILE), channels))
         self._node("Concat", rows, joined, axis=2)
-        whole = self._reshaped("whole", joined, TILE * high, TILE * wide, channels)
-        if (TILE * high, TILE * wide) != self.size:
-            numbers = {"starts": [0, 0], "ends": list(self.size), "axes": [1, 2]}
-            ends = [self.rw.new_constant(f"{name}_{k}", np.array(v, np.int64)) for k, v in numbers.items()]
-            cut = self._made("cut", *self.size, channels)
-            self._node("Slice", [whole, *ends], cut)
+        whole = self._made("whole", lambda h, w: (_tiles(h, TILE), _tiles(w, TILE), channels))
+        if wide is not None:
+            self._node("Reshape", [joined, self._constant("shape", [0, -1, _tiles(wide, TILE), channels])], whole)
+        else:  # a zero takes a size over from the same place: that of the columns stays there, and moves up then
+            flat = self._made("flat", lambda h, w: (_tiles(h, TILE), 1, _tiles(w, TILE), channels))
+            self._node("Reshape", [joined, self._constant("shape", [0, -1, 1, 0, channels])], flat)
+            self._node("Squeeze", [flat, self._constant("axis", [2])], whole)
+        if high is None or wide is None or high % TILE or wide % TILE:
+            cut = self._made("cut", lambda h, w: (h, w, channels))
+            limits = [self._constant("starts", [0, 0]), self._ends(), self._constant("axes", [1, 2])]
+            self._node("Slice", [whole, *limits], cut)
             whole = cut
         self._node("Transpose", [whole], self.output, perm=list(FIRST))
 
-    def _made(self, role: str, *sizes: int) -> gs.Variable:
-        """A tensor of these sizes for each member of the batch."""
-        return self.rw.new_variable(f"{self.output.name}_{role}", self.output, lambda s: (s[0], *sizes))
+    def _ends(self) -> gs.Tensor:
+        """The height and width of the output, which are the input's."""
+        high, wide = self.size
+        if high is not None and wide is not None:
+            return self._constant("ends", [high, wide])
+        ends = gs.Variable(self.rw.unique(f"{self.output.name}_size"), np.dtype(np.int64), (2,))
+        self._node("Shape", [self.reading.source], ends, start=2, end=4)
+        return ends
 
-    def _reshaped(self, role: str, tensor: gs.Tensor, *sizes: int) -> gs.Tensor:
-        made = self._made(role, *sizes)
-        shape = self.rw.new_constant(f"{made.name}_shape", np.array([0, *sizes], np.int64))
-        self._node("Reshape", [tensor, shape], made)
-        return made
+    def _tensor(self, role: str, channels: int) -> gs.Variable:
+        """One element for each tile."""
+        return self._made(role, lambda h, w: (channels, _tiles(h), _tiles(w)))
+
+    def _made(self, role: str, sizes: Callable[[Dim, Dim], tuple[Dim, ...]]) -> gs.Variable:
+        """A tensor of sizes that follow from the height and width, for each member of the batch."""
+        return self.rw.new_variable(f"{self.output.name}_{role}", self.output, lambda s: (s[0], *sizes(s[2], s[3])))
+
+    def _constant(self, role: str, values: Sequence[int]) -> gs.Constant:
+        return self.rw.new_constant(f"{self.output.name}_{role}", np.array(values, np.int64))
 
     def _node(self, op: str, inputs: list[gs.Tensor], output: gs.Tensor, **attrs: object) -> None:
         name = self.rw.node_name(str(output.name), f"_{op.lower()}")

@@ -132,10 +132,27 @@ def test_refusals_have_reasons() -> None:
     result, outcome, _ = run(shared, eager())
     assert result is shared
     assert "shared" in reasons(outcome)[0]
-    dynamic = parse(side("2,48,H,W") + "{ y = Conv<pads=[1,1,1,1]>(x, w) }", w=normal(WIDE, WIDE, 3, 3))
-    result, outcome, _ = run(dynamic, eager())
-    assert result is dynamic
-    assert "--static" in reasons(outcome)[0]
+
+
+@pytest.mark.parametrize("size", ["2,48,H,W", "N,48,H,8", "2,48,6,W", "2,48,7,W"])
+def test_sizes_that_are_not_known(size: str) -> None:
+    """The padding of odd sizes serves even ones too; what lies beyond is cut off."""
+    model = parse(side(size) + "{ y = Conv<pads=[1,1,1,1]>(x, w, b) }", w=normal(40, WIDE, 3, 3), b=normal(40))
+    result, outcome, _ = run(model, eager(), sizes={"x": (2, WIDE, 6, 8), "y": (2, 40, 6, 8)})
+    assert outcome.rewrites[0].macs_after == 2 * 12 * 16 * WIDE * (40 + 4) + 2 * 12 * 6 * 40 or "7" in size
+    fixed = size.split(",")
+    for h, w in ((6, 8), (7, 8), (6, 9), (9, 5), (1, 1)):
+        if fixed[2] in ("H", str(h)) and fixed[3] in ("W", str(w)):
+            same(model, result, x=normal(2, WIDE, h, w))
+
+
+def test_an_old_opset_has_no_sizes_from_the_middle() -> None:
+    known = parse(side() + "{ y = Conv<pads=[1,1,1,1]>(x, w) }", 12, w=normal(WIDE, WIDE, 3, 3))
+    result, _, _ = run(known, eager())
+    assert ops(result)["Conv"] == 38
+    same(known, result, x=normal(2, WIDE, 6, 8))
+    open_ = parse(side("2,48,H,8") + "{ y = Conv<pads=[1,1,1,1]>(x, w) }", 12, w=normal(WIDE, WIDE, 3, 3))
+    assert run(open_, eager())[0] is open_
 
 
 def test_not_without_measuring() -> None:
