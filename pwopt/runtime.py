@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import platform
@@ -78,7 +79,7 @@ def environment(provider: str, threads: int) -> dict[str, Any]:
     except ProviderError:
         ort = None
     return {
-        "pwopt": metadata.version("pwopt"),
+        "pwopt": _own_version(),
         "onnxruntime": ort,
         "onnx": onnx.__version__,
         "numpy": np.__version__,
@@ -89,6 +90,11 @@ def environment(provider: str, threads: int) -> dict[str, Any]:
         "threads": threads,
         "provider": provider,
     }
+
+
+@functools.cache
+def _own_version() -> str:
+    return metadata.version("pwopt")
 
 
 def cpu_name() -> str:
