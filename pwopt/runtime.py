@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -231,11 +232,21 @@ class Session:
     def _profiled(self) -> Iterator[tuple[str, dict[str, Any], float]]:
         """Each run of each node: its name, what the profiler knows of it, and seconds."""
         path = Path(self.session.end_profiling())
-        events = json.loads(path.read_text())
+        text = path.read_text(errors="replace")
         path.unlink(missing_ok=True)
-        for event in events:
+        for event in _events(text):
             if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
                 yield event["name"].removesuffix("_kernel_time"), event["args"], event["dur"] / 1e6
+
+
+def _events(profile: str) -> list[dict[str, Any]]:
+    """The events of a profile; older versions of onnxruntime leave quotes in names as they are, and those events go."""
+    events: list[dict[str, Any]] = []
+    for line in profile.splitlines():  # an event each, between brackets
+        with contextlib.suppress(json.JSONDecodeError):
+            event = json.loads(line.strip().rstrip(","))
+            events += [event] if isinstance(event, dict) else []
+    return events
 
 
 def _loads_on_cpu(path: str | os.PathLike[str]) -> bool:

@@ -9,6 +9,7 @@ import pytest
 from helpers import MODELS, normal, parse
 
 import pwopt
+from pwopt import runtime
 from pwopt.bench import LAYOUT
 from pwopt.cli import main
 
@@ -99,3 +100,9 @@ def test_a_plot_of_the_latencies(tmp_path: Path) -> None:
     with pytest.raises(SystemExit) as code:
         main(["bench", str(model), "--plot", str(tmp_path / "plot.png")])
     assert code.value.code == 2
+
+
+def test_a_profile_with_quotes_in_names() -> None:
+    """Older versions of onnxruntime do not escape them: those events are lost, the others are not."""
+    lines = ["[", '{"cat": "Node", "name": "a"},', '{"cat": "Node", "name": "b"c"},', '{"cat": "Session"}', "]", ""]
+    assert runtime._events("\n".join(lines)) == [{"cat": "Node", "name": "a"}, {"cat": "Session"}]
