@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -91,31 +92,30 @@ class ChannelsLast(Pass):
         if not self.eager:
             return Skip(f"{what} could run channels-last; only measuring can tell")
 
-        def write(node: gs.Node, last: Last, see: See, outputs: list[gs.Tensor]) -> Sequence[gs.Node]:
-            return _written(rw, node, last, see, outputs)
-
         kinds = ", ".join(f"{n} {op}" for op, n in sorted(Counter(rw.op(a) for a in region.anchors).items()))
         size = rw.size_of(region.anchors[0].inputs[0])
         others = counted(len(region.members) - len(region.anchors), "other")
-        done = carry(rw, region.members, write, f"{what} and {others} run channels-last")
-        return done.signed(f"channels-last: {kinds}, {others}, at {size}")
+        done = carry(rw, region.members, partial(_written, rw), f"{what} and {others} run channels-last")
+        return done.signed(f"{kinds} over channels: with {others} at {size}")
 
 
 def _regions(rw: Rewriter) -> list[Region]:
     """What combines channels, with all that follows it and can be carried over."""
     found: dict[int, Member[Last]] = {}
     anchors: dict[int, gs.Node] = {}
-    makers: dict[int, gs.Node] = {}
+    made: set[int] = set()
     nodes = rw.nodes()
     for node in nodes:
         last, combines = _last(rw, node), _anchor(rw, node)
-        reached = combines or any(id(t) in makers for t in node.inputs)
+        reached = combines or any(id(t) in made for t in node.inputs)
         if last is None or not reached or not _moves(rw, node, last):
             continue
         found[id(node)] = (node, last)
-        makers.update((id(t), node) for t in node.outputs if rw.rank(t) == last.rank)
+        made.update(id(t) for t in node.outputs if rw.rank(t) == last.rank)
         if combines:
             anchors[id(node)] = node
+    if not found:
+        return []
     entered = {id(t) for node, _ in found.values() for t in _entries(rw, node)}
     for node in reversed(nodes):  # x² before its mean, where x itself comes in as well: one way in instead of two
         last = _last(rw, node) if id(node) not in found and rw.op(node) in BY_AXES else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 import numpy as np
@@ -77,10 +77,9 @@ def carry(rw: Rewriter, members: Sequence[Member[G]], write: Writer[G], reason: 
         ]
         records.append((node, [*seen.entered, *nodes, *left]))
     done = [rw.replace([node], new, "") for node, new in records]
-    became = tuple((str(t.name), str(made[id(t)].name)) for n, _ in members for t in n.outputs if id(t) in made)
     joint = Rewrite.of(reason, done)
-    kept = tuple((old, new) for old, new in joint.became if old not in dict(became))
-    return Rewrite(reason, joint.removed, joint.added, joint.macs_before, joint.macs_after, became=(*became, *kept))
+    carried = {str(t.name): str(made[id(t)].name) for n, _ in members for t in n.outputs if id(t) in made}
+    return replace(joint, became=tuple((dict(joint.became) | carried).items()))
 
 
 @dataclass
