@@ -43,7 +43,7 @@ class Winograd(Pass):
     Exact, since it is a polynomial identity (Winograd, "Arithmetic Complexity of Computations", 1980; Lavin and Gray,
     "Fast Algorithms for Convolutional Neural Networks", 2016), and hardly less accurate, since A and B only add: G·w·Gᵀ
     is computed in float64. Bᵀ·x·B is 16 depthwise convolutions of four taps and stride two, Aᵀ·m·A is sums, and all of
-    them stay in the provider's blocked layout. It pays from about sixty channels on.
+    them stay in the provider's blocked layout. It pays from some sixty to a hundred channels on.
     """
 
     name = "winograd"
