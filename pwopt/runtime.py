@@ -240,7 +240,10 @@ class Session:
 
 
 def _events(profile: str) -> list[dict[str, Any]]:
-    """The events of a profile; older versions of onnxruntime leave quotes in names as they are, and those events go."""
+    """The events of a profile; where onnxruntime has left quotes in names as they are, as it once did, without those."""
+    with contextlib.suppress(json.JSONDecodeError):
+        whole: list[dict[str, Any]] = json.loads(profile)
+        return whole
     events: list[dict[str, Any]] = []
     for line in profile.splitlines():  # an event each, between brackets
         with contextlib.suppress(json.JSONDecodeError):
