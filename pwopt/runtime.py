@@ -240,7 +240,7 @@ class Session:
 
 
 def _events(profile: str) -> list[dict[str, Any]]:
-    """The events of a profile; where onnxruntime has left quotes in names as they are, as it once did, without those."""
+    """The events of a profile; without those in whose names an older onnxruntime left quotes as they are."""
     with contextlib.suppress(json.JSONDecodeError):
         whole: list[dict[str, Any]] = json.loads(profile)
         return whole
