@@ -189,8 +189,9 @@ def _moves(rw: Rewriter, node: gs.Node, last: Last) -> bool:
         return False
     if op == "Conv":
         reading = _map(rw, node)
-        owned = reading is not None and not rw.shared(reading.weight_input)
-        return owned and isinstance(reading.load(), LinearMap)
+        if reading is None or rw.shared(reading.weight_input):
+            return False
+        return isinstance(reading.load(), LinearMap)
     return op in PICKS or (op in BY_AXES and BY_AXES[op](rw, last, node) is not None)
 
 

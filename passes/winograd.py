@@ -186,7 +186,7 @@ class _Filtering:
         self._node("Concat", rows, joined, axis=2)
         whole = self._made("whole", lambda h, w: (_tiles(h, TILE), _tiles(w, TILE), channels))
         if wide is not None:
-            self._node("Reshape", [joined, self._constant("shape", [0, -1, _tiles(wide, TILE), channels])], whole)
+            self._node("Reshape", [joined, self._constant("shape", [0, -1, wide + wide % TILE, channels])], whole)
         else:  # a zero takes a size over from the same place: that of the columns stays there, and moves up then
             flat = self._made("flat", lambda h, w: (_tiles(h, TILE), 1, _tiles(w, TILE), channels))
             self._node("Reshape", [joined, self._constant("shape", [0, -1, 1, 0, channels])], flat)
