@@ -17,6 +17,9 @@ from pwopt import attributes, forms
 from pwopt.graph import View, cancelling
 from pwopt.linear import LinearMap, Refusal
 
+#: Operators that join tensors element by element.
+PAIRS = ("Add", "Sub", "Sum", "Mul", "Div")
+
 
 @dataclass(frozen=True)
 class Affine:
@@ -223,7 +226,7 @@ def sink(view: View, node: gs.Node, tensor: gs.Tensor, affine: Affine) -> Moves 
         return _through_split(view, node, affine)
     if op == "Concat":
         return _through_concat(view, node, tensor, affine)
-    if op in ("Add", "Sub", "Sum", "Mul", "Div"):
+    if op in PAIRS:
         return _through_pair(view, node, tensor, affine, op)
     if tensor is not node.inputs[0]:
         return Refusal(f"a scale or shift does not pass through {node.op}")
@@ -304,6 +307,8 @@ def lift(view: View, node: gs.Node, affine: Affine) -> list[Moves] | Refusal:
     op = view.op(node)
     if _empty(view, node):
         return Refusal(f"{node.op} has an empty tensor")
+    if op in ("Concat", *PAIRS) and len({id(t) for t in node.inputs}) < len(node.inputs):
+        return Refusal(f"{op} reads one tensor twice")
     if op == "Concat":
         axis, parts = attributes.concat_axis(view, node), forms.read_concat(view, node)
         if affine.axis is None:
@@ -319,7 +324,7 @@ def lift(view: View, node: gs.Node, affine: Affine) -> list[Moves] | Refusal:
         ends = np.cumsum([p.geometry.in_channels for p in parts])[:-1]
         pieces = zip(np.split(affine.map.scale, ends), np.split(affine.map.bias, ends), strict=True)
         return [[(t, Affine(LinearMap.diagonal(s, b), axis)) for t, (s, b) in zip(node.inputs, pieces, strict=True)]]
-    if op in ("Add", "Sub", "Sum", "Mul", "Div"):
+    if op in PAIRS:
         return _lift_pair(view, node, affine, op)
     found = _checked(view, affine, node)
     if isinstance(found, Refusal):
@@ -336,8 +341,6 @@ def lift(view: View, node: gs.Node, affine: Affine) -> list[Moves] | Refusal:
 def _lift_pair(view: View, node: gs.Node, affine: Affine, op: str) -> list[Moves] | Refusal:
     operands = list(node.inputs)
     fits = [_same_channels(view, affine, t, node.outputs[0]) for t in operands]
-    if len({id(t) for t in operands}) < len(operands):
-        return Refusal(f"{op} reads one tensor twice")
     if op in ("Mul", "Div"):
         if affine.shifts:
             return Refusal(f"a shift does not pass through {op}")

@@ -14,6 +14,7 @@ from pwopt.compiler import concrete_sizes
 from pwopt.passes import (
     PASSES,
     CommuteSpatial,
+    FoldAffine,
     FoldChains,
     HoistCrop,
     HoistStride,
@@ -320,3 +321,14 @@ def test_a_split_with_an_empty_part(p: type[Pass]) -> None:
     body = "{ a = Conv(x, u) e, b = Split<axis=1>(a, n) y = Conv(b, w) }"
     weights = {"u": normal(18, 3, 1, 1), "w": normal(4, 18, 1, 1), "n": np.array([0, 18])}
     every(parse("(double[1,3,6,6] x) => (double[N] y) " + body, **weights), p(), x=normal(1, 3, 6, 6))
+
+
+def test_a_scale_does_not_move_into_one_half_of_a_tensor_beside_itself() -> None:
+    """Concat(t, t) behind a scale of its second half only: t has one maker, which cannot scale one half."""
+    body = "(double[2,4,5,3] x) => (double[N] y) { t = Conv(x, w) c = Concat<axis=1>(t, t) y = Mul(c, s) }"
+    scale = np.ones((8, 1, 1))
+    scale[4:] = normal(4, 1, 1)
+    model = parse(body, w=normal(4, 4, 1, 1), s=scale)
+    result, _, _ = run(model, FoldAffine())
+    same(model, result, x=normal(2, 4, 5, 3))
+    assert result is model
