@@ -161,7 +161,7 @@ def _edited(
             bias, weight = _taken(bias, output), _taken(weight, output)
         g = replace(g, out_channels=weight.shape[0], in_channels=weight.shape[1])
         return LinearMap.of(g, weight, bias)
-    if output is None or len(weight) != len(analysis.of[id(reading.output)].value):
+    if output is None or reading.axis is None or len(weight) != len(analysis.of[id(reading.output)].value):
         return None  # a scale and a shift for all channels alike
     count = len(output)
     g = replace(g, out_channels=count, in_channels=count, groups=count)

@@ -219,3 +219,14 @@ def test_lines_are_left_alone(kind: type[Pass]) -> None:
     """The blocked layout is one of images."""
     body = "(double[2,3,6] x) => (double[N] y) { a = Conv(x, w1) p = MaxPool<kernel_shape=[2]>(a) y = Conv(p, v1) }"
     assert left(body, kind, w1=normal(18, 3, 1), v1=normal(4, 18, 1)) == ""
+
+
+@pytest.mark.parametrize("scale", ["Mul(a, half)", "Add(a, half)"])
+def test_one_number_for_the_only_channel_is_one_for_all(scale: str) -> None:
+    """It is no scale per channel that would need more numbers."""
+    body = f"{{ a = Conv(x, w1) m = {scale} p = MaxPool<kernel_shape=[2,2]>(m) y = Conv(p, u1) }}"
+    model = build(body, w1=normal(1, 3, 1, 1), u1=normal(2, 1, 1, 1))
+    result, outcome, _ = run(model, eager(FillBlocks))
+    assert len(outcome.rewrites) == 1
+    assert widths(result) == [(16, 3), (2, 16)]
+    same(model, result, x=X)
