@@ -9,6 +9,8 @@ from helpers import normal, ops, parse, same
 
 import pwopt
 
+pytest.importorskip("onnxruntime")
+
 WIDTH, HEADS, TOKENS, RANK = 24, 3, 7, 2
 HEAD = WIDTH // HEADS
 

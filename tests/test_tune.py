@@ -3,12 +3,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+import pytest
 from helpers import normal, ops, parse
 
 import pwopt
 from pwopt.rewrite import Rewrite
 from pwopt.timing import Race
 from pwopt.tune import Decision, Group, choose, groups
+
+pytest.importorskip("onnxruntime")
 
 RNG = np.random.default_rng(0)
 
