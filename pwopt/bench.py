@@ -42,7 +42,8 @@ class Row:
     median_ms, minimum_ms : float
         Of runs interleaved with those of the other models.
     ratio : float
-        Median of the first model over this one's; `interval` is its 95 % confidence interval.
+        The first model's time over this one's, the median over runs side by side; `interval` is its 95 % confidence
+        interval.
     session_ms, first_run_ms : float
         Loading the model, and its first run, in a process of its own.
     memory_mb : float

@@ -44,7 +44,7 @@ class Latency:
     before_ms, after_ms : float
         Medians, milliseconds.
     speedup : float
-        before / after.
+        before / after, the median over runs side by side.
     interval : tuple of float
         95 % bootstrap confidence interval of the speed-up.
     before_min_ms, after_min_ms : float

@@ -200,6 +200,13 @@ def test_statistics_of_a_race() -> None:
     assert twice.minimum(1) < twice.median(1)
 
 
+def test_slow_spells_hit_both_models_of_a_race() -> None:
+    """What slows whole rounds down is in neither the ratio nor its interval."""
+    spells = np.random.default_rng(0).uniform(1, 3, 40)
+    race = Race((2.0 * spells, 1.0 * spells))
+    assert (race.speedup(), *race.interval()) == (2.0, 2.0, 2.0)
+
+
 def test_nothing_finite_is_no_proof(tmp_path: Path) -> None:
     body = "(float[2,9] x) => (float[N] y) { h = Abs(x) k = Neg(h) l = Log(k) y = Mul(l, c) }"
     a, b = write(tmp_path, "a.onnx", body, c=F(2)), write(tmp_path, "b.onnx", body, c=F(5))

@@ -5,7 +5,8 @@
 
 FOLDER holds .onnx files and may hold a shapes.json, {"model.onnx": {"input": [1, 3, 640, 640]}}, for dynamic
 inputs. Nothing is downloaded and nothing is written into FOLDER. Both models run with all of onnxruntime's graph
-optimisations, interleaved in random order; the ratio is of medians, with a 95 % bootstrap interval, and of minima.
+optimisations, interleaved in random order; the ratio is the median of those of runs side by side, with a 95 % bootstrap
+interval, and that of minima.
 """
 
 from __future__ import annotations
@@ -68,7 +69,9 @@ def main() -> None:
     listed = options.folder / "shapes.json"
     shapes = json.loads(listed.read_text()) if listed.exists() else {}
     console = Console(width=140)
-    table = Table("model", "before", "after", "ratio of medians", "of minima", "multiply-adds", "deviation", "floor")
+    table = Table(
+        "model", "before", "after", "median of ratios", "ratio of minima", "multiply-adds", "deviation", "floor"
+    )
     rows = []
     for path in sorted(options.folder.glob("*.onnx")):
         row = measure(path, shapes.get(path.name, {}), options)
