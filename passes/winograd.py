@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -27,6 +29,8 @@ TILE = 2
 #: Elements read and written per tile for each input channel, and for each output channel: 16 sums of neighbours go out
 #: and in again, 16 products go in and out of 24 sums and 6 changes of sign; then the tile is put together.
 MOVED_IN, MOVED_OUT = 32, 64
+#: What some 65 operators cost by themselves, in multiply-adds: 5 µs each, at 50 G of those per second.
+OPERATORS = 65 * 250_000
 #: Types that providers convolve; coarser ones would notice that the sums are larger than what they are sums of.
 FINE = ("float32", "float64")
 
@@ -43,11 +47,13 @@ class Winograd(Pass):
     Exact, since it is a polynomial identity (Winograd, "Arithmetic Complexity of Computations", 1980; Lavin and Gray,
     "Fast Algorithms for Convolutional Neural Networks", 2016), and hardly less accurate, since A and B only add: G·w·Gᵀ
     is computed in float64. Bᵀ·x·B is 16 depthwise convolutions of four taps and stride two, Aᵀ·m·A is sums, and all of
-    them stay in the provider's blocked layout. It pays from some sixty to a hundred channels on.
+    them stay in the provider's blocked layout. It pays from some hundred channels on.
     """
 
     name = "winograd"
     policy = "measured"
+    #: What must be saved, relative to what it costs, to be worth a race.
+    least: ClassVar[float] = 1.0
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
         reading = stencil(rw, node)
@@ -56,8 +62,10 @@ class Winograd(Pass):
             return None
         if g.strides != (1, 1) or g.dilations != (1, 1) or g.pads != (1, 1, 1, 1):
             return None
-        saved = (TILE**2 * 9 - 16) * g.in_channels * g.out_channels
-        if saved <= ELEMENT * (MOVED_IN * g.in_channels + MOVED_OUT * g.out_channels) / 2:
+        tiles = math.prod(_tiles(d) or 1 for d in (rw.size_of(reading.source) or ())[2:])
+        saved = (TILE**2 * 9 - 16) * g.in_channels * g.out_channels * tiles
+        moved = ELEMENT * (MOVED_IN * g.in_channels + MOVED_OUT * g.out_channels) * tiles
+        if saved <= self.least * (moved + OPERATORS):
             return None
         size = [d if isinstance(d := rw.dim(reading.source, axis), int) else None for axis in (2, 3)]
         what, even = f"3×3 {reading.channels}", all(d is not None and d % TILE == 0 for d in size)

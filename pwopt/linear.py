@@ -481,6 +481,10 @@ def split_inputs(linear: LinearMap, sizes: Sequence[int]) -> list[LinearMap]:
     return [LinearMap.of(replace(linear.geometry, in_channels=n), w, b) for n, w, b in parts]
 
 
+#: Sketches that must agree: one in ten of a large matrix is nearly singular by chance (Edelman, 1988).
+SKETCHES = 3
+
+
 def low_rank(matrix: Array, relative_error: float) -> bool:
     """Whether a matrix may have a rank at which two factors have fewer weights; hardly ever False if it has.
 
@@ -493,7 +497,12 @@ def low_rank(matrix: Array, relative_error: float) -> bool:
     k = -(-matrix.size // (rows + columns))
     if k < 1 or not np.any(matrix):
         return False
-    rng = np.random.default_rng(0)
+    return all(_singular(matrix, k, relative_error, np.random.default_rng(seed)) for seed in range(SKETCHES))
+
+
+def _singular(matrix: Array, k: int, relative_error: float, rng: np.random.Generator) -> bool:
+    """Whether a k×k sketch of a matrix is singular."""
+    rows, columns = matrix.shape
     sketch = _count_sketch(_count_sketch(matrix, k, rng).T, k, rng)
     sides = rng.standard_normal((k, 4))
     try:
