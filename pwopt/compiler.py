@@ -13,7 +13,7 @@ from pwopt.memo import remembered
 from pwopt.model import Model, annotate, from_proto
 from pwopt.passes import PASSES, CleanUp
 from pwopt.rewrite import Certifier, Outcome, Pass, Pipeline, Rewrite
-from pwopt.shapes import infer, known, skeleton
+from pwopt.shapes import Shape, infer, known, skeleton
 
 
 def select_passes(names: Sequence[str] | None) -> list[Pass]:
@@ -77,7 +77,9 @@ def convert_opset(model: Model, target: int) -> onnx.ModelProto:
 
 
 def settle(model: Model, deny: Iterable[str] = (), certifier: Certifier | None = None) -> tuple[Rewrite, ...]:
-    """Clean up and infer shapes in turn until neither has news: each constant computed may settle more shapes."""
+    """While shapes are open, clean up and infer in turn until neither has news: constants may settle more shapes."""
+    if all(known(t.shape) is not None for node in model.graph.nodes for t in node.outputs if t.name):
+        return ()
     rewrites: list[Rewrite] = []
     cleaner = CleanUp()
     while done := cleaner.run(model.graph, denied=deny, reserved=model.names(), certifier=certifier).rewrites:
@@ -93,15 +95,21 @@ def concrete_sizes(proto: onnx.ModelProto, sizes: Mapping[str, Sequence[int]]) -
 
 @remembered
 def _concrete(light: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    types = infer(light)
+    found = _numbers(types)
+    if all(name in found for node in light.graph.node for name in node.output if name):
+        return found
     model = from_proto(light)
-    found: dict[str, tuple[int, ...]] = {}
     cleaner = CleanUp()
-    while True:
+    while cleaner.run(model.graph).rewrites:
         types = infer(model.to_proto())
         annotate(model, types)
-        found.update((name, numbers) for name, (_, shape) in types.items() if (numbers := known(shape)) is not None)
-        if not cleaner.run(model.graph).rewrites:
-            return found
+        found.update(_numbers(types))
+    return found
+
+
+def _numbers(types: Mapping[str, tuple[int, Shape | None]]) -> dict[str, tuple[int, ...]]:
+    return {name: numbers for name, (_, shape) in types.items() if (numbers := known(shape)) is not None}
 
 
 def run_pipeline(

@@ -36,12 +36,13 @@ def rounded(values: Array, dtype: np.dtype[Any]) -> np.ndarray | Refusal:
     """`values` in the model's type, rounded once; refused if one overflows or a whole channel's weights vanish."""
     with np.errstate(over="ignore", under="ignore"):
         low = values.astype(dtype)
-    if not np.all(np.isfinite(low.astype(np.float64))):
+    again = low.astype(np.float64)
+    if not np.isfinite(again).all():
         return Refusal(f"the folded weights overflow {dtype}")
-    if values.ndim == 1:  # biases and shifts: nothing is lost where a sum cannot notice
+    if values.ndim == 1 or again.all():  # biases and shifts: nothing is lost where a sum cannot notice
         return low
     rows = values.reshape(len(values), -1) if values.ndim else values.reshape(1, 1)
-    lost = np.any(rows, axis=1) & ~np.any(low.reshape(rows.shape).astype(np.float64), axis=1)
+    lost = rows.any(axis=1) & ~again.reshape(rows.shape).any(axis=1)
     return Refusal(f"a folded channel underflows {dtype}") if lost.any() else low
 
 

@@ -14,7 +14,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from pwopt import attributes
-from pwopt.graph import FLOATS, View
+from pwopt.graph import FLOATING, View
 from pwopt.linear import Array, Geometry, LinearMap, Refusal, pointwise_geometry
 from pwopt.shapes import known
 
@@ -100,10 +100,17 @@ def read(view: View, node: gs.Node | None) -> Result:
     view : View
     node : gs.Node
     """
-    op = view.op(node)
-    result = READERS[op](view, node) if node is not None and op in READERS else None
-    empty = isinstance(result, Reading) and 0 in (result.geometry.in_channels, result.geometry.out_channels)
-    return None if empty else result
+    if node is None or view.op(node) not in READERS:
+        return None
+    if id(node) in view.readings:
+        found: Result = view.readings[id(node)]
+        return found
+    result = READERS[node.op](view, node)
+    if isinstance(result, Reading) and 0 in (result.geometry.in_channels, result.geometry.out_channels):
+        result = None
+    if node in view:
+        view.readings[id(node)] = result
+    return result
 
 
 def linear(view: View, node: gs.Node | None) -> Reading | None:
@@ -149,7 +156,7 @@ def _weight(view: View, node: gs.Node, index: int) -> gs.Tensor | None:
     """The holder of a constant floating-point weight, or None."""
     tensor = view.optional(node, index)
     held = None if tensor is None else view.constant(tensor)
-    return held if held is not None and str(held.dtype) in FLOATS else None
+    return held if held is not None and held.dtype in FLOATING else None
 
 
 def _bias(view: View, node: gs.Node, index: int, channels: int) -> Array | Refusal:
@@ -285,7 +292,7 @@ def _implied(geometry: Geometry, make: Callable[[], LinearMap]) -> Callable[[], 
 def _diagonal(node: gs.Node, source: gs.Tensor, scale: Array, shift: Array, axis: int | None) -> Result:
     if not scale.size:
         return None
-    if not (np.all(np.isfinite(scale)) and np.all(np.isfinite(shift))):
+    if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
         return NOT_FINITE
     linear_map = LinearMap.diagonal(scale, shift)
     return Reading((node,), source, linear_map.geometry, axis, "diagonal", None, lambda: linear_map)
@@ -386,7 +393,7 @@ def _matmul_bias(view: View, node: gs.Node, source: gs.Tensor, value: Array, axi
 
 @reads("Neg")
 def read_neg(view: View, node: gs.Node) -> Result:
-    if str(view.dtype(node.inputs[0])) not in FLOATS:
+    if view.dtype(node.inputs[0]) not in FLOATING:
         return None
     return _diagonal(node, node.inputs[0], -np.ones(1), np.zeros(1), None)
 
@@ -397,7 +404,7 @@ def read_identity(view: View, node: gs.Node) -> Result:
         return Refusal("its mask is used")
     if node.op == "Dropout" and not attributes.inactive_dropout(view, node):
         return Refusal("it drops units (training mode)")
-    if str(view.dtype(node.inputs[0])) not in FLOATS:
+    if view.dtype(node.inputs[0]) not in FLOATING:
         return None
     return _diagonal(node, node.inputs[0], np.ones(1), np.zeros(1), None)
 

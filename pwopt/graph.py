@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeGuard
 
+import ml_dtypes
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
@@ -20,12 +21,18 @@ from pwopt.regions import Journal
 from pwopt.shapes import Change, Dim, Shape, known
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
+#: The same as numpy's types, to look one up without spelling it out.
+FLOATING = frozenset(np.dtype(getattr(ml_dtypes, name, name)) for name in FLOATS)
+WIDE = frozenset(map(np.dtype, ("float32", "float64")))
+#: Distance from 1 to the next number of each.
+EPSILONS: dict[np.dtype[Any] | None, float] = {
+    t: 2.0 ** {"float16": -10, "bfloat16": -7, "float64": -52}.get(str(t), -23) for t in FLOATING
+}
 
 
 def epsilon(dtype: np.dtype[Any] | None) -> float:
     """Distance from 1 to the next number of a floating-point type; float32's where it is not known."""
-    name = "float32" if dtype is None else str(dtype)
-    return {"float16": 2.0**-10, "bfloat16": 2.0**-7, "float64": 2.0**-52}.get(name, 2.0**-23)
+    return EPSILONS.get(dtype, 2.0**-23)
 
 
 def cancelling(dtype: np.dtype[Any] | None) -> float:
@@ -33,7 +40,7 @@ def cancelling(dtype: np.dtype[Any] | None) -> float:
 
     None of the half types: there, 4 units in the last place are a number to reckon with.
     """
-    return 4 * epsilon(dtype) if str(dtype) in ("float32", "float64") else 0.0
+    return 4 * epsilon(dtype) if dtype in WIDE else 0.0
 
 
 class View:
@@ -75,6 +82,8 @@ class View:
         self._names = {t.name for t in (*self._tensors.values(), *graph.inputs, *inner)}.union(reserved)
         self._origin: dict[str, str] = {}
         self.changed = False
+        #: What `forms.read` found at a node, by its id; true until the next edit.
+        self.readings: dict[int, Any] = {}
         #: Notes what each edit changes, while there is one.
         self.journal: Journal | None = None
 
@@ -210,12 +219,12 @@ class View:
     def value(self, tensor: gs.Tensor) -> Array | None:
         """Value of a floating-point constant, in float64; None if not constant, not floating point or not finite."""
         held = self.constant(tensor)
-        if held is None or str(held.dtype) not in FLOATS:
+        if held is None or held.dtype not in FLOATING:
             return None
         raw = self.raw(tensor)
         assert raw is not None
         value = raw.astype(np.float64)
-        return value if np.all(np.isfinite(value)) else None
+        return value if np.isfinite(value).all() else None
 
     def integers(self, tensor: gs.Tensor) -> list[int] | None:
         """Value of a constant integer tensor of at most one axis; None if it is not one."""
@@ -242,6 +251,10 @@ class View:
 
     # Edits
 
+    def _edited(self) -> None:
+        self.changed = True
+        self.readings.clear()
+
     def _note(self, node: gs.Node | None) -> None:
         if self.journal is not None:
             self.journal.note(node)
@@ -254,6 +267,7 @@ class View:
     def set_attributes(self, node: gs.Node, **attrs: Any) -> None:
         """Let attributes of `node` have other values; None takes one away."""
         self._note(node)
+        self._edited()
         node.attrs.update(attrs)
         for key in [k for k, v in attrs.items() if v is None]:
             del node.attrs[key]
@@ -298,6 +312,7 @@ class View:
     def reshape(self, tensor: gs.Tensor, change: Change) -> None:
         """Let a tensor have another shape and representative size."""
         self._note_around(tensor)
+        self._edited()
         shape, size = self.shape(tensor), self.size_of(tensor)
         tensor.shape = None if shape is None else change(shape)
         numbers = None if size is None else known(change(size))
@@ -318,7 +333,7 @@ class View:
         self._origin[tensor.name] = first
         if old in self.sizes:
             self.sizes[tensor.name] = self.sizes[old]
-        self.changed = True
+        self._edited()
         return str(tensor.name)
 
     def add(self, node: gs.Node, at: gs.Node) -> gs.Node:
@@ -329,7 +344,7 @@ class View:
         self._seen.append(node)
         self._nodes[id(node)] = node
         self._link(node)
-        self.changed = True
+        self._edited()
         return node
 
     def remove(self, node: gs.Node) -> None:
@@ -352,7 +367,7 @@ class View:
                     not self._readers.get(id(o)) and not self.pinned(o) for o in maker.outputs
                 ):
                     pending.append(maker)
-        self.changed = True
+        self._edited()
 
     def reroute(self, old: gs.Tensor, new: gs.Tensor, readers: Iterable[gs.Node] | None = None) -> None:
         """Let the given readers of `old` (default: all) read `new` instead."""
@@ -364,7 +379,7 @@ class View:
             self._readers.get(id(old), {}).pop(id(node), None)
             self._readers.setdefault(id(new), {})[id(node)] = node
         self._tensors[id(new)] = new
-        self.changed = True
+        self._edited()
 
     def set_input(self, node: gs.Node, index: int, tensor: gs.Tensor) -> None:
         """Let `node` read `tensor` as its input `index`, an optional one perhaps."""
@@ -377,7 +392,7 @@ class View:
             self._readers.get(id(old), {}).pop(id(node), None)
         self._readers.setdefault(id(tensor), {})[id(node)] = node
         self._tensors[id(tensor)] = tensor
-        self.changed = True
+        self._edited()
 
     def bypass(self, node: gs.Node, source: gs.Tensor, *, keep_output: bool = False) -> bool:
         """Remove a node whose first output equals `source`; False if both ends must stay visible.

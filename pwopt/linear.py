@@ -16,13 +16,16 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 Array = NDArray[np.float64]
+
+#: Geometries remembered by each function of them: a model has many maps and few kinds of them.
+MANY = 1024
 
 
 @dataclass(frozen=True)
@@ -96,16 +99,25 @@ class Geometry:
 
     def at_rank(self, rank: int) -> Geometry:
         """The same pointwise map over `rank` spatial axes."""
-        ones = (1,) * rank
-        return replace(self, kernel=ones, strides=ones, dilations=ones, pads=(0,) * 2 * rank)
+        return pointwise_geometry(
+            self.out_channels, self.in_channels, groups=self.groups, rank=rank, biased=self.biased
+        )
 
 
+@lru_cache(MANY)
 def pointwise_geometry(
     out_channels: int, in_channels: int, *, groups: int = 1, rank: int = 0, biased: bool = False
 ) -> Geometry:
-    return Geometry(out_channels, in_channels, groups, biased=biased).at_rank(rank)
+    ones = (1,) * rank
+    return Geometry(out_channels, in_channels, groups, ones, ones, ones, (0,) * 2 * rank, biased=biased)
 
 
+@lru_cache(MANY)
+def _with_bias(geometry: Geometry, biased: bool) -> Geometry:
+    return geometry if geometry.biased == biased else replace(geometry, biased=biased)
+
+
+@lru_cache(MANY)
 def compose_geometry(second: Geometry, first: Geometry) -> Geometry | Refusal:
     """Geometry of ``second ∘ first``, or why it is not one map.
 
@@ -246,7 +258,7 @@ class LinearMap:
             raise ValueError(f"{g.groups} groups do not divide {g.in_channels} inputs and {g.out_channels} outputs")
         w = np.asarray(weight, np.float64).reshape(g.out_channels, g.in_channels // g.groups, *g.kernel)
         b = np.zeros(g.out_channels) if bias is None else np.asarray(bias, np.float64).reshape(g.out_channels)
-        return cls(replace(g, biased=bool(np.any(b))), w, b)
+        return cls(_with_bias(g, bool(b.any())), w, b)
 
     @classmethod
     def conv(
@@ -301,13 +313,16 @@ class LinearMap:
 
     def at_rank(self, rank: int) -> LinearMap:
         """The same pointwise map over `rank` spatial axes."""
-        return LinearMap.of(self.geometry.at_rank(rank), self.weight, self.bias)
+        same = rank == self.geometry.rank
+        return self if same else LinearMap.of(self.geometry.at_rank(rank), self.weight, self.bias)
 
     def spread(self, channels: int) -> LinearMap:
         """A diagonal map with one channel, for every one of `channels`; any other map unchanged."""
-        if not self.geometry.diagonal or self.geometry.out_channels != 1:
+        g = self.geometry
+        if not g.diagonal or g.out_channels != 1:
             return self
-        return LinearMap.diagonal(np.repeat(self.scale, channels), np.repeat(self.bias, channels), self.geometry.rank)
+        wide = pointwise_geometry(channels, channels, groups=channels, rank=g.rank, biased=g.biased)
+        return LinearMap(wide, np.repeat(self.weight, channels, 0), np.repeat(self.bias, channels))
 
     def regrouped(self, groups: int) -> LinearMap:
         """The same map in fewer groups (a divisor of the present number), zeros filled in."""
@@ -327,8 +342,7 @@ class LinearMap:
         if isinstance(geometry, Refusal):
             return geometry
         rank = geometry.rank
-        second = self if self.geometry.rank == rank else self.at_rank(rank)
-        first = first if first.geometry.rank == rank else first.at_rank(rank)
+        second, first = self.at_rank(rank), first.at_rank(rank)
         g1, g2, groups = first.geometry, second.geometry, geometry.groups
         # Block-diagonal structure is kept where one side has it; only coprime groupings are filled in.
         if g1.groups > groups and g2.groups > groups:
@@ -362,7 +376,7 @@ class LinearMap:
 
     def _on(self, stencil: Geometry) -> Array:
         """The weight (out, in / groups, *stencil.kernel) on a wider stencil from `align_geometry`."""
-        m = self if self.geometry.rank == stencil.rank else self.at_rank(stencil.rank)
+        m = self.at_rank(stencil.rank)
         weight = np.zeros((*m.weight.shape[:2], *stencil.kernel))
         places = []
         for axis in range(stencil.rank):

@@ -123,7 +123,7 @@ def rechannel(
         nodes = emit.write(rw, linear, reading, reading.source, reading.output, reading.axis)
         if isinstance(nodes, Refusal):
             for tensor, shape, size in before:
-                tensor.shape = shape
+                rw.reshape(tensor, lambda _, former=shape: former)
                 if size is not None:
                     rw.sizes[str(tensor.name)] = size
             return nodes

@@ -190,7 +190,8 @@ class Rewriter(View):
 
     def site(self, node: gs.Node) -> str:
         """Stable identifier of a place: the pass that runs and the tensor that the node produces, by its first name."""
-        return f"{self._owner}:{self.origin(next((t.name for t in node.outputs if t.name), node.name))}"
+        named = next(filter(None, (t.name for t in node.outputs)), node.name)
+        return f"{self._owner}:{self.origin(named)}"
 
     def denied(self, node: gs.Node) -> bool:
         return bool(self._denied) and self.site(node) in self._denied
@@ -201,8 +202,9 @@ class Rewriter(View):
         rewrites: list[Rewrite] = []
         skips: dict[str, Skip] = {}
         p.start(self)
-        for node in self.nodes():
-            self._enqueue(node)
+        nodes = self.nodes()
+        self._queue.extend(nodes)
+        self._queued.update(map(id, nodes))
         while self._queue:
             node = self._queue.popleft()
             self._queued.discard(id(node))

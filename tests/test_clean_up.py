@@ -6,8 +6,8 @@ import pytest
 from helpers import evaluate, normal, ops, parse, reasons, run, same
 from onnx import TensorProto, helper
 
-from pwopt.compiler import settle
-from pwopt.model import from_proto, with_fixed_inputs
+import pwopt
+from pwopt.model import from_proto
 from pwopt.passes import CleanUp
 
 X = normal(2, 4, 6, 8)
@@ -209,9 +209,7 @@ def test_static_settles_shape_arithmetic() -> None:
         t = Shape(a) k = Gather(t, j) q = Concat<axis=0>(k, m) y = Reshape(a, q)
     }"""
     model = parse(body, i=np.array([0]), m=np.array([-1]), j=np.array([1]))
-    fixed = from_proto(with_fixed_inputs(model, {"x": (2, 4, 6)}))
-    settle(fixed)
-    result = fixed.to_proto()
+    result = pwopt.optimize(model, static=True, shapes={"x": (2, 4, 6)}, cost_model="analytic", check=False).model
     onnx.checker.check_model(result, full_check=True)
     assert ops(result) == {"Reshape": 1}
     assert [d.dim_value for d in result.graph.input[0].type.tensor_type.shape.dim] == [2, 4, 6]
