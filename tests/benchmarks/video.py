@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Write two 3-D models to bench: a chain of pointwise convolutions, and blocks like X3D's.
+"""Write 3-D models to bench: chains of pointwise convolutions, and blocks like X3D's.
 
     python tests/benchmarks/video.py FOLDER && python tests/benchmarks/run.py FOLDER
 
@@ -15,11 +15,11 @@ from pathlib import Path
 from builder import Builder
 
 
-def chain(path: Path) -> None:
+def chain(path: Path, activation: str, frames: int, side: int) -> None:
     b, x = Builder(), "x"
     for inn, out in ((48, 96), (96, 96), (96, 48)):
-        x = b.op("Relu", b.conv(x, inn, out, rank=3))
-    b.save(path, {"x": [1, 48, 13, 20, 20]}, [x])
+        x = b.op(activation, b.conv(x, inn, out, rank=3))
+    b.save(path, {"x": [1, 48, frames, side, side]}, [x])
 
 
 def blocks(path: Path) -> None:
@@ -35,5 +35,8 @@ def blocks(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    chain(Path(sys.argv[1]) / "pointwise3d.onnx")
-    blocks(Path(sys.argv[1]) / "x3d_blocks.onnx")
+    folder = Path(sys.argv[1])
+    for activation in ("Relu", "HardSwish"):
+        for frames, side in ((13, 20), (16, 56)):
+            chain(folder / f"pointwise3d_{activation.lower()}_{frames}x{side}x{side}.onnx", activation, frames, side)
+    blocks(folder / "x3d_blocks.onnx")
