@@ -6,7 +6,8 @@ import onnx_graphsurgeon as gs
 
 from pwopt import emit, forms
 from pwopt.graph import epsilon
-from pwopt.linear import LinearMap, Refusal, factor, low_rank
+from pwopt.linear import LinearMap, Refusal
+from pwopt.ranks import factor, low_rank
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
 from pwopt.shapes import channels
 
@@ -19,7 +20,7 @@ class FactorRanks(Pass):
 
     Low-rank adapters that were merged into nothing, compressed models that were multiplied out, and pruned ones
     have such maps; trained ones rarely have. The factors come from a singular value decomposition (Eckart and
-    Young, 1936), which is computed only where a random sketch does not rule out a low rank (`linear.low_rank`).
+    Young, 1936), which is computed only where a random sketch does not rule out a low rank (`ranks.low_rank`).
     """
 
     name = "factor-ranks"

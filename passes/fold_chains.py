@@ -10,8 +10,9 @@ from pwopt import emit, forms
 from pwopt.cost import price
 from pwopt.forms import Reading
 from pwopt.graph import epsilon
-from pwopt.linear import Geometry, LinearMap, Refusal, compose_geometry, factor
+from pwopt.linear import Geometry, LinearMap, Refusal, compose_geometry
 from pwopt.paths import relative_places
+from pwopt.ranks import factor
 from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
 from pwopt.shapes import channels
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +31,20 @@ def parse(body: str, opset: int = 17, ir: int = 8, **weights: np.ndarray) -> onn
     for output, known in zip(model.graph.output, inferred.graph.output, strict=True):
         output.CopyFrom(known)
     return model
+
+
+def build(body: str, constants: Mapping[str, np.ndarray], head: str = "") -> onnx.ModelProto:
+    """`parse` with those of `constants` that occur in the body; `head` goes before one that lists no inputs."""
+    words = set(re.findall(r"\w+", body))
+    text = body if body.startswith("(") else head + body
+    return parse(text, **{name: value for name, value in constants.items() if name in words})
+
+
+def eager(kind: type[Pass]) -> Pass:
+    """A measured pass as it acts where it was measured, or asked for by name."""
+    made = kind()
+    made.eager = True
+    return made
 
 
 def rng(seed: int = 0) -> np.random.Generator:

@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import ml_dtypes
 import numpy as np
-import onnx
 import pytest
-from helpers import normal, ops, parse, reasons, run, same
+from helpers import build, eager, normal, ops, parse, reasons, run, same
 
 from pwopt.passes import ChannelsFirst
 
@@ -24,20 +23,6 @@ CONSTANTS = {
 }
 
 
-def eager() -> ChannelsFirst:
-    p = ChannelsFirst()
-    p.eager = True
-    return p
-
-
-def build(body: str, /) -> onnx.ModelProto:
-    words = body
-    for c in "()<>,=":
-        words = words.replace(c, f" {c} ")
-    text = body if body.startswith("(") else HEAD + body
-    return parse(text, **{k: v for k, v in CONSTANTS.items() if k in words.split()})
-
-
 @pytest.mark.parametrize(
     ("between", "last", "found"),
     [
@@ -50,8 +35,8 @@ def build(body: str, /) -> onnx.ModelProto:
     ],
 )  # fmt: skip
 def test_products_between_transposes(between: str, last: str, found: dict[str, int]) -> None:
-    model = build(f"{{ {TO} {between} {BACK}({last}) }}")
-    result, _, _ = run(model, eager())
+    model = build(f"{{ {TO} {between} {BACK}({last}) }}", CONSTANTS, HEAD)
+    result, _, _ = run(model, eager(ChannelsFirst))
     assert ops(result) == found
     same(model, result, 1e-5, x=X)
 
@@ -59,9 +44,11 @@ def test_products_between_transposes(between: str, last: str, found: dict[str, i
 def test_a_transpose_that_others_read_stays() -> None:
     model = build(
         "(float[2,4,5,3] x) => (float[N] y, float[N] z) {"
-        + f"{TO} m = MatMul(t, w) {BACK}(m) n = Softmax(t) z = Relu(n) }}"
+        + f"{TO} m = MatMul(t, w) {BACK}(m) n = Softmax(t) z = Relu(n) }}",
+        CONSTANTS,
+        HEAD,
     )
-    result, _, _ = run(model, eager())
+    result, _, _ = run(model, eager(ChannelsFirst))
     assert result is model  # two readers: the products are not alone between the Transposes
 
 
@@ -80,14 +67,14 @@ def test_a_transpose_that_others_read_stays() -> None:
     ],
 )  # fmt: skip
 def test_refusals(body: str, why: str) -> None:
-    model = build(body)
-    result, outcome, _ = run(model, eager())
+    model = build(body, CONSTANTS, HEAD)
+    result, outcome, _ = run(model, eager(ChannelsFirst))
     assert result is model
     assert why in " ".join(reasons(outcome))
 
 
 def test_only_measuring_can_tell() -> None:
-    model = build(f"{{ {TO} m = MatMul(t, w) {BACK}(m) }}")
+    model = build(f"{{ {TO} m = MatMul(t, w) {BACK}(m) }}", CONSTANTS, HEAD)
     result, outcome, _ = run(model, ChannelsFirst())
     assert result is model
     assert reasons(outcome) == ["4→6 between Transposes could be 1×1 convolutions; only measuring can tell"]
@@ -103,6 +90,6 @@ def test_only_measuring_can_tell() -> None:
 )
 def test_what_would_not_run_as_a_convolution(head: str, dtype: type, why: str) -> None:
     model = parse(f"{head}{{ {TO} m = MatMul(t, w) {BACK}(m) }}", w=normal(4, 6, dtype=dtype))
-    result, outcome, _ = run(model, eager())
+    result, outcome, _ = run(model, eager(ChannelsFirst))
     assert result is model
     assert why in reasons(outcome)[0]

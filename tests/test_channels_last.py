@@ -3,16 +3,9 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from helpers import normal, ops, parse, reasons, run, same
+from helpers import eager, normal, ops, parse, reasons, run, same
 
 from pwopt.passes import ChannelsLast, CleanUp
-
-
-def eager() -> ChannelsLast:
-    p = ChannelsLast()
-    p.eager = True
-    return p
-
 
 HEAD = "(double[2,12,9] x) => (double[N] y) { r = Reshape(x, s) t = Transpose<perm=[0,2,1,3]>(r) p = Softmax<axis=1>(t) c = Conv(p, w%s) y = Reshape(c, q) }"
 SHAPES = {"s": np.array([2, 3, 4, 9]), "q": np.array([2, 3, 9])}
@@ -45,7 +38,7 @@ def test_the_distribution_head(biased: bool) -> None:
         **SHAPES,
         **({"b": normal(1)} if biased else {}),
     )
-    result, _, _ = run(model, eager(), CleanUp())
+    result, _, _ = run(model, eager(ChannelsLast), CleanUp())
     bias = ["Add"] if biased else []
     assert order(result) == ["Reshape", "Transpose", "Softmax", "MatMul", *bias, "Transpose", "Reshape"]
     assert perms(result)[0] == [0, 1, 3, 2]
@@ -54,7 +47,7 @@ def test_the_distribution_head(biased: bool) -> None:
 
 def test_without_a_transpose_before_it() -> None:
     model = parse(SIDE + "{ p = Softmax<axis=-3>(x) y = Conv(p, w) }", w=normal(6, 4, 1, 1))
-    result, _, _ = run(model, eager())
+    result, _, _ = run(model, eager(ChannelsLast))
     assert order(result) == ["Transpose", "Softmax", "MatMul", "Transpose"]
     same(model, result, x=X)
 
@@ -63,7 +56,7 @@ def test_a_normalisation_over_channels_and_what_follows() -> None:
     """In the order in which providers fuse one: mean, difference, power, mean, over the last axis."""
     body = SIDE + "{ a = Relu(x) " + NORM.format(x="a") + " c = Conv(h, w, b) f = Relu(c) y = Conv(f, u) }"
     model = parse(body, w=normal(8, 4, 1, 1), b=normal(8), u=normal(4, 8, 1, 1), **NORM_NUMBERS)
-    result, _, _ = run(model, eager())
+    result, _, _ = run(model, eager(ChannelsLast))
     norm = ["ReduceMean", "Sub", "Pow", "ReduceMean", "Add", "Sqrt", "Div", "Mul", "Add"]
     assert order(result) == ["Relu", "Transpose", *norm, "MatMul", "Add", "Relu", "MatMul", "Transpose"]
     assert [list(n.attribute[0].ints) for n in result.graph.node if n.op_type == "ReduceMean"] == [[3], [3]]
@@ -75,14 +68,14 @@ def test_what_is_squared_first_comes_in_once() -> None:
     """x / √Σx² reads x before the sum as well as behind it."""
     body = SIDE + "{ q = Mul(x, x) s = ReduceSum(q, axis) r = Sqrt(s) y = Div(x, r) }"
     model = parse(body, axis=np.array([1]))
-    result, _, _ = run(model, eager())
+    result, _, _ = run(model, eager(ChannelsLast))
     assert order(result) == ["Transpose", "Mul", "ReduceSum", "Sqrt", "Div", "Transpose"]
     same(model, result, x=X)
 
 
 def test_a_convolution_before_it_stays() -> None:
     model = parse(SIDE + "{ c = Conv(x, w) y = LogSoftmax<axis=1>(c) }", w=normal(6, 4, 1, 1))
-    result, _, _ = run(model, eager())
+    result, _, _ = run(model, eager(ChannelsLast))
     assert order(result) == ["Conv", "Transpose", "LogSoftmax", "Transpose"]
     same(model, result, x=X)
 
@@ -94,7 +87,7 @@ def test_channels_that_go(call: str, keepdims: int, out: str) -> None:
     op = call.format(f", keepdims={keepdims}")
     kind = "int64" if "Arg" in call else "double"
     model = parse(f"(double[2,4,5,3] x) => ({kind}[N] y) {{ y = {op} }}")
-    result, _, _ = run(model, eager())
+    result, _, _ = run(model, eager(ChannelsLast))
     assert order(result) == ["Transpose", call.partition("<")[0], *(["Transpose"] if keepdims else [])]
     same(model, result, x=X)
 
@@ -119,7 +112,7 @@ def test_what_is_carried_along(size: str, body: str) -> None:
     }  # fmt: skip
     used = {k: v for k, v in numbers.items() if any(f"{b}{k}{e}" in body for b in "( " for e in ",)")}
     model = parse(f"(double[{size}] x) => (double[N] y) {{ {body} }}", **used)
-    result, _, _ = run(model, eager())
+    result, _, _ = run(model, eager(ChannelsLast))
     assert order(result)[0] == order(result)[-1] == "Transpose"
     assert ops(result)["Transpose"] == 2
     same(model, result, x=normal(*map(int, size.split(","))))
@@ -131,14 +124,14 @@ def test_what_is_read_inside_and_outside() -> None:
         + "{ p = Softmax<axis=1>(x) c = Conv(p, w) d = MaxPool<kernel_shape=[1,1], strides=[1,1], pads=[0,0,0,0]>(p) e = Neg(c) y = Sub(e, d) }"
     )
     model = parse(body, w=normal(4, 4, 1, 1))
-    result, _, _ = run(model, eager())
+    result, _, _ = run(model, eager(ChannelsLast))
     assert ops(result)["Transpose"] == 4  # x in, p out, what was pooled in, y out
     same(model, result, x=X)
 
 
 def test_regions_that_share_nothing_are_judged_apart() -> None:
     body = SIDE + "{ p = Softmax<axis=1>(x) c = Conv<pads=[1,1,1,1]>(p, k) y = Softmax<axis=1>(c) }"
-    result, outcome, _ = run(parse(body, k=normal(4, 4, 3, 3)), eager())
+    result, outcome, _ = run(parse(body, k=normal(4, 4, 3, 3)), eager(ChannelsLast))
     signatures = [r.signature.partition(": ")[0] for r in outcome.rewrites]
     assert signatures == ["1 Softmax over channels"] * 2  # of one kind, which is raced as one
     assert ops(result)["Transpose"] == 4
@@ -158,7 +151,7 @@ def test_refusals(body: str) -> None:
     names = {"w": normal(4, 4, 1, 1), "zero": np.array([0]), "one": np.array([1])}
     used = {k: v for k, v in names.items() if f" {k})" in body or f" {k}," in body}
     model = parse(SIDE + body, **used)
-    result, _, _ = run(model, eager())
+    result, _, _ = run(model, eager(ChannelsLast))
     assert "Transpose" not in order(result) or "keepdims=0" in body
 
 
@@ -171,14 +164,14 @@ def test_maps_that_stay(call: str) -> None:
     used = {k: v for k, v in names.items() if f" {k})" in call}
     twice = " b = Conv(x, v) o = ReduceMax<axes=[0,1,2,3]>(b) y = Sub(c, o) }" if " v)" in call else " y = Neg(c) }"
     model = parse(SIDE + f"{{ p = Softmax<axis=1>(x) c = {call}" + twice, **used)
-    result, _, _ = run(model, eager())
+    result, _, _ = run(model, eager(ChannelsLast))
     assert ops(result)["Conv"] == ops(model)["Conv"]
     same(model, result, x=X)
 
 
 def test_before_opset_13_a_softmax_takes_all_axes_from_there_on() -> None:
     model = parse(SIDE + "{ p = Softmax<axis=1>(x) y = Conv(p, w) }", 12, w=normal(6, 4, 1, 1))
-    assert run(model, eager())[0] is model
+    assert run(model, eager(ChannelsLast))[0] is model
 
 
 def test_not_without_measuring() -> None:

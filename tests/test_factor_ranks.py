@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from pwopt.linear import low_rank
 from pwopt.passes import FactorRanks, FoldChains
+from pwopt.ranks import low_rank
 
 
 def of_rank(rank: int, out: int, *rest: int) -> np.ndarray:

@@ -18,11 +18,11 @@ from pwopt.linear import (
     align_geometry,
     compose,
     compose_geometry,
-    factor,
     hcat,
     split_inputs,
     stack,
 )
+from pwopt.ranks import factor
 
 CHANNELS = (1, 2, 4, 6)
 

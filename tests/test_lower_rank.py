@@ -3,18 +3,12 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from helpers import normal, ops, parse, reasons, run, same
+from helpers import eager, normal, ops, parse, reasons, run, same
 
 from pwopt.passes import LowerRank
 
 X = normal(2, 4, 11)
 SIDE = "(double[2,4,11] x) => (double[N] y) "
-
-
-def eager() -> LowerRank:
-    p = LowerRank()
-    p.eager = True
-    return p
 
 
 def kernels(model: onnx.ModelProto) -> list[int]:
@@ -25,7 +19,7 @@ def kernels(model: onnx.ModelProto) -> list[int]:
 
 def lowered(body: str, x: np.ndarray = X, opset: int = 17, **weights: np.ndarray) -> onnx.ModelProto:
     model = parse(body, opset, **weights)
-    result, outcome, _ = run(model, eager())
+    result, outcome, _ = run(model, eager(LowerRank))
     assert len(outcome.rewrites) == 1
     assert set(kernels(result)) == {4}
     same(model, result, 1e-9, x=x)
@@ -115,7 +109,7 @@ def test_what_stays_outside() -> None:
 
 def test_outputs_inside_a_region_keep_their_names() -> None:
     model = parse("(double[2,4,11] x) => (double[N] y, double[N] a) { a = Conv(x, w) y = Relu(a) }", w=normal(4, 4, 3))
-    result, _, _ = run(model, eager())
+    result, _, _ = run(model, eager(LowerRank))
     assert [o.name for o in result.graph.output] == ["y", "a"]
     same(model, result, x=X)
 
@@ -125,7 +119,7 @@ def test_dynamic_lengths() -> None:
         "(double[N,4,L] x) => (double[M] y) { a = Conv<pads=[1,1]>(x, w) r = Relu(a) y = MaxPool<kernel_shape=[2]>(r) }",
         w=normal(4, 4, 3),
     )
-    result, _, _ = run(model, eager())
+    result, _, _ = run(model, eager(LowerRank))
     for size in ((1, 4, 5), (3, 4, 18)):
         same(model, result, x=normal(*size))
 
@@ -174,12 +168,12 @@ def test_volumes_with_flat_kernels(call: str) -> None:
 def test_volumes_whose_plane_is_not_left_alone(call: str) -> None:
     names = {"w": normal(6, 4, 1, 3, 3), "f": normal(6, 4, 1, 1, 1)}
     model = parse(VIDEO + f"{{ y = {call} }}", **{k: v for k, v in names.items() if f" {k})" in call})
-    assert run(model, eager())[0] is model
+    assert run(model, eager(LowerRank))[0] is model
 
 
 def test_volumes_of_unknown_plane_stay() -> None:
     model = parse("(double[2,4,5,H,7] x) => (double[N] y) { y = Conv(x, w) }", w=normal(6, 4, 1, 1, 1))
-    assert run(model, eager())[0] is model
+    assert run(model, eager(LowerRank))[0] is model
 
 
 def test_a_depthwise_volume_between_two_maps_stays_as_it_is() -> None:
@@ -187,7 +181,7 @@ def test_a_depthwise_volume_between_two_maps_stays_as_it_is() -> None:
         VIDEO + "{ a = Conv(x, w) b = Relu(a) c = Conv<group=6, pads=[1,1,1,1,1,1]>(b, d) e = Relu(c) y = Conv(e, v) }"
     )
     model = parse(body, w=normal(6, 4, 1, 1, 1), d=normal(6, 1, 3, 3, 3), v=normal(4, 6, 1, 1, 1))
-    result, outcome, _ = run(model, eager())
+    result, outcome, _ = run(model, eager(LowerRank))
     assert len(outcome.rewrites) == 2
     assert kernels(result) == [4, 5, 4]
     same(model, result, x=V)
@@ -195,7 +189,7 @@ def test_a_depthwise_volume_between_two_maps_stays_as_it_is() -> None:
 
 def test_weights_that_are_inputs_stay() -> None:
     model = parse("(double[2,4,11] x, double[4,4,3] w) => (double[N] y) { y = Conv(x, w) }")
-    assert run(model, eager())[0] is model
+    assert run(model, eager(LowerRank))[0] is model
 
 
 GATE = "(double[3,8,5,6] x) => (double[N] y) "
@@ -211,7 +205,7 @@ def test_maps_of_single_positions_are_matrix_products() -> None:
     waiting, outcome, _ = run(model, LowerRank())
     assert waiting is model
     assert "only measuring" in reasons(outcome)[0]
-    result, _, _ = run(model, eager())
+    result, _, _ = run(model, eager(LowerRank))
     assert ops(result)["Gemm"] == 2
     assert ops(result)["Conv"] == 0
     assert ops(result)["Squeeze"] == ops(result)["Unsqueeze"] == 1
@@ -226,13 +220,13 @@ def test_other_operators_on_single_positions_stay(call: str) -> None:
     model = parse(
         GATE + f"{{ g = GlobalAveragePool(x) y = {call} }}", **{k: v for k, v in names.items() if f" {k})" in call}
     )
-    assert run(model, eager())[0] is model
+    assert run(model, eager(LowerRank))[0] is model
 
 
 def test_what_cannot_be_said_at_another_rank_stays() -> None:
     shaped = "{ y = ConvTranspose<strides=[2], output_shape=[23]>(x, v) }"
     model = parse(SIDE + shaped, v=normal(4, 3, 3))
-    assert run(model, eager())[0] is model
+    assert run(model, eager(LowerRank))[0] is model
     cropped = '{ a = Conv(x, w) y = Resize<coordinate_transformation_mode="tf_crop_and_resize">(a, roi, s) }'
     model = parse(
         SIDE + cropped,
@@ -240,5 +234,5 @@ def test_what_cannot_be_said_at_another_rank_stays() -> None:
         roi=np.array([0, 0, 0, 1, 1, 0.5], np.float32),
         s=np.array([1, 1, 2], np.float32),
     )
-    result, _, _ = run(model, eager())
+    result, _, _ = run(model, eager(LowerRank))
     assert [n.op_type for n in result.graph.node][-1] == "Resize"

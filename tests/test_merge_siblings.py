@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from helpers import normal, ops, parse, reasons, run, same
+from helpers import eager, normal, ops, parse, reasons, run, same
 
 from pwopt.cost import measure
 from pwopt.graph import View
@@ -14,12 +14,6 @@ X = normal(2, 6, 5, 7)
 SIDE = "(double[2,6,5,7] x) => (double[N] a, double[N] b, double[N] c) "
 W3 = {"u": normal(3, 6, 1, 1), "v": normal(4, 6, 1, 1, seed=1), "w": normal(2, 6, 1, 1, seed=2), "z": normal(4, seed=3)}
 THREE = "a = Conv(x, u) b = Conv(x, v, z) c = Conv(x, w)"
-
-
-def eager() -> MergeSiblings:
-    merge = MergeSiblings()
-    merge.eager = True
-    return merge
 
 
 def macs(model: onnx.ModelProto) -> int:
@@ -57,7 +51,7 @@ def test_two_maps_merge_only_where_asked_or_measured() -> None:
     result, outcome, _ = run(model, MergeSiblings())
     assert result is model
     assert "would not save an operator" in reasons(outcome)[0]
-    result, _, _ = run(model, eager())
+    result, _, _ = run(model, eager(MergeSiblings))
     assert ops(result) == {"Conv": 1, "Split": 1}
     same(model, result, x=X)
 
@@ -97,7 +91,7 @@ def test_different_activations_stay_behind_the_split() -> None:
         " a = LeakyRelu<alpha=0.1>(p) b = LeakyRelu<alpha=0.2>(q) }"
     )
     model = parse(body, u=W3["u"], v=W3["v"])
-    result, _, _ = run(model, eager())
+    result, _, _ = run(model, eager(MergeSiblings))
     assert ops(result) == {"Conv": 1, "Split": 1, "LeakyRelu": 2}
     same(model, result, x=X)
 
@@ -135,7 +129,7 @@ def test_kernels_and_strides_must_agree() -> None:
         + "{ a = Conv<pads=[1,1,1,1], strides=[2,2]>(x, u) b = Conv<pads=[1,1,1,1], strides=[2,2]>(x, v) c = Conv(x, w) }"
     )
     model = parse(body, u=normal(3, 6, 3, 3), v=normal(2, 6, 3, 3, seed=1), w=W3["w"])
-    result, _, _ = run(model, eager())
+    result, _, _ = run(model, eager(MergeSiblings))
     assert ops(result) == {"Conv": 2, "Split": 1}
     same(model, result, x=X)
 
@@ -172,12 +166,12 @@ def test_query_key_value(form: str) -> None:
 )  # fmt: skip
 def test_refusals(body: str, weights: dict[str, np.ndarray]) -> None:
     model = parse(SIDE + body, **weights)
-    assert run(model, eager())[0] is model
+    assert run(model, eager(MergeSiblings))[0] is model
 
 
 def test_an_output_between_map_and_activation_stays() -> None:
     body = "(double[2,6,5,7] x) => (double[N] a, double[N] b, double[N] p) { p = Conv(x, u) q = Conv(x, v) a = Relu(p) b = Relu(q) }"
     model = parse(body, u=W3["u"], v=W3["v"])
-    result, _, _ = run(model, eager())
+    result, _, _ = run(model, eager(MergeSiblings))
     assert ops(result) == {"Conv": 1, "Split": 1, "Relu": 2}
     same(model, result, x=X)

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from helpers import evaluate, normal, ops, parse, reasons, run, same
+from helpers import eager, evaluate, normal, ops, parse, reasons, run, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,12 +25,6 @@ CONSTANTS = {
     "wt": normal(3, 18, 2, 2, seed=19), "low": np.float64(0), "high": np.float64(6), "ring": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
     "big": np.float64(1e30),
 }  # fmt: skip
-
-
-def eager(kind: type[Pass] = PadChannels) -> Pass:
-    p = kind()
-    p.eager = True
-    return p
 
 
 def build(body: str, /, **weights: np.ndarray) -> onnx.ModelProto:
@@ -149,13 +143,13 @@ def test_only_measuring_can_tell() -> None:
 
 def test_pruning_does_not_undo_it() -> None:
     model = build("{ a = Conv(x, w) y = Conv(a, v) }")
-    result, _, _ = run(model, DropDead(), eager())
+    result, _, _ = run(model, DropDead(), eager(PadChannels))
     assert widths(result) == [(20, 3), (5, 20)]
 
 
 def test_sites_keep_the_first_name_of_a_tensor() -> None:
     model = build("{ a = Conv(x, w) p = MaxPool<kernel_shape=[2,2]>(a) y = Conv(p, v) }")
-    _, outcome, loaded = run(model, eager(), eager(FillBlocks))
+    _, outcome, loaded = run(model, eager(PadChannels), eager(FillBlocks))
     assert [r.site for r in outcome.rewrites] == ["pad-channels:a", "fill-blocks:a"]
     assert [t for n in loaded.to_proto().graph.node for t in n.output] == ["a_padded_1", "p_padded_1", "y"]
 
@@ -187,7 +181,7 @@ def test_a_part_that_asks_for_nothing_stays() -> None:
         "{ a = Conv(x, w) p, q = Split<axis=1>(a, parts) s = Conv(p, u7) e = Conv<group=11>(q, e11) t = Conv(e, u11) y = Add(s, t) }",
         e11=normal(11, 1, 1, 1),
     )  # fmt: skip
-    result, outcome, _ = run(model, eager())
+    result, outcome, _ = run(model, eager(PadChannels))
     assert widths(result) == [(19, 3), (2, 7), (12, 1), (2, 12)], reasons(outcome)
     same(model, result, x=X)
 
@@ -198,7 +192,7 @@ def test_a_split_into_a_number_of_parts() -> None:
         + "{ a = Conv(x, w) p, q = Split<axis=1,num_outputs=2>(a) s = Sub(p, q) c = Conv<group=9>(s, k) y = Conv(c, v) }"
     )
     model = parse(text, 18, w=W, k=normal(9, 1, 1, 1), v=normal(2, 9, 1, 1))
-    result, outcome, _ = run(model, eager())
+    result, outcome, _ = run(model, eager(PadChannels))
     assert widths(result) == [(24, 3), (12, 1), (2, 12)], reasons(outcome)
     same(model, result, x=X)
 

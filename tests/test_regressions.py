@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from helpers import normal, ops, parse, run, same
+from helpers import eager, normal, ops, parse, run, same
 
 import pwopt
 from pwopt.compiler import concrete_sizes
@@ -303,9 +303,7 @@ def test_old_opsets_subsample_without_steps() -> None:
 def test_an_empty_batch_of_volumes() -> None:
     onnxruntime = pytest.importorskip("onnxruntime")
     model = parse("(float[n,3,4,5,6] x) => (float[N] y) { y = Conv(x, w) }", w=normal(4, 3, 1, 1, 1, dtype=np.float32))
-    lower = LowerRank()
-    lower.eager = True
-    result, _, _ = run(model, lower)
+    result, _, _ = run(model, eager(LowerRank))
     session = onnxruntime.InferenceSession(result.SerializeToString(), providers=["CPUExecutionProvider"])
     assert session.run(None, {"x": np.zeros((0, 3, 4, 5, 6), np.float32)})[0].shape == (0, 4, 4, 5, 6)
 

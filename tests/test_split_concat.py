@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import normal, ops, parse, reasons, run, same
+from helpers import eager, normal, ops, parse, reasons, run, same
 
 from pwopt.passes import JoinConcat, SplitConcat
 from pwopt.rewrite import Pass
@@ -13,17 +13,12 @@ A, B, C = normal(2, 3, 5, 7), normal(2, 4, 5, 7, seed=1), normal(2, 2, 5, 7, see
 SIDE = "(double[2,3,5,7] a, double[2,4,5,7] b, double[2,2,5,7] c) => (double[N] y) "
 
 
-def eager(p: Pass) -> Pass:
-    p.eager = True
-    return p
-
-
 @pytest.mark.parametrize("kernel", [1, 3])
 def test_a_map_of_a_concat(kernel: int) -> None:
     pads = [kernel // 2] * 4
     body = SIDE + f"{{ t = Concat<axis=1>(a, b, c) y = Conv<pads={pads}, strides=[2,2]>(t, w, z) }}"
     model = parse(body, w=normal(5, 9, kernel, kernel), z=normal(5))
-    result, outcome, _ = run(model, eager(SplitConcat()))
+    result, outcome, _ = run(model, eager(SplitConcat))
     assert ops(result) == {"Conv": 3, "Add": 2}
     assert outcome.rewrites[0].macs_before == outcome.rewrites[0].macs_after > 0
     same(model, result, a=A, b=B, c=C)
@@ -32,7 +27,7 @@ def test_a_map_of_a_concat(kernel: int) -> None:
 def test_a_sum_of_maps() -> None:
     body = SIDE + "{ p = Conv<pads=[1,1,1,1]>(a, u, z) q = Conv<pads=[1,1,1,1]>(b, v) y = Add(q, p) }"
     model = parse(body, u=normal(5, 3, 3, 3), v=normal(5, 4, 3, 3, seed=1), z=normal(5))
-    result, _, _ = run(model, eager(JoinConcat()))
+    result, _, _ = run(model, eager(JoinConcat))
     assert ops(result) == {"Concat": 1, "Conv": 1}
     same(model, result, a=A, b=B, c=C)
 
@@ -40,12 +35,12 @@ def test_a_sum_of_maps() -> None:
 def test_along_the_last_axis() -> None:
     side = "(double[2,5,3] a, double[2,5,4] b) => (double[N] y) "
     split = parse(side + "{ t = Concat<axis=-1>(a, b) m = MatMul(t, w) y = Add(m, z) }", w=normal(7, 6), z=normal(6))
-    result, _, _ = run(split, eager(SplitConcat()))
+    result, _, _ = run(split, eager(SplitConcat))
     assert ops(result) == {"MatMul": 2, "Add": 2}
     feeds = {"a": normal(2, 5, 3), "b": normal(2, 5, 4, seed=1)}
     same(split, result, **feeds)
     joined = parse(side + "{ p = MatMul(a, u) q = MatMul(b, v) y = Add(p, q) }", u=normal(3, 6), v=normal(4, 6))
-    result, _, _ = run(joined, eager(JoinConcat()))
+    result, _, _ = run(joined, eager(JoinConcat))
     assert ops(result) == {"Concat": 1, "MatMul": 1}
     same(joined, result, **feeds)
 
@@ -74,7 +69,7 @@ def test_not_without_measuring(p: Pass) -> None:
 )  # fmt: skip
 def test_refusals_to_split(body: str, weights: dict[str, np.ndarray]) -> None:
     model = parse(SIDE + body, **weights)
-    assert run(model, eager(SplitConcat()))[0] is model
+    assert run(model, eager(SplitConcat))[0] is model
 
 
 @pytest.mark.parametrize(
@@ -91,10 +86,10 @@ def test_refusals_to_split(body: str, weights: dict[str, np.ndarray]) -> None:
 )  # fmt: skip
 def test_refusals_to_join(body: str, weights: dict[str, np.ndarray]) -> None:
     model = parse(SIDE + body, **weights)
-    assert run(model, eager(JoinConcat()))[0] is model
+    assert run(model, eager(JoinConcat))[0] is model
 
 
 def test_inputs_that_broadcast_are_not_joined() -> None:
     body = "(double[2,3,1,7] a, double[2,4,5,7] b) => (double[N] y) { p = Conv(a, u) q = Conv(b, v) y = Add(q, p) }"
     model = parse(body, u=normal(5, 3, 1, 1), v=normal(5, 4, 1, 1))
-    assert run(model, eager(JoinConcat()))[0] is model
+    assert run(model, eager(JoinConcat))[0] is model

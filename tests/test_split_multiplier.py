@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import pytest
-from helpers import normal, ops, parse, reasons, run, same
+from helpers import build, eager, normal, ops, parse, reasons, run, same
 
 from pwopt.passes import SplitMultiplier
 
@@ -15,20 +14,6 @@ CONSTANTS = {
     "w6": normal(6, 3, 1, 1, seed=7), "v12": normal(4, 12, 1, 1, seed=8), "parts": np.array([2, 4]), "u2": normal(4, 2, 1, 1, seed=9),
     "u4": normal(4, 4, 1, 1, seed=10), "wide": normal(6, 3, 1, 1, seed=11), "grouped": normal(6, 3, 1, 1, seed=12),
 }  # fmt: skip
-
-
-def eager() -> SplitMultiplier:
-    p = SplitMultiplier()
-    p.eager = True
-    return p
-
-
-def build(body: str, /) -> onnx.ModelProto:
-    words = body
-    for c in "()<>,=":
-        words = words.replace(c, f" {c} ")
-    text = body if body.startswith("(") else HEAD + body
-    return parse(text, **{k: v for k, v in CONSTANTS.items() if k in words.split()})
 
 
 @pytest.mark.parametrize(
@@ -44,8 +29,8 @@ def build(body: str, /) -> onnx.ModelProto:
 )  # fmt: skip
 def test_as_many_depthwise_convolutions(body: str, parts: int, others: int) -> None:
     """The permutation of the parts goes into scales, depthwise filters, sums and the columns of the next map."""
-    model = build(body)
-    result, outcome, _ = run(model, eager())
+    model = build(body, CONSTANTS, HEAD)
+    result, outcome, _ = run(model, eager(SplitMultiplier))
     assert ops(result)["Conv"] == parts + others, reasons(outcome)
     assert parts in [len(n.input) for n in result.graph.node if n.op_type == "Concat"]
     same(model, result, x=X)
@@ -63,15 +48,15 @@ def test_as_many_depthwise_convolutions(body: str, parts: int, others: int) -> N
     ],
 )  # fmt: skip
 def test_refusals(body: str, why: str) -> None:
-    model = build(body)
-    result, outcome, _ = run(model, eager())
+    model = build(body, CONSTANTS, HEAD)
+    result, outcome, _ = run(model, eager(SplitMultiplier))
     assert result is model
     assert why in " ".join(reasons(outcome))
 
 
 def test_two_multipliers_in_one_sum_are_left_alone() -> None:
-    model = build("{ a = Conv<group=3>(x, w) c = Conv<group=3>(x, d) s = Add(a, c) y = Conv(s, v) }")
-    result, outcome, _ = run(model, eager())
+    model = build("{ a = Conv<group=3>(x, w) c = Conv<group=3>(x, d) s = Add(a, c) y = Conv(s, v) }", CONSTANTS, HEAD)
+    result, outcome, _ = run(model, eager(SplitMultiplier))
     assert result is model
     assert "a channel multiplier" in reasons(outcome)[0]
 
@@ -81,13 +66,13 @@ def test_plain_depthwise_and_grouped_convolutions_are_not_its_business() -> None
         "(double[2,6,7,6] x) => (double[N] y) { a = Conv<group=6>(x, w) y = Conv<group=2>(a, v) }",
         w=normal(6, 1, 3, 3), v=normal(4, 3, 1, 1),
     )  # fmt: skip
-    result, outcome, _ = run(model, eager())
+    result, outcome, _ = run(model, eager(SplitMultiplier))
     assert result is model
     assert not reasons(outcome)
 
 
 def test_only_measuring_can_tell() -> None:
-    model = build("{ a = Conv<group=3>(x, w) y = Conv(a, v) }")
+    model = build("{ a = Conv<group=3>(x, w) y = Conv(a, v) }", CONSTANTS, HEAD)
     result, outcome, _ = run(model, SplitMultiplier())
     assert result is model
     assert "only measuring can tell" in reasons(outcome)[0]
@@ -95,6 +80,6 @@ def test_only_measuring_can_tell() -> None:
 
 def test_many_filters_of_a_single_channel_are_a_dense_map() -> None:
     model = parse("(double[2,1,7,6] x) => (double[N] y) { a = Conv(x, w) y = Conv(a, v) }", w=normal(6, 1, 3, 3), v=normal(4, 6, 1, 1))  # fmt: skip
-    result, outcome, _ = run(model, eager())
+    result, outcome, _ = run(model, eager(SplitMultiplier))
     assert result is model
     assert not reasons(outcome)

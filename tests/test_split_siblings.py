@@ -1,9 +1,8 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx
 import pytest
-from helpers import normal, ops, parse, reasons, run, same
+from helpers import build, eager, normal, ops, parse, reasons, run, same
 
 from pwopt.passes import SplitSiblings
 
@@ -16,20 +15,6 @@ CONSTANTS = {
     "w1": normal(7, 3, 1, seed=11), "image": normal(6, 5, seed=8), "one": normal(1, 3, 1, 1, seed=9), "x7": normal(1, 7, 6, 5, seed=10), "size": np.array([2, 7, 12, 10]),
     "u7": normal(2, 7, 1, 1, seed=7),
 }  # fmt: skip
-
-
-def eager() -> SplitSiblings:
-    p = SplitSiblings()
-    p.eager = True
-    return p
-
-
-def build(body: str, /) -> onnx.ModelProto:
-    words = body
-    for c in "()<>,=":
-        words = words.replace(c, f" {c} ")
-    text = body if body.startswith("(") else HEAD + body
-    return parse(text, **{k: v for k, v in CONSTANTS.items() if k in words.split()})
 
 
 @pytest.mark.parametrize(
@@ -54,7 +39,7 @@ def test_parts_are_maps_of_their_own(body: str, found: dict[str, int]) -> None:
     text, weights = body, {k: v for k, v in CONSTANTS.items() if k in body.replace(",", " ").replace(")", " ").split()}
     weights |= {"m": normal(3, 7, seed=9)} if " m" in body and "Conv" not in body else {}
     model = parse(text if text.startswith("(") else HEAD + text, **weights)
-    result, _, _ = run(model, eager())
+    result, _, _ = run(model, eager(SplitSiblings))
     assert ops(result) == found
     shape = [d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim]
     same(model, result, x=normal(*shape, seed=50))
@@ -65,7 +50,7 @@ def test_a_part_that_nobody_reads_is_not_computed() -> None:
         "(double[2,3,6,5] x) => (double[N] p) { a = Conv(x, w) p, unread = Split<axis=1>(a, n) }",
         w=CONSTANTS["w"], n=CONSTANTS["n"],
     )  # fmt: skip
-    result, _, _ = run(model, eager())
+    result, _, _ = run(model, eager(SplitSiblings))
     assert ops(result) == {"Conv": 1}
     same(model, result, x=X)
 
@@ -95,23 +80,23 @@ def test_a_part_that_nobody_reads_is_not_computed() -> None:
 def test_refusals(body: str, why: str) -> None:
     if "g2" in body:
         body = "{ t = Concat<axis=1>(x, x) a = Conv<group=2>(t, g) p, q = Split<axis=1>(a, half) }"
-    model = build(body)
-    result, outcome, _ = run(model, eager())
+    model = build(body, CONSTANTS, HEAD)
+    result, outcome, _ = run(model, eager(SplitSiblings))
     assert result is model
     assert why in " ".join(reasons(outcome))
 
 
 def test_only_measuring_can_tell() -> None:
-    model = build("{ a = Conv(x, w) p, q = Split<axis=1>(a, n) }")
+    model = build("{ a = Conv(x, w) p, q = Split<axis=1>(a, n) }", CONSTANTS, HEAD)
     result, outcome, _ = run(model, SplitSiblings())
     assert result is model
     assert "only measuring can tell" in reasons(outcome)[0]
 
 
 def test_names_are_not_used_twice() -> None:
-    model = build("{ a = Conv(x, w, b) s = Sigmoid(a) m = Mul(a, s) p, q = Split<axis=1>(m, n) }")
+    model = build("{ a = Conv(x, w, b) s = Sigmoid(a) m = Mul(a, s) p, q = Split<axis=1>(m, n) }", CONSTANTS, HEAD)
     for i, node in enumerate(model.graph.node):
         node.name = f"node{i}"
-    result, _, _ = run(model, eager())
+    result, _, _ = run(model, eager(SplitSiblings))
     names = [n.name for n in result.graph.node if n.name]
     assert len(names) == len(set(names))

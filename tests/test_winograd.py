@@ -2,19 +2,22 @@ from __future__ import annotations
 
 from fractions import Fraction
 
+import helpers
 import numpy as np
 import pytest
 from helpers import normal, ops, parse, reasons, run, same
 
 from pwopt.passes import PASSES, Winograd
 from pwopt.passes.winograd import ROWS, G
+from pwopt.rewrite import Pass
 
 WIDE = 48
 
 
-def eager() -> Winograd:
-    p = Winograd()
-    p.eager, p.least = True, 0.0
+def eager() -> Pass:
+    """The pass on maps of any size."""
+    p = helpers.eager(Winograd)
+    p.least = 0.0  # type: ignore[attr-defined]
     return p
 
 
@@ -157,9 +160,7 @@ def test_an_old_opset_has_no_sizes_from_the_middle() -> None:
 def test_few_channels_and_small_maps_are_not_worth_a_race(channels: int, size: int, done: bool) -> None:
     model = parse(f"(float[1,{channels},{size},{size}] x) => (float[N] y) {{ y = Conv<pads=[1,1,1,1]>(x, w) }}",
                   w=normal(channels, channels, 3, 3, dtype=np.float32))  # fmt: skip
-    p = Winograd()
-    p.eager = True
-    _, outcome, _ = run(model, p, certifier=None)
+    _, outcome, _ = run(model, helpers.eager(Winograd), certifier=None)
     assert len(outcome.rewrites) == done
 
 
