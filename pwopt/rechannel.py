@@ -6,6 +6,7 @@ import itertools
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from pwopt.cost import macs
 from pwopt.forms import Reading
 from pwopt.linear import LinearMap, Refusal
 from pwopt.rewrite import Rewrite, Rewriter
-from pwopt.shapes import channels
+from pwopt.shapes import Shape, channels
 from pwopt.unions import Unions
 
 #: Which of its old channels stand where in a tensor; -1 for a new channel, which maps make of zeros.
@@ -123,7 +124,8 @@ def rechannel(
         nodes = emit.write(rw, linear, reading, reading.source, reading.output, reading.axis)
         if isinstance(nodes, Refusal):
             for tensor, shape, size in before:
-                rw.reshape(tensor, lambda _, former=shape: former)
+                if shape is not None:
+                    rw.reshape(tensor, partial(_former, shape))
                 if size is not None:
                     rw.sizes[str(tensor.name)] = size
             return nodes
@@ -132,6 +134,10 @@ def rechannel(
     records = [rw.replace(r.nodes, w.nodes, "", w.residual) for r, w in written]
     renamed = {str(c.tensor.name): rw.rename(c.tensor, suffix) for c in component}
     return replace(Rewrite.of(reason, records, renamed), macs_before=macs_before)
+
+
+def _former(shape: Shape, _now: Shape) -> Shape:
+    return shape
 
 
 def _taken(values: NDArray[Any], take: Take, axis: int = 0) -> NDArray[Any]:
