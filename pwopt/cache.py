@@ -8,7 +8,7 @@ import json
 import os
 import platform
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +35,8 @@ class Entry:
         Of the whole model.
     low, high : float
         Its confidence interval.
+    model : str
+        A digest of the model that was raced; "" for a decision that holds for others too.
     """
 
     pass_name: str
@@ -43,6 +45,12 @@ class Entry:
     speedup: float
     low: float
     high: float
+    model: str = ""
+
+    @property
+    def clear(self) -> bool:
+        """Whether the race left no doubt, so that it says something of other models as well."""
+        return self.low > 1.0 or self.high < 1.0
 
 
 def folder() -> Path:
@@ -66,16 +74,25 @@ def _features() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _path(pass_name: str, signature: str, where: str) -> Path:
-    key = json.dumps([pass_name, signature, where])
+def _path(entry_key: tuple[str, str, str, str]) -> Path:
+    key = json.dumps([part for part in entry_key if part])
     return folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
 
 
-def look_up(pass_name: str, signature: str, where: str) -> Entry | None:
-    """The decision on a kind of rewrite; None if there is none, or its file is damaged."""
-    entry = _read(_path(pass_name, signature, where))
-    asked = (pass_name, signature, where)
-    return entry if entry is not None and (entry.pass_name, entry.signature, entry.place) == asked else None
+def _key(entry: Entry) -> tuple[str, str, str, str]:
+    return entry.pass_name, entry.signature, entry.place, entry.model
+
+
+def look_up(pass_name: str, signature: str, where: str, model: str = "") -> Entry | None:
+    """The decision on a kind of rewrite in this model, or a clear one in another; None if there is none.
+
+    A damaged file holds no decision.
+    """
+    for asked in dict.fromkeys([(pass_name, signature, where, model), (pass_name, signature, where, "")]):
+        entry = _read(_path(asked))
+        if entry is not None and _key(entry) == asked and (model == entry.model or entry.clear):
+            return entry
+    return None
 
 
 def _read(path: Path) -> Entry | None:
@@ -89,20 +106,19 @@ def _read(path: Path) -> Entry | None:
 
 
 def store(entry: Entry) -> None:
-    """Keep a decision; a cache that cannot be written is no reason to fail."""
-    path = _path(entry.pass_name, entry.signature, entry.place)
-    with contextlib.suppress(OSError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as stream:
-            stream.write(json.dumps(asdict(entry)).encode())
+    """Keep a decision, for other models too if it is clear; a cache that cannot be written is no reason to fail."""
+    for kept in (entry, replace(entry, model="")) if entry.clear else (entry,):
+        path = _path(_key(kept))
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as stream:
+                stream.write(json.dumps(asdict(kept)).encode())
 
 
 def entries() -> Iterator[Entry]:
-    """All decisions that can be read."""
-    for path in sorted(folder().glob("*.json")):
-        entry = _read(path)
-        if entry is not None:
-            yield entry
+    """All decisions that can be read, each once."""
+    read = [_read(path) for path in sorted(folder().glob("*.json"))]
+    yield from dict.fromkeys(replace(entry, model="") for entry in read if entry is not None)
 
 
 def clear() -> int:

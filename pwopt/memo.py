@@ -16,16 +16,21 @@ T = TypeVar("T")
 LATEST = 4
 
 
+def digest(model: onnx.ModelProto) -> str:
+    """Equal for models with the same content; whatever is external counts by its place only."""
+    return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
+
+
 def remembered(function: Callable[[onnx.ModelProto], T]) -> Callable[[onnx.ModelProto], T]:
     """`function`, called once for models with the same content; its results must not be changed.
 
     A model is rewritten again and again while its rewrites are chosen, each time from the same beginning.
     """
-    known: OrderedDict[bytes, T] = OrderedDict()
+    known: OrderedDict[str, T] = OrderedDict()
 
     @functools.wraps(function)
     def remembering(model: onnx.ModelProto) -> T:
-        key = hashlib.sha256(model.SerializeToString(deterministic=True)).digest()
+        key = digest(model)
         if key not in known:
             known[key] = function(model)
             if len(known) > LATEST:

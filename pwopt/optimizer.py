@@ -186,7 +186,7 @@ def optimize(
         if target_profile is not None and passes is None:
             allowed, dropped = select(work, None, 0.0, Profile.load(target_profile), progress)
         elif arena is not None and cost_model == "measured" and passes is None:
-            memory: Memory = Disk(provider, threads) if cache else Forgetful()
+            memory: Memory = Disk(provider, threads, work.digest()) if cache else Forgetful()
             allowed, dropped = select(work, arena, budget, memory, progress) if budget > 0 else (frozenset(), [])
         blank = Report(
             model=str(path) if path is not None else "<model in memory>",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -13,10 +13,12 @@ from pwopt import timing, tune
 from pwopt.cache import Entry, look_up, place, store
 from pwopt.compiler import concrete_sizes, run_pipeline, select_passes, settle
 from pwopt.cost import Cost
+from pwopt.memo import digest
 from pwopt.model import Model, from_proto, save
 from pwopt.rewrite import Certifier, Outcome, Pipeline, Rewrite, Skip
 from pwopt.runtime import Session
 from pwopt.samples import Sample
+from pwopt.shapes import skeleton
 
 Progress = Callable[[str, float], None]
 
@@ -88,6 +90,10 @@ class Work:
         before, outcome, after = run_pipeline(fresh, chosen, denied, self.sizes, allowed, certifier)
         return before, outcome, after, fresh.to_proto()
 
+    def digest(self) -> str:
+        """Equal for models of the same operators, attributes and sizes, whatever their large weights."""
+        return digest(skeleton(self.target.proto, self.sizes))
+
     def opportunities(self) -> tuple[list[Rewrite], list[Skip]]:
         """Everything that each measured pass could do by itself, and what it refuses."""
         found: list[Rewrite] = []
@@ -146,17 +152,18 @@ class Forgetful:
 
 @dataclass(frozen=True)
 class Disk:
-    """This machine's cache, for a provider and a number of threads."""
+    """This machine's cache, for a provider, a number of threads and a model (its digest)."""
 
     provider: str
     threads: int
+    model: str
     undecided: str = Forgetful.undecided
 
     def recall(self, pass_name: str, signature: str) -> Entry | None:
-        return look_up(pass_name, signature, place(self.provider, self.threads))
+        return look_up(pass_name, signature, place(self.provider, self.threads), self.model)
 
     def keep(self, decision: tune.Decision) -> None:
-        store(entry(decision, place(self.provider, self.threads)))
+        store(replace(entry(decision, place(self.provider, self.threads)), model=self.model))
 
 
 def entry(decision: tune.Decision, where: str) -> Entry:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +33,19 @@ def test_a_decision_is_found_again_where_it_was_made() -> None:
     assert list(cache.entries()) == [ENTRY]
     assert cache.clear() == 1
     assert list(cache.entries()) == []
+
+
+def test_a_doubtful_decision_is_its_model_s_own() -> None:
+    """Whether a rewrite pays depends on what surrounds it, unless the clock leaves no doubt."""
+    doubtful = replace(ENTRY, speedup=1.01, low=0.99, high=1.02, model="one")
+    cache.store(doubtful)
+    asked = ("merge-siblings", "conv 6→(4, 4)", "here")
+    assert cache.look_up(*asked, "one") == doubtful
+    assert cache.look_up(*asked, "another") is None
+    cache.store(replace(ENTRY, model="another"))
+    assert cache.look_up(*asked, "one") == doubtful
+    assert cache.look_up(*asked, "a third") == ENTRY
+    assert len(list(cache.entries())) == 2
 
 
 @pytest.mark.parametrize(
