@@ -5,18 +5,19 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from random import Random
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
-from helpers import MODELS, normal, ops, parse, reasons, run, same
+from helpers import MODELS, eager, normal, ops, parse, reasons, run, same
 from onnx import TensorProto, helper, numpy_helper
 
 from pwopt.graph import View
 from pwopt.model import from_proto
 from pwopt.passes import PASSES, CleanUp, FoldAffine
-from pwopt.rewrite import Pass, Pipeline, Rewrite, Rewriter, Skip
+from pwopt.rewrite import Outcome, Pass, Pipeline, Rewrite, Rewriter, Skip
 
 
 class Counting(Pass):
@@ -148,3 +149,33 @@ def test_a_node_that_reads_a_tensor_twice_is_one_reader() -> None:
     graph = from_proto(parse("(double[2,4] x) => (double[N] y) { a = Neg(x) y = Mul(a, a) }")).graph
     view = View(graph)
     assert view.sole_reader(graph.nodes[0].outputs[0]) is graph.nodes[1]
+
+
+class Forgetful(dict[int, object]):
+    """Keeps nothing."""
+
+    def __setitem__(self, key: int, value: object) -> None:
+        pass
+
+
+@pytest.mark.parametrize("start", range(0, 60, 15))
+def test_what_was_read_of_a_graph_is_never_stale(start: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readings are remembered until the next edit: without that, every model comes out the same, byte for byte."""
+    random = pytest.importorskip("strategies").random_sample
+    construct = View.__init__
+
+    def forgetful(view: View, *arguments: object, **options: object) -> None:
+        construct(view, *arguments, **options)  # type: ignore[arg-type]
+        view.readings = Forgetful()
+
+    def rewritten(model: onnx.ModelProto) -> tuple[bytes, Outcome]:
+        loaded = from_proto(model)
+        outcome = Pipeline([eager(p) for p in PASSES]).run(loaded.graph, reserved=loaded.names())
+        return loaded.to_proto().SerializeToString(deterministic=True), outcome
+
+    for number in range(start, start + 15):
+        model = random(Random(number)).model
+        remembering = rewritten(model)
+        with monkeypatch.context() as patch:
+            patch.setattr(View, "__init__", forgetful)
+            assert rewritten(model) == remembering
