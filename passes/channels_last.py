@@ -189,7 +189,7 @@ def _moves(rw: Rewriter, node: gs.Node, last: Last) -> bool:
         return False
     if op == "Conv":
         reading = _map(rw, node)
-        if reading is None or rw.shared(reading.weight_input):
+        if reading is None or rw.shared(reading.weight_input) or rw.opset < 7:  # the bias of a product broadcasts
             return False
         return isinstance(reading.load(), LinearMap)
     return op in PICKS or (op in BY_AXES and BY_AXES[op](rw, last, node) is not None)

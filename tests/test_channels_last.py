@@ -179,3 +179,11 @@ def test_not_without_measuring() -> None:
     result, outcome, _ = run(model, ChannelsLast())
     assert result is model
     assert "only measuring" in reasons(outcome)[0]
+
+
+def test_before_opset_7_convolutions_stay() -> None:
+    """The bias of a product would need broadcasting, which was an attribute then."""
+    body = "(float[2,4,5,3] x, float[6,1,1,1] w) => (float[N] y) { r = ReduceMean<axes=[1],keepdims=1>(x) y = Conv(r, w) }"
+    model = parse(body, 6, 3, w=normal(6, 1, 1, 1, dtype=np.float32))
+    result, _, _ = run(model, eager(ChannelsLast))
+    assert ops(result) == {"Transpose": 2, "ReduceMean": 1, "Conv": 1}
