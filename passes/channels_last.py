@@ -106,9 +106,11 @@ def _regions(rw: Rewriter) -> list[Region]:
     made: set[int] = set()
     nodes = rw.nodes()
     for node in nodes:
-        last, combines = _last(rw, node), _anchor(rw, node)
-        reached = combines or any(id(t) in made for t in node.inputs)
-        if last is None or not reached or not _moves(rw, node, last):
+        last = _last(rw, node)
+        if last is None:
+            continue
+        combines = _anchor(rw, node)
+        if not (combines or any(id(t) in made for t in node.inputs)) or not _moves(rw, node, last):
             continue
         found[id(node)] = (node, last)
         made.update(id(t) for t in node.outputs if rw.rank(t) == last.rank)
@@ -116,14 +118,14 @@ def _regions(rw: Rewriter) -> list[Region]:
             anchors[id(node)] = node
     if not found:
         return []
-    entered = {id(t) for node, _ in found.values() for t in _entries(rw, node)}
+    entered = {id(t) for node, _ in found.values() for t in data(rw, node)}
     for node in reversed(nodes):  # x² before its mean, where x itself comes in as well: one way in instead of two
         last = _last(rw, node) if id(node) not in found and rw.op(node) in BY_AXES else None
         if last is None or not _moves(rw, node, last):
             continue
         readers = [r for t in node.outputs for r in rw.readers(t)]
-        inside = all(id(r) in found for r in readers) and not any(rw.pinned(t) for t in node.outputs)
-        if readers and inside and any(id(t) in entered for t in node.inputs):
+        inside = readers and all(id(r) in found for r in readers)
+        if inside and any(id(t) in entered for t in node.inputs):
             found[id(node)] = (node, last)
     return list(_connected(rw, [found[id(n)] for n in nodes if id(n) in found], anchors))
 
@@ -132,8 +134,8 @@ def _connected(rw: Rewriter, members: Iterable[Member[Last]], anchors: dict[int,
     """Members that share a tensor, in order."""
     members, sets = list(members), Unions()
     for node, last in members:
-        for t in data(rw, node):
-            if rw.rank(t) == last.rank:
+        for t in (*data(rw, node), *node.outputs):
+            if t.name and rw.rank(t) == last.rank:
                 sets.join(id(node), -id(t))
     regions: dict[int, Region] = {}
     for node, last in members:
@@ -143,31 +145,24 @@ def _connected(rw: Rewriter, members: Iterable[Member[Last]], anchors: dict[int,
     return iter(r for r in regions.values() if r.anchors)
 
 
-def _entries(rw: Rewriter, node: gs.Node) -> list[gs.Tensor]:
-    return [t for t in node.inputs if t.name and rw.constant(t) is None]
-
-
 def _last(rw: Rewriter, node: gs.Node) -> Last | None:
     """The view of what a node computes from; None if there are several ranks, or no space besides channels."""
-    ranks = {rw.rank(t) for t in _entries(rw, node)}
+    ranks = {rw.rank(t) for t in data(rw, node)}
     rank = ranks.pop() if len(ranks) == 1 else None
     return Last(rank) if rank is not None and rank >= 3 else None
 
 
 def _anchor(rw: Rewriter, node: gs.Node) -> bool:
     """Whether an operator combines the channels, several of them, and nothing else."""
-    op = rw.op(node)
-    if op not in (*SOFTMAXES, *PICKS, *REDUCTIONS):
-        return False
-    source = node.inputs[0]
-    shape = rw.shape(source) or ()
+    op, axes = rw.op(node), None
     if op in SOFTMAXES:
-        axes: list[int] | None = [node.attrs.get("axis", -1)]
+        axes = [node.attrs.get("axis", -1)]
     elif op in PICKS:
         axes = [node.attrs.get("axis", 0)]
-    else:
+    elif op in REDUCTIONS:
         axes = attributes.axes_of(rw, node, reduces_since(node))
-    if len(shape) < 3 or [a % len(shape) for a in axes or ()] != [1]:
+    shape = rw.shape(node.inputs[0]) or ()
+    if [a % len(shape) for a in axes or ()] != [1]:
         return False
     return isinstance(shape[1], int) and shape[1] > 1 and any(d != 1 for d in shape[2:])
 
@@ -184,7 +179,7 @@ def _moves(rw: Rewriter, node: gs.Node, last: Last) -> bool:
     if op in SOFTMAXES and rw.opset < 13:  # over all axes from there on
         return False
     if op in (*PICKS, *REDUCTIONS) and not node.attrs.get("keepdims", 1):
-        return _anchor(rw, node) and ranks == {last.rank - 1}
+        return _anchor(rw, node)
     if ranks != {last.rank}:
         return False
     if op == "Conv":
@@ -207,7 +202,7 @@ def _written(rw: Rewriter, node: gs.Node, last: Last, see: See, outputs: list[gs
     if op in PICKS:
         attrs = {**node.attrs, "axis": last.axis(node.attrs.get("axis", 0))}
         return [gs.Node(op, node.name, attrs, [see(node.inputs[0])], outputs)]
-    lost = op in REDUCTIONS and not node.attrs.get("keepdims", 1)
+    lost = not node.attrs.get("keepdims", 1)
     arguments = along(rw, node, [channels]) if lost else BY_AXES[op](rw, last, node)
     assert arguments is not None
     return rewritten(rw, node, arguments, last, see, outputs)

@@ -193,10 +193,11 @@ def _regions(rw: Rewriter) -> list[Region]:
 
 
 def _lowering(rw: Rewriter, node: gs.Node) -> Lowering | None:
-    """The rank of what a node computes from and to, and the plane that it must keep."""
-    tensors = data(rw, node)
+    """The rank of what a node computes from and to, and the plane it must keep; None if it reads constants only."""
+    read = data(rw, node)
+    tensors = [*read, *(t for t in node.outputs if t.name)]
     ranks = {rw.rank(t) for t in tensors}
-    if len(ranks) != 1 or not tensors:
+    if len(ranks) != 1 or not read:
         return None
     rank = ranks.pop()
     if rank == 3:
@@ -208,7 +209,7 @@ def _lowering(rw: Rewriter, node: gs.Node) -> Lowering | None:
         return None
     planes = {tuple(rw.dim(t, a) for a in (3, 4)) for t in tensors} - {(1, 1)}
     plane = tuple(d for d in (planes.pop() if len(planes) == 1 else ()) if isinstance(d, int) and d > 0)
-    return Lowering(5, plane) if not planes and len(plane) != 1 and (plane or _flat(rw, tensors)) else None
+    return Lowering(5, plane) if len(plane) != 1 and (plane or _flat(rw, tensors)) else None
 
 
 def _flat(rw: Rewriter, tensors: Iterable[gs.Tensor]) -> bool:
@@ -223,13 +224,13 @@ converts = registry(CONVERTERS)
 def _arguments(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
     """The operator's arguments at rank 4; None if it cannot be lowered."""
     converter = CONVERTERS.get(rw.op(node))
-    return None if converter is None or not all(t.name for t in node.outputs) else converter(rw, low, node)
+    return None if converter is None else converter(rw, low, node)
 
 
 @converts("Conv", "ConvTranspose")
 def _convolution(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
     weight = rw.constant(node.inputs[1])
-    if weight is None or "output_shape" in node.attrs or rw.constant(node.inputs[0]) is not None:
+    if weight is None or "output_shape" in node.attrs:
         return None
     if low.rank == 4:
         return _product(rw, node, weight)
@@ -249,7 +250,7 @@ def _convolution(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None
 
 def _product(rw: Rewriter, node: gs.Node, weight: gs.Tensor) -> Arguments | None:
     """A convolution that reads one position: y = x·Wᵀ + b."""
-    plain = node.op == "Conv" and node.attrs.get("group", 1) == 1 and not any(node.attrs.get("pads", ()))
+    plain = node.op == "Conv" and node.attrs.get("group", 1) == 1
     if not plain or any(k != 1 for k in weight.shape[2:]) or rw.opset < 11:  # Gemm needs a bias before
         return None
     return Arguments({"transB": 1}, {1: turned(rw, Lowering(4), weight)}, "Gemm")
@@ -283,7 +284,7 @@ def _per_channel(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None
         return None
     computed = any(t.name and rw.constant(t) is None for t in node.inputs[1:])
     plain = len(node.outputs) == 1 and node.attrs.get("spatial", 1) and not computed
-    return Arguments(dict(node.attrs)) if plain and rw.constant(node.inputs[0]) is None else None
+    return Arguments(dict(node.attrs)) if plain else None
 
 
 @converts("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare")
@@ -298,7 +299,7 @@ def _reduction(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
 @converts("Resize", "Upsample")
 def _resize(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
     odd = node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize" or "axes" in node.attrs
-    if odd or low.rank == 4 or node.attrs.get("mode", "nearest") == "cubic" or rw.opset < 9:
+    if odd or node.attrs.get("mode", "nearest") == "cubic" or rw.opset < 9:
         return None
     if attributes.resized_by_sizes(rw, node):
         sizes = rw.integers(node.inputs[3])
@@ -313,7 +314,7 @@ def _resize(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
 @converts("Pad")
 def _pad(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
     found = attributes.pad_parameters(rw, node)
-    if found is None or len(node.inputs) > 3 or low.rank == 4:
+    if found is None or len(node.inputs) > 3:
         return None
     pads, half = found[0], low.rank
     begins, ends = low.every(pads[:half], 0), low.every(pads[half:], 0)

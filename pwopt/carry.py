@@ -125,8 +125,8 @@ def rewritten(
 
 
 def data(view: View, node: gs.Node) -> list[gs.Tensor]:
-    """What an operator computes from and to, other than constants."""
-    return [t for t in (*node.inputs, *node.outputs) if t.name and view.constant(t) is None]
+    """What an operator computes from, other than constants."""
+    return [t for t in node.inputs if t.name and view.constant(t) is None]
 
 
 Converter = Callable[[Rewriter, G, gs.Node], Arguments | None]
@@ -152,8 +152,8 @@ converts = registry(BY_AXES)
 
 @converts("Identity", "Dropout", "Cast")
 def _unchanged(rw: Rewriter, guise: Guise, node: gs.Node) -> Arguments | None:
-    plain = len(node.outputs) == 1 and all(rw.constant(t) is not None for t in node.inputs[1:] if t.name)
-    return Arguments(dict(node.attrs)) if plain and rw.constant(node.inputs[0]) is None else None
+    active = node.op == "Dropout" and not attributes.inactive_dropout(rw, node)
+    return None if active else Arguments(dict(node.attrs))
 
 
 @converts(
@@ -187,7 +187,7 @@ def turned(rw: Rewriter, guise: Guise, held: gs.Tensor) -> Numbers:
 
 @converts("Concat", "Split", "Softmax", "LogSoftmax", "Hardmax")
 def _along_axis(rw: Rewriter, guise: Guise, node: gs.Node) -> Arguments | None:
-    if any(rw.constant(t) is not None for t in node.inputs[: None if node.op == "Concat" else 1]):
+    if node.op == "Concat" and any(rw.constant(t) is not None for t in node.inputs):
         return None
     default = {"Concat": 1, "Split": 0}.get(node.op, 1 if rw.opset < 13 else -1)
     axis = guise.axis(node.attrs.get("axis", default))
@@ -199,7 +199,7 @@ def _reduction(rw: Rewriter, guise: Guise, node: gs.Node) -> Arguments | None:
     axes = attributes.axes_of(rw, node, reduces_since(node))
     found = [guise.axis(a) for a in axes or ()]
     mapped = sorted({a for a in found if a is not None})
-    if not mapped or None in found or not node.attrs.get("keepdims", 1):
+    if not mapped or None in found:
         return None
     return along(rw, node, mapped)
 

@@ -33,11 +33,11 @@ def parse(body: str, opset: int = 17, ir: int = 8, **weights: np.ndarray) -> onn
     return model
 
 
-def build(body: str, constants: Mapping[str, np.ndarray], head: str = "") -> onnx.ModelProto:
+def build(body: str, constants: Mapping[str, np.ndarray], head: str = "", opset: int = 17) -> onnx.ModelProto:
     """`parse` with those of `constants` that occur in the body; `head` goes before one that lists no inputs."""
     words = set(re.findall(r"\w+", body))
     text = body if body.startswith("(") else head + body
-    return parse(text, **{name: value for name, value in constants.items() if name in words})
+    return parse(text, opset, **{name: value for name, value in constants.items() if name in words})
 
 
 def eager(kind: type[Pass]) -> Pass:
@@ -83,6 +83,12 @@ def same(before: onnx.ModelProto, after: onnx.ModelProto, tolerance: float = 1e-
         assert a.dtype == b.dtype
         assert a.shape == b.shape
         np.testing.assert_allclose(b, a, rtol=tolerance, atol=tolerance)
+
+
+def outside(model: onnx.ModelProto, op: str, suffix: str) -> bool:
+    """Whether operators of this name see no tensor as a region does, which names those with the suffix."""
+    found = [n for n in model.graph.node if n.op_type == op]
+    return bool(found) and not any(name.endswith(suffix) for n in found for name in (*n.input, *n.output))
 
 
 def reasons(outcome: Outcome, name: str = "") -> list[str]:

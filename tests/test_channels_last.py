@@ -3,8 +3,9 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from helpers import eager, normal, ops, parse, reasons, run, same
+from helpers import build, eager, normal, ops, outside, parse, reasons, run, same
 
+from pwopt.model import from_proto
 from pwopt.passes import ChannelsLast, CleanUp
 
 HEAD = "(double[2,12,9] x) => (double[N] y) { r = Reshape(x, s) t = Transpose<perm=[0,2,1,3]>(r) p = Softmax<axis=1>(t) c = Conv(p, w%s) y = Reshape(c, q) }"
@@ -183,7 +184,68 @@ def test_not_without_measuring() -> None:
 
 def test_before_opset_7_convolutions_stay() -> None:
     """The bias of a product would need broadcasting, which was an attribute then."""
-    body = "(float[2,4,5,3] x, float[6,1,1,1] w) => (float[N] y) { r = ReduceMean<axes=[1],keepdims=1>(x) y = Conv(r, w) }"
+    body = (
+        "(float[2,4,5,3] x, float[6,1,1,1] w) => (float[N] y) { r = ReduceMean<axes=[1],keepdims=1>(x) y = Conv(r, w) }"
+    )
     model = parse(body, 6, 3, w=normal(6, 1, 1, 1, dtype=np.float32))
     result, _, _ = run(model, eager(ChannelsLast))
     assert ops(result) == {"Transpose": 2, "ReduceMean": 1, "Conv": 1}
+
+
+NUMBERS = {
+    "k": normal(2, 4, 5, 3), "from0": np.array([0, 0, 1]), "to": np.array([2, 1, 4]), "half": np.float64(0.5), "yes": np.array(True),
+    "five": normal(5, seed=1), "flat": np.array([120]),
+}  # fmt: skip
+SOFT, MOST = SIDE + "{ r = Softmax<axis=1>(x) ", SIDE + "{ r = ReduceMax<axes=[1]>(x) "
+
+
+@pytest.mark.parametrize(
+    ("op", "body", "opset"),
+    [
+        # behind: another rank, constants joined, other axes
+        ("Add", "(double[2,4,5,3] x, double[3] u) => (double[N] y) { r = Softmax<axis=1>(x) y = Add(r, u) }", 17),
+        ("Concat", SOFT + "y = Concat<axis=1>(r, k) }", 17),
+        ("ReduceMean", SOFT + "y = ReduceMean<axes=[2],keepdims=0>(r) }", 17),
+        ("ReduceMean", SOFT + "y = ReduceMean(r) }", 17),
+        ("Slice", SOFT + "y = Slice(r, from0, to) }", 17),
+        ("Dropout", SOFT + "y = Dropout<seed=3>(r, half, yes) }", 17),
+        # before: only what the region reads and that shares a way in
+        ("Concat", MOST + "c = Concat<axis=1>(x, k) y = Sub(c, r) }", 17),
+        ("Neg", SOFT.replace("[N] y)", "[N] y, double[M] z)") + "y = Abs(r) n = Neg(x) z = Relu(n) }", 17),
+        ("Neg", SOFT.replace("[N] y)", "[N] y, double[M] z)").replace("x)", "x, int64[K] s)", 1)
+         + "y = Abs(r) u = Reshape(x, s) v = Neg(u) z = Reshape(v, flat) }", 17),
+        # spellings of old opsets
+        ("Slice", "(double[2,4,5,3] x) => (double[N] y) { r = ReduceMax<axes=[1]>(x) y = Slice<axes=[2],starts=[1],ends=[4]>(r) }", 9),
+        ("Add", "(double[2,4,5,3] x) => (double[N] y) { r = ReduceMax<axes=[1]>(x) y = Add<broadcast=1,axis=2>(r, five) }", 6),
+    ],
+)  # fmt: skip
+def test_what_is_not_carried_along(op: str, body: str, opset: int) -> None:
+    model = build(body, NUMBERS, opset=opset)
+    result, outcome, _ = run(model, eager(ChannelsLast))
+    assert len(outcome.rewrites) == 1
+    assert outside(result, op, "_last")
+    feeds = {"x": normal(2, 4, 5, 3), "u": normal(3, seed=2), "s": np.array([2, -1])}
+    if op != "Dropout" and opset >= 7:  # the reference knows no older broadcasting
+        same(model, result, **{i.name: feeds[i.name] for i in model.graph.input})
+
+
+def test_what_a_region_reads_is_carried_along_with_the_way_in() -> None:
+    """x and −x would come in both; −x is also an output here, which costs no more than its way in."""
+    model = build(MOST.replace("[N] y)", "[N] y, double[M] n)") + "n = Neg(x) y = Sub(n, r) }", NUMBERS)
+    result, _, _ = run(model, eager(ChannelsLast))
+    assert not outside(result, "Neg", "_last")
+    assert ops(result)["Transpose"] == 3
+    same(model, result, x=normal(2, 4, 5, 3))
+
+
+def test_unknown_channels_stay() -> None:
+    model = parse("(double[2,C,5,3] x) => (double[N] y) { y = ReduceMax<axes=[1]>(x) }")
+    assert run(model, eager(ChannelsLast))[0] is model
+
+
+def test_results_of_unknown_rank_stay() -> None:
+    """Inference gives up sometimes."""
+    loaded = from_proto(build(SOFT + "a = Abs(r) y = Neg(a) }", NUMBERS))
+    next(n for n in loaded.graph.nodes if n.op == "Abs").outputs[0].shape = None
+    eager(ChannelsLast).run(loaded.graph)
+    assert outside(loaded.to_proto(), "Abs", "_last")

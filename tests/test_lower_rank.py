@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from helpers import eager, normal, ops, parse, reasons, run, same
+from helpers import build, eager, normal, ops, outside, parse, reasons, run, same
 
 from pwopt.passes import LowerRank
 
@@ -190,6 +190,84 @@ def test_a_depthwise_volume_between_two_maps_stays_as_it_is() -> None:
 def test_weights_that_are_inputs_stay() -> None:
     model = parse("(double[2,4,11] x, double[4,4,3] w) => (double[N] y) { y = Conv(x, w) }")
     assert run(model, eager(LowerRank))[0] is model
+
+
+NUMBERS = {
+    "w": normal(4, 4, 1), "k": normal(2, 4, 11, seed=1), "w5": normal(4, 4, 1, 1, 1), "w4": normal(4, 4, 1, 1),
+    "k5": normal(4, 4, 3, 1, 1, seed=2), "sq": normal(4, 4, 1, 3, 3, seed=4), "w33": normal(4, 4, 3, 3, seed=5), "v4": normal(4, 4, 1, 1, seed=6),
+    "half": np.float64(0.5), "from0": np.array([1]), "to": np.array([3]), "last": np.array([4]), "deep": np.array([2, 3]), "p": np.abs(normal(4)),
+    "double5": np.array([1, 1, 1, 2, 1], np.float32), "pad5": np.array([0, 0, 0, 0, 1, 0, 0, 0, 0, 1]), "row": normal(7, seed=7),
+    "grown": np.array([2, 4, 5, 12, 7]), "axis2": np.array([2]), "double4": np.array([1, 1, 2, 1], np.float32), "pad4": np.array([0, 0, 1, 0, 0, 0, 0, 0]),
+}  # fmt: skip
+LINE, SINGLE = SIDE + "{ c = Conv(x, w) ", "(double[2,4,1,1] x) => (double[N] y) { c = Conv(x, w4) "
+BOX = VIDEO + "{ c = Conv(x, w5) "
+
+
+@pytest.mark.parametrize(
+    ("op", "body", "opset"),
+    [
+        # what is computed from constants only, though its rank fits
+        ("Cast", LINE + "a = Cast<to=11>(k) y = Add(c, a) }", 17),
+        ("Softmax", LINE + "a = Softmax<axis=1>(k) y = Add(c, a) }", 17),
+        ("ReduceMean", LINE + "a = ReduceMean<axes=[1]>(k) y = Add(c, a) }", 17),
+        ("MaxPool", LINE + "a = MaxPool<kernel_shape=[1]>(k) y = Add(c, a) }", 17),
+        ("Slice", LINE + "a = Slice(k, from0, to, from0) y = Concat<axis=1>(c, a) }", 17),
+        ("BatchNormalization", LINE + "a = BatchNormalization(k, p, p, p, p) y = Add(c, a) }", 17),
+        # a constant that is joined to it
+        ("Concat", LINE + "y = Concat<axis=1>(c, k) }", 17),
+        # another rank that the model computes
+        ("Add", "(double[2,4,11] x, double[11] u) => (double[N] y) { c = Conv(x, w) y = Add(c, u) }", 17),
+        ("BatchNormalization", "(double[2,4,11] x, double[4] u) => (double[N] y) { c = Conv(x, w) y = BatchNormalization(c, u, p, p, p) }", 17),
+        # over axes that become one
+        ("Slice", BOX + "y = Slice(c, from0, to, last) }", 17),
+        ("ReduceMean", BOX + "y = ReduceMean<axes=[2,3]>(c) }", 17),
+        ("ReduceMean", BOX + "y = ReduceMean<axes=[3,4],keepdims=0>(c) }", 17),
+        ("Softmax", BOX + "y = Softmax<axis=4>(c) }", 17),
+        ("Mul", BOX + "y = Mul(c, row) }", 17),
+        ("Resize", BOX + "y = Resize(c, , double5) }", 17),
+        ("Resize", BOX + "y = Resize(c, , , grown) }", 17),
+        ("Pad", BOX + "y = Pad(c, pad5) }", 17),
+        ("AveragePool", BOX + "y = AveragePool<kernel_shape=[1,2,1]>(c) }", 17),
+        ("Conv", BOX.replace("Conv(x, w5)", "Relu(x)") + "y = Conv<dilations=[1,2,2]>(c, k5) }", 17),
+        ("Conv", BOX.replace("Conv(x, w5)", "Relu(x)") + 'y = Conv<auto_pad="SAME_UPPER">(c, sq) }', 17),
+        ("Conv", "(double[2,4,5,1,1] x) => (double[N] y) { y = Conv<pads=[0,1,1,0,1,1]>(x, w5) }", 17),
+        ("Conv", "(double[2,4,5,H,W] x) => (double[N] y) { y = Conv(x, w5) }", 17),
+        # on single positions
+        ("MaxPool", SINGLE + "y = MaxPool<kernel_shape=[1,1]>(c) }", 17),
+        ("GlobalAveragePool", SINGLE + "y = GlobalAveragePool(c) }", 17),
+        ("ReduceMax", SINGLE + "y = ReduceMax<axes=[1,3]>(c) }", 17),
+        ("Conv", "(double[2,4,1,1] x) => (double[N] y) { y = Conv<pads=[1,1,1,1]>(x, w33) }", 17),
+        ("Conv", SINGLE.replace("c =", "y =") + "}", 10),
+        # of another meaning
+        ("MaxPool", SIDE.replace("[N] y)", "[N] y, int64[M] z)") + "{ c = Conv(x, w) y, z = MaxPool<kernel_shape=[2]>(c) }", 17),
+        ("Dropout", LINE + "y = Dropout<seed=3>(c, half, yes) }", 17),
+        ("Slice", LINE + "y = Slice<axes=[1],starts=[1],ends=[3]>(c) }", 9),
+    ],
+)  # fmt: skip
+def test_what_is_not_carried_along(op: str, body: str, opset: int) -> None:
+    model = build(body, {**NUMBERS, "yes": np.array(True)}, opset=opset)
+    result, _, _ = run(model, eager(LowerRank))
+    assert outside(result, op, "_2d")
+    sizes = [[d.dim_value or 3 for d in i.type.tensor_type.shape.dim] for i in model.graph.input]
+    feeds = {i.name: np.abs(normal(*size, seed=9)) for i, size in zip(model.graph.input, sizes, strict=True)}
+    if op != "Dropout":  # which is random
+        same(model, result, **feeds)
+
+
+@pytest.mark.parametrize("call", ["Mul(c, half)", "ReduceMean<axes=[3,4]>(c)", "ReduceMean<axes=[2,3,4]>(c)"])
+def test_what_volumes_carry_along(call: str) -> None:
+    model = build(BOX + f"a = {call} y = Abs(a) }}", NUMBERS)
+    result, _, _ = run(model, eager(LowerRank))
+    assert not outside(result, call.partition("<")[0].partition("(")[0], "_2d")
+    assert ops(result)["Reshape"] == 2
+    same(model, result, x=V)
+
+
+def test_a_mask_of_dropout_is_carried_along() -> None:
+    model = build(SIDE.replace("[N] y)", "[N] y, bool[M] z)") + "{ c = Conv(x, w) y, z = Dropout(c) }", NUMBERS)
+    result, _, _ = run(model, eager(LowerRank))
+    assert not outside(result, "Dropout", "_2d")
+    same(model, result, x=X)
 
 
 GATE = "(double[3,8,5,6] x) => (double[N] y) "
