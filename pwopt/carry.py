@@ -224,7 +224,7 @@ def array(values: Iterable[float], dtype: type) -> Numbers:
 @converts("Slice")
 def _slice(rw: Rewriter, guise: Guise, node: gs.Node) -> Arguments | None:
     parameters = attributes.slice_parameters(rw, node)
-    if parameters is None or rw.opset < 10 or len(node.inputs) < 4:
+    if parameters is None or len(node.inputs) < 4:
         return None
     axes, starts = [guise.axis(a) for a, *_ in parameters], rw.raw(node.inputs[1])
     if any(a is None for a in axes) or starts is None:

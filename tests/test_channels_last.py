@@ -212,6 +212,7 @@ SOFT, MOST = SIDE + "{ r = Softmax<axis=1>(x) ", SIDE + "{ r = ReduceMax<axes=[1
         # before: only what the region reads and that shares a way in
         ("Concat", MOST + "c = Concat<axis=1>(x, k) y = Sub(c, r) }", 17),
         ("Neg", SOFT.replace("[N] y)", "[N] y, double[M] z)") + "y = Abs(r) n = Neg(x) z = Relu(n) }", 17),
+        ("Neg", SOFT.replace("[N] y)", "[N] y, double[M] z)") + "y = Abs(r) z = Neg(x) }", 17),
         ("Neg", SOFT.replace("[N] y)", "[N] y, double[M] z)").replace("x)", "x, int64[K] s)", 1)
          + "y = Abs(r) u = Reshape(x, s) v = Neg(u) z = Reshape(v, flat) }", 17),
         # spellings of old opsets

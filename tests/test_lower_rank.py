@@ -195,7 +195,7 @@ def test_weights_that_are_inputs_stay() -> None:
 NUMBERS = {
     "w": normal(4, 4, 1), "k": normal(2, 4, 11, seed=1), "w5": normal(4, 4, 1, 1, 1), "w4": normal(4, 4, 1, 1),
     "k5": normal(4, 4, 3, 1, 1, seed=2), "sq": normal(4, 4, 1, 3, 3, seed=4), "w33": normal(4, 4, 3, 3, seed=5), "v4": normal(4, 4, 1, 1, seed=6),
-    "half": np.float64(0.5), "from0": np.array([1]), "to": np.array([3]), "last": np.array([4]), "deep": np.array([2, 3]), "p": np.abs(normal(4)),
+    "half": np.float64(0.5), "zero": np.array([0]), "from0": np.array([1]), "to": np.array([3]), "last": np.array([4]), "deep": np.array([2, 3]), "p": np.abs(normal(4)),
     "double5": np.array([1, 1, 1, 2, 1], np.float32), "pad5": np.array([0, 0, 0, 0, 1, 0, 0, 0, 0, 1]), "row": normal(7, seed=7),
     "grown": np.array([2, 4, 5, 12, 7]), "axis2": np.array([2]), "double4": np.array([1, 1, 2, 1], np.float32), "pad4": np.array([0, 0, 1, 0, 0, 0, 0, 0]),
 }  # fmt: skip
@@ -234,6 +234,7 @@ BOX = VIDEO + "{ c = Conv(x, w5) "
         ("Conv", "(double[2,4,5,H,W] x) => (double[N] y) { y = Conv(x, w5) }", 17),
         # on single positions
         ("MaxPool", SINGLE + "y = MaxPool<kernel_shape=[1,1]>(c) }", 17),
+        ("Slice", SINGLE + "y = Slice(c, zero, from0, axis2) }", 17),
         ("GlobalAveragePool", SINGLE + "y = GlobalAveragePool(c) }", 17),
         ("ReduceMax", SINGLE + "y = ReduceMax<axes=[1,3]>(c) }", 17),
         ("Conv", "(double[2,4,1,1] x) => (double[N] y) { y = Conv<pads=[1,1,1,1]>(x, w33) }", 17),
