@@ -259,7 +259,7 @@ def _product(rw: Rewriter, node: gs.Node, weight: gs.Tensor) -> Arguments | None
 @converts("MaxPool", "AveragePool", "LpPool")
 def _pooling(_rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
     attrs = _window_attributes(low, node)
-    if attrs is None or len(node.outputs) > 1 or node.attrs.get("storage_order", 0):
+    if attrs is None or len(node.outputs) > 1:
         return None
     kernel = low.spatial(node.attrs["kernel_shape"], 1)
     return None if kernel is None else Arguments({**attrs, "kernel_shape": kernel})
@@ -279,27 +279,23 @@ def _window_attributes(low: Lowering, node: gs.Node) -> dict[str, object] | None
     "BatchNormalization", "InstanceNormalization", "GroupNormalization", "GlobalAveragePool", "GlobalMaxPool",
     "GlobalLpPool",
 )  # fmt: skip
-def _per_channel(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
+def _per_channel(_rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
     if low.rank == 4 and node.op != "BatchNormalization":
         return None
-    computed = any(t.name and rw.constant(t) is None for t in node.inputs[1:])
-    plain = len(node.outputs) == 1 and node.attrs.get("spatial", 1) and not computed
-    return Arguments(dict(node.attrs)) if plain else None
+    return Arguments(dict(node.attrs)) if node.attrs.get("spatial", 1) else None
 
 
 @converts("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare")
 def _reduction(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
-    arguments = BY_AXES[node.op](rw, low, node)
     axes = attributes.axes_of(rw, node, reduces_since(node)) or ()
-    if arguments is not None or low.rank != 5 or not {3, 4} <= set(axes) or not node.attrs.get("keepdims", 1):
-        return arguments
-    return along(rw, node, sorted({min(a, 3) for a in axes}))
+    whole_plane = {3, 4} <= set(axes)
+    return along(rw, node, sorted({min(a, 3) for a in axes})) if whole_plane else BY_AXES[node.op](rw, low, node)
 
 
 @converts("Resize", "Upsample")
 def _resize(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
     odd = node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize" or "axes" in node.attrs
-    if odd or node.attrs.get("mode", "nearest") == "cubic" or rw.opset < 9:
+    if odd or node.attrs.get("mode", "nearest") == "cubic":
         return None
     if attributes.resized_by_sizes(rw, node):
         sizes = rw.integers(node.inputs[3])
@@ -318,7 +314,7 @@ def _pad(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
         return None
     pads, half = found[0], low.rank
     begins, ends = low.every(pads[:half], 0), low.every(pads[half:], 0)
-    if begins is None or ends is None or (found[1] == "reflect" and low.rank == 5):
+    if begins is None or ends is None:
         return None
     if rw.opset < 11:
         return Arguments({**node.attrs, "pads": [*begins, *ends]})
