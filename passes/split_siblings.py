@@ -97,7 +97,7 @@ def _by_rows(reading: Reading, count: int) -> bool:
     g = reading.geometry
     dense = reading.weighted and g.groups == 1
     single = reading.kind in emit.FORMS and g.groups == g.in_channels == count > 1
-    return g.out_channels == count and (dense or single)
+    return dense or single
 
 
 def _sources(rw: Rewriter, node: gs.Node, axis: int) -> list[gs.Tensor] | None:

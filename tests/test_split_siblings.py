@@ -13,7 +13,7 @@ CONSTANTS = {
     "low": np.float64(-0.5), "high": np.float64(0.5), "slope": normal(7, 1, 1, seed=3), "g": normal(8, 3, 1, 1, seed=4), "half": np.array([4, 4]),
     "space": np.array([2, 4]), "d": normal(7, 1, 3, 3, seed=5), "up": np.array([1, 1, 2, 2], np.float32), "w2": normal(7, 3, 1, 1, seed=6),
     "w1": normal(7, 3, 1, seed=11), "image": normal(6, 5, seed=8), "one": normal(1, 3, 1, 1, seed=9), "x7": normal(1, 7, 6, 5, seed=10), "size": np.array([2, 7, 12, 10]),
-    "u7": normal(2, 7, 1, 1, seed=7),
+    "picks": np.array([7, 6, 5, 4, 3, 2, 0]), "h": normal(8, 4, 1, 1, seed=12), "u7": normal(2, 7, 1, 1, seed=7),
 }  # fmt: skip
 
 
@@ -73,6 +73,9 @@ def test_a_part_that_nobody_reads_is_not_computed() -> None:
         ("{ a = Conv(x, w) m = Transpose<perm=[0,1,3,2]>(a) p, q = Split<axis=1>(m, n) }", ""),
         ("{ a = Conv(x, w) m = Softmax<axis=1>(a) p, q = Split<axis=1>(m, n) }", ""),
         ("(double[2,3,6,5] x) => (double[N] p, double[N] q, double[N] z) { a = Conv(x, w) e = GlobalAveragePool(a) m = Mul(a, e) p, q = Split<axis=1>(m, n) z = Conv(e, u7) }", ""),
+        ("{ a = Conv(x, g) s = Gather<axis=1>(a, picks) p, q = Split<axis=1>(s, n) }", ""),
+        ("{ t = Conv(x, g) a = Conv<group=2>(t, h) p, q = Split<axis=1>(a, half) }", ""),
+        ("(double[2,3,6,5] x) => (double[N] p, double[N] q, int64[N] i) { a = Conv(x, w) m, i = MaxPool<kernel_shape=[2,2]>(a) p, q = Split<axis=1>(m, n) }", ""),
         ("{ a = Conv<group=2>(t, g2) p, q = Split<axis=1>(a, half) t = Concat<axis=1>(x, x) }", ""),
         ("{ a = Conv(x, w) p, q = Split<axis=2>(a, space) }", ""),
     ],
