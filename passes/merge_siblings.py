@@ -30,7 +30,7 @@ class MergeSiblings(Pass):
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
         reading = forms.weighted(rw, node)
-        if reading is None or reading.nodes[0] is not node or len(rw.readers(reading.source)) < 2:
+        if reading is None or len(rw.readers(reading.source)) < 2:
             return None
         siblings = [s for n in rw.readers(reading.source) if (s := _sibling(rw, n, reading)) is not None]
         if len(siblings) < 2 or siblings[0].nodes[0] is not node:
@@ -103,11 +103,11 @@ def _shape_only(g: Geometry) -> Geometry:
 def _sibling(rw: Rewriter, node: gs.Node, reading: Reading) -> Reading | None:
     """The map of `node`, if it has the form and the geometry of `reading`."""
     other = forms.weighted(rw, node)
-    if other is None or other.nodes[0] is not node or other.source is not reading.source:
+    if other is None or other.source is not reading.source:
         return None
     g = other.geometry
     alike = (other.kind, other.axis, _shape_only(g)) == (reading.kind, reading.axis, _shape_only(reading.geometry))
-    return other if alike and g.groups == 1 and not g.transposed and not g.auto_pad else None
+    return other if alike and g.groups == 1 else None
 
 
 def _nodes(sibling: Reading, tail: Sequence[Step]) -> list[gs.Node]:

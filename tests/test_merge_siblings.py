@@ -175,3 +175,23 @@ def test_an_output_between_map_and_activation_stays() -> None:
     result, _, _ = run(model, eager(MergeSiblings))
     assert ops(result) == {"Conv": 1, "Split": 1, "Relu": 2}
     same(model, result, x=X)
+
+
+def test_a_result_that_others_read_needs_the_split() -> None:
+    body = "(double[2,6,5,7] x) => (double[N] y, double[M] z) { p = Conv(x, u) q = Conv(x, v) y = Concat<axis=1>(p, q) z = Abs(q) }"
+    model = parse(body, u=W3["u"], v=W3["v"])
+    result, _, _ = run(model, eager(MergeSiblings))
+    assert ops(result) == {"Conv": 1, "Split": 1, "Concat": 1, "Abs": 1}
+    same(model, result, x=X)
+
+
+@pytest.mark.parametrize(
+    ("call", "why"),
+    [("ConvTranspose(x, %s)", "transposed"), ('Conv<auto_pad="SAME_UPPER">(x, %s)', "automatic padding")],
+)
+def test_what_does_not_stack_says_so(call: str, why: str) -> None:
+    body = f"(double[2,6,5,7] x) => (double[N] a, double[N] b) {{ a = {call % 'u'} b = {call % 'v'} }}"
+    model = parse(body, u=normal(6, 6, 1, 1), v=normal(6, 6, 1, 1, seed=1))
+    result, outcome, _ = run(model, eager(MergeSiblings))
+    assert result is model
+    assert why in reasons(outcome)[0]
