@@ -191,7 +191,7 @@ def test_a_result_that_others_read_needs_the_split() -> None:
 )
 def test_what_does_not_stack_says_so(call: str, why: str) -> None:
     body = f"(double[2,6,5,7] x) => (double[N] a, double[N] b) {{ a = {call % 'u'} b = {call % 'v'} }}"
-    model = parse(body, u=normal(6, 6, 1, 1), v=normal(6, 6, 1, 1, seed=1))
+    model = parse(body, u=normal(6, 6, 3, 3), v=normal(6, 6, 3, 3, seed=1))
     result, outcome, _ = run(model, eager(MergeSiblings))
     assert result is model
     assert why in reasons(outcome)[0]
