@@ -22,13 +22,13 @@ class JoinConcat(Pass):
     policy = "measured"
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
-        if rw.op(node) != "Add" or rw.opset < 7:
+        if rw.op(node) != "Add":
             return None
         readings = [forms.linear(rw, rw.producer(t)) for t in node.inputs]
         maps = [
             r for r in readings if r is not None and r.weighted and r.geometry.groups == 1 and r.kind != "left-matmul"
         ]
-        if len(maps) != 2 or maps[0].source is maps[1].source or maps[0].output is maps[1].output:
+        if len(maps) != 2 or maps[0].source is maps[1].source:
             return None
         a, b = maps
         if (a.kind, a.axis, _form(a)) != (b.kind, b.axis, _form(b)) or a.geometry.transposed or a.geometry.auto_pad:

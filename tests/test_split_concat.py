@@ -32,6 +32,15 @@ def test_a_sum_of_maps() -> None:
     same(model, result, a=A, b=B, c=C)
 
 
+def test_sums_of_old_opsets_are_joined() -> None:
+    model = parse(
+        SIDE + "{ p = Conv(a, u) q = Conv(b, v) y = Add(q, p) }", 6, u=normal(5, 3, 1, 1), v=normal(5, 4, 1, 1)
+    )
+    result, _, _ = run(model, eager(JoinConcat))
+    assert ops(result) == {"Concat": 1, "Conv": 1}
+    same(model, result, a=A, b=B, c=C)
+
+
 def test_along_the_last_axis() -> None:
     side = "(double[2,5,3] a, double[2,5,4] b) => (double[N] y) "
     split = parse(side + "{ t = Concat<axis=-1>(a, b) m = MatMul(t, w) y = Add(m, z) }", w=normal(7, 6), z=normal(6))
@@ -79,6 +88,9 @@ def test_refusals_to_split(body: str, weights: dict[str, np.ndarray]) -> None:
          {"u": normal(5, 3, 1, 1), "v": normal(5, 4, 3, 3)}),
         ("{ p = Conv(a, u) q = Conv(b, v) r = Relu(p) s = Add(q, p) y = Add(r, s) }",
          {"u": normal(5, 3, 1, 1), "v": normal(5, 4, 1, 1)}),
+        ("{ p = Conv(a, u) q = Conv(b, v) y = Sub(q, p) }", {"u": normal(5, 3, 1, 1), "v": normal(5, 4, 1, 1)}),
+        ("{ p = Conv(a, u) q = Conv(b, v) y = Max(q, p) }", {"u": normal(5, 3, 1, 1), "v": normal(5, 4, 1, 1)}),
+        ("{ p = Conv(a, u) y = Add(p, p) }", {"u": normal(5, 3, 1, 1)}),
         ("{ p = Conv(a, u) q = Conv(a, v) y = Add(q, p) }", {"u": normal(5, 3, 1, 1), "v": normal(5, 3, 1, 1, seed=1)}),
         ("{ p = Conv(a, u) q = Conv<group=2>(b, v) y = Add(q, p) }",
          {"u": normal(4, 3, 1, 1), "v": normal(4, 2, 1, 1)}),
