@@ -31,9 +31,7 @@ class JoinConcat(Pass):
         if len(maps) != 2 or maps[0].source is maps[1].source:
             return None
         a, b = maps
-        if (a.kind, a.axis, _form(a)) != (b.kind, b.axis, _form(b)) or a.geometry.transposed or a.geometry.auto_pad:
-            return None
-        if not _fit(rw, a, b):
+        if (a.kind, a.axis, _form(a)) != (b.kind, b.axis, _form(b)) or not _fit(rw, a, b):
             return None
         if not self.eager:
             return Skip("as one map of a Concat it takes as many multiply-adds; only measuring can tell")
