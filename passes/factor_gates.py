@@ -18,17 +18,17 @@ class FactorGates(Pass):
     name = "factor-gates"
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | None:
-        if rw.op(node) != "Add" or len(node.inputs) != 2 or rw.opset < 7:  # broadcasting since opset 7
+        if rw.op(node) != "Add" or rw.opset < 7:  # broadcasting since opset 7
             return None
         for x, product in (node.inputs, node.inputs[::-1]):
             mul = rw.producer(product)
-            if mul is None or rw.op(mul) != "Mul" or rw.crowd(product) or x is product:
+            if not rw.is_a(mul, "Mul") or rw.crowd(product):
                 continue
             gate = next((g for f, g in (mul.inputs, list(mul.inputs)[::-1]) if f is x and g is not x), None)
             if gate is None or not self._smaller(rw, gate, x):
                 continue
             dtype = rw.dtype(x)
-            if dtype is None or dtype.kind not in "fV":
+            if dtype is None:
                 continue
             one = rw.new_constant(f"{gate.name}_one", np.ones((), dtype))
             wider = rw.new_variable(f"{gate.name}_plus_one", gate)

@@ -20,17 +20,28 @@ def test_a_residual_gate(product: str, total: str) -> None:
     same(model, result, x=normal(2, 4, 3, 5), g=normal(2, 4, 1, 1, seed=1))
 
 
+INPUTS = "(double[2,4,3,5] x, double[2,4,1,1] g) => (double[N] y) "
+
+
 @pytest.mark.parametrize(
-    "body",
+    ("body", "opset"),
     [
-        "(double[2,4,3,5] x, double[2,4,3,5] g) => (double[N] y) { m = Mul(x, g) y = Add(x, m) }",  # gate as large as x
-        "(double[2,4,3,5] x, double[2,4,1,1] g) => (double[N] y, double[N] m) { m = Mul(x, g) y = Add(x, m) }",
-        "(double[2,4,3,5] x, double[2,4,1,1] g, double[2,4,3,5] z) => (double[N] y) { m = Mul(x, g) y = Add(z, m) }",
-        "(double[2,4,3,5] x) => (double[N] y) { m = Mul(x, x) y = Add(x, m) }",
+        ("(double[2,4,3,5] x, double[2,4,3,5] g) => (double[N] y) { m = Mul(x, g) y = Add(x, m) }", 17),  # as large as x
+        ("(double[2,4,1,5] x, double[2,1,3,5] g) => (double[N] y) { m = Mul(x, g) y = Add(x, m) }", 17),  # which grows
+        ("(double[2,4,3,5] x, double[4,1,1] g) => (double[N] y) { m = Mul(x, g) y = Add(x, m) }", 17),
+        ("(double[2,4,3,5] x, double[2,4,1,1] g) => (double[N] y, double[N] m) { m = Mul(x, g) y = Add(x, m) }", 17),
+        ("(double[2,4,3,5] x, double[2,4,1,1] g, double[2,4,3,5] z) => (double[N] y) { m = Mul(x, g) y = Add(z, m) }", 17),
+        ("(double[2,4,3,5] x) => (double[N] y) { m = Mul(x, x) y = Add(x, m) }", 17),
+        (INPUTS + "{ m = Mul(x, g) y = Sub(x, m) }", 17),
+        (INPUTS + "{ m = Mul(x, g) y = Max(x, m) }", 17),
+        (INPUTS + "{ m = Div(x, g) y = Add(x, m) }", 17),
+        (INPUTS + "{ m = Pow(x, g) y = Add(x, m) }", 17),
+        (INPUTS + "{ m = Mul(x, g) y = Add(m, m) }", 17),
+        (INPUTS + "{ m = Mul<broadcast=1>(x, g) y = Add(x, m) }", 6),
     ],
-)
-def test_refusals(body: str) -> None:
-    model = parse(body)
+)  # fmt: skip
+def test_refusals(body: str, opset: int) -> None:
+    model = parse(body, opset)
     assert run(model, FactorGates())[0] is model
 
 

@@ -72,6 +72,7 @@ def test_not_without_measuring(p: Pass) -> None:
         ("{ t = Concat<axis=2>(a, a2) y = Conv(t, w) }", {"w": normal(5, 3, 1, 1), "a2": normal(2, 3, 5, 7)}),
         ("{ t = Concat<axis=1>(a, b) s = Conv(t, w) r = Relu(t) q = Conv(r, v) y = Add(s, q) }",
          {"w": normal(5, 7, 1, 1), "v": normal(5, 7, 1, 1, seed=1)}),
+        ("{ t = Concat<axis=1>(b) y = Conv(t, w) }", {"w": normal(5, 4, 1, 1)}),
         ("{ t = Concat<axis=1>(b, b) y = Conv(t, w) }", {"w": normal(5, 8, 1, 1)}),
         ("{ t = Concat<axis=1>(b, c) y = Conv<group=2>(t, w) }", {"w": normal(4, 3, 1, 1)}),
     ],
