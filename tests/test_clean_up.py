@@ -4,7 +4,7 @@ import numpy as np
 import onnx
 import pytest
 from helpers import evaluate, normal, ops, parse, reasons, run, same
-from onnx import TensorProto, helper
+from onnx import TensorProto, helper, numpy_helper
 
 import pwopt
 from pwopt.model import from_proto
@@ -80,17 +80,38 @@ SOMETHING: list[tuple[str, dict[str, np.ndarray]]] = [
     ("Expand(x, s)", {"s": np.array([3, 1, 1, 1, 1])}),
     ("Concat<axis=1>(x, x)", {}),
     ("MaxPool<kernel_shape=[1,1], strides=[2,2]>(x)", {}),
+    ("MaxPool<kernel_shape=[2,1]>(x)", {}),
+    ("AveragePool<kernel_shape=[1,1], pads=[0,1,0,0], count_include_pad=1>(x)", {}),
+    ("MaxPool<kernel_shape=[1,1], storage_order=0>(x)", {}),  # whose indices are read
+    ("Mul(x, c)", {"c": np.float64(2)}),
+    ("Add(x, c)", {"c": np.float64(2)}),
+    ("Sub(x, c)", {"c": np.array([0.0, 0, 0, 0, 0, 0, 0, 1])}),
+    ("Div(x, c)", {"c": np.full((4, 1, 1), -1.0)}),
+    ("BatchNormalization(x, p, z, z, p)", {"p": np.ones(4), "z": np.zeros(4)}),  # its ε makes a difference
+    ("Dropout<seed=1>(x, r, t)", {"r": np.float64(0.5), "t": np.array(True)}),
+    ("Resize(x, , s)", {"s": np.array([1, 1, 2, 1], np.float32)}),
+    ("Resize(x, , , s)", {"s": np.array([2, 4, 6, 9])}),
+    ('Resize<coordinate_transformation_mode="tf_crop_and_resize">(x, r, s)',
+     {"r": np.array([0, 0, 0, 0.5, 1, 1, 1, 1], np.float32), "s": np.ones(4, np.float32)}),
+    ("Tile(x, r)", {"r": np.array([1, 1, 2, 1])}),
+    ("ReduceMax<axes=[1]>(x)", {}),
+    ("Pad<mode=\"edge\">(x, p)", {"p": np.array([0, 0, 0, 0, 0, 0, 0, 1])}),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("call", "weights"), SOMETHING)
 def test_what_does_something_stays(call: str, weights: dict[str, np.ndarray]) -> None:
-    model = parse(f"(double[2,4,6,8] x) => (double[N] y) {{ y = {call} }}", **weights)
+    outputs = "k, z" if "storage" in call else "k"
+    inner = call.replace("(x", "(h").replace(" x", " h")  # between two that could be joined, were it not there
+    body = f"(double[2,4,6,8] x) => (double[N] y) {{ h = Neg(x) {outputs} = {inner} y = Neg(k) }}"
+    model = parse(
+        body if outputs == "k" else body.replace("y = Neg(k)", "n = Neg(k) e = Cast<to=11>(z) y = Add(n, e)"), **weights
+    )
     assert run(model, CleanUp())[0] is model
 
 
 def test_a_cast_there_and_back_stays() -> None:
-    model = parse("(double[2,4] x) => (double[N] y) { a = Cast<to=1>(x) y = Cast<to=11>(a) }")
+    model = parse("(double[2,4] x) => (double[N] y) { h = Neg(x) a = Cast<to=1>(h) b = Cast<to=11>(a) y = Neg(b) }")
     assert run(model, CleanUp())[0] is model
 
 
@@ -154,6 +175,39 @@ def test_random_and_unknown_operators_are_not_computed() -> None:
     custom.graph.node.insert(0, helper.make_node("Identity", ["x"], ["z"], domain="my.domain"))
     custom.opset_import.append(helper.make_opsetid("my.domain", 1))
     assert run(custom, CleanUp())[0] is custom
+
+
+def test_what_must_stay_visible_is_not_computed() -> None:
+    model = parse("(double[2] x) => (double[N] y, double[M] z) { y = Neg(x) z = Neg(c) }", c=normal(2))
+    assert run(model, CleanUp())[0] is model
+
+
+def test_texts_are_not_computed() -> None:
+    nodes = [helper.make_node("Gather", ["words", "i"], ["word"]), helper.make_node("Equal", ["x", "word"], ["y"])]
+    ends = [
+        helper.make_tensor_value_info("x", TensorProto.STRING, [2]),
+        helper.make_tensor_value_info("y", TensorProto.BOOL, [2]),
+    ]
+    words = helper.make_tensor("words", TensorProto.STRING, [2], [b"one", b"two"])
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [words, numpy_helper.from_array(np.array([1]), "i")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    assert run(model, CleanUp())[0] is model
+
+
+def test_sizes_that_may_grow_are_no_proof() -> None:
+    """Expand by an input's own shape may do nothing, or not."""
+    model = parse(
+        "(double[A,1] x, double[A,B] z) => (double[M] y) { h = Neg(x) s = Shape(z) k = Expand(h, s) y = Neg(k) }"
+    )
+    assert run(model, CleanUp())[0] is model
+
+
+def test_reshapes_in_a_row_are_one() -> None:
+    body = "(double[2,12] x) => (double[N] y) { a = Reshape(x, p) b = Reshape(a, q) y = Neg(b) }"
+    model = parse(body, p=np.array([2, 3, 4]), q=np.array([6, 4]))
+    result, outcome, _ = run(model, CleanUp())
+    assert ops(result) == {"Reshape": 1, "Neg": 1}
+    assert [r.reason for r in outcome.rewrites] == ["Reshape and Reshape are one Reshape"]
 
 
 def test_what_nobody_reads_goes_but_not_unknown_operators() -> None:
