@@ -1118,3 +1118,13 @@ def test_every_dead_channel_goes_if_that_is_asked_for() -> None:
         result, _, _ = run(model, p)
         assert weight(result, "w").shape[0] == kept
         same(model, result, x=X)
+
+
+def test_subnormal_weights_that_are_more_than_weights_stay() -> None:
+    """What else reads them is not known to let them go."""
+    weight = normal(4, 4, 1, 1, dtype=np.float32)
+    weight[0, 0] = 1e-40
+    model = parse("(float[1,4,3,3] x) => (float[N] y) { c = Conv(x, w) s = ReduceMax(w) y = Add(c, s) }", w=weight)
+    result, outcome, _ = run(model, DropDead())
+    assert result is model
+    assert "other operators read 'w' too" in reasons(outcome)[0]

@@ -114,13 +114,30 @@ def test_cropping_what_padding_made_only_removes_the_padding() -> None:
         "{ p = Relu(x) q = Slice(p, a, e, d) r = GlobalAveragePool(p) y = Add(q, r) }",  # needed whole
         "{ p = Softmax<axis=2>(x) y = Slice(p, a, e, d) }",
         "{ p = AveragePool<kernel_shape=[2,2], ceil_mode=1>(x) y = Slice(p, a, e, d) }",
+        "{ p = Conv(x, k) y = Slice(p, one, two, one) }",  # channels that are mixed
+        "{ p = Conv(x, k) y = Slice(p, one, two, zero) }",  # a sample
+        "{ p = Conv(x, k) y = Slice(p, two, two, two) }",  # nothing
     ],
 )
 def test_refusals(body: str) -> None:
-    numbers = CROP | {"u": normal(12, 3, 3, 3), "c": np.array([1, 2]), "s": np.array([2, 1])}
+    numbers = CROP | {"u": normal(12, 3, 3, 3), "c": np.array([1, 2]), "s": np.array([2, 1]), "k": normal(3, 3, 1, 1)}
+    numbers |= {"zero": np.array([0]), "one": np.array([1]), "two": np.array([2])}
     used = {k: v for k, v in numbers.items() if f" {k})" in body or f" {k}," in body}
     model = parse(SIDE + body, **used)
     assert run(model, HoistCrop())[0] is model
+
+
+def test_old_spellings_stay() -> None:
+    model = parse(SIDE + "{ p = Relu(x) y = Slice<axes=[2],starts=[2],ends=[5]>(p) }", 9)
+    assert run(model, HoistCrop())[0] is model
+
+
+@pytest.mark.parametrize("pool", ["MaxPool<kernel_shape=[3,3]>(x)", "AveragePool<kernel_shape=[2,2]>(x)"])
+def test_pooling_computes_what_is_kept(pool: str) -> None:
+    model = parse(SIDE + f"{{ p = {pool} y = Slice(p, a, e, d) }}", **CROP)
+    result, _, _ = run(model, HoistCrop())
+    assert order(result) == ["Slice", pool.partition("<")[0]]
+    same(model, result, x=X)
 
 
 def test_a_dynamic_size_is_told() -> None:
