@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from helpers import eager, normal, ops, parse, reasons, run, same
+from helpers import build, eager, normal, ops, parse, reasons, run, same
 
 from pwopt.cost import measure
 from pwopt.graph import View
@@ -195,3 +195,33 @@ def test_what_does_not_stack_says_so(call: str, why: str) -> None:
     result, outcome, _ = run(model, eager(MergeSiblings))
     assert result is model
     assert why in reasons(outcome)[0]
+
+
+TWO = "{ p = Conv(x, u) q = Conv(x, v) "
+
+
+@pytest.mark.parametrize(
+    ("body", "kept"),
+    [
+        (TWO + "a = Softmax<axis=1>(p) b = Softmax<axis=1>(q) }", {"Softmax": 2}),  # across channels
+        (TWO + "a = PRelu(p, each) b = PRelu(q, each) }", {"PRelu": 2}),  # with a number for each of them
+        (TWO + "a = PRelu(x4, p) b = PRelu(x4, q) }", {"PRelu": 2}),  # where they are not the data
+        (TWO + "a = Mul(p, x4) b = Mul(q, x4) }", {"Mul": 2}),  # with what is no number
+        (TWO + "s = Softmax<axis=1>(p) a = Mul(p, s) t = Softmax<axis=1>(q) b = Mul(q, t) }", {"Softmax": 2, "Mul": 2}),
+        (TWO + "s = Sigmoid(p) a = Add(p, s) t = Sigmoid(q) b = Add(q, t) }", {"Sigmoid": 2, "Add": 2}),
+        (TWO + "s = Sigmoid(p) r = Abs(s) a = Mul(p, r) t = Sigmoid(q) o = Abs(t) b = Mul(q, o) }",
+         {"Sigmoid": 2, "Mul": 2, "Abs": 2}),
+        (TWO + "s = Sigmoid(p) m = Mul(p, s) a = Sub(m, s) t = Sigmoid(q) n = Mul(q, t) b = Sub(n, t) }",
+         {"Sigmoid": 2, "Mul": 2, "Sub": 2}),
+        (TWO + "s = Sigmoid(p) m = Mul(p, s) a = Sub(m, p) t = Sigmoid(q) n = Mul(q, t) b = Sub(n, q) }",
+         {"Sigmoid": 2, "Mul": 2, "Sub": 2}),
+    ],
+)  # fmt: skip
+def test_what_follows_and_is_no_activation_stays_behind_the_split(body: str, kept: dict[str, int]) -> None:
+    constants = {"u": normal(4, 6, 1, 1), "v": normal(4, 6, 1, 1, seed=1), "each": np.abs(normal(4, 1, 1))}
+    inputs = "double[2,6,5,7] x" + (", double[2,4,5,7] x4" if "x4" in body else "")
+    model = build(f"({inputs}) => (double[N] a, double[N] b) {body}", constants)
+    result, _, _ = run(model, eager(MergeSiblings))
+    assert ops(result) == {"Conv": 1, "Split": 1} | kept
+    feeds = {"x": X, "x4": normal(2, 4, 5, 7, seed=2)}
+    same(model, result, **{i.name: feeds[i.name] for i in model.graph.input})
