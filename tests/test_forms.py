@@ -218,6 +218,37 @@ def test_gemm_refusals(attributes: str) -> None:
     assert isinstance(reading, Refusal)
 
 
+def test_a_number_for_each_row_is_no_bias() -> None:
+    """Though there are as many rows as channels."""
+    _, reading = last(parse("(double[5,4] x) => (double[N] y) { y = Gemm(x, w, b) }", w=normal(4, 5), b=normal(5, 1)))
+    assert isinstance(reading, Refusal)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "call", "weights"),
+    [
+        ("", "ConvTranspose<strides=[2,2], output_shape=[15,16]>(x, w)", {"w": normal(4, 3, 3, 3)}),
+        ("", 'ConvTranspose<strides=[2,2], auto_pad="SAME_UPPER">(x, w)', {"w": normal(4, 3, 3, 3)}),
+        (", double[4,3,3,3] w", "ConvTranspose(x, w)", {}),
+        (", double[3] b", "ConvTranspose(x, w, b)", {"w": normal(4, 3, 3, 3)}),
+        (", double[3,4,3,3] w", "Conv(x, w)", {}),
+        (", double[3] b", "Conv(x, w, b)", {"w": normal(3, 4, 3, 3)}),
+        ("", "Conv<pads=[-1,0,0,0]>(x, w)", {"w": normal(3, 4, 3, 3)}),
+    ],
+)
+def test_what_is_not_known_before_is_refused(inputs: str, call: str, weights: dict[str, np.ndarray]) -> None:
+    _, reading = last(parse(f"(double[2,4,7,8] x{inputs}) => (double[N] y) {{ y = {call} }}", **weights))
+    assert isinstance(reading, Refusal)
+
+
+@pytest.mark.parametrize("call", ["MatMul(x, w)", "Mul(x, c)", "Add(x, c)", "Neg(x)", "Identity(x)"])
+def test_integers_are_not_read(call: str) -> None:
+    """Folded in float64, they would be rounded where they wrap."""
+    weights = {"w": normal(4, 5).astype(np.int32), "c": np.int32(3)}
+    used = {k: v for k, v in weights.items() if f" {k})" in call}
+    assert last(parse(f"(int32[3,4] x) => (int32[N] y) {{ y = {call} }}", **used))[1] is None
+
+
 @pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)])
 def test_matmul_on_the_last_axis(shape: tuple[int, ...]) -> None:
     dims = ",".join(map(str, shape))
