@@ -263,6 +263,11 @@ def test_matmul_from_the_left() -> None:
     assert (reading.kind, reading.axis) == ("left-matmul", 1)
 
 
+def test_a_product_with_a_vector_has_no_positions() -> None:
+    _, reading = last(parse("(double[4] x) => (double[N] y) { y = MatMul(w, x) }", w=normal(5, 4)))
+    assert isinstance(reading, Refusal)
+
+
 def test_matmul_with_its_bias() -> None:
     body = "(double[2,3,4] x) => (double[N] y) { h = MatMul(x, w) y = Add(b, h) }"
     reading = check(parse(body, w=normal(4, 5), b=normal(5)), normal(2, 3, 4))
