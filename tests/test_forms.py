@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import onnx
 import pytest
-from helpers import evaluate, normal, parse
+from helpers import build, evaluate, normal, parse
 
 from pwopt import emit, forms
 from pwopt.graph import View
@@ -261,6 +261,33 @@ def test_matmul_on_the_last_axis(shape: tuple[int, ...]) -> None:
 def test_matmul_from_the_left() -> None:
     reading = check(parse("(double[2,4,6] x) => (double[N] y) { y = MatMul(w, x) }", w=normal(5, 4)), normal(2, 4, 6))
     assert (reading.kind, reading.axis) == ("left-matmul", 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "axis"),
+    [
+        ("{ h = MatMul(x, w) y = Add(h, b) }", 1),  # along the rows, as many as columns
+        ("{ h = MatMul(x, w) z = Neg(h) y = Add(h, c) }", 2),  # a product that others read
+    ],
+)
+def test_an_add_that_is_no_bias(body: str, axis: int) -> None:
+    constants = {"w": normal(4, 3), "b": normal(3, 1), "c": normal(3)}
+    outputs = "double[N] y" + (", double[M] z" if "z =" in body else "")
+    _, reading = last(build(f"(double[2,3,4] x) => ({outputs}) {body}", constants))
+    assert isinstance(reading, forms.Reading)
+    assert (len(reading.nodes), reading.axis) == (1, axis)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '(double[2,4,H,W] x) => (double[N] y) { y = AveragePool<kernel_shape=[2,2],strides=[2,2],auto_pad="SAME_UPPER">(x) }',
+        "(double[2,4,7,8] x) => (double[N] y, bool[M] m) { y, m = Dropout(x) }",
+        "(double[2,C,7,8] x) => (double[N] y) { y = AveragePool<kernel_shape=[2,2]>(x) }",
+    ],
+)
+def test_what_depends_on_more_is_refused(body: str) -> None:
+    assert isinstance(last(parse(body))[1], Refusal)
 
 
 def test_a_product_with_a_vector_has_no_positions() -> None:
