@@ -334,6 +334,16 @@ def test_reduction_over_channels(op: str, opset: int) -> None:
     check(parse(f"(double[2,4,7,8] x) => (double[N] y) {{ y = {call} }}", opset, **weights), X4)
 
 
+@pytest.mark.parametrize(
+    "call", ["ReduceSum(x, both)", "ReduceSum<keepdims=0>(x, one)", "ReduceSum(x)", "ReduceMean(x)"]
+)
+def test_reductions_over_more_or_less_are_not_read(call: str) -> None:
+    model = build(
+        f"(double[2,4,7,8] x) => (double[N] y) {{ y = {call} }}", {"both": np.array([1, 2]), "one": np.array([1])}
+    )
+    assert last(model)[1] is None
+
+
 SELECTIONS: list[Callable[[], onnx.ModelProto]] = [
     lambda: parse("(double[2,4,7,8] x) => (double[N] y) { y = Slice<starts=[1], ends=[3], axes=[1]>(x) }", 9),
     lambda: parse(

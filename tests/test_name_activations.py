@@ -78,6 +78,33 @@ def test_lookalikes_are_not_named_hard_swish(body: str) -> None:
         same(model, result, 1e-5, x=X)
 
 
+@pytest.mark.parametrize(
+    "body",
+    [
+        "b = Clip(x, zero, six) y = Div(b, three)",  # reaches 2
+        "b = Clip(x, minus, six) y = Div(b, six)",
+        "b = Clip(x, zero) y = Div(b, six)",
+        "a = Max(x, half) b = Min(a, six) y = Div(b, six)",
+        "a = Abs(x) b = Min(a, six) y = Div(b, six)",
+        "a = Max(x, zero) b = Max(a, six) y = Div(b, six)",
+        "a = Relu(x) b = Min(a, minus) y = Div(b, minus)",
+        "a = Max(x, zero) b = Min(a, six) c = Div(b, six) k = Neg(a) y = Add(c, k)",  # read by more
+        "s = HardSigmoid(x) p = Add(s, one) y = Mul(x, p)",
+        "s = HardSigmoid(x) p = Mul(s, three) y = Mul(x, p)",
+        "s = Sigmoid(x) p = Add(s, one) y = Mul(x, p)",
+        "d = Mul(x, three) s = Sigmoid(d) y = Mul(x, s)",
+        "s = Tanh(x) y = Mul(x, s)",
+        "s = Sigmoid(x) y = Add(x, s)",
+        "d = Div(x, three) e = Erf(d) p = Add(e, one) m = Mul(x, p) y = Mul(m, half)",
+        "d = Div(x, root) e = Erf(d) p = Add(e, half) m = Mul(x, p) y = Mul(m, half)",
+        "d = Div(x, root) e = Erf(d) p = Add(e, one) m = Mul(x, p) y = Mul(m, three)",
+    ],
+)
+def test_lookalikes_stay_as_they_are(body: str) -> None:
+    model = model_of(body, 24, minus=F(-1), root=F(np.sqrt(2)))
+    assert run(model, NameActivations())[0] is model
+
+
 @pytest.mark.parametrize("kept", "abc")
 def test_an_intermediate_that_is_read_elsewhere_is_kept(kept: str) -> None:
     body = "(float[2,8] x) => (float[N] y, float[N] k) { a = Add(x, t) b = Clip(a, z, s) c = Mul(x, b) y = Div(c, s) k = Neg(%s) }"
