@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import onnx
 import pytest
-from helpers import normal, ops, parse, run, same
+from helpers import build, evaluate, normal, ops, parse, run, same
 
+from pwopt.commute import Affine, lift, sink
+from pwopt.graph import View
+from pwopt.linear import LinearMap, Refusal
+from pwopt.model import from_proto
 from pwopt.passes import PASSES, FoldAffine
 
 X = normal(2, 4, 6, 6)
@@ -82,3 +88,104 @@ def test_a_constant_graph_output_is_kept() -> None:
     result, _, _ = run(model, *(p() for p in PASSES))
     assert result is model
     onnx.checker.check_model(result, full_check=True)
+
+
+SCALE, POSITIVE, SHIFT = "any scale", "positive scales", "shifts"
+LINEAR = {SCALE, POSITIVE, SHIFT}
+#: What passes on the channel axis.
+PASSES_THROUGH: dict[str, set[str]] = {
+    "Identity(x)": LINEAR,
+    "Dropout(x)": LINEAR,
+    "Dropout<seed=1>(x, r, yes)": set(),
+    "Relu(x)": {POSITIVE},
+    "LeakyRelu<alpha=0.3>(x)": {POSITIVE},
+    "Abs(x)": {POSITIVE},
+    "Sigmoid(x)": set(),
+    "GlobalAveragePool(x)": LINEAR,
+    "GlobalMaxPool(x)": {POSITIVE, SHIFT},
+    "AveragePool<kernel_shape=[2,2]>(x)": LINEAR,
+    "AveragePool<kernel_shape=[3,3],pads=[1,1,1,1]>(x)": LINEAR,
+    "AveragePool<kernel_shape=[3,3],pads=[1,1,1,1],count_include_pad=1>(x)": {SCALE, POSITIVE},
+    'AveragePool<kernel_shape=[3,3],auto_pad="SAME_UPPER",count_include_pad=1>(x)': {SCALE, POSITIVE},
+    "AveragePool<kernel_shape=[3,3],strides=[2,2],ceil_mode=1,count_include_pad=1>(x)": {SCALE, POSITIVE},
+    "AveragePool<kernel_shape=[2,2],dilations=[4,4],pads=[3,3,3,3]>(x)": {SCALE, POSITIVE},
+    "MaxPool<kernel_shape=[2,2]>(x)": {POSITIVE, SHIFT},
+    "MaxPool<kernel_shape=[3,3],pads=[1,1,1,1]>(x)": {POSITIVE, SHIFT},
+    "MaxPool<kernel_shape=[2,2],dilations=[4,4],pads=[3,3,3,3]>(x)": set(),
+    "ReduceMean<axes=[2,3]>(x)": LINEAR,
+    "ReduceMean<axes=[2],keepdims=0>(x)": LINEAR,
+    "ReduceMean<axes=[0],keepdims=0>(x)": LINEAR,
+    "ReduceMean<axes=[1]>(x)": set(),
+    "ReduceMean(x)": set(),
+    "ReduceSum(x, last)": {SCALE, POSITIVE},
+    "ReduceMax<axes=[2]>(x)": {POSITIVE, SHIFT},
+    'Resize<mode="linear">(x, , twice)': LINEAR,
+    'Resize<mode="cubic",exclude_outside=1>(x, , twice)': LINEAR,
+    'Resize<mode="nearest">(x, , , sizes)': LINEAR,
+    'Resize<mode="linear">(x, , channels)': set(),
+    'Resize<mode="linear">(x, , , more)': set(),
+    "Pad(x, around)": {SCALE, POSITIVE},
+    'Pad<mode="edge">(x, around)': LINEAR,
+    'Pad<mode="reflect">(x, around)': LINEAR,
+    "Pad(x, around, five)": set(),
+    'Pad<mode="edge">(x, before)': set(),
+    "Slice(x, one, two, last)": LINEAR,
+    "Slice(x, one, two, one)": set(),
+    "Expand(x, larger)": set(),
+    "Tile(x, wide)": LINEAR,
+    "Tile(x, tall)": set(),
+    "DepthToSpace<blocksize=2>(x)": set(),
+    "SpaceToDepth<blocksize=2>(x)": set(),
+    "Transpose<perm=[0,2,3,1]>(x)": LINEAR,
+    "Transpose(x)": LINEAR,
+    "Reshape(x, flat)": LINEAR,
+    "Reshape(x, split)": LINEAR,
+    "Reshape(x, mixed)": set(),
+    "Flatten(x)": set(),
+    "Unsqueeze(x, one)": LINEAR,
+    "Softmax<axis=1>(x)": set(),
+}
+ARGUMENTS = {
+    "r": np.float64(0.5), "yes": np.array(True), "last": np.array([3]), "one": np.array([1]), "two": np.array([3]), "five": np.float64(5),
+    "twice": np.array([1, 1, 2, 2], np.float32), "channels": np.array([1, 2, 1, 1], np.float32), "sizes": np.array([2, 4, 5, 7]),
+    "more": np.array([2, 7, 6, 6]), "around": np.array([0, 0, 1, 0, 0, 0, 0, 2]), "before": np.array([0, 1, 0, 0, 0, 0, 0, 0]),
+    "larger": np.array([3, 2, 4, 6, 6]), "wide": np.array([1, 1, 2, 1]), "tall": np.array([1, 2, 1, 1]), "flat": np.array([2, 4, 36]),
+    "split": np.array([2, 4, 2, 3, 6]), "mixed": np.array([2, 8, 3, 6]),
+}  # fmt: skip
+
+
+def along(affine: Affine, values: np.ndarray) -> np.ndarray:
+    """A scale and a shift of one axis."""
+    shape = [-1 if a == affine.axis else 1 for a in range(values.ndim)]
+    linear = affine.map if affine.axis is not None else affine.map.spread(1)
+    return values * linear.scale.reshape(shape) + linear.bias.reshape(shape)
+
+
+@pytest.mark.parametrize("call", PASSES_THROUGH)
+def test_what_passes_through_means_the_same(call: str) -> None:
+    """f(sx + t) = s'f(x) + t' for what is said to pass, either way, on any axis; on channels, just what should does."""
+    opset = 19 if "dilations" in call else 17
+    model = build(f"(double[2,4,6,6] x) => (double[N] y) {{ y = {call} }}", ARGUMENTS, opset=opset)
+    graph = from_proto(model).graph
+    view, node = View(graph), graph.nodes[-1]
+    (y,) = evaluate(model, x=X)
+    passed = set()
+    for axis, kind in itertools.product((0, 1, 2, 3, 4, None), LINEAR):
+        for end, move in ((X, sink), (y, lift)):
+            if axis is not None and axis >= end.ndim:
+                continue
+            count = 1 if axis is None else end.shape[axis]
+            scale = np.ones(count) if kind == SHIFT else np.linspace(0.5 if kind == POSITIVE else -1.5, 2, count)
+            affine = Affine(LinearMap.diagonal(scale, np.linspace(1, 2, count) * (kind == SHIFT)), axis)
+            if move is sink:
+                moves = sink(view, node, node.inputs[0], affine)
+                before, after = (affine, moves if isinstance(moves, Refusal) else moves[0][1])
+            else:
+                found = lift(view, node, affine)
+                before, after = (found if isinstance(found, Refusal) else found[0][0][1], affine)
+            if isinstance(before, Refusal) or isinstance(after, Refusal):
+                continue
+            np.testing.assert_allclose(evaluate(model, x=along(before, X))[0], along(after, y), atol=1e-9)
+            if axis == 1 and move is sink:
+                passed.add(kind)
+    assert passed == PASSES_THROUGH[call]
