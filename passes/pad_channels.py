@@ -135,8 +135,9 @@ def _held(rw: Rewriter, analysis: Analysis, flow: Flow, holds: Mapping[int, set[
     if reading is not None:
         step = reading.load() if reading.kind == "diagonal" else None
         known = analysis.of.get(id(reading.output))
-        single = isinstance(step, LinearMap) and reading.axis is None
-        if not isinstance(step, LinearMap) or known is None or (len(step.weight) == len(known.value) and not single):
+        if not isinstance(step, LinearMap) or known is None:
+            return {0.0}
+        if reading.axis is not None and len(step.weight) == len(known.value):  # which has numbers for new channels too
             return {0.0}
         return {float(step.scale[0] * v + step.bias[0]) for v in holds[id(reading.source)]}
     parts = [holds[id(t)] for t in node.inputs if id(t) in holds]

@@ -74,13 +74,12 @@ def _features() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _path(entry_key: tuple[str, str, str, str]) -> Path:
-    key = json.dumps([part for part in entry_key if part])
-    return folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:32]}.json"
-
-
 def _key(entry: Entry) -> tuple[str, str, str, str]:
     return entry.pass_name, entry.signature, entry.place, entry.model
+
+
+def _path(key: tuple[str, str, str, str]) -> Path:
+    return folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
 
 
 def look_up(pass_name: str, signature: str, where: str, model: str = "") -> Entry | None:
@@ -122,10 +121,9 @@ def entries() -> Iterator[Entry]:
 
 
 def clear() -> int:
-    """Forget everything; returns how many files went."""
-    count = 0
+    """Forget everything; returns how many decisions that were."""
+    count = len(list(entries()))
     for path in folder().glob("*.json"):
         with contextlib.suppress(OSError):
             path.unlink()
-            count += 1
     return count

@@ -23,6 +23,7 @@ from pwopt.shapes import Change, Dim, Shape, known
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 #: The same as numpy's types, to look one up without spelling it out.
 FLOATING = frozenset(np.dtype(getattr(ml_dtypes, name, name)) for name in FLOATS)
+#: Those that round finely enough to tell a sum from its rounding.
 WIDE = frozenset(map(np.dtype, ("float32", "float64")))
 #: Distance from 1 to the next number of each.
 EPSILONS: dict[np.dtype[Any] | None, float] = {

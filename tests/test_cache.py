@@ -46,6 +46,7 @@ def test_a_doubtful_decision_is_its_model_s_own() -> None:
     assert cache.look_up(*asked, "one") == doubtful
     assert cache.look_up(*asked, "a third") == ENTRY
     assert len(list(cache.entries())) == 2
+    assert cache.clear() == 2  # as many as are shown, though a clear one is kept twice
 
 
 @pytest.mark.parametrize(

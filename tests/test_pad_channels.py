@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import helpers
 import numpy as np
 import onnx
 import pytest
@@ -28,10 +29,7 @@ CONSTANTS = {
 
 
 def build(body: str, /, **weights: np.ndarray) -> onnx.ModelProto:
-    text = body if body.startswith("(") else HEAD + body
-    for c in "()<>,=":
-        body = body.replace(c, f" {c} ")
-    return parse(text, **{k: v for k, v in {**CONSTANTS, **weights}.items() if k in body.split()})
+    return helpers.build(body, {**CONSTANTS, **weights}, HEAD)
 
 
 def widths(model: onnx.ModelProto) -> list[tuple[int, int]]:
@@ -224,3 +222,14 @@ def test_one_number_for_the_only_channel_is_one_for_all(scale: str) -> None:
     assert len(outcome.rewrites) == 1
     assert widths(result) == [(16, 3), (2, 16)]
     same(model, result, x=X)
+
+
+def test_new_channels_have_numbers_of_their_own() -> None:
+    """Zeros, in a shift for each channel, however large those of the others are."""
+    model = build("{ a = Conv(x, w) m = Add(a, far) y = Conv(m, v) }", far=np.full((18, 1, 1), 1e6))
+    result, _, _ = run(model, eager(PadChannels))
+    assert widths(result)[0] == (20, 3)
+    alike = build("{ a = Conv(x, w) m = Add(a, far) y = Conv(m, v) }", far=np.float64(1e6))
+    result, outcome, _ = run(alike, eager(PadChannels))
+    assert result is alike
+    assert "does not keep zeros small" in reasons(outcome)[0]
