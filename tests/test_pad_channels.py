@@ -233,3 +233,12 @@ def test_new_channels_have_numbers_of_their_own() -> None:
     result, outcome, _ = run(alike, eager(PadChannels))
     assert result is alike
     assert "does not keep zeros small" in reasons(outcome)[0]
+
+
+def test_one_number_is_for_new_channels_too_even_where_there_was_one_channel() -> None:
+    body = "{ a = Conv(x, one) m = Add(a, far) c = Conv(x, others) q = Concat<axis=1>(m, c) y = Conv(q, v) }"
+    numbers = {"one": normal(1, 3, 1, 1), "others": normal(17, 3, 1, 1), "far": np.float64(1e6)}
+    model = build(body, **numbers)
+    result, outcome, _ = run(model, eager(PadChannels))
+    assert result is model
+    assert "does not keep zeros small" in reasons(outcome)[0]
