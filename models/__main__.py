@@ -13,7 +13,7 @@ from rich.progress import track
 from models import page
 from models.gallery import SYSTEMS, check, serialised
 from pwopt.errors import PwoptError
-from pwopt.runtime import silence
+from pwopt.running.runtime import silence
 
 app = typer.Typer(add_completion=False)
 

@@ -27,9 +27,9 @@ from models import (
     style_transfer,
 )
 from models.system import UNMEASURED, Figure, Refusal, System
-from pwopt.model import as_file
-from pwopt.report import Latency, Report
-from pwopt.runtime import Session
+from pwopt.graph.files import as_file
+from pwopt.reporting.report import Latency, Report
+from pwopt.running.runtime import Session
 
 #: From the simplest on.
 SYSTEMS: tuple[System, ...] = (

@@ -14,9 +14,9 @@ from rich.text import Text
 
 import models
 from models.gallery import Row
-from pwopt.rewrite import Rewrite
-from pwopt.shapes import written
-from pwopt.wording import counted
+from pwopt.graph.shapes import written
+from pwopt.rewriting.records import Rewrite
+from pwopt.rewriting.wording import counted
 
 #: Of lines in the file, as everywhere in this repository.
 WIDTH = 120

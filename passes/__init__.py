@@ -26,7 +26,7 @@ from pwopt.passes.split_siblings import SplitSiblings
 from pwopt.passes.sum_branches import SumBranches
 from pwopt.passes.to_matmul import ToMatMul
 from pwopt.passes.winograd import Winograd
-from pwopt.rewrite import Pass
+from pwopt.rewriting.driver import Pass
 
 #: The default pipeline, in order.
 PASSES: tuple[type[Pass], ...] = (

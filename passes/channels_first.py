@@ -6,14 +6,15 @@ from dataclasses import replace
 
 import onnx_graphsurgeon as gs
 
-from pwopt import emit, forms
-from pwopt.forms import Reading
-from pwopt.graph import View
-from pwopt.linear import Refusal
+from pwopt.algebra.geometry import Refusal
+from pwopt.graph.shapes import Shape
+from pwopt.graph.view import View
+from pwopt.maps import emit, forms
+from pwopt.maps.forms import Reading
 from pwopt.passes.channels_last import FIRST, LAST
-from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
-from pwopt.shapes import Shape
-from pwopt.steps import Step, activation, repeated
+from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.records import Rewrite, Skip
+from pwopt.rewriting.steps import Step, activation, repeated
 
 #: Types that onnxruntime's CPU provider convolves; it multiplies matrices of float64 too.
 CONVOLVED = ("float16", "float32")

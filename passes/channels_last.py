@@ -10,14 +10,16 @@ from functools import partial
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pwopt import attributes, emit, forms
-from pwopt.carry import BY_AXES, Member, See, along, carry, data, reduces_since, rewritten
-from pwopt.forms import Reading
-from pwopt.linear import LinearMap
-from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
-from pwopt.shapes import Shape
-from pwopt.unions import Unions
-from pwopt.wording import counted
+from pwopt.algebra.linear import LinearMap
+from pwopt.algebra.unions import Unions
+from pwopt.graph import attributes
+from pwopt.graph.shapes import Shape
+from pwopt.maps import emit, forms
+from pwopt.maps.forms import Reading
+from pwopt.rewriting.carry import BY_AXES, Member, See, along, carry, data, reduces_since, rewritten
+from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.records import Rewrite, Skip
+from pwopt.rewriting.wording import counted
 
 #: Channels to the end, and back, of feature maps.
 LAST, FIRST = (0, 2, 3, 1), (0, 3, 1, 2)

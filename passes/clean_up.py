@@ -9,11 +9,14 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from pwopt import attributes, forms
-from pwopt.constants import MAX_GROWTH_BYTES, NEGLIGIBLE_BYTES, evaluate
-from pwopt.linear import LinearMap, Refusal
-from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip, describe
-from pwopt.shapes import known
+from pwopt.algebra.geometry import Refusal
+from pwopt.algebra.linear import LinearMap
+from pwopt.graph import attributes
+from pwopt.graph.constants import MAX_GROWTH_BYTES, NEGLIGIBLE_BYTES, evaluate
+from pwopt.graph.shapes import known
+from pwopt.maps import forms
+from pwopt.rewriting.driver import Pass, Rewriter, describe
+from pwopt.rewriting.records import Rewrite, Skip
 
 #: Elements of the largest tensor that numpy can describe in 4 bytes each.
 LARGEST = sys.maxsize // 4

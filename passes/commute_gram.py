@@ -5,11 +5,13 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pwopt import commute, emit, forms
-from pwopt.forms import Reading
-from pwopt.linear import Array, Refusal
-from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
-from pwopt.shapes import Shape, channels
+from pwopt.algebra import Array
+from pwopt.algebra.geometry import Refusal
+from pwopt.graph.shapes import Shape, channels
+from pwopt.maps import commute, emit, forms
+from pwopt.maps.forms import Reading
+from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.records import Rewrite, Skip
 
 #: Largest ratio of singular values of W: (Wx)(Wx)ᵀ rounds relative to ‖W‖‖x‖·‖Wx‖, and W(x·xᵀ)Wᵀ to ‖W‖²‖x‖², which is
 #: at most this many times as much (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.5).

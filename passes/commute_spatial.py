@@ -8,12 +8,14 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pwopt import commute, emit, forms
-from pwopt.cost import ELEMENT
-from pwopt.forms import Reading
-from pwopt.linear import LinearMap, Refusal, pointwise_geometry, split_inputs
-from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip, describe
-from pwopt.shapes import channels
+from pwopt.algebra.geometry import Refusal, pointwise_geometry
+from pwopt.algebra.linear import LinearMap, split_inputs
+from pwopt.graph.shapes import channels
+from pwopt.maps import commute, emit, forms, selections
+from pwopt.maps.cost import ELEMENT
+from pwopt.maps.forms import Reading
+from pwopt.rewriting.driver import Pass, Rewriter, describe
+from pwopt.rewriting.records import Rewrite, Skip
 
 #: Operators that act on every channel alike, linearly, and change the number of positions; each with how many
 #: elements' worth of work it does per element it reads or writes.
@@ -213,7 +215,7 @@ class CommuteSpatial(Pass):
 
     def _lift_parts(self, rw: Rewriter, reading: Reading, concat: gs.Node) -> Rewrite | Skip | None:
         """W·concat(Pa, b, …) becomes P(Wₐa) + W_b·concat(b, …)."""
-        parts, g = forms.read_concat(rw, concat), reading.geometry
+        parts, g = selections.read_concat(rw, concat), reading.geometry
         if parts is None or parts[0].axis != reading.axis or g.groups > 1:
             return None
         if len({id(t) for t in concat.inputs}) < len(parts):

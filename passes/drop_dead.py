@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pwopt import forms
-from pwopt.channels import ALIGNMENT, LARGEST_INPUT, Analysis, Channels, Scanner, flushed
-from pwopt.forms import Reading
-from pwopt.linear import LinearMap, Refusal
-from pwopt.rechannel import rechannel
-from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip, describe
+from pwopt.algebra.geometry import Refusal
+from pwopt.algebra.linear import LinearMap
+from pwopt.maps import forms
+from pwopt.maps.channels import ALIGNMENT, Analysis, Channels
+from pwopt.maps.forms import Reading
+from pwopt.maps.scans import LARGEST_INPUT, Scanner, flushed
+from pwopt.rewriting.driver import Pass, Rewriter, describe
+from pwopt.rewriting.rechannel import rechannel
+from pwopt.rewriting.records import Rewrite, Skip
 
 
 class DropDead(Pass):
@@ -18,7 +21,7 @@ class DropDead(Pass):
 
     Subnormal weights become zero (processors multiply them up to a hundred times slower). A filter of zeros, or one
     too small to change a float32 sum, gives a channel that is the same for every input: it is followed through
-    activations, normalisations, depthwise convolutions, pooling, gates, sums and Concat (`pwopt.channels`) to the
+    activations, normalisations, depthwise convolutions, pooling, gates, sums and Concat (`pwopt.maps.channels`) to the
     maps that read it, goes into their biases, and leaves every tensor on the way. So do channels that all their
     readers multiply by zero. Weight decay leaves both behind; for the sets of channels that must go together see
     Fang et al., "DepGraph" (2023). Channel counts stay multiples of 8 as far as they are, for the runtime; if the

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
-from pwopt import emit, forms
-from pwopt.graph import epsilon
-from pwopt.linear import LinearMap, Refusal
-from pwopt.ranks import factor, low_rank
-from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
-from pwopt.shapes import channels
+from pwopt.algebra.geometry import Refusal
+from pwopt.algebra.linear import LinearMap
+from pwopt.algebra.ranks import factor, low_rank
+from pwopt.graph.dtypes import epsilon
+from pwopt.graph.shapes import channels
+from pwopt.maps import emit, forms
+from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.records import Rewrite, Skip
 
 #: Matrices are factored up to this many rows or columns; a singular value decomposition takes long beyond.
 LARGEST = 4096

@@ -6,12 +6,14 @@ from dataclasses import dataclass, field, replace
 
 import onnx_graphsurgeon as gs
 
-from pwopt import commute, emit, forms, idioms
-from pwopt.commute import Affine
-from pwopt.forms import Reading
-from pwopt.graph import cancelling
-from pwopt.linear import LinearMap, Refusal, compose, compose_geometry
-from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip, describe
+from pwopt.algebra.geometry import Refusal, compose_geometry
+from pwopt.algebra.linear import LinearMap, compose
+from pwopt.graph.dtypes import cancelling
+from pwopt.maps import commute, emit, forms, idioms
+from pwopt.maps.commute import Affine
+from pwopt.maps.forms import Reading
+from pwopt.rewriting.driver import Pass, Rewriter, describe
+from pwopt.rewriting.records import Rewrite, Skip
 
 #: How many operators one scale may travel past; real models need a handful.
 MAX_REACH = 32
@@ -35,7 +37,7 @@ class FoldAffine(Pass):
 
     BatchNormalization, and Mul, Div, Add, Sub, Neg by a constant per channel, fold into the map that feeds
     them, else into every map that reads them, through operators that let them pass (Concat, pooling,
-    Resize, Transpose…: `pwopt.commute`). A shift in front of zero padding does not fold, a scale does. What
+    Resize, Transpose…: `pwopt.maps.commute`). A shift in front of zero padding does not fold, a scale does. What
     neither side takes merges with its neighbour into one BatchNormalization. Only if operators disappear.
     Ioffe and Szegedy, "Batch Normalization" (2015); bias fusion as in every compiler.
     """

@@ -6,15 +6,17 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from pwopt import emit, forms
-from pwopt.cost import price
-from pwopt.forms import Reading
-from pwopt.graph import epsilon
-from pwopt.linear import Geometry, LinearMap, Refusal, compose_geometry
-from pwopt.paths import relative_places
-from pwopt.ranks import factor
-from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
-from pwopt.shapes import channels
+from pwopt.algebra.geometry import Geometry, Refusal, compose_geometry
+from pwopt.algebra.linear import LinearMap
+from pwopt.algebra.ranks import factor
+from pwopt.graph.dtypes import epsilon
+from pwopt.graph.shapes import channels
+from pwopt.maps import emit, forms
+from pwopt.maps.cost import price
+from pwopt.maps.forms import Reading
+from pwopt.maps.paths import relative_places
+from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.records import Rewrite, Skip
 
 #: Chains are planned exactly up to this many maps at a time; longer ones in such pieces, then again.
 MAX_CHAIN = 64

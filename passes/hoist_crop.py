@@ -7,10 +7,11 @@ import math
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pwopt import attributes
-from pwopt.positions import pooling, positionwise, spread, stencil
-from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
-from pwopt.shapes import Change
+from pwopt.graph import attributes
+from pwopt.graph.shapes import Change
+from pwopt.maps.positions import pooling, positionwise, spread, stencil
+from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.records import Rewrite, Skip
 
 #: First and last position of a crop along each spatial axis that it cuts.
 Window = dict[int, tuple[int, int]]

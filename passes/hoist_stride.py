@@ -8,11 +8,12 @@ from dataclasses import dataclass, field, replace
 
 import onnx_graphsurgeon as gs
 
-from pwopt.cost import ELEMENT, macs
-from pwopt.positions import POOLS, Steps, every, pooling, positionwise, spread, stencil, subsample
-from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
-from pwopt.unions import Unions
-from pwopt.wording import counted
+from pwopt.algebra.unions import Unions
+from pwopt.maps.cost import ELEMENT, macs
+from pwopt.maps.positions import POOLS, Steps, every, pooling, positionwise, spread, stencil, subsample
+from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.records import Rewrite, Skip
+from pwopt.rewriting.wording import counted
 
 
 @dataclass

@@ -6,10 +6,12 @@ from dataclasses import replace
 
 import onnx_graphsurgeon as gs
 
-from pwopt import emit, forms
-from pwopt.linear import LinearMap, Refusal, hcat
-from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
-from pwopt.shapes import channels
+from pwopt.algebra.geometry import Refusal
+from pwopt.algebra.linear import LinearMap, hcat
+from pwopt.graph.shapes import channels
+from pwopt.maps import emit, forms
+from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.records import Rewrite, Skip
 
 
 class JoinConcat(Pass):

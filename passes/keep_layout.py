@@ -7,9 +7,10 @@ from collections.abc import Callable
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pwopt import attributes
-from pwopt.positions import every, stencil, subsample
-from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
+from pwopt.graph import attributes
+from pwopt.maps.positions import every, stencil, subsample
+from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.records import Rewrite, Skip
 
 Form = Callable[[Rewriter, gs.Node], "tuple[list[gs.Node], str] | Skip | None"]
 MEASURE = "it would stay in the blocked layout in another form; only measuring can tell"

@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pwopt import attributes
-from pwopt.carry import (
+from pwopt.algebra.unions import Unions
+from pwopt.graph import attributes
+from pwopt.graph.shapes import Shape
+from pwopt.maps.cost import macs
+from pwopt.rewriting.carry import (
     BY_AXES,
     Arguments,
     Converter,
@@ -23,11 +26,9 @@ from pwopt.carry import (
     rewritten,
     turned,
 )
-from pwopt.cost import macs
-from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
-from pwopt.shapes import Shape
-from pwopt.unions import Unions
-from pwopt.wording import counted
+from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.records import Rewrite, Skip
+from pwopt.rewriting.wording import counted
 
 #: Without measuring, regions of fewer convolutions are left alone: the changes of shape around them cost too much.
 ENOUGH = 3

@@ -8,12 +8,14 @@ from dataclasses import replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pwopt import emit, forms
-from pwopt.forms import Reading, describe_map
-from pwopt.linear import Geometry, LinearMap, Refusal, stack
-from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
-from pwopt.shapes import channels
-from pwopt.steps import Step, activation, repeated
+from pwopt.algebra.geometry import Geometry, Refusal
+from pwopt.algebra.linear import LinearMap, stack
+from pwopt.graph.shapes import channels
+from pwopt.maps import emit, forms
+from pwopt.maps.forms import Reading, describe_map
+from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.records import Rewrite, Skip
+from pwopt.rewriting.steps import Step, activation, repeated
 
 
 class MergeSiblings(Pass):

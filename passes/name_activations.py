@@ -7,8 +7,9 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pwopt import idioms
-from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
+from pwopt.maps import idioms
+from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.records import Rewrite, Skip
 
 #: The opset in which each operator appeared (onnx/docs/Changelog.md).
 SINCE = {"HardSigmoid": 1, "HardSwish": 14, "Gelu": 20, "Swish": 24}

@@ -11,11 +11,15 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pwopt import commute, forms
-from pwopt.channels import ELEMENTWISE, Analysis, Channels, Flow, Unread
-from pwopt.linear import LinearMap, Refusal
-from pwopt.rechannel import Take, rechannel, runs
-from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
+from pwopt.algebra.geometry import Refusal
+from pwopt.algebra.linear import LinearMap
+from pwopt.maps import commute, forms
+from pwopt.maps.channels import Analysis, Channels, Flow
+from pwopt.maps.elementwise import ELEMENTWISE
+from pwopt.maps.scans import Unread
+from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.rechannel import Take, rechannel, runs
+from pwopt.rewriting.records import Rewrite, Skip
 
 #: Channels per block of onnxruntime's CPU provider with AVX-512; a multiple of the 8 that it has with AVX2.
 BLOCK = 16

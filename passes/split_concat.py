@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import onnx_graphsurgeon as gs
 
-from pwopt import attributes, emit, forms
-from pwopt.linear import Refusal, split_inputs
-from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
+from pwopt.algebra.geometry import Refusal
+from pwopt.algebra.linear import split_inputs
+from pwopt.graph import attributes
+from pwopt.maps import emit, forms, selections
+from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.records import Rewrite, Skip
 
 
 class SplitConcat(Pass):
@@ -26,7 +29,7 @@ class SplitConcat(Pass):
         concat = rw.producer(reading.source)
         if not rw.is_a(concat, "Concat") or attributes.concat_axis(rw, concat) != reading.axis:
             return None
-        parts = forms.read_concat(rw, concat)
+        parts = selections.read_concat(rw, concat)
         if (
             parts is None
             or len(parts) < 2

@@ -7,13 +7,16 @@ from dataclasses import replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pwopt import emit, forms
-from pwopt.channels import Analysis, Channels, Unread, multiplies
-from pwopt.forms import Reading
-from pwopt.linear import LinearMap, Refusal
-from pwopt.rechannel import rechannel, runs
-from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
-from pwopt.shapes import channels
+from pwopt.algebra.geometry import Refusal
+from pwopt.algebra.linear import LinearMap
+from pwopt.graph.shapes import channels
+from pwopt.maps import emit, forms
+from pwopt.maps.channels import Analysis, Channels, multiplies
+from pwopt.maps.forms import Reading
+from pwopt.maps.scans import Unread
+from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.rechannel import rechannel, runs
+from pwopt.rewriting.records import Rewrite, Skip
 
 
 class SplitMultiplier(Pass):

@@ -8,12 +8,15 @@ from dataclasses import replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pwopt import attributes, commute, emit, forms
-from pwopt.channels import ELEMENTWISE
-from pwopt.forms import Reading, describe_map
-from pwopt.linear import LinearMap, Refusal
-from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
-from pwopt.shapes import channels
+from pwopt.algebra.geometry import Refusal
+from pwopt.algebra.linear import LinearMap
+from pwopt.graph import attributes
+from pwopt.graph.shapes import channels
+from pwopt.maps import commute, emit, forms, selections
+from pwopt.maps.elementwise import ELEMENTWISE
+from pwopt.maps.forms import Reading, describe_map
+from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.records import Rewrite, Skip
 
 #: Operators between the maps and the Split, at most: each is repeated for every part.
 MAX_BETWEEN = 32
@@ -32,7 +35,7 @@ class SplitSiblings(Pass):
     policy = "measured"
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
-        parts = forms.read_split(rw, node) if rw.op(node) == "Split" else None
+        parts = selections.read_split(rw, node) if rw.op(node) == "Split" else None
         if parts is None or parts[0].axis is None:
             return None
         axis, counts = parts[0].axis, [p.geometry.out_channels for p in parts]

@@ -8,12 +8,14 @@ from dataclasses import dataclass
 
 import onnx_graphsurgeon as gs
 
-from pwopt import emit, idioms
-from pwopt.cost import price
-from pwopt.linear import Geometry, LinearMap, Refusal, add_geometry
-from pwopt.paths import Path, trace
-from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip, describe
-from pwopt.shapes import Change, channels
+from pwopt.algebra.geometry import Geometry, Refusal, add_geometry
+from pwopt.algebra.linear import LinearMap
+from pwopt.graph.shapes import Change, channels
+from pwopt.maps import emit, idioms
+from pwopt.maps.cost import price
+from pwopt.maps.paths import Path, trace
+from pwopt.rewriting.driver import Pass, Rewriter, describe
+from pwopt.rewriting.records import Rewrite, Skip
 
 #: Sums of more terms are summed in pieces.
 MAX_TERMS = 32

@@ -7,10 +7,11 @@ from dataclasses import replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pwopt import emit
-from pwopt.linear import Refusal
-from pwopt.positions import stencil
-from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
+from pwopt.algebra.geometry import Refusal
+from pwopt.maps import emit
+from pwopt.maps.positions import stencil
+from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.records import Rewrite, Skip
 
 
 class ToMatMul(Pass):

@@ -10,15 +10,17 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pwopt import emit
-from pwopt.cost import ELEMENT
-from pwopt.forms import Reading
-from pwopt.linear import Geometry, LinearMap, Refusal
+from pwopt.algebra.geometry import Geometry, Refusal
+from pwopt.algebra.linear import LinearMap
+from pwopt.graph.shapes import Dim
+from pwopt.maps import emit
+from pwopt.maps.cost import ELEMENT
+from pwopt.maps.forms import Reading
+from pwopt.maps.positions import stencil
 from pwopt.passes.channels_last import FIRST, LAST
-from pwopt.positions import stencil
-from pwopt.rewrite import Pass, Rewrite, Rewriter, Skip
-from pwopt.shapes import Dim
-from pwopt.steps import Step, activation, repeated
+from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.records import Rewrite, Skip
+from pwopt.rewriting.steps import Step, activation, repeated
 
 #: The filter transform.
 G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])

@@ -2,38 +2,53 @@
 
 Folds sequences of operators that are linear across channels, verifies every result against onnxruntime,
 and explains what it did and what it left alone.
+
+Each name is imported when it is first used (scientific-python.org/specs/spec-0001): numpy, onnx and onnxruntime take
+seconds to load.
 """
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from importlib import metadata
+import lazy_loader
 
-from pwopt.bench import benchmark
-from pwopt.errors import ModelError, NotEquivalentError, ProviderError, PwoptError, UsageError
-from pwopt.inspection import inspect
-from pwopt.model import Model, load, save
-from pwopt.optimizer import Result, optimize
-from pwopt.properties import properties
-from pwopt.targets import Profile, profile
-from pwopt.verify import verify
+__version__ = "0.1.0"
 
-__version__ = metadata.version("pwopt")
+__getattr__, __dir__, __all__ = lazy_loader.attach(
+    __name__,
+    submodules={"errors", "invariants", "passes"},
+    submod_attrs={
+        "errors": ["ModelError", "NotEquivalentError", "ProviderError", "PwoptError", "UsageError"],
+        "evidence.verify": ["verify"],
+        "graph.files": ["load", "save"],
+        "graph.model": ["Model"],
+        "optimizing.optimizer": ["Result", "optimize"],
+        "optimizing.profile": ["profile"],
+        "optimizing.request": ["Request"],
+        "running.bench": ["benchmark"],
+        "selecting.inspection": ["inspect"],
+        "selecting.properties": ["properties"],
+        "selecting.targets": ["Profile"],
+    },
+)
 
-__all__ = [
-    "Model",
-    "ModelError",
-    "NotEquivalentError",
-    "Profile",
-    "ProviderError",
-    "PwoptError",
-    "Result",
-    "UsageError",
-    "benchmark",
-    "inspect",
-    "load",
-    "optimize",
-    "profile",
-    "properties",
-    "save",
-    "verify",
-]
+if TYPE_CHECKING:
+    from pwopt import errors as errors
+    from pwopt import invariants as invariants
+    from pwopt import passes as passes
+    from pwopt.errors import ModelError as ModelError
+    from pwopt.errors import NotEquivalentError as NotEquivalentError
+    from pwopt.errors import ProviderError as ProviderError
+    from pwopt.errors import PwoptError as PwoptError
+    from pwopt.errors import UsageError as UsageError
+    from pwopt.evidence.verify import verify as verify
+    from pwopt.graph.files import load as load
+    from pwopt.graph.files import save as save
+    from pwopt.graph.model import Model as Model
+    from pwopt.optimizing.optimizer import Result as Result
+    from pwopt.optimizing.optimizer import optimize as optimize
+    from pwopt.optimizing.profile import profile as profile
+    from pwopt.optimizing.request import Request as Request
+    from pwopt.running.bench import benchmark as benchmark
+    from pwopt.selecting.inspection import inspect as inspect
+    from pwopt.selecting.properties import properties as properties
+    from pwopt.selecting.targets import Profile as Profile

@@ -17,7 +17,7 @@ class PwoptError(Exception):
 class NotEquivalentError(PwoptError):
     """The rewritten model does not give the original's answers; nothing was written.
 
-    `report` is the `pwopt.report.Report` of the attempt.
+    `report` is the `pwopt.reporting.report.Report` of the attempt.
     """
 
     exit_code = 1

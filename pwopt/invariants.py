@@ -7,18 +7,16 @@ gives a relative residual: a number without unit, 0 where the law holds exactly,
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import onnx
 from numpy.typing import ArrayLike
 
+from pwopt.algebra import Array
 from pwopt.errors import UsageError
-from pwopt.linear import Array
-from pwopt.model import Model, as_file
-from pwopt.runtime import Session
+from pwopt.graph.files import Source, as_file
+from pwopt.running.runtime import Session
 
 Function = Callable[[np.ndarray], np.ndarray]
 
@@ -27,7 +25,7 @@ SEED = 0
 
 
 def function_of(
-    model: str | os.PathLike[str] | onnx.ModelProto | Model | Session,
+    model: Source | Session,
     input: str | None = None,
     output: str | None = None,
     others: Mapping[str, np.ndarray] | None = None,

@@ -13,9 +13,12 @@ import onnx.parser
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from pwopt.certify import certify
-from pwopt.model import Model, from_proto
-from pwopt.rewrite import Outcome, Pass, Pipeline
+from pwopt.evidence.certify import certify
+from pwopt.graph.files import from_proto
+from pwopt.graph.model import Model
+from pwopt.rewriting.driver import Pass
+from pwopt.rewriting.pipeline import Pipeline
+from pwopt.rewriting.records import Outcome
 
 MODELS = Path(__file__).parent.parent / "models"
 

@@ -14,10 +14,10 @@ from onnx import TensorProto, numpy_helper
 from strategies import Sample
 
 import pwopt
-from pwopt.model import from_proto
+from pwopt.graph.files import from_proto
 from pwopt.passes import Winograd
-from pwopt.rewrite import Rewrite
-from pwopt.selection import Work
+from pwopt.rewriting.records import Rewrite
+from pwopt.selecting.selection import Work
 
 Feeds = dict[str, np.ndarray]
 Runner = Callable[[Feeds], list[np.ndarray]]

@@ -14,8 +14,8 @@ import pwopt
 
 ROOT = Path(__file__).parent.parent
 #: Modules whose examples run a model.
-RUNNING = ("pwopt.bench", "pwopt.verify")
-MODULES = [f"pwopt.{m.name}" for m in pkgutil.iter_modules(pwopt.__path__) if m.name != "__main__"]
+RUNNING = ("pwopt.running.bench", "pwopt.evidence.verify")
+MODULES = [m.name for m in pkgutil.walk_packages(pwopt.__path__, "pwopt.") if not m.name.endswith("__main__")]
 
 
 @pytest.mark.parametrize("name", MODULES)
@@ -39,5 +39,5 @@ def test_readme_examples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Non
 
 def test_every_option_is_in_the_readme() -> None:
     readme = (ROOT / "README.md").read_text()
-    options = set(re.findall(r'"(--[a-z-]+)"', (ROOT / "pwopt" / "cli.py").read_text()))
+    options = set(re.findall(r'"(--[a-z-]+)"', (ROOT / "pwopt" / "cli" / "options.py").read_text()))
     assert {o for o in options if o not in readme} == set()

@@ -38,8 +38,8 @@ from judge import runtime
 
 import pwopt
 from pwopt.passes import PASSES
-from pwopt.report import to_json
-from pwopt.runtime import environment
+from pwopt.reporting.report import to_json
+from pwopt.running.runtime import environment
 
 KINDS = ("node", "simple", "pytorch-operator", "pytorch-converted", "real")
 DATA = Path(onnx.backend.test.__file__).parent / "data"

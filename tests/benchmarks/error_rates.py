@@ -24,11 +24,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from pwopt.model import save
-from pwopt.optimizer import optimize
-from pwopt.report import to_json
-from pwopt.runtime import environment, onnxruntime, silence
-from pwopt.verify import verify
+from pwopt.evidence.verify import verify
+from pwopt.graph.files import save
+from pwopt.optimizing.optimizer import optimize
+from pwopt.reporting.report import to_json
+from pwopt.running.runtime import environment, onnxruntime, silence
 
 SIZES = (1e-2, 1e-3, 1e-4, 1e-5)
 ACTIVATIONS = ("Relu", "Sigmoid", "Tanh", "LeakyRelu", "")

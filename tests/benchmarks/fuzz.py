@@ -32,8 +32,8 @@ from judge import WrongError, choose, judge
 from strategies import random_sample
 
 from pwopt.passes import PASSES
-from pwopt.report import to_json
-from pwopt.runtime import environment
+from pwopt.reporting.report import to_json
+from pwopt.running.runtime import environment
 
 #: Graphs that a process runs before its figures are written down.
 BATCH = 50

@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 import pwopt
-from pwopt.optimizer import BUDGET
-from pwopt.report import to_json
-from pwopt.runtime import environment
+from pwopt.optimizing.request import BUDGET
+from pwopt.reporting.report import to_json
+from pwopt.running.runtime import environment
 
 
 def measure(path: Path, shapes: dict[str, list[int]], options: argparse.Namespace) -> dict[str, Any]:

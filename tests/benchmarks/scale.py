@@ -17,11 +17,11 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from pwopt.compiler import run_pipeline
-from pwopt.model import from_proto
+from pwopt.graph.files import from_proto
 from pwopt.passes import PASSES
-from pwopt.report import to_json
-from pwopt.runtime import environment
+from pwopt.reporting.report import to_json
+from pwopt.running.runtime import environment
+from pwopt.selecting.compiler import run_pipeline
 
 CHANNELS = 4
 

@@ -25,8 +25,8 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper, numpy_helper
 
-from pwopt.report import to_json
-from pwopt.runtime import environment
+from pwopt.reporting.report import to_json
+from pwopt.running.runtime import environment
 
 #: Side of the large models' square weights: 64 MiB each in float32.
 WIDTH = 4096

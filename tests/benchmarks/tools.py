@@ -26,9 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 import pwopt
-from pwopt.document import document
-from pwopt.report import Comparison, to_json
-from pwopt.runtime import environment
+from pwopt.reporting.document import document
+from pwopt.reporting.report import Comparison, to_json
+from pwopt.running.runtime import environment
 
 
 def by_pwopt(path: Path, out: Path, shapes: dict[str, list[int]]) -> None:

@@ -1,0 +1,302 @@
+"""The algebra: maps that are linear across channels, and how they combine.
+
+A map reads ``x`` of shape (N, in_channels, *space) and gives ``y`` of shape (N, out_channels, *space'):
+
+    y[o, p] = b[o] + Σ_i Σ_k  W[o, i, k] · x[i, stride·p + dilation·k − pad]
+
+where x is zero outside its bounds (ONNX ``Conv``). A pointwise map has one tap. Everything here is
+float64 numpy and knows no ONNX. `Geometry` holds what a map looks like and *all exactness rules*, so
+that a combination can be priced before anything is multiplied; `LinearMap` adds the numbers. An
+operation that would not be exact for every input returns a `Refusal` with its reason.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from pwopt.algebra import Array
+from pwopt.algebra.geometry import (
+    Geometry,
+    Refusal,
+    add_geometry,
+    align_geometry,
+    compose_geometry,
+    pointwise_geometry,
+)
+from pwopt.algebra.geometry import (
+    with_bias as with_bias,
+)
+
+
+def _last(index: Sequence[int | slice]) -> tuple[Any, ...]:
+    """An index into the last axes."""
+    return (Ellipsis, *index)
+
+
+def _lattice(
+    tap: Sequence[int], dilations: Sequence[int], strides: Sequence[int], counts: Sequence[int]
+) -> tuple[Any, ...]:
+    """The positions dilation·tap + stride·p for p below `counts`, per spatial axis."""
+    parts = zip(tap, dilations, strides, counts, strict=True)
+    return _last([slice(t * d, t * d + s * (count - 1) + 1, s) for t, d, s, count in parts])
+
+
+def _contract(weight: Array, x: Array) -> Array:
+    """Σ_i weight[g, o, i]·x[n, g, i, …]"""
+    product: Array = np.einsum("goi,ngi...->ngo...", weight, x)
+    return product
+
+
+@dataclass(frozen=True, eq=False)
+class LinearMap:
+    """A linear map across channels: geometry, weight (out, in / groups, *kernel) and bias (out,), float64."""
+
+    geometry: Geometry
+    weight: Array
+    bias: Array
+
+    @classmethod
+    def of(cls, geometry: Geometry, weight: ArrayLike, bias: ArrayLike | None = None) -> LinearMap:
+        """Build a map; `weight` is reshaped to the geometry, a missing bias is zero.
+
+        Raises
+        ------
+        ValueError
+            If the numbers do not fit the geometry.
+        """
+        g = geometry
+        if g.groups < 1 or g.in_channels % g.groups or g.out_channels % g.groups:
+            raise ValueError(f"{g.groups} groups do not divide {g.in_channels} inputs and {g.out_channels} outputs")
+        w = np.asarray(weight, np.float64).reshape(g.out_channels, g.in_channels // g.groups, *g.kernel)
+        b = np.zeros(g.out_channels) if bias is None else np.asarray(bias, np.float64).reshape(g.out_channels)
+        return cls(with_bias(g, bool(b.any())), w, b)
+
+    @classmethod
+    def conv(
+        cls,
+        weight: ArrayLike,
+        bias: ArrayLike | None = None,
+        *,
+        groups: int = 1,
+        strides: Sequence[int] | None = None,
+        dilations: Sequence[int] | None = None,
+        pads: Sequence[int] | None = None,
+    ) -> LinearMap:
+        """A convolution from its weight (out, in / groups, *kernel), with ONNX's defaults."""
+        w = np.asarray(weight, np.float64)
+        kernel = w.shape[2:]
+        ones = (1,) * len(kernel)
+        geometry = Geometry(
+            w.shape[0], w.shape[1] * groups, groups, kernel,
+            tuple(strides or ones), tuple(dilations or ones), tuple(pads or (0, 0) * len(kernel)),
+        )  # fmt: skip
+        return cls.of(geometry, w, bias)
+
+    @classmethod
+    def pointwise(cls, matrix: ArrayLike, bias: ArrayLike | None = None, rank: int = 0) -> LinearMap:
+        """y = matrix @ x + bias at every position; matrix is (out, in)."""
+        m = np.asarray(matrix, np.float64)
+        return cls.of(pointwise_geometry(*m.shape, rank=rank), m, bias)
+
+    @classmethod
+    def diagonal(cls, scale: ArrayLike, shift: ArrayLike = 0.0, rank: int = 0) -> LinearMap:
+        """y = scale · x + shift per channel; scale and shift broadcast to (channels,)."""
+        s, t = np.broadcast_arrays(np.atleast_1d(np.asarray(scale, np.float64)), np.asarray(shift, np.float64))
+        return cls.of(pointwise_geometry(s.size, s.size, groups=s.size, rank=rank), s, t)
+
+    @classmethod
+    def identity(cls, channels: int, rank: int = 0) -> LinearMap:
+        return cls.diagonal(np.ones(channels), rank=rank)
+
+    @classmethod
+    def selection(cls, indices: Sequence[int], channels: int, rank: int = 0) -> LinearMap:
+        """y[j] = x[indices[j]]: slices, permutations and copies of channels; index −1 gives a zero channel."""
+        matrix = np.zeros((len(indices), channels))
+        picks = np.asarray(indices, int)
+        rows = np.flatnonzero(picks >= 0)
+        matrix[rows, picks[rows]] = 1.0
+        return cls.pointwise(matrix, rank=rank)
+
+    @property
+    def scale(self) -> Array:
+        """The diagonal of a diagonal map, shape (channels,)."""
+        return self.weight.reshape(self.geometry.out_channels)
+
+    def at_rank(self, rank: int) -> LinearMap:
+        """The same pointwise map over `rank` spatial axes."""
+        same = rank == self.geometry.rank
+        return self if same else LinearMap.of(self.geometry.at_rank(rank), self.weight, self.bias)
+
+    def spread(self, channels: int) -> LinearMap:
+        """A diagonal map with one channel, for every one of `channels`; any other map unchanged."""
+        g = self.geometry
+        if not g.diagonal or g.out_channels != 1:
+            return self
+        wide = pointwise_geometry(channels, channels, groups=channels, rank=g.rank, biased=g.biased)
+        return LinearMap(wide, np.repeat(self.weight, channels, 0), np.repeat(self.bias, channels))
+
+    def regrouped(self, groups: int) -> LinearMap:
+        """The same map in fewer groups (a divisor of the present number), zeros filled in."""
+        g = self.geometry
+        if groups == g.groups:
+            return self
+        blocks = g.groups // groups
+        out, inn = g.out_channels // g.groups, g.in_channels // g.groups
+        wide = np.zeros((groups, blocks, out, blocks, inn, *g.kernel))
+        for j in range(blocks):
+            wide[:, j, :, j] = self.weight.reshape(groups, blocks, out, inn, *g.kernel)[:, j]
+        return LinearMap.of(replace(g, groups=groups), wide, self.bias)
+
+    def __matmul__(self, first: LinearMap) -> LinearMap | Refusal:
+        """``second @ first``: first, then second. Exact, or refused by `compose_geometry`."""
+        geometry = compose_geometry(self.geometry, first.geometry)
+        if isinstance(geometry, Refusal):
+            return geometry
+        rank = geometry.rank
+        second, first = self.at_rank(rank), first.at_rank(rank)
+        g1, g2, groups = first.geometry, second.geometry, geometry.groups
+        # Block-diagonal structure is kept where one side has it; only coprime groupings are filled in.
+        if g1.groups > groups and g2.groups > groups:
+            first = first.regrouped(groups)
+        blocks1, blocks2 = first.geometry.groups // groups, g2.groups // groups
+        blocks = blocks1 * blocks2
+        middle = g2.in_channels // (groups * blocks)
+        w1 = first.weight.reshape(groups, blocks, middle, -1)
+        if blocks2 > 1 or blocks1 == 1:  # the second is block diagonal: its blocks are rows
+            w2 = second.weight.reshape(groups, blocks, -1, middle, g2.taps)
+        else:  # the first is block diagonal: its blocks are columns
+            w2 = second.weight.reshape(groups, -1, blocks, middle, g2.taps).swapaxes(1, 2)
+        inn = g1.in_channels // first.geometry.groups
+        kernel1 = first.geometry.kernel
+        weight = np.zeros((groups, blocks, w2.shape[2], inn, *geometry.kernel))
+        for flat, tap in enumerate(itertools.product(*map(range, g2.kernel))):
+            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused where it is written
+                product = (w2[..., flat] @ w1).reshape(*weight.shape[:4], *kernel1)
+            places = []
+            for axis, t in enumerate(tap):
+                step = geometry.dilations[axis]
+                start = t if g2.transposed else t * g1.strides[axis] * g2.dilations[axis] // step
+                hop = max(1, g1.dilations[axis] // step)
+                places.append(slice(start, start + hop * (kernel1[axis] - 1) + 1, hop))
+            weight[_last(places)] += product
+        if blocks1 > 1:
+            weight = weight.swapaxes(1, 2)
+        through = second.weight.reshape(g2.groups, -1, g2.in_channels // g2.groups, g2.taps).sum(-1)
+        bias = second.bias + (through @ first.bias.reshape(g2.groups, -1, 1)).reshape(-1)
+        return LinearMap.of(geometry, weight, bias)
+
+    def _on(self, stencil: Geometry) -> Array:
+        """The weight (out, in / groups, *stencil.kernel) on a wider stencil from `align_geometry`."""
+        m = self.at_rank(stencil.rank)
+        weight = np.zeros((*m.weight.shape[:2], *stencil.kernel))
+        places = []
+        for axis in range(stencil.rank):
+            step = stencil.dilations[axis]
+            start = (stencil.pads[axis] - m.geometry.pads[axis]) // step
+            hop = max(1, m.geometry.dilations[axis] // step)
+            places.append(slice(start, start + hop * (m.geometry.kernel[axis] - 1) + 1, hop))
+        weight[_last(places)] = m.weight
+        return weight
+
+    def __add__(self, other: LinearMap) -> LinearMap | Refusal:
+        """Parallel maps of one input, outputs summed: kernels are aligned, so 3×3 + 1×1 + identity is one 3×3."""
+        stencil = add_geometry([self.geometry, other.geometry])
+        if isinstance(stencil, Refusal):
+            return stencil
+        weight = self.regrouped(stencil.groups)._on(stencil) + other.regrouped(stencil.groups)._on(stencil)
+        return LinearMap.of(stencil, weight, self.bias + other.bias)
+
+    def apply(self, x: ArrayLike) -> Array:
+        """Evaluate on x (N, in_channels, *space) in float64; gives (N, out_channels, *space').
+
+        The definition, written out; slow, for certificates and tests.
+        """
+        g, x = self.geometry, np.asarray(x, np.float64)
+        if g.rank != x.ndim - 2 and g.pointwise:
+            return self.at_rank(x.ndim - 2).apply(x)
+        if g.auto_pad:
+            raise ValueError("a map with automatic padding has no definite output size")
+        n, rank = x.shape[0], g.rank
+        begins, ends = g.pads[:rank], g.pads[rank:]
+        space = x.shape[2:]
+        grouped_in = (n, g.groups, g.in_channels // g.groups)
+        weight = self.weight.reshape(g.groups, -1, g.in_channels // g.groups, *g.kernel)
+        if g.transposed:
+            full = [
+                (s - 1) * g.strides[a] + (g.kernel[a] - 1) * g.dilations[a] + 1 + g.output_padding[a]
+                for a, s in enumerate(space)
+            ]
+            y = np.zeros((n, g.out_channels, *full))
+            for tap in itertools.product(*map(range, g.kernel)):
+                part = _contract(weight[_last(tap)], x.reshape(*grouped_in, *space))
+                y[_lattice(tap, g.dilations, g.strides, space)] += part.reshape(n, g.out_channels, *space)
+            y = y[_last([slice(b, size - e) for b, e, size in zip(begins, ends, full, strict=True)])]
+        else:
+            x = np.pad(x, [(0, 0), (0, 0), *zip(begins, ends, strict=True)])
+            out = [(x.shape[2 + a] - g.dilations[a] * (g.kernel[a] - 1) - 1) // g.strides[a] + 1 for a in range(rank)]
+            y = np.zeros((n, g.out_channels, *out))
+            for tap in itertools.product(*map(range, g.kernel)):
+                seen = x[_lattice(tap, g.dilations, g.strides, out)].reshape(*grouped_in, *out)
+                y += _contract(weight[_last(tap)], seen).reshape(n, g.out_channels, *out)
+        return y + self.bias.reshape(-1, *(1,) * rank)
+
+
+def compose(second: LinearMap, first: LinearMap, precision: float = 0.0) -> LinearMap | Refusal:
+    """``second @ first`` for maps as models hold them.
+
+    A diagonal map of one channel stands for any number of them. A bias that cancels to within `precision` of the
+    parts it is the sum of is zero: all that is left of it is the rounding of those parts, which the model rounds
+    to its own type as well. It decides whether a zero padding may follow (`compose_geometry`).
+    """
+    second, first = second.spread(first.geometry.out_channels), first.spread(second.geometry.in_channels)
+    composed = second @ first
+    if isinstance(composed, Refusal) or not precision or not composed.geometry.biased:
+        return composed
+    g = second.geometry
+    through = np.abs(second.weight.reshape(g.groups, -1, g.in_channels // g.groups, g.taps).sum(-1))
+    parts = np.abs(second.bias) + (through @ np.abs(first.bias).reshape(g.groups, -1, 1)).reshape(-1)
+    bias = np.where(np.abs(composed.bias) <= precision * parts, 0.0, composed.bias)
+    return LinearMap.of(composed.geometry, composed.weight, bias)
+
+
+def _aligned(maps: Sequence[LinearMap]) -> tuple[Geometry, list[Array]] | Refusal:
+    """The stencil that maps of one stride share, and their ungrouped weights on it."""
+    stencil = align_geometry([m.geometry for m in maps])
+    return stencil if isinstance(stencil, Refusal) else (stencil, [m.regrouped(1)._on(stencil) for m in maps])
+
+
+def stack(*maps: LinearMap) -> LinearMap | Refusal:
+    """Maps of one input, outputs concatenated: (W₁; W₂; …)."""
+    if len({m.geometry.in_channels for m in maps}) > 1:
+        return Refusal("the input channels differ")
+    aligned = _aligned(maps)
+    if isinstance(aligned, Refusal):
+        return aligned
+    weight, bias = np.concatenate(aligned[1]), np.concatenate([m.bias for m in maps])
+    return LinearMap.of(replace(aligned[0], groups=1, out_channels=len(weight)), weight, bias)
+
+
+def hcat(*maps: LinearMap) -> LinearMap | Refusal:
+    """Inputs concatenated, outputs summed: (W₁ W₂ …)."""
+    if len({m.geometry.out_channels for m in maps}) > 1:
+        return Refusal("the output channels differ")
+    aligned = _aligned(maps)
+    if isinstance(aligned, Refusal):
+        return aligned
+    weight, bias = np.concatenate(aligned[1], axis=1), np.sum([m.bias for m in maps], axis=0)
+    return LinearMap.of(replace(aligned[0], groups=1, in_channels=weight.shape[1]), weight, bias)
+
+
+def split_inputs(linear: LinearMap, sizes: Sequence[int]) -> list[LinearMap]:
+    """The maps of consecutive input channels whose outputs sum to an ungrouped map's: `hcat`'s inverse."""
+    ends = np.cumsum(sizes)
+    weights = np.split(linear.weight, ends[:-1], axis=1)
+    biases = [linear.bias, *(np.zeros_like(linear.bias) for _ in sizes[1:])]
+    parts = zip(sizes, weights, biases, strict=True)
+    return [LinearMap.of(replace(linear.geometry, in_channels=n), w, b) for n, w, b in parts]

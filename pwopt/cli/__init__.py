@@ -1,0 +1,70 @@
+"""The command line: a file for each command, what they share in `options` (asked for) and `output` (said).
+
+Nothing here is imported before a command needs it, so that `pwopt --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import shlex
+import sys
+import traceback
+from collections.abc import Sequence
+from typing import Annotated, NoReturn
+
+import typer
+
+import pwopt
+from pwopt.cli.bench import bench
+from pwopt.cli.cache import cache
+from pwopt.cli.inspect import inspect
+from pwopt.cli.optimize import optimize
+from pwopt.cli.passes import passes
+from pwopt.cli.profile import profile
+from pwopt.cli.verify import verify
+from pwopt.errors import PwoptError
+
+#: Exit code for a defect of pwopt itself.
+INTERNAL_ERROR = 5
+
+app = typer.Typer(
+    name="pwopt",
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="Make exported ONNX models faster, exactly: fold what is linear across channels, verify, measure.",
+    epilog="Exit codes: 0 done; 1 not equivalent, nothing written; 2 usage; 3 model unreadable or invalid; "
+    "4 execution provider unavailable; 5 internal error.",
+)
+for command in (optimize, verify, inspect, passes, bench, profile, cache):
+    app.command(command.__name__)(command)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
+) -> None:
+    if version:
+        typer.echo(f"pwopt {pwopt.__version__}")
+        raise typer.Exit
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point: errors become one sentence on stderr and an exit code; with --debug, a traceback as well."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    debug = "--debug" in arguments
+    try:
+        app(arguments, obj=shlex.join(["pwopt", *arguments]))
+    except PwoptError as error:
+        _fail(str(error), error.exit_code, debug)
+    except Exception as error:
+        text = f"internal error ({type(error).__name__}: {error}); please report it with the output of --debug"
+        _fail(text, INTERNAL_ERROR, debug)
+
+
+def _fail(sentence: str, code: int, debug: bool) -> NoReturn:
+    from pwopt.cli.output import console, plain
+
+    if debug:
+        traceback.print_exc()
+    console(stderr=True).print(f"[red]pwopt:[/red] {plain(sentence)}", soft_wrap=True)
+    raise SystemExit(code)

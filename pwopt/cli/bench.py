@@ -1,0 +1,48 @@
+"""pwopt bench"""
+
+from __future__ import annotations
+
+from pwopt.cli import options
+from pwopt.errors import UsageError
+from pwopt.optimizing.request import RACE_SECONDS
+
+
+def bench(
+    models: options.Raced,
+    provider: options.Provider = "cpu",
+    threads: options.Threads = 1,
+    shape: options.Shapes = None,
+    batch: options.Batch = None,
+    seconds: options.Seconds = RACE_SECONDS,
+    report: options.JsonReport = None,
+    plot: options.Plot = None,
+    debug: options.Debug = False,
+) -> None:
+    """Time models side by side: latency, cold start, memory, and where the time goes."""
+    from pwopt.cli import output as said
+    from pwopt.reporting.document import check_available, kind_of, latencies
+    from pwopt.reporting.report import benchmark_json
+    from pwopt.reporting.terminal import render_benchmark
+    from pwopt.running import runtime
+    from pwopt.running.bench import benchmark
+
+    said.check_report(report, *models)
+    if report is not None and kind_of(report) != "json":
+        raise UsageError(f"bench reports in JSON only; call it {str(report.with_suffix('.json'))!r}")
+    said.check_report(plot, *models)
+    if plot is not None and plot.suffix.lower() != ".svg":
+        raise UsageError(f"the plot is an SVG; call it {str(plot.with_suffix('.svg'))!r}")
+    check_available(plot)
+    try:
+        batches = [int(b) for b in batch.split(",")] if batch else []
+    except ValueError as error:
+        raise UsageError(f"the batch sizes {batch!r} are not of the form 1,8,32") from error
+    with said.telling_progress(debug=debug) as progress:
+        rows = benchmark(
+            models, provider=provider, threads=threads, shapes=options.one_round(shape), batches=batches,
+            seconds=seconds, progress=progress,
+        )  # fmt: skip
+    render_benchmark(rows, said.console())
+    said.write(report, benchmark_json(rows, runtime.environment(provider, threads)))
+    if plot is not None:
+        said.write(plot, latencies(rows))

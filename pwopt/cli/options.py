@@ -1,0 +1,173 @@
+"""Arguments and options of the commands, each written once, and how their texts are read."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pwopt.errors import UsageError
+
+ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="The ONNX model.", show_default=False)]
+Original = Annotated[Path, typer.Argument(metavar="A", help="The original.", show_default=False)]
+Candidate = Annotated[Path, typer.Argument(metavar="B", help="The model to compare with it.", show_default=False)]
+Raced = Annotated[
+    list[Path], typer.Argument(metavar="MODEL", help="The models; the first is the one to beat.", show_default=False)
+]
+Recorded = Annotated[
+    list[Path],
+    typer.Argument(metavar="MODEL", help="Models like those to be optimised for this machine.", show_default=False),
+]
+Action = Annotated[str, typer.Argument(help="show: list the decisions; clear: forget them.")]
+
+Output = Annotated[
+    Path | None, typer.Option("-o", "--output", help="The new model.  (default: MODEL.pwopt.onnx)", show_default=False)
+]
+ProfileOutput = Annotated[
+    Path, typer.Option("--output", "-o", metavar="FILE.json", help="Where to write the profile.", show_default=False)
+]
+Provider = Annotated[str, typer.Option(help="Execution provider: cpu, cuda, openvino… It runs there or not at all.")]
+Cost = Annotated[str, typer.Option(help="measured: race the result; analytic: decide from shapes alone.")]
+Shapes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shape",
+        metavar="NAME=1x3x640x640",
+        help="Size of an input with dynamic dimensions; repeatable.",
+        show_default=False,
+    ),
+]
+Rounds = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--shape",
+        metavar="NAME=1x3x640x640",
+        help="Size of a dynamic input; again for another round.  (default: two likely ones)",
+        show_default=False,
+    ),
+]
+Inputs = Annotated[
+    list[Path] | None,
+    typer.Option(
+        "--input",
+        metavar="FILE",
+        help="Inputs to run on: .npz, .npy, .pb, or a folder of them; repeatable.",
+        show_default=False,
+    ),
+]
+Passes = Annotated[str | None, typer.Option(help="Passes to run, comma-separated.  (default: all)", show_default=False)]
+Deny = Annotated[
+    list[str] | None,
+    typer.Option(metavar="SITE", help="Leave this place alone (a site from a report); repeatable.", show_default=False),
+]
+Threads = Annotated[int, typer.Option(min=1, help="Threads per operator while verifying and timing.")]
+Budget = Annotated[float, typer.Option(help="Seconds at most for racing rewrites that only a clock can judge.")]
+ModelBudget = Annotated[float, typer.Option(help="Seconds of racing for each model.")]
+Seconds = Annotated[float, typer.Option(help="Time to race the models, per batch size.")]
+NoCache = Annotated[
+    bool, typer.Option("--no-cache", help="Neither use nor keep the decisions of races on this machine.")
+]
+TargetProfile = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Decide as `pwopt profile` found on another machine.", show_default=False),
+]
+Static = Annotated[bool, typer.Option("--static", help="Fix the inputs to --shape in the result.")]
+Opset = Annotated[int | None, typer.Option(help="Convert to this opset first.", show_default=False)]
+Rtol = Annotated[
+    float | None, typer.Option(help="Relative tolerance.  (default: by type, 1e-4 for float32)", show_default=False)
+]
+Atol = Annotated[
+    float | None, typer.Option(help="Absolute tolerance.  (default: by type, 1e-5 for float32)", show_default=False)
+]
+NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not compare the result with the original.")]
+Force = Annotated[bool, typer.Option("--force", help="Allow the output to replace the input.")]
+Kinds = Annotated[str, typer.Option("--samples", help="Random inputs, comma-separated: normal, uniform, zeros, large.")]
+Ranges = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--range",
+        metavar="NAME=0:255",
+        help="Smallest and largest value of a random input; repeatable.",
+        show_default=False,
+    ),
+]
+Invariants = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--invariant",
+        metavar="NAME[:KEY=VALUE…]",
+        help="Also measure a law on both models: conservation, translation, permutation, isometry, symmetry, "
+        "locality; repeatable.",
+        show_default=False,
+    ),
+]
+Rewrites = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="FILE.json",
+        help="The report of the optimisation that made B, so that a rewrite at fault is named.",
+        show_default=False,
+    ),
+]
+NoLocate = Annotated[bool, typer.Option("--no-locate", help="Do not look for the first tensor that differs.")]
+Batch = Annotated[
+    str | None, typer.Option(metavar="1,8,32", help="Batch sizes to try, for dynamic first axes.", show_default=False)
+]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Every = Annotated[bool, typer.Option("--all", help="List k×k convolutions too, not only pointwise maps.")]
+Weights = Annotated[
+    bool, typer.Option("--properties", help="The weights of pointwise maps instead: rank, spectrum, kind, channels.")
+]
+Document = Annotated[
+    Path | None,
+    typer.Option(
+        "--report", metavar="FILE.html", help="Write the full report: .html, .md or .json.", show_default=False
+    ),
+]
+JsonReport = Annotated[
+    Path | None, typer.Option("--report", metavar="FILE.json", help="Write the full report.", show_default=False)
+]
+Spectra = Annotated[
+    Path | None,
+    typer.Option(
+        "--report",
+        metavar="FILE.html",
+        help="With --properties: write them as a page with spectra, or as .json.",
+        show_default=False,
+    ),
+]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw the latencies.", show_default=False)]
+RewriteDetails = Annotated[bool, typer.Option("--details", help="Print every rewrite and every refusal.")]
+FigureDetails = Annotated[
+    bool, typer.Option("--details", help="Print every figure of every output, relative errors and units too.")
+]
+Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")]
+
+
+def one_round(given: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
+    """Texts of the form ``NAME=1x3x640x640`` as sizes by name; an input may have one only."""
+    found = rounds(given)
+    if len(found) > 1:
+        raise UsageError("an input has two sizes; only verify takes several")
+    return found[0] if found else {}
+
+
+def rounds(given: Sequence[str] | None) -> list[dict[str, tuple[int, ...]]]:
+    """Sizes that inputs are given k times are the k-th round; those given once hold for all."""
+    from pwopt.running.inputs import parse_shape
+
+    sizes: dict[str, list[tuple[int, ...]]] = {}
+    for name, shape in map(parse_shape, given or ()):
+        sizes.setdefault(name, []).append(shape)
+    count = max(map(len, sizes.values()), default=0)
+    for name, shapes in sizes.items():
+        if len(shapes) not in (1, count):
+            raise UsageError(f"input {name!r} has {len(shapes)} sizes and another {count}; give one or as many")
+    return [{name: shapes[k % len(shapes)] for name, shapes in sizes.items()} for k in range(count)]
+
+
+def words(given: str) -> list[str]:
+    """The parts of a list with commas."""
+    return [word.strip() for word in given.split(",") if word.strip()]

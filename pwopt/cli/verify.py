@@ -1,0 +1,55 @@
+"""pwopt verify"""
+
+from __future__ import annotations
+
+import typer
+
+from pwopt.cli import options
+
+
+def verify(
+    context: typer.Context,
+    original: options.Original,
+    candidate: options.Candidate,
+    provider: options.Provider = "cpu",
+    shape: options.Rounds = None,
+    inputs: options.Inputs = None,
+    kinds: options.Kinds = "normal,uniform,normal",
+    ranges: options.Ranges = None,
+    invariants: options.Invariants = None,
+    rewrites: options.Rewrites = None,
+    details: options.FigureDetails = False,
+    no_locate: options.NoLocate = False,
+    threads: options.Threads = 1,
+    rtol: options.Rtol = None,
+    atol: options.Atol = None,
+    report: options.Document = None,
+    debug: options.Debug = False,
+) -> None:
+    """Compare two models, whoever made the second: exit 0 if equivalent, 1 if not, more if they cannot be compared."""
+    from pwopt.cli import output as said
+    from pwopt.evidence.laws import parse_law
+    from pwopt.evidence.verify import verify as compared
+    from pwopt.reporting import terminal
+    from pwopt.reporting.document import check_available
+    from pwopt.reporting.report import Comparison, rewrites_from
+    from pwopt.running import runtime, samples
+
+    said.check_report(report, original, candidate)
+    check_available(report)
+    records = () if rewrites is None else rewrites_from(rewrites)
+    asked = [parse_law(text) for text in invariants or ()]
+    console = said.console()
+    with said.telling_progress(debug=debug) as progress:
+        equivalence = compared(
+            original, candidate, provider=provider, threads=threads, shapes=options.rounds(shape),
+            inputs=inputs or None, kinds=options.words(kinds), ranges=dict(map(samples.parse_range, ranges or ())),
+            rtol=rtol, atol=atol, locate=not no_locate, rewrites=records, laws=asked,
+            progress=lambda stage: progress(stage, 0.0),
+        )  # fmt: skip
+    console.print("[green]equivalent[/green]" if equivalence.passed else "[red]not equivalent[/red]")
+    terminal.render_comparison(equivalence, provider, console, details)
+    environment = runtime.environment(provider, threads)
+    content = Comparison(str(original), str(candidate), provider, environment, equivalence, context.obj)
+    said.write_document(report, content)
+    raise typer.Exit(0 if equivalence.passed else 1)

@@ -1,0 +1,401 @@
+"""Certificates: each rewrite's region, before and after, evaluated in float64 on probes of its own.
+
+Where a region is affine in what feeds it, two versions of it are equal for all inputs if they agree on a basis, or, but
+for a stated probability, on random probes (Freivalds, "Probabilistic machines can use less running time", 1977;
+Schwartz, "Fast probabilistic algorithms for verification of polynomial identities", 1980). What may differ is bounded
+before anything is compared: d maps in sequence store their weights anew, each with a relative rounding of u; what they
+were folded from was added up in float64, with γₙ for sums of n terms (Higham, "Accuracy and Stability of Numerical
+Algorithms", 2002, section 3.1). Both apply to what the sizes of all terms add up to. Other regions are tested on probes
+of several sizes, against what rounding their weights does to them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pwopt.algebra import Array
+from pwopt.evidence.evaluation import MAX_WORK, NUMBERS, SMALLEST, Side, Tensors, TooLargeError, UnfitError
+from pwopt.graph.dtypes import FLOATS, epsilon
+from pwopt.graph.journal import State
+from pwopt.graph.regions import Region
+from pwopt.graph.view import View
+from pwopt.rewriting.records import Certificate
+
+#: Random probes of an affine region. Their entries are ±(1 + k/GRID).
+PROBES, GRID = 3, 2**20
+#: Probes of any other region, by size; each has entries of both signs.
+SIZES = (0.01, 1.0, 30.0, 1000.0)
+#: Regions fed by at most this many numbers are evaluated on zero and each unit vector.
+BASIS = 16
+#: A fault of so many times the bound in one coefficient is what the stated probability is about.
+FAULT = 1000.0
+#: Biases that cancel to within so many units of u may have become zero (`graph.cancelling`).
+CANCELLED = 8.0
+#: Roundings of an operator that is not affine, in units of u.
+ROUNDINGS = 8.0
+#: A nonlinear region may differ by this many times what rounding its weights does to it.
+JITTERS = 16.0
+#: Spatial extents to evaluate on, where the region takes them; the model's own come last.
+EXTENTS = (8, 32)
+#: Operators in a region; larger ones are not evaluated.
+MAX_OPERATORS = 2000
+#: Operators that may be told a size or a position which the model knows: a region with them is held to its own sizes.
+SIZED = frozenset({"Shape", "Size", "Slice", "Reshape", "Expand", "Tile", "Gather"})
+#: Unit roundoff of the evaluation itself.
+DOUBLE = 2.0**-53
+
+
+Sizes = dict[int, tuple[int, ...]]
+
+
+def unchecked(_region: Region, _view: View) -> Certificate:
+    """No evaluation, where none is wanted."""
+    return Certificate("none", "not verified, as asked")
+
+
+def certify(region: Region, view: View) -> Certificate:
+    """Evaluate a region before and after a rewrite, and compare.
+
+    Small spatial extents are tried first, large enough for every window; where they do not fit, or do not agree, the
+    model's own are. Nothing is assumed of what feeds the region, unless the pass rests on facts about it: then the
+    operators above it are taken along.
+
+    Parameters
+    ----------
+    region : Region
+    view : View
+        The graph after the rewrite.
+
+    Returns
+    -------
+    Certificate
+    """
+    lost = region.lost(view)
+    if lost is not None:
+        return Certificate("failed", f"{lost.name!r} is needed, and nothing makes it any more", math.inf)
+    if not region.claims():
+        return Certificate("certified", "nothing that went was read", probability=0.0)
+    result = _evaluated(region, view)
+    if result.status == "failed" and region.rerouted:
+        region = region.with_rerouted(view)
+        result = _evaluated(region, view)
+    while result.status == "failed" and region.context:
+        region = region.widened(view)
+        wider = _evaluated(region, view)
+        result = result if wider.status == "none" else wider
+    return result
+
+
+def _evaluated(region: Region, view: View) -> Certificate:
+    """The first agreement at any sizes; else the first disagreement; else why there is neither."""
+    if len(region.before) + len(region.after) > MAX_OPERATORS:
+        return Certificate("none", f"too large: more than {MAX_OPERATORS} operators")
+    sides = Side(view, region.before), Side(view, region.after)
+    whole = _whole(region, view)
+    if whole is None:
+        return Certificate("none", "the sizes of what feeds it are not known")
+    sized = any(s.op in SIZED for s in (*region.before, *region.after))
+    small = [s for s in _small(whole, max(map(_reach, sides))) if s != whole]
+    failed: Certificate | None = None
+    unfit, large = "", False
+    for sizes in (whole, *small) if sized else (*small, whole):
+        try:
+            result = _compared(region, view, sides, sizes)
+        except (TooLargeError, MemoryError):
+            unfit, large = f"too large: over {MAX_WORK:,} multiply-adds", large or sizes is whole
+            continue
+        except UnfitError as error:
+            unfit = unfit or str(error)
+            continue
+        if sized and sizes is not whole:  # small sizes decide nothing where positions count
+            return replace(result, status="tested", probability=1.0) if result.passed else Certificate("none", unfit)
+        if result.passed:
+            return result
+        if sized:
+            return result
+        failed = failed or result
+    return failed or Certificate("none", unfit)
+
+
+def _whole(region: Region, view: View) -> Sizes | None:
+    """The model's own size of every tensor that comes from outside."""
+    whole: Sizes = {}
+    for t in region.sources():
+        if view.constant(t) is not None:
+            continue
+        size, shape = view.size_of(t), view.shape(t)
+        if size is None and shape is not None:
+            size = tuple(d if isinstance(d, int) else 1 if a == 0 else EXTENTS[0] for a, d in enumerate(shape))
+        if size is None:
+            return None
+        whole[id(t)] = size
+    return whole
+
+
+def _small(whole: Sizes, reach: int) -> Iterator[Sizes]:
+    """Smaller sizes to try, none of which is below `reach` along an axis that windows may slide over."""
+    for first, extent in ((2, EXTENTS[0]), (2, EXTENTS[1]), (2, 0), (1, EXTENTS[0])):
+        sizes = _shrunk(whole, first, max(extent, reach)) if extent else _divided(whole, max(4, reach))
+        if sizes is not None:
+            yield sizes
+
+
+def _reach(side: Side) -> int:
+    """Positions that the largest window of a region spans, and its stride: so many show each of its weights."""
+    reach = 1
+    for s in side.states:
+        kernel = s.attrs.get("kernel_shape") or ()
+        if s.op in ("Conv", "ConvTranspose"):
+            kernel = tuple((side.view.constant(s.inputs[1]) or s.inputs[1]).shape or ())[2:]
+        for a, k in enumerate(kernel):
+            stride, dilation = (list(s.attrs.get(name) or [1] * len(kernel))[a] for name in ("strides", "dilations"))
+            reach = max(reach, dilation * (k - 1) + 1 + stride)
+    return reach
+
+
+def _shrunk(whole: Sizes, first: int, extent: int) -> Sizes | None:
+    """All positions along axes from `first` on at most `extent`, if all inputs have the same ones (or a single one)."""
+    end = None if first > 1 else 2
+    planes = {size[first:end] for size in whole.values() if len(size) >= 3 and any(d != 1 for d in size[first:end])}
+    if len(planes) > 1:
+        return None
+    return {
+        key: (*size[:first], *(min(d, extent) for d in size[first:end]), *(size[end:] if end else ()))
+        if len(size) >= 3
+        else size
+        for key, size in whole.items()
+    }
+
+
+def _divided(whole: Sizes, least: int) -> Sizes | None:
+    """Extents in the same proportions, the smallest as near to `least` as these allow."""
+    extents = {d for size in whole.values() if len(size) >= 3 for d in size[2:] if d > 1}
+    common = math.gcd(*extents) if extents else 1
+    divisors = [k for k in range(2, common + 1) if common % k == 0 and min(extents) // k >= least]
+    if not divisors:
+        return None
+    k = max(divisors)
+    return {
+        key: (*size[:2], *(d // k if d > 1 else d for d in size[2:])) if len(size) >= 3 else size
+        for key, size in whole.items()
+    }
+
+
+def _compared(region: Region, view: View, sides: tuple[Side, Side], sizes: Sizes) -> Certificate:
+    states = (*region.before, *region.after)
+    reckoned = {id(t) for s in states if s.op not in ("Shape", "Size") for t in s.inputs}
+    reckoned |= {id(t) for pair in region.claims() for t in pair}
+    given = [t for t in region.sources() if id(t) in sizes]
+    inputs = [t for t in given if id(t) in reckoned]
+    if sum(math.prod(sizes[id(t)]) for t in inputs) > MAX_WORK // 16:
+        raise TooLargeError
+    for side in sides:
+        side.shapes = {id(t): np.broadcast_to(0.0, sizes[id(t)]) for t in given if id(t) not in reckoned}
+    floating = all(_kind(view, t) == "f" for t in inputs)
+    moving = {id(t) for t in inputs}
+    affine = floating and all(_affine(side, moving) for side in sides)
+    return (_certified if affine else _tested)(region, view, sides, inputs, sizes)
+
+
+def _kind(view: View, tensor: gs.Tensor) -> str:
+    dtype = view.dtype(tensor)
+    if dtype is None or str(dtype) in FLOATS:
+        return "f"
+    if dtype.kind not in "iub":
+        raise UnfitError(f"{tensor.name!r} does not hold numbers")
+    return dtype.kind
+
+
+def _certified(
+    region: Region, view: View, sides: tuple[Side, Side], inputs: Sequence[gs.Tensor], sizes: Sizes
+) -> Certificate:
+    """Affine regions: |after − before| ≤ bound · M at every element, on a basis or random probes."""
+    count = sum(math.prod(sizes[id(t)]) for t in inputs)
+    basis = count <= BASIS
+    probes = _unit_vectors(inputs, sizes) if basis else _random(inputs, sizes)
+    largest = {id(t): np.full(sizes[id(t)], 1.0 if basis else 2.0) for t in inputs}
+    unit = max(DOUBLE, *(side.unit() for side in sides))
+
+    def outward(value: Array, tensor: gs.Tensor) -> Array:
+        kind = str(tensor.dtype)
+        return np.abs(value) + SMALLEST.get(kind, 0.0) * 2 / epsilon(np.dtype(tensor.dtype) if kind in FLOATS else None)
+
+    zero = {key: np.zeros_like(value) for key, value in largest.items()}
+    old_sizes, new_sizes = (side.run(largest, outward, absolute=True) for side in sides)
+    biases = sides[0].run(zero, outward, absolute=True)
+    depths = [_depth(side, inputs) for side in sides]
+    bound = depths[1] * unit
+    cancelled, summed = CANCELLED * depths[0] * unit / bound, 4 * _terms(sides) * DOUBLE / bound
+    shifts = sides[1].run(zero, None)
+
+    def scale(old: gs.Tensor, new: gs.Tensor) -> Array:
+        parts = np.where(sides[1].value(new, shifts) == 0, sides[0].value(old, biases), 0.0)
+        return sides[1].value(new, new_sizes) + cancelled * parts + summed * sides[0].value(old, old_sizes)
+
+    chained = depths[1] > 1
+    worst, normwise = 0.0, 0.0
+    for feeds in probes:
+        before, after = (side.run(feeds, None) for side in sides)
+        for old, new in region.claims():
+            a, b = sides[0].value(old, before), sides[1].value(new, after)
+            if not _alike(a, b):
+                return Certificate("failed", _mismatch(old, a, b), math.inf, bound)
+            gap, allowed = np.abs(np.subtract(a, b, dtype=np.float64)), scale(old, new)
+            worst = max(worst, _ratio(gap, allowed))
+            normwise = max(normwise, _ratio(gap, np.max(allowed, initial=0.0)))
+    how = f"{PROBES} random probes" if not basis else f"a basis of {count + 1}" if count else "constants computed anew"
+    if worst > bound >= normwise and chained:  # a split at the rank is exact as a whole, not row by row
+        worst, how = normwise, f"{how}, relative to the largest element"
+    if not worst <= bound:
+        return Certificate("failed", f"on {how}", worst, bound)
+    return Certificate("certified", how, worst, bound, 0.0 if basis else (1 / FAULT + 0.5 / GRID) ** PROBES)
+
+
+def _tested(
+    region: Region, view: View, sides: tuple[Side, Side], inputs: Sequence[gs.Tensor], sizes: Sizes
+) -> Certificate:
+    """Other regions: |after − before| within what storing the weights once more does to either side."""
+    unit = max(DOUBLE, *(side.unit() for side in sides))
+    rng = np.random.default_rng(0)
+
+    def rounded(value: Array, _tensor: gs.Tensor) -> Array:
+        return value * (1 + unit * rng.choice((-1.0, 1.0), value.shape))
+
+    worst, bound, finite = 0.0, math.inf, False
+    for size in SIZES:
+        feeds = {id(t): _probe(view, t, sizes[id(t)], size, rng) for t in inputs}
+        before, after = (side.run(feeds, None) for side in sides)
+        nearby = [side.run(feeds, rounded) for side in sides for _ in range(2)]
+        for old, new in region.claims():
+            a, b = sides[0].value(old, before), sides[1].value(new, after)
+            if not _alike(a, b):
+                return Certificate("failed", _mismatch(old, a, b), math.inf)
+            if not np.array_equal(np.isfinite(a), np.isfinite(b)):
+                return Certificate("failed", f"{old.name!r} is finite at different places", math.inf)
+            fine = np.isfinite(a)
+            finite = finite or bool(fine.any())
+            scale = float(np.max(np.abs(a[fine]), initial=0.0))
+            gap = float(np.max(np.abs(np.subtract(a[fine], b[fine], dtype=np.float64)), initial=0.0))
+            owners = ((old, a, 0), (old, a, 1), (new, b, 2), (new, b, 3))
+            moved = max(_moved(sides[i // 2].value(t, nearby[i]), value) for t, value, i in owners)
+            steps = len(region.before) + len(region.after)
+            allowed = (JITTERS * moved / scale if scale else 0.0) + ROUNDINGS * steps * unit
+            here = gap / scale if scale else math.inf if gap else 0.0
+            if bound == math.inf or here * bound > worst * allowed or (here == worst and allowed < bound):
+                worst, bound = here, allowed
+            if not here <= allowed:
+                return Certificate("failed", f"on probes of size {size:g}", here, allowed)
+    if not finite:
+        return Certificate("none", "no probe gives a finite value")
+    return Certificate(
+        "tested", f"not affine: {len(SIZES)} probes of sizes {SIZES[0]:g} to {SIZES[-1]:g}", worst, bound
+    )
+
+
+def _alike(a: np.ndarray, b: np.ndarray) -> bool:
+    if {a.dtype.kind, b.dtype.kind} - set("fiub"):
+        raise UnfitError("its results are not numbers")
+    if not a.size:
+        raise UnfitError("its results are empty")
+    return a.shape == b.shape and a.dtype.kind == b.dtype.kind
+
+
+def _mismatch(tensor: gs.Tensor, a: np.ndarray, b: np.ndarray) -> str:
+    return f"{tensor.name!r} was {a.dtype}{list(a.shape)}, and is {b.dtype}{list(b.shape)}"
+
+
+def _ratio(gap: Array, scale: Array | float) -> float:
+    """Largest gap / scale; 0 / 0 is 0, and anything that is not a number is infinite."""
+    with np.errstate(all="ignore"):
+        ratio = np.where(gap == 0, 0.0, gap / scale)
+    return math.inf if np.isnan(ratio).any() else float(np.max(ratio, initial=0.0))
+
+
+def _moved(value: np.ndarray, reference: np.ndarray) -> float:
+    if value.shape != reference.shape:
+        return 0.0
+    with np.errstate(all="ignore"):
+        gap = np.abs(np.subtract(value, reference, dtype=np.float64))
+    return float(np.max(gap[np.isfinite(gap)], initial=0.0))
+
+
+def _unit_vectors(inputs: Sequence[gs.Tensor], sizes: Sizes) -> Iterator[Tensors]:
+    zero = {id(t): np.zeros(sizes[id(t)]) for t in inputs}
+    yield zero
+    for t in inputs:
+        for i in range(math.prod(sizes[id(t)])):
+            unit = np.zeros(sizes[id(t)])
+            unit.flat[i] = 1.0
+            yield {**zero, id(t): unit}
+
+
+def _random(inputs: Sequence[gs.Tensor], sizes: Sizes) -> Iterator[Tensors]:
+    """Probes whose entries are drawn from 2 GRID numbers, none smaller than 1: a single wrong coefficient always shows,
+    several cancel with a probability of at most 1 / (2 GRID) in each probe."""
+    rng = np.random.default_rng(0)
+    for _ in range(PROBES):
+        yield {id(t): _signed(rng, sizes[id(t)]) for t in inputs}
+
+
+def _signed(rng: np.random.Generator, size: tuple[int, ...]) -> Array:
+    return np.asarray((1.0 + rng.integers(0, GRID, size) / GRID) * rng.choice((-1.0, 1.0), size))
+
+
+def _probe(view: View, tensor: gs.Tensor, size: tuple[int, ...], scale: float, rng: np.random.Generator) -> np.ndarray:
+    kind = _kind(view, tensor)
+    if kind == "f":
+        return _signed(rng, size) * scale
+    return rng.integers(0, 2, size).astype(view.dtype(tensor))
+
+
+def _depth(side: Side, sources: Sequence[gs.Tensor]) -> int:
+    """The largest number of operators that reckon with constants, one after another; at least 1."""
+    depth = {id(t): 0 for t in sources}
+    for s in side.states:
+        moving = [depth[id(t)] for t in s.inputs if id(t) in depth]
+        if moving:
+            stored = any(t.name and id(t) not in depth for t in (s.inputs[i] for i in _reckoned(s)))
+            depth.update((id(t), max(moving) + stored) for t in s.outputs)
+    return max((1, *depth.values()))
+
+
+def _reckoned(state: State) -> list[int]:
+    return [i for i in NUMBERS.get(state.op, ()) if i < len(state.inputs)]
+
+
+def _terms(sides: tuple[Side, Side]) -> int:
+    """The number of terms in the longest sums of the regions, one after another."""
+    weights = [side.constant(t) for side in sides for s in side.states for t in s.inputs if s.op in NUMBERS and t.name]
+    sums = [w.size // max(1, min(w.shape, default=1)) if w.ndim else 1 for w in weights if w is not None]
+    return 8 + sum(sums)
+
+
+#: Operators that move, copy, add or average numbers of their first input, whatever else they read.
+MOVING = frozenset(
+    """Identity Reshape Transpose Squeeze Unsqueeze Flatten Slice Split Gather Pad Neg AveragePool GlobalAveragePool
+    ReduceMean ReduceSum Resize Upsample Expand Tile DepthToSpace SpaceToDepth Cast Dropout Conv ConvTranspose
+    BatchNormalization Div""".split()  # noqa: SIM905
+)
+#: Operators that are affine in all their inputs together.
+JOINING = frozenset({"Add", "Sub", "Sum", "Mean", "Concat"})
+
+
+def _affine(side: Side, moving: set[int]) -> bool:
+    """Whether every output is affine in the tensors that come from outside."""
+    moving = set(moving)
+    for s in side.states:
+        where = [i for i, t in enumerate(s.inputs) if id(t) in moving]
+        if not where or s.op in ("Shape", "Size"):
+            continue
+        product = s.op in ("Mul", "MatMul", "Gemm") and not {0, 1} <= set(where)
+        if not (product or s.op in JOINING or (s.op in MOVING and where == [0])) or not side.view.op(s.node):
+            return False
+        if s.op == "Cast" and "float" not in str(s.outputs[0].dtype):
+            return False
+        moving.update(id(t) for t in s.outputs)
+    return True

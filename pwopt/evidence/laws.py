@@ -1,0 +1,119 @@
+"""Invariants of two models side by side: `pwopt.invariants`, asked for by name and with settings as text."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pwopt.errors import UsageError
+from pwopt.evidence.equivalence import LawCheck
+from pwopt.graph.shapes import written
+from pwopt.invariants import INVARIANTS, function_of
+from pwopt.running.runtime import Session
+from pwopt.running.samples import Sample
+
+
+@dataclass(frozen=True)
+class Law:
+    """An invariant to measure.
+
+    Attributes
+    ----------
+    name : str
+        Of `pwopt.invariants.INVARIANTS`.
+    settings : mapping
+        Keyword arguments of its function.
+    input, output : str or None
+        What it is about; the first ones by default.
+    text : str
+        As it was asked for.
+    """
+
+    name: str
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    input: str | None = None
+    output: str | None = None
+    text: str = ""
+
+
+def parse_law(text: str) -> Law:
+    """``NAME:KEY=VALUE:KEY=VALUE`` → a law.
+
+    Values are integers, several joined by commas, or for ``matrix`` the path of an .npy; ``input`` and ``output`` are
+    names.
+
+    Examples
+    --------
+    >>> parse_law("translation:shift=2:stride=2").settings
+    {'shift': 2, 'stride': 2}
+    """
+    name, *pairs = text.split(":")
+    if name not in INVARIANTS:
+        raise UsageError(f"there is no invariant {name!r}; there are {', '.join(INVARIANTS)}")
+    parameters = inspect.signature(INVARIANTS[name].residual).parameters
+    known = [*list(parameters)[2:], "input", "output"]
+    settings: dict[str, Any] = {}
+    for pair in pairs:
+        key, sep, value = pair.partition("=")
+        if not sep or key not in known:
+            raise UsageError(f"{pair!r} is not a setting of {name}; there are {', '.join(known)}, as KEY=VALUE")
+        settings[key] = _value(key, value)
+    missing = [key for key in known if key == "matrix" and key not in settings]
+    if missing:
+        raise UsageError(f"{name} needs a matrix; give {name}:matrix=FILE.npy")
+    return Law(name, settings, settings.pop("input", None), settings.pop("output", None), text)
+
+
+def _value(key: str, text: str) -> Any:
+    if key in ("input", "output"):
+        return text
+    try:
+        if key == "matrix":
+            return np.load(Path(text), allow_pickle=False)
+        numbers = tuple(map(int, text.split(",")))
+    except (OSError, ValueError) as error:
+        raise UsageError(f"the setting {key}={text} cannot be read: {error}") from error
+    return numbers if len(numbers) > 1 else numbers[0]
+
+
+def measure(
+    laws: Sequence[Law], original: Path, candidate: Path, sample: Sample, provider: str, threads: int
+) -> tuple[LawCheck, ...]:
+    """The residual of each law in both models, on one sample.
+
+    Raises
+    ------
+    UsageError
+        If a law does not fit the models' shapes.
+    """
+    if not laws:
+        return ()
+    sessions = [Session(path, provider, threads) for path in (original, candidate)]
+    return tuple(
+        LawCheck(law.text or law.name, INVARIANTS[law.name].formula, *(_residual(law, s, sample) for s in sessions))
+        for law in laws
+    )
+
+
+def _residual(law: Law, session: Session, sample: Sample) -> float:
+    name = law.input or session.inputs[0]
+    if name not in sample.feeds:
+        raise UsageError(f"there is no input {name!r}; the model has {', '.join(map(repr, sample.feeds))}")
+    others = {k: v for k, v in sample.feeds.items() if k != name}
+    function = function_of(session, name, law.output, others)
+    try:
+        return float(INVARIANTS[law.name].residual(function, sample.feeds[name], **law.settings))
+    except IndexError as error:
+        result = law.output or session.outputs[0]
+        size = written(function(sample.feeds[name]).shape)
+        raise UsageError(
+            f"{law.text} needs an axis that input {name!r}, {written(sample.feeds[name].shape)}, or output {result!r},"
+            f" {size}, has not; choose others with input=NAME or output=NAME"
+        ) from error
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{law.text} does not fit the model: {error}; see {law.name} in pwopt.invariants") from error

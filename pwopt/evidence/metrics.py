@@ -1,0 +1,313 @@
+"""How far one array is from another: error, rounding steps, direction, signal to noise, ranking.
+
+Everything is computed piece by piece, so that outputs of any size need little memory besides their own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+
+from pwopt.algebra import Array
+from pwopt.graph.dtypes import epsilon, floating
+
+#: Elements that are looked at together.
+PIECE = 1 << 18
+#: At most this many elements, drawn once, give the 99th percentile of the rounding steps.
+DRAWN = 1 << 20
+#: At most this many pairs are kept for a scatter plot.
+PAIRS = 500
+#: Bins of log₁₀ of the absolute error: half a decade each, from a tenth of float64's epsilon to what no model means.
+EDGES = tuple(float(e) for e in np.arange(-17.0, 9.5, 0.5))
+#: Default relative and absolute tolerance by type: a few hundred roundings.
+TOLERANCES = {"float64": (1e-9, 1e-10), "float32": (1e-4, 1e-5), "float16": (1e-2, 1e-3), "bfloat16": (5e-2, 1e-2)}
+
+
+@dataclass(frozen=True)
+class Histogram:
+    """Counts of log₁₀ of the absolute error between `edges`, those beyond in the outer bins; `zero` are exact."""
+
+    edges: tuple[float, ...] = EDGES
+    counts: tuple[int, ...] = (0,) * (len(EDGES) - 1)
+    zero: int = 0
+
+    def __add__(self, other: Histogram) -> Histogram:
+        return replace(
+            self,
+            counts=tuple(a + b for a, b in zip(self.counts, other.counts, strict=True)),
+            zero=self.zero + other.zero,
+        )
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How far a value is from a reference of the same shape and type, elements that are finite in both.
+
+    Attributes
+    ----------
+    max_abs, mean_abs : float
+        Largest and mean absolute deviation.
+    max_rel : float
+        Largest deviation relative to the reference's magnitude at that element.
+    mismatch : float
+        Fraction of unequal elements.
+    scale, resolution : float
+        Largest magnitude of the reference, and the machine epsilon of its type there.
+    ulp, ulp_p99 : float or None
+        Units in the last place between them, at most and for 99 % of (at most a million, randomly drawn) elements:
+        how many numbers of the type lie between. Of values near zero it says little. None unless floating point.
+    cosine : float or None
+        Cosine of the angle between both, as vectors.
+    snr_db : float or None
+        Σ reference² / Σ deviation², in decibels; infinite if there is no deviation.
+    top1, top5 : float or None
+        Along the axis of classes (the last one; the second one of four and more), the fraction of positions
+        where the largest entry is the same, and the mean overlap of the five largest. None where there is nothing to
+        rank.
+    histogram : Histogram
+    scatter : tuple of (float, float)
+        At most 500 randomly drawn pairs of reference and value.
+    within : bool
+        Whether every deviation is within the tolerance.
+    note : str
+        Why they cannot be compared at all, or "".
+    size, compared : int
+        Number of elements, and of those that are finite.
+    """
+
+    max_abs: float = 0.0
+    mean_abs: float = 0.0
+    max_rel: float = 0.0
+    mismatch: float = 0.0
+    scale: float = 0.0
+    resolution: float = 0.0
+    ulp: float | None = None
+    ulp_p99: float | None = None
+    cosine: float | None = None
+    snr_db: float | None = None
+    top1: float | None = None
+    top5: float | None = None
+    histogram: Histogram = field(default_factory=Histogram, repr=False)
+    scatter: tuple[tuple[float, float], ...] = field(default=(), repr=False)
+    within: bool = True
+    note: str = ""
+    size: int = 0
+    compared: int = 0
+
+    def worse(self, other: Agreement) -> Agreement:
+        """The worse of every figure of two samples."""
+        return Agreement(
+            max(self.max_abs, other.max_abs),
+            max(self.mean_abs, other.mean_abs),
+            max(self.max_rel, other.max_rel),
+            max(self.mismatch, other.mismatch),
+            max(self.scale, other.scale),
+            max(self.resolution, other.resolution),
+            _either(max, self.ulp, other.ulp),
+            _either(max, self.ulp_p99, other.ulp_p99),
+            _either(min, self.cosine, other.cosine),
+            _either(min, self.snr_db, other.snr_db),
+            _either(min, self.top1, other.top1),
+            _either(min, self.top5, other.top5),
+            self.histogram + other.histogram,
+            max(self, other, key=lambda a: (a.max_abs, len(a.scatter))).scatter,
+            self.within and other.within,
+            self.note or other.note,
+            self.size + other.size,
+            self.compared + other.compared,
+        )
+
+    @classmethod
+    def none(cls, note: str, size: int = 0) -> Agreement:
+        """Nothing agrees, because of `note`; `size` elements could be held against each other at all."""
+        return cls(np.inf, np.inf, np.inf, 1.0, within=False, note=note, size=size, compared=size)
+
+
+def _either(choose: Callable[[float, float], float], a: float | None, b: float | None) -> float | None:
+    return b if a is None else a if b is None else choose(a, b)
+
+
+def agreement(
+    reference: Any, value: Any, rtol: float | None = None, atol: float | None = None, *, brief: bool = False
+) -> Agreement:
+    """Compare two outputs.
+
+    Parameters
+    ----------
+    reference, value : array, or what else onnxruntime returns
+        Sequences and maps are equal or not.
+    rtol, atol : float, optional
+        |deviation| ≤ atol · s + rtol · |reference| is within the tolerance; by default those of `TOLERANCES`, and s the
+        root mean square of the reference or 1 if that is smaller. A given `atol` is taken as it is, s = 1.
+    brief : bool
+        Leave out what no verdict needs: rounding steps, rankings, histogram and scatter.
+    """
+    if not isinstance(reference, np.ndarray) or not isinstance(value, np.ndarray):
+        same = _plain(reference) == _plain(value)
+        return Agreement(
+            mismatch=float(not same), within=same, note="" if same else "the values differ", size=1, compared=1
+        )
+    if reference.shape != value.shape or reference.dtype != value.dtype:
+        became = f"{value.dtype}{list(value.shape)}"
+        return Agreement.none(f"{reference.dtype}{list(reference.shape)} became {became}")
+    if reference.size == 0:
+        return Agreement()
+    if not floating(reference.dtype):
+        return _discrete(reference, value)
+    return _continuous(reference, value, rtol, atol, brief)
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.ndarray):
+        return value.tolist()
+    if isinstance(value, dict):
+        return {k: _plain(v) for k, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def _pieces(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    flat = [a.reshape(-1) for a in arrays]
+    for start in range(0, flat[0].size, PIECE):
+        yield tuple(f[start : start + PIECE] for f in flat)
+
+
+def _discrete(reference: np.ndarray, value: np.ndarray) -> Agreement:
+    different, gap, total, scale = 0, 0.0, 0.0, 0.0
+    for a, b in _pieces(reference, value):
+        different += int(np.sum(a != b))
+        if a.dtype.kind in "iu":
+            x, y = a.astype(np.float64), b.astype(np.float64)
+            gap, total = max(gap, float(np.max(np.abs(x - y)))), total + float(np.sum(np.abs(x - y)))
+            scale = max(scale, float(np.max(np.abs(x))))
+    mismatch = different / reference.size
+    return Agreement(
+        max_abs=gap, mean_abs=total / reference.size, mismatch=mismatch, scale=scale, within=not different,
+        size=reference.size, compared=reference.size,
+    )  # fmt: skip
+
+
+def _continuous(
+    reference: np.ndarray, value: np.ndarray, rtol: float | None, atol: float | None, brief: bool
+) -> Agreement:
+    scale, squares, compared = 0.0, 0.0, 0
+    for a, b in _pieces(reference, value):
+        x, y = a.astype(np.float64), b.astype(np.float64)
+        finite = np.isfinite(x)
+        if not np.array_equal(np.where(finite, 0, x), np.where(np.isfinite(y), 0, y), equal_nan=True):
+            return Agreement.none("NaN or infinity at different places", reference.size)
+        scale = max(scale, float(np.max(np.abs(x), where=finite, initial=0.0)))
+        compared += int(np.sum(finite))
+    if not compared:
+        return Agreement(size=reference.size)
+    unit = scale or 1.0  # squares of float64's largest numbers would overflow
+    for (a,) in _pieces(reference):
+        x = a.astype(np.float64) / unit
+        squares += float(np.sum(np.square(x, where=np.isfinite(x), out=np.zeros_like(x))))
+    default = TOLERANCES.get(str(reference.dtype), TOLERANCES["float32"])
+    rtol = default[0] if rtol is None else rtol
+    atol = default[1] * min(1.0, unit * math.sqrt(squares / compared)) if atol is None else atol
+
+    worst, relative, total, unequal, steps = 0.0, 0.0, 0.0, 0, 0.0
+    product, others, noise, within = 0.0, 0.0, 0.0, True
+    bins, zero = np.zeros(len(EDGES) - 1, np.int64), 0
+    for a, b in _pieces(reference, value):
+        finite = np.isfinite(a.astype(np.float64))
+        x, y = a[finite].astype(np.float64), b[finite].astype(np.float64)
+        if not x.size:
+            continue
+        error = np.abs(x - y)
+        wrong = error[error != 0]
+        worst, total = max(worst, float(error.max())), total + float(error.sum())
+        relative = max(relative, float(np.max(error / np.maximum(np.abs(x), np.finfo(np.float32).tiny))))
+        unequal, zero = unequal + wrong.size, zero + error.size - wrong.size
+        within = within and bool(np.all(error <= atol + rtol * np.abs(x)))
+        product += float(np.sum(x / unit * (y / unit)))
+        others += float(np.sum((y / unit) ** 2))
+        noise += float(np.sum((error / unit) ** 2))
+        if not brief:
+            steps = max(steps, float(np.max(ulps(a[finite], b[finite]))))
+            bins += np.histogram(np.clip(np.log10(wrong), EDGES[0], EDGES[-1]), EDGES)[0]
+    found = Agreement(
+        max_abs=worst, mean_abs=total / compared, max_rel=relative, mismatch=unequal / reference.size, scale=scale,
+        resolution=scale * epsilon(reference.dtype), cosine=_cosine(product, squares, others),
+        snr_db=_decibels(squares, noise), within=within, size=reference.size, compared=compared,
+    )  # fmt: skip
+    if brief:
+        return found
+    xs, ys = _drawn(reference, value, DRAWN)
+    pairs = [p.astype(np.float64).tolist() for p in _drawn(reference, value, PAIRS)]
+    top1, top5 = _ranking(reference, value)
+    return replace(
+        found, ulp=steps, ulp_p99=float(np.percentile(ulps(xs, ys), 99)) if xs.size else None, top1=top1, top5=top5,
+        histogram=Histogram(EDGES, tuple(bins.tolist()), zero), scatter=tuple(zip(*pairs, strict=True)),
+    )  # fmt: skip
+
+
+def _cosine(product: float, a: float, b: float) -> float | None:
+    if not a or not b:
+        return 1.0 if a == b else 0.0
+    return max(-1.0, min(1.0, product / math.sqrt(a * b)))
+
+
+def _decibels(signal: float, noise: float) -> float:
+    if not noise:
+        return math.inf
+    return 10 * math.log10(signal / noise) if signal else -math.inf
+
+
+def _drawn(reference: np.ndarray, value: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+    """Up to `most` finite pairs, the same ones every time."""
+    a, b = reference.reshape(-1), value.reshape(-1)
+    if a.size > most:
+        picks = np.sort(np.random.default_rng(0).integers(0, a.size, most))
+        a, b = a[picks], b[picks]
+    finite = np.isfinite(a.astype(np.float64))
+    return a[finite], b[finite]
+
+
+def ulps(a: np.ndarray, b: np.ndarray) -> Array:
+    """How many floating-point numbers apart two arrays of finite numbers are, element by element."""
+    bits = np.dtype(f"i{a.dtype.itemsize}")
+    x, y = np.ascontiguousarray(a).view(bits).astype(np.int64), np.ascontiguousarray(b).view(bits).astype(np.int64)
+    largest = np.iinfo(bits).max
+    p, q = x & largest, y & largest  # sign and magnitude, so that neighbours are consecutive
+    apart: Array = np.where((x < 0) == (y < 0), np.abs(p - q).astype(np.float64), p.astype(np.float64) + q)
+    return apart
+
+
+def _ranking(reference: np.ndarray, value: np.ndarray) -> tuple[float | None, float | None]:
+    """`top1` and `top5` of an `Agreement`."""
+    axis = 1 if reference.ndim >= 4 else reference.ndim - 1
+    if axis < 0 or reference.shape[axis] < 2:
+        return None, None
+    classes, firsts, overlap, positions = reference.shape[axis], 0, 0.0, 0
+    for a, b in _rows(np.moveaxis(reference, axis, -1), np.moveaxis(value, axis, -1)):
+        x, y = a.astype(np.float64), b.astype(np.float64)
+        whole = np.all(np.isfinite(x), axis=1)
+        x, y = x[whole], y[whole]
+        every = np.arange(len(x))
+        firsts += int(np.sum(x[every, np.argmax(y, axis=1)] == np.max(x, axis=1, initial=-np.inf)))
+        positions += len(x)
+        if classes > 5:
+            best, other = np.argpartition(-x, 4)[:, :5], np.argpartition(-y, 4)[:, :5]
+            # what the value ranks first counts if the reference has it as high, so that ties are no mistakes
+            overlap += float(np.sum(x[every[:, None], other] >= x[every[:, None], best].min(axis=1)[:, None])) / 5
+    if not positions:
+        return None, None
+    return firsts / positions, overlap / positions if classes > 5 else None
+
+
+def _rows(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+    """Pieces of arrays as matrices of their last axis, however it lies in memory."""
+    first = arrays[0]
+    axis = int(np.argmax(first.shape[:-1])) if first.ndim > 1 else 0
+    if first.ndim == 1:
+        yield tuple(a[None] for a in arrays)
+        return
+    count = min(first.shape[axis], -(-first.size // PIECE))
+    for pieces in zip(*(np.array_split(a, count, axis) for a in arrays), strict=True):
+        yield tuple(p.reshape(-1, first.shape[-1]) for p in pieces)

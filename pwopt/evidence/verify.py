@@ -1,0 +1,144 @@
+"""Two models on the same inputs: whether they are equivalent, and where they begin to differ if not."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from pwopt.errors import UsageError
+from pwopt.evidence.equivalence import Equivalence, compare
+from pwopt.evidence.laws import Law, measure
+from pwopt.evidence.localise import localise
+from pwopt.graph.files import Source, as_file, load
+from pwopt.rewriting.records import Rewrite
+from pwopt.running.inputs import InputSpec, input_specs
+from pwopt.running.runtime import Feeds, Session, check_settings, fallbacks
+from pwopt.running.samples import DEFAULT_KINDS, Range, Sample, check_kinds, given_samples, random_samples
+from pwopt.running.sizes import narrowed, rounds
+
+#: Sizes by input name, for one round or for several.
+Shapes = Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]]
+
+
+def as_rounds(shapes: Shapes | None) -> list[Mapping[str, Sequence[int]]]:
+    """Every round of sizes that was given."""
+    if shapes is None:
+        return []
+    return [shapes] if isinstance(shapes, Mapping) else list(shapes)
+
+
+def samples_for(
+    specs: Sequence[InputSpec],
+    path: str | os.PathLike[str],
+    provider: str = "cpu",
+    shapes: Shapes | None = None,
+    inputs: Any = None,
+    kinds: Sequence[str] = DEFAULT_KINDS,
+    ranges: Mapping[str, Range] | None = None,
+) -> list[Sample]:
+    """The given inputs, or random ones in every round of sizes; parameters as for `verify`."""
+    check_kinds(kinds, specs, ranges or {})
+    given = as_rounds(shapes)
+    if inputs is not None and len(given) > 1:
+        raise UsageError("given inputs have their own sizes; rounds of --shape are for random ones")
+    if inputs is None:
+        return random_samples(specs, rounds(specs, path, provider, given), kinds, ranges)
+    return given_samples(inputs, specs, given[0] if given else None)
+
+
+def verify(
+    original: Source, candidate: Source, *, provider: str = "cpu", threads: int = 1, shapes: Shapes | None = None,
+    inputs: str | os.PathLike[str] | Feeds | Sequence[Any] | None = None, kinds: Sequence[str] = DEFAULT_KINDS,
+    ranges: Mapping[str, Range] | None = None, rtol: float | None = None, atol: float | None = None,
+    locate: bool = True, rewrites: Sequence[Rewrite] = (), laws: Sequence[Law] = (),
+    progress: Callable[[str], None] = lambda _: None,
+) -> Equivalence:  # fmt: skip
+    """Compare two models on the same inputs.
+
+    Parameters
+    ----------
+    original, candidate : path, onnx.ModelProto or Model
+        With the same inputs and outputs, whoever made the second.
+    provider, threads
+        Where to run both; strict about the provider.
+    shapes : mapping of input name to sizes, or a sequence of those, optional
+        For dynamic dimensions; several are rounds. Without any, two likely ones are tried.
+    inputs : path, dict of arrays, or a sequence of those, optional
+        Instead of random inputs; files and folders as for `pwopt.running.samples.given_samples`.
+    kinds : sequence of str
+        Distributions of random inputs, of `pwopt.running.samples.KINDS`.
+    ranges : mapping of input name to (low, high), optional
+        Smallest and largest value of a random input.
+    rtol, atol : float, optional
+        Tolerances; by default those of `pwopt.evidence.metrics.TOLERANCES`.
+    locate : bool
+        Look for the first tensor that differs if the models are not equivalent.
+    rewrites : sequence of Rewrite, optional
+        What made the candidate of the original, so that the one at fault can be named.
+    laws : sequence of Law
+        Invariants to measure on both models, on the first sample; they leave the verdict alone.
+    progress : callable, optional
+        Called with each stage.
+
+    Raises
+    ------
+    UsageError, ModelError, ProviderError
+        See `pwopt.errors`; a model that is not equivalent is a result, not an error.
+
+    Examples
+    --------
+    >>> import pwopt
+    >>> path = "models/linear_sequence.onnx"
+    >>> pwopt.verify(path, path, shapes=[{"x": (1, 64, 8, 8)}, {"x": (2, 64, 5, 7)}]).passed
+    True
+    """
+    check_settings(threads, rtol, atol)
+    specs = narrowed(input_specs(load(original).proto), input_specs(load(candidate).proto))
+    with as_file(original) as a, as_file(candidate) as b:
+        progress("choosing inputs")
+        samples = samples_for(specs, a, provider, shapes, inputs, kinds, ranges)
+        progress("running both models")
+        result = compared(a, b, samples, provider, threads, rtol, atol)
+        if locate and not result.passed:
+            progress("looking for the first difference")
+            result = replace(result, difference=localise(a, b, result, samples, provider, threads, rewrites))
+        progress("looking where operators ran")
+        return _attributed(result, {"original": a, "candidate": b}, samples[0], provider, threads, laws)
+
+
+def _attributed(
+    result: Equivalence, models: Mapping[str, Path], sample: Sample, provider: str, threads: int, laws: Sequence[Law]
+) -> Equivalence:
+    """A comparison with what else is known of both models: their laws, and what ran elsewhere."""
+    original, candidate = models.values()
+    found = measure(laws, original, candidate, sample, provider, threads)
+    return replace(result, laws=found, elsewhere=placements(models, provider, threads, sample))
+
+
+def compared(
+    original: Path,
+    candidate: Path,
+    samples: Sequence[Sample],
+    provider: str,
+    threads: int,
+    rtol: float | None = None,
+    atol: float | None = None,
+) -> Equivalence:
+    """How the answers of two models agree, and how far the original is from itself without graph optimisation."""
+    sessions = (
+        Session(original, provider, threads),
+        Session(original, provider, threads, optimise=False),
+        Session(candidate, provider, threads),
+    )
+    return compare(*sessions, samples, rtol, atol)
+
+
+def placements(
+    models: Mapping[str, Path], provider: str, threads: int, sample: Sample
+) -> dict[str, dict[str, tuple[str, ...]]]:
+    """Model → other provider → operators that ran there, for models where there are any."""
+    found = {name: fallbacks(path, provider, threads, sample.feeds) for name, path in models.items()}
+    return {name: places for name, places in found.items() if places}

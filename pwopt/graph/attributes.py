@@ -1,0 +1,151 @@
+"""What a node's attributes and constant inputs say, in every opset's spelling, with ONNX's defaults."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import onnx_graphsurgeon as gs
+
+from pwopt.algebra.geometry import Refusal
+from pwopt.graph.view import View
+
+
+class Spatial(NamedTuple):
+    """The geometry of a convolution or pooling; `auto_pad` is what could not be resolved."""
+
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[int, ...]
+    auto_pad: str
+
+
+def spatial_attributes(view: View, node: gs.Node, kernel: tuple[int, ...]) -> Spatial | Refusal:
+    """Strides, dilations and pads of a convolution or pooling, with ONNX's defaults.
+
+    SAME padding is resolved where the stride is 1 (it does not depend on the size then) or the size is known.
+    """
+    rank, attrs = len(kernel), node.attrs
+    strides = tuple(attrs.get("strides", (1,) * rank))
+    dilations = tuple(attrs.get("dilations", (1,) * rank))
+    pads = tuple(attrs.get("pads", (0, 0) * rank))
+    auto = attrs.get("auto_pad", "NOTSET")
+    if (len(strides), len(dilations), len(pads)) != (rank, rank, 2 * rank):
+        return Refusal("its strides, dilations and pads do not fit its kernel")
+    if min(pads, default=0) < 0:
+        return Refusal("it has negative padding")
+    if auto == "VALID":
+        return Spatial(strides, dilations, (0, 0) * rank, "")
+    if auto not in ("SAME_UPPER", "SAME_LOWER"):
+        return Spatial(strides, dilations, pads, "")
+    begins, ends = [], []
+    for axis in range(rank):
+        size = view.dim(node.inputs[0], axis + 2)
+        reach = dilations[axis] * (kernel[axis] - 1)
+        if strides[axis] == 1:
+            total = reach
+        elif isinstance(size, int):
+            total = max(0, (-(-size // strides[axis]) - 1) * strides[axis] + reach + 1 - size)
+        else:
+            return Spatial(strides, dilations, (0, 0) * rank, auto)
+        begins.append(total // 2 if auto == "SAME_UPPER" else total - total // 2)
+        ends.append(total - begins[-1])
+    return Spatial(strides, dilations, (*begins, *ends), "")
+
+
+def inactive_dropout(view: View, node: gs.Node) -> bool:
+    """Whether a Dropout passes its input on: always at inference, whatever the ratio says."""
+    if view.opset < 7:
+        return bool(node.attrs.get("is_test", 0))
+    mode = view.optional(node, 2)
+    if mode is None:
+        return True
+    raw = view.raw(mode)
+    return raw is not None and not raw.any()
+
+
+def axes_of(view: View, node: gs.Node, since: int, index: int = 1) -> list[int] | None:
+    """The axes of a reduction, Squeeze or Unsqueeze: an attribute before opset `since`, an input from then on.
+
+    Normalised to be non-negative where the input's rank is known; None if they are not constant or not given.
+    """
+    if view.opset < since:
+        axes = node.attrs.get("axes")
+    else:
+        tensor = view.optional(node, index)
+        axes = None if tensor is None else view.integers(tensor)
+    rank = view.rank(node.inputs[0])
+    return None if axes is None else [a + rank if a < 0 and rank is not None else a for a in axes]
+
+
+def slice_parameters(view: View, node: gs.Node) -> list[tuple[int, int, int, int]] | None:
+    """(axis, start, end, step) of a Slice, axes non-negative; None if not constant or of unknown rank."""
+    rank = view.rank(node.inputs[0])
+    if view.opset < 10:
+        starts, ends = node.attrs.get("starts"), node.attrs.get("ends")
+        axes, steps = node.attrs.get("axes"), None
+    else:
+        given = [view.optional(node, i) for i in range(1, 5)]
+        starts, ends, axes, steps = (None if t is None else view.integers(t) for t in given)
+        if any(t is not None and v is None for t, v in zip(given, (starts, ends, axes, steps), strict=True)):
+            return None
+    if starts is None or ends is None or rank is None:
+        return None
+    axes = list(range(len(starts))) if axes is None else [a + rank if a < 0 else a for a in axes]
+    return list(zip(axes, starts, ends, steps or [1] * len(starts), strict=True))
+
+
+def concat_axis(view: View, node: gs.Node) -> int | None:
+    """The axis of a Concat, non-negative; None if it counts from the end of an unknown rank."""
+    axis, rank = int(node.attrs.get("axis", 1)), view.rank(node.outputs[0])
+    return axis if axis >= 0 else axis + rank if rank is not None else None
+
+
+def pad_parameters(view: View, node: gs.Node) -> tuple[list[int], str, float | None] | None:
+    """(pads for every axis, mode, constant) of a Pad; the constant is None if not known. None if pads are not."""
+    rank = view.rank(node.inputs[0])
+    mode = node.attrs.get("mode", "constant")
+    if view.opset < 11:
+        pads = node.attrs.get("pads", node.attrs.get("paddings"))
+        return None if pads is None else (list(pads), mode, float(node.attrs.get("value", 0.0)))
+    pads = view.integers(node.inputs[1])
+    value, axes = view.optional(node, 2), view.optional(node, 3)
+    if pads is None or rank is None:
+        return None
+    if axes is not None:
+        picked = view.integers(axes)
+        if picked is None:
+            return None
+        full = [0] * (2 * rank)
+        for i, a in enumerate(picked):
+            full[a % rank], full[a % rank + rank] = pads[i], pads[i + len(picked)]
+        pads = full
+    return (pads, mode, 0.0 if value is None else view.uniform(value)) if len(pads) == 2 * rank else None
+
+
+def resized_by_sizes(view: View, node: gs.Node) -> bool:
+    """Whether a Resize is given sizes; its factor is then exactly their ratio."""
+    return node.op == "Resize" and view.opset >= 11 and view.optional(node, 3) is not None
+
+
+def resize_scales(view: View, node: gs.Node) -> dict[int, float] | None:
+    """Axis → factor of a Resize or Upsample that is given constant factors; None otherwise."""
+    rank = view.rank(node.inputs[0])
+    if node.op == "Upsample" and view.opset < 9:
+        scales = node.attrs.get("scales")
+    else:
+        given = view.optional(node, 1 if node.op == "Upsample" or view.opset < 11 else 2)
+        value = None if given is None else view.value(given)
+        scales = None if value is None or value.size == 0 else value.tolist()
+    axes = node.attrs.get("axes", range(len(scales)) if scales is not None else ())
+    if scales is None or rank is None or len(axes) != len(scales):
+        return None
+    return {a % rank: float(s) for a, s in zip(axes, scales, strict=True)}
+
+
+def same_shape(a: Sequence[object], b: Sequence[object]) -> bool:
+    """Whether two shapes of equal element count agree: all numbers equal, at most one dimension unknown."""
+    unknown = [x for x, y in zip(a, b, strict=True) if not (isinstance(x, int) and x == y)]
+    return len(unknown) <= 1 and not any(
+        isinstance(x, int) and isinstance(y, int) and x != y for x, y in zip(a, b, strict=True)
+    )

@@ -1,0 +1,36 @@
+"""Floating-point types: which there are, how finely they round."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+FLOATS = ("float16", "bfloat16", "float32", "float64")
+#: The same as numpy's types, to look one up without spelling it out.
+FLOATING = frozenset(np.dtype(getattr(ml_dtypes, name, name)) for name in FLOATS)
+#: Those that round finely enough to tell a sum from its rounding.
+WIDE = frozenset(map(np.dtype, ("float32", "float64")))
+#: Distance from 1 to the next number of each.
+EPSILONS: dict[np.dtype[Any] | None, float] = {
+    t: 2.0 ** {"float16": -10, "bfloat16": -7, "float64": -52}.get(str(t), -23) for t in FLOATING
+}
+
+
+def epsilon(dtype: np.dtype[Any] | None) -> float:
+    """Distance from 1 to the next number of a floating-point type; float32's where it is not known."""
+    return EPSILONS.get(dtype, 2.0**-23)
+
+
+def cancelling(dtype: np.dtype[Any] | None) -> float:
+    """How near to zero, relative to its parts, a sum of constants is nothing but their rounding (`linear.compose`).
+
+    None of the half types: there, 4 units in the last place are a number to reckon with.
+    """
+    return 4 * epsilon(dtype) if dtype in WIDE else 0.0
+
+
+def floating(dtype: np.dtype[Any]) -> bool:
+    """Whether a type has a floating point, those that numpy lacks included (bfloat16, float8)."""
+    return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))

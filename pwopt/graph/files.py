@@ -1,0 +1,286 @@
+"""Reading and writing models: files, messages and what is checked of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import onnx
+import onnx_graphsurgeon as gs
+from google.protobuf.message import DecodeError, EncodeError
+from onnx_graphsurgeon.logger import G_LOGGER
+
+from pwopt.errors import ModelError, PwoptError, UsageError
+from pwopt.graph.model import OVERRIDABLE_SINCE_IR, Model, StoredValues
+from pwopt.graph.model import declare as declare
+from pwopt.graph.model import snapshot as snapshot
+from pwopt.graph.shapes import Shape, infer, known, objection
+from pwopt.graph.storage import check_external, data_files_of, externalise, locations_of, replacing
+
+#: A model as Python hands it over.
+Source = str | os.PathLike[str] | onnx.ModelProto | Model
+
+#: Since this IR version a model names its opsets; before, it is opset 1.
+OPSETS_SINCE_IR = 3
+
+
+def load(source: Source) -> Model:
+    """Read a model for optimisation.
+
+    Parameters
+    ----------
+    source : path, onnx.ModelProto or Model
+        A file (its external data is checked and left where it is), or a model in memory; of a Model, a copy.
+
+    Raises
+    ------
+    UsageError
+        If there is no such file.
+    ModelError
+        If the file is not a valid ONNX model, or refers to data outside its own folder.
+
+    Examples
+    --------
+    >>> import pwopt
+    >>> model = pwopt.load("models/linear_sequence.onnx")
+    >>> [node.op for node in model.graph.nodes]
+    ['Conv', 'Conv', 'Conv', 'Conv']
+    """
+    folder: Path | None
+    if isinstance(source, Model):
+        return from_proto(source.to_proto(), source.folder)
+    if isinstance(source, onnx.ModelProto):
+        proto, folder = source, None
+    else:
+        path = Path(source)
+        proto, folder = _read(path), path.resolve().parent
+    _check(proto)
+    check_external(proto, folder)
+    with blaming(proto):
+        return from_proto(proto, folder)
+
+
+@contextlib.contextmanager
+def blaming(proto: onnx.ModelProto) -> Iterator[None]:
+    """Where a model that onnx's checker objects to makes pwopt stumble, the error is the model's: a `ModelError`.
+
+    The checker is asked only then, since onnxruntime runs models that it refuses.
+    """
+    try:
+        yield
+    except PwoptError:
+        raise
+    except MemoryError as error:
+        raise ModelError("there is not enough memory for this model; optimise it on a larger machine") from error
+    except Exception as error:
+        reason = objection(proto)
+        if not reason:
+            raise
+        raise ModelError(f"the model is not valid: {reason}") from error
+
+
+def _read(path: Path) -> onnx.ModelProto:
+    try:
+        if not path.exists():
+            raise UsageError(f"there is no file {str(path)!r}; give the path of an ONNX model")
+        if not path.is_file():
+            what = "a folder" if path.is_dir() else "not a regular file"
+            raise ModelError(f"{str(path)!r} is {what}; give the path of an ONNX model")
+        proto = onnx.load(path, format="protobuf", load_external_data=False)
+    except (DecodeError, ValueError) as error:
+        raise ModelError(f"{str(path)!r} is not an ONNX model ({error}); export it again") from error
+    except OSError as error:
+        raise ModelError(f"{str(path)!r} cannot be read: {error.strerror}") from error
+    if not proto.HasField("graph") or not proto.graph.output:
+        raise ModelError(f"{str(path)!r} is not an ONNX model (it has no graph with outputs); export it again")
+    return proto
+
+
+def _check(proto: onnx.ModelProto) -> None:
+    """Known versions, single assignment, defined inputs; the rest is left to the runtime."""
+    newest = onnx.defs.onnx_opset_version()
+    opsets = [o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")]
+    if len(opsets) > 1 or (not proto.opset_import and proto.ir_version >= OPSETS_SINCE_IR):
+        raise ModelError(f"the model names {len(opsets) or 'no'} opsets of ONNX, not one; export it again")
+    if opsets and not 1 <= opsets[0] <= newest:
+        raise ModelError(f"the model uses opset {opsets[0]}, and the installed onnx knows 1 to {newest}; upgrade onnx")
+    if not 1 <= proto.ir_version <= onnx.IR_VERSION:
+        known_versions = f"the installed onnx knows 1 to {onnx.IR_VERSION}"
+        raise ModelError(f"the model has IR version {proto.ir_version}, and {known_versions}; upgrade onnx")
+    graph = proto.graph
+    for group in (graph.initializer, graph.input):
+        names = [v.name for v in group]
+        if len(set(names)) < len(names):
+            twice = next(n for n in names if names.count(n) > 1)
+            raise ModelError(f"tensor {twice!r} is defined twice; export the model again")
+    start = {v.name for v in graph.input} | {v.name for v in graph.initializer}
+    start |= {s.values.name for s in graph.sparse_initializer}
+    produced = [name for node in graph.node for name in node.output if name]
+    defined = start.union(produced)
+    if len(defined) < len(start) + len(produced):
+        seen = set(start)
+        twice = next(name for name in produced if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise ModelError(f"tensor {twice!r} is defined twice; export the model again")
+    for name in [name for node in graph.node for name in node.input] + [v.name for v in graph.output]:
+        if name and name not in defined:
+            raise ModelError(f"tensor {name!r} is used but nothing defines it; export the model again")
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.name in ("strides", "dilations") and min(attribute.ints, default=1) < 1:
+                # onnx before 1.22 divides by them
+                at = node.name or (node.output[0] if node.output else node.op_type)
+                raise ModelError(f"node {at!r} has {attribute.name} below 1; export the model again")
+    stuck = _first_in_cycle(graph)
+    if stuck is not None:
+        raise ModelError(f"node {stuck!r} depends on its own output; export the model again")
+
+
+def _first_in_cycle(graph: onnx.GraphProto) -> str | None:
+    producer = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
+    waiting = [0] * len(graph.node)
+    readers: dict[int, list[int]] = {}
+    for i, node in enumerate(graph.node):
+        for name in node.input:
+            if name in producer:
+                waiting[i] += 1
+                readers.setdefault(producer[name], []).append(i)
+    ready = [i for i, count in enumerate(waiting) if count == 0]
+    while ready:
+        for j in readers.get(ready.pop(), []):
+            waiting[j] -= 1
+            if waiting[j] == 0:
+                ready.append(j)
+    stuck = next((i for i, count in enumerate(waiting) if count > 0), None)
+    return None if stuck is None else graph.node[stuck].name or graph.node[stuck].output[0]
+
+
+def from_proto(proto: onnx.ModelProto, folder: Path | None = None) -> Model:
+    """Build the graph: nodes through graphsurgeon, weights as views of their messages, shapes from inference."""
+    listed = {v.name for v in proto.graph.input}
+    fixed = proto.ir_version < OVERRIDABLE_SINCE_IR
+    constants = {t.name: t for t in proto.graph.initializer if fixed or t.name not in listed}
+
+    shell = onnx.ModelProto(ir_version=proto.ir_version)
+    shell.opset_import.extend(proto.opset_import)
+    shell.functions.extend(proto.functions)
+    shell.graph.name = proto.graph.name
+    shell.graph.input.extend(v for v in proto.graph.input if v.name not in constants)
+    shell.graph.output.extend(proto.graph.output)
+    shell.graph.node.extend(proto.graph.node)
+    for node in shell.graph.node:
+        for attribute in [a for a in node.attribute if a.type == a.STRING and not _is_text(a.s)]:
+            node.attribute.remove(attribute)  # graphsurgeon decodes strings; the original message keeps them
+
+    severity, G_LOGGER.severity = G_LOGGER.severity, G_LOGGER.ERROR
+    try:
+        graph = gs.import_onnx(shell)
+    except Exception as error:
+        raise ModelError(f"the graph cannot be read: {objection(proto) or error}") from error
+    finally:
+        G_LOGGER.severity = severity
+
+    model = Model(graph, proto, folder)
+    for node, message in zip(graph.nodes, proto.graph.node, strict=True):
+        if node.op == "Constant" and isinstance(node.attrs.get("value"), gs.Constant):
+            node.attrs["value"]._values = StoredValues(message.attribute[0].t, folder)  # which knows every type
+        model._nodes[id(node)] = (node, message, snapshot(node.attrs))
+    tensors = {t.name: t for node in graph.nodes for t in (*node.inputs, *node.outputs)}
+    tensors.update({t.name: t for t in (*graph.inputs, *graph.outputs)})
+    for name, tensor in constants.items():
+        if name in tensors:
+            constant = tensors[name].to_constant(StoredValues(tensor, folder))
+            model._constants[name] = (constant, tensor)
+    annotate(model, infer(proto))
+    return model
+
+
+def _is_text(value: bytes) -> bool:
+    with contextlib.suppress(UnicodeDecodeError):
+        return value.decode() is not None
+    return False
+
+
+def annotate(model: Model, types: Mapping[str, tuple[int, Shape | None]]) -> None:
+    """Give every variable of the graph its inferred type and shape, None where unknown."""
+    graph = model.graph
+    for tensor in (t for node in graph.nodes for t in (*node.inputs, *node.outputs)):
+        if isinstance(tensor, gs.Variable) and not tensor.is_empty():
+            code, shape = types.get(tensor.name, (0, None))
+            tensor.shape = shape
+            tensor.dtype = onnx.helper.tensor_dtype_to_np_dtype(code) if code else None
+
+
+def with_fixed_inputs(proto: onnx.ModelProto, inputs: Mapping[str, Sequence[int]]) -> onnx.ModelProto:
+    """The model with its input shapes fixed, and every declared shape that follows from them.
+
+    Raises
+    ------
+    UsageError
+        If an input keeps a dimension that is not fixed.
+    """
+    model = onnx.ModelProto()
+    model.CopyFrom(proto)
+    initialized = {t.name for t in proto.graph.initializer}
+    types = infer(proto, inputs)
+    for value in model.graph.input:
+        if value.name in initialized or not value.type.HasField("tensor_type"):
+            continue
+        shape = known(types[value.name][1])
+        if shape is None:
+            raise UsageError(f"--static needs every size of input {value.name!r}; give --shape {value.name}=…")
+        declare(value, shape)
+    for value in [*model.graph.output, *model.graph.value_info]:
+        shape = known(types.get(value.name, (0, None))[1])
+        if shape is not None and value.type.HasField("tensor_type"):
+            declare(value, shape)
+    return model
+
+
+def save(model: Model | onnx.ModelProto, path: str | os.PathLike[str], source: Model | None = None) -> None:
+    """Write a model atomically: the file appears complete, or not at all.
+
+    External data stays external, in as many files as before, named after the new model.
+
+    Parameters
+    ----------
+    model : Model or onnx.ModelProto
+    path : path
+        The new file; one that exists is replaced.
+    source : Model, optional
+        What an `onnx.ModelProto` was made from: it knows where external data lies, and in which files.
+
+    Raises
+    ------
+    ModelError
+        If the file cannot be written.
+    """
+    path = Path(path)
+    if isinstance(model, Model):
+        model, source = model.to_proto(), model
+    try:
+        leftover = data_files_of(path)
+        folder, layout = (source.folder, source.layout) if source is not None else (None, {})
+        proto = externalise(model, path, folder, layout)
+        with replacing(path) as stream:
+            stream.write(proto.SerializeToString(deterministic=True))
+        for name in leftover.difference(locations_of(proto).values()):
+            (path.parent / name).unlink(missing_ok=True)
+    except EncodeError as error:
+        raise ModelError(f"{str(path)!r} cannot be written: over 2 GB without external data") from error
+    except OSError as error:
+        raise ModelError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
+
+
+@contextlib.contextmanager
+def as_file(model: Source) -> Iterator[Path]:
+    """The model as a file for as long as the context lasts: its own, or a temporary one if it is in memory."""
+    if not isinstance(model, (onnx.ModelProto, Model)):
+        yield Path(model)
+        return
+    with tempfile.TemporaryDirectory(prefix="pwopt-") as folder:
+        path = Path(folder) / "model.onnx"
+        save(model, path)
+        yield path

@@ -1,0 +1,223 @@
+"""ONNX file ↔ graph, with nothing lost either way.
+
+The graph that passes edit is onnx-graphsurgeon's, but it is written back *over the original file's own
+messages*: every node, initializer and field that no pass touched is copied verbatim, so metadata,
+documentation, denotations, annotations, functions, sparse initializers and foreign attributes survive by
+construction. Weights stay where they are (in the file, for external data) until someone reads them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx import TensorProto, numpy_helper
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+from onnx_graphsurgeon.ir.tensor import LazyValues
+
+from pwopt.errors import ModelError
+from pwopt.graph.storage import copy_fields, locations_of
+
+#: Since this IR version an initializer that is also an input is a default that callers may override.
+OVERRIDABLE_SINCE_IR = 4
+
+
+class StoredValues(LazyValues):  # type: ignore[misc]
+    """Values of an initializer, read from its message or its file each time they are asked for."""
+
+    def __init__(self, tensor: TensorProto, folder: Path | None) -> None:
+        self.tensor, self.folder = tensor, folder
+        self.shape = tuple(tensor.dims)
+        try:
+            self.dtype = onnx.helper.tensor_dtype_to_np_dtype(tensor.data_type)
+        except KeyError:
+            raise ModelError(f"initializer {tensor.name!r} has no valid type; export the model again") from None
+        elements = math.prod(self.shape)
+        inside = tensor.data_location != TensorProto.EXTERNAL
+        if min(self.shape, default=0) < 0 or (
+            inside and elements > 8 * tensor.ByteSize()
+        ):  # no type has less than a bit
+            raise ModelError(f"initializer {tensor.name!r} does not hold what its shape says; export the model again")
+        self.nbytes = elements * self.dtype.itemsize
+
+    def load(self) -> np.ndarray:
+        try:
+            return np.array(numpy_helper.to_array(self.tensor, str(self.folder or "")))
+        except (ValueError, TypeError, OSError, onnx.checker.ValidationError) as error:
+            raise ModelError(f"initializer {self.tensor.name!r} cannot be read: {error}") from error
+
+
+@dataclass(eq=False)
+class Model:
+    """A model being optimised.
+
+    Attributes
+    ----------
+    graph : gs.Graph
+        What passes edit. Tensors carry inferred shapes and types. Initializers that callers may
+        override are graph inputs here, not constants.
+    proto : onnx.ModelProto
+        The model as read; external data is not loaded into it.
+    folder : Path or None
+        Where its external data lies.
+    """
+
+    graph: gs.Graph
+    proto: onnx.ModelProto
+    folder: Path | None = None
+    _nodes: dict[int, tuple[gs.Node, onnx.NodeProto, dict[str, Any]]] = field(default_factory=dict, repr=False)
+    _constants: dict[str, tuple[gs.Constant, TensorProto]] = field(default_factory=dict, repr=False)
+
+    @property
+    def opset(self) -> int:
+        return int(self.graph.opset)
+
+    @property
+    def layout(self) -> dict[str, str]:
+        """Which tensor lies in which external file."""
+        return locations_of(self.proto)
+
+    def names(self) -> set[str]:
+        """Names that new tensors must not take, though the graph may not show them."""
+        return {t.name for t in self.proto.graph.initializer} | {
+            s.values.name for s in self.proto.graph.sparse_initializer
+        }
+
+    def to_proto(self) -> onnx.ModelProto:
+        """The graph as a model: the original's messages wherever the graph still says the same."""
+        if self.unchanged():
+            return self.proto
+        model = onnx.ModelProto()
+        copy_fields(self.proto, model, skip={"graph"})
+        old, new = self.proto.graph, model.graph
+        copy_fields(old, new, skip={"node", "initializer", "input", "value_info", "quantization_annotation"})
+        new.node.extend(self._node_protos())
+
+        constants = self._constant_tensors()
+        written = set()
+        for tensor in old.initializer:
+            if tensor.name not in self._constants:  # overridable, or read by nobody from the start
+                new.initializer.append(tensor)
+            elif tensor.name in constants:
+                new.initializer.append(self._constant_proto(constants[tensor.name]))
+            else:
+                continue
+            written.add(tensor.name)
+        added = [c for name, c in constants.items() if name not in written]
+        new.initializer.extend(self._constant_proto(c) for c in added)
+        written.update(c.name for c in added)
+
+        listed_initializers = {t.name for t in old.initializer}
+        dims = {t.name: tuple(t.dims) for t in new.initializer}
+        stale = {n for n, size in dims.items() if n in self._constants and size != tuple(self._constants[n][1].dims)}
+        stale |= {n for n in dims if n not in self._constants}  # a Constant node's, until it became an initializer
+        for value in old.input:
+            if value.name not in listed_initializers or value.name in written:
+                new.input.append(value)
+                if value.name in stale:
+                    declare(new.input[-1], dims[value.name])
+        if self.proto.ir_version < OVERRIDABLE_SINCE_IR:  # there, every initializer is listed as an input
+            new.input.extend(
+                onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims)
+                for t in new.initializer[len(new.initializer) - len(added) :]
+            )
+        names = {name for node in new.node for name in node.output} | written
+        new.value_info.extend(v for v in old.value_info if v.name in names - stale)
+        new.quantization_annotation.extend(q for q in old.quantization_annotation if q.tensor_name in names)
+        return model
+
+    def unchanged(self) -> bool:
+        """Whether the graph still says exactly what the file said."""
+        if len(self.graph.nodes) != len(self.proto.graph.node):
+            return False
+        pairs = zip(self.graph.nodes, self.proto.graph.node, strict=True)
+        same = all(_same_edges(node, proto) and self._original(node) is proto for node, proto in pairs)
+        held = all(
+            name in self._constants and self._constants[name][0] is c and isinstance(c._values, StoredValues)
+            for name, c in self._constant_tensors().items()
+        )
+        return same and held
+
+    def _original(self, node: gs.Node) -> onnx.NodeProto | None:
+        """The message a node came from, if its operator and attributes are still those."""
+        found = self._nodes.get(id(node))
+        if found is None or found[0] is not node:
+            return None
+        _, proto, attrs = found
+        same = (node.op, node.name, node.domain or "") == (proto.op_type, proto.name, proto.domain)
+        return proto if same and snapshot(node.attrs) == attrs else None
+
+    def _node_protos(self) -> Iterator[onnx.NodeProto]:
+        for node in self.graph.nodes:
+            proto = self._original(node)
+            if proto is None:
+                yield OnnxExporter.export_node(node)
+                continue
+            if not _same_edges(node, proto):
+                original, proto = proto, onnx.NodeProto()
+                proto.CopyFrom(original)
+                proto.input[:] = [t.name for t in node.inputs]
+                proto.output[:] = [t.name for t in node.outputs]
+            yield proto
+
+    def _constant_tensors(self) -> dict[str, gs.Constant]:
+        """Constants in use, by name: read by a node or captured by a body, or being a graph output."""
+        captured = captured_names(self.proto.graph.node)
+        used = {t.name: t for node in self.graph.nodes for t in node.inputs if isinstance(t, gs.Constant)} | {
+            t.name: t for t in self.graph.outputs if isinstance(t, gs.Constant)
+        }
+        for name, (constant, _) in self._constants.items():
+            if name in captured:
+                used.setdefault(name, constant)
+        return used
+
+    def _constant_proto(self, constant: gs.Constant) -> TensorProto:
+        held, proto = self._constants.get(constant.name, (None, TensorProto()))
+        if held is constant:
+            if isinstance(constant._values, StoredValues):
+                return proto
+            if np.array_equal(StoredValues(proto, self.folder).load(), constant._values):
+                return proto
+        return numpy_helper.from_array(np.asarray(constant.values), constant.name)
+
+
+def _same_edges(node: gs.Node, proto: onnx.NodeProto) -> bool:
+    return [t.name for t in node.inputs] == list(proto.input) and [t.name for t in node.outputs] == list(proto.output)
+
+
+def snapshot(attrs: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        k: tuple(v) if isinstance(v, list) else v if isinstance(v, (int, float, str, bytes)) else id(v)
+        for k, v in attrs.items()
+    }
+
+
+def captured_names(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+    """Names that bodies of If, Loop, Scan… refer to at any depth; outer tensors among them must not change."""
+    names: set[str] = set()
+    pending = [(node, False) for node in nodes]
+    while pending:
+        node, inside = pending.pop()
+        if inside:
+            names.update(node.input)
+        for attribute in node.attribute:
+            for body in [attribute.g] if attribute.HasField("g") else attribute.graphs:
+                names.update(output.name for output in body.output)
+                pending.extend((inner, True) for inner in body.node)
+    return names
+
+
+def declare(value: onnx.ValueInfoProto, shape: Sequence[int]) -> None:
+    declared = value.type.tensor_type.shape
+    if len(declared.dim) != len(shape):
+        del declared.dim[:]
+        for _ in shape:
+            declared.dim.add()
+    for dim, size in zip(declared.dim, shape, strict=True):
+        dim.dim_value = size

@@ -1,0 +1,51 @@
+"""A model in another opset, by onnx's own converter."""
+
+from __future__ import annotations
+
+import onnx
+
+from pwopt.errors import UsageError
+from pwopt.graph.model import Model
+from pwopt.graph.shapes import skeleton
+
+
+def convert_opset(model: Model, target: int) -> onnx.ModelProto:
+    """The model in another opset, by onnx's own converter, keeping what the converter drops.
+
+    Raises
+    ------
+    UsageError
+        If onnx cannot convert it.
+    """
+    newest = onnx.defs.onnx_opset_version()
+    if target < model.opset:
+        raise UsageError(f"opset {target} is older than the model's {model.opset}, and pwopt converts upwards only")
+    if target > newest:
+        raise UsageError(f"opset {target} is newer than the installed onnx knows ({newest}); upgrade onnx")
+    light = skeleton(model.proto)
+    try:
+        converted = onnx.version_converter.convert_version(light, target)
+    except Exception as error:
+        raise UsageError(
+            f"onnx cannot convert this model to opset {target} ({type(error).__name__}); leave --opset out"
+        ) from error
+    out = onnx.ModelProto()
+    out.CopyFrom(model.proto)
+    originals = {(n.op_type, *n.output): n for n in model.proto.graph.node}
+    names = {n.name for n in originals.values()}
+    del out.graph.node[:]
+    for node in converted.graph.node:
+        old = originals.get((node.op_type, *node.output))
+        if old is not None:  # the converter keeps neither metadata nor documentation
+            node.name, node.doc_string = old.name, old.doc_string
+            node.metadata_props.extend(old.metadata_props)
+        elif node.name in names:
+            node.name = ""  # it splits operators into several of one name, which onnxruntime refuses
+        out.graph.node.append(node)
+    have = {t.name for t in out.graph.initializer}
+    out.graph.initializer.extend(t for t in converted.graph.initializer if t.name not in have)
+    for entry in out.opset_import:
+        if entry.domain in ("", "ai.onnx"):
+            entry.version = target
+    out.ir_version = max(out.ir_version, onnx.helper.find_min_ir_version_for(list(out.opset_import)))
+    return out

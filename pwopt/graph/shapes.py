@@ -1,0 +1,215 @@
+"""Shapes and types of every tensor of a model, by onnx's own inference, without touching its weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+
+import onnx
+from onnx import TensorProto, shape_inference
+
+from pwopt.graph.limits import isolated
+from pwopt.graph.memo import remembered
+
+Dim = int | str | None
+Shape = tuple[Dim, ...]
+#: How a shape becomes another; None where that is not known.
+Change = Callable[[Shape], Shape | None]
+
+#: The longest one-dimensional tensor whose elements inference may follow one by one.
+WIDEST = 1 << 16
+#: Bytes that inference may take, and for each byte of the graph; it keeps several copies, and needs a tenth of both.
+INFERENCE_MEMORY, INFERENCE_COPIES = 1 << 28, 64
+
+#: Initializers up to this many elements may be shapes, axes or sizes, whose values inference reads.
+SMALL = 1024
+
+
+def dims(value: onnx.TypeProto) -> Shape | None:
+    """Dimensions of a tensor type: an int where fixed, a str where named, None where unknown (−1 means that too)."""
+    if not value.HasField("tensor_type") or not value.tensor_type.HasField("shape"):
+        return None
+    return tuple(
+        (d.dim_value if d.dim_value >= 0 else None) if d.HasField("dim_value") else (d.dim_param or None)
+        for d in value.tensor_type.shape.dim
+    )
+
+
+def channels(axis: int | None, count: int) -> Change:
+    """The change of a shape to another number of channels."""
+    return lambda shape: tuple(count if a == axis else d for a, d in enumerate(shape))
+
+
+def known(shape: Sequence[Dim] | None) -> tuple[int, ...] | None:
+    """The shape if every dimension is a number, else None."""
+    if shape is None or not all(isinstance(d, int) and d >= 0 for d in shape):
+        return None
+    return tuple(d for d in shape if isinstance(d, int))
+
+
+def written(shape: Sequence[object]) -> str:
+    """A shape as people write it; "?" where a dimension is not known."""
+    return "×".join("?" if d is None else str(d) for d in shape) or "a scalar"
+
+
+def skeleton(model: onnx.ModelProto, inputs: Mapping[str, Sequence[int]] | None = None) -> onnx.ModelProto:
+    """A copy of `model` for inference: large weights become inputs, declared inner shapes are dropped.
+
+    Exporters' ``value_info`` is sometimes stale, so only the inputs are believed. `inputs` replaces
+    the shapes of graph inputs by fixed ones.
+    """
+    light = onnx.ModelProto(ir_version=max(model.ir_version, 4))
+    light.opset_import.extend(model.opset_import)
+    light.functions.extend(model.functions)
+    graph = light.graph
+    graph.name = model.graph.name or "graph"
+    initialized = set()
+    for tensor in model.graph.initializer:
+        initialized.add(tensor.name)
+        size = 1
+        for d in tensor.dims:
+            size *= d
+        if size <= SMALL and tensor.data_location != TensorProto.EXTERNAL:
+            graph.initializer.append(tensor)
+        else:
+            graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
+    for value in model.graph.input:
+        if value.name in initialized:
+            continue
+        graph.input.append(value)
+        if inputs and value.name in inputs:
+            shape = graph.input[-1].type.tensor_type.shape
+            del shape.dim[:]
+            for d in inputs[value.name]:
+                shape.dim.add(dim_value=d)
+    for value in model.graph.output:
+        graph.output.append(value)
+        if value.type.HasField("tensor_type"):
+            graph.output[-1].type.tensor_type.ClearField("shape")
+    graph.node.extend(model.graph.node)
+    return light
+
+
+def infer(
+    model: onnx.ModelProto, inputs: Mapping[str, Sequence[int]] | None = None
+) -> dict[str, tuple[int, Shape | None]]:
+    """Element type (``onnx.TensorProto.DataType``) and shape of every tensor that inference settles.
+
+    Parameters
+    ----------
+    inputs : mapping of input name to fixed shape, optional
+        Sizes to assume; without them the result holds for every input the model accepts.
+    """
+    return dict(_inferred(skeleton(model, inputs)))
+
+
+@remembered
+def _inferred(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
+    types = _infer(light)
+    if any(_miscounted(node, types) for node in light.graph.node):
+        types = _infer(_without_sizes_of(light, [n for n in light.graph.node if n.op_type in POOLS and _ceil(n)]))
+    return types
+
+
+def _infer(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
+    """Types without the propagation of data, and with it if they leave something open.
+
+    That propagation writes down every element of a one-dimensional tensor, whatever it is for; a model can make
+    that terabytes.
+    """
+    try:
+        types = _types(shape_inference.infer_shapes(light))
+    except Exception:  # inference stops at what it does not understand; what is declared still holds
+        return _types(light)
+    outputs = {name for node in light.graph.node for name in node.output if name}
+    if all(known(types.get(name, (0, None))[1]) is not None for name in outputs):
+        return types
+    inputs = {name for node in light.graph.node if _propagates(node) for name in node.input}
+    if any(len(size) == 1 and size[0] > WIDEST for n in inputs if (size := known(types.get(n, (0, None))[1]))):
+        return types
+    content = light.SerializeToString()
+    found = isolated(
+        lambda: shape_inference.infer_shapes(content, data_prop=True).SerializeToString(),
+        INFERENCE_MEMORY + INFERENCE_COPIES * len(content),
+    )
+    return types if found is None else _types(onnx.load_from_string(found))
+
+
+def _propagates(node: onnx.NodeProto) -> bool:
+    return onnx.defs.has(node.op_type) and onnx.defs.get_schema(node.op_type).has_data_propagation_function
+
+
+def _types(model: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
+    """Of every tensor that the model declares."""
+    graph = model.graph
+    types: dict[str, tuple[int, Shape | None]] = {t.name: (t.data_type, tuple(t.dims)) for t in graph.initializer}
+    for value in [*graph.input, *graph.value_info, *graph.output]:
+        if value.type.HasField("tensor_type"):
+            types[value.name] = (value.type.tensor_type.elem_type, dims(value.type))
+    return types
+
+
+def objection(model: onnx.ModelProto) -> str:
+    """What onnx's checker or its strict inference has against a model's nodes, in one line, else ""."""
+    light = skeleton(model)
+    context = onnx.checker.C.CheckerContext()
+    context.ir_version = light.ir_version
+    context.opset_imports = {o.domain: o.version for o in light.opset_import}
+    try:
+        for node in light.graph.node:
+            if not any(a.HasField("g") or a.graphs for a in node.attribute):  # the checker takes captures for undefined
+                onnx.checker.check_node(node, context)
+        shape_inference.infer_shapes(light, check_type=True, strict_mode=True)
+    except Exception as error:  # both raise many types
+        return " ".join(str(error).split())[:300]
+    return ""
+
+
+POOLS = ("MaxPool", "AveragePool", "LpPool")
+
+
+def _ceil(node: onnx.NodeProto) -> bool:
+    return any(a.name == "ceil_mode" and a.i for a in node.attribute)
+
+
+def _miscounted(node: onnx.NodeProto, types: Mapping[str, tuple[int, Shape | None]]) -> bool:
+    """Whether inference counts a last window of a ceil_mode pooling that starts beyond the input.
+
+    onnxruntime, like the frameworks, drops it: such a window would see padding only.
+    """
+    if node.op_type not in POOLS or not _ceil(node):
+        return False
+    before, after = types.get(node.input[0], (0, None))[1], types.get(node.output[0], (0, None))[1]
+    if before is None or after is None:
+        return False
+    given = {a.name: list(a.ints) for a in node.attribute}
+    rank = len(before) - 2
+    strides, pads = given.get("strides", [1] * rank), given.get("pads", [0] * 2 * rank)
+    sizes = list(zip(before[2:], after[2:], strides, pads[:rank], strict=False))
+    return any(
+        isinstance(size, int) and isinstance(count, int) and (count - 1) * stride >= size + begin
+        for size, count, stride, begin in sizes
+    )
+
+
+def _without_sizes_of(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> onnx.ModelProto:
+    """The model with the spatial sizes of these nodes' outputs unknown: each is joined to something of unknown size."""
+    opaque = {n.output[0] for n in nodes}
+    graph = model.graph
+    originals = list(graph.node)
+    del graph.node[:]
+    ranks: set[int] = set()
+    for node in originals:
+        graph.node.append(node)
+        if not node.output or node.output[0] not in opaque:
+            continue
+        name = node.output[0]
+        rank = 2 + len(next(a.ints for a in node.attribute if a.name == "kernel_shape"))
+        if rank not in ranks:
+            ranks.add(rank)
+            graph.input.append(onnx.helper.make_tensor_value_info(f"{rank} unknown sizes", 1, [None] * rank))
+        graph.node[-1].output[0] = f"{name} axis 1"
+        for axis in range(2, rank):
+            target = name if axis == rank - 1 else f"{name} axis {axis}"
+            parts = [f"{name} axis {axis - 1}", f"{rank} unknown sizes"]
+            graph.node.append(onnx.helper.make_node("Concat", parts, [target], axis=axis))
+    return model

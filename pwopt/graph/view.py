@@ -1,0 +1,421 @@
+"""The graph while it is edited: an index over a ``gs.Graph`` that answers and changes in constant time.
+
+graphsurgeon keeps readers in lists that are searched on every removal (comparing nodes field by field),
+so 16,000 readers of one constant would cost 16,000² steps. `View` keeps its own index, edits through it
+only, and writes graphsurgeon's links back once, in `close`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeGuard
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from pwopt.algebra import Array
+from pwopt.graph.dtypes import FLOATING
+from pwopt.graph.journal import Journal
+from pwopt.graph.model import StoredValues
+from pwopt.graph.shapes import Change, Dim, Shape, known
+
+
+class View:
+    """Questions about a graph, and the edits that a pass may make.
+
+    Parameters
+    ----------
+    graph : gs.Graph
+    sizes : mapping of tensor name to shape, optional
+        Representative sizes where the graph's own shapes are dynamic; used for costs, never for proofs.
+    reserved : names, optional
+        Names that new tensors must not take.
+    """
+
+    def __init__(
+        self,
+        graph: gs.Graph,
+        sizes: Mapping[str, Sequence[int]] | None = None,
+        reserved: Iterable[str] = (),
+    ) -> None:
+        self.graph = graph
+        self.sizes = dict(sizes or {})
+        self.opset = int(graph.opset)
+        self._functions = {(f.domain or "", f.name) for f in graph.functions}
+        self._position: dict[int, tuple[int, ...]] = {id(node): (i,) for i, node in enumerate(graph.nodes)}
+        self._node_names = {node.name for node in graph.nodes}
+        self._nodes = {id(node): node for node in graph.nodes}
+        self._seen = list(graph.nodes)  # keeps removed nodes alive, so that no id is used twice
+        self._producer: dict[int, gs.Node] = {}
+        self._readers: dict[int, dict[int, gs.Node]] = {}
+        self._tensors: dict[int, gs.Tensor] = {id(t): t for t in graph.outputs}
+        for node in graph.nodes:
+            self._link(node)
+        self._outputs = {id(t) for t in graph.outputs}
+        bodies = [body for node in graph.nodes for body in node.subgraphs(recursive=True)]
+        inner = [t for body in bodies for node in body.nodes for t in (*node.inputs, *node.outputs)]
+        inner += [t for body in bodies for t in (*body.inputs, *body.outputs)]
+        self._captured = {t.name for t in inner if t.name}
+        self._names = {t.name for t in (*self._tensors.values(), *graph.inputs, *inner)}.union(reserved)
+        self._origin: dict[str, str] = {}
+        self.changed = False
+        #: What `forms.read` found at a node, by its id; true until the next edit.
+        self.readings: dict[int, Any] = {}
+        #: Notes what each edit changes, while there is one.
+        self.journal: Journal | None = None
+
+    def _link(self, node: gs.Node) -> None:
+        for t in node.outputs:
+            if t.name:
+                self._producer[id(t)] = node
+                self._tensors[id(t)] = t
+        for t in node.inputs:
+            if t.name:
+                self._readers.setdefault(id(t), {})[id(node)] = node
+                self._tensors[id(t)] = t
+
+    # Questions
+
+    def nodes(self) -> list[gs.Node]:
+        """Nodes still in the graph, in the file's order."""
+        return sorted(self._nodes.values(), key=lambda n: self._position[id(n)])
+
+    def __contains__(self, node: gs.Node) -> bool:
+        return self._nodes.get(id(node)) is node
+
+    def position(self, node: gs.Node) -> tuple[int, ...]:
+        """Where a node stands; comparable, and stable while others come and go."""
+        return self._position[id(node)]
+
+    def op(self, node: gs.Node | None) -> str:
+        """The operator's name if it is ONNX's own, else "" (unknown domains and model functions)."""
+        if node is None or (node.domain or "") not in ("", "ai.onnx") or ("", node.op) in self._functions:
+            return ""
+        return str(node.op)
+
+    def is_a(self, node: gs.Node | None, *ops: str) -> TypeGuard[gs.Node]:
+        """Whether `node` is one of ONNX's own operators of these names."""
+        return self.op(node) in ops
+
+    def producer(self, tensor: gs.Tensor) -> gs.Node | None:
+        return self._producer.get(id(tensor))
+
+    def readers(self, tensor: gs.Tensor) -> list[gs.Node]:
+        """Nodes that read `tensor`, each once, in the file's order."""
+        found = self._readers.get(id(tensor), {}).values()
+        return sorted(found, key=lambda n: self._position[id(n)]) if len(found) > 1 else list(found)
+
+    def pinned(self, tensor: gs.Tensor) -> str:
+        """Why this tensor's value must stay observable, else ""."""
+        if id(tensor) in self._outputs:
+            return f"{tensor.name!r} is a graph output"
+        if tensor.name in self._captured:
+            return f"{tensor.name!r} is read inside a control-flow body"
+        return ""
+
+    def sole_reader(self, tensor: gs.Tensor) -> gs.Node | None:
+        """The only observer of `tensor`, if there is just one and it is a node."""
+        readers = self._readers.get(id(tensor), {})
+        return next(iter(readers.values())) if len(readers) == 1 and not self.pinned(tensor) else None
+
+    def crowd(self, tensor: gs.Tensor) -> str:
+        """Why `tensor` has other observers than one node, as a clause, else ""."""
+        count = len(self._readers.get(id(tensor), {}))
+        return self.pinned(tensor) or (f"the intermediate {tensor.name!r} has {count} consumers" if count > 1 else "")
+
+    def shared(self, tensor: gs.Tensor) -> bool:
+        """Whether a constant has several readers, at any step of its way through Identity nodes."""
+        while True:
+            if len(self._readers.get(id(tensor), {})) > 1 or self.pinned(tensor):
+                return True
+            node = self.producer(tensor)
+            if node is None or self.op(node) != "Identity":
+                return False
+            tensor = node.inputs[0]
+
+    def shape(self, tensor: gs.Tensor) -> Shape | None:
+        shape = tensor.shape
+        return None if shape is None else tuple(shape)
+
+    def rank(self, tensor: gs.Tensor) -> int | None:
+        return None if tensor.shape is None else len(tensor.shape)
+
+    def dim(self, tensor: gs.Tensor, axis: int) -> Dim:
+        """One dimension; None when the shape or that dimension is unknown."""
+        shape = self.shape(tensor)
+        return shape[axis] if shape is not None and -len(shape) <= axis < len(shape) else None
+
+    def size_of(self, tensor: gs.Tensor) -> tuple[int, ...] | None:
+        """The shape in numbers, from the graph or else the representative sizes."""
+        for shape in (self.shape(tensor), self.sizes.get(tensor.name)):
+            if shape is not None and all(isinstance(d, int) and d >= 0 for d in shape):
+                return tuple(int(d) for d in shape if isinstance(d, int))
+        return None
+
+    def dtype(self, tensor: gs.Tensor) -> np.dtype[Any] | None:
+        """Element type; None when unknown."""
+        try:
+            return None if tensor.dtype is None else np.dtype(tensor.dtype)
+        except TypeError:
+            return None
+
+    def constant(self, tensor: gs.Tensor) -> gs.Tensor | None:
+        """The tensor that holds `tensor`'s value for good: an initializer or a Constant node's, through Identity."""
+        for _ in range(16):
+            if isinstance(tensor, gs.Constant):
+                return tensor
+            node = self.producer(tensor)
+            op = self.op(node)
+            if node is None or (op == "Constant" and "value" not in node.attrs):
+                return None
+            if op == "Constant":
+                value = node.attrs["value"]
+                return value if isinstance(value, gs.Constant) else None
+            if op != "Identity":
+                return None
+            tensor = node.inputs[0]
+        return None
+
+    def elements(self, tensor: gs.Tensor) -> int | None:
+        """Number of elements of a constant, without reading it; None if not constant."""
+        held = self.constant(tensor)
+        return None if held is None else int(np.prod(held.shape, dtype=np.int64))
+
+    def raw(self, tensor: gs.Tensor) -> np.ndarray | None:
+        """Value of a constant in the model's own type; None if not constant."""
+        held = self.constant(tensor)
+        if held is None:
+            return None
+        values = held._values
+        if isinstance(values, StoredValues):
+            return values.load()
+        if isinstance(values, np.ndarray):
+            return values
+        return np.array(onnx.numpy_helper.to_array(values.tensor))
+
+    def value(self, tensor: gs.Tensor) -> Array | None:
+        """Value of a floating-point constant, in float64; None if not constant, not floating point or not finite."""
+        held = self.constant(tensor)
+        if held is None or held.dtype not in FLOATING:
+            return None
+        raw = self.raw(tensor)
+        assert raw is not None
+        value = raw.astype(np.float64)
+        return value if np.isfinite(value).all() else None
+
+    def integers(self, tensor: gs.Tensor) -> list[int] | None:
+        """Value of a constant integer tensor of at most one axis; None if it is not one."""
+        held = self.constant(tensor)
+        if held is None or len(held.shape) > 1 or not np.issubdtype(held.dtype, np.integer):
+            return None
+        raw = self.raw(tensor)
+        return None if raw is None else [int(v) for v in raw.reshape(-1)]
+
+    def uniform(self, tensor: gs.Tensor) -> float | None:
+        """The number that every element of a small floating-point constant equals, else None."""
+        count = self.elements(tensor)
+        if count is None or not 1 <= count <= 1 << 16:
+            return None
+        value = self.value(tensor)
+        if value is None:
+            return None
+        first = float(value.flat[0])
+        return first if np.all(value == first) else None
+
+    def optional(self, node: gs.Node, index: int) -> gs.Tensor | None:
+        """Input `index`, or None if it is left out or given as ""."""
+        return node.inputs[index] if len(node.inputs) > index and node.inputs[index].name else None
+
+    # Edits
+
+    def _edited(self) -> None:
+        self.changed = True
+        self.readings.clear()
+
+    def _note(self, node: gs.Node | None) -> None:
+        if self.journal is not None:
+            self.journal.note(node)
+
+    def _note_around(self, tensor: gs.Tensor) -> None:
+        if self.journal is not None:
+            for node in (self.producer(tensor), *self.readers(tensor)):
+                self.journal.note(node)
+
+    def set_attributes(self, node: gs.Node, **attrs: Any) -> None:
+        """Let attributes of `node` have other values; None takes one away."""
+        self._note(node)
+        self._edited()
+        node.attrs.update(attrs)
+        for key in [k for k, v in attrs.items() if v is None]:
+            del node.attrs[key]
+
+    def unique(self, name: str) -> str:
+        """`name`, or the first of name_1, name_2, … that no tensor has."""
+        candidate, k = name, 0
+        while candidate in self._names:
+            k += 1
+            candidate = f"{name}_{k}"
+        self._names.add(candidate)
+        return candidate
+
+    def node_name(self, base: str, suffix: str) -> str:
+        """A name for a node that stands beside one called `base`; "" if that has none. onnxruntime refuses doubles."""
+        candidate, k = f"{base}{suffix}", 0
+        while base and candidate in self._node_names:
+            k += 1
+            candidate = f"{base}{suffix}_{k}"
+        self._node_names.add(candidate)
+        return candidate if base else ""
+
+    def new_constant(self, name: str, values: np.ndarray) -> gs.Constant:
+        return gs.Constant(self.unique(name), np.asarray(values, order="C"))
+
+    def release(self, names: Iterable[str]) -> None:
+        """Let the next tensors have these names: their holders are about to go."""
+        self._names.difference_update(names)
+
+    def reserve(self, names: Iterable[str]) -> None:
+        self._names.update(names)
+
+    def new_variable(self, name: str, like: gs.Tensor, change: Change = lambda shape: shape) -> gs.Variable:
+        """A tensor of the type of `like`, and of its shape and representative size after `change`."""
+        shape, size = self.shape(like), self.size_of(like)
+        made = gs.Variable(self.unique(name), dtype=like.dtype, shape=None if shape is None else change(shape))
+        numbers = None if size is None else known(change(size))
+        if numbers is not None:
+            self.sizes[made.name] = numbers
+        return made
+
+    def reshape(self, tensor: gs.Tensor, change: Change) -> None:
+        """Let a tensor have another shape and representative size."""
+        self._note_around(tensor)
+        self._edited()
+        shape, size = self.shape(tensor), self.size_of(tensor)
+        tensor.shape = None if shape is None else change(shape)
+        numbers = None if size is None else known(change(size))
+        if numbers is not None:
+            self.sizes[tensor.name] = numbers
+
+    def origin(self, name: str) -> str:
+        """What a tensor was called before it was renamed."""
+        return self._origin.get(name, name)
+
+    def rename(self, tensor: gs.Tensor, suffix: str) -> str:
+        """A tensor whose value changes gets a new name: a name means the original's value, or nothing."""
+        self._note_around(tensor)
+        if self.journal is not None:
+            self.journal.changed[id(tensor)] = tensor
+        old, first = tensor.name, self.origin(tensor.name)
+        tensor.name = self.unique(f"{first}{suffix}")
+        self._origin[tensor.name] = first
+        if old in self.sizes:
+            self.sizes[tensor.name] = self.sizes[old]
+        self._edited()
+        return str(tensor.name)
+
+    def add(self, node: gs.Node, at: gs.Node) -> gs.Node:
+        """Put `node` where `at` stands; several additions at one place keep their order."""
+        if self.journal is not None:
+            self.journal.note_new(node)
+        self._position[id(node)] = (*self._position[id(at)], len(self._seen))
+        self._seen.append(node)
+        self._nodes[id(node)] = node
+        self._link(node)
+        self._edited()
+        return node
+
+    def remove(self, node: gs.Node) -> None:
+        """Take a node out, and everything that only served it."""
+        pending = [node]
+        while pending:
+            node = pending.pop()
+            if node not in self:
+                continue
+            self._note(node)
+            del self._nodes[id(node)]
+            for t in node.outputs:
+                if self._producer.get(id(t)) is node:
+                    del self._producer[id(t)]
+            for t in node.inputs:
+                readers = self._readers.get(id(t), {})
+                readers.pop(id(node), None)
+                maker = self._producer.get(id(t))
+                if maker is not None and all(
+                    not self._readers.get(id(o)) and not self.pinned(o) for o in maker.outputs
+                ):
+                    pending.append(maker)
+        self._edited()
+
+    def reroute(self, old: gs.Tensor, new: gs.Tensor, readers: Iterable[gs.Node] | None = None) -> None:
+        """Let the given readers of `old` (default: all) read `new` instead."""
+        for node in list(readers if readers is not None else self.readers(old)):
+            self._note(node)
+            for i, t in enumerate(node.inputs):
+                if t is old:
+                    list.__setitem__(node.inputs, i, new)
+            self._readers.get(id(old), {}).pop(id(node), None)
+            self._readers.setdefault(id(new), {})[id(node)] = node
+        self._tensors[id(new)] = new
+        self._edited()
+
+    def set_input(self, node: gs.Node, index: int, tensor: gs.Tensor) -> None:
+        """Let `node` read `tensor` as its input `index`, an optional one perhaps."""
+        self._note(node)
+        while len(node.inputs) <= index:
+            list.append(node.inputs, gs.Variable.empty())
+        old = node.inputs[index]
+        list.__setitem__(node.inputs, index, tensor)
+        if all(t is not old for t in node.inputs):
+            self._readers.get(id(old), {}).pop(id(node), None)
+        self._readers.setdefault(id(tensor), {})[id(node)] = node
+        self._tensors[id(tensor)] = tensor
+        self._edited()
+
+    def bypass(self, node: gs.Node, source: gs.Tensor, *, keep_output: bool = False) -> bool:
+        """Remove a node whose first output equals `source`; False if both ends must stay visible.
+
+        Of the two names, the source's stays, unless the output's must: it is observed, or `keep_output`.
+        """
+        output = node.outputs[0]
+        if keep_output or self.pinned(output):
+            maker = self.producer(source)
+            if maker is None or self.pinned(source) or isinstance(source, gs.Constant):
+                return False
+            self._note(maker)
+            self._note(node)
+            index = next(i for i, t in enumerate(maker.outputs) if t is source)
+            self._unlink_output(node, 0)
+            list.__setitem__(maker.outputs, index, output)
+            del self._producer[id(source)]
+            self._producer[id(output)] = maker
+            output.shape, output.dtype = source.shape or output.shape, source.dtype or output.dtype
+            self._readers.get(id(source), {}).pop(id(node), None)
+            self.reroute(source, output)
+        else:
+            self.reroute(output, source)
+        self.remove(node)
+        return True
+
+    def _unlink_output(self, node: gs.Node, index: int) -> None:
+        self._producer.pop(id(node.outputs[index]), None)
+        list.__setitem__(node.outputs, index, gs.Variable.empty())
+
+    def close(self) -> None:
+        """Write the index back into graphsurgeon's own links and node list."""
+        if not self.changed:
+            return
+        self.graph.nodes[:] = self.nodes()
+        for tensor in self._tensors.values():
+            inside = [n for n in list(tensor.outputs) if id(n) not in self._position]
+            list.clear(tensor.outputs)
+            list.extend(tensor.outputs, inside)
+            if not isinstance(tensor, gs.Constant):
+                list.clear(tensor.inputs)
+        for node in self.graph.nodes:
+            for t in node.inputs:
+                list.append(t.outputs, node)
+            for t in node.outputs:
+                if t.name:
+                    list.append(t.inputs, node)
+        self.changed = False

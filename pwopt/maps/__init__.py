@@ -1,0 +1,8 @@
+"""Nodes read as linear maps, maps written as nodes, what moves past what, and what it costs.
+
+`forms` is where to begin: it says what a node is as a map. The modules imported here register the operators it knows.
+"""
+
+from pwopt.maps import averages, borders, scales, selections, weights
+
+__all__ = ["averages", "borders", "scales", "selections", "weights"]

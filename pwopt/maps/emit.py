@@ -1,0 +1,208 @@
+"""Linear maps → nodes: one rounding to the model's own type, in the form that the map came from."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pwopt.algebra import Array
+from pwopt.algebra.geometry import Refusal
+from pwopt.algebra.linear import LinearMap
+from pwopt.graph.view import View
+from pwopt.maps.forms import Reading
+
+#: Types for which onnxruntime has a BatchNormalization kernel or casts around one.
+NORMALISABLE = ("float16", "float32", "float64")
+
+
+@dataclass(frozen=True)
+class Written:
+    """Nodes that compute a map, not yet in the graph, and what rounding did to its weights.
+
+    Attributes
+    ----------
+    nodes : tuple of gs.Node
+        The last one produces the output.
+    residual : float
+        max |rounded − exact| / max |exact| over weights and bias.
+    """
+
+    nodes: tuple[gs.Node, ...]
+    residual: float
+
+
+def rounded(values: Array, dtype: np.dtype[Any]) -> np.ndarray | Refusal:
+    """`values` in the model's type, rounded once; refused if one overflows or a whole channel's weights vanish."""
+    with np.errstate(over="ignore", under="ignore"):
+        low = values.astype(dtype)
+    again = low.astype(np.float64)
+    if not np.isfinite(again).all():
+        return Refusal(f"the folded weights overflow {dtype}")
+    if values.ndim == 1 or again.all():  # biases and shifts: nothing is lost where a sum cannot notice
+        return low
+    rows = values.reshape(len(values), -1) if values.ndim else values.reshape(1, 1)
+    lost = rows.any(axis=1) & ~again.reshape(rows.shape).any(axis=1)
+    return Refusal(f"a folded channel underflows {dtype}") if lost.any() else low
+
+
+def write(
+    view: View,
+    linear: LinearMap,
+    like: Reading,
+    source: gs.Tensor,
+    output: gs.Tensor,
+    axis: int | None,
+    *,
+    inherit: bool = True,
+) -> Written | Refusal:
+    """Nodes for `output = linear(source)` in the form and element type of `like`.
+
+    Parameters
+    ----------
+    view : View
+    linear : LinearMap
+    like : Reading
+        The map being replaced: its kind chooses the operator.
+    source, output : gs.Tensor
+    axis : int or None
+        The channel axis; None for a scalar scale and shift.
+    inherit : bool
+        Whether the node, and weights that nobody else reads, pass their names on.
+    """
+    dtype = view.dtype(like.weight if like.weight is not None else source)
+    if dtype is None:
+        return Refusal("the element type is not known")
+    if not linear.geometry.pointwise and not like.kind.startswith("conv"):
+        return Refusal("only a convolution has strides, taps or padding")
+    if axis is not None and like.kind == "diagonal" and view.rank(source) is None:
+        return Refusal("the rank of its input is not known")
+    if view.opset < 7 and not like.kind.startswith("conv"):
+        return Refusal(f"operators of opset {view.opset} do not broadcast; --opset converts the model")
+    names = _inherited(view, like) if inherit else {}
+    view.release(names.values())
+    writer = _Writer(view, linear, like, source, output, axis, dtype, names, like.nodes[0].name if inherit else "")
+    nodes = FORMS[like.kind](writer)
+    if writer.refusal is not None:
+        view.reserve(names.values())
+        return writer.refusal
+    return Written(tuple(nodes), writer.residual)
+
+
+def _inherited(view: View, like: Reading) -> dict[str, str]:
+    """Names of the weight and bias of `like`, where nobody else reads them."""
+    node = like.nodes[0]
+    slots = {"weight": 0 if like.kind == "left-matmul" else 1, "bias": 2 if node.op != "MatMul" else None}
+    names = {}
+    for role, index in slots.items():
+        tensor = view.optional(node, index) if index is not None and like.kind != "diagonal" else None
+        if tensor is not None and view.sole_reader(tensor) is node:
+            names[role] = str(tensor.name)
+    return names
+
+
+@dataclass
+class _Writer:
+    view: View
+    linear: LinearMap
+    like: Reading
+    source: gs.Tensor
+    output: gs.Tensor
+    axis: int | None
+    dtype: np.dtype[Any]
+    names: dict[str, str]
+    node_name: str
+    residual: float = 0.0
+    refusal: Refusal | None = None
+
+    def constant(self, role: str, values: Array) -> gs.Constant:
+        low = rounded(values, self.dtype)
+        if isinstance(low, Refusal):
+            self.refusal = low
+            low = np.zeros(values.shape, self.dtype)
+        largest = float(np.max(np.abs(values), initial=0.0))
+        if largest:
+            self.residual = max(self.residual, float(np.max(np.abs(low.astype(np.float64) - values))) / largest)
+        return self.view.new_constant(self.names.get(role, f"{self.output.name}_{role}"), low)
+
+    def node(self, op: str, inputs: list[gs.Tensor], output: gs.Tensor, suffix: str = "", **attrs: Any) -> gs.Node:
+        name = self.view.node_name(self.node_name, suffix) if suffix else self.node_name
+        return gs.Node(op, name, attrs, inputs, [output])
+
+    def middle(self) -> gs.Variable:
+        return self.view.new_variable(f"{self.output.name}_product", self.output)
+
+    def matrix(self) -> Array:
+        """The weight as (out, in)."""
+        return self.linear.weight.reshape(self.linear.geometry.out_channels, -1)
+
+    def conv(self) -> list[gs.Node]:
+        g, values = self.linear.geometry, self.linear.weight
+        attrs: dict[str, Any] = {"dilations": list(g.dilations), "group": g.groups, "kernel_shape": list(g.kernel)}
+        attrs |= {"auto_pad": g.auto_pad} if g.auto_pad else {"pads": list(g.pads)}
+        attrs["strides"] = list(g.strides)
+        if g.transposed:
+            inn = g.in_channels // g.groups
+            values = values.reshape(g.groups, -1, inn, *g.kernel).swapaxes(1, 2).reshape(g.in_channels, -1, *g.kernel)
+            if any(g.output_padding):
+                attrs["output_padding"] = list(g.output_padding)
+        inputs = [self.source, self.constant("weight", values)]
+        if g.biased:
+            inputs.append(self.constant("bias", self.linear.bias))
+        return [self.node("ConvTranspose" if g.transposed else "Conv", inputs, self.output, **attrs)]
+
+    def gemm(self) -> list[gs.Node]:
+        first = self.like.nodes[0]
+        flip = first.op == "Gemm" and bool(first.attrs.get("transB", 0))
+        inputs = [self.source, self.constant("weight", self.matrix() if flip else self.matrix().T)]
+        if self.linear.geometry.biased or self.view.opset < 11:  # the third input is optional from opset 11
+            inputs.append(self.constant("bias", self.linear.bias))
+        attrs: dict[str, Any] = {"transB": 1} if flip else {}
+        return [self.node("Gemm", inputs, self.output, **attrs)]
+
+    def matmul(self) -> list[gs.Node]:
+        left, biased = self.like.kind == "left-matmul", self.linear.geometry.biased
+        if not left and biased and self.view.rank(self.source) == 2:
+            return self.gemm()
+        held = self.constant("weight", self.matrix() if left else self.matrix().T)
+        inputs = [held, self.source] if left else [self.source, held]
+        if not biased:
+            return [self.node("MatMul", inputs, self.output)]
+        product, bias = self.middle(), self.linear.bias
+        shift = self.constant("bias", bias[:, None] if left else bias)
+        return [self.node("MatMul", inputs, product), self.node("Add", [product, shift], self.output, "_bias")]
+
+    def affine(self) -> list[gs.Node]:
+        """A scale and a shift: one BatchNormalization where the channel axis is 1, else Mul and Add as needed."""
+        scale, shift = self.linear.scale, self.linear.bias
+        scales, shifts = bool(np.any(scale != 1.0)), self.linear.geometry.biased
+        rank = self.view.rank(self.source) or 0
+        channels = self.view.dim(self.source, 1) if rank >= 3 and self.axis in (1, None) else None
+        if scales and shifts and isinstance(channels, int) and channels > 0 and str(self.dtype) in NORMALISABLE:
+            wide = self.linear.spread(channels)
+            parts = {"scale": wide.scale, "shift": wide.bias, "mean": np.zeros(channels), "var": np.ones(channels)}
+            inputs = [self.source, *(self.constant(role, values) for role, values in parts.items())]
+            return [self.node("BatchNormalization", inputs, self.output, epsilon=0.0)]
+        shape = () if self.axis is None else (-1, *(1,) * (rank - 1 - self.axis))
+        if not shifts:
+            return [self.node("Mul", [self.source, self.constant("scale", scale.reshape(shape))], self.output)]
+        if not scales:
+            return [self.node("Add", [self.source, self.constant("shift", shift.reshape(shape))], self.output)]
+        product = self.middle()
+        return [
+            self.node("Mul", [self.source, self.constant("scale", scale.reshape(shape))], product),
+            self.node("Add", [product, self.constant("shift", shift.reshape(shape))], self.output, "_shift"),
+        ]
+
+
+#: How each kind of reading is written back; other kinds are read only.
+FORMS = {
+    "conv": _Writer.conv,
+    "conv-transpose": _Writer.conv,
+    "gemm": _Writer.gemm,
+    "matmul": _Writer.matmul,
+    "left-matmul": _Writer.matmul,
+    "diagonal": _Writer.affine,
+}

@@ -1,0 +1,156 @@
+"""Nodes → linear maps: every operator that is linear across channels, in every opset's spelling.
+
+`read` gives a `Reading` (what the node computes, and where its numbers are), a `Refusal` (it is such an
+operator, but cannot be proven linear here), or None (something else). The way back is `pwopt.maps.emit`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import onnx_graphsurgeon as gs
+
+from pwopt.algebra import Array
+from pwopt.algebra.geometry import Geometry, Refusal
+from pwopt.algebra.linear import LinearMap
+from pwopt.graph.view import View
+
+#: Operators with a matrix of weights, and the kinds they are read as.
+WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
+WEIGHTED = ("conv", "conv-transpose", "gemm", "matmul", "left-matmul")
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A node (or MatMul + Add) as a linear map of one tensor.
+
+    Attributes
+    ----------
+    nodes : tuple of gs.Node
+        What it covers; the last one produces the output.
+    source : gs.Tensor
+        The data input.
+    geometry : Geometry
+        Known without reading large weights.
+    axis : int or None
+        The channel axis; None for a scalar scale and shift, which fit any axis.
+    kind : str
+        The form: conv, conv-transpose, gemm, matmul (x·W), left-matmul (W·x), diagonal, pool, border, selection,
+        reduction.
+    weight : gs.Tensor or None
+        The tensor that holds its matrix; None where the numbers are few or implied.
+    load : callable
+        Reads the numbers: a LinearMap, or a Refusal if they are not finite.
+    fill : array or None
+        Of a border: what it holds, per channel, where that is not zero.
+    """
+
+    nodes: tuple[gs.Node, ...]
+    source: gs.Tensor
+    geometry: Geometry
+    axis: int | None
+    kind: str
+    weight: gs.Tensor | None
+    load: Callable[[], LinearMap | Refusal]
+    fill: Array | None = None
+
+    @property
+    def node(self) -> gs.Node:
+        return self.nodes[-1]
+
+    @property
+    def output(self) -> gs.Tensor:
+        return self.nodes[-1].outputs[0]
+
+    @property
+    def weighted(self) -> bool:
+        return self.kind in WEIGHTED
+
+    @property
+    def weight_input(self) -> gs.Tensor:
+        """The input that leads to the weight of a weighted map."""
+        return self.nodes[0].inputs[0 if self.kind == "left-matmul" else 1]
+
+    @property
+    def channels(self) -> str:
+        return f"{self.geometry.in_channels}→{self.geometry.out_channels}"
+
+
+Result = Reading | Refusal | None
+Reader = Callable[[View, gs.Node], Result]
+READERS: dict[str, Reader] = {}
+
+
+def reads(*ops: str) -> Callable[[Reader], Reader]:
+    def register(reader: Reader) -> Reader:
+        READERS.update(dict.fromkeys(ops, reader))
+        return reader
+
+    return register
+
+
+def read(view: View, node: gs.Node | None) -> Result:
+    """What `node` computes from its data input, if that is linear across channels.
+
+    Parameters
+    ----------
+    view : View
+    node : gs.Node
+    """
+    if node is None or view.op(node) not in READERS:
+        return None
+    if id(node) in view.readings:
+        found: Result = view.readings[id(node)]
+        return found
+    result = READERS[node.op](view, node)
+    if isinstance(result, Reading) and 0 in (result.geometry.in_channels, result.geometry.out_channels):
+        result = None
+    if node in view:
+        view.readings[id(node)] = result
+    return result
+
+
+def linear(view: View, node: gs.Node | None) -> Reading | None:
+    """`read`, with refusals left out."""
+    reading = read(view, node)
+    return reading if isinstance(reading, Reading) else None
+
+
+def weighted(view: View, node: gs.Node | None) -> Reading | None:
+    """The weighted map that `node` is, a MatMul together with the Add that is its bias; None for any other node."""
+    reading = linear(view, node)
+    if reading is None or not reading.weighted or node is None:
+        return None
+    follower = view.sole_reader(node.outputs[0]) if view.op(node) == "MatMul" else None
+    wider = linear(view, follower) if view.op(follower) == "Add" else None
+    return wider if wider is not None and wider.nodes[0] is node else reading
+
+
+def owned(view: View, reading: Reading, between: gs.Tensor) -> LinearMap | Refusal:
+    """The numbers of a map, if nobody else needs its weight, nor `between`, which a rewrite would do away with."""
+    crowd = view.crowd(between)
+    if crowd or view.shared(reading.weight_input):
+        return Refusal(crowd or f"the weight {reading.weight_input.name!r} is shared")
+    return reading.load()
+
+
+def describe_map(view: View, reading: Reading, widths: str) -> str:
+    """What the time of a map depends on."""
+    g = reading.geometry
+    kernel = "×".join(map(str, g.kernel)) or "1"
+    return f"{reading.kind} {widths} kernel {kernel} stride {g.strides} at {view.size_of(reading.source)}"
+
+
+#: Weights at most of a map that the model does not hold as numbers (a selection, a pooling): 128 MiB in float64.
+MAX_IMPLIED = 1 << 24
+
+
+NOT_CONSTANT = Refusal("its weight is not a constant (an input, an overridable initializer, or computed)")
+NOT_FINITE = Refusal("its weights are not finite")
+
+
+def implied(geometry: Geometry, make: Callable[[], LinearMap]) -> Callable[[], LinearMap | Refusal]:
+    """Loads numbers that follow from a few attributes, and could be any number of them."""
+    too_many = Refusal(f"written out, it has {geometry.weights:,} weights")
+    return lambda: make() if geometry.weights <= MAX_IMPLIED else too_many

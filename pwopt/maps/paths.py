@@ -1,0 +1,124 @@
+"""Paths: linear maps in sequence, where each one's result serves only the next."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pwopt.algebra.geometry import Refusal
+from pwopt.algebra.linear import LinearMap, compose
+from pwopt.graph.dtypes import cancelling
+from pwopt.graph.view import View
+from pwopt.maps import forms
+from pwopt.maps.cost import positions, price
+from pwopt.maps.forms import Reading
+
+#: How far a path is followed; real models need a handful.
+MAX_LENGTH = 32
+
+
+@dataclass(frozen=True)
+class Path:
+    """Linear maps from `source` to `output`.
+
+    Attributes
+    ----------
+    source, output : gs.Tensor
+        The same tensor if there are no maps between.
+    readings : tuple of Reading
+        In the order of execution.
+    axis : int or None
+        The channel axis of all of them; None where any fits.
+    obstacle : str
+        Why the path does not begin earlier.
+    """
+
+    source: gs.Tensor
+    output: gs.Tensor
+    readings: tuple[Reading, ...]
+    axis: int | None
+    obstacle: str
+
+    @property
+    def nodes(self) -> list[gs.Node]:
+        return [n for r in self.readings for n in r.nodes]
+
+    def compose(self, view: View) -> LinearMap | Refusal:
+        """All maps as one; the identity of one channel if there are none."""
+        composed: LinearMap | Refusal = LinearMap.identity(1)
+        precision = cancelling(view.dtype(self.output))
+        for step in (s for r in self.readings for s in steps(r)):
+            if isinstance(composed, Refusal):
+                break
+            composed = step if isinstance(step, Refusal) else compose(step, composed, precision)
+        return composed
+
+    def price(self, view: View) -> float:
+        """Multiply-adds of its convolutions and products, per position of the output; what they feed on is free."""
+        spatial = [r for r in self.readings if r.weighted or not r.geometry.pointwise]
+        places = relative_places(view, spatial)
+        total = sum(price(r.geometry, p) for r, p in zip(spatial, places, strict=True) if r.weighted)
+        return total / (places[-1] or 1.0) if total else 0.0
+
+
+def steps(reading: Reading) -> Iterator[LinearMap | Refusal]:
+    """A reading as maps that pad with zeros only: padding with v is x − v, padded with zeros, plus v."""
+    if reading.fill is not None:
+        yield LinearMap.diagonal(np.ones_like(reading.fill), -reading.fill)
+    yield reading.load()
+    if reading.fill is not None:
+        yield LinearMap.diagonal(np.ones_like(reading.fill), reading.fill)
+
+
+def trace(view: View, tensor: gs.Tensor, fused: Collection[int] = ()) -> Path:
+    """The longest path to `tensor`; `fused` holds nodes (by id) that must stay as they are."""
+    readings: list[Reading] = []
+    axis: int | None = None
+    start, obstacle = tensor, ""
+    while len(readings) < MAX_LENGTH:
+        node = view.producer(start)
+        if node is None:
+            break
+        obstacle = view.crowd(start)
+        if obstacle:
+            break
+        reading = forms.read(view, node)
+        if isinstance(reading, Refusal):
+            obstacle = f"{node.op} is not linear here: {reading.reason}"
+            break
+        if reading is None or reading.output is not start:
+            obstacle = f"{node.op} is not a linear map with constant numbers"
+            break
+        if any(id(n) in fused for n in reading.nodes):
+            obstacle = f"{node.op} belongs to a larger operator that onnxruntime runs as one"
+            break
+        if reading.weighted and view.shared(reading.weight_input):
+            obstacle = f"the weight {reading.weight_input.name!r} is shared"
+            break
+        if None not in (axis, reading.axis) and axis != reading.axis:
+            obstacle = f"{node.op} acts on axis {reading.axis}, not {axis}"
+            break
+        axis = reading.axis if axis is None else axis
+        readings.insert(0, reading)
+        start = reading.source
+    return Path(start, tensor, tuple(readings), axis, obstacle)
+
+
+def relative_places(view: View, maps: list[Reading]) -> list[float]:
+    """How often each map is applied: from sizes, or from the strides alone where one is not known."""
+    counted = [positions(view, r) for r in maps]
+    if all(counted):  # none unknown, none empty
+        return [float(c or 0) for c in counted]
+    places, current = [], 1.0
+    for r in maps:
+        ratio = float(np.prod(r.geometry.strides, initial=1))
+        if r.geometry.transposed:
+            places.append(current)
+            current *= ratio
+        else:
+            current /= ratio
+            places.append(current)
+    return places

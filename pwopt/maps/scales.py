@@ -1,0 +1,136 @@
+"""Scales and shifts per channel as linear maps: BatchNormalization, arithmetic with a constant, what does nothing."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pwopt.algebra import Array
+from pwopt.algebra.geometry import Refusal
+from pwopt.algebra.linear import LinearMap
+from pwopt.graph import attributes
+from pwopt.graph.dtypes import FLOATING
+from pwopt.graph.view import View
+from pwopt.maps.forms import NOT_CONSTANT, NOT_FINITE, Reading, Result, linear, reads
+
+
+def diagonal(node: gs.Node, source: gs.Tensor, scale: Array, shift: Array, axis: int | None) -> Result:
+    if not scale.size:
+        return None
+    if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
+        return NOT_FINITE
+    linear_map = LinearMap.diagonal(scale, shift)
+    return Reading((node,), source, linear_map.geometry, axis, "diagonal", None, lambda: linear_map)
+
+
+@reads("BatchNormalization")
+def read_batch_normalization(view: View, node: gs.Node) -> Result:
+    """γ(x − μ)/√(σ² + ε) + β at inference."""
+    attrs = node.attrs
+    if (
+        attrs.get("training_mode", 0)
+        or (view.opset < 7 and not attrs.get("is_test", 0))
+        or any(o.name for o in node.outputs[1:])
+    ):
+        return Refusal("it normalises with the batch's own statistics (training mode)")
+    if not attrs.get("spatial", 1):
+        return Refusal("it normalises each position on its own (spatial = 0)")
+    values = [view.value(t) for t in node.inputs[1:5]]
+    if len(values) != 4 or any(v is None for v in values):
+        return NOT_CONSTANT
+    gamma, beta, mean, variance = (v for v in values if v is not None)
+    with np.errstate(all="ignore"):
+        scale = gamma / np.sqrt(variance + attrs.get("epsilon", float(np.float32(1e-5))))
+        shift = beta - mean * scale
+    return diagonal(node, node.inputs[0], scale, shift, 1)
+
+
+def _channel_constant(
+    view: View, node: gs.Node, constant: gs.Tensor, source: gs.Tensor
+) -> tuple[Array, int | None] | None:
+    """The numbers of a constant that scales or shifts `source` per channel, and the channel axis.
+
+    None where it differs along several axes, or where broadcasting could enlarge `source`.
+    """
+    elements, rank = view.elements(constant), view.rank(source)
+    shape = tuple((view.constant(constant) or constant).shape)
+    if elements is None or elements == 0 or (elements > 1 and rank is None):
+        return None
+    if view.opset < 7 and node.attrs.get("broadcast", 0) and "axis" in node.attrs and rank is not None:
+        shape = (*shape, *(1,) * (rank - node.attrs["axis"] - len(shape)))
+    if len(shape) > (rank or 0):
+        return None
+    axes = [len(shape) - i for i, d in enumerate(shape) if d != 1]
+    if len(axes) > 1:
+        return None
+    value = view.value(constant)
+    if value is None:
+        return None
+    if not axes:
+        return value.reshape(1), None
+    axis = (rank or 0) - axes[0]
+    return (value.reshape(-1), axis) if view.dim(source, axis) == elements else None
+
+
+@reads("Mul", "Div", "Add", "Sub")
+def read_arithmetic(view: View, node: gs.Node) -> Result:
+    """A scale or a shift by a constant; an Add after its own MatMul is that MatMul's bias."""
+    if len(node.inputs) != 2:
+        return None
+    sides = [view.constant(t) is not None for t in node.inputs]
+    if sides[0] == sides[1]:
+        return None
+    index = 0 if sides[1] else 1
+    source, constant = node.inputs[index], node.inputs[1 - index]
+    found = _channel_constant(view, node, constant, source)
+    if found is None:
+        return None
+    value, axis = found
+    op, one, zero = node.op, np.ones_like(value), np.zeros_like(value)
+    if op == "Add":
+        return _matmul_bias(view, node, source, value, axis) or diagonal(node, source, one, value, axis)
+    if op == "Sub":
+        return diagonal(node, source, one, -value, axis) if index == 0 else diagonal(node, source, -one, value, axis)
+    if op == "Mul":
+        return diagonal(node, source, value, zero, axis)
+    if index == 1:
+        return None  # constant / x
+    with np.errstate(divide="ignore"):
+        return diagonal(node, source, 1.0 / value, zero, axis)
+
+
+def _matmul_bias(view: View, node: gs.Node, source: gs.Tensor, value: Array, axis: int | None) -> Result:
+    maker = view.producer(source)
+    if not view.is_a(maker, "MatMul") or view.sole_reader(source) is not node:
+        return None
+    product = linear(view, maker)
+    if product is None or axis not in (product.axis, None):
+        return None
+    bias = np.broadcast_to(value, (product.geometry.out_channels,))
+
+    def load() -> LinearMap | Refusal:
+        base = product.load()
+        return base if isinstance(base, Refusal) else LinearMap.of(base.geometry, base.weight, bias)
+
+    geometry = replace(product.geometry, biased=bool(np.any(bias)))
+    return replace(product, nodes=(*product.nodes, node), geometry=geometry, load=load)
+
+
+@reads("Neg")
+def read_neg(view: View, node: gs.Node) -> Result:
+    if view.dtype(node.inputs[0]) not in FLOATING:
+        return None
+    return diagonal(node, node.inputs[0], -np.ones(1), np.zeros(1), None)
+
+
+@reads("Identity", "Dropout")
+def read_identity(view: View, node: gs.Node) -> Result:
+    if any(o.name for o in node.outputs[1:]):
+        return Refusal("its mask is used")
+    if node.op == "Dropout" and not attributes.inactive_dropout(view, node):
+        return Refusal("it drops units (training mode)")
+    if view.dtype(node.inputs[0]) not in FLOATING:
+        return None
+    return diagonal(node, node.inputs[0], np.ones(1), np.zeros(1), None)

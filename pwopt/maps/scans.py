@@ -1,0 +1,96 @@
+"""What the sizes of weights say of channels: which rows and columns of a matrix cannot matter."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_graphsurgeon as gs
+from numpy.typing import NDArray
+
+from pwopt.algebra import Array
+from pwopt.algebra.geometry import Refusal
+from pwopt.graph.view import View
+from pwopt.maps.forms import Reading
+
+Mask = NDArray[np.bool_]
+#: Activations beyond this are not considered when weights are called too small to matter.
+LARGEST_INPUT = 2.0**20
+#: A term this much smaller than the others cannot change their sum in float32 (2⁻²⁵), with room to spare (2⁻²⁰).
+NEGLIGIBLE = 2.0**-45
+#: The smallest normal number, by type; below it processors are many times slower. float16's still matter.
+SMALLEST_NORMAL = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float64": 2.0**-1022}
+#: Subnormal weights are noise only beside weights of ordinary size.
+ORDINARY = 2.0**60
+
+
+def flushed(weight: Array, dtype: object) -> Array:
+    """A weight with its subnormal numbers as zeros, if it also holds numbers of ordinary size."""
+    tiny = SMALLEST_NORMAL.get(str(dtype), 0.0)
+    small = np.abs(weight) < tiny
+    return np.where(small, 0.0, weight) if np.max(np.abs(weight), initial=0.0) > tiny * ORDINARY else weight
+
+
+@dataclass(frozen=True)
+class Scan:
+    """The size of a map's weights: Σ|w| of each row, the largest Σ_k |w| of each column, and the subnormals in it."""
+
+    rows: Array
+    columns: Array
+    subnormal: int
+
+    @property
+    def dead(self) -> bool:
+        """Whether a row or a column may not matter."""
+        return bool(np.any(vanishing(self.rows)) or np.any(vanishing(self.columns)))
+
+
+def vanishing(sizes: Array) -> Mask:
+    return np.asarray(sizes * LARGEST_INPUT <= NEGLIGIBLE * np.max(sizes, initial=0.0))
+
+
+class Scanner:
+    """Scans weights, each once in the form in which a map reads it."""
+
+    def __init__(self) -> None:
+        self._done: dict[tuple[object, ...], tuple[gs.Tensor, Scan | None]] = {}
+        self._sound: dict[int, gs.Tensor] = {}
+
+    def sound(self, view: View, reading: Reading) -> bool:
+        """Whether no weight is small beside the largest, so that no row or column can be dead: a glance, no scan."""
+        held = view.constant(reading.weight) if reading.weight is not None else None
+        raw = None if held is None or id(held) in self._sound else view.raw(held)
+        if held is None or raw is None:
+            return True
+        size = np.abs(raw)
+        if size.size and size.min() > NEGLIGIBLE * size.max():
+            self._sound[id(held)] = held
+        return id(held) in self._sound
+
+    def __call__(self, view: View, reading: Reading) -> Scan | None:
+        """None where the numbers are not finite."""
+        held = view.constant(reading.weight) if reading.weight is not None else None
+        if held is None:
+            return None
+        attrs = reading.nodes[0].attrs
+        key = (id(held), reading.kind, reading.geometry, attrs.get("transB", 0), attrs.get("alpha", 1.0))
+        if key not in self._done:
+            self._done[key] = (held, self._scan(reading, held.dtype))
+        return self._done[key][1]
+
+    @staticmethod
+    def _scan(reading: Reading, dtype: object) -> Scan | None:
+        linear = reading.load()
+        if isinstance(linear, Refusal):
+            return None
+        weight = flushed(linear.weight, dtype)
+        magnitude = np.abs(weight).reshape(*weight.shape[:2], -1).sum(-1)
+        return Scan(magnitude.sum(1), magnitude.max(0), int(np.sum((weight == 0) & (linear.weight != 0))))
+
+
+class Unread(Scanner):
+    """Takes every row and column of a weight to matter, without reading it."""
+
+    def __call__(self, view: View, reading: Reading) -> Scan:
+        g = reading.geometry
+        return Scan(np.ones(g.out_channels), np.ones(g.in_channels // g.groups), 0)

@@ -1,0 +1,107 @@
+"""Choices of channels as linear maps: Slice, Gather, Split, Concat, channel shuffles."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pwopt.algebra.geometry import pointwise_geometry
+from pwopt.algebra.linear import LinearMap
+from pwopt.graph import attributes
+from pwopt.graph.shapes import known
+from pwopt.graph.view import View
+from pwopt.maps.forms import Reading, Result, reads
+from pwopt.maps.forms import implied as implied
+
+
+def selection(node: gs.Node, source: gs.Tensor, picks: Sequence[int], channels: int, axis: int) -> Reading:
+    geometry = pointwise_geometry(len(picks), channels)
+    load = implied(geometry, lambda: LinearMap.selection(picks, channels))
+    return Reading((node,), source, geometry, axis, "selection", None, load)
+
+
+@reads("Slice")
+def read_slice(view: View, node: gs.Node) -> Result:
+    parameters = attributes.slice_parameters(view, node)
+    if parameters is None or len(parameters) != 1:
+        return None
+    axis, start, end, step = parameters[0]
+    channels = view.dim(node.inputs[0], axis)
+    if not isinstance(channels, int):
+        return None
+    return selection(node, node.inputs[0], range(channels)[start:end:step], channels, axis)
+
+
+@reads("Gather")
+def read_gather(view: View, node: gs.Node) -> Result:
+    rank, axis = view.rank(node.inputs[0]), node.attrs.get("axis", 0)
+    picks = view.integers(node.inputs[1])
+    held = view.constant(node.inputs[1])
+    if rank is None or picks is None or held is None or len(held.shape) != 1:
+        return None
+    axis += rank if axis < 0 else 0
+    channels = view.dim(node.inputs[0], axis)
+    if not isinstance(channels, int) or any(not -channels <= p < channels for p in picks):
+        return None
+    return selection(node, node.inputs[0], [p % channels for p in picks], channels, axis)
+
+
+def read_split(view: View, node: gs.Node) -> list[Reading] | None:
+    """One selection per output of a Split with known sizes; None if one is empty."""
+    axis, rank = node.attrs.get("axis", 0), view.rank(node.inputs[0])
+    if rank is None:
+        return None
+    axis += rank if axis < 0 else 0
+    channels = view.dim(node.inputs[0], axis)
+    sizes = [view.dim(t, axis) for t in node.outputs]
+    numbers = known(sizes)
+    if not isinstance(channels, int) or numbers is None or 0 in numbers or sum(numbers) != channels:
+        return None
+    starts = np.concatenate([[0], np.cumsum(numbers)]).tolist()
+    return [
+        selection(node, node.inputs[0], range(starts[i], starts[i + 1]), channels, axis) for i in range(len(numbers))
+    ]
+
+
+def read_concat(view: View, node: gs.Node) -> list[Reading] | None:
+    """One embedding per input of a Concat; the output is their sum."""
+    axis = attributes.concat_axis(view, node)
+    sizes = None if axis is None else known([view.dim(t, axis) for t in node.inputs])
+    if axis is None or sizes is None:
+        return None
+    starts, total = np.concatenate([[0], np.cumsum(sizes)]).tolist(), sum(sizes)
+    return [
+        selection(
+            node, t, [c - starts[i] if starts[i] <= c < starts[i + 1] else -1 for c in range(total)], sizes[i], axis
+        )
+        for i, t in enumerate(node.inputs)
+    ]
+
+
+@reads("Reshape")
+def read_shuffle(view: View, node: gs.Node) -> Result:
+    """Channel shuffle: Reshape (N, g, C/g, …) → Transpose (swap g and C/g) → Reshape back is a permutation."""
+    transpose = view.producer(node.inputs[0])
+    if transpose is None or view.op(transpose) != "Transpose" or view.crowd(node.inputs[0]):
+        return None
+    split = view.producer(transpose.inputs[0])
+    if split is None or view.op(split) != "Reshape" or view.crowd(transpose.inputs[0]):
+        return None
+    source = split.inputs[0]
+    before, inner, after = (view.shape(t) for t in (source, split.outputs[0], node.outputs[0]))
+    if before is None or inner is None or after is None or len(before) != len(after) or len(inner) != len(before) + 1:
+        return None
+    groups, width, channels = inner[1], inner[2], before[1]
+    swap = [0, 2, 1, *range(3, len(inner))]
+    if not isinstance(groups, int) or not isinstance(width, int) or not isinstance(channels, int):
+        return None
+    same_space = attributes.same_shape([before[0], *before[2:]], [inner[0], *inner[3:]]) and attributes.same_shape(
+        before, after
+    )
+    if list(transpose.attrs.get("perm", [])) != swap or groups * width != channels or not same_space:
+        return None
+    picks = np.arange(channels).reshape(groups, width).T.reshape(-1)
+    return replace(selection(node, source, picks.tolist(), channels, 1), nodes=(split, transpose, node))

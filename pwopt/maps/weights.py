@@ -1,0 +1,147 @@
+"""Operators with a matrix of weights as linear maps: Conv, ConvTranspose, Gemm, MatMul."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pwopt.algebra import Array
+from pwopt.algebra.geometry import Geometry, Refusal, pointwise_geometry
+from pwopt.algebra.linear import LinearMap
+from pwopt.graph import attributes
+from pwopt.graph.dtypes import FLOATING
+from pwopt.graph.view import View
+from pwopt.maps.forms import NOT_CONSTANT, NOT_FINITE, Reading, Result, reads
+
+
+def _weight(view: View, node: gs.Node, index: int) -> gs.Tensor | None:
+    """The holder of a constant floating-point weight, or None."""
+    tensor = view.optional(node, index)
+    held = None if tensor is None else view.constant(tensor)
+    return held if held is not None and held.dtype in FLOATING else None
+
+
+def _bias(view: View, node: gs.Node, index: int, channels: int) -> Array | Refusal:
+    tensor = view.optional(node, index)
+    if tensor is None:
+        return np.zeros(channels)
+    value = view.value(tensor)
+    if value is None:
+        return Refusal("its bias is not a finite constant")
+    return (
+        np.asarray(np.broadcast_to(value.reshape(-1), (channels,)))
+        if value.size in (1, channels)
+        else Refusal("its bias does not have one number per channel")
+    )
+
+
+def _loader(
+    view: View, weight: gs.Tensor, geometry: Geometry, bias: Array, arrange: Callable[[Array], Array]
+) -> Callable[[], LinearMap | Refusal]:
+    def load() -> LinearMap | Refusal:
+        value = view.value(weight)
+        return NOT_FINITE if value is None else LinearMap.of(geometry, arrange(value), bias)
+
+    return load
+
+
+@reads("Conv")
+def read_conv(view: View, node: gs.Node) -> Result:
+    weight = _weight(view, node, 1)
+    if weight is None:
+        return NOT_CONSTANT
+    out, inn, *kernel = weight.shape
+    spatial = attributes.spatial_attributes(view, node, tuple(kernel))
+    bias = _bias(view, node, 2, out)
+    if isinstance(spatial, Refusal):
+        return spatial
+    if isinstance(bias, Refusal):
+        return bias
+    groups = node.attrs.get("group", 1)
+    if groups < 1 or out % groups:
+        return Refusal("its groups do not divide its channels")
+    biased = bool(np.any(bias))
+    geometry = Geometry(out, inn * groups, groups, tuple(kernel), *spatial, biased=biased)
+    return Reading(
+        (node,), node.inputs[0], geometry, 1, "conv", weight, _loader(view, weight, geometry, bias, lambda w: w)
+    )
+
+
+@reads("ConvTranspose")
+def read_conv_transpose(view: View, node: gs.Node) -> Result:
+    weight = _weight(view, node, 1)
+    if weight is None:
+        return NOT_CONSTANT
+    if "output_shape" in node.attrs or node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
+        return Refusal("its padding follows from an output shape")
+    groups = node.attrs.get("group", 1)
+    inn, out, *kernel = weight.shape
+    out *= groups
+    spatial = attributes.spatial_attributes(view, node, tuple(kernel))
+    bias = _bias(view, node, 2, out)
+    if isinstance(spatial, Refusal):
+        return spatial
+    if isinstance(bias, Refusal):
+        return bias
+    if groups < 1 or inn % groups:
+        return Refusal("its groups do not divide its channels")
+    extra = tuple(node.attrs.get("output_padding", (0,) * len(kernel)))
+    biased = bool(np.any(bias))
+    geometry = Geometry(out, inn, groups, tuple(kernel), *spatial, transposed=True, output_padding=extra, biased=biased)
+
+    def arrange(w: Array) -> Array:  # ONNX keeps (in, out / groups, *kernel)
+        blocks: Array = w.reshape(groups, inn // groups, out // groups, *kernel)
+        return np.reshape(blocks.swapaxes(1, 2), (out, inn // groups, *kernel))
+
+    return Reading(
+        (node,), node.inputs[0], geometry, 1, "conv-transpose", weight, _loader(view, weight, geometry, bias, arrange)
+    )
+
+
+@reads("Gemm")
+def read_gemm(view: View, node: gs.Node) -> Result:
+    weight = _weight(view, node, 1)
+    if weight is None:
+        return NOT_CONSTANT
+    if node.attrs.get("transA", 0):
+        return Refusal("it transposes its data input")
+    flip = bool(node.attrs.get("transB", 0))
+    inn, out = reversed(weight.shape) if flip else weight.shape
+    alpha, beta = node.attrs.get("alpha", 1.0), node.attrs.get("beta", 1.0)
+    held = view.optional(node, 2)
+    if held is not None and (
+        held.shape is None or len(held.shape) > 2 or (len(held.shape) == 2 and held.shape[0] != 1)
+    ):
+        return Refusal("its bias differs between rows")
+    bias = _bias(view, node, 2, out)
+    if isinstance(bias, Refusal):
+        return bias
+    bias = beta * bias
+    geometry = pointwise_geometry(out, inn, biased=bool(np.any(bias)))
+    return Reading(
+        (node,), node.inputs[0], geometry, 1, "gemm", weight,
+        _loader(view, weight, geometry, bias, lambda w: alpha * (w if flip else w.T)),
+    )  # fmt: skip
+
+
+@reads("MatMul")
+def read_matmul(view: View, node: gs.Node) -> Result:
+    """x·W acts on the last axis, W·x on the one before it."""
+    left, right = _weight(view, node, 0), _weight(view, node, 1)
+    if (left is None) == (right is None):
+        return None  # data-dependent, or foldable as a constant
+    weight, source = (right, node.inputs[0]) if right is not None else (left, node.inputs[1])
+    rank = view.rank(source)
+    if weight is None or len(weight.shape) != 2:
+        return Refusal("its weight is not one matrix")
+    if rank is None or rank < 1 or (left is not None and rank < 2):
+        return Refusal("the rank of its input is not known")
+    out, inn = weight.shape if left is not None else reversed(weight.shape)
+    geometry = pointwise_geometry(out, inn)
+    if left is not None:
+        load = _loader(view, weight, geometry, np.zeros(out), lambda w: w)
+        return Reading((node,), source, geometry, rank - 2, "left-matmul", weight, load)
+    load = _loader(view, weight, geometry, np.zeros(out), lambda w: w.T)
+    return Reading((node,), source, geometry, rank - 1, "matmul", weight, load)

@@ -1,0 +1,1 @@
+"""One request, the stages it goes through, and the result."""

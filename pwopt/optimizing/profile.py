@@ -1,0 +1,67 @@
+"""Races on this machine, recorded to decide for another."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from pwopt.graph.files import as_file, load
+from pwopt.graph.storage import workspace
+from pwopt.optimizing.request import BUDGET, Request
+from pwopt.optimizing.subject import gather, plan
+from pwopt.running import runtime
+from pwopt.running.inputs import input_specs
+from pwopt.running.progress import Progress, silent
+from pwopt.selecting.cache import Entry, place
+from pwopt.selecting.selection import Forgetful, decide, entry
+from pwopt.selecting.targets import Profile
+
+
+def profile(
+    models: Iterable[str | os.PathLike[str]],
+    *,
+    provider: str = Request.provider,
+    threads: int = Request.threads,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    budget: float = BUDGET,
+    progress: Progress = silent,
+) -> Profile:
+    """Race every kind of measured rewrite in some models on this machine.
+
+    Parameters
+    ----------
+    models : iterable of paths
+        Models like those that are to be optimised for this machine elsewhere, best the same.
+    provider : str
+    threads : int
+    shapes : mapping of input name to sizes, optional
+        For dynamic inputs that have these names.
+    budget : float
+        Seconds for each model.
+    progress : callable, optional
+        Called with (stage, fraction done).
+
+    Returns
+    -------
+    Profile
+        `Profile.save` writes it for `optimize(…, target_profile=…)`.
+
+    Raises
+    ------
+    UsageError, ModelError, ProviderError
+        See `pwopt.errors`.
+    """
+    runtime.check_settings(threads, None, None)
+    found: dict[tuple[str, str], Entry] = {}
+    where = place(provider, threads)
+    for path in map(Path, models):
+        source = load(path)
+        given = {s.name: tuple(shapes[s.name]) for s in input_specs(source.proto) if shapes and s.name in shapes}
+        request = Request(provider=provider, threads=threads, shapes=given, budget=budget, progress=progress)
+        with as_file(path) as original, workspace(None) as folder:
+            subject = gather(source, original, request)
+            assert subject.arena is not None
+            decisions = decide(plan(subject, request, folder), subject.arena, budget, Forgetful(), progress)
+        found |= {(d.group.pass_name, d.group.signature): entry(d, where) for d in decisions}
+    return Profile(runtime.environment(provider, threads), tuple(found.values()))

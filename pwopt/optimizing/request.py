@@ -1,0 +1,113 @@
+"""What is asked of pwopt: one record that the command line, Python, `profile` and the gallery fill in."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from pwopt.running.progress import Progress, silent
+
+if TYPE_CHECKING:
+    from pwopt.running.runtime import Feeds
+
+#: Seconds to race the result against the original.
+RACE_SECONDS = 8.0
+#: Seconds to spend on choosing measured rewrites.
+BUDGET = 60.0
+
+
+@dataclass(frozen=True)
+class Request:
+    """An optimisation, as it is asked for.
+
+    Parameters
+    ----------
+    output : path, optional
+        Where to write the result, atomically; never if verification fails. Nothing is written without it.
+    provider : str
+        Execution provider: cpu, cuda, openvino…, or onnxruntime's full name. Never replaced by another.
+    cost_model : {"measured", "analytic"}
+        "measured" races the result against the original, and returns the original if that is faster; rewrites
+        that only a clock can judge are raced one kind after another, and kept where they are clearly faster.
+        "analytic" decides from shapes alone and is deterministic. It verifies if it finds an onnxruntime,
+        and says in the report's notes if it does not.
+    shapes : mapping of input name to sizes, optional
+        Sizes for dynamic inputs, for costs, verification and timing; the model stays dynamic.
+    inputs : path, dict of arrays, or a sequence of those, optional
+        Inputs to verify on, and to time on the first of, instead of random ones; see
+        `pwopt.running.samples.given_samples`.
+    passes : sequence of str, optional
+        Names of passes to run; all by default. Measured passes that are named are not raced, but applied wherever
+        they are exact.
+    deny : iterable of str
+        Sites (from a report) that must not be rewritten.
+    threads : int
+        Intra-operator threads for verification and timing.
+    static : bool
+        Fix the inputs to their shapes in the result, which settles shape arithmetic. There is no going back to
+        the original then: a slower result is returned with a note.
+    opset : int, optional
+        Convert to this opset first; as with `static`, a slower result is returned with a note.
+    rtol, atol : float, optional
+        Tolerances instead of the defaults for each type.
+    check : bool
+        Verify and measure. Without, the result is what the algebra says; the original may still be run to find
+        sizes for dynamic inputs.
+    race_seconds : float
+        Time to spend on the final race.
+    budget : float
+        Seconds at most to spend on racing measured rewrites; 0 leaves them out.
+    cache : bool
+        Use the decisions of earlier races on this machine (`pwopt.selecting.cache`), and remember those of this one.
+    target_profile : path, optional
+        What `pwopt.profile` recorded on the machine that the model is for: it decides on measured rewrites, and nothing
+        is timed here.
+    force : bool
+        Allow `output` to be the file that the model came from.
+    progress : callable, optional
+        Called with (stage, fraction done).
+    """
+
+    output: str | os.PathLike[str] | None = None
+    _: KW_ONLY
+    provider: str = "cpu"
+    cost_model: str = "measured"
+    shapes: Mapping[str, Sequence[int]] | None = None
+    inputs: str | os.PathLike[str] | Feeds | Sequence[Any] | None = None
+    passes: Sequence[str] | None = None
+    deny: Iterable[str] = ()
+    threads: int = 1
+    static: bool = False
+    opset: int | None = None
+    rtol: float | None = None
+    atol: float | None = None
+    check: bool = True
+    race_seconds: float = RACE_SECONDS
+    budget: float = BUDGET
+    cache: bool = True
+    target_profile: str | os.PathLike[str] | None = None
+    force: bool = False
+    progress: Progress = field(default=silent, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        for name, value in (("passes", _names(self.passes)), ("deny", _names(self.deny) or ())):
+            object.__setattr__(self, name, value)
+        if self.target_profile is not None:  # a race on this machine says nothing about that one
+            object.__setattr__(self, "cost_model", "analytic")
+
+    @property
+    def measured(self) -> bool:
+        """Whether clocks decide."""
+        return self.cost_model == "measured"
+
+    @property
+    def insists(self) -> str:
+        """The option that makes a result worth having though it is not faster, else ""."""
+        opset = f"--opset {self.opset}" if self.opset is not None else ""
+        return opset or ("--static" if self.static else "") or ("--passes" if self.passes else "")
+
+
+def _names(given: Iterable[str] | None) -> tuple[str, ...] | None:
+    return None if given is None else (given,) if isinstance(given, str) else tuple(given)

@@ -1,0 +1,109 @@
+"""First stages: a request is checked, sizes and samples are found, and the model that will be rewritten is made."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+from pwopt.errors import UsageError
+from pwopt.graph.files import from_proto, with_fixed_inputs
+from pwopt.graph.model import Model
+from pwopt.graph.opset import convert_opset
+from pwopt.optimizing.request import Request
+from pwopt.running import runtime
+from pwopt.running.inputs import check_shapes, input_specs
+from pwopt.running.samples import Sample, given_samples, random_samples
+from pwopt.running.sizes import Sizes, likely_sizes, rounds
+from pwopt.selecting.compiler import select_passes
+from pwopt.selecting.selection import Arena, Work
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A model, and what it is judged on.
+
+    Attributes
+    ----------
+    source : Model
+    original : Path
+        Its file, perhaps a temporary one.
+    samples : list of Sample
+        Empty if nothing is run.
+    sizes : mapping of input name to sizes
+        What all figures are for.
+    guessed : bool
+        Whether nobody gave those sizes.
+    arena : Arena or None
+        Where models run; None if they do not.
+    """
+
+    source: Model
+    original: Path
+    samples: list[Sample]
+    sizes: Sizes
+    guessed: bool
+    arena: Arena | None
+
+
+def check_request(request: Request, path: Path | None) -> None:
+    """Refuse what makes no sense, before any work is done.
+
+    Raises
+    ------
+    UsageError
+    """
+    if request.cost_model not in ("measured", "analytic"):
+        raise UsageError(f"the cost model {request.cost_model!r} is not one of: measured, analytic")
+    runtime.check_settings(request.threads, request.rtol, request.atol)
+    select_passes(request.passes)
+    if request.output is not None and path is not None and not request.force and same_file(request.output, path):
+        raise UsageError(f"the output {str(request.output)!r} is the input; choose another, or force it")
+
+
+def same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
+    """Whether two paths name one existing file."""
+    return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
+
+
+def gather(source: Model, original: Path, request: Request) -> Subject:
+    """Sizes and samples, given or likely ones.
+
+    Raises
+    ------
+    UsageError, ModelError, ProviderError
+        If they do not fit the model, or it does not run.
+    """
+    specs = input_specs(source.proto)
+    check_shapes(specs, request.shapes or {})
+    if request.check and request.measured:
+        runtime.onnxruntime()
+    runs = request.check and runtime.available()
+    samples = [] if request.inputs is None else given_samples(request.inputs, specs, request.shapes)
+    request.progress("choosing inputs", 0.0)
+    if runs and not samples:
+        chosen = rounds(specs, original, request.provider, [request.shapes] if request.shapes else [])
+        samples = random_samples(specs, chosen[:1] if request.static else chosen)
+    if samples:
+        sizes = {name: value.shape for name, value in samples[0].feeds.items()}
+    else:
+        sizes = likely_sizes(specs, original, shapes=request.shapes, must_run=False)
+    guessed = not request.shapes and request.inputs is None and bool(specs)
+    arena = Arena(request.provider, request.threads, samples) if runs else None
+    return Subject(source, original, samples, sizes, guessed, arena)
+
+
+def plan(subject: Subject, request: Request, folder: Path) -> Work:
+    """What will be rewritten: the model, in the opset and with the fixed inputs that were asked for.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be converted.
+    """
+    target = source = subject.source
+    if request.opset is not None and request.opset != source.opset:
+        target = from_proto(convert_opset(source, request.opset), source.folder)
+    if request.static:
+        target = from_proto(with_fixed_inputs(target.proto, subject.sizes), source.folder)
+    return Work(target, source, request.passes, request.deny, subject.sizes, folder)

@@ -1,0 +1,161 @@
+"""Later stages: the model is rewritten with certificates, verified against the original, and raced against it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import onnx
+
+from pwopt.errors import NotEquivalentError
+from pwopt.evidence.certify import certify, unchecked
+from pwopt.evidence.equivalence import Equivalence
+from pwopt.evidence.localise import localise
+from pwopt.evidence.verify import compared, placements
+from pwopt.optimizing.request import Request
+from pwopt.optimizing.subject import Subject
+from pwopt.reporting.report import Latency, Report
+from pwopt.running import bench
+from pwopt.selecting.selection import DEFECT, Arena, Choice, Work
+
+#: Operators on integers that stand for reals, besides those called QLinear….
+QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A rewritten model and the report on it."""
+
+    proto: onnx.ModelProto
+    report: Report
+
+    @property
+    def faster(self) -> bool:
+        """Whether it was measured faster beyond doubt, or nothing was measured."""
+        return self.report.latency is None or self.report.latency.interval[0] > 1.0
+
+    def noted(self, *notes: str) -> Attempt:
+        return replace(self, report=self.report.noted(*notes))
+
+
+def attempt(subject: Subject, work: Work, choice: Choice, request: Request, blank: Report) -> Attempt:
+    """Rewrite, verify and race.
+
+    Parameters
+    ----------
+    blank : Report
+        With what is known of the model and the machine beforehand.
+
+    Raises
+    ------
+    NotEquivalentError
+        If the rewritten model deviates.
+    """
+    done = rewritten(subject, work, choice, request, blank)
+    if subject.arena is None:
+        return done.noted(f"Not verified ({'onnxruntime is not installed' if request.check else 'as asked'}).")
+    if done.proto is subject.source.proto:
+        return done
+    pair = Pair(subject.original, work.file(done.proto), subject.arena)
+    done = replace(done, report=verified(pair, done.report, request))
+    return replace(done, report=raced(pair, done.report, request)) if request.measured else done
+
+
+def rewritten(subject: Subject, work: Work, choice: Choice, request: Request, blank: Report) -> Attempt:
+    """The model with every rewrite that was chosen and that its certificate does not refuse."""
+    request.progress("rewriting", 0.0)
+    before, outcome, after, proto, refused = work.certified(choice.allowed, certify if request.check else unchecked)
+    left = (*(s for s in outcome.skips if s.site not in refused), *refused.values(), *choice.dropped)
+    report = replace(blank, rewrites=outcome.rewrites, skips=left, before=before, after=after)
+    if refused:
+        report = report.noted(f"{len(refused)} rewrites were refused by their certificates: {DEFECT}.")
+    guessed = request.static and subject.guessed
+    return Attempt(proto, report.noted(*_notes(report, subject.source.proto, request.deny, guessed)))
+
+
+@dataclass(frozen=True)
+class Pair:
+    """The original and its rewritten candidate in one arena."""
+
+    original: Path
+    candidate: Path
+    arena: Arena
+
+    def compared(self, rtol: float | None, atol: float | None) -> Equivalence:
+        """How the answers of both agree, on every sample."""
+        provider, threads, samples = self.arena.provider, self.arena.threads, self.arena.samples
+        equivalence = compared(self.original, self.candidate, samples, provider, threads, rtol, atol)
+        return replace(equivalence, elsewhere=placements({"candidate": self.candidate}, provider, threads, samples[0]))
+
+    def operators(self) -> dict[str, dict[str, float]]:
+        """Where the time goes in both, by operator, in milliseconds per run."""
+        models = {"before": self.original, "after": self.candidate}
+        provider, threads, feeds = self.arena.provider, self.arena.threads, self.arena.samples[0].feeds
+        return {name: bench.operator_times(path, provider, threads, feeds) for name, path in models.items()}
+
+
+def verified(pair: Pair, report: Report, request: Request) -> Report:
+    """The report with the comparison of both models.
+
+    Raises
+    ------
+    NotEquivalentError
+        If they differ; its report says where.
+    """
+    request.progress("verifying", 0.0)
+    equivalence = pair.compared(request.rtol, request.atol)
+    if equivalence.passed:
+        report = replace(report, equivalence=equivalence)
+        return report.noted(*_placed(equivalence, report.provider))
+    arena = pair.arena
+    difference = localise(
+        pair.original, pair.candidate, equivalence, arena.samples, arena.provider, arena.threads, report.rewrites
+    )
+    raise _not_equivalent(replace(report, equivalence=replace(equivalence, difference=difference)))
+
+
+def raced(pair: Pair, report: Report, request: Request) -> Report:
+    """The report with the latency of both models, and where it goes."""
+    race = pair.arena.race(
+        [pair.original, pair.candidate], request.race_seconds, lambda done: request.progress("racing", done)
+    )
+    latency = Latency(
+        race.median(0) * 1e3, race.median(1) * 1e3, race.speedup(), race.interval(),
+        race.minimum(0) * 1e3, race.minimum(1) * 1e3, race.rounds,
+    )  # fmt: skip
+    return replace(report, latency=latency, operators=pair.operators())
+
+
+def _placed(equivalence: Equivalence, provider: str) -> Iterator[str]:
+    """Which operators the provider left to another one."""
+    for places in equivalence.elsewhere.values():
+        for other, names in places.items():
+            some = ", ".join(names[:5]) + (" and more" if len(names) > 5 else "")
+            yield f"{len(names)} operators ran on {other}, not on {provider}: {some}."
+
+
+def _notes(report: Report, proto: onnx.ModelProto, denied: Iterable[str], guessed: bool) -> Iterator[str]:
+    unknown = report.before.unknown
+    if unknown:
+        yield f"Multiply-adds leave out {unknown} operators whose sizes are not known; --shape may settle them."
+    found = Counter(n.op_type for n in proto.graph.node if n.op_type in QUANTISED or n.op_type.startswith("QLinear"))
+    if found:
+        listed = ", ".join(f"{count} {op}" for op, count in found.most_common())
+        yield f"Not touched, since folding would round integers once more: {listed}, and the weights that they hold."
+    if guessed:
+        yield "Inputs fixed to likely sizes, since none were given; --shape chooses them."
+    seen = {r.site for r in report.rewrites} | {s.site for s in report.skips}
+    for site in denied:
+        if site not in seen:
+            yield f"No place is called {site!r}; sites look like fold-chains:TENSOR and are listed by --details."
+
+
+def _not_equivalent(report: Report) -> NotEquivalentError:
+    worst = report.equivalence.worst() if report.equivalence is not None else None
+    where = report.equivalence.difference if report.equivalence is not None else None
+    what = f"output {worst.name!r} {worst.explain()}; " if worst is not None else ""
+    what += f"{where.explain()}; " if where is not None else ""
+    hint = "nothing was written; leave rewrites out with --deny, or allow more with --rtol and --atol"
+    return NotEquivalentError(what + hint, report)

@@ -1,0 +1,83 @@
+"""Last stage: which of what was tried is returned, and one sentence on why."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import onnx
+
+from pwopt.optimizing.request import Request
+from pwopt.optimizing.trial import Attempt
+from pwopt.passes import PASSES
+from pwopt.reporting.report import Latency, Report
+from pwopt.rewriting.records import Skip
+
+#: A speed-up below this is explained.
+LITTLE = 1.05
+
+
+def returned(tried: Callable[[bool], Attempt], original: onnx.ModelProto, request: Request) -> Attempt:
+    """What is faster beyond doubt, or else what comes next.
+
+    Parameters
+    ----------
+    tried : callable
+        Tries every rewrite that was chosen, or (True) only those of them that always pay.
+    original : onnx.ModelProto
+    """
+    done = tried(False)
+    if not done.faster:
+        if request.insists:
+            return _kept(done, request.insists)
+        policy = {p.name: p.policy for p in PASSES}
+        more = any(policy.get(r.pass_name) != "always" for r in done.report.rewrites)
+        done = _best(done, tried(True) if more else done, original)
+    latency = done.report.latency
+    if done.faster and latency is not None and latency.speedup < LITTLE and not request.insists:
+        return done.noted(f"Little was gained. {_why_little(done.report)}")
+    return done
+
+
+def _why_little(report: Report) -> str:
+    """One sentence on what is left to gain."""
+    before, after = report.before.macs, report.after.macs
+    if after < before:
+        return f"Multiply-adds fell by {1 - after / before:.1%}, but the rest of the model takes the time."
+    folded = report.before.nodes - report.after.nodes
+    went = f"most of the {folded} operators that went are ones that onnxruntime fuses itself"
+    return f"The multiply-adds are all needed, and {went if folded else 'there was nothing to fold'}."
+
+
+def _kept(done: Attempt, asked: str) -> Attempt:
+    """What is not faster, and stays since it was asked for."""
+    latency = done.report.latency
+    assert latency is not None
+    slower = latency.interval[1] < 1.0
+    found = f"Measured slower ({latency.speedup:.2f}×)" if slower else f"Not faster beyond doubt{_within(latency)}"
+    return done.noted(f"{found}, and kept since {asked} was asked for.")
+
+
+def _best(tried: Attempt, always: Attempt, original: onnx.ModelProto) -> Attempt:
+    """The original, or the model with nothing but rewrites that always pay if that is faster than it beyond doubt."""
+    latency = tried.report.latency
+    assert latency is not None
+    which = "slower" if latency.interval[1] < 1.0 else "no faster beyond doubt"
+    reason = f"measured {which} in the whole model{_within(latency)}"
+    better = always.report.latency is not None and always.faster
+    kept = always.report.rewrites if better else ()
+    sites = {r.site for r in kept}
+    taken = tuple(
+        Skip(f"{reason}: {r.reason}", r.pass_name, r.site) for r in tried.report.rewrites if r.site not in sites
+    )
+    skips = (*tried.report.skips, *taken)
+    told = f"The rewritten model was measured {which}{_within(latency)}"
+    if better:
+        only = Attempt(always.proto, replace(always.report, skips=skips))
+        return only.noted(f"{told}: only the rewrites that always pay were kept.")
+    report = replace(tried.report, rewrites=(), skips=skips, after=tried.report.before)
+    return Attempt(original, report).noted(f"{told}: the original is returned. {_why_little(tried.report)}")
+
+
+def _within(latency: Latency) -> str:
+    return f" ({latency.speedup:.3f}× [{latency.interval[0]:.3f}, {latency.interval[1]:.3f}])"

@@ -1,0 +1,1 @@
+"""One report, and several ways to read it."""

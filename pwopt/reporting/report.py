@@ -1,0 +1,182 @@
+"""One report object, and how it reads in a terminal and as JSON."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from pwopt.errors import UsageError
+from pwopt.evidence.equivalence import Equivalence
+from pwopt.maps.cost import NOTHING, Cost
+from pwopt.rewriting.records import Rewrite, Skip
+from pwopt.running.bench import Row
+
+#: Version of the JSON layout; grows when a field changes its meaning.
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Latency:
+    """Time per run of both models, interleaved.
+
+    Attributes
+    ----------
+    before_ms, after_ms : float
+        Medians, milliseconds.
+    speedup : float
+        before / after, the median over runs side by side.
+    interval : tuple of float
+        95 % bootstrap confidence interval of the speed-up.
+    before_min_ms, after_min_ms : float
+    rounds : int
+    """
+
+    before_ms: float
+    after_ms: float
+    speedup: float
+    interval: tuple[float, float]
+    before_min_ms: float
+    after_min_ms: float
+    rounds: int
+
+
+@dataclass(frozen=True)
+class Report:
+    """Everything one optimisation did, declined, and measured.
+
+    `equivalence`, `latency` and `operators` (where the time goes, "before" and "after") are None if not run. `command`
+    is how to repeat it, if it came from the command line.
+    """
+
+    model: str
+    output: str | None
+    provider: str
+    environment: dict[str, Any]
+    shapes: dict[str, tuple[int, ...]]
+    rewrites: tuple[Rewrite, ...] = ()
+    skips: tuple[Skip, ...] = ()
+    before: Cost = NOTHING
+    after: Cost = NOTHING
+    equivalence: Equivalence | None = None
+    latency: Latency | None = None
+    operators: dict[str, dict[str, float]] | None = None
+    command: str | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def result(self) -> str | None:
+        """The file that the model was compared with, or that was written."""
+        return self.output
+
+    def noted(self, *notes: str) -> Report:
+        """The same with more notes."""
+        return replace(self, notes=(*self.notes, *notes))
+
+    def to_dict(self) -> dict[str, Any]:
+        """The documented JSON layout (README, "The report")."""
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "output": self.output,
+            "provider": self.provider,
+            "environment": self.environment,
+            "shapes": {name: list(shape) for name, shape in self.shapes.items()},
+            "rewrites": [
+                {
+                    "pass": r.pass_name,
+                    "site": r.site,
+                    "reason": r.reason,
+                    "removed": list(r.removed),
+                    "added": list(r.added),
+                    "macs_before": r.macs_before,
+                    "macs_after": r.macs_after,
+                    "residual": r.residual,
+                    "certificate": None if r.certificate is None else asdict(r.certificate),
+                    "became": [list(pair) for pair in r.became],
+                }
+                for r in self.rewrites
+            ],
+            "skips": [{"pass": s.pass_name, "site": s.site, "reason": s.reason} for s in self.skips],
+            "cost": {"before": asdict(self.before), "after": asdict(self.after)},
+            "equivalence": None if self.equivalence is None else asdict(self.equivalence),
+            "latency": None if self.latency is None else asdict(self.latency),
+            "operators": self.operators,
+            "command": self.command,
+            "notes": list(self.notes),
+        }
+
+    def to_json(self) -> str:
+        return to_json(self.to_dict())
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two models side by side, whoever made the second."""
+
+    model: str
+    candidate: str
+    provider: str
+    environment: dict[str, Any]
+    equivalence: Equivalence
+    command: str | None = None
+
+    @property
+    def result(self) -> str:
+        return self.candidate
+
+    def to_json(self) -> str:
+        """The documented JSON layout (README, "The report")."""
+        content = {
+            "schema": SCHEMA,
+            "model": self.model,
+            "candidate": self.candidate,
+            "provider": self.provider,
+            "tf32": False,
+            "shapes": self.equivalence.shapes,
+            "environment": self.environment,
+            "equivalence": asdict(self.equivalence),
+            "command": self.command,
+        }
+        return to_json(content)
+
+
+def to_json(value: Any) -> str:
+    """Strict JSON: infinities and NaN become strings, since JSON has none."""
+
+    def strict(v: Any) -> Any:
+        if isinstance(v, dict):
+            return {k: strict(x) for k, x in v.items()}
+        if isinstance(v, (list, tuple)):
+            return [strict(x) for x in v]
+        return str(v) if isinstance(v, float) and not math.isfinite(v) else v
+
+    return json.dumps(strict(value), indent=2, ensure_ascii=True, allow_nan=False) + "\n"
+
+
+def rewrites_from(path: Path) -> tuple[Rewrite, ...]:
+    """Records of the rewrites in a report that `optimize` wrote.
+
+    Raises
+    ------
+    UsageError
+        If the file is no such report.
+    """
+    try:
+        return tuple(
+            Rewrite(
+                r["reason"], tuple(r["removed"]), tuple(r["added"]), r["macs_before"], r["macs_after"],
+                float(r["residual"]), tuple((old, new) for old, new in r["became"]), "", r["pass"], r["site"],
+            )
+            for r in json.loads(path.read_text())["rewrites"]
+        )  # fmt: skip
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{str(path)!r} is not a report of pwopt optimize ({error!r})") from error
+
+
+def benchmark_json(rows: Sequence[Row], environment: Mapping[str, Any]) -> str:
+    """What `pwopt bench --report` writes."""
+    return to_json({"schema": SCHEMA, "environment": environment, "rows": [asdict(r) for r in rows]})

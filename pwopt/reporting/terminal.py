@@ -1,0 +1,270 @@
+"""How a report reads in a terminal."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from itertools import groupby
+from pathlib import Path
+
+from rich import box
+from rich.console import Console
+from rich.markup import escape
+from rich.padding import Padding
+from rich.table import Table
+
+from pwopt.evidence.equivalence import Equivalence
+from pwopt.graph.shapes import written
+from pwopt.reporting.report import Report
+from pwopt.reporting.text import ELEMENTWISE, FIGURES, LEGEND, figures, general, plain
+from pwopt.rewriting.wording import counted
+from pwopt.running.bench import Row
+from pwopt.running.runtime import provider_name
+from pwopt.running.samples import KINDS
+from pwopt.selecting.inspection import Inspection
+from pwopt.selecting.properties import Properties
+
+#: Columns of a terminal that any table fits.
+UNLIMITED = 1 << 16
+
+
+def _table(*columns: str, title: str = "") -> Table:
+    table = Table(box=box.SIMPLE_HEAD, title=title or None, title_justify="left", pad_edge=False)
+    for i, column in enumerate(columns):
+        table.add_column(
+            column, justify="left" if i == 0 else "right", overflow="fold", no_wrap=0 < i < len(columns) - 1
+        )
+    return table
+
+
+def _show(table: Table, console: Console) -> None:
+    """Print a table, or a block for each of its rows where the terminal is too narrow: no figure is ever cut."""
+    unlimited = console.options.update(max_width=UNLIMITED)
+    if console.measure(table, options=unlimited).minimum <= console.width:
+        console.print(table)
+        return
+    for name, *values in zip(*(column.cells for column in table.columns), strict=True):
+        labels = (str(column.header) for column in table.columns[1:])
+        said = "; ".join(f"{label} {value}" for label, value in zip(labels, values, strict=True) if value)
+        console.print(f"[bold]{name}[/bold]", soft_wrap=True)
+        console.print(Padding(said, (0, 0, 0, 4)))
+
+
+def render(report: Report, console: Console, details: bool = False) -> None:
+    """Print the summary; with `details`, also every rewrite and refusal."""
+    _show(_cost_table(report), console)
+    render_sizes(report.shapes, console)
+    if report.equivalence is not None:
+        render_equivalence(report.equivalence, console)
+    _render_rewrites(report, console)
+    _render_skips(report, console)
+    if details:
+        for r in report.rewrites:
+            console.print(f"[green]done[/green] {plain(r.site)}: {plain(r.reason)}", soft_wrap=True)
+        for s in report.skips:
+            console.print(f"[yellow]left[/yellow] {plain(s.site)}: {plain(s.reason)}", soft_wrap=True)
+    for note in report.notes:
+        console.print(f"[bold]{plain(note)}[/bold]", soft_wrap=True)
+
+
+def _cost_table(report: Report) -> Table:
+    table = _table("", "before", "after", "change")
+    for label, before, after in (
+        ("operators", report.before.nodes, report.after.nodes),
+        ("parameters", report.before.params, report.after.params),
+        ("multiply-adds", report.before.macs, report.after.macs),
+    ):
+        change = f"{(after - before) / before:+.1%}" if before else ""
+        table.add_row(label, f"{before:,}", f"{after:,}", change)
+    if report.latency is not None:
+        t = report.latency
+        low, high = t.interval
+        threads = counted(report.environment["threads"], "thread")
+        table.add_row(
+            f"latency ({plain(report.provider)}, {threads})",
+            f"{t.before_ms:.2f} ms", f"{t.after_ms:.2f} ms", f"{t.speedup:.2f}× [{low:.2f}, {high:.2f}]",
+        )  # fmt: skip
+    return table
+
+
+def render_sizes(shapes: Mapping[str, tuple[int, ...]], console: Console) -> None:
+    """Print the input sizes that all figures are for."""
+    if shapes:
+        sizes = ", ".join(f"{plain(name)} {written(shape)}" for name, shape in shapes.items())
+        console.print(f"[dim]figures are for {sizes}[/dim]", soft_wrap=True)
+
+
+def render_comparison(equivalence: Equivalence, provider: str, console: Console, details: bool = False) -> None:
+    """Print everything that `verify` found."""
+    render_samples(equivalence, provider, console)
+    render_equivalence(equivalence, console)
+    render_figures(equivalence, console, details)
+    render_laws(equivalence, console)
+    render_difference(equivalence, console)
+    render_elsewhere(equivalence, console)
+
+
+def render_samples(equivalence: Equivalence, provider: str, console: Console) -> None:
+    """Print what the models were compared on, distributions of one size together."""
+    precise = ", with TF32 off" if provider_name(provider) == "CUDAExecutionProvider" else ""
+    parts = (label.partition(", ") for label in equivalence.inputs)
+    drawn = [
+        (kind, sizes) if sizes and kind.split()[0] in KINDS else (kind + comma + sizes, "")
+        for kind, comma, sizes in parts
+    ]
+    rounds = [(sizes, [kind for kind, _ in group]) for sizes, group in groupby(drawn, lambda sample: sample[1])]
+    samples = "; ".join(f"{sizes} ({', '.join(kinds)})" if sizes else "; ".join(kinds) for sizes, kinds in rounds)
+    console.print(f"[dim]compared on {plain(provider)}{precise}: {plain(samples)}[/dim]", soft_wrap=True)
+
+
+def render_figures(equivalence: Equivalence, console: Console, details: bool = False, most: int = 4) -> None:
+    """Print figures of the worst outputs, and beside them the same of the original against itself.
+
+    With `details`, every figure of every output, those too that elements close to zero dominate.
+    """
+    console.print(f"[dim]{LEGEND}[/dim]")
+    ranked = sorted(equivalence.outputs, key=lambda o: (o.passed, -o.max_abs))
+    most = len(ranked) if details else most
+    for o in ranked[:most]:
+        table = _table(plain(o.name), "candidate", "noise floor")
+        for label, mine, own in zip(FIGURES, figures(o), figures(o.noise), strict=True):
+            if mine is not None and (details or label not in ELEMENTWISE):
+                table.add_row(label, mine, own or "–")
+        _show(table, console)
+    if ranked[most:]:
+        console.print(f"[dim]and {len(ranked) - most} more outputs; --details shows the figures of each[/dim]")
+
+
+def render_laws(equivalence: Equivalence, console: Console) -> None:
+    """Print the residual of every invariant in both models."""
+    if not equivalence.laws:
+        return
+    table = _table("invariant", "original", "candidate")
+    for law in equivalence.laws:
+        table.add_row(f"{plain(law.law)}: {plain(law.formula)}", f"{law.original:.2g}", f"{law.candidate:.2g}")
+    _show(table, console)
+
+
+def render_difference(equivalence: Equivalence | None, console: Console, most: int = 8) -> None:
+    """Print where a candidate that did not pass begins to differ."""
+    if equivalence is None or equivalence.difference is None:
+        return
+    d = equivalence.difference
+    console.print(f"[bold]{plain(d.explain())}[/bold]", soft_wrap=True)
+    region = ", ".join(map(plain, d.region[:most])) + (f" and {len(d.region) - most} more" if d.region[most:] else "")
+    agree = "agree" if len(d.agreeing) > 1 else "agrees"
+    agreeing = f"{plain(', '.join(d.agreeing[:most]))} still {agree}; " if d.agreeing else ""
+    compared = counted(d.compared, "tensor")
+    console.print(f"[dim]{agreeing}the fault lies in {region}; {compared} compared[/dim]", soft_wrap=True)
+
+
+def render_elsewhere(equivalence: Equivalence, console: Console) -> None:
+    """Print the operators that ran on another provider than the one asked for."""
+    for model, places in equivalence.elsewhere.items():
+        for provider, nodes in places.items():
+            listed = plain(", ".join(nodes))
+            console.print(
+                f"[yellow]{counted(len(nodes), 'operator')} of the {model} ran on {provider}: {listed}[/yellow]"
+            )
+
+
+def render_equivalence(equivalence: Equivalence, console: Console) -> None:
+    """Print the verdict per output."""
+    table = _table("output", "max deviation", "noise floor", "sensitivity", "verdict")
+    for o in equivalence.outputs:
+        colour = "green" if o.passed else "red"
+        table.add_row(
+            plain(o.name),
+            f"{o.max_abs:.2g}",
+            f"{o.floor:.2g}",
+            f"{o.sensitivity:.2g}",
+            f"[{colour}]{plain(o.reason)}[/{colour}]",
+        )
+    _show(table, console)
+
+
+def _render_rewrites(report: Report, console: Console) -> None:
+    if not report.rewrites:
+        console.print("No rewrite was made: the output is a copy of the input.")
+        return
+    table = _table("rewrites", "count", "multiply-adds saved", "worst rounding", "certified")
+    for name, count in Counter(r.pass_name for r in report.rewrites).items():
+        mine = [r for r in report.rewrites if r.pass_name == name]
+        saved = sum(r.macs_before - r.macs_after for r in mine)
+        certified = sum(r.certificate is not None and r.certificate.status == "certified" for r in mine)
+        worst = f"{max(r.residual for r in mine):.1g}"
+        table.add_row(name, str(count), f"{saved:,}", worst, f"{certified} of {count}")
+    _show(table, console)
+
+
+def _render_skips(report: Report, console: Console, most: int = 8) -> None:
+    if not report.skips:
+        return
+    groups = Counter((s.pass_name, general(s)) for s in report.skips)
+    table = _table("left alone, because", "count")
+    for (name, reason), count in groups.most_common(most):
+        table.add_row(f"{name}: {plain(reason)}", str(count))
+    _show(table, console)
+    if len(groups) > most:
+        console.print(
+            f"[dim]and {len(groups) - most} more reasons; --details or --report FILE.json lists every place[/dim]"
+        )
+
+
+def render_maps(maps: Inspection, console: Console) -> None:
+    """Print every map: its size, its chain, what would be done with it."""
+    for m in maps:
+        kernel = "×".join(map(str, m.kernel)) or "pointwise"
+        space = written(m.space) if m.space is not None else "?"
+        work = f"{m.macs:,} multiply-adds" if m.macs is not None else "size not known"
+        chain = f"  [cyan]chain {m.chain}[/cyan]" if m.chain is not None else ""
+        console.print(f"[bold]{plain(m.tensor)}[/bold]  {m.op} {m.channels}  {kernel}  at {space}  {work}{chain}")
+        alone = "nothing to do: no linear map feeds or reads it directly"
+        for line in m.decisions or (alone if m.chain is None else "first of its chain",):
+            console.print(f"    {plain(line)}", style="dim")
+    render_sizes(maps.shapes, console)
+    console.print(counted(len(maps), "map"))
+
+
+def render_properties(found: Properties, console: Console) -> None:
+    """Print what the weights of every pointwise map are."""
+    table = _table("map", "size", "kind", "rank", "effective", "condition", "WᵀW − I", "Σ columns", "dead", "flop/byte")
+    for m in found:
+        sums = m.column_sums
+        table.add_row(
+            plain(m.tensor),
+            f"{m.columns}→{m.rows}" + (f" /{m.groups}" if m.groups > 1 else ""),
+            m.kind,
+            "–" if m.rank is None else str(m.rank),
+            "–" if m.effective_rank is None else f"{m.effective_rank:.1f}",
+            "–" if m.condition is None else f"{m.condition:.2g}",
+            "–" if m.orthogonality_defect is None else f"{m.orthogonality_defect:.2g}",
+            f"{min(sums):.2g} … {max(sums):.2g}",
+            f"{len(m.dead_inputs)} in, {len(m.constant_outputs)} out",
+            "–" if m.intensity is None else f"{m.intensity:.1f}",
+        )
+    _show(table, console)
+    render_sizes(found.shapes, console)
+    console.print(counted(len(found), "pointwise map"))
+
+
+def render_benchmark(rows: Sequence[Row], console: Console) -> None:
+    """Models side by side, one row each, then what loading costs, and where each one's time goes."""
+    times = _table("model", "input", "median", "minimum", "ratio [95 %]")
+    costs = _table("model", "input", "load", "first run", "memory", "layout changes")
+    for row in rows:
+        low, high = row.interval
+        name = plain(Path(row.model).name)
+        shapes = " ".join(f"{plain(x)} {written(shape)}" for x, shape in row.shapes.items())
+        ratio = escape(f"{row.ratio:.3f} [{low:.3f}, {high:.3f}]")
+        times.add_row(name, shapes, f"{row.median_ms:.2f} ms", f"{row.minimum_ms:.2f} ms", ratio)
+        load, first = f"{row.session_ms:.0f} ms", f"{row.first_run_ms:.1f} ms"
+        costs.add_row(name, shapes, load, first, f"{row.memory_mb:.0f} MB", f"{row.layout_share:.1%}")
+    _show(times, console)
+    _show(costs, console)
+    for row in rows:
+        slowest = ", ".join(f"{plain(op)} {ms:.2f} ms" for op, ms in list(row.operators.items())[:6])
+        shapes = " ".join(f"{plain(x)} {written(shape)}" for x, shape in row.shapes.items())
+        console.print(f"{plain(Path(row.model).name)}, {shapes}: {slowest}", style="dim", soft_wrap=True)
+        if row.elsewhere:
+            console.print(f"[yellow]{plain(row.model)}: {row.elsewhere} nodes ran on another provider[/yellow]")

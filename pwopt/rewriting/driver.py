@@ -1,0 +1,195 @@
+"""Passes, their records, and the worklist driver that runs them."""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import ClassVar
+
+import onnx_graphsurgeon as gs
+
+from pwopt.graph.journal import Journal
+from pwopt.graph.regions import Region
+from pwopt.graph.view import View
+from pwopt.maps.cost import macs
+from pwopt.rewriting.records import Certificate, Outcome, Rewrite, Skip
+
+#: Judges what a rewrite did to its region of the graph.
+Certifier = Callable[[Region, View], Certificate]
+
+
+class Pass:
+    """One rewrite: a fact about graphs, in one class.
+
+    Subclasses set `name` and write `match_and_rewrite`. A pass sees one node at a time and returns None
+    ("not mine"), a `Skip` ("mine, but refused, because") or a `Rewrite` ("done").
+    """
+
+    name: ClassVar[str]
+    #: When the rewrite is kept: "always", "if cheaper" or "measured".
+    policy: ClassVar[str] = "always"
+    #: How many operators above a rewrite hold facts that it rests on, beside its own region.
+    context: ClassVar[int] = 0
+    #: Whether a measured rewrite is made wherever it is exact, because it was measured or asked for.
+    eager: bool = False
+    #: Whether it runs before the measured passes only, since it would undo what they do.
+    early: ClassVar[bool] = False
+
+    def start(self, rw: Rewriter) -> None:
+        """Look at the whole graph once before the first node."""
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+        raise NotImplementedError
+
+    def run(
+        self,
+        graph: gs.Graph,
+        *,
+        denied: Iterable[str] = (),
+        sizes: Mapping[str, Sequence[int]] | None = None,
+        reserved: Iterable[str] = (),
+        certifier: Certifier | None = None,
+    ) -> Outcome:
+        """Apply this pass to a graph until nothing more applies.
+
+        Parameters
+        ----------
+        graph : gs.Graph
+            Edited in place. `pwopt.load` gives one with inferred shapes.
+        denied : iterable of str
+            Sites that must not be rewritten.
+        sizes : mapping, optional
+            Representative tensor sizes, for costs where shapes are dynamic.
+        reserved : iterable of str, optional
+            Names that new tensors must not take.
+        certifier : callable, optional
+            Gives each rewrite its certificate: `pwopt.evidence.certify.certify`.
+
+        Returns
+        -------
+        Outcome
+
+        Examples
+        --------
+        >>> import pwopt
+        >>> from pwopt.passes import FoldChains
+        >>> model = pwopt.load("models/linear_sequence.onnx")
+        >>> outcome = FoldChains().run(model.graph)
+        >>> [node.op for node in model.graph.nodes]
+        ['Conv']
+        """
+        rw = Rewriter(graph, denied, sizes, reserved, certifier)
+        outcome = rw.apply(self)
+        rw.close()
+        return outcome
+
+
+class Rewriter(View):
+    """A `View` with the records of the pass that runs, and the queue of nodes it has yet to look at.
+
+    Only neighbours of a change are looked at again, so a run is near-linear in the number of nodes.
+    """
+
+    def __init__(
+        self,
+        graph: gs.Graph,
+        denied: Iterable[str] = (),
+        sizes: Mapping[str, Sequence[int]] | None = None,
+        reserved: Iterable[str] = (),
+        certifier: Certifier | None = None,
+    ) -> None:
+        super().__init__(graph, sizes, reserved)
+        self._certifier = certifier
+        self._denied = frozenset(denied)
+        self._owner = ""
+        self._queue: deque[gs.Node] = deque()
+        self._queued: set[int] = set()
+
+    def site(self, node: gs.Node) -> str:
+        """Stable identifier of a place: the pass that runs and the tensor that the node produces, by its first name."""
+        named = next(filter(None, (t.name for t in node.outputs)), node.name)
+        return f"{self._owner}:{self.origin(named)}"
+
+    def denied(self, node: gs.Node) -> bool:
+        return bool(self._denied) and self.site(node) in self._denied
+
+    def apply(self, p: Pass, allowed: Collection[str] | None = None) -> Outcome:
+        """Run one pass until nothing more applies; at the `allowed` sites only, if any are given."""
+        self._owner = p.name
+        rewrites: list[Rewrite] = []
+        skips: dict[str, Skip] = {}
+        p.start(self)
+        nodes = self.nodes()
+        self._queue.extend(nodes)
+        self._queued.update(map(id, nodes))
+        while self._queue:
+            node = self._queue.popleft()
+            self._queued.discard(id(node))
+            if node not in self:
+                continue
+            site = self.site(node)
+            if allowed is not None and site not in allowed:
+                continue
+            if self._certifier is not None:
+                self.journal = Journal()
+            result = Skip("denied by the user") if self.denied(node) else p.match_and_rewrite(node, self)
+            if isinstance(result, Rewrite):
+                rewrites.append(self._certified(replace(result, pass_name=p.name, site=site), p.context))
+                skips.pop(site, None)
+            elif isinstance(result, Skip):
+                skips[site] = replace(result, pass_name=p.name, site=site)
+        return Outcome(tuple(rewrites), tuple(skips.values()))
+
+    def _certified(self, rewrite: Rewrite, context: int) -> Rewrite:
+        if self._certifier is None or self.journal is None:
+            return rewrite
+        region = Region.of(self, self.journal, context)
+        before, after = region.drawings(self)
+        return replace(rewrite, before=before, after=after, certificate=self._certifier(region, self))
+
+    def _enqueue(self, node: gs.Node | None) -> None:
+        if node is not None and node in self and id(node) not in self._queued:
+            self._queued.add(id(node))
+            self._queue.append(node)
+
+    def enqueue_around(self, node: gs.Node) -> None:
+        """Look again at a node and its neighbours."""
+        self._enqueue(node)
+        for tensor in node.inputs:
+            self._enqueue(self.producer(tensor))
+        for tensor in node.outputs:
+            for reader in self.readers(tensor):
+                self._enqueue(reader)
+
+    def replace(self, old: Sequence[gs.Node], new: Sequence[gs.Node], reason: str, residual: float = 0.0) -> Rewrite:
+        """Put `new` where the last of `old` stood; the record counts operators and multiply-adds."""
+        before = [macs(self, n) for n in old]
+        removed = tuple(describe(n) for n in old)
+        kept = list(new)
+        result = kept[-1].outputs[0].name if kept else ""
+        became = tuple((t.name, result) for n in old for t in n.outputs if t.name)
+        for node in kept:
+            self.add(node, at=old[-1])
+        neighbours = [self.producer(t) for n in old for t in n.inputs]
+        for node in old:
+            self.remove(node)
+        after = [macs(self, n) for n in kept]
+        exact = None not in before and None not in after
+        for neighbour in neighbours:
+            self._enqueue(neighbour)
+        for node in kept:
+            self.enqueue_around(node)
+        return Rewrite(
+            reason,
+            removed,
+            tuple(describe(n) for n in kept),
+            sum(m or 0 for m in before) if exact else 0,
+            sum(m or 0 for m in after) if exact else 0,
+            residual,
+            became,
+        )
+
+
+def describe(node: gs.Node) -> str:
+    return f"{node.op} {node.name}".strip()

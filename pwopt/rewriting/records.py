@@ -1,0 +1,117 @@
+"""What is kept of every rewrite and every refusal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+
+from pwopt.graph.regions import Operator
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Whether a region computes the same before and after a rewrite, whatever the model is fed with.
+
+    Attributes
+    ----------
+    status : {"certified", "tested", "none", "failed"}
+        Certified: for all inputs, but for `probability`. Tested: a region that is not affine, on probes only.
+    reason : str
+        What was evaluated, or why nothing was, or what failed.
+    residual : float
+        Largest deviation, relative to what the sizes of all terms add up to at that element (affine regions), or to
+        the largest value (others).
+    bound : float
+        What rounding explains, in the same unit; a residual beyond it refuses the rewrite.
+    probability : float
+        With which a coefficient that is off by 1000 times the bound goes unnoticed; 1 where nothing is claimed.
+    """
+
+    status: str
+    reason: str
+    residual: float = 0.0
+    bound: float = 0.0
+    probability: float = 1.0
+
+    @property
+    def passed(self) -> bool:
+        return self.status != "failed"
+
+
+@dataclass(frozen=True)
+class Rewrite:
+    """What a pass did at one place.
+
+    Attributes
+    ----------
+    reason : str
+        One sentence for the user.
+    removed, added : tuple of str
+        Operators that went and came, as "Op name".
+    macs_before, macs_after : int
+        Multiply-adds of those; 0 where sizes are not known.
+    residual : float
+        Largest relative rounding of folded weights, max |rounded − exact| / max |exact|.
+    became : tuple of (str, str)
+        Outputs of the removed operators, each with the tensor that their replacement produces ("" if none).
+    signature : str
+        Of a measured rewrite: those that have it in common, up to a colon, are measured, kept or dropped together.
+    pass_name, site : str
+        Filled in by the driver. The site is stable across runs: pass name and output tensor.
+    before, after : tuple of Operator
+        The region that changed, filled in by the driver if it certifies.
+    certificate : Certificate or None
+    """
+
+    reason: str
+    removed: tuple[str, ...] = ()
+    added: tuple[str, ...] = ()
+    macs_before: int = 0
+    macs_after: int = 0
+    residual: float = 0.0
+    became: tuple[tuple[str, str], ...] = ()
+    signature: str = ""
+    pass_name: str = ""
+    site: str = ""
+    before: tuple[Operator, ...] = ()
+    after: tuple[Operator, ...] = ()
+    certificate: Certificate | None = None
+
+    @classmethod
+    def of(cls, reason: str, records: Sequence[Rewrite], renamed: Mapping[str, str] | None = None) -> Rewrite:
+        """Several replacements as one rewrite; `renamed` tells what their results are called since."""
+        names = renamed or {}
+        return cls(
+            reason,
+            tuple(name for r in records for name in r.removed),
+            tuple(name for r in records for name in r.added),
+            sum(r.macs_before for r in records),
+            sum(r.macs_after for r in records),
+            max((r.residual for r in records), default=0.0),
+            tuple((old, names.get(new, new)) for r in records for old, new in r.became),
+        )
+
+    def signed(self, signature: str) -> Rewrite:
+        return replace(self, signature=signature)
+
+
+@dataclass(frozen=True)
+class Skip:
+    """Why a pass left a place alone that it is about: a sentence a user can act on."""
+
+    reason: str
+    pass_name: str = ""
+    site: str = ""
+
+    @property
+    def tensor(self) -> str:
+        """The output tensor of the place."""
+        return self.site.partition(":")[2]
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """Everything a run did and declined to do."""
+
+    rewrites: tuple[Rewrite, ...] = ()
+    skips: tuple[Skip, ...] = ()

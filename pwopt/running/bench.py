@@ -1,0 +1,271 @@
+"""Models side by side: latency with its interval, cold start, memory, and where the time goes."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pwopt.errors import UsageError
+from pwopt.graph.files import load
+from pwopt.running import runtime, timing
+from pwopt.running.inputs import InputSpec, check_shapes, input_specs
+from pwopt.running.progress import Progress, silent
+from pwopt.running.runtime import Feeds, Session
+from pwopt.running.samples import make_feeds
+from pwopt.running.sizes import Sizes, likely_sizes
+
+#: Operators that only change how a tensor lies in memory.
+LAYOUT = frozenset({"ReorderInput", "ReorderOutput", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"})
+#: Runs under the profiler.
+PROFILED = 10
+
+
+@dataclass(frozen=True)
+class Row:
+    """One model at one batch size.
+
+    Attributes
+    ----------
+    model : str
+    shapes : dict
+        Input name → sizes.
+    median_ms, minimum_ms : float
+        Of runs interleaved with those of the other models.
+    ratio : float
+        The first model's time over this one's, the median over runs side by side; `interval` is its 95 % confidence
+        interval.
+    session_ms, first_run_ms : float
+        Loading the model, and its first run, in a process of its own.
+    memory_mb : float
+        What loading and the first run added to that process's peak.
+    operators : dict
+        Operator → milliseconds per run under the profiler, the slowest first.
+    layout_share : float
+        The part of that time that goes into changes of layout.
+    elsewhere : int
+        How many nodes the provider left to another one.
+    """
+
+    model: str
+    shapes: dict[str, tuple[int, ...]]
+    median_ms: float
+    minimum_ms: float
+    ratio: float
+    interval: tuple[float, float]
+    session_ms: float
+    first_run_ms: float
+    memory_mb: float
+    operators: dict[str, float]
+    layout_share: float
+    elsewhere: int
+
+
+def benchmark(
+    models: Sequence[str | os.PathLike[str]],
+    *,
+    provider: str = "cpu",
+    threads: int = 1,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    batches: Sequence[int] = (),
+    seconds: float = 8.0,
+    progress: Progress = silent,
+) -> list[Row]:
+    """Time any models that take the same inputs against the first.
+
+    Parameters
+    ----------
+    models : sequence of paths
+    provider : str
+        Never replaced by another.
+    threads : int
+    shapes : mapping of input name to sizes, optional
+        For dynamic inputs; likely sizes otherwise.
+    batches : sequence of int, optional
+        Sizes for the first axis of every input whose first axis is dynamic; as many rows per model.
+    seconds : float
+        To race all models, per batch size.
+    progress : callable, optional
+        Called with (stage, fraction done).
+
+    Returns
+    -------
+    list of Row
+
+    Raises
+    ------
+    UsageError
+        If the models do not take the same inputs, or a batch size does not fit.
+    ModelError, ProviderError
+        See `pwopt.errors`.
+
+    Examples
+    --------
+    >>> import pwopt
+    >>> rows = pwopt.benchmark(["models/linear_sequence.onnx"], shapes={"x": (1, 64, 8, 8)}, seconds=0.1)
+    >>> rows[0].ratio
+    1.0
+    """
+    if not models:
+        raise UsageError("there is no model to time; give one or more")
+    runtime.check_settings(threads, None, None)
+    paths = [Path(m) for m in models]
+    specs = _common_inputs(paths)
+    check_shapes(specs, shapes or {})
+    rows: list[Row] = []
+    for batch in batches or (None,):
+        sizes = likely_sizes(specs, paths[0], provider, shapes)
+        if batch is not None:
+            sizes = likely_sizes(specs, paths[0], provider, _batched(specs, sizes, batch))
+        told = progress if batch is None else functools.partial(_at_batch, progress, batch)
+        rows += _raced(paths, specs, sizes, provider, threads, seconds, told)
+    return rows
+
+
+def _at_batch(progress: Progress, batch: int, stage: str, done: float) -> None:
+    progress(f"{stage} at batch {batch}", done)
+
+
+def _raced(
+    paths: Sequence[Path],
+    specs: Sequence[InputSpec],
+    sizes: Sizes,
+    provider: str,
+    threads: int,
+    seconds: float,
+    progress: Progress,
+) -> list[Row]:
+    """A row for each model, all raced at the same sizes."""
+    for path in paths[1:]:
+        check_shapes(input_specs(load(path).proto), sizes)
+    feeds = make_feeds(specs, sizes)
+    sessions = [Session(p, provider, threads, tf32=True) for p in paths]
+    race = timing.race(sessions, feeds, seconds, lambda done: progress("racing", done))
+    rows = []
+    for i, path in enumerate(paths):
+        progress(f"profiling {path.name}", i / len(paths))
+        rows.append(_row(path, i, race, provider, threads, sizes, feeds))
+    return rows
+
+
+def _common_inputs(paths: Sequence[Path]) -> list[InputSpec]:
+    """The inputs that all of some models take."""
+    specs = input_specs(load(paths[0]).proto)
+    for path in paths[1:]:
+        theirs = [(s.name, s.dtype) for s in input_specs(load(path).proto)]
+        if sorted(theirs) != sorted((s.name, s.dtype) for s in specs):
+            raise UsageError(f"{str(path)!r} does not take the same inputs as {str(paths[0])!r}")
+    return specs
+
+
+def _batched(specs: Sequence[InputSpec], sizes: Mapping[str, Sequence[int]], batch: int) -> dict[str, tuple[int, ...]]:
+    if batch < 1:
+        raise UsageError(f"a batch has 1 or more samples, not {batch}")
+    dynamic = {s.name for s in specs if s.shape and not isinstance(s.shape[0], int)}
+    if not dynamic and all(size[:1] != (batch,) for size in sizes.values()):
+        raise UsageError(f"the first axis of no input is dynamic, so the batch cannot be {batch}")
+    return {name: (batch, *size[1:]) if name in dynamic else tuple(size) for name, size in sizes.items()}
+
+
+def _row(
+    path: Path,
+    index: int,
+    race: timing.Race,
+    provider: str,
+    threads: int,
+    sizes: dict[str, tuple[int, ...]],
+    feeds: Feeds,
+) -> Row:
+    cold = _cold(path, provider, threads, feeds)
+    operators = operator_times(path, provider, threads, feeds)
+    placed = _profile(path, provider, threads, feeds).placement()
+    total = sum(operators.values())
+    return Row(
+        str(path),
+        sizes,
+        race.median(index) * 1e3,
+        race.minimum(index) * 1e3,
+        race.speedup(index),
+        race.interval(index),
+        cold["session"] * 1e3,
+        cold["first"] * 1e3,
+        cold["memory"] / 1e6,
+        operators,
+        sum(ms for op, ms in operators.items() if op in LAYOUT) / total if total else 0.0,
+        sum(map(len, runtime.elsewhere(placed, provider).values())),
+    )
+
+
+def operator_times(path: Path, provider: str, threads: int, feeds: Feeds) -> dict[str, float]:
+    """Operator → milliseconds per run under the profiler, the slowest first."""
+    return {op: seconds * 1e3 for op, seconds in _profile(path, provider, threads, feeds).operators().items()}
+
+
+def _profile(path: Path, provider: str, threads: int, feeds: Feeds) -> Session:
+    session = Session(path, provider, threads, profile=True)
+    for _ in range(PROFILED):
+        session.run(feeds)
+    return session
+
+
+def _cold(path: Path, provider: str, threads: int, feeds: Feeds) -> dict[str, float]:
+    """Load and run a model once in a new process: seconds for each, and bytes that its peak grew by."""
+    with _saved(feeds) as inputs:
+        command = [sys.executable, "-m", "pwopt.running.bench", str(path), provider, str(threads), str(inputs)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
+        raise UsageError(f"{str(path)!r} does not run in a process of its own: {reason}")
+    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+    return measured
+
+
+@contextlib.contextmanager
+def _saved(feeds: Feeds) -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="pwopt-") as folder:
+        path = Path(folder) / "inputs.npz"
+        arrays: dict[str, Any] = {name: value for name, value in feeds.items() if isinstance(value, np.ndarray)}
+        np.savez(path, **arrays)
+        yield path
+
+
+def _peak() -> float:
+    """The most memory that this process has held since the last `_forget_peak`, in bytes; 0 if the system hides it."""
+    status = Path("/proc/self/status")
+    lines = status.read_text().splitlines() if status.exists() else []
+    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0.0)
+
+
+def _forget_peak() -> None:
+    """Start `_peak` anew (Linux, proc(5))."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def _child(path: str, provider: str, threads: str, inputs: str) -> None:
+    runtime.silence()
+    runtime.onnxruntime()
+    feeds = dict(np.load(inputs))
+    _forget_peak()
+    before = _peak()
+    start = time.perf_counter()
+    session = Session(path, provider, int(threads), tf32=True)
+    loaded = time.perf_counter()
+    session.run(feeds)
+    ran = time.perf_counter()
+    sys.stdout.write(json.dumps({"session": loaded - start, "first": ran - loaded, "memory": _peak() - before}) + "\n")
+
+
+if __name__ == "__main__":
+    _child(*sys.argv[1:])

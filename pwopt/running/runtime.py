@@ -1,0 +1,291 @@
+"""onnxruntime sessions that run where they were asked to."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import platform
+import re
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+
+import pwopt
+from pwopt.errors import ModelError, ProviderError, UsageError
+
+Feeds = dict[str, np.ndarray]
+
+#: Short names of execution providers; any other is taken literally.
+PROVIDERS = {
+    "cpu": "CPUExecutionProvider",
+    "cuda": "CUDAExecutionProvider",
+    "tensorrt": "TensorrtExecutionProvider",
+    "openvino": "OpenVINOExecutionProvider",
+    "dml": "DmlExecutionProvider",
+    "coreml": "CoreMLExecutionProvider",
+    "rocm": "ROCMExecutionProvider",
+}
+#: What to install when a provider is missing.
+WHEELS = {"cpu": "pwopt[cpu]", "cuda": "pwopt[gpu]", "tensorrt": "pwopt[gpu]", "openvino": "onnxruntime-openvino"}
+
+
+def onnxruntime() -> ModuleType:
+    """The onnxruntime module.
+
+    Raises
+    ------
+    ProviderError
+        If none is installed.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise ProviderError(
+            f"onnxruntime cannot be imported ({error}); pip install 'pwopt[cpu]' or 'pwopt[gpu]'"
+        ) from error
+    if not hasattr(ort, "InferenceSession"):  # two wheels overwrote each other
+        raise ProviderError(
+            "the onnxruntime installation is broken; uninstall every onnxruntime wheel, then install one"
+        )
+    module: ModuleType = ort
+    return module
+
+
+def silence() -> None:
+    """Keep onnxruntime's own log off the terminal; for programs, since it is a setting of the whole process."""
+    if available():
+        onnxruntime().set_default_logger_severity(4)
+
+
+def available() -> bool:
+    try:
+        onnxruntime()
+    except ProviderError:
+        return False
+    return True
+
+
+def environment(provider: str, threads: int) -> dict[str, Any]:
+    """Versions and machine, for reports."""
+    try:
+        ort = onnxruntime().__version__
+    except ProviderError:
+        ort = None
+    return {
+        "pwopt": pwopt.__version__,
+        "onnxruntime": ort,
+        "onnx": onnx.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "os": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "provider": provider,
+    }
+
+
+def cpu_name() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()
+
+
+class Session:
+    """A model loaded by onnxruntime on exactly one provider (and the CPU for what that cannot run).
+
+    Parameters
+    ----------
+    path : path
+        The model file.
+    provider : str
+        A short name from `PROVIDERS`, or an onnxruntime provider's full name.
+    threads : int
+        Intra-operator threads; 1 is the least noisy.
+    optimise : bool
+        All graph optimisations, as users run it; or none, to see rounding.
+    tf32 : bool
+        Whether CUDA may round float32 products to 10 bits, as it does by default. Off unless timing.
+    profile : bool
+        Record where each node ran; see `placement`.
+
+    Raises
+    ------
+    ProviderError
+        If the provider is not available, or onnxruntime fell back from it without saying so.
+    ModelError
+        If onnxruntime does not load the model.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        provider: str = "cpu",
+        threads: int = 1,
+        *,
+        optimise: bool = True,
+        tf32: bool = False,
+        profile: bool = False,
+    ) -> None:
+        ort = onnxruntime()
+        self.provider = provider_name(provider)
+        wheel = WHEELS.get(provider.lower())
+        hint = f"; pip uninstall the onnxruntime you have, then pip install '{wheel}'" if wheel else ""
+        if not self.provider.endswith("ExecutionProvider"):
+            raise ProviderError(f"{provider!r} is not an execution provider; there are {', '.join(PROVIDERS)}")
+        if self.provider not in ort.get_available_providers():
+            listed = ", ".join(ort.get_available_providers())
+            raise ProviderError(f"{self.provider} is not in this onnxruntime (it has {listed}){hint}")
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        options.log_severity_level = 4
+        level = ort.GraphOptimizationLevel
+        options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
+        if profile:
+            options.enable_profiling = True
+            options.profile_file_prefix = os.path.join(tempfile.gettempdir(), "pwopt_profile")
+        settings: dict[str, str] = {"use_tf32": str(int(tf32))} if self.provider == "CUDAExecutionProvider" else {}
+        providers: list[Any] = [(self.provider, settings)]
+        if self.provider != "CPUExecutionProvider":
+            providers.append("CPUExecutionProvider")
+        try:
+            # Its Python fallback would go on with another provider, here or in a later run.
+            self.session = ort.InferenceSession(os.fspath(path), options, providers=providers, enable_fallback=0)
+        except Exception as error:
+            if self.provider != "CPUExecutionProvider" and _loads_on_cpu(path):
+                raise ProviderError(f"{self.provider} does not run this model: {_first_line(error)}") from error
+            raise ModelError(f"onnxruntime does not load the model: {_first_line(error)}") from error
+        if self.provider not in self.session.get_providers():
+            raise ProviderError(
+                f"{self.provider} could not start and onnxruntime fell back to the CPU; "
+                "a device, its driver or the provider's libraries are missing, so nothing was run"
+            )
+        self.inputs = [i.name for i in self.session.get_inputs()]
+        self.outputs = [o.name for o in self.session.get_outputs()]
+        self._binding: Any = None
+        #: What to time `step` by. On one thread of the CPU that is the time that this thread had, so that whatever else
+        #: the machine does is no fault of the model; elsewhere, the time that passed.
+        alone = self.provider == "CPUExecutionProvider" and threads == 1
+        self.clock: Callable[[], float] = time.thread_time if alone else time.perf_counter
+
+    def run(self, feeds: Feeds) -> list[Any]:
+        """Outputs as arrays, in the model's order."""
+        try:
+            return list(self.session.run(None, feeds))
+        except Exception as error:
+            raise ModelError(f"onnxruntime cannot run the model on these inputs: {_first_line(error)}") from error
+
+    def bind(self, feeds: Feeds) -> None:
+        """Place inputs and outputs on the provider's device, so that timing measures no copies."""
+        if self.provider == "CUDAExecutionProvider":
+            ort = onnxruntime()
+            self._binding = self.session.io_binding()
+            for name, value in feeds.items():
+                self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value, "cuda", 0))
+            for name in self.outputs:
+                self._binding.bind_output(name, "cuda")
+        self._feeds = feeds
+
+    def step(self) -> None:
+        """One synchronised run on the bound inputs."""
+        if self._binding is None:
+            self.session.run(None, self._feeds)
+        else:
+            self.session.run_with_iobinding(self._binding)
+            self._binding.synchronize_outputs()
+
+    def placement(self) -> dict[str, list[str]]:
+        """Provider → nodes that ran on it, as "Op name", from a profiled session; ends the profile."""
+        placed: dict[str, dict[str, None]] = {}
+        for name, arguments, _ in self._profiled():
+            title = f"{arguments.get('op_name', 'unknown')} {name}".strip()
+            placed.setdefault(arguments.get("provider", "unknown"), {})[title] = None
+        return {provider: list(names) for provider, names in placed.items()}
+
+    def operators(self) -> dict[str, float]:
+        """Operator → seconds per run, the median of each node's times, from a profiled session; ends the profile."""
+        times: dict[tuple[str, str], list[float]] = {}
+        for name, arguments, seconds in self._profiled():
+            times.setdefault((arguments.get("op_name", "unknown"), name), []).append(seconds)
+        total: dict[str, float] = {}
+        for (op, _), seen in times.items():
+            total[op] = total.get(op, 0.0) + float(np.median(seen))
+        return dict(sorted(total.items(), key=lambda item: -item[1]))
+
+    def _profiled(self) -> Iterator[tuple[str, dict[str, Any], float]]:
+        """Each run of each node: its name, what the profiler knows of it, and seconds."""
+        path = Path(self.session.end_profiling())
+        text = path.read_text(errors="replace")
+        path.unlink(missing_ok=True)
+        for event in _events(text):
+            if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
+                yield event["name"].removesuffix("_kernel_time"), event["args"], event["dur"] / 1e6
+
+
+def _events(profile: str) -> list[dict[str, Any]]:
+    """The events of a profile; without those in whose names an older onnxruntime left quotes as they are."""
+    with contextlib.suppress(json.JSONDecodeError):
+        whole: list[dict[str, Any]] = json.loads(profile)
+        return whole
+    events: list[dict[str, Any]] = []
+    for line in profile.splitlines():  # an event each, between brackets
+        with contextlib.suppress(json.JSONDecodeError):
+            event = json.loads(line.strip().rstrip(","))
+            events += [event] if isinstance(event, dict) else []
+    return events
+
+
+def _loads_on_cpu(path: str | os.PathLike[str]) -> bool:
+    """Whether the model itself is in order, so that a failure is the provider's."""
+    try:
+        onnxruntime().InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+    except Exception:
+        return False
+    return True
+
+
+def _first_line(error: BaseException) -> str:
+    return re.sub(r"\s+", " ", str(error).strip())[:300]
+
+
+def check_settings(threads: int, rtol: float | None, atol: float | None) -> None:
+    """Refuse numbers that make no sense."""
+    if threads < 1:
+        raise UsageError(f"{threads} threads cannot run anything; give 1 or more")
+    for name, value in (("rtol", rtol), ("atol", atol)):
+        if value is not None and not 0 <= value < float("inf"):
+            raise UsageError(f"a tolerance is a number from 0 on, and {name} is {value}")
+
+
+def provider_name(provider: str) -> str:
+    """onnxruntime's name of a provider, from a short name in any case or itself."""
+    return PROVIDERS.get(provider.lower(), provider)
+
+
+def elsewhere(placed: Mapping[str, list[str]], provider: str) -> dict[str, list[str]]:
+    """The part of a placement that is not on `provider`."""
+    wanted = provider_name(provider)
+    return {name: nodes for name, nodes in placed.items() if name != wanted}
+
+
+def fallbacks(path: str | os.PathLike[str], provider: str, threads: int, feeds: Feeds) -> dict[str, tuple[str, ...]]:
+    """Other provider → operators of the model, as "Op name", that `provider` left to it.
+
+    From the profile of a run; the CPU provider leaves nothing to anybody, so nothing is run there.
+    """
+    if provider_name(provider) == "CPUExecutionProvider":
+        return {}
+    session = Session(path, provider, threads, profile=True)
+    session.run(feeds)
+    return {name: tuple(nodes) for name, nodes in elsewhere(session.placement(), provider).items()}

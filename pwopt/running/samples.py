@@ -1,0 +1,262 @@
+"""Values for a model's inputs: random, or from files."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+from google.protobuf.message import DecodeError
+from onnx import numpy_helper
+
+from pwopt.errors import UsageError
+from pwopt.graph.dtypes import floating
+from pwopt.graph.shapes import written
+from pwopt.running.inputs import InputSpec, check_shapes
+from pwopt.running.runtime import Feeds
+
+#: Distributions that floating-point inputs can be drawn from, each with what it holds.
+KINDS = {
+    "normal": "standard normal",
+    "uniform": "uniform on [0, 1)",
+    "zeros": "zeros",
+    "large": "normal with a standard deviation of 1000",
+}
+#: What every comparison runs on if nothing else is asked for; a kind that comes twice is drawn twice.
+DEFAULT_KINDS = ("normal", "uniform", "normal")
+#: Standard deviation of "large" inputs: beyond raw 8-bit pixels, far from the largest float16.
+LARGE = 1000.0
+
+#: The smallest and largest value of an input, both included.
+Range = tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One set of inputs, and what to call it in a report."""
+
+    label: str
+    feeds: Feeds
+
+
+def parse_range(text: str) -> tuple[str, Range]:
+    """``NAME=0:255`` → name, smallest and largest value."""
+    number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+    found = re.fullmatch(rf"(.+)=({number}):({number})", text)
+    if found is None or float(found[2]) > float(found[3]):
+        raise UsageError(f"the range {text!r} is not of the form NAME=0:255, smallest value first")
+    return found[1], (float(found[2]), float(found[3]))
+
+
+def check_kinds(kinds: Sequence[str], specs: Sequence[InputSpec], ranges: Mapping[str, Range]) -> None:
+    """Refuse distributions that do not exist, and ranges of inputs that do not."""
+    for kind in kinds:
+        if kind not in KINDS:
+            raise UsageError(f"there is no distribution {kind!r}; there are {', '.join(KINDS)}")
+    if not kinds:
+        raise UsageError(f"no distribution was named; there are {', '.join(KINDS)}")
+    names = [s.name for s in specs if s.dtype.kind != "O"]
+    for name in ranges:
+        if name not in names:
+            raise UsageError(f"there is no numeric input {name!r}; the model has {', '.join(map(repr, names))}")
+
+
+def make_feeds(
+    specs: Sequence[InputSpec],
+    shapes: Mapping[str, Sequence[int]],
+    kind: str = "normal",
+    seed: int = 0,
+    ranges: Mapping[str, Range] | None = None,
+) -> Feeds:
+    """Random inputs, reproducible.
+
+    Parameters
+    ----------
+    kind : str
+        Of `KINDS`, for floating point. Integers, booleans and strings are 0 and 1, which index something in most
+        models; all 0 for "zeros".
+    seed : int
+    ranges : mapping of input name to (low, high), optional
+        Those are uniform there instead, whatever the kind; integers with both ends.
+    """
+    rng = np.random.default_rng(seed)
+    return {s.name: _draw(s, tuple(shapes[s.name]), kind, rng, (ranges or {}).get(s.name)) for s in specs}
+
+
+def _draw(
+    spec: InputSpec, shape: tuple[int, ...], kind: str, rng: np.random.Generator, given: Range | None
+) -> np.ndarray:
+    if spec.dtype.kind == "O":
+        texts = np.asarray(rng.integers(0, kind != "zeros", shape, endpoint=True)).astype(str)
+        return np.asarray(texts.astype(object))
+    if floating(spec.dtype):
+        if given is not None:
+            values = rng.uniform(*given, shape)
+        elif kind == "uniform":
+            values = rng.random(shape)
+        elif kind == "zeros":
+            values = np.zeros(shape)
+        else:
+            values = rng.standard_normal(shape) * (LARGE if kind == "large" else 1.0)
+        return np.asarray(values).astype(spec.dtype)
+    low, high = given if given is not None else (0, 0 if kind == "zeros" else 1)
+    return np.asarray(rng.integers(int(np.ceil(low)), int(np.floor(high)), shape, endpoint=True)).astype(spec.dtype)
+
+
+def random_samples(
+    specs: Sequence[InputSpec],
+    rounds: Sequence[Mapping[str, Sequence[int]]],
+    kinds: Sequence[str] = DEFAULT_KINDS,
+    ranges: Mapping[str, Range] | None = None,
+) -> list[Sample]:
+    """Each distribution in each round of sizes."""
+    names = [kind if kind not in kinds[:i] else f"{kind} {kinds[:i].count(kind) + 1}" for i, kind in enumerate(kinds)]
+    return [
+        Sample(f"{names[seed]}, {_sizes(sizes)}", make_feeds(specs, sizes, kind, seed, ranges))
+        for sizes in rounds
+        for seed, kind in enumerate(kinds)
+    ]
+
+
+def _sizes(sizes: Mapping[str, Sequence[int]]) -> str:
+    return " ".join(f"{name} {written(shape)}" for name, shape in sizes.items())
+
+
+def given_samples(
+    given: str | os.PathLike[str] | Mapping[str, Any] | Sequence[Any],
+    specs: Sequence[InputSpec],
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> list[Sample]:
+    """Inputs from memory or from files.
+
+    Parameters
+    ----------
+    given : mapping of input name to array, path, or a sequence of those
+        A path is an .npz with one array per input; an .npy or .pb for the only input; a folder of .npz; a folder with
+        one .npy per input, named after it (or any .npy, for the only input); a folder with ``input_0.pb``,
+        ``input_1.pb``… in the order of the inputs; or a folder of such folders (``test_data_set_0``…), as ONNX
+        models are published with.
+    shapes : mapping of input name to sizes, optional
+        What they must have.
+
+    Raises
+    ------
+    UsageError
+        If an input is missing or cannot be read, or one does not fit the model or the given shapes.
+    """
+    if isinstance(given, Mapping):
+        return [Sample("given", as_feeds(given, specs, shapes))]
+    if not isinstance(given, (str, os.PathLike)):
+        return [sample for one in given for sample in given_samples(one, specs, shapes)]
+    found = list(_sets(Path(given), specs))
+    if not found:
+        raise UsageError(f"there are no inputs in the folder {str(given)!r}; it needs .npz, .npy or input_0.pb files")
+    return [Sample(str(path), as_feeds(arrays, specs, shapes, repr(str(path)))) for path, arrays in found]
+
+
+def _sets(path: Path, specs: Sequence[InputSpec]) -> list[tuple[Path, dict[str, np.ndarray]]]:
+    """Every set of inputs that a path leads to."""
+    if not path.is_dir():
+        return [(path, _read(path, specs))]
+    protos = sorted(path.glob("input_*.pb"), key=lambda p: (len(p.stem), p.stem))
+    if protos:
+        named = [_tensor(p) for p in protos]
+        names = {s.name for s in specs}
+        if all(t.name in names for t in named):
+            return [(path, {t.name: _values(t, p) for t, p in zip(named, protos, strict=True)})]
+        if len(protos) != len(specs):
+            raise UsageError(f"{str(path)!r} has {len(protos)} inputs, and the model {len(specs)}")
+        return [(path, {s.name: _values(t, p) for s, t, p in zip(specs, named, protos, strict=True)})]
+    arrays = sorted(path.glob("*.npy"))
+    if arrays and {s.name for s in specs} <= {p.stem for p in arrays}:
+        return [(path, {s.name: _load(path / f"{s.name}.npy") for s in specs})]
+    files = sorted([*arrays, *path.glob("*.npz")])
+    if files:
+        return [(p, _read(p, specs)) for p in files]
+    folders = sorted((p for p in path.iterdir() if p.is_dir()), key=lambda p: (len(p.name), p.name))
+    return [s for folder in folders for s in _sets(folder, specs)]
+
+
+def _read(path: Path, specs: Sequence[InputSpec]) -> dict[str, np.ndarray]:
+    if path.suffix == ".pb":
+        alone = _values(_tensor(path), path)
+    else:
+        loaded = _load(path)
+        if not isinstance(loaded, np.ndarray):
+            try:
+                return {name: loaded[name] for name in loaded.files}
+            except ValueError as error:
+                raise _unreadable(path, error) from error
+        alone = loaded
+    if len(specs) != 1:
+        names = ", ".join(repr(s.name) for s in specs)
+        raise UsageError(f"{str(path)!r} holds one array, and the model takes {names}; save an .npz with those names")
+    return {specs[0].name: alone}
+
+
+def _load(path: Path) -> Any:
+    try:
+        return np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError) as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: Exception) -> UsageError:
+    return UsageError(f"{str(path)!r} cannot be read as .npz ({error}); save one with numpy.savez")
+
+
+def _tensor(path: Path) -> onnx.TensorProto:
+    tensor = onnx.TensorProto()
+    try:
+        tensor.ParseFromString(path.read_bytes())
+    except (OSError, DecodeError) as error:
+        raise UsageError(f"{str(path)!r} cannot be read as a tensor ({error})") from error
+    return tensor
+
+
+def _values(tensor: onnx.TensorProto, path: Path) -> np.ndarray:
+    try:
+        return np.asarray(numpy_helper.to_array(tensor))
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{str(path)!r} does not hold a tensor ({error})") from error
+
+
+def as_feeds(
+    given: Mapping[str, Any],
+    specs: Sequence[InputSpec],
+    shapes: Mapping[str, Sequence[int]] | None = None,
+    where: str = "the given inputs",
+) -> Feeds:
+    """Arrays in the model's types, checked.
+
+    Raises
+    ------
+    UsageError
+        If an input is missing, or one does not fit the model or the given shapes.
+    """
+    arrays = {name: np.asarray(value) for name, value in given.items()}
+    missing = [s.name for s in specs if s.name not in arrays]
+    if missing:
+        has = f"has {', '.join(map(repr, arrays))}" if arrays else "is empty"
+        raise UsageError(f"{where} lacks the inputs {', '.join(map(repr, missing))}; it {has}")
+    check_shapes(specs, {s.name: arrays[s.name].shape for s in specs})
+    for name, shape in (shapes or {}).items():
+        if tuple(shape) != arrays[name].shape:
+            raise UsageError(f"input {name!r} in {where} is {written(arrays[name].shape)}, not {written(shape)}")
+    return {s.name: _cast(arrays[s.name], s, where) for s in specs}
+
+
+def _cast(array: np.ndarray, spec: InputSpec, where: str) -> np.ndarray:
+    try:
+        with np.errstate(invalid="ignore"):
+            cast = array.astype(spec.dtype)
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{where} does not hold numbers of the model's types: {error}") from error
+    if spec.dtype.kind in "iub" and not np.array_equal(cast, array):
+        raise UsageError(f"input {spec.name!r} in {where} holds {array.dtype} that do not fit {spec.dtype}")
+    return cast

@@ -1,0 +1,1 @@
+"""What could be rewritten in a model, what is kept of it, measured how, remembered where."""

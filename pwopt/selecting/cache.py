@@ -1,0 +1,129 @@
+"""Decisions of earlier races, on disk: one small file each, so that processes cannot get in each other's way."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import platform
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from platformdirs import user_cache_path
+
+from pwopt.graph.storage import replacing
+from pwopt.running import runtime
+
+#: Where decisions are kept instead of the user's cache folder, if set.
+FOLDER_VARIABLE = "PWOPT_CACHE"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """What a race on this machine said of one kind of rewrite.
+
+    Attributes
+    ----------
+    pass_name, signature : str
+        The kind of rewrite.
+    place : str
+        Provider, onnxruntime version, processor with its features, and threads; a decision holds there only.
+    speedup : float
+        Of the whole model.
+    low, high : float
+        Its confidence interval.
+    model : str
+        A digest of the model that was raced; "" for a decision that holds for others too.
+    """
+
+    pass_name: str
+    signature: str
+    place: str
+    speedup: float
+    low: float
+    high: float
+    model: str = ""
+
+    @property
+    def clear(self) -> bool:
+        """Whether the race left no doubt, so that it says something of other models as well."""
+        return self.low > 1.0 or self.high < 1.0
+
+
+def folder() -> Path:
+    given = os.environ.get(FOLDER_VARIABLE)
+    return Path(given) if given else user_cache_path("pwopt", appauthor=False) / "decisions"
+
+
+def place(provider: str, threads: int) -> str:
+    """Everything that a time depends on, but the model."""
+    version = runtime.environment(provider, threads)["onnxruntime"]
+    features = hashlib.sha256(_features().encode()).hexdigest()[:12]
+    return (
+        f"{runtime.provider_name(provider)}, onnxruntime {version}, {runtime.cpu_name()} {features}, {threads} threads"
+    )
+
+
+def _features() -> str:
+    """The instruction sets of the processor."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
+
+
+def _key(entry: Entry) -> tuple[str, str, str, str]:
+    return entry.pass_name, entry.signature, entry.place, entry.model
+
+
+def _path(key: tuple[str, str, str, str]) -> Path:
+    return folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
+
+
+def look_up(pass_name: str, signature: str, where: str, model: str = "") -> Entry | None:
+    """The decision on a kind of rewrite in this model, or a clear one in another; None if there is none.
+
+    A damaged file holds no decision.
+    """
+    for asked in dict.fromkeys([(pass_name, signature, where, model), (pass_name, signature, where, "")]):
+        entry = _read(_path(asked))
+        if entry is not None and _key(entry) == asked and (model == entry.model or entry.clear):
+            return entry
+    return None
+
+
+def _read(path: Path) -> Entry | None:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+        entry = Entry(**content)
+    except (OSError, ValueError, TypeError):
+        return None
+    numbers = (entry.speedup, entry.low, entry.high)
+    return entry if all(isinstance(v, float) and v > 0 for v in numbers) else None
+
+
+def store(entry: Entry) -> None:
+    """Keep a decision, for other models too if it is clear; a cache that cannot be written is no reason to fail."""
+    for kept in (entry, replace(entry, model="")) if entry.clear else (entry,):
+        path = _path(_key(kept))
+        with contextlib.suppress(OSError):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(path) as stream:
+                stream.write(json.dumps(asdict(kept)).encode())
+
+
+def entries() -> Iterator[Entry]:
+    """All decisions that can be read, each once."""
+    read = [_read(path) for path in sorted(folder().glob("*.json"))]
+    yield from dict.fromkeys(replace(entry, model="") for entry in read if entry is not None)
+
+
+def clear() -> int:
+    """Forget everything; returns how many decisions that were."""
+    count = len(list(entries()))
+    for path in folder().glob("*.json"):
+        with contextlib.suppress(OSError):
+            path.unlink()
+    return count

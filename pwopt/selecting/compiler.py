@@ -1,0 +1,98 @@
+"""From a model to a rewritten one: sizes, passes, opset conversion. Runs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import onnx
+
+from pwopt.errors import UsageError
+from pwopt.graph.files import annotate, from_proto
+from pwopt.graph.memo import remembered
+from pwopt.graph.model import Model
+from pwopt.graph.shapes import Shape, infer, known, skeleton
+from pwopt.graph.view import View
+from pwopt.maps.cost import Cost, measure
+from pwopt.passes import PASSES, CleanUp
+from pwopt.rewriting.driver import Certifier, Pass
+from pwopt.rewriting.pipeline import Pipeline
+from pwopt.rewriting.records import Outcome, Rewrite
+
+
+def select_passes(names: Sequence[str] | None) -> list[Pass]:
+    """Passes by name, in pipeline order; all by default. Measured ones that are named act wherever they are exact.
+
+    Raises
+    ------
+    UsageError
+        If a name is unknown.
+    """
+    available = {p.name: p for p in PASSES}
+    unknown = [n for n in names or () if n not in available]
+    if unknown:
+        raise UsageError(f"there is no pass {unknown[0]!r}; there are {', '.join(available)}")
+    chosen = [p() for p in PASSES if names is None or p.name in names]
+    for p in chosen:
+        p.eager = names is not None
+    return chosen
+
+
+def settle(model: Model, deny: Iterable[str] = (), certifier: Certifier | None = None) -> tuple[Rewrite, ...]:
+    """While shapes are open, clean up and infer in turn until neither has news: constants may settle more shapes."""
+    if all(known(t.shape) is not None for node in model.graph.nodes for t in node.outputs if t.name):
+        return ()
+    rewrites: list[Rewrite] = []
+    cleaner = CleanUp()
+    while done := cleaner.run(model.graph, denied=deny, reserved=model.names(), certifier=certifier).rewrites:
+        rewrites.extend(done)
+        annotate(model, infer(model.to_proto()))
+    return tuple(rewrites)
+
+
+def concrete_sizes(proto: onnx.ModelProto, sizes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """Shapes in numbers of every tensor for inputs of the given sizes, as far as they follow."""
+    return dict(_concrete(skeleton(proto, sizes)))
+
+
+@remembered
+def _concrete(light: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    types = infer(light)
+    found = _numbers(types)
+    if all(name in found for node in light.graph.node for name in node.output if name):
+        return found
+    model = from_proto(light)
+    cleaner = CleanUp()
+    while cleaner.run(model.graph).rewrites:
+        types = infer(model.to_proto())
+        annotate(model, types)
+        found.update(_numbers(types))
+    return found
+
+
+def _numbers(types: Mapping[str, tuple[int, Shape | None]]) -> dict[str, tuple[int, ...]]:
+    return {name: numbers for name, (_, shape) in types.items() if (numbers := known(shape)) is not None}
+
+
+def run_pipeline(
+    model: Model,
+    passes: Sequence[Pass],
+    deny: Iterable[str],
+    sizes: Mapping[str, Sequence[int]],
+    allowed: Collection[str] | None = None,
+    certifier: Certifier | None = None,
+) -> tuple[Cost, Outcome, Cost]:
+    """Run passes over a model in place; returns its cost before, what was done, and its cost after.
+
+    `allowed` lists the sites where measured passes may act; None for all. `certifier` gives rewrites their
+    certificates.
+    """
+    concrete = concrete_sizes(model.proto, sizes)
+    before = measure(View(model.graph, concrete))
+    settled = settle(model, deny, certifier) if any(isinstance(p, CleanUp) for p in passes) else ()
+    outcome = Pipeline(passes).run(
+        model.graph, denied=deny, allowed=allowed, sizes=concrete, reserved=model.names(), certifier=certifier
+    )
+    after = measure(View(model.graph, concrete))
+    if after.unknown > before.unknown:  # tensors that passes made
+        after = measure(View(model.graph, concrete_sizes(model.to_proto(), sizes)))
+    return before, Outcome((*settled, *outcome.rewrites), outcome.skips), after

@@ -1,0 +1,161 @@
+"""Every linear map of a model: its size, its chain, what pwopt would do with it and what not."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from pwopt.graph.files import Source, blaming, load
+from pwopt.graph.model import Model
+from pwopt.graph.view import View
+from pwopt.maps import forms
+from pwopt.maps.cost import macs
+from pwopt.passes import FoldChains
+from pwopt.rewriting.records import Outcome
+from pwopt.running.sizes import Sizes
+from pwopt.selecting.compiler import concrete_sizes, run_pipeline, select_passes
+from pwopt.selecting.listing import Listing, sized
+
+
+@dataclass(frozen=True)
+class MapInfo:
+    """One linear map.
+
+    Attributes
+    ----------
+    tensor : str
+        Its output, which names it.
+    op : str
+    channels : str
+        "in→out", with "/g" groups where there are some.
+    kernel : tuple of int
+    space : tuple of int or None
+        Spatial size of the output at the representative input sizes.
+    macs : int or None
+    single_tap : bool
+        Whether its kernel has one tap: a pointwise map, maybe strided.
+    chain : int or None
+        Number of the chain of directly connected maps it belongs to, once scales and shifts are folded;
+        None if no other map feeds or reads it directly.
+    decisions : tuple of str
+        What would be done, and why not more.
+    """
+
+    tensor: str
+    op: str
+    channels: str
+    kernel: tuple[int, ...]
+    space: tuple[int, ...] | None
+    macs: int | None
+    single_tap: bool
+    chain: int | None
+    decisions: tuple[str, ...]
+
+
+class Inspection(Listing[MapInfo]):
+    """The linear maps of a model."""
+
+    def pointwise(self) -> Inspection:
+        """Those whose kernel has one tap."""
+        return Inspection(tuple(m for m in self.maps if m.single_tap), self.shapes)
+
+
+def inspect(
+    model: Source,
+    *,
+    shapes: Mapping[str, Sequence[int]] | None = None,
+) -> Inspection:
+    """Look at every linear map of a model without changing it.
+
+    Needs no onnxruntime; where there is one, it finds sizes that the model runs on.
+
+    Parameters
+    ----------
+    model : path, onnx.ModelProto or Model
+    shapes : mapping of input name to sizes, optional
+        For dynamic inputs; likely sizes otherwise.
+
+    Returns
+    -------
+    Inspection
+        Iterates over its maps.
+
+    Raises
+    ------
+    UsageError, ModelError
+        See `pwopt.errors`.
+
+    Examples
+    --------
+    >>> import pwopt
+    >>> for m in pwopt.inspect("models/linear_sequence.onnx").maps[:2]:
+    ...     print(m.channels, m.chain, m.decisions[0])
+    64→128 1 fold-chains: 64→128→192→128→32 is cheaper as one map
+    128→192 1 fold-chains: 64→128→192→128→32 is cheaper as one map
+    """
+    original, sizes = sized(model, shapes)
+    with blaming(original.proto):
+        return _inspected(original, load(model), load(model), sizes)
+
+
+def _inspected(original: Model, edited: Model, affine: Model, sizes: Sizes) -> Inspection:
+    passes = select_passes(None)
+    _, outcome, _ = run_pipeline(edited, passes, (), sizes)
+    _, folded, _ = run_pipeline(affine, [p for p in passes if not isinstance(p, FoldChains)], (), sizes)
+    chains = _chains(View(affine.graph))
+    view = View(original.graph, concrete_sizes(original.proto, sizes))
+    maps = []
+    for node in view.nodes():
+        reading = forms.linear(view, node)
+        if reading is not None and reading.weighted and len(reading.nodes) == 1:
+            chain = chains.get(_follow(reading.output.name, folded)[0])
+            maps.append(_describe(view, reading, outcome, chain))
+    return Inspection(tuple(maps), sizes)
+
+
+def _describe(view: View, reading: forms.Reading, outcome: Outcome, chain: int | None) -> MapInfo:
+    g, size = reading.geometry, view.size_of(reading.output)
+    tensor, decisions = _follow(reading.output.name, outcome)
+    decisions += [
+        f"{s.pass_name}: {s.reason}" for s in outcome.skips if s.tensor == tensor and s.pass_name == "fold-chains"
+    ]
+    return MapInfo(
+        reading.output.name,
+        reading.node.op,
+        reading.channels + (f" /{g.groups}" if g.groups > 1 else ""),
+        g.kernel,
+        size[2:] if size is not None and reading.axis == 1 else size,
+        macs(view, reading.node),
+        g.taps == 1 and not g.transposed,
+        chain,
+        tuple(decisions),
+    )
+
+
+def _follow(tensor: str, outcome: Outcome) -> tuple[str, list[str]]:
+    """The tensor that a map's successor produces, and what was done on the way."""
+    decisions: list[str] = []
+    for r in outcome.rewrites:
+        became = dict(r.became).get(tensor)
+        if became is None:
+            continue
+        decisions.append(f"{r.pass_name}: {r.reason}")
+        tensor = became or tensor
+    return tensor, list(dict.fromkeys(decisions))
+
+
+def _chains(view: View) -> dict[str, int]:
+    """Chain number of every map that reads another map's output directly, or is read so."""
+    number: dict[str, int] = {}
+    count = 0
+    for node in view.nodes():
+        reading = forms.weighted(view, node)
+        before = None if reading is None else forms.weighted(view, view.producer(reading.source))
+        if reading is None or before is None:
+            continue
+        first = before.output.name
+        if first not in number:
+            count += 1
+            number[first] = count
+        number[reading.output.name] = number[first]
+    return number

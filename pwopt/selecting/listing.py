@@ -1,0 +1,43 @@
+"""What `inspect` and `properties` have in common: a model at some sizes, and one record for each of its maps."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Generic, TypeVar
+
+from pwopt.graph.files import Source, as_file, load
+from pwopt.graph.model import Model
+from pwopt.running.inputs import check_shapes, input_specs
+from pwopt.running.sizes import Sizes, likely_sizes
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Listing(Generic[T]):
+    """Maps of a model in the file's order, and the input sizes that their figures are for."""
+
+    maps: tuple[T, ...]
+    shapes: Sizes
+
+    def __iter__(self) -> Iterator[T]:
+        return iter(self.maps)
+
+    def __len__(self) -> int:
+        return len(self.maps)
+
+
+def sized(model: Source, shapes: Mapping[str, Sequence[int]] | None) -> tuple[Model, Sizes]:
+    """A model, and given or likely sizes of its inputs: needs no onnxruntime, but asks it where there is one.
+
+    Raises
+    ------
+    UsageError, ModelError
+        See `pwopt.errors`.
+    """
+    original = load(model)
+    specs = input_specs(original.proto)
+    check_shapes(specs, shapes or {})
+    with as_file(model) as path:
+        return original, likely_sizes(specs, path, shapes=shapes, must_run=False)

@@ -1,0 +1,67 @@
+"""A machine's decisions on measured rewrites, recorded there to be used elsewhere."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pwopt.errors import UsageError
+from pwopt.graph.storage import replacing
+from pwopt.selecting import tune
+from pwopt.selecting.cache import Entry
+
+#: Version of the file's layout.
+SCHEMA = 1
+
+
+@dataclass(frozen=True)
+class Profile:
+    """What races on one machine said of every kind of measured rewrite in some models.
+
+    Attributes
+    ----------
+    environment : dict
+        Versions, processor, provider and threads of the machine.
+    entries : tuple of Entry
+    """
+
+    environment: dict[str, Any]
+    entries: tuple[Entry, ...]
+
+    undecided = "the target's profile does not know it; record the profile with this model"
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Profile:
+        """Read a profile.
+
+        Raises
+        ------
+        UsageError
+            If the file is not one.
+        """
+        try:
+            content = json.loads(Path(path).read_text(encoding="utf-8"))
+            if content["schema"] != SCHEMA:
+                raise UsageError(f"the profile {str(path)!r} is of layout {content['schema']}; record it again")
+            return cls(dict(content["environment"]), tuple(Entry(**e) for e in content["decisions"]))
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise UsageError(f"{str(path)!r} is not a profile that `pwopt profile` wrote") from error
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the profile, atomically."""
+        content = {
+            "schema": SCHEMA,
+            "environment": self.environment,
+            "decisions": [asdict(e) for e in self.entries],
+        }
+        with replacing(Path(path)) as stream:
+            stream.write(json.dumps(content, indent=1, ensure_ascii=False).encode())
+
+    def recall(self, pass_name: str, signature: str) -> Entry | None:
+        return next((e for e in self.entries if (e.pass_name, e.signature) == (pass_name, signature)), None)
+
+    def keep(self, decision: tune.Decision) -> None:
+        """A profile is not changed by those who use it."""

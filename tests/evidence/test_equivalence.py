@@ -1,0 +1,181 @@
+"""The rule, part by part; where operators ran; invariants of two models side by side."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+from helpers import normal, parse
+
+from pwopt.errors import UsageError
+from pwopt.evidence.equivalence import EXCUSED, FLOOR_FACTOR, judge
+from pwopt.evidence.laws import parse_law
+from pwopt.evidence.metrics import Agreement
+from pwopt.evidence.verify import verify
+from pwopt.running import runtime
+
+pytest.importorskip("onnxruntime")
+F = np.float32
+
+
+def off(deviation: float, within: bool = False, **more: float) -> Agreement:
+    return Agreement(max_abs=deviation, within=within, size=9, compared=9, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("candidate", "floor", "moved", "passed", "reason"),
+    [
+        (off(4.0), off(1.0), off(0.0), True, "noise floor"),
+        (off(4.1), off(1.0), off(0.0), False, "beyond the tolerance"),
+        (off(4.0), off(0.0), off(1.0), True, "rounding the inputs"),
+        (off(EXCUSED, True), off(1.0), off(0.0), True, "within the tolerance"),
+        (off(EXCUSED * 1.1, True), off(1.0), off(0.5), False, "within the tolerance, but"),
+        (off(EXCUSED, True, resolution=1.0), off(0.0), off(0.0), True, "within the tolerance"),
+        (Agreement.none("NaN"), off(np.inf), off(np.inf), False, "NaN"),
+        (off(1.0), Agreement.none("NaN"), off(0.0), False, "beyond"),
+    ],
+)
+def test_the_rule(candidate: Agreement, floor: Agreement, moved: Agreement, passed: bool, reason: str) -> None:
+    found = judge(candidate, floor, moved, discrete=False)
+    assert found[0] == passed
+    assert reason in found[1]
+
+
+def test_a_tolerance_that_was_asked_for_is_believed() -> None:
+    assert judge(off(1.0, True), off(0.0), off(0.0), discrete=False, asked=True)[0]
+
+
+def test_labels_are_judged_by_their_share() -> None:
+    own = Agreement(mismatch=0.01, size=9, compared=9)
+    for share, passed in ((0.01 * FLOOR_FACTOR, True), (0.05, False)):
+        assert judge(Agreement(mismatch=share, size=9, compared=9), own, Agreement(), discrete=True)[0] == passed
+
+
+def test_one_bad_sample_is_not_excused_by_another() -> None:
+    """Large inputs have a large noise floor, which is none for ordinary ones."""
+    body = "(float[1,4,6,6] x) => (float[N] y) { a = Conv(x, w) b = Conv(a, v) y = Add(b, c) }"
+    weights = {"w": normal(16, 4, 1, 1, dtype=F), "v": normal(4, 16, 1, 1, seed=1, dtype=F)}
+    model, other = parse(body, c=F(0), **weights), parse(body, c=F(1e-3), **weights)
+    assert verify(model, other, kinds=["large"]).outputs[0].floor * FLOOR_FACTOR > 1e-3
+    both = verify(model, other, kinds=["normal", "large"])
+    assert not both.passed
+    assert both.outputs[0].sample.startswith("normal")
+
+
+def test_strings_booleans_and_integers() -> None:
+    body = "(string[N] s, bool[N] b, int32[N] i) => (string[N] p, bool[N] q, int32[N] r) { p = Identity(s) q = Not(b) r = Add(i, one) }"
+    model = parse(body, one=np.int32(1))
+    result = verify(model, model)
+    assert result.passed
+    assert [o.mismatch for o in result.outputs] == [0, 0, 0]
+    assert [o.ulp for o in result.outputs] == [None] * 3
+    wrong = verify(model, parse(body, one=np.int32(2)))
+    assert [o.passed for o in wrong.outputs] == [True, True, False]
+    assert wrong.outputs[2].max_abs == 1
+
+
+def test_several_rounds_of_sizes() -> None:
+    model = parse("(float[N,3] x) => (float[N,3] y) { y = Relu(x) }")
+    result = verify(model, model, shapes=[{"x": (2, 3)}, {"x": (5, 3)}], kinds=["normal", "zeros"])
+    assert result.inputs == ("normal, x 2×3", "zeros, x 2×3", "normal, x 5×3", "zeros, x 5×3")
+    assert result.outputs[0].compared == 2 * (6 + 15)
+
+
+def test_a_fixed_variant_is_compared_at_its_size() -> None:
+    dynamic = parse("(float[N,3,H,W] x) => (float[M] y) { y = Relu(x) }")
+    fixed = parse("(float[2,3,8,9] x) => (float[M] y) { y = Relu(x) }")
+    result = verify(dynamic, fixed)
+    assert result.passed
+    assert result.shapes == {"x": (2, 3, 8, 9)}
+
+
+def fake_profile(folder: Path) -> Path:
+    """What onnxruntime writes when a provider leaves a node to the CPU."""
+
+    def event(name: str, op: str, provider: str) -> dict[str, object]:
+        return {"cat": "Node", "name": f"{name}_kernel_time", "dur": 5, "args": {"op_name": op, "provider": provider}}
+
+    path = folder / "profile.json"
+    events = [
+        {"cat": "Session", "name": "session_initialization", "dur": 1, "args": {}},
+        event("c1", "Conv", "CUDAExecutionProvider"),
+        event("nms", "NonMaxSuppression", "CPUExecutionProvider"),
+        event("nms", "NonMaxSuppression", "CPUExecutionProvider"),
+        event("", "Shape", "CPUExecutionProvider"),
+    ]
+    path.write_text(json.dumps(events))
+    return path
+
+
+def test_operators_that_ran_elsewhere_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    profile = fake_profile(tmp_path)
+
+    class Cuda(runtime.Session):
+        def __init__(self, *arguments: object, profile: bool = False, **options: object) -> None:
+            self.session = SimpleNamespace(end_profiling=lambda: str(tmp_path / "profile.json"))
+            assert profile
+
+        def run(self, feeds: runtime.Feeds) -> list[object]:
+            return []
+
+    monkeypatch.setattr(runtime, "Session", Cuda)
+    assert runtime.fallbacks("m.onnx", "cpu", 1, {}) == {}
+    assert profile.exists()
+    found = runtime.fallbacks("m.onnx", "cuda", 1, {})
+    assert found == {"CPUExecutionProvider": ("NonMaxSuppression nms", "Shape")}
+    assert not profile.exists()
+
+
+def test_the_precision_of_cuda_is_not_lowered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Sessions ask for TF32 to be off unless they are timed."""
+    ort = runtime.onnxruntime()
+    asked: list[object] = []
+
+    def session(path: str, options: object, providers: list[object], enable_fallback: int) -> object:
+        asked.append(providers[0])
+        names = ["CUDAExecutionProvider", "CPUExecutionProvider"]
+        return SimpleNamespace(get_providers=lambda: names, get_inputs=list, get_outputs=list)
+
+    monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
+    monkeypatch.setattr(ort, "InferenceSession", session)
+    runtime.Session("m.onnx", "cuda")
+    runtime.Session("m.onnx", "cuda", tf32=True)
+    assert asked == [
+        ("CUDAExecutionProvider", {"use_tf32": "0"}),
+        ("CUDAExecutionProvider", {"use_tf32": "1"}),
+    ]
+
+
+def test_invariants_of_both_models() -> None:
+    body = "(float[1,4,6,6] x) => (float[N] y) { y = Conv(x, w) }"
+    q = np.linalg.qr(normal(4, 4))[0]
+    model, other = (parse(body, w=w.astype(F)[:, :, None, None]) for w in (q, q * 1.5))
+    result = verify(model, other, laws=[parse_law("isometry"), parse_law("translation:shift=2:margin=2")])
+    isometry, translation = result.laws
+    assert (isometry.law, translation.law) == ("isometry", "translation:shift=2:margin=2")
+    assert isometry.original < 1e-6
+    assert isometry.candidate == pytest.approx(0.5)
+    assert max(translation.original, translation.candidate) < 1e-5
+    assert not result.passed
+
+
+def test_invariants_that_do_not_fit(tmp_path: Path) -> None:
+    model = parse("(float[1,4,6,6] x) => (float[N] y) { y = GlobalAveragePool(x) }")
+    np.save(tmp_path / "a.npy", np.ones((1, 4)))
+    with pytest.raises(UsageError, match="not the same"):
+        verify(model, model, laws=[parse_law(f"conservation:matrix={tmp_path / 'a.npy'}")])
+    with pytest.raises(UsageError, match="no input 'z'"):
+        verify(model, model, laws=[parse_law("symmetry:input=z")])
+    for text, words in (
+        ("energy", "no invariant 'energy'"),
+        ("gram", "needs a matrix"),
+        ("translation:shift", "not a setting"),
+        ("translation:speed=3", "not a setting"),
+        ("translation:shift=far", "cannot be read"),
+        ("conservation:matrix=none.npy", "cannot be read"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            parse_law(text)

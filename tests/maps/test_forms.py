@@ -1,0 +1,465 @@
+"""Every operator is read as what onnx's reference evaluator computes, in every opset's spelling."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import onnx
+import pytest
+from helpers import build, evaluate, normal, parse
+
+from pwopt.algebra.geometry import Refusal
+from pwopt.algebra.linear import LinearMap
+from pwopt.graph.files import from_proto
+from pwopt.graph.view import View
+from pwopt.maps import emit, forms, selections
+
+
+def last(model: onnx.ModelProto) -> tuple[View, forms.Reading | Refusal | None]:
+    graph = from_proto(model).graph
+    view = View(graph)
+    return view, forms.read(view, graph.nodes[-1])
+
+
+def on_axis(linear: LinearMap, x: np.ndarray, axis: int | None) -> np.ndarray:
+    """Evaluate a map whose channels lie on `axis`."""
+    if axis is None:
+        return linear.spread(1).apply(x.reshape(1, 1, -1)).reshape(x.shape)
+    moved = np.moveaxis(x, axis, 0)
+    y = linear.apply(moved.reshape(1, moved.shape[0], -1))[0]
+    return np.moveaxis(y.reshape(-1, *moved.shape[1:]), 0, axis)
+
+
+def check(model: onnx.ModelProto, x: np.ndarray) -> forms.Reading:
+    """The reading of the last node equals the model's output."""
+    _, reading = last(model)
+    assert isinstance(reading, forms.Reading), reading
+    linear = reading.load()
+    assert isinstance(linear, LinearMap)
+    assert linear.geometry.weights == reading.geometry.weights
+    (expected,) = evaluate(model, x=x)
+    found = linear.apply(x) if reading.geometry.rank else on_axis(linear, x, reading.axis)
+    np.testing.assert_allclose(found, expected, atol=1e-9)
+    return reading
+
+
+X4 = normal(2, 4, 7, 8)
+CONV = "(double[2,4,7,8] x) => (double[N] y) { y = Conv%s(x, w%s) }"
+
+
+@pytest.mark.parametrize("opset", [1, 11, 17, 22])
+@pytest.mark.parametrize(
+    "attributes",
+    [
+        "",
+        "<strides=[2,1], pads=[1,0,2,1], dilations=[1,2]>",
+        '<auto_pad="VALID">',
+        '<auto_pad="SAME_UPPER">',
+        '<auto_pad="SAME_UPPER", strides=[2,2]>',
+        '<auto_pad="SAME_LOWER", strides=[2,3]>',
+    ],
+)
+def test_conv(opset: int, attributes: str) -> None:
+    check(parse(CONV % (attributes, ", b"), opset, w=normal(6, 4, 3, 2), b=normal(6)), X4)
+
+
+def test_grouped_conv_without_bias() -> None:
+    reading = check(parse(CONV % ("<group=2>", ""), w=normal(6, 2, 3, 3)), X4)
+    assert reading.geometry.groups == 2
+    assert not reading.geometry.biased
+
+
+def test_same_padding_of_unknown_size_stays_automatic() -> None:
+    body = '(double[N,4,H,W] x) => (double[N] y) { y = Conv<auto_pad="SAME_UPPER", strides=[2,2]>(x, w) }'
+    _, reading = last(parse(body, w=normal(6, 4, 3, 3)))
+    assert isinstance(reading, forms.Reading)
+    assert reading.geometry.auto_pad == "SAME_UPPER"
+    assert reading.geometry.padded
+
+
+def test_optional_bias_given_as_empty_name() -> None:
+    model = parse(CONV % ("", ", b"), w=normal(6, 4, 1, 1))
+    model.graph.node[0].input[2] = ""
+    check(model, X4)
+
+
+@pytest.mark.parametrize("opset", [1, 11, 17])
+def test_conv_transpose(opset: int) -> None:
+    body = "(double[2,4,7,8] x) => (double[N] y) { y = ConvTranspose<strides=[2,2], pads=[1,0,0,1]>(x, w, b) }"
+    check(parse(body, opset, w=normal(4, 3, 3, 2), b=normal(3)), X4)
+
+
+def test_grouped_conv_transpose() -> None:
+    """By onnxruntime, since onnx's reference evaluator cannot group here."""
+    ort = pytest.importorskip("onnxruntime")
+    body = (
+        "(float[2,4,7,8] x) => (float[N] y) { y = ConvTranspose<strides=[2,2], group=2, output_padding=[1,1]>(x, w) }"
+    )
+    model = parse(body, w=normal(4, 3, 3, 3, dtype=np.float32))
+    _, reading = last(model)
+    assert isinstance(reading, forms.Reading)
+    linear = reading.load()
+    assert isinstance(linear, LinearMap)
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    (expected,) = session.run(None, {"x": X4.astype(np.float32)})
+    np.testing.assert_allclose(linear.apply(X4), expected, atol=1e-4)
+
+
+@pytest.mark.parametrize("wrap", ["", "c = Identity(w) ", "c = Constant<value = double[6,4,1,1] {%s}>() "])
+def test_weights_through_identity_and_constant_nodes(wrap: str) -> None:
+    w = normal(6, 4, 1, 1)
+    values = ", ".join(map(repr, w.reshape(-1).tolist()))
+    name = "c" if wrap else "w"
+    body = f"(double[2,4,7,8] x) => (double[N] y) {{ {wrap % values if '%' in wrap else wrap} y = Conv(x, {name}) }}"
+    check(parse(body, w=w), X4)
+
+
+@pytest.mark.parametrize("opset", [7, 9, 14, 15])
+def test_batch_normalization(opset: int) -> None:
+    """By the specification's formula, since the reference evaluator's older versions normalise by the batch."""
+    g, b, m, v = normal(4), normal(4, seed=1), normal(4, seed=2), np.abs(normal(4, seed=3))
+    body = "(double[2,4,7,8] x) => (double[N] y) { y = BatchNormalization<epsilon=0.01>(x, g, b, m, v) }"
+    _, reading = last(parse(body, opset, g=g, b=b, m=m, v=v))
+    assert isinstance(reading, forms.Reading)
+    linear = reading.load()
+    assert isinstance(linear, LinearMap)
+    g, b, m, v = (t.reshape(4, 1, 1) for t in (g, b, m, v))
+    expected = g * (X4 - m) / np.sqrt(v + np.float32(0.01)) + b
+    np.testing.assert_allclose(linear.apply(X4), expected, atol=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("opset", "attributes", "reads"),
+    [
+        (14, "<training_mode=1>", False),
+        (6, "", False),
+        (6, "<is_test=1>", True),
+        (7, "<spatial=0>", False),
+        (7, "", True),
+    ],
+)
+def test_batch_normalization_only_at_inference(opset: int, attributes: str, reads: bool) -> None:
+    body = f"(double[2,4,7,8] x) => (double[N] y) {{ y = BatchNormalization{attributes}(x, g, b, m, v) }}"
+    _, reading = last(parse(body, opset, g=normal(4), b=normal(4), m=normal(4), v=np.ones(4)))
+    assert isinstance(reading, forms.Reading) == reads
+
+
+@pytest.mark.parametrize("op", ["Mul", "Div", "Add", "Sub"])
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [
+        ((), None),
+        ((1,), None),
+        ((1, 1, 1, 1), None),
+        ((4, 1, 1), 1),
+        ((1, 4, 1, 1), 1),
+        ((8,), 3),
+        ((7, 1), 2),
+        ((2, 1, 1, 1), 0),
+    ],
+)
+def test_arithmetic_by_constants(op: str, swap: bool, shape: tuple[int, ...], axis: int | None) -> None:
+    arguments = "c, x" if swap else "x, c"
+    model = parse(f"(double[2,4,7,8] x) => (double[N] y) {{ y = {op}({arguments}) }}", c=normal(*shape) + 3)
+    if op == "Div" and swap:
+        assert last(model)[1] is None
+        return
+    assert check(model, X4).axis == axis
+
+
+@pytest.mark.parametrize(
+    ("shape", "x"),
+    [
+        ((1, 1, 1, 1), "double[4,7,8]"),
+        ((4, 1, 1), "double[2,1,7,8]"),
+        ((4, 1, 1), "double[2,C,7,8]"),
+        ((4, 7, 1), "double[2,4,7,8]"),
+    ],
+)
+def test_constants_that_could_enlarge_or_vary_along_two_axes_are_not_read(shape: tuple[int, ...], x: str) -> None:
+    assert last(parse(f"({x} x) => (double[N] y) {{ y = Mul(x, c) }}", c=normal(*shape)))[1] is None
+
+
+@pytest.mark.parametrize("opset", [1, 6])
+def test_broadcasting_by_attribute(opset: int) -> None:
+    body = "(double[2,4,7,8] x) => (double[N] y) { y = Add<broadcast=1, axis=1>(x, c) }"
+    _, reading = last(parse(body, opset, c=normal(4)))
+    assert isinstance(reading, forms.Reading)
+    assert reading.axis == 1
+    linear = reading.load()
+    assert isinstance(linear, LinearMap)
+    np.testing.assert_array_equal(linear.bias, normal(4))
+
+
+def test_neg_identity_dropout() -> None:
+    for opset, op in ((17, "Neg(x)"), (17, "Identity(x)"), (17, "Dropout(x)"), (10, "Dropout<ratio=0.3>(x)")):
+        check(parse(f"(double[2,4,7,8] x) => (double[N] y) {{ y = {op} }}", opset), X4)
+
+
+def test_dropout_in_training_is_refused() -> None:
+    body = "(double[2,4] x) => (double[N] y) { y = Dropout(x, r, t) }"
+    _, reading = last(parse(body, r=np.float64(0.5), t=np.array(True)))
+    assert isinstance(reading, Refusal)
+
+
+@pytest.mark.parametrize("opset", [7, 9, 11, 13])
+@pytest.mark.parametrize("flip", [0, 1])
+@pytest.mark.parametrize("bias", [(), (5,), (1, 5), (1,)])
+def test_gemm(opset: int, flip: int, bias: tuple[int, ...]) -> None:
+    body = f"(double[3,4] x) => (double[N] y) {{ y = Gemm<alpha=0.5, beta=2.0, transB={flip}>(x, w, b) }}"
+    check(parse(body, opset, w=normal(5, 4) if flip else normal(4, 5), b=normal(*bias)), normal(3, 4))
+
+
+@pytest.mark.parametrize("attributes", ["<transA=1>", ""])
+def test_gemm_refusals(attributes: str) -> None:
+    body = f"(double[3,3] x) => (double[N] y) {{ y = Gemm{attributes}(x, w, b) }}"
+    _, reading = last(parse(body, w=normal(3, 5), b=normal(3, 5) if not attributes else normal(5)))
+    assert isinstance(reading, Refusal)
+
+
+def test_a_number_for_each_row_is_no_bias() -> None:
+    """Though there are as many rows as channels."""
+    _, reading = last(parse("(double[5,4] x) => (double[N] y) { y = Gemm(x, w, b) }", w=normal(4, 5), b=normal(5, 1)))
+    assert isinstance(reading, Refusal)
+
+
+@pytest.mark.parametrize(
+    ("inputs", "call", "weights"),
+    [
+        ("", "ConvTranspose<strides=[2,2], output_shape=[15,16]>(x, w)", {"w": normal(4, 3, 3, 3)}),
+        ("", 'ConvTranspose<strides=[2,2], auto_pad="SAME_UPPER">(x, w)', {"w": normal(4, 3, 3, 3)}),
+        (", double[4,3,3,3] w", "ConvTranspose(x, w)", {}),
+        (", double[3] b", "ConvTranspose(x, w, b)", {"w": normal(4, 3, 3, 3)}),
+        (", double[3,4,3,3] w", "Conv(x, w)", {}),
+        (", double[3] b", "Conv(x, w, b)", {"w": normal(3, 4, 3, 3)}),
+        ("", "Conv<pads=[-1,0,0,0]>(x, w)", {"w": normal(3, 4, 3, 3)}),
+    ],
+)
+def test_what_is_not_known_before_is_refused(inputs: str, call: str, weights: dict[str, np.ndarray]) -> None:
+    _, reading = last(parse(f"(double[2,4,7,8] x{inputs}) => (double[N] y) {{ y = {call} }}", **weights))
+    assert isinstance(reading, Refusal)
+
+
+@pytest.mark.parametrize("call", ["MatMul(x, w)", "Mul(x, c)", "Add(x, c)", "Neg(x)", "Identity(x)"])
+def test_integers_are_not_read(call: str) -> None:
+    """Folded in float64, they would be rounded where they wrap."""
+    weights = {"w": normal(4, 5).astype(np.int32), "c": np.int32(3)}
+    used = {k: v for k, v in weights.items() if f" {k})" in call}
+    assert last(parse(f"(int32[3,4] x) => (int32[N] y) {{ y = {call} }}", **used))[1] is None
+
+
+@pytest.mark.parametrize("shape", [(4,), (3, 4), (2, 3, 4)])
+def test_matmul_on_the_last_axis(shape: tuple[int, ...]) -> None:
+    dims = ",".join(map(str, shape))
+    reading = check(
+        parse(f"(double[{dims}] x) => (double[N] y) {{ y = MatMul(x, w) }}", w=normal(4, 5)), normal(*shape)
+    )
+    assert reading.axis == len(shape) - 1
+
+
+def test_matmul_from_the_left() -> None:
+    reading = check(parse("(double[2,4,6] x) => (double[N] y) { y = MatMul(w, x) }", w=normal(5, 4)), normal(2, 4, 6))
+    assert (reading.kind, reading.axis) == ("left-matmul", 1)
+
+
+@pytest.mark.parametrize(
+    ("body", "axis"),
+    [
+        ("{ h = MatMul(x, w) y = Add(h, b) }", 1),  # along the rows, as many as columns
+        ("{ h = MatMul(x, w) z = Neg(h) y = Add(h, c) }", 2),  # a product that others read
+    ],
+)
+def test_an_add_that_is_no_bias(body: str, axis: int) -> None:
+    constants = {"w": normal(4, 3), "b": normal(3, 1), "c": normal(3)}
+    outputs = "double[N] y" + (", double[M] z" if "z =" in body else "")
+    _, reading = last(build(f"(double[2,3,4] x) => ({outputs}) {body}", constants))
+    assert isinstance(reading, forms.Reading)
+    assert (len(reading.nodes), reading.axis) == (1, axis)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        '(double[2,4,H,W] x) => (double[N] y) { y = AveragePool<kernel_shape=[2,2],strides=[2,2],auto_pad="SAME_UPPER">(x) }',
+        "(double[2,4,7,8] x) => (double[N] y, bool[M] m) { y, m = Dropout(x) }",
+        "(double[2,C,7,8] x) => (double[N] y) { y = AveragePool<kernel_shape=[2,2]>(x) }",
+    ],
+)
+def test_what_depends_on_more_is_refused(body: str) -> None:
+    assert isinstance(last(parse(body))[1], Refusal)
+
+
+def test_a_product_with_a_vector_has_no_positions() -> None:
+    _, reading = last(parse("(double[4] x) => (double[N] y) { y = MatMul(w, x) }", w=normal(5, 4)))
+    assert isinstance(reading, Refusal)
+
+
+def test_matmul_with_its_bias() -> None:
+    body = "(double[2,3,4] x) => (double[N] y) { h = MatMul(x, w) y = Add(b, h) }"
+    reading = check(parse(body, w=normal(4, 5), b=normal(5)), normal(2, 3, 4))
+    assert len(reading.nodes) == 2
+
+
+def test_data_dependent_products_are_not_read() -> None:
+    assert last(parse("(double[2,3] x, double[3,4] w) => (double[N] y) { y = MatMul(x, w) }"))[1] is None
+
+
+@pytest.mark.parametrize(
+    "kernel",
+    [
+        "kernel_shape=[3,2]",
+        "kernel_shape=[2,2], strides=[2,2]",
+        "kernel_shape=[3,3], pads=[1,1,1,1], count_include_pad=1",
+    ],
+)
+def test_average_pool(kernel: str) -> None:
+    check(parse(f"(double[2,4,7,8] x) => (double[N] y) {{ y = AveragePool<{kernel}>(x) }}"), X4)
+
+
+@pytest.mark.parametrize(
+    "kernel", ["kernel_shape=[3,3], pads=[1,1,1,1]", "kernel_shape=[2,2], strides=[2,2], ceil_mode=1"]
+)
+def test_average_pool_with_smaller_windows_is_refused(kernel: str) -> None:
+    _, reading = last(parse(f"(double[2,4,7,8] x) => (double[N] y) {{ y = AveragePool<{kernel}>(x) }}"))
+    assert isinstance(reading, Refusal)
+
+
+@pytest.mark.parametrize("op", ["ReduceSum", "ReduceMean"])
+@pytest.mark.parametrize("opset", [11, 13, 18])
+def test_reduction_over_channels(op: str, opset: int) -> None:
+    by_input = opset >= (13 if op == "ReduceSum" else 18)
+    call = f"{op}(x, a)" if by_input else f"{op}<axes=[1]>(x)"
+    weights = {"a": np.array([1])} if by_input else {}
+    check(parse(f"(double[2,4,7,8] x) => (double[N] y) {{ y = {call} }}", opset, **weights), X4)
+
+
+@pytest.mark.parametrize(
+    "call", ["ReduceSum(x, both)", "ReduceSum<keepdims=0>(x, one)", "ReduceSum(x)", "ReduceMean(x)"]
+)
+def test_reductions_over_more_or_less_are_not_read(call: str) -> None:
+    model = build(
+        f"(double[2,4,7,8] x) => (double[N] y) {{ y = {call} }}", {"both": np.array([1, 2]), "one": np.array([1])}
+    )
+    assert last(model)[1] is None
+
+
+SELECTIONS: list[Callable[[], onnx.ModelProto]] = [
+    lambda: parse("(double[2,4,7,8] x) => (double[N] y) { y = Slice<starts=[1], ends=[3], axes=[1]>(x) }", 9),
+    lambda: parse(
+        "(double[2,4,7,8] x) => (double[N] y) { y = Slice(x, s, e, a, t) }",
+        s=np.array([-1]),
+        e=np.array([-9]),
+        a=np.array([-3]),
+        t=np.array([-2]),
+    ),
+    lambda: parse("(double[2,4,7,8] x) => (double[N] y) { y = Gather<axis=1>(x, i) }", i=np.array([3, 0, -2, 3])),
+    lambda: parse(
+        "(double[2,4,7,8] x) => (double[N] y) { y = Pad(x, p, c) }",
+        p=np.array([0, 1, 0, 0, 0, 2, 0, 0]),
+        c=np.float64(3),
+    ),
+    lambda: parse("(double[2,4,7,8] x) => (double[N] y) { y = Pad<pads=[0,1,0,0,0,0,0,0]>(x) }", 10),
+    lambda: parse(
+        "(double[2,4,7,8] x) => (double[N] y) { y = Pad(x, p, , a) }", 18, p=np.array([1, 2]), a=np.array([1])
+    ),
+    lambda: parse(
+        "(double[2,4,7,8] x) => (double[N] y) { r = Reshape(x, s) t = Transpose<perm=[0,2,1,3,4]>(r) y = Reshape(t, q) }",
+        s=np.array([2, 2, 2, 7, 8]),
+        q=np.array([2, 4, 7, 8]),
+    ),
+]
+
+
+@pytest.mark.parametrize("build", SELECTIONS)
+def test_selections(build: Callable[[], onnx.ModelProto]) -> None:
+    assert check(build(), X4).kind == "selection"
+
+
+def test_split_and_concat() -> None:
+    split = parse(
+        "(double[2,4,7,8] x) => (double[N] a, double[N] b) { a, b = Split<axis=1>(x, s) }", s=np.array([1, 3])
+    )
+    graph = from_proto(split).graph
+    parts = selections.read_split(View(graph), graph.nodes[0])
+    assert parts is not None
+    for part, expected in zip(parts, evaluate(split, x=X4), strict=True):
+        linear = part.load()
+        assert isinstance(linear, LinearMap)
+        np.testing.assert_array_equal(linear.apply(X4), expected)
+    concat = parse("(double[2,4,7,8] x, double[2,3,7,8] z) => (double[N] y) { y = Concat<axis=-3>(x, z) }")
+    graph = from_proto(concat).graph
+    terms = selections.read_concat(View(graph), graph.nodes[0])
+    assert terms is not None
+    z = normal(2, 3, 7, 8, seed=5)
+    total = sum(np.asarray(t.load().apply(v)) for t, v in zip(terms, (X4, z), strict=True))  # type: ignore[union-attr]
+    np.testing.assert_array_equal(total, evaluate(concat, x=X4, z=z)[0])
+
+
+@pytest.mark.parametrize(
+    ("body", "weights"),
+    [
+        (CONV % ("", ", b"), {"w": normal(6, 4, 1, 1), "b": normal(6)}),
+        (CONV % ("<group=2, pads=[1,1,1,1], strides=[2,2]>", ""), {"w": normal(6, 2, 3, 3)}),
+        (
+            "(double[2,4,7,8] x) => (double[N] y) { y = ConvTranspose<strides=[2,2]>(x, w) }",
+            {"w": normal(4, 3, 2, 2)},
+        ),
+        ("(double[3,4] x) => (double[N] y) { y = Gemm<transB=1>(x, w, b) }", {"w": normal(5, 4), "b": normal(5)}),
+        ("(double[3,4] x) => (double[N] y) { y = Gemm<alpha=2.0>(x, w) }", {"w": normal(4, 5)}),
+        ("(double[2,3,4] x) => (double[N] y) { y = MatMul(x, w) }", {"w": normal(4, 5)}),
+        ("(double[2,4,3] x) => (double[N] y) { y = MatMul(w, x) }", {"w": normal(5, 4)}),
+        ("(double[2,3,4] x) => (double[N] y) { h = MatMul(x, w) y = Add(h, b) }", {"w": normal(4, 5), "b": normal(5)}),
+        ("(double[2,4,7] x) => (double[N] y) { y = Mul(x, s) }", {"s": normal(4, 1)}),
+        ("(double[2,4,7] x) => (double[N] y) { y = Sub(s, x) }", {"s": normal(4, 1)}),
+        ("(double[2,4,7] x) => (double[N] y) { y = Add(x, s) }", {"s": np.float64(2)}),
+        ("(double[2,7] x) => (double[N] y) { y = Sub(s, x) }", {"s": normal(7)}),
+    ],
+)
+@pytest.mark.parametrize("biased", [False, True])
+def test_what_is_read_is_written_back(body: str, weights: dict[str, np.ndarray], biased: bool) -> None:
+    """Writing a map, with or without a bias added, gives nodes that compute it; shapes and types too."""
+    model = parse(body, **weights)
+    loaded = from_proto(model)
+    view = View(loaded.graph)
+    reading = forms.read(view, loaded.graph.nodes[-1])
+    assert isinstance(reading, forms.Reading)
+    linear = reading.load()
+    assert isinstance(linear, LinearMap)
+    added = normal(linear.geometry.out_channels, seed=9) if biased else np.zeros(linear.geometry.out_channels)
+    changed = LinearMap.of(linear.geometry, linear.weight, linear.bias + added)
+    written = emit.write(view, changed, reading, reading.source, reading.output, reading.axis)
+    assert isinstance(written, emit.Written)
+    for node in written.nodes:
+        view.add(node, at=reading.node)
+    for node in reading.nodes:
+        view.remove(node)
+    view.close()
+    result = loaded.to_proto()
+    onnx.checker.check_model(result, full_check=True)
+    x = normal(*[d.dim_value for d in model.graph.input[0].type.tensor_type.shape.dim])
+    shape = [1] * x.ndim
+    if reading.axis is not None:
+        shape[reading.axis] = -1
+    np.testing.assert_allclose(evaluate(result, x=x)[0], evaluate(model, x=x)[0] + added.reshape(shape), atol=1e-9)
+
+
+def test_rounding_refuses_overflow_and_lost_channels() -> None:
+    half = np.dtype(np.float16)
+    overflow = emit.rounded(np.full((2, 2), 1e6), half)
+    assert isinstance(overflow, Refusal)
+    assert "overflow" in overflow.reason
+    lost = emit.rounded(np.array([[1.0, 2.0], [1e-9, 0.0]]), half)
+    assert isinstance(lost, Refusal)
+    assert "underflows" in lost.reason
+    assert isinstance(emit.rounded(np.array([[1.0, 2.0], [0.0, 0.0]]), half), np.ndarray)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_weights_that_are_not_finite_are_left_alone(bad: float) -> None:
+    w = normal(6, 4, 1, 1)
+    w[0, 0] = bad
+    _, reading = last(parse(CONV % ("", ""), w=w))
+    assert isinstance(reading, forms.Reading)
+    assert isinstance(reading.load(), Refusal)

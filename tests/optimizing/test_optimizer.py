@@ -1,0 +1,288 @@
+"""The main job from Python: optimise, verify, measure, refuse."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+from helpers import MODELS, evaluate, normal, ops, parse, weight
+
+import pwopt
+from pwopt.errors import NotEquivalentError, ProviderError, UsageError
+from pwopt.evidence.certify import unchecked
+from pwopt.graph.files import load
+from pwopt.optimizing import trial
+from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.records import Rewrite
+from pwopt.running import runtime
+from pwopt.running.timing import Race
+from pwopt.selecting import compiler, selection
+
+F = np.float32
+
+
+class Planted(Pass):
+    """A wrong rewrite: every weight of a Conv grows by a thousandth."""
+
+    name: ClassVar[str] = "planted"
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | None:
+        if rw.op(node) != "Conv" or "planted" in node.inputs[1].name:
+            return None
+        values = rw.raw(node.inputs[1])
+        assert values is not None
+        wrong = rw.new_constant("planted", (values * 1.001).astype(values.dtype))
+        new = gs.Node("Conv", node.name, node.attrs, [node.inputs[0], wrong, *node.inputs[2:]], list(node.outputs))
+        return rw.replace([node], [new], "planted")
+
+
+def test_a_wrong_rewrite_is_caught_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(compiler, "PASSES", (Planted,))
+    monkeypatch.setattr(trial, "certify", unchecked)
+    with pytest.raises(NotEquivalentError, match="nothing was written") as caught:
+        pwopt.optimize(MODELS / "network_in_network.onnx", tmp_path / "out.onnx", cost_model="analytic")
+    assert not caught.value.report.equivalence.passed
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_wrong_rewrite_is_dropped_by_its_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(compiler, "PASSES", (Planted,))
+    path = MODELS / "network_in_network.onnx"
+    report = pwopt.optimize(path, tmp_path / "out.onnx", cost_model="analytic").report
+    assert report.rewrites == ()
+    assert "refused by its certificate" in report.skips[-1].reason
+    assert "please report" in " ".join(report.notes)
+    assert onnx.load(tmp_path / "out.onnx") == onnx.load(path)
+
+
+def test_a_slower_result_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    slow = Race((np.full(50, 1.0), np.full(50, 2.0)))
+    monkeypatch.setattr(selection.timing, "race", lambda *_, **__: slow)
+    result = pwopt.optimize(MODELS / "linear_sequence.onnx", tmp_path / "out.onnx", shapes={"x": (1, 64, 4, 4)})
+    assert "measured slower (0.500× [0.500, 0.500]): the original is returned" in result.report.notes[-1]
+    assert result.report.rewrites == ()
+    assert "measured slower in the whole model" in result.report.skips[-1].reason
+    assert result.report.after == result.report.before
+    assert (tmp_path / "out.onnx").read_bytes() == onnx.load(MODELS / "linear_sequence.onnx").SerializeToString(
+        deterministic=True
+    )
+
+
+CHAIN = parse(
+    "(float[1,8,64,64] x) => (float[N] y) { a = Conv(x, w) r = Relu(a) b = Conv(r, v) c = Conv(b, u) m = Mul(c, one) y = Abs(m) }",
+    w=normal(8, 8, 1, 1).astype(F), v=normal(8, 8, 1, 1, seed=1).astype(F), u=normal(8, 8, 1, 1, seed=2).astype(F),
+    one=np.ones((), F),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("speedups", "note", "left"),
+    [
+        ([2.0], "", {"Conv": 2, "Relu": 1, "Abs": 1}),
+        ([1.03], "Little was gained. Multiply-adds fell by 33.3%", {"Conv": 2, "Relu": 1, "Abs": 1}),
+        ([0.5, 2.0], "only the rewrites that always pay were kept", {"Conv": 3, "Relu": 1, "Abs": 1}),
+        ([0.5, 0.7], "measured slower (0.500× [0.500, 0.500]): the original is returned", ops(CHAIN)),
+        ([1.0, 1.0], "no faster beyond doubt (1.000× [1.000, 1.000]): the original is returned", ops(CHAIN)),
+    ],
+)
+def test_what_is_not_faster_is_taken_back(
+    speedups: list[float], note: str, left: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Folding the chain is judged by cost, removing the factor of 1 always pays."""
+    pytest.importorskip("onnxruntime")
+    races = iter([Race((np.full(50, s), np.full(50, 1.0))) for s in speedups])
+    monkeypatch.setattr(selection.timing, "race", lambda *_, **__: next(races))
+    result = pwopt.optimize(CHAIN, budget=0.0)
+    assert ops(result.model) == left
+    assert note in " ".join(result.report.notes)
+    assert next(races, None) is None
+    sites = {r.site for r in result.report.rewrites}
+    assert ("fold-chains:c" in sites, "clean-up:m" in sites) == (
+        "Mul" not in left and left["Conv"] == 2,
+        "Mul" not in left,
+    )
+    taken = {s.site: s.reason for s in result.report.skips if "in the whole model (" in s.reason}
+    assert set(taken).isdisjoint(sites)
+    assert len(taken) + len(sites) == 2
+    assert result.report.after.nodes == sum(left.values())
+
+
+def test_what_was_asked_for_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    slow = Race((np.full(50, 1.0), np.full(50, 2.0)))
+    monkeypatch.setattr(selection.timing, "race", lambda *_, **__: slow)
+    result = pwopt.optimize(CHAIN, passes=["fold-chains"])
+    assert ops(result.model)["Conv"] == 2
+    assert "Measured slower (0.50×), and kept since --passes was asked for." in result.report.notes
+
+
+class Detour(Pass):
+    """A slow rewrite that changes no answer: forty absolute values behind every Relu."""
+
+    name: ClassVar[str] = "detour"
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | None:
+        if rw.op(node) != "Relu" or rw.is_a(rw.readers(node.outputs[0])[0], "Abs"):
+            return None
+        y = node.outputs[0]
+        steps = [*(rw.new_variable(f"{y.name}_detour", y) for _ in range(40)), y]
+        first = gs.Node("Relu", node.name, {}, list(node.inputs), [steps[0]])
+        detour = [gs.Node("Abs", "", {}, [a], [b]) for a, b in itertools.pairwise(steps)]
+        return rw.replace([node], [first, *detour], "a detour").signed("detour")
+
+
+@pytest.mark.parametrize("policy", ["always", "measured"])
+def test_a_slow_rewrite_is_raced_out(policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For real: forty passes over memory are slower than none, whatever the machine."""
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(Detour, "policy", policy)
+    monkeypatch.setattr(compiler, "PASSES", (*compiler.PASSES, Detour))
+    result = pwopt.optimize(CHAIN, tmp_path / "out.onnx", race_seconds=0.5, cache=False)
+    assert ops(onnx.load(tmp_path / "out.onnx"))["Abs"] == 1
+    (dropped,) = (s for s in result.report.skips if s.pass_name == "detour")
+    assert "in the whole model" in dropped.reason
+    assert not any(r.pass_name == "detour" for r in result.report.rewrites)
+
+
+def test_measured(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    out = tmp_path / "out.onnx"
+    result = pwopt.optimize(MODELS / "linear_sequence.onnx", out, shapes={"x": (1, 64, 8, 8)}, race_seconds=0.0)
+    assert ops(onnx.load(out)) == {"Conv": 1}
+    assert onnx.load(out) == result.model
+    report = result.report.to_dict()
+    assert report["equivalence"]["passed"]
+    assert set(report["latency"]) >= {"before_ms", "after_ms", "speedup"}
+    assert report["cost"]["before"]["macs"] == 61440 * 64
+    assert report["cost"]["after"]["macs"] == 2048 * 64
+    (rewrite,) = report["rewrites"]
+    assert set(rewrite) >= {"pass", "site", "removed", "added", "macs_before", "macs_after", "residual"}
+    assert (rewrite["macs_before"], rewrite["macs_after"]) == (61440 * 64, 2048 * 64)
+    assert 0 < rewrite["residual"] < 6e-8
+    assert set(report["environment"]) >= {"onnxruntime", "onnx", "cpu", "threads"}
+
+
+def test_analytic_needs_no_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
+    result = pwopt.optimize(MODELS / "linear_sequence.onnx", tmp_path / "out.onnx", cost_model="analytic")
+    assert ops(result.model) == {"Conv": 1}
+    assert result.report.equivalence is None
+    assert "Not verified" in result.report.notes[0]
+    with pytest.raises(ProviderError, match=r"pwopt\[cpu\]"):
+        pwopt.optimize(MODELS / "linear_sequence.onnx")
+
+
+def test_a_model_in_memory_and_dynamic_shapes_survive() -> None:
+    pytest.importorskip("onnxruntime")
+    model = onnx.load(MODELS / "hyperspectral.onnx")
+    before = model.SerializeToString(deterministic=True)
+    result = pwopt.optimize(model, cost_model="analytic", shapes={"cube": (1, 200, 4, 4)})
+    assert model.SerializeToString(deterministic=True) == before
+    assert result.model.graph.input == model.graph.input
+    assert result.model.graph.output == model.graph.output
+    assert result.report.equivalence is not None
+    assert result.report.equivalence.passed
+
+
+def test_static_fixes_the_inputs(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    result = pwopt.optimize(
+        MODELS / "linear_sequence.onnx",
+        tmp_path / "out.onnx",
+        cost_model="analytic",
+        static=True,
+        shapes={"x": (2, 64, 3, 5)},
+    )
+    assert [d.dim_value for d in result.model.graph.input[0].type.tensor_type.shape.dim] == [2, 64, 3, 5]
+    assert [d.dim_value for d in result.model.graph.output[0].type.tensor_type.shape.dim] == [2, 32, 3, 5]
+
+
+def test_opset_conversion_keeps_names_and_documentation(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    body = """(float[N,4,H,W] x) => (float[N] y, float[N] z) {
+        h = Conv(x, w) a = Add(h, t) c = Clip(a, l, u) m = Mul(h, c) y = Div(m, u) z = Softmax<axis=1>(y)
+    }"""
+    model = parse(body, 12, w=normal(4, 4, 1, 1, dtype=F), t=F(3), l=F(0), u=F(6))
+    for node in model.graph.node:
+        node.name, node.doc_string = f"n_{node.output[0]}", "doc"
+        node.metadata_props.add(key="k", value="v")
+    path = tmp_path / "m.onnx"
+    onnx.save(model, path)
+    result = pwopt.optimize(path, tmp_path / "out.onnx", cost_model="analytic", opset=14, shapes={"x": (1, 4, 5, 5)})
+    assert result.model.opset_import[0].version == 14
+    assert "HardSwish" in ops(result.model)
+    conv = result.model.graph.node[0]
+    assert (conv.name, conv.doc_string, conv.metadata_props[0].value) == ("n_h", "doc", "v")
+    with pytest.raises(UsageError, match="converts upwards only"):
+        pwopt.optimize(path, opset=7)
+
+
+def test_unknown_names_are_usage_errors() -> None:
+    for arguments, word in (({"passes": ["fold-everything"]}, "no pass"), ({"cost_model": "free"}, "not one of")):
+        with pytest.raises(UsageError, match=word):
+            pwopt.optimize(MODELS / "linear_sequence.onnx", **arguments)  # type: ignore[arg-type]
+
+
+def test_passes_can_be_chosen() -> None:
+    result = pwopt.optimize(
+        MODELS / "network_in_network.onnx", passes=["fold-affine"], cost_model="analytic", check=False
+    )
+    assert {r.pass_name for r in result.report.rewrites} == {"fold-affine"}
+
+
+def test_external_data_is_verified_and_written(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "big.onnx"
+    onnx.save(
+        onnx.load(MODELS / "linear_sequence.onnx"),
+        path,
+        save_as_external_data=True,
+        location="big.bin",
+        size_threshold=0,
+    )
+    result = pwopt.optimize(path, tmp_path / "out.onnx", cost_model="analytic", shapes={"x": (1, 64, 4, 4)})
+    assert result.report.equivalence is not None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["big.bin", "big.onnx", "out.onnx", "out.onnx.data"]
+    assert weight(onnx.load(tmp_path / "out.onnx"), "conv4.weight").shape == (32, 64, 1, 1)
+
+
+def test_sizes_follow_through_shape_arithmetic() -> None:
+    """Paddle writes Shape → Cast → Slice → Cast → Concat → Reshape; costs still need the sizes behind it."""
+    body = """(float[N,4,H] x) => (float[N] y) {
+        s = Shape(x) a = Cast<to=6>(s) n = Slice(a, i, j, k) b = Cast<to=7>(n) r = Concat<axis=0>(b, m) h = Reshape(x, r)
+        y = MatMul(h, w)
+    }"""
+    model = parse(body, i=np.array([0]), j=np.array([1]), k=np.array([0]), m=np.array([-1, 4]), w=normal(4, 8, dtype=F))
+    before, _, _ = compiler.run_pipeline(load(model), [], (), {"x": (2, 4, 6)})
+    assert before.unknown == 0
+    assert before.macs == 2 * 6 * 4 * 8
+    assert evaluate(model, x=normal(2, 4, 6, dtype=F))[0].shape == (2, 6, 8)
+
+
+def test_runtime_environment_names_the_machine() -> None:
+    found = runtime.environment("cpu", 1)
+    assert found["cpu"]
+    assert found["pwopt"] == pwopt.__version__
+
+
+def test_the_input_is_not_overwritten_unless_forced(tmp_path: Path) -> None:
+    path = tmp_path / "m.onnx"
+    path.write_bytes((MODELS / "linear_sequence.onnx").read_bytes())
+    with pytest.raises(UsageError, match="is the input"):
+        pwopt.optimize(path, path, check=False)
+    pwopt.optimize(path, path, check=False, force=True)
+    assert ops(onnx.load(path)) == {"Conv": 1}
+
+
+def test_one_name_is_a_list_of_one() -> None:
+    path = MODELS / "linear_sequence.onnx"
+    assert pwopt.optimize(path, check=False, deny="fold-chains:y").report.rewrites[0].site == "fold-chains:h3"
+    assert not pwopt.optimize(path, check=False, passes="clean-up").report.rewrites

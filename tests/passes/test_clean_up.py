@@ -1,0 +1,301 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from helpers import evaluate, normal, ops, parse, reasons, run, same
+from onnx import TensorProto, helper, numpy_helper
+
+import pwopt
+from pwopt.graph.files import from_proto
+from pwopt.passes import CleanUp
+
+X = normal(2, 4, 6, 8)
+ENDS = np.array([2**31 - 1])
+NOTHING: list[tuple[str, dict[str, np.ndarray]]] = [
+    ("Identity(x)", {}),
+    ("Dropout(x)", {}),
+    ("Mul(x, c)", {"c": np.float64(1)}),
+    ("Mul(c, x)", {"c": np.ones((4, 1, 1))}),
+    ("Div(x, c)", {"c": np.ones(1)}),
+    ("Add(x, c)", {"c": np.zeros((1, 1, 1, 1))}),
+    ("Sub(x, c)", {"c": np.zeros(8)}),
+    ("Concat<axis=1>(x)", {}),
+    ("Sum(x)", {}),
+    ("Cast<to=11>(x)", {}),
+    ("Transpose<perm=[0,1,2,3]>(x)", {}),
+    ("Pad(x, p)", {"p": np.zeros(8, np.int64)}),
+    ("Slice(x, s, e, a)", {"s": np.array([0]), "e": ENDS, "a": np.array([1])}),
+    ("Slice(x, s, e)", {"s": np.array([0, -4]), "e": np.array([2, 4])}),
+    ("Reshape(x, s)", {"s": np.array([2, 4, 6, 8])}),
+    ("Reshape(x, s)", {"s": np.array([0, 0, -1, 8])}),
+    ("Flatten<axis=1>(x)", {}),
+    ("Expand(x, s)", {"s": np.array([4, 1, 8])}),
+    ("Tile(x, s)", {"s": np.array([1, 1, 1, 1])}),
+    ("Resize(x, , s)", {"s": np.ones(4, np.float32)}),
+    ("Resize(x, , , s)", {"s": np.array([2, 4, 6, 8])}),
+    ("MaxPool<kernel_shape=[1,1]>(x)", {}),
+    ("AveragePool<kernel_shape=[1,1], strides=[1,1]>(x)", {}),
+    ("MatMul(c, x)", {"c": np.eye(6)}),
+    ("MatMul(x, c)", {"c": np.eye(8)}),
+    ("Conv(x, c)", {"c": np.eye(4).reshape(4, 4, 1, 1)}),
+    ("Conv<group=4>(x, c)", {"c": np.ones((4, 1, 1, 1))}),
+    ("Conv<group=2>(x, c)", {"c": np.tile(np.eye(2), (2, 1)).reshape(4, 2, 1, 1)}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "weights"), NOTHING)
+def test_what_does_nothing_goes(call: str, weights: dict[str, np.ndarray]) -> None:
+    x = X.reshape(8, 48) if "Flatten" in call else X
+    dims = ",".join(map(str, x.shape))
+    model = parse(
+        f"(double[{dims}] x) => (double[N] y) {{ h = Neg(x) k = {call.replace('(x', '(h').replace(' x', ' h')} y = Neg(k) }}",
+        **weights,
+    )
+    result, outcome, _ = run(model, CleanUp())
+    assert ops(result) == {"Neg": 2}, reasons(outcome)
+    assert not result.graph.initializer
+    same(model, result, x=x)
+
+
+SOMETHING: list[tuple[str, dict[str, np.ndarray]]] = [
+    ("MatMul(c, x)", {"c": np.eye(6) + 1e-9}),
+    ("MatMul(c, x)", {"c": np.eye(6)[::-1]}),
+    ("MatMul(c, x)", {"c": np.eye(7, 6)}),
+    ("MatMul(c, x)", {"c": np.stack([np.stack([np.eye(6)] * 4)] * 2)}),
+    ("Conv(x, c, b)", {"c": np.eye(4).reshape(4, 4, 1, 1), "b": np.ones(4)}),
+    ("Conv<strides=[2,2]>(x, c)", {"c": np.eye(4).reshape(4, 4, 1, 1)}),
+    ("Conv<group=2>(x, c)", {"c": np.tile(np.eye(2)[::-1], (2, 1)).reshape(4, 2, 1, 1)}),
+    ("Mul(x, c)", {"c": np.ones((3, 1, 1, 1, 1))}),
+    ("Add(x, c)", {"c": np.zeros((1, 1, 1, 1, 1))}),
+    ("Mul(x, c)", {"c": np.array([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0 + 1e-15])}),
+    ("Div(c, x)", {"c": np.float64(1)}),
+    ("Sub(c, x)", {"c": np.float64(0)}),
+    ("Transpose<perm=[0,1,3,2]>(x)", {}),
+    ("Transpose(x)", {}),
+    ("Pad(x, p)", {"p": np.array([0, 0, 0, 1, 0, 0, 0, 0])}),
+    ("Slice(x, s, e, a)", {"s": np.array([0]), "e": np.array([3]), "a": np.array([1])}),
+    ("Slice(x, s, e, a, t)", {"s": np.array([0]), "e": ENDS, "a": np.array([1]), "t": np.array([2])}),
+    ("Reshape(x, s)", {"s": np.array([2, 4, 8, 6])}),
+    ("Expand(x, s)", {"s": np.array([3, 1, 1, 1, 1])}),
+    ("Concat<axis=1>(x, x)", {}),
+    ("MaxPool<kernel_shape=[1,1], strides=[2,2]>(x)", {}),
+    ("MaxPool<kernel_shape=[2,1]>(x)", {}),
+    ("AveragePool<kernel_shape=[1,1], pads=[0,1,0,0], count_include_pad=1>(x)", {}),
+    ("MaxPool<kernel_shape=[1,1], storage_order=0>(x)", {}),  # whose indices are read
+    ("Mul(x, c)", {"c": np.float64(2)}),
+    ("Add(x, c)", {"c": np.float64(2)}),
+    ("Sub(x, c)", {"c": np.array([0.0, 0, 0, 0, 0, 0, 0, 1])}),
+    ("Div(x, c)", {"c": np.full((4, 1, 1), -1.0)}),
+    ("BatchNormalization(x, p, z, z, p)", {"p": np.ones(4), "z": np.zeros(4)}),  # its ε makes a difference
+    ("Dropout<seed=1>(x, r, t)", {"r": np.float64(0.5), "t": np.array(True)}),
+    ("Resize(x, , s)", {"s": np.array([1, 1, 2, 1], np.float32)}),
+    ("Resize(x, , , s)", {"s": np.array([2, 4, 6, 9])}),
+    ('Resize<coordinate_transformation_mode="tf_crop_and_resize">(x, r, s)',
+     {"r": np.array([0, 0, 0, 0.5, 1, 1, 1, 1], np.float32), "s": np.ones(4, np.float32)}),
+    ("Tile(x, r)", {"r": np.array([1, 1, 2, 1])}),
+    ("ReduceMax<axes=[1]>(x)", {}),
+    ("Pad<mode=\"edge\">(x, p)", {"p": np.array([0, 0, 0, 0, 0, 0, 0, 1])}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "weights"), SOMETHING)
+def test_what_does_something_stays(call: str, weights: dict[str, np.ndarray]) -> None:
+    outputs = "k, z" if "storage" in call else "k"
+    inner = call.replace("(x", "(h").replace(" x", " h")  # between two that could be joined, were it not there
+    body = f"(double[2,4,6,8] x) => (double[N] y) {{ h = Neg(x) {outputs} = {inner} y = Neg(k) }}"
+    model = parse(
+        body if outputs == "k" else body.replace("y = Neg(k)", "n = Neg(k) e = Cast<to=11>(z) y = Add(n, e)"), **weights
+    )
+    assert run(model, CleanUp())[0] is model
+
+
+def test_a_cast_there_and_back_stays() -> None:
+    model = parse("(double[2,4] x) => (double[N] y) { h = Neg(x) a = Cast<to=1>(h) b = Cast<to=11>(a) y = Neg(b) }")
+    assert run(model, CleanUp())[0] is model
+
+
+def test_an_unknown_size_is_no_proof() -> None:
+    body = "(double[N,4] x) => (double[M,4] y) { a = Neg(x) b = Slice(a, s, e) y = Neg(b) }"
+    model = parse(body, s=np.array([0]), e=np.array([9]))
+    assert run(model, CleanUp())[0] is model
+
+
+def test_outputs_keep_their_names_and_inputs_are_not_renamed() -> None:
+    model = parse("(double[2,4] x) => (double[N] y, double[N] z) { a = Neg(x) y = Identity(a) z = Neg(a) }")
+    result, _, _ = run(model, CleanUp())
+    assert [o.name for o in result.graph.output] == ["y", "z"]
+    assert ops(result) == {"Neg": 2}
+    same(model, result, x=X[0, :2, :4].copy())
+    straight = parse("(double[2,4] x) => (double[N] y) { y = Identity(x) }")
+    result, outcome, _ = run(straight, CleanUp())
+    assert result is straight
+    assert "must both stay visible" in reasons(outcome)[0]
+
+
+def test_constants_are_computed() -> None:
+    body = "(double[2,4] x) => (double[N] y) { a = Mul(p, q) b = Add(a, p) y = Mul(x, b) }"
+    model = parse(body, p=normal(4), q=normal(4, seed=1))
+    result, _, _ = run(model, CleanUp())
+    assert ops(result) == {"Mul": 1}
+    assert [t.name for t in result.graph.initializer] == ["b"]
+    same(model, result, x=normal(2, 4))
+
+
+def test_shapes_that_are_known_are_computed() -> None:
+    body = "(double[2,4,6] x) => (double[N] y) { s = Shape(x) n = Gather(s, i) r = Concat<axis=0>(n, m) y = Reshape(x, r) }"
+    model = parse(body, i=np.array([0]), m=np.array([-1]))
+    result, _, _ = run(model, CleanUp())
+    assert ops(result) == {"Reshape": 1}
+    same(model, result, x=normal(2, 4, 6))
+
+
+def test_nothing_large_is_materialised() -> None:
+    for call, weights in (
+        ("ConstantOfShape(s)", {"s": np.array([1 << 20, 1 << 20])}),
+        ("Expand(v, s)", {"s": np.array([1 << 30]), "v": np.ones(1, np.float32)}),
+        ("Tile(v, s)", {"s": np.array([1 << 40]), "v": np.ones(1, np.float32)}),
+    ):
+        model = parse(f"(float[1] x) => (float[N] y) {{ a = {call} b = ReduceMax(a) y = Add(x, b) }}", **weights)
+        result, outcome, _ = run(model, CleanUp())
+        assert result is model
+        assert "bytes (limit 1,048,576)" in reasons(outcome)[0]
+
+
+def test_a_large_range_is_not_computed() -> None:
+    weights = {"a": np.int64(0), "b": np.int64(1 << 40), "c": np.int64(1)}
+    model = parse("(float[1] x) => (int64[N] y) { r = Range(a, b, c) y = ReduceMax(r) }", **weights)
+    assert run(model, CleanUp())[0] is model
+
+
+def test_random_and_unknown_operators_are_not_computed() -> None:
+    model = parse("(float[1] x) => (float[N] y) { r = RandomNormal<shape=[1]>() y = Add(x, r) }")
+    assert run(model, CleanUp())[0] is model
+    custom = parse("(float[1] x) => (float[N] y) { y = Add(x, c) }", c=np.ones(1, np.float32))
+    custom.graph.node.insert(0, helper.make_node("Identity", ["x"], ["z"], domain="my.domain"))
+    custom.opset_import.append(helper.make_opsetid("my.domain", 1))
+    assert run(custom, CleanUp())[0] is custom
+
+
+def test_what_must_stay_visible_is_not_computed() -> None:
+    model = parse("(double[2] x) => (double[N] y, double[M] z) { y = Neg(x) z = Neg(c) }", c=normal(2))
+    assert run(model, CleanUp())[0] is model
+
+
+def test_texts_are_not_computed() -> None:
+    nodes = [helper.make_node("Gather", ["words", "i"], ["word"]), helper.make_node("Equal", ["x", "word"], ["y"])]
+    ends = [
+        helper.make_tensor_value_info("x", TensorProto.STRING, [2]),
+        helper.make_tensor_value_info("y", TensorProto.BOOL, [2]),
+    ]
+    words = helper.make_tensor("words", TensorProto.STRING, [2], [b"one", b"two"])
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [words, numpy_helper.from_array(np.array([1]), "i")])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    assert run(model, CleanUp())[0] is model
+
+
+def test_sizes_that_may_grow_are_no_proof() -> None:
+    """Expand by an input's own shape may do nothing, or not."""
+    model = parse(
+        "(double[A,1] x, double[A,B] z) => (double[M] y) { h = Neg(x) s = Shape(z) k = Expand(h, s) y = Neg(k) }"
+    )
+    assert run(model, CleanUp())[0] is model
+
+
+def test_reshapes_in_a_row_are_one() -> None:
+    body = "(double[2,12] x) => (double[N] y) { a = Reshape(x, p) b = Reshape(a, q) y = Neg(b) }"
+    model = parse(body, p=np.array([2, 3, 4]), q=np.array([6, 4]))
+    result, outcome, _ = run(model, CleanUp())
+    assert ops(result) == {"Reshape": 1, "Neg": 1}
+    assert [r.reason for r in outcome.rewrites] == ["Reshape and Reshape are one Reshape"]
+
+
+def test_what_nobody_reads_goes_but_not_unknown_operators() -> None:
+    model = parse("(double[2,4] x) => (double[N] y) { a = Neg(x) b = Exp(a) y = Abs(x) }")
+    assert ops(run(model, CleanUp())[0]) == {"Abs": 1}
+
+
+def test_a_model_function_that_hides_an_operator_is_unknown() -> None:
+    model = parse("(double[2,4] x) => (double[N] y) { a = Identity(x) y = Neg(a) }")
+    node = helper.make_node("Neg", ["p"], ["q"])
+    model.functions.append(helper.make_function("", "Identity", ["p"], ["q"], [node], [helper.make_opsetid("", 17)]))
+    loaded = from_proto(model)
+    assert not CleanUp().run(loaded.graph).rewrites
+
+
+def test_captured_tensors_are_not_touched() -> None:
+    inner = helper.make_graph(
+        [helper.make_node("Neg", ["a"], ["r"])],
+        "body",
+        [],
+        [helper.make_tensor_value_info("r", TensorProto.DOUBLE, [2])],
+    )
+    graph = helper.make_graph(
+        [
+            helper.make_node("Identity", ["x"], ["a"]),
+            helper.make_node("If", ["c"], ["y"], then_branch=inner, else_branch=inner),
+        ],
+        "g",
+        [
+            helper.make_tensor_value_info("x", TensorProto.DOUBLE, [2]),
+            helper.make_tensor_value_info("c", TensorProto.BOOL, []),
+        ],
+        [helper.make_tensor_value_info("y", TensorProto.DOUBLE, [2])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)])
+    result, _, _ = run(model, CleanUp())
+    assert result is model
+
+
+def test_an_overridable_initializer_is_not_a_constant() -> None:
+    model = parse("(double[2,4] x, double[1] c) => (double[N] y) { a = Mul(x, c) y = Neg(a) }", c=np.ones(1))
+    assert run(model, CleanUp())[0] is model
+    model.ir_version = 3  # there, initializers must be listed and cannot be overridden
+    result, _, _ = run(model, CleanUp())
+    assert ops(result) == {"Neg": 1}
+    assert [i.name for i in result.graph.input] == ["x"]
+
+
+def test_static_settles_shape_arithmetic() -> None:
+    """Fixing the inputs folds Shape → Gather → Concat → Reshape, also where one shape waits for another."""
+    body = """(double[N,4,H] x) => (double[N] y) {
+        s = Shape(x) n = Gather(s, i) c = Cast<to=6>(n) d = Cast<to=7>(c) r = Concat<axis=0>(d, m) a = Reshape(x, r)
+        t = Shape(a) k = Gather(t, j) q = Concat<axis=0>(k, m) y = Reshape(a, q)
+    }"""
+    model = parse(body, i=np.array([0]), m=np.array([-1]), j=np.array([1]))
+    result = pwopt.optimize(model, static=True, shapes={"x": (2, 4, 6)}, cost_model="analytic", check=False).model
+    onnx.checker.check_model(result, full_check=True)
+    assert ops(result) == {"Reshape": 1}
+    assert [d.dim_value for d in result.graph.input[0].type.tensor_type.shape.dim] == [2, 4, 6]
+    x = normal(2, 4, 6)
+    np.testing.assert_array_equal(evaluate(result, x=x)[0], evaluate(model, x=x)[0])
+
+
+@pytest.mark.parametrize(
+    ("body", "left"),
+    [
+        ("{ t = Transpose<perm=[0,2,1,3]>(x) y = Transpose<perm=[3,0,1,2]>(t) }", {"Transpose": 1}),
+        ("{ t = Transpose<perm=[0,2,3,1]>(x) u = Transpose<perm=[0,3,1,2]>(t) y = Neg(u) }", {"Neg": 1}),
+        ("{ t = Reshape(x, a) y = Reshape(t, b) }", {"Reshape": 1}),
+        ("{ t = Flatten<axis=2>(x) u = Unsqueeze(t, o) y = Reshape(u, b) }", {"Reshape": 1}),
+        ("{ t = Transpose<perm=[0,2,1,3]>(x) u = Transpose<perm=[3,0,1,2]>(t) v = Neg(t) y = Sub(u, s) w = Add(v, s) }",
+         {"Transpose": 2, "Neg": 1, "Sub": 1, "Add": 1}),  # somebody else reads what is between
+        ("{ t = Reshape(x, a) y = Reshape(t, z) }", {"Reshape": 2}),  # a 0 copies a size of t
+        ("{ t = Transpose(x) y = Transpose<perm=[3,0,1,2]>(t) }", {"Transpose": 2}),  # an order that is not written down
+        ("{ t = Transpose<perm=[0,2,1,3]>(x) y = Reshape(t, b) }", {"Transpose": 1, "Reshape": 1}),
+    ],
+)  # fmt: skip
+def test_what_changes_the_order_or_the_shape_twice(body: str, left: dict[str, int]) -> None:
+    names = {
+        "a": np.array([6, 20]),
+        "b": np.array([5, -1]),
+        "o": np.array([1]),
+        "z": np.array([0, 4, 5]),
+        "s": np.ones(1),
+    }
+    used = {k: v for k, v in names.items() if any(f" {k}{end}" in body for end in (",", ")"))}
+    ends = "(double[2,3,4,5] x) => (double[N] y" + (", double[N] w) " if " w = " in body else ") ")
+    model = parse(ends + body, **used)
+    result, _, _ = run(model, CleanUp())
+    assert ops(result) == left
+    same(model, result, 0.0, x=normal(2, 3, 4, 5))

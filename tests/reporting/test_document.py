@@ -1,0 +1,304 @@
+"""Documents: one file that loads nothing, in which every name from a model is text."""
+
+from __future__ import annotations
+
+import html.parser
+import re
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from helpers import MODELS, normal, parse
+
+from pwopt.evidence.verify import verify
+from pwopt.graph.regions import Operator
+from pwopt.optimizing.optimizer import optimize
+from pwopt.reporting.document import clipped, document, in_markdown, kind_of, scientific, spectra
+from pwopt.reporting.drawing import MOST, draw
+from pwopt.reporting.report import Comparison, Report
+from pwopt.running.runtime import environment
+from pwopt.selecting.properties import properties
+
+pytest.importorskip("onnxruntime")
+
+#: A name that runs in a careless page, breaks a careless table, and hides in a careless terminal.
+EVIL = "<script>console.error('pwned')</script>|`*_\u202e\"'&amp;"
+CHROMIUM = next(
+    (found for name in ("chromium", "chromium-browser", "google-chrome") if (found := shutil.which(name))), ""
+)
+
+
+def evil_model() -> onnx.ModelProto:
+    """Every name is EVIL, with a number to tell them apart."""
+    model = parse(
+        "(float[1,4,6,6] x) => (float[N] y) { h = Conv(x, w) r = Relu(h) a = Conv(r, u) s = Mul(a, k) y = Add(s, c) }",
+        w=normal(6, 4, 1, 1, dtype=np.float32), u=normal(5, 6, 1, 1, seed=1, dtype=np.float32),
+        k=normal(5, 1, 1, seed=2, dtype=np.float32), c=normal(5, 1, 1, seed=3, dtype=np.float32),
+    )  # fmt: skip
+    names = {"": ""}
+
+    def evil(name: str) -> str:
+        return names.setdefault(name, f"{EVIL}{len(names)}")
+
+    graph = model.graph
+    for node in graph.node:
+        node.name = evil(f"node {node.output[0]}")
+        node.input[:], node.output[:] = [*map(evil, node.input)], [*map(evil, node.output)]
+    for value in (*graph.input, *graph.output, *graph.initializer):
+        value.name = evil(value.name)
+    return model
+
+
+@pytest.fixture(scope="module")
+def report() -> Report:
+    kept = ["fold-affine", "fold-chains"]  # what is asked for by name is kept, however fast it is
+    result = optimize(evil_model(), race_seconds=0.1, passes=kept)
+    return replace(result.report, command="pwopt optimize 'a <b>.onnx'")
+
+
+@pytest.fixture(scope="module")
+def page(report: Report) -> str:
+    return document(report, "html")
+
+
+class Elements(html.parser.HTMLParser):
+    """Tags and attributes of a page, and its text."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str | None]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += attrs
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+
+def test_names_are_text(page: str) -> None:
+    found = Elements(page)
+    assert "script" not in found.tags
+    assert "<script>console.error('pwned')</script>|`*_\N{REPLACEMENT CHARACTER}\"'&amp;" in found.text
+    assert "\u202e" not in page
+
+
+def test_the_page_loads_nothing(page: str) -> None:
+    found = Elements(page)
+    assert not {"script", "link", "img", "iframe", "object", "embed", "base"} & set(found.tags)
+    assert not [
+        a for a, _ in found.attributes if a in ("src", "srcset", "href", "action", "data") or a.startswith("on")
+    ]
+    assert not [v for a, v in found.attributes if a == "xlink:href" and not (v or "").startswith("#")]
+    namespaces = {v for a, v in found.attributes if a.startswith("xmlns")}
+    assert set(re.findall(r"https?://[^\s\"'<)]+", page)) <= namespaces
+    assert "@import" not in page
+    assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))
+
+
+def test_the_page_says_what_happened(report: Report, page: str) -> None:
+    text = " ".join(Elements(page).text.split())
+    assert text.index("Equivalent") < text.index("Size and speed") < text.index("What was rewritten")
+    assert "Certified" in text
+    assert "A(Wx + b) = (AW)x + Ab" in text
+    assert "pwopt optimize 'a <b>.onnx'" in text
+    assert report.latency is not None
+    assert f"{report.latency.speedup:.2f}× [{report.latency.interval[0]:.2f}, {report.latency.interval[1]:.2f}]" in text
+    assert "Where the time goes" in text
+    assert {"details", "svg", "table"} <= set(Elements(page).tags)
+    for key in ("onnxruntime", "numpy", "cpu"):
+        assert str(report.environment[key]) in text
+
+
+def test_plots_take_the_pages_colours(page: str) -> None:
+    assert "var(--after)" in page
+    assert "#030303" not in page
+    assert "mathdefault" not in page
+
+
+def test_documents_are_the_same_each_time(report: Report, page: str) -> None:
+    assert document(report, "html") == page
+    assert document(report, "markdown") == document(report, "markdown")
+
+
+def test_markdown_shows_names_as_text(report: Report) -> None:
+    text = document(report, "markdown")
+    assert "<script" not in text
+    assert "&lt;script&gt;" in text
+    for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
+        columns = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
+        assert len(columns) == 1, table
+    assert "## What was rewritten" in text
+    assert "certified" in text
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [("a|b", "a\\|b"), ("<b>", "&lt;b&gt;"), ("x_y*z", "x\\_y\\*z"), ("a\nb", "a b"), ("`r`", "\\`r\\`"), (7, "7")],
+)
+def test_in_markdown(given: Any, shown: str) -> None:
+    assert in_markdown(given) == shown
+
+
+def test_numbers_and_names_are_short() -> None:
+    assert scientific("6e-08") == "6×10⁻⁸"
+    assert scientific("1.5") == "1.5"
+    assert scientific("inf") == "inf"
+    assert clipped("layers/block1/conv", 8) == "…k1/conv"
+    assert len(clipped("x" * 50)) == 20
+
+
+def test_a_file_name_chooses_the_format() -> None:
+    kinds = [kind_of(Path(name)) for name in ("a.html", "a.HTM", "a.md", "a.json", "a.txt", "a")]
+    assert kinds == ["html", "html", "markdown", "json", "json", "json"]
+
+
+def test_a_failure_says_where_it_begins(tmp_path: Path) -> None:
+    model = onnx.load(MODELS / "network_in_network.onnx")
+    wrong = onnx.ModelProto()
+    wrong.CopyFrom(model)
+    name = next(n for n in wrong.graph.node if n.op_type == "Conv").input[1]
+    weight = next(t for t in wrong.graph.initializer if t.name == name)
+    values = onnx.numpy_helper.to_array(weight).copy()
+    values.flat[3] += 1.0
+    weight.CopyFrom(onnx.numpy_helper.from_array(values, name))
+    equivalence = verify(model, wrong)
+    assert not equivalence.passed
+    found = Comparison("a.onnx", "b.onnx", "cpu", environment("cpu", 1), equivalence)
+    text = " ".join(Elements(document(found, "html")).text.split())
+    assert "Not equivalent" in text
+    assert "Where they begin to differ" in text
+    assert "Not equivalent" in document(found, "markdown")
+
+
+def test_a_report_of_nothing_done() -> None:
+    model = parse("(float[1,4] x) => (float[N] y) { y = Exp(x) }")
+    report = optimize(model, cost_model="analytic", check=False).report
+    assert "Unchanged" in document(report, "html")
+    assert "Unchanged" in document(report, "markdown")
+
+
+def test_many_outputs_and_rewrites_are_collapsed() -> None:
+    pairs = "".join(f" h{i} = Mul(x, k) y{i} = Add(h{i}, c)" for i in range(12))
+    outputs = ", ".join(f"float[N] y{i}" for i in range(12))
+    k, c = np.float32(2), normal(4, 1, 1, dtype=np.float32)
+    report = optimize(parse(f"(float[1,4,3,3] x) => ({outputs}) {{{pairs} }}", k=k, c=c), cost_model="analytic").report
+    assert "4 more outputs" in document(report, "html")
+
+
+def test_spectra_are_drawn() -> None:
+    path = MODELS / "linear_sequence.onnx"
+    text = spectra(properties(path), path)
+    assert Elements(text).tags.count("svg") == 4
+    assert "linear_sequence.onnx" in text
+
+
+def test_a_drawing_has_each_operator_below_what_it_reads() -> None:
+    chain = [
+        Operator("Conv", "a", ("x",), ("p",)),
+        Operator("Relu", "b", ("p",), ("q",)),
+        Operator("Add", "c", ("p", "q"), ("y",)),
+    ]
+    found = draw(chain)
+    assert [b.op for b in found.boxes] == ["", "Conv", "Relu", "Add"]
+    assert [b.y for b in found.boxes] == sorted({b.y for b in found.boxes})
+    assert len(found.lines) == 4
+    assert sum(swing > 0 for *_, swing in found.lines) == 1  # past the Relu
+    assert all(b.x >= 0 and b.x < found.width and b.y + b.height <= found.height for b in found.boxes)
+
+
+def test_large_drawings_leave_operators_out() -> None:
+    many = [Operator("Relu", str(i), (f"t{i}",), (f"t{i + 1}",)) for i in range(MOST + 5)]
+    assert draw(many).left_out == 5
+    assert draw([]).boxes == ()
+
+
+def test_the_command_line_writes_documents(tmp_path: Path) -> None:
+    source = tmp_path / "seq.onnx"
+    source.write_bytes((MODELS / "linear_sequence.onnx").read_bytes())
+    arguments = [
+        "optimize",
+        str(source),
+        "--cost",
+        "analytic",
+        "--shape",
+        "x=1x64x8x8",
+        "--report",
+        str(tmp_path / "r.html"),
+    ]
+    done = subprocess.run([sys.executable, "-m", "pwopt", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    text = Elements((tmp_path / "r.html").read_text()).text
+    assert "pwopt optimize" in text
+    assert "--shape x=1x64x8x8" in text
+    arguments = [
+        "verify",
+        str(source),
+        str(tmp_path / "seq.pwopt.onnx"),
+        "--shape",
+        "x=1x64x8x8",
+        "--report",
+        str(tmp_path / "v.md"),
+    ]
+    done = subprocess.run([sys.executable, "-m", "pwopt", *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "# seq.onnx → seq.pwopt.onnx: Equivalent" in (tmp_path / "v.md").read_text()
+
+
+def test_a_missing_library_is_told_before_any_work(tmp_path: Path) -> None:
+    script = "import sys; sys.modules['jinja2'] = None; from pwopt.cli import main; main(sys.argv[1:])"
+    arguments = [
+        "optimize",
+        str(MODELS / "linear_sequence.onnx"),
+        "-o",
+        str(tmp_path / "o.onnx"),
+        "--report",
+        str(tmp_path / "r.html"),
+    ]
+    done = subprocess.run([sys.executable, "-c", script, *arguments], capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert "pip install 'pwopt[report]'" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="there is no chromium on this machine")
+@pytest.mark.parametrize("width", [390, 1200])
+def test_a_browser_shows_the_page_without_complaint(page: str, tmp_path: Path, width: int) -> None:
+    path = tmp_path / "report.html"
+    path.write_text(page)
+    options = [
+        "--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path / 'profile'}", f"--window-size={width},900",
+        "--enable-logging=stderr", "--v=0", "--dump-dom", path.as_uri(),
+    ]  # fmt: skip
+    done = subprocess.run([CHROMIUM, *options], capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr
+    shown = Elements(done.stdout)
+    assert "script" not in shown.tags
+    assert EVIL.replace("\u202e", "\N{REPLACEMENT CHARACTER}") in shown.text
+
+
+@pytest.mark.skipif(not CHROMIUM, reason="there is no chromium on this machine")
+def test_the_browser_would_have_complained(tmp_path: Path) -> None:
+    """The test above sees what a careless page does."""
+    path = tmp_path / "careless.html"
+    path.write_text(f"<!DOCTYPE html><title>careless</title><p>{EVIL}</p>")
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path / 'profile'}",
+        "--enable-logging=stderr",
+        "--dump-dom",
+        path.as_uri(),
+    ]
+    done = subprocess.run([CHROMIUM, *options], capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" in done.stderr

@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from helpers import MODELS, normal, parse
+
+import pwopt
+from pwopt.cli import main
+from pwopt.running import runtime
+from pwopt.running.bench import LAYOUT
+
+pytest.importorskip("onnxruntime")
+
+
+def saved(path: Path, body: str) -> Path:
+    onnx.save(parse(body, w=normal(4, 3, 1, 1).astype(np.float32)), path)
+    return path
+
+
+@pytest.fixture
+def pair(tmp_path: Path) -> list[Path]:
+    head = "(float[N,3,H,W] x) => (float[M] y) "
+    slow = " ".join(f"s{i} = Transpose<perm=[0,1,3,2]>({f's{i - 1}' if i else 'c'})" for i in range(4))
+    return [
+        saved(tmp_path / "a.onnx", head + f"{{ c = Conv(x, w) {slow} r = Exp(s3) y = Transpose<perm=[0,1,3,2]>(r) }}"),
+        saved(tmp_path / "b.onnx", head + "{ c = Conv(x, w) r = Exp(c) y = Transpose<perm=[0,1,3,2]>(r) }"),
+    ]
+
+
+def test_models_side_by_side(pair: list[Path]) -> None:
+    rows = pwopt.benchmark(pair, shapes={"x": (1, 3, 32, 32)}, seconds=0.1)
+    assert [r.model for r in rows] == [str(p) for p in pair]
+    assert rows[0].ratio == 1.0
+    assert rows[1].ratio > 0
+    for row in rows:
+        assert row.shapes == {"x": (1, 3, 32, 32)}
+        assert 0 < row.minimum_ms <= row.median_ms
+        assert row.interval[0] <= row.ratio <= row.interval[1]
+        assert row.session_ms > 0
+        assert row.first_run_ms > 0
+        assert row.memory_mb >= 0
+        assert {"Conv", "Transpose"} <= set(row.operators)
+        assert list(row.operators.values()) == sorted(row.operators.values(), reverse=True)
+        assert row.layout_share == pytest.approx(
+            sum(ms for op, ms in row.operators.items() if op in LAYOUT) / sum(row.operators.values())
+        )
+        assert row.elsewhere == 0
+
+
+def test_a_sweep_over_batches(pair: list[Path]) -> None:
+    rows = pwopt.benchmark(pair[1:], shapes={"x": (1, 3, 8, 8)}, batches=[1, 4], seconds=0.05)
+    assert [r.shapes["x"] for r in rows] == [(1, 3, 8, 8), (4, 3, 8, 8)]
+
+
+def test_what_cannot_be_compared(pair: list[Path], tmp_path: Path) -> None:
+    other = saved(tmp_path / "c.onnx", "(float[N,3,H,W] image) => (float[M] y) { y = Conv(image, w) }")
+    with pytest.raises(pwopt.UsageError, match="does not take the same inputs"):
+        pwopt.benchmark([pair[0], other])
+    fixed = saved(tmp_path / "d.onnx", "(float[1,3,8,8] x) => (float[M] y) { y = Conv(x, w) }")
+    with pytest.raises(pwopt.UsageError, match="does not fit input 'x'"):
+        pwopt.benchmark([pair[0], fixed], shapes={"x": (1, 3, 16, 16)}, seconds=0.01)
+    with pytest.raises(pwopt.UsageError, match="batch cannot be 4"):
+        pwopt.benchmark([fixed], batches=[4])
+    with pytest.raises(pwopt.UsageError, match="1 or more"):
+        pwopt.benchmark([pair[0]], batches=[0])
+    with pytest.raises(pwopt.UsageError, match="no model"):
+        pwopt.benchmark([])
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    report = tmp_path / "bench.json"
+    model = str(MODELS / "linear_sequence.onnx")
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", model, model, "--shape", "x=1x64x8x8", "--seconds", "0.05", "--report", str(report)])
+    assert caught.value.code in (0, None)
+    assert "linear_sequence.onnx" in capsys.readouterr().out.replace("\n", "")
+    content = json.loads(report.read_text())
+    assert len(content["rows"]) == 2
+    assert content["environment"]["threads"] == 1
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", model, "--batch", "one"])
+    assert caught.value.code == 2
+
+
+def test_a_plot_of_the_latencies(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    model = MODELS / "linear_sequence.onnx"
+    plot = tmp_path / "plot.svg"
+    with pytest.raises(SystemExit) as code:
+        main(["bench", str(model), str(model), "--shape", "x=1x64x8x8", "--seconds", "0", "--plot", str(plot)])
+    assert code.value.code == 0
+    text = plot.read_text()
+    assert text.count("linear_sequence.onnx") == 2
+    assert "x 1×64×8×8" in text
+    assert "var(--" not in text
+    with pytest.raises(SystemExit) as code:
+        main(["bench", str(model), "--plot", str(tmp_path / "plot.png")])
+    assert code.value.code == 2
+
+
+def test_a_profile_with_quotes_in_names() -> None:
+    """Older versions of onnxruntime do not escape them: those events are lost, the others are not."""
+    lines = ["[", '{"cat": "Node", "name": "a"},', '{"cat": "Node", "name": "b"c"},', '{"cat": "Session"}', "]", ""]
+    assert runtime._events("\n".join(lines)) == [{"cat": "Node", "name": "a"}, {"cat": "Session"}]

@@ -1,0 +1,132 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from helpers import normal, parse
+
+import pwopt
+from pwopt.cli import main
+from pwopt.running.timing import Race
+from pwopt.selecting import cache, selection
+from pwopt.selecting.cache import Entry
+
+ENTRY = Entry("merge-siblings", "conv 6→(4, 4)", "here", 1.25, 1.2, 1.3)
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def test_a_decision_is_found_again_where_it_was_made() -> None:
+    cache.store(ENTRY)
+    assert cache.look_up("merge-siblings", "conv 6→(4, 4)", "here") == ENTRY
+    assert cache.look_up("merge-siblings", "conv 6→(4, 4)", "elsewhere") is None
+    assert cache.look_up("merge-siblings", "conv 6→(4, 5)", "here") is None
+    assert list(cache.entries()) == [ENTRY]
+    assert cache.clear() == 1
+    assert list(cache.entries()) == []
+
+
+def test_a_doubtful_decision_is_its_model_s_own() -> None:
+    """Whether a rewrite pays depends on what surrounds it, unless the clock leaves no doubt."""
+    doubtful = replace(ENTRY, speedup=1.01, low=0.99, high=1.02, model="one")
+    cache.store(doubtful)
+    asked = ("merge-siblings", "conv 6→(4, 4)", "here")
+    assert cache.look_up(*asked, "one") == doubtful
+    assert cache.look_up(*asked, "another") is None
+    cache.store(replace(ENTRY, model="another"))
+    assert cache.look_up(*asked, "one") == doubtful
+    assert cache.look_up(*asked, "a third") == ENTRY
+    assert len(list(cache.entries())) == 2
+    assert cache.clear() == 2  # as many as are shown, though a clear one is kept twice
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        "",
+        "{",
+        "[]",
+        '{"speedup": 1}',
+        '{"pass_name": "x", "signature": "", "place": "", "speedup": "fast", "low": 1.0, "high": 1.0}',
+    ],
+)
+def test_a_damaged_file_is_no_decision(folder: Path, damage: str) -> None:
+    cache.store(ENTRY)
+    (path,) = folder.glob("*.json")
+    path.write_text(damage)
+    assert cache.look_up("merge-siblings", "conv 6→(4, 4)", "here") is None
+    assert list(cache.entries()) == []
+    cache.store(ENTRY)
+    assert cache.look_up("merge-siblings", "conv 6→(4, 4)", "here") == ENTRY
+
+
+def test_a_folder_that_cannot_be_written_does_no_harm(folder: Path) -> None:
+    folder.write_text("a file in its place")
+    cache.store(ENTRY)
+    assert list(cache.entries()) == []
+
+
+def test_two_processes_write_at_once(folder: Path) -> None:
+    code = (
+        "from pwopt.selecting.cache import Entry, store\n"
+        "for i in range(200): store(Entry('p', f's{i % 20}', 'here', 1.0 + i, 1.0, 2.0))"
+    )
+    writers = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
+    assert [w.wait() for w in writers] == [0, 0]
+    assert {e.signature for e in cache.entries()} == {f"s{i}" for i in range(20)}
+    assert len(list(folder.iterdir())) == 20
+
+
+def siblings() -> onnx.ModelProto:
+    body = "(float[1,6,5,7] x) => (float[N] a, float[N] b, float[N] c) { a = Conv(x, u) b = Conv(x, v) c = Conv(x, w) }"
+    return parse(body, **{k: normal(4, 6, 1, 1, seed=i).astype(np.float32) for i, k in enumerate("uvw")})
+
+
+def test_a_second_run_decides_alike_without_racing(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    races: list[object] = []
+
+    def counted(_sessions: object, *_args: object, **options: object) -> Race:
+        races.append(options.get("decided"))
+        return Race((np.full(40, 2.0), np.full(40, 1.0)))  # whatever is tried is faster
+
+    monkeypatch.setattr(selection.timing, "race", counted)
+    first = pwopt.optimize(siblings(), race_seconds=0.01, budget=5.0)
+    tuned = sum(r is not None for r in races)
+    assert tuned >= len(list(cache.entries())) > 0
+    second = pwopt.optimize(siblings(), race_seconds=0.01, budget=5.0)
+    assert sum(r is not None for r in races) == tuned
+
+    def kinds(result: pwopt.Result) -> set[str]:
+        return {r.site for r in result.report.rewrites if r.signature}
+
+    assert kinds(first) == kinds(second) != set()
+    pwopt.optimize(siblings(), race_seconds=0.01, budget=5.0, cache=False)
+    assert sum(r is not None for r in races) == 2 * tuned
+
+
+def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
+    cache.store(ENTRY)
+    for arguments, expected in (
+        (["cache"], "conv 6→(4, 4)"),
+        (["cache"], f"{'kept' if ENTRY.low > 1 else 'dropped'}  merge-siblings"),
+        (["cache"], "1 decision in"),
+        (["cache", "clear"], "1 decision forgotten"),
+        (["cache", "show"], "0 decisions"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            main(arguments)
+        assert caught.value.code in (0, None)
+        assert expected in capsys.readouterr().out
+    with pytest.raises(SystemExit) as caught:
+        main(["cache", "eat"])
+    assert caught.value.code == 2

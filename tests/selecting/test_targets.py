@@ -1,0 +1,109 @@
+"""Decisions recorded on one machine and used on another."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from helpers import normal, ops, parse
+
+import pwopt
+from pwopt.cli import main
+from pwopt.errors import UsageError
+from pwopt.running.timing import Race
+from pwopt.selecting import selection
+from pwopt.selecting.targets import Profile
+
+pytest.importorskip("onnxruntime")
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A map whose result is split, and a gate: one kind of rewrite for each of two measured passes."""
+    body = "(float[1,6,5,7] x, float[1,4,1,1] g) => (float[N] p, float[N] q) { a = Conv(x, w) p, r = Split<axis=1>(a, n) q = Mul(r, g) }"
+    weights = {"w": normal(8, 6, 1, 1).astype(np.float32), "n": np.array([4, 4])}
+    onnx.save(parse(body, **weights), tmp_path / "m.onnx")
+    return tmp_path / "m.onnx"
+
+
+@pytest.fixture
+def recorded(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A profile of a machine on which splitting the map pays, and nothing else does."""
+
+    def race(sessions: list[object], *_: object, **__: object) -> Race:
+        found = [ops(onnx.load(s.path)) for s in sessions]  # type: ignore[attr-defined]
+        cost = [1.0 + f["Split"] + f["Resize"] for f in found]
+        return Race(tuple(np.full(40, c) for c in cost))
+
+    real = selection.Session
+
+    class Remembering(real):  # type: ignore[valid-type, misc]
+        def __init__(self, path: Path, *arguments: object, **options: object) -> None:
+            super().__init__(path, *arguments, **options)
+            self.path = path
+
+    monkeypatch.setattr(selection, "Session", Remembering)
+    monkeypatch.setattr(selection.timing, "race", race)
+    pwopt.profile([model]).save(tmp_path / "target.json")
+    monkeypatch.undo()
+    return tmp_path / "target.json"
+
+
+def test_a_profile_decides_without_a_race(model: Path, recorded: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def never(*_: object, **__: object) -> Race:
+        raise AssertionError("a race on this machine")
+
+    monkeypatch.setattr(selection.timing, "race", never)
+    result = pwopt.optimize(model, target_profile=recorded)
+    assert ops(result.model) == {"Conv": 2, "Mul": 1}
+    assert result.report.equivalence is not None
+    assert result.report.latency is None
+    dropped = {s.pass_name: s.reason for s in result.report.skips}
+    assert "measured 0.500×" in dropped["keep-layout"]
+    assert "by an earlier run" in dropped["keep-layout"]
+    assert result.model == pwopt.optimize(model, target_profile=recorded).model
+
+
+def test_what_it_does_not_know_is_left_out(model: Path, recorded: Path) -> None:
+    content = json.loads(recorded.read_text())
+    content["decisions"] = []
+    recorded.write_text(json.dumps(content))
+    result = pwopt.optimize(model, target_profile=recorded)
+    assert ops(result.model) == {"Conv": 1, "Split": 1, "Mul": 1}
+    assert any("the target's profile does not know it" in s.reason for s in result.report.skips)
+
+
+def test_a_profile_comes_back_as_it_was(recorded: Path, tmp_path: Path) -> None:
+    profile = Profile.load(recorded)
+    profile.save(tmp_path / "again.json")
+    assert Profile.load(tmp_path / "again.json") == profile
+    assert {e.pass_name for e in profile.entries} == {"split-siblings", "keep-layout", "to-matmul"}
+    assert profile.environment["threads"] == 1
+
+
+@pytest.mark.parametrize(
+    "content", ["", "[]", "{}", '{"schema": 99}', '{"schema": 1, "environment": {}, "decisions": [{}]}']
+)
+def test_other_files_are_refused(model: Path, tmp_path: Path, content: str) -> None:
+    (tmp_path / "p.json").write_text(content)
+    with pytest.raises(UsageError, match=r"profile|layout"):
+        pwopt.optimize(model, target_profile=tmp_path / "p.json")
+
+
+def test_from_the_command_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target, out = tmp_path / "t.json", tmp_path / "o.onnx"
+    for arguments in (
+        ["profile", str(model), "-o", str(target), "--budget", "0.5"],
+        ["optimize", str(model), "-o", str(out), "--target-profile", str(target)],
+    ):
+        with pytest.raises(SystemExit) as code:
+            main(arguments)
+        assert code.value.code == 0, capsys.readouterr()
+    assert out.exists()
+    assert "kinds of rewrites pay here" in capsys.readouterr().out
+    with pytest.raises(SystemExit) as code:
+        main(["profile", str(model), "-o", str(model)])
+    assert code.value.code == 2
