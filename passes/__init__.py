@@ -1,4 +1,4 @@
-"""The rewrites: one file each, its identity in its docstring, its test beside it in name (tests/test_<file>.py)."""
+"""The rewrites: one file each, its identity in its docstring, tests/passes/test_<file>.py beside it in name."""
 
 from __future__ import annotations
 

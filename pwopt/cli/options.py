@@ -98,8 +98,8 @@ Invariants = Annotated[
     typer.Option(
         "--invariant",
         metavar="NAME[:KEY=VALUE…]",
-        help="Also measure a law on both models: conservation, translation, permutation, isometry, symmetry, "
-        "locality; repeatable.",
+        help="Also measure a law on both models: conservation, isometry, gram, translation, permutation, "
+        "locality, symmetry; repeatable.",
         show_default=False,
     ),
 ]
