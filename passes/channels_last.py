@@ -10,6 +10,7 @@ from functools import partial
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from pwopt.algebra import Values
 from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.unions import Unions
 from pwopt.graph import attributes
@@ -48,7 +49,7 @@ class Last:
         moved = [full[a] for a in self.perm]
         return tuple(moved[next((i for i, d in enumerate(moved) if d != 1), self.rank) :])
 
-    def turned(self, values: np.ndarray) -> np.ndarray:
+    def turned(self, values: Values) -> Values:
         full = values.reshape((1,) * (self.rank - values.ndim) + values.shape)
         return np.ascontiguousarray(full.transpose(self.perm)).reshape(self.operand(values.shape))
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from pwopt.algebra import Values
 from pwopt.algebra.unions import Unions
 from pwopt.graph import attributes
 from pwopt.graph.shapes import Shape
@@ -85,7 +86,7 @@ class Lowering:
         whole = tuple(shape[-2:])
         return (*shape[:-2], whole[0] * whole[1]) if whole in ((1, 1), self.plane) else None
 
-    def turned(self, values: np.ndarray) -> np.ndarray:
+    def turned(self, values: Values) -> Values:
         shape = self.operand(values.shape)
         assert shape is not None
         return values.reshape(shape)
@@ -241,7 +242,7 @@ def _convolution(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None
         return None
     attrs["kernel_shape"] = shape
 
-    def reshaped() -> np.ndarray:
+    def reshaped() -> Values:
         raw = rw.raw(weight)
         assert raw is not None
         return raw.reshape(*raw.shape[:2], *shape)

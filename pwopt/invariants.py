@@ -13,12 +13,12 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import ArrayLike
 
-from pwopt.algebra import Array
+from pwopt.algebra import Array, Values
 from pwopt.errors import UsageError
 from pwopt.graph.files import Source, as_file
 from pwopt.running.runtime import Session
 
-Function = Callable[[np.ndarray], np.ndarray]
+Function = Callable[[Values], Values]
 
 #: Of perturbations and permutations, so that figures are reproducible.
 SEED = 0
@@ -28,7 +28,7 @@ def function_of(
     model: Source | Session,
     input: str | None = None,
     output: str | None = None,
-    others: Mapping[str, np.ndarray] | None = None,
+    others: Mapping[str, Values] | None = None,
     provider: str = "cpu",
 ) -> Function:
     """One input of a model → one of its outputs, run by onnxruntime.
@@ -60,13 +60,13 @@ def function_of(
             raise UsageError(f"there is no {kind} {name!r}; the model has {', '.join(map(repr, names))}")
     index = session.outputs.index(wanted)
 
-    def run(x: np.ndarray) -> np.ndarray:
+    def run(x: Values) -> Values:
         return np.asarray(session.run({**(others or {}), chosen: x})[index])
 
     return run
 
 
-def conservation(f: Function, x: np.ndarray, matrix: ArrayLike, axis: int = 1) -> float:
+def conservation(f: Function, x: Values, matrix: ArrayLike, axis: int = 1) -> float:
     """A·f(x) = A·x: what the rows of A sum up at each position (mass, energy, charge) is left as it was.
 
     Parameters
@@ -89,7 +89,7 @@ def conservation(f: Function, x: np.ndarray, matrix: ArrayLike, axis: int = 1) -
     return max(_relative(after[i], before[i]) for i in range(len(a)))
 
 
-def isometry(f: Function, x: np.ndarray, axis: int = 1, stride: int = 1) -> float:
+def isometry(f: Function, x: Values, axis: int = 1, stride: int = 1) -> float:
     """‖f(x)‖ = ‖x‖ at every position, as for y = Wx with WᵀW = I.
 
     Parameters
@@ -119,7 +119,7 @@ def isometry(f: Function, x: np.ndarray, axis: int = 1, stride: int = 1) -> floa
     return _relative(after, before)
 
 
-def gram(f: Function, x: np.ndarray, matrix: ArrayLike, axis: int = 1) -> float:
+def gram(f: Function, x: Values, matrix: ArrayLike, axis: int = 1) -> float:
     """G(f(x)) = W·G(x)·Wᵀ for G(x) = x·xᵀ summed over all positions, as for y = Wx.
 
     Parameters
@@ -140,7 +140,7 @@ def gram(f: Function, x: np.ndarray, matrix: ArrayLike, axis: int = 1) -> float:
     return _relative(_gram(f(x), axis), w @ _gram(x, axis) @ w.T)
 
 
-def translation(f: Function, x: np.ndarray, shift: int = 1, stride: int = 1, margin: int = 0, axis: int = 2) -> float:
+def translation(f: Function, x: Values, shift: int = 1, stride: int = 1, margin: int = 0, axis: int = 2) -> float:
     """f(shifted x) = shifted f(x): an object that moves takes its features along (equivariance).
 
     Parameters
@@ -174,7 +174,7 @@ def translation(f: Function, x: np.ndarray, shift: int = 1, stride: int = 1, mar
     return _relative(moved, still)
 
 
-def permutation(f: Function, x: np.ndarray, axis: int = 1, output_axis: int | None = None, seed: int = SEED) -> float:
+def permutation(f: Function, x: Values, axis: int = 1, output_axis: int | None = None, seed: int = SEED) -> float:
     """f(Px) = P·f(x): nodes, tokens or points have no order (equivariance).
 
     Parameters
@@ -198,7 +198,7 @@ def permutation(f: Function, x: np.ndarray, axis: int = 1, output_axis: int | No
 
 
 def locality(
-    f: Function, x: np.ndarray, axis: int = 1, output_axis: int | None = None, index: int = 0, seed: int = SEED
+    f: Function, x: Values, axis: int = 1, output_axis: int | None = None, index: int = 0, seed: int = SEED
 ) -> float:
     """f(x)ᵢ depends on xᵢ alone: every other node, pixel or token may be anything.
 
@@ -227,7 +227,7 @@ def locality(
     return _relative(np.take(f(noise), index, where), np.take(f(x), index, where))
 
 
-def symmetry(f: Function, x: np.ndarray, axes: tuple[int, int] = (-2, -1)) -> float:
+def symmetry(f: Function, x: Values, axes: tuple[int, int] = (-2, -1)) -> float:
     """f(x)ᵢⱼ = f(x)ⱼᵢ: distances and contacts have no direction.
 
     Parameters
@@ -279,7 +279,7 @@ def _fit(a: Array, b: Array) -> None:
         raise UsageError(f"the shapes {a.shape} and {b.shape}, which the law compares, are not the same")
 
 
-def _relative(found: np.ndarray, wanted: np.ndarray) -> float:
+def _relative(found: Values, wanted: Values) -> float:
     """max |found − wanted| / max |wanted|; 0 for 0 / 0."""
     a, b = np.asarray(found, np.float64), np.asarray(wanted, np.float64)
     _fit(a, b)
@@ -289,14 +289,15 @@ def _relative(found: np.ndarray, wanted: np.ndarray) -> float:
     return off / size if size else (float("inf") if off else 0.0)
 
 
-def _mapped(matrix: Array, x: np.ndarray, axis: int) -> Array:
+def _mapped(matrix: Array, x: Values, axis: int) -> Array:
     """matrix · x along one axis, which comes first in the result."""
     if matrix.shape[1] != x.shape[axis]:
         raise UsageError(f"the matrix has {matrix.shape[1]} columns, and axis {axis} has {x.shape[axis]} channels")
-    return np.tensordot(matrix, np.asarray(x, np.float64), axes=(1, axis))
+    mapped: Array = np.asarray(np.tensordot(matrix, np.asarray(x, np.float64), axes=(1, axis)), np.float64)
+    return mapped
 
 
-def _gram(x: np.ndarray, axis: int) -> Array:
+def _gram(x: Values, axis: int) -> Array:
     rows = np.moveaxis(np.asarray(x, np.float64), axis, 0).reshape(x.shape[axis], -1)
     product: Array = rows @ rows.T
     return product

@@ -18,7 +18,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pwopt.algebra import Array
+from pwopt.algebra import Array, Values
 from pwopt.evidence.evaluation import MAX_WORK, NUMBERS, SMALLEST, Side, Tensors, TooLargeError, UnfitError
 from pwopt.graph.dtypes import FLOATS, epsilon
 from pwopt.graph.journal import State
@@ -297,7 +297,7 @@ def _tested(
     )
 
 
-def _alike(a: np.ndarray, b: np.ndarray) -> bool:
+def _alike(a: Values, b: Values) -> bool:
     if {a.dtype.kind, b.dtype.kind} - set("fiub"):
         raise UnfitError("its results are not numbers")
     if not a.size:
@@ -305,7 +305,7 @@ def _alike(a: np.ndarray, b: np.ndarray) -> bool:
     return a.shape == b.shape and a.dtype.kind == b.dtype.kind
 
 
-def _mismatch(tensor: gs.Tensor, a: np.ndarray, b: np.ndarray) -> str:
+def _mismatch(tensor: gs.Tensor, a: Values, b: Values) -> str:
     return f"{tensor.name!r} was {a.dtype}{list(a.shape)}, and is {b.dtype}{list(b.shape)}"
 
 
@@ -316,7 +316,7 @@ def _ratio(gap: Array, scale: Array | float) -> float:
     return math.inf if np.isnan(ratio).any() else float(np.max(ratio, initial=0.0))
 
 
-def _moved(value: np.ndarray, reference: np.ndarray) -> float:
+def _moved(value: Values, reference: Values) -> float:
     if value.shape != reference.shape:
         return 0.0
     with np.errstate(all="ignore"):
@@ -346,7 +346,7 @@ def _signed(rng: np.random.Generator, size: tuple[int, ...]) -> Array:
     return np.asarray((1.0 + rng.integers(0, GRID, size) / GRID) * rng.choice((-1.0, 1.0), size))
 
 
-def _probe(view: View, tensor: gs.Tensor, size: tuple[int, ...], scale: float, rng: np.random.Generator) -> np.ndarray:
+def _probe(view: View, tensor: gs.Tensor, size: tuple[int, ...], scale: float, rng: np.random.Generator) -> Values:
     kind = _kind(view, tensor)
     if kind == "f":
         return _signed(rng, size) * scale

@@ -15,7 +15,7 @@ import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
-from pwopt.algebra import Array
+from pwopt.algebra import Array, Values
 from pwopt.graph.dtypes import FLOATS, epsilon
 from pwopt.graph.journal import State
 from pwopt.graph.view import View
@@ -31,8 +31,8 @@ NUMBERS: dict[str, Sequence[int]] = {
     "BatchNormalization": (1, 2, 3, 4), "Clip": (1, 2), "Min": (0, 1), "Max": (0, 1), "PRelu": (1,),
 }  # fmt: skip
 
-Tensors = dict[int, np.ndarray]
-Rule = Callable[["Side", State, list[Any], bool], list[np.ndarray]]
+Tensors = dict[int, Values]
+Rule = Callable[["Side", State, list[Any], bool], list[Values]]
 
 
 class UnfitError(Exception):
@@ -60,7 +60,7 @@ class Side:
         self._constants: Tensors = {}
         self._references: dict[int, ReferenceEvaluator] = {}
 
-    def constant(self, tensor: gs.Tensor) -> np.ndarray | None:
+    def constant(self, tensor: gs.Tensor) -> Values | None:
         """Value of a constant, floating-point ones in float64."""
         if id(tensor) not in self._constants:
             if (self.view.elements(tensor) or 0) > MAX_WORK // 8:
@@ -79,7 +79,7 @@ class Side:
 
     def run(
         self,
-        feeds: Mapping[int, np.ndarray],
+        feeds: Mapping[int, Values],
         adjust: Callable[[Array, gs.Tensor], Array] | None,
         absolute: bool = False,
     ) -> Tensors:
@@ -121,7 +121,7 @@ class Side:
         if self.work > MAX_WORK:
             raise TooLargeError
 
-    def value(self, tensor: gs.Tensor, values: Tensors) -> np.ndarray:
+    def value(self, tensor: gs.Tensor, values: Tensors) -> Values:
         """The value of a tensor after a run: computed, or constant."""
         value = values.get(id(tensor))
         value = self.constant(tensor) if value is None else value
@@ -129,7 +129,7 @@ class Side:
             raise UnfitError(f"nothing makes {tensor.name!r}")
         return value
 
-    def _apply(self, state: State, inputs: list[Any], absolute: bool) -> list[np.ndarray]:
+    def _apply(self, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
         rule = RULES.get(state.op) if self.view.op(state.node) else None
         try:
             if rule is not None:
@@ -138,7 +138,7 @@ class Side:
             raise UnfitError(f"{state.op} does not take such inputs") from error
         return self.reference(state, inputs)
 
-    def reference(self, state: State, inputs: list[Any]) -> list[np.ndarray]:
+    def reference(self, state: State, inputs: list[Any]) -> list[Values]:
         """One operator by onnx's reference evaluator."""
         if not self.view.op(state.node):
             raise UnfitError(f"{state.op} is not one of ONNX's own operators")
@@ -169,7 +169,7 @@ def rule(*ops: str) -> Callable[[Rule], Rule]:
     return register
 
 
-def _wide(value: np.ndarray) -> np.ndarray:
+def _wide(value: Values) -> Values:
     return value.astype(np.float64) if value.dtype.kind in "fV" or str(value.dtype) in FLOATS else value
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pwopt.algebra import Array
+from pwopt.algebra import Array, Values
 from pwopt.graph.dtypes import epsilon, floating
 
 #: Elements that are looked at together.
@@ -169,13 +169,13 @@ def _plain(value: Any) -> Any:
     return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
-def _pieces(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+def _pieces(*arrays: Values) -> Iterator[tuple[Values, ...]]:
     flat = [a.reshape(-1) for a in arrays]
     for start in range(0, flat[0].size, PIECE):
         yield tuple(f[start : start + PIECE] for f in flat)
 
 
-def _discrete(reference: np.ndarray, value: np.ndarray) -> Agreement:
+def _discrete(reference: Values, value: Values) -> Agreement:
     different, gap, total, scale = 0, 0.0, 0.0, 0.0
     for a, b in _pieces(reference, value):
         different += int(np.sum(a != b))
@@ -190,9 +190,7 @@ def _discrete(reference: np.ndarray, value: np.ndarray) -> Agreement:
     )  # fmt: skip
 
 
-def _continuous(
-    reference: np.ndarray, value: np.ndarray, rtol: float | None, atol: float | None, brief: bool
-) -> Agreement:
+def _continuous(reference: Values, value: Values, rtol: float | None, atol: float | None, brief: bool) -> Agreement:
     scale, squares, compared = 0.0, 0.0, 0
     for a, b in _pieces(reference, value):
         x, y = a.astype(np.float64), b.astype(np.float64)
@@ -259,9 +257,10 @@ def _decibels(signal: float, noise: float) -> float:
     return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
-def _drawn(reference: np.ndarray, value: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+def _drawn(reference: Values, value: Values, most: int) -> tuple[Values, Values]:
     """Up to `most` finite pairs, the same ones every time."""
-    a, b = reference.reshape(-1), value.reshape(-1)
+    a: Values = reference.reshape(-1)
+    b: Values = value.reshape(-1)
     if a.size > most:
         picks = np.sort(np.random.default_rng(0).integers(0, a.size, most))
         a, b = a[picks], b[picks]
@@ -269,7 +268,7 @@ def _drawn(reference: np.ndarray, value: np.ndarray, most: int) -> tuple[np.ndar
     return a[finite], b[finite]
 
 
-def ulps(a: np.ndarray, b: np.ndarray) -> Array:
+def ulps(a: Values, b: Values) -> Array:
     """How many floating-point numbers apart two arrays of finite numbers are, element by element."""
     bits = np.dtype(f"i{a.dtype.itemsize}")
     x, y = np.ascontiguousarray(a).view(bits).astype(np.int64), np.ascontiguousarray(b).view(bits).astype(np.int64)
@@ -279,7 +278,7 @@ def ulps(a: np.ndarray, b: np.ndarray) -> Array:
     return apart
 
 
-def _ranking(reference: np.ndarray, value: np.ndarray) -> tuple[float | None, float | None]:
+def _ranking(reference: Values, value: Values) -> tuple[float | None, float | None]:
     """`top1` and `top5` of an `Agreement`."""
     axis = 1 if reference.ndim >= 4 else reference.ndim - 1
     if axis < 0 or reference.shape[axis] < 2:
@@ -301,7 +300,7 @@ def _ranking(reference: np.ndarray, value: np.ndarray) -> tuple[float | None, fl
     return firsts / positions, overlap / positions if classes > 5 else None
 
 
-def _rows(*arrays: np.ndarray) -> Iterator[tuple[np.ndarray, ...]]:
+def _rows(*arrays: Values) -> Iterator[tuple[Values, ...]]:
     """Pieces of arrays as matrices of their last axis, however it lies in memory."""
     first = arrays[0]
     axis = int(np.argmax(first.shape[:-1])) if first.ndim > 1 else 0

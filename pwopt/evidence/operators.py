@@ -12,44 +12,44 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
 
-from pwopt.algebra import Array
+from pwopt.algebra import Array, Values
 from pwopt.evidence.evaluation import Side, TooLargeError, UnfitError, rule
 from pwopt.graph.dtypes import FLOATS
 from pwopt.graph.journal import State
 
 
 @rule("Identity", "Dropout")
-def _identity(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[np.ndarray]:
+def _identity(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     if len([t for t in state.outputs if t.name]) > 1:
         return side.reference(state, inputs)
     return [inputs[0]]
 
 
 @rule("Cast")
-def _cast(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[np.ndarray]:
+def _cast(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     to = onnx.helper.tensor_dtype_to_np_dtype(int(state.attrs["to"]))
     return [inputs[0].astype(np.float64 if str(to) in FLOATS else to)]
 
 
 @rule("Constant")
-def _constant(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[np.ndarray]:
+def _constant(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     held = state.attrs.get("value")
     value = side.constant(held) if isinstance(held, gs.Tensor) else None
     return [value] if value is not None else side.reference(state, inputs)
 
 
 @rule("Size")
-def _size(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[np.ndarray]:
+def _size(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     return [np.array(inputs[0].size, np.int64)]
 
 
 @rule("Shape")
-def _shape(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[np.ndarray]:
+def _shape(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     return [np.array(inputs[0].shape[slice(state.attrs.get("start", 0), state.attrs.get("end"))], np.int64)]
 
 
 @rule("Add", "Sub", "Mul", "Div", "Sum")
-def _arithmetic(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[np.ndarray]:
+def _arithmetic(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     if "axis" in state.attrs and inputs[1].ndim:  # before opset 7, operands are aligned at an axis
         extra = inputs[0].ndim - state.attrs["axis"] - inputs[1].ndim
         inputs = [inputs[0], inputs[1].reshape(inputs[1].shape + (1,) * extra)]
@@ -64,39 +64,39 @@ def _arithmetic(side: Side, state: State, inputs: list[Any], absolute: bool) -> 
 
 
 @rule("Neg")
-def _neg(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[np.ndarray]:
+def _neg(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     return [inputs[0] if absolute else -inputs[0]]
 
 
 @rule("Relu")
-def _relu(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[np.ndarray]:
+def _relu(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     return [np.maximum(inputs[0], 0)]
 
 
 @rule("Sigmoid")
-def _sigmoid(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[np.ndarray]:
+def _sigmoid(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     """(1 + tanh(x / 2)) / 2: the reference evaluator takes a hundred times as long."""
     return [0.5 + 0.5 * np.tanh(0.5 * inputs[0])]
 
 
 @rule("Concat")
-def _concat(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[np.ndarray]:
+def _concat(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     return [np.concatenate(inputs, axis=state.attrs.get("axis", 1))]
 
 
 @rule("Transpose")
-def _transpose(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[np.ndarray]:
+def _transpose(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     return [np.transpose(inputs[0], state.attrs.get("perm"))]
 
 
 @rule("MatMul")
-def _matmul(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[np.ndarray]:
+def _matmul(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     side.spend(inputs[0].size * inputs[1].shape[-1])
     return [inputs[0] @ inputs[1]]
 
 
 @rule("Gemm")
-def _gemm(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[np.ndarray]:
+def _gemm(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     a = inputs[0].T if state.attrs.get("transA", 0) else inputs[0]
     b = inputs[1].T if state.attrs.get("transB", 0) else inputs[1]
     if a.ndim != 2:
@@ -109,7 +109,7 @@ def _gemm(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[n
 
 
 @rule("BatchNormalization")
-def _normalise(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[np.ndarray]:
+def _normalise(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     if state.attrs.get("training_mode", 0) or any(t.name for t in state.outputs[1:]) or len(inputs) != 5:
         return side.reference(state, inputs)
     x = inputs[0]
@@ -137,7 +137,7 @@ def _windows(
     return strides, dilations, pads[:rank], pads[rank:]
 
 
-def _taps(x: np.ndarray, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> list[np.ndarray]:
+def _taps(x: Values, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> list[Values]:
     """What each tap of a window sees, from an input that is padded already."""
     counts = [
         (n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[2:], kernel, strides, dilations, strict=True)
@@ -154,7 +154,7 @@ def _taps(x: np.ndarray, kernel: Sequence[int], strides: Sequence[int], dilation
 
 
 @rule("Conv")
-def _conv(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[np.ndarray]:
+def _conv(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     x, weight, groups = inputs[0], inputs[1], state.attrs.get("group", 1)
     kernel = weight.shape[2:]
     strides, dilations, begins, ends = _windows(state, x.shape[2:], kernel)
@@ -177,7 +177,7 @@ def _conv(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[n
 
 
 @rule("ConvTranspose")
-def _conv_transpose(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[np.ndarray]:
+def _conv_transpose(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     x, weight, groups = inputs[0], inputs[1], state.attrs.get("group", 1)
     if "output_shape" in state.attrs or state.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
         return side.reference(state, inputs)
@@ -203,7 +203,7 @@ def _conv_transpose(side: Side, state: State, inputs: list[Any], absolute: bool)
 
 
 @rule("MaxPool", "AveragePool")
-def _pool(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[np.ndarray]:
+def _pool(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     if state.attrs.get("ceil_mode", 0) or len([t for t in state.outputs if t.name]) > 1:
         return side.reference(state, inputs)
     x, kernel = inputs[0], list(state.attrs["kernel_shape"])
@@ -223,7 +223,7 @@ def _pool(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[n
 
 
 @rule("Resize", "Upsample")
-def _resize(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[np.ndarray]:
+def _resize(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     """One axis after the other: interpolation is separable."""
     x = inputs[0]
     odd = {"axes", "antialias", "keep_aspect_ratio_policy"} & set(state.attrs)
@@ -275,7 +275,7 @@ def _interpolation(
     evaluator = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)]))
     columns = []
     for i in range(count):
-        feeds: dict[str, np.ndarray] = {
+        feeds: dict[str, Values] = {
             "x": np.eye(count)[i],
             "scales": np.array([scale], np.float32),
             "sizes": np.array([size], np.int64),

@@ -10,6 +10,7 @@ import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
+from pwopt.algebra import Values
 from pwopt.graph.shapes import Shape, dims, known
 
 #: A constant is computed if it is not larger than this, or than what it is computed from.
@@ -23,8 +24,8 @@ NEGLIGIBLE_BYTES = 1 << 10
 
 
 def evaluate(
-    node: gs.Node, values: dict[str, np.ndarray], opset: int, growth: int = MAX_FOLDED_BYTES
-) -> list[np.ndarray] | str:
+    node: gs.Node, values: dict[str, Values], opset: int, growth: int = MAX_FOLDED_BYTES
+) -> list[Values] | str:
     """Outputs of a node on constants, or why they are not computed. Their size is known before they are made.
 
     They may have `growth` bytes more than `values`.

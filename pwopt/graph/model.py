@@ -21,6 +21,7 @@ from onnx import TensorProto, numpy_helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import LazyValues
 
+from pwopt.algebra import Values
 from pwopt.errors import ModelError
 from pwopt.graph.storage import copy_fields, locations_of
 
@@ -46,7 +47,7 @@ class StoredValues(LazyValues):  # type: ignore[misc]
             raise ModelError(f"initializer {tensor.name!r} does not hold what its shape says; export the model again")
         self.nbytes = elements * self.dtype.itemsize
 
-    def load(self) -> np.ndarray:
+    def load(self) -> Values:
         try:
             return np.array(numpy_helper.to_array(self.tensor, str(self.folder or "")))
         except (ValueError, TypeError, OSError, onnx.checker.ValidationError) as error:

@@ -14,7 +14,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
-from pwopt.algebra import Array
+from pwopt.algebra import Array, Values
 from pwopt.graph.dtypes import FLOATING
 from pwopt.graph.journal import Journal
 from pwopt.graph.model import StoredValues
@@ -182,7 +182,7 @@ class View:
         held = self.constant(tensor)
         return None if held is None else int(np.prod(held.shape, dtype=np.int64))
 
-    def raw(self, tensor: gs.Tensor) -> np.ndarray | None:
+    def raw(self, tensor: gs.Tensor) -> Values | None:
         """Value of a constant in the model's own type; None if not constant."""
         held = self.constant(tensor)
         if held is None:
@@ -268,7 +268,7 @@ class View:
         self._node_names.add(candidate)
         return candidate if base else ""
 
-    def new_constant(self, name: str, values: np.ndarray) -> gs.Constant:
+    def new_constant(self, name: str, values: Values) -> gs.Constant:
         return gs.Constant(self.unique(name), np.asarray(values, order="C"))
 
     def release(self, names: Iterable[str]) -> None:

@@ -143,8 +143,8 @@ class Analysis:
         if scan is None or reading.axis is None or self.view.shared(reading.weight_input):
             return Flow(node)
         source = self._input(reading.source, reading.axis, g.in_channels)
-        value = np.full(g.out_channels, np.nan)
-        radius = np.zeros(g.out_channels)
+        value: Array = np.full(g.out_channels, np.nan)
+        radius: Array = np.zeros(g.out_channels)
         tiny = vanishing(scan.rows)
         anchored = source is not None and bool(source.constant.any())
         if tiny.any() or anchored:
@@ -260,6 +260,8 @@ class Analysis:
         source = self._input(node.inputs[0], None) if node.inputs else None
         if source is None or len([t for t in node.outputs if t.name]) != 1:
             return Flow(node)
+        value: Array
+        radius: Array
         constant = source.constant
         if op in ELEMENTWISE:
             if any(self.view.elements(t) != 1 for t in node.inputs[1:] if t.name):

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pwopt.algebra import Array
+from pwopt.algebra import Array, Values
 from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph.view import View
@@ -34,7 +34,7 @@ class Written:
     residual: float
 
 
-def rounded(values: Array, dtype: np.dtype[Any]) -> np.ndarray | Refusal:
+def rounded(values: Array, dtype: np.dtype[Any]) -> Values | Refusal:
     """`values` in the model's type, rounded once; refused if one overflows or a whole channel's weights vanish."""
     with np.errstate(over="ignore", under="ignore"):
         low = values.astype(dtype)

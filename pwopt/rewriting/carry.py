@@ -9,6 +9,7 @@ from typing import Protocol, TypeVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from pwopt.algebra import Values
 from pwopt.graph import attributes
 from pwopt.graph.shapes import Shape
 from pwopt.graph.view import View
@@ -16,7 +17,7 @@ from pwopt.maps.elementwise import ELEMENTWISE
 from pwopt.rewriting.driver import Rewriter
 from pwopt.rewriting.records import Rewrite
 
-Numbers = Callable[[], np.ndarray]
+Numbers = Callable[[], Values]
 
 
 @dataclass(frozen=True)
@@ -45,7 +46,7 @@ class Guise(Protocol):
     def operand(self, shape: Sequence[int]) -> tuple[int, ...] | None:
         """The shape in which a constant broadcasts as before; None if there is none."""
 
-    def turned(self, values: np.ndarray) -> np.ndarray:
+    def turned(self, values: Values) -> Values:
         """A constant in that shape."""
 
     def shape(self, shape: Shape) -> Shape:
@@ -178,7 +179,7 @@ def _arithmetic(rw: Rewriter, guise: Guise, node: gs.Node) -> Arguments | None:
 
 
 def turned(rw: Rewriter, guise: Guise, held: gs.Tensor) -> Numbers:
-    def numbers() -> np.ndarray:
+    def numbers() -> Values:
         raw = rw.raw(held)
         assert raw is not None
         return guise.turned(raw)

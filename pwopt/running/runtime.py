@@ -18,9 +18,10 @@ import numpy as np
 import onnx
 
 import pwopt
+from pwopt.algebra import Values
 from pwopt.errors import ModelError, ProviderError, UsageError
 
-Feeds = dict[str, np.ndarray]
+Feeds = dict[str, Values]
 
 #: Short names of execution providers; any other is taken literally.
 PROVIDERS = {

@@ -14,6 +14,7 @@ import onnx
 from google.protobuf.message import DecodeError
 from onnx import numpy_helper
 
+from pwopt.algebra import Values
 from pwopt.errors import UsageError
 from pwopt.graph.dtypes import floating
 from pwopt.graph.shapes import written
@@ -88,9 +89,7 @@ def make_feeds(
     return {s.name: _draw(s, tuple(shapes[s.name]), kind, rng, (ranges or {}).get(s.name)) for s in specs}
 
 
-def _draw(
-    spec: InputSpec, shape: tuple[int, ...], kind: str, rng: np.random.Generator, given: Range | None
-) -> np.ndarray:
+def _draw(spec: InputSpec, shape: tuple[int, ...], kind: str, rng: np.random.Generator, given: Range | None) -> Values:
     if spec.dtype.kind == "O":
         texts = np.asarray(rng.integers(0, kind != "zeros", shape, endpoint=True)).astype(str)
         return np.asarray(texts.astype(object))
@@ -159,7 +158,7 @@ def given_samples(
     return [Sample(str(path), as_feeds(arrays, specs, shapes, repr(str(path)))) for path, arrays in found]
 
 
-def _sets(path: Path, specs: Sequence[InputSpec]) -> list[tuple[Path, dict[str, np.ndarray]]]:
+def _sets(path: Path, specs: Sequence[InputSpec]) -> list[tuple[Path, dict[str, Values]]]:
     """Every set of inputs that a path leads to."""
     if not path.is_dir():
         return [(path, _read(path, specs))]
@@ -182,7 +181,7 @@ def _sets(path: Path, specs: Sequence[InputSpec]) -> list[tuple[Path, dict[str, 
     return [s for folder in folders for s in _sets(folder, specs)]
 
 
-def _read(path: Path, specs: Sequence[InputSpec]) -> dict[str, np.ndarray]:
+def _read(path: Path, specs: Sequence[InputSpec]) -> dict[str, Values]:
     if path.suffix == ".pb":
         alone = _values(_tensor(path), path)
     else:
@@ -219,7 +218,7 @@ def _tensor(path: Path) -> onnx.TensorProto:
     return tensor
 
 
-def _values(tensor: onnx.TensorProto, path: Path) -> np.ndarray:
+def _values(tensor: onnx.TensorProto, path: Path) -> Values:
     try:
         return np.asarray(numpy_helper.to_array(tensor))
     except (ValueError, TypeError) as error:
@@ -251,7 +250,7 @@ def as_feeds(
     return {s.name: _cast(arrays[s.name], s, where) for s in specs}
 
 
-def _cast(array: np.ndarray, spec: InputSpec, where: str) -> np.ndarray:
+def _cast(array: Values, spec: InputSpec, where: str) -> Values:
     try:
         with np.errstate(invalid="ignore"):
             cast = array.astype(spec.dtype)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pwopt.algebra import Values
 from pwopt.running.runtime import Feeds, Session
 
 #: Rounds before the first one that counts.
@@ -28,7 +29,7 @@ class Race:
         Seconds by `Session.clock`, one array per model; equal indices ran in the same round.
     """
 
-    times: tuple[np.ndarray, ...]
+    times: tuple[Values, ...]
 
     @property
     def rounds(self) -> int:
