@@ -2,7 +2,7 @@
 
 `nox -s oldest` tests the lower bounds of pyproject.toml themselves: each requirement ``name>=version`` is installed as
 ``name==version``. `nox -s "newest-3.12"` runs on one Python; Pythons that are not installed are skipped. Arguments
-after ``--`` go to pytest: `nox -s oldest -- -x tests/test_forms.py`.
+after ``--`` go to pytest: `nox -s oldest -- -x tests/maps/test_forms.py`.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def main(
     chosen = [known[name] for name in names or known]
     for system in chosen if build else ():
         system.path.write_bytes(serialised(system))
-    console = Console()
+    console = Console(emoji=False)
     try:
         rows = [check(s, seconds) for s in track(chosen, "checking", console=console, transient=True)]
     except PwoptError as error:

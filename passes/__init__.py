@@ -19,7 +19,7 @@ from pwopt.passes.keep_layout import KeepLayout
 from pwopt.passes.lower_rank import LowerRank
 from pwopt.passes.merge_siblings import MergeSiblings
 from pwopt.passes.name_activations import NameActivations
-from pwopt.passes.pad_channels import FillBlocks, PadChannels
+from pwopt.passes.pad_channels import FillBlocks, FillTensorCores, PadChannels
 from pwopt.passes.split_concat import SplitConcat
 from pwopt.passes.split_multiplier import SplitMultiplier
 from pwopt.passes.split_siblings import SplitSiblings
@@ -47,6 +47,7 @@ PASSES: tuple[type[Pass], ...] = (
     KeepLayout,
     PadChannels,
     FillBlocks,
+    FillTensorCores,
     LowerRank,
     ChannelsFirst,
     ChannelsLast,
@@ -68,6 +69,7 @@ __all__ = [
     "FactorGates",
     "FactorRanks",
     "FillBlocks",
+    "FillTensorCores",
     "FoldAffine",
     "FoldChains",
     "HoistCrop",

@@ -73,14 +73,8 @@ class CleanUp(Pass):
             if rw.op(node) not in ("Mul", "Add", "MatMul")
             else next(t for t in node.inputs if rw.constant(t) is None)
         )
-        removed = (describe(node),)
-        around = [rw.producer(source), *rw.readers(node.outputs[0])]
-        if not rw.bypass(node, source):
-            return Skip(f"{reason}, but it joins two tensors that must both stay visible")
-        for neighbour in around:
-            if neighbour is not None:
-                rw.enqueue_around(neighbour)
-        return Rewrite(reason, removed)
+        done = rw.drop(node, source, reason)
+        return done or Skip(f"{reason}, but it joins two tensors that must both stay visible")
 
     def _fold(self, node: gs.Node, rw: Rewriter, op: str) -> Rewrite | Skip | None:
         shape = rw.shape(node.inputs[0]) if node.inputs else None

@@ -27,6 +27,7 @@ class KeepLayout(Pass):
 
     name = "keep-layout"
     policy = "measured"
+    pays_on = frozenset({"cpu", "other"})  # graphics cards have no blocked layout
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
         form = FORMS.get(rw.op(node))

@@ -29,6 +29,7 @@ class SplitMultiplier(Pass):
 
     name = "split-multiplier"
     policy = "measured"
+    pays_on = frozenset({"cpu", "other"})  # graphics cards have no blocked layout
 
     def start(self, rw: Rewriter) -> None:
         self._places: dict[int, tuple[list[Channels], Analysis]] = {}

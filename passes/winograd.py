@@ -54,6 +54,7 @@ class Winograd(Pass):
 
     name = "winograd"
     policy = "measured"
+    pays_on = frozenset({"cpu", "other"})  # graphics cards have no blocked layout
     #: What must be saved, relative to what it costs, to be worth a race.
     least: ClassVar[float] = 1.0
 

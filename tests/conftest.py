@@ -3,6 +3,9 @@ import sys
 import tempfile
 from pathlib import Path
 
+import pytest
+
+pytest.register_assert_rewrite("helpers", "judge")
 os.environ.setdefault("COLUMNS", "120")
 #: Decisions of races in tests stay out of the user's cache.
 _CACHE = tempfile.TemporaryDirectory(prefix="pwopt-cache-")

@@ -68,7 +68,7 @@ def run(model: onnx.ModelProto, *passes: Pass, **options: object) -> tuple[onnx.
     options.setdefault("certifier", certify)
     outcome = Pipeline(passes).run(loaded.graph, reserved=loaded.names(), **options)  # type: ignore[arg-type]
     failed = [(r.site, r.certificate) for r in outcome.rewrites if r.certificate and not r.certificate.passed]
-    assert not failed
+    assert not failed, failed
     result = loaded.to_proto()
     onnx.checker.check_model(result, full_check=True)
     return result, outcome, loaded

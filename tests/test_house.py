@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib
 import itertools
 import re
 import subprocess
@@ -119,7 +120,39 @@ def test_the_first_rewrite_works(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "pytest", *options, str(tmp_path / "test_drop_sign.py")]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "9 passed" in done.stdout
+    assert "11 passed" in done.stdout
+
+
+def test_every_pass_is_listed_tested_and_told() -> None:
+    from pwopt import passes
+    from pwopt.rewriting import Pass
+
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    for path in (ROOT / "passes").glob("[a-z]*.py"):
+        module = importlib.import_module(f"pwopt.passes.{path.stem}")
+        found = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, Pass)]
+        own = [c for c in found if c.__module__ == module.__name__ and hasattr(c, "name")]
+        assert own, path
+        assert set(own) <= set(passes.PASSES), f"passes/__init__.py leaves one of {own} out"
+        assert (ROOT / "tests" / "passes" / f"test_{path.stem}.py").exists(), f"tests/passes lacks {path.stem}"
+        for c in own:
+            assert f"`{c.name}`" in readme, f"README.md does not tell of {c.name}"
+
+
+@pytest.mark.parametrize(
+    "page", sorted(p for p in ROOT.glob("**/*.md") if ".venv" not in p.parts), ids=lambda p: p.name
+)
+def test_what_pages_name_is_there(page: Path) -> None:
+    text = page.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:pwopt|passes|tests|models|docs)/[\w./-]*|[a-z]+/[a-z_]+\.py)`", text)
+    named += re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
+    for name in named:
+        places = (ROOT / name, page.parent / name, ROOT / "pwopt" / name)
+        missing = not any(p.exists() for p in places) and name not in (
+            "passes/drop_sign.py",
+            "tests/passes/test_drop_sign.py",
+        )
+        assert not missing, f"{page.name} names {name}"
 
 
 def test_the_public_face_is_as_type_checkers_see_it() -> None:

@@ -16,6 +16,7 @@ import typer
 import pwopt
 from pwopt.cli.bench import bench
 from pwopt.cli.cache import cache
+from pwopt.cli.doctor import doctor
 from pwopt.cli.inspect import inspect
 from pwopt.cli.optimize import optimize
 from pwopt.cli.passes import passes
@@ -35,7 +36,7 @@ app = typer.Typer(
     epilog="Exit codes: 0 done; 1 not equivalent, nothing written; 2 usage; 3 model unreadable or invalid; "
     "4 execution provider unavailable; 5 internal error.",
 )
-for command in (optimize, verify, inspect, passes, bench, profile, cache):
+for command in (optimize, verify, inspect, passes, bench, profile, cache, doctor):
     app.command(command.__name__)(command)
 
 

@@ -10,6 +10,7 @@ from pwopt.optimizing.request import RACE_SECONDS
 def bench(
     models: options.Raced,
     provider: options.Provider = "cpu",
+    provider_option: options.ProviderOptions = None,
     threads: options.Threads = 1,
     shape: options.Shapes = None,
     batch: options.Batch = None,
@@ -26,6 +27,7 @@ def bench(
     from pwopt.running import runtime
     from pwopt.running.bench import benchmark
 
+    provider = options.placed(provider, provider_option)
     said.check_report(report, *models)
     if report is not None and kind_of(report) != "json":
         raise UsageError(f"bench reports in JSON only; call it {str(report.with_suffix('.json'))!r}")

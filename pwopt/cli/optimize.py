@@ -16,6 +16,7 @@ def optimize(
     model: options.ModelPath,
     output: options.Output = None,
     provider: options.Provider = Request.provider,
+    provider_option: options.ProviderOptions = None,
     cost: options.Cost = Request.cost_model,
     shape: options.Shapes = None,
     inputs: options.Inputs = None,
@@ -48,10 +49,10 @@ def optimize(
     said.check_report(report, model, out)
     check_available(report)
     request = Request(
-        out, provider=provider, cost_model=cost, shapes=options.one_round(shape), inputs=inputs or None,
-        passes=None if passes is None else options.words(passes), deny=deny or (), threads=threads, static=static,
-        opset=opset, rtol=rtol, atol=atol, check=not no_verify, budget=budget, cache=not no_cache,
-        target_profile=target_profile, force=force,
+        out, provider=options.placed(provider, provider_option), cost_model=cost, shapes=options.one_round(shape),
+        inputs=inputs or None, passes=None if passes is None else options.words(passes), deny=deny or (),
+        threads=threads, static=static, opset=opset, rtol=rtol, atol=atol, check=not no_verify, budget=budget,
+        cache=not no_cache, target_profile=target_profile, force=force,
     )  # fmt: skip
     console = said.console()
     try:

@@ -28,7 +28,18 @@ Output = Annotated[
 ProfileOutput = Annotated[
     Path, typer.Option("--output", "-o", metavar="FILE.json", help="Where to write the profile.", show_default=False)
 ]
-Provider = Annotated[str, typer.Option(help="Execution provider: cpu, cuda, openvino… It runs there or not at all.")]
+Provider = Annotated[
+    str, typer.Option(help="Execution provider: cpu, cuda, cuda:1, openvino… It runs there or not at all.")
+]
+OnlyProvider = Annotated[
+    str | None, typer.Option("--provider", help="Start only this one.  (default: all)", show_default=False)
+]
+ProviderOptions = Annotated[
+    list[str] | None,
+    typer.Option(
+        metavar="KEY=VALUE", help="Option of the provider, as onnxruntime names it; repeatable.", show_default=False
+    ),
+]
 Cost = Annotated[str, typer.Option(help="measured: race the result; analytic: decide from shapes alone.")]
 Shapes = Annotated[
     list[str] | None,
@@ -116,6 +127,7 @@ Batch = Annotated[
     str | None, typer.Option(metavar="1,8,32", help="Batch sizes to try, for dynamic first axes.", show_default=False)
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+PrintJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Every = Annotated[bool, typer.Option("--all", help="List k×k convolutions too, not only pointwise maps.")]
 Weights = Annotated[
     bool, typer.Option("--properties", help="The weights of pointwise maps instead: rank, spectrum, kind, channels.")
@@ -144,6 +156,19 @@ FigureDetails = Annotated[
     bool, typer.Option("--details", help="Print every figure of every output, relative errors and units too.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")]
+
+
+def placed(provider: str, given: Sequence[str] | None) -> str:
+    """A provider with its options, as one text."""
+    from pwopt.running.providers import Provider, with_options
+
+    pairs = [text.partition("=") for text in given or ()]
+    for text, (key, equals, _) in zip(given or (), pairs, strict=True):
+        if not key or not equals:
+            raise UsageError(f"the provider option {text!r} is not of the form KEY=VALUE")
+    named = with_options(provider, {key: value for key, _, value in pairs})
+    Provider.parse(named)
+    return named
 
 
 def one_round(given: Sequence[str] | None) -> dict[str, tuple[int, ...]]:

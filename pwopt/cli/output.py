@@ -23,7 +23,7 @@ __all__ = ["check_report", "console", "plain", "telling_progress", "write", "wri
 
 def console(*, stderr: bool = False, wide: bool = False) -> Console:
     """The terminal, without colours of its own; `wide` leaves the breaking of lines to it."""
-    return Console(stderr=stderr, highlight=False, soft_wrap=wide)
+    return Console(stderr=stderr, highlight=False, soft_wrap=wide, emoji=False)  # a site may end in :x:
 
 
 def write(path: Path | None, content: str) -> None:

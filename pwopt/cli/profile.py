@@ -10,6 +10,7 @@ def profile(
     models: options.Recorded,
     output: options.ProfileOutput,
     provider: options.Provider = Request.provider,
+    provider_option: options.ProviderOptions = None,
     threads: options.Threads = Request.threads,
     shape: options.Shapes = None,
     budget: options.ModelBudget = Request.budget,
@@ -19,6 +20,7 @@ def profile(
     from pwopt.cli import output as said
     from pwopt.optimizing.profile import profile as record
 
+    provider = options.placed(provider, provider_option)
     said.check_report(output, *models)
     shapes = options.one_round(shape)
     with said.telling_progress(debug=debug) as progress:

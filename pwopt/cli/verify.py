@@ -12,6 +12,7 @@ def verify(
     original: options.Original,
     candidate: options.Candidate,
     provider: options.Provider = "cpu",
+    provider_option: options.ProviderOptions = None,
     shape: options.Rounds = None,
     inputs: options.Inputs = None,
     kinds: options.Kinds = "normal,uniform,normal",
@@ -35,6 +36,7 @@ def verify(
     from pwopt.reporting.report import Comparison, rewrites_from
     from pwopt.running import runtime, samples
 
+    provider = options.placed(provider, provider_option)
     said.check_report(report, original, candidate)
     check_available(report)
     records = () if rewrites is None else rewrites_from(rewrites)

@@ -13,6 +13,7 @@ from pwopt.graph.opset import convert_opset
 from pwopt.optimizing.request import Request
 from pwopt.running import runtime
 from pwopt.running.inputs import check_shapes, input_specs
+from pwopt.running.providers import Provider
 from pwopt.running.samples import Sample, given_samples, random_samples
 from pwopt.running.sizes import Sizes, likely_sizes, rounds
 from pwopt.selecting.compiler import select_passes
@@ -106,4 +107,5 @@ def plan(subject: Subject, request: Request, folder: Path) -> Work:
         target = from_proto(convert_opset(source, request.opset), source.folder)
     if request.static:
         target = from_proto(with_fixed_inputs(target.proto, subject.sizes), source.folder)
-    return Work(target, source, request.passes, request.deny, subject.sizes, folder)
+    kind = Provider.parse(request.provider).kind
+    return Work(target, source, request.passes, request.deny, subject.sizes, folder, kind)

@@ -18,8 +18,12 @@ from pwopt.optimizing.request import Request
 from pwopt.optimizing.subject import Subject
 from pwopt.reporting.report import Latency, Report
 from pwopt.running import bench
+from pwopt.running.providers import Provider
 from pwopt.selecting.selection import DEFECT, Arena, Choice, Work
 
+#: Microseconds to start an operator on a graphics card, from the framework's call to the kernel's first instruction; a
+#: launch alone takes 2 to 5 (NVIDIA, "Getting started with CUDA graphs", 2019).
+LAUNCH = 10.0
 #: Operators on integers that stand for reals, besides those called QLinear….
 QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
 
@@ -72,7 +76,11 @@ def rewritten(subject: Subject, work: Work, choice: Choice, request: Request, bl
     if refused:
         report = report.noted(f"{len(refused)} rewrites were refused by their certificates: {DEFECT}.")
     guessed = request.static and subject.guessed
-    return Attempt(proto, report.noted(*_notes(report, subject.source.proto, request.deny, guessed)))
+    report = report.noted(*_notes(report, subject.source.proto, request.deny, guessed))
+    unfit = work.unfit() if request.measured else []
+    if unfit:
+        report = report.noted(f"Not tried, since they serve the layout of another provider: {', '.join(unfit)}.")
+    return Attempt(proto, report)
 
 
 @dataclass(frozen=True)
@@ -125,7 +133,21 @@ def raced(pair: Pair, report: Report, request: Request) -> Report:
         race.median(0) * 1e3, race.median(1) * 1e3, race.speedup(), race.interval(),
         race.minimum(0) * 1e3, race.minimum(1) * 1e3, race.rounds,
     )  # fmt: skip
-    return replace(report, latency=latency, operators=pair.operators())
+    report = replace(report, latency=latency, operators=pair.operators())
+    return report.noted(*_launches(report, pair.arena))
+
+
+def _launches(report: Report, arena: Arena) -> Iterator[str]:
+    """Whether a graphics card spent its time starting operators, which hides what they compute."""
+    if report.latency is None or Provider.parse(arena.provider).kind != "gpu" or not report.after.nodes:
+        return
+    each = report.latency.after_ms * 1e3 / report.after.nodes
+    if each < LAUNCH:
+        yield (
+            f"{each:.1f} µs for each of {report.after.nodes} operators is what it takes to start them: at these sizes "
+            "the ratio says little of their arithmetic. Give a larger batch with --shape, or "
+            "--provider-option enable_cuda_graph=1."
+        )
 
 
 def _placed(equivalence: Equivalence, provider: str) -> Iterator[str]:

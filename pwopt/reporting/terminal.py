@@ -19,7 +19,8 @@ from pwopt.reporting.report import Report
 from pwopt.reporting.text import ELEMENTWISE, FIGURES, LEGEND, figures, general, plain
 from pwopt.rewriting.wording import counted
 from pwopt.running.bench import Row
-from pwopt.running.runtime import provider_name
+from pwopt.running.doctor import Finding
+from pwopt.running.providers import NVIDIA, Provider
 from pwopt.running.samples import KINDS
 from pwopt.selecting.inspection import Inspection
 from pwopt.selecting.properties import Properties
@@ -106,7 +107,7 @@ def render_comparison(equivalence: Equivalence, provider: str, console: Console,
 
 def render_samples(equivalence: Equivalence, provider: str, console: Console) -> None:
     """Print what the models were compared on, distributions of one size together."""
-    precise = ", with TF32 off" if provider_name(provider) == "CUDAExecutionProvider" else ""
+    precise = ", with TF32 off" if Provider.parse(provider).name in NVIDIA else ""
     parts = (label.partition(", ") for label in equivalence.inputs)
     drawn = [
         (kind, sizes) if sizes and kind.split()[0] in KINDS else (kind + comma + sizes, "")
@@ -248,6 +249,20 @@ def render_properties(found: Properties, console: Console) -> None:
     console.print(counted(len(found), "pointwise map"))
 
 
+def render_findings(findings: Sequence[Finding], console: Console) -> None:
+    """Print what `doctor` found, each with what would mend it."""
+    marks = {True: "[green]ok[/green]  ", False: "[red]no[/red]  ", None: "    "}
+    for f in findings:
+        console.print(f"{marks[f.ok]}[bold]{plain(f.subject)}[/bold]: {plain(f.detail)}", soft_wrap=True)
+        if f.remedy:
+            console.print(f"      {plain(f.remedy)}", soft_wrap=True)
+
+
+def _memory(row: Row) -> str:
+    device = "" if row.device_mb is None else f" + {row.device_mb:.0f} MB on the card"
+    return f"{row.memory_mb:.0f} MB{device}"
+
+
 def render_benchmark(rows: Sequence[Row], console: Console) -> None:
     """Models side by side, one row each, then what loading costs, and where each one's time goes."""
     times = _table("model", "input", "median", "minimum", "ratio [95 %]")
@@ -259,7 +274,7 @@ def render_benchmark(rows: Sequence[Row], console: Console) -> None:
         ratio = escape(f"{row.ratio:.3f} [{low:.3f}, {high:.3f}]")
         times.add_row(name, shapes, f"{row.median_ms:.2f} ms", f"{row.minimum_ms:.2f} ms", ratio)
         load, first = f"{row.session_ms:.0f} ms", f"{row.first_run_ms:.1f} ms"
-        costs.add_row(name, shapes, load, first, f"{row.memory_mb:.0f} MB", f"{row.layout_share:.1%}")
+        costs.add_row(name, shapes, load, first, _memory(row), f"{row.layout_share:.1%}")
     _show(times, console)
     _show(costs, console)
     for row in rows:

@@ -29,6 +29,9 @@ class Pass:
     name: ClassVar[str]
     #: When the rewrite is kept: "always", "if cheaper" or "measured".
     policy: ClassVar[str] = "always"
+    #: On which kinds of execution provider it may pay, if it is measured: "cpu" (onnxruntime's own, whose layout keeps
+    #: channels in blocks), "gpu", "other". Elsewhere it is a candidate only if it is asked for by name.
+    pays_on: ClassVar[frozenset[str]] = frozenset({"cpu", "gpu", "other"})
     #: How many operators above a rewrite hold facts that it rests on, beside its own region.
     context: ClassVar[int] = 0
     #: Whether a measured rewrite is made wherever it is exact, because it was measured or asked for.
@@ -161,6 +164,17 @@ class Rewriter(View):
         for tensor in node.outputs:
             for reader in self.readers(tensor):
                 self._enqueue(reader)
+
+    def drop(self, node: gs.Node, source: gs.Tensor, reason: str) -> Rewrite | None:
+        """Take out a node whose first output equals `source`; None if both tensors must stay visible."""
+        removed = (describe(node),)
+        around = [self.producer(source), *self.readers(node.outputs[0])]
+        if not self.bypass(node, source):
+            return None
+        for neighbour in around:
+            if neighbour is not None:
+                self.enqueue_around(neighbour)
+        return Rewrite(reason, removed)
 
     def replace(self, old: Sequence[gs.Node], new: Sequence[gs.Node], reason: str, residual: float = 0.0) -> Rewrite:
         """Put `new` where the last of `old` stood; the record counts operators and multiply-adds."""

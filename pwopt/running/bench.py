@@ -19,9 +19,10 @@ import numpy as np
 
 from pwopt.errors import UsageError
 from pwopt.graph.files import load
-from pwopt.running import runtime, timing
+from pwopt.running import providers, runtime, timing
 from pwopt.running.inputs import InputSpec, check_shapes, input_specs
 from pwopt.running.progress import Progress, silent
+from pwopt.running.providers import Provider
 from pwopt.running.runtime import Feeds, Session
 from pwopt.running.samples import make_feeds
 from pwopt.running.sizes import Sizes, likely_sizes
@@ -50,6 +51,8 @@ class Row:
         Loading the model, and its first run, in a process of its own.
     memory_mb : float
         What loading and the first run added to that process's peak.
+    device_mb : float or None
+        What they added to the memory in use on the graphics card, which onnxruntime keeps; None where there is none.
     operators : dict
         Operator → milliseconds per run under the profiler, the slowest first.
     layout_share : float
@@ -67,6 +70,7 @@ class Row:
     session_ms: float
     first_run_ms: float
     memory_mb: float
+    device_mb: float | None
     operators: dict[str, float]
     layout_share: float
     elsewhere: int
@@ -201,6 +205,7 @@ def _row(
         cold["session"] * 1e3,
         cold["first"] * 1e3,
         cold["memory"] / 1e6,
+        cold.get("device"),
         operators,
         sum(ms for op, ms in operators.items() if op in LAYOUT) / total if total else 0.0,
         sum(map(len, runtime.elsewhere(placed, provider).values())),
@@ -257,6 +262,8 @@ def _child(path: str, provider: str, threads: str, inputs: str) -> None:
     runtime.silence()
     runtime.onnxruntime()
     feeds = dict(np.load(inputs))
+    placed = Provider.parse(provider)
+    card = providers.card(placed)
     _forget_peak()
     before = _peak()
     start = time.perf_counter()
@@ -264,7 +271,11 @@ def _child(path: str, provider: str, threads: str, inputs: str) -> None:
     loaded = time.perf_counter()
     session.run(feeds)
     ran = time.perf_counter()
-    sys.stdout.write(json.dumps({"session": loaded - start, "first": ran - loaded, "memory": _peak() - before}) + "\n")
+    measured = {"session": loaded - start, "first": ran - loaded, "memory": _peak() - before}
+    since = providers.card(placed)
+    if card is not None and since is not None:
+        measured["device"] = (since.used - card.used) * 1.048576
+    sys.stdout.write(json.dumps(measured) + "\n")
 
 
 if __name__ == "__main__":

@@ -7,9 +7,12 @@ import json
 import os
 import platform
 import re
+import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -20,21 +23,13 @@ import onnx
 import pwopt
 from pwopt.algebra import Values
 from pwopt.errors import ModelError, ProviderError, UsageError
+from pwopt.running import providers
+from pwopt.running.providers import Provider
 
 Feeds = dict[str, Values]
 
-#: Short names of execution providers; any other is taken literally.
-PROVIDERS = {
-    "cpu": "CPUExecutionProvider",
-    "cuda": "CUDAExecutionProvider",
-    "tensorrt": "TensorrtExecutionProvider",
-    "openvino": "OpenVINOExecutionProvider",
-    "dml": "DmlExecutionProvider",
-    "coreml": "CoreMLExecutionProvider",
-    "rocm": "ROCMExecutionProvider",
-}
-#: What to install when a provider is missing.
-WHEELS = {"cpu": "pwopt[cpu]", "cuda": "pwopt[gpu]", "tensorrt": "pwopt[gpu]", "openvino": "onnxruntime-openvino"}
+#: The wheels that onnxruntime comes in; all of them install into one folder.
+DISTRIBUTIONS = re.compile(r"onnxruntime(-gpu|-openvino|-directml|-rocm|-training|-qnn)?")
 
 
 def onnxruntime() -> ModuleType:
@@ -52,11 +47,29 @@ def onnxruntime() -> ModuleType:
             f"onnxruntime cannot be imported ({error}); pip install 'pwopt[cpu]' or 'pwopt[gpu]'"
         ) from error
     if not hasattr(ort, "InferenceSession"):  # two wheels overwrote each other
-        raise ProviderError(
-            "the onnxruntime installation is broken; uninstall every onnxruntime wheel, then install one"
-        )
+        raise ProviderError(f"the onnxruntime installation is broken; {_one_wheel('pwopt[cpu]')}")
     module: ModuleType = ort
     return module
+
+
+def wheels() -> dict[str, str]:
+    """Wheels of onnxruntime where it is imported from, with their versions; more than one overwrite each other."""
+    spec = find_spec("onnxruntime")
+    where = [str(Path(spec.origin).parent.parent)] if spec is not None and spec.origin else sys.path
+    return {name: version for name, version in installed(where).items() if DISTRIBUTIONS.fullmatch(name)}
+
+
+def installed(where: Sequence[str] | None = None) -> dict[str, str]:
+    """Distributions in some folders, by default all that Python sees: normalised name (PEP 503) → version."""
+    found = metadata.distributions(path=list(sys.path if where is None else where))
+    named = ((d.metadata["Name"], d.version) for d in found if d.metadata["Name"])
+    return dict(sorted((re.sub(r"[-_.]+", "-", name).lower(), version) for name, version in named))
+
+
+def _one_wheel(wanted: str) -> str:
+    """How to come from whatever wheels are installed to one that works."""
+    installed = " ".join(wheels()) or "onnxruntime"
+    return f"pip uninstall {installed}, then pip install '{wanted}'"
 
 
 def silence() -> None:
@@ -79,6 +92,7 @@ def environment(provider: str, threads: int) -> dict[str, Any]:
         ort = onnxruntime().__version__
     except ProviderError:
         ort = None
+    card = providers.card(Provider.parse(provider))
     return {
         "pwopt": pwopt.__version__,
         "onnxruntime": ort,
@@ -90,6 +104,7 @@ def environment(provider: str, threads: int) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "threads": threads,
         "provider": provider,
+        "device": None if card is None else f"{card.name}, driver {card.driver}",
     }
 
 
@@ -110,7 +125,7 @@ class Session:
     path : path
         The model file.
     provider : str
-        A short name from `PROVIDERS`, or an onnxruntime provider's full name.
+        As `pwopt.running.providers.Provider.parse` reads it: cuda, cuda:1, cuda:1,prefer_nhwc=1, or a full name.
     threads : int
         Intra-operator threads; 1 is the least noisy.
     optimise : bool
@@ -123,7 +138,7 @@ class Session:
     Raises
     ------
     ProviderError
-        If the provider is not available, or onnxruntime fell back from it without saying so.
+        If the provider is not available, has no memory left, or onnxruntime fell back from it without saying so.
     ModelError
         If onnxruntime does not load the model.
     """
@@ -138,15 +153,9 @@ class Session:
         tf32: bool = False,
         profile: bool = False,
     ) -> None:
-        ort = onnxruntime()
-        self.provider = provider_name(provider)
-        wheel = WHEELS.get(provider.lower())
-        hint = f"; pip uninstall the onnxruntime you have, then pip install '{wheel}'" if wheel else ""
-        if not self.provider.endswith("ExecutionProvider"):
-            raise ProviderError(f"{provider!r} is not an execution provider; there are {', '.join(PROVIDERS)}")
-        if self.provider not in ort.get_available_providers():
-            listed = ", ".join(ort.get_available_providers())
-            raise ProviderError(f"{self.provider} is not in this onnxruntime (it has {listed}){hint}")
+        self.placed = Provider.parse(provider)
+        self.provider = self.placed.name
+        ort = startable(self.placed)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -156,47 +165,67 @@ class Session:
         if profile:
             options.enable_profiling = True
             options.profile_file_prefix = os.path.join(tempfile.gettempdir(), "pwopt_profile")
-        settings: dict[str, str] = {"use_tf32": str(int(tf32))} if self.provider == "CUDAExecutionProvider" else {}
-        providers: list[Any] = [(self.provider, settings)]
-        if self.provider != "CPUExecutionProvider":
-            providers.append("CPUExecutionProvider")
+        chain = self.placed.chain(tf32)
         try:
             # Its Python fallback would go on with another provider, here or in a later run.
-            self.session = ort.InferenceSession(os.fspath(path), options, providers=providers, enable_fallback=0)
+            self.session = ort.InferenceSession(os.fspath(path), options, providers=chain, enable_fallback=0)
         except Exception as error:
-            if self.provider != "CPUExecutionProvider" and _loads_on_cpu(path):
-                raise ProviderError(f"{self.provider} does not run this model: {_first_line(error)}") from error
-            raise ModelError(f"onnxruntime does not load the model: {_first_line(error)}") from error
+            raise self._blamed(error, path) from error
         if self.provider not in self.session.get_providers():
-            raise ProviderError(
-                f"{self.provider} could not start and onnxruntime fell back to the CPU; "
-                "a device, its driver or the provider's libraries are missing, so nothing was run"
-            )
+            why = "; ".join(providers.obstacles(ort, self.placed)) or "its libraries or its device are missing"
+            raise ProviderError(f"{self.provider} could not start: {why}; nothing was run")
         self.inputs = [i.name for i in self.session.get_inputs()]
         self.outputs = [o.name for o in self.session.get_outputs()]
         self._binding: Any = None
         #: What to time `step` by. On one thread of the CPU that is the time that this thread had, so that whatever else
         #: the machine does is no fault of the model; elsewhere, the time that passed.
-        alone = self.provider == "CPUExecutionProvider" and threads == 1
+        alone = self.provider == providers.CPU and threads == 1
         self.clock: Callable[[], float] = time.thread_time if alone else time.perf_counter
+
+    def _blamed(self, error: Exception, path: str | os.PathLike[str]) -> ProviderError | ModelError:
+        """Whose fault it is that the model does not load."""
+        reason = _first_line(error)
+        if self.provider == providers.CPU:
+            return ModelError(f"onnxruntime does not load the model: {reason}")
+        missing = "; ".join(providers.obstacles(onnxruntime(), self.placed))
+        if missing:
+            return ProviderError(f"{self.provider} could not start: {missing}; nothing was run")
+        if providers.out_of_memory(reason):
+            return ProviderError(f"{self.placed} has no memory left to load this model: {reason}")
+        if _loads_on_cpu(path):
+            return ProviderError(f"{self.placed} does not run this model: {reason}")
+        return ModelError(f"onnxruntime does not load the model: {reason}")
 
     def run(self, feeds: Feeds) -> list[Any]:
         """Outputs as arrays, in the model's order."""
         try:
-            return list(self.session.run(None, feeds))
+            if not self.placed.captured:
+                return list(self.session.run(None, feeds))
+            self.bind(feeds)
+            self.step()
+            return list(self._binding.copy_outputs_to_cpu())
         except Exception as error:
-            raise ModelError(f"onnxruntime cannot run the model on these inputs: {_first_line(error)}") from error
+            reason = _first_line(error)
+            if self.provider != providers.CPU and providers.out_of_memory(reason):
+                hint = "give smaller sizes with --shape, or another device"
+                raise ProviderError(f"{self.placed} ran out of memory on these inputs ({reason}); {hint}") from error
+            raise ModelError(f"onnxruntime cannot run the model on these inputs: {reason}") from error
 
     def bind(self, feeds: Feeds) -> None:
         """Place inputs and outputs on the provider's device, so that timing measures no copies."""
-        if self.provider == "CUDAExecutionProvider":
-            ort = onnxruntime()
-            self._binding = self.session.io_binding()
-            for name, value in feeds.items():
-                self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value, "cuda", 0))
-            for name in self.outputs:
-                self._binding.bind_output(name, "cuda")
         self._feeds = feeds
+        if self.provider not in providers.NVIDIA:
+            return
+        ort, place = onnxruntime(), ("cuda", self.placed.device)
+        self._binding = self.session.io_binding()
+        for name, value in feeds.items():
+            self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value, *place))
+        for name in self.outputs:
+            self._binding.bind_output(name, *place)
+        if self.placed.captured:  # what is replayed writes to the same places: those of a first run
+            self.session.run_with_iobinding(self._binding)
+            for name, value in zip(self.outputs, self._binding.get_outputs(), strict=True):
+                self._binding.bind_ortvalue_output(name, value)
 
     def step(self) -> None:
         """One synchronised run on the bound inputs."""
@@ -247,6 +276,24 @@ def _events(profile: str) -> list[dict[str, Any]]:
     return events
 
 
+def startable(provider: Provider) -> ModuleType:
+    """onnxruntime, if it has the provider, with the provider's libraries loaded.
+
+    Raises
+    ------
+    ProviderError
+    """
+    ort = onnxruntime()
+    there = ort.get_available_providers()
+    if provider.name not in there:
+        wheel = providers.WHEELS.get(provider.name)
+        hint = f"; {_one_wheel(wheel)}" if wheel else ""
+        raise ProviderError(f"{provider.name} is not in this onnxruntime (it has {', '.join(there)}){hint}")
+    if provider.name in providers.NVIDIA:
+        providers.preload(ort)
+    return ort
+
+
 def _loads_on_cpu(path: str | os.PathLike[str]) -> bool:
     """Whether the model itself is in order, so that a failure is the provider's."""
     try:
@@ -270,8 +317,8 @@ def check_settings(threads: int, rtol: float | None, atol: float | None) -> None
 
 
 def provider_name(provider: str) -> str:
-    """onnxruntime's name of a provider, from a short name in any case or itself."""
-    return PROVIDERS.get(provider.lower(), provider)
+    """onnxruntime's name of a provider."""
+    return Provider.parse(provider).name
 
 
 def elsewhere(placed: Mapping[str, list[str]], provider: str) -> dict[str, list[str]]:
@@ -285,7 +332,7 @@ def fallbacks(path: str | os.PathLike[str], provider: str, threads: int, feeds: 
 
     From the profile of a run; the CPU provider leaves nothing to anybody, so nothing is run there.
     """
-    if provider_name(provider) == "CPUExecutionProvider":
+    if provider_name(provider) == providers.CPU:
         return {}
     session = Session(path, provider, threads, profile=True)
     session.run(feeds)

@@ -16,6 +16,7 @@ from platformdirs import user_cache_path
 
 from pwopt.graph.storage import replacing
 from pwopt.running import runtime
+from pwopt.running.providers import Provider
 
 #: Where decisions are kept instead of the user's cache folder, if set.
 FOLDER_VARIABLE = "PWOPT_CACHE"
@@ -60,11 +61,11 @@ def folder() -> Path:
 
 def place(provider: str, threads: int) -> str:
     """Everything that a time depends on, but the model."""
-    version = runtime.environment(provider, threads)["onnxruntime"]
+    machine = runtime.environment(provider, threads)
+    version, card = machine["onnxruntime"], machine["device"]
     features = hashlib.sha256(_features().encode()).hexdigest()[:12]
-    return (
-        f"{runtime.provider_name(provider)}, onnxruntime {version}, {runtime.cpu_name()} {features}, {threads} threads"
-    )
+    processor = f"{runtime.cpu_name()} {features}" + (f", {card}" if card else "")
+    return f"{Provider.parse(provider)}, onnxruntime {version}, {processor}, {threads} threads"
 
 
 def _features() -> str:

@@ -14,7 +14,7 @@ from pwopt.graph.memo import digest
 from pwopt.graph.model import Model
 from pwopt.graph.shapes import skeleton
 from pwopt.maps.cost import Cost
-from pwopt.rewriting.driver import Certifier
+from pwopt.rewriting.driver import Certifier, Pass
 from pwopt.rewriting.pipeline import Pipeline
 from pwopt.rewriting.records import Outcome, Rewrite, Skip
 from pwopt.running import timing
@@ -80,6 +80,8 @@ class Work:
     denied: Iterable[str]
     sizes: Mapping[str, Sequence[int]]
     folder: Path
+    #: The kind of provider that it is for (`pwopt.running.providers.Provider.kind`).
+    kind: str = "cpu"
     #: Just the passes that need no cost to judge them.
     always_only: bool = False
 
@@ -101,12 +103,22 @@ class Work:
     ) -> tuple[Cost, Outcome, Cost, onnx.ModelProto]:
         """The model with measured rewrites at the `allowed` sites; None for those that a shape alone decides."""
         fresh = from_proto(self.target.proto, self.target.folder)
-        chosen = [p for p in select_passes(self.passes) if p.policy == "always" or not self.always_only]
+        chosen = [p for p in self.candidates() if p.policy == "always" or not self.always_only]
         for p in chosen:
             p.eager = p.eager or (p.policy == "measured" and allowed is not None)
         denied = (*self.denied, *refused)
         before, outcome, after = run_pipeline(fresh, chosen, denied, self.sizes, allowed, certifier)
         return before, outcome, after, fresh.to_proto()
+
+    def candidates(self) -> list[Pass]:
+        """Passes that were asked for by name, or those that may pay on this kind of provider."""
+        named = self.passes is not None
+        return [p for p in select_passes(self.passes) if named or p.policy != "measured" or self.kind in p.pays_on]
+
+    def unfit(self) -> list[str]:
+        """Names of the measured passes that may pay on onnxruntime's CPU provider, and not here."""
+        fit = {p.name for p in self.candidates()}
+        return [p.name for p in select_passes(self.passes) if p.name not in fit and "cpu" in p.pays_on]
 
     def digest(self) -> str:
         """Equal for models of the same operators, attributes and sizes, whatever their large weights."""
@@ -117,10 +129,10 @@ class Work:
         found: list[Rewrite] = []
         refused: list[Skip] = []
         sizes = concrete_sizes(self.target.proto, self.sizes)
-        for i, p in enumerate(select_passes(None)):
+        for i, p in enumerate(self.candidates()):
             if p.policy == "measured":
                 fresh = from_proto(self.target.proto, self.target.folder)
-                chosen = [q for j, q in enumerate(select_passes(None)) if q.policy != "measured" or i == j]
+                chosen = [q for j, q in enumerate(self.candidates()) if q.policy != "measured" or i == j]
                 for q in chosen:
                     q.eager = q.policy == "measured"
                 settle(fresh, self.denied)

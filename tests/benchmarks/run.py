@@ -68,7 +68,7 @@ def main() -> None:
     options = parser.parse_args()
     listed = options.folder / "shapes.json"
     shapes = json.loads(listed.read_text()) if listed.exists() else {}
-    console = Console(width=140)
+    console = Console(width=140, emoji=False)
     table = Table(
         "model", "before", "after", "median of ratios", "ratio of minima", "multiply-adds", "deviation", "floor"
     )

@@ -109,7 +109,7 @@ def main() -> None:
     listed = options.folder / "shapes.json"
     shapes = json.loads(listed.read_text()) if listed.exists() else {}
     wanted = options.models.split(",")
-    console, rows = Console(width=140), []
+    console, rows = Console(width=140, emoji=False), []
     table = Table("model", "tool", "verdict", "deviation", "floor", "where")
     for path in sorted(options.folder.glob("*.onnx")):
         if not any(part in path.name for part in wanted):
