@@ -240,6 +240,9 @@ class Analysis:
         if not alike or view.dim(node.outputs[0], axis) != count:
             return Flow(node)
         a, b = known[0], known[-1]
+        value: Array
+        radius: Array
+        size: Array
         if op in ("Add", "Sub", "Sum"):
             signs = [-1.0 if op == "Sub" and i else 1.0 for i in range(len(known))]
             value = np.sum([s * p.value for s, p in zip(signs, known, strict=True)], axis=0)
