@@ -247,7 +247,7 @@ class Analysis:
             signs = [-1.0 if op == "Sub" and i else 1.0 for i in range(len(known))]
             value = np.sum([s * p.value for s, p in zip(signs, known, strict=True)], axis=0)
             radius = np.sum([p.radius for p in known], axis=0)
-            size = np.max([p.size for p in known], axis=0)
+            size = np.asarray(np.max([p.size for p in known], axis=0), np.float64)
         elif op == "Div":
             value, radius, size = np.full(count, np.nan), np.zeros(count), a.size
         else:
