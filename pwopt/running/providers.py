@@ -97,6 +97,11 @@ class Provider:
         return int(number) if number.isdecimal() else 0
 
     @property
+    def memory(self) -> tuple[str, int]:
+        """Where its tensors lie, as onnxruntime's bindings name it."""
+        return ("cuda", self.device) if self.name in NVIDIA else ("cpu", 0)
+
+    @property
     def kind(self) -> str:
         """What rewrites may pay on it: "cpu" (onnxruntime's own, with its blocked layout), "gpu", or "other"."""
         return "cpu" if self.name == CPU else "gpu" if self.name in GPUS else "other"

@@ -214,9 +214,9 @@ class Session:
     def bind(self, feeds: Feeds) -> None:
         """Place inputs and outputs on the provider's device, so that timing measures no copies."""
         self._feeds = feeds
-        if self.provider not in providers.NVIDIA:
+        ort, place = onnxruntime(), self.placed.memory
+        if place[0] == "cpu" and not self.placed.captured:
             return
-        ort, place = onnxruntime(), ("cuda", self.placed.device)
         self._binding = self.session.io_binding()
         for name, value in feeds.items():
             self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value, *place))
