@@ -22,7 +22,7 @@ from onnx import TensorProto, helper
 
 import pwopt
 from pwopt.graph.files import load
-from pwopt.passes import PASSES
+from pwopt.passes import PASSES, Winograd
 from pwopt.running import providers, runtime
 from pwopt.running.inputs import input_specs
 from pwopt.running.providers import Provider
@@ -237,21 +237,25 @@ def passes(setting: Setting) -> Found:
 
     gallery = [p for p in sorted((ROOT / "models").glob("*.onnx")) if not p.name.endswith(".pwopt.onnx")]
     rng = Random(0)
-    models: list[Any] = [*gallery, *(random_sample(rng).model for _ in range(4 if setting.quick else 60))]
+    drawn = [random_sample(rng) for _ in range(4 if setting.quick else 40)]
+    models: list[tuple[Any, Any]] = [(path, None) for path in gallery[: 6 if setting.quick else None]]
+    models += [(sample.model, sample.feeds[0]) for sample in drawn]
+    models.append((suite.uneven_half(setting.scratch / "uneven.onnx"), None))
+    Winograd.least = 0.0  # on small models too
     found: Found = {}
     wrong: list[str] = []
     for p in PASSES:
         fired = 0
-        for model in models if not setting.quick else models[:6]:
-            if fired >= 3:
+        for model, inputs in models:
+            if fired:
                 break
             done = pwopt.optimize(model, passes=["clean-up", p.name], cost_model="analytic", check=False)
             count = sum(r.pass_name == p.name for r in done.report.rewrites)
             if not count:
                 continue
             try:
-                told = pwopt.verify(model, done.model, provider=setting.provider, locate=False, kinds=("normal",))
-            except pwopt.ModelError:  # the provider runs neither, or has no kernel for a type
+                told = pwopt.verify(model, done.model, provider=setting.provider, inputs=inputs, locate=False)
+            except (pwopt.ModelError, pwopt.ProviderError, pwopt.UsageError):  # no kernel for a type, or no such sizes
                 continue
             fired += count
             if not told.passed:

@@ -135,6 +135,13 @@ def half(path: Path, out: Path) -> Path:
     return out
 
 
+def uneven_half(path: Path) -> Path:
+    """Two float16 convolutions with 20 channels between them, no multiple of 8."""
+    b = Networks()
+    b.save(path, {"x": [1, 16, 16, 16]}, [b.conv(b.op("Relu", b.conv("x", 16, 20, 3)), 20, 32, 3)])
+    return half(path, path)
+
+
 def small(nodes: list[onnx.NodeProto], path: Path, outputs: dict[str, int]) -> Path:
     """A model of a few nodes on an input x of 1×4 numbers."""
     x = helper.make_tensor_value_info("x", TensorProto.FLOAT, [1, 4])
