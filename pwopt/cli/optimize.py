@@ -18,11 +18,11 @@ def optimize(
     provider: options.Provider = Request.provider,
     provider_option: options.ProviderOptions = None,
     cost: options.Cost = Request.cost_model,
-    shape: options.Shapes = None,
+    shape: options.Rounds = None,
     inputs: options.Inputs = None,
     passes: options.Passes = None,
     deny: options.Deny = None,
-    threads: options.Threads = Request.threads,
+    threads: options.ThreadCounts = None,
     budget: options.Budget = Request.budget,
     no_cache: options.NoCache = not Request.cache,
     target_profile: options.TargetProfile = None,
@@ -49,10 +49,10 @@ def optimize(
     said.check_report(report, model, out)
     check_available(report)
     request = Request(
-        out, provider=options.placed(provider, provider_option), cost_model=cost, shapes=options.one_round(shape),
+        out, provider=options.placed(provider, provider_option), cost_model=cost, shapes=options.rounds(shape),
         inputs=inputs or None, passes=None if passes is None else options.words(passes), deny=deny or (),
-        threads=threads, static=static, opset=opset, rtol=rtol, atol=atol, check=not no_verify, budget=budget,
-        cache=not no_cache, target_profile=target_profile, force=force,
+        threads=options.thread_counts(threads), static=static, opset=opset, rtol=rtol, atol=atol, check=not no_verify,
+        budget=budget, cache=not no_cache, target_profile=target_profile, force=force,
     )  # fmt: skip
     console = said.console()
     try:

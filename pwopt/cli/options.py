@@ -74,6 +74,16 @@ Deny = Annotated[
     typer.Option(metavar="SITE", help="Leave this place alone (a site from a report); repeatable.", show_default=False),
 ]
 Threads = Annotated[int, typer.Option(min=1, help="Threads per operator while verifying and timing.")]
+ThreadCounts = Annotated[
+    str | None,
+    typer.Option(
+        "--threads",
+        metavar="1,4",
+        help="Threads per operator: the first number is optimised for, the others must not get slower.  "
+        "(default: 1, and as many as onnxruntime takes)",
+        show_default=False,
+    ),
+]
 Budget = Annotated[float, typer.Option(help="Seconds at most for racing rewrites that only a clock can judge.")]
 ModelBudget = Annotated[float, typer.Option(help="Seconds of racing for each model.")]
 Seconds = Annotated[float, typer.Option(help="Time to race the models, per batch size.")]
@@ -175,7 +185,7 @@ def one_round(given: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
     """Texts of the form ``NAME=1x3x640x640`` as sizes by name; an input may have one only."""
     found = rounds(given)
     if len(found) > 1:
-        raise UsageError("an input has two sizes; only verify takes several")
+        raise UsageError("an input has two sizes; only optimize and verify take several")
     return found[0] if found else {}
 
 
@@ -191,6 +201,14 @@ def rounds(given: Sequence[str] | None) -> list[dict[str, tuple[int, ...]]]:
         if len(shapes) not in (1, count):
             raise UsageError(f"input {name!r} has {len(shapes)} sizes and another {count}; give one or as many")
     return [{name: shapes[k % len(shapes)] for name, shapes in sizes.items()} for k in range(count)]
+
+
+def thread_counts(given: str | None) -> tuple[int, ...]:
+    """Numbers of threads from a list with commas; none if none were given."""
+    try:
+        return tuple(map(int, words(given or "")))
+    except ValueError as error:
+        raise UsageError(f"the threads {given!r} are not of the form 1,4") from error
 
 
 def words(given: str) -> list[str]:

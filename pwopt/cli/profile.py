@@ -11,7 +11,7 @@ def profile(
     output: options.ProfileOutput,
     provider: options.Provider = Request.provider,
     provider_option: options.ProviderOptions = None,
-    threads: options.Threads = Request.threads,
+    threads: options.Threads = 1,
     shape: options.Shapes = None,
     budget: options.ModelBudget = Request.budget,
     debug: options.Debug = False,

@@ -104,13 +104,14 @@ def optimized(model: Source, request: Request) -> Result:
         stack.enter_context(blaming(source.proto))
         original = stack.enter_context(as_file(source if path is None else path))
         subject = gather(source, original, request)
+        subject = subject.guarded(stack)
         work = plan(subject, request, stack.enter_context(workspace(request.output)))
         choice = choose(work, subject, request)
         blank = Report(
             model="<model in memory>" if path is None else str(path),
             output=None if request.output is None else str(request.output),
             provider=request.provider,
-            environment=runtime.environment(request.provider, request.threads),
+            environment=runtime.environment(request.provider, request.first_threads),
             shapes=subject.sizes,
         )
 
@@ -134,5 +135,5 @@ def choose(work: Work, subject: Subject, request: Request) -> Choice:
         return Choice()
     if request.budget <= 0:
         return Choice(frozenset())
-    memory = Disk(request.provider, request.threads, work.digest()) if request.cache else Forgetful()
+    memory = Disk(request.provider, request.first_threads, work.digest()) if request.cache else Forgetful()
     return select(work, subject.arena, request.budget, memory, request.progress)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ def profile(
     models: Iterable[str | os.PathLike[str]],
     *,
     provider: str = Request.provider,
-    threads: int = Request.threads,
+    threads: int = 1,
     shapes: Mapping[str, Sequence[int]] | None = None,
     budget: float = BUDGET,
     progress: Progress = silent,
@@ -59,8 +60,8 @@ def profile(
         source = load(path)
         given = {s.name: tuple(shapes[s.name]) for s in input_specs(source.proto) if shapes and s.name in shapes}
         request = Request(provider=provider, threads=threads, shapes=given, budget=budget, progress=progress)
-        with as_file(path) as original, workspace(None) as folder:
-            subject = gather(source, original, request)
+        with as_file(path) as original, workspace(None) as folder, contextlib.ExitStack() as stack:
+            subject = gather(source, original, request).guarded(stack)
             assert subject.arena is not None
             decisions = decide(plan(subject, request, folder), subject.arena, budget, Forgetful(), progress)
         found |= {(d.group.pass_name, d.group.signature): entry(d, where) for d in decisions}

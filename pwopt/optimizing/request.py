@@ -33,8 +33,9 @@ class Request:
         that only a clock can judge are raced one kind after another, and kept where they are clearly faster.
         "analytic" decides from shapes alone and is deterministic. It verifies if it finds an onnxruntime,
         and says in the report's notes if it does not.
-    shapes : mapping of input name to sizes, optional
-        Sizes for dynamic inputs, for costs, verification and timing; the model stays dynamic.
+    shapes : mapping of input name to sizes, or a sequence of those, optional
+        Sizes for dynamic inputs, for costs, verification and timing; the model stays dynamic. Of several, the first
+        are what is optimised for; at none of the others may the result be slower.
     inputs : path, dict of arrays, or a sequence of those, optional
         Inputs to verify on, and to time on the first of, instead of random ones; see
         `pwopt.running.samples.given_samples`.
@@ -43,8 +44,9 @@ class Request:
         they are exact.
     deny : iterable of str
         Sites (from a report) that must not be rewritten.
-    threads : int
-        Intra-operator threads for verification and timing.
+    threads : int, or a sequence of those
+        Intra-operator threads for verification and timing: the first number is what is optimised for, with none of the
+        others may the result be slower. By default 1, and as many as onnxruntime takes by itself.
     static : bool
         Fix the inputs to their shapes in the result, which settles shape arithmetic. There is no going back to
         the original then: a slower result is returned with a note.
@@ -74,11 +76,11 @@ class Request:
     _: KW_ONLY
     provider: str = "cpu"
     cost_model: str = "measured"
-    shapes: Mapping[str, Sequence[int]] | None = None
+    shapes: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]] | None = None
     inputs: str | os.PathLike[str] | Feeds | Sequence[Any] | None = None
     passes: Sequence[str] | None = None
     deny: Iterable[str] = ()
-    threads: int = 1
+    threads: int | Sequence[int] = ()
     static: bool = False
     opset: int | None = None
     rtol: float | None = None
@@ -96,6 +98,22 @@ class Request:
             object.__setattr__(self, name, value)
         if self.target_profile is not None:  # a race on this machine says nothing about that one
             object.__setattr__(self, "cost_model", "analytic")
+
+    @property
+    def rounds(self) -> list[Mapping[str, Sequence[int]]]:
+        """Sizes of every condition that was asked for, the first to be optimised for."""
+        given = [self.shapes] if isinstance(self.shapes, Mapping) else list(self.shapes or ())
+        return [shapes for shapes in given if shapes]
+
+    @property
+    def thread_counts(self) -> tuple[int, ...]:
+        """Threads of every condition that was asked for, the first to be optimised for; none if nothing was."""
+        return (self.threads,) if isinstance(self.threads, int) else tuple(self.threads)
+
+    @property
+    def first_threads(self) -> int:
+        """What is optimised for."""
+        return next(iter(self.thread_counts), 1)
 
     @property
     def measured(self) -> bool:

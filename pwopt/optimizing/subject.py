@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pwopt.errors import UsageError
@@ -16,6 +17,7 @@ from pwopt.running.inputs import check_shapes, input_specs
 from pwopt.running.providers import Provider
 from pwopt.running.samples import Sample, given_samples, random_samples
 from pwopt.running.sizes import Sizes, likely_sizes, rounds
+from pwopt.running.worker import Worker
 from pwopt.selecting.compiler import select_passes
 from pwopt.selecting.selection import Arena, Work
 
@@ -46,6 +48,15 @@ class Subject:
     guessed: bool
     arena: Arena | None
 
+    def guarded(self, stack: contextlib.ExitStack) -> Subject:
+        """The same with a worker that tries candidates first, for as long as the stack lasts."""
+        if self.arena is None:
+            return self
+        arena = self.arena
+        worker = Worker(self.original, arena.provider, arena.threads, arena.samples[0].feeds)
+        stack.enter_context(contextlib.closing(worker))
+        return replace(self, arena=replace(arena, worker=worker))
+
 
 def check_request(request: Request, path: Path | None) -> None:
     """Refuse what makes no sense, before any work is done.
@@ -56,7 +67,8 @@ def check_request(request: Request, path: Path | None) -> None:
     """
     if request.cost_model not in ("measured", "analytic"):
         raise UsageError(f"the cost model {request.cost_model!r} is not one of: measured, analytic")
-    runtime.check_settings(request.threads, request.rtol, request.atol)
+    for threads in request.thread_counts or (1,):
+        runtime.check_settings(threads, request.rtol, request.atol)
     select_passes(request.passes)
     if request.output is not None and path is not None and not request.force and same_file(request.output, path):
         raise UsageError(f"the output {str(request.output)!r} is the input; choose another, or force it")
@@ -75,22 +87,26 @@ def gather(source: Model, original: Path, request: Request) -> Subject:
     UsageError, ModelError, ProviderError
         If they do not fit the model, or it does not run.
     """
-    specs = input_specs(source.proto)
-    check_shapes(specs, request.shapes or {})
+    specs, given = input_specs(source.proto), request.rounds
+    first = given[0] if given else None
+    for shapes in given:
+        check_shapes(specs, shapes)
+    if request.inputs is not None and len(given) > 1:
+        raise UsageError("given inputs have their own sizes; several of --shape are for random ones")
     if request.check and request.measured:
         runtime.onnxruntime()
     runs = request.check and runtime.available()
-    samples = [] if request.inputs is None else given_samples(request.inputs, specs, request.shapes)
+    samples = [] if request.inputs is None else given_samples(request.inputs, specs, first)
     request.progress("choosing inputs", 0.0)
     if runs and not samples:
-        chosen = rounds(specs, original, request.provider, [request.shapes] if request.shapes else [])
+        chosen = rounds(specs, original, request.provider, given)
         samples = random_samples(specs, chosen[:1] if request.static else chosen)
     if samples:
         sizes = {name: value.shape for name, value in samples[0].feeds.items()}
     else:
-        sizes = likely_sizes(specs, original, shapes=request.shapes, must_run=False)
-    guessed = not request.shapes and request.inputs is None and bool(specs)
-    arena = Arena(request.provider, request.threads, samples) if runs else None
+        sizes = likely_sizes(specs, original, shapes=first, must_run=False)
+    guessed = not given and request.inputs is None and bool(specs)
+    arena = Arena(request.provider, request.first_threads, samples) if runs else None
     return Subject(source, original, samples, sizes, guessed, arena)
 
 

@@ -3,24 +3,28 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import onnx
 
-from pwopt.errors import NotEquivalentError
+from pwopt.errors import ModelError, NotEquivalentError, ProviderError
 from pwopt.evidence.certify import certify, unchecked
 from pwopt.evidence.equivalence import Equivalence
 from pwopt.evidence.localise import localise
 from pwopt.evidence.verify import compared, placements
+from pwopt.optimizing.conditions import as_latency, others, respecting, timed
 from pwopt.optimizing.request import Request
 from pwopt.optimizing.subject import Subject
-from pwopt.reporting.report import Latency, Report
-from pwopt.running import bench
+from pwopt.optimizing.survival import alike, culprits
+from pwopt.reporting.report import Report, Timed
+from pwopt.running import bench, runtime
 from pwopt.running.providers import Provider
 from pwopt.selecting.selection import DEFECT, Arena, Choice, Work
 
+#: How often rewriting starts anew without what was found wrong with its result.
+MAX_ATTEMPTS = 8
 #: Microseconds to start an operator on a graphics card, from the framework's call to the kernel's first instruction; a
 #: launch alone takes 2 to 5 (NVIDIA, "Getting started with CUDA graphs", 2019).
 LAUNCH = 10.0
@@ -37,15 +41,16 @@ class Attempt:
 
     @property
     def faster(self) -> bool:
-        """Whether it was measured faster beyond doubt, or nothing was measured."""
-        return self.report.latency is None or self.report.latency.interval[0] > 1.0
+        """Whether it was measured faster beyond doubt, and slower nowhere, or nothing was measured."""
+        faster = self.report.latency is None or self.report.latency.interval[0] > 1.0
+        return faster and not any(c.slower for c in self.report.conditions)
 
     def noted(self, *notes: str) -> Attempt:
         return replace(self, report=self.report.noted(*notes))
 
 
 def attempt(subject: Subject, work: Work, choice: Choice, request: Request, blank: Report) -> Attempt:
-    """Rewrite, verify and race.
+    """Rewrite, verify and race, again without whatever makes the result unusable, wrong or slower.
 
     Parameters
     ----------
@@ -55,16 +60,82 @@ def attempt(subject: Subject, work: Work, choice: Choice, request: Request, blan
     Raises
     ------
     NotEquivalentError
-        If the rewritten model deviates.
+        If the rewritten model deviates, whatever is left out.
     """
-    done = rewritten(subject, work, choice, request, blank)
-    if subject.arena is None:
-        return done.noted(f"Not verified ({'onnxruntime is not installed' if request.check else 'as asked'}).")
-    if done.proto is subject.source.proto:
-        return done
-    pair = Pair(subject.original, work.file(done.proto), subject.arena)
-    done = replace(done, report=verified(pair, done.report, request))
-    return replace(done, report=raced(pair, done.report, request)) if request.measured else done
+    for left in reversed(range(MAX_ATTEMPTS)):
+        done = rewritten(subject, work, choice, request, blank)
+        if subject.arena is None or done.proto is subject.source.proto:
+            return _unverified(done, work, request) if subject.arena is None else done
+        pair = Pair(subject.original, work.file(done.proto), subject.arena)
+        better = _usable(pair, done, work, choice, left)
+        if better is work:
+            report = verified(pair, done.report, request)
+            better = _equivalent(report, work, left)
+        if better is work and request.measured:
+            report = raced(pair, report, request)
+            report, slow = _elsewhere(pair, report, subject, request)
+            if slow and left and not request.insists:
+                better = respecting(
+                    slow, pair.original, pair.candidate, work, report.rewrites, _builder(choice), request
+                )
+        if better is work:
+            return replace(done, report=report)
+        work = better
+    return done  # rewriting has nothing left
+
+
+def _builder(choice: Choice) -> Callable[[Work], Path]:
+    return lambda work: work.file(work.rewrite(choice.allowed)[3])
+
+
+def _unverified(done: Attempt, work: Work, request: Request) -> Attempt:
+    """An attempt that nothing was run for; whether it loads is said all the same, where that can be known."""
+    why = "as asked" if runtime.available() or not request.check else "onnxruntime is not installed"
+    if request.output is not None and runtime.available() and done.report.rewrites:
+        try:
+            runtime.Session(work.file(done.proto), request.provider)
+        except (ModelError, ProviderError) as error:
+            return done.noted(f"Not verified ({why}). The result cannot be used: {error}.")
+    return done.noted(f"Not verified ({why}).")
+
+
+def _usable(pair: Pair, done: Attempt, work: Work, choice: Choice, left: int) -> Work:
+    """The work without rewrites whose model does not load, crashes, or takes too much; itself if there are none."""
+    arena, build = pair.arena, _builder(choice)
+    if not done.report.rewrites or not arena.fault(pair.candidate):
+        return work
+    found = culprits(work, done.report.rewrites, lambda tried: arena.fault(build(tried))) if left > 1 else work
+    return work.without(done.report.rewrites, "the model cannot be used with some of them") if found is work else found
+
+
+def _equivalent(report: Report, work: Work, left: int) -> Work:
+    """The work without rewrites that make the answers differ; itself if they do not.
+
+    Raises
+    ------
+    NotEquivalentError
+        If nobody knows which those are.
+    """
+    equivalence = report.equivalence
+    if equivalence is None or equivalence.passed:
+        return work
+    sites = equivalence.difference.sites if equivalence.difference is not None else ()
+    guilty = [r for r in report.rewrites if r.site in sites]
+    if not left or not guilty:
+        raise _not_equivalent(report)
+    worst = equivalence.worst()
+    reason = f"output {worst.name!r} {worst.explain()}; {DEFECT}" if worst is not None else DEFECT
+    return work.without(alike(work, guilty, report.rewrites), reason)
+
+
+def _elsewhere(
+    pair: Pair, report: Report, subject: Subject, request: Request
+) -> tuple[Report, list[tuple[Arena, Timed]]]:
+    """The report with the latency under all other conditions, and those under which the result is slower."""
+    if report.latency is None or (report.latency.interval[0] <= 1.0 and not request.insists):
+        return report, []  # which is not returned anyway
+    found = [(arena, timed(pair.original, pair.candidate, arena, request)) for arena in others(subject, request)]
+    return replace(report, conditions=tuple(t for _, t in found)), [(a, t) for a, t in found if t.slower]
 
 
 def rewritten(subject: Subject, work: Work, choice: Choice, request: Request, blank: Report) -> Attempt:
@@ -73,8 +144,10 @@ def rewritten(subject: Subject, work: Work, choice: Choice, request: Request, bl
     before, outcome, after, proto, refused = work.certified(choice.allowed, certify if request.check else unchecked)
     left = (*(s for s in outcome.skips if s.site not in refused), *refused.values(), *choice.dropped)
     report = replace(blank, rewrites=outcome.rewrites, skips=left, before=before, after=after)
-    if refused:
-        report = report.noted(f"{len(refused)} rewrites were refused by their certificates: {DEFECT}.")
+    uncertified = len(refused) - len(work.refused)
+    if uncertified:
+        report = report.noted(f"{uncertified} rewrites were refused by their certificates: {DEFECT}.")
+    report = report.noted(*work.notes)
     guessed = request.static and subject.guessed
     report = report.noted(*_notes(report, subject.source.proto, request.deny, guessed))
     unfit = work.unfit() if request.measured else []
@@ -105,13 +178,7 @@ class Pair:
 
 
 def verified(pair: Pair, report: Report, request: Request) -> Report:
-    """The report with the comparison of both models.
-
-    Raises
-    ------
-    NotEquivalentError
-        If they differ; its report says where.
-    """
+    """The report with the comparison of both models, and where they differ if they do."""
     request.progress("verifying", 0.0)
     equivalence = pair.compared(request.rtol, request.atol)
     if equivalence.passed:
@@ -121,7 +188,7 @@ def verified(pair: Pair, report: Report, request: Request) -> Report:
     difference = localise(
         pair.original, pair.candidate, equivalence, arena.samples, arena.provider, arena.threads, report.rewrites
     )
-    raise _not_equivalent(replace(report, equivalence=replace(equivalence, difference=difference)))
+    return replace(report, equivalence=replace(equivalence, difference=difference))
 
 
 def raced(pair: Pair, report: Report, request: Request) -> Report:
@@ -129,11 +196,7 @@ def raced(pair: Pair, report: Report, request: Request) -> Report:
     race = pair.arena.race(
         [pair.original, pair.candidate], request.race_seconds, lambda done: request.progress("racing", done)
     )
-    latency = Latency(
-        race.median(0) * 1e3, race.median(1) * 1e3, race.speedup(), race.interval(),
-        race.minimum(0) * 1e3, race.minimum(1) * 1e3, race.rounds,
-    )  # fmt: skip
-    report = replace(report, latency=latency, operators=pair.operators())
+    report = replace(report, latency=as_latency(race), operators=pair.operators())
     return report.noted(*_launches(report, pair.arena))
 
 

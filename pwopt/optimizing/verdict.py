@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import onnx
 
+from pwopt.optimizing.conditions import slower_somewhere
 from pwopt.optimizing.request import Request
 from pwopt.optimizing.trial import Attempt
 from pwopt.passes import PASSES
@@ -55,6 +56,9 @@ def _kept(done: Attempt, asked: str) -> Attempt:
     assert latency is not None
     slower = latency.interval[1] < 1.0
     found = f"Measured slower ({latency.speedup:.2f}×)" if slower else f"Not faster beyond doubt{_within(latency)}"
+    elsewhere = slower_somewhere(done.report)
+    if elsewhere is not None:
+        found = f"Measured slower with {elsewhere.label}{_within(elsewhere.latency)}"
     return done.noted(f"{found}, and kept since {asked} was asked for.")
 
 
@@ -63,6 +67,9 @@ def _best(tried: Attempt, always: Attempt, original: onnx.ModelProto) -> Attempt
     latency = tried.report.latency
     assert latency is not None
     which = "slower" if latency.interval[1] < 1.0 else "no faster beyond doubt"
+    elsewhere = slower_somewhere(tried.report)
+    if elsewhere is not None:
+        which, latency = f"slower with {elsewhere.label}", elsewhere.latency
     reason = f"measured {which} in the whole model{_within(latency)}"
     better = always.report.latency is not None and always.faster
     kept = always.report.rewrites if better else ()

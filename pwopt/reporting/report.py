@@ -11,8 +11,10 @@ from typing import Any
 
 from pwopt.errors import UsageError
 from pwopt.evidence.equivalence import Equivalence
+from pwopt.graph.shapes import written
 from pwopt.maps.cost import NOTHING, Cost
 from pwopt.rewriting.records import Rewrite, Skip
+from pwopt.rewriting.wording import counted
 from pwopt.running.bench import Row
 
 #: Version of the JSON layout; grows when a field changes its meaning.
@@ -45,6 +47,31 @@ class Latency:
 
 
 @dataclass(frozen=True)
+class Timed:
+    """Time per run of both models under another condition than the first.
+
+    Attributes
+    ----------
+    threads : int
+    shapes : dict
+        Input name → sizes.
+    latency : Latency
+    slower : bool
+        Whether the result is slower there beyond doubt (99.9 %).
+    """
+
+    threads: int
+    shapes: dict[str, tuple[int, ...]]
+    latency: Latency
+    slower: bool = False
+
+    @property
+    def label(self) -> str:
+        sizes = ", ".join(f"{name} {written(shape)}" for name, shape in self.shapes.items())
+        return f"{counted(self.threads, 'thread')}, {sizes}"
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything one optimisation did, declined, and measured.
 
@@ -63,6 +90,7 @@ class Report:
     after: Cost = NOTHING
     equivalence: Equivalence | None = None
     latency: Latency | None = None
+    conditions: tuple[Timed, ...] = ()
     operators: dict[str, dict[str, float]] | None = None
     command: str | None = None
     notes: tuple[str, ...] = ()
@@ -104,6 +132,7 @@ class Report:
             "cost": {"before": asdict(self.before), "after": asdict(self.after)},
             "equivalence": None if self.equivalence is None else asdict(self.equivalence),
             "latency": None if self.latency is None else asdict(self.latency),
+            "conditions": [asdict(c) for c in self.conditions],
             "operators": self.operators,
             "command": self.command,
             "notes": list(self.notes),

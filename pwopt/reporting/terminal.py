@@ -85,6 +85,10 @@ def _cost_table(report: Report) -> Table:
             f"latency ({plain(report.provider)}, {threads})",
             f"{t.before_ms:.2f} ms", f"{t.after_ms:.2f} ms", f"{t.speedup:.2f}× [{low:.2f}, {high:.2f}]",
         )  # fmt: skip
+    for c in report.conditions:
+        low, high = c.latency.interval
+        times = (f"{c.latency.before_ms:.2f} ms", f"{c.latency.after_ms:.2f} ms")
+        table.add_row(f"… {plain(c.label)}", *times, f"{c.latency.speedup:.2f}× [{low:.2f}, {high:.2f}]")
     return table
 
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from pwopt.errors import UsageError
+from pwopt.errors import ProviderError, UsageError
 
 #: Short names of execution providers; any other is taken literally.
 PROVIDERS = {
@@ -66,6 +66,8 @@ class Provider:
 
         Raises
         ------
+        ProviderError
+            If there is no such provider.
         UsageError
             If it is of another form, or names a device of a provider that has none.
         """
@@ -73,7 +75,7 @@ class Provider:
         short, colon, device = head.partition(":")
         name = PROVIDERS.get(short.lower(), short)
         if not name.endswith("ExecutionProvider"):
-            raise UsageError(f"{short!r} is not an execution provider; there are {', '.join(PROVIDERS)}")
+            raise ProviderError(f"{short!r} is not an execution provider; there are {', '.join(PROVIDERS)}")
         options: dict[str, str] = {}
         if colon:
             if name not in DEVICE_OPTION or not device:

@@ -62,6 +62,7 @@ def race(
     progress: Callable[[float], None] = lambda _: None,
     *,
     decided: float | None = None,
+    least: int = MIN_ROUNDS,
 ) -> Race:
     """Time models against each other on the same inputs.
 
@@ -72,7 +73,7 @@ def race(
     sessions : sequence of Session
     feeds : dict of arrays
     budget : float
-        Seconds to spend; at least 20 rounds are run.
+        Seconds to spend; at least `least` rounds are run.
     progress : callable, optional
         Called with the fraction done.
     decided : float, optional
@@ -94,11 +95,11 @@ def race(
             times[i].append(clock() - begin)
         spent = time.perf_counter() - start
         progress(min(1.0, max(spent / budget if budget else 1.0, (done + 1) / MAX_ROUNDS)))
-        if done + 1 < MIN_ROUNDS:
+        if done + 1 < least:
             continue
         if spent >= budget:
             break
-        if decided is not None and (done + 1) % MIN_ROUNDS == 0:
+        if decided is not None and (done + 1) % least == 0:
             low, high = Race(tuple(np.array(t) for t in times)).interval(confidence=decided)
             if low > 1.0 or high < 1.0:
                 break

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -17,10 +17,12 @@ from pwopt.maps.cost import Cost
 from pwopt.rewriting.driver import Certifier, Pass
 from pwopt.rewriting.pipeline import Pipeline
 from pwopt.rewriting.records import Outcome, Rewrite, Skip
+from pwopt.rewriting.wording import counted
 from pwopt.running import timing
 from pwopt.running.progress import Progress
 from pwopt.running.runtime import Session
 from pwopt.running.samples import Sample
+from pwopt.running.worker import Worker
 from pwopt.selecting import tune
 from pwopt.selecting.cache import Entry, look_up, place, store
 from pwopt.selecting.compiler import concrete_sizes, run_pipeline, select_passes, settle
@@ -38,6 +40,12 @@ class Arena:
     provider: str
     threads: int
     samples: list[Sample]
+    #: Tries models first, where they can do no harm.
+    worker: Worker | None = None
+
+    def fault(self, model: Path) -> str:
+        """Why a model cannot be used here, as a clause, else ""."""
+        return "" if self.worker is None else self.worker.fault(model)
 
     def session(self, model: Path, **options: bool) -> Session:
         return Session(model, self.provider, self.threads, **options)
@@ -48,10 +56,11 @@ class Arena:
         seconds: float,
         progress: Callable[[float], None] = lambda _: None,
         decided: float | None = None,
+        least: int = timing.MIN_ROUNDS,
     ) -> timing.Race:
         """As users run them: on CUDA, that is with TF32."""
         sessions = [self.session(m, tf32=True) for m in models]
-        return timing.race(sessions, self.samples[0].feeds, seconds, progress, decided=decided)
+        return timing.race(sessions, self.samples[0].feeds, seconds, progress, decided=decided, least=least)
 
 
 @dataclass(frozen=True)
@@ -84,12 +93,16 @@ class Work:
     kind: str = "cpu"
     #: Just the passes that need no cost to judge them.
     always_only: bool = False
+    #: Sites that turned out not to be worth it, each with the reason.
+    refused: Mapping[str, Skip] = field(default_factory=dict)
+    #: Sentences on those, for the user.
+    notes: tuple[str, ...] = ()
 
     def certified(
         self, allowed: frozenset[str] | None, certifier: Certifier
     ) -> tuple[Cost, Outcome, Cost, onnx.ModelProto, dict[str, Skip]]:
         """`rewrite`, again without the sites whose certificates fail; those last, by site."""
-        refused: dict[str, Skip] = {}
+        refused = dict(self.refused)
         for _ in range(MAX_REFUSALS):
             done = self.rewrite(allowed, certifier, refused)
             failed = [r for r in done[1].rewrites if r.certificate is not None and not r.certificate.passed]
@@ -106,9 +119,16 @@ class Work:
         chosen = [p for p in self.candidates() if p.policy == "always" or not self.always_only]
         for p in chosen:
             p.eager = p.eager or (p.policy == "measured" and allowed is not None)
-        denied = (*self.denied, *refused)
+        denied = (*self.denied, *self.refused, *refused)
         before, outcome, after = run_pipeline(fresh, chosen, denied, self.sizes, allowed, certifier)
         return before, outcome, after, fresh.to_proto()
+
+    def without(self, rewrites: Iterable[Rewrite], reason: str) -> Work:
+        """The same, but for the sites of some rewrites; the reason is a clause."""
+        gone = {r.site: Skip(f"left out ({reason}): {r.reason}", r.pass_name, r.site) for r in rewrites}
+        names = ", ".join(dict.fromkeys(s.pass_name for s in gone.values()))
+        note = f"Left out: {names} at {counted(len(gone), 'place')}, {reason}."
+        return replace(self, refused={**self.refused, **gone}, notes=(*self.notes, note))
 
     def candidates(self) -> list[Pass]:
         """Passes that were asked for by name, or those that may pay on this kind of provider."""
@@ -239,8 +259,9 @@ def _decide(
         0.0 if arena is None else budget,
         progress,
         remembered,
+        (lambda _: "") if arena is None else arena.fault,
     )
     for d in decisions:
-        if not d.remembered:
+        if not d.remembered and not d.fault:
             memory.keep(d)
     return decisions

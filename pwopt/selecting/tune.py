@@ -49,14 +49,19 @@ class Decision:
     speedup: float
     interval: tuple[float, float]
     remembered: bool = False
+    #: Why the model with the group cannot be used at all, as a clause; else "".
+    fault: str = ""
 
     @property
     def kept(self) -> bool:
-        return self.interval[0] > 1.0
+        return not self.fault and self.interval[0] > 1.0
 
     def skips(self) -> list[Skip]:
         """A record for each site, if the group was dropped."""
         low, high = self.interval
+        if self.fault:
+            reason = f"{self.group.signature}: the model with it cannot be used, since {self.fault}"
+            return [Skip(reason, self.group.pass_name, site) for site in self.group.sites]
         when = " by an earlier run" if self.remembered else ""
         reason = (
             f"{self.group.signature}: measured {self.speedup:.3f}× [{low:.3f}, {high:.3f}] in the whole model{when}"
@@ -99,6 +104,7 @@ def choose(
     budget: float,
     progress: Progress = silent,
     remembered: Callable[[Group], Decision | None] = lambda _group: None,
+    fault: Callable[[Path], str] = lambda _model: "",
 ) -> list[Decision]:
     """Race each group on top of those kept so far, unless it was decided before.
 
@@ -118,12 +124,14 @@ def choose(
         Called with what is raced, and the fraction of groups done.
     remembered : callable, optional
         The decision of an earlier run on a group.
+    fault : callable, optional
+        Why a model cannot be raced, else "": its group is dropped.
 
     Returns
     -------
     list of Decision
     """
-    contest = _Contest(candidates, build, race, budget, progress)
+    contest = _Contest(candidates, build, race, budget, progress, fault)
     for done, group in enumerate(candidates):
         earlier = remembered(group)
         if earlier is not None:
@@ -152,7 +160,9 @@ class _Contest:
         race: Callable[[Path, Path, float], Race],
         budget: float,
         progress: Progress,
+        fault: Callable[[Path], str],
     ) -> None:
+        self._fault = fault
         self.candidates, self.decided = candidates, dict[Group, Decision]()
         self._build, self._race, self._progress = build, race, progress
         self._budget, self._deadline = budget, time.perf_counter() + budget
@@ -174,5 +184,10 @@ class _Contest:
             return
         self._progress(f"racing {group.pass_name}: {group.signature}", 1 - left / self._budget)
         others = [g for g in self.kept() if g is not group]
-        result = self._race(self._model(others), self._model([*others, group]), min(LONGEST_RACE, left / races))
+        model = self._model([*others, group])
+        fault = self._fault(model)
+        if fault:
+            self.decided[group] = Decision(group, 0.0, (0.0, 0.0), fault=fault)
+            return
+        result = self._race(self._model(others), model, min(LONGEST_RACE, left / races))
         self.decided[group] = Decision(group, result.speedup(), result.interval(confidence=CONFIDENCE))

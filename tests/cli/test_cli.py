@@ -265,7 +265,12 @@ def test_verify_on_a_folder_of_inputs(model: Path) -> None:
         (["verify", "seq.onnx", "seq.onnx", "--invariant", "energy"], "there is no invariant 'energy'"),
         (["verify", "seq.onnx", "seq.onnx", "--rewrites", "seq.onnx"], "is not a report of pwopt optimize"),
         (["verify", "seq.onnx", "seq.onnx", "--input", "none.npz"], "cannot be read"),
-        (["optimize", "seq.onnx", "--shape", "x=1x64x2x2", "--shape", "x=1x64x3x3"], "only verify takes several"),
+        (
+            ["bench", "seq.onnx", "--shape", "x=1x64x2x2", "--shape", "x=1x64x3x3"],
+            "only optimize and verify take several",
+        ),
+        (["optimize", "seq.onnx", "--threads", "1,two"], "the threads '1,two' are not of the form 1,4"),
+        (["optimize", "seq.onnx", "--threads", "1,0"], "0 threads cannot run anything"),
         (
             ["verify", "seq.onnx", "seq.onnx", "--input", "a.npz", "--shape", "x=1x64x2x2", "--shape", "x=1x64x3x3"],
             "have their own sizes",

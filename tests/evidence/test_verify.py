@@ -150,7 +150,7 @@ def test_a_silent_fallback_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     monkeypatch.setattr(ort, "InferenceSession", falls_back)
-    with pytest.raises(ProviderError, match="fell back to the CPU"):
+    with pytest.raises(ProviderError, match=r"CUDAExecutionProvider could not start: .*nothing was run"):
         Session(MODELS / "linear_sequence.onnx", "cuda")
 
 

@@ -41,10 +41,27 @@ class Planted(Pass):
         return rw.replace([node], [new], "planted")
 
 
-def test_a_wrong_rewrite_is_caught_and_nothing_is_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_rewrite_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by its certificate: by the answers of the whole model, and what they are traced back to."""
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(compiler, "PASSES", (*compiler.PASSES, Planted))
+    monkeypatch.setattr(trial, "certify", unchecked)
+    path = MODELS / "network_in_network.onnx"
+    report = pwopt.optimize(path, tmp_path / "out.onnx", cost_model="analytic").report
+    assert report.equivalence.passed
+    assert "planted" not in {r.pass_name for r in report.rewrites}
+    assert "fold-chains" in {r.pass_name for r in report.rewrites}
+    left = [s for s in report.skips if s.pass_name == "planted"]
+    assert left
+    assert all(s.reason.startswith("left out (output ") for s in left)
+    assert any(note.startswith("Left out: planted at ") and "please report it" in note for note in report.notes)
+
+
+def test_a_wrong_result_of_unknown_cause_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(compiler, "PASSES", (Planted,))
     monkeypatch.setattr(trial, "certify", unchecked)
+    monkeypatch.setattr(trial, "localise", lambda *_: None)
     with pytest.raises(NotEquivalentError, match="nothing was written") as caught:
         pwopt.optimize(MODELS / "network_in_network.onnx", tmp_path / "out.onnx", cost_model="analytic")
     assert not caught.value.report.equivalence.passed
@@ -100,7 +117,7 @@ def test_what_is_not_faster_is_taken_back(
     pytest.importorskip("onnxruntime")
     races = iter([Race((np.full(50, s), np.full(50, 1.0))) for s in speedups])
     monkeypatch.setattr(selection.timing, "race", lambda *_, **__: next(races))
-    result = pwopt.optimize(CHAIN, budget=0.0)
+    result = pwopt.optimize(CHAIN, budget=0.0, threads=1)
     assert ops(result.model) == left
     assert note in " ".join(result.report.notes)
     assert next(races, None) is None
@@ -119,7 +136,7 @@ def test_what_was_asked_for_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     slow = Race((np.full(50, 1.0), np.full(50, 2.0)))
     monkeypatch.setattr(selection.timing, "race", lambda *_, **__: slow)
-    result = pwopt.optimize(CHAIN, passes=["fold-chains"])
+    result = pwopt.optimize(CHAIN, passes=["fold-chains"], threads=1)
     assert ops(result.model)["Conv"] == 2
     assert "Measured slower (0.50×), and kept since --passes was asked for." in result.report.notes
 

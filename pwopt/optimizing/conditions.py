@@ -1,0 +1,103 @@
+"""Other sizes and numbers of threads than those that are optimised for: at none of them may the result be slower."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from pwopt.optimizing.request import Request
+from pwopt.optimizing.subject import Subject
+from pwopt.reporting.report import Latency, Report, Timed
+from pwopt.rewriting.records import Rewrite
+from pwopt.running.timing import Race
+from pwopt.selecting.selection import Arena, Work
+from pwopt.selecting.tune import CONFIDENCE
+
+#: Of the time for the final race, the part for each other condition.
+SHARE = 0.25
+#: Rounds of a race under another condition, at least: all ten the same way by chance has a probability of 1/1024.
+LEAST = 10
+
+
+def usual_threads() -> int:
+    """As many threads as onnxruntime takes by itself: one for each physical core that this process may use."""
+    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+    cores = set()
+    for cpu in allowed:
+        siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
+        cores.add(siblings.read_text() if siblings.exists() else str(cpu))
+    return max(1, len(cores))
+
+
+def others(subject: Subject, request: Request) -> list[Arena]:
+    """Every condition but the first: all numbers of threads at all sizes."""
+    arena = subject.arena
+    if arena is None:
+        return []
+    sizes: dict[tuple[tuple[int, ...], ...], int] = {}
+    for i, sample in enumerate(arena.samples):
+        sizes.setdefault(tuple(value.shape for value in sample.feeds.values()), i)
+    threads = dict.fromkeys(request.thread_counts or (1, usual_threads()))
+    found = [replace(arena, threads=t, samples=[arena.samples[i]]) for i in sizes.values() for t in threads]
+    return found[1:]
+
+
+def as_latency(race: Race) -> Latency:
+    """What a report says of a race of an original and a candidate."""
+    return Latency(
+        race.median(0) * 1e3, race.median(1) * 1e3, race.speedup(), race.interval(),
+        race.minimum(0) * 1e3, race.minimum(1) * 1e3, race.rounds,
+    )  # fmt: skip
+
+
+def timed(original: Path, candidate: Path, arena: Arena, request: Request) -> Timed:
+    """Race both models under one condition, for a short while."""
+    request.progress(f"racing with {arena.threads} threads, {arena.samples[0].label}", 0.0)
+    race = _race(arena, original, candidate, request)
+    shapes = {name: value.shape for name, value in arena.samples[0].feeds.items()}
+    return Timed(arena.threads, shapes, as_latency(race), race.interval(confidence=CONFIDENCE)[1] < 1.0)
+
+
+def _race(arena: Arena, a: Path, b: Path, request: Request) -> Race:
+    return arena.race([a, b], SHARE * request.race_seconds, decided=CONFIDENCE, least=LEAST)
+
+
+def respecting(
+    slow: Sequence[tuple[Arena, Timed]], original: Path, candidate: Path, work: Work, rewrites: Sequence[Rewrite],
+    build: Callable[[Work], Path], request: Request,
+) -> Work:  # fmt: skip
+    """The work without the kinds of rewrites that make a result slower under some conditions.
+
+    One kind after another is taken back, the last first, and stays out if the model is faster without it beyond doubt
+    under that condition, until it is no longer slower than the original there.
+
+    Parameters
+    ----------
+    slow : sequence of (Arena, Timed)
+        Conditions under which the result is slower, with what was measured.
+    build : callable
+        Writes the model of a work.
+
+    Returns
+    -------
+    Work
+        The given one if no kind is at fault by itself.
+    """
+    for arena, measured in slow:
+        for name in reversed(dict.fromkeys(r.pass_name for r in rewrites)):
+            reason = f"slower with {measured.label}: {measured.latency.speedup:.3f}×"
+            tried = work.without([r for r in rewrites if r.pass_name == name], reason)
+            model = build(tried)
+            if arena.fault(model) or _race(arena, candidate, model, request).interval(confidence=CONFIDENCE)[0] <= 1.0:
+                continue
+            work, candidate = tried, model
+            if not timed(original, candidate, arena, request).slower:
+                break
+    return work
+
+
+def slower_somewhere(report: Report) -> Timed | None:
+    """The condition under which a result is slowest, if it is slower beyond doubt."""
+    return min((c for c in report.conditions if c.slower), key=lambda c: c.latency.speedup, default=None)

@@ -1,0 +1,139 @@
+"""Several sizes and numbers of threads: the first is optimised for, under none of the others is the result slower."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from helpers import normal, ops, parse
+
+import pwopt
+from pwopt.errors import UsageError
+from pwopt.optimizing import conditions
+from pwopt.optimizing.request import Request
+from pwopt.running.timing import Race
+from pwopt.selecting import selection
+
+F = np.float32
+#: Its chain is folded where that is cheaper, its factor of one always goes.
+CHAIN = parse(
+    "(float[N,8,H,W] x) => (float[N,8,H,W] y) { a = Conv(x, w) r = Relu(a) b = Conv(r, v) c = Conv(b, u) m = Mul(c, one) y = Abs(m) }",
+    w=normal(8, 8, 1, 1, dtype=F), v=normal(8, 8, 1, 1, seed=1, dtype=F), u=normal(8, 8, 1, 1, seed=2, dtype=F),
+    one=np.ones((), F),
+)  # fmt: skip
+SMALL, LARGE = {"x": (1, 8, 16, 16)}, {"x": (1, 8, 64, 64)}
+#: Convolutions and products of a model → how long it takes, of a session and its feeds.
+Speed = Callable[[dict[str, int], int, int], float]
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Speed], None]:
+    """Let races say what a function of (operators, threads, width of the input) says."""
+    pytest.importorskip("onnxruntime")
+
+    def install(speed: Speed) -> None:
+        def race(sessions: list[Any], feeds: Any, *_: Any, **__: Any) -> Race:
+            width = feeds["x"].shape[-1]
+            return Race(tuple(np.full(20, speed(s.counted, s.threads, width)) for s in sessions))
+
+        class Counted(selection.Session):
+            def __init__(self, path: Any, provider: str = "cpu", threads: int = 1, **options: Any) -> None:
+                import onnx
+
+                super().__init__(path, provider, threads, **options)
+                self.counted, self.threads = ops(onnx.load(path)), threads
+
+        monkeypatch.setattr(selection, "Session", Counted)
+        monkeypatch.setattr(selection.timing, "race", race)
+        monkeypatch.setattr(conditions, "usual_threads", lambda: 4)
+
+    return install
+
+
+def folded(counted: dict[str, int]) -> bool:
+    return counted["Conv"] == 2
+
+
+def faster_but(where: Callable[[int, int], bool]) -> Speed:
+    """Folding pays, but where a condition says it does not; without the product everything is faster."""
+
+    def speed(counted: dict[str, int], threads: int, width: int) -> float:
+        time = 8.0 + counted["Mul"]
+        return time * (1.5 if where(threads, width) else 0.5) if folded(counted) else time
+
+    return speed
+
+
+@pytest.mark.parametrize(
+    ("where", "label"),
+    [
+        (lambda threads, width: width > 32, "1 thread, x 1×8×64×64"),
+        (lambda threads, width: threads > 1, "4 threads, x 1×8×16×16"),
+    ],
+)
+def test_what_is_slower_elsewhere_is_not_done(
+    where: Callable[[int, int], bool], label: str, clock: Callable[[Speed], None]
+) -> None:
+    clock(faster_but(where))
+    done = pwopt.optimize(CHAIN, shapes=[SMALL, LARGE], threads=(1, 4), budget=0.0, race_seconds=0.1)
+    assert ops(done.model) == {"Conv": 3, "Relu": 1, "Abs": 1}
+    assert {r.pass_name for r in done.report.rewrites} == {"clean-up"}
+    (left,) = (s for s in done.report.skips if s.pass_name == "fold-chains" and s.reason.startswith("left out"))
+    assert left.reason.startswith(f"left out (slower with {label}: 0.")
+    assert f"Left out: fold-chains at 1 place, slower with {label}" in " ".join(done.report.notes)
+    assert len(done.report.conditions) == 3
+    assert not any(c.slower for c in done.report.conditions)
+    assert done.report.latency.speedup > 1
+    assert [c.latency.speedup > 1 for c in done.report.conditions] == [True] * 3
+
+
+def test_what_is_faster_everywhere_stays(clock: Callable[[Speed], None]) -> None:
+    clock(faster_but(lambda threads, width: False))
+    done = pwopt.optimize(CHAIN, shapes=[SMALL, LARGE], budget=0.0, race_seconds=0.1)
+    assert ops(done.model) == {"Conv": 2, "Relu": 1, "Abs": 1}
+    assert [(c.threads, c.shapes["x"][-1]) for c in done.report.conditions] == [(4, 16), (1, 64), (4, 64)]
+    content = done.report.to_dict()["conditions"]
+    assert [c["threads"] for c in content] == [4, 1, 4]
+    assert content[0]["latency"]["speedup"] == pytest.approx(9 / 4)
+
+
+def test_the_original_is_returned_if_nothing_alone_is_at_fault(clock: Callable[[Speed], None]) -> None:
+    def speed(counted: dict[str, int], threads: int, width: int) -> float:
+        changed = folded(counted) or not counted["Mul"]
+        return (2.0 if threads > 1 else 0.5) if changed else 1.0
+
+    clock(speed)
+    done = pwopt.optimize(CHAIN, shapes=SMALL, threads=(1, 4), budget=0.0, race_seconds=0.1)
+    assert ops(done.model) == ops(CHAIN)
+    assert done.report.notes[-1].startswith(
+        "The rewritten model was measured slower with 4 threads, x 1×8×16×16 (0.500×"
+    )
+
+
+def test_what_was_asked_for_is_kept_though_slower_elsewhere(clock: Callable[[Speed], None]) -> None:
+    clock(faster_but(lambda threads, width: threads > 1))
+    done = pwopt.optimize(CHAIN, shapes=SMALL, threads=(1, 4), passes=["fold-chains"], race_seconds=0.1)
+    assert ops(done.model)["Conv"] == 2
+    assert "Measured slower with 4 threads, x 1×8×16×16" in done.report.notes[-1]
+    assert done.report.notes[-1].endswith("and kept since --passes was asked for.")
+
+
+def test_what_a_request_names() -> None:
+    assert Request().rounds == [] == Request(shapes={}).rounds
+    assert Request(shapes=SMALL).rounds == [SMALL]
+    assert Request(shapes=[SMALL, LARGE]).rounds == [SMALL, LARGE]
+    assert (Request().thread_counts, Request().first_threads) == ((), 1)
+    assert (Request(threads=3).thread_counts, Request(threads=3).first_threads) == ((3,), 3)
+    assert (Request(threads=(2, 1)).thread_counts, Request(threads=(2, 1)).first_threads) == ((2, 1), 2)
+    assert conditions.usual_threads() >= 1
+
+
+def test_rounds_are_for_random_inputs() -> None:
+    pytest.importorskip("onnxruntime")
+    inputs = {"x": normal(1, 8, 4, 4, dtype=F)}
+    with pytest.raises(UsageError, match="given inputs have their own sizes"):
+        pwopt.optimize(CHAIN, inputs=inputs, shapes=[SMALL, LARGE])
+    with pytest.raises(UsageError, match="0 threads cannot run anything"):
+        pwopt.optimize(CHAIN, threads=(1, 0))

@@ -1,0 +1,194 @@
+"""Candidates that do not load, crash, run forever, take all memory or deviate are dropped, and the rest is written."""
+
+from __future__ import annotations
+
+import textwrap
+from pathlib import Path
+from typing import ClassVar
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+import pytest
+from helpers import MODELS, normal, ops, parse
+
+import pwopt
+from pwopt.evidence.certify import unchecked
+from pwopt.graph.files import from_proto
+from pwopt.optimizing import survival, trial
+from pwopt.rewriting import Pass, Rewrite, Rewriter
+from pwopt.running import worker
+from pwopt.running.worker import Worker
+from pwopt.selecting import compiler
+from pwopt.selecting.selection import Work
+
+F = np.float32
+CHAIN = parse(
+    "(float[1,8,16,16] x) => (float[N] y) { a = Conv(x, w) b = Conv(a, v) r = Relu(b) c = Conv(r, u) y = Abs(c) }",
+    w=normal(8, 8, 1, 1, dtype=F), v=normal(8, 8, 1, 1, seed=1, dtype=F), u=normal(8, 8, 1, 1, seed=2, dtype=F),
+)  # fmt: skip
+#: An operator that does something terrible in front of every Abs: its result is added to x as zero.
+HARM = {
+    "does not load": ("NoSuchOperator", {}),
+    "takes all memory": ("ConstantOfShape", {}),
+    "runs forever": ("Loop", {}),
+    "crashes": ("Erf", {}),
+}
+
+
+class Harmful(Pass):
+    """Puts something in front of every Abs that no session survives."""
+
+    name: ClassVar[str] = "harmful"
+    kind: ClassVar[str] = ""
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | None:
+        if rw.op(node) != "Abs" or rw.op(rw.producer(node.inputs[0])) == "Add":
+            return None
+        x = node.inputs[0]
+        made, total = rw.new_variable("harm", x), rw.new_variable("total", x)
+        nodes = [*self.harm(rw, x, made), gs.Node("Add", "", {}, [x, made], [total])]
+        new = [*nodes, gs.Node("Abs", node.name, {}, [total], list(node.outputs))]
+        return rw.replace([node], new, "harm").signed("harm")
+
+    def harm(self, rw: Rewriter, x: gs.Tensor, made: gs.Tensor) -> list[gs.Node]:
+        if self.kind == "takes all memory":
+            size = rw.new_constant("size", np.array([1 << 33], np.int64))
+            large = gs.Variable(rw.unique("large"))
+            return [
+                gs.Node("ConstantOfShape", "", {}, [size], [large]),
+                gs.Node("ReduceSum", "", {"keepdims": 0}, [large], [made]),
+            ]
+        if self.kind == "runs forever":
+            yes = rw.new_constant("yes", np.array(True))
+            i, go, v = gs.Variable("i", np.int64, []), gs.Variable("go", bool, []), gs.Variable("v", F, x.shape)
+            on, w = gs.Variable("on", bool, []), gs.Variable("w", F, x.shape)
+            body = gs.Graph(
+                [gs.Node("Identity", "", {}, [go], [on]), gs.Node("Abs", "", {}, [v], [w])], [i, go, v], [on, w]
+            )
+            return [gs.Node("Loop", "", {"body": body}, [gs.Variable.empty(), yes, x], [made])]
+        return [gs.Node("Erf" if self.kind == "crashes" else "NoSuchOperator", "aborts", {}, [x], [made])]
+
+
+@pytest.fixture
+def aborting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let every session abort that has an operator called so, as a fault in native code would."""
+    (tmp_path / "path").mkdir()
+    (tmp_path / "path" / "sitecustomize.py").write_text(
+        textwrap.dedent(
+            """
+            import os
+            import onnxruntime
+            real = onnxruntime.InferenceSession
+            def session(path, *arguments, **options):
+                if b"aborts" in open(path, "rb").read():
+                    os.abort()
+                return real(path, *arguments, **options)
+            onnxruntime.InferenceSession = session
+            """
+        )
+    )
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "path"))
+
+
+@pytest.mark.parametrize("policy", ["always", "measured"])
+@pytest.mark.parametrize(
+    ("kind", "reason"),
+    [
+        ("does not load", "onnxruntime does not load the model: "),
+        ("takes all memory", "Failed to allocate memory"),
+        ("runs forever", "it did not finish within "),
+        ("crashes", "it crashes onnxruntime (SIGABRT)"),
+    ],
+)
+def test_what_cannot_be_used_is_left_out(
+    kind: str, reason: str, policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> None:
+    pytest.importorskip("onnxruntime")
+    if kind == "crashes":
+        request.getfixturevalue("aborting")
+    monkeypatch.setattr(Harmful, "kind", kind)
+    monkeypatch.setattr(Harmful, "policy", policy)
+    monkeypatch.setattr(compiler, "PASSES", (*compiler.PASSES, Harmful))
+    monkeypatch.setattr(trial, "certify", unchecked)
+    monkeypatch.setattr(worker, "PATIENCE", 1.0)
+    monkeypatch.setattr(worker, "SLOWER", 1.0)
+    out = tmp_path / "out.onnx"
+    report = pwopt.optimize(CHAIN, out, race_seconds=0.1, budget=2.0, threads=1, cache=False).report
+    (left,) = (s for s in report.skips if s.pass_name == "harmful")
+    assert reason in left.reason
+    assert "the model with it cannot be used, since " in left.reason
+    written = ops(onnx.load(out))
+    assert "Add" not in written
+    assert "harmful" not in {r.pass_name for r in report.rewrites}
+    if policy == "always":
+        assert any("Left out: harmful at 1 place, " in note and "please report" in note for note in report.notes)
+
+
+def test_a_quantised_model_that_onnxruntime_refuses_when_rewritten(tmp_path: Path) -> None:
+    """At opset 21, onnxruntime 1.32 does not load DequantizeLinear in front of a Reshape: a candidate's fault."""
+    pytest.importorskip("onnxruntime")
+    scale, zero = np.float32(0.05), np.int8(0)
+    model = parse(
+        "(float[1,32,40,40] x) => (float[N] y) { q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) c = Conv(d, w) y = Relu(c) }",
+        21, 10, s=scale, z=zero, w=normal(32, 32, 1, 1, dtype=F),
+    )  # fmt: skip
+    report = pwopt.optimize(model, tmp_path / "out.onnx", budget=5.0, race_seconds=0.2, cache=False).report
+    assert report.equivalence is None or report.equivalence.passed
+    pwopt.running.runtime.Session(tmp_path / "out.onnx")
+
+
+def test_the_rewrite_at_fault_is_found_by_halves(tmp_path: Path) -> None:
+    model = from_proto(CHAIN)
+    work = Work(model, model, None, (), {}, tmp_path)
+    rewrites = [Rewrite("r", pass_name=f"p{i % 3}", site=f"p{i % 3}:t{i}") for i in range(16)]
+    asked: list[int] = []
+
+    def fault(tried: Work) -> str:
+        made = [r.site for r in rewrites if r.site not in tried.refused]
+        asked.append(len(made))
+        return "it is broken" if {"p2:t5", "p1:t13"} & set(made) else ""
+
+    first = survival.culprits(work, rewrites, fault)
+    reason = "the model with it cannot be used, since it is broken; a defect of pwopt or onnxruntime"
+    assert list(first.refused) == ["p2:t5"]
+    assert first.refused["p2:t5"].reason.startswith(f"left out ({reason}")
+    assert first.notes[0].startswith(f"Left out: p2 at 1 place, {reason}")
+    assert len(asked) <= 2 + 4
+    second = survival.culprits(first, rewrites, fault)
+    assert list(second.refused) == ["p2:t5", "p1:t13"]
+    assert survival.culprits(second, rewrites, fault) is second
+    again = survival.alike(first, [rewrites[2]], rewrites)
+    assert {r.site for r in again} == {r.site for r in rewrites if r.pass_name == "p2"}
+    assert survival.culprits(work, rewrites, lambda _: "always") is work
+    assert survival.culprits(work, rewrites, lambda _: "") is work
+
+
+def test_a_worker_is_replaced_and_knows_when_it_tells_nothing(tmp_path: Path, aborting: None) -> None:
+    pytest.importorskip("onnxruntime")
+    onnx.save(CHAIN, tmp_path / "good.onnx")
+    bad = parse("(float[1,8,16,16] x) => (float[N] y) { y = Erf(x) }")
+    bad.graph.node[0].name = "aborts"
+    onnx.save(bad, tmp_path / "bad.onnx")
+    feeds = {"x": normal(1, 8, 16, 16, dtype=F)}
+    tried = Worker(tmp_path / "good.onnx", "cpu", 1, feeds)
+    found = [tried.fault(tmp_path / f"{name}.onnx") for name in ("good", "bad", "good")]
+    tried.close()
+    assert found == ["", "it crashes onnxruntime (SIGABRT)", ""]
+    useless = Worker(tmp_path / "bad.onnx", "cpu", 1, feeds)
+    assert useless.fault(tmp_path / "bad.onnx") == ""
+    useless.close()
+
+
+def test_without_verification_a_result_that_does_not_load_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(Harmful, "kind", "does not load")
+    monkeypatch.setattr(compiler, "PASSES", (Harmful,))
+    done = pwopt.optimize(CHAIN, tmp_path / "out.onnx", check=False)
+    assert done.report.notes[-1].startswith(
+        "Not verified (as asked). The result cannot be used: onnxruntime does not load the model: "
+    )
+    fine = pwopt.optimize(MODELS / "linear_sequence.onnx", tmp_path / "fine.onnx", check=False)
+    assert fine.report.notes[-1] == "Not verified (as asked)."
