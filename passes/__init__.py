@@ -15,11 +15,13 @@ from pwopt.passes.fold_chains import FoldChains
 from pwopt.passes.hoist_crop import HoistCrop
 from pwopt.passes.hoist_stride import HoistStride
 from pwopt.passes.join_concat import JoinConcat
+from pwopt.passes.join_views import JoinViews
 from pwopt.passes.keep_layout import KeepLayout
 from pwopt.passes.lower_rank import LowerRank
 from pwopt.passes.merge_siblings import MergeSiblings
 from pwopt.passes.name_activations import NameActivations
 from pwopt.passes.pad_channels import FillBlocks, FillTensorCores, PadChannels
+from pwopt.passes.settle_shapes import SettleShapes
 from pwopt.passes.split_concat import SplitConcat
 from pwopt.passes.split_multiplier import SplitMultiplier
 from pwopt.passes.split_siblings import SplitSiblings
@@ -31,6 +33,8 @@ from pwopt.rewriting.driver import Pass
 #: The default pipeline, in order.
 PASSES: tuple[type[Pass], ...] = (
     CleanUp,
+    SettleShapes,
+    JoinViews,
     NameActivations,
     FactorGates,
     FoldAffine,
@@ -75,11 +79,13 @@ __all__ = [
     "HoistCrop",
     "HoistStride",
     "JoinConcat",
+    "JoinViews",
     "KeepLayout",
     "LowerRank",
     "MergeSiblings",
     "NameActivations",
     "PadChannels",
+    "SettleShapes",
     "SplitConcat",
     "SplitMultiplier",
     "SplitSiblings",

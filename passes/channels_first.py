@@ -7,6 +7,7 @@ from dataclasses import replace
 import onnx_graphsurgeon as gs
 
 from pwopt.algebra.geometry import Refusal
+from pwopt.graph import attributes
 from pwopt.graph.shapes import Shape
 from pwopt.graph.view import View
 from pwopt.maps import emit, forms
@@ -87,7 +88,7 @@ class ChannelsFirst(Pass):
 
 
 def _moves(view: View, node: gs.Node | None, perm: tuple[int, ...]) -> bool:
-    return view.is_a(node, "Transpose") and tuple(node.attrs.get("perm", ())) == perm
+    return view.is_a(node, "Transpose") and tuple(attributes.perm(view, node) or ()) == perm
 
 
 def _first(shape: Shape) -> Shape:

@@ -37,7 +37,7 @@ MAX_COMPARED = 1 << 20
 
 
 class CleanUp(Pass):
-    """f(x) = x disappears; f(constant) becomes a constant; what nobody reads goes; TₚTᵩ = Tᵩₚ and reshapes likewise.
+    """f(x) = x disappears; f(constant) becomes a constant; what nobody reads goes.
 
     An operator does nothing if its constants say so (×1, +0, ·I, a full Slice) or its inferred shapes do (a
     Reshape, Expand or Resize to the shape it has). Constants are computed by onnx's reference evaluator,
@@ -60,9 +60,6 @@ class CleanUp(Pass):
         reason = does_nothing(rw, node, op)
         if reason:
             return self._bypass(node, rw, reason)
-        single = _joined(rw, node, op)
-        if single is not None:
-            return single
         if op in FOLDABLE:
             return self._fold(node, rw, op)
         return None
@@ -95,15 +92,7 @@ class CleanUp(Pass):
         made = sum(v.nbytes for v in outputs)
         if made > NEGLIGIBLE_BYTES:
             self._growth -= max(0, made - sum(v.nbytes for v in values.values()))
-        removed = (describe(node),)
-        for tensor, value in zip(list(node.outputs), outputs, strict=True):
-            readers = rw.readers(tensor)
-            rw.release([tensor.name])
-            rw.reroute(tensor, rw.new_constant(tensor.name, value))
-            for reader in readers:
-                rw.enqueue_around(reader)
-        rw.remove(node)
-        return Rewrite("its value is the same for every input", removed)
+        return rw.freeze(node, outputs, "its value is the same for every input")
 
 
 def does_nothing(rw: Rewriter, node: gs.Node, op: str) -> str:
@@ -128,8 +117,8 @@ def does_nothing(rw: Rewriter, node: gs.Node, op: str) -> str:
         to = onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]) if node.attrs.get("to") else None
         return "Cast to the type it has" if to is not None and rw.dtype(x) == to else ""
     if op == "Transpose":
-        perm = node.attrs.get("perm")
-        return "Transpose that keeps the order" if perm is not None and list(perm) == sorted(perm) else ""
+        perm = attributes.perm(rw, node)
+        return "Transpose that keeps the order" if perm is not None and perm == sorted(perm) else ""
     if op == "Pad":
         found = attributes.pad_parameters(rw, node)
         return "Pad by nothing" if found is not None and not any(found[0]) else ""
@@ -154,25 +143,6 @@ def does_nothing(rw: Rewriter, node: gs.Node, op: str) -> str:
         single = axes is not None and bool(axes) and all(before[a] == 1 for a in axes)
         return f"{op} over axes of size 1" if single and node.attrs.get("keepdims", 1) else ""
     return ""
-
-
-def _joined(rw: Rewriter, node: gs.Node, op: str) -> Rewrite | None:
-    """One operator for a Transpose behind another, or a Reshape behind what keeps the order of the elements too."""
-    before = rw.producer(node.inputs[0]) if op in ("Transpose", "Reshape") else None
-    if before is None or rw.crowd(node.inputs[0]):
-        return None
-    attrs = dict(node.attrs)
-    if op == "Transpose":
-        perms = before.attrs.get("perm"), node.attrs.get("perm")
-        if not rw.is_a(before, "Transpose") or perms[0] is None or perms[1] is None:
-            return None
-        attrs["perm"] = [perms[0][p] for p in perms[1]]
-    else:
-        shape = rw.integers(node.inputs[1]) if len(node.inputs) > 1 else None  # a 0 stands for the size before it
-        if not rw.is_a(before, "Reshape", "Flatten", "Squeeze", "Unsqueeze") or not shape or 0 in shape:
-            return None
-    new = gs.Node(op, node.name, attrs, [before.inputs[0], *node.inputs[1:]], list(node.outputs))
-    return rw.replace([before, node], [new], f"{before.op} and {op} are one {op}")
 
 
 def _identity(rw: Rewriter, node: gs.Node) -> bool:

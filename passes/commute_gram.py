@@ -83,7 +83,7 @@ def _gram_of(rw: Rewriter, node: gs.Node) -> gs.Tensor | None:
         return None
     rank = rw.rank(rows) or 0
     swapped = [*range(rank - 2), rank - 1, rank - 2]
-    return rows if rank >= 2 and list(transpose.attrs.get("perm", range(rank)[::-1])) == swapped else None
+    return rows if rank >= 2 and attributes.perm(rw, transpose) == swapped else None
 
 
 def _along_rows(rw: Rewriter, reading: Reading, flatten: gs.Node | None) -> bool:

@@ -95,6 +95,12 @@ def slice_parameters(view: View, node: gs.Node) -> list[tuple[int, int, int, int
     return list(zip(axes, starts, ends, steps or [1] * len(starts), strict=True))
 
 
+def perm(view: View, node: gs.Node) -> list[int] | None:
+    """The order of axes that a Transpose gives: the reverse by default; None if the rank is not known then."""
+    given, rank = node.attrs.get("perm"), view.rank(node.inputs[0])
+    return list(given) if given is not None else None if rank is None else list(range(rank))[::-1]
+
+
 def concat_axis(view: View, node: gs.Node) -> int | None:
     """The axis of a Concat, non-negative; None if it counts from the end of an unknown rank."""
     axis, rank = int(node.attrs.get("axis", 1)), view.rank(node.outputs[0])

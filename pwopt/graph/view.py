@@ -58,6 +58,8 @@ class View:
         inner += [t for body in bodies for t in (*body.inputs, *body.outputs)]
         self._captured = {t.name for t in inner if t.name}
         self._names = {t.name for t in (*self._tensors.values(), *graph.inputs, *inner)}.union(reserved)
+        declared = [d for t in graph.inputs for d in t.shape or () if isinstance(d, str)]
+        self._doubtful = {d for d in declared if declared.count(d) > 1}
         self._origin: dict[str, str] = {}
         self.changed = False
         #: What `forms.read` found at a node, by its id; true until the next edit.
@@ -145,6 +147,10 @@ class View:
         """One dimension; None when the shape or that dimension is unknown."""
         shape = self.shape(tensor)
         return shape[axis] if shape is not None and -len(shape) <= axis < len(shape) else None
+
+    def unambiguous(self, size: str) -> bool:
+        """Whether all axes of this name have one size: callers may give inputs that share a name different ones."""
+        return size not in self._doubtful and not self._functions
 
     def size_of(self, tensor: gs.Tensor) -> tuple[int, ...] | None:
         """The shape in numbers, from the graph or else the representative sizes."""

@@ -112,9 +112,7 @@ def rule(view: View, node: gs.Node) -> Rule | None:
     if op in ("DepthToSpace", "SpaceToDepth"):
         return Rule(axes={0: 0})
     if op == "Transpose":
-        perm = node.attrs.get("perm")
-        rank = view.rank(node.inputs[0])
-        perm = list(range(rank))[::-1] if perm is None and rank is not None else perm
+        perm = attributes.perm(view, node)
         return None if perm is None else Rule(axes={a: i for i, a in enumerate(perm)})
     if op in ("Reshape", "Flatten", "Squeeze", "Unsqueeze"):
         return Rule(axes=_kept_axes(view, node, op))

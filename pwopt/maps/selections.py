@@ -101,7 +101,7 @@ def read_shuffle(view: View, node: gs.Node) -> Result:
     same_space = attributes.same_shape([before[0], *before[2:]], [inner[0], *inner[3:]]) and attributes.same_shape(
         before, after
     )
-    if list(transpose.attrs.get("perm", [])) != swap or groups * width != channels or not same_space:
+    if attributes.perm(view, transpose) != swap or groups * width != channels or not same_space:
         return None
     picks = np.arange(channels).reshape(groups, width).T.reshape(-1)
     return replace(selection(node, source, picks.tolist(), channels, 1), nodes=(split, transpose, node))

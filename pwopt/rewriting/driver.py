@@ -7,6 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from pwopt.graph.journal import Journal
@@ -203,6 +204,18 @@ class Rewriter(View):
             residual,
             became,
         )
+
+    def freeze(self, node: gs.Node, values: Sequence[np.ndarray], reason: str) -> Rewrite:
+        """Let the outputs of `node` be these constants from now on; none of them may be observed by others."""
+        removed = (describe(node),)
+        for tensor, value in zip(list(node.outputs), values, strict=True):
+            readers = self.readers(tensor)
+            self.release([tensor.name])
+            self.reroute(tensor, self.new_constant(tensor.name, value))
+            for reader in readers:
+                self.enqueue_around(reader)
+        self.remove(node)
+        return Rewrite(reason, removed)
 
 
 def describe(node: gs.Node) -> str:

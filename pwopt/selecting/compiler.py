@@ -13,10 +13,13 @@ from pwopt.graph.model import Model
 from pwopt.graph.shapes import Shape, infer, known, skeleton
 from pwopt.graph.view import View
 from pwopt.maps.cost import Cost, measure
-from pwopt.passes import PASSES, CleanUp
+from pwopt.passes import PASSES, CleanUp, SettleShapes
 from pwopt.rewriting.driver import Certifier, Pass
 from pwopt.rewriting.pipeline import Pipeline
 from pwopt.rewriting.records import Outcome, Rewrite
+
+#: What lets constants settle shapes, and shapes constants.
+SETTLING: tuple[type[Pass], ...] = (CleanUp, SettleShapes)
 
 
 def select_passes(names: Sequence[str] | None) -> list[Pass]:
@@ -37,13 +40,18 @@ def select_passes(names: Sequence[str] | None) -> list[Pass]:
     return chosen
 
 
-def settle(model: Model, deny: Iterable[str] = (), certifier: Certifier | None = None) -> tuple[Rewrite, ...]:
+def settle(
+    model: Model,
+    deny: Iterable[str] = (),
+    certifier: Certifier | None = None,
+    passes: Sequence[type[Pass]] = SETTLING,
+) -> tuple[Rewrite, ...]:
     """While shapes are open, clean up and infer in turn until neither has news: constants may settle more shapes."""
     if all(known(t.shape) is not None for node in model.graph.nodes for t in node.outputs if t.name):
         return ()
     rewrites: list[Rewrite] = []
-    cleaner = CleanUp()
-    while done := cleaner.run(model.graph, denied=deny, reserved=model.names(), certifier=certifier).rewrites:
+    pipeline = Pipeline([p() for p in passes])
+    while done := pipeline.run(model.graph, denied=deny, reserved=model.names(), certifier=certifier).rewrites:
         rewrites.extend(done)
         annotate(model, infer(model.to_proto()))
     return tuple(rewrites)
@@ -61,8 +69,8 @@ def _concrete(light: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     if all(name in found for node in light.graph.node for name in node.output if name):
         return found
     model = from_proto(light)
-    cleaner = CleanUp()
-    while cleaner.run(model.graph).rewrites:
+    pipeline = Pipeline([p() for p in SETTLING])
+    while pipeline.run(model.graph).rewrites:
         types = infer(model.to_proto())
         annotate(model, types)
         found.update(_numbers(types))
@@ -88,7 +96,7 @@ def run_pipeline(
     """
     concrete = concrete_sizes(model.proto, sizes)
     before = measure(View(model.graph, concrete))
-    settled = settle(model, deny, certifier) if any(isinstance(p, CleanUp) for p in passes) else ()
+    settled = settle(model, deny, certifier, [kind for kind in SETTLING if any(type(p) is kind for p in passes)])
     outcome = Pipeline(passes).run(
         model.graph, denied=deny, allowed=allowed, sizes=concrete, reserved=model.names(), certifier=certifier
     )

@@ -1,0 +1,109 @@
+"""Transposes and Reshapes in a row become one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_graphsurgeon as gs
+
+from pwopt.graph import attributes, values
+from pwopt.graph.values import Entries
+from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.records import Rewrite, Skip
+
+#: Operators that keep the order of the elements.
+VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+
+
+class JoinViews(Pass):
+    """TₚTᵩ = Tᵩₚ; R_a R_b = R_a; and R⁻¹ T R = T′ where R joins axes, T moves the joint ones, and R⁻¹ parts them again.
+
+    The dynamo exporter of PyTorch turns the keys of attention so: (b, h, s, d) → (b·h, s, d) → (b·h, d, s) →
+    (b, h, d, s), with the sizes taken from Shape. The elements come in the same order either way, since the axes that are
+    joined lie side by side in both.
+    """
+
+    name = "join-views"
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+        op = rw.op(node)
+        before = rw.producer(node.inputs[0]) if op in ("Transpose", "Reshape") else None
+        if before is None or rw.crowd(node.inputs[0]):
+            return None
+        if op == "Transpose":
+            return _turned_twice(rw, before, node)
+        if rw.is_a(before, "Transpose"):
+            return _turned_inside(rw, before, node)
+        shape = rw.integers(node.inputs[1]) if len(node.inputs) > 1 else None  # a 0 stands for the size before it
+        if not rw.is_a(before, *VIEWS) or not shape or 0 in shape:
+            return None
+        inputs = [before.inputs[0], *node.inputs[1:]]
+        return _one(rw, [before, node], gs.Node(op, node.name, dict(node.attrs), inputs, list(node.outputs)))
+
+
+def _one(rw: Rewriter, old: Sequence[gs.Node], new: gs.Node) -> Rewrite:
+    return rw.replace(old, [new], f"{', '.join(n.op for n in old[:-1])} and {old[-1].op} are one {new.op}")
+
+
+def _turned_twice(rw: Rewriter, before: gs.Node, node: gs.Node) -> Rewrite | None:
+    perms = attributes.perm(rw, before) if rw.is_a(before, "Transpose") else None, attributes.perm(rw, node)
+    if perms[0] is None or perms[1] is None:
+        return None
+    attrs = {**node.attrs, "perm": [perms[0][p] for p in perms[1]]}
+    return _one(rw, [before, node], gs.Node("Transpose", node.name, attrs, [before.inputs[0]], list(node.outputs)))
+
+
+def _turned_inside(rw: Rewriter, turn: gs.Node, node: gs.Node) -> Rewrite | None:
+    """Reshape → Transpose → Reshape as one Transpose of what comes in."""
+    joint, perm = rw.producer(turn.inputs[0]), attributes.perm(rw, turn)
+    if not rw.is_a(joint, *VIEWS) or rw.crowd(turn.inputs[0]) or perm is None:
+        return None
+    source = joint.inputs[0]
+    outside, inside = values.sizes(rw, source), _after(rw, joint)
+    parts = None if outside is None or inside is None else joined(outside, inside)
+    if parts is None or outside is None or inside is None or len(perm) != len(parts):
+        return None
+    order = [axis for p in perm for axis in parts[p]]
+    after = _after(rw, node, tuple(inside[p] for p in perm))
+    if after is None or not _restored([outside[axis] for axis in order], after):
+        return None
+    new = gs.Node("Transpose", node.name, {"perm": order}, [source], list(node.outputs))
+    return _one(rw, [joint, turn, node], new)
+
+
+def _after(rw: Rewriter, node: gs.Node, before: Entries | None = None) -> Entries | None:
+    """The sizes that a view gives; None for what a −1 stands for."""
+    found = values.entries(rw, node.inputs[1]) if node.op == "Reshape" and len(node.inputs) > 1 else None
+    before = before if before is not None else values.sizes(rw, node.inputs[0])
+    if node.op != "Reshape":
+        return values.sizes(rw, node.outputs[0])
+    if found is None or before is None:
+        return None
+    copies = not node.attrs.get("allowzero", 0)
+    if copies and any(e == 0 and axis >= len(before) for axis, e in enumerate(found)):
+        return None
+    return tuple(None if e == -1 else before[a] if e == 0 and copies else e for a, e in enumerate(found))
+
+
+def joined(before: Entries, after: Entries) -> list[list[int]] | None:
+    """For each axis after, the axes before that it joins, if one at most joins several; None if that is not known."""
+    first = 0
+    while first < min(len(before), len(after)) and before[first] == after[first] is not None:
+        first += 1
+    last, shorter = 0, min(len(before), len(after)) - first
+    while last < shorter and before[-1 - last] == after[-1 - last] is not None:
+        last += 1
+    middle = list(range(first, len(before) - last))
+    left = len(after) - first - last
+    if left > 1 or (left == 0 and middle) or (left == 1 and not middle):
+        return None
+    own = [[axis] for axis in range(first)] + [middle] * left
+    return own + [[axis] for axis in range(len(before) - last, len(before))]
+
+
+def _restored(expected: Sequence[values.Entry], after: Entries) -> bool:
+    """Whether these are the same sizes; one may be left to a −1, as the number of elements tells it."""
+    pairs = list(zip(expected, after, strict=False))
+    return (
+        len(expected) == len(after) and sum(b is None for _, b in pairs) <= 1 and all(b in (a, None) for a, b in pairs)
+    )

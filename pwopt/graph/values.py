@@ -1,0 +1,222 @@
+"""What is known of small integer tensors entry by entry: shapes of which a part is open, and arithmetic on them.
+
+onnx's inference propagates such values itself, and settles shapes with them, but does not hand them out.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+
+from pwopt.graph import attributes
+from pwopt.graph.view import View
+
+#: The size of an axis that is not known in numbers: its name, or a tensor (by id) and one of its axes.
+Symbol = str | tuple[int, int]
+#: A number, a size, or None for any number.
+Entry = int | Symbol | None
+Entries = tuple[Entry, ...]
+
+#: Longer tensors are no shapes.
+LONGEST = 64
+#: How many operators one question may lead through; shape arithmetic has a handful.
+DEEPEST, MOST = 24, 256
+#: Where int32 ends; anything that leaves it is left to the runtime, whatever its type.
+END = 2**31
+
+
+def entries(view: View, tensor: gs.Tensor) -> Entries | None:
+    """The entries of an integer or boolean tensor of at most one axis; None if nothing is known of them.
+
+    Booleans are 0 and 1. An entry that is a `Symbol` equals that size whatever the model is fed with.
+    """
+    return _Reader(view).read(tensor, 0)
+
+
+def sizes(view: View, tensor: gs.Tensor) -> Entries | None:
+    """A tensor's shape as entries: every axis is a number or a symbol; None if not even the rank is known."""
+    shape = view.shape(tensor)
+    if shape is None:
+        return None
+    named = (d if isinstance(d, int) or (d is not None and view.unambiguous(d)) else None for d in shape)
+    return tuple((id(tensor), axis) if d is None else d for axis, d in enumerate(named))
+
+
+class _Reader:
+    """Follows one question through the operators above a tensor, within bounds."""
+
+    def __init__(self, view: View) -> None:
+        self.view = view
+        self.seen: dict[int, Entries | None] = {}
+
+    def read(self, tensor: gs.Tensor, depth: int) -> Entries | None:
+        key = id(tensor)
+        if key not in self.seen:
+            if depth > DEEPEST or len(self.seen) > MOST:
+                return None
+            self.seen[key] = None  # until it is known
+            self.seen[key] = self._read(tensor, depth)
+        return self.seen[key]
+
+    def _read(self, tensor: gs.Tensor, depth: int) -> Entries | None:
+        held = self.view.constant(tensor)
+        if held is not None:
+            return _numbers(self.view, held)
+        node, rank = self.view.producer(tensor), self.view.rank(tensor)
+        rule = RULES.get(self.view.op(node))
+        if node is None or rule is None or rank is None or rank > 1:
+            return None
+        found = rule(self, node, depth + 1)
+        return found if found is not None and len(found) <= LONGEST else None
+
+    def operands(self, node: gs.Node, depth: int) -> list[Entries] | None:
+        """All inputs, those of one entry repeated as often as the longest has entries."""
+        found = [self.read(t, depth) for t in node.inputs if t.name]
+        listed = [f for f in found if f is not None]
+        if len(listed) < len(found):
+            return None
+        wide = max(map(len, listed), default=0)
+        return [f * wide if len(f) == 1 else f for f in listed] if all(len(f) in (1, wide) for f in listed) else None
+
+
+def _numbers(view: View, held: gs.Tensor) -> Entries | None:
+    if len(held.shape) > 1 or (view.elements(held) or 0) > LONGEST or str(held.dtype) not in ("int32", "int64", "bool"):
+        return None
+    raw = view.raw(held)
+    return None if raw is None else tuple(int(v) for v in raw.reshape(-1))
+
+
+Rule = Callable[[_Reader, gs.Node, int], Entries | None]
+RULES: dict[str, Rule] = {}
+
+
+def _rule(*ops: str) -> Callable[[Rule], Rule]:
+    def register(rule: Rule) -> Rule:
+        RULES.update(dict.fromkeys(ops, rule))
+        return rule
+
+    return register
+
+
+@_rule("Shape")
+def _shape(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
+    found = sizes(reader.view, node.inputs[0])
+    return None if found is None else found[node.attrs.get("start", 0) : node.attrs.get("end", len(found))]
+
+
+@_rule("Size")
+def _size(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
+    found = sizes(reader.view, node.inputs[0])
+    numbers = [f for f in found or () if isinstance(f, int)]
+    product = int(np.prod(numbers, dtype=object)) if found is not None and len(numbers) == len(found) else END
+    return (product,) if product < END else None
+
+
+@_rule("Identity", "Squeeze", "Unsqueeze", "Reshape")
+def _same(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
+    """What has at most one axis before and after has the same entries."""
+    return reader.read(node.inputs[0], depth)
+
+
+@_rule("Cast")
+def _cast(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
+    """Between integers; none are longer than int32."""
+    wide = node.attrs.get("to") in (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
+    return reader.read(node.inputs[0], depth) if wide else None
+
+
+@_rule("Concat")
+def _concat(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
+    parts = [reader.read(t, depth) for t in node.inputs]
+    listed = [p for p in parts if p is not None]
+    return tuple(e for p in listed for e in p) if len(listed) == len(parts) else None
+
+
+@_rule("Gather")
+def _gather(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
+    data, at = reader.read(node.inputs[0], depth), reader.read(node.inputs[1], depth)
+    if data is None or at is None or reader.view.rank(node.inputs[0]) != 1:
+        return None
+    picks = [i for i in at if isinstance(i, int) and -len(data) <= i < len(data)]
+    return tuple(data[i] for i in picks) if len(picks) == len(at) else None
+
+
+@_rule("Slice")
+def _slice(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
+    data, parameters = reader.read(node.inputs[0], depth), attributes.slice_parameters(reader.view, node)
+    if data is None or parameters is None or len(parameters) != 1 or parameters[0][3] == 0:
+        return None
+    _, start, end, step = parameters[0]
+    return data[start:end:step] if step > 0 else None
+
+
+@_rule("Add", "Sub", "Mul", "Div", "Mod", "Min", "Max", "Equal", "Less", "Greater")
+def _arithmetic(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
+    operands = reader.operands(node, depth) if reader.view.opset >= 7 else None
+    if operands is None or len(operands) != 2 or node.attrs.get("fmod", 0):
+        return None
+    found = tuple(_combined(str(node.op), a, b) for a, b in zip(*operands, strict=True))
+    return found if all(not isinstance(f, int) or -END <= f < END for f in found) else None
+
+
+#: Operators on two numbers. Quotients and remainders of negative numbers are rounded as the runtime likes.
+NUMERIC: dict[str, Callable[[int, int], int]] = {
+    "Add": operator.add,
+    "Sub": operator.sub,
+    "Mul": operator.mul,
+    "Div": operator.floordiv,
+    "Mod": operator.mod,
+    "Min": min,
+    "Max": max,
+    "Equal": operator.eq,
+    "Less": operator.lt,
+    "Greater": operator.gt,
+}
+
+
+def _combined(op: str, a: Entry, b: Entry) -> Entry:
+    """One entry from two; what does nothing to a size leaves it, and a size is never negative."""
+    if isinstance(a, int) and isinstance(b, int):
+        return None if op in ("Div", "Mod") and (a < 0 or b <= 0) else int(NUMERIC[op](a, b))
+    if (b == 0 and op in ("Add", "Sub")) or (b == 1 and op in ("Mul", "Div")):
+        return a
+    if (a == 0 and op == "Add") or (a == 1 and op == "Mul"):
+        return b
+    if op == "Equal" and None not in (a, b):
+        number = next((e for e in (a, b) if isinstance(e, int)), None)
+        return 1 if a == b else 0 if number is not None and number < 0 else None
+    if op in ("Min", "Max") and a is not None and a == b:
+        return a
+    return None
+
+
+@_rule("Where")
+def _where(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
+    operands = reader.operands(node, depth)
+    if operands is None or len(operands) != 3:
+        return None
+    return tuple(_chosen(c, a, b) for c, a, b in zip(*operands, strict=True))
+
+
+def _chosen(condition: Entry, a: Entry, b: Entry) -> Entry:
+    return (a if condition else b) if isinstance(condition, int) else a if a is not None and a == b else None
+
+
+@_rule("ConstantOfShape")
+def _filled(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
+    count, value = reader.read(node.inputs[0], depth), node.attrs.get("value")
+    held = None if value is None else np.asarray(value.values)
+    if count is None or len(count) > 1 or held is None or held.dtype.kind not in "iu":
+        return None
+    number = count[0] if count else 1
+    return (int(held.reshape(-1)[0]),) * number if isinstance(number, int) and number <= LONGEST else None
+
+
+def whole(found: Sequence[Entry] | None) -> tuple[int, ...] | None:
+    """The entries as numbers, if all are."""
+    numbers = tuple(e for e in found or () if isinstance(e, int))
+    return numbers if found is not None and len(numbers) == len(found) else None
