@@ -18,6 +18,7 @@ from pwopt.passes.join_concat import JoinConcat
 from pwopt.passes.join_views import JoinViews
 from pwopt.passes.keep_layout import KeepLayout
 from pwopt.passes.lower_rank import LowerRank
+from pwopt.passes.merge_equal import MergeEqual, ShareConstants
 from pwopt.passes.merge_siblings import MergeSiblings
 from pwopt.passes.name_activations import NameActivations
 from pwopt.passes.pad_channels import FillBlocks, FillTensorCores, PadChannels
@@ -35,6 +36,7 @@ PASSES: tuple[type[Pass], ...] = (
     CleanUp,
     SettleShapes,
     JoinViews,
+    MergeEqual,
     NameActivations,
     FactorGates,
     FoldAffine,
@@ -60,6 +62,7 @@ PASSES: tuple[type[Pass], ...] = (
     JoinConcat,
     Winograd,
     ToMatMul,
+    ShareConstants,
 )
 
 __all__ = [
@@ -82,10 +85,12 @@ __all__ = [
     "JoinViews",
     "KeepLayout",
     "LowerRank",
+    "MergeEqual",
     "MergeSiblings",
     "NameActivations",
     "PadChannels",
     "SettleShapes",
+    "ShareConstants",
     "SplitConcat",
     "SplitMultiplier",
     "SplitSiblings",

@@ -14,6 +14,7 @@ from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
 from pwopt.graph.constants import MAX_GROWTH_BYTES, NEGLIGIBLE_BYTES, evaluate
 from pwopt.graph.shapes import known
+from pwopt.graph.values import Entries, entries, extents
 from pwopt.maps import forms
 from pwopt.rewriting.driver import Pass, Rewriter, describe
 from pwopt.rewriting.records import Rewrite, Skip
@@ -32,6 +33,13 @@ FOLDABLE = frozenset(
 )
 
 
+#: Operators that store the same numbers otherwise.
+REARRANGING = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Cast")
+#: Operators of the same result whether an operand is broadcast before them or by them.
+BROADCASTING = frozenset(
+    """Add And Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Or Pow Sub Sum Where
+    Xor""".split()  # noqa: SIM905
+)
 #: Elements of the largest weight that is compared with the identity: an adjacency of a thousand nodes.
 MAX_COMPARED = 1 << 20
 
@@ -60,6 +68,8 @@ class CleanUp(Pass):
         reason = does_nothing(rw, node, op)
         if reason:
             return self._bypass(node, rw, reason)
+        if op in ("Expand", "Tile", "ConstantOfShape") and _only_broadcasts(rw, node, op):
+            return self._unbroadcast(node, rw, op)
         if op in FOLDABLE:
             return self._fold(node, rw, op)
         return None
@@ -72,6 +82,14 @@ class CleanUp(Pass):
         )
         done = rw.drop(node, source, reason)
         return done or Skip(f"{reason}, but it joins two tensors that must both stay visible")
+
+    def _unbroadcast(self, node: gs.Node, rw: Rewriter, op: str) -> Rewrite | Skip:
+        reason = f"what reads it broadcasts, so {op} need not"
+        if op != "ConstantOfShape":
+            return self._bypass(node, rw, reason)
+        value = node.attrs.get("value")
+        number = np.zeros((), np.float32) if value is None else np.asarray(value.values).reshape(())
+        return rw.freeze(node, [number], reason)
 
     def _fold(self, node: gs.Node, rw: Rewriter, op: str) -> Rewrite | Skip | None:
         shape = rw.shape(node.inputs[0]) if node.inputs else None
@@ -86,13 +104,59 @@ class CleanUp(Pass):
             return None
         if any(rw.pinned(t) for t in node.outputs) or any(v.dtype.kind not in "fiub" for v in values.values()):
             return None
-        outputs = evaluate(node, values, rw.opset, self._growth)
+        kept = [t.name for t in node.inputs if t.name in values and rw.shared(t)]
+        twice = next((name for name in kept if op in REARRANGING and values[name].nbytes > NEGLIGIBLE_BYTES), None)
+        if twice is not None:
+            return Skip(f"its value never changes, but {twice!r} is read elsewhere too, and would be stored twice")
+        outputs = evaluate(node, values, rw.opset, self._growth, kept)
         if isinstance(outputs, str):
             return Skip(outputs)
         made = sum(v.nbytes for v in outputs)
         if made > NEGLIGIBLE_BYTES:
-            self._growth -= max(0, made - sum(v.nbytes for v in values.values()))
+            self._growth -= max(0, made - sum(v.nbytes for name, v in values.items() if name not in kept))
         return rw.freeze(node, outputs, "its value is the same for every input")
+
+
+def _only_broadcasts(rw: Rewriter, node: gs.Node, op: str) -> bool:
+    """Whether every reader of an Expand, Tile or ConstantOfShape would broadcast what it repeats to the same shape.
+
+    Along each axis the repetition does nothing, or an operand beside it is as wide.
+    """
+    output = node.outputs[0]
+    wide, narrow = _repeated(rw, node, op)
+    if rw.opset < 8 or rw.pinned(output) or not rw.readers(output) or wide is None or narrow is None:
+        return False
+    return all(
+        rw.op(reader) in BROADCASTING
+        and sum(t is output for t in reader.inputs) == 1
+        and any(_covers(extents(rw, t), wide, narrow) for t in reader.inputs if t is not output)
+        for reader in rw.readers(output)
+    )
+
+
+def _repeated(rw: Rewriter, node: gs.Node, op: str) -> tuple[Entries | None, Entries | None]:
+    """The sizes after and before a repetition, as many of both; those before are 1 where nothing is."""
+    target = entries(rw, node.inputs[0 if op == "ConstantOfShape" else 1])
+    before = () if op == "ConstantOfShape" else extents(rw, node.inputs[0])
+    if before is None:
+        return None, None
+    if target is None and op == "Expand":
+        after = extents(rw, node.outputs[0])
+        return after, None if after is None else (1,) * (len(after) - len(before)) + before
+    if target is None or len(target) < len(before):
+        return None, None
+    narrow = (1,) * (len(target) - len(before)) + before
+    if op == "Tile":
+        return tuple(b if t == 1 else t if b == 1 else None for t, b in zip(target, narrow, strict=True)), narrow
+    return tuple(t if b == 1 else b if t == 1 or t == b else None for t, b in zip(target, narrow, strict=True)), narrow
+
+
+def _covers(other: Entries | None, wide: Entries, narrow: Entries) -> bool:
+    """Whether an operand is as wide as a repetition wherever that repeats."""
+    if other is None or len(other) < len(wide):
+        return False
+    pairs = zip(other[len(other) - len(wide) :], wide, narrow, strict=True)
+    return all(w is not None and (w in (n, 1) or o == w) for o, w, n in pairs)
 
 
 def does_nothing(rw: Rewriter, node: gs.Node, op: str) -> str:
@@ -130,13 +194,13 @@ def does_nothing(rw: Rewriter, node: gs.Node, op: str) -> str:
         quiet = not any(node.attrs.get("pads", ())) and node.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
         single = all(v == 1 for v in (*node.attrs["kernel_shape"], *node.attrs.get("strides", ())))
         return f"{op} of single elements" if quiet and single else ""
-    before, after = rw.shape(x), rw.shape(y)
+    before, after = extents(rw, x), extents(rw, y)
     if before is None or after is None or len(before) != len(after):
         return ""
     if op in ("Reshape", "Flatten"):
         return f"{op} to the shape it has" if attributes.same_shape(before, after) else ""
     if op in ("Expand", "Tile"):
-        return f"{op} to the shape it has" if known(before) is not None and before == after else ""
+        return f"{op} to the shape it has" if before == after else ""
     if op in ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd"):
         since = 13 if op == "ReduceSum" else 18
         axes = attributes.axes_of(rw, node, since)

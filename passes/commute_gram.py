@@ -7,6 +7,7 @@ import onnx_graphsurgeon as gs
 
 from pwopt.algebra import Array
 from pwopt.algebra.geometry import Refusal
+from pwopt.graph import attributes
 from pwopt.graph.shapes import Shape, channels
 from pwopt.maps import commute, emit, forms
 from pwopt.maps.forms import Reading

@@ -9,6 +9,7 @@ import onnx_graphsurgeon as gs
 from pwopt.algebra.geometry import Refusal, compose_geometry
 from pwopt.algebra.linear import LinearMap, compose
 from pwopt.graph.dtypes import cancelling
+from pwopt.graph.provenance import credit
 from pwopt.maps import commute, emit, forms, idioms
 from pwopt.maps.commute import Affine
 from pwopt.maps.forms import Reading
@@ -181,6 +182,8 @@ class FoldAffine(Pass):
             ((target, written),) = edits
             return rw.replace([*target.nodes, reading.node], written.nodes, reason, residual)
         records = [rw.replace(target.nodes, written.nodes, reason) for target, written in edits]
+        for _, written in edits:
+            credit(written.nodes[-1], reading.nodes)
         if reading.node in rw and (rw.readers(reading.output) or rw.pinned(reading.output)):
             rw.bypass(reading.node, reading.source, keep_output=bool(plan.after))
         elif reading.node in rw:

@@ -18,8 +18,8 @@ VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 class JoinViews(Pass):
     """TₚTᵩ = Tᵩₚ; R_a R_b = R_a; and R⁻¹ T R = T′ where R joins axes, T moves the joint ones, and R⁻¹ parts them again.
 
-    The dynamo exporter of PyTorch turns the keys of attention so: (b, h, s, d) → (b·h, s, d) → (b·h, d, s) →
-    (b, h, d, s), with the sizes taken from Shape. The elements come in the same order either way, since the axes that are
+    The dynamo exporter of PyTorch turns the keys of attention so, with the sizes taken from Shape: (b, h, s, d) →
+    (b·h, s, d) → (b·h, d, s) → (b, h, d, s). The elements come in the same order either way, since the axes that are
     joined lie side by side in both.
     """
 
@@ -59,7 +59,7 @@ def _turned_inside(rw: Rewriter, turn: gs.Node, node: gs.Node) -> Rewrite | None
     if not rw.is_a(joint, *VIEWS) or rw.crowd(turn.inputs[0]) or perm is None:
         return None
     source = joint.inputs[0]
-    outside, inside = values.sizes(rw, source), _after(rw, joint)
+    outside, inside = values.extents(rw, source), _after(rw, joint)
     parts = None if outside is None or inside is None else joined(outside, inside)
     if parts is None or outside is None or inside is None or len(perm) != len(parts):
         return None
@@ -74,9 +74,9 @@ def _turned_inside(rw: Rewriter, turn: gs.Node, node: gs.Node) -> Rewrite | None
 def _after(rw: Rewriter, node: gs.Node, before: Entries | None = None) -> Entries | None:
     """The sizes that a view gives; None for what a −1 stands for."""
     found = values.entries(rw, node.inputs[1]) if node.op == "Reshape" and len(node.inputs) > 1 else None
-    before = before if before is not None else values.sizes(rw, node.inputs[0])
+    before = before if before is not None else values.extents(rw, node.inputs[0])
     if node.op != "Reshape":
-        return values.sizes(rw, node.outputs[0])
+        return values.extents(rw, node.outputs[0])
     if found is None or before is None:
         return None
     copies = not node.attrs.get("allowzero", 0)
@@ -103,7 +103,5 @@ def joined(before: Entries, after: Entries) -> list[list[int]] | None:
 
 def _restored(expected: Sequence[values.Entry], after: Entries) -> bool:
     """Whether these are the same sizes; one may be left to a −1, as the number of elements tells it."""
-    pairs = list(zip(expected, after, strict=False))
-    return (
-        len(expected) == len(after) and sum(b is None for _, b in pairs) <= 1 and all(b in (a, None) for a, b in pairs)
-    )
+    fits = len(expected) == len(after) and after.count(None) <= 1
+    return fits and all(b in (a, None) for a, b in zip(expected, after, strict=True))

@@ -39,7 +39,7 @@ class SettleShapes(Pass):
 def _restated(rw: Rewriter, node: gs.Node) -> Rewrite | None:
     """A Reshape whose target is a constant but for sizes of its input that stay where they are, and one other."""
     source, target = node.inputs
-    found, before = values.entries(rw, target), values.sizes(rw, source)
+    found, before = values.entries(rw, target), values.extents(rw, source)
     written = None if found is None or before is None else copied(found, before, bool(node.attrs.get("allowzero", 0)))
     dtype = rw.dtype(target)
     if written is None or dtype is None:
@@ -51,7 +51,7 @@ def _restated(rw: Rewriter, node: gs.Node) -> Rewrite | None:
 
 
 def copied(target: Entries, before: Entries, allowzero: bool) -> list[int] | None:
-    """The target of a Reshape in numbers: 0 for a size that stays in its place, −1 for one other; None if there is none.
+    """A Reshape's target in numbers: 0 for a size that stays in its place, −1 for one other; None if that is not all.
 
     `allowzero` says that a 0 in the target is a size; there is none then, if there is a result.
     """

@@ -26,6 +26,7 @@ def optimize(
     budget: options.Budget = Request.budget,
     no_cache: options.NoCache = not Request.cache,
     target_profile: options.TargetProfile = None,
+    max_growth: options.MaxGrowth = None,
     static: options.Static = Request.static,
     opset: options.Opset = None,
     report: options.Document = None,
@@ -52,7 +53,8 @@ def optimize(
         out, provider=options.placed(provider, provider_option), cost_model=cost, shapes=options.rounds(shape),
         inputs=inputs or None, passes=None if passes is None else options.words(passes), deny=deny or (),
         threads=options.thread_counts(threads), static=static, opset=opset, rtol=rtol, atol=atol, check=not no_verify,
-        budget=budget, cache=not no_cache, target_profile=target_profile, force=force,
+        budget=budget, cache=not no_cache, target_profile=target_profile,
+        max_growth=max_growth, force=force,
     )  # fmt: skip
     console = said.console()
     try:

@@ -94,6 +94,10 @@ TargetProfile = Annotated[
     Path | None,
     typer.Option(metavar="FILE", help="Decide as `pwopt profile` found on another machine.", show_default=False),
 ]
+MaxGrowth = Annotated[
+    float | None,
+    typer.Option(metavar="FRACTION", help="The model grows by this fraction at most.", show_default=False),
+]
 Static = Annotated[bool, typer.Option("--static", help="Fix the inputs to --shape in the result.")]
 Opset = Annotated[int | None, typer.Option(help="Convert to this opset first.", show_default=False)]
 Rtol = Annotated[

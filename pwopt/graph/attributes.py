@@ -150,8 +150,8 @@ def resize_scales(view: View, node: gs.Node) -> dict[int, float] | None:
 
 
 def same_shape(a: Sequence[object], b: Sequence[object]) -> bool:
-    """Whether two shapes of equal element count agree: all numbers equal, at most one dimension unknown."""
-    unknown = [x for x, y in zip(a, b, strict=True) if not (isinstance(x, int) and x == y)]
+    """Whether two shapes (`values.extents`) of equal element count agree: at most one size not proven equal."""
+    unknown = [x for x, y in zip(a, b, strict=True) if x != y]
     return len(unknown) <= 1 and not any(
         isinstance(x, int) and isinstance(y, int) and x != y for x, y in zip(a, b, strict=True)
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 
 import numpy as np
 import onnx
@@ -24,11 +25,15 @@ NEGLIGIBLE_BYTES = 1 << 10
 
 
 def evaluate(
-    node: gs.Node, values: dict[str, Values], opset: int, growth: int = MAX_FOLDED_BYTES
+    node: gs.Node,
+    values: dict[str, Values],
+    opset: int,
+    growth: int = MAX_FOLDED_BYTES,
+    kept: Collection[str] = (),
 ) -> list[Values] | str:
     """Outputs of a node on constants, or why they are not computed. Their size is known before they are made.
 
-    They may have `growth` bytes more than `values`.
+    They may have `growth` bytes more than `values`, those left out that are `kept` for others.
     """
     message = OnnxExporter.export_node(node)
     shape_only = node.op in ("Shape", "Size")
@@ -48,7 +53,7 @@ def evaluate(
     try:
         inferred = onnx.shape_inference.infer_shapes(model)
         sizes: list[Shape | None] = [dims(v.type) for v in inferred.graph.output]
-        held = 0 if shape_only else sum(v.nbytes for v in values.values())
+        held = 0 if shape_only else sum(v.nbytes for name, v in values.items() if name not in kept)
         allowed = max(NEGLIGIBLE_BYTES, min(max(MAX_FOLDED_BYTES, held), held + growth))
         for value, size in zip(inferred.graph.output, sizes, strict=True):
             numbers = known(size)

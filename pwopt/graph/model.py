@@ -23,6 +23,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from pwopt.algebra import Values
 from pwopt.errors import ModelError
+from pwopt.graph.provenance import ATTRIBUTE, documented, origins
 from pwopt.graph.storage import copy_fields, locations_of
 
 #: Since this IR version an initializer that is also an input is a default that callers may override.
@@ -158,14 +159,20 @@ class Model:
         for node in self.graph.nodes:
             proto = self._original(node)
             if proto is None:
-                yield OnnxExporter.export_node(node)
-                continue
-            if not _same_edges(node, proto):
+                proto = OnnxExporter.export_node(node)
+                documented(proto, self._message(node), list(origins(node, self._message)))
+            elif not _same_edges(node, proto) or hasattr(node, ATTRIBUTE):
                 original, proto = proto, onnx.NodeProto()
                 proto.CopyFrom(original)
                 proto.input[:] = [t.name for t in node.inputs]
                 proto.output[:] = [t.name for t in node.outputs]
+                documented(proto, original, list(origins(node, self._message)))
             yield proto
+
+    def _message(self, node: gs.Node) -> onnx.NodeProto | None:
+        """The message that a node came from, whatever became of it."""
+        found = self._nodes.get(id(node))
+        return found[1] if found is not None and found[0] is node else None
 
     def _constant_tensors(self) -> dict[str, gs.Constant]:
         """Constants in use, by name: read by a node or captured by a body, or being a graph output."""

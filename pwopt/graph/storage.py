@@ -101,6 +101,12 @@ def locations_of(proto: onnx.ModelProto) -> dict[str, str]:
     return {t.name: ExternalDataInfo(t).location for t in proto.graph.initializer if uses_external_data(t)}
 
 
+def total_bytes(proto: onnx.ModelProto) -> int:
+    """What a model takes to store: its message, and what that refers to."""
+    outside = [ExternalDataInfo(t) for t in proto.graph.initializer if uses_external_data(t)]
+    return int(proto.ByteSize()) + sum(info.length or 0 for info in outside)
+
+
 def data_files_of(path: Path) -> set[str]:
     """Data files that an earlier model at `path` owns: named after it, so nobody else's."""
     try:

@@ -37,7 +37,7 @@ def entries(view: View, tensor: gs.Tensor) -> Entries | None:
     return _Reader(view).read(tensor, 0)
 
 
-def sizes(view: View, tensor: gs.Tensor) -> Entries | None:
+def extents(view: View, tensor: gs.Tensor) -> Entries | None:
     """A tensor's shape as entries: every axis is a number or a symbol; None if not even the rank is known."""
     shape = view.shape(tensor)
     if shape is None:
@@ -104,13 +104,13 @@ def _rule(*ops: str) -> Callable[[Rule], Rule]:
 
 @_rule("Shape")
 def _shape(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
-    found = sizes(reader.view, node.inputs[0])
+    found = extents(reader.view, node.inputs[0])
     return None if found is None else found[node.attrs.get("start", 0) : node.attrs.get("end", len(found))]
 
 
 @_rule("Size")
 def _size(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
-    found = sizes(reader.view, node.inputs[0])
+    found = extents(reader.view, node.inputs[0])
     numbers = [f for f in found or () if isinstance(f, int)]
     product = int(np.prod(numbers, dtype=object)) if found is not None and len(numbers) == len(found) else END
     return (product,) if product < END else None

@@ -48,6 +48,8 @@ class View:
         self._nodes = {id(node): node for node in graph.nodes}
         self._seen = list(graph.nodes)  # keeps removed nodes alive, so that no id is used twice
         self._producer: dict[int, gs.Node] = {}
+        #: Bytes of the constants that are read, each counted once.
+        self.stored = 0
         self._readers: dict[int, dict[int, gs.Node]] = {}
         self._tensors: dict[int, gs.Tensor] = {id(t): t for t in graph.outputs}
         for node in graph.nodes:
@@ -74,8 +76,19 @@ class View:
                 self._tensors[id(t)] = t
         for t in node.inputs:
             if t.name:
-                self._readers.setdefault(id(t), {})[id(node)] = node
-                self._tensors[id(t)] = t
+                self._reads(node, t)
+
+    def _reads(self, node: gs.Node, tensor: gs.Tensor) -> None:
+        readers = self._readers.setdefault(id(tensor), {})
+        if not readers:
+            self.stored += _bytes(tensor)
+        readers[id(node)] = node
+        self._tensors[id(tensor)] = tensor
+
+    def _leaves(self, node: gs.Node, tensor: gs.Tensor) -> None:
+        readers = self._readers.get(id(tensor), {})
+        if readers.pop(id(node), None) is not None and not readers:
+            self.stored -= _bytes(tensor)
 
     # Questions
 
@@ -344,8 +357,7 @@ class View:
                 if self._producer.get(id(t)) is node:
                     del self._producer[id(t)]
             for t in node.inputs:
-                readers = self._readers.get(id(t), {})
-                readers.pop(id(node), None)
+                self._leaves(node, t)
                 maker = self._producer.get(id(t))
                 if maker is not None and all(
                     not self._readers.get(id(o)) and not self.pinned(o) for o in maker.outputs
@@ -360,8 +372,8 @@ class View:
             for i, t in enumerate(node.inputs):
                 if t is old:
                     list.__setitem__(node.inputs, i, new)
-            self._readers.get(id(old), {}).pop(id(node), None)
-            self._readers.setdefault(id(new), {})[id(node)] = node
+            self._leaves(node, old)
+            self._reads(node, new)
         self._tensors[id(new)] = new
         self._edited()
 
@@ -373,9 +385,8 @@ class View:
         old = node.inputs[index]
         list.__setitem__(node.inputs, index, tensor)
         if all(t is not old for t in node.inputs):
-            self._readers.get(id(old), {}).pop(id(node), None)
-        self._readers.setdefault(id(tensor), {})[id(node)] = node
-        self._tensors[id(tensor)] = tensor
+            self._leaves(node, old)
+        self._reads(node, tensor)
         self._edited()
 
     def bypass(self, node: gs.Node, source: gs.Tensor, *, keep_output: bool = False) -> bool:
@@ -396,7 +407,7 @@ class View:
             del self._producer[id(source)]
             self._producer[id(output)] = maker
             output.shape, output.dtype = source.shape or output.shape, source.dtype or output.dtype
-            self._readers.get(id(source), {}).pop(id(node), None)
+            self._leaves(node, source)
             self.reroute(source, output)
         else:
             self.reroute(output, source)
@@ -425,3 +436,12 @@ class View:
                 if t.name:
                     list.append(t.inputs, node)
         self.changed = False
+
+
+def _bytes(tensor: gs.Tensor) -> int:
+    """What a constant takes to store; nothing for any other tensor."""
+    if isinstance(tensor, gs.Constant):
+        return int(np.prod(tensor.shape, dtype=np.int64)) * np.dtype(tensor.dtype).itemsize
+    maker = tensor.inputs[0] if tensor.inputs else None
+    value = maker.attrs.get("value") if maker is not None and maker.op == "Constant" else None
+    return _bytes(value) if isinstance(value, gs.Constant) else 0

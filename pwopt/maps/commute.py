@@ -17,6 +17,7 @@ from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
 from pwopt.graph.dtypes import cancelling
+from pwopt.graph.values import extents
 from pwopt.graph.view import View
 from pwopt.maps import forms, selections
 
@@ -167,20 +168,21 @@ def _reduction(view: View, node: gs.Node, op: str) -> Rule | None:
 
 def _kept_axes(view: View, node: gs.Node, op: str) -> dict[int, int]:
     """Axes that a change of shape leaves alone: same size, and as many elements before them as before."""
-    before, after = view.shape(node.inputs[0]), view.shape(node.outputs[0])
+    before, after = extents(view, node.inputs[0]), extents(view, node.outputs[0])
     if before is None or after is None:
         return {}
     copied = view.integers(node.inputs[1]) if op == "Reshape" and len(node.inputs) > 1 else None
     zero_copies = not node.attrs.get("allowzero", 0)
+    batch = view.dim(node.inputs[0], 0)
     kept: dict[int, int] = {}
     i = j = 0
     left = right = 1  # elements per step of the axes already passed, where they do not match one to one
     while i < len(before) and j < len(after):
         x, y = before[i], after[j]
         same = left == right and (
-            (isinstance(x, int) and x == y)
+            x == y
+            or (isinstance(batch, str) and i == j == 0 and batch == view.dim(node.outputs[0], 0))
             or (copied is not None and zero_copies and j < len(copied) and copied[j] == 0 and i == j)
-            or (isinstance(x, str) and x == y and i == j == 0)
         )
         if same:
             kept[i] = j

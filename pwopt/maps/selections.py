@@ -12,6 +12,7 @@ from pwopt.algebra.geometry import pointwise_geometry
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
 from pwopt.graph.shapes import known
+from pwopt.graph.values import extents
 from pwopt.graph.view import View
 from pwopt.maps.forms import Reading, Result, reads
 from pwopt.maps.forms import implied as implied
@@ -56,8 +57,7 @@ def read_split(view: View, node: gs.Node) -> list[Reading] | None:
         return None
     axis += rank if axis < 0 else 0
     channels = view.dim(node.inputs[0], axis)
-    sizes = [view.dim(t, axis) for t in node.outputs]
-    numbers = known(sizes)
+    numbers = known([view.dim(t, axis) for t in node.outputs])
     if not isinstance(channels, int) or numbers is None or 0 in numbers or sum(numbers) != channels:
         return None
     starts = np.concatenate([[0], np.cumsum(numbers)]).tolist()
@@ -69,13 +69,13 @@ def read_split(view: View, node: gs.Node) -> list[Reading] | None:
 def read_concat(view: View, node: gs.Node) -> list[Reading] | None:
     """One embedding per input of a Concat; the output is their sum."""
     axis = attributes.concat_axis(view, node)
-    sizes = None if axis is None else known([view.dim(t, axis) for t in node.inputs])
-    if axis is None or sizes is None:
+    widths = None if axis is None else known([view.dim(t, axis) for t in node.inputs])
+    if axis is None or widths is None:
         return None
-    starts, total = np.concatenate([[0], np.cumsum(sizes)]).tolist(), sum(sizes)
+    starts, total = np.concatenate([[0], np.cumsum(widths)]).tolist(), sum(widths)
     return [
         selection(
-            node, t, [c - starts[i] if starts[i] <= c < starts[i + 1] else -1 for c in range(total)], sizes[i], axis
+            node, t, [c - starts[i] if starts[i] <= c < starts[i + 1] else -1 for c in range(total)], widths[i], axis
         )
         for i, t in enumerate(node.inputs)
     ]
@@ -91,7 +91,7 @@ def read_shuffle(view: View, node: gs.Node) -> Result:
     if split is None or view.op(split) != "Reshape" or view.crowd(transpose.inputs[0]):
         return None
     source = split.inputs[0]
-    before, inner, after = (view.shape(t) for t in (source, split.outputs[0], node.outputs[0]))
+    before, inner, after = (extents(view, t) for t in (source, split.outputs[0], node.outputs[0]))
     if before is None or inner is None or after is None or len(before) != len(after) or len(inner) != len(before) + 1:
         return None
     groups, width, channels = inner[1], inner[2], before[1]

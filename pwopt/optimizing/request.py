@@ -63,6 +63,9 @@ class Request:
         Seconds at most to spend on racing measured rewrites; 0 leaves them out.
     cache : bool
         Use the decisions of earlier races on this machine (`pwopt.selecting.cache`), and remember those of this one.
+    max_growth : float, optional
+        By what fraction of its size the model may grow, data files included: 0.1 for a tenth. What grows most is
+        left out. Without it, more than a tenth is noted.
     target_profile : path, optional
         What `pwopt.profile` recorded on the machine that the model is for: it decides on measured rewrites, and nothing
         is timed here.
@@ -89,6 +92,7 @@ class Request:
     race_seconds: float = RACE_SECONDS
     budget: float = BUDGET
     cache: bool = True
+    max_growth: float | None = None
     target_profile: str | os.PathLike[str] | None = None
     force: bool = False
     progress: Progress = field(default=silent, repr=False, compare=False)

@@ -70,6 +70,8 @@ def check_request(request: Request, path: Path | None) -> None:
     for threads in request.thread_counts or (1,):
         runtime.check_settings(threads, request.rtol, request.atol)
     select_passes(request.passes)
+    if request.max_growth is not None and not 0 <= request.max_growth < float("inf"):
+        raise UsageError(f"a model cannot grow by {request.max_growth:g} of its size at most; give 0, 0.1 or more")
     if request.output is not None and path is not None and not request.force and same_file(request.output, path):
         raise UsageError(f"the output {str(request.output)!r} is the input; choose another, or force it")
 
@@ -124,4 +126,4 @@ def plan(subject: Subject, request: Request, folder: Path) -> Work:
     if request.static:
         target = from_proto(with_fixed_inputs(target.proto, subject.sizes), source.folder)
     kind = Provider.parse(request.provider).kind
-    return Work(target, source, request.passes, request.deny, subject.sizes, folder, kind)
+    return Work(target, source, request.passes, request.deny, subject.sizes, folder, kind, request.max_growth)

@@ -14,6 +14,7 @@ from pwopt.evidence.certify import certify, unchecked
 from pwopt.evidence.equivalence import Equivalence
 from pwopt.evidence.localise import localise
 from pwopt.evidence.verify import compared, placements
+from pwopt.graph.storage import total_bytes
 from pwopt.optimizing.conditions import as_latency, others, respecting, timed
 from pwopt.optimizing.request import Request
 from pwopt.optimizing.subject import Subject
@@ -30,6 +31,9 @@ MAX_ATTEMPTS = 8
 LAUNCH = 10.0
 #: Operators on integers that stand for reals, besides those called QLinear….
 QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
+
+#: A model that grows by more than this fraction is told so.
+UNSAID_GROWTH = 0.1
 
 
 @dataclass(frozen=True)
@@ -144,12 +148,13 @@ def rewritten(subject: Subject, work: Work, choice: Choice, request: Request, bl
     before, outcome, after, proto, refused = work.certified(choice.allowed, certify if request.check else unchecked)
     left = (*(s for s in outcome.skips if s.site not in refused), *refused.values(), *choice.dropped)
     report = replace(blank, rewrites=outcome.rewrites, skips=left, before=before, after=after)
-    uncertified = len(refused) - len(work.refused)
+    uncertified = sum(DEFECT in s.reason for s in refused.values())
     if uncertified:
         report = report.noted(f"{uncertified} rewrites were refused by their certificates: {DEFECT}.")
     report = report.noted(*work.notes)
     guessed = request.static and subject.guessed
     report = report.noted(*_notes(report, subject.source.proto, request.deny, guessed))
+    report = report.noted(*_growth(report, subject.source.proto, proto))
     unfit = work.unfit() if request.measured else []
     if unfit:
         report = report.noted(f"Not tried, since they serve the layout of another provider: {', '.join(unfit)}.")
@@ -235,6 +240,19 @@ def _notes(report: Report, proto: onnx.ModelProto, denied: Iterable[str], guesse
     for site in denied:
         if site not in seen:
             yield f"No place is called {site!r}; sites look like fold-chains:TENSOR and are listed by --details."
+
+
+def _growth(report: Report, before: onnx.ModelProto, after: onnx.ModelProto) -> Iterator[str]:
+    """What made the model grow, if it did by more than goes unsaid."""
+    sizes = total_bytes(before), total_bytes(after)
+    if sizes[1] <= (1 + UNSAID_GROWTH) * sizes[0]:
+        return
+    grown: Counter[str] = Counter()
+    for r in report.rewrites:
+        grown[r.pass_name] += r.growth
+    parts = ", ".join(f"{name} {size / 1e6:.2g} MB" for name, size in grown.most_common(3) if size > 0)
+    told = f"The model grows by {sizes[1] / sizes[0] - 1:.0%}, from {sizes[0] / 1e6:.3g} to {sizes[1] / 1e6:.3g} MB"
+    yield f"{told}{f' ({parts})' if parts else ''}; --max-growth bounds that."
 
 
 def _not_equivalent(report: Report) -> NotEquivalentError:

@@ -123,6 +123,7 @@ class Report:
                     "macs_before": r.macs_before,
                     "macs_after": r.macs_after,
                     "residual": r.residual,
+                    "growth": r.growth,
                     "certificate": None if r.certificate is None else asdict(r.certificate),
                     "became": [list(pair) for pair in r.became],
                 }

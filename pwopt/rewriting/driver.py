@@ -11,6 +11,7 @@ import numpy as np
 import onnx_graphsurgeon as gs
 
 from pwopt.graph.journal import Journal
+from pwopt.graph.provenance import inherit
 from pwopt.graph.regions import Region
 from pwopt.graph.view import View
 from pwopt.maps.cost import macs
@@ -39,6 +40,8 @@ class Pass:
     eager: bool = False
     #: Whether it runs before the measured passes only, since it would undo what they do.
     early: ClassVar[bool] = False
+    #: Whether it runs once, after all others, since it would stand in their way.
+    late: ClassVar[bool] = False
 
     def start(self, rw: Rewriter) -> None:
         """Look at the whole graph once before the first node."""
@@ -137,9 +140,11 @@ class Rewriter(View):
                 continue
             if self._certifier is not None:
                 self.journal = Journal()
+            stored = self.stored
             result = Skip("denied by the user") if self.denied(node) else p.match_and_rewrite(node, self)
             if isinstance(result, Rewrite):
-                rewrites.append(self._certified(replace(result, pass_name=p.name, site=site), p.context))
+                told = replace(result, pass_name=p.name, site=site, growth=self.stored - stored)
+                rewrites.append(self._certified(told, p.context))
                 skips.pop(site, None)
             elif isinstance(result, Skip):
                 skips[site] = replace(result, pass_name=p.name, site=site)
@@ -184,6 +189,7 @@ class Rewriter(View):
         kept = list(new)
         result = kept[-1].outputs[0].name if kept else ""
         became = tuple((t.name, result) for n in old for t in n.outputs if t.name)
+        inherit(kept, old)
         for node in kept:
             self.add(node, at=old[-1])
         neighbours = [self.producer(t) for n in old for t in n.inputs]

@@ -44,7 +44,7 @@ class Pipeline:
         rw = Rewriter(graph, denied, sizes, reserved, certifier)
         rewrites: list[Rewrite] = []
         skips: dict[str, tuple[Skip, ...]] = {}
-        settled = [p for p in self.passes if p.policy != "measured"]
+        settled = [p for p in self.passes if p.policy != "measured" and not p.late]
         _repeat(rw, settled, rewrites, skips)
         finished = len(rewrites)
         for p in self.passes:
@@ -54,6 +54,9 @@ class Pipeline:
                 skips[p.name] = outcome.skips
         if len(rewrites) > finished:
             _repeat(rw, [p for p in settled if not p.early], rewrites, skips)
+        for p in self.passes:
+            if p.late:
+                rewrites.extend(rw.apply(p).rewrites)
         rw.close()
         listed = itertools.chain.from_iterable(skips.values())
         return Outcome(tuple(rewrites), tuple(s for s in listed if s.tensor in named))

@@ -56,6 +56,8 @@ class Rewrite:
         Outputs of the removed operators, each with the tensor that their replacement produces ("" if none).
     signature : str
         Of a measured rewrite: those that have it in common, up to a colon, are measured, kept or dropped together.
+    growth : int
+        Bytes by which the constants of the model grew; filled in by the driver.
     pass_name, site : str
         Filled in by the driver. The site is stable across runs: pass name and output tensor.
     before, after : tuple of Operator
@@ -71,6 +73,7 @@ class Rewrite:
     residual: float = 0.0
     became: tuple[tuple[str, str], ...] = ()
     signature: str = ""
+    growth: int = 0
     pass_name: str = ""
     site: str = ""
     before: tuple[Operator, ...] = ()

@@ -13,6 +13,7 @@ from pwopt.graph.files import from_proto, save
 from pwopt.graph.memo import digest
 from pwopt.graph.model import Model
 from pwopt.graph.shapes import skeleton
+from pwopt.graph.storage import total_bytes
 from pwopt.maps.cost import Cost
 from pwopt.rewriting.driver import Certifier, Pass
 from pwopt.rewriting.pipeline import Pipeline
@@ -91,6 +92,8 @@ class Work:
     folder: Path
     #: The kind of provider that it is for (`pwopt.running.providers.Provider.kind`).
     kind: str = "cpu"
+    #: The fraction by which the model may grow; None for any.
+    max_growth: float | None = None
     #: Just the passes that need no cost to judge them.
     always_only: bool = False
     #: Sites that turned out not to be worth it, each with the reason.
@@ -101,15 +104,31 @@ class Work:
     def certified(
         self, allowed: frozenset[str] | None, certifier: Certifier
     ) -> tuple[Cost, Outcome, Cost, onnx.ModelProto, dict[str, Skip]]:
-        """`rewrite`, again without the sites whose certificates fail; those last, by site."""
+        """`rewrite`, again without the sites whose certificates fail or that grow too much; those last, by site."""
         refused = dict(self.refused)
         for _ in range(MAX_REFUSALS):
             done = self.rewrite(allowed, certifier, refused)
             failed = [r for r in done[1].rewrites if r.certificate is not None and not r.certificate.passed]
-            if not failed:
+            heavy = [] if failed else self._heavy(done[1].rewrites, done[3])
+            if not failed and not heavy:
                 return *done, refused
             refused.update((r.site, Skip(_refusal(r), r.pass_name, r.site)) for r in failed)
+            refused.update((r.site, Skip(_too_large(r), r.pass_name, r.site)) for r in heavy)
         raise RuntimeError(f"certificates refuse rewrites at {', '.join(refused)}")
+
+    def _heavy(self, rewrites: Iterable[Rewrite], proto: onnx.ModelProto) -> list[Rewrite]:
+        """The largest of what made the model grow too much."""
+        if self.max_growth is None:
+            return []
+        before = total_bytes(self.source.proto)
+        excess = total_bytes(proto) - before - self.max_growth * before
+        found = []
+        for r in sorted(rewrites, key=lambda r: -r.growth):
+            if excess <= 0 or r.growth <= 0:
+                break
+            found.append(r)
+            excess -= r.growth
+        return found
 
     def rewrite(
         self, allowed: frozenset[str] | None, certifier: Certifier | None = None, refused: Iterable[str] = ()
@@ -171,6 +190,10 @@ def _refusal(rewrite: Rewrite) -> str:
     c = rewrite.certificate
     assert c is not None
     return f"refused by its certificate ({c.reason}: residual {c.residual:.2g}, bound {c.bound:.2g}): {DEFECT}"
+
+
+def _too_large(rewrite: Rewrite) -> str:
+    return f"{rewrite.reason}, but its constants take {counted(rewrite.growth, 'byte')} more than --max-growth leaves"
 
 
 class Memory(Protocol):
