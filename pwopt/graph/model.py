@@ -134,6 +134,10 @@ class Model:
         new.quantization_annotation.extend(q for q in old.quantization_annotation if q.tensor_name in names)
         return model
 
+    def become(self, other: Model) -> None:
+        """Be another model from now on, of the same folder."""
+        self.graph, self.proto, self._nodes, self._constants = other.graph, other.proto, other._nodes, other._constants
+
     def unchanged(self) -> bool:
         """Whether the graph still says exactly what the file said."""
         if len(self.graph.nodes) != len(self.proto.graph.node):
@@ -160,16 +164,16 @@ class Model:
             proto = self._original(node)
             if proto is None:
                 proto = OnnxExporter.export_node(node)
-                documented(proto, self._message(node), list(origins(node, self._message)))
+                documented(proto, self.message(node), list(origins(node, self.message)))
             elif not _same_edges(node, proto) or hasattr(node, ATTRIBUTE):
                 original, proto = proto, onnx.NodeProto()
                 proto.CopyFrom(original)
                 proto.input[:] = [t.name for t in node.inputs]
                 proto.output[:] = [t.name for t in node.outputs]
-                documented(proto, original, list(origins(node, self._message)))
+                documented(proto, original, list(origins(node, self.message)))
             yield proto
 
-    def _message(self, node: gs.Node) -> onnx.NodeProto | None:
+    def message(self, node: gs.Node) -> onnx.NodeProto | None:
         """The message that a node came from, whatever became of it."""
         found = self._nodes.get(id(node))
         return found[1] if found is not None and found[0] is node else None

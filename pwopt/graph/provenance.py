@@ -53,7 +53,10 @@ def documented(proto: onnx.NodeProto, own: onnx.NodeProto | None, stands_for: Se
     """
     told = [s for s in stands_for if s.metadata_props or s.doc_string]
     main = own if own is not None else told[0] if told else None
-    folded = [entry for s in told for entry in _listed(s)] + [_entry(s) for s in told if s is not main]
+    folded = [entry for s in told for entry in _listed(s)]
+    folded += [
+        _entry(s) for s in told if s is not main and (s.doc_string or any(p.key != FOLDED for p in s.metadata_props))
+    ]
     if main is None:
         return
     proto.doc_string = main.doc_string

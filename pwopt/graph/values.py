@@ -125,8 +125,10 @@ def _same(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
 @_rule("Cast")
 def _cast(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
     """Between integers; none are longer than int32."""
-    wide = node.attrs.get("to") in (onnx.TensorProto.INT32, onnx.TensorProto.INT64)
-    return reader.read(node.inputs[0], depth) if wide else None
+    found, to = reader.read(node.inputs[0], depth), node.attrs.get("to")
+    if found is not None and to == onnx.TensorProto.BOOL:
+        return tuple(int(e != 0) if isinstance(e, int) else None for e in found)
+    return found if to in (onnx.TensorProto.INT32, onnx.TensorProto.INT64) else None
 
 
 @_rule("Concat")
@@ -154,7 +156,7 @@ def _slice(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
     return data[start:end:step] if step > 0 else None
 
 
-@_rule("Add", "Sub", "Mul", "Div", "Mod", "Min", "Max", "Equal", "Less", "Greater")
+@_rule("Add", "Sub", "Mul", "Div", "Mod", "Min", "Max", "Equal", "Less", "Greater", "And", "Or")
 def _arithmetic(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
     operands = reader.operands(node, depth) if reader.view.opset >= 7 else None
     if operands is None or len(operands) != 2 or node.attrs.get("fmod", 0):
@@ -175,6 +177,8 @@ NUMERIC: dict[str, Callable[[int, int], int]] = {
     "Equal": operator.eq,
     "Less": operator.lt,
     "Greater": operator.gt,
+    "And": operator.and_,
+    "Or": operator.or_,
 }
 
 
@@ -192,6 +196,12 @@ def _combined(op: str, a: Entry, b: Entry) -> Entry:
     if op in ("Min", "Max") and a is not None and a == b:
         return a
     return None
+
+
+@_rule("Not")
+def _not(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
+    found = reader.read(node.inputs[0], depth)
+    return None if found is None else tuple(1 - e if isinstance(e, int) else None for e in found)
 
 
 @_rule("Where")

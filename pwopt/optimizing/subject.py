@@ -18,7 +18,7 @@ from pwopt.running.providers import Provider
 from pwopt.running.samples import Sample, given_samples, random_samples
 from pwopt.running.sizes import Sizes, likely_sizes, rounds
 from pwopt.running.worker import Worker
-from pwopt.selecting.compiler import select_passes
+from pwopt.selecting.compiler import select_passes, without_calls
 from pwopt.selecting.selection import Arena, Work
 
 
@@ -125,5 +125,6 @@ def plan(subject: Subject, request: Request, folder: Path) -> Work:
         target = from_proto(convert_opset(source, request.opset), source.folder)
     if request.static:
         target = from_proto(with_fixed_inputs(target.proto, subject.sizes), source.folder)
+    target = without_calls(target, select_passes(request.passes), request.deny, subject.sizes)
     kind = Provider.parse(request.provider).kind
     return Work(target, source, request.passes, request.deny, subject.sizes, folder, kind, request.max_growth)

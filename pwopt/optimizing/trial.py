@@ -14,6 +14,7 @@ from pwopt.evidence.certify import certify, unchecked
 from pwopt.evidence.equivalence import Equivalence
 from pwopt.evidence.localise import localise
 from pwopt.evidence.verify import compared, placements
+from pwopt.graph.calls import functions
 from pwopt.graph.storage import total_bytes
 from pwopt.optimizing.conditions import as_latency, others, respecting, timed
 from pwopt.optimizing.request import Request
@@ -32,8 +33,8 @@ LAUNCH = 10.0
 #: Operators on integers that stand for reals, besides those called QLinear….
 QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
 
-#: A model that grows by more than this fraction is told so.
-UNSAID_GROWTH = 0.1
+#: A model that grows by more than this fraction, and so many bytes, is told so.
+UNSAID_GROWTH, UNSAID_BYTES = 0.1, 1 << 16
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def rewritten(subject: Subject, work: Work, choice: Choice, request: Request, bl
     report = report.noted(*work.notes)
     guessed = request.static and subject.guessed
     report = report.noted(*_notes(report, subject.source.proto, request.deny, guessed))
-    report = report.noted(*_growth(report, subject.source.proto, proto))
+    report = report.noted(*_inlined(subject.source.proto, proto), *_growth(report, subject.source.proto, proto))
     unfit = work.unfit() if request.measured else []
     if unfit:
         report = report.noted(f"Not tried, since they serve the layout of another provider: {', '.join(unfit)}.")
@@ -242,10 +243,18 @@ def _notes(report: Report, proto: onnx.ModelProto, denied: Iterable[str], guesse
             yield f"No place is called {site!r}; sites look like fold-chains:TENSOR and are listed by --details."
 
 
+def _inlined(before: onnx.ModelProto, after: onnx.ModelProto) -> Iterator[str]:
+    """Which functions are gone."""
+    gone = [f"{domain}:{name}" for domain, name in functions(before) if (domain, name) not in functions(after)]
+    if gone:
+        names = ", ".join(gone[:5]) + (" and more" if len(gone) > 5 else "")
+        yield f"Functions inlined, since rewrites reach into them: {names}."
+
+
 def _growth(report: Report, before: onnx.ModelProto, after: onnx.ModelProto) -> Iterator[str]:
     """What made the model grow, if it did by more than goes unsaid."""
     sizes = total_bytes(before), total_bytes(after)
-    if sizes[1] <= (1 + UNSAID_GROWTH) * sizes[0]:
+    if sizes[1] - sizes[0] <= max(UNSAID_GROWTH * sizes[0], UNSAID_BYTES):
         return
     grown: Counter[str] = Counter()
     for r in report.rewrites:

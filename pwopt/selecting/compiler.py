@@ -7,6 +7,8 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import onnx
 
 from pwopt.errors import UsageError
+from pwopt.graph import calls, values
+from pwopt.graph.calls import branch_taken, with_branches
 from pwopt.graph.files import annotate, from_proto
 from pwopt.graph.memo import remembered
 from pwopt.graph.model import Model
@@ -14,7 +16,7 @@ from pwopt.graph.shapes import Shape, infer, known, skeleton
 from pwopt.graph.view import View
 from pwopt.maps.cost import Cost, measure
 from pwopt.passes import PASSES, CleanUp, SettleShapes
-from pwopt.rewriting.driver import Certifier, Pass
+from pwopt.rewriting.driver import Certifier, Pass, describe
 from pwopt.rewriting.pipeline import Pipeline
 from pwopt.rewriting.records import Outcome, Rewrite
 
@@ -46,15 +48,75 @@ def settle(
     certifier: Certifier | None = None,
     passes: Sequence[type[Pass]] = SETTLING,
 ) -> tuple[Rewrite, ...]:
-    """While shapes are open, clean up and infer in turn until neither has news: constants may settle more shapes."""
-    if all(known(t.shape) is not None for node in model.graph.nodes for t in node.outputs if t.name):
-        return ()
+    """While shapes are open, clean up and infer in turn until neither has news: constants may settle more shapes.
+
+    An If whose condition is settled becomes the body that it runs.
+    """
     rewrites: list[Rewrite] = []
     pipeline = Pipeline([p() for p in passes])
-    while done := pipeline.run(model.graph, denied=deny, reserved=model.names(), certifier=certifier).rewrites:
-        rewrites.extend(done)
+    while _open(model):
+        taken = _take_branches(model, frozenset(deny)) if CleanUp in passes else []
+        done = pipeline.run(model.graph, denied=deny, reserved=model.names(), certifier=certifier).rewrites
+        if not done and not taken:
+            break
+        rewrites += [*taken, *done]
         annotate(model, infer(model.to_proto()))
     return tuple(rewrites)
+
+
+def _open(model: Model) -> bool:
+    """Whether there are sizes that are not known, or an If whose condition may turn out to be constant."""
+    nodes = model.graph.nodes
+    return any(n.op == "If" for n in nodes) or any(known(t.shape) is None for n in nodes for t in n.outputs if t.name)
+
+
+def _take_branches(model: Model, denied: Collection[str]) -> list[Rewrite]:
+    """Put the body in the place of every If whose condition is a constant."""
+    view = View(model.graph)
+    taken: dict[str, bool] = {}
+    rewrites = []
+    for node in model.graph.nodes:
+        condition = values.whole(values.entries(view, node.inputs[0])) if view.op(node) == "If" else None
+        message = model.message(node)
+        if (
+            condition is None
+            or len(condition) != 1
+            or message is None
+            or f"{CleanUp.name}:{node.outputs[0].name}" in denied
+        ):
+            continue
+        body = branch_taken(message, bool(condition[0]))
+        if body is None:
+            continue
+        taken[node.outputs[0].name] = bool(condition[0])
+        reason = f"its condition is always {'true' if condition[0] else 'false'}"
+        added = tuple(f"{n.op_type} {n.name}".strip() for n in body.node)
+        site = f"{CleanUp.name}:{node.outputs[0].name}"
+        rewrites.append(Rewrite(reason, (describe(node),), added, pass_name=CleanUp.name, site=site))
+    if taken:
+        model.become(from_proto(with_branches(model.to_proto(), taken), model.folder))
+    return rewrites
+
+
+def without_calls(
+    model: Model, passes: Sequence[Pass], deny: Iterable[str], sizes: Mapping[str, Sequence[int]]
+) -> Model:
+    """The model with those functions inlined whose operators a rewrite changes then, and those that call them.
+
+    Found out by doing it, but for measured passes. Functions that would become too many operators all stay.
+    """
+    listed = calls.functions(model.proto)
+    if not listed or calls.expanded(model.proto) is None:
+        return model
+    try:
+        whole = calls.inlined(model.proto, listed.keys(), tagged=True)
+    except Exception:  # the inliner has several ways of refusing a model; the runtime may take it still
+        return model
+    candidate = from_proto(whole, model.folder)
+    _, outcome, _ = run_pipeline(candidate, passes, deny, sizes, frozenset())
+    replaced = frozenset(old for r in outcome.rewrites for old, _ in r.became)
+    chosen = calls.touched(model.proto, whole, candidate.to_proto(), replaced)
+    return from_proto(calls.inlined(model.proto, chosen), model.folder) if chosen else model
 
 
 def concrete_sizes(proto: onnx.ModelProto, sizes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:

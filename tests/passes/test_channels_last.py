@@ -6,7 +6,7 @@ import pytest
 from helpers import build, eager, normal, ops, outside, parse, reasons, run, same
 
 from pwopt.graph.files import from_proto
-from pwopt.passes import ChannelsLast, CleanUp
+from pwopt.passes import ChannelsLast, CleanUp, JoinViews
 
 HEAD = "(double[2,12,9] x) => (double[N] y) { r = Reshape(x, s) t = Transpose<perm=[0,2,1,3]>(r) p = Softmax<axis=1>(t) c = Conv(p, w%s) y = Reshape(c, q) }"
 SHAPES = {"s": np.array([2, 3, 4, 9]), "q": np.array([2, 3, 9])}
@@ -39,7 +39,7 @@ def test_the_distribution_head(biased: bool) -> None:
         **SHAPES,
         **({"b": normal(1)} if biased else {}),
     )
-    result, _, _ = run(model, eager(ChannelsLast), CleanUp())
+    result, _, _ = run(model, eager(ChannelsLast), CleanUp(), JoinViews())
     bias = ["Add"] if biased else []
     assert order(result) == ["Reshape", "Transpose", "Softmax", "MatMul", *bias, "Transpose", "Reshape"]
     assert perms(result)[0] == [0, 1, 3, 2]

@@ -1,0 +1,214 @@
+"""Branches and functions in place of the If or the call that leads to them.
+
+Functions are inlined by onnx's own inliner: it keeps the names of the graph's tensors and what its nodes are
+documented with, but knows no bound (16 functions that call each other twice become 32,768 operators) and drops what
+the call was documented with, so both are seen to here. onnx_ir's refuses models whose functions have another opset, and
+what it reads and writes loses sparse initializers and quantisation annotations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+
+import onnx
+from onnx import inliner
+
+from pwopt.graph.model import captured_names
+from pwopt.graph.provenance import documented
+from pwopt.graph.storage import copy_fields
+
+#: Domain and name of a function.
+Function = tuple[str, str]
+#: Operators that functions may become when they are inlined, and for each that is there already.
+MOST, TIMES = 1 << 12, 4
+#: The property that tells of which function an operator was.
+TAG = "pwopt.function"
+
+
+def functions(proto: onnx.ModelProto) -> dict[Function, onnx.FunctionProto]:
+    """The functions that a model brings along."""
+    return {(f.domain, f.name): f for f in proto.functions}
+
+
+def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    for attribute in node.attribute:
+        yield from [attribute.g] if attribute.HasField("g") else attribute.graphs
+
+
+def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """These nodes, and those of their bodies."""
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        yield node
+        pending.extend(inner for body in _bodies(node) for inner in body.node)
+
+
+def callers(proto: onnx.ModelProto) -> dict[Function, set[Function]]:
+    """Function → those that call it."""
+    known = functions(proto)
+    found: dict[Function, set[Function]] = {key: set() for key in known}
+    for key, function in known.items():
+        for node in _nodes(function.node):
+            if (node.domain, node.op_type) in known:
+                found[node.domain, node.op_type].add(key)
+    return found
+
+
+def expanded(proto: onnx.ModelProto) -> int | None:
+    """Operators of a model with all its functions inlined; None if those are too many, or call themselves."""
+    known = functions(proto)
+    limit = MOST + TIMES * len(proto.graph.node)
+    sizes: dict[Function, int] = {}
+
+    def total(nodes: Iterable[onnx.NodeProto]) -> int | None:
+        counted = [sizes.get((n.domain, n.op_type)) if (n.domain, n.op_type) in known else 1 for n in _nodes(nodes)]
+        found = [c for c in counted if c is not None]
+        return sum(found) if len(found) == len(counted) and sum(found) <= limit else None
+
+    for _ in known:  # as deep as they may call each other
+        waiting = [(key, total(f.node)) for key, f in known.items() if key not in sizes]
+        ready = {key: size for key, size in waiting if size is not None}
+        if not ready:
+            break
+        sizes.update(ready)
+    return total(proto.graph.node)
+
+
+def inlined(proto: onnx.ModelProto, chosen: Collection[Function], *, tagged: bool = False) -> onnx.ModelProto:
+    """The model with some of its functions inlined; `tagged` lets each operator say of which function it was."""
+    source = onnx.ModelProto()
+    copy_fields(proto, source, skip={"graph"})
+    copy_fields(proto.graph, source.graph, skip={"initializer"})
+    for tensor in proto.graph.initializer:  # the inliner needs their names; it takes less than 2 GB
+        source.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+    for key, function in functions(source).items():
+        for node in function.node if tagged else ():
+            node.metadata_props.add(key=TAG, value=":".join(key))
+    result = inliner.inline_selected_functions(source, list(chosen), exclude=False)
+    del result.graph.initializer[:]
+    result.graph.initializer.extend(proto.graph.initializer)
+    made = {name: node for node in result.graph.node for name in node.output if name}
+    for call in source.graph.node:
+        if (call.domain, call.op_type) in chosen and (call.metadata_props or call.doc_string):
+            for node in {id(made[n]): made[n] for n in call.output if n in made}.values():
+                own = onnx.NodeProto()
+                own.CopyFrom(node)
+                documented(node, own, [own, call])
+    return result
+
+
+def touched(
+    source: onnx.ModelProto, whole: onnx.ModelProto, result: onnx.ModelProto, replaced: frozenset[str]
+) -> set[Function]:
+    """Functions of which an operator went or changed, and those that call them.
+
+    Parameters
+    ----------
+    source : onnx.ModelProto
+        With its functions.
+    whole : onnx.ModelProto
+        With all functions inlined, and tagged.
+    result : onnx.ModelProto
+        What became of it.
+    replaced : frozenset of str
+        Tensors that another operator makes since.
+    """
+    after = {name: node for node in result.graph.node for name in node.output}
+    found = set()
+    for node in whole.graph.node:
+        tag = next((p.value for p in node.metadata_props if p.key == TAG), None)
+        now = after.get(node.output[0]) if node.output else None
+        same = now is not None and now.op_type == node.op_type and now.attribute == node.attribute
+        if tag is not None and (not same or not replaced.isdisjoint(node.output)):
+            domain, _, name = tag.rpartition(":")
+            found.add((domain, name))
+    by, pending = callers(source), list(found)
+    while pending:
+        above = by.get(pending.pop(), set()) - found
+        found |= above
+        pending += above
+    return found
+
+
+def branch_taken(node: onnx.NodeProto, condition: bool) -> onnx.GraphProto | None:
+    """The body that an If runs under a condition; None if it holds what has no place outside."""
+    name = "then_branch" if condition else "else_branch"
+    found = [a.g for a in node.attribute if a.name == name and a.HasField("g")]
+    good = len(found) == 1 and not found[0].sparse_initializer and len(found[0].output) == len(node.output)
+    return found[0] if good else None
+
+
+def with_branches(proto: onnx.ModelProto, taken: Mapping[str, bool]) -> onnx.ModelProto:
+    """The model with those Ifs replaced by the body that they run, by their first output."""
+    result = onnx.ModelProto()
+    result.CopyFrom(proto)
+    graph = result.graph
+    tensors = {v.name for v in (*graph.input, *graph.initializer)} | {n for node in graph.node for n in node.output}
+    left = [n for n in graph.node if not n.output or n.output[0] not in taken]
+    tensors |= {s.values.name for s in graph.sparse_initializer} | captured_names(left)
+    names = {node.name for node in graph.node}
+    nodes = list(proto.graph.node)
+    del graph.node[:]
+    for node in nodes:
+        body = branch_taken(node, taken[node.output[0]]) if node.output and node.output[0] in taken else None
+        if body is None:
+            graph.node.append(node)
+            continue
+        names.discard(node.name)
+        copy = onnx.GraphProto()
+        copy.CopyFrom(body)
+        graph.node.extend(_freed(copy, node, tensors, names))
+        graph.initializer.extend(copy.initializer)
+    return result
+
+
+def _freed(body: onnx.GraphProto, outer: onnx.NodeProto, tensors: set[str], names: set[str]) -> list[onnx.NodeProto]:
+    """The operators of a body as they stand outside of it, under names that nothing else has."""
+    made = [n for node in body.node for n in node.output if n]
+    results: dict[str, str] = {}
+    aliases = []
+    for inside, outside in zip(body.output, outer.output, strict=True):
+        if inside.name in made and inside.name not in results and outside:
+            results[inside.name] = outside
+        elif outside:
+            aliases.append((inside.name, outside))
+    renamed = dict(results)
+    for name in [*(t.name for t in body.initializer), *made]:
+        if name not in renamed:
+            renamed[name] = _unique(name, tensors)
+    for tensor in body.initializer:
+        tensor.name = renamed[tensor.name]
+    nodes = list(body.node)
+    for node in nodes:
+        _rename(node, renamed)
+        node.name = _unique(node.name, names) if node.name else ""
+    nodes += [onnx.helper.make_node("Identity", [renamed.get(a, a)], [b]) for a, b in aliases]
+    for node in nodes:
+        if set(node.output) & set(outer.output):
+            own = onnx.NodeProto()
+            own.CopyFrom(node)
+            documented(node, own, [own, outer])
+    return nodes
+
+
+def _unique(name: str, taken: set[str]) -> str:
+    candidate, k = name, 0
+    while candidate in taken:
+        k += 1
+        candidate = f"{name}_{k}"
+    taken.add(candidate)
+    return candidate
+
+
+def _rename(node: onnx.NodeProto, renamed: Mapping[str, str]) -> None:
+    """Let a node, and what its bodies capture, use other names; what a body defines itself stays its own."""
+    node.input[:] = [renamed.get(n, n) for n in node.input]
+    node.output[:] = [renamed.get(n, n) for n in node.output]
+    for body in _bodies(node):
+        own = {v.name for v in (*body.input, *body.initializer)} | {n for inner in body.node for n in inner.output}
+        outside = {a: b for a, b in renamed.items() if a not in own}
+        for inner in body.node:
+            _rename(inner, outside)
+        for value in body.output:
+            value.name = outside.get(value.name, value.name)
