@@ -68,7 +68,7 @@ def asymmetry(session: Session) -> float:
 SYSTEM = System(
     build,
     {"single": (1, SINGLE, LENGTH), "pair": (1, PAIR, LENGTH, LENGTH)},
-    rewrites=("fold-affine", "fold-chains", "commute-spatial"),
+    rewrites=("clean-up", "fold-affine", "fold-chains", "commute-spatial"),
     properties=(Law("the map is symmetric in (i, j)", asymmetry, 1e-6),),
     refusals=(
         Refusal("/embed/norm/InstanceNormalization", "its statistics depend on the data"),

@@ -34,7 +34,7 @@ FOLDABLE = frozenset(
 
 
 #: Operators that store the same numbers otherwise.
-REARRANGING = ("Transpose", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Cast")
+REARRANGING = ("Transpose", "Cast", *attributes.VIEWS)
 #: Operators of the same result whether an operand is broadcast before them or by them.
 BROADCASTING = frozenset(
     """Add And Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Or Pow Sub Sum Where

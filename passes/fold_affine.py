@@ -8,6 +8,7 @@ import onnx_graphsurgeon as gs
 
 from pwopt.algebra.geometry import Refusal, compose_geometry
 from pwopt.algebra.linear import LinearMap, compose
+from pwopt.graph.attributes import VIEWS
 from pwopt.graph.dtypes import cancelling
 from pwopt.graph.provenance import credit
 from pwopt.maps import commute, emit, forms, idioms
@@ -171,7 +172,8 @@ class FoldAffine(Pass):
                 if isinstance(written, Refusal):
                     return written
                 edits.append((target, written))
-        if sum(len(w.nodes) for _, w in edits) >= 1 + sum(len(t.nodes) for t, _ in edits):
+        spared = 1 + sum(len(t.nodes) for t, _ in edits) - sum(len(w.nodes) for _, w in edits)
+        if spared < 1 - _joins_views(rw, reading):
             return Refusal("merging them would not save an operator")
         if not direct and not edits:
             return Refusal("nothing would take it over")
@@ -191,6 +193,13 @@ class FoldAffine(Pass):
         renamed = {tensor.name: rw.rename(tensor, "_unscaled") for tensor in plan.changed}
         done = Rewrite.of(reason, records, renamed)
         return replace(done, removed=(describe(reading.node), *done.removed), residual=residual)
+
+
+def _joins_views(rw: Rewriter, reading: Reading) -> bool:
+    """Whether two changes of view meet where a BatchNormalization goes: together they are one, or nothing (LeViT)."""
+    before, after = rw.producer(reading.source), rw.sole_reader(reading.output)
+    inside = rw.is_a(before, *VIEWS) and rw.is_a(after, *VIEWS) and not rw.crowd(before.inputs[0])
+    return inside and reading.node.op == "BatchNormalization"
 
 
 def _beside_a_map(rw: Rewriter, reading: Reading) -> bool:

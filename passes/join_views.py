@@ -4,19 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
 from pwopt.graph import attributes, values
+from pwopt.graph.attributes import VIEWS
 from pwopt.graph.values import Entries
+from pwopt.passes.settle_shapes import copied
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 
-#: Operators that keep the order of the elements.
-VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+#: The opset since which the shape is an input of Reshape.
+RESHAPE_TAKES_SHAPES = 5
 
 
 class JoinViews(Pass):
-    """TₚTᵩ = Tᵩₚ; R_a R_b = R_a; and R⁻¹ T R = T′ where R joins axes, T moves the joint ones, and R⁻¹ parts them again.
+    """TₚTᵩ = Tᵩₚ; R_a R_b = R_a; R⁻¹ R = 1; R⁻¹ T R = T′ where R joins axes and R⁻¹ parts them again
 
     The dynamo exporter of PyTorch turns the keys of attention so, with the sizes taken from Shape: (b, h, s, d) →
     (b·h, s, d) → (b·h, d, s) → (b, h, d, s). The elements come in the same order either way, since the axes that are
@@ -27,18 +30,35 @@ class JoinViews(Pass):
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
         op = rw.op(node)
-        before = rw.producer(node.inputs[0]) if op in ("Transpose", "Reshape") else None
+        before = rw.producer(node.inputs[0]) if op in ("Transpose", *VIEWS) else None
         if before is None or rw.crowd(node.inputs[0]):
             return None
         if op == "Transpose":
             return _turned_twice(rw, before, node)
         if rw.is_a(before, "Transpose"):
-            return _turned_inside(rw, before, node)
-        shape = rw.integers(node.inputs[1]) if len(node.inputs) > 1 else None  # a 0 stands for the size before it
-        if not rw.is_a(before, *VIEWS) or not shape or 0 in shape:
+            return _turned_inside(rw, before, node) if op == "Reshape" else None
+        return _seen_twice(rw, before, node) if rw.is_a(before, *VIEWS) else None
+
+
+def _seen_twice(rw: Rewriter, before: gs.Node, node: gs.Node) -> Rewrite | None:
+    """Two views in a row as one, or as none if the second undoes the first."""
+    source, output = before.inputs[0], node.outputs[0]
+    outside, inside = values.extents(rw, source), _after(rw, before)
+    after = None if inside is None else _after(rw, node, inside)
+    if outside is not None and after is not None and _restored(outside, after):
+        maker = rw.producer(source)
+        if rw.pinned(output) and (maker is None or rw.pinned(source)):
             return None
-        inputs = [before.inputs[0], *node.inputs[1:]]
-        return _one(rw, [before, node], gs.Node(op, node.name, dict(node.attrs), inputs, list(node.outputs)))
+        return rw.bypass_all([before, node], source, f"{node.op} undoes {before.op}")
+    given = rw.integers(node.inputs[1]) if node.op == "Reshape" and len(node.inputs) > 1 else None
+    if given and 0 not in given:  # a 0 stands for the size before it
+        inputs, attrs = [source, *node.inputs[1:]], dict(node.attrs)
+    else:
+        target = None if outside is None or after is None or 0 in after else copied(after, outside, allowzero=False)
+        if target is None or rw.opset < RESHAPE_TAKES_SHAPES:
+            return None
+        inputs, attrs = [source, rw.new_constant(f"{output.name}_shape", np.array(target, np.int64))], {}
+    return _one(rw, [before, node], gs.Node("Reshape", node.name, attrs, inputs, [output]))
 
 
 def _one(rw: Rewriter, old: Sequence[gs.Node], new: gs.Node) -> Rewrite:

@@ -28,6 +28,7 @@ class MergeEqual(Pass):
     """
 
     name = "merge-equal"
+    context = 1  # the operator that stays is no part of what changes
 
     def start(self, rw: Rewriter) -> None:
         self._first: dict[Hashable, gs.Node] = {}

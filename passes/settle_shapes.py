@@ -21,6 +21,7 @@ class SettleShapes(Pass):
     """
 
     name = "settle-shapes"
+    context = 8  # operators between a Shape and what is settled
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
         op = rw.op(node)

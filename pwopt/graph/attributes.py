@@ -10,6 +10,9 @@ import onnx_graphsurgeon as gs
 from pwopt.algebra.geometry import Refusal
 from pwopt.graph.view import View
 
+#: Operators that keep the order of the elements.
+VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
+
 
 class Spatial(NamedTuple):
     """The geometry of a convolution or pooling; `auto_pad` is what could not be resolved."""

@@ -103,8 +103,8 @@ def _check(proto: onnx.ModelProto) -> None:
     """Known versions, single assignment, defined inputs; the rest is left to the runtime."""
     newest = onnx.defs.onnx_opset_version()
     opsets = [o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")]
-    if len(opsets) > 1 or (not proto.opset_import and proto.ir_version >= OPSETS_SINCE_IR):
-        raise ModelError(f"the model names {len(opsets) or 'no'} opsets of ONNX, not one; export it again")
+    if len(set(opsets)) > 1 or (not proto.opset_import and proto.ir_version >= OPSETS_SINCE_IR):
+        raise ModelError(f"the model names {len(set(opsets)) or 'no'} opsets of ONNX, not one; export it again")
     if opsets and not 1 <= opsets[0] <= newest:
         raise ModelError(f"the model uses opset {opsets[0]}, and the installed onnx knows 1 to {newest}; upgrade onnx")
     if not 1 <= proto.ir_version <= onnx.IR_VERSION:

@@ -128,6 +128,8 @@ def externalise(model: onnx.ModelProto, path: Path, folder: Path | None, layout:
         raise ModelError("a model with external data needs the folder that the data lies in; load it with pwopt.load")
     locations = list(dict.fromkeys(layout[t.name] for t in model.graph.initializer if t.name in layout))
     locations = locations or list(dict.fromkeys(layout.values()))[:1]
+    large = {layout.get(t.name, locations[0]) for t in model.graph.initializer if _outside(t)}
+    locations = [old for old in locations if old in large]  # no file that nothing would be in
     single = len(locations) == 1
     new_names = {
         old: _free_name(path, "data" if single else f"{k}.{re.sub(r'[^A-Za-z0-9._-]', '_', Path(old).name)[:80]}")
@@ -148,7 +150,7 @@ def externalise(model: onnx.ModelProto, path: Path, folder: Path | None, layout:
                 if piece not in copied:
                     copied[piece] = _append_file(streams[target], folder / info.location, info)
                 offset, length = copied[piece]
-            elif len(tensor.raw_data) >= EXTERNAL_THRESHOLD:
+            elif _outside(tensor):
                 for descriptor, value in tensor.ListFields():
                     if descriptor.name in ("name", "data_type", "doc_string"):
                         setattr(kept, descriptor.name, value)
@@ -163,6 +165,11 @@ def externalise(model: onnx.ModelProto, path: Path, folder: Path | None, layout:
             set_external_data(kept, new_names[target], offset, length)
             kept.ClearField("raw_data")
     return proto
+
+
+def _outside(tensor: TensorProto) -> bool:
+    """Whether a tensor lies in a data file, if there are any."""
+    return uses_external_data(tensor) or len(tensor.raw_data) >= EXTERNAL_THRESHOLD
 
 
 def _free_name(path: Path, suffix: str) -> str:

@@ -7,7 +7,7 @@ where the channel axis goes. `sink` moves A from f's input to its output, `lift`
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,7 +17,7 @@ from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
 from pwopt.graph.dtypes import cancelling
-from pwopt.graph.values import extents
+from pwopt.graph.values import Entries, extents
 from pwopt.graph.view import View
 from pwopt.maps import forms, selections
 
@@ -115,7 +115,7 @@ def rule(view: View, node: gs.Node) -> Rule | None:
     if op == "Transpose":
         perm = attributes.perm(view, node)
         return None if perm is None else Rule(axes={a: i for i, a in enumerate(perm)})
-    if op in ("Reshape", "Flatten", "Squeeze", "Unsqueeze"):
+    if op in attributes.VIEWS:
         return Rule(axes=_kept_axes(view, node, op))
     if op == "Dropout":
         return Rule() if attributes.inactive_dropout(view, node) else None
@@ -167,24 +167,28 @@ def _reduction(view: View, node: gs.Node, op: str) -> Rule | None:
 
 
 def _kept_axes(view: View, node: gs.Node, op: str) -> dict[int, int]:
-    """Axes that a change of shape leaves alone: same size, and as many elements before them as before."""
+    """Axes that a change of shape leaves alone: same size, and as many elements before them, or behind, as before."""
     before, after = extents(view, node.inputs[0]), extents(view, node.outputs[0])
     if before is None or after is None:
         return {}
     copied = view.integers(node.inputs[1]) if op == "Reshape" and len(node.inputs) > 1 else None
-    zero_copies = not node.attrs.get("allowzero", 0)
+    zeros = {i for i, entry in enumerate(copied or ()) if entry == 0 and not node.attrs.get("allowzero", 0)}
     batch = view.dim(node.inputs[0], 0)
+    if isinstance(batch, str) and batch == view.dim(node.outputs[0], 0):
+        zeros.add(0)
+    behind = _aligned(before[::-1], after[::-1], set())
+    kept = {len(before) - 1 - i: len(after) - 1 - j for i, j in behind.items()}
+    return kept | _aligned(before, after, zeros)
+
+
+def _aligned(before: Entries, after: Entries, same: Collection[int]) -> dict[int, int]:
+    """Axes of one size with as many elements before them on both sides; those in `same` are one if they correspond."""
     kept: dict[int, int] = {}
     i = j = 0
     left = right = 1  # elements per step of the axes already passed, where they do not match one to one
     while i < len(before) and j < len(after):
         x, y = before[i], after[j]
-        same = left == right and (
-            x == y
-            or (isinstance(batch, str) and i == j == 0 and batch == view.dim(node.outputs[0], 0))
-            or (copied is not None and zero_copies and j < len(copied) and copied[j] == 0 and i == j)
-        )
-        if same:
+        if left == right and (x == y or (i == j and i in same)):
             kept[i] = j
             i, j = i + 1, j + 1
         elif not isinstance(x, int) or not isinstance(y, int) or x == 0 or y == 0:

@@ -18,6 +18,10 @@ from pwopt.maps.forms import Reading
 NORMALISABLE = ("float16", "float32", "float64")
 
 
+#: Attributes of a transposed convolution from which its padding follows.
+FROM_SIZES = ("auto_pad", "output_shape", "pads")
+
+
 @dataclass(frozen=True)
 class Written:
     """Nodes that compute a map, not yet in the graph, and what rounding did to its weights.
@@ -143,6 +147,11 @@ class _Writer:
         attrs: dict[str, Any] = {"dilations": list(g.dilations), "group": g.groups, "kernel_shape": list(g.kernel)}
         attrs |= {"auto_pad": g.auto_pad} if g.auto_pad else {"pads": list(g.pads)}
         attrs["strides"] = list(g.strides)
+        if g.transposed and g.auto_pad:
+            attrs.pop("auto_pad")
+            attrs |= {k: v for k, v in self.like.nodes[0].attrs.items() if k in FROM_SIZES}
+            if self.like.kind != "conv-transpose":
+                self.refusal = Refusal("the padding of a transposed convolution follows from its sizes")
         if g.transposed:
             inn = g.in_channels // g.groups
             values = values.reshape(g.groups, -1, inn, *g.kernel).swapaxes(1, 2).reshape(g.in_channels, -1, *g.kernel)

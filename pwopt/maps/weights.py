@@ -15,6 +15,9 @@ from pwopt.graph.dtypes import FLOATING
 from pwopt.graph.view import View
 from pwopt.maps.forms import NOT_CONSTANT, NOT_FINITE, Reading, Result, reads
 
+#: Elements of the largest bias that is read to see whether its rows are equal.
+MAX_BIAS = 1 << 20
+
 
 def _weight(view: View, node: gs.Node, index: int) -> gs.Tensor | None:
     """The holder of a constant floating-point weight, or None."""
@@ -74,8 +77,6 @@ def read_conv_transpose(view: View, node: gs.Node) -> Result:
     weight = _weight(view, node, 1)
     if weight is None:
         return NOT_CONSTANT
-    if "output_shape" in node.attrs or node.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
-        return Refusal("its padding follows from an output shape")
     groups = node.attrs.get("group", 1)
     inn, out, *kernel = weight.shape
     out *= groups
@@ -88,6 +89,9 @@ def read_conv_transpose(view: View, node: gs.Node) -> Result:
     if groups < 1 or inn % groups:
         return Refusal("its groups do not divide its channels")
     extra = tuple(node.attrs.get("output_padding", (0,) * len(kernel)))
+    automatic = "output_shape" if "output_shape" in node.attrs else str(node.attrs.get("auto_pad", "NOTSET"))
+    if automatic not in ("NOTSET", "VALID"):  # its padding follows from sizes: it is written back as it was
+        spatial = spatial._replace(pads=(0, 0) * len(kernel), auto_pad=automatic)
     biased = bool(np.any(bias))
     geometry = Geometry(out, inn, groups, tuple(kernel), *spatial, transposed=True, output_padding=extra, biased=biased)
 
@@ -98,6 +102,14 @@ def read_conv_transpose(view: View, node: gs.Node) -> Result:
     return Reading(
         (node,), node.inputs[0], geometry, 1, "conv-transpose", weight, _loader(view, weight, geometry, bias, arrange)
     )
+
+
+def _row(view: View, tensor: gs.Tensor, channels: int) -> Array | Refusal:
+    """The row that every row of a bias written out in full is."""
+    value = view.value(tensor) if (view.elements(tensor) or 0) <= MAX_BIAS else None
+    if value is None or not value.size or np.any(value != value[:1]):
+        return Refusal("its bias differs between rows")
+    return np.array(np.broadcast_to(value[0], (channels,)))
 
 
 @reads("Gemm")
@@ -111,11 +123,10 @@ def read_gemm(view: View, node: gs.Node) -> Result:
     inn, out = reversed(weight.shape) if flip else weight.shape
     alpha, beta = node.attrs.get("alpha", 1.0), node.attrs.get("beta", 1.0)
     held = view.optional(node, 2)
-    if held is not None and (
-        held.shape is None or len(held.shape) > 2 or (len(held.shape) == 2 and held.shape[0] != 1)
-    ):
+    if held is not None and (held.shape is None or len(held.shape) > 2):
         return Refusal("its bias differs between rows")
-    bias = _bias(view, node, 2, out)
+    rows = len(held.shape) == 2 and held.shape[0] != 1 if held is not None else False
+    bias = _row(view, held, out) if rows and held is not None else _bias(view, node, 2, out)
     if isinstance(bias, Refusal):
         return bias
     bias = beta * bias

@@ -211,6 +211,20 @@ class Rewriter(View):
             became,
         )
 
+    def bypass_all(self, nodes: Sequence[gs.Node], source: gs.Tensor, reason: str) -> Rewrite:
+        """Take a sequence of nodes away whose last output equals `source`, where one of both may lose its name."""
+        removed, last = tuple(describe(n) for n in nodes), nodes[-1]
+        became = tuple((t.name, source.name) for n in nodes for t in n.outputs if t.name)
+        around = [self.producer(source), *self.readers(last.outputs[0])]
+        self.set_input(last, 0, source)
+        self.bypass(last, source)
+        for node in reversed(nodes):
+            self.remove(node)
+        for neighbour in around:
+            if neighbour is not None:
+                self.enqueue_around(neighbour)
+        return Rewrite(reason, removed, became=became)
+
     def freeze(self, node: gs.Node, values: Sequence[np.ndarray], reason: str) -> Rewrite:
         """Let the outputs of `node` be these constants from now on; none of them may be observed by others."""
         removed = (describe(node),)

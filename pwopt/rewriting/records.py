@@ -56,13 +56,13 @@ class Rewrite:
         Outputs of the removed operators, each with the tensor that their replacement produces ("" if none).
     signature : str
         Of a measured rewrite: those that have it in common, up to a colon, are measured, kept or dropped together.
-    growth : int
-        Bytes by which the constants of the model grew; filled in by the driver.
     pass_name, site : str
         Filled in by the driver. The site is stable across runs: pass name and output tensor.
     before, after : tuple of Operator
         The region that changed, filled in by the driver if it certifies.
     certificate : Certificate or None
+    growth : int
+        Bytes by which the constants of the model grew; filled in by the driver.
     """
 
     reason: str
@@ -73,12 +73,12 @@ class Rewrite:
     residual: float = 0.0
     became: tuple[tuple[str, str], ...] = ()
     signature: str = ""
-    growth: int = 0
     pass_name: str = ""
     site: str = ""
     before: tuple[Operator, ...] = ()
     after: tuple[Operator, ...] = ()
     certificate: Certificate | None = None
+    growth: int = 0
 
     @classmethod
     def of(cls, reason: str, records: Sequence[Rewrite], renamed: Mapping[str, str] | None = None) -> Rewrite:

@@ -72,9 +72,13 @@ def test_distillation_has_one_map_to_the_teacher() -> None:
 def test_protein_pairs_are_embedded_before_they_are_laid_out() -> None:
     _, after = both("protein_distance_map")
     assert "Concat" not in ops(after)
+    assert "Expand" not in ops(after)  # the sums broadcast
     for side in ("rows", "columns"):
-        spread = next(n for n in after.graph.node if n.name == f"/{side}/Expand")
-        assert maker(after, spread.input[0]).op_type == "Conv"
+        spread = f"/{side}/Unsqueeze_output_0"
+        (small,) = (n for n in after.graph.node if spread in n.input)
+        assert small.op_type == "Conv"
+        (laid,) = (n for n in after.graph.node if small.output[0] in n.input)
+        assert laid.op_type == "Add"
     assert shapes(after, "Conv")[(32, 42, 1, 1)] == 2
     assert shapes(after, "Conv")[(32, 24, 1, 1)] == 1
 
