@@ -8,71 +8,18 @@ what it reads and writes loses sparse initializers and quantisation annotations.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Mapping
 
 import onnx
 from onnx import inliner
 
+from pwopt.graph.functions import Function, bodies_of, callers, functions
 from pwopt.graph.model import captured_names
 from pwopt.graph.provenance import documented
 from pwopt.graph.storage import copy_fields
 
-#: Domain and name of a function.
-Function = tuple[str, str]
-#: Operators that functions may become when they are inlined, and for each that is there already.
-MOST, TIMES = 1 << 12, 4
 #: The property that tells of which function an operator was.
 TAG = "pwopt.function"
-
-
-def functions(proto: onnx.ModelProto) -> dict[Function, onnx.FunctionProto]:
-    """The functions that a model brings along."""
-    return {(f.domain, f.name): f for f in proto.functions}
-
-
-def _bodies(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    for attribute in node.attribute:
-        yield from [attribute.g] if attribute.HasField("g") else attribute.graphs
-
-
-def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """These nodes, and those of their bodies."""
-    pending = list(nodes)
-    while pending:
-        node = pending.pop()
-        yield node
-        pending.extend(inner for body in _bodies(node) for inner in body.node)
-
-
-def callers(proto: onnx.ModelProto) -> dict[Function, set[Function]]:
-    """Function → those that call it."""
-    known = functions(proto)
-    found: dict[Function, set[Function]] = {key: set() for key in known}
-    for key, function in known.items():
-        for node in _nodes(function.node):
-            if (node.domain, node.op_type) in known:
-                found[node.domain, node.op_type].add(key)
-    return found
-
-
-def expanded(proto: onnx.ModelProto) -> int | None:
-    """Operators of a model with all its functions inlined; None if those are too many, or call themselves."""
-    known = functions(proto)
-    limit = MOST + TIMES * len(proto.graph.node)
-    sizes: dict[Function, int] = {}
-
-    def total(nodes: Iterable[onnx.NodeProto]) -> int | None:
-        counted = [sizes.get((n.domain, n.op_type)) if (n.domain, n.op_type) in known else 1 for n in _nodes(nodes)]
-        found = [c for c in counted if c is not None]
-        return sum(found) if len(found) == len(counted) and sum(found) <= limit else None
-
-    for _ in known:  # as deep as they may call each other
-        waiting = [(key, total(f.node)) for key, f in known.items() if key not in sizes]
-        ready = {key: size for key, size in waiting if size is not None}
-        if not ready:
-            break
-        sizes.update(ready)
-    return total(proto.graph.node)
 
 
 def inlined(proto: onnx.ModelProto, chosen: Collection[Function], *, tagged: bool = False) -> onnx.ModelProto:
@@ -205,7 +152,7 @@ def _rename(node: onnx.NodeProto, renamed: Mapping[str, str]) -> None:
     """Let a node, and what its bodies capture, use other names; what a body defines itself stays its own."""
     node.input[:] = [renamed.get(n, n) for n in node.input]
     node.output[:] = [renamed.get(n, n) for n in node.output]
-    for body in _bodies(node):
+    for body in bodies_of(node):
         own = {v.name for v in (*body.input, *body.initializer)} | {n for inner in body.node for n in inner.output}
         outside = {a: b for a, b in renamed.items() if a not in own}
         for inner in body.node:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 import onnx
 from onnx import TensorProto, shape_inference
 
+from pwopt.graph.functions import expanded
 from pwopt.graph.limits import isolated
 from pwopt.graph.memo import remembered
 
@@ -59,7 +60,8 @@ def skeleton(model: onnx.ModelProto, inputs: Mapping[str, Sequence[int]] | None 
     """
     light = onnx.ModelProto(ir_version=max(model.ir_version, 4))
     light.opset_import.extend(model.opset_import)
-    light.functions.extend(model.functions)
+    if expanded(model) is not None:  # inference goes through a function anew at each call
+        light.functions.extend(model.functions)
     graph = light.graph
     graph.name = model.graph.name or "graph"
     initialized = set()

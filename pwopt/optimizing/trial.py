@@ -14,7 +14,7 @@ from pwopt.evidence.certify import certify, unchecked
 from pwopt.evidence.equivalence import Equivalence
 from pwopt.evidence.localise import localise
 from pwopt.evidence.verify import compared, placements
-from pwopt.graph.calls import functions
+from pwopt.graph.functions import functions
 from pwopt.graph.storage import total_bytes
 from pwopt.optimizing.conditions import as_latency, others, respecting, timed
 from pwopt.optimizing.request import Request

@@ -10,6 +10,7 @@ from pwopt.errors import UsageError
 from pwopt.graph import calls, values
 from pwopt.graph.calls import branch_taken, with_branches
 from pwopt.graph.files import annotate, from_proto
+from pwopt.graph.functions import expanded, functions
 from pwopt.graph.memo import remembered
 from pwopt.graph.model import Model
 from pwopt.graph.shapes import Shape, infer, known, skeleton
@@ -105,8 +106,8 @@ def without_calls(
 
     Found out by doing it, but for measured passes. Functions that would become too many operators all stay.
     """
-    listed = calls.functions(model.proto)
-    if not listed or calls.expanded(model.proto) is None:
+    listed = functions(model.proto)
+    if not listed or expanded(model.proto) is None:
         return model
     try:
         whole = calls.inlined(model.proto, listed.keys(), tagged=True)

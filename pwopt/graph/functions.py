@@ -1,0 +1,63 @@
+"""The functions that a model brings along, and what they would become."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+
+import onnx
+
+#: Domain and name of a function.
+Function = tuple[str, str]
+#: Operators that functions may become when they are inlined, and for each that is there already.
+MOST, TIMES = 1 << 12, 4
+
+
+def functions(proto: onnx.ModelProto) -> dict[Function, onnx.FunctionProto]:
+    """The functions that a model brings along."""
+    return {(f.domain, f.name): f for f in proto.functions}
+
+
+def bodies_of(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
+    """The graphs among a node's attributes."""
+    for attribute in node.attribute:
+        yield from [attribute.g] if attribute.HasField("g") else attribute.graphs
+
+
+def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """These nodes, and those of their bodies."""
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        yield node
+        pending.extend(inner for body in bodies_of(node) for inner in body.node)
+
+
+def callers(proto: onnx.ModelProto) -> dict[Function, set[Function]]:
+    """Function → those that call it."""
+    known = functions(proto)
+    found: dict[Function, set[Function]] = {key: set() for key in known}
+    for key, function in known.items():
+        for node in _nodes(function.node):
+            if (node.domain, node.op_type) in known:
+                found[node.domain, node.op_type].add(key)
+    return found
+
+
+def expanded(proto: onnx.ModelProto) -> int | None:
+    """Operators of a model with all its functions inlined; None if those are too many, or call themselves."""
+    known = functions(proto)
+    limit = MOST + TIMES * len(proto.graph.node)
+    sizes: dict[Function, int] = {}
+
+    def total(nodes: Iterable[onnx.NodeProto]) -> int | None:
+        counted = [sizes.get((n.domain, n.op_type)) if (n.domain, n.op_type) in known else 1 for n in _nodes(nodes)]
+        found = [c for c in counted if c is not None]
+        return sum(found) if len(found) == len(counted) and sum(found) <= limit else None
+
+    for _ in known:  # as deep as they may call each other
+        waiting = [(key, total(f.node)) for key, f in known.items() if key not in sizes]
+        ready = {key: size for key, size in waiting if size is not None}
+        if not ready:
+            break
+        sizes.update(ready)
+    return total(proto.graph.node)
