@@ -101,7 +101,7 @@ class FoldAffine(Pass):
             for source, moved in moves:
                 if moved.scales or moved.shifts:
                     trial.changed.append(source)
-                    reason = rw.crowd(source) or self._lift(rw, source, moved, trial)
+                    reason = _crowd(rw, source) or self._lift(rw, source, moved, trial)
                 plan.steps = trial.steps
                 if reason:
                     break
@@ -195,10 +195,16 @@ class FoldAffine(Pass):
         return replace(done, removed=(describe(reading.node), *done.removed), residual=residual)
 
 
+def _crowd(rw: Rewriter, tensor: gs.Tensor) -> str:
+    """`View.crowd`, but for those who only ask for its shape, which a scale or a shift leaves alone."""
+    numbers = [r for r in rw.readers(tensor) if not rw.is_a(r, "Shape", "Size")]
+    return rw.pinned(tensor) if len(numbers) == 1 else rw.crowd(tensor)
+
+
 def _joins_views(rw: Rewriter, reading: Reading) -> bool:
     """Whether two changes of view meet where a BatchNormalization goes: together they are one, or nothing (LeViT)."""
     before, after = rw.producer(reading.source), rw.sole_reader(reading.output)
-    inside = rw.is_a(before, *VIEWS) and rw.is_a(after, *VIEWS) and not rw.crowd(before.inputs[0])
+    inside = rw.is_a(before, *VIEWS) and rw.is_a(after, *VIEWS) and not _crowd(rw, before.inputs[0])
     return inside and reading.node.op == "BatchNormalization"
 
 

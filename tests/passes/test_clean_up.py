@@ -8,7 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import pwopt
 from pwopt.graph.files import from_proto
-from pwopt.passes import CleanUp
+from pwopt.passes import CleanUp, MergeEqual, SettleShapes
 
 X = normal(2, 4, 6, 8)
 ENDS = np.array([2**31 - 1])
@@ -261,3 +261,97 @@ def test_static_settles_shape_arithmetic() -> None:
     assert [d.dim_value for d in result.graph.input[0].type.tensor_type.shape.dim] == [2, 4, 6]
     x = normal(2, 4, 6)
     np.testing.assert_array_equal(evaluate(result, x=x)[0], evaluate(model, x=x)[0])
+
+
+WIDE = normal(2, 4, 6, 8)
+REPEATED: list[tuple[str, dict[str, np.ndarray]]] = [
+    ("e = Expand(k, s) y = Add(x, e)", {"k": normal(1, 4, 1, 1), "s": np.array([2, 4, 6, 8])}),
+    ("e = Expand(k, s) y = Mul(e, x)", {"k": normal(4, 1, 1), "s": np.array([1, 4, 6, 8])}),
+    ("e = Tile(k, r) y = Sub(x, e)", {"k": normal(1, 4, 1, 1), "r": np.array([2, 1, 6, 8])}),
+    ("e = ConstantOfShape<value = double[1] {3.0}>(s) y = Pow(x, e)", {"s": np.array([2, 4, 6, 8])}),
+    ("s = Shape(x) e = Expand(k, s) y = Div(x, e)", {"k": normal(1, 4, 1, 1)}),
+    ("s = Shape(x) e = ConstantOfShape<value = double[1] {3.0}>(s) y = Max(x, e)", {}),
+    ("g = ReduceMean<axes=[2,3]>(x) s = Shape(x) e = Expand(g, s) y = Mul(x, e)", {}),
+    ("b = Greater(x, z) e = Expand(k, s) y = Where(b, x, e)", {"z": np.float64(0), "k": normal(1, 4, 1, 1), "s": np.array([2, 4, 6, 8])}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("body", "weights"), REPEATED)
+@pytest.mark.parametrize("inputs", ["double[2,4,6,8] x", "double[N,4,H,W] x"])
+def test_what_only_broadcasts_is_not_written_out(body: str, weights: dict[str, np.ndarray], inputs: str) -> None:
+    if "N" in inputs and "s" in weights:
+        pytest.skip("a number beside an open size is no proof")
+    if "N" in inputs and "r" in weights:
+        pytest.skip("a number beside an open size is no proof")
+    model = parse(f"({inputs}) => (double[A,B,C,D] y) {{ {body} }}", **weights)
+    result, _, _ = run(model, CleanUp(), SettleShapes())
+    assert not {"Expand", "Tile", "ConstantOfShape", "Shape"} & set(ops(result))
+    assert all(np.prod(t.dims) <= 4 for t in result.graph.initializer)
+    same(model, result, 0.0, x=WIDE)
+
+
+@pytest.mark.parametrize(
+    ("body", "weights"),
+    [
+        (
+            "e = Expand(k, s) y = Add(x, e)",
+            {"k": normal(1, 4, 1, 1), "s": np.array([3, 2, 4, 6, 8])},
+        ),  # x is not as wide
+        (
+            "e = Expand(k, s) m = ReduceMean<axes=[2]>(x) y = Add(m, e)",
+            {"k": normal(1, 4, 1, 1), "s": np.array([2, 4, 6, 8])},
+        ),
+        ("e = Expand(k, s) y = MatMul(x, e)", {"k": normal(8, 1), "s": np.array([8, 5])}),
+        ("e = Expand(k, s) y = Add(e, e)", {"k": normal(1, 4, 1, 1), "s": np.array([2, 4, 6, 8])}),
+        (
+            "e = Tile(k, r) y = Add(x, e)",
+            {"k": normal(1, 2, 1, 1), "r": np.array([2, 2, 6, 8])},
+        ),  # repeats what differs
+    ],
+)
+def test_what_enlarges_what_it_meets_is_written_out(body: str, weights: dict[str, np.ndarray]) -> None:
+    open_ended = parse(f"(double[N,4,6,8] x, bool k2) => (double[M] y) {{ {body} }}", **weights)
+    result, outcome, _ = run(open_ended, CleanUp())
+    assert not [r for r in outcome.rewrites if "broadcasts" in r.reason]
+    same(open_ended, result, 1e-12, x=WIDE, k2=np.array(True))
+
+
+def test_an_expansion_to_another_inputs_shape_stays() -> None:
+    model = parse(
+        "(double[N,4] x, double[N,4] z) => (double[M,4] y) { s = Shape(z) e = Expand(k, s) y = Add(x, e) }",
+        k=normal(1, 4),
+    )
+    result, _, _ = run(model, CleanUp(), SettleShapes())
+    assert ops(result)["Expand"] == 1
+
+
+def tied(*readers: str) -> onnx.ModelProto:
+    body = " ".join(["e = Gather(w, ids)", *readers])
+    return parse(f"(int64[B] ids) => (double[M,N] y) {{ {body} }}", w=normal(300, 8))
+
+
+@pytest.mark.parametrize("op", ["Transpose<perm=[1,0]>(w)", "Transpose(w)"])
+def test_a_tied_weight_is_stored_once(op: str) -> None:
+    model = tied(f"t = {op} y = MatMul(e, t)")
+    result, outcome, _ = run(model, CleanUp())
+    assert result is model
+    assert reasons(outcome) == ["its value never changes, but 'w' is read elsewhere too, and would be stored twice"]
+
+
+def test_a_weight_of_its_own_is_turned() -> None:
+    model = parse("(double[B,8] x) => (double[M,N] y) { t = Transpose(w) y = MatMul(x, t) }", w=normal(300, 8))
+    result, _, _ = run(model, CleanUp())
+    assert ops(result) == {"MatMul": 1}
+
+
+def test_what_two_turn_alike_is_turned_once() -> None:
+    body = "(double[B,8] x) => (double[M,N] y) { t = Transpose(w) u = Transpose(w) a = MatMul(x, t) b = MatMul(x, u) n = Neg(b) y = Add(a, n) }"
+    model = parse(body, w=normal(300, 8))
+    result, _, _ = run(model, MergeEqual(), CleanUp())
+    assert ops(result)["Transpose"] == 0
+    assert sum(np.prod(t.dims) for t in result.graph.initializer) == 300 * 8
+
+
+def test_a_transposition_without_an_order_reverses() -> None:
+    model = parse("(double[4] x) => (double[N] y) { h = Neg(x) t = Transpose(h) y = Neg(t) }")
+    assert ops(run(model, CleanUp())[0]) == {"Neg": 2}

@@ -6,7 +6,7 @@ import pytest
 from helpers import normal, ops, parse, reasons, run, same, weight
 from onnx import helper
 
-from pwopt.passes import FoldAffine
+from pwopt.passes import CleanUp, FoldAffine, JoinViews
 
 X = normal(2, 4, 6, 6)
 SIDE = "(double[2,4,6,6] x) => (double[N] y) "
@@ -367,3 +367,87 @@ def test_a_transposed_convolution() -> None:
 def test_integers_are_not_linear_maps_here() -> None:
     model = parse("(int64[2,4] x) => (int64[N] y) { a = Mul(x, c) y = Add(a, c) }", c=np.arange(4))
     assert run(model, FoldAffine())[0] is model
+
+
+LEVIT = {f"{k}": normal(5, seed=i) ** 2 + 0.1 for i, k in enumerate("gbmv")}
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "h = MatMul(x, w) f = Flatten<axis=2>(h) n = BatchNormalization(f, g, b, m, v) r = Reshape(n, u) y = Exp(r)",
+        "h = MatMul(x, w) f = Reshape(h, t) n = BatchNormalization(f, g, b, m, v) r = Reshape(n, u) y = Exp(r)",
+        "h = MatMul(x, w) f = Flatten<axis=2>(h) n = BatchNormalization(f, g, b, m, v) s = Shape(h) r = Reshape(n, s) y = Exp(r)",
+        "h = MatMul(x, w) a = Add(h, c) f = Flatten<axis=2>(a) n = BatchNormalization(f, g, b, m, v) r = Reshape(n, u) y = Exp(r)",
+    ],
+)
+@pytest.mark.parametrize("inputs", ["double[N,7,6] x", "double[N,L,6] x"])
+def test_a_normalisation_behind_a_change_of_view(body: str, inputs: str) -> None:
+    shapes = {"t": np.array([-1, 5]), "u": np.array([-1, 7, 5]), "c": normal(5)}
+    used = {k: v for k, v in shapes.items() if f", {k})" in body}
+    model = parse(f"({inputs}) => (double[A,B,C] y) {{ {body} }}", w=normal(6, 5), **LEVIT, **used)
+    result, _, _ = run(model, FoldAffine(), JoinViews(), CleanUp())
+    left = {"MatMul": 1, "Add": 1, "Exp": 1}
+    if inputs == "double[N,L,6] x" and "Shape" not in body:  # seven may be another number of rows than before
+        left["Reshape"] = 1
+    assert ops(result) == left
+    same(model, result, x=normal(2, 7, 6))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "h = MatMul(x, w) f = Reshape(h, t) y = BatchNormalization(f, g, b, m, v)",  # no second view to meet the first
+        "h = MatMul(x, w) f = Reshape(h, q) n = BatchNormalization(f, g, b, m, v) r = Reshape(n, u) y = Exp(r)",  # other channels
+    ],
+)
+def test_a_normalisation_that_would_only_become_an_addition_stays(body: str) -> None:
+    shapes = {"t": np.array([-1, 5]), "u": np.array([-1, 7, 5]), "q": np.array([-1, 7])}
+    used = {k: v for k, v in shapes.items() if f", {k})" in body}
+    norm = {k: np.resize(v, 7) for k, v in LEVIT.items()} if "q" in used else LEVIT
+    model = parse(f"(double[N,7,6] x) => (double[A,B,C] y) {{ {body} }}", w=normal(6, 5), **norm, **used)
+    assert ops(run(model, FoldAffine(), JoinViews())[0])["BatchNormalization"] == 1
+
+
+@pytest.mark.parametrize(
+    "attrs",
+    [
+        'auto_pad="SAME_UPPER", strides=[2,2]',
+        'auto_pad="SAME_LOWER", strides=[2,2]',
+        "output_shape=[12,12], strides=[2,2]",
+        "output_shape=[13,12], strides=[2,2], output_padding=[1,0]",
+        'auto_pad="VALID", strides=[2,2]',
+    ],
+)
+def test_a_transposed_convolution_whose_padding_follows_from_sizes(attrs: str) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    norm = {k: (normal(5, seed=i) ** 2 + 0.1).astype(np.float32) for i, k in enumerate("gbmv")}
+    body = f"(float[2,4,6,6] x) => (float[A,B,C,D] y) {{ h = ConvTranspose<{attrs}>(x, w) y = BatchNormalization(h, g, b, m, v) }}"
+    model = parse(body, w=normal(4, 5, 3, 3, dtype=np.float32), **norm)
+    result, outcome, _ = run(model, FoldAffine())
+    assert ops(result) == {"ConvTranspose": 1}, reasons(outcome)
+    x = X.astype(np.float32)
+    before, after = (
+        onnxruntime.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
+        for m in (model, result)
+    )
+    np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-5)
+
+
+def test_a_bias_written_out_for_every_row() -> None:
+    body = "(double[3,4] x) => (double[M,N] y) { h = Gemm(x, w, c) y = Mul(h, s) }"
+    row = normal(5, seed=3)
+    model = parse(body, w=normal(4, 5), c=np.tile(row, (3, 1)), s=normal(5))
+    result, _, _ = run(model, FoldAffine())
+    assert ops(result) == {"Gemm": 1}
+    same(model, result, x=normal(3, 4))
+    untouched(body, "its bias differs between rows", w=normal(4, 5), c=normal(3, 5), s=normal(5))
+
+
+def test_a_transposed_input_is_no_map_of_channels() -> None:
+    untouched(
+        "(double[4,3] x) => (double[M,N] y) { h = Gemm<transA=1>(x, w) y = Mul(h, s) }",
+        "transposes its data",
+        w=normal(4, 5),
+        s=normal(5),
+    )

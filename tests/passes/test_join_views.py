@@ -43,3 +43,70 @@ def test_what_changes_the_order_or_the_shape_twice(body: str, left: dict[str, in
     result, _, _ = run(model, JoinViews(), CleanUp())
     assert ops(result) == left
     same(model, result, 0.0, x=normal(2, 3, 4, 5))
+
+
+KEYS = """h = Neg(x) s = Shape(h) d = Slice(s, m1, far) l = Slice(s, m2, m1) b = Slice(s, low, m2)
+    t = Concat<axis=0>(m1, l, d) r = Reshape(h, t) p = Transpose<perm=[0,2,1]>(r) u = Concat<axis=0>(b, d, l) q = Reshape(p, u) y = Neg(q)"""
+ENDS = {"m1": np.array([-1]), "m2": np.array([-2]), "far": np.array([2**63 - 1]), "low": np.array([-(2**63)])}
+
+
+@pytest.mark.parametrize(
+    "inputs", ["double[B,4,S,16] x", "double[B,H,S,16] x", "double[2,4,3,16] x", "double[B,H,S,D] x"]
+)
+def test_the_keys_of_attention_as_the_dynamo_exporter_turns_them(inputs: str) -> None:
+    model = parse(f"({inputs}) => (double[A,B2,C,D2] y) {{ {KEYS} }}", **ENDS)
+    result, outcome, _ = run(model, JoinViews(), CleanUp())
+    assert ops(result) == {"Neg": 2, "Transpose": 1}
+    assert (
+        next(r.reason for r in outcome.rewrites if r.pass_name == "join-views")
+        == "Reshape, Transpose and Reshape are one Transpose"
+    )
+    for size in ((2, 4, 3, 16), (1, 4, 5, 16)):
+        if "2,4,3" not in inputs or size == (2, 4, 3, 16):
+            same(model, result, 0.0, x=normal(*size))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "r = Reshape(x, a) p = Transpose<perm=[0,2,1]>(r) y = Reshape(p, c)",  # (2·4, 3, 5) → (8, 5, 3) → (4, 2, 5, 3)
+        "r = Reshape(x, b) p = Transpose<perm=[1,0]>(r) y = Reshape(p, d)",  # two axes on either side are joined
+        "r = Reshape(x, a) p = Transpose<perm=[0,2,1]>(r) n = Neg(p) z = Reshape(p, e) y = Add(z, z)",
+    ],
+)
+def test_views_that_do_not_restore_what_was_joined_stay(body: str) -> None:
+    shapes = {"a": [8, 3, 5], "b": [8, 15], "c": [4, 2, 5, 3], "d": [3, 5, 2, 4], "e": [2, 4, 5, 3]}
+    used = {k: np.array(v) for k, v in shapes.items() if f", {k})" in body}
+    outputs = "double[M] y, double[K] n" if " n = " in body else "double[M] y"
+    model = parse(f"(double[2,4,3,5] x) => ({outputs}) {{ {body} }}", **used)
+    result, _, _ = run(model, JoinViews())
+    assert ops(result)["Reshape"] == 2
+    same(model, result, 0.0, x=normal(2, 4, 3, 5))
+
+
+@pytest.mark.parametrize(
+    ("body", "left"),
+    [
+        ("f = Flatten<axis=2>(h) y = Reshape(f, s)", {"Neg": 1}),
+        ("f = Flatten<axis=2>(h) k = Shape(h) r = Reshape(f, k) y = Exp(r)", {"Neg": 1, "Exp": 1}),
+        ("f = Unsqueeze(h, o) r = Squeeze(f, o) y = Exp(r)", {"Neg": 1, "Exp": 1}),
+        ("f = Reshape(h, w) r = Flatten<axis=2>(f) y = Exp(r)", {"Neg": 1, "Reshape": 1, "Exp": 1}),
+        ("f = Unsqueeze(h, o) r = Squeeze(f, z) y = Exp(r)", {"Neg": 1, "Exp": 1}),  # both have one entry
+        ("f = Unsqueeze(h, o) r = Reshape(f, v) y = Exp(r)", {"Neg": 1, "Reshape": 1, "Exp": 1}),
+    ],
+)
+def test_views_that_meet(body: str, left: dict[str, int]) -> None:
+    shapes = {"s": [-1, 3, 4], "o": [1], "z": [0], "w": [0, 3, 2, 2], "v": [-1, 12, 1]}
+    used = {k: np.array(v) for k, v in shapes.items() if f", {k})" in body}
+    inputs = "(double[1,3,4] x)" if "z)" in body else "(double[N,3,4] x)"
+    model = parse(f"{inputs} => (double[A,B,C] y) {{ h = Neg(x) {body} }}", **used)
+    result, _, _ = run(model, JoinViews(), CleanUp())
+    assert ops(result) == left
+    same(model, result, 0.0, x=normal(1, 3, 4))
+
+
+def test_views_between_an_input_and_an_output_stay() -> None:
+    model = parse(
+        "(double[N,3,4] x) => (double[A,B,C] y) { f = Flatten<axis=2>(x) y = Reshape(f, s) }", s=np.array([-1, 3, 4])
+    )
+    assert run(model, JoinViews())[0] is model

@@ -1,0 +1,79 @@
+"""How much room an optimised model takes, and what is said of it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from helpers import normal, ops, parse
+
+import pwopt
+from pwopt.graph.storage import total_bytes
+from pwopt.passes import PASSES
+
+
+def broad() -> onnx.ModelProto:
+    """A table of 160 KB that is computed from 800 bytes."""
+    body = "(float[N,200] x) => (float[M,200] y) { a = Unsqueeze(p, o) b = Mul(a, p) c = Mod<fmod=1>(b, q) y = MatMul(x, c) }"
+    return parse(body, p=100 * normal(200, dtype=np.float32), q=np.float32(1), o=np.array([1]))
+
+
+def test_growth_is_told() -> None:
+    result = pwopt.optimize(broad(), cost_model="analytic", check=False)
+    assert ops(result.model) == {"MatMul": 1}
+    (note,) = [n for n in result.report.notes if "grows" in n]
+    assert "(clean-up 0.16 MB); --max-growth bounds that." in note
+    assert sum(r.growth for r in result.report.rewrites) > 150_000
+
+
+@pytest.mark.parametrize("allowed", [0.0, 0.1, 1000.0])
+def test_growth_is_bounded(allowed: float) -> None:
+    model = broad()
+    result = pwopt.optimize(model, cost_model="analytic", check=False, max_growth=allowed)
+    assert ops(result.model)["MatMul"] == 1
+    assert total_bytes(result.model) <= (1 + allowed) * total_bytes(model) + 1
+    refused = [s for s in result.report.skips if "--max-growth" in s.reason]
+    assert bool(refused) == (allowed == 0.0 or allowed == 0.1)
+    assert ("Mod" in ops(result.model)) == bool(refused)
+
+
+@pytest.mark.parametrize("wrong", [-0.1, float("nan"), float("inf")])
+def test_no_other_bounds(wrong: float) -> None:
+    with pytest.raises(pwopt.UsageError, match="grow"):
+        pwopt.optimize(broad(), max_growth=wrong)
+
+
+def test_a_measured_pass_is_bounded_too() -> None:
+    """winograd's weights take 16/9 of the room."""
+    model = parse(
+        "(float[1,32,32,32] x) => (float[A,B,C,D] y) { y = Conv<pads=[1,1,1,1]>(x, w) }",
+        w=normal(32, 32, 3, 3, dtype=np.float32),
+    )
+    passes = [p.name for p in PASSES if p.name == "winograd"]
+    grown = pwopt.optimize(model, cost_model="analytic", check=False, passes=passes)
+    if grown.report.rewrites:  # not on models that are too small for it
+        bounded = pwopt.optimize(model, cost_model="analytic", check=False, passes=passes, max_growth=0.1)
+        assert total_bytes(bounded.model) <= 1.1 * total_bytes(model)
+
+
+def test_no_empty_data_file_is_written(tmp_path: Path) -> None:
+    """A weight that became small lies in the model itself."""
+    weight = np.zeros((64, 64), np.float32)
+    weight[:, 0] = 1
+    body = "(float[N,64] x) => (float[M,1] y) { a = MatMul(x, w) y = MatMul(a, u) }"
+    model = parse(body, w=weight, u=np.ones((64, 1), np.float32))
+    onnx.save(model, tmp_path / "a.onnx", save_as_external_data=True, location="a.data", size_threshold=0)
+    pwopt.optimize(tmp_path / "a.onnx", tmp_path / "b.onnx", cost_model="analytic")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.data", "a.onnx", "b.onnx"]
+    assert pwopt.verify(tmp_path / "a.onnx", tmp_path / "b.onnx").passed
+
+
+def test_opsets_that_are_named_twice_alike() -> None:
+    model = parse("(float[2] x) => (float[N] y) { a = Identity(x) y = Exp(a) }")
+    model.opset_import.append(onnx.helper.make_opsetid("ai.onnx", 17))
+    assert ops(pwopt.optimize(model, cost_model="analytic", check=False).model) == {"Exp": 1}
+    model.opset_import[-1].version = 16
+    with pytest.raises(pwopt.ModelError, match="names 2 opsets"):
+        pwopt.optimize(model, cost_model="analytic", check=False)
