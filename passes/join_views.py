@@ -33,11 +33,32 @@ class JoinViews(Pass):
         before = rw.producer(node.inputs[0]) if op in ("Transpose", *VIEWS) else None
         if before is None or rw.crowd(node.inputs[0]):
             return None
+        if op == "Unsqueeze" and rw.is_a(before, "Gather"):
+            return _picked(rw, before, node)
         if op == "Transpose":
             return _turned_twice(rw, before, node)
         if rw.is_a(before, "Transpose"):
             return _turned_inside(rw, before, node) if op == "Reshape" else None
         return _seen_twice(rw, before, node) if rw.is_a(before, *VIEWS) else None
+
+
+def _picked(rw: Rewriter, gather: gs.Node, node: gs.Node) -> Rewrite | None:
+    """Gather of one entry, and the axis that it loses put back: Gather that keeps it, or nothing of one."""
+    source, index = gather.inputs
+    rank, at = rw.rank(source), rw.integers(index)
+    held = rw.constant(index)
+    axes = attributes.axes_of(rw, node, 13)
+    axis = int(gather.attrs.get("axis", 0))
+    axis += rank if axis < 0 and rank is not None else 0
+    if at is None or held is None or len(held.shape) or axes != [axis] or rank is None:
+        return None
+    reason, output = "Gather and Unsqueeze are one Gather", node.outputs[0]
+    if rw.dim(source, axis) == 1 and at[0] in (0, -1):
+        ends = rw.pinned(output) and (rw.producer(source) is None or rw.pinned(source))
+        return None if ends else rw.bypass_all([gather, node], source, "Gather takes the only entry")
+    entry = rw.new_constant(f"{output.name}_index", np.array(at, np.int64))
+    new = gs.Node("Gather", node.name, {"axis": axis}, [source, entry], [output])
+    return rw.replace([gather, node], [new], reason)
 
 
 def _seen_twice(rw: Rewriter, before: gs.Node, node: gs.Node) -> Rewrite | None:

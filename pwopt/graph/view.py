@@ -441,7 +441,7 @@ class View:
 def _bytes(tensor: gs.Tensor) -> int:
     """What a constant takes to store; nothing for any other tensor."""
     if isinstance(tensor, gs.Constant):
-        return int(np.prod(tensor.shape, dtype=np.int64)) * np.dtype(tensor.dtype).itemsize
+        return int(np.prod(tensor.shape, dtype=np.int64) * np.dtype(tensor.dtype).itemsize)
     maker = tensor.inputs[0] if tensor.inputs else None
     value = maker.attrs.get("value") if maker is not None and maker.op == "Constant" else None
     return _bytes(value) if isinstance(value, gs.Constant) else 0

@@ -40,8 +40,8 @@ def read_batch_normalization(view: View, node: gs.Node) -> Result:
     values = [view.value(t) for t in node.inputs[1:5]]
     if len(values) != 4 or any(v is None for v in values):
         return NOT_CONSTANT
-    gamma, beta, mean, variance = (v for v in values if v is not None)
-    if len({np.shape(v) for v in values}) > 1 or np.ndim(gamma) != 1:
+    gamma, beta, mean, variance = given = [v for v in values if v is not None]
+    if len({v.shape for v in given}) > 1 or gamma.ndim != 1:
         return Refusal("its parameters are not one number per channel")
     with np.errstate(all="ignore"):
         scale = gamma / np.sqrt(variance + attrs.get("epsilon", float(np.float32(1e-5))))

@@ -110,3 +110,33 @@ def test_views_between_an_input_and_an_output_stay() -> None:
         "(double[N,3,4] x) => (double[A,B,C] y) { f = Flatten<axis=2>(x) y = Reshape(f, s) }", s=np.array([-1, 3, 4])
     )
     assert run(model, JoinViews())[0] is model
+
+
+@pytest.mark.parametrize(
+    ("body", "left"),
+    [
+        ("g = Gather<axis=1>(h, i) y = Unsqueeze(g, o)", {"Neg": 1, "Gather": 1}),
+        ("g = Gather<axis=-1>(h, i) y = Unsqueeze(g, t)", {"Neg": 1, "Gather": 1}),
+        ("g = Gather<axis=0>(h, z) u = Unsqueeze(g, a) y = Exp(u)", {"Neg": 1, "Exp": 1}),  # there is one
+        ("g = Gather<axis=1>(h, i) y = Unsqueeze(g, a)", {"Neg": 1, "Gather": 1, "Unsqueeze": 1}),  # another axis
+        ("g = Gather<axis=1>(h, l) y = Unsqueeze(g, o)", {"Neg": 1, "Gather": 1, "Unsqueeze": 1}),  # a list
+        (
+            "g = Gather<axis=1>(h, i) u = Unsqueeze(g, o) y = Add(u, g)",
+            {"Neg": 1, "Gather": 1, "Unsqueeze": 1, "Add": 1},
+        ),
+    ],
+)
+def test_the_axis_that_gather_loses_is_put_back(body: str, left: dict[str, int]) -> None:
+    given = {
+        "i": np.array(2),
+        "z": np.array(0),
+        "l": np.array([1]),
+        "o": np.array([1]),
+        "t": np.array([2]),
+        "a": np.array([0]),
+    }
+    used = {k: v for k, v in given.items() if f", {k})" in body}
+    model = parse(f"(double[1,3,4] x) => (double[M] y) {{ h = Neg(x) {body} }}", **used)
+    result, _, _ = run(model, JoinViews())
+    assert ops(result) == left
+    same(model, result, 0.0, x=normal(1, 3, 4))

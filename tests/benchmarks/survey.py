@@ -1,0 +1,132 @@
+#!/usr/bin/env python3
+"""What is left in optimised models that is linear or does nothing, by kind, with the reason why it stays.
+
+    python tests/benchmarks/survey.py MODEL… [-o tests/benchmarks/results/survey.json]
+
+Each model is optimised by what needs no clock (`--cost analytic`), and every operator that could still be one with
+another is listed: scales, shifts and normalisations (`pwopt.maps.forms` reads them as maps), changes of view and order,
+selections, repetitions, casts, shape arithmetic, and weighted maps that feed each other. The reason is what the passes
+say of it, or else what stands beside it. Nothing is run or timed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import onnx_graphsurgeon as gs
+
+import pwopt
+from pwopt.graph import attributes, values
+from pwopt.graph.files import from_proto
+from pwopt.graph.view import View
+from pwopt.maps import forms
+from pwopt.reporting.report import to_json
+from pwopt.running.runtime import environment
+
+#: Operators that move, repeat or pick numbers and compute none.
+MOVING = (
+    "Transpose",
+    "Slice",
+    "Gather",
+    "Split",
+    "Concat",
+    "Expand",
+    "Tile",
+    "Identity",
+    "Cast",
+    "Pad",
+    *attributes.VIEWS,
+)
+
+
+def kind(view: View, node: gs.Node) -> str:
+    """Which of the kinds an operator is of, else ""."""
+    op = view.op(node)
+    output = next((t for t in node.outputs if t.name), None)
+    if not op or output is None:
+        return ""
+    if op in ("Shape", "Size") or (op in values.RULES and str(view.dtype(output)) in ("int64", "int32", "bool")):
+        return "shape arithmetic"
+    reading = forms.linear(view, node)
+    if reading is not None and reading.kind == "diagonal":
+        return "scale or shift" if op != "BatchNormalization" else op
+    if reading is not None and reading.weighted:
+        before = forms.weighted(view, view.producer(reading.source))
+        return "map after a map" if before is not None else ""
+    if reading is not None and reading.kind in ("pool", "reduction"):
+        return op
+    return op if op in MOVING else ""
+
+
+def reason(view: View, node: gs.Node, told: dict[str, str]) -> str:
+    """Why an operator stays: what a pass said, without names, or what is around it."""
+    found = next((told[t.name] for t in node.outputs if t.name in told), None)
+    if found is not None:
+        parts = found.split("'")
+        return "…".join(parts[::2]) if len(parts) % 2 else found
+    output = next(t for t in node.outputs if t.name)
+    data = next((t for t in node.inputs if t.name and view.constant(t) is None), None)
+    before = view.op(view.producer(data)) if data is not None else ""
+    after = sorted({view.op(r) or "?" for r in view.readers(output)})
+    pinned = view.pinned(output)
+    ends = "an output" if pinned else " and ".join(after[:3])
+    return f"between {before or 'an input'} and {ends}"
+
+
+def survey(path: Path) -> tuple[dict[str, int], Counter[tuple[str, str]]]:
+    """Operators before and after, and how many of each kind stay for each reason."""
+    result = pwopt.optimize(path, cost_model="analytic", check=False)
+    told = {
+        s.tensor: s.reason
+        for s in result.report.skips
+        if s.pass_name in ("clean-up", "fold-affine", "fold-chains", "join-views")
+    }
+    view = View(from_proto(result.model, path.parent).graph)
+    found: Counter[tuple[str, str]] = Counter()
+    for node in view.nodes():
+        what = kind(view, node)
+        if what:
+            found[what, reason(view, node, told)] += 1
+    return {"before": result.report.before.nodes, "after": result.report.after.nodes}, found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("models", type=Path, nargs="+")
+    parser.add_argument("-o", "--output", type=Path)
+    options = parser.parse_args()
+    total: Counter[tuple[str, str]] = Counter()
+    models: dict[str, Any] = {}
+    for path in options.models:
+        try:
+            sizes, found = survey(path)
+        except pwopt.PwoptError as error:
+            print(f"{path.name}: {error}", file=sys.stderr)
+            continue
+        total += found
+        by_kind: Counter[str] = Counter()
+        for (what, _), count in found.items():
+            by_kind[what] += count
+        models[path.stem] = {**sizes, "left": dict(by_kind.most_common())}
+        print(path.stem, sizes, dict(by_kind.most_common()), flush=True)
+    kinds: dict[str, dict[str, Any]] = {}
+    for (what, why), count in total.most_common():
+        entry = kinds.setdefault(what, {"count": 0, "reasons": {}})
+        entry["count"] += count
+        entry["reasons"][why] = count
+    ordered = dict(sorted(kinds.items(), key=lambda item: -item[1]["count"]))
+    for what, entry in ordered.items():
+        print(f"{entry['count']:5} {what}")
+        for why, count in list(entry["reasons"].items())[:6]:
+            print(f"      {count:5} {why}")
+    if options.output:
+        content = {"environment": environment("cpu", 1), "models": models, "kinds": ordered}
+        options.output.write_text(to_json(content))
+
+
+if __name__ == "__main__":
+    main()
