@@ -7,9 +7,11 @@ from collections.abc import Sequence
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from pwopt.algebra.geometry import Refusal
 from pwopt.graph import attributes, values
 from pwopt.graph.attributes import VIEWS
 from pwopt.graph.values import Entries
+from pwopt.maps import forms
 from pwopt.passes.settle_shapes import copied
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
@@ -38,7 +40,7 @@ class JoinViews(Pass):
         if op == "Transpose":
             return _turned_twice(rw, before, node)
         if rw.is_a(before, "Transpose"):
-            return _turned_inside(rw, before, node) if op == "Reshape" else None
+            return _turned_inside(rw, before, node) or _shuffled(rw, node) if op == "Reshape" else None
         return _seen_twice(rw, before, node) if rw.is_a(before, *VIEWS) else None
 
 
@@ -110,6 +112,21 @@ def _turned_inside(rw: Rewriter, turn: gs.Node, node: gs.Node) -> Rewrite | None
         return None
     new = gs.Node("Transpose", node.name, {"perm": order}, [source], list(node.outputs))
     return _one(rw, [joint, turn, node], new)
+
+
+def _shuffled(rw: Rewriter, node: gs.Node) -> Rewrite | None:
+    """A channel shuffle whose shapes are computed as one Gather, which needs none."""
+    reading = forms.linear(rw, node)
+    if reading is None or reading.kind != "selection" or len(reading.nodes) != 3 or reading.axis is None:
+        return None
+    linear = reading.load()
+    views = (reading.nodes[0], reading.nodes[2])
+    if isinstance(linear, Refusal) or all(rw.constant(n.inputs[1]) is not None for n in views):
+        return None
+    picks = linear.weight.reshape(linear.geometry.out_channels, -1).argmax(1).astype(np.int64)
+    index = rw.new_constant(f"{node.outputs[0].name}_index", picks)
+    new = gs.Node("Gather", node.name, {"axis": reading.axis}, [reading.source, index], list(node.outputs))
+    return rw.replace(list(reading.nodes), [new], "a channel shuffle is one Gather")
 
 
 def _after(rw: Rewriter, node: gs.Node, before: Entries | None = None) -> Entries | None:

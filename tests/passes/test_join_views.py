@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import numpy as np
+import onnx
 import pytest
 from helpers import normal, ops, parse, run, same
 
@@ -140,3 +141,29 @@ def test_the_axis_that_gather_loses_is_put_back(body: str, left: dict[str, int])
     result, _, _ = run(model, JoinViews())
     assert ops(result) == left
     same(model, result, 0.0, x=normal(1, 3, 4))
+
+
+def shuffle(back: str, *, constant: bool = False, swap: str = "0,2,1,3,4") -> onnx.ModelProto:
+    """A channel shuffle of two groups as torch exports it for open sizes."""
+    shape = """s = Shape(h) n = Slice(s, zero, one) e = Slice(s, two, four)
+        a = Concat<axis=0>(n, two, three, e) b = Concat<axis=0>(n, six, e)"""
+    given = {k: np.array([v]) for k, v in (("zero", 0), ("one", 1), ("two", 2), ("three", 3), ("four", 4), ("six", 6))}
+    if constant:
+        shape, given = "", {"a": np.array([2, 2, 3, 4, 5]), "b": np.array([2, 6, 4, 5])}
+    body = f"h = Neg(x) {shape} r = Reshape(h, a) t = Transpose<perm=[{swap}]>(r) q = Reshape(t, {back}) y = Neg(q)"
+    sizes = "2,6,4,5" if constant else "N,6,H,W"
+    return parse(f"(double[{sizes}] x) => (double[A,B,C,D] y) {{ {body} }}", **given)
+
+
+def test_a_channel_shuffle_of_open_sizes() -> None:
+    model = shuffle("b")
+    result, _, _ = run(model, JoinViews(), CleanUp())
+    assert ops(result) == {"Neg": 2, "Gather": 1}
+    for size in ((2, 6, 4, 5), (1, 6, 3, 3)):
+        same(model, result, 0.0, x=normal(*size))
+
+
+def test_other_shuffles_stay() -> None:
+    assert ops(run(shuffle("b", constant=True), JoinViews())[0])["Gather"] == 0  # nothing to compute
+    assert ops(run(shuffle("a"), JoinViews())[0])["Reshape"] == 2  # another shape than before
+    assert ops(run(shuffle("b", swap="0,2,1,4,3"), JoinViews())[0])["Reshape"] == 2  # moves positions too
