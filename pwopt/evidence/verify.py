@@ -8,6 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import onnx
+
 from pwopt.errors import UsageError
 from pwopt.evidence.equivalence import Equivalence, compare
 from pwopt.evidence.laws import Law, measure
@@ -32,6 +34,7 @@ def as_rounds(shapes: Shapes | None) -> list[Mapping[str, Sequence[int]]]:
 
 def samples_for(
     specs: Sequence[InputSpec],
+    model: onnx.ModelProto,
     path: str | os.PathLike[str],
     provider: str = "cpu",
     shapes: Shapes | None = None,
@@ -45,7 +48,8 @@ def samples_for(
     if inputs is not None and len(given) > 1:
         raise UsageError("given inputs have their own sizes; rounds of --shape are for random ones")
     if inputs is None:
-        return random_samples(specs, rounds(specs, path, provider, given), kinds, ranges)
+        chosen = rounds(specs, model, path, provider, given)
+        return random_samples(specs, [c.sizes for c in chosen], kinds, ranges)
     return given_samples(inputs, specs, given[0] if given else None)
 
 
@@ -96,10 +100,11 @@ def verify(
     True
     """
     check_settings(threads, rtol, atol)
-    specs = narrowed(input_specs(load(original).proto), input_specs(load(candidate).proto))
+    first = load(original).proto
+    specs = narrowed(input_specs(first), input_specs(load(candidate).proto))
     with as_file(original) as a, as_file(candidate) as b:
         progress("choosing inputs")
-        samples = samples_for(specs, a, provider, shapes, inputs, kinds, ranges)
+        samples = samples_for(specs, first, a, provider, shapes, inputs, kinds, ranges)
         progress("running both models")
         result = compared(a, b, samples, provider, threads, rtol, atol)
         if locate and not result.passed:

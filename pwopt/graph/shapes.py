@@ -52,11 +52,11 @@ def written(shape: Sequence[object]) -> str:
     return "×".join("?" if d is None else str(d) for d in shape) or "a scalar"
 
 
-def skeleton(model: onnx.ModelProto, inputs: Mapping[str, Sequence[int]] | None = None) -> onnx.ModelProto:
+def skeleton(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim]] | None = None) -> onnx.ModelProto:
     """A copy of `model` for inference: large weights become inputs, declared inner shapes are dropped.
 
     Exporters' ``value_info`` is sometimes stale, so only the inputs are believed. `inputs` replaces
-    the shapes of graph inputs by fixed ones.
+    the shapes of graph inputs, by numbers or by names that can be followed through the graph.
     """
     light = onnx.ModelProto(ir_version=max(model.ir_version, 4))
     light.opset_import.extend(model.opset_import)
@@ -82,7 +82,11 @@ def skeleton(model: onnx.ModelProto, inputs: Mapping[str, Sequence[int]] | None 
             shape = graph.input[-1].type.tensor_type.shape
             del shape.dim[:]
             for d in inputs[value.name]:
-                shape.dim.add(dim_value=d)
+                added = shape.dim.add()
+                if isinstance(d, str):
+                    added.dim_param = d
+                elif d is not None:
+                    added.dim_value = int(d)
     for value in model.graph.output:
         graph.output.append(value)
         if value.type.HasField("tensor_type"):
@@ -92,13 +96,13 @@ def skeleton(model: onnx.ModelProto, inputs: Mapping[str, Sequence[int]] | None 
 
 
 def infer(
-    model: onnx.ModelProto, inputs: Mapping[str, Sequence[int]] | None = None
+    model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim]] | None = None
 ) -> dict[str, tuple[int, Shape | None]]:
     """Element type (``onnx.TensorProto.DataType``) and shape of every tensor that inference settles.
 
     Parameters
     ----------
-    inputs : mapping of input name to fixed shape, optional
+    inputs : mapping of input name to shape, optional
         Sizes to assume; without them the result holds for every input the model accepts.
     """
     return dict(_inferred(skeleton(model, inputs)))
@@ -125,8 +129,7 @@ def _infer(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
     outputs = {name for node in light.graph.node for name in node.output if name}
     if all(known(types.get(name, (0, None))[1]) is not None for name in outputs):
         return types
-    inputs = {name for node in light.graph.node if _propagates(node) for name in node.input}
-    if any(len(size) == 1 and size[0] > WIDEST for n in inputs if (size := known(types.get(n, (0, None))[1]))):
+    if _too_wide(light, types):
         return types
     content = light.SerializeToString()
     found = isolated(
@@ -134,6 +137,32 @@ def _infer(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
         INFERENCE_MEMORY + INFERENCE_COPIES * len(content),
     )
     return types if found is None else _types(onnx.load_from_string(found))
+
+
+def contradiction(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim]] | None = None) -> str:
+    """What onnx's strict inference has against a model at some sizes of its inputs, in one line, else ""."""
+    light = skeleton(model, inputs)
+    types = _inferred(skeleton(model, inputs))
+    if any(_miscounted(node, types) for node in light.graph.node):
+        light = _without_sizes_of(light, [n for n in light.graph.node if n.op_type in POOLS and _ceil(n)])
+    data_prop = not _too_wide(light, types)
+    content = light.SerializeToString()
+
+    def objected() -> bytes:
+        try:
+            shape_inference.infer_shapes(content, strict_mode=True, data_prop=data_prop)
+        except Exception as error:  # inference raises many types
+            return " ".join(str(error).split())[:300].encode()
+        return b""
+
+    return (isolated(objected, INFERENCE_MEMORY + INFERENCE_COPIES * len(content)) or b"").decode(errors="replace")
+
+
+def _too_wide(light: onnx.ModelProto, types: Mapping[str, tuple[int, Shape | None]]) -> bool:
+    """Whether following values one by one would take too much."""
+    inputs = {name for node in light.graph.node if _propagates(node) for name in node.input}
+    sizes = (known(types.get(name, (0, None))[1]) for name in inputs)
+    return any(size is not None and len(size) == 1 and size[0] > WIDEST for size in sizes)
 
 
 def _propagates(node: onnx.NodeProto) -> bool:

@@ -113,6 +113,7 @@ def optimized(model: Source, request: Request) -> Result:
             provider=request.provider,
             environment=runtime.environment(request.provider, request.first_threads),
             shapes=subject.sizes,
+            notes=subject.why,
         )
 
         def tried(always_only: bool) -> Attempt:

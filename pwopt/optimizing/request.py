@@ -55,8 +55,7 @@ class Request:
     rtol, atol : float, optional
         Tolerances instead of the defaults for each type.
     check : bool
-        Verify and measure. Without, the result is what the algebra says; the original may still be run to find
-        sizes for dynamic inputs.
+        Verify and measure. Without, nothing is run, and the result is what the algebra says.
     race_seconds : float
         Time to spend on the final race.
     budget : float

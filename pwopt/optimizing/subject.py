@@ -16,7 +16,7 @@ from pwopt.running import runtime
 from pwopt.running.inputs import check_shapes, input_specs
 from pwopt.running.providers import Provider
 from pwopt.running.samples import Sample, given_samples, random_samples
-from pwopt.running.sizes import Sizes, likely_sizes, rounds
+from pwopt.running.sizes import Chosen, Sizes, likely_sizes, rounds, told
 from pwopt.running.worker import Worker
 from pwopt.selecting.compiler import select_passes, without_calls
 from pwopt.selecting.selection import Arena, Work
@@ -37,6 +37,8 @@ class Subject:
         What all figures are for.
     guessed : bool
         Whether nobody gave those sizes.
+    why : tuple of str
+        What the report says of how they were chosen.
     arena : Arena or None
         Where models run; None if they do not.
     """
@@ -46,6 +48,7 @@ class Subject:
     samples: list[Sample]
     sizes: Sizes
     guessed: bool
+    why: tuple[str, ...]
     arena: Arena | None
 
     def guarded(self, stack: contextlib.ExitStack) -> Subject:
@@ -100,16 +103,16 @@ def gather(source: Model, original: Path, request: Request) -> Subject:
     runs = request.check and runtime.available()
     samples = [] if request.inputs is None else given_samples(request.inputs, specs, first)
     request.progress("choosing inputs", 0.0)
-    if runs and not samples:
-        chosen = rounds(specs, original, request.provider, given)
-        samples = random_samples(specs, chosen[:1] if request.static else chosen)
     if samples:
-        sizes = {name: value.shape for name, value in samples[0].feeds.items()}
+        chosen = [Chosen({name: value.shape for name, value in samples[0].feeds.items()})]
+    elif runs:
+        chosen = rounds(specs, source.proto, original, request.provider, given, request.progress)
+        samples = random_samples(specs, [c.sizes for c in (chosen[:1] if request.static else chosen)])
     else:
-        sizes = likely_sizes(specs, original, shapes=first, must_run=False)
+        chosen = [likely_sizes(specs, source.proto, shapes=first)]
     guessed = not given and request.inputs is None and bool(specs)
     arena = Arena(request.provider, request.first_threads, samples) if runs else None
-    return Subject(source, original, samples, sizes, guessed, arena)
+    return Subject(source, original, samples, chosen[0].sizes, guessed, tuple(told(chosen[0])), arena)
 
 
 def plan(subject: Subject, request: Request, folder: Path) -> Work:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 
 from pwopt.errors import UsageError
 from pwopt.graph.files import load
@@ -125,13 +126,14 @@ def benchmark(
         raise UsageError("there is no model to time; give one or more")
     runtime.check_settings(threads, None, None)
     paths = [Path(m) for m in models]
-    specs = _common_inputs(paths)
-    check_shapes(specs, shapes or {})
+    model = load(paths[0]).proto
+    specs = _common_inputs(model, paths)
     rows: list[Row] = []
     for batch in batches or (None,):
-        sizes = likely_sizes(specs, paths[0], provider, shapes)
+        sizes = likely_sizes(specs, model, paths[0], provider, shapes, progress).sizes
         if batch is not None:
-            sizes = likely_sizes(specs, paths[0], provider, _batched(specs, sizes, batch))
+            batched = _batched(specs, sizes, batch)
+            sizes = likely_sizes(specs, model, paths[0], provider, batched, progress).sizes
         told = progress if batch is None else functools.partial(_at_batch, progress, batch)
         rows += _raced(paths, specs, sizes, provider, threads, seconds, told)
     return rows
@@ -163,9 +165,9 @@ def _raced(
     return rows
 
 
-def _common_inputs(paths: Sequence[Path]) -> list[InputSpec]:
-    """The inputs that all of some models take."""
-    specs = input_specs(load(paths[0]).proto)
+def _common_inputs(first: onnx.ModelProto, paths: Sequence[Path]) -> list[InputSpec]:
+    """The inputs that all of some models take, of which the first is loaded."""
+    specs = input_specs(first)
     for path in paths[1:]:
         theirs = [(s.name, s.dtype) for s in input_specs(load(path).proto)]
         if sorted(theirs) != sorted((s.name, s.dtype) for s in specs):

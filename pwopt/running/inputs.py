@@ -1,26 +1,41 @@
-"""What a model takes: names, types and shapes of its inputs."""
+"""What a model takes: names, types and shapes of its inputs, as declared and as its graph settles them."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import onnx
 
 from pwopt.errors import ModelError, UsageError
-from pwopt.graph.shapes import Shape, dims, written
+from pwopt.graph.shapes import Shape, dims, infer, known, written
+from pwopt.running import demands
 
 
 @dataclass(frozen=True)
 class InputSpec:
-    """One input of a model: its name, numpy type and declared shape (None if not even its rank is declared)."""
+    """One input of a model.
+
+    Attributes
+    ----------
+    name : str
+    dtype : numpy.dtype
+    shape : tuple or None
+        As declared, and where the declaration is silent, as the graph leaves no choice; None if neither says anything.
+    largest : int or None
+        For indices: the largest that the table has which they index; None for what indexes nothing.
+    facts : tuple of str
+        What the graph settled, in words.
+    """
 
     name: str
     dtype: np.dtype[Any]
     shape: Shape | None
+    largest: int | None = None
+    facts: tuple[str, ...] = ()
 
 
 def input_specs(model: onnx.ModelProto) -> list[InputSpec]:
@@ -45,7 +60,34 @@ def input_specs(model: onnx.ModelProto) -> list[InputSpec]:
         except KeyError:
             raise ModelError(f"input {value.name!r} has no valid type; export the model again") from None
         specs.append(InputSpec(value.name, np.dtype(dtype), dims(value.type)))
-    return specs
+    return _learned(specs, model)
+
+
+def _learned(specs: Sequence[InputSpec], model: onnx.ModelProto) -> list[InputSpec]:
+    """The inputs with what their declarations leave open and the graph does not."""
+    learned = []
+    for spec in specs:
+        found = demands.rank(model, spec.name) if spec.shape is None else None
+        if found is not None:
+            fact = f"{spec.name!r} has {found[0]} axes, as {found[1]} takes it"
+            spec = replace(spec, shape=(None,) * found[0], facts=(fact,))
+        learned.append(spec)
+    opened = {s.name: s.shape for s in learned if s.shape is not None and not known(s.shape)}
+    settled = demands.settled(model, opened) if opened else {}
+    for i, spec in enumerate(learned):
+        if spec.name in opened:
+            names = demands.symbols(spec.name, opened[spec.name])
+            found_here = {d: settled[d] for d in names if isinstance(d, str) and d in settled}
+            shape = tuple(
+                found_here[d][0] if isinstance(d, str) and d in found_here else given
+                for d, given in zip(names, opened[spec.name], strict=True)
+            )
+            facts = tuple(f"{axis} is {size}, by {by}" for axis, (size, by) in found_here.items())
+            spec = replace(spec, shape=shape, facts=(*spec.facts, *facts))
+        if spec.dtype.kind in "iu":
+            spec = replace(spec, largest=demands.largest_index(model, spec.name, infer(model)))
+        learned[i] = spec
+    return learned
 
 
 def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:

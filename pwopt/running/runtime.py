@@ -196,11 +196,11 @@ class Session:
             return ProviderError(f"{self.placed} does not run this model: {reason}")
         return ModelError(f"onnxruntime does not load the model: {reason}")
 
-    def run(self, feeds: Feeds) -> list[Any]:
-        """Outputs as arrays, in the model's order."""
+    def run(self, feeds: Feeds, options: Any = None) -> list[Any]:
+        """Outputs as arrays, in the model's order; `options` are onnxruntime's RunOptions."""
         try:
             if not self.placed.captured:
-                return list(self.session.run(None, feeds))
+                return list(self.session.run(None, feeds, options))
             self.bind(feeds)
             self.step()
             return list(self._binding.copy_outputs_to_cpu())

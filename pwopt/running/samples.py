@@ -79,8 +79,8 @@ def make_feeds(
     Parameters
     ----------
     kind : str
-        Of `KINDS`, for floating point. Integers, booleans and strings are 0 and 1, which index something in most
-        models; all 0 for "zeros".
+        Of `KINDS`, for floating point. Integers that index a table are any of its places; others, booleans and strings
+        are 0 and 1, which mean something in most models. All are 0 for "zeros".
     seed : int
     ranges : mapping of input name to (low, high), optional
         Those are uniform there instead, whatever the kind; integers with both ends.
@@ -103,7 +103,8 @@ def _draw(spec: InputSpec, shape: tuple[int, ...], kind: str, rng: np.random.Gen
         else:
             values = rng.standard_normal(shape) * (LARGE if kind == "large" else 1.0)
         return np.asarray(values).astype(spec.dtype)
-    low, high = given if given is not None else (0, 0 if kind == "zeros" else 1)
+    likely = 1 if spec.largest is None else min(spec.largest, np.iinfo(spec.dtype).max)
+    low, high = given if given is not None else (0, 0 if kind == "zeros" else likely)
     return np.asarray(rng.integers(int(np.ceil(low)), int(np.floor(high)), shape, endpoint=True)).astype(spec.dtype)
 
 

@@ -1,164 +1,183 @@
-"""Sizes for the dynamic dimensions of a model's inputs."""
+"""Sizes for the open axes of a model's inputs: guessed, ruled out by inference, and tried by running."""
 
 from __future__ import annotations
 
 import itertools
 import math
 import os
+import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import replace
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-import numpy as np
+import onnx
 
 from pwopt.errors import ModelError, UsageError
-from pwopt.graph.shapes import Shape, known
+from pwopt.graph.shapes import written
+from pwopt.running.candidates import Candidate, Search
+from pwopt.running.guesses import Trust
 from pwopt.running.inputs import InputSpec, check_shapes
-from pwopt.running.runtime import Session, available
+from pwopt.running.progress import Progress, silent
+from pwopt.running.runtime import Session
 from pwopt.running.samples import make_feeds
+from pwopt.running.trying import TooSlowError, seconds_of
 
 Sizes = dict[str, tuple[int, ...]]
 
-#: Sizes (height, width) to try for dynamic images, in order: classifiers, detectors, text recognisers.
-IMAGE_SIZES = ((224, 224), (320, 320), (640, 640), (48, 320), (32, 320), (48, 192), (256, 256), (512, 512))
-#: Length to try for any other dynamic axis.
-LENGTH = 64
+#: Seconds for one run while sizes are looked for, and for all of them.
+RUN_SECONDS, SECONDS = 4.0, 8.0
+#: A run that takes this long says something; lengths that rest on nothing are grown until then, by this factor.
+TELLING, GROWN = 0.005, 4
+#: The longest that they become.
+LONGEST = 16_384
 #: Sizes that are tried besides may have this many times the elements of the first ones.
 GROWTH = 4
 
 
-def candidate_shapes(
-    specs: Sequence[InputSpec],
-    given: Mapping[str, Sequence[int]] | None = None,
-    batch: int = 1,
-    length: int = LENGTH,
-) -> Iterator[Sizes]:
-    """Shapes to try for inputs with dynamic dimensions, the likeliest first.
+@dataclass(frozen=True)
+class Chosen:
+    """Sizes of every input.
 
-    First axes are batches, images have 3 channels; equal names get equal sizes. `given` shapes are kept.
+    Attributes
+    ----------
+    sizes : mapping of input name to sizes
+    why : tuple of str
+        For each open axis that nobody gave, what it was given and why; and what was made smaller.
+    bytes : int
+        The most that a run's activations take at once, as an estimate; 0 if it was not asked for.
+    seconds : float or None
+        What a run took without graph optimisation; None if there was none.
     """
-    given = given or {}
-    for spec in specs:
-        if spec.shape is None and spec.name not in given:
-            raise UsageError(f"input {spec.name!r} declares no shape; give --shape {spec.name}=…")
-    tried = set()
-    for image in IMAGE_SIZES:
-        names: dict[str, int] = {}
-        shapes = {}
-        for spec in specs:
-            if spec.name in given:
-                shapes[spec.name] = tuple(given[spec.name])
-                for d, size in zip(spec.shape or (), given[spec.name], strict=False):
-                    if isinstance(d, str):
-                        names.setdefault(d, size)
-                continue
-            guess = []
-            for axis, d in enumerate(spec.shape or ()):
-                if isinstance(d, int) and d > 0:
-                    guess.append(d)
-                    continue
-                size = batch if axis == 0 else _guess(spec.shape or (), spec.dtype, axis, image, length)
-                guess.append(names.setdefault(d, size) if isinstance(d, str) and d != "?" else size)
-            shapes[spec.name] = tuple(guess)
-        key = tuple(sorted(shapes.items()))
-        if key not in tried:
-            tried.add(key)
-            yield shapes
+
+    sizes: Sizes
+    why: tuple[str, ...] = ()
+    bytes: int = 0
+    seconds: float | None = None
 
 
-def _guess(shape: Shape, dtype: np.dtype[Any], axis: int, image: tuple[int, int], length: int) -> int:
-    if len(shape) == 4 and dtype.kind == "f":
-        channel = 3 if shape[-1] in (1, 3) else 1  # channels last, or as usual
-        spatial = [a for a in (1, 2, 3) if a != channel]
-        return 3 if axis == channel else image[spatial.index(axis)]
-    return length
+@dataclass
+class Clock:
+    """How much is left of the time for trying."""
+
+    limit: float = SECONDS
+    start: float = field(default_factory=time.perf_counter)
+
+    @property
+    def left(self) -> float:
+        return self.limit - (time.perf_counter() - self.start)
+
+    @property
+    def share(self) -> float:
+        return min(1.0, max(0.0, 1.0 - self.left / self.limit))
 
 
 def likely_sizes(
     specs: Sequence[InputSpec],
-    path: str | os.PathLike[str],
+    model: onnx.ModelProto,
+    path: str | os.PathLike[str] | None = None,
     provider: str = "cpu",
     shapes: Mapping[str, Sequence[int]] | None = None,
-    *,
-    must_run: bool = True,
-) -> Sizes:
+    progress: Progress = silent,
+) -> Chosen:
     """Sizes for every input: the given ones, and the first likely ones on which the model runs.
 
     Parameters
     ----------
-    must_run : bool
-        Whether it is an error if it runs on none, or there is no onnxruntime; else the likeliest are taken then.
+    model : onnx.ModelProto
+        What its metadata, axes and constants say.
+    path : path, optional
+        Its file. Nothing is run without it: then the likeliest sizes are taken that inference has nothing against.
+    progress : callable, optional
+        Told what is tried.
 
     Raises
     ------
     UsageError
-        If the model runs on none of them.
+        If an input declares no shape and the graph gives none; if the model runs on none of the sizes.
+    ModelError, ProviderError
+        If it does not load.
     """
-    likeliest = next(candidate_shapes(specs, shapes))
-    settled = all(s.name in (shapes or {}) or known(s.shape) is not None for s in specs)
-    if not must_run and (settled or not available()):
-        return likeliest
+    check_shapes(specs, shapes or {})
+    search = Search(specs, model, shapes)
+    if path is None:
+        return _as_chosen(search.likeliest())
+    return _tried(search, specs, Session(path, provider, optimise=False), progress)
+
+
+def _tried(search: Search, specs: Sequence[InputSpec], session: Session, progress: Progress) -> Chosen:
+    """The first candidate that runs, grown until a run says something."""
+    clock = Clock()
     failure: ModelError | None = None
-    try:
-        session = Session(path, provider, optimise=False)
-    except ModelError:
-        if must_run:
-            raise
-        return likeliest
-    for candidate in candidate_shapes(specs, shapes):
-        try:
-            session.run(make_feeds(specs, candidate))
-        except ModelError as error:
-            failure = failure or error
-            continue
-        return candidate
-    if not must_run:
-        return likeliest
-    if settled:
+    for candidate in itertools.takewhile(lambda _: clock.left > 0, search.candidates()):
+        current: Candidate | None = candidate
+        while current is not None:
+            progress(f"trying {_named(current.sizes)}", clock.share)
+            try:
+                spent = seconds_of(session, make_feeds(specs, current.sizes), max(0.1, min(RUN_SECONDS, clock.left)))
+            except TooSlowError as error:
+                if search.settled:
+                    return _as_chosen(current)
+                failure, current = failure or error, search.smaller(current) if clock.left > 0 else None
+            except ModelError as error:
+                failure, current = failure or error, None
+            else:
+                return _grown(search, specs, session, current, spent, clock, progress)
+    if search.settled:
         raise UsageError(f"the model does not run at its sizes: {failure}; give others, or --input FILE.npz")
-    names = " ".join(f"--shape {s.name}=…" for s in specs if known(s.shape) is None)
+    names = " ".join(f"--shape {name}=…" for name in search.open_inputs)
     raise UsageError(f"no likely size runs ({failure}); give {names} or --input FILE.npz")
 
 
-def other_sizes(
-    specs: Sequence[InputSpec], path: str | os.PathLike[str], first: Mapping[str, Sequence[int]], provider: str = "cpu"
-) -> Sizes | None:
-    """Sizes on which the model runs as well as on `first`, with as many dynamic dimensions changed as possible.
+def _grown(
+    search: Search, specs: Sequence[InputSpec], session: Session, found: Candidate, spent: float, clock: Clock,
+    progress: Progress,
+) -> Chosen:  # fmt: skip
+    """A candidate that runs, with lengths that rest on nothing but their place grown until a run says something."""
+    growing = any(g.trust == Trust.PLACE for g in found.guesses)
+    while growing and spent < TELLING and clock.left > 0:
+        larger = search.larger(found, GROWN, LONGEST)
+        if larger is None:
+            break
+        progress(f"trying {_named(larger.sizes)}", clock.share)
+        try:
+            took = seconds_of(session, make_feeds(specs, larger.sizes), max(0.1, min(RUN_SECONDS / 4, clock.left)))
+        except ModelError:
+            break
+        found, spent = larger, took
+    return replace(_as_chosen(found), seconds=spent)
+
+
+def _as_chosen(candidate: Candidate) -> Chosen:
+    return Chosen(candidate.sizes, candidate.why, candidate.bytes)
+
+
+def _other(
+    search: Search, specs: Sequence[InputSpec], session: Session, first: Chosen, progress: Progress
+) -> Chosen | None:
+    """Sizes on which the model runs as well as on the first, with as many open axes changed as possible.
 
     None if every size is fixed, or no other likely ones of up to `GROWTH` times the elements run.
     """
-    session = Session(path, provider, optimise=False)
-    tried = [
-        sizes
-        for batch, length in itertools.product((2, 1), (LENGTH // 2, LENGTH))
-        for sizes in candidate_shapes(specs, None, batch, length)
-    ]
-
-    def changes(sizes: Sizes) -> int:
-        return sum(a != b for name in first for a, b in zip(sizes[name], first[name], strict=True))
-
-    largest = GROWTH * _elements(first)
-    for sizes in sorted(tried, key=changes, reverse=True):
-        if not changes(sizes) or _elements(sizes) > largest:
-            continue
+    clock = Clock(SECONDS / 2)
+    for candidate in search.others(first.sizes, GROWTH * _elements(first.sizes)):
+        if clock.left <= 0:
+            break
+        progress(f"trying {_named(candidate.sizes)}", clock.share)
         try:
-            session.run(make_feeds(specs, sizes))
+            spent = seconds_of(session, make_feeds(specs, candidate.sizes), max(0.1, min(RUN_SECONDS, clock.left)))
         except ModelError:
             continue
-        return sizes
+        return replace(_as_chosen(candidate), seconds=spent)
     return None
-
-
-def _elements(sizes: Mapping[str, Sequence[int]]) -> int:
-    return sum(math.prod(shape) for shape in sizes.values())
 
 
 def rounds(
     specs: Sequence[InputSpec],
+    model: onnx.ModelProto,
     path: str | os.PathLike[str],
     provider: str = "cpu",
     given: Sequence[Mapping[str, Sequence[int]]] = (),
-) -> list[Sizes]:
+    progress: Progress = silent,
+) -> list[Chosen]:
     """Sizes to compare two models on: the given ones, or the likeliest and other ones.
 
     Raises
@@ -169,10 +188,25 @@ def rounds(
     for shapes in given:
         check_shapes(specs, shapes)
     if any(given):
-        return [likely_sizes(specs, path, provider, shapes) for shapes in given]
-    first = likely_sizes(specs, path, provider)
-    second = other_sizes(specs, path, first, provider)
+        return [likely_sizes(specs, model, path, provider, shapes, progress) for shapes in given]
+    search, session = Search(specs, model), Session(path, provider, optimise=False)
+    first = _tried(search, specs, session, progress)
+    second = _other(search, specs, session, first, progress)
     return [first] if second is None else [first, second]
+
+
+def _elements(sizes: Mapping[str, Sequence[int]]) -> int:
+    return sum(math.prod(shape) for shape in sizes.values())
+
+
+def _named(sizes: Mapping[str, Sequence[int]]) -> str:
+    return " ".join(f"{name} {written(shape)}" for name, shape in sizes.items())
+
+
+def told(chosen: Chosen) -> Iterator[str]:
+    """For a report: why these sizes."""
+    if chosen.why:
+        yield f"Sizes that nobody gave: {'; '.join(chosen.why)}. --shape chooses others."
 
 
 def narrowed(specs: Sequence[InputSpec], other: Sequence[InputSpec]) -> list[InputSpec]:

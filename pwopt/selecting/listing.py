@@ -6,9 +6,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
-from pwopt.graph.files import Source, as_file, load
+from pwopt.graph.files import Source, load
 from pwopt.graph.model import Model
-from pwopt.running.inputs import check_shapes, input_specs
+from pwopt.running.inputs import input_specs
 from pwopt.running.sizes import Sizes, likely_sizes
 
 T = TypeVar("T")
@@ -29,7 +29,7 @@ class Listing(Generic[T]):
 
 
 def sized(model: Source, shapes: Mapping[str, Sequence[int]] | None) -> tuple[Model, Sizes]:
-    """A model, and given or likely sizes of its inputs: needs no onnxruntime, but asks it where there is one.
+    """A model, and given or likely sizes of its inputs, by what the model says: nothing is run.
 
     Raises
     ------
@@ -38,6 +38,4 @@ def sized(model: Source, shapes: Mapping[str, Sequence[int]] | None) -> tuple[Mo
     """
     original = load(model)
     specs = input_specs(original.proto)
-    check_shapes(specs, shapes or {})
-    with as_file(model) as path:
-        return original, likely_sizes(specs, path, shapes=shapes, must_run=False)
+    return original, likely_sizes(specs, original.proto, shapes=shapes).sizes

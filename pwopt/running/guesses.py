@@ -1,0 +1,366 @@
+"""What the open axes of inputs may be: sizes in the order of how far they can be trusted, each with its reason."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+
+import onnx
+
+from pwopt.running import demands
+from pwopt.running.inputs import InputSpec
+from pwopt.running.metadata import BATCH, CHANNELS, FRAMES, LATENT, LENGTH, LONGEST, RATE, STRIDE, Metadata
+
+#: Sizes (height, width) to try for dynamic images, in order: classifiers, detectors, text recognisers.
+IMAGE_SIZES = ((224, 224), (320, 320), (640, 640), (48, 320), (32, 320), (48, 192), (256, 256), (512, 512))
+#: A line of text is this high at most, and then this wide.
+LINE, LINE_WIDTH = 64, 320
+#: Latents of diffusion models, which have 4 channels: an eighth of images of 512 or 256 pixels.
+LATENT_SIZES = ((64, 64), (32, 32))
+#: Frames of a video, and their height and width.
+CLIP, CLIP_SIZE = 16, 112
+#: A second of speech.
+WAVEFORM = 16_000
+#: Any other axis.
+LENGTH_SIZE = 64
+
+
+class Trust(IntEnum):
+    """Where a size comes from, the best first."""
+
+    GIVEN = 0
+    DECLARED = 1
+    METADATA = 2
+    GRAPH = 3
+    SIBLING = 4
+    NAME = 5
+    PLACE = 6
+    SPARE = 7
+
+
+@dataclass(frozen=True)
+class Guess:
+    """Sizes for the axes of a group, in its order, and why these."""
+
+    sizes: tuple[int, ...]
+    why: str
+    trust: Trust
+
+
+@dataclass(frozen=True)
+class Group:
+    """Open axes that are chosen together, by their symbols; what they are; what they may be, the likeliest first."""
+
+    axes: tuple[str, ...]
+    role: str
+    guesses: tuple[Guess, ...]
+    step: int = 1
+
+    def put(self, *guesses: Guess) -> Group:
+        """The same with guesses before those of less trust, each size once."""
+        merged = sorted([*guesses, *self.guesses], key=lambda g: g.trust)
+        unique = {g.sizes: g for g in reversed(merged)}
+        return Group(self.axes, self.role, tuple(g for g in merged if unique[g.sizes] is g), self.step)
+
+
+#: Roles by the words of an axis's name, the first that fits.
+NAMES = (
+    ("past", r"past|cache"),
+    ("total", r"total"),
+    ("batch", r"n|b|bs|bsz|batch|nbatch"),
+    ("height", r"h|height|rows|imgh|ih"),
+    ("width", r"w|width|cols|columns|imgw|iw"),
+    ("channel", r"c|channels?|chans?"),
+    ("samples", r"samples?|audio|wav|waveforms?|signal"),
+    ("frames", r"frames?|time|t|times|timesteps?|steps"),
+    ("depth", r"d|depth|slices"),
+    ("tokens", r"s|l|seq|seqlen|sequence|tokens?|len|length|words?|text|ids|context|prompt|src|tgt|(de|en)c(oder)?"),
+    ("number", r"num|nodes|edges|points|boxes|rois|proposals|objects|queries|count"),
+)  # fmt: skip
+#: Roles that a letter may be mistaken for.
+LETTERS = ("depth", "channel", "batch")
+#: Usual sizes by role: the first by name, the others to fall back on.
+USUAL = {
+    "past": (16, 0, 1),
+    "total": (128, 64),
+    "batch": (1,),
+    "channel": (3, 1, 4),
+    "samples": (WAVEFORM, 8_000, 48_000, 4_096, 1_024),
+    "frames": (400, 64, 128, 100, 80, 32, 16, 8, 1),
+    "depth": (CLIP, 8, 32, 1),
+    "tokens": (128, 64, 32, 16, 512, 8, 1),
+    "number": (256, 64, 16, 1),
+    "length": (LENGTH_SIZE, 128, 32, 16, 256, 512, 8, 1, 3, 2),
+    "height": (224,),
+    "width": (224,),
+}
+
+
+def role_by_name(name: str) -> str | None:
+    """What an axis is by its name, such as batch_size, past_sequence_length or num_frames; None if it says nothing."""
+    words = re.findall(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+", name) if not name.startswith("axis ") else []
+    said = [word.lower() for word in words]
+    if len(said) > 1:  # a letter says something only if it is alone
+        said = [word for word in said if len(word) > 1]
+    if re.search(r"\d", name) and len(said) == 1 and len(said[0]) == 1:  # s77 is a counter
+        return None
+    return next((role for role, fits in NAMES if any(re.fullmatch(fits, word) for word in said)), None)
+
+
+def image_axes(spec: InputSpec) -> tuple[int, int, int] | None:
+    """Which axes are channels, height and width by their places; None if the input is no image or video."""
+    shape = spec.shape or ()
+    rank, first, last = len(shape), *(shape[1:2] or (None,)), *(shape[-1:] or (None,))
+    if spec.dtype.kind != "f" and spec.dtype.name not in ("uint8", "int8", "bfloat16"):
+        return None
+    if rank == 3 and shape[0] == 3 and not _fixed(first) and not _fixed(last):
+        return 0, 1, 2
+    if rank == 3 and spec.dtype.kind == "u" and last in (1, 3, 4) and not _fixed(first):
+        return 2, 0, 1
+    if rank not in (4, 5):
+        return None
+    if not _fixed(first) and _fixed(last) and (last in (1, 3, 4) or not _fixed(shape[-2])):
+        return rank - 1, rank - 3, rank - 2
+    if rank == 5 and not _fixed(first) and shape[2] in (1, 3, 4):
+        return 2, 3, 4
+    return 1, rank - 2, rank - 1
+
+
+def _fixed(d: object) -> bool:
+    return isinstance(d, int) and d > 0
+
+
+def role_by_place(spec: InputSpec, axis: int, waveform: bool) -> str:
+    """What an axis is by the rank and the other sizes of its input."""
+    if re.search(r"past|cache", spec.name) and axis > 0:
+        return "past"
+    places = image_axes(spec)
+    if places is not None and axis in places:
+        return ("channel", "height", "width")[places.index(axis)]
+    if axis == 0:
+        return "batch"
+    if places is not None:
+        return "depth"
+    return "samples" if waveform or (_microphones(spec) and axis == 2) else "length"
+
+
+def _microphones(spec: InputSpec) -> bool:
+    """Whether an input is one or two signals over time."""
+    shape = spec.shape or ()
+    return len(shape) == 3 and spec.dtype.kind == "f" and shape[1] in (1, 2)
+
+
+@dataclass(frozen=True)
+class Question:
+    """Inputs with a symbol for each open axis, which symbols are derived from others, and what the others may be."""
+
+    shapes: dict[str, tuple[int | str, ...]]
+    derived: dict[str, ast.expr]
+    groups: tuple[Group, ...]
+
+    def sizes(self, chosen: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
+        """Shapes of all inputs for some sizes of the open axes."""
+        values = dict(chosen)
+        for name, expression in self.derived.items():
+            values[name] = max(0, _evaluate(expression, values))
+        return {
+            name: tuple(values[d] if isinstance(d, str) else d for d in shape) for name, shape in self.shapes.items()
+        }
+
+
+def ask(
+    specs: Sequence[InputSpec], model: onnx.ModelProto, given: Mapping[str, Sequence[int]] | None = None
+) -> Question:
+    """What is open, and what each open axis may be by everything but the graph's inner sizes.
+
+    Parameters
+    ----------
+    given : mapping of input name to sizes, optional
+        Kept as they are; other inputs' axes of the same names get the same sizes.
+    """
+    given = given or {}
+    shapes: dict[str, tuple[int | str, ...]] = {}
+    bound: dict[str, int] = {}
+    for spec in specs:
+        if spec.name in given:
+            shapes[spec.name] = tuple(given[spec.name])
+            for d, size in zip(spec.shape or (), given[spec.name], strict=False):
+                if isinstance(d, str) and d != "?":
+                    bound.setdefault(d, size)
+        else:
+            shapes[spec.name] = demands.symbols(spec.name, spec.shape or ())
+    shapes = {
+        name: tuple(bound.get(d, d) if isinstance(d, str) else d for d in shape) for name, shape in shapes.items()
+    }
+    asked = [s for s in specs if s.name not in given]
+    groups = _grouped(asked, shapes, model)
+    derived = _derived({a: g.role for g in groups for a in g.axes}, bound)
+    groups = [g for g in groups if not any(a in derived for a in g.axes)]
+    return Question(shapes, derived, tuple(_zero(g, asked, shapes) for g in groups))
+
+
+def _grouped(
+    specs: Sequence[InputSpec], shapes: Mapping[str, tuple[int | str, ...]], model: onnx.ModelProto
+) -> list[Group]:
+    metadata = Metadata(model)
+    seen: set[str] = set()
+    groups = []
+    for spec in specs:
+        waveform = demands.reads_waveform(model, spec.name)
+        roles: dict[str, tuple[str, str]] = {}
+        for axis, d in enumerate(shapes[spec.name]):
+            if isinstance(d, str) and d not in seen:
+                named, placed = _named(spec, d, waveform), role_by_place(spec, axis, waveform)
+                if named in LETTERS and axis and placed in ("height", "width", "samples"):
+                    named = None  # at a place that says otherwise
+                roles[d] = (named or placed, "by its name" if named else f"by its place in {spec.name!r}")
+        seen.update(roles)
+        pixels = tuple(d for d, (role, _) in roles.items() if role in ("height", "width"))
+        if pixels:
+            groups.append(_image(spec, shapes[spec.name], pixels, roles, specs, metadata))
+        for d, (role, why) in roles.items():
+            if d not in pixels:
+                groups.append(_single(d, role, why, metadata))
+    return groups
+
+
+def _named(spec: InputSpec, name: str, waveform: bool) -> str | None:
+    """What an axis is by its name, in its input: the time of a signal is samples, that of a video is frames."""
+    named = role_by_name(name)
+    if named in ("frames", "depth", "tokens") and (waveform or (named == "frames" and _microphones(spec))):
+        return "samples"
+    return "depth" if named == "frames" and len(spec.shape or ()) == 5 else named
+
+
+def _single(axis: str, role: str, why: str, metadata: Metadata) -> Group:
+    first, *others = USUAL[role]
+    trust = Trust.NAME if "name" in why else Trust.PLACE
+    group = Group((axis,), role, tuple(Guess((size,), "another usual size", Trust.SPARE) for size in others))
+    group = group.put(Guess((first,), why, trust))
+    keys = {
+        "batch": BATCH,
+        "channel": CHANNELS,
+        "samples": RATE,
+        "frames": FRAMES,
+        "depth": FRAMES,
+        "tokens": LENGTH,
+        "length": LENGTH,
+    }
+    said = metadata.number(keys[role], high=1 << 17) if role in keys else None
+    if said is None and role in ("tokens", "length"):
+        longest = metadata.number(LONGEST)
+        said = (min(128, longest[0]), longest[1]) if longest else None
+    return group if said is None else group.put(Guess((said[0],), _metadata(said[1]), Trust.METADATA))
+
+
+def _image(
+    spec: InputSpec,
+    shape: tuple[int | str, ...],
+    pixels: tuple[str, ...],
+    roles: Mapping[str, tuple[str, str]],
+    specs: Sequence[InputSpec],
+    metadata: Metadata,
+) -> Group:
+    """Height and width, of which one may be fixed."""
+
+    def fitted(pair: tuple[int, int]) -> tuple[int, ...]:
+        """The sizes of the open ones of both, from those of both."""
+        return tuple(pair[0] if roles[d][0] == "height" else pair[1] for d in pixels)
+
+    usual: Sequence[tuple[int, int]] = IMAGE_SIZES
+    why = roles[pixels[0]][1].replace("its", "their", 1) if len(pixels) > 1 else roles[pixels[0]][1]
+    why = why.replace("name", "names", 1) if len(pixels) > 1 else why
+    if len(shape) == 5:
+        usual = ((CLIP_SIZE, CLIP_SIZE), *IMAGE_SIZES)
+    elif len(shape) == 4 and shape[1] == 4 and any(len(s.shape or ()) <= 3 for s in specs if s is not spec):
+        usual, why = (*LATENT_SIZES, *IMAGE_SIZES), "4 channels beside another input are latents of a diffusion model"
+    trust = Trust.NAME if "name" in why else Trust.PLACE
+    stride = metadata.number(STRIDE, 2, 128)
+    group = Group(pixels, "image", (), stride[0] if stride else 1)
+    group = group.put(*(Guess(fitted(pair), "another usual size", Trust.SPARE) for pair in usual[1:]))
+    group = group.put(Guess(fitted(usual[0]), why, trust))
+    group = group.put(*_beside(spec, pixels, roles, specs, fitted))
+    said = (metadata.image(LATENT) if shape[1:2] == (4,) else None) or metadata.image()
+    return group if said is None else group.put(Guess(fitted(said[0]), _metadata(said[1]), Trust.METADATA))
+
+
+def _metadata(key: str) -> str:
+    return f"from {key!r} in the metadata"
+
+
+def _beside(
+    spec: InputSpec,
+    pixels: tuple[str, ...],
+    roles: Mapping[str, tuple[str, str]],
+    specs: Sequence[InputSpec],
+    fitted: Callable[[tuple[int, int]], tuple[int, ...]],
+) -> list[Guess]:
+    """Sizes that a fixed input of the same rank has, and a height or width to the one that is fixed."""
+    found = []
+    shape, places = spec.shape or (), image_axes(spec)
+    for other in specs:
+        axes = image_axes(other)
+        if other is spec or axes is None or len(other.shape or ()) != len(shape):
+            continue
+        high, wide = ((other.shape or ())[a] for a in axes[1:])
+        if isinstance(high, int) and isinstance(wide, int) and min(high, wide) > 0:
+            found.append(Guess(fitted((high, wide)), f"as {other.name!r} beside it", Trust.SIBLING))
+    sides = [d for d in (shape[a] for a in places[1:]) if isinstance(d, int) and d > 0] if places else []
+    if sides and len(pixels) == 1:
+        line = sides[0] <= LINE and roles[pixels[0]][0] == "width" and places is not None and shape[places[0]] in (1, 3)
+        why = f"beside a height of {sides[0]}, as lines of text have it" if line else "as the other side of it"
+        found.append(Guess((LINE_WIDTH if line else sides[0],), why, Trust.SIBLING))
+    return found
+
+
+def _zero(group: Group, specs: Sequence[InputSpec], shapes: Mapping[str, tuple[int | str, ...]]) -> Group:
+    """A declared 0 is tried first: an empty key-value cache, or a number that was not known."""
+    for spec in specs:
+        for d, name in zip(spec.shape or (), shapes[spec.name], strict=True):
+            if d == 0 and group.axes == (name,):
+                return group.put(Guess((0,), "declared as 0", Trust.DECLARED))
+    return group
+
+
+def _derived(roles: Mapping[str, str], bound: Mapping[str, int]) -> dict[str, ast.expr]:
+    """Axes whose names are sums or products of other names; a total length is the past and the new one together."""
+    names = {**dict.fromkeys(roles, ""), **bound}
+    found: dict[str, ast.expr] = {}
+    for name, role in roles.items():
+        try:
+            expression = ast.parse(name, mode="eval").body
+        except (SyntaxError, ValueError, MemoryError, RecursionError):
+            expression = None
+        parts = {n.id for n in ast.walk(expression) if isinstance(n, ast.Name)} if expression is not None else set()
+        if expression is not None and not isinstance(expression, ast.Name) and parts and parts <= set(names) - {name}:
+            found[name] = expression
+        elif role == "total":
+            past = next((n for n, r in roles.items() if r == "past"), None)
+            new = next((n for n, r in roles.items() if r == "tokens"), None)
+            if past is not None and new is not None:
+                found[name] = ast.BinOp(ast.Name(past), ast.Add(), ast.Name(new))
+    return found
+
+
+#: What names of axes may be computed with; a division rounds down.
+OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
+    ast.Add: lambda a, b: a + b,
+    ast.Sub: lambda a, b: a - b,
+    ast.Mult: lambda a, b: a * b,
+    ast.FloorDiv: lambda a, b: a // (b or 1),
+    ast.Div: lambda a, b: a // (b or 1),
+}
+
+
+def _evaluate(node: ast.expr, values: Mapping[str, int]) -> int:
+    """What an expression comes to; 1 for what is not understood."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, int):
+        return node.value
+    if isinstance(node, ast.Name):
+        return values.get(node.id, 1)
+    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
+        return OPERATORS[type(node.op)](_evaluate(node.left, values), _evaluate(node.right, values))
+    return 1
