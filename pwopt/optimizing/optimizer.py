@@ -113,13 +113,12 @@ def optimized(model: Source, request: Request) -> Result:
             provider=request.provider,
             environment=runtime.environment(request.provider, request.first_threads),
             shapes=subject.sizes,
-            notes=subject.why,
         )
 
         def tried(always_only: bool) -> Attempt:
             return attempt(subject, replace(work, always_only=always_only), choice, request, blank)
 
-        done = returned(tried, source.proto, request)
+        done = returned(tried, source.proto, request).noted(*subject.why)
         if request.output is not None:
             request.progress("writing", 1.0)
             save(done.proto, request.output, source)

@@ -121,7 +121,7 @@ class Search:
         """The same with lengths that rest on nothing but their place that many times longer; None where that fails."""
         guesses = tuple(
             Guess((min(longest, factor * g.sizes[0]),), _grown(g.why), g.trust)
-            if g.trust == Trust.PLACE and group.role in ("length", "samples") and 0 < g.sizes[0] < longest
+            if g.trust == Trust.PLACE and group.role == "length" and 0 < g.sizes[0] < longest
             else g
             for group, g in zip(self.groups, candidate.guesses, strict=True)
         )

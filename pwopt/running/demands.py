@@ -258,7 +258,6 @@ def submodel(model: onnx.ModelProto, tensor: str) -> onnx.ModelProto:
             needed.update(node.input)
             needed.update(name for a in node.attribute for g in (a.g, *a.graphs) for n in g.node for name in n.input)
     part.graph.node.extend(reversed(kept))
-    part.graph.output.append(onnx.helper.make_tensor_value_info(tensor, onnx.TensorProto.FLOAT, None))
     return part
 
 

@@ -155,15 +155,16 @@ def _microphones(spec: InputSpec) -> bool:
 
 @dataclass(frozen=True)
 class Question:
-    """Inputs with a symbol for each open axis, which symbols are derived from others, and what the others may be."""
+    """Inputs with a symbol for each open axis; which are derived from others, what those may be, and what is given."""
 
     shapes: dict[str, tuple[int | str, ...]]
     derived: dict[str, ast.expr]
     groups: tuple[Group, ...]
+    given: Mapping[str, int]
 
     def sizes(self, chosen: Mapping[str, int]) -> dict[str, tuple[int, ...]]:
         """Shapes of all inputs for some sizes of the open axes."""
-        values = dict(chosen)
+        values = {**self.given, **chosen}
         for name, expression in self.derived.items():
             values[name] = max(0, _evaluate(expression, values))
         return {
@@ -199,7 +200,7 @@ def ask(
     groups = _grouped(asked, shapes, model)
     derived = _derived({a: g.role for g in groups for a in g.axes}, bound)
     groups = [g for g in groups if not any(a in derived for a in g.axes)]
-    return Question(shapes, derived, tuple(_zero(g, asked, shapes) for g in groups))
+    return Question(shapes, derived, tuple(_zero(g, asked, shapes) for g in groups), bound)
 
 
 def _grouped(

@@ -12,7 +12,7 @@ from onnx import numpy_helper
 from pwopt.errors import UsageError
 from pwopt.running.inputs import input_specs
 from pwopt.running.samples import KINDS, check_kinds, given_samples, make_feeds, parse_range
-from pwopt.running.sizes import narrowed, other_sizes, rounds
+from pwopt.running.sizes import narrowed, rounds
 
 pytest.importorskip("onnxruntime")
 
@@ -117,13 +117,14 @@ def test_dynamic_inputs_are_tried_at_two_sizes(tmp_path: Path) -> None:
     model = parse("(float[N,3,H,W] x) => (float[N] y) { y = Relu(x) }")
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
     specs = input_specs(model)
-    first, second = rounds(specs, tmp_path / "m.onnx")
+    first, second = (c.sizes for c in rounds(specs, model, tmp_path / "m.onnx"))
     assert first == {"x": (1, 3, 224, 224)}
     assert all(a != b for a, b in zip(first["x"], second["x"], strict=True) if a != 3)
-    assert rounds(specs, tmp_path / "m.onnx", given=[{"x": (1, 3, 8, 8)}]) == [{"x": (1, 3, 8, 8)}]
+    given = [{"x": (1, 3, 8, 8)}, {"x": (2, 3, 9, 7)}]
+    assert [c.sizes for c in rounds(specs, model, tmp_path / "m.onnx", given=given)] == given
     fixed = parse("(float[1,3,8,8] x) => (float[N] y) { y = Relu(x) }")
     (tmp_path / "f.onnx").write_bytes(fixed.SerializeToString())
-    assert len(rounds(input_specs(fixed), tmp_path / "f.onnx")) == 1
+    assert len(rounds(input_specs(fixed), fixed, tmp_path / "f.onnx")) == 1
     assert narrowed(specs, input_specs(fixed))[0].shape == (1, 3, 8, 8)
 
 
@@ -131,9 +132,9 @@ def test_a_second_size_only_where_the_model_runs(tmp_path: Path) -> None:
     """A network that takes a height of 48 and any width."""
     model = parse("(float[1,3,H,W] x) => (float[N] y) { y = Add(x, rows) }", rows=np.zeros((48, 1), np.float32))
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
-    first, second = rounds(input_specs(model), tmp_path / "m.onnx")
+    first, second = (c.sizes for c in rounds(input_specs(model), model, tmp_path / "m.onnx"))
     assert (first["x"][2], second["x"][2]) == (48, 48)
     assert first["x"][3] != second["x"][3]
     only = parse("(float[1,3,H,W] x) => (float[N] y) { y = Reshape(x, a) }", a=np.array([1, 3, 224, 224]))
     (tmp_path / "o.onnx").write_bytes(only.SerializeToString())
-    assert other_sizes(input_specs(only), tmp_path / "o.onnx", {"x": (1, 3, 224, 224)}) is None
+    assert [c.sizes for c in rounds(input_specs(only), only, tmp_path / "o.onnx")] == [{"x": (1, 3, 224, 224)}]
