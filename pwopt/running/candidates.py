@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -19,8 +18,10 @@ from pwopt.running.inputs import InputSpec
 
 #: Bytes of activations that sizes which nobody gave may take, and multiply-adds of those that rest on names and places.
 MEMORY, WORK = 1 << 30, 5 * 10**9
-#: Seconds for ruling sizes out, combinations that are looked at, and those that are tried if all are ruled out.
-SECONDS, COMBINATIONS, UNCHECKED = 4.0, 200, 8
+#: Nodes that inference may visit to rule sizes out, some seconds' work; a number, so that choices do not hang on load.
+VISITS = 50_000
+#: Combinations that are looked at, and those that are tried if all are ruled out.
+COMBINATIONS, UNCHECKED = 200, 8
 #: Solutions that are preferred where a graph allows several, and the largest that is looked for.
 PREFERRED, LARGEST = (224, 256, 320, 384, 512, 640, 128, 192, 112, 96, 64, 48, 32, 16_000), 1 << 16
 #: Demands that are solved for sizes, at most.
@@ -81,7 +82,7 @@ class Search:
         self.facts = [fact for spec in specs for fact in spec.facts if spec.name not in (given or {})]
         self.open_inputs = [n for n, s in self.question.shapes.items() if any(isinstance(d, str) for d in s)]
         self.settled = not self.open_inputs
-        self.end = time.perf_counter() + SECONDS
+        self.visits = VISITS
         if not self.settled:
             self.model = skeleton(model)
             self.demands = demands.demands(model)
@@ -99,7 +100,7 @@ class Search:
         wrong: list[tuple[Guess, ...]] = []
         seen: set[tuple[tuple[str, tuple[int, ...]], ...]] = set()
         for guesses in itertools.islice(self._combinations(), COMBINATIONS):
-            if not seen and time.perf_counter() > self.end:
+            if not seen and wrong and self.visits <= 0:
                 break
             if self._objection(self.sizes(guesses)):
                 wrong.append(guesses)
@@ -135,7 +136,7 @@ class Search:
         """Other sizes, those first in which the most axes differ, with at most that many elements."""
         if self.settled:
             return
-        self.end = time.perf_counter() + SECONDS
+        self.visits = VISITS
         values = {
             d: size
             for n, s in self.question.shapes.items()
@@ -154,7 +155,7 @@ class Search:
             sizes = self.sizes(guesses)
             if not changes(pick) or sum(map(_product, sizes.values())) > elements:
                 continue
-            if time.perf_counter() > self.end:
+            if self.visits <= 0:
                 return
             if not self._objection(sizes) and self._footprint(sizes).bytes <= MEMORY:
                 yield self._candidate(guesses)
@@ -179,9 +180,10 @@ class Search:
         return footprint(self.model, self._types(sizes))
 
     def _objection(self, sizes: Mapping[str, Sequence[int]]) -> str:
-        """What speaks against sizes, as far as inference sees, else ""; nothing any more when its time is over."""
-        if time.perf_counter() > self.end:
+        """What speaks against sizes, as far as inference sees, else ""; nothing any more once it has seen enough."""
+        if self.visits <= 0:
             return ""
+        self.visits -= 2 * len(self.model.graph.node)
         types = self._types(sizes)
         broken = next((d.by for d in self.demands if d.broken(types)), "")
         return broken or (contradiction(self.model, sizes) if self.strict else "")
@@ -248,8 +250,9 @@ class Search:
         part = demands.submodel(self.model, demand.tensor)
 
         def count(values: Mapping[str, int]) -> Dim:
-            if time.perf_counter() > self.end:
+            if self.visits <= 0:
                 return None
+            self.visits -= 1 + len(part.graph.node)
             return demand.found(infer(part, self.question.sizes({**base, **values})))
 
         now = count({})
@@ -271,7 +274,7 @@ def _put(group: Group, found: Mapping[str, int], by: str) -> dict[str, Group]:
             first[group.axes[1]] = LINE_WIDTH  # a line of text
     sizes = tuple({**first, **found}[a] for a in group.axes)
     trust = Trust.GRAPH if group.guesses[0].trust > Trust.DECLARED else Trust.DECLARED
-    return dict.fromkeys(group.axes, group.put(Guess(sizes, f"as {by} demands", trust)))
+    return dict.fromkeys(group.axes, group.put(Guess(sizes, f"by {by}", trust)))
 
 
 def _once(groups: Iterable[Group]) -> tuple[Group, ...]:

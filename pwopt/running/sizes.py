@@ -7,7 +7,7 @@ import math
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import onnx
 
@@ -23,7 +23,7 @@ from pwopt.running.trying import TooSlowError, seconds_of
 
 Sizes = dict[str, tuple[int, ...]]
 
-#: Seconds for one run while sizes are looked for, and for all of them.
+#: Seconds for one run while sizes are looked for, and for all of them together.
 RUN_SECONDS, SECONDS = 4.0, 8.0
 #: A run that takes this long says something; lengths that rest on nothing are grown until then, by this factor.
 TELLING, GROWN = 0.005, 4
@@ -54,20 +54,38 @@ class Chosen:
     seconds: float | None = None
 
 
-@dataclass
-class Clock:
-    """How much is left of the time for trying."""
+class Trials:
+    """Runs of a model at sizes, in a time of their own.
 
-    limit: float = SECONDS
-    start: float = field(default_factory=time.perf_counter)
+    Parameters
+    ----------
+    specs : sequence of InputSpec
+    session : Session
+    seconds : float
+        For all runs together; other work does not count.
+    progress : callable
+        Told what is tried.
+    """
 
-    @property
-    def left(self) -> float:
-        return self.limit - (time.perf_counter() - self.start)
+    def __init__(self, specs: Sequence[InputSpec], session: Session, seconds: float, progress: Progress) -> None:
+        self.specs, self.session, self.limit, self.progress = specs, session, seconds, progress
+        self.left = seconds
 
-    @property
-    def share(self) -> float:
-        return min(1.0, max(0.0, 1.0 - self.left / self.limit))
+    def seconds(self, sizes: Sizes, most: float = RUN_SECONDS) -> float:
+        """How long a run takes.
+
+        Raises
+        ------
+        ModelError
+            If it fails, or takes too long.
+        """
+        self.progress(f"trying {_named(sizes)}", 1 - max(0.0, self.left) / self.limit)
+        feeds = make_feeds(self.specs, sizes)
+        start = time.perf_counter()
+        try:
+            return seconds_of(self.session, feeds, max(0.1, min(most, self.left)))
+        finally:
+            self.left -= time.perf_counter() - start
 
 
 def likely_sizes(
@@ -100,49 +118,43 @@ def likely_sizes(
     search = Search(specs, model, shapes)
     if path is None:
         return _as_chosen(search.likeliest())
-    return _tried(search, specs, Session(path, provider, optimise=False), progress)
+    return _tried(search, Trials(specs, Session(path, provider, optimise=False), SECONDS, progress))
 
 
-def _tried(search: Search, specs: Sequence[InputSpec], session: Session, progress: Progress) -> Chosen:
+def _tried(search: Search, trials: Trials) -> Chosen:
     """The first candidate that runs, grown until a run says something."""
-    clock = Clock()
     failure: ModelError | None = None
-    for candidate in itertools.takewhile(lambda _: clock.left > 0, search.candidates()):
+    for candidate in itertools.takewhile(lambda _: trials.left > 0, search.candidates()):
         current: Candidate | None = candidate
         while current is not None:
-            progress(f"trying {_named(current.sizes)}", clock.share)
             try:
-                spent = seconds_of(session, make_feeds(specs, current.sizes), max(0.1, min(RUN_SECONDS, clock.left)))
+                spent = trials.seconds(current.sizes)
             except TooSlowError as error:
                 if search.settled:
                     return _as_chosen(current)
-                failure, current = failure or error, search.smaller(current) if clock.left > 0 else None
+                failure, current = failure or error, search.smaller(current) if trials.left > 0 else None
             except ModelError as error:
                 failure, current = failure or error, None
             else:
-                return _grown(search, specs, session, current, spent, clock, progress)
+                return _grown(search, trials, current, spent)
     if search.settled:
         raise UsageError(f"the model does not run at its sizes: {failure}; give others, or --input FILE.npz")
     names = " ".join(f"--shape {name}=…" for name in search.open_inputs)
     raise UsageError(f"no likely size runs ({failure}); give {names} or --input FILE.npz")
 
 
-def _grown(
-    search: Search, specs: Sequence[InputSpec], session: Session, found: Candidate, spent: float, clock: Clock,
-    progress: Progress,
-) -> Chosen:  # fmt: skip
+def _grown(search: Search, trials: Trials, found: Candidate, spent: float) -> Chosen:
     """A candidate that runs, with lengths that rest on nothing but their place grown until a run says something."""
     growing = any(g.trust == Trust.PLACE for g in found.guesses)
-    while growing and spent < TELLING and clock.left > 0:
+    while growing and spent < TELLING and trials.left > 0:
         larger = search.larger(found, GROWN, LONGEST)
         if larger is None:
             break
-        progress(f"trying {_named(larger.sizes)}", clock.share)
         try:
-            took = seconds_of(session, make_feeds(specs, larger.sizes), max(0.1, min(RUN_SECONDS / 4, clock.left)))
+            spent = trials.seconds(larger.sizes, RUN_SECONDS / 4)
         except ModelError:
             break
-        found, spent = larger, took
+        found = larger
     return replace(_as_chosen(found), seconds=spent)
 
 
@@ -150,20 +162,16 @@ def _as_chosen(candidate: Candidate) -> Chosen:
     return Chosen(candidate.sizes, candidate.why, candidate.bytes)
 
 
-def _other(
-    search: Search, specs: Sequence[InputSpec], session: Session, first: Chosen, progress: Progress
-) -> Chosen | None:
+def _other(search: Search, trials: Trials, first: Chosen) -> Chosen | None:
     """Sizes on which the model runs as well as on the first, with as many open axes changed as possible.
 
     None if every size is fixed, or no other likely ones of up to `GROWTH` times the elements run.
     """
-    clock = Clock(SECONDS / 2)
     for candidate in search.others(first.sizes, GROWTH * _elements(first.sizes)):
-        if clock.left <= 0:
+        if trials.left <= 0:
             break
-        progress(f"trying {_named(candidate.sizes)}", clock.share)
         try:
-            spent = seconds_of(session, make_feeds(specs, candidate.sizes), max(0.1, min(RUN_SECONDS, clock.left)))
+            spent = trials.seconds(candidate.sizes)
         except ModelError:
             continue
         return replace(_as_chosen(candidate), seconds=spent)
@@ -190,8 +198,8 @@ def rounds(
     if any(given):
         return [likely_sizes(specs, model, path, provider, shapes, progress) for shapes in given]
     search, session = Search(specs, model), Session(path, provider, optimise=False)
-    first = _tried(search, specs, session, progress)
-    second = _other(search, specs, session, first, progress)
+    first = _tried(search, Trials(specs, session, SECONDS, progress))
+    second = _other(search, Trials(specs, session, SECONDS / 2, progress), first)
     return [first] if second is None else [first, second]
 
 
