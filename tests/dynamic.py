@@ -181,6 +181,11 @@ CASES: dict[str, Case] = {
         lambda: parse("(float[1,3,64,64] a, float[1,3,h,w] b) => (float[n] y) { y = Add(a, b) }"),
         {"a": (1, 3, 64, 64), "b": (1, 3, 64, 64)}, "as 'a' beside it",
     ),
+    "time first": Case(
+        lambda: parse("(float[seq_len,batch_size,16] x) => (float[a] y, float[b] h) { y, h = GRU<hidden_size=8>(x, k, r) }",
+                      k=w(1, 24, 16), r=w(1, 24, 8)),
+        {"x": (128, 1, 16)}, "name",
+    ),
     "points": Case(
         lambda: parse("(float[batch,num_points,3] x) => (float[a] y) { y = MatMul(x, k) }", k=w(3, 64)),
         {"x": (1, 256, 3)}, "name",

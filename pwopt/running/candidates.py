@@ -19,7 +19,7 @@ from pwopt.running.inputs import InputSpec
 #: Bytes of activations that sizes which nobody gave may take, and multiply-adds of those that rest on names and places.
 MEMORY, WORK = 1 << 30, 5 * 10**9
 #: Nodes that inference may visit to rule sizes out, some seconds' work; a number, so that choices do not hang on load.
-VISITS = 50_000
+VISITS = 20_000
 #: Combinations that are looked at, and those that are tried if all are ruled out.
 COMBINATIONS, UNCHECKED = 200, 8
 #: Solutions that are preferred where a graph allows several, and the largest that is looked for.

@@ -215,8 +215,8 @@ def _grouped(
         for axis, d in enumerate(shapes[spec.name]):
             if isinstance(d, str) and d not in seen:
                 named, placed = _named(spec, d, waveform), role_by_place(spec, axis, waveform)
-                if named in LETTERS and axis and placed in ("height", "width", "samples"):
-                    named = None  # at a place that says otherwise
+                if named in LETTERS and axis and (len(d) == 1 or placed in ("height", "width", "samples")):
+                    named = None if placed != "channel" else named  # N points are no batch
                 roles[d] = (named or placed, "by its name" if named else f"by its place in {spec.name!r}")
         seen.update(roles)
         pixels = tuple(d for d, (role, _) in roles.items() if role in ("height", "width"))

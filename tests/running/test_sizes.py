@@ -33,7 +33,7 @@ def chosen(model: onnx.ModelProto, folder: Path | None = None, **given: tuple[in
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_model_is_run_at_the_sizes_that_it_says(case: Case, tmp_path: Path) -> None:
     model = case.build()
-    found = chosen(model, tmp_path)
+    found = chosen(model, None if "GiB" in case.reason else tmp_path)  # what is large may be too slow where tests run
     assert found.sizes == case.sizes
     assert case.reason in "; ".join(found.why)
     assert {s.name: s.largest for s in input_specs(model) if s.name in case.largest} == case.largest
@@ -89,6 +89,11 @@ def test_a_length_that_rests_on_nothing_grows_until_a_run_says_something(tmp_pat
     assert "grown until a run takes some milliseconds" in "; ".join(grown.why)
     bounded = parse("(float[?,?,8] x) => (float[a,b,c] y) { y = Add(x, t) }", t=np.zeros((100, 8), np.float32))
     assert chosen(bounded, tmp_path).sizes == {"x": (1, 100, 8)}, "as long as its table"
+
+
+def test_a_letter_behind_the_batch_is_no_batch() -> None:
+    model = parse("(float[B,N,3] x) => (float[a] y) { y = MatMul(x, k) }", k=np.zeros((3, 512), np.float32))
+    assert chosen(model).sizes == {"x": (1, 64, 3)}
 
 
 def test_metadata_are_read_however_they_are_written() -> None:
