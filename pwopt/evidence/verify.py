@@ -41,6 +41,7 @@ def samples_for(
     inputs: Any = None,
     kinds: Sequence[str] = DEFAULT_KINDS,
     ranges: Mapping[str, Range] | None = None,
+    progress: Callable[[str], None] = lambda _: None,
 ) -> list[Sample]:
     """The given inputs, or random ones in every round of sizes; parameters as for `verify`."""
     check_kinds(kinds, specs, ranges or {})
@@ -48,7 +49,7 @@ def samples_for(
     if inputs is not None and len(given) > 1:
         raise UsageError("given inputs have their own sizes; rounds of --shape are for random ones")
     if inputs is None:
-        chosen = rounds(specs, model, path, provider, given)
+        chosen = rounds(specs, model, path, provider, given, lambda stage, _: progress(stage))
         return random_samples(specs, [c.sizes for c in chosen], kinds, ranges)
     return given_samples(inputs, specs, given[0] if given else None)
 
@@ -104,7 +105,7 @@ def verify(
     specs = narrowed(input_specs(first), input_specs(load(candidate).proto))
     with as_file(original) as a, as_file(candidate) as b:
         progress("choosing inputs")
-        samples = samples_for(specs, first, a, provider, shapes, inputs, kinds, ranges)
+        samples = samples_for(specs, first, a, provider, shapes, inputs, kinds, ranges, progress)
         progress("running both models")
         result = compared(a, b, samples, provider, threads, rtol, atol)
         if locate and not result.passed:

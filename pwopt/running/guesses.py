@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
 from enum import IntEnum
 
 import onnx
@@ -65,6 +65,12 @@ class Group:
         unique = {g.sizes: g for g in reversed(merged)}
         return Group(self.axes, self.role, tuple(g for g in merged if unique[g.sizes] is g), self.step)
 
+    def without(self, axes: Collection[str]) -> Group:
+        """The same for the axes that are not among those."""
+        left = [i for i, a in enumerate(self.axes) if a not in axes]
+        guesses = (replace(g, sizes=tuple(g.sizes[i] for i in left)) for g in self.guesses)
+        return Group(tuple(self.axes[i] for i in left), self.role, (), self.step).put(*guesses)
+
 
 #: Roles by the words of an axis's name, the first that fits.
 NAMES = (
@@ -80,6 +86,8 @@ NAMES = (
     ("tokens", r"s|l|seq|seqlen|sequence|tokens?|len|length|words?|text|ids|context|prompt|src|tgt|(de|en)c(oder)?"),
     ("number", r"num|nodes|edges|points|boxes|rois|proposals|objects|queries|count"),
 )  # fmt: skip
+#: A reason.
+BY_NAME = "by its name"
 #: Roles that a letter may be mistaken for.
 LETTERS = ("depth", "channel", "batch")
 #: Usual sizes by role: the first by name, the others to fall back on.
@@ -135,7 +143,7 @@ def _fixed(d: object) -> bool:
 
 def role_by_place(spec: InputSpec, axis: int, waveform: bool) -> str:
     """What an axis is by the rank and the other sizes of its input."""
-    if re.search(r"past|cache", spec.name) and axis > 0:
+    if re.search(r"past|cache", spec.name) and axis > 0 and len(spec.shape or ()) > 3:
         return "past"
     places = image_axes(spec)
     if places is not None and axis in places:
@@ -199,8 +207,8 @@ def ask(
     asked = [s for s in specs if s.name not in given]
     groups = _grouped(asked, shapes, model)
     derived = _derived({a: g.role for g in groups for a in g.axes}, bound)
-    groups = [g for g in groups if not any(a in derived for a in g.axes)]
-    return Question(shapes, derived, tuple(_zero(g, asked, shapes) for g in groups), bound)
+    groups = [_zero(g, asked, shapes) for g in (g.without(derived) for g in groups) if g.axes]
+    return Question(shapes, derived, tuple(groups), bound)
 
 
 def _grouped(
@@ -217,7 +225,7 @@ def _grouped(
                 named, placed = _named(spec, d, waveform), role_by_place(spec, axis, waveform)
                 if named in LETTERS and axis and (len(d) == 1 or placed in ("height", "width", "samples")):
                     named = None if placed != "channel" else named  # N points are no batch
-                roles[d] = (named or placed, "by its name" if named else f"by its place in {spec.name!r}")
+                roles[d] = (named or placed, BY_NAME if named else f"by its place in {spec.name!r}")
         seen.update(roles)
         pixels = tuple(d for d, (role, _) in roles.items() if role in ("height", "width"))
         if pixels:
@@ -238,7 +246,7 @@ def _named(spec: InputSpec, name: str, waveform: bool) -> str | None:
 
 def _single(axis: str, role: str, why: str, metadata: Metadata) -> Group:
     first, *others = USUAL[role]
-    trust = Trust.NAME if "name" in why else Trust.PLACE
+    trust = Trust.NAME if why == BY_NAME else Trust.PLACE
     group = Group((axis,), role, tuple(Guess((size,), "another usual size", Trust.SPARE) for size in others))
     group = group.put(Guess((first,), why, trust))
     keys = {
@@ -272,13 +280,14 @@ def _image(
         return tuple(pair[0] if roles[d][0] == "height" else pair[1] for d in pixels)
 
     usual: Sequence[tuple[int, int]] = IMAGE_SIZES
-    why = roles[pixels[0]][1].replace("its", "their", 1) if len(pixels) > 1 else roles[pixels[0]][1]
-    why = why.replace("name", "names", 1) if len(pixels) > 1 else why
+    why = roles[pixels[0]][1]
+    if len(pixels) > 1:
+        why = "by their names" if why == BY_NAME else why.replace("its", "their", 1)
     if len(shape) == 5:
         usual = ((CLIP_SIZE, CLIP_SIZE), *IMAGE_SIZES)
     elif len(shape) == 4 and shape[1] == 4 and any(len(s.shape or ()) <= 3 for s in specs if s is not spec):
         usual, why = (*LATENT_SIZES, *IMAGE_SIZES), "4 channels beside another input are latents of a diffusion model"
-    trust = Trust.NAME if "name" in why else Trust.PLACE
+    trust = Trust.NAME if roles[pixels[0]][1] == BY_NAME else Trust.PLACE
     stride = metadata.number(STRIDE, 2, 128)
     group = Group(pixels, "image", (), stride[0] if stride else 1)
     group = group.put(*(Guess(fitted(pair), "another usual size", Trust.SPARE) for pair in usual[1:]))

@@ -96,6 +96,20 @@ def test_a_letter_behind_the_batch_is_no_batch() -> None:
     assert chosen(model).sizes == {"x": (1, 64, 3)}
 
 
+def test_names_that_are_computed_from_others() -> None:
+    """torch writes 2*s1 where it found out."""
+    model = image("[s0,3,s1,wide]")
+    model.graph.input[0].type.tensor_type.shape.dim[3].dim_param = "2*s1"
+    assert chosen(model).sizes == {"x": (1, 3, 224, 448)}
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_param = "s9 // 0"
+    assert chosen(model).sizes == {"x": (1, 3, 224, 224)}, "of what nobody knows"
+
+
+def test_an_input_called_name_is_no_name() -> None:
+    model = parse("(float[?,3,?,?] name) => (float[a,b,c,d] y) { y = Relu(name) }")
+    assert "axis 2 of 'name' is 224 and axis 3 of 'name' is 224, by their place in 'name'" in chosen(model).why
+
+
 def test_metadata_are_read_however_they_are_written() -> None:
     model = image()
     for text, sizes in (
