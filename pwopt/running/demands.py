@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import onnx
@@ -89,7 +90,10 @@ class Constants:
         tensor = self.tensors.get(name)
         if tensor is None or tensor.data_location == onnx.TensorProto.EXTERNAL or np.prod(tensor.dims) > SMALL:
             return None
-        values = numpy_helper.to_array(tensor)
+        try:
+            values = numpy_helper.to_array(tensor)
+        except (ValueError, TypeError):  # not as many as it says, or of no type
+            return None
         return values.reshape(-1).tolist() if values.dtype.kind in "iu" else None
 
 
@@ -104,7 +108,7 @@ def demands(model: onnx.ModelProto) -> list[Demand]:
 
 
 def _of(node: onnx.NodeProto, constants: Constants) -> Iterator[Demand]:
-    settings = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    settings = _settings(node)
     x, weights = node.input[0], constants.shape(node.input[1]) if len(node.input) > 1 else None
     by = f"the weights of {node.op_type}"
     if node.op_type in ("Conv", "ConvTranspose") and weights is not None and len(weights) > 2:
@@ -114,9 +118,9 @@ def _of(node: onnx.NodeProto, constants: Constants) -> Iterator[Demand]:
     elif node.op_type == "MatMul":
         if weights:
             yield Demand(x, -1, weights[-2] if len(weights) > 1 else weights[0], True, by)
-        elif left := constants.shape(x):
+        elif len(node.input) > 1 and (left := constants.shape(x)):
             yield Demand(node.input[1], -2 if len(left) > 1 else 0, left[-1], True, by)
-    elif node.op_type in ("LSTM", "GRU", "RNN") and weights is not None:
+    elif node.op_type in ("LSTM", "GRU", "RNN") and weights is not None and len(weights) == 3:
         yield Demand(x, 2, weights[2], True, by)
     elif node.op_type in ("BatchNormalization", "InstanceNormalization") and weights:
         yield Demand(x, 1, weights[0], True, by)
@@ -138,6 +142,12 @@ def _of(node: onnx.NodeProto, constants: Constants) -> Iterator[Demand]:
             yield Demand(x, axis, 1, True, "a Squeeze")
 
 
+def _settings(node: onnx.NodeProto) -> dict[str, Any]:
+    """Attributes that are integers, or several."""
+    several = {a.name: list(a.ints) for a in node.attribute if a.type == onnx.AttributeProto.INTS}
+    return {**several, **{a.name: a.i for a in node.attribute if a.type == onnx.AttributeProto.INT}}
+
+
 def rank(model: onnx.ModelProto, name: str) -> tuple[int, str] | None:
     """How many axes an input has by the nodes that read it, and which one says so; None if none does."""
     constants = Constants(model)
@@ -153,7 +163,7 @@ def rank(model: onnx.ModelProto, name: str) -> tuple[int, str] | None:
 
 def _rank(node: onnx.NodeProto, index: int, constants: Constants) -> tuple[int, bool]:
     """The rank of what a node reads at some place, 0 if it does not say; and whether it must be that."""
-    settings = {a.name: onnx.helper.get_attribute_value(a) for a in node.attribute}
+    settings = _settings(node)
     weights = constants.shape(node.input[1]) if len(node.input) > 1 else None
     if index == 0 and node.op_type in ("Conv", "ConvTranspose") and weights:
         return len(weights), True
@@ -189,7 +199,7 @@ def largest_index(model: onnx.ModelProto, name: str, types: Types) -> int | None
     lengths = []
     for node, index in uses(model, name, MOVES):
         length: Dim = None
-        settings = {a.name: a.i for a in node.attribute}
+        settings = _settings(node)
         if node.op_type in ("Gather", "GatherElements") and index == 1:
             table = types.get(node.input[0], (0, None))[1]
             axis = settings.get("axis", 0)
@@ -207,7 +217,7 @@ def reads_waveform(model: onnx.ModelProto, name: str) -> bool:
     """Whether what first looks at an input is a short-time Fourier transform, or a 1-D filter of one channel or two."""
     constants = Constants(model)
     for node, index in uses(model, name, KEEPS | MOVES | BROADCASTS | {"Pad"}):
-        weights = constants.shape(node.input[1]) if node.op_type == "Conv" else None
+        weights = constants.shape(node.input[1]) if node.op_type == "Conv" and len(node.input) > 1 else None
         if weights is not None and index == 0:
             return len(weights) == 3 and weights[1] in (1, 2)
         if node.op_type in ("STFT", "DFT"):

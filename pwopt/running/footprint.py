@@ -94,7 +94,7 @@ def _bytes(types: Types, name: str) -> int | None:
 
 def _macs(node: onnx.NodeProto, types: Types) -> int:
     """Of convolutions and matrix products; 0 for anything else, and where sizes are not known."""
-    if node.op_type not in ("Conv", "ConvTranspose", "MatMul", "Gemm") or len(node.input) < 2:
+    if node.op_type not in ("Conv", "ConvTranspose", "MatMul", "Gemm") or len(node.input) < 2 or not node.output:
         return 0
     read, weights, made = (known(types.get(n, (0, None))[1]) for n in (*node.input[:2], node.output[0]))
     if not read or not weights or not made:
