@@ -191,4 +191,4 @@ def test_without_verification_a_result_that_does_not_load_is_told(
         "Not verified (as asked). The result cannot be used: onnxruntime does not load the model: "
     )
     fine = pwopt.optimize(MODELS / "linear_sequence.onnx", tmp_path / "fine.onnx", check=False)
-    assert fine.report.notes[-1] == "Not verified (as asked)."
+    assert "Not verified (as asked)." in fine.report.notes
