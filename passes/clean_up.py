@@ -16,7 +16,7 @@ from pwopt.graph.constants import MAX_GROWTH_BYTES, NEGLIGIBLE_BYTES, evaluate
 from pwopt.graph.shapes import known
 from pwopt.graph.values import Entries, entries, extents
 from pwopt.maps import forms
-from pwopt.rewriting.driver import Pass, Rewriter, describe
+from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 
 #: Elements of the largest tensor that numpy can describe in 4 bytes each.
