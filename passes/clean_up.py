@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 
+from pwopt.algebra import zeros
 from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
@@ -16,6 +17,8 @@ from pwopt.graph.constants import MAX_GROWTH_BYTES, NEGLIGIBLE_BYTES, evaluate
 from pwopt.graph.shapes import known
 from pwopt.graph.values import Entries, entries, extents
 from pwopt.maps import forms
+from pwopt.maps.scales import adds_nothing, subtracts_from_nothing
+from pwopt.maps.signed_zeros import told_apart
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 
@@ -42,6 +45,8 @@ BROADCASTING = frozenset(
 )
 #: Elements of the largest weight that is compared with the identity: an adjacency of a thousand nodes.
 MAX_COMPARED = 1 << 20
+#: Operators that may begin a sum with +0: onnx says neither where a sum starts nor in which order it goes on.
+SUMS = frozenset({*forms.WEIGHTED_OPS, "AveragePool", "BatchNormalization", "ReduceMean", "ReduceSum"})
 
 
 class CleanUp(Pass):
@@ -56,6 +61,10 @@ class CleanUp(Pass):
 
     def __init__(self) -> None:
         self._growth = MAX_GROWTH_BYTES
+        self._told: dict[int, str] | None = None
+
+    def start(self, rw: Rewriter) -> None:
+        self._told = None
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
         op = rw.op(node)
@@ -68,19 +77,40 @@ class CleanUp(Pass):
         reason = does_nothing(rw, node, op)
         if reason:
             return self._bypass(node, rw, reason)
+        if op == "Sub" and subtracts_from_nothing(rw, node):
+            return self._negated(node, rw)
         if op in ("Expand", "Tile", "ConstantOfShape") and _only_broadcasts(rw, node, op):
             return self._unbroadcast(node, rw, op)
         if op in FOLDABLE:
             return self._fold(node, rw, op)
         return None
 
+    def _told_apart(self, rw: Rewriter) -> dict[int, str]:
+        """Who tells −0 from +0, found when it is first asked for; what this pass does leaves that as it is."""
+        if self._told is None:
+            self._told = told_apart(rw)
+        return self._told
+
+    def _negated(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip:
+        teller = self._told_apart(rw).get(id(node.outputs[0]))
+        if teller:
+            return Skip(f"0 − x is +0 for both zeros, −x is not, and {teller} tells them apart")
+        new = gs.Node("Neg", node.name, {}, [node.inputs[1]], list(node.outputs))
+        return rw.replace([node], [new], "0 − x is −x")
+
     def _bypass(self, node: gs.Node, rw: Rewriter, reason: str) -> Rewrite | Skip:
+        told, output = {} if _keeps_zeros(rw, node) else self._told_apart(rw), node.outputs[0]
+        teller = told.get(id(output))
+        if teller:
+            return Skip(f"{reason}, but may make +0 of −0, and {teller} tells them apart")
         source = (
             node.inputs[0]
             if rw.op(node) not in ("Mul", "Add", "MatMul")
             else next(t for t in node.inputs if rw.constant(t) is None)
         )
         done = rw.drop(node, source, reason)
+        if self._told and id(source) in self._told:  # of the two, either may be the one that is left
+            self._told[id(output)] = self._told[id(source)]
         return done or Skip(f"{reason}, but it joins two tensors that must both stay visible")
 
     def _unbroadcast(self, node: gs.Node, rw: Rewriter, op: str) -> Rewrite | Skip:
@@ -168,7 +198,9 @@ def does_nothing(rw: Rewriter, node: gs.Node, op: str) -> str:
         return ""
     if op == "Identity" or (op == "Dropout" and attributes.inactive_dropout(rw, node)):
         return f"{op} passes its input on"
-    if op in ("Mul", "Div", "Add", "Sub", "BatchNormalization"):
+    if op in ("Add", "Sub"):
+        return f"{op} by a constant that changes nothing" if adds_nothing(rw, node) else ""
+    if op in ("Mul", "Div", "BatchNormalization"):
         reading = forms.linear(rw, node)
         step = reading.load() if reading is not None and reading.kind == "diagonal" else None
         same = isinstance(step, LinearMap) and np.all(step.scale == 1) and not step.geometry.biased
@@ -207,6 +239,16 @@ def does_nothing(rw: Rewriter, node: gs.Node, op: str) -> str:
         single = axes is not None and bool(axes) and all(before[a] == 1 for a in axes)
         return f"{op} over axes of size 1" if single and node.attrs.get("keepdims", 1) else ""
     return ""
+
+
+def _keeps_zeros(rw: Rewriter, node: gs.Node) -> bool:
+    """Whether a node that does nothing leaves even the sign of a zero alone: where it adds something, that is +0."""
+    found = adds_nothing(rw, node)
+    if found is not None:
+        return zeros.keeps(found[1])
+    if rw.is_a(node, "Resize", "Upsample"):
+        return node.attrs.get("mode", "nearest") in ("nearest", b"nearest")
+    return not rw.is_a(node, *SUMS)
 
 
 def _identity(rw: Rewriter, node: gs.Node) -> bool:

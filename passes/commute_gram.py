@@ -13,6 +13,7 @@ from pwopt.maps import commute, emit, forms
 from pwopt.maps.forms import Reading
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
+from pwopt.rewriting.wording import dearer
 
 #: Largest ratio of singular values of W: (Wx)(Wx)ᵀ rounds relative to ‖W‖‖x‖·‖Wx‖, and W(x·xᵀ)Wᵀ to ‖W‖²‖x‖², which is
 #: at most this many times as much (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.5).
@@ -55,7 +56,7 @@ class CommuteGram(Pass):
             return None
         before, after = (m * n + m * m) * places, n * n * places + m * n * n + m * m * n
         if after >= before:
-            return Skip(f"behind the Gram matrix, {n}→{m} would cost {after / before:.2f}× the multiply-adds")
+            return Skip(f"behind the Gram matrix, {n}→{m} would cost {dearer(before, after)}")
         return _write(rw, node, reading, rows, flatten)
 
 

@@ -17,6 +17,7 @@ from pwopt.maps.forms import Reading
 from pwopt.maps.paths import relative_places
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
+from pwopt.rewriting.wording import dearer
 
 #: Chains are planned exactly up to this many maps at a time; longer ones in such pieces, then again.
 MAX_CHAIN = 64
@@ -223,11 +224,9 @@ def _refusal_to_join(chain: Chain, index: int) -> str:
 def _times(pair: list[Reading], composed: Geometry, places: list[float]) -> str:
     separate = sum(price(r.geometry, p) for r, p in zip(pair, places, strict=True) if r.weighted)
     joined = price(composed, places[0] if pair[0].geometry.transposed else places[1])
-    ratio = joined / separate if separate else float("inf")
     a, b = pair
     widths = f"{a.geometry.in_channels}→{a.geometry.out_channels}→{b.geometry.out_channels}"
-    absolute = f" ({separate:,.0f} → {joined:,.0f})" if max(places) > 1 else ""
-    return f"folding {widths} would cost {ratio:.2f}× the multiply-adds{absolute}"
+    return f"folding {widths} would cost {dearer(separate, joined, absolute=max(places) > 1)}"
 
 
 def _price_tag(rw: Rewriter, before: Reading, after: Reading) -> str:

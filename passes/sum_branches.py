@@ -16,6 +16,7 @@ from pwopt.maps.cost import price
 from pwopt.maps.paths import Path, trace
 from pwopt.rewriting.driver import Pass, Rewriter, describe
 from pwopt.rewriting.records import Rewrite, Skip
+from pwopt.rewriting.wording import dearer
 
 #: Sums of more terms are summed in pieces.
 MAX_TERMS = 32
@@ -191,8 +192,7 @@ def _cheapest(branches: Sequence[Branch]) -> tuple[Branch | None, str]:
                 pair = Branch((*b.terms, *a.terms), geometry, a.separate + b.separate)
                 saved = a.together + b.together - pair.together
                 if saved < 0:
-                    times = pair.together / max(a.together + b.together, 1.0)
-                    reason = f"joining the branches would cost {times:.2f}× the multiply-adds"
+                    reason = f"joining the branches would cost {dearer(a.together + b.together, pair.together)}"
                 elif best is None or saved > best[0]:
                     best = (saved, i, j, pair)
         if best is None:

@@ -8,15 +8,18 @@ Algorithms", 2002: a backward stable result is the exact one for slightly differ
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from pwopt.algebra import Values
 from pwopt.errors import ModelError
-from pwopt.evidence.metrics import Agreement, Histogram, agreement
+from pwopt.evidence.metrics import Agreement, Histogram, agreement, unsettled
 from pwopt.graph.dtypes import floating
+from pwopt.rewriting.wording import counted
 from pwopt.running.runtime import Feeds, Session
 from pwopt.running.samples import Sample
 
@@ -30,7 +33,7 @@ EXCUSED = 32.0
 #: Figures of an `Agreement` that an `OutputCheck` reports.
 FIGURES = (
     "max_abs", "max_rel", "mean_abs", "mismatch", "scale", "resolution", "ulp", "ulp_p99", "cosine", "snr_db", "top1",
-    "top5", "histogram", "scatter", "compared",
+    "top5", "histogram", "scatter", "compared", "left_out",
 )  # fmt: skip
 
 
@@ -58,6 +61,8 @@ class OutputCheck:
         The sample that decided.
     compared : int
         Elements held against each other, over all samples; 0 if shapes or types differ.
+    left_out : int
+        Elements that are no evidence, over all samples: NaN or infinite in one run of the original and not in another.
     """
 
     name: str
@@ -83,11 +88,12 @@ class OutputCheck:
     noise: Agreement = field(default_factory=Agreement)
     sample: str = ""
     compared: int = 0
+    left_out: int = 0
 
     def explain(self) -> str:
-        """What to say about it in a sentence."""
+        """What it does, as the rest of a sentence about it."""
         if (self.mismatch and not self.max_abs) or not np.isfinite(self.max_abs):
-            return self.reason
+            return f"differs ({self.reason})"
         return f"deviates by {self.max_abs:.3g} (noise floor {self.floor:.3g}): {self.reason}"
 
 
@@ -124,7 +130,7 @@ class Difference:
 
     def explain(self) -> str:
         """Where, and what to do about it, in a sentence."""
-        said = f"the first tensor that differs is {self.tensor!r}, made by {self.node}, which {self.check.explain()}"
+        said = f"the first tensor that differs is {self.tensor!r}, made by {self.node}; it {self.check.explain()}"
         if not self.sites:
             return said
         return f"{said}; made by {', '.join(self.sites)}: try {' '.join(f'--deny {s!r}' for s in self.sites)}"
@@ -177,6 +183,15 @@ class Equivalence:
     difference: Difference | None = None
     laws: tuple[LawCheck, ...] = ()
 
+    def remarks(self) -> Iterator[str]:
+        """What the verdicts leave out, in a sentence for each output concerned."""
+        for o in self.outputs:
+            if o.left_out:
+                yield (
+                    f"Output {o.name!r}: {counted(o.left_out, 'element')} left out, beside {o.compared:,} compared; "
+                    "the original is NaN or infinite there in one run and not in another."
+                )
+
     def worst(self) -> OutputCheck | None:
         return max(
             self.outputs, key=lambda o: (not o.passed, o.max_abs / o.floor if o.floor else o.max_abs), default=None
@@ -193,7 +208,7 @@ def judge(
     """
     if candidate.note:
         return False, candidate.note
-    nothing = Agreement()  # an original that disagrees with itself about NaN or shapes is no yardstick
+    nothing = Agreement()  # an original that disagrees with itself about shapes is no yardstick
     floor, moved = (nothing if a.note else a for a in (floor, moved))
     own = max(floor.mismatch, moved.mismatch)
     if discrete:
@@ -268,11 +283,13 @@ def compare(
     asked = rtol is not None or atol is not None
     tallies = {name: _Tally(name, asked) for name in original.outputs}
     for sample in samples:
-        reference = _named(original, sample.feeds)
-        floor = _agreements(reference, _named(plain, sample.feeds), rtol, atol, brief)
-        moved = _agreements(reference, _named(original, nudge(sample.feeds)), rtol, atol, brief=True)
+        reference, bare = _named(original, sample.feeds), _named(plain, sample.feeds)
+        near = _named(original, nudge(sample.feeds))
+        without = {name: unsettled(value, bare[name], near[name]) for name, value in reference.items()}
+        against = functools.partial(_agreements, reference, rtol=rtol, atol=atol, without=without)
+        floor, moved = against(bare, brief=brief), against(near, brief=True)
         try:
-            found = _agreements(reference, _named(candidate, sample.feeds), rtol, atol, brief)
+            found = against(_named(candidate, sample.feeds), brief=brief)
         except ModelError as error:
             found = dict.fromkeys(reference, Agreement.none(f"the candidate fails where the original runs: {error}"))
         for name, value in reference.items():
@@ -289,9 +306,18 @@ def _named(session: Session, feeds: Feeds) -> dict[str, Any]:
 
 
 def _agreements(
-    reference: dict[str, Any], values: dict[str, Any], rtol: float | None, atol: float | None, brief: bool
+    reference: dict[str, Any],
+    values: dict[str, Any],
+    *,
+    rtol: float | None,
+    atol: float | None,
+    brief: bool,
+    without: Mapping[str, Values | None],
 ) -> dict[str, Agreement]:
-    return {name: agreement(value, values[name], rtol, atol, brief=brief) for name, value in reference.items()}
+    return {
+        name: agreement(value, values[name], rtol, atol, brief=brief, without=without[name])
+        for name, value in reference.items()
+    }
 
 
 def nudge(feeds: Feeds) -> Feeds:

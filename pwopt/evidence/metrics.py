@@ -6,14 +6,14 @@ Everything is computed piece by piece, so that outputs of any size need little m
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
 from pwopt.algebra import Array, Values
-from pwopt.graph.dtypes import epsilon, floating
+from pwopt.graph.dtypes import epsilon, floating, overflow
 
 #: Elements that are looked at together.
 PIECE = 1 << 18
@@ -25,6 +25,9 @@ PAIRS = 500
 EDGES = tuple(float(e) for e in np.arange(-17.0, 9.5, 0.5))
 #: Default relative and absolute tolerance by type: a few hundred roundings.
 TOLERANCES = {"float64": (1e-9, 1e-10), "float32": (1e-4, 1e-5), "float16": (1e-2, 1e-3), "bfloat16": (5e-2, 1e-2)}
+
+#: Why outputs cannot be compared that are not finite at the same places.
+ELSEWHERE = "NaN or infinity at different places"
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,10 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a value is from a reference of the same shape and type, elements that are finite in both.
+    """How far a value is from a reference of the same shape and type, over the elements that are finite.
+
+    An infinity against a finite number of its sign that is at least half as large as the smallest number that the type
+    rounds to infinity counts as that one: all that it says is that the value lies beyond.
 
     Attributes
     ----------
@@ -75,8 +81,8 @@ class Agreement:
         Whether every deviation is within the tolerance.
     note : str
         Why they cannot be compared at all, or "".
-    size, compared : int
-        Number of elements, and of those that are finite.
+    size, compared, left_out : int
+        Number of elements, of those that are finite, and of those that are no evidence (see `unsettled`).
     """
 
     max_abs: float = 0.0
@@ -97,6 +103,7 @@ class Agreement:
     note: str = ""
     size: int = 0
     compared: int = 0
+    left_out: int = 0
 
     def worse(self, other: Agreement) -> Agreement:
         """The worse of every figure of two samples."""
@@ -119,6 +126,7 @@ class Agreement:
             self.note or other.note,
             self.size + other.size,
             self.compared + other.compared,
+            self.left_out + other.left_out,
         )
 
     @classmethod
@@ -131,8 +139,47 @@ def _either(choose: Callable[[float, float], float], a: float | None, b: float |
     return b if a is None else a if b is None else choose(a, b)
 
 
+def unsettled(reference: Any, *others: Any) -> Values | None:
+    """Where runs of one model disagree about NaN and infinities: these places are no evidence against another model.
+
+    Such as sums at the edge of float16, which one order of summation takes beyond 65,504 and another does not.
+
+    Parameters
+    ----------
+    reference, others : array, or what else onnxruntime returns
+        One output of each run; one of another shape or type is left out of account.
+
+    Returns
+    -------
+    array of bool or None
+        Of the shape of `reference`; None if they agree everywhere.
+    """
+    if not isinstance(reference, np.ndarray) or not floating(reference.dtype):
+        return None
+    form = reference.shape, reference.dtype
+    alike = [o for o in others if isinstance(o, np.ndarray) and (o.shape, o.dtype) == form]
+    apart = np.zeros(reference.size, bool)
+    for i, pieces in enumerate(_pieces(reference, *alike)):
+        first, *rest = (_special(p.astype(np.float64)) for p in pieces)
+        for other in rest:
+            apart[i * PIECE : i * PIECE + first.size] |= ~((first == other) | (np.isnan(first) & np.isnan(other)))
+    return apart.reshape(reference.shape) if apart.any() else None
+
+
+def _special(x: Array) -> Array:
+    """NaN and infinities, and 0 for whatever is finite."""
+    special: Array = np.where(np.isfinite(x), 0.0, x)
+    return special
+
+
 def agreement(
-    reference: Any, value: Any, rtol: float | None = None, atol: float | None = None, *, brief: bool = False
+    reference: Any,
+    value: Any,
+    rtol: float | None = None,
+    atol: float | None = None,
+    *,
+    brief: bool = False,
+    without: Values | None = None,
 ) -> Agreement:
     """Compare two outputs.
 
@@ -145,6 +192,8 @@ def agreement(
         root mean square of the reference or 1 if that is smaller. A given `atol` is taken as it is, s = 1.
     brief : bool
         Leave out what no verdict needs: rounding steps, rankings, histogram and scatter.
+    without : array of bool, optional
+        Elements to leave out, as `unsettled` finds them.
     """
     if not isinstance(reference, np.ndarray) or not isinstance(value, np.ndarray):
         same = _plain(reference) == _plain(value)
@@ -158,7 +207,7 @@ def agreement(
         return Agreement()
     if not floating(reference.dtype):
         return _discrete(reference, value)
-    return _continuous(reference, value, rtol, atol, brief)
+    return _continuous(reference, value, rtol, atol, brief, without)
 
 
 def _plain(value: Any) -> Any:
@@ -190,21 +239,45 @@ def _discrete(reference: Values, value: Values) -> Agreement:
     )  # fmt: skip
 
 
-def _continuous(reference: Values, value: Values, rtol: float | None, atol: float | None, brief: bool) -> Agreement:
-    scale, squares, compared = 0.0, 0.0, 0
-    for a, b in _pieces(reference, value):
-        x, y = a.astype(np.float64), b.astype(np.float64)
-        finite = np.isfinite(x)
-        if not np.array_equal(np.where(finite, 0, x), np.where(np.isfinite(y), 0, y), equal_nan=True):
-            return Agreement.none("NaN or infinity at different places", reference.size)
-        scale = max(scale, float(np.max(np.abs(x), where=finite, initial=0.0)))
-        compared += int(np.sum(finite))
+def _finite(pieces: Sequence[Values]) -> tuple[Array, Array, Values, Values]:
+    """Two pieces' elements that can be subtracted, in float64 and as they are; a third says which to leave out.
+
+    Raises
+    ------
+    ValueError
+        If NaN or infinities remain in one of them only.
+    """
+    a, b = pieces[:2]
+    if len(pieces) > 2:
+        a, b = a[~pieces[2]], b[~pieces[2]]
+    x, y = a.astype(np.float64), b.astype(np.float64)
+    limit = overflow(a.dtype)
+    edge = (np.isinf(x) != np.isinf(y)) & (np.sign(x) == np.sign(y)) & (np.minimum(np.abs(x), np.abs(y)) >= limit / 2)
+    x, y = (np.where(edge, np.clip(v, -limit, limit), v) for v in (x, y))
+    if not np.array_equal(_special(x), _special(y), equal_nan=True):
+        raise ValueError
+    finite = np.isfinite(x)
+    return x[finite], y[finite], a[finite], b[finite]
+
+
+def _continuous(
+    reference: Values, value: Values, rtol: float | None, atol: float | None, brief: bool, without: Values | None
+) -> Agreement:
+    arrays = (reference, value) if without is None else (reference, value, without)
+    left_out = 0 if without is None else int(np.sum(without))
+    scale, reach, squares, compared = 0.0, 0.0, 0.0, 0
+    try:
+        for x, y, *_ in map(_finite, _pieces(*arrays)):
+            scale = max(scale, float(np.max(np.abs(x), initial=0.0)))
+            reach = max(reach, scale, float(np.max(np.abs(y), initial=0.0)))
+            compared += x.size
+    except ValueError:
+        return replace(Agreement.none(ELSEWHERE, reference.size), left_out=left_out)
     if not compared:
-        return Agreement(size=reference.size)
-    unit = scale or 1.0  # squares of float64's largest numbers would overflow
-    for (a,) in _pieces(reference):
-        x = a.astype(np.float64) / unit
-        squares += float(np.sum(np.square(x, where=np.isfinite(x), out=np.zeros_like(x))))
+        return Agreement(size=reference.size, left_out=left_out)
+    unit = reach or 1.0  # squares of float64's largest numbers would overflow
+    for x, *_ in map(_finite, _pieces(*arrays)):
+        squares += float(np.sum((x / unit) ** 2))
     default = TOLERANCES.get(str(reference.dtype), TOLERANCES["float32"])
     rtol = default[0] if rtol is None else rtol
     atol = default[1] * min(1.0, unit * math.sqrt(squares / compared)) if atol is None else atol
@@ -212,9 +285,7 @@ def _continuous(reference: Values, value: Values, rtol: float | None, atol: floa
     worst, relative, total, unequal, steps = 0.0, 0.0, 0.0, 0, 0.0
     product, others, noise, within = 0.0, 0.0, 0.0, True
     bins, zero = np.zeros(len(EDGES) - 1, np.int64), 0
-    for a, b in _pieces(reference, value):
-        finite = np.isfinite(a.astype(np.float64))
-        x, y = a[finite].astype(np.float64), b[finite].astype(np.float64)
+    for x, y, a, b in map(_finite, _pieces(*arrays)):
         if not x.size:
             continue
         error = np.abs(x - y)
@@ -227,12 +298,13 @@ def _continuous(reference: Values, value: Values, rtol: float | None, atol: floa
         others += float(np.sum((y / unit) ** 2))
         noise += float(np.sum((error / unit) ** 2))
         if not brief:
-            steps = max(steps, float(np.max(ulps(a[finite], b[finite]))))
+            steps = max(steps, float(np.max(ulps(a, b))))
             bins += np.histogram(np.clip(np.log10(wrong), EDGES[0], EDGES[-1]), EDGES)[0]
     found = Agreement(
         max_abs=worst, mean_abs=total / compared, max_rel=relative, mismatch=unequal / reference.size, scale=scale,
         resolution=scale * epsilon(reference.dtype), cosine=_cosine(product, squares, others),
         snr_db=_decibels(squares, noise), within=within, size=reference.size, compared=compared,
+        left_out=left_out,
     )  # fmt: skip
     if brief:
         return found
@@ -264,7 +336,7 @@ def _drawn(reference: Values, value: Values, most: int) -> tuple[Values, Values]
     if a.size > most:
         picks = np.sort(np.random.default_rng(0).integers(0, a.size, most))
         a, b = a[picks], b[picks]
-    finite = np.isfinite(a.astype(np.float64))
+    finite = np.isfinite(a.astype(np.float64)) & np.isfinite(b.astype(np.float64))
     return a[finite], b[finite]
 
 
@@ -286,7 +358,7 @@ def _ranking(reference: Values, value: Values) -> tuple[float | None, float | No
     classes, firsts, overlap, positions = reference.shape[axis], 0, 0.0, 0
     for a, b in _rows(np.moveaxis(reference, axis, -1), np.moveaxis(value, axis, -1)):
         x, y = a.astype(np.float64), b.astype(np.float64)
-        whole = np.all(np.isfinite(x), axis=1)
+        whole = np.all(np.isfinite(x) & np.isfinite(y), axis=1)
         x, y = x[whole], y[whole]
         every = np.arange(len(x))
         firsts += int(np.sum(x[every, np.argmax(y, axis=1)] == np.max(x, axis=1, initial=-np.inf)))

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+import sys
+from functools import cache
 from typing import Any
 
 import ml_dtypes
@@ -34,3 +37,12 @@ def cancelling(dtype: np.dtype[Any] | None) -> float:
 def floating(dtype: np.dtype[Any]) -> bool:
     """Whether a type has a floating point, those that numpy lacks included (bfloat16, float8)."""
     return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))
+
+
+@cache
+def overflow(dtype: np.dtype[Any]) -> float:
+    """The smallest number that a floating-point type rounds to infinity: half a unit beyond its largest (IEEE 754-2019,
+    section 7.4). float64's largest for float64, where nothing lies between."""
+    info: Any = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+    largest = float(info.max)
+    return min(largest + math.ldexp(float(info.eps), math.frexp(largest)[1] - 1) / 2, sys.float_info.max)

@@ -125,9 +125,11 @@ class View:
         """Why this tensor's value must stay observable, else ""."""
         if id(tensor) in self._outputs:
             return f"{tensor.name!r} is a graph output"
-        if tensor.name in self._captured:
-            return f"{tensor.name!r} is read inside a control-flow body"
-        return ""
+        return f"{tensor.name!r} is read inside a control-flow body" if self.captured(tensor) else ""
+
+    def captured(self, tensor: gs.Tensor) -> bool:
+        """Whether a control-flow body reads this tensor."""
+        return tensor.name in self._captured
 
     def sole_reader(self, tensor: gs.Tensor) -> gs.Node | None:
         """The only observer of `tensor`, if there is just one and it is a node."""

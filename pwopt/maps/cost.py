@@ -38,6 +38,13 @@ class Cost:
     macs: int
     unknown: int
 
+    def change(self, after: Cost) -> float | None:
+        """Relative change of the multiply-adds; None where the two counts are not of the same operators.
+
+        What becomes known, since a size was settled on the way, is no more work than before.
+        """
+        return (after.macs - self.macs) / self.macs if self.macs and self.unknown == after.unknown else None
+
 
 NOTHING = Cost(0, 0, 0, 0)
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_graphsurgeon as gs
 
-from pwopt.algebra import Array
+from pwopt.algebra import Array, zeros
 from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
@@ -76,28 +76,54 @@ def _channel_constant(
     return (value.reshape(-1), axis) if view.dim(source, axis) == elements else None
 
 
-@reads("Mul", "Div", "Add", "Sub")
-def read_arithmetic(view: View, node: gs.Node) -> Result:
-    """A scale or a shift by a constant; an Add after its own MatMul is that MatMul's bias."""
+def _operands(view: View, node: gs.Node) -> tuple[gs.Tensor, Array, int | None, bool] | None:
+    """Data of an arithmetic operator, its constant per channel, the channel axis, and whether the constant is first."""
     if len(node.inputs) != 2:
         return None
     sides = [view.constant(t) is not None for t in node.inputs]
     if sides[0] == sides[1]:
         return None
-    index = 0 if sides[1] else 1
-    source, constant = node.inputs[index], node.inputs[1 - index]
+    source, constant = node.inputs if sides[1] else node.inputs[::-1]
     found = _channel_constant(view, node, constant, source)
+    return None if found is None else (source, *found, sides[0])
+
+
+def adds_nothing(view: View, node: gs.Node) -> tuple[gs.Tensor, Array] | None:
+    """The tensor to which a zero is added or from which it is subtracted, and what is added: +0 or −0 per channel."""
+    found = _operands(view, node) if view.is_a(node, "Add", "Sub") else None
+    if found is None or (node.op == "Sub" and found[3]) or not found[1].size or np.any(found[1]):
+        return None
+    return found[0], -found[1] if node.op == "Sub" else found[1]
+
+
+def subtracts_from_nothing(view: View, node: gs.Node) -> bool:
+    """Whether a node is +0 − x of the shape of x, which is −x but for the sign of a zero."""
+    found = _operands(view, node) if view.is_a(node, "Sub") else None
+    return found is not None and found[3] and not np.any(found[1]) and zeros.joins(found[1])
+
+
+@reads("Mul", "Div", "Add", "Sub")
+def read_arithmetic(view: View, node: gs.Node) -> Result:
+    """A scale or a shift by a constant; an Add after its own MatMul is that MatMul's bias.
+
+    A shift of +0 is none: it makes +0 of −0. `clean-up` drops it where nothing tells them apart, and writes 0 − x as −x
+    there.
+    """
+    found = _operands(view, node)
     if found is None:
         return None
-    value, axis = found
+    source, value, axis, first = found
     op, one, zero = node.op, np.ones_like(value), np.zeros_like(value)
+    nothing = op in ("Add", "Sub") and value.size and not np.any(value)
+    if nothing and not zeros.keeps(-value if op == "Sub" and not first else value):
+        return Refusal("adding +0 makes +0 of −0")
     if op == "Add":
         return _matmul_bias(view, node, source, value, axis) or diagonal(node, source, one, value, axis)
     if op == "Sub":
-        return diagonal(node, source, one, -value, axis) if index == 0 else diagonal(node, source, -one, value, axis)
+        return diagonal(node, source, -one, value, axis) if first else diagonal(node, source, one, -value, axis)
     if op == "Mul":
         return diagonal(node, source, value, zero, axis)
-    if index == 1:
+    if first:
         return None  # constant / x
     with np.errstate(divide="ignore"):
         return diagonal(node, source, 1.0 / value, zero, axis)

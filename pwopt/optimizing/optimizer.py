@@ -16,7 +16,7 @@ from pwopt.graph.files import Source, as_file, blaming, load, save
 from pwopt.graph.model import Model
 from pwopt.graph.storage import workspace
 from pwopt.optimizing.request import Request
-from pwopt.optimizing.subject import Subject, check_request, gather, plan
+from pwopt.optimizing.subject import Subject, check_request, check_sites, gather, plan
 from pwopt.optimizing.trial import Attempt, attempt
 from pwopt.optimizing.verdict import returned
 from pwopt.reporting.report import Report
@@ -100,6 +100,7 @@ def optimized(model: Source, request: Request) -> Result:
     check_request(request, path)
     request.progress("reading", 0.0)
     source = load(model)
+    check_sites(request.deny, source.proto, renamed=request.opset is not None or bool(source.proto.functions))
     with contextlib.ExitStack() as stack:
         stack.enter_context(blaming(source.proto))
         original = stack.enter_context(as_file(source if path is None else path))

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import onnx
 
 from pwopt.errors import UsageError
 from pwopt.graph.files import from_proto, with_fixed_inputs
@@ -20,6 +24,9 @@ from pwopt.running.sizes import Chosen, Sizes, likely_sizes, rounds, told
 from pwopt.running.worker import Worker
 from pwopt.selecting.compiler import select_passes, without_calls
 from pwopt.selecting.selection import Arena, Work
+
+#: Names at most that are suggested for one that is not there.
+NEAR = 3
 
 
 @dataclass(frozen=True)
@@ -77,6 +84,44 @@ def check_request(request: Request, path: Path | None) -> None:
         raise UsageError(f"a model cannot grow by {request.max_growth:g} of its size at most; give 0, 0.1 or more")
     if request.output is not None and path is not None and not request.force and same_file(request.output, path):
         raise UsageError(f"the output {str(request.output)!r} is the input; choose another, or force it")
+
+
+def check_sites(sites: Iterable[str], proto: onnx.ModelProto, *, renamed: bool) -> None:
+    """Refuse places to leave alone that no pass could name, before any work is done.
+
+    Parameters
+    ----------
+    sites : iterable of str
+        PASS:TENSOR each, the tensor one that a node makes, or that a pass makes and calls by another tensor's name and
+        a suffix.
+    proto : onnx.ModelProto
+    renamed : bool
+        Whether tensors may get other names before the first pass runs.
+
+    Raises
+    ------
+    UsageError
+        With the nearest names.
+    """
+    passes = [p.name for p in select_passes(None)]
+    tensors = dict.fromkeys(name for node in proto.graph.node for name in (*node.output, node.name) if name)
+    named = (*tensors, *(t.name for t in (*proto.graph.input, *proto.graph.initializer)))
+    made = tuple(f"{name}_" for name in named)
+    for site in sites:
+        name, colon, tensor = site.partition(":")
+        if name in passes and colon and (renamed or tensor in tensors or tensor.startswith(made)):
+            continue
+        if not colon:
+            wrong = "a site is a pass and a tensor, PASS:TENSOR"
+        elif name in passes:
+            wrong = f"no operator makes {tensor!r}"
+        else:
+            wrong = f"there is no pass {name!r}"
+        likely = [name] if name in passes else difflib.get_close_matches(name, passes, 1)
+        near = [tensor] if tensor in tensors else difflib.get_close_matches(tensor, tensors, NEAR, 0.5)
+        found = [repr(f"{p}:{t}") for p in likely for t in near]
+        hint = f"did you mean {' or '.join(found)}?" if found else "--details lists the sites of a model"
+        raise UsageError(f"there is no place {site!r} to leave alone: {wrong}; {hint}")
 
 
 def same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:

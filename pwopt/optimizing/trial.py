@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,7 +20,8 @@ from pwopt.optimizing.conditions import as_latency, others, respecting, timed
 from pwopt.optimizing.request import Request
 from pwopt.optimizing.subject import Subject
 from pwopt.optimizing.survival import alike, culprits
-from pwopt.reporting.report import Report, Timed
+from pwopt.reporting.report import Latency, Report, Timed
+from pwopt.rewriting.wording import counted
 from pwopt.running import bench, runtime
 from pwopt.running.providers import Provider
 from pwopt.selecting.selection import DEFECT, Arena, Choice, Work
@@ -30,6 +31,8 @@ MAX_ATTEMPTS = 8
 #: Microseconds to start an operator on a graphics card, from the framework's call to the kernel's first instruction; a
 #: launch alone takes 2 to 5 (NVIDIA, "Getting started with CUDA graphs", 2019).
 LAUNCH = 10.0
+#: Figures of the profiler and of the race that are this far apart are explained.
+PROFILE_APART = 1.25
 #: Operators on integers that stand for reals, besides those called QLinear….
 QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
 
@@ -154,7 +157,8 @@ def rewritten(subject: Subject, work: Work, choice: Choice, request: Request, bl
         report = report.noted(f"{uncertified} rewrites were refused by their certificates: {DEFECT}.")
     report = report.noted(*work.notes)
     guessed = request.static and subject.guessed
-    report = report.noted(*_notes(report, subject.source.proto, request.deny, guessed))
+    unseen = subject.guessed and subject.arena is None
+    report = report.noted(*_notes(report, subject.source.proto, request.deny, guessed, unseen))
     report = report.noted(*_inlined(subject.source.proto, proto), *_growth(report, subject.source.proto, proto))
     unfit = work.unfit() if request.measured else []
     if unfit:
@@ -178,9 +182,9 @@ class Pair:
 
     def operators(self) -> dict[str, dict[str, float]]:
         """Where the time goes in both, by operator, in milliseconds per run."""
-        models = {"before": self.original, "after": self.candidate}
         provider, threads, feeds = self.arena.provider, self.arena.threads, self.arena.samples[0].feeds
-        return {name: bench.operator_times(path, provider, threads, feeds) for name, path in models.items()}
+        before, after = bench.operator_times((self.original, self.candidate), provider, threads, feeds)
+        return {"before": before, "after": after}
 
 
 def verified(pair: Pair, report: Report, request: Request) -> Report:
@@ -202,8 +206,25 @@ def raced(pair: Pair, report: Report, request: Request) -> Report:
     race = pair.arena.race(
         [pair.original, pair.candidate], request.race_seconds, lambda done: request.progress("racing", done)
     )
-    report = replace(report, latency=as_latency(race), operators=pair.operators())
-    return report.noted(*_launches(report, pair.arena))
+    latency = as_latency(race)
+    report = replace(report, latency=latency, operators=pair.operators())
+    return report.noted(*_contradictions(latency, report.operators), *_launches(report, pair.arena))
+
+
+def _contradictions(latency: Latency, operators: Mapping[str, Mapping[str, float]] | None) -> Iterator[str]:
+    """Figures of the race that do not go together, each with why."""
+    if latency.contradiction():
+        yield latency.contradiction()
+    before, after = (sum(operators[which].values()) for which in ("before", "after")) if operators else (0.0, 0.0)
+    if not before or not after:
+        return
+    ratio = before / after / latency.speedup
+    if max(ratio, 1 / ratio, before / latency.before_ms, after / latency.after_ms) > PROFILE_APART:
+        yield (
+            f"The operators' times add up to {before:.3g} → {after:.3g} ms, and runs take {latency.before_ms:.3g} → "
+            f"{latency.after_ms:.3g} ms: the former are medians of {bench.PROFILED} other runs, under onnxruntime's "
+            "profiler, which costs time at every operator. They say where the time goes, the latter how much less."
+        )
 
 
 def _launches(report: Report, arena: Arena) -> Iterator[str]:
@@ -227,10 +248,19 @@ def _placed(equivalence: Equivalence, provider: str) -> Iterator[str]:
             yield f"{len(names)} operators ran on {other}, not on {provider}: {some}."
 
 
-def _notes(report: Report, proto: onnx.ModelProto, denied: Iterable[str], guessed: bool) -> Iterator[str]:
-    unknown = report.before.unknown
-    if unknown:
-        yield f"Multiply-adds leave out {unknown} operators whose sizes are not known; --shape may settle them."
+def _unknown(report: Report, unseen: bool) -> Iterator[str]:
+    """What the count of multiply-adds leaves out, and whether other sizes could change that."""
+    before, after = report.before.unknown, report.after.unknown
+    if before:
+        why = "; --shape may settle them" if unseen else ", whatever the inputs' sizes: they follow from values"
+        yield f"Multiply-adds leave out {counted(before, 'operator')} whose sizes are not known{why}."
+    if after != before:
+        yield f"In the result they leave out {counted(after, 'operator')}, so the two counts are not of the same work."
+
+
+def _notes(report: Report, proto: onnx.ModelProto, denied: Iterable[str], guessed: bool, unseen: bool) -> Iterator[str]:
+    """What a user should know of a rewritten model; `unseen` are sizes that were guessed, and on which nothing ran."""
+    yield from _unknown(report, unseen)
     found = Counter(n.op_type for n in proto.graph.node if n.op_type in QUANTISED or n.op_type.startswith("QLinear"))
     if found:
         listed = ", ".join(f"{count} {op}" for op, count in found.most_common())

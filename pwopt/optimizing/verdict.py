@@ -11,7 +11,7 @@ from pwopt.optimizing.conditions import slower_somewhere
 from pwopt.optimizing.request import Request
 from pwopt.optimizing.trial import Attempt
 from pwopt.passes import PASSES
-from pwopt.reporting.report import Latency, Report
+from pwopt.reporting.report import Candidate, Latency, Report
 from pwopt.rewriting.records import Skip
 
 #: A speed-up below this is explained.
@@ -42,9 +42,9 @@ def returned(tried: Callable[[bool], Attempt], original: onnx.ModelProto, reques
 
 def _why_little(report: Report) -> str:
     """One sentence on what is left to gain."""
-    before, after = report.before.macs, report.after.macs
-    if after < before:
-        return f"Multiply-adds fell by {1 - after / before:.1%}, but the rest of the model takes the time."
+    change = report.before.change(report.after)
+    if change is not None and change < 0:
+        return f"Multiply-adds fell by {-change:.1%}, but the rest of the model takes the time."
     folded = report.before.nodes - report.after.nodes
     went = f"most of the {folded} operators that went are ones that onnxruntime fuses itself"
     return f"The multiply-adds are all needed, and {went if folded else 'there was nothing to fold'}."
@@ -64,8 +64,9 @@ def _kept(done: Attempt, asked: str) -> Attempt:
 
 def _best(tried: Attempt, always: Attempt, original: onnx.ModelProto) -> Attempt:
     """The original, or the model with nothing but rewrites that always pay if that is faster than it beyond doubt."""
-    latency = tried.report.latency
-    assert latency is not None
+    raced = tried.report.latency
+    assert raced is not None
+    latency = raced
     which = "slower" if latency.interval[1] < 1.0 else "no faster beyond doubt"
     elsewhere = slower_somewhere(tried.report)
     if elsewhere is not None:
@@ -82,7 +83,12 @@ def _best(tried: Attempt, always: Attempt, original: onnx.ModelProto) -> Attempt
     if better:
         only = Attempt(always.proto, replace(always.report, skips=skips))
         return only.noted(f"{told}: only the rewrites that always pay were kept.")
-    report = replace(tried.report, rewrites=(), skips=skips, after=tried.report.before)
+    r = tried.report
+    candidate = Candidate(r.after, raced, r.conditions, r.operators)
+    report = replace(
+        r, rewrites=(), skips=skips, after=r.before, latency=raced.unchanged(), operators=None, candidate=candidate,
+        conditions=tuple(c.unchanged() for c in r.conditions),
+    )  # fmt: skip
     return Attempt(original, report).noted(f"{told}: the original is returned. {_why_little(tried.report)}")
 
 

@@ -173,6 +173,8 @@ def _facts(content: Report | Comparison) -> dict[str, Any]:
     equivalence, report = content.equivalence, content if isinstance(content, Report) else None
     tone, verdict = _verdict(equivalence, report)
     outputs = sorted(equivalence.outputs, key=lambda o: (o.passed, -o.max_abs)) if equivalence is not None else []
+    tried = report.candidate if report is not None else None
+    operators = tried.operators if tried is not None else report.operators if report is not None else None
     return {
         "report": report,
         "content": content,
@@ -186,7 +188,8 @@ def _facts(content: Report | Comparison) -> dict[str, Any]:
         "outputs": outputs[:PLOTTED],
         "others": outputs[PLOTTED:],
         "figures": _figures,
-        "times": _times(report.operators) if report is not None and report.operators else [],
+        "times": _times(operators) if operators else [],
+        "raced": tried.latency if tried is not None else report.latency if report is not None else None,
         "groups": _groups(report.rewrites) if report is not None else [],
         "refusals": _refusals(report.skips) if report is not None else [],
         "drawn": DRAWN,
@@ -211,9 +214,10 @@ def _claims(equivalence: Equivalence | None, report: Report | None) -> list[tupl
     found = []
     if report is not None and report.latency is not None:
         t = report.latency
-        found.append((f"{t.speedup:.2f}×", f"as fast, 95 % interval {t.interval[0]:.2f} to {t.interval[1]:.2f}"))
-    if report is not None and report.before.macs:
-        saved = (report.after.macs - report.before.macs) / report.before.macs
+        measured = f"as fast, 95 % interval {t.interval[0]:.2f} to {t.interval[1]:.2f}"
+        found.append((f"{t.speedup:.2f}×", measured if report.candidate is None else "as fast: it is the original"))
+    saved = report.before.change(report.after) if report is not None else None
+    if saved is not None:
         found.append((_percent(saved), "multiply-adds"))
     if report is not None and report.rewrites:
         held = Counter(r.certificate.status for r in report.rewrites if r.certificate is not None)
@@ -226,13 +230,20 @@ def _claims(equivalence: Equivalence | None, report: Report | None) -> list[tupl
 
 
 def _costs(report: Report) -> list[tuple[str, str, str, str]]:
-    def row(label: str, before: float, after: float) -> tuple[str, str, str, str]:
-        change = _percent((after - before) / before) if before else ""
+    def row(label: str, before: float, after: float, known: bool = True) -> tuple[str, str, str, str]:
+        change = _percent((after - before) / before) if before and known else ""
         return label, _count(before), _count(after), change
 
-    names = {"nodes": "operators", "params": "parameters", "macs": "multiply-adds"}
-    a: Cost = report.before
-    return [row(label, getattr(a, key), getattr(report.after, key)) for key, label in names.items()]
+    def rows(after: Cost, of: str = "") -> list[tuple[str, str, str, str]]:
+        a = report.before
+        return [
+            row(f"operators{of}", a.nodes, after.nodes),
+            row(f"parameters{of}", a.params, after.params),
+            row(f"multiply-adds{of}", a.macs, after.macs, a.change(after) is not None),
+        ]
+
+    tried = report.candidate
+    return rows(report.after) + (rows(tried.cost, ", candidate (not returned)") if tried is not None else [])
 
 
 def _times(operators: Mapping[str, Mapping[str, float]]) -> list[tuple[str, float, float]]:

@@ -18,7 +18,7 @@ from pwopt.rewriting.wording import counted
 from pwopt.running.bench import Row
 
 #: Version of the JSON layout; grows when a field changes its meaning.
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,34 @@ class Latency:
     after_min_ms: float
     rounds: int
 
+    def unchanged(self) -> Latency:
+        """That of the first model beside itself."""
+        return replace(self, after_ms=self.before_ms, after_min_ms=self.before_min_ms, speedup=1.0, interval=(1.0, 1.0))
+
+    def contradiction(self) -> str:
+        """What to say where the medians point one way and the ratio the other, else ""."""
+        return contradiction(self.before_ms, self.after_ms, self.speedup)
+
+
+def contradiction(before_ms: float, after_ms: float, ratio: float) -> str:
+    """What to say where medians of two models point one way and their ratio the other, else ""."""
+    if (ratio - 1) * (before_ms - after_ms) >= 0:
+        return ""
+    return (
+        f"The medians ({before_ms:.3g} → {after_ms:.3g} ms) and the ratio ({ratio:.3f}×) point opposite ways: the "
+        "ratio is the median over runs side by side, which slow spells of the machine hit alike, and decides."
+    )
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A rewritten model that was raced against the original and is not returned."""
+
+    cost: Cost
+    latency: Latency
+    conditions: tuple[Timed, ...] = ()
+    operators: dict[str, dict[str, float]] | None = None
+
 
 @dataclass(frozen=True)
 class Timed:
@@ -65,6 +93,10 @@ class Timed:
     latency: Latency
     slower: bool = False
 
+    def unchanged(self) -> Timed:
+        """That of the first model beside itself."""
+        return replace(self, latency=self.latency.unchanged(), slower=False)
+
     @property
     def label(self) -> str:
         sizes = ", ".join(f"{name} {written(shape)}" for name, shape in self.shapes.items())
@@ -75,8 +107,10 @@ class Timed:
 class Report:
     """Everything one optimisation did, declined, and measured.
 
-    `equivalence`, `latency` and `operators` (where the time goes, "before" and "after") are None if not run. `command`
-    is how to repeat it, if it came from the command line.
+    `after`, `latency` and `operators` (where the time goes, "before" and "after") are the output's, which is the
+    original where that was returned; what was raced against it is the `candidate` then, which `equivalence` is about.
+    `equivalence`, `latency` and `operators` are None if not run. `command` is how to repeat it, if it came from the
+    command line.
     """
 
     model: str
@@ -92,6 +126,7 @@ class Report:
     latency: Latency | None = None
     conditions: tuple[Timed, ...] = ()
     operators: dict[str, dict[str, float]] | None = None
+    candidate: Candidate | None = None
     command: str | None = None
     notes: tuple[str, ...] = ()
 
@@ -135,6 +170,7 @@ class Report:
             "latency": None if self.latency is None else asdict(self.latency),
             "conditions": [asdict(c) for c in self.conditions],
             "operators": self.operators,
+            "candidate": None if self.candidate is None else asdict(self.candidate),
             "command": self.command,
             "notes": list(self.notes),
         }

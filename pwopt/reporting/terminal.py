@@ -15,7 +15,8 @@ from rich.table import Table
 
 from pwopt.evidence.equivalence import Equivalence
 from pwopt.graph.shapes import written
-from pwopt.reporting.report import Report
+from pwopt.maps.cost import Cost
+from pwopt.reporting.report import Latency, Report, Timed, contradiction
 from pwopt.reporting.text import ELEMENTWISE, FIGURES, LEGEND, figures, general, plain
 from pwopt.rewriting.wording import counted
 from pwopt.running.bench import Row
@@ -70,26 +71,35 @@ def render(report: Report, console: Console, details: bool = False) -> None:
 
 def _cost_table(report: Report) -> Table:
     table = _table("", "before", "after", "change")
-    for label, before, after in (
-        ("operators", report.before.nodes, report.after.nodes),
-        ("parameters", report.before.params, report.after.params),
-        ("multiply-adds", report.before.macs, report.after.macs),
-    ):
-        change = f"{(after - before) / before:+.1%}" if before else ""
-        table.add_row(label, f"{before:,}", f"{after:,}", change)
-    if report.latency is not None:
-        t = report.latency
-        low, high = t.interval
-        threads = counted(report.environment["threads"], "thread")
-        table.add_row(
-            f"latency ({plain(report.provider)}, {threads})",
-            f"{t.before_ms:.2f} ms", f"{t.after_ms:.2f} ms", f"{t.speedup:.2f}× [{low:.2f}, {high:.2f}]",
-        )  # fmt: skip
-    for c in report.conditions:
-        low, high = c.latency.interval
-        times = (f"{c.latency.before_ms:.2f} ms", f"{c.latency.after_ms:.2f} ms")
-        table.add_row(f"… {plain(c.label)}", *times, f"{c.latency.speedup:.2f}× [{low:.2f}, {high:.2f}]")
+    threads = counted(report.environment["threads"], "thread")
+    where = f"latency ({plain(report.provider)}, {threads})"
+    _cost_rows(table, report.before, report.after, report.latency, report.conditions, "", where)
+    if report.candidate is not None:
+        of = ", candidate (not returned)"
+        tried = report.candidate
+        _cost_rows(table, report.before, tried.cost, tried.latency, tried.conditions, of, "latency")
     return table
+
+
+def _cost_rows(
+    table: Table, before: Cost, after: Cost, latency: Latency | None, conditions: Sequence[Timed], of: str, where: str
+) -> None:
+    """Rows for the original beside another model."""
+
+    def relative(a: int, b: int) -> float | None:
+        return (b - a) / a if a else None
+
+    for label, a, b, change in (
+        ("operators", before.nodes, after.nodes, relative(before.nodes, after.nodes)),
+        ("parameters", before.params, after.params, relative(before.params, after.params)),
+        ("multiply-adds", before.macs, after.macs, before.change(after)),
+    ):
+        table.add_row(f"{label}{of}", f"{a:,}", f"{b:,}", "" if change is None else f"{change:+.1%}")
+    times = [] if latency is None else [(where, latency)]
+    for label, t in (*times, *((f"… {plain(c.label)}", c.latency) for c in conditions)):
+        low, high = t.interval
+        ratio = f"{t.speedup:.2f}×" + (f" [{low:.2f}, {high:.2f}]" if low != high else "")
+        table.add_row(f"{label}{of}", f"{t.before_ms:.2f} ms", f"{t.after_ms:.2f} ms", ratio)
 
 
 def render_sizes(shapes: Mapping[str, tuple[int, ...]], console: Console) -> None:
@@ -186,6 +196,8 @@ def render_equivalence(equivalence: Equivalence, console: Console) -> None:
             f"[{colour}]{plain(o.reason)}[/{colour}]",
         )
     _show(table, console)
+    for remark in equivalence.remarks():
+        console.print(plain(remark), soft_wrap=True)
 
 
 def _render_rewrites(report: Report, console: Console) -> None:
@@ -285,5 +297,9 @@ def render_benchmark(rows: Sequence[Row], console: Console) -> None:
         slowest = ", ".join(f"{plain(op)} {ms:.2f} ms" for op, ms in list(row.operators.items())[:6])
         shapes = " ".join(f"{plain(x)} {written(shape)}" for x, shape in row.shapes.items())
         console.print(f"{plain(Path(row.model).name)}, {shapes}: {slowest}", style="dim", soft_wrap=True)
+        base = next(r for r in rows if r.shapes == row.shapes)
+        opposed = contradiction(base.median_ms, row.median_ms, row.ratio)
+        if opposed:
+            console.print(f"{plain(Path(row.model).name)}: {opposed}", soft_wrap=True)
         if row.elsewhere:
             console.print(f"[yellow]{plain(row.model)}: {row.elsewhere} nodes ran on another provider[/yellow]")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 
 def counted(count: int, noun: str) -> str:
     """A count and its noun, in the plural unless it is one.
@@ -12,3 +14,20 @@ def counted(count: int, noun: str) -> str:
     ('1 thread', '0 threads', '2,000 threads')
     """
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def dearer(before: float, after: float, absolute: bool = False) -> str:
+    """What something costs that saves no multiply-adds.
+
+    Examples
+    --------
+    >>> dearer(2048, 3072, absolute=True), dearer(7_225_344, 7_225_344, absolute=True)
+    ('1.50× the multiply-adds (2,048 → 3,072)', 'as many multiply-adds (7,225,344), a tie')
+    >>> dearer(1000, 1001)
+    '1.001× the multiply-adds'
+    """
+    if math.isclose(before, after):
+        return "as many multiply-adds" + (f" ({before:,.0f})" if absolute else "") + ", a tie"
+    ratio = after / before if before else float("inf")
+    shown = next((s for digits in range(2, 16) if float(s := f"{ratio:.{digits}f}") != 1), f"{ratio}")
+    return f"{shown}× the multiply-adds" + (f" ({before:,.0f} → {after:,.0f})" if absolute else "")

@@ -194,8 +194,8 @@ def _row(
     feeds: Feeds,
 ) -> Row:
     cold = _cold(path, provider, threads, feeds)
-    operators = operator_times(path, provider, threads, feeds)
-    placed = _profile(path, provider, threads, feeds).placement()
+    operators = operator_times([path], provider, threads, feeds)[0]
+    placed = _profiles([path], provider, threads, feeds)[0].placement()
     total = sum(operators.values())
     return Row(
         str(path),
@@ -214,16 +214,19 @@ def _row(
     )
 
 
-def operator_times(path: Path, provider: str, threads: int, feeds: Feeds) -> dict[str, float]:
-    """Operator → milliseconds per run under the profiler, the slowest first."""
-    return {op: seconds * 1e3 for op, seconds in _profile(path, provider, threads, feeds).operators().items()}
+def operator_times(paths: Sequence[Path], provider: str, threads: int, feeds: Feeds) -> list[dict[str, float]]:
+    """For each model: operator → milliseconds per run under the profiler, the slowest first."""
+    sessions = _profiles(paths, provider, threads, feeds)
+    return [{op: seconds * 1e3 for op, seconds in s.operators().items()} for s in sessions]
 
 
-def _profile(path: Path, provider: str, threads: int, feeds: Feeds) -> Session:
-    session = Session(path, provider, threads, profile=True)
+def _profiles(paths: Sequence[Path], provider: str, threads: int, feeds: Feeds) -> list[Session]:
+    """Models run under the profiler, in turn, so that slow spells hit all alike."""
+    sessions = [Session(path, provider, threads, profile=True) for path in paths]
     for _ in range(PROFILED):
-        session.run(feeds)
-    return session
+        for session in sessions:
+            session.profiled_run(feeds)
+    return sessions
 
 
 def _cold(path: Path, provider: str, threads: int, feeds: Feeds) -> dict[str, float]:

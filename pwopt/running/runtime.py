@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import platform
@@ -28,6 +29,8 @@ from pwopt.running.providers import Provider
 
 Feeds = dict[str, Values]
 
+#: Numbers the profiles of this process.
+PROFILES = itertools.count()
 #: The wheels that onnxruntime comes in; all of them install into one folder.
 DISTRIBUTIONS = re.compile(r"onnxruntime(-gpu|-openvino|-directml|-rocm|-training|-qnn)?")
 
@@ -164,7 +167,9 @@ class Session:
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
         if profile:
             options.enable_profiling = True
-            options.profile_file_prefix = os.path.join(tempfile.gettempdir(), "pwopt_profile")
+            # onnxruntime adds the time, in which two sessions can start; the name must be each one's own
+            own = f"pwopt_profile_{os.getpid()}_{next(PROFILES)}"
+            options.profile_file_prefix = os.path.join(tempfile.gettempdir(), own)
         chain = self.placed.chain(tf32)
         try:
             # Its Python fallback would go on with another provider, here or in a later run.
@@ -177,6 +182,7 @@ class Session:
         self.inputs = [i.name for i in self.session.get_inputs()]
         self.outputs = [o.name for o in self.session.get_outputs()]
         self._binding: Any = None
+        self._spent: list[float] = []
         #: What to time `step` by. On one thread of the CPU that is the time that this thread had, so that whatever else
         #: the machine does is no fault of the model; elsewhere, the time that passed.
         alone = self.provider == providers.CPU and threads == 1
@@ -238,29 +244,44 @@ class Session:
     def placement(self) -> dict[str, list[str]]:
         """Provider → nodes that ran on it, as "Op name", from a profiled session; ends the profile."""
         placed: dict[str, dict[str, None]] = {}
-        for name, arguments, _ in self._profiled():
+        for _, name, arguments, _ in self._profiled():
             title = f"{arguments.get('op_name', 'unknown')} {name}".strip()
             placed.setdefault(arguments.get("provider", "unknown"), {})[title] = None
         return {provider: list(names) for provider, names in placed.items()}
 
+    def profiled_run(self, feeds: Feeds) -> None:
+        """Run once, and note how long it took by `clock`."""
+        begin = self.clock()
+        self.run(feeds)
+        self._spent.append(self.clock() - begin)
+
     def operators(self) -> dict[str, float]:
-        """Operator → seconds per run, the median of each node's times, from a profiled session; ends the profile."""
-        times: dict[tuple[str, str], list[float]] = {}
-        for name, arguments, seconds in self._profiled():
-            times.setdefault((arguments.get("op_name", "unknown"), name), []).append(seconds)
+        """Operator → seconds per run, the median of each node's times over `profiled_run`; ends the profile.
+
+        onnxruntime's profiler takes the time that passes. Where those medians add up to more than a run takes by
+        `clock`, other load on the machine kept nodes waiting, and all are scaled down to that.
+        """
+        times: dict[tuple[str, str], dict[int, float]] = {}
+        for run, name, arguments, seconds in self._profiled():
+            seen = times.setdefault((arguments.get("op_name", "unknown"), name), {})
+            seen[run] = seen.get(run, 0.0) + seconds
         total: dict[str, float] = {}
         for (op, _), seen in times.items():
-            total[op] = total.get(op, 0.0) + float(np.median(seen))
-        return dict(sorted(total.items(), key=lambda item: -item[1]))
+            total[op] = total.get(op, 0.0) + float(np.median(list(seen.values())))
+        whole = sum(total.values())
+        own = min(1.0, float(np.median(self._spent)) / whole) if self._spent and whole else 1.0
+        return dict(sorted(((op, own * seconds) for op, seconds in total.items()), key=lambda item: -item[1]))
 
-    def _profiled(self) -> Iterator[tuple[str, dict[str, Any], float]]:
-        """Each run of each node: its name, what the profiler knows of it, and seconds."""
+    def _profiled(self) -> Iterator[tuple[int, str, dict[str, Any], float]]:
+        """Each time that a node ran: in which run, its name, what the profiler knows of it, and seconds."""
         path = Path(self.session.end_profiling())
         text = path.read_text(errors="replace")
         path.unlink(missing_ok=True)
+        run = 0
         for event in _events(text):
             if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
-                yield event["name"].removesuffix("_kernel_time"), event["args"], event["dur"] / 1e6
+                yield run, event["name"].removesuffix("_kernel_time"), event["args"], event["dur"] / 1e6
+            run += event.get("cat") == "Session" and event["name"] == "model_run"  # written when a run has ended
 
 
 def _events(profile: str) -> list[dict[str, Any]]:

@@ -312,9 +312,31 @@ def test_defaults_are_in_the_help() -> None:
     assert "1e-4 for float32" in text
 
 
-def test_a_site_that_is_not_there_is_said(model: Path) -> None:
-    done = pwopt("optimize", model, "--cost", "analytic", "--shape", "x=1x64x2x2", "--deny", "nonsense")
-    assert "No place is called 'nonsense'" in done.stdout
+@pytest.mark.parametrize(
+    ("site", "hint"),
+    [
+        ("nonsense", "a site is a pass and a tensor, PASS:TENSOR; --details lists the sites of a model"),
+        ("fold-chain:y", "there is no pass 'fold-chain'; did you mean 'fold-chains:y'?"),
+        (
+            "fold-chains:h4",
+            "no operator makes 'h4'; did you mean 'fold-chains:h3' or 'fold-chains:h2' or 'fold-chains:h1'?",
+        ),
+        ("fold-chains:x", "no operator makes 'x'; --details lists the sites of a model"),
+        ("fold-chain:h9", "there is no pass 'fold-chain'; did you mean 'fold-chains:h"),
+    ],
+)
+def test_a_mistyped_site_fails_before_the_work(model: Path, site: str, hint: str) -> None:
+    out = model.parent / "denied.onnx"
+    done = pwopt("optimize", model, "-o", out, "--cost", "analytic", "--shape", "x=1x64x2x2", "--deny", site)
+    assert done.returncode == 2
+    assert f"there is no place {site!r} to leave alone: {hint}" in " ".join(done.stderr.split())
+    assert not out.exists()
+
+
+def test_a_site_that_a_pass_might_have_made_is_said_in_the_end(model: Path) -> None:
+    done = pwopt("optimize", model, "--cost", "analytic", "--shape", "x=1x64x2x2", "--deny", "fold-chains:h1_part")
+    assert done.returncode == 0
+    assert "No place is called 'fold-chains:h1_part'" in done.stdout
 
 
 def test_an_array_alone_for_a_model_with_one_input(model: Path) -> None:

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from helpers import normal, parse
 
 from pwopt.errors import UsageError
-from pwopt.evidence.equivalence import EXCUSED, FLOOR_FACTOR, judge
+from pwopt.evidence.equivalence import EXCUSED, FLOOR_FACTOR, Difference, Equivalence, compare, judge
 from pwopt.evidence.laws import parse_law
 from pwopt.evidence.metrics import Agreement
 from pwopt.evidence.verify import verify
 from pwopt.running import runtime
+from pwopt.running.samples import Sample
 
 pytest.importorskip("onnxruntime")
 F = np.float32
@@ -75,6 +78,64 @@ def test_strings_booleans_and_integers() -> None:
     wrong = verify(model, parse(body, one=np.int32(2)))
     assert [o.passed for o in wrong.outputs] == [True, True, False]
     assert wrong.outputs[2].max_abs == 1
+
+
+def stub(values: list[float], *further: list[float]) -> Any:
+    """A session that answers with these numbers in turn, as float16."""
+    answers = itertools.cycle([np.array(v, np.float16) for v in (values, *further)])
+    return SimpleNamespace(inputs=["x"], outputs=["y"], run=lambda _: [next(answers)])
+
+
+USUAL = [1.0, np.inf, 3.0, 65504.0]
+
+
+def compared(
+    candidate: list[float], *, plain: list[float], nudged: list[float] | None = None, usual: list[float] = USUAL
+) -> Equivalence:
+    """A candidate's answers against those of an original in three runs."""
+    sample = Sample("given", {"x": np.ones(1, F)})
+    return compare(stub(usual, usual if nudged is None else nudged), stub(plain), stub(candidate), [sample])
+
+
+def test_where_the_original_disagrees_with_itself_is_no_evidence() -> None:
+    """What overflows at one level of optimisation only, or after rounding the inputs, is left out, counted and shown."""
+    found = compared([1, 2, 3, 65504], plain=[1, 60000, 3, 65504])
+    assert found.passed
+    assert (found.outputs[0].left_out, found.outputs[0].compared) == (1, 3)
+    assert list(found.remarks()) == [
+        "Output 'y': 1 element left out, beside 3 compared; the original is NaN or infinite there in one run and not "
+        "in another."
+    ]
+    assert compared([1, np.nan, 3, 65504], plain=USUAL, nudged=[1, np.nan, 3, 65504]).passed
+    assert not compared([1, 2, 3, 65504], plain=USUAL).passed  # it always overflows
+    assert not compared([1, 2, 3.5, 65504], plain=[1, 60000, 3, 65504]).passed  # elsewhere there is evidence
+    assert list(compared(USUAL, plain=USUAL).remarks()) == []
+
+
+def test_an_edge_is_judged_by_the_noise() -> None:
+    """Infinity instead of 60,000 is a deviation of at least 5,520, more than the tolerance; 1,380 is a quarter of that."""
+    usual = [1.0, np.inf, 3.0, 60000.0]
+    beyond = [1.0, np.inf, 3.0, np.inf]
+    assert compared(beyond, usual=usual, plain=[1, np.inf, 1384, 60000]).passed
+    assert not compared(beyond, usual=usual, plain=[1, np.inf, 1382, 60000]).passed
+    assert not compared([1, np.inf, 3, -np.inf], usual=usual, plain=[1, np.inf, 1384, 60000]).passed
+
+
+def test_an_output_that_is_left_out_as_a_whole_proves_nothing() -> None:
+    nowhere = [np.nan] * 4
+    found = compared([1, 2, 3, 4], plain=nowhere)
+    assert not found.passed
+    assert "no finite value to compare" in found.outputs[0].reason
+    assert found.outputs[0].left_out == 4
+
+
+def test_what_differs_reads_as_a_sentence() -> None:
+    check = compared([1, 2, 3, 65504], plain=USUAL).outputs[0]
+    said = Difference("y", "Conv c", (), ("Conv c",), check, ("fold-affine:y",), 1).explain()
+    assert said == (
+        "the first tensor that differs is 'y', made by Conv c; it differs (NaN or infinity at different places); made by "
+        "fold-affine:y: try --deny 'fold-affine:y'"
+    )
 
 
 def test_several_rounds_of_sizes() -> None:

@@ -11,7 +11,7 @@ import pytest
 from helpers import normal
 
 from pwopt.evidence import metrics
-from pwopt.evidence.metrics import EDGES, agreement, ulps
+from pwopt.evidence.metrics import EDGES, agreement, ulps, unsettled
 
 F = np.float32
 
@@ -73,6 +73,50 @@ def test_nothing_overflows() -> None:
     x = np.array([1e300, -1e300, np.inf, np.nan], np.float64)
     a = agreement(x, x)
     assert (a.cosine, a.within, a.compared) == (pytest.approx(1), True, 2)
+
+
+def test_at_the_edge_an_infinity_counts_as_the_smallest_number_that_overflows() -> None:
+    """65,504 is float16's largest number, and from 65,520 on it rounds to infinity."""
+    h = np.float16
+    x, y = np.array([65504, np.inf, 1], h), np.array([np.inf, 65472, 1], h)
+    for a, b in ((x, y), (y, x), (-x, -y)):
+        found = agreement(a, b)
+        assert (found.note, found.max_abs, found.ulp, found.compared) == ("", 48, 2, 3)
+    assert agreement(np.array([32750, 1], h), np.array([np.inf, 1], h)).note  # not half of it
+    assert agreement(np.array([60000, 1], h), np.array([np.inf, 1], h)).max_abs == 65520 - 60000
+    for wrong in (-np.inf, np.nan):
+        assert agreement(x, np.array([wrong, np.inf, 1], h)).note == "NaN or infinity at different places"
+    top = np.array([np.finfo(F).max, 1], F)
+    assert agreement(top, np.array([np.inf, 1], F)).max_abs == 2.0**103  # half a unit of float32's largest
+    assert agreement(np.array([1e308, 1]), np.array([np.inf, 1])).max_abs == pytest.approx(0.797e308, rel=1e-3)
+
+
+def test_what_is_unsettled() -> None:
+    x = np.array([[1, np.inf, np.nan], [-np.inf, 4, 5]], np.float16)
+    assert unsettled(x, x, x) is None
+    y = np.array([[1.5, -np.inf, np.nan], [-np.inf, np.inf, 5]], np.float16)
+    z = np.array([[np.nan, np.inf, 0], [-np.inf, 4, 5]], np.float16)
+    found = unsettled(x, y, z)
+    assert found is not None
+    assert found.tolist() == [[True, True, True], [False, True, False]]
+    assert unsettled(x, y[:1], y.astype(F)) is None  # another shape or type is another matter
+    assert unsettled(np.arange(3), np.arange(3)) is None
+    assert unsettled([x], [y]) is None
+
+
+def test_elements_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, y = normal(4, 6, dtype=F), normal(4, 6, seed=1, dtype=F)
+    without = np.zeros((4, 6), bool)
+    without[1:3] = True
+    y[1, :4], y[[0, 3]] = (np.nan, np.inf, -np.inf, 1e30), x[[0, 3]] + F(0.5)
+    for piece in (1 << 18, 5):
+        monkeypatch.setattr(metrics, "PIECE", piece)
+        found = agreement(x, y, without=without)
+        assert found.max_abs == pytest.approx(0.5, rel=1e-5)
+        assert (found.size, found.compared, found.left_out, found.note) == (24, 12, 12, "")
+        assert agreement(x, y).note
+    nothing = agreement(x, y, without=np.ones((4, 6), bool))
+    assert (nothing.compared, nothing.left_out) == (0, 24)
 
 
 def test_the_absolute_tolerance_shrinks_with_the_output() -> None:

@@ -205,10 +205,11 @@ def _optimise(name: str, batch: int) -> Check:
             "dropped": sorted({f"{s.pass_name}: {s.reason}" for s in done.skips if "measured" in s.reason}),
             "notes": list(done.notes),
         }
-        if done.latency is not None:
-            low, high = done.latency.interval
-            found["latency"] = f"{done.latency.before_ms:.3f} → {done.latency.after_ms:.3f} ms"
-            found["ratio"] = f"{done.latency.speedup:.3f} [{low:.3f}, {high:.3f}]"
+        latency = done.latency if done.candidate is None else done.candidate.latency
+        if latency is not None:
+            low, high = latency.interval
+            found["latency"] = f"{latency.before_ms:.3f} → {latency.after_ms:.3f} ms"
+            found["ratio"] = f"{latency.speedup:.3f} [{low:.3f}, {high:.3f}]"
             returned = bool(done.rewrites)
             require(high >= 1.0 or not returned, f"a slower model was returned: {found['ratio']}")
         return found

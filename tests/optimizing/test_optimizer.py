@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import itertools
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import ClassVar
 
@@ -11,15 +14,21 @@ import onnx
 import onnx_graphsurgeon as gs
 import pytest
 from helpers import MODELS, evaluate, normal, ops, parse, weight
+from rich.console import Console
 
 import pwopt
 from pwopt.errors import NotEquivalentError, ProviderError, UsageError
 from pwopt.evidence.certify import unchecked
 from pwopt.graph.files import load
+from pwopt.maps.cost import Cost
 from pwopt.optimizing import trial
+from pwopt.reporting.document import document
+from pwopt.reporting.report import Latency, Report
+from pwopt.reporting.terminal import render, render_benchmark
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite
 from pwopt.running import runtime
+from pwopt.running.bench import Row
 from pwopt.running.timing import Race
 from pwopt.selecting import compiler, selection
 
@@ -130,6 +139,95 @@ def test_what_is_not_faster_is_taken_back(
     assert set(taken).isdisjoint(sites)
     assert len(taken) + len(sites) == 2
     assert result.report.after.nodes == sum(left.values())
+
+
+def test_what_is_shown_of_a_candidate_that_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    slow = Race((np.full(50, 1.0), np.full(50, 2.0)))
+    monkeypatch.setattr(selection.timing, "race", lambda *_, **__: slow)
+    report = pwopt.optimize(CHAIN, budget=0.0).report
+    assert report.latency is not None
+    assert (report.latency.after_ms, report.latency.speedup, report.latency.interval) == (1e3, 1.0, (1.0, 1.0))
+    assert report.operators is None
+    tried = report.candidate
+    assert tried is not None
+    assert tried.cost.nodes < report.after.nodes == report.before.nodes
+    assert (tried.latency.after_ms, tried.latency.speedup) == (2e3, 0.5)
+    assert set(tried.operators or {}) == {"before", "after"}
+    console = Console(width=200, record=True, file=io.StringIO())
+    render(report, console)
+    shown = console.export_text()
+    assert "latency (cpu, 1 thread)" in shown
+    assert re.search(r"latency \(cpu, 1 thread\) +1000.00 ms +1000.00 ms +1.00× *\n", shown)
+    assert re.search(r"latency, candidate \(not returned\) +1000.00 ms +2000.00 ms +0.50×", shown)
+    assert re.search(r"multiply-adds, candidate \(not returned\) +786,432 +524,288 +-33.3%", shown)
+    assert re.search(r"multiply-adds +786,432 +786,432 +\+0.0%", shown)
+    for kind in ("html", "markdown"):
+        text = document(report, kind)
+        assert "1.00×" in text
+        assert "as fast: it is the original" in text
+        assert "0.50× [0.50, 0.50]" in text or kind == "markdown"
+        assert "candidate (not returned)" in text or "candidate \\(not returned\\)" in text
+
+
+def test_ratio_and_medians_that_point_opposite_ways(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs side by side: 10 ms against 11, 20 against 21, 31 against 30; the medians of each say 20 and 21."""
+    pytest.importorskip("onnxruntime")
+    times = np.array([[10, 20, 31, 40, 50, 12, 14], [9, 21, 30, 39, 49, 11, 13]]) * 1e-3
+    race = Race((times[0], times[1]))
+    assert race.median(0) < race.median(1)
+    assert race.speedup() > 1
+    monkeypatch.setattr(selection.timing, "race", lambda *_, **__: race)
+    notes = " ".join(pwopt.optimize(CHAIN, passes=["fold-chains"]).report.notes)
+    assert "The medians (20 → 21 ms) and the ratio (1.033×) point opposite ways" in notes
+    blank = Row("a.onnx", {}, 20.0, 1.0, 1.0, (1.0, 1.0), 1.0, 1.0, 1.0, None, {}, 0.0, 0)
+    console = Console(width=200, record=True, file=io.StringIO())
+    render_benchmark([blank, replace(blank, model="b.onnx", median_ms=21.0, ratio=1.033)], console)
+    assert "b.onnx: The medians (20 → 21 ms) and the ratio (1.033×) point opposite ways" in console.export_text()
+    alike = Race((times[0], times[0] * 0.9))
+    monkeypatch.setattr(selection.timing, "race", lambda *_, **__: alike)
+    assert "opposite" not in " ".join(pwopt.optimize(CHAIN, passes=["fold-chains"]).report.notes)
+
+
+def test_a_profile_that_does_not_go_with_the_latency_is_explained() -> None:
+    latency = Latency(38.0, 35.0, 38 / 35, (1.05, 1.1), 37.0, 34.0, 50)
+    apart = {"before": {"Conv": 61.0, "Relu": 1.0}, "after": {"Conv": 30.0}}
+    (note,) = trial._contradictions(latency, apart)
+    assert note.startswith("The operators' times add up to 62 → 30 ms, and runs take 38 → 35 ms: ")
+    assert not list(trial._contradictions(latency, {"before": {"Conv": 36.0}, "after": {"Conv": 33.0, "Relu": 0.5}}))
+    assert list(
+        trial._contradictions(latency, {"before": {"Conv": 50.0}, "after": {"Conv": 46.0}})
+    )  # the runs take less
+    assert not list(trial._contradictions(latency, None))
+
+
+def test_multiply_adds_that_become_known_are_no_rise() -> None:
+    before, after = Cost(3, 10, 100, 1), Cost(2, 10, 300, 0)
+    assert before.change(after) is None
+    assert before.change(Cost(2, 10, 50, 1)) == -0.5
+    assert Cost(1, 1, 0, 0).change(Cost(1, 1, 0, 0)) is None
+    report = Report("m", None, "cpu", {"threads": 1, "onnxruntime": "1", "pwopt": "0"}, {}, before=before, after=after)
+    console = Console(width=200, record=True, file=io.StringIO())
+    render(report, console)
+    assert re.search(r"multiply-adds +100 +300 *\n", console.export_text())
+    assert "200.0%" not in document(report, "html") + document(report, "markdown")
+    noted = " ".join(trial._unknown(report, unseen=False))
+    assert "leave out 1 operator whose sizes are not known, whatever the inputs' sizes" in noted
+    assert "In the result they leave out 0 operators, so the two counts are not of the same work." in noted
+
+
+def test_where_other_sizes_may_settle_what_is_unknown() -> None:
+    """A product of what NonZero finds is of a size that no --shape tells."""
+    model = parse(
+        "(float[N,4] x) => (float[A,B] y) { i = NonZero(x) f = Cast<to=1>(i) t = Transpose<perm=[1,0]>(f) y = MatMul(t, w) }",
+        w=normal(2, 3).astype(F),
+    )
+    notes = " ".join(pwopt.optimize(model, cost_model="analytic").report.notes)
+    assert "Multiply-adds leave out 1 operator whose sizes are not known, whatever the inputs' sizes" in notes
+    notes = " ".join(pwopt.optimize(model, cost_model="analytic", check=False).report.notes)
+    assert "--shape may settle them" in notes
+    notes = " ".join(pwopt.optimize(model, cost_model="analytic", check=False, shapes={"x": (2, 4)}).report.notes)
+    assert "--shape" not in notes
 
 
 def test_what_was_asked_for_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -70,7 +70,7 @@ SOMETHING: list[tuple[str, dict[str, np.ndarray]]] = [
     ("Add(x, c)", {"c": np.zeros((1, 1, 1, 1, 1))}),
     ("Mul(x, c)", {"c": np.array([1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0, 1.0 + 1e-15])}),
     ("Div(c, x)", {"c": np.float64(1)}),
-    ("Sub(c, x)", {"c": np.float64(0)}),
+    ("Sub(c, x)", {"c": np.float64(1)}),
     ("Transpose<perm=[0,1,3,2]>(x)", {}),
     ("Transpose(x)", {}),
     ("Pad(x, p)", {"p": np.array([0, 0, 0, 1, 0, 0, 0, 0])}),
@@ -108,6 +108,57 @@ def test_what_does_something_stays(call: str, weights: dict[str, np.ndarray]) ->
         body if outputs == "k" else body.replace("y = Neg(k)", "n = Neg(k) e = Cast<to=11>(z) y = Add(n, e)"), **weights
     )
     assert run(model, CleanUp())[0] is model
+
+
+def test_nothing_minus_x_is_its_negation() -> None:
+    model = parse("(double[2,4] x) => (double[N] y) { h = Relu(x) a = Sub(c, h) y = Relu(a) }", c=np.zeros(4))
+    result, outcome, _ = run(model, CleanUp())
+    assert ops(result) == {"Relu": 2, "Neg": 1}
+    assert [r.reason for r in outcome.rewrites] == ["0 − x is −x"]
+    same(model, result, tolerance=0, x=normal(2, 4))
+
+
+ZERO, NEGATIVE = np.zeros(4), -np.zeros(4)
+
+
+@pytest.mark.parametrize(
+    ("call", "weights", "stays"),
+    [
+        ("Add(h, c)", {"c": ZERO}, True),
+        ("Add(c, h)", {"c": ZERO}, True),
+        ("Add(h, c)", {"c": NEGATIVE}, False),
+        ("Add(h, c)", {"c": np.array([-0.0, -0.0, 0.0, -0.0])}, True),
+        ("Sub(h, c)", {"c": ZERO}, False),
+        ("Sub(h, c)", {"c": NEGATIVE}, True),
+        ("Sub(c, h)", {"c": ZERO}, True),
+        ("Mul(h, c)", {"c": np.ones(4)}, False),
+        ("Identity(h)", {}, False),
+        ("MatMul(h, c)", {"c": np.eye(4)}, True),
+    ],
+)
+def test_what_makes_one_zero_of_two_stays_before_a_divisor(
+    call: str, weights: dict[str, np.ndarray], stays: bool
+) -> None:
+    model = parse(
+        f"(double[2,4] x) => (double[N] y) {{ r = Relu(x) h = Neg(r) a = {call} y = Reciprocal(a) }}", **weights
+    )
+    result, outcome, _ = run(model, CleanUp())
+    assert (len(result.graph.node) == 4) == stays, reasons(outcome)
+    assert any("and Reciprocal tells them apart" in reason for reason in reasons(outcome)) == stays
+    x = np.array([[-1.0, 2, 0, -3], [1, 1, 1, 1]])
+    with np.errstate(divide="ignore"):
+        assert np.array_equal(evaluate(model, x=x)[0], evaluate(result, x=x)[0])
+
+
+def test_zeros_that_an_earlier_tensor_tells_apart() -> None:
+    """y takes the place of a, which Reciprocal reads; so x + 0 above it must stay from then on as well."""
+    body = "(double[4] x) => (double[4] y, double[4] z) { n = Neg(x) a = Add(n, c) y = Add(a, c) z = Reciprocal(a) }"
+    model = parse(body, c=ZERO)
+    result, _, _ = run(model, CleanUp())
+    assert ops(result) == {"Neg": 1, "Add": 1, "Reciprocal": 1}
+    x = np.array([0.0, -0.0, 1, 2])
+    with np.errstate(divide="ignore"):
+        assert np.array_equal(evaluate(model, x=x)[1], evaluate(result, x=x)[1])
 
 
 def test_a_cast_there_and_back_stays() -> None:

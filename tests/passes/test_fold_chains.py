@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from pwopt.graph.files import from_proto
 from pwopt.passes import FoldChains
+from pwopt.rewriting.wording import dearer
 from pwopt.selecting.compiler import run_pipeline
 
 X = normal(2, 4, 6, 6)
@@ -64,6 +65,16 @@ def test_greedy_would_miss_it() -> None:
     """1000→10→6→10→1000: joining neighbours first would lose the 6; the shortest path keeps only the 6."""
     result, _, _ = run(chain([100, 10, 6, 10, 100]), FoldChains())
     assert weights_of(result) == 100 * 6 + 6 * 100
+
+
+def test_a_price_that_is_the_same_is_a_tie() -> None:
+    """8→4→8 takes 64 multiply-adds, and so does 8→8: nothing would be gained even if nobody else read the middle."""
+    body = "(double[3,8,5,5] x) => (double[N] y, double[N] z) { h = Conv(x, w) y = Conv(h, v) z = Relu(h) }"
+    model = parse(body, w=normal(4, 8, 1, 1), v=normal(8, 4, 1, 1))
+    assert reasons(run(model, FoldChains())[1]) == [
+        "the intermediate 'h' has 2 consumers; folding 8→4→8 would cost as many multiply-adds, a tie"
+    ]
+    assert dearer(10_000.0, 10_001.0) == "1.0001× the multiply-adds"
 
 
 def test_a_bottleneck_stays_with_the_price_of_folding_it() -> None:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -106,3 +107,46 @@ def test_a_profile_with_quotes_in_names() -> None:
     """Older versions of onnxruntime do not escape them: those events are lost, the others are not."""
     lines = ["[", '{"cat": "Node", "name": "a"},', '{"cat": "Node", "name": "b"c"},', '{"cat": "Session"}', "]", ""]
     assert runtime._events("\n".join(lines)) == [{"cat": "Node", "name": "a"}, {"cat": "Session"}]
+
+
+def profile_of(runs: list[list[tuple[str, str, int]]], folder: Path) -> Path:
+    """What onnxruntime's profiler writes: nodes (name, operator, microseconds), and the end of each run."""
+    events: list[dict[str, object]] = [{"cat": "Session", "name": "session_initialization", "dur": 1, "args": {}}]
+    for run in runs:
+        events += [
+            {"cat": "Node", "name": f"{name}_kernel_time", "dur": dur, "args": {"op_name": op}} for name, op, dur in run
+        ]
+        events.append({"cat": "Session", "name": "model_run", "dur": sum(dur for *_, dur in run), "args": {}})
+    path = folder / "profile.json"
+    path.write_text(json.dumps(events))
+    return path
+
+
+RUN = [("a", "Conv", 100), ("b", "Conv", 60), ("l", "Relu", 5), ("l", "Relu", 5)]
+SLOW = [("a", "Conv", 500), ("b", "Conv", 60), ("l", "Relu", 5), ("l", "Relu", 5)]
+
+
+@pytest.mark.parametrize(
+    ("runs", "spent", "conv", "relu"),
+    [
+        ([RUN] * 3, 180, 160, 10),  # both times that Relu ran in a run count
+        ([RUN, SLOW, RUN], 180, 160, 10),  # something else had the processor while a was waiting
+        ([SLOW] * 3, 190, 560 / 3, 10 / 3),  # and here in every run: the thread had a third of 570 µs
+    ],
+)
+def test_operators_are_timed_as_the_race_is(
+    runs: list[list[tuple[str, str, int]]], spent: float, conv: float, relu: float, tmp_path: Path
+) -> None:
+    """In the thread's own time: what else the machine does is no operator's."""
+    path, now = profile_of(runs, tmp_path), [0.0]
+    session = object.__new__(runtime.Session)
+    session._spent, session.clock = [], lambda: now[0]
+    session.session = SimpleNamespace(end_profiling=lambda: str(path))
+    session.placed = runtime.Provider.parse("cpu")
+    session.session.run = lambda *_: now.__setitem__(0, now[0] + spent * 1e-6) or []
+    for _ in runs:
+        session.profiled_run({})
+    found = session.operators()
+    assert list(found) == ["Conv", "Relu"]
+    assert found == pytest.approx({"Conv": conv * 1e-6, "Relu": relu * 1e-6})
+    assert not path.exists()

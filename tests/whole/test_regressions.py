@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -330,3 +331,63 @@ def test_a_scale_does_not_move_into_one_half_of_a_tensor_beside_itself() -> None
     result, _, _ = run(model, FoldAffine())
     same(model, result, x=normal(2, 4, 5, 3))
     assert result is model
+
+
+def test_infinities_at_the_edge_of_float16_are_no_evidence(tmp_path: Path) -> None:
+    """The largest outputs overflow in float16, and which of them do depends on onnxruntime's level of optimisation."""
+    h, draw = np.float16, np.random.default_rng(0)
+    weights = {
+        "w": draw.standard_normal((6, 4, 1, 1)) * 200, "s": (draw.standard_normal(6) + 1) * 100,
+        "b": draw.standard_normal(6), "m": draw.standard_normal(6), "v": np.abs(draw.standard_normal(6)) + 0.3,
+        "w2": draw.standard_normal((3, 6, 1, 1)), "w3": draw.standard_normal((3, 3, 1, 1)),
+    }  # fmt: skip
+    model = parse(
+        """(float16[N,4,96,96] x, float16[N,6,8,8] x2) => (float16[N,6,96,96] y1, float16[N,3,8,8] y2) {
+        c = Conv(x, w) n = BatchNormalization(c, s, b, m, v) y1 = Identity(n) p = Conv(x2, w2) y2 = Conv(p, w3) }""",
+        **{name: value.astype(h) for name, value in weights.items()},
+    )
+    result = pwopt.optimize(model, tmp_path / "new.onnx", cost_model="analytic")
+    assert ops(result.model) == {"Conv": 2}
+    found = result.report.equivalence
+    assert found is not None
+    assert found.passed
+    infinite = np.isinf(
+        on_onnxruntime(model, {"x": normal(1, 4, 96, 96, dtype=h), "x2": normal(1, 6, 8, 8, dtype=h)})[0]
+    )
+    assert infinite.any()
+
+
+@pytest.mark.parametrize("body", [
+    "{ r = Relu(x) n = Neg(r) s = Add(n, o) y = Reciprocal(s) }",
+    "{ r = Relu(x) n = Neg(r) m = Mul(n, k) s = Add(m, o) y = Reciprocal(s) }",
+    "{ r = Relu(x) n = Neg(r) p = Sub(o, n) q = Sub(o, p) y = Reciprocal(q) }",
+    "{ r = Relu(x) n = Neg(r) s = Add(n, o) m = Mul(s, k) y = Div(k, m) }",
+])  # fmt: skip
+def test_adding_zero_before_a_divisor(body: str) -> None:
+    """−0 + 0 is +0, and 1/(+0) is +∞, where 1/(−0) is −∞: at every level what the original gives there."""
+    model = parse(f"(float[N] x) => (float[N] y) {body}", o=F(0), k=F(2))
+    result = pwopt.optimize(model, cost_model="analytic").model
+    for level in ("ORT_DISABLE_ALL", "ORT_ENABLE_ALL"):
+        options = ort.SessionOptions()
+        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
+        both = (ort.InferenceSession(m.SerializeToString(), options) for m in (model, result))
+        a, b = (session.run(None, {"x": np.array([-1, 2, 0], F)})[0] for session in both)
+        assert np.array_equal(a, b), level
+
+
+def test_where_the_promise_ends() -> None:
+    """Finite inputs give the same; an infinity is spread by a product with the identity, which is no longer there."""
+    model = parse("(float[1,3] x) => (float[N] y) { h = MatMul(x, w) y = Neg(h) }", w=np.eye(3, dtype=F))
+    result = pwopt.optimize(model, cost_model="analytic").model
+    assert ops(result) == {"Neg": 1}
+
+    def both(*x: float) -> list[list[float]]:
+        return [on_onnxruntime(m, {"x": np.array([x], F)})[0][0].tolist() for m in (model, result)]
+
+    largest = float(np.finfo(F).max)
+    for x in ((1.0, -2.0, 0.0), (largest, 2.0**-100, -largest)):
+        assert both(*x) == [[-v for v in x]] * 2
+    for wild in (np.inf, -np.inf, np.nan):
+        original, kept = both(wild, 2.0, 0.0)
+        assert np.isnan(original[1:]).all()
+        assert kept[1:] == [-2.0, 0.0]

@@ -1,0 +1,115 @@
+"""Who tells −0 from +0: 1/(−0) is −∞, and 1/(+0) is +∞.
+
+The two compare equal, so most operators answer alike for both, or pass the sign of a zero on at most as the sign of
+another zero. Only what finds its way to a divisor or the like becomes another number. At an output of the graph nothing
+is told apart: −0 equals +0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pwopt.algebra import Array, zeros
+from pwopt.graph.view import View
+
+#: Operators whose answer is the same number for both zeros, in whatever input: even functions, functions that are not
+#: zero there, comparisons, sums of squares and magnitudes.
+BLIND = frozenset(
+    """Abs Acos And ArgMax ArgMin Cos Cosh Equal Exp Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual Log LogSoftmax
+    NonZero Not Or ReduceL1 ReduceL2 ReduceLogSumExp ReduceSumSquare Shape Sigmoid Size Softmax Softplus
+    Xor""".split()  # noqa: SIM905
+)
+#: Operators that pass it on at most as the sign of a zero: moves, sums and products, odd functions, what takes the
+#: larger or smaller, normalisations (whose divisors are variances plus ε, or zero for both).
+PASSING = frozenset(
+    """Add Asin Asinh Atan Atanh AveragePool BatchNormalization Cast CastLike Ceil Celu Clip Concat Conv ConvTranspose
+    CumSum DepthToSpace Dropout Einsum Elu Erf Expand Flatten Floor Gather GatherElements GatherND Gelu Gemm
+    GlobalAveragePool GlobalMaxPool GroupNormalization GRU HardSigmoid HardSwish Identity InstanceNormalization LRN
+    LSTM LayerNormalization LeakyRelu LpNormalization MatMul Max MaxPool Mean MeanVarianceNormalization Min Mish Mul Neg
+    PRelu Pad RMSNormalization RNN ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape ReverseSequence Round
+    ScatterElements ScatterND Selu Sign Sin Sinh Slice Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Swish Tan Tanh
+    ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Where""".split()  # noqa: SIM905
+)
+#: Those that pass their first input on, and may do anything with others.
+FIRST = frozenset({"DequantizeLinear", "Div", "Resize", "Upsample"})
+#: Operators whose answer is the same number for both zeros in that input.
+BLIND_AT = {"Pow": 1, "QuantizeLinear": 0}
+#: Which input is added last.
+BIASES = {
+    "Conv": 2, "ConvTranspose": 2, "BatchNormalization": 2, "LayerNormalization": 2, "InstanceNormalization": 2,
+    "GroupNormalization": 2,
+}  # fmt: skip
+
+
+def told_apart(view: View) -> dict[int, str]:
+    """Tensors in which −0 instead of +0 could change a number, by id, each with the operator that tells them apart.
+
+    One walk from the end to the beginning. What is not known here, operators of other domains and bodies of control
+    flow among it, is taken to tell.
+    """
+    found: dict[int, str] = {}
+    for node in reversed(view.nodes()):
+        behind = next((found[id(t)] for t in node.outputs if id(t) in found), "")
+        captured = next((t.name for t in node.outputs if t.name and view.captured(t)), "")
+        behind = behind or (f"a control-flow body that reads {captured!r}" if captured else "")
+        for i, tensor in enumerate(node.inputs):
+            teller = _teller(view, node, i, behind)
+            if teller:
+                found.setdefault(id(tensor), teller)
+    return found
+
+
+def _teller(view: View, node: gs.Node, index: int, behind: str) -> str:
+    """Who tells zeros in input `index` apart, given who tells those in the outputs."""
+    op = view.op(node)
+    if op in BLIND or BLIND_AT.get(op) == index or any(_numbers(view, node, op, index)):
+        return ""
+    if op in PASSING or (op in FIRST and index == 0) or (op == "Pow" and _positive(view, node)):
+        return behind
+    return f"{node.op} {node.name}".strip()
+
+
+def _numbers(view: View, node: gs.Node, op: str, index: int) -> Iterator[bool]:
+    """Reasons why an operator answers alike for both zeros that lie in its constants."""
+    others = [view.value(t) for i, t in enumerate(node.inputs) if i != index and t.name]
+    if op in ("Add", "Sub") and len(others) == 1 and others[0] is not None:
+        yield zeros.joins(-others[0] if op == "Sub" and index == 0 else others[0])
+    if op == "Mul":
+        yield node.inputs[0] is node.inputs[1]
+    if op in ("Max", "Min"):
+        yield any(o is not None and bool(np.all(o > 0 if op == "Max" else o < 0)) for o in others)
+    if op == "Clip" and index == 0:
+        low, high = _bounds(view, node)
+        yield low > 0 or high < 0
+    if op == "HardSigmoid":
+        yield node.attrs.get("beta", 0.5) != 0
+    if op in BIASES and index == 0 and len(node.inputs) > BIASES[op]:
+        bias = view.value(node.inputs[BIASES[op]])
+        yield bias is not None and zeros.joins(bias)
+    if op == "Pow" and index == 0:
+        exponent = view.value(node.inputs[1])
+        yield exponent is not None and not np.any(_odd(exponent))
+
+
+def _bounds(view: View, node: gs.Node) -> tuple[float, float]:
+    """What a Clip keeps its input between; infinite where that is not known."""
+    bounds = [node.attrs.get("min"), node.attrs.get("max")]
+    if view.opset >= 11:
+        held = [view.optional(node, i) for i in (1, 2)]
+        bounds = [None if t is None else view.uniform(t) for t in held]
+    return (-np.inf if bounds[0] is None else bounds[0]), (np.inf if bounds[1] is None else bounds[1])
+
+
+def _odd(exponent: Array) -> Array:
+    """Which powers of −0 are not those of +0 (C17, F.10.4.4)."""
+    odd: Array = np.abs(np.fmod(exponent, 2)) == 1
+    return odd
+
+
+def _positive(view: View, node: gs.Node) -> bool:
+    """Whether zero to this power is a zero."""
+    exponent = view.value(node.inputs[1])
+    return exponent is not None and bool(np.all(exponent > 0))
