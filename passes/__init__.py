@@ -23,6 +23,7 @@ from pwopt.passes.merge_siblings import MergeSiblings
 from pwopt.passes.name_activations import NameActivations
 from pwopt.passes.pad_channels import FillBlocks, FillTensorCores, PadChannels
 from pwopt.passes.settle_shapes import SettleShapes
+from pwopt.passes.polyphase import FractionalStride, Polyphase
 from pwopt.passes.split_concat import SplitConcat
 from pwopt.passes.split_multiplier import SplitMultiplier
 from pwopt.passes.split_siblings import SplitSiblings
@@ -48,6 +49,8 @@ PASSES: tuple[type[Pass], ...] = (
     HoistStride,
     HoistCrop,
     FactorRanks,
+    Polyphase,
+    FractionalStride,
     SplitSiblings,
     SplitMultiplier,
     KeepLayout,
@@ -79,6 +82,7 @@ __all__ = [
     "FillTensorCores",
     "FoldAffine",
     "FoldChains",
+    "FractionalStride",
     "HoistCrop",
     "HoistStride",
     "JoinConcat",
@@ -91,6 +95,7 @@ __all__ = [
     "PadChannels",
     "SettleShapes",
     "ShareConstants",
+    "Polyphase",
     "SplitConcat",
     "SplitMultiplier",
     "SplitSiblings",

@@ -73,7 +73,8 @@ def groups(rewrites: Iterable[Rewrite]) -> list[Group]:
     """Measured rewrites by signature: those of one pass together, the largest first.
 
     The pass that saves most multiply-adds comes first, since time may run out before the last; others come in their own
-    order. Of a signature like "gates: 72 at 28×28", the part before the colon says what belongs together.
+    order. Of passes that save the same the last comes first: where two act on one place, the first one does, and should
+    be raced against the other. Of a signature like "gates: 72 at 28×28", the part before the colon says what belongs together.
     """
     found: dict[tuple[str, str], list[Rewrite]] = {}
     for r in rewrites:
@@ -85,7 +86,8 @@ def groups(rewrites: Iterable[Rewrite]) -> list[Group]:
     saved = Counter[str]()
     for (name, _), rs in found.items():
         saved[name] += max(0, sum(r.macs_before - r.macs_after for r in rs))
-    order = sorted(dict.fromkeys(g.pass_name for g in listed), key=lambda name: -saved[name])
+    names = list(dict.fromkeys(g.pass_name for g in listed))
+    order = sorted(names, key=lambda name: (-saved[name], names.index(name) * (-1 if saved[name] else 1)))
     return sorted(listed, key=lambda g: (order.index(g.pass_name), -g.macs))
 
 
@@ -115,7 +117,7 @@ def choose(
     ----------
     candidates : sequence of Group
     build : callable
-        Writes the model in which the measured rewrites of just these sites were made.
+        Writes the model in which the measured rewrites of just these sites were made; models that are alike may be one.
     race : callable
         Races two such models for at most so many seconds.
     budget : float
@@ -184,10 +186,13 @@ class _Contest:
             return
         self._progress(f"racing {group.pass_name}: {group.signature}", 1 - left / self._budget)
         others = [g for g in self.kept() if g is not group]
-        model = self._model([*others, group])
+        without, model = self._model(others), self._model([*others, group])
+        if without == model:  # what is kept already took its places
+            self.decided[group] = Decision(group, 1.0, (1.0, 1.0))
+            return
         fault = self._fault(model)
         if fault:
             self.decided[group] = Decision(group, 0.0, (0.0, 0.0), fault=fault)
             return
-        result = self._race(self._model(others), model, min(LONGEST_RACE, left / races))
+        result = self._race(without, model, min(LONGEST_RACE, left / races))
         self.decided[group] = Decision(group, result.speedup(), result.interval(confidence=CONFIDENCE))
