@@ -97,7 +97,9 @@ def _repeats(count: int, factor: int, op: str, attrs: tuple[tuple[str, Any], ...
     others gives."""
     if count > MAX_EVALUATED:
         return False
-    inputs = ["x", "scales"] if op == "Upsample" or opset < 11 else ["x", "", "scales"]
+    if opset == 10:  # Resize began as a new name of Upsample
+        op, opset = "Upsample", 9
+    inputs = ["x", "scales"] if op == "Upsample" else ["x", "", "scales"]
     node = onnx.helper.make_node(op, inputs, ["y"], **dict(attrs))
     names = [n for n in inputs if n]
     graph = onnx.helper.make_graph(

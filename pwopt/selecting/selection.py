@@ -292,6 +292,6 @@ def _decide(
         (lambda _: "") if arena is None else arena.fault,
     )
     for d in decisions:
-        if not d.remembered and not d.fault:
+        if d.raced and not d.remembered and not d.fault:
             memory.keep(d)
     return decisions

@@ -43,7 +43,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a race, maybe an earlier one, said of a group: the speed-up it brought, its interval at `CONFIDENCE`."""
+    """What a race, maybe an earlier one, said of a group: the speed-up it brought, its interval at `CONFIDENCE`.
+
+    There was none if the model is the same without the group, since others that are kept act in its places.
+    """
 
     group: Group
     speedup: float
@@ -51,6 +54,7 @@ class Decision:
     remembered: bool = False
     #: Why the model with the group cannot be used at all, as a clause; else "".
     fault: str = ""
+    raced: bool = True
 
     @property
     def kept(self) -> bool:
@@ -58,6 +62,9 @@ class Decision:
 
     def skips(self) -> list[Skip]:
         """A record for each site, if the group was dropped."""
+        if not self.raced:
+            reason = f"{self.group.signature}: another rewrite that was kept takes its place"
+            return [Skip(reason, self.group.pass_name, site) for site in self.group.sites]
         low, high = self.interval
         if self.fault:
             reason = f"{self.group.signature}: the model with it cannot be used, since {self.fault}"
@@ -74,7 +81,8 @@ def groups(rewrites: Iterable[Rewrite]) -> list[Group]:
 
     The pass that saves most multiply-adds comes first, since time may run out before the last; others come in their own
     order. Of passes that save the same the last comes first: where two act on one place, the first one does, and should
-    be raced against the other. Of a signature like "gates: 72 at 28×28", the part before the colon says what belongs together.
+    be raced against the other. Of a signature like "gates: 72 at 28×28", the part before the colon says what belongs
+    together.
     """
     found: dict[tuple[str, str], list[Rewrite]] = {}
     for r in rewrites:
@@ -188,7 +196,7 @@ class _Contest:
         others = [g for g in self.kept() if g is not group]
         without, model = self._model(others), self._model([*others, group])
         if without == model:  # what is kept already took its places
-            self.decided[group] = Decision(group, 1.0, (1.0, 1.0))
+            self.decided[group] = Decision(group, 1.0, (1.0, 1.0), raced=False)
             return
         fault = self._fault(model)
         if fault:

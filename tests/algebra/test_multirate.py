@@ -109,7 +109,7 @@ def test_phases_of_a_stencil_on_what_is_as_long(data: st.DataObject) -> None:
 @given(st.data())
 @settings(max_examples=300, deadline=None)
 def test_one_transposed_convolution(data: st.DataObject) -> None:
-    linear = data.draw(stencils(groups=False))
+    linear = data.draw(stencils())
     g = linear.geometry
     factors = tuple(data.draw(st.integers(1, 4)) for _ in range(g.rank))
     x = np.random.default_rng(1).normal(size=(2, 4, *size_for(data, linear, factors)))
