@@ -10,6 +10,7 @@ from pwopt.passes.commute_spatial import CommuteSpatial
 from pwopt.passes.drop_dead import DropDead
 from pwopt.passes.factor_gates import FactorGates
 from pwopt.passes.factor_ranks import FactorRanks
+from pwopt.passes.focus import Focus
 from pwopt.passes.fold_affine import FoldAffine
 from pwopt.passes.fold_chains import FoldChains
 from pwopt.passes.hoist_crop import HoistCrop
@@ -48,6 +49,7 @@ PASSES: tuple[type[Pass], ...] = (
     CommuteGram,
     HoistStride,
     HoistCrop,
+    Focus,
     FactorRanks,
     Polyphase,
     FractionalStride,
@@ -80,6 +82,7 @@ __all__ = [
     "FactorRanks",
     "FillBlocks",
     "FillTensorCores",
+    "Focus",
     "FoldAffine",
     "FoldChains",
     "FractionalStride",

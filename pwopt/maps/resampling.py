@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +16,7 @@ from onnx.reference import ReferenceEvaluator
 
 from pwopt.algebra.geometry import Refusal
 from pwopt.graph import attributes
-from pwopt.graph.shapes import Shape
+from pwopt.graph.shapes import Dim, Shape, known
 from pwopt.graph.view import View
 from pwopt.maps.elementwise import ELEMENTWISE
 
@@ -218,3 +220,116 @@ def repeated_less(view: View, found: Repetition, source: gs.Tensor, factors: tup
 def _grown(shape: Shape, factors: tuple[int, ...]) -> Shape:
     parts = zip(shape[2:], factors, strict=True)
     return (*shape[:2], *(d * f if isinstance(d, int) else d if f == 1 else None for d, f in parts))
+
+
+#: An end from which on a Slice goes to the end of any axis; exporters write the largest number of 32 or 64 bits.
+LONGEST = 2**31 - 1
+#: Transposes that bring both parts of a block behind the channels, or before them.
+UNSHUFFLES = ((0, 1, 3, 5, 2, 4), (0, 3, 5, 1, 2, 4))
+
+
+@dataclass(frozen=True)
+class Subsampling:
+    """Blocks of channels z_j[q] = x[r·q + o_j].
+
+    Attributes
+    ----------
+    nodes : tuple of gs.Node
+    source : gs.Tensor
+    steps : tuple of int
+        r for each spatial axis.
+    offsets : tuple of tuple of int
+        o for each block and axis.
+    order : tuple of int
+        Where the channels of one block after the other are.
+    """
+
+    nodes: tuple[gs.Node, ...]
+    source: gs.Tensor
+    steps: tuple[int, ...]
+    offsets: tuple[tuple[int, ...], ...]
+    order: tuple[int, ...]
+
+
+def subsampling(view: View, node: gs.Node | None) -> Subsampling | None:
+    """Space to depth: SpaceToDepth, a Concat of Slices, or a Reshape to blocks, a Transpose and a Reshape."""
+    if node is None:
+        return None
+    channels = view.dim(node.outputs[0], 1)
+    if not isinstance(channels, int) or channels < 1:
+        return None
+    if view.op(node) == "SpaceToDepth":
+        size = int(node.attrs["blocksize"])
+        return _blocks((node,), node.inputs[0], (size, size), range(channels))
+    if view.op(node) == "Concat" and attributes.concat_axis(view, node) == 1:
+        return _sliced(view, node, channels)
+    return _unshuffled(view, node, channels) if view.op(node) == "Reshape" else None
+
+
+def _blocks(nodes: tuple[gs.Node, ...], source: gs.Tensor, steps: tuple[int, ...], order: Sequence[int]) -> Subsampling:
+    """A block for every offset, in row-major order."""
+    return Subsampling(nodes, source, steps, tuple(itertools.product(*map(range, steps))), tuple(order))
+
+
+def _sliced(view: View, node: gs.Node, channels: int) -> Subsampling | None:
+    """Focus (Jocher, YOLOv5; Ge et al., "YOLOX", 2021), and patch merging where channels come first."""
+    followed = [_slices(view, t) for t in node.inputs]
+    found = [f for f in followed if f is not None]
+    if len(found) < len(followed) or len({id(f.source) for f in found}) > 1 or len({f.steps for f in found}) > 1:
+        return None
+    nodes = {id(n): n for f in found for n in f.nodes}
+    offsets = tuple(f.offsets[0] for f in found)
+    return Subsampling((*nodes.values(), node), found[0].source, found[0].steps, offsets, tuple(range(channels)))
+
+
+def _slices(view: View, tensor: gs.Tensor) -> Subsampling | None:
+    """Every r-th position from the o-th on, by a Slice, or one for each axis."""
+    rank, start = view.rank(tensor), tensor
+    steps, offsets = dict[int, int](), dict[int, int]()
+    nodes: list[gs.Node] = []
+    while rank is not None:
+        node = view.producer(start)
+        listed = attributes.slice_parameters(view, node) if view.is_a(node, "Slice") else None
+        if node is None or listed is None or any(axis < 2 or axis in steps for axis, *_ in listed):
+            break
+        size = [view.dim(node.inputs[0], axis) for axis, *_ in listed]
+        if not all(0 <= b < s and _whole(d, e) for (_, b, e, s), d in zip(listed, size, strict=True)):
+            break
+        steps |= {axis: step for axis, _, _, step in listed}
+        offsets |= {axis: begin for axis, begin, _, _ in listed}
+        nodes.append(node)
+        start = node.inputs[0]
+    if rank is None or not nodes:
+        return None
+    axes = range(2, rank)
+    at = tuple(offsets.get(a, 0) for a in axes)
+    return Subsampling(tuple(reversed(nodes)), start, tuple(steps.get(a, 1) for a in axes), (at,), ())
+
+
+def _whole(size: Dim, end: int) -> bool:
+    """Whether a Slice goes on to the end of an axis, however long that is."""
+    return end >= LONGEST or (isinstance(size, int) and end >= size)
+
+
+def _unshuffled(view: View, node: gs.Node, channels: int) -> Subsampling | None:
+    """Pixel unshuffle, as exporters write it: (N, C, H/r, r, W/r, r), then r·r next to C, on either side of it."""
+    transpose = view.producer(node.inputs[0])
+    split = view.producer(transpose.inputs[0]) if view.is_a(transpose, "Transpose") else None
+    if transpose is None or split is None or not view.is_a(split, "Reshape"):
+        return None
+    if view.crowd(node.inputs[0]) or view.crowd(transpose.inputs[0]):
+        return None
+    before, inner, after = (view.shape(t) for t in (split.inputs[0], split.outputs[0], node.outputs[0]))
+    perm = tuple(transpose.attrs.get("perm", ()))
+    sizes = known((before or ())[1:]), known((inner or ())[1:]), known((after or ())[1:])
+    if perm not in UNSHUFFLES or sizes[0] is None or sizes[1] is None or sizes[2] is None or len(sizes[0]) != 3:
+        return None
+    c, h, w = sizes[0]
+    _, short, r, narrow, s = sizes[1]
+    if sizes[1] != (c, h // r, r, w // s, s) or (short * r, narrow * s) != (h, w):
+        return None
+    if sizes[2] != (c * r * s, short, narrow):
+        return None
+    order = np.arange(channels).reshape((c, r * s) if perm == UNSHUFFLES[0] else (r * s, c))
+    by_block = order.T if perm == UNSHUFFLES[0] else order
+    return _blocks((split, transpose, node), split.inputs[0], (r, s), by_block.reshape(-1).tolist())

@@ -200,7 +200,11 @@ def test_sizes_that_are_not_known(kind: type[Pass], size: str) -> None:
 
 def test_an_old_opset_has_no_squeeze_for_sizes_that_are_not_known() -> None:
     sizes = {"x": (2, 4, 5, 7), "u": (2, 4, 10, 14), "y": (2, 6, 10, 14)}
-    body = "(double[2,4,H,W] x) => (double[N] y) { " + UP.replace("(x, ,", "(x, nowhere,") + " y = Conv<pads=[1,1,1,1]>(u, w) }"
+    body = (
+        "(double[2,4,H,W] x) => (double[N] y) { "
+        + UP.replace("(x, ,", "(x, nowhere,")
+        + " y = Conv<pads=[1,1,1,1]>(u, w) }"
+    )
     model = build(body, CONSTANTS | {"nowhere": np.zeros(0, np.float32)}, opset=12)
     result, outcome, _ = run(model, eager(), sizes=sizes)
     assert result is model
