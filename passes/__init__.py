@@ -28,6 +28,7 @@ from pwopt.passes.polyphase import FractionalStride, Polyphase
 from pwopt.passes.split_concat import SplitConcat
 from pwopt.passes.split_multiplier import SplitMultiplier
 from pwopt.passes.split_siblings import SplitSiblings
+from pwopt.passes.sub_pixel import SubPixel
 from pwopt.passes.sum_branches import SumBranches
 from pwopt.passes.to_matmul import ToMatMul
 from pwopt.passes.winograd import Winograd
@@ -53,6 +54,7 @@ PASSES: tuple[type[Pass], ...] = (
     FactorRanks,
     Polyphase,
     FractionalStride,
+    SubPixel,
     SplitSiblings,
     SplitMultiplier,
     KeepLayout,
@@ -102,6 +104,7 @@ __all__ = [
     "SplitConcat",
     "SplitMultiplier",
     "SplitSiblings",
+    "SubPixel",
     "SumBranches",
     "ToMatMul",
     "Winograd",

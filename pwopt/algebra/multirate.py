@@ -17,11 +17,14 @@ import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 
 from pwopt.algebra.geometry import Geometry, Refusal, pointwise_geometry
 from pwopt.algebra.linear import LinearMap
+
+Index = tuple[Any, ...]
 
 
 @dataclass(frozen=True)
@@ -47,8 +50,9 @@ class Moved:
         weight = np.zeros((*linear.weight.shape[:2], *self.geometry.kernel))
         for tap in itertools.product(*map(range, g.kernel)):
             begins = [places[t] for places, t in zip(self.places, tap, strict=True)]
-            where = tuple(slice(p, p + n) for p, n in zip(begins, self.width, strict=True))
-            weight[(..., *where)] += linear.weight[(..., *tap)].reshape(*weight.shape[:2], *(1,) * g.rank)
+            where: Index = (..., *(slice(p, p + n) for p, n in zip(begins, self.width, strict=True)))
+            seen: Index = (..., *(slice(t, t + 1) for t in tap))
+            weight[where] += linear.weight[seen]
         return LinearMap.of(replace(self.geometry, in_channels=g.in_channels), weight, linear.bias)
 
 
@@ -196,8 +200,9 @@ def through_subsampling(
     weight = np.zeros((g.out_channels, inn, *kernel))
     parts = linear.weight.reshape(g.out_channels, blocks, inn, *g.kernel)
     for block, tap in itertools.product(range(blocks), itertools.product(*map(range, g.kernel))):
-        where = tuple(places[axis][block][t] for axis, t in enumerate(tap))
-        weight[(..., *where)] += parts[(slice(None), block, slice(None), *tap)]
+        where: Index = (..., *(places[axis][block][t] for axis, t in enumerate(tap)))
+        seen: Index = (slice(None), block, slice(None), *tap)
+        weight[where] += parts[seen]
     ends = [r * e for r, e in zip(steps, g.pads[rank:], strict=True)]
     strides = tuple(r * s for r, s in zip(steps, g.strides, strict=True))
     geometry = Geometry(g.out_channels, inn, 1, tuple(kernel), strides, tuple(dilations), (*begins, *ends))

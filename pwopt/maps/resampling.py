@@ -53,34 +53,26 @@ def repetition(view: View, node: gs.Node | None) -> Repetition | None:
     factors = _factors(view, node, before, after)
     if factors is None or factors[:2] != [1, 1] or all(f == 1 for f in factors):
         return None
-    attrs = tuple(sorted((k, v) for k, v in node.attrs.items() if isinstance(v, (int, float, str)) and k != "axes"))
+    told = {str(k): v for k, v in node.attrs.items() if isinstance(v, (int, float, str)) and k != "axes"}
+    attrs = tuple(sorted(told.items()))
     sized = node.attrs.get("coordinate_transformation_mode") in SIZE_DEPENDENT
     for size, factor in zip(before[2:], factors[2:], strict=True):
-        if sized and factor > 1 and not isinstance(size, int):
-            return None
-        lengths = (
-            (size,)
-            if sized and isinstance(size, int)
-            else [min(size, n) if isinstance(size, int) else n for n in SHORT]
-        )
-        if factor > 1 and not all(_repeats(n, factor, node.op, attrs, view.opset) for n in lengths):
+        lengths = [min(size, n) for n in SHORT] if isinstance(size, int) else [*SHORT]
+        if sized:
+            lengths = [size] if isinstance(size, int) else []
+        if factor > 1 and not (lengths and all(_repeats(n, factor, node.op, attrs, view.opset) for n in lengths)):
             return None
     return Repetition(node, tuple(factors[2:]))
 
 
 def _factors(view: View, node: gs.Node, before: Shape, after: Shape | None) -> list[int] | None:
     """By which whole number each axis grows; None if by no such number, or that is not known."""
-    scales: dict[int, float] | None
+    scales = attributes.resize_scales(view, node)
     if attributes.resized_by_sizes(view, node):
-        pairs = list(zip(before, after, strict=True)) if after is not None and len(after) == len(before) else []
-        scales = {a: y / x for a, (x, y) in enumerate(pairs) if isinstance(x, int) and isinstance(y, int) and x}
-        sizes = view.integers(node.inputs[3])
-        if len(scales) < len(before) and not ("axes" in node.attrs or sizes is None):
-            scales |= {a: 1.0 for a in (0, 1) if a not in scales and _kept(before, after, a)}
-        if len(scales) < len(before):
+        small, large = known(before), known(after)
+        if small is None or large is None or len(small) != len(large) or 0 in small:
             return None
-    else:
-        scales = attributes.resize_scales(view, node)
+        scales = {a: y / x for a, (x, y) in enumerate(zip(small, large, strict=True))}
     if scales is None:
         return None
     factors = [scales.get(a, 1.0) for a in range(len(before))]
@@ -88,13 +80,8 @@ def _factors(view: View, node: gs.Node, before: Shape, after: Shape | None) -> l
     return [int(f) for f in factors] if whole else None
 
 
-def _kept(before: Shape, after: Shape | None, axis: int) -> bool:
-    """Whether an axis of a size that is not known has the same name after."""
-    return after is not None and isinstance(before[axis], str) and before[axis] == after[axis]
-
-
 @functools.lru_cache(256)
-def _repeats(count: int, factor: int, op: str, attrs: tuple[tuple[str, Any], ...], opset: int) -> bool:
+def _repeats(count: int, factor: int, op: str, attrs: tuple[tuple[Any, Any], ...], opset: int) -> bool:
     """Whether an axis of `count` positions is repeated, by onnx's reference evaluator on numbers that no mixture of
     others gives."""
     if count > MAX_EVALUATED:
@@ -102,7 +89,7 @@ def _repeats(count: int, factor: int, op: str, attrs: tuple[tuple[str, Any], ...
     if opset == 10:  # Resize began as a new name of Upsample
         op, opset = "Upsample", 9
     inputs = ["x", "scales"] if op == "Upsample" else ["x", "", "scales"]
-    node = onnx.helper.make_node(op, inputs, ["y"], **dict(attrs))
+    node = onnx.helper.make_node(op, inputs, ["y"], **{str(k): v for k, v in attrs})
     names = [n for n in inputs if n]
     graph = onnx.helper.make_graph(
         [node], "axis", [onnx.ValueInfoProto(name=n) for n in names], [onnx.ValueInfoProto(name="y")]
@@ -113,10 +100,10 @@ def _repeats(count: int, factor: int, op: str, attrs: tuple[tuple[str, Any], ...
         node.attribute.append(onnx.helper.make_attribute("scales", [float(factor)]))
     try:
         model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
-        found = np.asarray(ReferenceEvaluator(model).run(None, feeds)[0])
+        (found,) = ReferenceEvaluator(model).run(None, feeds)
     except Exception:  # whatever a reference implementation raises for what it does not know
         return False
-    return bool(np.array_equal(found, np.repeat(x, factor)))
+    return np.array_equal(np.asarray(found), np.repeat(x, factor))
 
 
 #: How deep Concats and activations are followed up.
@@ -333,3 +320,16 @@ def _unshuffled(view: View, node: gs.Node, channels: int) -> Subsampling | None:
     order = np.arange(channels).reshape((c, r * s) if perm == UNSHUFFLES[0] else (r * s, c))
     by_block = order.T if perm == UNSHUFFLES[0] else order
     return _blocks((split, transpose, node), split.inputs[0], (r, s), by_block.reshape(-1).tolist())
+
+
+def shuffled(view: View, node: gs.Node) -> tuple[tuple[int, int], np.ndarray] | None:
+    """A DepthToSpace: its factors, and which channel is which of each phase, shape (rows, columns, channels)."""
+    size, channels = node.attrs.get("blocksize"), view.dim(node.inputs[0], 1)
+    if view.op(node) != "DepthToSpace" or not isinstance(size, int) or not isinstance(channels, int):
+        return None
+    if size < 2 or channels < 1 or channels % size**2:
+        return None
+    count = channels // size**2
+    if node.attrs.get("mode", "DCR") == "CRD":
+        return (size, size), np.arange(channels).reshape(count, size, size).transpose(1, 2, 0)
+    return (size, size), np.arange(channels).reshape(size, size, count)

@@ -64,13 +64,28 @@ class Interleaving:
 
     def write(self, phases: Sequence[gs.Tensor], step: Step | None = None) -> list[gs.Node]:
         """The operators that make the output; an activation comes before the channels go last."""
-        counts, rank = self.counts, len(self.counts)
-        listed = [list(phases[i : i + counts[-1]]) for i in range(0, len(phases), counts[-1])]
-        rows = [self._row(row, i, step) for i, row in enumerate(listed)]
+        last = self.counts[-1]
+        rows = []
+        for index, start in enumerate(range(0, len(phases), last)):
+            row = phases[start]
+            if last > 1:
+                row = self.phase(f"row{index}", last * self.channels)
+                self._node("Concat", phases[start : start + last], row, axis=1)
+            if step is not None:
+                active = self.phase(f"active{index}", last * self.channels)
+                self.nodes += repeated(self.rw, step, row, active)
+                row = active
+            rows.append(row)
+        return self.write_rows(rows)
+
+    def write_rows(self, rows: Sequence[gs.Tensor]) -> list[gs.Node]:
+        """The same for phases that lie side by side as channels where they differ along the last axis only."""
+        rank = len(self.counts)
+        placed = [self._placed(row, i) for i, row in enumerate(rows)]
         for axis in range(rank - 2, -1, -1):
-            listed = [rows[i : i + counts[axis]] for i in range(0, len(rows), counts[axis])]
-            rows = [self._merged(row, axis) for row in listed]
-        self._node("Transpose", [self._cut(rows[0])], self.output, perm=[0, rank + 1, *range(1, rank + 1)])
+            count = self.counts[axis]
+            placed = [self._merged(placed[i : i + count], axis) for i in range(0, len(placed), count)]
+        self._node("Transpose", [self._cut(placed[0])], self.output, perm=[0, rank + 1, *range(1, rank + 1)])
         return self.nodes
 
     def _short(self, space: Sequence[Dim]) -> list[Dim]:
@@ -79,23 +94,15 @@ class Interleaving:
     def _long(self, space: Sequence[Dim]) -> list[Dim]:
         return [s * r if isinstance(s, int) else None for s, r in zip(self._short(space), self.counts, strict=True)]
 
-    def _row(self, phases: list[gs.Tensor], index: int, step: Step | None) -> gs.Tensor:
-        """Phases that differ along the last axis: (N, S₀, …, 1, L, C)."""
-        rank, width = len(self.counts), len(phases) * self.channels
-        stacked = phases[0]
-        if len(phases) > 1:
-            stacked = self.phase(f"row{index}", width)
-            self._node("Concat", phases, stacked, axis=1)
-        if step is not None:
-            active = self.phase(f"active{index}", width)
-            self.nodes += repeated(self.rw, step, stacked, active)
-            stacked = active
+    def _placed(self, row: gs.Tensor, index: int) -> gs.Tensor:
+        """Phases side by side along the last axis: (N, S₀, …, 1, L, C)."""
+        rank, width = len(self.counts), self.counts[-1] * self.channels
         last = self._made(f"last{index}", lambda s: (*self._short(s), width))
-        self._node("Transpose", [stacked], last, perm=[0, *range(2, rank + 2), 1])
+        self._node("Transpose", [row], last, perm=[0, *range(2, rank + 2), 1])
         if rank == 1:
             row = self._made("whole", lambda s: (*self._long(s), self.channels))
             return self._reshaped(last, [0, -1, self.channels], row)
-        row = self._made(f"row{index}", lambda s: (*self._short(s)[:-1], 1, self._long(s)[-1], self.channels))
+        row = self._made(f"place{index}", lambda s: (*self._short(s)[:-1], 1, self._long(s)[-1], self.channels))
         return self._reshaped(last, [*[0] * rank, 1, -1, self.channels], row)
 
     def _merged(self, rows: list[gs.Tensor], axis: int) -> gs.Tensor:
