@@ -13,6 +13,7 @@ from pwopt.passes.factor_ranks import FactorRanks
 from pwopt.passes.focus import Focus
 from pwopt.passes.fold_affine import FoldAffine
 from pwopt.passes.fold_chains import FoldChains
+from pwopt.passes.frames import Frames
 from pwopt.passes.hoist_crop import HoistCrop
 from pwopt.passes.hoist_stride import HoistStride
 from pwopt.passes.join_concat import JoinConcat
@@ -61,6 +62,7 @@ PASSES: tuple[type[Pass], ...] = (
     PadChannels,
     FillBlocks,
     FillTensorCores,
+    Frames,
     LowerRank,
     ChannelsFirst,
     ChannelsLast,
@@ -88,6 +90,7 @@ __all__ = [
     "FoldAffine",
     "FoldChains",
     "FractionalStride",
+    "Frames",
     "HoistCrop",
     "HoistStride",
     "JoinConcat",

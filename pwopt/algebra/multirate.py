@@ -265,3 +265,17 @@ def nested(outer: Sequence[int], inner: Sequence[int]) -> list[int]:
             at = at * inner[axis] + second[axis]
         listed.append(at)
     return listed
+
+
+def over_time(linear: LinearMap) -> list[LinearMap]:
+    """A stencil over an axis and a plane, as one stencil of the plane for each tap along the axis; the first has the
+    bias.
+
+    y[t, p] = Σ_j Σ_k W[j, k]·x[s·t + d·j − b, …] is a sum over j of stencils of the plane, each on the axis' positions
+    s·t + d·j − b, with zeros where those lie outside.
+    """
+    g, rank = linear.geometry, linear.geometry.rank
+    pads = (*g.pads[1:rank], *g.pads[rank + 1 :])
+    plane = replace(g, kernel=g.kernel[1:], strides=g.strides[1:], dilations=g.dilations[1:], pads=pads)
+    biases = [linear.bias, *(np.zeros_like(linear.bias) for _ in range(1, g.kernel[0]))]
+    return [LinearMap.of(plane, linear.weight[:, :, j], bias) for j, bias in enumerate(biases)]
