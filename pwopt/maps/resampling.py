@@ -324,8 +324,10 @@ def _unshuffled(view: View, node: gs.Node, channels: int) -> Subsampling | None:
 
 def shuffled(view: View, node: gs.Node) -> tuple[tuple[int, int], np.ndarray] | None:
     """A DepthToSpace: its factors, and which channel is which of each phase, shape (rows, columns, channels)."""
+    if view.op(node) != "DepthToSpace":
+        return None
     size, channels = node.attrs.get("blocksize"), view.dim(node.inputs[0], 1)
-    if view.op(node) != "DepthToSpace" or not isinstance(size, int) or not isinstance(channels, int):
+    if not isinstance(size, int) or not isinstance(channels, int):
         return None
     if size < 2 or channels < 1 or channels % size**2:
         return None
