@@ -24,8 +24,8 @@ from pwopt.passes.merge_equal import MergeEqual, ShareConstants
 from pwopt.passes.merge_siblings import MergeSiblings
 from pwopt.passes.name_activations import NameActivations
 from pwopt.passes.pad_channels import FillBlocks, FillTensorCores, PadChannels
-from pwopt.passes.settle_shapes import SettleShapes
 from pwopt.passes.polyphase import FractionalStride, Polyphase
+from pwopt.passes.settle_shapes import SettleShapes
 from pwopt.passes.split_concat import SplitConcat
 from pwopt.passes.split_multiplier import SplitMultiplier
 from pwopt.passes.split_siblings import SplitSiblings
@@ -101,9 +101,9 @@ __all__ = [
     "MergeSiblings",
     "NameActivations",
     "PadChannels",
+    "Polyphase",
     "SettleShapes",
     "ShareConstants",
-    "Polyphase",
     "SplitConcat",
     "SplitMultiplier",
     "SplitSiblings",
