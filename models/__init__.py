@@ -1,10 +1,10 @@
-"""The gallery: sixteen uses of a pointwise convolution, and what pwopt does to each.
+"""The gallery: eighteen uses of a pointwise convolution, and what pwopt does to each.
 
 A 1×1 convolution multiplies the channels of every pixel by one matrix: `y[:, h, w] = W @ x[:, h, w] + b`. The same
 arithmetic is called Linear over tokens, a process in a grid cell, a palette, a projection of spectra, a mix of
 microphones. Whatever it is called, two of them after each other are one, and it may change places with whatever treats
 all channels alike. Each system here is a small model spelled as an exporter writes it, with random but seeded weights;
-depths and some widths are less than those of the paper, so that sixteen files fit in a repository. pwopt rewrites it,
+depths and some widths are less than those of the paper, so that eighteen files fit in a repository. pwopt rewrites it,
 and a property that the system stands for is measured on both models with onnxruntime.
 
 A few words that return. A *channel* is an entry of the vector at one position (a pixel, a token, a node, an instant). A

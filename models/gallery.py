@@ -1,4 +1,4 @@
-"""The sixteen systems, checked one by one: what was rewritten, what was not, and what holds before and after."""
+"""The eighteen systems, checked one by one: what was rewritten, what was not, and what holds before and after."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ import pwopt
 from models import (
     attention,
     beamformer,
+    decoder,
     distillation_projector,
     fcn,
     fpn,
@@ -25,6 +26,7 @@ from models import (
     rgbd_fusion,
     squeeze_excitation,
     style_transfer,
+    text_detector,
 )
 from models.system import UNMEASURED, Figure, Refusal, System
 from pwopt.graph.files import as_file
@@ -49,6 +51,8 @@ SYSTEMS: tuple[System, ...] = (
     style_transfer.SYSTEM,
     beamformer.SYSTEM,
     physics.SYSTEM,
+    decoder.SYSTEM,
+    text_detector.SYSTEM,
 )
 
 

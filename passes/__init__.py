@@ -10,8 +10,10 @@ from pwopt.passes.commute_spatial import CommuteSpatial
 from pwopt.passes.drop_dead import DropDead
 from pwopt.passes.factor_gates import FactorGates
 from pwopt.passes.factor_ranks import FactorRanks
+from pwopt.passes.focus import Focus
 from pwopt.passes.fold_affine import FoldAffine
 from pwopt.passes.fold_chains import FoldChains
+from pwopt.passes.frames import Frames
 from pwopt.passes.hoist_crop import HoistCrop
 from pwopt.passes.hoist_stride import HoistStride
 from pwopt.passes.join_concat import JoinConcat
@@ -22,10 +24,12 @@ from pwopt.passes.merge_equal import MergeEqual, ShareConstants
 from pwopt.passes.merge_siblings import MergeSiblings
 from pwopt.passes.name_activations import NameActivations
 from pwopt.passes.pad_channels import FillBlocks, FillTensorCores, PadChannels
+from pwopt.passes.polyphase import FractionalStride, Polyphase
 from pwopt.passes.settle_shapes import SettleShapes
 from pwopt.passes.split_concat import SplitConcat
 from pwopt.passes.split_multiplier import SplitMultiplier
 from pwopt.passes.split_siblings import SplitSiblings
+from pwopt.passes.sub_pixel import SubPixel
 from pwopt.passes.sum_branches import SumBranches
 from pwopt.passes.to_matmul import ToMatMul
 from pwopt.passes.winograd import Winograd
@@ -47,13 +51,18 @@ PASSES: tuple[type[Pass], ...] = (
     CommuteGram,
     HoistStride,
     HoistCrop,
+    Focus,
     FactorRanks,
+    Polyphase,
+    FractionalStride,
+    SubPixel,
     SplitSiblings,
     SplitMultiplier,
     KeepLayout,
     PadChannels,
     FillBlocks,
     FillTensorCores,
+    Frames,
     LowerRank,
     ChannelsFirst,
     ChannelsLast,
@@ -77,8 +86,11 @@ __all__ = [
     "FactorRanks",
     "FillBlocks",
     "FillTensorCores",
+    "Focus",
     "FoldAffine",
     "FoldChains",
+    "FractionalStride",
+    "Frames",
     "HoistCrop",
     "HoistStride",
     "JoinConcat",
@@ -89,11 +101,13 @@ __all__ = [
     "MergeSiblings",
     "NameActivations",
     "PadChannels",
+    "Polyphase",
     "SettleShapes",
     "ShareConstants",
     "SplitConcat",
     "SplitMultiplier",
     "SplitSiblings",
+    "SubPixel",
     "SumBranches",
     "ToMatMul",
     "Winograd",

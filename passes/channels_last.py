@@ -56,9 +56,9 @@ class Last:
     def shape(self, shape: Shape) -> Shape:
         return tuple(shape[a] for a in self.perm)
 
-    def change(self, rw: Rewriter, source: gs.Tensor, output: gs.Tensor, *, enter: bool) -> gs.Node:
+    def change(self, rw: Rewriter, source: gs.Tensor, output: gs.Tensor, *, enter: bool) -> list[gs.Node]:
         perm = self.perm if enter else [self.perm.index(a) for a in range(self.rank)]
-        return gs.Node("Transpose", rw.node_name(str(output.name), "_transpose"), {"perm": perm}, [source], [output])
+        return [gs.Node("Transpose", rw.node_name(str(output.name), "_transpose"), {"perm": perm}, [source], [output])]
 
 
 @dataclass

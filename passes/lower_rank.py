@@ -99,19 +99,19 @@ class Lowering:
         h, w = shape[3:]
         return (*shape[:3], h * w if isinstance(h, int) and isinstance(w, int) else None)
 
-    def change(self, rw: Rewriter, source: gs.Tensor, output: gs.Tensor, *, enter: bool) -> gs.Node:
+    def change(self, rw: Rewriter, source: gs.Tensor, output: gs.Tensor, *, enter: bool) -> list[gs.Node]:
         axes = np.array([2, 3] if self.rank == 4 else [2], np.int64)
         if self.rank == 5:
             whole = source if enter else output
             h, w = (d for d in (rw.dim(whole, 3), rw.dim(whole, 4)) if isinstance(d, int))
             shape = np.array([0, 0, 0, h * w] if enter else [0, 0, 0, h, w], np.int64)
             name = rw.node_name(str(output.name), "_reshape")
-            return gs.Node("Reshape", name, {}, [source, rw.new_constant(f"{output.name}_shape", shape)], [output])
+            return [gs.Node("Reshape", name, {}, [source, rw.new_constant(f"{output.name}_shape", shape)], [output])]
         op = "Unsqueeze" if enter == (self.rank == 3) else "Squeeze"
         name = rw.node_name(str(output.name), f"_{op.lower()}")
         if rw.opset < 13:
-            return gs.Node(op, name, {"axes": axes.tolist()}, [source], [output])
-        return gs.Node(op, name, {}, [source, rw.new_constant(f"{output.name}_axes", axes)], [output])
+            return [gs.Node(op, name, {"axes": axes.tolist()}, [source], [output])]
+        return [gs.Node(op, name, {}, [source, rw.new_constant(f"{output.name}_axes", axes)], [output])]
 
 
 @dataclass

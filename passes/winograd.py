@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar
 
@@ -17,10 +17,10 @@ from pwopt.maps import emit
 from pwopt.maps.cost import ELEMENT
 from pwopt.maps.forms import Reading
 from pwopt.maps.positions import stencil
-from pwopt.passes.channels_last import FIRST, LAST
 from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.interleaving import Interleaving
 from pwopt.rewriting.records import Rewrite, Skip
-from pwopt.rewriting.steps import Step, activation, repeated
+from pwopt.rewriting.steps import Step, activation
 
 #: The filter transform.
 G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
@@ -93,9 +93,9 @@ class Winograd(Pass):
         return done.signed(f"minimal filtering of {what} at {rw.size_of(reading.source)}")
 
 
-def _tiles(size: Dim, outputs: int = 1) -> int | None:
-    """How many tiles there are along an axis, or how many outputs they have; None where that is not known."""
-    return outputs * -(-size // TILE) if isinstance(size, int) else None
+def _tiles(size: Dim) -> int | None:
+    """How many tiles there are along an axis; None where that is not known."""
+    return -(-size // TILE) if isinstance(size, int) else None
 
 
 @dataclass
@@ -130,7 +130,8 @@ class _Filtering:
             products[-1].append(product)
         columns = [list(self._pair([row[q] for row in products])) for q in range(4)]
         outputs = [t for p in range(TILE) for t in self._pair([column[p] for column in columns])]
-        self._together(outputs)
+        together = Interleaving(self.rw, self.output, (TILE, TILE), self.reading.source)
+        self.nodes += together.write(outputs, self.step)
         return None
 
     def _map(self, linear: LinearMap, source: gs.Tensor, output: gs.Tensor) -> Refusal | None:
@@ -176,58 +177,11 @@ class _Filtering:
         self._map(LinearMap.diagonal(-np.ones(channels), rank=2), tensor, negative)
         return negative
 
-    def _together(self, outputs: Sequence[gs.Tensor]) -> None:
-        """The four outputs of all tiles, interleaved with the channels last, where whole rows of them are copied; what
-        lies beyond an odd size is cut off. An activation comes before."""
-        channels, (high, wide) = self.linear.geometry.out_channels, self.size
-        rows = []
-        for p, pair in enumerate((outputs[:TILE], outputs[TILE:])):
-            stacked = self._tensor(f"pair{p}", TILE * channels)
-            self._node("Concat", list(pair), stacked, axis=1)
-            if self.step is not None:
-                active = self._tensor(f"active{p}", TILE * channels)
-                self.nodes += repeated(self.rw, self.step, stacked, active)
-                stacked = active
-            last = self._made(f"last{p}", lambda h, w: (_tiles(h), _tiles(w), TILE * channels))
-            self._node("Transpose", [stacked], last, perm=list(LAST))
-            row = self._made(f"row{p}", lambda h, w: (_tiles(h), 1, _tiles(w, TILE), channels))
-            self._node("Reshape", [last, self._constant("row", [0, 0, 1, -1, channels])], row)
-            rows.append(row)
-        joined = self._made("rows", lambda h, w: (_tiles(h), TILE, _tiles(w, TILE), channels))
-        self._node("Concat", rows, joined, axis=2)
-        whole = self._made("whole", lambda h, w: (_tiles(h, TILE), _tiles(w, TILE), channels))
-        if wide is not None:
-            self._node("Reshape", [joined, self._constant("shape", [0, -1, wide + wide % TILE, channels])], whole)
-        else:  # a zero takes a size over from the same place: that of the columns stays there, and moves up then
-            flat = self._made("flat", lambda h, w: (_tiles(h, TILE), 1, _tiles(w, TILE), channels))
-            self._node("Reshape", [joined, self._constant("shape", [0, -1, 1, 0, channels])], flat)
-            self._node("Squeeze", [flat, self._constant("axis", [2])], whole)
-        if high is None or wide is None or high % TILE or wide % TILE:
-            cut = self._made("cut", lambda h, w: (h, w, channels))
-            limits = [self._constant("starts", [0, 0]), self._ends(), self._constant("axes", [1, 2])]
-            self._node("Slice", [whole, *limits], cut)
-            whole = cut
-        self._node("Transpose", [whole], self.output, perm=list(FIRST))
-
-    def _ends(self) -> gs.Tensor:
-        """The height and width of the output, which are the input's."""
-        high, wide = self.size
-        if high is not None and wide is not None:
-            return self._constant("ends", [high, wide])
-        ends = gs.Variable(self.rw.unique(f"{self.output.name}_size"), np.dtype(np.int64), (2,))
-        self._node("Shape", [self.reading.source], ends, start=2, end=4)
-        return ends
-
     def _tensor(self, role: str, channels: int) -> gs.Variable:
         """One element for each tile."""
-        return self._made(role, lambda h, w: (channels, _tiles(h), _tiles(w)))
-
-    def _made(self, role: str, sizes: Callable[[Dim, Dim], tuple[Dim, ...]]) -> gs.Variable:
-        """A tensor of sizes that follow from the height and width, for each member of the batch."""
-        return self.rw.new_variable(f"{self.output.name}_{role}", self.output, lambda s: (s[0], *sizes(s[2], s[3])))
-
-    def _constant(self, role: str, values: Sequence[int]) -> gs.Constant:
-        return self.rw.new_constant(f"{self.output.name}_{role}", np.array(values, np.int64))
+        return self.rw.new_variable(
+            f"{self.output.name}_{role}", self.output, lambda s: (s[0], channels, _tiles(s[2]), _tiles(s[3]))
+        )
 
     def _node(self, op: str, inputs: list[gs.Tensor], output: gs.Tensor, **attrs: object) -> None:
         name = self.rw.node_name(str(output.name), f"_{op.lower()}")

@@ -52,8 +52,8 @@ class Guise(Protocol):
     def shape(self, shape: Shape) -> Shape:
         """What becomes of a tensor's shape."""
 
-    def change(self, rw: Rewriter, source: gs.Tensor, output: gs.Tensor, *, enter: bool) -> gs.Node:
-        """The operator on the way in, or out."""
+    def change(self, rw: Rewriter, source: gs.Tensor, output: gs.Tensor, *, enter: bool) -> list[gs.Node]:
+        """The operators on the way in, or out."""
 
 
 G = TypeVar("G", bound=Guise)
@@ -73,9 +73,10 @@ def carry(rw: Rewriter, members: Sequence[Member[G]], write: Writer[G], reason: 
         outputs = [seen.name(t) if t.name and rw.rank(t) == guise.rank else t for t in node.outputs]
         nodes = write(node, guise, seen, outputs)
         left = [
-            guise.change(rw, made[id(t)], t, enter=False)
+            change
             for t in node.outputs
             if id(t) in made and (rw.pinned(t) or any(id(r) not in inside for r in rw.readers(t)))
+            for change in guise.change(rw, made[id(t)], t, enter=False)
         ]
         records.append((node, [*seen.entered, *nodes, *left]))
     done = [rw.replace([node], new, "") for node, new in records]
@@ -100,7 +101,7 @@ class _Seen:
 
     def __call__(self, tensor: gs.Tensor) -> gs.Tensor:
         if id(tensor) not in self.made:
-            self.entered.append(self.guise.change(self.rw, tensor, self.name(tensor), enter=True))
+            self.entered += self.guise.change(self.rw, tensor, self.name(tensor), enter=True)
         return self.made[id(tensor)]
 
 

@@ -275,9 +275,16 @@ def _decide(
         assert arena is not None
         return arena.race([a, b], seconds, decided=tune.CONFIDENCE)
 
+    files: dict[tuple[str, ...], Path] = {}
+
+    def build(sites: frozenset[str]) -> Path:
+        _, outcome, _, proto = work.rewrite(sites)
+        made = tuple(r.site for r in outcome.rewrites)
+        return files[made] if made in files else files.setdefault(made, work.file(proto))
+
     decisions = tune.choose(
         tune.groups(found),
-        lambda sites: work.file(work.rewrite(sites)[3]),
+        build,
         race,
         0.0 if arena is None else budget,
         progress,
@@ -285,6 +292,6 @@ def _decide(
         (lambda _: "") if arena is None else arena.fault,
     )
     for d in decisions:
-        if not d.remembered and not d.fault:
+        if d.raced and not d.remembered and not d.fault:
             memory.keep(d)
     return decisions

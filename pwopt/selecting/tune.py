@@ -43,7 +43,10 @@ class Group:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a race, maybe an earlier one, said of a group: the speed-up it brought, its interval at `CONFIDENCE`."""
+    """What a race, maybe an earlier one, said of a group: the speed-up it brought, its interval at `CONFIDENCE`.
+
+    There was none if the model is the same without the group, since others that are kept act in its places.
+    """
 
     group: Group
     speedup: float
@@ -51,6 +54,7 @@ class Decision:
     remembered: bool = False
     #: Why the model with the group cannot be used at all, as a clause; else "".
     fault: str = ""
+    raced: bool = True
 
     @property
     def kept(self) -> bool:
@@ -58,6 +62,9 @@ class Decision:
 
     def skips(self) -> list[Skip]:
         """A record for each site, if the group was dropped."""
+        if not self.raced:
+            reason = f"{self.group.signature}: another rewrite that was kept takes its place"
+            return [Skip(reason, self.group.pass_name, site) for site in self.group.sites]
         low, high = self.interval
         if self.fault:
             reason = f"{self.group.signature}: the model with it cannot be used, since {self.fault}"
@@ -73,7 +80,9 @@ def groups(rewrites: Iterable[Rewrite]) -> list[Group]:
     """Measured rewrites by signature: those of one pass together, the largest first.
 
     The pass that saves most multiply-adds comes first, since time may run out before the last; others come in their own
-    order. Of a signature like "gates: 72 at 28×28", the part before the colon says what belongs together.
+    order. Of passes that save the same the last comes first: where two act on one place, the first one does, and should
+    be raced against the other. Of a signature like "gates: 72 at 28×28", the part before the colon says what belongs
+    together.
     """
     found: dict[tuple[str, str], list[Rewrite]] = {}
     for r in rewrites:
@@ -85,7 +94,8 @@ def groups(rewrites: Iterable[Rewrite]) -> list[Group]:
     saved = Counter[str]()
     for (name, _), rs in found.items():
         saved[name] += max(0, sum(r.macs_before - r.macs_after for r in rs))
-    order = sorted(dict.fromkeys(g.pass_name for g in listed), key=lambda name: -saved[name])
+    names = list(dict.fromkeys(g.pass_name for g in listed))
+    order = sorted(names, key=lambda name: (-saved[name], names.index(name) * (-1 if saved[name] else 1)))
     return sorted(listed, key=lambda g: (order.index(g.pass_name), -g.macs))
 
 
@@ -115,7 +125,7 @@ def choose(
     ----------
     candidates : sequence of Group
     build : callable
-        Writes the model in which the measured rewrites of just these sites were made.
+        Writes the model in which the measured rewrites of just these sites were made; models that are alike may be one.
     race : callable
         Races two such models for at most so many seconds.
     budget : float
@@ -184,10 +194,13 @@ class _Contest:
             return
         self._progress(f"racing {group.pass_name}: {group.signature}", 1 - left / self._budget)
         others = [g for g in self.kept() if g is not group]
-        model = self._model([*others, group])
+        without, model = self._model(others), self._model([*others, group])
+        if without == model:  # what is kept already took its places
+            self.decided[group] = Decision(group, 1.0, (1.0, 1.0), raced=False)
+            return
         fault = self._fault(model)
         if fault:
             self.decided[group] = Decision(group, 0.0, (0.0, 0.0), fault=fault)
             return
-        result = self._race(self._model(others), model, min(LONGEST_RACE, left / races))
+        result = self._race(without, model, min(LONGEST_RACE, left / races))
         self.decided[group] = Decision(group, result.speedup(), result.interval(confidence=CONFIDENCE))

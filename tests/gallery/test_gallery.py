@@ -48,8 +48,8 @@ def test_a_file(system: System) -> None:
     assert serialised(system) == serialised(system)
 
 
-def test_there_are_sixteen_and_nothing_else() -> None:
-    assert len({s.name for s in SYSTEMS}) == 16
+def test_there_are_eighteen_and_nothing_else() -> None:
+    assert len({s.name for s in SYSTEMS}) == 18
     written = set(FOLDER.glob("*.pwopt.onnx"))  # by the README's first command
     assert {p.stem for p in set(FOLDER.glob("*.onnx")) - written} == {s.name for s in SYSTEMS}
 
@@ -86,6 +86,7 @@ def test_what_is_not_as_declared_is_a_fault() -> None:
         ("beamformer", "gains", 0),
         ("physics", "freezing.weight", 0),
         ("physics", "constraint.weight", 1),
+        ("text_detector", "probability.up2.weight", 0),
     ],
 )
 def test_a_property_notices_a_wrong_weight(name: str, weight: str, number: int) -> None:
@@ -112,6 +113,7 @@ def test_a_property_notices_a_wrong_weight(name: str, weight: str, number: int) 
         ("protein_distance_map", "/symmetrise/Mul_output_0", "Add", (1, 32, 48, 48)),
         ("squeeze_excitation", "p2o.Conv.0.0", "Add", (1, 120, 20, 20)),
         ("beamformer", "beams", "Add", (1, 4, 1024)),
+        ("decoder", "/decoder2/Relu_output_0", "Add", (1, 16, 64, 64)),
         ("linear_sequence", "h2", "Relu", ()),
     ],
 )

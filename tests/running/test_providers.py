@@ -185,7 +185,7 @@ def test_passes_say_where_they_may_pay(tmp_path: Path) -> None:
     def names(kind: str, passes: list[str] | None = None) -> set[str]:
         return {p.name for p in Work(model, model, passes, (), {}, tmp_path, kind).candidates()}
 
-    blocked = {"pad-channels", "fill-blocks", "keep-layout", "split-multiplier", "winograd"}
+    blocked = {"pad-channels", "fill-blocks", "keep-layout", "split-multiplier", "winograd", "sub-pixel", "frames"}
     everything = {p.name for p in PASSES}
     assert names("cpu") == names("other") == everything - {"fill-tensor-cores"}
     assert names("gpu") == everything - blocked

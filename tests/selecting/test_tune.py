@@ -148,3 +148,28 @@ def test_the_pass_that_saves_most_is_raced_first() -> None:
         for i, (name, before, after) in enumerate(saves)
     ]
     assert [g.sites[0] for g in groups(rewrites)] == ["d4", "d3", "c2", "a0", "a5", "b1"]
+
+
+def test_of_two_that_act_on_one_place_the_first_is_raced_against_the_other() -> None:
+    """The first takes the place where both are allowed, so the other has to be raced before, and then has no effect."""
+    rewrites = [
+        Rewrite("", macs_before=9, macs_after=4, signature=name, pass_name=name, site=f"{name}:y")
+        for name in ("first", "second")
+    ]
+    listed = groups(rewrites)
+    assert [g.pass_name for g in listed] == ["second", "first"]
+    seen: list[tuple[str, str]] = []
+
+    def build(sites: frozenset[str]) -> Path:
+        return Path("first" if "first:y" in sites else "second" if sites else "+")
+
+    def race(a: Path, b: Path, _seconds: float) -> Race:
+        seen.append((a.name, b.name))
+        cost = {"+": 1.0, "second": 0.9, "first": 0.8}
+        return Race(tuple(cost[p.name] * (1 + 0.001 * RNG.random(40)) for p in (a, b)))
+
+    decisions = choose(listed, build, race, 60.0)
+    assert seen == [("+", "second"), ("second", "first")]
+    assert [d.kept for d in decisions] == [False, True]
+    assert not decisions[0].raced
+    assert [s.reason for s in decisions[0].skips()] == ["second: another rewrite that was kept takes its place"]

@@ -1,0 +1,260 @@
+"""Convolutions over time as sums of convolutions of shifted frames."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pwopt.algebra import Values
+from pwopt.algebra.geometry import Refusal
+from pwopt.algebra.multirate import over_time
+from pwopt.algebra.unions import Unions
+from pwopt.graph import attributes
+from pwopt.graph.shapes import Shape
+from pwopt.maps import emit
+from pwopt.maps.cost import macs
+from pwopt.maps.forms import Reading
+from pwopt.maps.positions import POOLS, pooling, stencil
+from pwopt.rewriting.carry import BY_AXES, Arguments, See, along, carry, data, reduces_since, rewritten
+from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.records import Rewrite, Skip
+from pwopt.rewriting.wording import counted
+
+REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin")
+#: Operators that know of no more than axes, and that are the same on frames.
+ALIKE = frozenset(op for op in BY_AXES if not op.startswith("Reduce")) - {
+    "Split", "Slice", "Softmax", "LogSoftmax", "Hardmax", "PRelu",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Images:
+    """(1, C, T, H, W) seen as T images (T, C, H, W)."""
+
+    rank: int = 5
+    suffix = "_frames"
+
+    def axis(self, axis: int) -> int | None:
+        return {1: 1, 2: 0, 3: 2, 4: 3}.get(axis % 5)
+
+    def operand(self, shape: Sequence[int]) -> tuple[int, ...] | None:
+        if len(shape) < 3:
+            return tuple(shape)
+        full = (*(1,) * (5 - len(shape)), *shape)
+        if full[0] != 1:
+            return None
+        return (full[2], full[1], *full[3:]) if full[2] != 1 else (full[1], *full[3:])
+
+    def turned(self, values: Values) -> Values:
+        shape = self.operand(values.shape)
+        assert shape is not None
+        full = values.reshape((1,) * (5 - values.ndim) + values.shape)
+        return np.ascontiguousarray(full[0].swapaxes(0, 1)).reshape(shape)
+
+    def shape(self, shape: Shape) -> Shape:
+        return (shape[2], shape[1], *shape[3:])
+
+    def change(self, rw: Rewriter, source: gs.Tensor, output: gs.Tensor, *, enter: bool) -> list[gs.Node]:
+        """The axis of one entry goes after, or comes before, channels and time change places."""
+        whole = source if enter else output
+        wide = rw.new_variable(
+            f"{output.name}_wide", whole, (lambda s: (s[0], s[2], s[1], *s[3:])) if enter else (lambda s: s[1:])
+        )
+        swap = {"perm": [0, 2, 1, 3, 4] if enter else [1, 0, 2, 3]}
+        axes = rw.new_constant(f"{output.name}_axes", np.array([0]))
+        names = [rw.node_name(str(output.name), f"_{role}") for role in ("transpose", "axis")]
+        first, second = (source, wide) if enter else (wide, output)
+        if not enter:
+            return [
+                gs.Node("Transpose", names[0], swap, [source], [wide]),
+                gs.Node("Unsqueeze", names[1], {}, [first, axes], [second]),
+            ]
+        return [
+            gs.Node("Transpose", names[0], swap, [first], [second]),
+            gs.Node("Squeeze", names[1], {}, [wide, axes], [output]),
+        ]
+
+
+@dataclass
+class Region:
+    """Connected operators of one video."""
+
+    nodes: list[gs.Node] = field(default_factory=list)
+    spatial: list[gs.Node] = field(default_factory=list)
+
+
+class Frames(Pass):
+    """y_t = Σ_j W_j ∗ x_{t + j}: a convolution over time and space is a sum, over its taps in time, of 2-D convolutions
+    of shifted frames; all else that treats frames alike runs on them as a batch of images.
+
+    For one video at a time, (1, C, T, H, W) seen as (T, C, H, W). onnxruntime's CPU provider has its blocked layout for
+    2-D convolutions only: its depthwise 3-D ones run at 2 G multiply-adds per second, its 2-D ones at 6 to 15. X3D
+    (Feichtenhofer, 2020), (2+1)-D and inflated 2-D networks (Tran et al., 2018; Carreira and Zisserman, 2017). What
+    `lower-rank` can do without shifts, kernels of one position in the plane, is left to it.
+    """
+
+    name = "frames"
+    policy = "measured"
+    pays_on = frozenset({"cpu", "other"})  # graphics cards have no blocked layout
+
+    def start(self, rw: Rewriter) -> None:
+        self._roots = {id(r.spatial[0]): r for r in _regions(rw)} if rw.opset >= 13 else {}
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+        region = self._roots.pop(id(node), None)
+        if region is None:
+            return None
+        what = counted(len(region.spatial), "3-D convolution")
+        if not self.eager:
+            return Skip(f"a region of {what} could run on frames; only measuring can tell")
+        residuals: list[float] = []
+
+        def write(member: gs.Node, images: Images, see: See, outputs: list[gs.Tensor]) -> Sequence[gs.Node]:
+            reading = stencil(rw, member)
+            if reading is not None:
+                return _Taps(rw, reading, residuals).write(see(reading.source), outputs[0])
+            if member.op == "GlobalAveragePool":
+                return _pooled(rw, see(member.inputs[0]), outputs[0])
+            arguments = _arguments(rw, images, member)
+            assert arguments is not None
+            return rewritten(rw, member, arguments, images, see, outputs)
+
+        work, size = sum(macs(rw, n) or 0 for n in region.nodes), rw.size_of(region.spatial[0].outputs[0])
+        others = counted(len(region.nodes) - len(region.spatial), "other operator")
+        done = carry(rw, [(n, Images()) for n in region.nodes], write, f"{what} and {others} around run on frames")
+        return done.signed(
+            f"{what} in a region of {len(region.nodes)} with {work:,} multiply-adds, the first at {size}"
+        )
+
+
+def _regions(rw: Rewriter) -> list[Region]:
+    """Connected operators that are the same on frames, or sums of shifted ones."""
+    sets, members = Unions(), {id(n): n for n in rw.nodes() if _fits(rw, n)}
+    for node in members.values():
+        for t in node.inputs:
+            maker = rw.producer(t)
+            if maker is not None and id(maker) in members:
+                sets.join(id(node), id(maker))
+    regions: dict[int, Region] = {}
+    for node in members.values():
+        region = regions.setdefault(sets.root(id(node)), Region())
+        region.nodes.append(node)
+        reading = stencil(rw, node)
+        if reading is not None and any(k > 1 for k in reading.geometry.kernel[1:]):
+            region.spatial.append(node)
+    return [r for r in regions.values() if r.spatial]
+
+
+def _fits(rw: Rewriter, node: gs.Node) -> bool:
+    """Whether an operator computes single videos of known size from such."""
+    read = data(rw, node)
+    tensors = [*read, *(t for t in node.outputs if t.name)]
+    sizes = [rw.shape(t) or () for t in tensors]
+    if not read or any(len(s) != 5 or s[0] != 1 or not all(isinstance(d, int) and d > 0 for d in s) for s in sizes):
+        return False
+    reading = stencil(rw, node)
+    if reading is not None:
+        return not isinstance(reading.load(), Refusal)
+    return node.op == "GlobalAveragePool" or _arguments(rw, Images(), node) is not None
+
+
+def _arguments(rw: Rewriter, images: Images, node: gs.Node) -> Arguments | None:
+    """What an operator says on frames; None if it cannot run on them."""
+    op = rw.op(node)
+    if op in ALIKE:
+        return BY_AXES[op](rw, images, node)
+    if op == "BatchNormalization":
+        return Arguments(dict(node.attrs)) if len([t for t in node.outputs if t.name]) == 1 else None
+    if op in REDUCTIONS:
+        axes = attributes.axes_of(rw, node, reduces_since(node)) or []
+        mapped = [images.axis(a) for a in axes]
+        found = sorted(a for a in mapped if a is not None)
+        return along(rw, node, found) if node.attrs.get("keepdims", 1) and mapped and None not in mapped else None
+    if op in POOLS and pooling(rw, node):
+        attrs = dict(node.attrs)
+        told = {key: list(attrs[key]) for key in ("kernel_shape", "strides", "dilations") if key in attrs}
+        pads = list(attrs.get("pads", [0] * 6))
+        if any(v[0] != 1 for v in told.values()) or pads[0] or pads[3]:
+            return None
+        return Arguments({**attrs, **{k: v[1:] for k, v in told.items()}, "pads": [*pads[1:3], *pads[4:]]})
+    return None
+
+
+def _pooled(rw: Rewriter, source: gs.Tensor, output: gs.Tensor) -> list[gs.Node]:
+    """The mean over space, then over frames."""
+    each = rw.new_variable(f"{output.name}_each", source, lambda s: (*s[:2], 1, 1))
+    pool = gs.Node("GlobalAveragePool", rw.node_name(str(output.name), "_pool"), {}, [source], [each])
+    name = rw.node_name(str(output.name), "_mean")
+    if rw.opset < 18:
+        return [pool, gs.Node("ReduceMean", name, {"axes": [0], "keepdims": 1}, [each], [output])]
+    axes = rw.new_constant(f"{output.name}_axes", np.array([0]))
+    return [pool, gs.Node("ReduceMean", name, {"keepdims": 1}, [each, axes], [output])]
+
+
+@dataclass
+class _Taps:
+    """A convolution as a sum over its taps in time."""
+
+    rw: Rewriter
+    reading: Reading
+    residuals: list[float]
+    nodes: list[gs.Node] = field(default_factory=list)
+
+    def write(self, source: gs.Tensor, output: gs.Tensor) -> list[gs.Node]:
+        linear, g = self.reading.load(), self.reading.geometry
+        assert not isinstance(linear, Refusal)
+        parts = over_time(linear)
+        frames = self.rw.dim(output, 0)
+        assert isinstance(frames, int)
+        padded = self._padded(source, g.pads[0], g.pads[g.rank]) if len(parts) > 1 or any(g.pads[:: g.rank]) else source
+        total: gs.Tensor | None = None
+        for j, part in enumerate(parts):
+            begin = g.dilations[0] * j
+            shifted = source if self._still(begin, frames, source) else self._shifted(padded, begin, frames)
+            last = j == len(parts) - 1
+            term = output if len(parts) == 1 else self.rw.new_variable(f"{output.name}_tap{j}", output)
+            written = emit.write(self.rw, part, self.reading, shifted, term, 1, inherit=False)
+            if isinstance(written, Refusal):
+                raise AssertionError(written.reason)  # its numbers are some of those of the model
+            self.nodes += written.nodes
+            self.residuals.append(written.residual)
+            if total is not None:
+                summed = output if last else self.rw.new_variable(f"{output.name}_sum{j}", output)
+                self._node("Add", [total, term], summed)
+                term = summed
+            total = term
+        return self.nodes
+
+    def _still(self, begin: int, frames: int, source: gs.Tensor) -> bool:
+        """Whether a tap sees all frames where they are."""
+        g = self.reading.geometry
+        return begin == g.pads[0] and g.strides[0] == 1 and frames == self.rw.dim(source, 0)
+
+    def _padded(self, source: gs.Tensor, before: int, after: int) -> gs.Tensor:
+        if not before and not after:
+            return source
+        made = self.rw.new_variable(
+            f"{source.name}_padded",
+            source,
+            lambda s: (s[0] + before + after if isinstance(s[0], int) else None, *s[1:]),
+        )
+        self._node("Pad", [source, self._constant(made, "pads", [before, 0, 0, 0, after, 0, 0, 0])], made)
+        return made
+
+    def _shifted(self, padded: gs.Tensor, begin: int, frames: int) -> gs.Tensor:
+        step = self.reading.geometry.strides[0]
+        made = self.rw.new_variable(f"{padded.name}_shifted", padded, lambda s: (frames, *s[1:]))
+        limits = {"starts": begin, "ends": begin + (frames - 1) * step + 1, "axes": 0, "steps": step}
+        self._node("Slice", [padded, *(self._constant(made, k, [v]) for k, v in limits.items())], made)
+        return made
+
+    def _constant(self, tensor: gs.Tensor, role: str, values: Sequence[int]) -> gs.Constant:
+        return self.rw.new_constant(f"{tensor.name}_{role}", np.array(values, np.int64))
+
+    def _node(self, op: str, inputs: Sequence[gs.Tensor], output: gs.Tensor) -> None:
+        self.nodes.append(
+            gs.Node(op, self.rw.node_name(str(output.name), f"_{op.lower()}"), {}, list(inputs), [output])
+        )

@@ -1,0 +1,165 @@
+"""Phases put together into one tensor, in the form that stays nearest to the provider's blocked layout."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pwopt.algebra.geometry import Refusal
+from pwopt.graph.shapes import Dim, Shape, known
+from pwopt.rewriting.driver import Rewriter
+from pwopt.rewriting.steps import Step, repeated
+
+
+def interleavable(rw: Rewriter, output: gs.Tensor, *, cut: bool = False) -> Refusal | None:
+    """Why phases cannot be put together into `output`, if they cannot."""
+    shape = rw.shape(output)
+    if shape is None or len(shape) < 3 or not isinstance(shape[1], int):
+        return Refusal("the rank of its output is not known")
+    if 0 in shape:
+        return Refusal("its output is empty")
+    if known(shape[2:]) is None and rw.opset < (15 if cut else 13):  # Shape has a start since, Squeeze an input
+        return Refusal(f"opset {rw.opset} has no way to put phases together whose size is not known")
+    return None
+
+
+@dataclass
+class Interleaving:
+    """y[R·q + j] = phase_j[q] along every spatial axis, for phases in row-major order of j.
+
+    The channels go last, where whole rows of them are copied: onnxruntime's blocked layout comes and goes in one step
+    with such a Transpose, as it does not with DepthToSpace.
+
+    Attributes
+    ----------
+    rw : Rewriter
+    output : gs.Tensor
+    counts : sequence of int
+        R for each axis.
+    sized : gs.Tensor or None
+        A tensor that is as long as the output, which is cut off there; None where R divides its sizes.
+    nodes : list of gs.Node
+        The last one makes the output, once `write` was called.
+    """
+
+    rw: Rewriter
+    output: gs.Tensor
+    counts: Sequence[int]
+    sized: gs.Tensor | None = None
+    nodes: list[gs.Node] = field(default_factory=list)
+
+    @property
+    def channels(self) -> int:
+        count = self.rw.dim(self.output, 1)
+        assert isinstance(count, int)
+        return count
+
+    def phase(self, role: str, channels: int) -> gs.Variable:
+        """A tensor with as many positions as each phase."""
+        return self._made(role, lambda s: (channels, *self._short(s)))
+
+    def write(self, phases: Sequence[gs.Tensor], step: Step | None = None) -> list[gs.Node]:
+        """The operators that make the output; an activation comes before the channels go last."""
+        last = self.counts[-1]
+        rows = []
+        for index, start in enumerate(range(0, len(phases), last)):
+            row = phases[start]
+            if last > 1:
+                row = self.phase(f"row{index}", last * self.channels)
+                self._node("Concat", phases[start : start + last], row, axis=1)
+            if step is not None:
+                active = self.phase(f"active{index}", last * self.channels)
+                self.nodes += repeated(self.rw, step, row, active)
+                row = active
+            rows.append(row)
+        return self.write_rows(rows)
+
+    def write_rows(self, rows: Sequence[gs.Tensor]) -> list[gs.Node]:
+        """The same for phases that lie side by side as channels where they differ along the last axis only."""
+        rank = len(self.counts)
+        placed = [self._placed(row, i) for i, row in enumerate(rows)]
+        for axis in range(rank - 2, -1, -1):
+            count = self.counts[axis]
+            placed = [self._merged(placed[i : i + count], axis) for i in range(0, len(placed), count)]
+        self._node("Transpose", [self._cut(placed[0])], self.output, perm=[0, rank + 1, *range(1, rank + 1)])
+        return self.nodes
+
+    def _short(self, space: Sequence[Dim]) -> list[Dim]:
+        return [-(-d // r) if isinstance(d, int) else None for d, r in zip(space, self.counts, strict=True)]
+
+    def _long(self, space: Sequence[Dim]) -> list[Dim]:
+        return [s * r if isinstance(s, int) else None for s, r in zip(self._short(space), self.counts, strict=True)]
+
+    def _placed(self, row: gs.Tensor, index: int) -> gs.Tensor:
+        """Phases side by side along the last axis: (N, S₀, …, 1, L, C)."""
+        rank, width = len(self.counts), self.counts[-1] * self.channels
+        last = self._made(f"last{index}", lambda s: (*self._short(s), width))
+        self._node("Transpose", [row], last, perm=[0, *range(2, rank + 2), 1])
+        if rank == 1:
+            row = self._made("whole", lambda s: (*self._long(s), self.channels))
+            return self._reshaped(last, [0, -1, self.channels], row)
+        row = self._made(f"place{index}", lambda s: (*self._short(s)[:-1], 1, self._long(s)[-1], self.channels))
+        return self._reshaped(last, [*[0] * rank, 1, -1, self.channels], row)
+
+    def _merged(self, rows: list[gs.Tensor], axis: int) -> gs.Tensor:
+        """Those that differ along an axis: (N, S₀, …, Sₐ, 1, …) to (N, S₀, …, 1, Lₐ, …), without the 1 at the first."""
+        rank, joined = len(self.counts), rows[0]
+        if len(rows) > 1:
+            joined = self._made(
+                "rows",
+                lambda s: (*self._short(s)[: axis + 1], len(rows), *self._long(s)[axis + 1 :], self.channels),
+            )
+            self._node("Concat", rows, joined, axis=axis + 2)
+        if axis:
+            made = self._made("plane", lambda s: (*self._short(s)[:axis], 1, *self._long(s)[axis:], self.channels))
+            return self._reshaped(joined, [*[0] * (axis + 1), 1, -1, *[0] * (rank - 1 - axis), self.channels], made)
+        whole = self._made("whole", lambda s: (*self._long(s), self.channels))
+        sizes = known(self._long((self.rw.shape(self.output) or ())[2:])[1:])
+        if sizes is not None:
+            return self._reshaped(joined, [0, -1, *sizes, self.channels], whole)
+        # a zero takes a size over from the same place: others stay there, and move up then
+        flat = self._made("flat", lambda s: (self._long(s)[0], 1, *self._long(s)[1:], self.channels))
+        self._reshaped(joined, [0, -1, 1, *[0] * (rank - 1), self.channels], flat)
+        self._node("Squeeze", [flat, self._constant("axis", [2])], whole)
+        return whole
+
+    def _cut(self, whole: gs.Tensor) -> gs.Tensor:
+        """What lies beyond a size that the number of phases does not divide goes."""
+        space = (self.rw.shape(self.output) or ())[2:]
+        sizes = known(space)
+        if self.sized is None or (sizes is not None and list(sizes) == self._long(sizes)):
+            return whole
+        rank = len(space)
+        if sizes is not None:
+            ends: gs.Tensor = self._constant("ends", sizes)
+        else:
+            ends = gs.Variable(self.rw.unique(f"{self.output.name}_size"), np.dtype(np.int64), (rank,))
+            self._node("Shape", [self.sized], ends, start=2, end=2 + rank)
+        cut = self._made("cut", lambda s: (*s, self.channels))
+        starts, axes = self._constant("starts", [0] * rank), self._constant("axes", range(1, rank + 1))
+        self._node("Slice", [whole, starts, ends, axes], cut)
+        return cut
+
+    def _reshaped(self, source: gs.Tensor, shape: Sequence[int], output: gs.Variable) -> gs.Variable:
+        self._node("Reshape", [source, self._constant("shape", shape)], output)
+        return output
+
+    def _made(self, role: str, sizes: Callable[[Shape], tuple[Dim, ...]]) -> gs.Variable:
+        """A tensor of sizes that follow from the output's, for each member of the batch."""
+        return self.rw.new_variable(f"{self.output.name}_{role}", self.output, lambda s: (s[0], *sizes(s[2:])))
+
+    def _constant(self, role: str, values: Sequence[int]) -> gs.Constant:
+        return self.rw.new_constant(f"{self.output.name}_{role}", np.array(values, np.int64))
+
+    def _node(self, op: str, inputs: Sequence[gs.Tensor], output: gs.Tensor, **attrs: object) -> None:
+        name = self.rw.node_name(str(output.name), f"_{op.lower()}")
+        self.nodes.append(gs.Node(op, name, attrs, list(inputs), [output]))
+
+
+def moved(size: Sequence[int]) -> int:
+    """Elements that are read and written to put together an output of this size."""
+    return 6 * math.prod(size)

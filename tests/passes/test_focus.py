@@ -1,0 +1,178 @@
+from __future__ import annotations
+
+import helpers
+import numpy as np
+import pytest
+from helpers import build, normal, ops, reasons, run, same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pwopt.passes import Focus
+
+BIG = np.array([2**63 - 1])
+HEAD = "(double[2,3,8,12] x) => (double[N] y) "
+CONSTANTS = {
+    "o": np.array([0]), "i": np.array([1]), "e": BIG, "two": np.array([2]), "three": np.array([3]), "h": np.array([2]), "v": np.array([3]),
+    "both": np.array([2, 3]), "oo": np.array([0, 0]), "oi": np.array([0, 1]), "io": np.array([1, 0]), "ii": np.array([1, 1]),
+    "ee": np.array([2**31 - 1] * 2), "tt": np.array([2, 2]), "w": normal(5, 12, 3, 3), "b": normal(5), "p": normal(5, 12, 1, 1),
+    "g": normal(8, 6, 3, 3), "u": normal(5, 6, 3, 3),
+}  # fmt: skip
+PAIRS = "a = Slice(x, oo, ee, both, tt) b1 = Slice(x, io, ee, both, tt) c = Slice(x, oi, ee, both, tt) d = Slice(x, ii, ee, both, tt) "
+CHAIN = "".join(
+    f"r{n} = Slice(x, {first}, e, h, two) {n} = Slice(r{n}, {second}, e, v, two) "
+    for n, first, second in (("a", "o", "o"), ("b1", "i", "o"), ("c", "o", "i"), ("d", "i", "i"))
+)
+JOINED = "k = Concat<axis=1>(a, b1, c, d) "
+X = normal(2, 3, 8, 12)
+
+
+@pytest.mark.parametrize("blocks", [PAIRS + JOINED, CHAIN + JOINED, "k = SpaceToDepth<blocksize=2>(x) "])
+@pytest.mark.parametrize("pads", [[1, 1, 1, 1], [0, 0, 0, 0], [0, 2, 1, 0]])
+def test_focus_is_one_convolution_of_stride_2(blocks: str, pads: list[int]) -> None:
+    model = build(HEAD + f"{{ {blocks} y = Conv<pads={pads}>(k, w, b) }}", CONSTANTS)
+    result, outcome, _ = run(model, Focus())
+    assert ops(result) == {"Conv": 1}
+    (conv,) = result.graph.node
+    given_attrs = {a.name: list(a.ints) for a in conv.attribute}
+    assert given_attrs["kernel_shape"] == [6, 6]
+    assert given_attrs["strides"] == [2, 2]
+    assert given_attrs["pads"] == [2 * p for p in pads]
+    assert outcome.rewrites[0].macs_after == outcome.rewrites[0].macs_before
+    assert outcome.rewrites[0].certificate is not None
+    assert outcome.rewrites[0].certificate.status == "certified"
+    same(model, result, x=X)
+
+
+def test_patch_merging_is_a_convolution_of_patches() -> None:
+    model = build(HEAD + f"{{ {PAIRS}{JOINED} y = Conv(k, p) }}", CONSTANTS)
+    result, _, _ = run(model, Focus())
+    assert ops(result) == {"Conv": 1}
+    assert list(helpers.weight(result, "p").shape) == [5, 3, 2, 2]
+    same(model, result, x=X)
+
+
+@pytest.mark.parametrize("perm", [[0, 1, 3, 5, 2, 4], [0, 3, 5, 1, 2, 4]])
+def test_pixel_unshuffling(perm: list[int]) -> None:
+    body = (
+        HEAD + f"{{ s = Reshape(x, q) t = Transpose<perm={perm}>(s) k = Reshape(t, z) y = Conv<pads=[1,1,1,1]>(k, w) }}"
+    )
+    constants = CONSTANTS | {"q": np.array([2, 3, 4, 2, 6, 2]), "z": np.array([2, 12, 4, 6])}
+    model = build(body, constants)
+    result, _, _ = run(model, Focus())
+    assert ops(result) == {"Conv": 1}
+    same(model, result, x=X)
+
+
+@pytest.mark.parametrize(
+    ("shape", "perm", "back"),
+    [
+        ([2, 3, 4, 2, 6, 2], [0, 1, 5, 3, 2, 4], [2, 12, 4, 6]),
+        ([2, 3, 2, 4, 2, 6], [0, 1, 3, 5, 2, 4], [2, 72, 2, 2]),
+        ([2, 3, 2, 2, 4, 6], [0, 1, 3, 5, 2, 4], [2, 36, 2, 4]),
+        ([2, 3, 4, 2, 6, 2], [0, 1, 3, 5, 2, 4], [2, 12, 6, 4]),
+    ],
+)
+def test_other_changes_of_shape_stay(shape: list[int], perm: list[int], back: list[int]) -> None:
+    body = HEAD + f"{{ s = Reshape(x, q) t = Transpose<perm={perm}>(s) k = Reshape(t, z) y = Conv(k, m) }}"
+    constants = CONSTANTS | {"q": np.array(shape), "z": np.array(back), "m": normal(5, back[1], 1, 1)}
+    model = build(body, constants)
+    result, outcome, _ = run(model, Focus())
+    if outcome.rewrites:
+        same(model, result, x=X)
+    else:
+        assert result is model
+
+
+@pytest.mark.parametrize("size", ["2,3,H,W", "N,3,H,12"])
+def test_sizes_that_are_not_known(size: str) -> None:
+    """Whatever they are, the blocks fit each other."""
+    body = f"(double[{size}] x) => (double[N] y) {{ {CHAIN}{JOINED} y = Conv<pads=[1,1,1,1]>(k, w, b) }}"
+    model = build(body, CONSTANTS)
+    sizes = {"x": (2, 3, 8, 12), "k": (2, 12, 4, 6), "y": (2, 5, 4, 6)}
+    result, outcome, _ = run(model, Focus(), sizes=sizes)
+    assert len(outcome.rewrites) == 1
+    for h, w in ((8, 12), (2, 12), (6, 12)):
+        same(model, result, x=normal(2, 3, h, w))
+
+
+@pytest.mark.parametrize(
+    ("body", "reason"),
+    [
+        (PAIRS + JOINED + "y = Conv<pads=[1,1,1,1]>(k, w) t = Relu(k)", "'k' has 2 consumers"),
+        (PAIRS + JOINED + "y = Conv<pads=[1,1,1,1]>(k, w) t = Conv(k, w)", "'k' has 2 consumers"),
+        (PAIRS + JOINED + "y = Conv<pads=[1,1,1,1]>(k, w) t = Conv(j, w)", "the weight 'w' is shared"),
+    ],
+)
+def test_refusals_have_reasons(body: str, reason: str) -> None:
+    model = build(f"(double[2,3,8,12] x, double[2,12,3,3] j) => (double[N] y, double[M] t) {{ {body} }}", CONSTANTS)
+    result, outcome, _ = run(model, Focus())
+    assert result is model
+    assert reason in reasons(outcome)[0]
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        "k = Concat<axis=1>(x, x, x, x)",  # nothing is skipped
+        "a = Slice(x, three2, ee, both, tt) b1 = Slice(x, three2, ee, both, tt) k = Concat<axis=1>(a, b1)",  # further on
+        "a = Slice(x, o, end, h, two) c = Slice(x, i, end, h, two) k = Concat<axis=1>(a, c)",  # an end before the end
+        "n = Slice(x, o, two, h) a = Slice(n, o, e, h, two) c = Slice(n, o, e, h, three) k = Concat<axis=1>(a, c)",  # other steps
+        "a = Slice(x, o, e, h, two) r = Relu(x) c = Slice(r, i, e, h, two) k = Concat<axis=1>(a, c)",  # other tensors
+        "a = Slice(x, o, e, h, two) c = Slice(x, i, e, h, two) k = Concat<axis=3>(a, c)",
+        "f = Slice(x, o, e, i, two) a = Slice(f, o, e, h, two) c = Slice(f, i, e, h, two) k = Concat<axis=1>(a, c)",
+    ],
+)
+def test_what_are_no_blocks_stays(blocks: str) -> None:
+    constants = CONSTANTS | {"three2": np.array([2, 2]), "end": np.array([6])}
+    channels = 12 if "x, x" in blocks else 3 if "axis=3" in blocks else 4 if "f =" in blocks else 6
+    model = build(HEAD + "{ " + blocks + " y = Conv(k, m) }", constants | {"m": normal(5, channels, 1, 1)})
+    result, outcome, _ = run(model, Focus())
+    if "f = Slice" in blocks:  # of some channels only: the blocks are of those
+        assert ops(result)["Slice"] == 1
+        same(model, result, x=X)
+    else:
+        assert not outcome.rewrites
+
+
+def test_groups_do_not_read_all_blocks() -> None:
+    model = build(HEAD + f"{{ {PAIRS}{JOINED} y = Conv<group=2>(k, g) }}", CONSTANTS)
+    assert run(model, Focus())[0] is model
+
+
+def test_few_blocks_of_many_positions_stay() -> None:
+    """Most of the kernel would be zeros."""
+    body = "(double[2,16,64,64] x) => (double[N] y) { a = Slice(x, oo, ee, both, tt) b1 = Slice(x, io, ee, both, tt) "
+    constants = CONSTANTS | {"tt": np.array([8, 8]), "m": normal(64, 32, 3, 3)}
+    model = build(body + "k = Concat<axis=1>(a, b1) y = Conv(k, m) }", constants)
+    result, outcome, _ = run(model, Focus(), certifier=None)
+    assert result is model
+    assert "sparse kernel" in reasons(outcome)[0]
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_blocks(data: st.DataObject) -> None:
+    rank = data.draw(st.integers(1, 3))
+    steps = [data.draw(st.integers(1, 3)) for _ in range(rank)]
+    offsets = [[data.draw(st.integers(0, r - 1)) for r in steps] for _ in range(data.draw(st.integers(2, 4)))]
+    kernel = [data.draw(st.integers(1, 3)) for _ in range(rank)]
+    pads = [data.draw(st.integers(0, 2)) for _ in range(2 * rank)]
+    strides = [data.draw(st.integers(1, 3)) for _ in range(rank)]
+    dilations = [data.draw(st.integers(1, 2)) for _ in range(rank)]
+    inner = [d * (k - 1) + 1 + data.draw(st.integers(0, 3)) for d, k in zip(dilations, kernel, strict=True)]
+    size = []
+    for axis, (n, r) in enumerate(zip(inner, steps, strict=True)):
+        low, high = max(o[axis] for o in offsets) - r + 1, min(o[axis] for o in offsets)
+        size.append(r * n + data.draw(st.integers(low, high)))
+    parts = "".join(f"p{i} = Slice(x, o{i}, ends, axes, steps) " for i in range(len(offsets)))
+    joined = ", ".join(f"p{i}" for i in range(len(offsets)))
+    head = f"(double[2,2,{','.join(map(str, size))}] x) => (double[N] y) "
+    call = f"Conv<pads={pads}, strides={strides}, dilations={dilations}>(k, m, c)"
+    constants = {f"o{i}": np.array(o) for i, o in enumerate(offsets)} | {
+        "ends": np.array([2**31 - 1] * rank), "axes": np.arange(2, 2 + rank), "steps": np.array(steps),
+        "m": normal(3, 2 * len(offsets), *kernel), "c": normal(3),
+    }  # fmt: skip
+    model = build(head + f"{{ {parts} k = Concat<axis=1>({joined}) y = {call} }}", constants)
+    result, outcome, _ = run(model, Focus())
+    assert len(outcome.rewrites) == 1 or "sparse" in reasons(outcome)[0]
+    same(model, result, x=normal(2, 2, *size))

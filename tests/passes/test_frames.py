@@ -1,0 +1,135 @@
+from __future__ import annotations
+
+import helpers
+import numpy as np
+import pytest
+from helpers import build, normal, ops, outside, reasons, run, same
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pwopt.passes import PASSES, Frames
+
+HEAD = "(double[1,4,5,6,7] x) => (double[N] y) "
+SAME = "pads=[1,1,1,1,1,1]"
+CONSTANTS = {
+    "d": normal(4, 1, 3, 3, 3), "b": normal(4), "w": normal(6, 4, 1, 1, 1), "v": normal(4, 6, 1, 1, 1), "t": normal(4, 4, 3, 1, 1),
+    "s": normal(4, 4, 1, 3, 3), "k": normal(4, 4, 3, 3, 3), "g": normal(2, 4, 1, 1, 1), "h": normal(4, 2, 1, 1, 1),
+    "c": normal(4, 1, 1, 1), "f": normal(4, 5, 1, 1), "e": normal(5, 1, 1), "n": normal(1, 4, 1, 6, 7), "m": normal(7),
+    "one": np.ones(4), "two": np.array([2, 3, 4]),
+}  # fmt: skip
+X = normal(1, 4, 5, 6, 7)
+
+
+def eager() -> Frames:
+    p = helpers.eager(Frames)
+    assert isinstance(p, Frames)
+    return p
+
+
+def test_a_block_of_x3d_runs_on_frames() -> None:
+    body = f"""{{ a = Conv(x, w) r = Relu(a) q = Conv(r, v) z = Conv<{SAME}, group=4>(q, d, b)
+        p = GlobalAveragePool(z) p1 = Conv(p, g) p2 = Relu(p1) p3 = Conv(p2, h) p4 = Sigmoid(p3) o = Mul(z, p4)
+        y = Add(o, x) }}"""
+    model = build(HEAD + body, CONSTANTS)
+    result, outcome, _ = run(model, eager())
+    found = ops(result)
+    assert found["Conv"] == 4 + 3
+    assert found["Slice"] == 2  # the middle tap sees all frames where they are
+    assert found["Pad"] == found["ReduceMean"] == 1
+    assert found["Transpose"] == found["Squeeze"] + found["Unsqueeze"] == 2
+    (rewrite,) = outcome.rewrites
+    assert rewrite.reason == "1 3-D convolution and 10 other operators around run on frames"
+    assert rewrite.macs_before == rewrite.macs_after
+    same(model, result, x=X)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        "Relu(z)", "Mul(z, c)", "Add(z, f)", "Sub(z, e)", "Mul(z, n)", "Add(z, m)", "Div(one_, z)", "Tanh(z)",
+        "BatchNormalization(z, one, b, b, one)", "ReduceMean<axes=[2,3,4]>(z)", "ReduceMax<axes=[2]>(z)",
+        "MaxPool<kernel_shape=[1,2,2], strides=[1,2,2]>(z)", "AveragePool<kernel_shape=[1,3,3], pads=[0,1,1,0,1,1]>(z)",
+        "Concat<axis=1>(z, z)", "Concat<axis=2>(z, x)", "Conv(z, w)", "Conv<pads=[1,0,0,1,0,0]>(z, t)",
+        "Conv<pads=[0,1,1,0,1,1]>(z, s)", "Conv<strides=[2,2,2]>(z, k)", "GlobalAveragePool(z)", "Identity(z)",
+    ],
+)  # fmt: skip
+def test_operators_that_run_on_frames(after: str) -> None:
+    constants = CONSTANTS | {"one_": np.array(1.0)}
+    model = build(HEAD + f"{{ z = Conv<{SAME}>(x, k, b) y = {after} }}", constants)
+    result, outcome, _ = run(model, eager())
+    assert len(outcome.rewrites) == 1
+    assert result.graph.node[-1].op_type == "Unsqueeze"
+    same(model, result, x=X, tolerance=1e-8)
+
+
+@pytest.mark.parametrize(
+    "after",
+    [
+        "Softmax<axis=2>(z)", "MaxPool<kernel_shape=[2,1,1]>(z)", "MaxPool<kernel_shape=[1,2,2], ceil_mode=1>(z)",
+        "Reshape(z, flat)", "ReduceMean<axes=[2,3,4], keepdims=0>(z)", "ReduceMean<axes=[0]>(z)",
+        "Mul(z, z2)", "AveragePool<kernel_shape=[1,2,2], pads=[1,0,0,0,0,0], count_include_pad=1>(z)", "GlobalMaxPool(z)",
+    ],
+)  # fmt: skip
+def test_others_do_not(after: str) -> None:
+    constants = CONSTANTS | {"flat": np.array([4, -1]), "z2": normal(2, 4, 5, 6, 7)}
+    model = build(HEAD + f"{{ z = Conv<{SAME}>(x, k, b) y = {after} }}", constants)
+    result, outcome, _ = run(model, eager())
+    assert len(outcome.rewrites) == 1
+    assert outside(result, after.partition("<")[0].partition("(")[0], "_frames") or "Mul" in after
+    same(model, result, x=X, tolerance=1e-8)
+
+
+@pytest.mark.parametrize("size", ["2,4,5,6,7", "N,4,5,6,7", "1,4,T,6,7", "1,4,5,H,7"])
+def test_several_videos_and_sizes_that_are_not_known_stay(size: str) -> None:
+    model = build(f"(double[{size}] x) => (double[N] y) {{ y = Conv<{SAME}>(x, k) }}", CONSTANTS)
+    assert run(model, eager())[0] is model
+
+
+@pytest.mark.parametrize("call", ["Conv(x, w)", "Conv<pads=[1,0,0,1,0,0]>(x, t)"])
+def test_what_leaves_the_plane_alone_is_left_to_others(call: str) -> None:
+    model = build(HEAD + f"{{ y = {call} }}", CONSTANTS)
+    assert run(model, eager())[0] is model
+
+
+def test_an_old_opset_stays() -> None:
+    model = build(HEAD + f"{{ y = Conv<{SAME}>(x, k) }}", CONSTANTS, opset=12)
+    assert run(model, eager())[0] is model
+
+
+def test_weights_that_are_not_known_or_not_finite_stay() -> None:
+    body = f"(double[1,4,5,6,7] x, double[4,4,3,3,3] k) => (double[N] y) {{ y = Conv<{SAME}>(x, k) }}"
+    model = build(body, {})
+    assert run(model, eager())[0] is model
+    model = build(HEAD + f"{{ y = Conv<{SAME}>(x, k) }}", CONSTANTS | {"k": np.full((4, 4, 3, 3, 3), np.inf)})
+    assert run(model, eager())[0] is model
+
+
+def test_not_without_measuring() -> None:
+    model = build(HEAD + f"{{ y = Conv<{SAME}>(x, k) }}", CONSTANTS)
+    result, outcome, _ = run(model, Frames())
+    assert result is model
+    assert "only measuring" in reasons(outcome)[0]
+
+
+def test_no_settled_pass_undoes_it() -> None:
+    model = build(HEAD + f"{{ z = Conv<{SAME}, group=4>(x, d, b) y = Relu(z) }}", CONSTANTS)
+    result, outcome, _ = run(model, *(p() for p in PASSES if p.policy != "measured"), eager())
+    assert [r.pass_name for r in outcome.rewrites] == ["frames"]
+    same(model, result, x=X)
+
+
+@given(st.data())
+@settings(max_examples=60, deadline=None)
+def test_any_convolution(data: st.DataObject) -> None:
+    kernel = [data.draw(st.integers(1, 3)) for _ in range(3)]
+    pads = [data.draw(st.integers(0, 2)) for _ in range(6)]
+    strides = [data.draw(st.integers(1, 3)) for _ in range(3)]
+    dilations = [data.draw(st.integers(1, 2)) for _ in range(3)]
+    groups = data.draw(st.sampled_from([1, 2, 4]))
+    size = [d * (k - 1) + 1 + data.draw(st.integers(0, 3)) for d, k in zip(dilations, kernel, strict=True)]
+    call = f"Conv<pads={pads}, strides={strides}, dilations={dilations}, group={groups}>(x, q, b)"
+    constants = {"q": normal(4, 4 // groups, *kernel), "b": normal(4)}
+    model = build(f"(double[1,4,{','.join(map(str, size))}] x) => (double[N] y) {{ y = {call} }}", constants)
+    result, outcome, _ = run(model, eager())
+    assert len(outcome.rewrites) == any(k > 1 for k in kernel[1:])
+    same(model, result, x=normal(1, 4, *size))
