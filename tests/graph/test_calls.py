@@ -9,6 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 import pwopt
 from pwopt.graph.calls import inlined
 from pwopt.graph.functions import MOST, expanded, functions
+from pwopt.selecting.compiler import select_passes, without_calls
 
 BRANCHES = """If (k) <then_branch = a () => (float[N,4] z) { p = Mul(h, two) q = Add(p, w) z = Relu(q) },
                        else_branch = b () => (float[N,4] z) { z = Identity(h) }>"""
@@ -175,7 +176,8 @@ def test_a_tower_of_functions_is_not_inlined() -> None:
     del model.graph.node[1:]
     model.graph.output[0].name = "h1"
     assert expanded(model) is None
-    assert ops(optimised(model))["F0"] == 1
+    loaded = pwopt.load(model)  # infers shapes
+    assert without_calls(loaded, select_passes(None), (), {}) is loaded
 
 
 def test_functions_that_call_themselves_are_left_to_the_runtime() -> None:
