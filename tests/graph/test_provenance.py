@@ -96,9 +96,7 @@ def test_an_operator_with_other_attributes_is_still_itself() -> None:
 
 
 def test_an_activation_stands_for_all_that_spelled_it() -> None:
-    body = (
-        "(float[N,4] x) => (float[A,B] y) { a = Add(x, three) c = Clip(a, zero, six) m = Mul(x, c) y = Div(m, six) }"
-    )
+    body = "(float[N,4] x) => (float[A,B] y) { a = Add(x, three) c = Clip(a, zero, six) m = Mul(x, c) y = Div(m, six) }"
     weights = {"three": np.float32(3), "zero": np.float32(0), "six": np.float32(6)}
     result, _, _ = run(named(parse(body, **weights)), NameActivations())
     own, folded = told(result.graph.node[-1])

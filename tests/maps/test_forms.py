@@ -9,7 +9,7 @@ import onnx
 import pytest
 from helpers import build, evaluate, normal, parse
 
-from pwopt.algebra.geometry import Refusal
+from pwopt.algebra.geometry import Geometry, Refusal, compose_geometry, pointwise_geometry
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph.files import from_proto
 from pwopt.graph.view import View
@@ -225,11 +225,26 @@ def test_a_number_for_each_row_is_no_bias() -> None:
     assert isinstance(reading, Refusal)
 
 
+@pytest.mark.parametrize("attrs", ["output_shape=[15,16]", 'auto_pad="SAME_UPPER"'])
+def test_padding_that_follows_from_sizes_is_padding(attrs: str) -> None:
+    """What comes after such a convolution composes with it; a bias before it does not."""
+    _, reading = last(
+        parse(
+            f"(double[2,4,7,8] x) => (double[N] y) {{ y = ConvTranspose<strides=[2,2], {attrs}>(x, w) }}",
+            w=normal(4, 3, 3, 3),
+        )
+    )
+    assert isinstance(reading, forms.Reading)
+    assert reading.geometry.padded
+    after = pointwise_geometry(3, 3, groups=3, biased=True)
+    assert isinstance(compose_geometry(after, reading.geometry), Geometry)
+    before = pointwise_geometry(4, 4, groups=4, biased=True)
+    assert isinstance(compose_geometry(reading.geometry, before), Refusal)
+
+
 @pytest.mark.parametrize(
     ("inputs", "call", "weights"),
     [
-        ("", "ConvTranspose<strides=[2,2], output_shape=[15,16]>(x, w)", {"w": normal(4, 3, 3, 3)}),
-        ("", 'ConvTranspose<strides=[2,2], auto_pad="SAME_UPPER">(x, w)', {"w": normal(4, 3, 3, 3)}),
         (", double[4,3,3,3] w", "ConvTranspose(x, w)", {}),
         (", double[3] b", "ConvTranspose(x, w, b)", {"w": normal(4, 3, 3, 3)}),
         (", double[3,4,3,3] w", "Conv(x, w)", {}),
