@@ -15,15 +15,13 @@ from pwopt.rewriting.driver import Rewriter
 from pwopt.rewriting.steps import Step, repeated
 
 
-def interleavable(rw: Rewriter, output: gs.Tensor, *, cut: bool = False) -> Refusal | None:
+def interleavable(rw: Rewriter, output: gs.Tensor) -> Refusal | None:
     """Why phases cannot be put together into `output`, if they cannot."""
     shape = rw.shape(output)
     if shape is None or len(shape) < 3 or not isinstance(shape[1], int):
         return Refusal("the rank of its output is not known")
     if 0 in shape:
         return Refusal("its output is empty")
-    if known(shape[2:]) is None and rw.opset < (15 if cut else 13):  # Shape has a start since, Squeeze an input
-        return Refusal(f"opset {rw.opset} has no way to put phases together whose size is not known")
     return None
 
 
@@ -124,7 +122,10 @@ class Interleaving:
         # a zero takes a size over from the same place: others stay there, and move up then
         flat = self._made("flat", lambda s: (self._long(s)[0], 1, *self._long(s)[1:], self.channels))
         self._reshaped(joined, [0, -1, 1, *[0] * (rank - 1), self.channels], flat)
-        self._node("Squeeze", [flat, self._constant("axis", [2])], whole)
+        if self.rw.opset < 13:
+            self._node("Squeeze", [flat], whole, axes=[2])
+        else:
+            self._node("Squeeze", [flat, self._constant("axis", [2])], whole)
         return whole
 
     def _cut(self, whole: gs.Tensor) -> gs.Tensor:
