@@ -42,6 +42,13 @@ def oldest(session: nox.Session) -> None:
     session.run("pytest", *session.posargs, env=ENVIRONMENT)
 
 
+@nox.session
+def docs(session: nox.Session) -> None:
+    """The documentation's site, into ./site; any warning is an error."""
+    session.install("-e", ".[cpu,docs,fleet]")
+    session.run("mkdocs", "build", "--strict", "-d", *(session.posargs or ["site"]))
+
+
 @nox.session(python=OLDEST)
 def without_runtime(session: nox.Session) -> None:
     """No onnxruntime: tests that need it are skipped, the algebra is not."""

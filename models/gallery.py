@@ -138,5 +138,5 @@ def stays(refusal: Refusal, before: onnx.ModelProto, after: onnx.ModelProto) -> 
 
 def _reasons(system: System, report: Report) -> list[str]:
     """What passes said about the places that they left alone; those that need no clock also before the others ran."""
-    plain = pwopt.optimize(system.path, cost_model="analytic", shapes=system.shapes, check=False, passes=UNMEASURED)
+    plain = pwopt.optimize(system.path, cost="analytic", shapes=system.shapes, verify=False, passes=UNMEASURED)
     return [s.reason for s in (*report.skips, *plain.report.skips)]

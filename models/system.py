@@ -133,7 +133,7 @@ class System:
 
     def optimise(self) -> pwopt.Result:
         """Rewritten, the same way on every machine, and verified with onnxruntime."""
-        return pwopt.optimize(self.path, cost_model="analytic", shapes=self.shapes, passes=self.passes)
+        return pwopt.optimize(self.path, cost="analytic", shapes=self.shapes, passes=self.passes)
 
 
 def _off(residual: float) -> str:

@@ -21,9 +21,11 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "evidence.verify": ["verify"],
         "graph.files": ["load", "save"],
         "graph.model": ["Model"],
+        "optimizing.batch": ["optimize_many"],
         "optimizing.optimizer": ["Result", "optimize"],
         "optimizing.profile": ["profile"],
         "optimizing.request": ["Request"],
+        "passes": ["PASSES"],
         "running.bench": ["benchmark"],
         "selecting.inspection": ["inspect"],
         "selecting.properties": ["properties"],
@@ -44,10 +46,12 @@ if TYPE_CHECKING:
     from pwopt.graph.files import load as load
     from pwopt.graph.files import save as save
     from pwopt.graph.model import Model as Model
+    from pwopt.optimizing.batch import optimize_many as optimize_many
     from pwopt.optimizing.optimizer import Result as Result
     from pwopt.optimizing.optimizer import optimize as optimize
     from pwopt.optimizing.profile import profile as profile
     from pwopt.optimizing.request import Request as Request
+    from pwopt.passes import PASSES as PASSES
     from pwopt.running.bench import benchmark as benchmark
     from pwopt.selecting.inspection import inspect as inspect
     from pwopt.selecting.properties import properties as properties

@@ -17,6 +17,9 @@ def bench(
     seconds: options.Seconds = RACE_SECONDS,
     report: options.JsonReport = None,
     plot: options.Plot = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
     """Time models side by side: latency, cold start, memory, and where the time goes."""
@@ -31,7 +34,7 @@ def bench(
     said.check_report(report, *models)
     if report is not None and kind_of(report) != "json":
         raise UsageError(f"bench reports in JSON only; call it {str(report.with_suffix('.json'))!r}")
-    said.check_report(plot, *models)
+    said.check_report(plot, *models, suffix="" if plot is None else plot.suffix.lower())
     if plot is not None and plot.suffix.lower() != ".svg":
         raise UsageError(f"the plot is an SVG; call it {str(plot.with_suffix('.svg'))!r}")
     check_available(plot)
@@ -39,12 +42,15 @@ def bench(
         batches = [int(b) for b in batch.split(",")] if batch else []
     except ValueError as error:
         raise UsageError(f"the batch sizes {batch!r} are not of the form 1,8,32") from error
-    with said.telling_progress(debug=debug) as progress:
+    with said.telling_progress(debug=debug, quiet=quiet, verbose=verbose) as progress:
         rows = benchmark(
-            models, provider=provider, threads=threads, shapes=options.one_round(shape), batches=batches,
+            models, provider=provider, threads=threads, shapes=options.one_round(shape), batch=batches,
             seconds=seconds, progress=progress,
         )  # fmt: skip
-    render_benchmark(rows, said.console())
-    said.write(report, benchmark_json(rows, runtime.environment(provider, threads)))
+    render_benchmark(rows, said.console(quiet=quiet or json))
+    content = benchmark_json(rows, runtime.environment(provider, threads))
+    said.write(report, content)
+    if json:
+        said.as_json(content)
     if plot is not None:
         said.write(plot, latencies(rows))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 
 import typer
@@ -13,7 +12,7 @@ from pwopt.cli import options
 def doctor(
     provider: options.OnlyProvider = None,
     provider_option: options.ProviderOptions = None,
-    json: options.PrintJson = False,
+    json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
     """Say what is installed, which execution providers really start, why others do not, and what would mend it."""
@@ -26,7 +25,7 @@ def doctor(
     wanted = None if provider is None else options.placed(provider, provider_option)
     found = examine(wanted)
     if json:
-        sys.stdout.write(to_json([asdict(f) for f in found]))
+        said.as_json(to_json([asdict(f) for f in found]))
     else:
         render_findings(found, said.console())
     last = found[-1]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import asdict
 
 from pwopt.cli import options
@@ -16,6 +15,9 @@ def inspect(
     every: options.Every = False,
     weights: options.Weights = False,
     report: options.Spectra = None,
+    plugin: options.Plugins = None,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
     """List every pointwise map of MODEL: its size, its chain, what would be done with it and why not more."""
@@ -32,17 +34,18 @@ def inspect(
         check_available(report)
     elif report is not None:
         raise UsageError("only --properties are written to a file; add it, or use --json")
-    look = properties if weights else decisions
-    with said.telling_progress(debug=debug):
-        found = look(model, shapes=options.one_round(shape))
+    shapes = options.one_round(shape)
+    with said.telling_progress(debug=debug, quiet=quiet, verbose=verbose) as progress:
+        progress("looking at every linear map", 0.0)
+        found = properties(model, shapes=shapes) if weights else decisions(model, shapes=shapes, plugins=plugin or ())
     if isinstance(found, Inspection) and not every:
         found = found.pointwise()
     records = to_json([asdict(m) for m in found])
     if isinstance(found, Properties) and report is not None:
         said.write(report, spectra(found, model) if kind_of(report) == "html" else records)
     if json:
-        sys.stdout.write(records)
+        said.as_json(records)
     elif isinstance(found, Properties):
-        terminal.render_properties(found, said.console())
+        terminal.render_properties(found, said.console(quiet=quiet))
     else:
-        terminal.render_maps(found, said.console(wide=True))
+        terminal.render_maps(found, said.console(wide=True, quiet=quiet))

@@ -26,7 +26,14 @@ Output = Annotated[
     Path | None, typer.Option("-o", "--output", help="The new model.  (default: MODEL.pwopt.onnx)", show_default=False)
 ]
 ProfileOutput = Annotated[
-    Path, typer.Option("--output", "-o", metavar="FILE.json", help="Where to write the profile.", show_default=False)
+    Path,
+    typer.Option(
+        "--output",
+        "-o",
+        metavar="FILE.json",
+        help="Where to write the profile; with --scheduler, a folder.",
+        show_default=False,
+    ),
 ]
 Provider = Annotated[
     str, typer.Option(help="Execution provider: cpu, cuda, cuda:1, openvino… It runs there or not at all.")
@@ -140,8 +147,7 @@ NoLocate = Annotated[bool, typer.Option("--no-locate", help="Do not look for the
 Batch = Annotated[
     str | None, typer.Option(metavar="1,8,32", help="Batch sizes to try, for dynamic first axes.", show_default=False)
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-PrintJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
 Every = Annotated[bool, typer.Option("--all", help="List k×k convolutions too, not only pointwise maps.")]
 Weights = Annotated[
     bool, typer.Option("--properties", help="The weights of pointwise maps instead: rank, spectrum, kind, channels.")
@@ -170,6 +176,51 @@ FigureDetails = Annotated[
     bool, typer.Option("--details", help="Print every figure of every output, relative errors and units too.")
 ]
 Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")]
+
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+Verbose = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Also say why each stage is taken, which sizes were tried, and races.")
+]
+PassName = Annotated[
+    str | None, typer.Argument(metavar="NAME", help="A pass to read everything about.", show_default=False)
+]
+Plugins = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--plugin",
+        metavar="MODULE:CLASS",
+        help="A pass of your own: a module beside the model, or path/to/module.py:Class; repeatable.",
+        show_default=False,
+    ),
+]
+Models = Annotated[
+    list[Path],
+    typer.Argument(
+        metavar="MODEL", help="The ONNX model; or several, folders and patterns, with -d.", show_default=False
+    ),
+]
+Folder = Annotated[
+    Path | None,
+    typer.Option("-d", "--directory", metavar="OUT", help="Folder for the results of many models.", show_default=False),
+]
+Workers = Annotated[int, typer.Option(min=1, help="With -d: processes; their races wait for each other.")]
+Scheduler = Annotated[
+    str | None,
+    typer.Option(
+        metavar="ADDRESS",
+        help="A dask.distributed scheduler whose workers do the work; needs pwopt[fleet].",
+        show_default=False,
+    ),
+]
+Target = Annotated[
+    str | None,
+    typer.Option(
+        metavar="LABEL", help="With --scheduler: only workers started with --resources LABEL=1.", show_default=False
+    ),
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be rewritten and raced; race, verify and write nothing.")
+]
 
 
 def placed(provider: str, given: Sequence[str] | None) -> str:

@@ -2,18 +2,62 @@
 
 from __future__ import annotations
 
+import inspect
+from typing import TYPE_CHECKING
+
+from pwopt.cli import options
+from pwopt.errors import UsageError
+
+if TYPE_CHECKING:
+    from pwopt.rewriting.driver import Pass
+
 #: Kinds of execution provider (`pwopt.rewriting.Pass.pays_on`).
 EVERYWHERE = 3
 
 
-def passes() -> None:
-    """List the passes: what each one rewrites, and when."""
+def passes(
+    name: options.PassName = None,
+    plugin: options.Plugins = None,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
+    """List the passes: what each one rewrites, and when; with NAME, everything about one."""
     from pwopt.cli import output as said
-    from pwopt.passes import PASSES
+    from pwopt.reporting.report import to_json
+    from pwopt.selecting.compiler import select_passes
+    from pwopt.selecting.plugins import origin
 
+    found = select_passes(None, plugin or ())
+    if name is not None:
+        known = ", ".join(p.name for p in found)
+        found = [p for p in found if p.name == name]
+        if not found:
+            raise UsageError(f"there is no pass {name!r}; there are {known}")
+    if json:
+        records = [_record(p) for p in found]
+        said.as_json(to_json(records if name is None else records[0]))
+        return
     console = said.console()
-    for p in PASSES:
-        identity, _, rest = (p.__doc__ or "").partition("\n\n")
+    for p in found:
         where = "" if len(p.pays_on) == EVERYWHERE else f", on {' and '.join(sorted(p.pays_on))} providers"
-        console.print(f"[bold]{p.name}[/bold]  [dim]({p.policy}{where})[/dim]\n  {' '.join(identity.split())}")
-        console.print(f"  [dim]{' '.join(rest.split())}[/dim]\n", soft_wrap=False)
+        whence = "" if p.own else f", from {said.plain(origin(p))}"
+        console.print(f"[bold]{p.name}[/bold]  [dim]({p.policy}{where}{whence})[/dim]", soft_wrap=True)
+        console.print(f"  {said.plain(p.identity())}", soft_wrap=False)
+        if name is not None:
+            rest = (inspect.getdoc(type(p)) or "").partition("\n\n")[2]
+            console.print("\n" + "\n".join(map(said.plain, rest.splitlines())), soft_wrap=True)
+    if name is None:
+        console.print("[dim]pwopt passes NAME says everything about one of them[/dim]")
+
+
+def _record(p: Pass) -> dict[str, object]:
+    from pwopt.selecting.plugins import origin
+
+    return {
+        "name": p.name,
+        "policy": p.policy,
+        "pays_on": sorted(p.pays_on),
+        "identity": p.identity(),
+        "origin": origin(p),
+        "documentation": inspect.getdoc(type(p)) or "",
+    }

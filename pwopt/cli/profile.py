@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 from pwopt.cli import options
+from pwopt.cli.many import fleet
 from pwopt.optimizing.request import Request
 
 
@@ -14,6 +17,12 @@ def profile(
     threads: options.Threads = 1,
     shape: options.Shapes = None,
     budget: options.ModelBudget = Request.budget,
+    plugin: options.Plugins = None,
+    scheduler: options.Scheduler = None,
+    target: options.Target = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
     """Record which measured rewrites pay on this machine, for `optimize --target-profile` on another."""
@@ -21,12 +30,30 @@ def profile(
     from pwopt.optimizing.profile import profile as record
 
     provider = options.placed(provider, provider_option)
-    said.check_report(output, *models)
     shapes = options.one_round(shape)
-    with said.telling_progress(debug=debug) as progress:
-        found = record(models, provider=provider, threads=threads, shapes=shapes, budget=budget, progress=progress)
-    found.save(output)
-    paying = sum(e.low > 1 for e in found.entries)
-    said.console(wide=True).print(
-        f"{paying} of {len(found.entries)} kinds of rewrites pay here; wrote {said.plain(str(output))}"
-    )
+    cluster = fleet(scheduler, target)
+    if cluster is None:
+        said.check_report(output, *models, suffix=output.suffix.lower())
+    with said.telling_progress(debug=debug, quiet=quiet, verbose=verbose) as progress:
+        if cluster is None:
+            own = record(
+                models, provider=provider, threads=threads, shapes=shapes, budget=budget, plugins=plugin or (),
+                progress=progress,
+            )  # fmt: skip
+            found = {output: own}
+        else:
+            request = Request(provider=provider, threads=threads, shapes=shapes, budget=budget, plugins=plugin or ())
+            named = cluster.profiles(models, request, progress)
+            found = {output / f"{re.sub('[^A-Za-z0-9._-]+', '-', label)}.json": p for label, p in named.items()}
+    console = said.console(wide=True, quiet=quiet or json)
+    for path, each in found.items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        each.save(path)
+        paying = sum(e.low > 1 for e in each.entries)
+        where = said.plain(str(each.environment["cpu"]))
+        console.print(
+            f"{paying} of {len(each.entries)} kinds of rewrites pay on {where}; wrote {said.plain(str(path))}"
+        )
+    if json:
+        texts = [each.to_json() for each in found.values()]
+        said.as_json(texts[0] if cluster is None else f"[{', '.join(texts)}]")

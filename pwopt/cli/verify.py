@@ -25,6 +25,9 @@ def verify(
     rtol: options.Rtol = None,
     atol: options.Atol = None,
     report: options.Document = None,
+    json: options.Json = False,
+    quiet: options.Quiet = False,
+    verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
     """Compare two models, whoever made the second: exit 0 if equivalent, 1 if not, more if they cannot be compared."""
@@ -41,12 +44,12 @@ def verify(
     check_available(report)
     records = () if rewrites is None else rewrites_from(rewrites)
     asked = [parse_law(text) for text in invariants or ()]
-    console = said.console()
-    with said.telling_progress(debug=debug) as progress:
+    console = said.console(quiet=quiet or json)
+    with said.telling_progress(debug=debug, quiet=quiet, verbose=verbose) as progress:
         equivalence = compared(
             original, candidate, provider=provider, threads=threads, shapes=options.rounds(shape),
-            inputs=inputs or None, kinds=options.words(kinds), ranges=dict(map(samples.parse_range, ranges or ())),
-            rtol=rtol, atol=atol, locate=not no_locate, rewrites=records, laws=asked,
+            inputs=inputs or None, samples=options.words(kinds), ranges=dict(map(samples.parse_range, ranges or ())),
+            rtol=rtol, atol=atol, locate=not no_locate, rewrites=records, invariants=asked,
             progress=lambda stage: progress(stage, 0.0),
         )  # fmt: skip
     console.print("[green]equivalent[/green]" if equivalence.passed else "[red]not equivalent[/red]")
@@ -54,4 +57,6 @@ def verify(
     environment = runtime.environment(provider, threads)
     content = Comparison(str(original), str(candidate), provider, environment, equivalence, context.obj)
     said.write_document(report, content)
+    if json:
+        said.as_json(content.to_json())
     raise typer.Exit(0 if equivalence.passed else 1)

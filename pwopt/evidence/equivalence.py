@@ -90,6 +90,11 @@ class OutputCheck:
     compared: int = 0
     left_out: int = 0
 
+    @property
+    def identical(self) -> bool:
+        """Whether no element differs from the original's in any sample."""
+        return self.passed and self.compared > 0 and self.max_abs == 0 and self.mismatch == 0
+
     def explain(self) -> str:
         """What it does, as the rest of a sentence about it."""
         if (self.mismatch and not self.max_abs) or not np.isfinite(self.max_abs):

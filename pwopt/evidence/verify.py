@@ -15,6 +15,7 @@ from pwopt.evidence.equivalence import Equivalence, compare
 from pwopt.evidence.laws import Law, measure
 from pwopt.evidence.localise import localise
 from pwopt.graph.files import Source, as_file, load
+from pwopt.graph.sources import renamed
 from pwopt.rewriting.records import Rewrite
 from pwopt.running.inputs import InputSpec, input_specs
 from pwopt.running.runtime import Feeds, Session, check_settings, fallbacks
@@ -54,18 +55,19 @@ def samples_for(
     return given_samples(inputs, specs, given[0] if given else None)
 
 
+@renamed(kinds="samples", laws="invariants")
 def verify(
     original: Source, candidate: Source, *, provider: str = "cpu", threads: int = 1, shapes: Shapes | None = None,
-    inputs: str | os.PathLike[str] | Feeds | Sequence[Any] | None = None, kinds: Sequence[str] = DEFAULT_KINDS,
+    inputs: str | os.PathLike[str] | Feeds | Sequence[Any] | None = None, samples: Sequence[str] = DEFAULT_KINDS,
     ranges: Mapping[str, Range] | None = None, rtol: float | None = None, atol: float | None = None,
-    locate: bool = True, rewrites: Sequence[Rewrite] = (), laws: Sequence[Law] = (),
+    locate: bool = True, rewrites: Sequence[Rewrite] = (), invariants: Sequence[Law] = (),
     progress: Callable[[str], None] = lambda _: None,
 ) -> Equivalence:  # fmt: skip
     """Compare two models on the same inputs.
 
     Parameters
     ----------
-    original, candidate : path, onnx.ModelProto or Model
+    original, candidate : path, bytes, onnx.ModelProto, torch.onnx.ONNXProgram, onnx_ir.Model or Model
         With the same inputs and outputs, whoever made the second.
     provider, threads
         Where to run both; strict about the provider.
@@ -73,7 +75,7 @@ def verify(
         For dynamic dimensions; several are rounds. Without any, two likely ones are tried.
     inputs : path, dict of arrays, or a sequence of those, optional
         Instead of random inputs; files and folders as for `pwopt.running.samples.given_samples`.
-    kinds : sequence of str
+    samples : sequence of str
         Distributions of random inputs, of `pwopt.running.samples.KINDS`.
     ranges : mapping of input name to (low, high), optional
         Smallest and largest value of a random input.
@@ -83,8 +85,8 @@ def verify(
         Look for the first tensor that differs if the models are not equivalent.
     rewrites : sequence of Rewrite, optional
         What made the candidate of the original, so that the one at fault can be named.
-    laws : sequence of Law
-        Invariants to measure on both models, on the first sample; they leave the verdict alone.
+    invariants : sequence of Law
+        Laws to measure on both models, on the first sample; they leave the verdict alone.
     progress : callable, optional
         Called with each stage.
 
@@ -105,14 +107,14 @@ def verify(
     specs = narrowed(input_specs(first), input_specs(load(candidate).proto))
     with as_file(original) as a, as_file(candidate) as b:
         progress("choosing inputs")
-        samples = samples_for(specs, first, a, provider, shapes, inputs, kinds, ranges, progress)
+        drawn = samples_for(specs, first, a, provider, shapes, inputs, samples, ranges, progress)
         progress("running both models")
-        result = compared(a, b, samples, provider, threads, rtol, atol)
+        result = compared(a, b, drawn, provider, threads, rtol, atol)
         if locate and not result.passed:
             progress("looking for the first difference")
-            result = replace(result, difference=localise(a, b, result, samples, provider, threads, rewrites))
+            result = replace(result, difference=localise(a, b, result, drawn, provider, threads, rewrites))
         progress("looking where operators ran")
-        return _attributed(result, {"original": a, "candidate": b}, samples[0], provider, threads, laws)
+        return _attributed(result, {"original": a, "candidate": b}, drawn[0], provider, threads, invariants)
 
 
 def _attributed(

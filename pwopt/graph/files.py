@@ -18,10 +18,9 @@ from pwopt.graph.model import OVERRIDABLE_SINCE_IR, Model, StoredValues
 from pwopt.graph.model import declare as declare
 from pwopt.graph.model import snapshot as snapshot
 from pwopt.graph.shapes import Shape, infer, known, objection
+from pwopt.graph.sources import Source as Source
+from pwopt.graph.sources import handed
 from pwopt.graph.storage import check_external, data_files_of, externalise, locations_of, replacing
-
-#: A model as Python hands it over.
-Source = str | os.PathLike[str] | onnx.ModelProto | Model
 
 #: Since this IR version a model names its opsets; before, it is opset 1.
 OPSETS_SINCE_IR = 3
@@ -32,7 +31,7 @@ def load(source: Source) -> Model:
 
     Parameters
     ----------
-    source : path, onnx.ModelProto or Model
+    source : path, bytes, onnx.ModelProto, torch.onnx.ONNXProgram, onnx_ir.Model or Model
         A file (its external data is checked and left where it is), or a model in memory; of a Model, a copy.
 
     Raises
@@ -50,13 +49,13 @@ def load(source: Source) -> Model:
     ['Conv', 'Conv', 'Conv', 'Conv']
     """
     folder: Path | None
-    if isinstance(source, Model):
-        return from_proto(source.to_proto(), source.folder)
-    if isinstance(source, onnx.ModelProto):
-        proto, folder = source, None
+    given = handed(source)
+    if isinstance(given, Model):
+        return from_proto(given.to_proto(), given.folder)
+    if isinstance(given, onnx.ModelProto):
+        proto, folder = given, None
     else:
-        path = Path(source)
-        proto, folder = _read(path), path.resolve().parent
+        proto, folder = _read(given), given.resolve().parent
     _check(proto)
     check_external(proto, folder)
     with blaming(proto):
@@ -254,8 +253,10 @@ def save(model: Model | onnx.ModelProto, path: str | os.PathLike[str], source: M
 
     Raises
     ------
-    ModelError
+    UsageError
         If the file cannot be written.
+    ModelError
+        If the model is too large for a file of its own.
     """
     path = Path(path)
     if isinstance(model, Model):
@@ -271,16 +272,17 @@ def save(model: Model | onnx.ModelProto, path: str | os.PathLike[str], source: M
     except EncodeError as error:
         raise ModelError(f"{str(path)!r} cannot be written: over 2 GB without external data") from error
     except OSError as error:
-        raise ModelError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
+        raise UsageError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
 
 
 @contextlib.contextmanager
 def as_file(model: Source) -> Iterator[Path]:
     """The model as a file for as long as the context lasts: its own, or a temporary one if it is in memory."""
-    if not isinstance(model, (onnx.ModelProto, Model)):
-        yield Path(model)
+    given = handed(model)
+    if isinstance(given, Path):
+        yield given
         return
     with tempfile.TemporaryDirectory(prefix="pwopt-") as folder:
         path = Path(folder) / "model.onnx"
-        save(model, path)
+        save(given, path)
         yield path

@@ -22,7 +22,7 @@ from onnx.external_data_helper import (
     uses_external_data,
 )
 
-from pwopt.errors import ModelError
+from pwopt.errors import ModelError, UsageError
 
 #: New tensors of at least this many bytes join the external data of a model that has some (onnx's default).
 EXTERNAL_THRESHOLD = 1024
@@ -234,6 +234,6 @@ def workspace(output: str | os.PathLike[str] | None) -> Iterator[Path]:
     try:
         folder = tempfile.TemporaryDirectory(prefix=".pwopt-", dir=where)
     except OSError as error:
-        raise ModelError(f"nothing can be written in {str(where)!r}: {error.strerror}") from error
+        raise UsageError(f"nothing can be written in {str(where)!r}: {error.strerror}") from error
     with folder:
         yield Path(folder.name)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-from collections.abc import Callable
+import logging
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Concatenate, ParamSpec
@@ -13,18 +14,25 @@ from typing import Concatenate, ParamSpec
 import onnx
 
 from pwopt.graph.files import Source, as_file, blaming, load, save
-from pwopt.graph.model import Model
+from pwopt.graph.shapes import written
+from pwopt.graph.sources import handed, renamed
 from pwopt.graph.storage import workspace
 from pwopt.optimizing.request import Request
 from pwopt.optimizing.subject import Subject, check_request, check_sites, gather, plan
 from pwopt.optimizing.trial import Attempt, attempt
 from pwopt.optimizing.verdict import returned
+from pwopt.reporting.brief import top
 from pwopt.reporting.report import Report
-from pwopt.running import runtime
+from pwopt.rewriting.wording import counted
+from pwopt.running import runtime, timing
+from pwopt.selecting.compiler import select_passes
+from pwopt.selecting.plugins import fingerprint, resolved
 from pwopt.selecting.selection import Choice, Disk, Forgetful, Work, select
 from pwopt.selecting.targets import Profile
+from pwopt.selecting.tune import groups
 
 Options = ParamSpec("Options")
+LOG = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -40,6 +48,10 @@ class Result:
 
     model: onnx.ModelProto
     report: Report
+
+    def _repr_html_(self) -> str:
+        """The top of the report, for notebooks."""
+        return top(self.report)
 
 
 def _taking(
@@ -64,13 +76,14 @@ def _taking(
     return decorate
 
 
+@renamed(cost_model="cost", check="verify")
 @_taking(Request)
 def optimize(model: Source, request: Request) -> Result:
     """Optimise a model, verify it against the original, measure both.
 
     Parameters
     ----------
-    model : path, onnx.ModelProto or Model
+    model : path, bytes, onnx.ModelProto, torch.onnx.ONNXProgram, onnx_ir.Model or Model
     OPTIONS
 
     Returns
@@ -87,7 +100,7 @@ def optimize(model: Source, request: Request) -> Result:
     Examples
     --------
     >>> import pwopt
-    >>> result = pwopt.optimize("models/linear_sequence.onnx", cost_model="analytic", check=False)
+    >>> result = pwopt.optimize("models/linear_sequence.onnx", cost="analytic", verify=False)
     >>> result.report.before.nodes, result.report.after.nodes
     (4, 1)
     """
@@ -96,16 +109,22 @@ def optimize(model: Source, request: Request) -> Result:
 
 def optimized(model: Source, request: Request) -> Result:
     """What `optimize` returns, for a request that is written already."""
-    path = None if isinstance(model, (onnx.ModelProto, Model)) else Path(model)
+    model = handed(model)
+    path = model if isinstance(model, Path) else None
+    request = replace(request, plugins=resolved(request.plugins, path))
     check_request(request, path)
+    if request.dry_run:
+        request = replace(request, output=None, cost="analytic", verify=False)
     request.progress("reading", 0.0)
     source = load(model)
-    check_sites(request.deny, source.proto, renamed=request.opset is not None or bool(source.proto.functions))
+    renames = request.opset is not None or bool(source.proto.functions)
+    check_sites(request.deny, source.proto, renamed=renames, more=select_passes(request.passes, request.plugins))
     with contextlib.ExitStack() as stack:
         stack.enter_context(blaming(source.proto))
         original = stack.enter_context(as_file(source if path is None else path))
         subject = gather(source, original, request)
         subject = subject.guarded(stack)
+        LOG.info("%s", _on_what(subject, request))
         work = plan(subject, request, stack.enter_context(workspace(request.output)))
         choice = choose(work, subject, request)
         blank = Report(
@@ -114,21 +133,46 @@ def optimized(model: Source, request: Request) -> Result:
             provider=request.provider,
             environment=runtime.environment(request.provider, request.first_threads),
             shapes=subject.sizes,
+            passes={p.name: p.identity() for p in select_passes(work.passes)},
         )
 
         def tried(always_only: bool) -> Attempt:
             return attempt(subject, replace(work, always_only=always_only), choice, request, blank)
 
         done = returned(tried, source.proto, request).noted(*subject.why)
+        if request.dry_run:
+            done = done.noted(*_outlook(work, request.target_profile is None))
         if request.output is not None:
             request.progress("writing", 1.0)
             save(done.proto, request.output, source)
     return Result(done.proto, done.report)
 
 
+def _on_what(subject: Subject, request: Request) -> str:
+    """What the model will be judged on, and why."""
+    sizes = ", ".join(f"{name} {written(shape)}" for name, shape in subject.sizes.items())
+    given = "likely ones, since none were given" if subject.guessed else "the model's own, or given"
+    if subject.arena is None:
+        return f"sizes for costs: {sizes} ({given}); nothing is run"
+    held = "the inputs given" if request.inputs is not None else "random inputs"
+    count = counted(len(subject.samples), "sample")
+    return f"sizes for costs, verification and timing: {sizes} ({given}); {count} of {held}"
+
+
+def _outlook(work: Work, races: bool) -> Iterator[str]:
+    """What a dry run says of the races that it leaves out."""
+    yield "A dry run: nothing was raced, verified or written."
+    waiting = groups(work.opportunities()[0])
+    if waiting:
+        how = "raced" if races else "decided by the profile"
+        listed = "; ".join(f"{g.pass_name}: {g.signature}" for g in waiting)
+        yield f"{counted(len(waiting), 'kind')} of rewrites would be {how}: {listed}."
+
+
 def choose(work: Work, subject: Subject, request: Request) -> Choice:
     """Which measured rewrites are made: those that a profile, or a race here, says pay."""
-    if request.passes is not None:
+    chosen = work.candidates()
+    if not any(p.raced for p in chosen):
         return Choice()
     if request.target_profile is not None:
         return select(work, None, 0.0, Profile.load(request.target_profile), request.progress)
@@ -136,5 +180,10 @@ def choose(work: Work, subject: Subject, request: Request) -> Choice:
         return Choice()
     if request.budget <= 0:
         return Choice(frozenset())
-    memory = Disk(request.provider, request.first_threads, work.digest()) if request.cache else Forgetful()
-    return select(work, subject.arena, request.budget, memory, request.progress)
+    marks = {p.name: fingerprint(p) for p in chosen if not p.own}
+    threads, name = request.first_threads, subject.original.name
+    memory = Disk(request.provider, threads, work.digest(), marks, name) if request.cache else Forgetful()
+    LOG.info("rewrites that only a clock can judge are raced in the whole model, for %g s at most", request.budget)
+    request.progress("waiting for the clock", 0.0)
+    with timing.alone():  # from the first race to the last, since waiting would use up the budget
+        return select(work, subject.arena, request.budget, memory, request.progress)

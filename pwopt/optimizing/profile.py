@@ -11,10 +11,12 @@ from pwopt.graph.files import as_file, load
 from pwopt.graph.storage import workspace
 from pwopt.optimizing.request import BUDGET, Request
 from pwopt.optimizing.subject import gather, plan
+from pwopt.rewriting.driver import Pass
 from pwopt.running import runtime
 from pwopt.running.inputs import input_specs
 from pwopt.running.progress import Progress, silent
 from pwopt.selecting.cache import Entry, place
+from pwopt.selecting.plugins import resolved
 from pwopt.selecting.selection import Forgetful, decide, entry
 from pwopt.selecting.targets import Profile
 
@@ -26,6 +28,7 @@ def profile(
     threads: int = 1,
     shapes: Mapping[str, Sequence[int]] | None = None,
     budget: float = BUDGET,
+    plugins: Sequence[str | type[Pass] | Pass] = (),
     progress: Progress = silent,
 ) -> Profile:
     """Race every kind of measured rewrite in some models on this machine.
@@ -40,6 +43,8 @@ def profile(
         For dynamic inputs that have these names.
     budget : float
         Seconds for each model.
+    plugins : sequence of str, pass classes and passes, optional
+        Passes beside pwopt's own, as for `optimize`.
     progress : callable, optional
         Called with (stage, fraction done).
 
@@ -59,7 +64,10 @@ def profile(
     for path in map(Path, models):
         source = load(path)
         given = {s.name: tuple(shapes[s.name]) for s in input_specs(source.proto) if shapes and s.name in shapes}
-        request = Request(provider=provider, threads=threads, shapes=given, budget=budget, progress=progress)
+        request = Request(
+            provider=provider, threads=threads, shapes=given, budget=budget, plugins=resolved(plugins, path),
+            progress=progress,
+        )  # fmt: skip
         with as_file(path) as original, workspace(None) as folder, contextlib.ExitStack() as stack:
             subject = gather(source, original, request).guarded(stack)
             assert subject.arena is not None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from pwopt.running.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from pwopt.rewriting.driver import Pass
     from pwopt.running.runtime import Feeds
 
 #: Seconds to race the result against the original.
@@ -28,7 +29,7 @@ class Request:
         Where to write the result, atomically; never if verification fails. Nothing is written without it.
     provider : str
         Execution provider: cpu, cuda, openvino…, or onnxruntime's full name. Never replaced by another.
-    cost_model : {"measured", "analytic"}
+    cost : {"measured", "analytic"}
         "measured" races the result against the original, and returns the original if that is faster; rewrites
         that only a clock can judge are raced one kind after another, and kept where they are clearly faster.
         "analytic" decides from shapes alone and is deterministic. It verifies if it finds an onnxruntime,
@@ -39,9 +40,13 @@ class Request:
     inputs : path, dict of arrays, or a sequence of those, optional
         Inputs to verify on, and to time on the first of, instead of random ones; see
         `pwopt.running.samples.given_samples`.
-    passes : sequence of str, optional
-        Names of passes to run; all by default. Measured passes that are named are not raced, but applied wherever
-        they are exact.
+    passes : sequence of str, pass classes and passes, optional
+        Passes to run, in order; by default pwopt's own, then those of installed packages, then `plugins`. Measured
+        passes that are named are not raced, but applied wherever they are exact; classes and instances are treated as
+        their policy says, such as in ``passes=[*pwopt.PASSES, Mine]``.
+    plugins : sequence of str, pass classes and passes, optional
+        Passes beside pwopt's own: ``module:Class``, where a file ``module.py`` may lie beside the model, or
+        ``path/to/module.py:Class``.
     deny : iterable of str
         Sites (from a report) that must not be rewritten.
     threads : int, or a sequence of those
@@ -54,8 +59,8 @@ class Request:
         Convert to this opset first; as with `static`, a slower result is returned with a note.
     rtol, atol : float, optional
         Tolerances instead of the defaults for each type.
-    check : bool
-        Verify and measure. Without, nothing is run, and the result is what the algebra says.
+    verify : bool
+        Compare with the original, and measure. Without, nothing is run, and the result is what the algebra says.
     race_seconds : float
         Time to spend on the final race.
     budget : float
@@ -70,6 +75,8 @@ class Request:
         is timed here.
     force : bool
         Allow `output` to be the file that the model came from.
+    dry_run : bool
+        Say in the report what would be rewritten and raced: nothing is raced, verified or written.
     progress : callable, optional
         Called with (stage, fraction done).
     """
@@ -77,30 +84,32 @@ class Request:
     output: str | os.PathLike[str] | None = None
     _: KW_ONLY
     provider: str = "cpu"
-    cost_model: str = "measured"
+    cost: str = "measured"
     shapes: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]] | None = None
     inputs: str | os.PathLike[str] | Feeds | Sequence[Any] | None = None
-    passes: Sequence[str] | None = None
+    passes: Sequence[str | type[Pass] | Pass] | None = None
+    plugins: Sequence[str | type[Pass] | Pass] = ()
     deny: Iterable[str] = ()
     threads: int | Sequence[int] = ()
     static: bool = False
     opset: int | None = None
     rtol: float | None = None
     atol: float | None = None
-    check: bool = True
+    verify: bool = True
     race_seconds: float = RACE_SECONDS
     budget: float = BUDGET
     cache: bool = True
     max_growth: float | None = None
     target_profile: str | os.PathLike[str] | None = None
     force: bool = False
+    dry_run: bool = False
     progress: Progress = field(default=silent, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        for name, value in (("passes", _names(self.passes)), ("deny", _names(self.deny) or ())):
-            object.__setattr__(self, name, value)
+        for name, value in (("passes", self.passes), ("plugins", self.plugins or ()), ("deny", self.deny or ())):
+            object.__setattr__(self, name, _several(value))
         if self.target_profile is not None:  # a race on this machine says nothing about that one
-            object.__setattr__(self, "cost_model", "analytic")
+            object.__setattr__(self, "cost", "analytic")
 
     @property
     def rounds(self) -> list[Mapping[str, Sequence[int]]]:
@@ -121,14 +130,18 @@ class Request:
     @property
     def measured(self) -> bool:
         """Whether clocks decide."""
-        return self.cost_model == "measured"
+        return self.cost == "measured"
 
     @property
     def insists(self) -> str:
         """The option that makes a result worth having though it is not faster, else ""."""
         opset = f"--opset {self.opset}" if self.opset is not None else ""
-        return opset or ("--static" if self.static else "") or ("--passes" if self.passes else "")
+        passes = "--passes" if any(isinstance(p, str) for p in self.passes or ()) else ""
+        return opset or ("--static" if self.static else "") or passes
 
 
-def _names(given: Iterable[str] | None) -> tuple[str, ...] | None:
-    return None if given is None else (given,) if isinstance(given, str) else tuple(given)
+def _several(given: Any) -> tuple[Any, ...] | None:
+    """One thing is a list of one."""
+    if given is None:
+        return None
+    return tuple(given) if isinstance(given, Iterable) and not isinstance(given, (str, type)) else (given,)

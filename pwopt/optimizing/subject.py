@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import difflib
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from pwopt.graph.files import from_proto, with_fixed_inputs
 from pwopt.graph.model import Model
 from pwopt.graph.opset import convert_opset
 from pwopt.optimizing.request import Request
+from pwopt.rewriting.driver import Pass
 from pwopt.running import runtime
 from pwopt.running.inputs import check_shapes, input_specs
 from pwopt.running.providers import Provider
@@ -75,18 +76,18 @@ def check_request(request: Request, path: Path | None) -> None:
     ------
     UsageError
     """
-    if request.cost_model not in ("measured", "analytic"):
-        raise UsageError(f"the cost model {request.cost_model!r} is not one of: measured, analytic")
+    if request.cost not in ("measured", "analytic"):
+        raise UsageError(f"the cost model {request.cost!r} is not one of: measured, analytic")
     for threads in request.thread_counts or (1,):
         runtime.check_settings(threads, request.rtol, request.atol)
-    select_passes(request.passes)
+    select_passes(request.passes, request.plugins)
     if request.max_growth is not None and not 0 <= request.max_growth < float("inf"):
         raise UsageError(f"a model cannot grow by {request.max_growth:g} of its size at most; give 0, 0.1 or more")
     if request.output is not None and path is not None and not request.force and same_file(request.output, path):
         raise UsageError(f"the output {str(request.output)!r} is the input; choose another, or force it")
 
 
-def check_sites(sites: Iterable[str], proto: onnx.ModelProto, *, renamed: bool) -> None:
+def check_sites(sites: Iterable[str], proto: onnx.ModelProto, *, renamed: bool, more: Sequence[Pass] = ()) -> None:
     """Refuse places to leave alone that no pass could name, before any work is done.
 
     Parameters
@@ -97,13 +98,15 @@ def check_sites(sites: Iterable[str], proto: onnx.ModelProto, *, renamed: bool) 
     proto : onnx.ModelProto
     renamed : bool
         Whether tensors may get other names before the first pass runs.
+    more : sequence of Pass
+        Passes that run beside pwopt's and those of installed packages.
 
     Raises
     ------
     UsageError
         With the nearest names.
     """
-    passes = [p.name for p in select_passes(None)]
+    passes = [p.name for p in (*select_passes(None), *more)]
     tensors = dict.fromkeys(name for node in proto.graph.node for name in (*node.output, node.name) if name)
     named = (*tensors, *(t.name for t in (*proto.graph.input, *proto.graph.initializer)))
     made = tuple(f"{name}_" for name in named)
@@ -143,9 +146,9 @@ def gather(source: Model, original: Path, request: Request) -> Subject:
         check_shapes(specs, shapes)
     if request.inputs is not None and len(given) > 1:
         raise UsageError("given inputs have their own sizes; several of --shape are for random ones")
-    if request.check and request.measured:
+    if request.verify and request.measured:
         runtime.onnxruntime()
-    runs = request.check and runtime.available()
+    runs = request.verify and runtime.available()
     samples = [] if request.inputs is None else given_samples(request.inputs, specs, first)
     request.progress("choosing inputs", 0.0)
     if samples:
@@ -173,6 +176,7 @@ def plan(subject: Subject, request: Request, folder: Path) -> Work:
         target = from_proto(convert_opset(source, request.opset), source.folder)
     if request.static:
         target = from_proto(with_fixed_inputs(target.proto, subject.sizes), source.folder)
-    target = without_calls(target, select_passes(request.passes), request.deny, subject.sizes)
+    passes = select_passes(request.passes, request.plugins)
+    target = without_calls(target, passes, request.deny, subject.sizes)
     kind = Provider.parse(request.provider).kind
-    return Work(target, source, request.passes, request.deny, subject.sizes, folder, kind, request.max_growth)
+    return Work(target, source, passes, request.deny, subject.sizes, folder, kind, request.max_growth)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -17,14 +18,18 @@ from pwopt.evidence.verify import compared, placements
 from pwopt.graph.functions import functions
 from pwopt.graph.storage import total_bytes
 from pwopt.optimizing.conditions import as_latency, others, respecting, timed
+from pwopt.optimizing.layers import layers, marked
 from pwopt.optimizing.request import Request
 from pwopt.optimizing.subject import Subject
 from pwopt.optimizing.survival import alike, culprits
 from pwopt.reporting.report import Latency, Report, Timed
 from pwopt.rewriting.wording import counted
-from pwopt.running import bench, runtime
+from pwopt.running import bench, runtime, timing
 from pwopt.running.providers import Provider
+from pwopt.selecting.compiler import select_passes
 from pwopt.selecting.selection import DEFECT, Arena, Choice, Work
+
+LOG = logging.getLogger(__name__)
 
 #: How often rewriting starts anew without what was found wrong with its result.
 MAX_ATTEMPTS = 8
@@ -80,7 +85,7 @@ def attempt(subject: Subject, work: Work, choice: Choice, request: Request, blan
             report = verified(pair, done.report, request)
             better = _equivalent(report, work, left)
         if better is work and request.measured:
-            report = raced(pair, report, request)
+            report = raced(pair, report, request, (subject.source.proto, done.proto))
             report, slow = _elsewhere(pair, report, subject, request)
             if slow and left and not request.insists:
                 better = respecting(
@@ -98,7 +103,7 @@ def _builder(choice: Choice) -> Callable[[Work], Path]:
 
 def _unverified(done: Attempt, work: Work, request: Request) -> Attempt:
     """An attempt that nothing was run for; whether it loads is said all the same, where that can be known."""
-    why = "as asked" if runtime.available() or not request.check else "onnxruntime is not installed"
+    why = "as asked" if runtime.available() or not request.verify else "onnxruntime is not installed"
     if request.output is not None and runtime.available() and done.report.rewrites:
         try:
             runtime.Session(work.file(done.proto), request.provider)
@@ -142,19 +147,22 @@ def _elsewhere(
     """The report with the latency under all other conditions, and those under which the result is slower."""
     if report.latency is None or (report.latency.interval[0] <= 1.0 and not request.insists):
         return report, []  # which is not returned anyway
-    found = [(arena, timed(pair.original, pair.candidate, arena, request)) for arena in others(subject, request)]
+    with timing.alone():
+        found = [(arena, timed(pair.original, pair.candidate, arena, request)) for arena in others(subject, request)]
     return replace(report, conditions=tuple(t for _, t in found)), [(a, t) for a, t in found if t.slower]
 
 
 def rewritten(subject: Subject, work: Work, choice: Choice, request: Request, blank: Report) -> Attempt:
     """The model with every rewrite that was chosen and that its certificate does not refuse."""
     request.progress("rewriting", 0.0)
-    before, outcome, after, proto, refused = work.certified(choice.allowed, certify if request.check else unchecked)
+    before, outcome, after, proto, refused = work.certified(choice.allowed, certify if request.verify else unchecked)
     left = (*(s for s in outcome.skips if s.site not in refused), *refused.values(), *choice.dropped)
     report = replace(blank, rewrites=outcome.rewrites, skips=left, before=before, after=after)
-    uncertified = sum(DEFECT in s.reason for s in refused.values())
+    uncertified = sum("refused by its certificate" in s.reason for s in refused.values())
     if uncertified:
-        report = report.noted(f"{uncertified} rewrites were refused by their certificates: {DEFECT}.")
+        wrong = sorted({s.pass_name for s in refused.values()} - {p.name for p in select_passes(work.passes) if p.own})
+        whose = f"the fault of {', '.join(wrong)}" if wrong else DEFECT
+        report = report.noted(f"{uncertified} rewrites were refused by their certificates: {whose}.")
     report = report.noted(*work.notes)
     guessed = request.static and subject.guessed
     unseen = subject.guessed and subject.arena is None
@@ -180,17 +188,24 @@ class Pair:
         equivalence = compared(self.original, self.candidate, samples, provider, threads, rtol, atol)
         return replace(equivalence, elsewhere=placements({"candidate": self.candidate}, provider, threads, samples[0]))
 
-    def operators(self) -> dict[str, dict[str, float]]:
-        """Where the time goes in both, by operator, in milliseconds per run."""
+    def profiled(self, report: Report, protos: tuple[onnx.ModelProto, onnx.ModelProto]) -> Report:
+        """The report with where the time goes in both, by operator and by layer."""
+        folder = self.candidate.parent
+        copies = [marked(proto, folder / f"marked{k}" / "model.onnx") for k, proto in enumerate(protos)]
+        files = [copy or path for copy, path in zip(copies, (self.original, self.candidate), strict=True)]
         provider, threads, feeds = self.arena.provider, self.arena.threads, self.arena.samples[0].feeds
-        before, after = bench.operator_times((self.original, self.candidate), provider, threads, feeds)
-        return {"before": before, "after": after}
+        before, after = bench.node_times(files, provider, threads, feeds)
+        operators = {"before": bench.by_operator(before), "after": bench.by_operator(after)}
+        listed = layers(*protos, report.rewrites, (before, after)) if all(copies) else None
+        return replace(report, operators=operators, layers=listed)
 
 
 def verified(pair: Pair, report: Report, request: Request) -> Report:
     """The report with the comparison of both models, and where they differ if they do."""
     request.progress("verifying", 0.0)
     equivalence = pair.compared(request.rtol, request.atol)
+    for o in equivalence.outputs:
+        LOG.info("output %r: %s", o.name, "identical" if o.identical else o.explain())
     if equivalence.passed:
         report = replace(report, equivalence=equivalence)
         return report.noted(*_placed(equivalence, report.provider))
@@ -201,13 +216,16 @@ def verified(pair: Pair, report: Report, request: Request) -> Report:
     return replace(report, equivalence=replace(equivalence, difference=difference))
 
 
-def raced(pair: Pair, report: Report, request: Request) -> Report:
+def raced(pair: Pair, report: Report, request: Request, protos: tuple[onnx.ModelProto, onnx.ModelProto]) -> Report:
     """The report with the latency of both models, and where it goes."""
-    race = pair.arena.race(
-        [pair.original, pair.candidate], request.race_seconds, lambda done: request.progress("racing", done)
-    )
+    with timing.alone():
+        race = pair.arena.race(
+            [pair.original, pair.candidate], request.race_seconds, lambda done: request.progress("racing", done)
+        )
+    LOG.info("the whole model: %.3f× [%.3f, %.3f] in %d rounds", race.speedup(), *race.interval(), race.rounds)
     latency = as_latency(race)
-    report = replace(report, latency=latency, operators=pair.operators())
+    request.progress("profiling", 1.0)
+    report = pair.profiled(replace(report, latency=latency), protos)
     return report.noted(*_contradictions(latency, report.operators), *_launches(report, pair.arena))
 
 

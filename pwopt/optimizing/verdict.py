@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -10,9 +11,11 @@ import onnx
 from pwopt.optimizing.conditions import slower_somewhere
 from pwopt.optimizing.request import Request
 from pwopt.optimizing.trial import Attempt
-from pwopt.passes import PASSES
 from pwopt.reporting.report import Candidate, Latency, Report
 from pwopt.rewriting.records import Skip
+from pwopt.selecting.compiler import select_passes
+
+LOG = logging.getLogger(__name__)
 
 #: A speed-up below this is explained.
 LITTLE = 1.05
@@ -31,7 +34,8 @@ def returned(tried: Callable[[bool], Attempt], original: onnx.ModelProto, reques
     if not done.faster:
         if request.insists:
             return _kept(done, request.insists)
-        policy = {p.name: p.policy for p in PASSES}
+        policy = {p.name: p.policy for p in select_passes(request.passes, request.plugins)}
+        LOG.info("not faster beyond doubt: only the rewrites that always pay are tried, or the original is returned")
         more = any(policy.get(r.pass_name) != "always" for r in done.report.rewrites)
         done = _best(done, tried(True) if more else done, original)
     latency = done.report.latency
@@ -87,7 +91,7 @@ def _best(tried: Attempt, always: Attempt, original: onnx.ModelProto) -> Attempt
     candidate = Candidate(r.after, raced, r.conditions, r.operators)
     report = replace(
         r, rewrites=(), skips=skips, after=r.before, latency=raced.unchanged(), operators=None, candidate=candidate,
-        conditions=tuple(c.unchanged() for c in r.conditions),
+        conditions=tuple(c.unchanged() for c in r.conditions), layers=None,
     )  # fmt: skip
     return Attempt(original, report).noted(f"{told}: the original is returned. {_why_little(tried.report)}")
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -11,21 +13,23 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-import numpy as np
-
 from pwopt.errors import UsageError
-from pwopt.evidence.equivalence import EXCUSED, FLOOR_FACTOR, Equivalence, OutputCheck
+from pwopt.evidence.equivalence import EXCUSED, FLOOR_FACTOR, OutputCheck
 from pwopt.evidence.metrics import TOLERANCES
 from pwopt.graph.shapes import written
-from pwopt.maps.cost import Cost
-from pwopt.passes import PASSES
 from pwopt.reporting.drawing import HEIGHT, WIDTH, draw
+from pwopt.reporting.drawing import path as wire
 from pwopt.reporting.report import Comparison, Report
-from pwopt.reporting.text import FIGURES, SUPERSCRIPTS, figures, general, harmless
+from pwopt.reporting.text import FIGURES, figures, general, harmless
+from pwopt.reporting.verdicts import claims, costs, count, percent, scientific, verdict
 from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.running.bench import Row
 from pwopt.selecting.properties import Properties
 
+#: The format that the end of a file's name asks for.
+KINDS = {".html": "html", ".htm": "html", ".md": "markdown", ".markdown": "markdown", ".json": "json"}
+#: The filter of the table of layers; a page allows this script by its hash, and no other.
+SCRIPT = (Path(__file__).parent / "templates" / "filter.js").read_text(encoding="utf-8").strip()
 #: Outputs that are shown with plots; the figures of the others follow in a list.
 PLOTTED = 8
 #: Operators whose times are shown by name; the others are summed up.
@@ -64,7 +68,7 @@ def check_available(path: Path | None) -> None:
     UsageError
         If jinja2 or matplotlib cannot be imported.
     """
-    if path is None or (kind_of(path) == "json" and path.suffix.lower() != ".svg"):
+    if path is None or path.suffix.lower() == ".json":
         return
     try:
         import_module("jinja2")
@@ -75,16 +79,23 @@ def check_available(path: Path | None) -> None:
 
 
 def kind_of(path: Path) -> str:
-    """The format that a file's name asks for: html, markdown or json."""
-    return {".html": "html", ".htm": "html", ".md": "markdown", ".markdown": "markdown"}.get(
-        path.suffix.lower(), "json"
-    )
+    """The format that a file's name asks for: html, markdown or json.
+
+    Raises
+    ------
+    UsageError
+        If it asks for none of them.
+    """
+    kind = KINDS.get(path.suffix.lower())
+    if kind is None:
+        raise UsageError(f"a report ends in .html, .md or .json, which {str(path)!r} does not; call it so")
+    return kind
 
 
 def spectra(found: Properties, model: Path) -> str:
     """A page of what the weights of every pointwise map are."""
     text: str = (
-        _environment("html").get_template("properties.html.j2").render(found=found, model=model.name, plots=_plots())
+        templates("html").get_template("properties.html.j2").render(found=found, model=model.name, plots=_plots())
     )
     return text
 
@@ -104,7 +115,7 @@ def document(content: Report | Comparison, kind: str) -> str:
     """
     if kind == "json":
         return content.to_json()
-    template = _environment(kind).get_template("report.html.j2" if kind == "html" else "report.md.j2")
+    template = templates(kind).get_template("report.html.j2" if kind == "html" else "report.md.j2")
     text: str = template.render(**_facts(content), plots=_plots() if kind == "html" else None)
     return text if kind == "html" else re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
@@ -116,7 +127,7 @@ def _plots() -> ModuleType:
     return plots
 
 
-def _environment(kind: str) -> Any:
+def templates(kind: str) -> Any:
     """Templates in which every value is escaped: by jinja2 for HTML, as `in_markdown` says for Markdown."""
     jinja2 = import_module("jinja2")
     html = kind == "html"
@@ -125,10 +136,10 @@ def _environment(kind: str) -> Any:
         lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=_visible if html else in_markdown,
     )  # fmt: skip
     environment.filters.update(
-        count=_count, ms=lambda v: f"{v:.2f} ms", short=lambda v: scientific(f"{v:.2g}"), size=written, clipped=clipped,
-        percent=_percent, svg=jinja2.utils.markupsafe.Markup if html else str,
+        count=count, ms=lambda v: f"{v:.2f} ms", short=lambda v: scientific(f"{v:.2g}"), size=written, clipped=clipped,
+        percent=percent, svg=jinja2.utils.markupsafe.Markup if html else str,
     )  # fmt: skip
-    environment.globals.update(draw=draw, WIDTH=WIDTH, HEIGHT=HEIGHT)
+    environment.globals.update(draw=draw, wire=wire, WIDTH=WIDTH, HEIGHT=HEIGHT)
     return environment
 
 
@@ -149,29 +160,11 @@ def clipped(text: str, most: int = 20) -> str:
     return text if len(text) <= most else "…" + text[1 - most :]
 
 
-def scientific(text: str) -> str:
-    """A number like 6e-08 as 6×10⁻⁸, which lines do not break."""
-    mantissa, sign, exponent = text.partition("e")
-    shown = f"{mantissa}×10{str(int(exponent)).translate(SUPERSCRIPTS)}" if sign else text
-    return shown.replace("-", "−")
-
-
-def _percent(change: float) -> str:
-    return f"{change:+.1%}".replace("-", "−")
-
-
-def _count(value: float) -> str:
-    """A count of four digits, and the unit that it is in."""
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= limit:
-            return f"{value / (1e3 if unit == 'k' else limit):.4g} {unit}"
-    return f"{value:,.0f}"
-
-
 def _facts(content: Report | Comparison) -> dict[str, Any]:
     """What the templates show of a report."""
     equivalence, report = content.equivalence, content if isinstance(content, Report) else None
-    tone, verdict = _verdict(equivalence, report)
+    tone, said = verdict(equivalence, report)
+    listed = (report.layers if report is not None else None) or ()
     outputs = sorted(equivalence.outputs, key=lambda o: (o.passed, -o.max_abs)) if equivalence is not None else []
     tried = report.candidate if report is not None else None
     operators = tried.operators if tried is not None else report.operators if report is not None else None
@@ -182,15 +175,19 @@ def _facts(content: Report | Comparison) -> dict[str, Any]:
         "model": Path(content.model).name,
         "result": Path(content.result).name if content.result else "",
         "tone": tone,
-        "verdict": verdict,
-        "claims": list(_claims(equivalence, report)),
-        "costs": _costs(report) if report is not None else [],
+        "verdict": said,
+        "claims": list(claims(equivalence, report)),
+        "costs": costs(report) if report is not None else [],
         "outputs": outputs[:PLOTTED],
         "others": outputs[PLOTTED:],
         "figures": _figures,
         "times": _times(operators) if operators else [],
         "raced": tried.latency if tried is not None else report.latency if report is not None else None,
-        "groups": _groups(report.rewrites) if report is not None else [],
+        "longest": max([1e-9, *(max(x.before_ms, x.after_ms) for x in listed)]),
+        "total": sum(x.before_ms for x in listed),
+        "script": SCRIPT,
+        "script_hash": f"sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}",
+        "groups": _groups(report) if report is not None else [],
         "refusals": _refusals(report.skips) if report is not None else [],
         "drawn": DRAWN,
         "listed": LISTED,
@@ -200,50 +197,6 @@ def _facts(content: Report | Comparison) -> dict[str, Any]:
             name: f"{scientific(f'{r:g}')} · |value| + {scientific(f'{a:g}')}" for name, (r, a) in TOLERANCES.items()
         },
     }
-
-
-def _verdict(equivalence: Equivalence | None, report: Report | None) -> tuple[str, str]:
-    if equivalence is None:
-        untouched = report is not None and not report.rewrites
-        return "neutral", "Unchanged" if untouched else "Not verified"
-    return ("good", "Equivalent") if equivalence.passed else ("bad", "Not equivalent")
-
-
-def _claims(equivalence: Equivalence | None, report: Report | None) -> list[tuple[str, str]]:
-    """The few figures that stand beside the verdict, each with what it is."""
-    found = []
-    if report is not None and report.latency is not None:
-        t = report.latency
-        measured = f"as fast, 95 % interval {t.interval[0]:.2f} to {t.interval[1]:.2f}"
-        found.append((f"{t.speedup:.2f}×", measured if report.candidate is None else "as fast: it is the original"))
-    saved = report.before.change(report.after) if report is not None else None
-    if saved is not None:
-        found.append((_percent(saved), "multiply-adds"))
-    if report is not None and report.rewrites:
-        held = Counter(r.certificate.status for r in report.rewrites if r.certificate is not None)
-        found.append((f"{held['certified']} of {len(report.rewrites)}", "rewrites certified for every input"))
-    worst = equivalence.worst() if equivalence is not None else None
-    if worst is not None and np.isfinite(worst.max_abs):
-        noise = scientific(f"{worst.floor:.2g}")
-        found.append((scientific(f"{worst.max_abs:.2g}"), f"largest deviation; the original’s own noise is {noise}"))
-    return found
-
-
-def _costs(report: Report) -> list[tuple[str, str, str, str]]:
-    def row(label: str, before: float, after: float, known: bool = True) -> tuple[str, str, str, str]:
-        change = _percent((after - before) / before) if before and known else ""
-        return label, _count(before), _count(after), change
-
-    def rows(after: Cost, of: str = "") -> list[tuple[str, str, str, str]]:
-        a = report.before
-        return [
-            row(f"operators{of}", a.nodes, after.nodes),
-            row(f"parameters{of}", a.params, after.params),
-            row(f"multiply-adds{of}", a.macs, after.macs, a.change(after) is not None),
-        ]
-
-    tried = report.candidate
-    return rows(report.after) + (rows(tried.cost, ", candidate (not returned)") if tried is not None else [])
 
 
 def _times(operators: Mapping[str, Mapping[str, float]]) -> list[tuple[str, float, float]]:
@@ -265,13 +218,12 @@ def _figures(output: OutputCheck) -> list[tuple[str, str, str]]:
     return [(label, scientific(mine), scientific(own)) for label, mine, own in shown]
 
 
-def _groups(rewrites: Sequence[Rewrite]) -> list[Group]:
-    formulas = {p.name: " ".join((p.__doc__ or "").partition("\n\n")[0].split()) for p in PASSES}
+def _groups(report: Report) -> list[Group]:
     found: dict[str, list[Rewrite]] = {}
-    for r in rewrites:
+    for r in report.rewrites:
         found.setdefault(r.pass_name, []).append(r)
     return [
-        Group(name, formulas.get(name, ""), tuple(rs), sum(r.macs_before - r.macs_after for r in rs), _held(rs))
+        Group(name, report.passes.get(name, ""), tuple(rs), sum(r.macs_before - r.macs_after for r in rs), _held(rs))
         for name, rs in found.items()
     ]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pwopt.graph.regions import Operator
 
@@ -11,12 +12,13 @@ from pwopt.graph.regions import Operator
 WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 146, 38, 14, 26, 6
 #: Height of a tensor's name.
 LINE = 14
-#: How far a line swings out that passes a layer by.
-SWING = 116
 #: Operators in one drawing; of larger regions, the first are drawn.
 MOST = 14
 #: Boxes beside each other, so that a drawing fits a page.
 MOST_BESIDE = 6
+
+#: Points that a line goes through.
+Line = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
@@ -35,12 +37,12 @@ class Box:
 
 @dataclass(frozen=True)
 class Drawing:
-    """Boxes, lines between them as (x₁, y₁, x₂, y₂, swing to the right), and how many operators were left out."""
+    """Boxes, lines between them as points, and how many operators were left out."""
 
     width: int
     height: int
     boxes: tuple[Box, ...]
-    lines: tuple[tuple[int, int, int, int, int], ...]
+    lines: tuple[Line, ...]
     left_out: int
 
 
@@ -66,21 +68,43 @@ def draw(operators: Sequence[Operator]) -> Drawing:
     lines_of = [row[i : i + MOST_BESIDE] for _, row in sorted(rows.items()) for i in range(0, len(row), MOST_BESIDE)]
     widest = max((len(row) for row in lines_of), default=1)
     width = 2 * MARGIN + widest * WIDTH + (widest - 1) * GAP_X
-    boxes: list[Box] = []
-    place: dict[str, Box] = {}
-    lines: list[tuple[int, int, int, int, int]] = []
+    placed: list[list[Box]] = []
+    reads: list[tuple[str, int, Box]] = []
+    place: dict[str, tuple[int, Box]] = {}
     top = MARGIN
-    for row in lines_of:
+    for level, row in enumerate(lines_of):
         left = (width - len(row) * WIDTH - (len(row) - 1) * GAP_X) // 2
-        for i, (op, name, inputs, outputs) in enumerate(row):
-            box = Box(op, name, left + i * (WIDTH + GAP_X), top)
-            boxes.append(box)
-            for source in dict.fromkeys(n for n in inputs if n in place):
-                above = place[source]
-                passes = box.y - above.y - above.height > GAP_Y
-                ends = above.x + WIDTH // 2, above.y + above.height, box.x + WIDTH // 2, box.y
-                lines.append((*ends, SWING if passes else 0))
-            place.update((n, box) for n in outputs)
-        top += max(b.height for b in boxes[-len(row) :]) + GAP_Y
-    width += 4 * MARGIN if any(swing for *_, swing in lines) else 0
-    return Drawing(width, max(MARGIN, top - GAP_Y) + MARGIN, tuple(boxes), tuple(lines), len(operators) - len(shown))
+        placed.append([Box(op, name, left + i * (WIDTH + GAP_X), top) for i, (op, name, _, _) in enumerate(row)])
+        for box, (_, _, inputs, outputs) in zip(placed[-1], row, strict=True):
+            reads += [(n, level, box) for n in dict.fromkeys(inputs) if n in place]
+            place.update((n, (level, box)) for n in outputs)
+        top += max(b.height for b in placed[-1]) + GAP_Y
+    lines = tuple(_route(*place[name], level, box, placed) for name, level, box in reads)
+    shift = max(0, MARGIN - min((x for line in lines for x, _ in line), default=MARGIN))
+    beyond = max(0, max((x for line in lines for x, _ in line), default=0) + MARGIN - width)
+    boxes = tuple(replace(b, x=b.x + shift) for row in placed for b in row)
+    lines = tuple(tuple((x + shift, y) for x, y in line) for line in lines)
+    height = max(MARGIN, top - GAP_Y) + MARGIN
+    return Drawing(width + shift + beyond, height, boxes, lines, len(operators) - len(shown))
+
+
+def _route(start: int, above: Box, end: int, below: Box, placed: Sequence[Sequence[Box]]) -> Line:
+    """Points from one box to another, through gaps between the boxes of the layers in between."""
+    x, goal = above.x + WIDTH // 2, below.x + WIDTH // 2
+    points = [(x, above.y + above.height)]
+    for level in range(start + 1, end):
+        row = placed[level]
+        gaps = [row[0].x - GAP_X // 2, *(b.x + WIDTH + GAP_X // 2 for b in row)]
+        straight = x + (goal - x) // (end - level + 1)
+        x = min(gaps, key=lambda gap: abs(gap - straight))
+        points += [(x, row[0].y), (x, row[0].y + max(b.height for b in row))]
+    return (*points, (goal, below.y))
+
+
+def path(line: Line) -> str:
+    """A line as an SVG path: curves from layer to layer, straight where it passes boxes."""
+    drawn = f"M{line[0][0]} {line[0][1]}"
+    for k, ((x1, y1), (x2, y2)) in enumerate(itertools.pairwise(line)):
+        bend = min(13, (y2 - y1) // 2)
+        drawn += f"C{x1} {y1 + bend} {x2} {y2 - bend} {x2} {y2}" if k % 2 == 0 else f"V{y2}"
+    return drawn

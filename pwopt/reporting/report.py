@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +104,16 @@ class Timed:
 
 
 @dataclass(frozen=True)
+class Layer:
+    """Operators of the original ("Op name"), what stands for them now, and milliseconds per run of both."""
+
+    before: tuple[str, ...]
+    after: tuple[str, ...]
+    before_ms: float
+    after_ms: float
+
+
+@dataclass(frozen=True)
 class Report:
     """Everything one optimisation did, declined, and measured.
 
@@ -129,6 +139,10 @@ class Report:
     candidate: Candidate | None = None
     command: str | None = None
     notes: tuple[str, ...] = ()
+    #: Where the time goes, operators together that onnxruntime runs as one; None if not measured.
+    layers: tuple[Layer, ...] | None = None
+    #: The identity of every pass that took part, by name.
+    passes: dict[str, str] = field(default_factory=dict)
 
     @property
     def result(self) -> str | None:
@@ -164,12 +178,14 @@ class Report:
                 }
                 for r in self.rewrites
             ],
+            "passes": self.passes,
             "skips": [{"pass": s.pass_name, "site": s.site, "reason": s.reason} for s in self.skips],
             "cost": {"before": asdict(self.before), "after": asdict(self.after)},
             "equivalence": None if self.equivalence is None else asdict(self.equivalence),
             "latency": None if self.latency is None else asdict(self.latency),
             "conditions": [asdict(c) for c in self.conditions],
             "operators": self.operators,
+            "layers": None if self.layers is None else [asdict(layer) for layer in self.layers],
             "candidate": None if self.candidate is None else asdict(self.candidate),
             "command": self.command,
             "notes": list(self.notes),

@@ -23,6 +23,7 @@ from pwopt.running.bench import Row
 from pwopt.running.doctor import Finding
 from pwopt.running.providers import NVIDIA, Provider
 from pwopt.running.samples import KINDS
+from pwopt.selecting.cache import Entry
 from pwopt.selecting.inspection import Inspection
 from pwopt.selecting.properties import Properties
 
@@ -193,7 +194,7 @@ def render_equivalence(equivalence: Equivalence, console: Console) -> None:
             f"{o.max_abs:.2g}",
             f"{o.floor:.2g}",
             f"{o.sensitivity:.2g}",
-            f"[{colour}]{plain(o.reason)}[/{colour}]",
+            f"[{colour}]{'identical' if o.identical else plain(o.reason)}[/{colour}]",
         )
     _show(table, console)
     for remark in equivalence.remarks():
@@ -204,13 +205,13 @@ def _render_rewrites(report: Report, console: Console) -> None:
     if not report.rewrites:
         console.print("No rewrite was made: the output is a copy of the input.")
         return
-    table = _table("rewrites", "count", "multiply-adds saved", "worst rounding", "certified")
+    table = _table("rewrites", "count", "multiply-adds saved", "rounding", "certified", "tested", "none")
     for name, count in Counter(r.pass_name for r in report.rewrites).items():
         mine = [r for r in report.rewrites if r.pass_name == name]
         saved = sum(r.macs_before - r.macs_after for r in mine)
-        certified = sum(r.certificate is not None and r.certificate.status == "certified" for r in mine)
+        held = Counter("none" if r.certificate is None else r.certificate.status for r in mine)
         worst = f"{max(r.residual for r in mine):.1g}"
-        table.add_row(name, str(count), f"{saved:,}", worst, f"{certified} of {count}")
+        table.add_row(name, str(count), f"{saved:,}", worst, *(str(held[s]) for s in ("certified", "tested", "none")))
     _show(table, console)
 
 
@@ -272,6 +273,18 @@ def render_findings(findings: Sequence[Finding], console: Console) -> None:
         console.print(f"{marks[f.ok]}[bold]{plain(f.subject)}[/bold]: {plain(f.detail)}", soft_wrap=True)
         if f.remedy:
             console.print(f"      {plain(f.remedy)}", soft_wrap=True)
+
+
+def render_decisions(found: Sequence[Entry], console: Console) -> None:
+    """Print what races on this machine decided, a table for each place."""
+    for where, entries in groupby(found, lambda e: e.place):
+        table = _table("rewrite", "decision", "speed-up", "interval", "model", "date", title=plain(where))
+        for e in entries:
+            verdict = "[green]kept[/green]" if e.low > 1 else "[yellow]dropped[/yellow]"
+            name = f"{e.pass_name}: {plain(e.signature)}"
+            interval = escape(f"[{e.low:.3f}, {e.high:.3f}]")
+            table.add_row(name, verdict, f"{e.speedup:.3f}×", interval, plain(e.name) or "–", e.date[:10] or "–")
+        _show(table, console)
 
 
 def _memory(row: Row) -> str:

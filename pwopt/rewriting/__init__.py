@@ -3,7 +3,7 @@
 A pass is a subclass of `Pass`; it edits through a `Rewriter` and answers with a `Rewrite` or a `Skip`.
 """
 
-from pwopt.rewriting.driver import Pass, Rewriter, describe
+from pwopt.rewriting.driver import CONTRACT, Pass, Rewriter, describe
 from pwopt.rewriting.records import Certificate, Outcome, Rewrite, Skip
 
-__all__ = ["Certificate", "Outcome", "Pass", "Rewrite", "Rewriter", "Skip", "describe"]
+__all__ = ["CONTRACT", "Certificate", "Outcome", "Pass", "Rewrite", "Rewriter", "Skip", "describe"]

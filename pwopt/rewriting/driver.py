@@ -10,6 +10,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from pwopt.errors import UsageError
 from pwopt.graph.journal import Journal
 from pwopt.graph.provenance import inherit
 from pwopt.graph.regions import Region
@@ -19,29 +20,53 @@ from pwopt.rewriting.records import Certificate, Outcome, Rewrite, Skip
 
 #: Judges what a rewrite did to its region of the graph.
 Certifier = Callable[[Region, View], Certificate]
+#: Version of what a pass is promised and must keep; it grows when a pass that kept it no longer would.
+CONTRACT = 1
+#: When a rewrite is kept.
+POLICIES = ("always", "if cheaper", "measured")
 
 
 class Pass:
     """One rewrite: a fact about graphs, in one class.
 
     Subclasses set `name` and write `match_and_rewrite`. A pass sees one node at a time and returns None
-    ("not mine"), a `Skip` ("mine, but refused, because") or a `Rewrite` ("done").
+    ("not mine"), a `Skip` ("mine, but refused, because") or a `Rewrite` ("done"). The first paragraph of its docstring
+    is its identity.
     """
 
     name: ClassVar[str]
-    #: When the rewrite is kept: "always", "if cheaper" or "measured".
+    #: When the rewrite is kept: one of `POLICIES`.
     policy: ClassVar[str] = "always"
     #: On which kinds of execution provider it may pay, if it is measured: "cpu" (onnxruntime's own, whose layout keeps
     #: channels in blocks), "gpu", "other". Elsewhere it is a candidate only if it is asked for by name.
     pays_on: ClassVar[frozenset[str]] = frozenset({"cpu", "gpu", "other"})
+    #: The version of the contract that the pass was written for; packages declare it.
+    contract: ClassVar[int] = CONTRACT
     #: How many operators above a rewrite hold facts that it rests on, beside its own region.
     context: ClassVar[int] = 0
     #: Whether a measured rewrite is made wherever it is exact, because it was measured or asked for.
     eager: bool = False
+    #: Whether somebody asked for it by name, so that no race decides on it.
+    asked: bool = False
     #: Whether it runs before the measured passes only, since it would undo what they do.
     early: ClassVar[bool] = False
     #: Whether it runs once, after all others, since it would stand in their way.
     late: ClassVar[bool] = False
+
+    @classmethod
+    def identity(cls) -> str:
+        """What it rewrites, in one formula or sentence."""
+        return " ".join((cls.__doc__ or "").partition("\n\n")[0].split())
+
+    @property
+    def own(self) -> bool:
+        """Whether it is one of pwopt's."""
+        return type(self).__module__.startswith("pwopt.")
+
+    @property
+    def raced(self) -> bool:
+        """Whether a clock decides on its rewrites."""
+        return self.policy == "measured" and not self.asked
 
     def start(self, rw: Rewriter) -> None:
         """Look at the whole graph once before the first node."""
@@ -141,7 +166,7 @@ class Rewriter(View):
             if self._certifier is not None:
                 self.journal = Journal()
             stored = self.stored
-            result = Skip("denied by the user") if self.denied(node) else p.match_and_rewrite(node, self)
+            result = Skip("denied by the user") if self.denied(node) else _answer(p, node, self)
             if isinstance(result, Rewrite):
                 told = replace(result, pass_name=p.name, site=site, growth=self.stored - stored)
                 rewrites.append(self._certified(told, p.context))
@@ -236,6 +261,24 @@ class Rewriter(View):
                 self.enqueue_around(reader)
         self.remove(node)
         return Rewrite(reason, removed)
+
+
+def _answer(p: Pass, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    """What a pass says of a node; where one from elsewhere fails, the error is that pass's, not a defect of pwopt."""
+    if p.own:
+        return p.match_and_rewrite(node, rw)
+    where = f"{type(p).__module__}.{type(p).__qualname__}"
+    try:
+        result = p.match_and_rewrite(node, rw)
+    except Exception as error:
+        said = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+        raise UsageError(
+            f"the pass {p.name!r} ({where}) failed at {rw.site(node)!r} with {said}; mend it, or leave it out"
+        ) from error
+    if result is not None and not isinstance(result, (Rewrite, Skip)):
+        what = type(result).__name__
+        raise UsageError(f"the pass {p.name!r} ({where}) returned {what}, not a Rewrite, a Skip or None; mend it")
+    return result
 
 
 def describe(node: gs.Node) -> str:

@@ -37,8 +37,8 @@ class Pipeline:
     ) -> Outcome:
         """Edit `graph` in place; parameters as for `Pass.run`. Refusals are those of each pass's last run.
 
-        `allowed` lists the sites where measured passes may act; None for all. Refusals are of tensors that the graph
-        had to begin with: nobody asked for what becomes of those that a rewrite made.
+        `allowed` lists the sites where measured passes may act that nobody asked for by name; None for all. Refusals
+        are of tensors that the graph had to begin with: nobody asked for what becomes of those that a rewrite made.
         """
         named = {t.name or n.name for n in graph.nodes for t in n.outputs}
         rw = Rewriter(graph, denied, sizes, reserved, certifier)
@@ -49,7 +49,7 @@ class Pipeline:
         finished = len(rewrites)
         for p in self.passes:
             if p.policy == "measured":
-                outcome = rw.apply(p, allowed)
+                outcome = rw.apply(p, None if p.asked else allowed)
                 rewrites.extend(outcome.rewrites)
                 skips[p.name] = outcome.skips
         if len(rewrites) > finished:

@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,12 @@ import onnx
 
 from pwopt.errors import UsageError
 from pwopt.graph.files import load
+from pwopt.graph.sources import renamed
 from pwopt.running import providers, runtime, timing
 from pwopt.running.inputs import InputSpec, check_shapes, input_specs
 from pwopt.running.progress import Progress, silent
 from pwopt.running.providers import Provider
-from pwopt.running.runtime import Feeds, Session
+from pwopt.running.runtime import Feeds, NodeTime, Session
 from pwopt.running.samples import make_feeds
 from pwopt.running.sizes import Sizes, likely_sizes
 
@@ -77,13 +78,14 @@ class Row:
     elsewhere: int
 
 
+@renamed(batches="batch")
 def benchmark(
     models: Sequence[str | os.PathLike[str]],
     *,
     provider: str = "cpu",
     threads: int = 1,
     shapes: Mapping[str, Sequence[int]] | None = None,
-    batches: Sequence[int] = (),
+    batch: Sequence[int] = (),
     seconds: float = 8.0,
     progress: Progress = silent,
 ) -> list[Row]:
@@ -97,7 +99,7 @@ def benchmark(
     threads : int
     shapes : mapping of input name to sizes, optional
         For dynamic inputs; likely sizes otherwise.
-    batches : sequence of int, optional
+    batch : sequence of int, optional
         Sizes for the first axis of every input whose first axis is dynamic; as many rows per model.
     seconds : float
         To race all models, per batch size.
@@ -129,12 +131,12 @@ def benchmark(
     model = load(paths[0]).proto
     specs = _common_inputs(model, paths)
     rows: list[Row] = []
-    for batch in batches or (None,):
+    for size in batch or (None,):
         sizes = likely_sizes(specs, model, paths[0], provider, shapes, progress).sizes
-        if batch is not None:
-            batched = _batched(specs, sizes, batch)
+        if size is not None:
+            batched = _batched(specs, sizes, size)
             sizes = likely_sizes(specs, model, paths[0], provider, batched, progress).sizes
-        told = progress if batch is None else functools.partial(_at_batch, progress, batch)
+        told = progress if size is None else functools.partial(_at_batch, progress, size)
         rows += _raced(paths, specs, sizes, provider, threads, seconds, told)
     return rows
 
@@ -194,7 +196,7 @@ def _row(
     feeds: Feeds,
 ) -> Row:
     cold = _cold(path, provider, threads, feeds)
-    operators = operator_times([path], provider, threads, feeds)[0]
+    operators = by_operator(node_times([path], provider, threads, feeds)[0])
     placed = _profiles([path], provider, threads, feeds)[0].placement()
     total = sum(operators.values())
     return Row(
@@ -214,10 +216,17 @@ def _row(
     )
 
 
-def operator_times(paths: Sequence[Path], provider: str, threads: int, feeds: Feeds) -> list[dict[str, float]]:
-    """For each model: operator → milliseconds per run under the profiler, the slowest first."""
-    sessions = _profiles(paths, provider, threads, feeds)
-    return [{op: seconds * 1e3 for op, seconds in s.operators().items()} for s in sessions]
+def node_times(paths: Sequence[Path], provider: str, threads: int, feeds: Feeds) -> list[list[NodeTime]]:
+    """For each model: every node that ran under the profiler, with its time."""
+    return [s.nodes() for s in _profiles(paths, provider, threads, feeds)]
+
+
+def by_operator(nodes: Iterable[NodeTime]) -> dict[str, float]:
+    """Operator → milliseconds per run, the slowest first."""
+    total: dict[str, float] = {}
+    for node in nodes:
+        total[node.op] = total.get(node.op, 0.0) + node.seconds * 1e3
+    return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
 def _profiles(paths: Sequence[Path], provider: str, threads: int, feeds: Feeds) -> list[Session]:

@@ -100,11 +100,14 @@ def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
 
 def check_shapes(specs: Sequence[InputSpec], shapes: Mapping[str, Sequence[int]]) -> None:
     """Refuse shapes that do not fit the declared inputs."""
+    if not isinstance(shapes, Mapping):
+        raise UsageError(f"the shapes {shapes!r} are not a mapping of names to sizes like {{'x': (1, 3, 640, 640)}}")
     known = {s.name: s for s in specs}
     for name, shape in shapes.items():
         if name not in known:
             raise UsageError(f"there is no input {name!r}; the model has {', '.join(map(repr, known)) or 'none'}")
-        if isinstance(shape, str) or not all(isinstance(d, (int, np.integer)) and d >= 0 for d in shape):
+        numbers = isinstance(shape, Sequence) and all(isinstance(d, (int, np.integer)) and d >= 0 for d in shape)
+        if isinstance(shape, str) or not numbers:
             raise UsageError(f"the shape {shape!r} of input {name!r} is not a sequence of sizes like (1, 3, 640, 640)")
         declared = known[name].shape
         if declared is None:

@@ -16,7 +16,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -118,6 +118,14 @@ def cpu_name() -> str:
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
     return platform.processor() or platform.machine()
+
+
+class NodeTime(NamedTuple):
+    """A node as onnxruntime ran it: its operator and name after fusion, and seconds per run."""
+
+    op: str
+    name: str
+    seconds: float
 
 
 class Session:
@@ -255,8 +263,8 @@ class Session:
         self.run(feeds)
         self._spent.append(self.clock() - begin)
 
-    def operators(self) -> dict[str, float]:
-        """Operator → seconds per run, the median of each node's times over `profiled_run`; ends the profile.
+    def nodes(self) -> list[NodeTime]:
+        """Every node that ran, with the median of its times over `profiled_run`; ends the profile.
 
         onnxruntime's profiler takes the time that passes. Where those medians add up to more than a run takes by
         `clock`, other load on the machine kept nodes waiting, and all are scaled down to that.
@@ -265,12 +273,10 @@ class Session:
         for run, name, arguments, seconds in self._profiled():
             seen = times.setdefault((arguments.get("op_name", "unknown"), name), {})
             seen[run] = seen.get(run, 0.0) + seconds
-        total: dict[str, float] = {}
-        for (op, _), seen in times.items():
-            total[op] = total.get(op, 0.0) + float(np.median(list(seen.values())))
-        whole = sum(total.values())
+        found = [NodeTime(op, name, float(np.median(list(seen.values())))) for (op, name), seen in times.items()]
+        whole = sum(node.seconds for node in found)
         own = min(1.0, float(np.median(self._spent)) / whole) if self._spent and whole else 1.0
-        return dict(sorted(((op, own * seconds) for op, seconds in total.items()), key=lambda item: -item[1]))
+        return [NodeTime(node.op, node.name, own * node.seconds) for node in found]
 
     def _profiled(self) -> Iterator[tuple[int, str, dict[str, Any], float]]:
         """Each time that a node ran: in which run, its name, what the profiler knows of it, and seconds."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 import math
 import os
 import time
@@ -20,6 +21,8 @@ from pwopt.running.progress import Progress, silent
 from pwopt.running.runtime import Session
 from pwopt.running.samples import make_feeds
 from pwopt.running.trying import TooSlowError, seconds_of
+
+LOG = logging.getLogger(__name__)
 
 Sizes = dict[str, tuple[int, ...]]
 
@@ -130,17 +133,24 @@ def _tried(search: Search, trials: Trials) -> Chosen:
             try:
                 spent = trials.seconds(current.sizes)
             except TooSlowError as error:
+                LOG.info("sizes %s: %s", _said(current.sizes), error)
                 if search.settled:
                     return _as_chosen(current)
                 failure, current = failure or error, search.smaller(current) if trials.left > 0 else None
             except ModelError as error:
+                LOG.info("sizes %s: %s", _said(current.sizes), error)
                 failure, current = failure or error, None
             else:
+                LOG.info("sizes %s: the model runs", _said(current.sizes))
                 return _grown(search, trials, current, spent)
     if search.settled:
         raise UsageError(f"the model does not run at its sizes: {failure}; give others, or --input FILE.npz")
     names = " ".join(f"--shape {name}=…" for name in search.open_inputs)
     raise UsageError(f"no likely size runs ({failure}); give {names} or --input FILE.npz")
+
+
+def _said(sizes: Sizes) -> str:
+    return ", ".join(f"{name} {written(shape)}" for name, shape in sizes.items()) or "of no input"
 
 
 def _grown(search: Search, trials: Trials, found: Candidate, spent: float) -> Chosen:

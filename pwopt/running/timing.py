@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -17,6 +19,20 @@ WARM_UP = 3
 MIN_ROUNDS, MAX_ROUNDS = 20, 400
 #: Bootstrap samples for the confidence interval (Efron, 1979).
 RESAMPLES = 2000
+
+
+_turn: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
+
+
+def share(turn: contextlib.AbstractContextManager[Any]) -> None:
+    """Let what several processes share, such as a lock, decide whose clocks run."""
+    global _turn
+    _turn = turn
+
+
+def alone() -> contextlib.AbstractContextManager[Any]:
+    """The time in which no other process that shares this machine's turn runs its clocks."""
+    return _turn
 
 
 @dataclass(frozen=True)

@@ -38,6 +38,8 @@ class Entry:
         Its confidence interval.
     model : str
         A digest of the model that was raced; "" for a decision that holds for others too.
+    name, date : str
+        The file that was raced, and when (ISO 8601, UTC); "" where nobody said.
     """
 
     pass_name: str
@@ -47,6 +49,8 @@ class Entry:
     low: float
     high: float
     model: str = ""
+    name: str = ""
+    date: str = ""
 
     @property
     def clear(self) -> bool:
@@ -117,8 +121,13 @@ def store(entry: Entry) -> None:
 
 def entries() -> Iterator[Entry]:
     """All decisions that can be read, each once."""
+    yield from dict.fromkeys(replace(entry, model="") for entry in stored())
+
+
+def stored() -> list[Entry]:
+    """Everything that can be read, as it is: clear decisions for their model and for others."""
     read = [_read(path) for path in sorted(folder().glob("*.json"))]
-    yield from dict.fromkeys(replace(entry, model="") for entry in read if entry is not None)
+    return [entry for entry in read if entry is not None]
 
 
 def clear() -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
 import onnx
@@ -20,27 +21,47 @@ from pwopt.passes import PASSES, CleanUp, SettleShapes
 from pwopt.rewriting.driver import Certifier, Pass, describe
 from pwopt.rewriting.pipeline import Pipeline
 from pwopt.rewriting.records import Outcome, Rewrite
+from pwopt.selecting import plugins
+
+#: A pass as it is asked for: its name, its class, or made already.
+Wanted = str | type[Pass] | Pass
 
 #: What lets constants settle shapes, and shapes constants.
 SETTLING: tuple[type[Pass], ...] = (CleanUp, SettleShapes)
 
 
-def select_passes(names: Sequence[str] | None) -> list[Pass]:
-    """Passes by name, in pipeline order; all by default. Measured ones that are named act wherever they are exact.
+def select_passes(wanted: Sequence[Wanted] | None, beside: Sequence[Wanted] = ()) -> list[Pass]:
+    """Passes made anew, in the order given; by default pwopt's own, those of installed packages, and `beside`.
+
+    Measured ones act wherever they are exact if they are asked for by name, and where a race or a shape says so
+    otherwise.
 
     Raises
     ------
     UsageError
-        If a name is unknown.
+        If a name is unknown, two passes share one, or a class breaks the contract.
     """
-    available = {p.name: p for p in PASSES}
-    unknown = [n for n in names or () if n not in available]
-    if unknown:
-        raise UsageError(f"there is no pass {unknown[0]!r}; there are {', '.join(available)}")
-    chosen = [p() for p in PASSES if names is None or p.name in names]
-    for p in chosen:
-        p.eager = names is not None
-    return chosen
+    available: dict[str, type[Pass] | Pass] = {}
+    for p in (*PASSES, *plugins.installed(), *plugins.resolved(beside, None)):
+        if available.setdefault(_checked(p).name, p) is not p:
+            raise UsageError(f"two passes are called {p.name!r}; leave one out")
+    chosen: dict[str, tuple[Wanted, Pass]] = {}
+    for want in available.values() if wanted is None else wanted:
+        if isinstance(want, str) and want not in available:
+            raise UsageError(f"there is no pass {want!r}; there are {', '.join(available)}")
+        kind = available[want] if isinstance(want, str) else _checked(want)
+        made = kind() if isinstance(kind, type) else copy.copy(kind)
+        made.asked = made.asked or made.eager or isinstance(want, str)
+        made.eager = made.asked
+        if chosen.setdefault(made.name, (want, made))[0] != want:
+            raise UsageError(f"two passes are called {made.name!r}; leave one out")
+    return [made for _, made in chosen.values()]
+
+
+def _checked(p: type[Pass] | Pass) -> type[Pass] | Pass:
+    kind = p if isinstance(p, type) else type(p)
+    plugins.checked(kind, f"{kind.__module__}.{kind.__qualname__}")
+    return p
 
 
 def settle(

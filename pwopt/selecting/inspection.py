@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from pwopt.graph.files import Source, blaming, load
 from pwopt.graph.model import Model
@@ -11,10 +13,12 @@ from pwopt.graph.view import View
 from pwopt.maps import forms
 from pwopt.maps.cost import macs
 from pwopt.passes import FoldChains
+from pwopt.rewriting.driver import Pass
 from pwopt.rewriting.records import Outcome
 from pwopt.running.sizes import Sizes
 from pwopt.selecting.compiler import concrete_sizes, run_pipeline, select_passes
 from pwopt.selecting.listing import Listing, sized
+from pwopt.selecting.plugins import resolved
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,7 @@ def inspect(
     model: Source,
     *,
     shapes: Mapping[str, Sequence[int]] | None = None,
+    plugins: Sequence[str | type[Pass] | Pass] = (),
 ) -> Inspection:
     """Look at every linear map of a model without changing it.
 
@@ -71,9 +76,11 @@ def inspect(
 
     Parameters
     ----------
-    model : path, onnx.ModelProto or Model
+    model : path, bytes, onnx.ModelProto, torch.onnx.ONNXProgram, onnx_ir.Model or Model
     shapes : mapping of input name to sizes, optional
         For dynamic inputs; likely sizes otherwise.
+    plugins : sequence of str, pass classes and passes, optional
+        Passes beside pwopt's own, as for `optimize`.
 
     Returns
     -------
@@ -95,11 +102,14 @@ def inspect(
     """
     original, sizes = sized(model, shapes)
     with blaming(original.proto):
-        return _inspected(original, load(model), load(model), sizes)
+        beside = resolved(plugins, Path(model) if isinstance(model, (str, os.PathLike)) else None)
+        return _inspected(original, load(model), load(model), sizes, beside)
 
 
-def _inspected(original: Model, edited: Model, affine: Model, sizes: Sizes) -> Inspection:
-    passes = select_passes(None)
+def _inspected(
+    original: Model, edited: Model, affine: Model, sizes: Sizes, plugins: Sequence[type[Pass] | Pass]
+) -> Inspection:
+    passes = select_passes(None, plugins)
     _, outcome, _ = run_pipeline(edited, passes, (), sizes)
     _, folded, _ = run_pipeline(affine, [p for p in passes if not isinstance(p, FoldChains)], (), sizes)
     chains = _chains(View(affine.graph))

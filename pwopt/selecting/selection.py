@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Protocol
 
@@ -26,7 +27,7 @@ from pwopt.running.samples import Sample
 from pwopt.running.worker import Worker
 from pwopt.selecting import tune
 from pwopt.selecting.cache import Entry, look_up, place, store
-from pwopt.selecting.compiler import concrete_sizes, run_pipeline, select_passes, settle
+from pwopt.selecting.compiler import Wanted, concrete_sizes, run_pipeline, select_passes, settle
 
 #: What to say of a rewrite that its certificate refuses.
 DEFECT = "a defect of pwopt, please report it with the model"
@@ -86,7 +87,7 @@ class Work:
 
     target: Model
     source: Model
-    passes: Sequence[str] | None
+    passes: Sequence[Wanted] | None
     denied: Iterable[str]
     sizes: Mapping[str, Sequence[int]]
     folder: Path
@@ -112,7 +113,8 @@ class Work:
             heavy = [] if failed else self._heavy(done[1].rewrites, done[3])
             if not failed and not heavy:
                 return *done, refused
-            refused.update((r.site, Skip(_refusal(r), r.pass_name, r.site)) for r in failed)
+            mine = {p.name for p in select_passes(self.passes) if p.own}
+            refused.update((r.site, Skip(_refusal(r, r.pass_name in mine), r.pass_name, r.site)) for r in failed)
             refused.update((r.site, Skip(_too_large(r), r.pass_name, r.site)) for r in heavy)
         raise RuntimeError(f"certificates refuse rewrites at {', '.join(refused)}")
 
@@ -151,8 +153,7 @@ class Work:
 
     def candidates(self) -> list[Pass]:
         """Passes that were asked for by name, or those that may pay on this kind of provider."""
-        named = self.passes is not None
-        return [p for p in select_passes(self.passes) if named or p.policy != "measured" or self.kind in p.pays_on]
+        return [p for p in select_passes(self.passes) if not p.raced or self.kind in p.pays_on]
 
     def unfit(self) -> list[str]:
         """Names of the measured passes that may pay on onnxruntime's CPU provider, and not here."""
@@ -169,9 +170,9 @@ class Work:
         refused: list[Skip] = []
         sizes = concrete_sizes(self.target.proto, self.sizes)
         for i, p in enumerate(self.candidates()):
-            if p.policy == "measured":
+            if p.raced:
                 fresh = from_proto(self.target.proto, self.target.folder)
-                chosen = [q for j, q in enumerate(self.candidates()) if q.policy != "measured" or i == j]
+                chosen = [q for j, q in enumerate(self.candidates()) if not q.raced or i == j]
                 for q in chosen:
                     q.eager = q.policy == "measured"
                 settle(fresh, self.denied)
@@ -186,10 +187,11 @@ class Work:
         return path
 
 
-def _refusal(rewrite: Rewrite) -> str:
+def _refusal(rewrite: Rewrite, mine: bool) -> str:
     c = rewrite.certificate
     assert c is not None
-    return f"refused by its certificate ({c.reason}: residual {c.residual:.2g}, bound {c.bound:.2g}): {DEFECT}"
+    fault = DEFECT if mine else f"the pass {rewrite.pass_name!r} is wrong here"
+    return f"refused by its certificate ({c.reason}: residual {c.residual:.2g}, bound {c.bound:.2g}): {fault}"
 
 
 def _too_large(rewrite: Rewrite) -> str:
@@ -229,13 +231,23 @@ class Disk:
     provider: str
     threads: int
     model: str
+    #: Pass name → what it is known by besides, for passes that may change while their names stay.
+    marks: Mapping[str, str] = field(default_factory=dict)
+    #: What to call the model when its decisions are listed.
+    name: str = ""
     undecided: str = Forgetful.undecided
 
+    def _marked(self, pass_name: str) -> str:
+        return f"{pass_name} {self.marks.get(pass_name, '')}".strip()
+
     def recall(self, pass_name: str, signature: str) -> Entry | None:
-        return look_up(pass_name, signature, place(self.provider, self.threads), self.model)
+        return look_up(self._marked(pass_name), signature, place(self.provider, self.threads), self.model)
 
     def keep(self, decision: tune.Decision) -> None:
-        store(replace(entry(decision, place(self.provider, self.threads)), model=self.model))
+        made = entry(decision, place(self.provider, self.threads))
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        marked = self._marked(made.pass_name)
+        store(replace(made, pass_name=marked, model=self.model, name=self.name, date=date))
 
 
 def entry(decision: tune.Decision, where: str) -> Entry:

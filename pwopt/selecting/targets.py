@@ -50,15 +50,18 @@ class Profile:
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UsageError(f"{str(path)!r} is not a profile that `pwopt profile` wrote") from error
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the profile, atomically."""
+    def to_json(self) -> str:
         content = {
             "schema": SCHEMA,
             "environment": self.environment,
             "decisions": [asdict(e) for e in self.entries],
         }
+        return json.dumps(content, indent=1, ensure_ascii=False)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the profile, atomically."""
         with replacing(Path(path)) as stream:
-            stream.write(json.dumps(content, indent=1, ensure_ascii=False).encode())
+            stream.write(self.to_json().encode())
 
     def recall(self, pass_name: str, signature: str) -> Entry | None:
         return next((e for e in self.entries if (e.pass_name, e.signature) == (pass_name, signature)), None)

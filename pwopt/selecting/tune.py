@@ -7,6 +7,7 @@ layout around them may cost more than they save.
 
 from __future__ import annotations
 
+import logging
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
@@ -16,6 +17,8 @@ from pathlib import Path
 from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.running.progress import Progress, silent
 from pwopt.running.timing import Race
+
+LOG = logging.getLogger(__name__)
 
 #: A group is kept if it is faster at this confidence; the race stops as soon as that, or the contrary, is clear.
 CONFIDENCE = 0.999
@@ -60,20 +63,24 @@ class Decision:
     def kept(self) -> bool:
         return not self.fault and self.interval[0] > 1.0
 
+    def reason(self) -> str:
+        """The group, and what decided."""
+        if not self.raced:
+            return f"{self.group.signature}: another rewrite that was kept takes its place"
+        if self.fault:
+            return f"{self.group.signature}: the model with it cannot be used, since {self.fault}"
+        low, high = self.interval
+        when = " by an earlier run" if self.remembered else ""
+        return f"{self.group.signature}: measured {self.speedup:.3f}× [{low:.3f}, {high:.3f}] in the whole model{when}"
+
+    def explain(self) -> str:
+        """What became of the group, and why."""
+        return f"{'kept' if self.kept else 'dropped'} {self.group.pass_name}: {self.reason()}"
+
     def skips(self) -> list[Skip]:
         """A record for each site, if the group was dropped."""
-        if not self.raced:
-            reason = f"{self.group.signature}: another rewrite that was kept takes its place"
-            return [Skip(reason, self.group.pass_name, site) for site in self.group.sites]
-        low, high = self.interval
-        if self.fault:
-            reason = f"{self.group.signature}: the model with it cannot be used, since {self.fault}"
-            return [Skip(reason, self.group.pass_name, site) for site in self.group.sites]
-        when = " by an earlier run" if self.remembered else ""
-        reason = (
-            f"{self.group.signature}: measured {self.speedup:.3f}× [{low:.3f}, {high:.3f}] in the whole model{when}"
-        )
-        return [] if self.kept else [Skip(reason, self.group.pass_name, site) for site in self.group.sites]
+        kept = self.kept and self.raced
+        return [] if kept else [Skip(self.reason(), self.group.pass_name, site) for site in self.group.sites]
 
 
 def groups(rewrites: Iterable[Rewrite]) -> list[Group]:
@@ -146,6 +153,7 @@ def choose(
         earlier = remembered(group)
         if earlier is not None:
             contest.decided[group] = earlier
+            LOG.info("%s", earlier.explain())
         else:
             contest.decide(group, 2 * (len(candidates) - done))  # as much again for what follows
     decided, kept = contest.decided, contest.kept()
@@ -204,3 +212,4 @@ class _Contest:
             return
         result = self._race(without, model, min(LONGEST_RACE, left / races))
         self.decided[group] = Decision(group, result.speedup(), result.interval(confidence=CONFIDENCE))
+        LOG.info("%s", self.decided[group].explain())

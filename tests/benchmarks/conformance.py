@@ -133,7 +133,7 @@ def outcome(case: Case, passes: list[str] | None) -> tuple[str, str, Counter[str
     if reason:
         return "not run", reason, nothing
     try:
-        result = pwopt.optimize(case.model, cost_model="analytic", check=False, passes=passes)
+        result = pwopt.optimize(case.model, cost="analytic", verify=False, passes=passes)
     except pwopt.PwoptError as error:
         return "refused", str(error), nothing
     except Exception as error:

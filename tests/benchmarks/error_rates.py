@@ -180,7 +180,7 @@ def split(net: Net, rng: np.random.Generator) -> Net:
 
 
 def by_pwopt(net: Net, path: Path, rng: np.random.Generator) -> None:
-    save(optimize(net.model(), cost_model="analytic", check=False).model, path)
+    save(optimize(net.model(), cost="analytic", verify=False).model, path)
 
 
 def by_onnxruntime(net: Net, path: Path, rng: np.random.Generator) -> None:

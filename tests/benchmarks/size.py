@@ -117,7 +117,7 @@ def run(path: Path) -> dict[str, Any]:
 
     idle = resident("VmHWM")
     start = time.perf_counter()
-    result = pwopt.optimize(path, path.with_name("out.onnx"), cost_model="analytic", check=False,
+    result = pwopt.optimize(path, path.with_name("out.onnx"), cost="analytic", verify=False,
                             shapes={"x0": (1, CHANNELS, 8, 8)} if path.stat().st_size and "N" in _sizes(path) else None)  # fmt: skip
     seconds = time.perf_counter() - start
     peak = resident("VmHWM")

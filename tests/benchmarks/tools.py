@@ -32,7 +32,7 @@ from pwopt.running.runtime import environment
 
 
 def by_pwopt(path: Path, out: Path, shapes: dict[str, list[int]]) -> None:
-    pwopt.optimize(path, out, shapes=shapes, cost_model="analytic")
+    pwopt.optimize(path, out, shapes=shapes, cost="analytic")
 
 
 def by_onnxsim(path: Path, out: Path, shapes: dict[str, list[int]]) -> None:

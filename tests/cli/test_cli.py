@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -39,7 +40,8 @@ def test_optimize_writes_beside_the_input(model: Path) -> None:
     assert ops(onnx.load(model.with_name("seq.pwopt.onnx"))) == {"Conv": 1}
     assert "multiply-adds" in done.stdout
     assert "-96.7%" in done.stdout
-    assert done.stderr == ""
+    assert [line.split(" s ")[1] for line in done.stderr.splitlines()][-2:] == ["verifying", "writing"]
+    assert pwopt("optimize", model, "--cost", "analytic", "-q").stderr == ""
     content = json.loads(report.read_text())
     assert content["model"] == str(model)
     assert content["rewrites"][0]["site"] == "fold-chains:y"
@@ -76,7 +78,7 @@ def test_the_input_is_not_overwritten_unless_forced(model: Path) -> None:
         (["optimize", "seq.onnx", "--passes", "fold"], 2, "there is no pass 'fold'"),
         (["optimize", "seq.onnx", "--cost", "free"], 2, "not one of: measured, analytic"),
         (["optimize", "seq.onnx", "--input", "text.onnx"], 2, "cannot be read as .npz"),
-        (["optimize", "seq.onnx", "-o", "no/such/folder/out.onnx"], 3, "nothing can be written"),
+        (["optimize", "seq.onnx", "-o", "no/such/folder/out.onnx"], 2, "nothing can be written"),
         (["verify", "seq.onnx", "text.onnx"], 3, "not an ONNX model"),
         (["optimize", "bad.onnx"], 3, "onnxruntime does not load the model"),
         (["bench", "seq.onnx", "--report", "r.html"], 2, "bench reports in JSON only"),
@@ -199,7 +201,7 @@ def test_only_regular_files_are_replaced(model: Path) -> None:
     pipe, link, target = (model.parent / n for n in ("pipe", "link.onnx", "target.onnx"))
     os.mkfifo(pipe)
     done = pwopt("optimize", model, "--cost", "analytic", "--shape", "x=1x64x2x2", "-o", pipe)
-    assert done.returncode == 3
+    assert done.returncode == 2
     assert "not a regular file" in done.stderr
     assert pipe.is_fifo()
     target.write_bytes(b"old")
@@ -346,3 +348,138 @@ def test_an_array_alone_for_a_model_with_one_input(model: Path) -> None:
     done = pwopt("verify", model, model, "--input", model.parent / "text.npz")
     assert done.returncode == 2
     assert "does not hold numbers" in done.stderr
+
+
+ANALYTIC = ("--cost", "analytic", "--shape", "x=1x64x2x2")
+
+
+def test_stages_are_lines_where_there_is_no_terminal(model: Path) -> None:
+    done = pwopt("optimize", model, *ANALYTIC)
+    stages = [line.split(" s ", 1)[1] for line in done.stderr.splitlines()]
+    assert stages[0] == "reading"
+    assert stages[-1] == "writing"
+    assert len(stages) == len(set(stages))
+
+
+def test_quiet_says_errors_only(model: Path) -> None:
+    done = pwopt("optimize", model, *ANALYTIC, "-q")
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
+    done = pwopt("optimize", "missing.onnx", "-q")
+    assert (done.returncode, done.stdout, done.stderr.count("\n")) == (2, "", 1)
+
+
+def test_verbose_says_why(model: Path) -> None:
+    done = pwopt("optimize", model, "-v", "--budget", "1", "--no-cache")
+    said = " ".join(done.stderr.split())
+    assert "sizes x 1×64×64×64: the model runs" in said or "the model runs" in said
+    assert "likely ones, since none were given" in said
+    assert "the whole model: " in said
+    assert "output 'y': " in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["optimize", "seq.onnx", *ANALYTIC],
+        ["optimize", "seq.onnx", *ANALYTIC, "--dry-run"],
+        ["optimize", "seq.onnx", *ANALYTIC, "-d", "out"],
+        ["verify", "seq.onnx", "seq.onnx", "--shape", "x=1x64x2x2"],
+        ["inspect", "seq.onnx"],
+        ["inspect", "seq.onnx", "--properties"],
+        ["passes"],
+        ["passes", "winograd"],
+        ["bench", "seq.onnx", "--shape", "x=1x64x2x2", "--seconds", "0.1"],
+        ["profile", "seq.onnx", "-o", "p.json", "--budget", "0.1"],
+        ["cache"],
+        ["cache", "clear"],
+    ],
+)
+def test_json_is_all_that_stdout_says(model: Path, arguments: list[str]) -> None:
+    done = pwopt(*arguments, "--json", cwd=model.parent)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) is not None
+
+
+def test_a_dry_run_changes_nothing(model: Path) -> None:
+    before = sorted(p.name for p in model.parent.iterdir())
+    done = pwopt("optimize", model, "--dry-run", "--details")
+    assert done.returncode == 0, done.stderr
+    text = " ".join(done.stdout.split())
+    assert "done fold-chains:y" in text
+    assert "A dry run: nothing was raced, verified or written." in text
+    assert "would be raced: " in pwopt("optimize", MODELS / "network_in_network.onnx", "--dry-run").stdout
+    assert "latency" not in text
+    assert "wrote" not in text
+    assert sorted(p.name for p in model.parent.iterdir()) == before
+
+
+def test_everything_about_one_pass() -> None:
+    done = pwopt("passes", "winograd")
+    assert "winograd  (measured)" in done.stdout
+    assert "Lavin and Gray" in done.stdout
+    assert "fold-chains" not in done.stdout
+    done = pwopt("passes", "wino")
+    assert done.returncode == 2
+    assert "there is no pass 'wino'" in done.stderr
+    assert [p["name"] for p in json.loads(pwopt("passes", "--json").stdout)] == [p.name for p in PASSES]
+
+
+@pytest.mark.parametrize("command", ["optimize", "verify", "inspect", "passes", "bench", "profile", "cache", ""])
+def test_short_help_shows_no_values_for_flags(command: str) -> None:
+    asked = [command] if command else []
+    text = pwopt(*asked, "-h").stdout
+    assert text == pwopt(*asked, "--help").stdout
+    assert "Usage" in text
+    assert "<bool>" not in text
+
+
+def test_completion_is_offered() -> None:
+    environment = {**os.environ, "_PWOPT_COMPLETE": "complete_bash", "COMP_WORDS": "pwopt op", "COMP_CWORD": "1"}
+    script = Path(sys.executable).with_name("pwopt")
+    done = subprocess.run([script], env=environment, capture_output=True, text=True, check=False)
+    assert done.stdout.split() == ["optimize"]
+    assert "--install-completion" in pwopt("--help").stdout
+
+
+def test_verdicts_fit_eighty_columns(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    done = pwopt("verify", model, model, "--shape", "x=1x64x2x2")
+    assert re.search(r"^ *y +0 +.* identical *$", done.stdout, re.M)
+    done = pwopt("optimize", model, *ANALYTIC)
+    assert re.search(r"rewrites +count +multiply-adds saved +rounding +certified +tested +none", done.stdout)
+    assert re.search(r"fold-chains +1 +237,568 +\S+ +1 +0 +0 *$", done.stdout, re.M)
+
+
+def test_a_closed_pipe_is_quiet(model: Path) -> None:
+    for arguments in (["passes"], ["inspect", str(model), "--json"]):
+        command = [sys.executable, "-m", "pwopt", *arguments]
+        done = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        assert done.stdout is not None
+        assert done.stderr is not None
+        done.stdout.close()
+        said = [line for line in done.stderr if " s " not in line]
+        assert (done.wait(), said) == (141, [])
+        done.stderr.close()
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs SIGINT")
+def test_an_interrupt_says_so(model: Path) -> None:
+    command = [sys.executable, "-m", "pwopt", "optimize", str(model), "--shape", "x=1x64x64x64", "--no-cache"]
+    done = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert done.stderr is not None
+    while "rac" not in done.stderr.readline():
+        assert done.poll() is None
+    done.send_signal(signal.SIGINT)
+    out, err = done.communicate()
+    assert (done.returncode, out) == (130, "")
+    assert err.splitlines()[-1] == "pwopt: interrupted"
+    assert sorted(p.name for p in model.parent.iterdir()) == ["seq.onnx"]
+
+
+def test_old_words_are_understood() -> None:
+    import pwopt
+
+    with pytest.warns(FutureWarning, match="'cost_model' is called 'cost' now"):
+        pwopt.optimize(MODELS / "linear_sequence.onnx", cost_model="analytic", verify=False)
+    with pytest.raises(pwopt.UsageError, match="give one of them"):
+        pwopt.optimize(MODELS / "linear_sequence.onnx", cost_model="analytic", cost="analytic")

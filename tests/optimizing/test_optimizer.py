@@ -39,6 +39,7 @@ class Planted(Pass):
     """A wrong rewrite: every weight of a Conv grows by a thousandth."""
 
     name: ClassVar[str] = "planted"
+    __module__ = "pwopt.passes.planted"
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | None:
         if rw.op(node) != "Conv" or "planted" in node.inputs[1].name:
@@ -85,6 +86,8 @@ def test_a_wrong_rewrite_is_dropped_by_its_certificate(tmp_path: Path, monkeypat
     assert report.rewrites == ()
     assert "refused by its certificate" in report.skips[-1].reason
     assert "please report" in " ".join(report.notes)
+    monkeypatch.setattr(Planted, "__module__", "elsewhere")
+    assert "the fault of planted." in " ".join(pwopt.optimize(path, cost="analytic").report.notes)
     assert onnx.load(tmp_path / "out.onnx") == onnx.load(path)
 
 

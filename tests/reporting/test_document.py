@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import html.parser
+import itertools
+import json
 import re
 import shutil
 import subprocess
@@ -16,17 +20,22 @@ import onnx
 import pytest
 from helpers import MODELS, normal, parse
 
+from pwopt.errors import UsageError
 from pwopt.evidence.verify import verify
 from pwopt.graph.regions import Operator
-from pwopt.optimizing.optimizer import optimize
-from pwopt.reporting.document import clipped, document, in_markdown, kind_of, scientific, spectra
-from pwopt.reporting.drawing import MOST, draw
-from pwopt.reporting.report import Comparison, Report
+from pwopt.optimizing.batch import Row
+from pwopt.optimizing.optimizer import Result, optimize
+from pwopt.reporting.document import SCRIPT, clipped, document, in_markdown, kind_of, spectra
+from pwopt.reporting.drawing import MOST, WIDTH, draw
+from pwopt.reporting.index import page as index_page
+from pwopt.reporting.report import Comparison, Layer, Report, to_json
+from pwopt.reporting.verdicts import scientific
 from pwopt.running.runtime import environment
 from pwopt.selecting.properties import properties
 
 pytest.importorskip("onnxruntime")
 
+ROOT = Path(__file__).parent.parent.parent
 #: A name that runs in a careless page, breaks a careless table, and hides in a careless terminal.
 EVIL = "<script>console.error('pwned')</script>|`*_\u202e\"'&amp;"
 CHROMIUM = next(
@@ -87,14 +96,14 @@ class Elements(html.parser.HTMLParser):
 
 def test_names_are_text(page: str) -> None:
     found = Elements(page)
-    assert "script" not in found.tags
+    assert found.tags.count("script") == 1  # the filter of the table of layers
     assert "<script>console.error('pwned')</script>|`*_\N{REPLACEMENT CHARACTER}\"'&amp;" in found.text
     assert "\u202e" not in page
 
 
 def test_the_page_loads_nothing(page: str) -> None:
     found = Elements(page)
-    assert not {"script", "link", "img", "iframe", "object", "embed", "base"} & set(found.tags)
+    assert not {"link", "img", "iframe", "object", "embed", "base"} & set(found.tags)
     assert not [
         a for a, _ in found.attributes if a in ("src", "srcset", "href", "action", "data") or a.startswith("on")
     ]
@@ -102,6 +111,10 @@ def test_the_page_loads_nothing(page: str) -> None:
     namespaces = {v for a, v in found.attributes if a.startswith("xmlns")}
     assert set(re.findall(r"https?://[^\s\"'<)]+", page)) <= namespaces
     assert "@import" not in page
+    (script,) = re.findall(r"<script>(.*?)</script>", page, re.S)
+    assert script == SCRIPT
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert f"script-src 'sha256-{allowed}'" in page
     assert all(target.startswith("#") for target in re.findall(r"url\(([^)]*)\)", page))
 
 
@@ -158,8 +171,11 @@ def test_numbers_and_names_are_short() -> None:
 
 
 def test_a_file_name_chooses_the_format() -> None:
-    kinds = [kind_of(Path(name)) for name in ("a.html", "a.HTM", "a.md", "a.json", "a.txt", "a")]
-    assert kinds == ["html", "html", "markdown", "json", "json", "json"]
+    kinds = [kind_of(Path(name)) for name in ("a.html", "a.HTM", "a.md", "a.json")]
+    assert kinds == ["html", "html", "markdown", "json"]
+    for name in ("a.txt", "a"):
+        with pytest.raises(UsageError, match=r"ends in \.html, \.md or \.json"):
+            kind_of(Path(name))
 
 
 def test_a_failure_says_where_it_begins(tmp_path: Path) -> None:
@@ -212,7 +228,12 @@ def test_a_drawing_has_each_operator_below_what_it_reads() -> None:
     assert [b.op for b in found.boxes] == ["", "Conv", "Relu", "Add"]
     assert [b.y for b in found.boxes] == sorted({b.y for b in found.boxes})
     assert len(found.lines) == 4
-    assert sum(swing > 0 for *_, swing in found.lines) == 1  # past the Relu
+    assert sorted(map(len, found.lines)) == [2, 2, 2, 4]  # one goes past the Relu
+    for line in found.lines:
+        for (x1, y1), (x2, y2) in itertools.pairwise(line):
+            assert y1 < y2
+            middle = (x1 + x2) / 2, (y1 + y2) / 2
+            assert not any(b.x < middle[0] < b.x + WIDTH and b.y < middle[1] < b.y + b.height for b in found.boxes)
     assert all(b.x >= 0 and b.x < found.width and b.y + b.height <= found.height for b in found.boxes)
 
 
@@ -282,7 +303,8 @@ def test_a_browser_shows_the_page_without_complaint(page: str, tmp_path: Path, w
     done = subprocess.run([CHROMIUM, *options], capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" not in done.stderr
     shown = Elements(done.stdout)
-    assert "script" not in shown.tags
+    assert shown.tags.count("script") == 1
+    assert '<p class="filter">' in done.stdout  # no longer hidden: the page's own script has run
     assert EVIL.replace("\u202e", "\N{REPLACEMENT CHARACTER}") in shown.text
 
 
@@ -302,3 +324,58 @@ def test_the_browser_would_have_complained(tmp_path: Path) -> None:
     ]
     done = subprocess.run([CHROMIUM, *options], capture_output=True, text=True, timeout=120, check=True)
     assert "CONSOLE" in done.stderr
+
+
+def test_a_report_of_a_thousand_operators_is_small(report: Report) -> None:
+    name = "/a/rather/long/name/as/exporters/write/them/Conv"
+    many = tuple(Layer((f"Conv {name}_{k}", f"Relu {name}_{k}"), (f"Conv {name}_{k}",), 0.3, 0.2) for k in range(1000))
+    text = document(replace(report, layers=many), "html")
+    assert len(text.encode()) < 2_000_000
+    assert text.count("<tr>") > 1000
+    assert f"{name}_999" in text
+
+
+def test_layers_stand_beside_what_they_became(page: str) -> None:
+    text = " ".join(Elements(page).text.split())
+    assert "Layer by layer" in text
+    assert "changes of layout" in text or "the same" in text
+
+
+def test_the_index_over_many_models(tmp_path: Path) -> None:
+    rows = [
+        Row("in/a.onnx", "a.onnx", "done", "Little was gained.", 0, 1.02, 1.0, 1.04, (20, 15), (2_000_000, 1_000_000)),
+        Row("in/b.onnx", "b.onnx", "done", "", 0, 2.0, 1.9, 2.1, (20, 15), (2_000_000, 1_000_000)),
+        Row(f"in/{EVIL}.onnx", f"{EVIL}.onnx", "failed", "it is not a model", 3),
+    ]
+    (tmp_path / "b.report.html").write_text("")
+    text = index_page(rows, tmp_path)
+    found = Elements(text)
+    assert "script" not in found.tags
+    assert [v for a, v in found.attributes if a == "href"] == ["b.report.html"]
+    said = " ".join(found.text.split())
+    assert "1.43×" in said
+    assert "in the geometric mean of 2" in said
+    assert (
+        said.index("it is not a model") < said.index("2.00×") < said.index("Little was gained.") < said.index("1.02×")
+    )
+
+
+def test_a_notebook_shows_the_top(report: Report) -> None:
+    text = Result(evil_model(), report)._repr_html_()
+    assert "script" not in Elements(text).tags
+    said = " ".join(Elements(text).text.split())
+    assert "Equivalent" in said
+    assert "multiply-adds" in said
+
+
+def test_reports_are_as_the_schema_says(report: Report) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    schema = json.loads((ROOT / "docs" / "report.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    validator = jsonschema.Draft202012Validator(schema)
+    unverified = optimize(evil_model(), cost="analytic", verify=False).report
+    for each in (report, unverified):
+        validator.validate(json.loads(each.to_json()))
+        assert each.to_dict().keys() == schema["properties"].keys()
+    damaged = report.to_dict() | {"rewrites": [{"pass": "fold-affine"}]}
+    assert not validator.is_valid(json.loads(to_json(damaged)))

@@ -16,7 +16,7 @@ from pwopt.running.timing import Race
 from pwopt.selecting import cache, selection
 from pwopt.selecting.cache import Entry
 
-ENTRY = Entry("merge-siblings", "conv 6→(4, 4)", "here", 1.25, 1.2, 1.3)
+ENTRY = Entry("merge-siblings", "conv 6→(4, 4)", "here", 1.25, 1.2, 1.3, "", "net.onnx", "2026-01-31T10:00:00+00:00")
 
 
 @pytest.fixture(autouse=True)
@@ -118,7 +118,10 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     cache.store(ENTRY)
     for arguments, expected in (
         (["cache"], "conv 6→(4, 4)"),
-        (["cache"], f"{'kept' if ENTRY.low > 1 else 'dropped'}  merge-siblings"),
+        (["cache"], f"{'kept' if ENTRY.low > 1 else 'dropped'}"),
+        (["cache"], "net.onnx"),
+        (["cache"], "2026-01-31"),
+        (["cache", "show", "--json"], '"pass_name": "merge-siblings"'),
         (["cache"], "1 decision in"),
         (["cache", "clear"], "1 decision forgotten"),
         (["cache", "show"], "0 decisions"),

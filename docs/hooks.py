@@ -1,0 +1,77 @@
+"""What the site makes of the source: a page of all passes with pictures, and links that lead out of docs/."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from html import escape
+from pathlib import Path
+from typing import Any
+
+import pwopt
+from pwopt.evidence.certify import unchecked
+from pwopt.reporting.drawing import HEIGHT, WIDTH, draw, path
+from pwopt.rewriting import Pass, Rewrite
+from pwopt.selecting.compiler import run_pipeline
+
+ROOT = Path(__file__).parent.parent
+#: Where files of the repository that are no pages are shown.
+REPOSITORY = "https://github.com/pwopt/pwopt/blob/main/"
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Fill in the passes, and lead links out of docs/ to the repository."""
+    if page.file.src_path == "passes.md":
+        markdown = markdown.replace("<!-- passes -->", "\n\n".join(map(_section, pwopt.PASSES)))
+    return re.sub(r"\]\((?:\.\./)((?!docs/)[\w./-]+)\)", rf"]({REPOSITORY}\1)", markdown)
+
+
+def on_post_page(output: str, **_: Any) -> str:
+    """README's links are from the root of the repository."""
+    output = re.sub(r'href="docs/([\w-]+)\.md"', r'href="../\1/"', output)
+    return re.sub(r'href="((?:CONTRIBUTING|SECURITY|README)\.md|models/README\.md)"', rf'href="{REPOSITORY}\1"', output)
+
+
+def _section(kind: type[Pass]) -> str:
+    rest = (inspect.getdoc(kind) or "").partition("\n\n")[2]
+    shown = re.sub(r"(?m)^(?=.)", "", rest)
+    found = _example(kind)
+    picture = "" if found is None else _picture(found)
+    return f"## {kind.name}\n\n*{kind.policy}* · `{kind.identity()}`\n\n{shown}\n\n{picture}"
+
+
+def _example(kind: type[Pass]) -> Rewrite | None:
+    """The smallest rewrite of the pass in the gallery."""
+    found: list[Rewrite] = []
+    for file in sorted(p for p in (ROOT / "models").glob("*.onnx") if ".pwopt" not in p.name):
+        p = kind()
+        p.eager = p.asked = True
+        _, outcome, _ = run_pipeline(pwopt.load(file), [p], (), {}, None, unchecked)
+        found += [r for r in outcome.rewrites if r.before and r.after and len(r.before) + len(r.after) < 14]
+    return min(found, key=lambda r: len(r.before) + len(r.after), default=None)
+
+
+def _picture(rewrite: Rewrite) -> str:
+    sides = (("before", rewrite.before), ("after", rewrite.after))
+    figures = "".join(
+        f"<figure><figcaption>{name}</figcaption>{_svg(name, operators)}</figure>" for name, operators in sides
+    )
+    return f'<div class="drawings" style="display:flex;flex-wrap:wrap;gap:1rem">{figures}</div>'
+
+
+def _svg(name: str, operators: Any) -> str:
+    d = draw(operators)
+    ink = "currentColor"
+    lines = "".join(f'<path d="{path(line)}" fill="none" stroke="{ink}" opacity=".6"/>' for line in d.lines)
+    boxes = ""
+    for b in d.boxes:
+        middle = b.x + WIDTH // 2
+        if b.op:
+            boxes += f'<rect x="{b.x}" y="{b.y}" width="{WIDTH}" height="{HEIGHT}" rx="6" fill="none" stroke="{ink}"/>'
+        size, y = (12, b.y + 24) if b.op else (10, b.y + b.height - 3)
+        boxes += f'<text x="{middle}" y="{y}" font-size="{size}" text-anchor="middle" fill="{ink}">'
+        boxes += f"{escape((b.op or b.name)[-20:])}</text>"
+    return (
+        f'<svg width="{d.width}" height="{d.height}" viewBox="0 0 {d.width} {d.height}" role="img" '
+        f'aria-label="operators {name}">{lines}{boxes}</svg>'
+    )

@@ -1,0 +1,76 @@
+"""A model as Python hands it over: a path, a message, its bytes, or what another library made."""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, ParamSpec, TypeVar
+
+import onnx
+from google.protobuf.message import DecodeError
+
+from pwopt.errors import ModelError, UsageError
+from pwopt.graph.model import Model
+
+#: A path, an `onnx.ModelProto` or its bytes, a `Model`, a `torch.onnx.ONNXProgram` or an `onnx_ir.Model`.
+Source = str | os.PathLike[str] | bytes | onnx.ModelProto | Model | Any
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+
+def handed(source: Source) -> Path | onnx.ModelProto | Model:
+    """What was handed over, as one of three kinds.
+
+    Objects of other libraries are known by what they offer: a `model_proto` (torch.onnx.ONNXProgram), or that their
+    library, which is loaded already, writes them as a message (onnx_ir.Model). None of them is a dependency.
+
+    Raises
+    ------
+    UsageError
+        If it is no model.
+    ModelError
+        If bytes are no ONNX model.
+    """
+    if isinstance(source, (onnx.ModelProto, Model)):
+        return source
+    if isinstance(source, (str, os.PathLike)):
+        return Path(os.fsdecode(source))
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        try:
+            read: onnx.ModelProto = onnx.ModelProto.FromString(bytes(source))
+        except DecodeError as error:
+            raise ModelError(f"the bytes are not an ONNX model ({error}); export it again") from error
+        if not read.HasField("graph") or not read.graph.output:
+            raise ModelError("the bytes are not an ONNX model (it has no graph with outputs); export it again")
+        return read
+    ir = sys.modules.get("onnx_ir")
+    offered: object = ir.to_proto(source) if ir is not None and isinstance(source, ir.Model) else None
+    offered = getattr(source, "model_proto", None) if offered is None else offered
+    if isinstance(offered, onnx.ModelProto):
+        return offered
+    what = f"{type(source).__module__}.{type(source).__qualname__}".removeprefix("builtins.")
+    kinds = "a path, bytes, an onnx.ModelProto, a torch.onnx.ONNXProgram or an onnx_ir.Model"
+    raise UsageError(f"the model is of type {what}; give {kinds}")
+
+
+def renamed(**old: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Let a function take parameters by their old names too, with a warning: ``renamed(cost_model="cost")``."""
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        @functools.wraps(function)
+        def taking(*args: P.args, **kwargs: P.kwargs) -> R:
+            for name in set(old).intersection(kwargs):
+                if old[name] in kwargs:
+                    raise UsageError(f"{name!r} is the old name of {old[name]!r}; give one of them")
+                warnings.warn(f"{name!r} is called {old[name]!r} now", FutureWarning, stacklevel=2)
+                kwargs[old[name]] = kwargs.pop(name)
+            return function(*args, **kwargs)
+
+        return taking
+
+    return decorate

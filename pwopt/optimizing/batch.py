@@ -1,0 +1,369 @@
+"""Many models: one after another or in several processes, resumable, a failure of one no failure of the rest."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import glob
+import hashlib
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+import pwopt
+from pwopt.errors import PwoptError, UsageError
+from pwopt.graph.storage import locations_of, replacing
+from pwopt.optimizing.optimizer import optimized
+from pwopt.optimizing.request import Request
+from pwopt.reporting.report import SCHEMA, Report, to_json
+from pwopt.running import runtime, timing
+from pwopt.running.progress import Progress, silent
+from pwopt.selecting.compiler import select_passes
+from pwopt.selecting.plugins import fingerprint, resolved
+
+#: What a finished batch is listed in, and what the next one goes on from.
+INDEX = "index.json"
+#: Exit code of a defect of pwopt itself, or of a process that died.
+DEFECT = 5
+
+
+@dataclass(frozen=True)
+class Job:
+    """A model, where its result goes, and what both are known by."""
+
+    model: Path
+    output: Path
+    key: str = ""
+
+    @property
+    def report(self) -> Path:
+        return self.output.with_suffix(".report.json")
+
+    @property
+    def page(self) -> Path:
+        return self.output.with_suffix(".report.html")
+
+
+@dataclass(frozen=True)
+class Row:
+    """What became of one model.
+
+    Attributes
+    ----------
+    model, output : str
+        Files; the output's beside the index.
+    status : {"done", "unchanged", "failed"}
+        Unchanged: it was done before, with the same options, and neither file has changed.
+    sentence : str
+        What was wrong, or pwopt's note on the result.
+    code : int
+        The exit code that the model alone would end with.
+    speedup, low, high : float or None
+        None if nothing was measured.
+    nodes, macs : (int, int)
+        Before and after.
+    seconds : float
+        Time that it took.
+    key, written : str
+        What model and options, and the output, were known by.
+    """
+
+    model: str
+    output: str
+    status: str
+    sentence: str = ""
+    code: int = 0
+    speedup: float | None = None
+    low: float | None = None
+    high: float | None = None
+    nodes: tuple[int, int] = (0, 0)
+    macs: tuple[int, int] = (0, 0)
+    seconds: float = 0.0
+    key: str = ""
+    written: str = ""
+
+
+@dataclass(frozen=True)
+class Done:
+    """What comes back from a job: its row, and its report and page as text, "" where there are none."""
+
+    row: Row
+    report: str = ""
+    page: str = ""
+
+
+#: Runs jobs and yields what comes back, in whatever order.
+Runner = Callable[[Sequence[Job], Request, Progress], Iterator[Done]]
+
+
+def jobs(models: Iterable[str | os.PathLike[str]], folder: Path, request: Request) -> list[Job]:
+    """Files, the .onnx files of folders, and those that globs match, each with its place in `folder`.
+
+    Raises
+    ------
+    UsageError
+        If there is none, or two would be written to one file.
+    """
+    found: dict[Path, Path] = {}
+    for given in [os.fspath(m) for m in models]:
+        path = Path(given)
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*.onnx") if not p.resolve().is_relative_to(folder.resolve()))
+            pairs = [(p, folder / p.relative_to(path)) for p in inside]
+        elif not path.exists() and glob.has_magic(given):
+            pairs = [(p, folder / p.name) for p in map(Path, sorted(glob.glob(given, recursive=True)))]
+        else:
+            pairs = [(path, folder / path.name)]
+        if not pairs:
+            raise UsageError(f"there is no .onnx file in {given!r}; give models, folders of them, or patterns")
+        for model, output in pairs:
+            if found.setdefault(output, model).resolve() != model.resolve():
+                raise UsageError(f"{str(found[output])!r} and {str(model)!r} would both be {str(output)!r}; rename one")
+            if model.resolve() == output.resolve():
+                raise UsageError(f"the folder {str(folder)!r} holds the model {str(model)!r}; choose another folder")
+    return [Job(model, output, key(model, request)) for output, model in found.items()]
+
+
+def key(model: Path, request: Request) -> str:
+    """Equal for the same model, options and versions; "" if there is no such file."""
+    options = {f.name: repr(getattr(request, f.name)) for f in dataclasses.fields(request) if f.compare}
+    versions = (pwopt.__version__, runtime.environment(request.provider, request.first_threads)["onnxruntime"])
+    for name in ("output", "force", "inputs"):
+        options.pop(name, None)
+    passes = [(p.name, fingerprint(p)) for p in select_passes(request.passes, resolved(request.plugins, model))]
+    with contextlib.suppress(OSError):
+        profile = b"" if request.target_profile is None else Path(request.target_profile).read_bytes()
+        return hashlib.sha256(f"{options} {versions} {passes} {profile!r} {content(model)}".encode()).hexdigest()
+    return ""
+
+
+def content(model: Path) -> str:
+    """What a model's file holds, and how large and old its external data is."""
+    data = model.read_bytes()
+    found = [hashlib.sha256(data).hexdigest()]
+    with contextlib.suppress(Exception):  # what cannot be read will be said when it is optimised
+        names = sorted(set(locations_of(onnx.ModelProto.FromString(data)).values()))
+        stats = [(name, (model.parent / name).stat()) for name in names]
+        found += [f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in stats]
+    return " ".join(found)
+
+
+def optimize_many(
+    models: Iterable[str | os.PathLike[str]],
+    folder: str | os.PathLike[str],
+    request: Request | None = None,
+    *,
+    workers: int = 1,
+    runner: Runner | None = None,
+    progress: Progress = silent,
+    told: Callable[[Row], None] = lambda _row: None,
+) -> list[Row]:
+    """Optimise many models into a folder, with a report for each and an index over all.
+
+    What is done already, and unchanged, is skipped; a model that fails does not stop the rest.
+
+    Parameters
+    ----------
+    models : iterable of paths
+        Files, folders (searched for .onnx files), or patterns such as ``"*.onnx"``.
+    folder : path
+        Where results, reports (``NAME.report.json``, and ``NAME.report.html`` with pwopt[report]), ``index.json`` and
+        ``index.html`` go; it is made if need be.
+    request : Request, optional
+        What is asked of each model.
+    workers : int
+        Processes; their races wait for each other.
+    runner : callable, optional
+        Runs the jobs elsewhere: `pwopt.optimizing.fleet.Fleet`.
+    progress : callable, optional
+        Called with (stage, fraction done).
+    told : callable, optional
+        Called with each row as soon as it is known.
+
+    Returns
+    -------
+    list of Row
+        In the order of the models.
+
+    Raises
+    ------
+    UsageError
+        If there is no model, or the folder cannot be written.
+    """
+    if workers < 1:
+        raise UsageError(f"{workers} workers cannot do anything; give 1 or more")
+    request, where = request or Request(), _made(Path(folder))
+    listed = jobs(models, where, request)
+    earlier = _read(where / INDEX)
+    rows = {job.output: row for job in listed if (row := _unchanged(job, where, earlier)) is not None}
+    for row in rows.values():
+        told(row)
+    todo = [job for job in listed if job.output not in rows]
+    run = runner or (_in_turn if workers == 1 else Processes(workers))
+    by_model = {os.fspath(job.model): job for job in todo}
+    for done in run(todo, request, progress):
+        job = by_model[done.row.model]
+        rows[job.output] = _kept(job, done, where)
+        told(rows[job.output])
+        _write_index(where, [rows[j.output] for j in listed if j.output in rows], earlier)
+    _write_index(where, [rows[job.output] for job in listed], earlier)
+    return [rows[job.output] for job in listed]
+
+
+def _made(folder: Path) -> Path:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UsageError(f"the folder {str(folder)!r} cannot be made: {error.strerror}") from error
+    return folder
+
+
+def _unchanged(job: Job, where: Path, earlier: Mapping[str, Row]) -> Row | None:
+    """The row of a job that was done before, if its model, options and output are what they were."""
+    row = earlier.get(os.path.relpath(job.output, where))
+    same = row is not None and job.key and row.key == job.key and row.written == _written(job.output)
+    return replace(row, status="unchanged") if row is not None and same else None
+
+
+def _kept(job: Job, done: Done, where: Path) -> Row:
+    """The row of a job whose report was written."""
+    row = replace(done.row, output=os.path.relpath(job.output, where), key=job.key)
+    if row.status == "done":
+        row = replace(row, written=_written(job.output))
+    for path, text in ((job.report, done.report), (job.page, done.page)):
+        if text:
+            with replacing(path) as stream:
+                stream.write(text.encode())
+    return row
+
+
+def _written(output: Path) -> str:
+    with contextlib.suppress(OSError):
+        return hashlib.sha256(output.read_bytes()).hexdigest()
+    return "nothing"
+
+
+def _read(index: Path) -> dict[str, Row]:
+    """Rows of an earlier batch in this folder by output; none if there was none, or its index is damaged."""
+    try:
+        rows = json.loads(index.read_text(encoding="utf-8"))["rows"]
+        read = [Row(**{**r, "nodes": tuple(r["nodes"]), "macs": tuple(r["macs"])}) for r in rows]
+        return {r.output: r for r in read if r.status != "failed"}
+    except (OSError, ValueError, KeyError, TypeError):
+        return {}
+
+
+def index_json(rows: Sequence[Row]) -> str:
+    """The list of all models, as JSON."""
+    return to_json({"schema": SCHEMA, "pwopt": pwopt.__version__, "rows": [asdict(r) for r in rows]})
+
+
+def _write_index(where: Path, rows: Sequence[Row], earlier: dict[str, Row]) -> None:
+    """Both indices, those models kept that an earlier batch did and this one was not asked for."""
+    mine = {r.output for r in rows}
+    everything = [*rows, *(r for r in earlier.values() if r.output not in mine and (where / r.output).exists())]
+    with replacing(where / INDEX) as stream:
+        stream.write(index_json(everything).encode())
+    with contextlib.suppress(ImportError):
+        from pwopt.reporting.index import page
+
+        with replacing(where / "index.html") as stream:
+            stream.write(page(everything, where).encode())
+
+
+def carried_out(job: Job, request: Request, called: Job | None = None) -> Done:
+    """Optimise one model; whatever goes wrong is in the row. `called` says how files are named in row and report."""
+    start = time.perf_counter()
+    model, output = (os.fspath(p) for p in ((called or job).model, (called or job).output))
+    row = Row(model, output, "failed")
+    report: Report | None = None
+    try:
+        job.output.parent.mkdir(parents=True, exist_ok=True)
+        report = optimized(job.model, replace(request, output=job.output)).report
+        row = replace(summary(row, report), status="done")
+    except PwoptError as error:
+        report = getattr(error, "report", None)
+        row = replace(row, sentence=str(error), code=error.exit_code)
+    except Exception as error:
+        row = replace(row, sentence=f"internal error ({type(error).__name__}: {error})", code=DEFECT)
+    row = replace(row, seconds=time.perf_counter() - start)
+    if report is None:
+        return Done(row)
+    report = replace(report, model=model, output=output)
+    return Done(row, report.to_json(), page_of(report))
+
+
+def summary(row: Row, report: Report) -> Row:
+    """A row with the figures of a report."""
+    a, b, t = report.before, report.after, report.latency
+    row = replace(row, nodes=(a.nodes, b.nodes), macs=(a.macs, b.macs), sentence=" ".join(report.notes[-1:]))
+    return row if t is None else replace(row, speedup=t.speedup, low=t.interval[0], high=t.interval[1])
+
+
+def page_of(report: Report) -> str:
+    """A report as HTML; "" without the extra that it needs."""
+    try:
+        from pwopt.reporting.document import document
+
+        return document(report, "html")
+    except ImportError:
+        return ""
+
+
+def _in_turn(todo: Sequence[Job], request: Request, progress: Progress) -> Iterator[Done]:
+    for i, job in enumerate(todo):
+
+        def told(stage: str, done: float, i: int = i, name: str = job.model.name) -> None:
+            progress(f"{name}: {stage}", (i + done) / len(todo))
+
+        yield carried_out(job, replace(request, progress=told))
+
+
+@dataclass(frozen=True)
+class Processes:
+    """Runs jobs in processes of their own; clocks run in one of them at a time."""
+
+    workers: int
+
+    def __call__(self, todo: Sequence[Job], request: Request, progress: Progress) -> Iterator[Done]:
+        left = {os.fspath(job.model): job for job in todo}
+        rounds = [(list(todo), self.workers)]
+        while rounds:
+            batch, size = rounds.pop(0)
+            for done in self._pooled(batch, replace(request, progress=silent), size):
+                left.pop(done.row.model)
+                progress(f"{len(todo) - len(left)} of {len(todo)} models", 1 - len(left) / len(todo))
+                yield done
+            if size > 1:  # a process that dies takes its pool along: the rest is done one by one
+                rounds = [([job], 1) for job in left.values()]
+        for job in left.values():
+            sentence = "the process died, perhaps for want of memory; try it alone, or on a larger machine"
+            yield Done(Row(os.fspath(job.model), os.fspath(job.output), "failed", sentence, DEFECT))
+
+    def _pooled(self, batch: Sequence[Job], request: Request, size: int) -> Iterator[Done]:
+        spawn = multiprocessing.get_context("spawn")
+        with ProcessPoolExecutor(size, spawn, initializer=_begin, initargs=(spawn.Lock(),)) as pool:
+            try:
+                futures = [pool.submit(carried_out, job, request) for job in batch]
+                for future in as_completed(futures):
+                    with contextlib.suppress(BrokenProcessPool):
+                        yield future.result()
+            except BrokenProcessPool:  # while models were still being handed out
+                return
+            finally:
+                pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _begin(lock: Any) -> None:
+    """What every process of a pool starts with."""
+    runtime.silence()
+    timing.share(lock)

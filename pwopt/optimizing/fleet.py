@@ -1,0 +1,312 @@
+"""Many machines: models are handed to a dask.distributed cluster. Needs the extra `pwopt[fleet]`.
+
+Scheduling, retries and the network are dask's (Rocklin, "Dask: Parallel Computation with Blocked algorithms and Task
+Scheduling", 2015; distributed.dask.org). What is here: models go as paths where the workers see the same files and as
+bytes where not, decisions of races flow into one cache, and clocks run in one process of a machine at a time.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import socket
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import onnx
+
+from pwopt.errors import PwoptError, UsageError
+from pwopt.graph.storage import locations_of, replacing
+from pwopt.optimizing.batch import DEFECT, Done, Job, Row, carried_out, content
+from pwopt.optimizing.profile import profile
+from pwopt.optimizing.request import Request
+from pwopt.running import runtime, timing
+from pwopt.running.progress import Progress, silent
+from pwopt.selecting import cache
+from pwopt.selecting.targets import Profile
+
+#: How often a model is tried again on another worker where one is lost.
+RETRIES = 3
+#: Seconds to wait for a scheduler, and for its first worker.
+PATIENCE = 30
+
+
+def distributed() -> Any:
+    """The module.
+
+    Raises
+    ------
+    UsageError
+        If it is not installed.
+    """
+    try:
+        return import_module("distributed")
+    except ImportError as error:
+        raise UsageError(f"a scheduler needs {error.name}; pip install 'pwopt[fleet]'") from error
+
+
+@dataclass(frozen=True)
+class Parcel:
+    """What travels with a model: its files as bytes, "" for its place where the worker sees it, and known decisions."""
+
+    job: Job
+    files: Mapping[str, bytes]
+    known: tuple[cache.Entry, ...]
+
+
+@dataclass(frozen=True)
+class Delivery:
+    """What comes back: as from a job, the files of the result unless they are in place, and new decisions."""
+
+    done: Done
+    files: Mapping[str, bytes]
+    learnt: tuple[cache.Entry, ...]
+    where: str
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """A kind of machine in a cluster, and the addresses of the workers on it.
+
+    Attributes
+    ----------
+    label : str
+        What its workers call themselves (``dask worker --resources "LABEL=1"``), or else its processor.
+    place : str
+        What decisions of races are kept for.
+    workers : tuple of str
+    """
+
+    label: str
+    place: str
+    workers: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Fleet:
+    """Runs the jobs of `pwopt.optimize_many` on a dask.distributed cluster.
+
+    Parameters
+    ----------
+    scheduler : str
+        Its address, such as ``tcp://10.0.0.1:8786``.
+    target : str or None
+        Only on workers that call themselves so: ``dask worker --resources "LABEL=1"``. Each runs one model at a time
+        then.
+    """
+
+    scheduler: str
+    target: str | None = None
+
+    @contextlib.contextmanager
+    def connected(self) -> Iterator[Any]:
+        """A client of the scheduler.
+
+        Raises
+        ------
+        UsageError
+            If there is no scheduler, no worker, or none of the target.
+        """
+        dask = distributed()
+        try:
+            client = dask.Client(self.scheduler, timeout=PATIENCE, set_as_default=False)
+        except (OSError, ValueError) as error:
+            raise UsageError(f"there is no scheduler at {self.scheduler!r} ({error})") from error
+        try:
+            client.wait_for_workers(1, timeout=PATIENCE)
+            known = _labels(client)
+            if self.target is not None and self.target not in known:
+                raise UsageError(f"no worker calls itself {self.target!r}; there are {', '.join(known) or 'no labels'}")
+            yield client
+        except TimeoutError as error:
+            raise UsageError(f"the scheduler at {self.scheduler!r} has no worker; start one") from error
+        finally:
+            client.close()
+
+    def _resources(self) -> dict[str, float] | None:
+        return None if self.target is None else {self.target: 1}
+
+    def __call__(self, todo: Sequence[Job], request: Request, progress: Progress) -> Iterator[Done]:
+        plain = replace(request, progress=silent, output=None)
+        dask = distributed()
+        with self.connected() as client:
+            seen = _seen(client, todo)
+            known = tuple(cache.stored()) if request.cache else ()
+            jobs: dict[Any, Job] = {}
+            for job in todo:
+                parcel = Parcel(job, {} if job.model in seen else _packed(job.model), known)
+                options = {"resources": self._resources(), "retries": RETRIES, "pure": False}
+                jobs[client.submit(delivered, parcel, plain, **options)] = job
+            for i, future in enumerate(dask.as_completed(jobs, loop=client.loop)):
+                job = jobs[future]
+                done = _received(future, job, request)
+                progress(f"{i + 1} of {len(todo)} models", (i + 1) / len(todo))
+                future.release()
+                yield done
+
+    def hardware(self, request: Request) -> list[Hardware]:
+        """The kinds of machines in the cluster, in the order of their labels."""
+        with self.connected() as client:
+            return _hardware(client, request)
+
+    def profiles(
+        self, models: Iterable[str | os.PathLike[str]], request: Request, progress: Progress = silent
+    ) -> dict[str, Profile]:
+        """A profile for each kind of machine, by its label; each races the models on one of its workers."""
+        paths = [Path(m) for m in models]
+        with self.connected() as client:
+            kinds = [k for k in _hardware(client, request) if self.target in (None, k.label)]
+            packed = {p.name: _packed(p) for p in paths}
+            waiting = {
+                client.submit(
+                    recorded, packed, replace(request, progress=silent), workers=list(k.workers), retries=RETRIES,
+                    pure=False,
+                ): k
+                for k in kinds
+            }  # fmt: skip
+            found: dict[str, Profile] = {}
+            for i, future in enumerate(distributed().as_completed(waiting, loop=client.loop)):
+                progress(f"recording on {waiting[future].label}", i / len(kinds))
+                found[waiting[future].label] = future.result()
+            return dict(sorted(found.items()))
+
+
+def _received(future: Any, job: Job, request: Request) -> Done:
+    """What a worker sent, with its files written and its decisions kept."""
+    try:
+        delivery: Delivery = future.result()
+        for name, data in delivery.files.items():
+            job.output.parent.mkdir(parents=True, exist_ok=True)
+            with replacing(job.output.parent / name) as stream:
+                stream.write(data)
+    except Exception as error:
+        lost = type(error).__name__ == "KilledWorker"
+        sentence = f"it killed {RETRIES + 1} workers; try it alone" if lost else f"{type(error).__name__}: {error}"
+        return Done(Row(os.fspath(job.model), os.fspath(job.output), "failed", sentence, DEFECT))
+    if request.cache:
+        for entry in delivery.learnt:
+            cache.store(entry)
+    return delivery.done
+
+
+def _hardware(client: Any, request: Request) -> list[Hardware]:
+    machines: dict[str, tuple[str, str]] = client.run(_machine, request.provider, request.first_threads)
+    labels = _by_worker(client)
+    kinds: dict[tuple[str, str], list[str]] = {}
+    for address, (processor, place) in machines.items():
+        kinds.setdefault((labels.get(address) or processor, place), []).append(address)
+    return [Hardware(label, place, tuple(sorted(a))) for (label, place), a in sorted(kinds.items())]
+
+
+def _machine(provider: str, threads: int) -> tuple[str, str]:
+    """On a worker: its processor, and what decisions of races there are kept for."""
+    return runtime.cpu_name(), cache.place(provider, threads)
+
+
+def _by_worker(client: Any) -> dict[str, str]:
+    """Worker → the first label that it gave itself."""
+    workers = client.scheduler_info(n_workers=-1)["workers"]
+    return {a: next(iter(sorted(w.get("resources") or {})), "") for a, w in workers.items()}
+
+
+def _labels(client: Any) -> list[str]:
+    workers = client.scheduler_info(n_workers=-1)["workers"].values()
+    return sorted({label for w in workers for label in w.get("resources") or {}})
+
+
+def _seen(client: Any, todo: Sequence[Job]) -> set[Path]:
+    """Models that every worker sees as they are here, if it also sees the folder for the results."""
+    if not todo:
+        return set()
+    folder = Path(os.path.commonpath([job.output.resolve().parent for job in todo]))
+    with tempfile.NamedTemporaryFile(prefix=".pwopt-", dir=folder) as marker:
+        models = [os.fspath(job.model.resolve()) for job in todo]
+        answers = client.run(_contents, models, marker.name).values()
+    here = {job.model: content(job.model) for job in todo if job.model.is_file()}
+    return {m for m, told in here.items() if all(a.get(os.fspath(m.resolve())) == told for a in answers)}
+
+
+def _contents(models: Sequence[str], marker: str) -> dict[str, str]:
+    """On a worker: what the models that it sees hold; nothing if it does not see the marker."""
+    if not os.path.exists(marker):
+        return {}
+    return {m: content(Path(m)) for m in models if os.path.isfile(m)}
+
+
+def _packed(model: Path) -> dict[str, bytes]:
+    """A model and its external data, by name; nothing if it cannot be read, which the worker will say."""
+    try:
+        data = model.read_bytes()
+    except OSError:
+        return {}
+    files = {model.name: data}
+    with contextlib.suppress(Exception):
+        for name in set(locations_of(onnx.ModelProto.FromString(data)).values()):
+            path = (model.parent / name).resolve()
+            if path.is_relative_to(model.parent.resolve()):
+                files[name] = path.read_bytes()
+    return files
+
+
+def _unpacked(files: Mapping[str, bytes], folder: Path) -> None:
+    for name, data in files.items():
+        path = (folder / name).resolve()
+        if not path.is_relative_to(folder.resolve()):
+            raise UsageError(f"the file {name!r} lies outside the model's folder; move it")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
+
+
+def _turn() -> Any:
+    """A lock of all workers of this machine, from dask; none outside a worker."""
+    with contextlib.suppress(ValueError, ImportError):
+        worker = distributed().get_worker()
+        del worker
+        return distributed().Lock(f"pwopt-clock-{socket.gethostname()}")
+    return contextlib.nullcontext()
+
+
+def delivered(parcel: Parcel, request: Request) -> Delivery:
+    """On a worker: optimise one model."""
+    runtime.silence()
+    timing.share(_turn())
+    for entry in parcel.known:
+        cache.store(entry)
+    before = set(cache.stored())
+    with tempfile.TemporaryDirectory(prefix="pwopt-") as name:
+        job, files = parcel.job, dict[str, bytes]()
+        if parcel.files:
+            source, target = Path(name) / "source", Path(name) / "target"
+            source.mkdir()
+            target.mkdir()
+            _unpacked(parcel.files, source)
+            done = carried_out(Job(source / job.model.name, target / job.output.name), request, job)
+            files = {p.relative_to(target).as_posix(): p.read_bytes() for p in target.rglob("*") if p.is_file()}
+        else:
+            done = carried_out(Job(job.model.resolve(), job.output.resolve()), request, job)
+    learnt = tuple(set(cache.stored()) - before)
+    return Delivery(done, files, learnt, cache.place(request.provider, request.first_threads))
+
+
+def recorded(models: Mapping[str, Mapping[str, bytes]], request: Request) -> Profile:
+    """On a worker: the profile of its machine."""
+    runtime.silence()
+    timing.share(_turn())
+    with tempfile.TemporaryDirectory(prefix="pwopt-") as name, timing.alone():
+        paths = []
+        for i, (model, files) in enumerate(models.items()):
+            folder = Path(name) / str(i)
+            _unpacked(files, folder)
+            paths.append(folder / model)
+        try:
+            return profile(
+                paths, provider=request.provider, threads=request.first_threads,
+                shapes=request.rounds[0] if request.rounds else None,
+                budget=request.budget, plugins=request.plugins,
+            )  # fmt: skip
+        except PwoptError as error:
+            raise RuntimeError(str(error)) from error

@@ -1,0 +1,45 @@
+"""An index over the reports of many models, as one page. Needs the extra `pwopt[report]`."""
+
+from __future__ import annotations
+
+import os
+from collections import defaultdict
+from collections.abc import Sequence
+from math import exp, log
+from pathlib import Path
+from typing import Any
+
+from pwopt.reporting.document import templates
+
+
+def page(rows: Sequence[Any], folder: Path) -> str:
+    """The index of a folder of results as HTML.
+
+    Parameters
+    ----------
+    rows : sequence of pwopt.optimizing.batch.Row
+    folder : Path
+        Where the index stands; reports that exist there are linked.
+    """
+    shown = sorted((r for r in rows if r.status != "failed"), key=lambda r: -(r.speedup or 0.0))
+    measured = [r.speedup for r in rows if r.speedup is not None]
+    links = {r.output: found for r in rows if (found := _report(folder, r.output))}
+    text: str = (
+        templates("html")
+        .get_template("index.html.j2")
+        .render(
+            rows=shown,
+            failed=[r for r in rows if r.status == "failed"],
+            links=defaultdict(str, links),
+            most=max([1.0, *measured]),
+            mean=exp(sum(map(log, measured)) / len(measured)) if measured else None,
+            measured=len(measured),
+            faster=sum(s > 1 for s in measured),
+        )
+    )
+    return text
+
+
+def _report(folder: Path, output: str) -> str:
+    path = Path(output).with_suffix(".report.html")
+    return path.as_posix() if os.path.exists(folder / path) else ""

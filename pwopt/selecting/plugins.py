@@ -1,0 +1,148 @@
+"""Passes from elsewhere: classes that Python hands over, `module:Class` beside a model, and installed packages."""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections.abc import Sequence
+from importlib.metadata import entry_points
+from pathlib import Path
+
+from pwopt.errors import UsageError
+from pwopt.rewriting.driver import CONTRACT, POLICIES, Pass
+
+#: The entry point group under which packages offer passes; each entry point is a class.
+GROUP = "pwopt.passes"
+#: What a pass may be called: sites begin with it, and so do the options that take sites.
+NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
+
+
+@functools.cache
+def installed() -> dict[type[Pass], str]:
+    """Passes that installed packages offer, in the order of their entry points' names, each with where it comes from.
+
+    Raises
+    ------
+    UsageError
+        If one cannot be imported, or breaks the contract.
+    """
+    found: dict[type[Pass], str] = {}
+    for point in sorted(entry_points(group=GROUP), key=lambda e: (e.name, e.value)):
+        owner = f"{point.dist.name} {point.dist.version}" if point.dist is not None else point.value
+        try:
+            offered = point.load()
+        except Exception as error:
+            raise UsageError(f"the pass {point.value!r} of {owner} cannot be imported ({_said(error)})") from error
+        found[checked(offered, f"{point.value!r} of {owner}")] = owner
+    return found
+
+
+def resolved(given: Sequence[str | type[Pass] | Pass], path: Path | None) -> list[type[Pass] | Pass]:
+    """Plugins with a class for each name; their files lie beside the model, or here.
+
+    Raises
+    ------
+    UsageError
+        If one cannot be imported, or breaks the contract.
+    """
+    folders = [Path.cwd()] if path is None else [path.parent, Path.cwd()]
+    return [named(p, folders) if isinstance(p, str) else p for p in given]
+
+
+def named(text: str, folders: Sequence[Path] = ()) -> type[Pass]:
+    """The pass that `module:Class` or `path/to/module.py:Class` names.
+
+    Parameters
+    ----------
+    text : str
+    folders : sequence of Path
+        Where a file `module.py` is looked for before installed modules are.
+
+    Raises
+    ------
+    UsageError
+    """
+    module, colon, name = text.rpartition(":")
+    if not colon or not module or not name.isidentifier():
+        raise UsageError(f"the plugin {text!r} is not of the form module:Class or path/to/module.py:Class")
+    beside = [Path(module)] if module.endswith(".py") else [f / f"{module.replace('.', '/')}.py" for f in folders]
+    file = next((path for path in beside if path.is_file()), None)
+    if file is None and module.endswith(".py"):
+        raise UsageError(f"the plugin {text!r} has no file; give the path of a Python file, then :Class")
+    try:
+        loaded = importlib.import_module(module) if file is None else _loaded(file)
+        offered = getattr(loaded, name)
+    except AttributeError as error:
+        raise UsageError(f"the plugin {text!r} has no class {name!r} ({_said(error)})") from error
+    except Exception as error:
+        raise UsageError(f"the plugin {text!r} cannot be imported ({_said(error)})") from error
+    return checked(offered, repr(text))
+
+
+def _loaded(file: Path) -> object:
+    """A module from its file, once: a pass is the same class however often it is named."""
+    name = f"pwopt_plugin_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}"
+    if name not in sys.modules:
+        spec = importlib.util.spec_from_file_location(name, file)
+        assert spec is not None
+        assert spec.loader is not None
+        module = sys.modules[name] = importlib.util.module_from_spec(spec)
+        try:
+            spec.loader.exec_module(module)
+        except BaseException:
+            del sys.modules[name]
+            raise
+    return sys.modules[name]
+
+
+def checked(offered: object, where: str) -> type[Pass]:
+    """A class that keeps the contract of passes.
+
+    Raises
+    ------
+    UsageError
+        If it does not.
+    """
+    if not (isinstance(offered, type) and issubclass(offered, Pass)):
+        raise UsageError(f"the pass {where} is no subclass of pwopt.rewriting.Pass")
+    if offered.contract != CONTRACT:
+        kept = f"this pwopt keeps contract {CONTRACT}"
+        raise UsageError(f"the pass {where} is written for contract {offered.contract}, and {kept}; install one for it")
+    name, policy = getattr(offered, "name", ""), offered.policy
+    if not isinstance(name, str) or not NAME.fullmatch(name):
+        raise UsageError(f"the pass {where} is called {name!r}; a name is of small letters, digits and hyphens")
+    if policy not in POLICIES:
+        raise UsageError(f"the pass {where} has the policy {policy!r}, which is none of: {', '.join(POLICIES)}")
+    if offered.match_and_rewrite is Pass.match_and_rewrite:
+        raise UsageError(f"the pass {where} does not write match_and_rewrite")
+    return offered
+
+
+def origin(p: Pass) -> str:
+    """Where a pass comes from: pwopt, an installed package, or a module."""
+    return "pwopt" if p.own else installed().get(type(p), type(p).__module__)
+
+
+def fingerprint(p: Pass) -> str:
+    """What a pass from elsewhere is known by: its source and its settings; "" for a pass of pwopt.
+
+    Decisions of races are kept with it, since one on an earlier version of a pass says nothing of this one.
+    """
+    if p.own:
+        return ""
+    settings = sorted((k, v) for k, v in vars(p).items() if k not in vars(Pass))
+    try:
+        source = Path(inspect.getfile(type(p))).read_bytes()
+    except (OSError, TypeError):
+        source = b""
+    text = f"{type(p).__qualname__} {settings!r}".encode()
+    return hashlib.sha256(source + text).hexdigest()[:8]
+
+
+def _said(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

@@ -1,0 +1,269 @@
+"""Many models: resumable, in processes, on a cluster, and no failure stops the rest."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from helpers import normal, ops, parse
+
+import pwopt
+from pwopt.cli import main
+from pwopt.errors import UsageError
+from pwopt.optimizing import batch
+from pwopt.optimizing.batch import Job, Processes, Row, optimize_many
+from pwopt.optimizing.request import Request
+
+pytest.importorskip("onnxruntime")
+
+ANALYTIC = Request(cost="analytic")
+
+
+def chain(seed: int) -> onnx.ModelProto:
+    return parse(
+        "(float[1,4,6,6] x) => (float[N] y) { a = Conv(x, w) b = Conv(a, v) y = Relu(b) }",
+        w=normal(6, 4, 1, 1, seed=seed).astype(np.float32), v=normal(4, 6, 1, 1, seed=seed + 99).astype(np.float32),
+    )  # fmt: skip
+
+
+def written(folder: Path, count: int) -> list[Path]:
+    folder.mkdir(exist_ok=True)
+    paths = [folder / f"m{k}.onnx" for k in range(count)]
+    for k, path in enumerate(paths):
+        onnx.save(chain(k), path)
+    return paths
+
+
+def test_files_folders_and_patterns(tmp_path: Path) -> None:
+    written(tmp_path / "a", 2)
+    written(tmp_path / "a" / "inner", 1)
+    out = tmp_path / "a" / "out"
+    rows = optimize_many([tmp_path / "a"], out, ANALYTIC)
+    assert [r.output for r in rows] == ["inner/m0.onnx", "m0.onnx", "m1.onnx"]
+    assert {r.status for r in rows} == {"done"}
+    assert all(ops(onnx.load(out / r.output)) == {"Conv": 1, "Relu": 1} for r in rows)
+    assert len(optimize_many([tmp_path / "a"], out, ANALYTIC)) == 3  # results are not models
+    assert len(optimize_many([f"{tmp_path}/a/*.onnx"], tmp_path / "b", ANALYTIC)) == 2
+    for given, words in (
+        ([tmp_path / "a" / "m0.onnx", tmp_path / "a" / "inner" / "m0.onnx"], "would both be"),
+        ([f"{tmp_path}/none*.onnx"], "there is no .onnx file"),
+        ([tmp_path / "a" / "m0.onnx"], "holds the model"),
+    ):
+        with pytest.raises(UsageError, match=words):
+            optimize_many(given, tmp_path / "a" if "holds" in words else tmp_path / "c", ANALYTIC)
+
+
+def test_what_is_done_and_unchanged_is_skipped(tmp_path: Path) -> None:
+    models = written(tmp_path / "in", 3)
+    out = tmp_path / "out"
+    statuses = lambda request=ANALYTIC: [r.status for r in optimize_many(models, out, request)]  # noqa: E731
+    assert statuses() == ["done"] * 3
+    assert statuses() == ["unchanged"] * 3
+    onnx.save(chain(50), models[0])  # another model
+    (out / "m1.onnx").write_bytes(b"")  # a damaged result
+    assert statuses() == ["done", "done", "unchanged"]
+    assert statuses(Request(cost="analytic", deny="fold-chains:b")) == ["done"] * 3
+    (out / "index.json").write_text("{")
+    assert statuses() == ["done"] * 3
+    optimize_many(models[:1], out, ANALYTIC)
+    index = json.loads((out / "index.json").read_text())
+    assert sorted(r["output"] for r in index["rows"]) == ["m0.onnx", "m1.onnx", "m2.onnx"]
+    assert json.loads((out / "m2.report.json").read_text())["model"] == str(models[2])
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_model_that_fails_does_not_stop_the_rest(tmp_path: Path, workers: int) -> None:
+    models = written(tmp_path / "in", 3)
+    models[1].write_text("hello")
+    told: list[Row] = []
+    rows = optimize_many(models, tmp_path / "out", ANALYTIC, workers=workers, told=told.append)
+    assert [r.status for r in rows] == ["done", "failed", "done"]
+    assert rows[1].code == 3
+    assert "not an ONNX model" in rows[1].sentence
+    assert sorted(map(str, told)) == sorted(map(str, rows))
+    onnx.save(chain(1), models[1])
+    assert [r.status for r in optimize_many(models, tmp_path / "out", ANALYTIC)] == ["unchanged", "done", "unchanged"]
+
+
+FATAL = """
+import os, signal
+from pwopt.rewriting import Pass
+
+class Fatal(Pass):
+    "Dies, as a library that breaks does, on a model whose output is called so."
+    name = "fatal"
+
+    def match_and_rewrite(self, node, rw):
+        if node.outputs[0].name == "fatal":
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="needs SIGKILL")
+def test_a_process_that_dies_costs_its_own_model_only(tmp_path: Path) -> None:
+    models = written(tmp_path / "in", 3)
+    (tmp_path / "in" / "fatal.py").write_text(FATAL)
+    proto = chain(1)
+    proto.graph.node[-1].output[0] = proto.graph.output[0].name = "fatal"
+    onnx.save(proto, models[1])
+    request = Request(cost="analytic", plugins=["fatal:Fatal"], verify=False)
+    rows = optimize_many(models, tmp_path / "out", request, workers=2)
+    assert [r.status for r in rows] == ["done", "failed", "done"]
+    assert "the process died" in rows[1].sentence
+
+
+def test_processes_share_one_clock(tmp_path: Path) -> None:
+    models = written(tmp_path / "in", 2)
+    rows = optimize_many(models, tmp_path / "out", Request(race_seconds=0.2, budget=0.5), workers=2)
+    assert {r.status for r in rows} == {"done"}
+    assert all(r.speedup is not None for r in rows)
+
+
+def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models = written(tmp_path / "in", 2)
+    models[1].write_text("hello")
+
+    def run(*arguments: object) -> tuple[int, str, str]:
+        with pytest.raises(SystemExit) as end:
+            main(["optimize", *map(str, models), *map(str, arguments)])
+        out, err = capsys.readouterr()
+        return int(end.value.code or 0), out, err
+
+    code, out, _ = run("-d", tmp_path / "out", "--cost", "analytic")
+    assert code == 3
+    assert "1 of 2 models" in out
+    code, out, err = run("-d", tmp_path / "out", "--cost", "analytic", "--json", "-q")
+    assert [r["status"] for r in json.loads(out)["rows"]] == ["unchanged", "failed"]
+    assert "not an ONNX model" in err
+    for arguments, words in (
+        ((), "add -d OUT"),
+        (("-d", tmp_path / "o", "-o", "x.onnx"), "-o is for one model"),
+        (("-d", tmp_path / "o", "--report", "x.html"), "--report is for one model"),
+        (("-d", tmp_path / "o", "--target", "x"), "add --scheduler"),
+    ):
+        code, out, err = run(*arguments)
+        assert (code, out) == (2, "")
+        assert words in err
+    code, out, _ = run("-d", tmp_path / "o", "--dry-run")
+    assert code == 0
+    assert "m0.onnx → " in out
+    assert not (tmp_path / "o").exists()
+
+
+class Refused(Processes):
+    def _pooled(self, batch: Sequence[Job], request: Request, size: int) -> Iterator[batch.Done]:
+        yield from ()
+
+
+def test_a_pool_that_never_answers(tmp_path: Path) -> None:
+    rows = optimize_many(written(tmp_path / "in", 2), tmp_path / "out", ANALYTIC, runner=Refused(2))
+    assert [r.status for r in rows] == ["failed"] * 2
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    distributed = pytest.importorskip("distributed")
+    with distributed.LocalCluster(
+        n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", resources={"small": 1}
+    ) as made:
+        yield made
+
+
+def test_a_cluster_gives_what_one_machine_gives(cluster: Any, tmp_path: Path) -> None:
+    from pwopt.optimizing.fleet import Fleet
+
+    models = written(tmp_path / "in", 4)
+    models[3].write_text("hello")
+    fleet = Fleet(cluster.scheduler_address)
+    rows = optimize_many(models, tmp_path / "out", ANALYTIC, runner=fleet)
+    alone = optimize_many(models, tmp_path / "alone", ANALYTIC)
+    assert [(r.status, r.code, r.nodes) for r in rows] == [(r.status, r.code, r.nodes) for r in alone]
+    for k in range(3):
+        assert (tmp_path / "out" / f"m{k}.onnx").read_bytes() == (tmp_path / "alone" / f"m{k}.onnx").read_bytes()
+    again = optimize_many(models[:3], tmp_path / "out", ANALYTIC, runner=fleet)
+    assert {r.status for r in again} == {"unchanged"}
+
+
+def test_models_travel_as_bytes_where_no_folder_is_shared(
+    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pwopt.optimizing import fleet
+
+    (model,) = written(tmp_path / "in", 1)
+    proto = onnx.load(model)
+    onnx.save(proto, model, save_as_external_data=True, location="m0.bin", size_threshold=0)
+    monkeypatch.setattr(fleet, "_seen", lambda *_: set())
+    (row,) = optimize_many([model], tmp_path / "out", ANALYTIC, runner=fleet.Fleet(cluster.scheduler_address))
+    assert row.status == "done", row.sentence
+    assert ops(onnx.load(tmp_path / "out" / "m0.onnx")) == {"Conv": 1, "Relu": 1}
+    report = json.loads((tmp_path / "out" / "m0.report.json").read_text())
+    assert (report["model"], report["output"]) == (str(model), str(tmp_path / "out" / "m0.onnx"))
+
+
+def test_targets_are_labels_of_workers(cluster: Any, tmp_path: Path) -> None:
+    from pwopt.optimizing.fleet import Fleet
+
+    models = written(tmp_path / "in", 1)
+    address = cluster.scheduler_address
+    (row,) = optimize_many(models, tmp_path / "out", ANALYTIC, runner=Fleet(address, "small"))
+    assert row.status == "done"
+    with pytest.raises(UsageError, match="no worker calls itself 'large'; there are small"):
+        optimize_many(models, tmp_path / "other", ANALYTIC, runner=Fleet(address, "large"))
+    (kind,) = Fleet(address).hardware(ANALYTIC)
+    assert (kind.label, len(kind.workers)) == ("small", 2)
+
+
+def test_decisions_and_profiles_come_home(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pwopt.optimizing.fleet import Fleet
+    from pwopt.selecting import cache
+
+    model = tmp_path / "m.onnx"
+    body = "(float[1,6,5,7] x, float[1,4,1,1] g) => (float[N] p, float[N] q) { a = Conv(x, w) p, r = Split<axis=1>(a, n) q = Mul(r, g) }"
+    onnx.save(parse(body, w=normal(8, 6, 1, 1).astype(np.float32), n=np.array([4, 4])), model)
+    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path / "cache"))  # the workers have another folder
+    for path in Path(os.environ["PWOPT_CACHE"]).glob("*"):
+        path.unlink()
+    fleet = Fleet(cluster.scheduler_address)
+    (row,) = optimize_many([model], tmp_path / "out", Request(race_seconds=0.1, budget=1.0), runner=fleet)
+    assert row.status == "done", row.sentence
+    learnt = {e.pass_name for e in cache.entries()}
+    assert learnt
+    profiles = fleet.profiles([model], Request(budget=1.0))
+    assert {e.pass_name for e in profiles["small"].entries} == learnt
+
+
+def test_a_killed_worker_costs_a_retry(tmp_path: Path) -> None:
+    distributed = pytest.importorskip("distributed")
+    from pwopt.optimizing.fleet import Fleet
+
+    models = written(tmp_path / "in", 12)
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as made:
+        told: list[Row] = []
+
+        def kill(row: Row) -> None:
+            told.append(row)
+            if len(told) == 4:
+                os.kill(next(iter(made.workers.values())).pid, signal.SIGKILL)
+
+        rows = optimize_many(models, tmp_path / "out", ANALYTIC, runner=Fleet(made.scheduler_address), told=kill)
+    assert [r.status for r in rows] == ["done"] * 12
+    alone = optimize_many(models, tmp_path / "alone", ANALYTIC)
+    assert [r.written for r in rows] == [r.written for r in alone]
+
+
+def test_no_scheduler_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fleet = pytest.importorskip("pwopt.optimizing.fleet")
+    monkeypatch.setattr(fleet, "PATIENCE", 1)
+    with pytest.raises(UsageError, match=r"there is no scheduler at 'tcp://127\.0\.0\.1:9'"):
+        optimize_many(written(tmp_path / "in", 1), tmp_path / "out", runner=fleet.Fleet("tcp://127.0.0.1:9"))
+
+
+def test_public() -> None:
+    assert pwopt.optimize_many is optimize_many

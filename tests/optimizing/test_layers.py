@@ -1,0 +1,81 @@
+"""Time by layer: which operators belong together, and that no time is lost or counted twice."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from helpers import normal, parse
+
+import pwopt
+from pwopt.optimizing.layers import LAYOUT, attributed, fused, layers, marked
+from pwopt.reporting.report import Layer
+from pwopt.rewriting import Rewrite
+from pwopt.running.runtime import NodeTime
+
+BODY = """(float[1,4,6,6] x) => (float[N] y) {
+    a = Conv(x, w) b = BatchNormalization(a, s, t, t, v) r = Relu(b) c = Conv(r, u) q = Mul(c, k) y = Add(q, r)
+}"""
+WEIGHTS = {
+    "w": normal(4, 4, 1, 1), "u": normal(4, 4, 1, 1, seed=1), "k": np.array(2.0), "s": np.ones(4), "t": np.zeros(4),
+    "v": np.ones(4),
+}  # fmt: skip
+
+
+def model() -> onnx.ModelProto:
+    return parse(BODY, **{name: value.astype(np.float32) for name, value in WEIGHTS.items()})
+
+
+def test_names_in_a_profile_tell_nodes() -> None:
+    profile = [
+        NodeTime("Conv", "b_nchwc", 1e-3), NodeTime("Mul", "@4@", 2e-3), NodeTime("Gelu", "@4@/Fusion/", 1e-3),
+        NodeTime("ReorderInput", "ReorderInput", 5e-4),
+    ]  # fmt: skip
+    assert attributed(model(), profile) == ({1: 1.0, 4: 3.0}, 0.5)
+
+
+def test_what_is_fused_belongs_to_what_it_ran_in() -> None:
+    # The convolution folded into its normalisation, the activation into what it ends, though another reads it as well.
+    assert fused(model(), {1: 1.0, 3: 1.0, 5: 1.0}) == [1, 1, 1, 3, 5, 5]
+    assert fused(model(), dict.fromkeys(range(6), 1.0)) == list(range(6))
+    assert fused(model(), {}) == [2, 2, 2, 5, 5, 5]  # nothing is known: up to what begins a kernel
+
+
+def test_what_became_of_an_operator_stands_beside_it() -> None:
+    before = model()
+    after = parse("(float[1,4,6,6] x) => (float[N] y) { b = Conv(x, w) r = Relu(b) g = Conv(r, u) n = Neg(g) y = Add(n, r) }",
+                  w=WEIGHTS["w"].astype(np.float32), u=WEIGHTS["u"].astype(np.float32))  # fmt: skip
+    rewrites = [Rewrite("", became=(("a", "b"), ("b", "b"))), Rewrite("", became=(("c", "z"), ("q", "n"), ("z", "n")))]
+    every = [[NodeTime(n.op_type, f"@{i}@", 1e-3) for i, n in enumerate(m.graph.node)] for m in (before, after)]
+    every[0].append(NodeTime("ReorderInput", "ReorderInput", 1e-3))
+    found = layers(before, after, rewrites, (every[0], every[1]))
+    assert [(x.before, x.after, round(x.before_ms), round(x.after_ms)) for x in found] == [
+        (("Conv a", "BatchNormalization b"), ("Conv b",), 2, 1),
+        ((LAYOUT,), (), 1, 0),
+        (("Relu r",), ("Relu r",), 1, 1),
+        (("Conv c", "Mul q"), ("Conv g", "Neg n"), 2, 2),
+        (("Add y",), ("Add y",), 1, 1),
+    ]
+
+
+def test_external_data_is_not_copied(tmp_path: Path) -> None:
+    proto = model()
+    proto.graph.initializer[0].data_location = onnx.TensorProto.EXTERNAL
+    proto.graph.initializer[0].external_data.add(key="location", value="w.bin")
+    assert marked(proto, tmp_path / "m" / "m.onnx") is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_every_operator_is_in_one_layer_and_no_time_is_lost() -> None:
+    pytest.importorskip("onnxruntime")
+    report = pwopt.optimize(model(), passes=["fold-affine"], race_seconds=0.1).report
+    assert report.layers is not None
+    assert report.operators is not None
+    listed = [o for x in report.layers for o in x.before if o != LAYOUT]
+    assert sorted(listed) == sorted(f"{n.op_type} {n.output[0]}" for n in model().graph.node)
+    for side, key in (("before", "before_ms"), ("after", "after_ms")):
+        total = sum(getattr(x, key) for x in report.layers)
+        assert total == pytest.approx(sum(report.operators[side].values()))
+    assert report.to_dict()["layers"][0].keys() == Layer((), (), 0.0, 0.0).__dict__.keys()
