@@ -47,22 +47,22 @@ def build() -> onnx.ModelProto:
 
     e.conv(twice(coarse, "smooth.up", "linear"), "smooth", WIDTHS[2], 2, 3, output="smooth")
     ends = [e.constant(f"crop.{k}", v) for k, v in (("starts", [1, 1]), ("ends", [2**31 - 1] * 2), ("axes", [2, 3]))]
-    e.conv(e.node("Slice", [twice(coarse, "crop.up"), *ends], "crop"), "crop", WIDTHS[2], 2, 3, output="cropped")
+    e.conv(e.node("Slice", [twice(middle, "crop.up"), *ends], "crop"), "crop", WIDTHS[1], 2, 3, output="cropped")
     space = e.node("Shape", [middle], "matched", start=2)
     size = e.node("Concat", [e.node("Shape", [coarse], "matched.batch", end=2), space], "matched.size", axis=0)
     attrs = {"coordinate_transformation_mode": "asymmetric", "mode": "nearest", "nearest_mode": "floor"}
     e.conv(
         e.node("Resize", [coarse, "", "", size], "matched.up", **attrs), "matched", WIDTHS[2], 2, 3, output="matched"
     )
-    shared = twice(coarse, "shared.up")
+    shared = twice(fine, "shared.up")
     for name in ("first", "second"):
-        e.conv(shared, name, WIDTHS[2], 2, 3, output=name)
+        e.conv(shared, name, WIDTHS[0], 2, 3, output=name)
     half = ["batch", 2, "h/2", "w/2"]
     outputs = dict.fromkeys(("smooth", "matched", "first", "second"), half)
     return e.model(
         "decoder",
         {"image": ["batch", 3, "h", "w"]},
-        {"labels": ["batch", CLASSES, "h", "w"], **outputs, "cropped": ["batch", 2, "h/2-1", "w/2-1"]},
+        {"labels": ["batch", CLASSES, "h", "w"], **outputs, "cropped": ["batch", 2, "h-1", "w-1"]},
     )
 
 
