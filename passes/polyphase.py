@@ -234,7 +234,8 @@ class _Resampling:
             return Skip(self.refusal.reason)
         near = self.channels(repeated=False)
         beside = f" ({near} of them beside it)" if near else ""
-        signature = f"{self.what}{beside} {form} at {self.rw.size_of(self.reading.source)}"
+        kind = f"behind a repetition by {'×'.join(map(str, self.factors))} {form}"
+        signature = f"{kind}: {self.what}{beside} at {self.rw.size_of(self.reading.source)}"
         old = [*self.found.nodes, self.reading.node, *(step.nodes if step is not None else ())]
         return self.rw.replace(old, self.nodes, reason, self.residual).signed(signature)
 
