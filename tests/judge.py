@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,7 +16,7 @@ from strategies import Sample
 
 import pwopt
 from pwopt.graph.files import from_proto
-from pwopt.passes import Winograd
+from pwopt.passes import FractionalStride, Polyphase, Winograd
 from pwopt.rewriting.records import Rewrite
 from pwopt.selecting.selection import Work
 
@@ -136,7 +137,10 @@ def deviations(expected: list[np.ndarray], found: list[np.ndarray]) -> list[np.n
 
 def optimised(sample: Sample, passes: Sequence[str] | None) -> tuple[onnx.ModelProto, Sequence[Rewrite]]:
     """What users get from all passes; some passes are run without what `pwopt.optimize` does around them."""
-    with mock.patch.object(Winograd, "least", 0.0):  # on small models too
+    small = ((Winograd, 0.0), (Polyphase, -1e9), (FractionalStride, -1e9))  # on small models too
+    with contextlib.ExitStack() as stack:
+        for p, least in small:
+            stack.enter_context(mock.patch.object(p, "least", least))
         return _optimised(sample, passes)
 
 

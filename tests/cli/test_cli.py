@@ -415,7 +415,7 @@ def test_a_dry_run_changes_nothing(model: Path) -> None:
 
 def test_everything_about_one_pass() -> None:
     done = pwopt("passes", "winograd")
-    assert "winograd  (measured)" in done.stdout
+    assert "winograd  (measured, on cpu and other providers)" in done.stdout
     assert "Lavin and Gray" in done.stdout
     assert "fold-chains" not in done.stdout
     done = pwopt("passes", "wino")
@@ -446,7 +446,7 @@ def test_verdicts_fit_eighty_columns(model: Path, monkeypatch: pytest.MonkeyPatc
     done = pwopt("verify", model, model, "--shape", "x=1x64x2x2")
     assert re.search(r"^ *y +0 +.* identical *$", done.stdout, re.M)
     done = pwopt("optimize", model, *ANALYTIC)
-    assert re.search(r"rewrites +count +multiply-adds saved +rounding +certified +tested +none", done.stdout)
+    assert re.search(r"rewrites +count +multiply-adds +rounding +certified +tested +none", done.stdout)
     assert re.search(r"fold-chains +1 +237,568 +\S+ +1 +0 +0 *$", done.stdout, re.M)
 
 
