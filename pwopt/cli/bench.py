@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from pwopt.cli import options
 from pwopt.errors import UsageError
-from pwopt.optimizing.request import RACE_SECONDS
+
+#: To race the models, per batch size.
+SECONDS = 8.0
 
 
 def bench(
@@ -14,7 +16,7 @@ def bench(
     threads: options.Threads = 1,
     shape: options.Shapes = None,
     batch: options.Batch = None,
-    seconds: options.Seconds = RACE_SECONDS,
+    seconds: options.Seconds = SECONDS,
     report: options.JsonReport = None,
     plot: options.Plot = None,
     json: options.Json = False,

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from pwopt.running.runtime import Feeds
 
 #: Seconds to race the result against the original.
-RACE_SECONDS = 8.0
+RACE_SECONDS = 4.0
 #: Seconds to spend on choosing measured rewrites.
 BUDGET = 60.0
 
