@@ -8,6 +8,7 @@ from typing import ClassVar
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from pwopt.algebra import Values
 from pwopt.graph.constants import NEGLIGIBLE_BYTES
 from pwopt.graph.provenance import credit
 from pwopt.rewriting.driver import Pass, Rewriter, describe
@@ -127,7 +128,7 @@ class ShareConstants(Pass):
         return Rewrite(f"it reads {', '.join(map(repr, shared))}, which holds the same") if shared else None
 
 
-def _bits(values: np.ndarray | None) -> np.ndarray:
+def _bits(values: Values | None) -> Values:
     """Values as they are stored: zeros have signs, and no NaN equals itself."""
     assert values is not None
     return np.frombuffer(values.tobytes(), np.uint8)

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_graphsurgeon as gs
 
+from pwopt.algebra import Values
 from pwopt.algebra.geometry import Geometry, Refusal
 from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.multirate import on_phases, spread, spread_geometry
@@ -116,7 +117,7 @@ def _spreading(rw: Rewriter, node: gs.Node) -> _Stage | None:
     return _Stage(reading.geometry.kernel, reading, row, nodes=(node,))
 
 
-def _outputs(linear: LinearMap, picked: np.ndarray) -> LinearMap:
+def _outputs(linear: LinearMap, picked: Values) -> LinearMap:
     """Some of the outputs of an ungrouped map."""
     g = linear.geometry
     geometry = Geometry(len(picked), g.in_channels, 1, g.kernel, g.strides, g.dilations, g.pads)

@@ -14,6 +14,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
 
+from pwopt.algebra import Values
 from pwopt.algebra.geometry import Refusal
 from pwopt.graph import attributes
 from pwopt.graph.shapes import Dim, Shape, known
@@ -322,7 +323,7 @@ def _unshuffled(view: View, node: gs.Node, channels: int) -> Subsampling | None:
     return _blocks((split, transpose, node), split.inputs[0], (r, s), by_block.reshape(-1).tolist())
 
 
-def shuffled(view: View, node: gs.Node) -> tuple[tuple[int, int], np.ndarray] | None:
+def shuffled(view: View, node: gs.Node) -> tuple[tuple[int, int], Values] | None:
     """A DepthToSpace: its factors, and which channel is which of each phase, shape (rows, columns, channels)."""
     if view.op(node) != "DepthToSpace":
         return None

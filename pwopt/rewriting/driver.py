@@ -7,9 +7,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import ClassVar
 
-import numpy as np
 import onnx_graphsurgeon as gs
 
+from pwopt.algebra import Values
 from pwopt.errors import UsageError
 from pwopt.graph.journal import Journal
 from pwopt.graph.provenance import inherit
@@ -250,7 +250,7 @@ class Rewriter(View):
                 self.enqueue_around(neighbour)
         return Rewrite(reason, removed, became=became)
 
-    def freeze(self, node: gs.Node, values: Sequence[np.ndarray], reason: str) -> Rewrite:
+    def freeze(self, node: gs.Node, values: Sequence[Values], reason: str) -> Rewrite:
         """Let the outputs of `node` be these constants from now on; none of them may be observed by others."""
         removed = (describe(node),)
         for tensor, value in zip(list(node.outputs), values, strict=True):
