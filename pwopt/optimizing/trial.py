@@ -94,7 +94,8 @@ def attempt(subject: Subject, work: Work, choice: Choice, request: Request, blan
         if better is work:
             return replace(done, report=report)
         work = better
-    return done  # rewriting has nothing left
+    report = replace(done.report, rewrites=(), after=done.report.before)
+    return Attempt(subject.source.proto, report.noted(*work.notes[-1:], "The original is returned."))
 
 
 def _builder(choice: Choice) -> Callable[[Work], Path]:

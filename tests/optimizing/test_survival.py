@@ -193,3 +193,16 @@ def test_without_verification_a_result_that_does_not_load_is_told(
     )
     fine = pwopt.optimize(MODELS / "linear_sequence.onnx", tmp_path / "fine.onnx", check=False)
     assert "Not verified (as asked)." in fine.report.notes
+
+
+def test_the_original_is_returned_when_attempts_run_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Never a model that was not verified."""
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(Harmful, "kind", "does not load")
+    monkeypatch.setattr(compiler, "PASSES", (Harmful,))
+    monkeypatch.setattr(trial, "certify", unchecked)
+    monkeypatch.setattr(trial, "MAX_ATTEMPTS", 1)
+    done = pwopt.optimize(CHAIN, tmp_path / "out.onnx", threads=1)
+    assert ops(done.model) == ops(onnx.load(tmp_path / "out.onnx")) == ops(CHAIN)
+    assert done.report.rewrites == ()
+    assert done.report.notes[-1] == "The original is returned."
