@@ -29,16 +29,16 @@ class FactorRanks(Pass):
     policy = "if cheaper"
 
     def __init__(self) -> None:
-        self._full: dict[int, gs.Tensor] = {}
+        self._full: dict[int, object] = {}
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
         reading = forms.weighted(rw, node)
         if reading is None or reading.nodes[0] is not node or reading.weight is None:
             return None
-        held, g = rw.constant(reading.weight), reading.geometry
-        if held is None or id(held) in self._full or g.groups > 1 or g.transposed:
+        content, g = rw.content(reading.weight), reading.geometry
+        if content is None or id(content) in self._full or g.groups > 1 or g.transposed:
             return None
-        self._full[id(held)] = held
+        self._full[id(content)] = content
         small = min(g.out_channels, g.weights // g.out_channels)
         if small < 4 or small > LARGEST or rw.shared(reading.weight_input):
             return None

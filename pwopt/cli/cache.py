@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from pwopt.cli import options
 from pwopt.errors import UsageError
 
@@ -20,7 +18,7 @@ def cache(action: options.Action = "show", json: options.Json = False, debug: op
     if action not in ("show", "clear"):
         raise UsageError(f"there is no action {action!r}; there are show and clear")
     if action == "clear":
-        forgotten = decisions.clear()
+        forgotten = decisions.forget()
         if json:
             said.as_json(to_json({"forgotten": forgotten}))
         else:
@@ -28,7 +26,7 @@ def cache(action: options.Action = "show", json: options.Json = False, debug: op
         return
     found = sorted(decisions.entries(), key=lambda e: (e.place, e.pass_name, e.signature))
     if json:
-        said.as_json(to_json({"folder": str(decisions.folder()), "decisions": [asdict(e) for e in found]}))
+        said.as_json(to_json({"folder": str(decisions.folder()), "decisions": [e.told() for e in found]}))
         return
     render_decisions(found, said.console())
     console.print(f"{counted(len(found), 'decision')} in {said.plain(str(decisions.folder()))}")

@@ -27,6 +27,7 @@ def optimize(
     plugin: options.Plugins = None,
     deny: options.Deny = None,
     threads: options.ThreadCounts = None,
+    effort: options.Effort = Request.effort,
     budget: options.Budget = Request.budget,
     no_cache: options.NoCache = not Request.cache,
     target_profile: options.TargetProfile = None,
@@ -53,8 +54,8 @@ def optimize(
         output, provider=options.placed(provider, provider_option), cost=cost, shapes=options.rounds(shape),
         inputs=inputs or None, passes=None if passes is None else options.words(passes), deny=deny or (),
         threads=options.thread_counts(threads), static=static, max_growth=max_growth, opset=opset, rtol=rtol,
-        atol=atol, verify=not no_verify, budget=budget, cache=not no_cache, target_profile=target_profile, force=force,
-        plugins=plugin or (), dry_run=dry_run,
+        atol=atol, verify=not no_verify, effort=effort, budget=budget, cache=not no_cache,
+        target_profile=target_profile, force=force, plugins=plugin or (), dry_run=dry_run,
     )  # fmt: skip
     manner = Manner(details, json, quiet, verbose, debug, context.obj)
     if directory is not None:

@@ -91,7 +91,13 @@ ThreadCounts = Annotated[
         show_default=False,
     ),
 ]
-Budget = Annotated[float, typer.Option(help="Seconds at most for racing rewrites that only a clock can judge.")]
+Effort = Annotated[
+    str, typer.Option(metavar="quick|normal|thorough", help="How long to measure: 10, 40 or 180 seconds at most.")
+]
+Budget = Annotated[
+    float | None,
+    typer.Option(help="Seconds at most for all measuring, instead of what --effort says.", show_default=False),
+]
 ModelBudget = Annotated[float, typer.Option(help="Seconds of racing for each model.")]
 Seconds = Annotated[float, typer.Option(help="Time to race the models, per batch size.")]
 NoCache = Annotated[

@@ -6,7 +6,7 @@ import re
 
 from pwopt.cli import options
 from pwopt.cli.many import fleet
-from pwopt.optimizing.request import Request
+from pwopt.optimizing.request import EFFORTS, Request
 
 
 def profile(
@@ -16,7 +16,7 @@ def profile(
     provider_option: options.ProviderOptions = None,
     threads: options.Threads = 1,
     shape: options.Shapes = None,
-    budget: options.ModelBudget = Request.budget,
+    budget: options.ModelBudget = EFFORTS["normal"],
     plugin: options.Plugins = None,
     scheduler: options.Scheduler = None,
     target: options.Target = None,
@@ -49,7 +49,7 @@ def profile(
     for path, each in found.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         each.save(path)
-        paying = sum(e.low > 1 for e in each.entries)
+        paying = sum(e.interval[0] > 1 for e in each.entries)
         where = said.plain(str(each.environment["cpu"]))
         console.print(
             f"{paying} of {len(each.entries)} kinds of rewrites pay on {where}; wrote {said.plain(str(path))}"

@@ -238,7 +238,13 @@ def with_fixed_inputs(proto: onnx.ModelProto, inputs: Mapping[str, Sequence[int]
     return model
 
 
-def save(model: Model | onnx.ModelProto, path: str | os.PathLike[str], source: Model | None = None) -> None:
+def save(
+    model: Model | onnx.ModelProto,
+    path: str | os.PathLike[str],
+    source: Model | None = None,
+    *,
+    lasting: bool = True,
+) -> None:
     """Write a model atomically: the file appears complete, or not at all.
 
     External data stays external, in as many files as before, named after the new model.
@@ -250,6 +256,8 @@ def save(model: Model | onnx.ModelProto, path: str | os.PathLike[str], source: M
         The new file; one that exists is replaced.
     source : Model, optional
         What an `onnx.ModelProto` was made from: it knows where external data lies, and in which files.
+    lasting : bool
+        Wait until the file is on the disk, so that a power failure cannot leave half of it.
 
     Raises
     ------
@@ -265,7 +273,7 @@ def save(model: Model | onnx.ModelProto, path: str | os.PathLike[str], source: M
         leftover = data_files_of(path)
         folder, layout = (source.folder, source.layout) if source is not None else (None, {})
         proto = externalise(model, path, folder, layout)
-        with replacing(path) as stream:
+        with replacing(path, lasting=lasting) as stream:
             stream.write(proto.SerializeToString(deterministic=True))
         for name in leftover.difference(locations_of(proto).values()):
             (path.parent / name).unlink(missing_ok=True)

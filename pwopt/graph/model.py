@@ -23,7 +23,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from pwopt.algebra import Values
 from pwopt.errors import ModelError
-from pwopt.graph.provenance import ATTRIBUTE, documented, origins
+from pwopt.graph.provenance import ATTRIBUTE, documented, origins, stand_for
 from pwopt.graph.storage import copy_fields, locations_of
 
 #: Since this IR version an initializer that is also an input is a default that callers may override.
@@ -133,6 +133,32 @@ class Model:
         new.value_info.extend(v for v in old.value_info if v.name in names - stale)
         new.quantization_annotation.extend(q for q in old.quantization_annotation if q.tensor_name in names)
         return model
+
+    def copy(self) -> Model:
+        """The same model to edit apart: nodes and tensors are new; weights, bodies and messages are shared."""
+        graph, twins = self.graph, dict[int, gs.Tensor]()
+
+        def twin(tensor: gs.Tensor) -> gs.Tensor:
+            if not tensor.name:
+                return gs.Variable.empty()
+            return twins.get(id(tensor)) or twins.setdefault(id(tensor), tensor.copy())
+
+        nodes, messages = [], dict(self._nodes)
+        for node in graph.nodes:
+            attrs = {k: list(v) if isinstance(v, list) else v for k, v in node.attrs.items()}
+            inputs, outputs = [twin(t) for t in node.inputs], [twin(t) for t in node.outputs]
+            made = gs.Node(node.op, node.name, attrs, inputs, outputs, node.domain)
+            stand_for(made, node)
+            if id(node) in messages:
+                messages[id(made)] = (made, *messages[id(node)][1:])
+            nodes.append(made)
+        ends = ([twin(t) for t in graph.inputs], [twin(t) for t in graph.outputs])
+        copied = gs.Graph(
+            nodes, *ends, graph.name, graph.doc_string, graph.opset, graph.import_domains, functions=graph.functions,
+            ir_version=graph.ir_version,
+        )  # fmt: skip
+        constants = {name: (twins.get(id(c), c), tensor) for name, (c, tensor) in self._constants.items()}
+        return Model(copied, self.proto, self.folder, messages, constants)
 
     def become(self, other: Model) -> None:
         """Be another model from now on, of the same folder."""

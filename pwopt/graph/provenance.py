@@ -32,6 +32,12 @@ def credit(node: gs.Node, sources: Iterable[gs.Node]) -> None:
     setattr(node, ATTRIBUTE, (*getattr(node, ATTRIBUTE, ()), *(s for s in sources if s is not node)))
 
 
+def stand_for(copy: gs.Node, node: gs.Node) -> None:
+    """Let the copy of a node stand for what that stands for."""
+    if hasattr(node, ATTRIBUTE):
+        setattr(copy, ATTRIBUTE, getattr(node, ATTRIBUTE))
+
+
 def origins(node: gs.Node, message: Callable[[gs.Node], onnx.NodeProto | None]) -> Iterator[onnx.NodeProto]:
     """The messages that a node stands for, its own first."""
     pending, seen = [node], set()

@@ -203,7 +203,7 @@ def _append_file(stream: IO[bytes], source: Path, info: ExternalDataInfo) -> tup
 
 
 @contextlib.contextmanager
-def replacing(path: Path) -> Iterator[IO[bytes]]:
+def replacing(path: Path, *, lasting: bool = True) -> Iterator[IO[bytes]]:
     """A stream whose content becomes the file `path` at the end, at once, or never.
 
     A link keeps pointing to its file, which is replaced; what is not a regular file is refused.
@@ -218,7 +218,8 @@ def replacing(path: Path) -> Iterator[IO[bytes]]:
         with os.fdopen(handle, "wb") as stream:
             yield stream
             stream.flush()
-            os.fsync(stream.fileno())
+            if lasting:
+                os.fsync(stream.fileno())
         os.chmod(name, 0o666 & ~umask)
         os.replace(name, path)
     except BaseException:

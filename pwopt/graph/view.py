@@ -7,8 +7,9 @@ only, and writes graphsurgeon's links back once, in `close`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, TypeGuard
+from typing import TYPE_CHECKING, Any, TypeGuard
 
 import numpy as np
 import onnx
@@ -19,6 +20,9 @@ from pwopt.graph.dtypes import FLOATING
 from pwopt.graph.journal import Journal
 from pwopt.graph.model import StoredValues
 from pwopt.graph.shapes import Change, Dim, Shape, known
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 class View:
@@ -39,12 +43,24 @@ class View:
         sizes: Mapping[str, Sequence[int]] | None = None,
         reserved: Iterable[str] = (),
     ) -> None:
-        self.graph = graph
         self.sizes = dict(sizes or {})
         self.opset = int(graph.opset)
         self._functions = {(f.domain or "", f.name) for f in graph.functions}
-        self._position: dict[int, tuple[int, ...]] = {id(node): (i,) for i, node in enumerate(graph.nodes)}
         self._node_names = {node.name for node in graph.nodes}
+        self._index(graph)
+        bodies = [body for node in graph.nodes for body in node.subgraphs(recursive=True)]
+        inner = [t for body in bodies for node in body.nodes for t in (*node.inputs, *node.outputs)]
+        inner += [t for body in bodies for t in (*body.inputs, *body.outputs)]
+        self._captured = {t.name for t in inner if t.name}
+        self._names = {t.name for t in (*self._tensors.values(), *graph.inputs, *inner)}.union(reserved)
+        declared = [d for t in graph.inputs for d in t.shape or () if isinstance(d, str)]
+        self._doubtful = {d for d in declared if declared.count(d) > 1}
+        self._origin: dict[str, str] = {}
+
+    def _index(self, graph: gs.Graph) -> None:
+        """Note who makes and who reads what."""
+        self.graph = graph
+        self._position: dict[int, tuple[int, ...]] = {id(node): (i,) for i, node in enumerate(graph.nodes)}
         self._nodes = {id(node): node for node in graph.nodes}
         self._seen = list(graph.nodes)  # keeps removed nodes alive, so that no id is used twice
         self._producer: dict[int, gs.Node] = {}
@@ -55,19 +71,19 @@ class View:
         for node in graph.nodes:
             self._link(node)
         self._outputs = {id(t) for t in graph.outputs}
-        bodies = [body for node in graph.nodes for body in node.subgraphs(recursive=True)]
-        inner = [t for body in bodies for node in body.nodes for t in (*node.inputs, *node.outputs)]
-        inner += [t for body in bodies for t in (*body.inputs, *body.outputs)]
-        self._captured = {t.name for t in inner if t.name}
-        self._names = {t.name for t in (*self._tensors.values(), *graph.inputs, *inner)}.union(reserved)
-        declared = [d for t in graph.inputs for d in t.shape or () if isinstance(d, str)]
-        self._doubtful = {d for d in declared if declared.count(d) > 1}
-        self._origin: dict[str, str] = {}
         self.changed = False
         #: What `forms.read` found at a node, by its id; true until the next edit.
         self.readings: dict[int, Any] = {}
         #: Notes what each edit changes, while there is one.
         self.journal: Journal | None = None
+
+    def branch(self, graph: gs.Graph) -> Self:
+        """A view of a copy of the graph, as it was closed: what names are taken, sizes and origins go along."""
+        twin = copy.copy(self)
+        twin.sizes, twin._origin = dict(self.sizes), dict(self._origin)
+        twin._names, twin._node_names = set(self._names), set(self._node_names)
+        twin._index(graph)
+        return twin
 
     def _link(self, node: gs.Node) -> None:
         for t in node.outputs:
@@ -197,6 +213,11 @@ class View:
                 return None
             tensor = node.inputs[0]
         return None
+
+    def content(self, tensor: gs.Tensor) -> object:
+        """What holds the numbers of a constant: the same object in every copy of the graph; None if not constant."""
+        held = self.constant(tensor)
+        return None if held is None else held._values
 
     def elements(self, tensor: gs.Tensor) -> int | None:
         """Number of elements of a constant, without reading it; None if not constant."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from pwopt.algebra import Array
@@ -53,19 +52,19 @@ class Scanner:
     """Scans weights, each once in the form in which a map reads it."""
 
     def __init__(self) -> None:
-        self._done: dict[tuple[object, ...], tuple[gs.Tensor, Scan | None]] = {}
-        self._sound: dict[int, gs.Tensor] = {}
+        self._done: dict[tuple[object, ...], tuple[object, Scan | None]] = {}
+        self._sound: dict[int, object] = {}
 
     def sound(self, view: View, reading: Reading) -> bool:
         """Whether no weight is small beside the largest, so that no row or column can be dead: a glance, no scan."""
-        held = view.constant(reading.weight) if reading.weight is not None else None
-        raw = None if held is None or id(held) in self._sound else view.raw(held)
-        if held is None or raw is None:
+        content = view.content(reading.weight) if reading.weight is not None else None
+        raw = None if content is None or id(content) in self._sound else view.raw(reading.weight)
+        if raw is None:
             return True
         size = np.abs(raw)
         if size.size and size.min() > NEGLIGIBLE * size.max():
-            self._sound[id(held)] = held
-        return id(held) in self._sound
+            self._sound[id(content)] = content
+        return id(content) in self._sound
 
     def __call__(self, view: View, reading: Reading) -> Scan | None:
         """None where the numbers are not finite."""

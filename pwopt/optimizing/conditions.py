@@ -11,14 +11,12 @@ from pwopt.optimizing.request import Request
 from pwopt.optimizing.subject import Subject
 from pwopt.reporting.report import Latency, Report, Timed
 from pwopt.rewriting.records import Rewrite
-from pwopt.running.timing import Race
+from pwopt.running.timing import FIRST_LOOK, Race, Rules
 from pwopt.selecting.selection import Arena, Work
 from pwopt.selecting.tune import CONFIDENCE
 
 #: Of the time for the final race, the part for each other condition.
 SHARE = 0.25
-#: Rounds of a race under another condition, at least: all ten the same way by chance has a probability of 1/1024.
-LEAST = 10
 
 
 def usual_threads() -> int:
@@ -61,7 +59,7 @@ def timed(original: Path, candidate: Path, arena: Arena, request: Request) -> Ti
 
 
 def _race(arena: Arena, a: Path, b: Path, request: Request) -> Race:
-    return arena.race([a, b], SHARE * request.race_seconds, decided=CONFIDENCE, least=LEAST)
+    return arena.race([a, b], SHARE * request.race_seconds, rules=Rules(CONFIDENCE, least=FIRST_LOOK))
 
 
 def respecting(

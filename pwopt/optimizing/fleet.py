@@ -306,7 +306,7 @@ def recorded(models: Mapping[str, Mapping[str, bytes]], request: Request) -> Pro
             return profile(
                 paths, provider=request.provider, threads=request.first_threads,
                 shapes=request.rounds[0] if request.rounds else None,
-                budget=request.budget, plugins=request.plugins,
+                budget=request.seconds, plugins=request.plugins,
             )  # fmt: skip
         except PwoptError as error:
             raise RuntimeError(str(error)) from error

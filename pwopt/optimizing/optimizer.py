@@ -17,6 +17,7 @@ from pwopt.graph.files import Source, as_file, blaming, load, save
 from pwopt.graph.shapes import written
 from pwopt.graph.sources import handed, renamed
 from pwopt.graph.storage import workspace
+from pwopt.optimizing.allowance import Allowance
 from pwopt.optimizing.request import Request
 from pwopt.optimizing.subject import Subject, check_request, check_sites, gather, plan
 from pwopt.optimizing.trial import Attempt, attempt
@@ -126,7 +127,9 @@ def optimized(model: Source, request: Request) -> Result:
         subject = subject.guarded(stack)
         LOG.info("%s", _on_what(subject, request))
         work = plan(subject, request, stack.enter_context(workspace(request.output)))
-        choice = choose(work, subject, request)
+        allowance = Allowance(subject, request)
+        choice = choose(work, subject, request, allowance)
+        request = allowance.rest()
         blank = Report(
             model="<model in memory>" if path is None else str(path),
             output=None if request.output is None else str(request.output),
@@ -169,7 +172,7 @@ def _outlook(work: Work, races: bool) -> Iterator[str]:
         yield f"{counted(len(waiting), 'kind')} of rewrites would be {how}: {listed}."
 
 
-def choose(work: Work, subject: Subject, request: Request) -> Choice:
+def choose(work: Work, subject: Subject, request: Request, allowance: Allowance) -> Choice:
     """Which measured rewrites are made: those that a profile, or a race here, says pay."""
     chosen = work.candidates()
     if not any(p.raced for p in chosen):
@@ -178,12 +181,14 @@ def choose(work: Work, subject: Subject, request: Request) -> Choice:
         return select(work, None, 0.0, Profile.load(request.target_profile), request.progress)
     if subject.arena is None or not request.measured:
         return Choice()
-    if request.budget <= 0:
+    if request.seconds <= 0:
         return Choice(frozenset())
     marks = {p.name: fingerprint(p) for p in chosen if not p.own}
     threads, name = request.first_threads, subject.original.name
     memory = Disk(request.provider, threads, work.digest(), marks, name) if request.cache else Forgetful()
-    LOG.info("rewrites that only a clock can judge are raced in the whole model, for %g s at most", request.budget)
+    LOG.info(
+        "rewrites that only a clock can judge are raced in the whole model; all measuring has %g s", request.seconds
+    )
     request.progress("waiting for the clock", 0.0)
     with timing.alone():  # from the first race to the last, since waiting would use up the budget
-        return select(work, subject.arena, request.budget, memory, request.progress)
+        return select(work, subject.arena, allowance.for_choosing, memory, request.progress)

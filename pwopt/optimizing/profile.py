@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pwopt.graph.files import as_file, load
 from pwopt.graph.storage import workspace
-from pwopt.optimizing.request import BUDGET, Request
+from pwopt.optimizing.request import EFFORTS, Request
 from pwopt.optimizing.subject import gather, plan
 from pwopt.rewriting.driver import Pass
 from pwopt.running import runtime
@@ -27,7 +27,7 @@ def profile(
     provider: str = Request.provider,
     threads: int = 1,
     shapes: Mapping[str, Sequence[int]] | None = None,
-    budget: float = BUDGET,
+    budget: float = EFFORTS["normal"],
     plugins: Sequence[str | type[Pass] | Pass] = (),
     progress: Progress = silent,
 ) -> Profile:

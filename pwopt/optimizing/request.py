@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 #: Seconds to race the result against the original.
 RACE_SECONDS = 4.0
-#: Seconds to spend on choosing measured rewrites.
-BUDGET = 60.0
+#: Seconds for everything that is measured, by how much effort is asked for.
+EFFORTS = {"quick": 10.0, "normal": 40.0, "thorough": 180.0}
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,12 @@ class Request:
     verify : bool
         Compare with the original, and measure. Without, nothing is run, and the result is what the algebra says.
     race_seconds : float
-        Time to spend on the final race.
-    budget : float
-        Seconds at most to spend on racing measured rewrites; 0 leaves them out.
+        Time to spend on the final race, at most.
+    effort : {"quick", "normal", "thorough"}
+        How long to measure: 10, 40 or 180 seconds at most.
+    budget : float, optional
+        Seconds at most for all measuring instead: races of rewrites, verification, the final race and the profile. What
+        is short is spent on the latter; 0 leaves measured rewrites out.
     cache : bool
         Use the decisions of earlier races on this machine (`pwopt.selecting.cache`), and remember those of this one.
     max_growth : float, optional
@@ -97,7 +100,8 @@ class Request:
     atol: float | None = None
     verify: bool = True
     race_seconds: float = RACE_SECONDS
-    budget: float = BUDGET
+    effort: str = "normal"
+    budget: float | None = None
     cache: bool = True
     max_growth: float | None = None
     target_profile: str | os.PathLike[str] | None = None
@@ -126,6 +130,11 @@ class Request:
     def first_threads(self) -> int:
         """What is optimised for."""
         return next(iter(self.thread_counts), 1)
+
+    @property
+    def seconds(self) -> float:
+        """For all measuring."""
+        return EFFORTS[self.effort] if self.budget is None else self.budget
 
     @property
     def measured(self) -> bool:

@@ -12,10 +12,11 @@ from pathlib import Path
 import onnx
 
 from pwopt.errors import UsageError
+from pwopt.evidence.certify import certify, unchecked
 from pwopt.graph.files import from_proto, with_fixed_inputs
 from pwopt.graph.model import Model
 from pwopt.graph.opset import convert_opset
-from pwopt.optimizing.request import Request
+from pwopt.optimizing.request import EFFORTS, Request
 from pwopt.rewriting.driver import Pass
 from pwopt.running import runtime
 from pwopt.running.inputs import check_shapes, input_specs
@@ -78,6 +79,8 @@ def check_request(request: Request, path: Path | None) -> None:
     """
     if request.cost not in ("measured", "analytic"):
         raise UsageError(f"the cost model {request.cost!r} is not one of: measured, analytic")
+    if request.effort not in EFFORTS:
+        raise UsageError(f"the effort {request.effort!r} is not one of: {', '.join(EFFORTS)}")
     for threads in request.thread_counts or (1,):
         runtime.check_settings(threads, request.rtol, request.atol)
     select_passes(request.passes, request.plugins)
@@ -179,4 +182,5 @@ def plan(subject: Subject, request: Request, folder: Path) -> Work:
     passes = select_passes(request.passes, request.plugins)
     target = without_calls(target, passes, request.deny, subject.sizes)
     kind = Provider.parse(request.provider).kind
-    return Work(target, source, passes, request.deny, subject.sizes, folder, kind, request.max_growth)
+    judge = certify if request.verify else unchecked
+    return Work(target, source, passes, request.deny, subject.sizes, folder, kind, request.max_growth, certifier=judge)

@@ -11,14 +11,13 @@ from pathlib import Path
 import onnx
 
 from pwopt.errors import ModelError, NotEquivalentError, ProviderError
-from pwopt.evidence.certify import certify, unchecked
 from pwopt.evidence.equivalence import Equivalence
 from pwopt.evidence.localise import localise
 from pwopt.evidence.verify import compared, placements
 from pwopt.graph.functions import functions
 from pwopt.graph.storage import total_bytes
 from pwopt.optimizing.conditions import as_latency, others, respecting, timed
-from pwopt.optimizing.layers import layers, marked
+from pwopt.optimizing.layers import layers
 from pwopt.optimizing.request import Request
 from pwopt.optimizing.subject import Subject
 from pwopt.optimizing.survival import alike, culprits
@@ -26,6 +25,8 @@ from pwopt.reporting.report import Latency, Report, Timed
 from pwopt.rewriting.wording import counted
 from pwopt.running import bench, runtime, timing
 from pwopt.running.providers import Provider
+from pwopt.running.worker import UnusableError
+from pwopt.selecting.attribution import marked
 from pwopt.selecting.compiler import select_passes
 from pwopt.selecting.selection import DEFECT, Arena, Choice, Work
 
@@ -36,6 +37,10 @@ MAX_ATTEMPTS = 8
 #: Microseconds to start an operator on a graphics card, from the framework's call to the kernel's first instruction; a
 #: launch alone takes 2 to 5 (NVIDIA, "Getting started with CUDA graphs", 2019).
 LAUNCH = 10.0
+#: Rounds of the final race, at least; it ends early when the ratio is known to this part of it.
+LEAST, PRECISE = 5, 0.003
+#: Seconds that runs under the profiler take, and how many there are at least and at most.
+PROFILING, PROFILED = 1.0, (2, 10)
 #: Figures of the profiler and of the race that are this far apart are explained.
 PROFILE_APART = 1.25
 #: Operators on integers that stand for reals, besides those called QLinear….
@@ -84,9 +89,13 @@ def attempt(subject: Subject, work: Work, choice: Choice, request: Request, blan
         if better is work:
             report = verified(pair, done.report, request)
             better = _equivalent(report, work, left)
+        slow: list[tuple[Arena, Timed]] = []
         if better is work and request.measured:
-            report = raced(pair, report, request, (subject.source.proto, done.proto))
-            report, slow = _elsewhere(pair, report, subject, request)
+            try:
+                report = raced(pair, report, request, (subject.source.proto, done.proto))
+                report, slow = _elsewhere(pair, report, subject, request)
+            except UnusableError as error:
+                better = work.without(done.report.rewrites, f"the model fails when it is timed: {error}")
             if slow and left and not request.insists:
                 better = respecting(
                     slow, pair.original, pair.candidate, work, report.rewrites, _builder(choice), request
@@ -156,7 +165,7 @@ def _elsewhere(
 def rewritten(subject: Subject, work: Work, choice: Choice, request: Request, blank: Report) -> Attempt:
     """The model with every rewrite that was chosen and that its certificate does not refuse."""
     request.progress("rewriting", 0.0)
-    before, outcome, after, proto, refused = work.certified(choice.allowed, certify if request.verify else unchecked)
+    before, outcome, after, proto, refused = work.certified(choice.allowed)
     left = (*(s for s in outcome.skips if s.site not in refused), *refused.values(), *choice.dropped)
     report = replace(blank, rewrites=outcome.rewrites, skips=left, before=before, after=after)
     uncertified = sum("refused by its certificate" in s.reason for s in refused.values())
@@ -164,7 +173,7 @@ def rewritten(subject: Subject, work: Work, choice: Choice, request: Request, bl
         wrong = sorted({s.pass_name for s in refused.values()} - {p.name for p in select_passes(work.passes) if p.own})
         whose = f"the fault of {', '.join(wrong)}" if wrong else DEFECT
         report = report.noted(f"{uncertified} rewrites were refused by their certificates: {whose}.")
-    report = report.noted(*work.notes)
+    report = report.noted(*work.notes, *choice.notes)
     guessed = request.static and subject.guessed
     unseen = subject.guessed and subject.arena is None
     report = report.noted(*_notes(report, subject.source.proto, request.deny, guessed, unseen))
@@ -195,7 +204,10 @@ class Pair:
         copies = [marked(proto, folder / f"marked{k}" / "model.onnx") for k, proto in enumerate(protos)]
         files = [copy or path for copy, path in zip(copies, (self.original, self.candidate), strict=True)]
         provider, threads, feeds = self.arena.provider, self.arena.threads, self.arena.samples[0].feeds
-        before, after = bench.node_times(files, provider, threads, feeds)
+        fewest, most = PROFILED
+        each = (report.latency.before_ms + report.latency.after_ms) / 1e3 if report.latency is not None else PROFILING
+        runs = max(fewest, min(most, int(PROFILING / each)))
+        before, after = bench.node_times(files, provider, threads, feeds, runs)
         operators = {"before": bench.by_operator(before), "after": bench.by_operator(after)}
         listed = layers(*protos, report.rewrites, (before, after)) if all(copies) else None
         return replace(report, operators=operators, layers=listed)
@@ -221,8 +233,9 @@ def raced(pair: Pair, report: Report, request: Request, protos: tuple[onnx.Model
     """The report with the latency of both models, and where it goes."""
     with timing.alone():
         race = pair.arena.race(
-            [pair.original, pair.candidate], request.race_seconds, lambda done: request.progress("racing", done)
-        )
+            [pair.original, pair.candidate], request.race_seconds, lambda done: request.progress("racing", done),
+            timing.Rules(precise=PRECISE, least=LEAST),
+        )  # fmt: skip
     LOG.info("the whole model: %.3f× [%.3f, %.3f] in %d rounds", race.speedup(), *race.interval(), race.rounds)
     latency = as_latency(race)
     request.progress("profiling", 1.0)
@@ -241,7 +254,7 @@ def _contradictions(latency: Latency, operators: Mapping[str, Mapping[str, float
     if max(ratio, 1 / ratio, before / latency.before_ms, after / latency.after_ms) > PROFILE_APART:
         yield (
             f"The operators' times add up to {before:.3g} → {after:.3g} ms, and runs take {latency.before_ms:.3g} → "
-            f"{latency.after_ms:.3g} ms: the former are medians of {bench.PROFILED} other runs, under onnxruntime's "
+            f"{latency.after_ms:.3g} ms: the former are medians of a few other runs, under onnxruntime's "
             "profiler, which costs time at every operator. They say where the time goes, the latter how much less."
         )
 

@@ -27,6 +27,8 @@ from pwopt.selecting.cache import Entry
 from pwopt.selecting.inspection import Inspection
 from pwopt.selecting.properties import Properties
 
+#: Colours of what races decided.
+VERDICTS = {"kept": "green", "dropped": "yellow", "in doubt": "dim"}
 #: Columns of a terminal that any table fits.
 UNLIMITED = 1 << 16
 
@@ -280,9 +282,9 @@ def render_decisions(found: Sequence[Entry], console: Console) -> None:
     for where, entries in groupby(found, lambda e: e.place):
         table = _table("rewrite", "decision", "speed-up", "interval", "model", "date", title=plain(where))
         for e in entries:
-            verdict = "[green]kept[/green]" if e.low > 1 else "[yellow]dropped[/yellow]"
+            verdict = f"[{VERDICTS[e.verdict]}]{e.verdict}[/{VERDICTS[e.verdict]}]"
             name = f"{e.pass_name}: {plain(e.signature)}"
-            interval = escape(f"[{e.low:.3f}, {e.high:.3f}]")
+            interval = escape("[{:.3f}, {:.3f}]".format(*e.interval))
             table.add_row(name, verdict, f"{e.speedup:.3f}×", interval, plain(e.name) or "–", e.date[:10] or "–")
         _show(table, console)
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import onnx_graphsurgeon as gs
 
@@ -17,6 +18,9 @@ from pwopt.graph.regions import Region
 from pwopt.graph.view import View
 from pwopt.maps.cost import macs
 from pwopt.rewriting.records import Certificate, Outcome, Rewrite, Skip
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 #: Judges what a rewrite did to its region of the graph.
 Certifier = Callable[[Region, View], Certificate]
@@ -73,6 +77,14 @@ class Pass:
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
         raise NotImplementedError
+
+    def branch(self) -> Self:
+        """The same pass, to go on with a copy of the graph: what it keeps in dicts, sets and lists is copied too."""
+        twin = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, (dict, set, list)):
+                setattr(twin, name, value.copy())
+        return twin
 
     def run(
         self,
@@ -137,6 +149,13 @@ class Rewriter(View):
         self._owner = ""
         self._queue: deque[gs.Node] = deque()
         self._queued: set[int] = set()
+
+    def branch(self, graph: gs.Graph, denied: Iterable[str] = (), certifier: Certifier | None = None) -> Self:
+        """The same on a copy of the graph, where other sites may be denied and other eyes look on."""
+        twin = super().branch(graph)
+        twin._denied, twin._certifier = frozenset(denied), certifier
+        twin._queue, twin._queued = deque(), set()
+        return twin
 
     def site(self, node: gs.Node) -> str:
         """Stable identifier of a place: the pass that runs and the tensor that the node produces, by its first name."""

@@ -16,6 +16,31 @@ MAX_ROUNDS = 8
 
 
 @dataclass(frozen=True)
+class Settled:
+    """What is known when all passes but the measured ones have nothing left to do.
+
+    Attributes
+    ----------
+    rw : Rewriter
+        On the graph that they left.
+    rewrites : tuple of Rewrite
+    skips : dict
+        Pass name → its refusals, when it last ran.
+    named : frozenset of str
+        The tensors and nodes of the graph before.
+    """
+
+    rw: Rewriter
+    rewrites: tuple[Rewrite, ...]
+    skips: Mapping[str, tuple[Skip, ...]]
+    named: frozenset[str]
+
+    def branch(self, graph: gs.Graph, denied: Iterable[str], certifier: Certifier | None) -> Settled:
+        """The same on a copy of the graph."""
+        return Settled(self.rw.branch(graph, denied, certifier), self.rewrites, self.skips, self.named)
+
+
+@dataclass(frozen=True)
 class Pipeline:
     """Passes in turn, until every one has nothing left to do; measured ones once, when the others have finished.
 
@@ -40,26 +65,50 @@ class Pipeline:
         `allowed` lists the sites where measured passes may act that nobody asked for by name; None for all. Refusals
         are of tensors that the graph had to begin with: nobody asked for what becomes of those that a rewrite made.
         """
-        named = {t.name or n.name for n in graph.nodes for t in n.outputs}
         rw = Rewriter(graph, denied, sizes, reserved, certifier)
+        return self.finish(self.settle(rw), allowed)
+
+    def settle(self, rw: Rewriter) -> Settled:
+        """Run all passes but the measured ones; leaves a graph that may be copied."""
+        named = frozenset(t.name or n.name for n in rw.graph.nodes for t in n.outputs)
         rewrites: list[Rewrite] = []
         skips: dict[str, tuple[Skip, ...]] = {}
-        settled = [p for p in self.passes if p.policy != "measured" and not p.late]
-        _repeat(rw, settled, rewrites, skips)
+        _repeat(rw, self._settling(), rewrites, skips)
+        rw.close()
+        return Settled(rw, tuple(rewrites), skips, named)
+
+    def finish(self, settled: Settled, allowed: Collection[str] | None = None) -> Outcome:
+        """Run the measured passes, and the others once more over what those made."""
+        rw, rewrites, skips = settled.rw, list(settled.rewrites), dict(settled.skips)
         finished = len(rewrites)
-        for p in self.passes:
-            if p.policy == "measured":
-                outcome = rw.apply(p, None if p.asked else allowed)
-                rewrites.extend(outcome.rewrites)
-                skips[p.name] = outcome.skips
+        for p in self._measured():
+            outcome = rw.apply(p, None if p.asked else allowed)
+            rewrites.extend(outcome.rewrites)
+            skips[p.name] = outcome.skips
         if len(rewrites) > finished:
-            _repeat(rw, [p for p in settled if not p.early], rewrites, skips)
+            _repeat(rw, [p for p in self._settling() if not p.early], rewrites, skips)
         for p in self.passes:
             if p.late:
                 rewrites.extend(rw.apply(p).rewrites)
         rw.close()
         listed = itertools.chain.from_iterable(skips.values())
-        return Outcome(tuple(rewrites), tuple(s for s in listed if s.tensor in named))
+        return Outcome(tuple(rewrites), tuple(s for s in listed if s.tensor in settled.named))
+
+    def could(self, settled: Settled, name: str) -> Outcome:
+        """What the measured pass of this name does by itself, beside those that were asked for."""
+        outcome = Outcome((), ())
+        for p in self._measured():
+            if p.asked or p.name == name:
+                outcome = settled.rw.apply(p)
+            if p.name == name:
+                break
+        return Outcome(outcome.rewrites, tuple(s for s in outcome.skips if s.tensor in settled.named))
+
+    def _settling(self) -> list[Pass]:
+        return [p for p in self.passes if p.policy != "measured" and not p.late]
+
+    def _measured(self) -> list[Pass]:
+        return [p for p in self.passes if p.policy == "measured"]
 
 
 def _repeat(rw: Rewriter, passes: Sequence[Pass], rewrites: list[Rewrite], skips: dict[str, tuple[Skip, ...]]) -> None:

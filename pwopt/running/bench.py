@@ -216,9 +216,11 @@ def _row(
     )
 
 
-def node_times(paths: Sequence[Path], provider: str, threads: int, feeds: Feeds) -> list[list[NodeTime]]:
+def node_times(
+    paths: Sequence[Path], provider: str, threads: int, feeds: Feeds, runs: int = PROFILED
+) -> list[list[NodeTime]]:
     """For each model: every node that ran under the profiler, with its time."""
-    return [s.nodes() for s in _profiles(paths, provider, threads, feeds)]
+    return [s.nodes() for s in _profiles(paths, provider, threads, feeds, runs)]
 
 
 def by_operator(nodes: Iterable[NodeTime]) -> dict[str, float]:
@@ -229,10 +231,10 @@ def by_operator(nodes: Iterable[NodeTime]) -> dict[str, float]:
     return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
-def _profiles(paths: Sequence[Path], provider: str, threads: int, feeds: Feeds) -> list[Session]:
+def _profiles(paths: Sequence[Path], provider: str, threads: int, feeds: Feeds, runs: int = PROFILED) -> list[Session]:
     """Models run under the profiler, in turn, so that slow spells hit all alike."""
     sessions = [Session(path, provider, threads, profile=True) for path in paths]
-    for _ in range(PROFILED):
+    for _ in range(runs):
         for session in sessions:
             session.profiled_run(feeds)
     return sessions

@@ -278,6 +278,18 @@ class Session:
         own = min(1.0, float(np.median(self._spent)) / whole) if self._spent and whole else 1.0
         return [NodeTime(node.op, node.name, own * node.seconds) for node in found]
 
+    def runs(self) -> list[list[NodeTime]]:
+        """What every node took in each `profiled_run` but the first, scaled down as by `nodes`; ends the profile."""
+        seen: dict[int, list[NodeTime]] = {}
+        for run, name, arguments, seconds in self._profiled():
+            seen.setdefault(run, []).append(NodeTime(arguments.get("op_name", "unknown"), name, seconds))
+        found = []
+        for nodes, spent in list(zip(seen.values(), self._spent, strict=False))[1:]:
+            whole = sum(node.seconds for node in nodes)
+            own = min(1.0, spent / whole) if whole else 1.0
+            found.append([NodeTime(node.op, node.name, own * node.seconds) for node in nodes])
+        return found
+
     def _profiled(self) -> Iterator[tuple[int, str, dict[str, Any], float]]:
         """Each time that a node ran: in which run, its name, what the profiler knows of it, and seconds."""
         path = Path(self.session.end_profiling())

@@ -1,4 +1,4 @@
-"""Models are tried in a process of their own, where native code may crash, hang, or take all memory."""
+"""Models are tried and raced in a process of their own, where native code may crash, hang, or take all memory."""
 
 from __future__ import annotations
 
@@ -12,23 +12,41 @@ import subprocess
 import sys
 import threading
 import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pwopt.errors import PwoptError
-from pwopt.running import providers, runtime
-from pwopt.running.runtime import Feeds, Session
+from pwopt.running import providers, runtime, timing
+from pwopt.running.runtime import Feeds, NodeTime, Session
+from pwopt.running.timing import Race, Rules
 
 #: Seconds that a candidate may take to load and run once, at least; and as a multiple of what the original took.
 PATIENCE, SLOWER = 20.0, 20.0
 #: Bytes of address space that a candidate may take beyond what the original took, and as a multiple of that (Linux).
-ROOM, LARGER = 2 << 30, 2.0
+ROOM, LARGER = 2 << 30, 4.0
+#: Models that stay loaded: two that race, and the one that the next race will be against.
+LOADED = 3
+#: Runs under the profiler, at most.
+MOST = 12
+#: Seconds between two looks at how a race goes.
+TICK = 0.1
 #: Length of a message in front of it.
 HEADER = struct.Struct("<Q")
 
 
+_NOTHING: Any = object()
+#: Called with seconds.
+Told = Callable[[float], None]
+
+
+class UnusableError(PwoptError):
+    """A model that no longer ran when it was timed; the message is a clause."""
+
+
 class Worker:
-    """Loads and runs candidates on the same inputs, each once.
+    """Loads, runs and races models in a process of its own.
 
     The first model is the original: what it takes bounds the time and memory of all others. A worker that died is
     replaced at the next question. Where no process can be started, nothing is objected to.
@@ -47,15 +65,49 @@ class Worker:
         self._answers: queue.Queue[Any] = queue.Queue()
         self._limit = PATIENCE
         self._usable = True
+        #: Seconds that the original took to load, and to run once.
+        self.took = (0.0, 0.0)
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a process to ask, or could be started."""
+        if self._process is None and self._usable:
+            self._start()
+        return self._process is not None
 
     def fault(self, model: Path) -> str:
         """Why a model cannot be used, as a clause ("it crashes onnxruntime (SIGFPE)"), else ""."""
-        if self._process is None and self._usable:
-            self._start()
-        if self._process is None:
-            return ""
-        answer = self._ask(str(model), self._limit)
+        answer = self._ask(("tried", str(model)), self._limit) if self.ready else ""
         return answer if isinstance(answer, str) else ""
+
+    def race(
+        self, models: Sequence[Path], threads: int, feeds: Feeds, seconds: float, rules: Rules, progress: Told
+    ) -> Race:
+        """`timing.race` there; only of models that had no fault, when the worker is `ready`.
+
+        Raises
+        ------
+        UnusableError
+            If one of them fails now.
+        """
+        patience = self._limit + (len(models) + 1) * rules.least * self._limit / SLOWER + 4 * seconds
+        question = ("raced", [str(m) for m in models], threads, feeds, seconds, rules)
+        answer = self._ask(question, patience, lambda spent: progress(min(1.0, spent / max(seconds, spent, 1e-9))))
+        if isinstance(answer, Race):
+            return answer
+        raise UnusableError(str(answer))
+
+    def profiles(self, models: Sequence[Path], seconds: float, least: int) -> list[list[list[NodeTime]]]:
+        """For each model, what every operator took in some runs, side by side with those of the others.
+
+        Raises
+        ------
+        UnusableError
+        """
+        answer = self._ask(("profiled", [str(m) for m in models], seconds, least), self._limit + 4 * seconds)
+        if isinstance(answer, list):
+            return answer
+        raise UnusableError(str(answer))
 
     def _start(self) -> None:
         command = [sys.executable, "-m", "pwopt.running.worker"]
@@ -71,23 +123,30 @@ class Worker:
         threading.Thread(target=_listen, args=(self._process.stdout, self._answers), daemon=True).start()
         begin = time.perf_counter()
         answer = self._ask((*self._setting, str(self._original)), 3600.0)
-        if answer != "":  # the original does not survive either: this tells nothing of candidates
+        if isinstance(answer, str):  # the original does not survive either: this tells nothing of candidates
             self.close()
             self._usable = False
+        else:
+            self.took = answer
         self._limit = max(PATIENCE, SLOWER * (time.perf_counter() - begin))
 
-    def _ask(self, question: Any, seconds: float) -> Any:
+    def _ask(self, question: Any, seconds: float, progress: Told = lambda _: None) -> Any:
         """The answer, or a clause on what became of the worker, which is gone then."""
         process = self._process
         assert process is not None
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             _send(process.stdin, question)
-        try:
-            answer = self._answers.get(timeout=seconds)
-        except queue.Empty:
-            self.close()
-            return f"it did not finish within {seconds:.0f} seconds"
+        begin, answer = time.perf_counter(), _NOTHING
+        while answer is _NOTHING:
+            spent = time.perf_counter() - begin
+            progress(spent)
+            try:
+                answer = self._answers.get(timeout=max(0.0, min(TICK, seconds - spent)))
+            except queue.Empty:
+                if spent >= seconds:
+                    self.close()
+                    return f"it did not finish within {seconds:.0f} seconds"
         if answer is None:
             code = process.wait()
             self.close()
@@ -150,14 +209,57 @@ def _bound_memory() -> None:
         resource.setrlimit(resource.RLIMIT_AS, (bound if hard < 0 else min(bound, hard), hard))
 
 
-def _tried(path: str, provider: str, threads: int, feeds: Feeds) -> str:
-    try:
-        Session(path, provider, threads).run(feeds)
-    except PwoptError as error:
-        return str(error)
-    except MemoryError:
-        return "it takes more memory than the original by far"
-    return ""
+class _Track:
+    """The sessions of a worker, of which the last few stay loaded."""
+
+    def __init__(self, provider: str, threads: int, feeds: Feeds) -> None:
+        self._provider, self._threads, self._feeds = provider, threads, feeds
+        self._loaded: OrderedDict[tuple[str, int], Session] = OrderedDict()
+
+    def session(self, path: str, threads: int) -> Session:
+        key = (path, threads)
+        if key not in self._loaded:
+            while len(self._loaded) >= LOADED:
+                self._loaded.popitem(last=False)
+            self._loaded[key] = Session(path, self._provider, threads, tf32=True)  # as users run them
+        self._loaded.move_to_end(key)
+        return self._loaded[key]
+
+    def tried(self, path: str) -> str | tuple[float, float]:
+        """What a model takes to load and to run, or why it cannot be used."""
+        begin = time.perf_counter()
+        try:
+            session = self.session(path, self._threads)
+            loaded = time.perf_counter()
+            session.run(self._feeds)
+        except PwoptError as error:
+            self._loaded.pop((path, self._threads), None)
+            return str(error)
+        except MemoryError:
+            return "it takes more memory than the original by far"
+        return loaded - begin, time.perf_counter() - loaded
+
+    def profiled(self, paths: Sequence[str], seconds: float, least: int) -> list[list[list[NodeTime]]] | str:
+        try:
+            sessions = [Session(p, self._provider, self._threads, profile=True, tf32=True) for p in paths]
+            begin, done = time.perf_counter(), 0
+            while done <= least or (done <= MOST and time.perf_counter() - begin < seconds):
+                for session in sessions:
+                    session.profiled_run(self._feeds)
+                done += 1
+            return [session.runs() for session in sessions]
+        except PwoptError as error:
+            return str(error)
+        except MemoryError:
+            return "it takes more memory than the original by far"
+
+    def raced(self, paths: Sequence[str], threads: int, feeds: Feeds, seconds: float, rules: Rules) -> Race | str:
+        try:
+            return timing.race([self.session(p, threads) for p in paths], feeds, seconds, rules=rules)
+        except PwoptError as error:
+            return str(error)
+        except MemoryError:
+            return "it takes more memory than the original by far"
 
 
 def _main() -> None:
@@ -166,11 +268,13 @@ def _main() -> None:
     os.dup2(2, 1)  # nothing else may write where answers go
     provider, threads, feeds, original = _receive(sys.stdin.buffer)
     runtime.silence()
-    _send(answers, _tried(original, provider, threads, feeds))
+    track = _Track(provider, threads, feeds)
+    _send(answers, track.tried(original))
     if runtime.provider_name(provider) == providers.CPU:
         _bound_memory()
-    while (path := _receive(sys.stdin.buffer)) is not None:
-        _send(answers, _tried(path, provider, threads, feeds))
+    while (question := _receive(sys.stdin.buffer)) is not None:
+        kind, *arguments = question
+        _send(answers, getattr(track, kind)(*arguments))
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from platformdirs import user_cache_path
 from pwopt.graph.storage import replacing
 from pwopt.running import runtime
 from pwopt.running.providers import Provider
+from pwopt.running.timing import Evidence
+from pwopt.selecting.tune import CONFIDENCE, clear
 
 #: Where decisions are kept instead of the user's cache folder, if set.
 FOLDER_VARIABLE = "PWOPT_CACHE"
@@ -32,30 +34,54 @@ class Entry:
         The kind of rewrite.
     place : str
         Provider, onnxruntime version, processor with its features, and threads; a decision holds there only.
-    speedup : float
-        Of the whole model.
-    low, high : float
-        Its confidence interval.
+    rounds, total, squares : float
+        What the races said, in sums that later ones add to (`pwopt.running.timing.Evidence`).
     model : str
         A digest of the model that was raced; "" for a decision that holds for others too.
     name, date : str
         The file that was raced, and when (ISO 8601, UTC); "" where nobody said.
+    profiled : str
+        "kept" or "dropped" if profiles of its operators decided, and no race of its own; else "".
     """
 
     pass_name: str
     signature: str
     place: str
-    speedup: float
-    low: float
-    high: float
+    rounds: float
+    total: float
+    squares: float
     model: str = ""
     name: str = ""
     date: str = ""
+    profiled: str = ""
+
+    @property
+    def evidence(self) -> Evidence:
+        return Evidence(self.rounds, self.total, self.squares)
+
+    @property
+    def speedup(self) -> float:
+        """Of the whole model."""
+        return self.evidence.speedup
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Of the speed-up, at the confidence that decides."""
+        return self.evidence.interval(CONFIDENCE)
 
     @property
     def clear(self) -> bool:
-        """Whether the race left no doubt, so that it says something of other models as well."""
-        return self.low > 1.0 or self.high < 1.0
+        """Whether the races left no doubt, so that they say something of other models as well."""
+        return not self.profiled and clear(self.evidence)
+
+    def told(self) -> dict[str, Any]:
+        """As a user reads it."""
+        low, high = self.interval
+        return {**asdict(self), "speedup": self.speedup, "low": low, "high": high, "decision": self.verdict}
+
+    @property
+    def verdict(self) -> str:
+        return self.profiled or ("kept" if self.interval[0] > 1.0 else "dropped" if self.clear else "in doubt")
 
 
 def folder() -> Path:
@@ -105,8 +131,8 @@ def _read(path: Path) -> Entry | None:
         entry = Entry(**content)
     except (OSError, ValueError, TypeError):
         return None
-    numbers = (entry.speedup, entry.low, entry.high)
-    return entry if all(isinstance(v, float) and v > 0 for v in numbers) else None
+    numbers = (entry.rounds, entry.total, entry.squares)
+    return entry if all(isinstance(v, float) for v in numbers) and entry.rounds >= 1 else None
 
 
 def store(entry: Entry) -> None:
@@ -130,7 +156,7 @@ def stored() -> list[Entry]:
     return [entry for entry in read if entry is not None]
 
 
-def clear() -> int:
+def forget() -> int:
     """Forget everything; returns how many decisions that were."""
     count = len(list(entries()))
     for path in folder().glob("*.json"):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import onnx
 
@@ -18,8 +19,8 @@ from pwopt.graph.shapes import Shape, infer, known, skeleton
 from pwopt.graph.view import View
 from pwopt.maps.cost import Cost, measure
 from pwopt.passes import PASSES, CleanUp, SettleShapes
-from pwopt.rewriting.driver import Certifier, Pass, describe
-from pwopt.rewriting.pipeline import Pipeline
+from pwopt.rewriting.driver import Certifier, Pass, Rewriter, describe
+from pwopt.rewriting.pipeline import Pipeline, Settled
 from pwopt.rewriting.records import Outcome, Rewrite
 from pwopt.selecting import plugins
 
@@ -165,6 +166,69 @@ def _numbers(types: Mapping[str, tuple[int, Shape | None]]) -> dict[str, tuple[i
     return {name: numbers for name, (_, shape) in types.items() if (numbers := known(shape)) is not None}
 
 
+@dataclass(frozen=True)
+class Snapshot:
+    """A model that all passes but the measured ones are done with: whatever those do begins here.
+
+    Attributes
+    ----------
+    model : Model
+    passes : sequence of Pass
+    settled : Settled
+        On the model's graph.
+    done : tuple of Rewrite
+        What settled its shapes, before.
+    sizes : dict
+        Representative sizes of all tensors.
+    inputs : mapping of input name to sizes
+    before : Cost
+        Of the model as it was.
+    """
+
+    model: Model
+    passes: Sequence[Pass]
+    settled: Settled
+    done: tuple[Rewrite, ...]
+    sizes: Mapping[str, Sequence[int]]
+    inputs: Mapping[str, Sequence[int]]
+    before: Cost
+
+    @classmethod
+    def of(
+        cls,
+        model: Model,
+        passes: Sequence[Pass],
+        deny: Iterable[str],
+        inputs: Mapping[str, Sequence[int]],
+        certifier: Certifier | None = None,
+    ) -> Snapshot:
+        """Settle a model, in place."""
+        sizes = concrete_sizes(model.proto, inputs)
+        before = measure(View(model.graph, sizes))
+        done = settle(model, deny, certifier, [kind for kind in SETTLING if any(type(p) is kind for p in passes)])
+        rw = Rewriter(model.graph, deny, sizes, model.names(), certifier)
+        return cls(model, passes, Pipeline(passes).settle(rw), done, sizes, inputs, before)
+
+    def branch(self, deny: Iterable[str] = (), certifier: Certifier | None = None, *, eager: bool = False) -> Snapshot:
+        """A copy to go on with; `eager` lets measured passes act wherever they may."""
+        model, passes = self.model.copy(), [p.branch() for p in self.passes]
+        for p in passes:
+            p.eager = p.eager or (eager and p.policy == "measured")
+        return replace(self, model=model, passes=passes, settled=self.settled.branch(model.graph, deny, certifier))
+
+    def finish(self, allowed: Collection[str] | None = None) -> tuple[Cost, Outcome, Cost]:
+        """Run what is left, in place; see `run_pipeline`."""
+        outcome, graph = Pipeline(self.passes).finish(self.settled, allowed), self.model.graph
+        after = measure(View(graph, self.sizes))
+        if after.unknown > self.before.unknown:  # tensors that passes made
+            after = measure(View(graph, concrete_sizes(self.model.to_proto(), self.inputs)))
+        return self.before, Outcome((*self.done, *outcome.rewrites), outcome.skips), after
+
+    def could(self, name: str) -> Outcome:
+        """What a measured pass does by itself, in place."""
+        return Pipeline(self.passes).could(self.settled, name)
+
+
 def run_pipeline(
     model: Model,
     passes: Sequence[Pass],
@@ -178,13 +242,4 @@ def run_pipeline(
     `allowed` lists the sites where measured passes may act; None for all. `certifier` gives rewrites their
     certificates.
     """
-    concrete = concrete_sizes(model.proto, sizes)
-    before = measure(View(model.graph, concrete))
-    settled = settle(model, deny, certifier, [kind for kind in SETTLING if any(type(p) is kind for p in passes)])
-    outcome = Pipeline(passes).run(
-        model.graph, denied=deny, allowed=allowed, sizes=concrete, reserved=model.names(), certifier=certifier
-    )
-    after = measure(View(model.graph, concrete))
-    if after.unknown > before.unknown:  # tensors that passes made
-        after = measure(View(model.graph, concrete_sizes(model.to_proto(), sizes)))
-    return before, Outcome((*settled, *outcome.rewrites), outcome.skips), after
+    return Snapshot.of(model, passes, deny, sizes, certifier).finish(allowed)

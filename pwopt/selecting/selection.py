@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import logging
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -11,26 +12,31 @@ from typing import Protocol
 import onnx
 
 from pwopt.graph.files import from_proto, save
-from pwopt.graph.memo import digest
+from pwopt.graph.memo import LATEST, digest
 from pwopt.graph.model import Model
 from pwopt.graph.shapes import skeleton
 from pwopt.graph.storage import total_bytes
 from pwopt.maps.cost import Cost
 from pwopt.rewriting.driver import Certifier, Pass
-from pwopt.rewriting.pipeline import Pipeline
 from pwopt.rewriting.records import Outcome, Rewrite, Skip
 from pwopt.rewriting.wording import counted
 from pwopt.running import timing
 from pwopt.running.progress import Progress
 from pwopt.running.runtime import Session
 from pwopt.running.samples import Sample
-from pwopt.running.worker import Worker
+from pwopt.running.worker import UnusableError, Worker
 from pwopt.selecting import tune
+from pwopt.selecting.attribution import marked
 from pwopt.selecting.cache import Entry, look_up, place, store
-from pwopt.selecting.compiler import Wanted, concrete_sizes, run_pipeline, select_passes, settle
+from pwopt.selecting.compiler import Snapshot, Wanted, select_passes
+from pwopt.selecting.outlook import look
+
+LOG = logging.getLogger(__name__)
 
 #: What to say of a rewrite that its certificate refuses.
 DEFECT = "a defect of pwopt, please report it with the model"
+#: Seconds for profiles of two models, and runs of each at least.
+LOOK_SECONDS, LEAST_RUNS = 1.0, 4
 #: How often rewriting starts anew without what certificates refused.
 MAX_REFUSALS = 8
 
@@ -49,20 +55,19 @@ class Arena:
         """Why a model cannot be used here, as a clause, else ""."""
         return "" if self.worker is None else self.worker.fault(model)
 
-    def session(self, model: Path, **options: bool) -> Session:
-        return Session(model, self.provider, self.threads, **options)
-
     def race(
         self,
         models: Sequence[Path],
         seconds: float,
         progress: Callable[[float], None] = lambda _: None,
-        decided: float | None = None,
-        least: int = timing.MIN_ROUNDS,
+        rules: timing.Rules = timing.TO_THE_END,
     ) -> timing.Race:
         """As users run them: on CUDA, that is with TF32."""
-        sessions = [self.session(m, tf32=True) for m in models]
-        return timing.race(sessions, self.samples[0].feeds, seconds, progress, decided=decided, least=least)
+        feeds = self.samples[0].feeds
+        if self.worker is not None and self.worker.ready:
+            return self.worker.race(models, self.threads, feeds, seconds, rules, progress)
+        sessions = [Session(m, self.provider, self.threads, tf32=True) for m in models]
+        return timing.race(sessions, feeds, seconds, progress, rules)
 
 
 @dataclass(frozen=True)
@@ -75,10 +80,13 @@ class Choice:
         Their sites; None for those that a shape alone decides.
     dropped : tuple of Skip
         Why the others are not made.
+    notes : tuple of str
+        What a user should know of the races.
     """
 
     allowed: frozenset[str] | None = None
     dropped: tuple[Skip, ...] = ()
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -99,16 +107,18 @@ class Work:
     always_only: bool = False
     #: Sites that turned out not to be worth it, each with the reason.
     refused: Mapping[str, Skip] = field(default_factory=dict)
+    #: Judges every rewrite that a result is made of.
+    certifier: Certifier | None = None
+    #: What the passes without a clock leave, by what is denied to them: shared by all versions of this work.
+    snapshots: dict[tuple[bool, frozenset[str]], Snapshot] = field(default_factory=dict, repr=False, compare=False)
     #: Sentences on those, for the user.
     notes: tuple[str, ...] = ()
 
-    def certified(
-        self, allowed: frozenset[str] | None, certifier: Certifier
-    ) -> tuple[Cost, Outcome, Cost, onnx.ModelProto, dict[str, Skip]]:
+    def certified(self, allowed: frozenset[str] | None) -> tuple[Cost, Outcome, Cost, onnx.ModelProto, dict[str, Skip]]:
         """`rewrite`, again without the sites whose certificates fail or that grow too much; those last, by site."""
         refused = dict(self.refused)
         for _ in range(MAX_REFUSALS):
-            done = self.rewrite(allowed, certifier, refused)
+            done = self.rewrite(allowed, self.certifier, refused)
             failed = [r for r in done[1].rewrites if r.certificate is not None and not r.certificate.passed]
             heavy = [] if failed else self._heavy(done[1].rewrites, done[3])
             if not failed and not heavy:
@@ -136,13 +146,21 @@ class Work:
         self, allowed: frozenset[str] | None, certifier: Certifier | None = None, refused: Iterable[str] = ()
     ) -> tuple[Cost, Outcome, Cost, onnx.ModelProto]:
         """The model with measured rewrites at the `allowed` sites; None for those that a shape alone decides."""
-        fresh = from_proto(self.target.proto, self.target.folder)
-        chosen = [p for p in self.candidates() if p.policy == "always" or not self.always_only]
-        for p in chosen:
-            p.eager = p.eager or (p.policy == "measured" and allowed is not None)
         denied = (*self.denied, *self.refused, *refused)
-        before, outcome, after = run_pipeline(fresh, chosen, denied, self.sizes, allowed, certifier)
-        return before, outcome, after, fresh.to_proto()
+        branch = self.settled(denied).branch(denied, certifier, eager=allowed is not None)
+        return *branch.finish(allowed), branch.model.to_proto()
+
+    def settled(self, denied: Collection[str]) -> Snapshot:
+        """The model that all passes but the measured ones are done with; the same for the same denials of theirs."""
+        passes = [p for p in self.candidates() if p.policy == "always" or not self.always_only]
+        measured = {p.name for p in passes if p.policy == "measured"}
+        key = (self.always_only, frozenset(site for site in denied if site.partition(":")[0] not in measured))
+        if key not in self.snapshots:
+            if len(self.snapshots) >= LATEST:
+                self.snapshots.clear()
+            fresh = from_proto(self.target.proto, self.target.folder)
+            self.snapshots[key] = Snapshot.of(fresh, passes, denied, self.sizes, self.certifier)
+        return self.snapshots[key]
 
     def without(self, rewrites: Iterable[Rewrite], reason: str) -> Work:
         """The same, but for the sites of some rewrites; the reason is a clause."""
@@ -168,22 +186,20 @@ class Work:
         """Everything that each measured pass could do by itself, and what it refuses."""
         found: list[Rewrite] = []
         refused: list[Skip] = []
-        sizes = concrete_sizes(self.target.proto, self.sizes)
-        for i, p in enumerate(self.candidates()):
+        snapshot, branch = self.settled(tuple(self.denied)), None
+        for p in snapshot.passes:
             if p.raced:
-                fresh = from_proto(self.target.proto, self.target.folder)
-                chosen = [q for j, q in enumerate(self.candidates()) if not q.raced or i == j]
-                for q in chosen:
-                    q.eager = q.policy == "measured"
-                settle(fresh, self.denied)
-                outcome = Pipeline(chosen).run(fresh.graph, denied=self.denied, sizes=sizes, reserved=fresh.names())
+                branch = branch or snapshot.branch(self.denied, eager=True)
+                outcome = branch.could(p.name)
                 found += [r for r in outcome.rewrites if r.pass_name == p.name]
                 refused += [s for s in outcome.skips if s.pass_name == p.name]
+                if outcome.rewrites:
+                    branch = None
         return found, refused
 
     def file(self, proto: onnx.ModelProto) -> Path:
         path = self.folder / f"candidate{len(list(self.folder.glob('*.onnx')))}.onnx"
-        save(proto, path, self.source)
+        save(proto, path, self.source, lasting=False)
         return path
 
 
@@ -205,6 +221,10 @@ class Memory(Protocol):
     def undecided(self) -> str:
         """What to say of a kind of rewrite that was not decided."""
 
+    @property
+    def doubtful(self) -> str:
+        """What to say where races ended in doubt."""
+
     def recall(self, pass_name: str, signature: str) -> Entry | None:
         """The decision on one kind; None if there is none."""
 
@@ -215,7 +235,8 @@ class Memory(Protocol):
 class Forgetful:
     """No memory."""
 
-    undecided = "no time was left to measure it; --budget gives more"
+    undecided = "no time was left to measure it; --effort or --budget give more"
+    doubtful = "More of --budget decides."
 
     def recall(self, pass_name: str, signature: str) -> Entry | None:
         return None
@@ -236,6 +257,7 @@ class Disk:
     #: What to call the model when its decisions are listed.
     name: str = ""
     undecided: str = Forgetful.undecided
+    doubtful: str = "The next run of this model goes on where these races ended."
 
     def _marked(self, pass_name: str) -> str:
         return f"{pass_name} {self.marks.get(pass_name, '')}".strip()
@@ -252,8 +274,11 @@ class Disk:
 
 def entry(decision: tune.Decision, where: str) -> Entry:
     """What is kept of a decision."""
-    group = decision.group
-    return Entry(group.pass_name, group.signature, where, decision.speedup, *decision.interval)
+    group, e = decision.group, decision.evidence
+    return Entry(
+        group.pass_name, group.signature, where, e.rounds, e.total, e.squares,
+        profiled=("kept" if decision.kept else "dropped") if decision.looked else "",
+    )  # fmt: skip
 
 
 def decide(work: Work, arena: Arena | None, budget: float, memory: Memory, progress: Progress) -> list[tune.Decision]:
@@ -273,37 +298,83 @@ def select(work: Work, arena: Arena | None, budget: float, memory: Memory, progr
         if all(d.group != g for d in decisions)
         for site in g.sites
     ]
-    return Choice(kept, (*refused, *(s for d in decisions for s in d.skips()), *undecided))
+    skips = (*refused, *(s for d in decisions for s in d.skips()), *undecided)
+    return Choice(kept, skips, tuple(_doubts(decisions, memory)))
+
+
+def _doubts(decisions: Iterable[tune.Decision], memory: Memory) -> Iterator[str]:
+    """Which races ended in doubt, and on a busy machine."""
+    doubtful = [d for d in decisions if not d.clear]
+    if doubtful:
+        listed = "; ".join(f"{d.group.pass_name} {_figures(d)}" for d in doubtful)
+        yield f"Left out in doubt: {listed}. {memory.doubtful}"
+    busy = min((d.own for d in decisions if d.raced), default=1.0)
+    if busy < tune.BUSY:
+        yield f"The machine was busy: models had {busy:.0%} of the time that passed in a race, so that counts less."
+
+
+def _figures(decision: tune.Decision) -> str:
+    low, high = decision.interval
+    return f"{decision.speedup:.3f}× [{low:.3f}, {high:.3f}]"
 
 
 def _decide(
     work: Work, found: list[Rewrite], arena: Arena | None, budget: float, memory: Memory, progress: Progress
 ) -> list[tune.Decision]:
-    def remembered(group: tune.Group) -> tune.Decision | None:
-        known = memory.recall(group.pass_name, group.signature)
-        return None if known is None else tune.Decision(group, known.speedup, (known.low, known.high), remembered=True)
-
-    def race(a: Path, b: Path, seconds: float) -> timing.Race:
-        assert arena is not None
-        return arena.race([a, b], seconds, decided=tune.CONFIDENCE)
-
-    files: dict[tuple[str, ...], Path] = {}
-
-    def build(sites: frozenset[str]) -> Path:
-        _, outcome, _, proto = work.rewrite(sites)
-        made = tuple(r.site for r in outcome.rewrites)
-        return files[made] if made in files else files.setdefault(made, work.file(proto))
-
-    decisions = tune.choose(
-        tune.groups(found),
-        build,
-        race,
-        0.0 if arena is None else budget,
-        progress,
-        remembered,
-        (lambda _: "") if arena is None else arena.fault,
-    )
+    decisions = tune.choose(tune.groups(found), Judge(work, arena, memory), 0.0 if arena is None else budget, progress)
     for d in decisions:
-        if d.raced and not d.remembered and not d.fault:
+        if d.raced and not d.remembered:
             memory.keep(d)
     return decisions
+
+
+@dataclass(frozen=True)
+class Judge:
+    """Decides on groups of one work by races in one arena; see `tune.Judge`."""
+
+    work: Work
+    arena: Arena | None
+    memory: Memory
+    _files: dict[tuple[str, ...], Path] = field(default_factory=dict)
+
+    def build(self, sites: frozenset[str]) -> Path:
+        _, outcome, _, proto = self.work.rewrite(sites)
+        made = tuple(r.site for r in outcome.rewrites)
+        if made not in self._files:
+            self._files[made] = self.work.file(proto)
+        return self._files[made]
+
+    def fault(self, model: Path) -> str:
+        return "" if self.arena is None else self.arena.fault(model)
+
+    def race(self, a: Path, b: Path, seconds: float, known: timing.Evidence) -> timing.Race | str:
+        assert self.arena is not None
+        rules = timing.Rules(tune.CONFIDENCE, tune.WORTH, timing.FIRST_LOOK, known)
+        try:
+            return self.arena.race([a, b], seconds, rules=rules)
+        except UnusableError as error:
+            return str(error)
+
+    def look(self, kept: Sequence[tune.Group], groups: Sequence[tune.Group]) -> Mapping[tune.Group, tune.Glance]:
+        worker = self.arena.worker if self.arena is not None else None
+        if worker is None or not worker.ready:
+            return {}
+        base = frozenset(site for g in kept for site in g.sites)
+        made = [self.work.rewrite(sites) for sites in (base, base.union(*(g.sites for g in groups)))]
+        files = [marked(proto, self.work.folder / f"look{i}" / "model.onnx") for i, (*_, proto) in enumerate(made)]
+        found = [f for f in files if f is not None]
+        if len(found) < len(files):
+            return {}
+        try:
+            runs = worker.profiles(found, LOOK_SECONDS, LEAST_RUNS)
+        except UnusableError as error:
+            LOG.info("a look at %s tells nothing: %s", groups[0].pass_name, error)
+            return {}
+        return look(made[0][3], made[1][3], made[1][1].rewrites, groups, (runs[0], runs[1]))
+
+    def remembered(self, group: tune.Group) -> tune.Decision | None:
+        known = self.memory.recall(group.pass_name, group.signature)
+        if known is None:
+            return None
+        confirmed = known.evidence if known.profiled == "kept" else None
+        return tune.Decision(group, known.evidence, True, looked=bool(known.profiled), confirmed=confirmed)

@@ -14,7 +14,7 @@ from pwopt.selecting import tune
 from pwopt.selecting.cache import Entry
 
 #: Version of the file's layout.
-SCHEMA = 1
+SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,7 @@ class Profile:
     environment: dict[str, Any]
     entries: tuple[Entry, ...]
 
+    doubtful = "Record the profile anew, with a larger --budget."
     undecided = "the target's profile does not know it; record the profile with this model"
 
     @classmethod

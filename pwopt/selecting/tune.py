@@ -10,13 +10,14 @@ from __future__ import annotations
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple, Protocol
 
 from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.running.progress import Progress, silent
-from pwopt.running.timing import Race
+from pwopt.running.timing import HOPELESS, HOPELESS_ROUNDS, NOTHING, Evidence, Race
 
 LOG = logging.getLogger(__name__)
 
@@ -24,6 +25,14 @@ LOG = logging.getLogger(__name__)
 CONFIDENCE = 0.999
 #: Seconds for one group at most.
 LONGEST_RACE = 6.0
+#: The part of the time that may go into looking before races, and the confidence of what is seen: a race confirms it.
+LOOKING, LOOKED = 0.5, 0.9
+#: A speed-up that profiles must allow for to be raced: sessions of one model differ by more than races tell below it.
+LITTLE = 1.01
+#: A speed-up that is worth a race to its end.
+WORTH = 1.005
+#: Below this part of the time for themselves, models raced on a busy machine.
+BUSY = 0.8
 
 
 @dataclass(frozen=True)
@@ -46,32 +55,58 @@ class Group:
 
 @dataclass(frozen=True)
 class Decision:
-    """What a race, maybe an earlier one, said of a group: the speed-up it brought, its interval at `CONFIDENCE`.
-
-    There was none if the model is the same without the group, since others that are kept act in its places.
-    """
+    """What races, earlier ones perhaps, said of a group."""
 
     group: Group
-    speedup: float
-    interval: tuple[float, float]
+    evidence: Evidence = NOTHING
     remembered: bool = False
+    #: Whether it is profiles that the evidence is from; what the race of all that pay by them said, if it did confirm.
+    looked: bool = False
+    confirmed: Evidence | None = None
+    #: Why there was no race, as a clause ("the model with it cannot be used, since …"); else "".
+    settled: str = ""
     #: Why the model with the group cannot be used at all, as a clause; else "".
     fault: str = ""
-    raced: bool = True
+    #: Which part of the time the models of the last race had for themselves.
+    own: float = 1.0
+
+    @property
+    def speedup(self) -> float:
+        return self.evidence.speedup
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        return self.evidence.interval(CONFIDENCE)
+
+    @property
+    def raced(self) -> bool:
+        return not self.settled and not self.fault
 
     @property
     def kept(self) -> bool:
-        return not self.fault and self.interval[0] > 1.0
+        if self.looked:
+            return self.confirmed is not None
+        return self.raced and self.interval[0] > 1.0
+
+    @property
+    def clear(self) -> bool:
+        """Whether more races would not change it: it pays, or it does not, or hardly."""
+        return not self.raced or self.looked or clear(self.evidence)
 
     def reason(self) -> str:
         """The group, and what decided."""
-        if not self.raced:
-            return f"{self.group.signature}: another rewrite that was kept takes its place"
+        if self.settled:
+            return f"{self.group.signature}: {self.settled}"
         if self.fault:
             return f"{self.group.signature}: the model with it cannot be used, since {self.fault}"
         low, high = self.interval
-        when = " by an earlier run" if self.remembered else ""
-        return f"{self.group.signature}: measured {self.speedup:.3f}× [{low:.3f}, {high:.3f}] in the whole model{when}"
+        figures = f"{self.speedup:.3f}× [{low:.3f}, {high:.3f}]"
+        if self.looked:
+            raced = "" if self.confirmed is None else f", {self.confirmed.speedup:.3f}× in a race of all that pay so"
+            return f"{self.group.signature}: measured {figures} in the whole model by profiles of its operators{raced}"
+        when = " by an earlier run" if self.remembered else "" if self.own >= BUSY else " on a busy machine"
+        doubt = "" if self.clear else ", in doubt"
+        return f"{self.group.signature}: measured {figures}{doubt} in the whole model{when}"
 
     def explain(self) -> str:
         """What became of the group, and why."""
@@ -79,8 +114,18 @@ class Decision:
 
     def skips(self) -> list[Skip]:
         """A record for each site, if the group was dropped."""
-        kept = self.kept and self.raced
-        return [] if kept else [Skip(self.reason(), self.group.pass_name, site) for site in self.group.sites]
+        return [] if self.kept else [Skip(self.reason(), self.group.pass_name, site) for site in self.group.sites]
+
+
+def clear(evidence: Evidence) -> bool:
+    """Whether races have decided: faster or slower beyond doubt, or hardly worth having."""
+    low, high = evidence.interval(CONFIDENCE)
+    return low > 1.0 or high < 1.0 or hopeless(evidence)
+
+
+def hopeless(evidence: Evidence) -> bool:
+    """Whether there is hardly anything to gain."""
+    return evidence.rounds >= HOPELESS_ROUNDS and evidence.interval(HOPELESS)[1] < WORTH
 
 
 def groups(rewrites: Iterable[Rewrite]) -> list[Group]:
@@ -114,75 +159,82 @@ def _joint(rewrites: Sequence[Rewrite]) -> str:
     return f"{kind}: {listed}" if details else kind
 
 
-def choose(
-    candidates: Sequence[Group],
-    build: Callable[[frozenset[str]], Path],
-    race: Callable[[Path, Path, float], Race],
-    budget: float,
-    progress: Progress = silent,
-    remembered: Callable[[Group], Decision | None] = lambda _group: None,
-    fault: Callable[[Path], str] = lambda _model: "",
-) -> list[Decision]:
+class Glance(NamedTuple):
+    """What profiles say of a group: speed-ups of the whole model, by its own operators and at best."""
+
+    own: Evidence
+    best: Evidence
+
+
+class Judge(Protocol):
+    """What decides on groups: builds models, says whether they can be used, races them, and remembers."""
+
+    def build(self, sites: frozenset[str]) -> Path:
+        """Write the model in which the measured rewrites of just these sites were made; models alike may be one."""
+
+    def fault(self, model: Path) -> str:
+        """Why a model cannot be raced, else ""."""
+
+    def race(self, a: Path, b: Path, seconds: float, known: Evidence) -> Race | str:
+        """Race two models for at most so many seconds, on top of what is known; or why one of them fails now."""
+
+    def remembered(self, group: Group) -> Decision | None:
+        """What is known of a group already, decided or not."""
+
+    def look(self, kept: Sequence[Group], groups: Sequence[Group]) -> Mapping[Group, Glance]:
+        """What profiles say of groups on top of those that are kept; nothing of those that they cannot tell."""
+
+
+def choose(candidates: Sequence[Group], judge: Judge, budget: float, progress: Progress = silent) -> list[Decision]:
     """Race each group on top of those kept so far, unless it was decided before.
 
-    Groups depend on each other: those that were dropped before others were kept are raced again, on top of these, and
+    Groups depend on each other: those that were in doubt before others were kept are raced again, on top of these, and
     at last those that were kept are raced again on top of all others, and dropped if they no longer pay.
 
     Parameters
     ----------
     candidates : sequence of Group
-    build : callable
-        Writes the model in which the measured rewrites of just these sites were made; models that are alike may be one.
-    race : callable
-        Races two such models for at most so many seconds.
+        In the order in which they are raced.
+    judge : Judge
     budget : float
         Seconds for everything; groups that it leaves no time for are not decided.
     progress : callable, optional
         Called with what is raced, and the fraction of groups done.
-    remembered : callable, optional
-        The decision of an earlier run on a group.
-    fault : callable, optional
-        Why a model cannot be raced, else "": its group is dropped.
 
     Returns
     -------
     list of Decision
     """
-    contest = _Contest(candidates, build, race, budget, progress, fault)
-    for done, group in enumerate(candidates):
-        earlier = remembered(group)
+    contest = _Contest(candidates, judge, budget, progress)
+    for group in candidates:
+        earlier = judge.remembered(group)
         if earlier is not None:
             contest.decided[group] = earlier
             LOG.info("%s", earlier.explain())
-        else:
-            contest.decide(group, 2 * (len(candidates) - done))  # as much again for what follows
+    waiting = [g for g in candidates if g not in contest.decided or not contest.decided[g].clear]
+    promising = contest.look([g for g in waiting if g not in contest.decided])
+    if promising:
+        contest.confirm(promising)
+    waiting = [g for g in waiting if g not in contest.decided or not contest.decided[g].clear]
+    for done, group in enumerate(waiting):
+        contest.decide(group, 2 * (len(waiting) - done))  # as much again for what follows
     decided, kept = contest.decided, contest.kept()
     last = candidates.index(kept[-1]) if kept else 0
-    dropped = [g for g in candidates[:last] if g in decided and not decided[g].kept]
-    again = [g for g in dropped if not decided[g].remembered and decided[g].interval[1] > 1.0]
+    again = [g for g in candidates[:last] if g in decided and not decided[g].clear and not decided[g].remembered]
     for i, group in enumerate(again):
-        contest.decide(group, len(again) - i + len(kept))
-    doubted = [g for g in contest.kept()[:-1] if not decided[g].remembered]
+        contest.decide(group, len(again) - i + len(kept), anew=True)
+    doubted = [g for g in contest.kept()[:-1] if not decided[g].remembered and not decided[g].looked]
     for i, group in enumerate(doubted):
-        contest.decide(group, len(doubted) - i)
+        contest.decide(group, len(doubted) - i, anew=True)
     return [decided[g] for g in candidates if g in decided]
 
 
 class _Contest:
     """Races of groups of rewrites, and what they have decided so far."""
 
-    def __init__(
-        self,
-        candidates: Sequence[Group],
-        build: Callable[[frozenset[str]], Path],
-        race: Callable[[Path, Path, float], Race],
-        budget: float,
-        progress: Progress,
-        fault: Callable[[Path], str],
-    ) -> None:
-        self._fault = fault
+    def __init__(self, candidates: Sequence[Group], judge: Judge, budget: float, progress: Progress) -> None:
         self.candidates, self.decided = candidates, dict[Group, Decision]()
-        self._build, self._race, self._progress = build, race, progress
+        self._judge, self._progress = judge, progress
         self._budget, self._deadline = budget, time.perf_counter() + budget
         self._files: dict[frozenset[str], Path] = {}
 
@@ -192,24 +244,61 @@ class _Contest:
     def _model(self, groups: Iterable[Group]) -> Path:
         sites = frozenset(site for g in groups for site in g.sites)
         if sites not in self._files:
-            self._files[sites] = self._build(sites)
+            self._files[sites] = self._judge.build(sites)
         return self._files[sites]
 
-    def decide(self, group: Group, races: int) -> None:
-        """Race a group on top of the others that are kept, with its share of the time that is left."""
+    def look(self, groups: Sequence[Group]) -> dict[Group, Evidence]:
+        """What pays by profiles, the best first; what does not is decided, and what they do not tell is neither."""
+        seen: dict[Group, Glance] = {}
+        for name in dict.fromkeys(g.pass_name for g in groups):
+            if time.perf_counter() > self._deadline - (1 - LOOKING) * self._budget:
+                break
+            self._progress(f"looking at {name}", 1 - (self._deadline - time.perf_counter()) / self._budget)
+            seen.update(self._judge.look(self.kept(), [g for g in groups if g.pass_name == name]))
+        for group, glance in seen.items():
+            figures = glance.own.speedup, *glance.own.interval(LOOKED)
+            LOG.info("profiled %s: %s: %.3f× [%.3f, %.3f]", group.pass_name, group.signature, *figures)
+            if glance.best.interval(LOOKED)[1] < LITTLE and glance.own.interval(LOOKED)[0] <= 1.0:
+                self.decided[group] = Decision(group, glance.own, looked=True)
+        paying = {g: e.own for g, e in seen.items() if e.own.interval(LOOKED)[0] > 1.0}
+        return dict(sorted(paying.items(), key=lambda found: -found[1].speedup))
+
+    def confirm(self, groups: Mapping[Group, Evidence]) -> None:
+        """Race all groups that pay by profiles at once; if they do together, all are kept."""
+        left = self._deadline - time.perf_counter()
+        if left <= 0:
+            return
+        self._progress(f"racing {', '.join(dict.fromkeys(g.pass_name for g in groups))}", 1 - left / self._budget)
+        without, model = self._model(self.kept()), self._model([*self.kept(), *groups])
+        if without == model or self._judge.fault(model):
+            return
+        result = self._judge.race(without, model, min(LONGEST_RACE, left / 2), NOTHING)
+        if isinstance(result, str) or not (confirmed := Evidence.of(result)).interval(CONFIDENCE)[0] > 1.0:
+            return
+        for group, evidence in groups.items():
+            self.decided[group] = Decision(group, evidence, looked=True, confirmed=confirmed)
+        LOG.info("kept %s: %.3f× together", ", ".join(g.signature for g in groups), confirmed.speedup)
+
+    def decide(self, group: Group, races: int, *, anew: bool = False) -> None:
+        """Race a group on top of the others that are kept, with its share of the time that is left.
+
+        What earlier races said of it counts too, unless they were on top of others (`anew`).
+        """
         left = self._deadline - time.perf_counter()
         if left <= 0:
             return
         self._progress(f"racing {group.pass_name}: {group.signature}", 1 - left / self._budget)
         others = [g for g in self.kept() if g is not group]
         without, model = self._model(others), self._model([*others, group])
-        if without == model:  # what is kept already took its places
-            self.decided[group] = Decision(group, 1.0, (1.0, 1.0), raced=False)
+        if without == model:
+            self.decided[group] = Decision(group, settled="another rewrite that was kept takes its place")
             return
-        fault = self._fault(model)
-        if fault:
-            self.decided[group] = Decision(group, 0.0, (0.0, 0.0), fault=fault)
-            return
-        result = self._race(without, model, min(LONGEST_RACE, left / races))
-        self.decided[group] = Decision(group, result.speedup(), result.interval(confidence=CONFIDENCE))
+        known = NOTHING if anew or group not in self.decided else self.decided[group].evidence
+        fault = self._judge.fault(model)
+        left = self._deadline - time.perf_counter()
+        result = fault or self._judge.race(without, model, min(LONGEST_RACE, max(0.0, left) / races), known)
+        if isinstance(result, str):
+            self.decided[group] = Decision(group, fault=result)
+        else:
+            self.decided[group] = Decision(group, known + Evidence.of(result), own=result.own)
         LOG.info("%s", self.decided[group].explain())

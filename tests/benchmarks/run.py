@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pwopt
-from pwopt.optimizing.request import BUDGET
+from pwopt.optimizing.request import EFFORTS
 from pwopt.reporting.report import to_json
 from pwopt.running.runtime import environment
 
@@ -62,7 +62,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path)
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--seconds", type=float, default=10.0, help="time to race each model")
-    parser.add_argument("--budget", type=float, default=BUDGET, help="time to choose measured rewrites of each model")
+    parser.add_argument("--budget", type=float, default=EFFORTS["normal"], help="seconds of measuring for each model")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--provider", default="cpu")
     options = parser.parse_args()

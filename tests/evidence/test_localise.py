@@ -242,16 +242,16 @@ def test_a_fault_that_noise_drowns_is_traced_back_from_where_it_shows() -> None:
 
 def test_the_rewrite_at_fault_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A rewrite that went wrong: optimize leaves it out, and says where the answers began to differ."""
-    real = selection.run_pipeline
+    real = selection.Snapshot.finish
 
-    def faulty(model: pwopt.Model, *arguments: object, **options: object) -> object:
-        result = real(model, *arguments, **options)  # type: ignore[arg-type]
-        for node in model.graph.nodes:
+    def faulty(snapshot: selection.Snapshot, allowed: frozenset[str] | None = None) -> object:
+        result = real(snapshot, allowed)
+        for node in snapshot.model.graph.nodes:
             if node.op == "Conv" and node.outputs[0].name == "n":  # into which the normalisation was folded
                 node.inputs[1].values = node.inputs[1].values * F(1.001)
         return result
 
-    monkeypatch.setattr(selection, "run_pipeline", faulty)
+    monkeypatch.setattr(selection.Snapshot, "finish", faulty)
     report = pwopt.optimize(net(), tmp_path / "out.onnx", cost_model="analytic", passes=["fold-affine"]).report
     assert report.rewrites == ()
     (left,) = (s for s in report.skips if s.site == "fold-affine:n")

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx
 import pytest
 from helpers import normal, ops, parse
 
@@ -34,19 +36,11 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Speed], None]:
     pytest.importorskip("onnxruntime")
 
     def install(speed: Speed) -> None:
-        def race(sessions: list[Any], feeds: Any, *_: Any, **__: Any) -> Race:
-            width = feeds["x"].shape[-1]
-            return Race(tuple(np.full(20, speed(s.counted, s.threads, width)) for s in sessions))
+        def race(arena: selection.Arena, models: list[Path], *_: Any, **__: Any) -> Race:
+            width = arena.samples[0].feeds["x"].shape[-1]
+            return Race(tuple(np.full(20, speed(ops(onnx.load(m)), arena.threads, width)) for m in models))
 
-        class Counted(selection.Session):
-            def __init__(self, path: Any, provider: str = "cpu", threads: int = 1, **options: Any) -> None:
-                import onnx
-
-                super().__init__(path, provider, threads, **options)
-                self.counted, self.threads = ops(onnx.load(path)), threads
-
-        monkeypatch.setattr(selection, "Session", Counted)
-        monkeypatch.setattr(selection.timing, "race", race)
+        monkeypatch.setattr(selection.Arena, "race", race)
         monkeypatch.setattr(conditions, "usual_threads", lambda: 4)
 
     return install

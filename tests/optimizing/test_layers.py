@@ -10,10 +10,11 @@ import pytest
 from helpers import normal, parse
 
 import pwopt
-from pwopt.optimizing.layers import LAYOUT, attributed, fused, layers, marked
+from pwopt.optimizing.layers import LAYOUT, layers
 from pwopt.reporting.report import Layer
 from pwopt.rewriting import Rewrite
 from pwopt.running.runtime import NodeTime
+from pwopt.selecting.attribution import attributed, fused, marked
 
 BODY = """(float[1,4,6,6] x) => (float[N] y) {
     a = Conv(x, w) b = BatchNormalization(a, s, t, t, v) r = Relu(b) c = Conv(r, u) q = Mul(c, k) y = Add(q, r)

@@ -15,7 +15,7 @@ from helpers import MODELS, normal, ops, parse
 import pwopt
 from pwopt.evidence.certify import unchecked
 from pwopt.graph.files import from_proto
-from pwopt.optimizing import survival, trial
+from pwopt.optimizing import subject, survival, trial
 from pwopt.rewriting import Pass, Rewrite, Rewriter
 from pwopt.running import worker
 from pwopt.running.worker import Worker
@@ -111,7 +111,7 @@ def test_what_cannot_be_used_is_left_out(
     monkeypatch.setattr(Harmful, "policy", policy)
     others = (p for p in compiler.PASSES if p.policy != "measured")  # whose races would take the time
     monkeypatch.setattr(compiler, "PASSES", (*others, Harmful))
-    monkeypatch.setattr(trial, "certify", unchecked)
+    monkeypatch.setattr(subject, "certify", unchecked)
     monkeypatch.setattr(worker, "PATIENCE", 1.0)
     monkeypatch.setattr(worker, "SLOWER", 1.0)
     out = tmp_path / "out.onnx"
@@ -200,7 +200,7 @@ def test_the_original_is_returned_when_attempts_run_out(tmp_path: Path, monkeypa
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(Harmful, "kind", "does not load")
     monkeypatch.setattr(compiler, "PASSES", (Harmful,))
-    monkeypatch.setattr(trial, "certify", unchecked)
+    monkeypatch.setattr(subject, "certify", unchecked)
     monkeypatch.setattr(trial, "MAX_ATTEMPTS", 1)
     done = pwopt.optimize(CHAIN, tmp_path / "out.onnx", threads=1)
     assert ops(done.model) == ops(onnx.load(tmp_path / "out.onnx")) == ops(CHAIN)

@@ -67,7 +67,7 @@ def test_a_measured_class_is_raced_and_a_name_is_believed(monkeypatch: pytest.Mo
     pytest.importorskip("onnxruntime")
     monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path))
     kept = iter([Race((np.full(50, 2.0), np.full(50, 1.0)))] * 2)
-    monkeypatch.setattr(selection.timing, "race", lambda *_, **__: next(kept))
+    monkeypatch.setattr(selection.Arena, "race", lambda *_, **__: next(kept))
     result = pwopt.optimize(signs(), passes=[CleanUp, Square], threads=1)
     assert ops(result.model)["Mul"] == 1
     assert next(kept, None) is None

@@ -33,20 +33,11 @@ def model(tmp_path: Path) -> Path:
 def recorded(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A profile of a machine on which splitting the map pays, and nothing else does."""
 
-    def race(sessions: list[object], *_: object, **__: object) -> Race:
-        found = [ops(onnx.load(s.path)) for s in sessions]  # type: ignore[attr-defined]
-        cost = [1.0 + f["Split"] + f["Resize"] for f in found]
-        return Race(tuple(np.full(40, c) for c in cost))
+    def race(_arena: object, models: list[Path], *_: object, **__: object) -> Race:
+        found = [ops(onnx.load(m)) for m in models]
+        return Race(tuple(np.full(40, 1.0 + f["Split"] + f["Resize"]) for f in found))
 
-    real = selection.Session
-
-    class Remembering(real):  # type: ignore[valid-type, misc]
-        def __init__(self, path: Path, *arguments: object, **options: object) -> None:
-            super().__init__(path, *arguments, **options)
-            self.path = path
-
-    monkeypatch.setattr(selection, "Session", Remembering)
-    monkeypatch.setattr(selection.timing, "race", race)
+    monkeypatch.setattr(selection.Arena, "race", race)
     pwopt.profile([model]).save(tmp_path / "target.json")
     monkeypatch.undo()
     return tmp_path / "target.json"
@@ -56,7 +47,7 @@ def test_a_profile_decides_without_a_race(model: Path, recorded: Path, monkeypat
     def never(*_: object, **__: object) -> Race:
         raise AssertionError("a race on this machine")
 
-    monkeypatch.setattr(selection.timing, "race", never)
+    monkeypatch.setattr(selection.Arena, "race", never)
     result = pwopt.optimize(model, target_profile=recorded)
     assert ops(result.model) == {"Conv": 2, "Mul": 1}
     assert result.report.equivalence is not None

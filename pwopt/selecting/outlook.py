@@ -1,0 +1,129 @@
+"""A look before races: what each group of rewrites changes, from a few profiled runs without any and with all.
+
+An operator's time is a small part of a run's, and so is its noise: profiles tell gains apart that races do not. But only
+the whole model tells what a change of layout costs, so what the parts leave of the whole is held in favour of each, and
+nothing is kept that a race did not confirm.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+
+import numpy as np
+import onnx
+
+from pwopt.algebra import Array
+from pwopt.rewriting.records import Rewrite
+from pwopt.running.runtime import NodeTime
+from pwopt.running.timing import Evidence, Race
+from pwopt.selecting.attribution import placed, together
+from pwopt.selecting.tune import Glance, Group
+
+#: Two sessions of one model differ by this part of a run, as its memory happens to lie.
+SESSIONS = 0.015
+#: The part of a run that operators of no group must take to tell slow runs by.
+CONTROL = 0.2
+
+#: What one run under the profiler took, operator by operator, in the order in which they ran.
+Run = Iterable[NodeTime]
+
+
+def look(
+    before: onnx.ModelProto,
+    after: onnx.ModelProto,
+    rewrites: Sequence[Rewrite],
+    groups: Sequence[Group],
+    runs: tuple[Sequence[Run], Sequence[Run]],
+) -> dict[Group, Glance]:
+    """What profiled runs of two models, the second with all of some groups, say of each group by itself.
+
+    A change of layout counts for the group of the operator before or after it. The differences of the groups' operators
+    should add up to the difference of the totals; what operators of no group gained may be due to any of the groups.
+
+    Parameters
+    ----------
+    before, after : onnx.ModelProto
+        As they were profiled.
+    rewrites : sequence of Rewrite
+        That made the second.
+    groups : sequence of Group
+    runs : (sequence, sequence)
+        Of both models, side by side.
+
+    Returns
+    -------
+    dict
+        Group → what is known of it. Groups are left out of which not all rewrites were made, or whose operators are
+        others' too.
+    """
+    seen = [[placed(proto, run) for run in each] for proto, each in zip((before, after), runs, strict=True)]
+    owners = _owners(groups, rewrites)
+    timed = [{i: 1.0 for run in each for i, _ in run if i is not None} for each in seen]
+    of: tuple[dict[int, Group], dict[int, Group]] = ({}, {})
+    made = {r.site for r in rewrites}
+    vague = {g for g in groups if not made.issuperset(g.sites)}
+    for a, b in together(before, after, rewrites, (timed[0], timed[1])):
+        mine = {g for i in a for name in before.graph.node[i].output for g in owners.get(name, ())}
+        vague |= mine if len(mine) > 1 else set()
+        if len(mine) == 1:
+            (group,) = mine
+            of[0].update(dict.fromkeys(a, group))
+            of[1].update(dict.fromkeys(b, group))
+    spent = [[_by_group(run, of[k]) for run in each] for k, each in enumerate(seen)]
+    totals = np.array([[sum(times.values()) for times in each] for each in spent])
+    scales = _pace(spent, totals)
+    whole = float(np.median(totals[0] / scales[0]))
+    gains: dict[Group, Array] = {g: _times(spent[0], g) / scales[0] - _times(spent[1], g) / scales[1] for g in groups}
+    credit = _unaccounted(spent, whole)
+    found = {g: (_speedup(whole, gain), _speedup(whole, gain + credit)) for g, gain in gains.items() if g not in vague}
+    return {g: Glance(*evidence) for g, evidence in found.items()}
+
+
+def _speedup(whole: float, gain: Array) -> Evidence:
+    return Evidence.of(Race((np.full(len(gain), whole), np.maximum(whole - gain, 1e-9))))
+
+
+def _times(runs: Sequence[Mapping[Group | None, float]], group: Group | None) -> Array:
+    return np.array([times.get(group, 0.0) for times in runs])
+
+
+def _unaccounted(spent: Sequence[Sequence[Mapping[Group | None, float]]], whole: float) -> float:
+    """Milliseconds that operators of no group gained, beyond what can be told: layouts that changed elsewhere."""
+    apart = _times(spent[0], None) - _times(spent[1], None)
+    error = 1.2533 * 1.4826 * float(np.median(np.abs(apart - np.median(apart)))) / math.sqrt(len(apart))  # of a median
+    return max(0.0, float(np.median(apart)) - max(2 * error, SESSIONS * whole))
+
+
+def _pace(spent: Sequence[Sequence[Mapping[Group | None, float]]], totals: Array) -> Array:
+    """How slow the machine was in each run, by operators of no group, which are the same in both models."""
+    same = np.array([_times(runs, None) for runs in spent])
+    if np.min(same) < CONTROL * np.min(totals):
+        return np.ones_like(same)
+    return np.asarray(same / np.median(same))
+
+
+def _owners(groups: Sequence[Group], rewrites: Sequence[Rewrite]) -> dict[str, set[Group]]:
+    """Tensor of the first model → the groups whose rewrites took it over."""
+    of = {site: g for g in groups for site in g.sites}
+    owners: defaultdict[str, set[Group]] = defaultdict(set)
+    for r in rewrites:
+        if r.site in of:
+            for name in (*(old for old, _ in r.became), r.site.partition(":")[2]):
+                owners[name].add(of[r.site])
+    return dict(owners)
+
+
+def _by_group(run: Sequence[tuple[int | None, float]], of: dict[int, Group]) -> dict[Group | None, float]:
+    """Milliseconds of a run by group, those of None apart; what is between two operators is that of a group's."""
+    owner = [None if i is None else of.get(i) for i, _ in run]
+    total: defaultdict[Group | None, float] = defaultdict(float)
+    for k, (i, spent) in enumerate(run):
+        group = owner[k]
+        if i is None:
+            before = next((owner[m] for m in range(k - 1, -1, -1) if run[m][0] is not None), None)
+            after = next((owner[m] for m in range(k + 1, len(run)) if run[m][0] is not None), None)
+            group = after or before
+        total[group] += spent
+    return dict(total)

@@ -1,0 +1,137 @@
+"""What is settled is settled once: every candidate begins at one snapshot, and is what a run of its own would make."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import onnx
+import pytest
+from helpers import MODELS, normal, parse
+from strategies import random_sample
+
+import pwopt
+from pwopt.evidence.certify import certify
+from pwopt.graph.files import from_proto, load
+from pwopt.rewriting.records import Outcome
+from pwopt.running.inputs import input_specs
+from pwopt.selecting import compiler, selection
+from pwopt.selecting.compiler import Snapshot, run_pipeline, select_passes
+from pwopt.selecting.selection import Work
+
+F = np.float32
+#: A chain that folds, siblings that may be merged, and an activation by name.
+BODY = "(float[1,6,5,7] x) => (float[N] a, float[N] b) { t = Conv(x, s) u = Conv(t, v) r = Relu(u) a = Conv(r, w) b = Conv(r, z) }"
+WEIGHTS = {k: normal(6, 6, 1, 1, seed=i).astype(F) for i, k in enumerate("svwz")}
+
+
+def sizes(proto: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    return {s.name: tuple(d if isinstance(d, int) else 4 for d in s.shape or ()) for s in input_specs(proto)}
+
+
+def apart(proto: onnx.ModelProto, folder: Path | None, allowed: frozenset[str] | None) -> tuple[bytes, Outcome]:
+    """A run from the original to the end, on one graph."""
+    model, passes = from_proto(proto, folder), select_passes(None)
+    for p in passes:
+        p.eager = p.policy == "measured" and allowed is not None
+    _, outcome, _ = run_pipeline(model, passes, (), sizes(proto), allowed)
+    return model.to_proto().SerializeToString(deterministic=True), outcome
+
+
+def every(proto: onnx.ModelProto, work: Work) -> list[tuple[onnx.ModelProto, frozenset[str]]]:
+    """A model with no measured rewrite, with each kind by itself, with all, and with none again."""
+    sites: dict[str, list[str]] = {}
+    for r in work.opportunities()[0]:
+        sites.setdefault(r.pass_name, []).append(r.site)
+    asked = [frozenset[str](), *map(frozenset, sites.values()), frozenset(s for found in sites.values() for s in found)]
+    return [(work.rewrite(allowed)[3], allowed) for allowed in (*asked, frozenset[str]())]
+
+
+@pytest.mark.parametrize("path", sorted(MODELS.glob("*.onnx")), ids=lambda p: p.stem)
+def test_candidates_of_one_snapshot_are_what_runs_of_their_own_make(path: Path) -> None:
+    source = load(path)
+    work = Work(source, source, None, (), sizes(source.proto), Path())
+    for proto, allowed in every(source.proto, work):
+        assert proto.SerializeToString(deterministic=True) == apart(source.proto, source.folder, allowed)[0]
+
+
+def test_so_are_those_of_random_models() -> None:
+    for number in range(60):
+        source = from_proto(random_sample(Random(number)).model)
+        work = Work(source, source, None, (), sizes(source.proto), Path())
+        for allowed in (frozenset[str](), frozenset(r.site for r in work.opportunities()[0])):
+            _, outcome, _, proto = work.rewrite(allowed)
+            wanted, records = apart(source.proto, None, allowed)
+            assert proto.SerializeToString(deterministic=True) == wanted
+            assert outcome == records
+
+
+def test_a_branch_leaves_the_snapshot_alone() -> None:
+    proto = parse(BODY, **WEIGHTS)
+    snapshot = Snapshot.of(from_proto(proto), select_passes(None), (), {})
+    before = snapshot.model.to_proto().SerializeToString(deterministic=True)
+    first = snapshot.branch(eager=True)
+    first.finish()
+    assert first.model.to_proto().SerializeToString(deterministic=True) != before
+    assert snapshot.model.to_proto().SerializeToString(deterministic=True) == before
+    assert not any(p.eager for p in snapshot.passes)
+
+
+def test_metadata_and_bodies_survive_in_a_branch() -> None:
+    """Nodes keep the messages that they came from, whatever was copied in between."""
+    body = (
+        "(float[1,6,5,7] x, bool c) => (float[N] y) { t = Conv(x, s) u = Conv(t, v) "
+        "y = If(c) <then_branch = g1 () => (float[N] z) { z = Relu(u) }, else_branch = g2 () => (float[N] z) { z = Neg(u) }> }"
+    )
+    proto = parse(body, s=WEIGHTS["s"], v=WEIGHTS["v"])
+    for node in proto.graph.node:
+        node.doc_string = f"was {node.op_type}"
+    work = Work(from_proto(proto), from_proto(proto), None, (), sizes(proto), Path())
+    made = work.rewrite(frozenset())[3]
+    conv, branch = made.graph.node
+    assert conv.doc_string == "was Conv"
+    assert branch == proto.graph.node[-1]
+
+
+def test_one_optimisation_settles_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    settled: list[object] = []
+    real = Snapshot.of.__func__  # type: ignore[attr-defined]
+
+    def counted(cls: type[Snapshot], *arguments: object, **options: object) -> Snapshot:
+        settled.append(arguments)
+        return real(cls, *arguments, **options)
+
+    monkeypatch.setattr(Snapshot, "of", classmethod(counted))
+    monkeypatch.setattr(selection, "LATEST", 4)
+    pwopt.optimize(parse(BODY, **WEIGHTS), race_seconds=0.05, budget=3.0, threads=1, cache=False)
+    assert len(settled) == 1
+
+
+def test_what_is_denied_to_a_measured_pass_settles_nothing_anew() -> None:
+    source = from_proto(parse(BODY, **WEIGHTS))
+    work = Work(source, source, None, (), {}, Path(), certifier=certify)
+    (merge,) = (r for r in work.opportunities()[0] if r.pass_name == "merge-siblings")
+    without = work.without([merge], "it is slow")
+    (fold,) = (r for r in work.rewrite(frozenset())[1].rewrites if r.pass_name == "fold-chains")
+    assert without.rewrite(frozenset({merge.site}))[1].rewrites == work.rewrite(frozenset())[1].rewrites
+    assert len(work.snapshots) == 1
+    assert ops_of(without.without([fold], "it is wrong").rewrite(frozenset())[3]) == 4
+    assert len(work.snapshots) == 2
+    assert fold.certificate is not None
+    assert fold.certificate.passed
+
+
+def ops_of(proto: onnx.ModelProto) -> int:
+    return sum(n.op_type == "Conv" for n in proto.graph.node)
+
+
+def test_a_pass_that_keeps_lists_is_copied_with_them() -> None:
+    """What a pass notes while one candidate is made is not known where the next begins."""
+    p = select_passes(["factor-ranks"])[0]
+    p.seen = [1]  # type: ignore[attr-defined]
+    twin = p.branch()
+    twin.seen.append(2)  # type: ignore[attr-defined]
+    assert p.seen == [1]  # type: ignore[attr-defined]
+    assert compiler.select_passes(None)[0] is not p
