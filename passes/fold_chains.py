@@ -185,25 +185,33 @@ def plan(rw: Rewriter, maps: list[Reading]) -> Chain:
     """
     places = relative_places(rw, maps)
     count = len(maps)
+    known: dict[Geometry, Geometry] = {}
+    geometries = [known.setdefault(m.geometry, m.geometry) for m in maps]  # equal ones are one, and compared at once
+    weighted = [m.weighted for m in maps]
+    pairs: dict[tuple[int, int], Geometry | Refusal] = {}
     best: list[tuple[float, int]] = [(0.0, 0)] + [(float("inf"), 0)] * count
     start = [0] * (count + 1)
     for i in range(count):
-        composed: Geometry | Refusal = maps[i].geometry
-        transposed_at = i if maps[i].geometry.transposed else None
-        has_weights = maps[i].weighted
+        composed: Geometry | Refusal = geometries[i]
+        transposed_at = i if geometries[i].transposed else None
+        has_weights = weighted[i]
         for j in range(i, count):
             if j > i:
                 assert isinstance(composed, Geometry)
-                composed = compose_geometry(maps[j].geometry, composed)
+                pair = (id(geometries[j]), id(composed))
+                if pair not in pairs:
+                    made = compose_geometry(geometries[j], composed)
+                    pairs[pair] = made if isinstance(made, Refusal) else known.setdefault(made, made)
+                composed = pairs[pair]
                 if isinstance(composed, Refusal):
                     break
-                transposed_at = j if maps[j].geometry.transposed else transposed_at
-                has_weights = has_weights or maps[j].weighted
+                transposed_at = j if geometries[j].transposed else transposed_at
+                has_weights = has_weights or weighted[j]
                 if rw.denied(maps[j].node) or not has_weights:
                     continue
             over = places[transposed_at] if transposed_at is not None else places[j]
             assert isinstance(composed, Geometry)
-            free = i == j and not maps[i].weighted
+            free = i == j and not weighted[i]
             total = (best[i][0] + (0.0 if free else price(composed, over)), best[i][1] + 1)
             if total < best[j + 1]:
                 best[j + 1], start[j + 1] = total, i

@@ -48,6 +48,17 @@ def _shape(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[
     return [np.array(inputs[0].shape[slice(state.attrs.get("start", 0), state.attrs.get("end"))], np.int64)]
 
 
+@rule("GatherND")
+def _gather_nd(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
+    """All index tuples at once; onnx's reference takes one after another."""
+    data, indices = inputs
+    shared, depth = state.attrs.get("batch_dims", 0), indices.shape[-1]
+    batches = math.prod(data.shape[:shared])
+    places = np.moveaxis(indices.reshape(batches, -1, depth), -1, 0)
+    found = data.reshape(batches, *data.shape[shared:])[(np.arange(batches)[:, None], *places)]
+    return [found.reshape(*indices.shape[:-1], *data.shape[shared + depth :])]
+
+
 @rule("Add", "Sub", "Mul", "Div", "Sum")
 def _arithmetic(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     if "axis" in state.attrs and inputs[1].ndim:  # before opset 7, operands are aligned at an axis

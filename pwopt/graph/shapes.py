@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 
 import onnx
@@ -20,6 +21,9 @@ Change = Callable[[Shape], Shape | None]
 WIDEST = 1 << 16
 #: Bytes that inference may take, and for each byte of the graph; it keeps several copies, and needs a tenth of both.
 INFERENCE_MEMORY, INFERENCE_COPIES = 1 << 28, 64
+
+#: Elements that inference may write down without a bound on its memory.
+SAFE = 1 << 22
 
 #: Initializers up to this many elements may be shapes, axes or sizes, whose values inference reads.
 SMALL = 1024
@@ -131,6 +135,8 @@ def _infer(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
         return types
     if _too_wide(light, types):
         return types
+    if _most_values(light) <= SAFE:
+        return _types(shape_inference.infer_shapes(light, data_prop=True))
     content = light.SerializeToString()
     found = isolated(
         lambda: shape_inference.infer_shapes(content, data_prop=True).SerializeToString(),
@@ -163,6 +169,22 @@ def _too_wide(light: onnx.ModelProto, types: Mapping[str, tuple[int, Shape | Non
     inputs = {name for node in light.graph.node if _propagates(node) for name in node.input}
     sizes = (known(types.get(name, (0, None))[1]) for name in inputs)
     return any(size is not None and len(size) == 1 and size[0] > WIDEST for size in sizes)
+
+
+def _most_values(light: onnx.ModelProto) -> int:
+    """How many elements following values may write down, at most: constants and shapes, which only Concat adds up."""
+    held = {t.name: math.prod(t.dims) for t in light.graph.initializer}
+    total = 0
+    for node in light.graph.node:
+        read = [held.get(name, 0) for name in node.input]
+        size = max((math.prod(a.t.dims) for a in node.attribute if a.HasField("t")), default=0)
+        if node.op_type in ("Shape", "Size"):
+            size = SMALL
+        elif _propagates(node):
+            size = sum(read) if node.op_type == "Concat" else max(read, default=0)
+        held.update(dict.fromkeys(node.output, size))
+        total += size
+    return total
 
 
 def _propagates(node: onnx.NodeProto) -> bool:

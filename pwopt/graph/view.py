@@ -8,6 +8,7 @@ only, and writes graphsurgeon's links back once, in `close`.
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard
 
@@ -222,7 +223,7 @@ class View:
     def elements(self, tensor: gs.Tensor) -> int | None:
         """Number of elements of a constant, without reading it; None if not constant."""
         held = self.constant(tensor)
-        return None if held is None else int(np.prod(held.shape, dtype=np.int64))
+        return None if held is None else math.prod(held.shape)
 
     def raw(self, tensor: gs.Tensor) -> Values | None:
         """Value of a constant in the model's own type; None if not constant."""
@@ -464,7 +465,7 @@ class View:
 def _bytes(tensor: gs.Tensor) -> int:
     """What a constant takes to store; nothing for any other tensor."""
     if isinstance(tensor, gs.Constant):
-        return int(np.prod(tensor.shape, dtype=np.int64) * np.dtype(tensor.dtype).itemsize)
+        return int(math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize)
     maker = tensor.inputs[0] if tensor.inputs else None
     value = maker.attrs.get("value") if maker is not None and maker.op == "Constant" else None
     return _bytes(value) if isinstance(value, gs.Constant) else 0

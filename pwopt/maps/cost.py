@@ -86,7 +86,7 @@ def measure(view: View) -> Cost:
         for tensor in node.inputs:
             held = view.constant(tensor)
             if held is not None and held.dtype is not None and np.dtype(held.dtype).kind in "fV":
-                constants[id(held)] = int(np.prod(held.shape, dtype=np.int64))
+                constants[id(held)] = math.prod(held.shape)
     return Cost(len(nodes), sum(constants.values()), sum(c or 0 for c in counted), counted.count(None))
 
 

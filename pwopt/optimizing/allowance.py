@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
+from collections.abc import Iterator
 from dataclasses import replace
 
 from pwopt.optimizing.conditions import SHARE, others
@@ -31,7 +33,7 @@ class Allowance:
 
     def __init__(self, subject: Subject, request: Request) -> None:
         self._end = time.perf_counter() + request.seconds
-        self._request = request
+        self.request = request
         self._elsewhere = max(0, len(others(subject, request)))
         worker = subject.arena.worker if subject.arena is not None else None
         load, run = worker.took if worker is not None and worker.ready else (0.0, 0.0)
@@ -41,6 +43,18 @@ class Allowance:
     @property
     def left(self) -> float:
         return max(0.0, self._end - time.perf_counter())
+
+    @property
+    def again(self) -> bool:
+        """Whether there is time to verify and to race another result."""
+        return self.request.seconds <= 0 or self.left > self._fixed + self._races * self._final
+
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """The time for what is no measuring."""
+        begin = time.perf_counter()
+        yield
+        self._end += time.perf_counter() - begin
 
     @property
     def for_choosing(self) -> float:
@@ -54,11 +68,11 @@ class Allowance:
 
     @property
     def _final(self) -> float:
-        return min(self._request.race_seconds, FINAL * self._request.seconds)
+        return min(self.request.race_seconds, FINAL * self.request.seconds)
 
     def rest(self) -> Request:
         """The request with what is left for the final race."""
-        if self._request.seconds <= 0:
-            return self._request
+        if self.request.seconds <= 0:
+            return self.request
         left = max(0.0, self.left - self._fixed) / self._races
-        return replace(self._request, race_seconds=min(self._request.race_seconds, left))
+        return replace(self.request, race_seconds=min(self.request.race_seconds, left))

@@ -127,9 +127,10 @@ def optimized(model: Source, request: Request) -> Result:
         subject = subject.guarded(stack)
         LOG.info("%s", _on_what(subject, request))
         work = plan(subject, request, stack.enter_context(workspace(request.output)))
+        request.progress("rewriting", 0.0)
+        work.settled(tuple(work.denied))
         allowance = Allowance(subject, request)
         choice = choose(work, subject, request, allowance)
-        request = allowance.rest()
         blank = Report(
             model="<model in memory>" if path is None else str(path),
             output=None if request.output is None else str(request.output),
@@ -140,9 +141,9 @@ def optimized(model: Source, request: Request) -> Result:
         )
 
         def tried(always_only: bool) -> Attempt:
-            return attempt(subject, replace(work, always_only=always_only), choice, request, blank)
+            return attempt(subject, replace(work, always_only=always_only), choice, allowance, blank)
 
-        done = returned(tried, source.proto, request).noted(*subject.why)
+        done = returned(tried, source.proto, request, allowance).noted(*subject.why)
         if request.dry_run:
             done = done.noted(*_outlook(work, request.target_profile is None))
         if request.output is not None:

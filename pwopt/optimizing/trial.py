@@ -16,6 +16,7 @@ from pwopt.evidence.localise import localise
 from pwopt.evidence.verify import compared, placements
 from pwopt.graph.functions import functions
 from pwopt.graph.storage import total_bytes
+from pwopt.optimizing.allowance import Allowance
 from pwopt.optimizing.conditions import as_latency, others, respecting, timed
 from pwopt.optimizing.layers import layers
 from pwopt.optimizing.request import Request
@@ -67,7 +68,7 @@ class Attempt:
         return replace(self, report=self.report.noted(*notes))
 
 
-def attempt(subject: Subject, work: Work, choice: Choice, request: Request, blank: Report) -> Attempt:
+def attempt(subject: Subject, work: Work, choice: Choice, allowance: Allowance, blank: Report) -> Attempt:
     """Rewrite, verify and race, again without whatever makes the result unusable, wrong or slower.
 
     Parameters
@@ -81,7 +82,9 @@ def attempt(subject: Subject, work: Work, choice: Choice, request: Request, blan
         If the rewritten model deviates, whatever is left out.
     """
     for left in reversed(range(MAX_ATTEMPTS)):
-        done = rewritten(subject, work, choice, request, blank)
+        with allowance.paused():
+            done = rewritten(subject, work, choice, allowance.request, blank)
+        request = allowance.rest()
         if subject.arena is None or done.proto is subject.source.proto:
             return _unverified(done, work, request) if subject.arena is None else done
         pair = Pair(subject.original, work.file(done.proto), subject.arena)

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import onnx
 
+from pwopt.optimizing.allowance import Allowance
 from pwopt.optimizing.conditions import slower_somewhere
 from pwopt.optimizing.request import Request
 from pwopt.optimizing.trial import Attempt
@@ -21,7 +22,9 @@ LOG = logging.getLogger(__name__)
 LITTLE = 1.05
 
 
-def returned(tried: Callable[[bool], Attempt], original: onnx.ModelProto, request: Request) -> Attempt:
+def returned(
+    tried: Callable[[bool], Attempt], original: onnx.ModelProto, request: Request, allowance: Allowance
+) -> Attempt:
     """What is faster beyond doubt, or else what comes next.
 
     Parameters
@@ -29,6 +32,9 @@ def returned(tried: Callable[[bool], Attempt], original: onnx.ModelProto, reques
     tried : callable
         Tries every rewrite that was chosen, or (True) only those of them that always pay.
     original : onnx.ModelProto
+    request : Request
+    allowance : Allowance
+        What comes next must fit into it.
     """
     done = tried(False)
     if not done.faster:
@@ -37,7 +43,7 @@ def returned(tried: Callable[[bool], Attempt], original: onnx.ModelProto, reques
         policy = {p.name: p.policy for p in select_passes(request.passes, request.plugins)}
         LOG.info("not faster beyond doubt: only the rewrites that always pay are tried, or the original is returned")
         more = any(policy.get(r.pass_name) != "always" for r in done.report.rewrites)
-        done = _best(done, tried(True) if more else done, original)
+        done = _best(done, tried(True) if more and allowance.again else done, original)
     latency = done.report.latency
     if done.faster and latency is not None and latency.speedup < LITTLE and not request.insists:
         return done.noted(f"Little was gained. {_why_little(done.report)}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -159,8 +160,10 @@ class Rewriter(View):
 
     def site(self, node: gs.Node) -> str:
         """Stable identifier of a place: the pass that runs and the tensor that the node produces, by its first name."""
-        named = next(filter(None, (t.name for t in node.outputs)), node.name)
-        return f"{self._owner}:{self.origin(named)}"
+        return self._place(_named(node))
+
+    def _place(self, name: str) -> str:
+        return f"{self._owner}:{self.origin(name)}"
 
     def denied(self, node: gs.Node) -> bool:
         return bool(self._denied) and self.site(node) in self._denied
@@ -174,23 +177,26 @@ class Rewriter(View):
         nodes = self.nodes()
         self._queue.extend(nodes)
         self._queued.update(map(id, nodes))
+        answer = p.match_and_rewrite if p.own else functools.partial(_answer, p)
         while self._queue:
             node = self._queue.popleft()
             self._queued.discard(id(node))
             if node not in self:
                 continue
-            site = self.site(node)
-            if allowed is not None and site not in allowed:
+            name, stored = _named(node), self.stored
+            if allowed is not None and self._place(name) not in allowed:
                 continue
-            if self._certifier is not None:
+            if self._certifier is not None and (self.journal is None or self.journal.states or self.journal.changed):
                 self.journal = Journal()
-            stored = self.stored
-            result = Skip("denied by the user") if self.denied(node) else _answer(p, node, self)
+            result = Skip("denied by the user") if self.denied(node) else answer(node, self)
+            if result is None:
+                continue
+            site = self._place(name)
             if isinstance(result, Rewrite):
                 told = replace(result, pass_name=p.name, site=site, growth=self.stored - stored)
                 rewrites.append(self._certified(told, p.context))
                 skips.pop(site, None)
-            elif isinstance(result, Skip):
+            else:
                 skips[site] = replace(result, pass_name=p.name, site=site)
         return Outcome(tuple(rewrites), tuple(skips.values()))
 
@@ -282,10 +288,14 @@ class Rewriter(View):
         return Rewrite(reason, removed)
 
 
+def _named(node: gs.Node) -> str:
+    """What a place is called by: the first tensor with a name that a node makes, or else the node."""
+    first = node.outputs[0].name if node.outputs else ""
+    return str(first or next(filter(None, (t.name for t in node.outputs)), node.name))
+
+
 def _answer(p: Pass, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
-    """What a pass says of a node; where one from elsewhere fails, the error is that pass's, not a defect of pwopt."""
-    if p.own:
-        return p.match_and_rewrite(node, rw)
+    """What a pass from elsewhere says of a node; where it fails, the error is that pass's, not a defect of pwopt."""
     where = f"{type(p).__module__}.{type(p).__qualname__}"
     try:
         result = p.match_and_rewrite(node, rw)

@@ -13,7 +13,7 @@ from pwopt.graph import calls, values
 from pwopt.graph.calls import branch_taken, with_branches
 from pwopt.graph.files import annotate, from_proto
 from pwopt.graph.functions import expanded, functions
-from pwopt.graph.memo import remembered
+from pwopt.graph.memo import digest, remembered
 from pwopt.graph.model import Model
 from pwopt.graph.shapes import Shape, infer, known, skeleton
 from pwopt.graph.view import View
@@ -70,11 +70,14 @@ def settle(
     deny: Iterable[str] = (),
     certifier: Certifier | None = None,
     passes: Sequence[type[Pass]] = SETTLING,
+    sizes: dict[str, tuple[int, ...]] | None = None,
 ) -> tuple[Rewrite, ...]:
     """While shapes are open, clean up and infer in turn until neither has news: constants may settle more shapes.
 
-    An If whose condition is settled becomes the body that it runs.
+    An If whose condition is settled becomes the body that it runs. `sizes` takes every shape that is known on the way.
     """
+    if sizes is not None:
+        sizes.update(_numbers(infer(model.proto)))
     rewrites: list[Rewrite] = []
     pipeline = Pipeline([p() for p in passes])
     while _open(model):
@@ -83,7 +86,10 @@ def settle(
         if not done and not taken:
             break
         rewrites += [*taken, *done]
-        annotate(model, infer(model.to_proto()))
+        types = infer(model.to_proto())
+        annotate(model, types)
+        if sizes is not None:
+            sizes.update(_numbers(types))
     return tuple(rewrites)
 
 
@@ -136,7 +142,7 @@ def without_calls(
     except Exception:  # the inliner has several ways of refusing a model; the runtime may take it still
         return model
     candidate = from_proto(whole, model.folder)
-    _, outcome, _ = run_pipeline(candidate, passes, deny, sizes, frozenset())
+    _, outcome, _ = run_pipeline(candidate, passes, tuple(deny), sizes, frozenset())
     replaced = frozenset(old for r in outcome.rewrites for old, _ in r.became)
     chosen = calls.touched(model.proto, whole, candidate.to_proto(), replaced)
     return from_proto(calls.inlined(model.proto, chosen), model.folder) if chosen else model
@@ -198,14 +204,21 @@ class Snapshot:
         cls,
         model: Model,
         passes: Sequence[Pass],
-        deny: Iterable[str],
+        deny: Collection[str],
         inputs: Mapping[str, Sequence[int]],
         certifier: Certifier | None = None,
     ) -> Snapshot:
         """Settle a model, in place."""
-        sizes = concrete_sizes(model.proto, inputs)
-        before = measure(View(model.graph, sizes))
-        done = settle(model, deny, certifier, [kind for kind in SETTLING if any(type(p) is kind for p in passes)])
+        settling = [kind for kind in SETTLING if any(type(p) is kind for p in passes)]
+        given = digest(skeleton(model.proto, inputs)) == digest(skeleton(model.proto))
+        if given and settling == list(SETTLING) and not deny:  # what settles the model settles its sizes
+            original, sizes = model.copy(), dict[str, tuple[int, ...]]()
+            done = settle(model, deny, certifier, settling, sizes)
+            before = measure(View(original.graph, sizes))
+        else:
+            sizes = concrete_sizes(model.proto, inputs)
+            before = measure(View(model.graph, sizes))
+            done = settle(model, deny, certifier, settling)
         rw = Rewriter(model.graph, deny, sizes, model.names(), certifier)
         return cls(model, passes, Pipeline(passes).settle(rw), done, sizes, inputs, before)
 
@@ -232,7 +245,7 @@ class Snapshot:
 def run_pipeline(
     model: Model,
     passes: Sequence[Pass],
-    deny: Iterable[str],
+    deny: Collection[str],
     sizes: Mapping[str, Sequence[int]],
     allowed: Collection[str] | None = None,
     certifier: Certifier | None = None,

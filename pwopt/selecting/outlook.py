@@ -1,8 +1,8 @@
 """A look before races: what each group of rewrites changes, from a few profiled runs without any and with all.
 
-An operator's time is a small part of a run's, and so is its noise: profiles tell gains apart that races do not. But only
-the whole model tells what a change of layout costs, so what the parts leave of the whole is held in favour of each, and
-nothing is kept that a race did not confirm.
+An operator's time is a small part of a run's, and so is its noise: profiles tell gains apart that races do not. Yet
+only the whole model tells what a change of layout costs: what the parts leave of the whole is held in favour of each,
+and nothing is kept that a race did not confirm.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import onnx
 
-from pwopt.graph.files import from_proto, save
+from pwopt.graph.files import save
 from pwopt.graph.memo import LATEST, digest
 from pwopt.graph.model import Model
 from pwopt.graph.shapes import skeleton
@@ -158,7 +158,7 @@ class Work:
         if key not in self.snapshots:
             if len(self.snapshots) >= LATEST:
                 self.snapshots.clear()
-            fresh = from_proto(self.target.proto, self.target.folder)
+            fresh = self.target.copy()
             self.snapshots[key] = Snapshot.of(fresh, passes, denied, self.sizes, self.certifier)
         return self.snapshots[key]
 

@@ -255,12 +255,12 @@ class _Contest:
                 break
             self._progress(f"looking at {name}", 1 - (self._deadline - time.perf_counter()) / self._budget)
             seen.update(self._judge.look(self.kept(), [g for g in groups if g.pass_name == name]))
+        paying = {g: e.own for g, e in seen.items() if e.own.interval(LOOKED)[0] > 1.0 and e.own.speedup >= WORTH}
         for group, glance in seen.items():
             figures = glance.own.speedup, *glance.own.interval(LOOKED)
             LOG.info("profiled %s: %s: %.3f× [%.3f, %.3f]", group.pass_name, group.signature, *figures)
-            if glance.best.interval(LOOKED)[1] < LITTLE and glance.own.interval(LOOKED)[0] <= 1.0:
+            if glance.best.interval(LOOKED)[1] < LITTLE and group not in paying:
                 self.decided[group] = Decision(group, glance.own, looked=True)
-        paying = {g: e.own for g, e in seen.items() if e.own.interval(LOOKED)[0] > 1.0}
         return dict(sorted(paying.items(), key=lambda found: -found[1].speedup))
 
     def confirm(self, groups: Mapping[Group, Evidence]) -> None:
