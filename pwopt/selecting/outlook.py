@@ -78,6 +78,9 @@ def look(
     gains: dict[Group, Array] = {g: _times(spent[0], g) / scales[0] - _times(spent[1], g) / scales[1] for g in groups}
     credit = _unaccounted(spent, whole)
     found = {g: (_speedup(whole, gain), _speedup(whole, gain + credit)) for g, gain in gains.items() if g not in vague}
+    if len(found) == 1 and len(groups) == 1:  # whatever changed is due to it
+        (group, (own, best)), total = next(iter(found.items())), Evidence.of(Race((totals[0], totals[1])))
+        return {group: Glance(own, max(best, total, key=lambda e: e.speedup))}
     return {g: Glance(*evidence) for g, evidence in found.items()}
 
 
@@ -92,16 +95,20 @@ def _times(runs: Sequence[Mapping[Group | None, float]], group: Group | None) ->
 def _unaccounted(spent: Sequence[Sequence[Mapping[Group | None, float]]], whole: float) -> float:
     """Milliseconds that operators of no group gained, beyond what can be told: layouts that changed elsewhere."""
     apart = _times(spent[0], None) - _times(spent[1], None)
-    error = 1.2533 * 1.4826 * float(np.median(np.abs(apart - np.median(apart)))) / math.sqrt(len(apart))  # of a median
-    return max(0.0, float(np.median(apart)) - max(2 * error, SESSIONS * whole))
+    middle = float(np.median(apart))
+    error = 1.2533 * 1.4826 * float(np.median(np.abs(apart - middle))) / math.sqrt(len(apart))  # of a median
+    return max(0.0, middle - max(2 * error, SESSIONS * whole))
 
 
 def _pace(spent: Sequence[Sequence[Mapping[Group | None, float]]], totals: Array) -> Array:
-    """How slow the machine was in each run, by operators of no group, which are the same in both models."""
+    """How slow the machine was in each run of a model, by operators of no group.
+
+    Beside other runs of the same model: in the other, these may run in another layout.
+    """
     same = np.array([_times(runs, None) for runs in spent])
     if np.min(same) < CONTROL * np.min(totals):
         return np.ones_like(same)
-    return np.asarray(same / np.median(same))
+    return np.asarray(same / np.median(same, axis=1, keepdims=True))
 
 
 def _owners(groups: Sequence[Group], rewrites: Sequence[Rewrite]) -> dict[str, set[Group]]:

@@ -213,9 +213,10 @@ def choose(candidates: Sequence[Group], judge: Judge, budget: float, progress: P
             LOG.info("%s", earlier.explain())
     waiting = [g for g in candidates if g not in contest.decided or not contest.decided[g].clear]
     promising = contest.look([g for g in waiting if g not in contest.decided])
-    if promising:
+    if len(promising) > 1:  # one is raced by itself anyway
         contest.confirm(promising)
     waiting = [g for g in waiting if g not in contest.decided or not contest.decided[g].clear]
+    waiting.sort(key=lambda g: g not in promising)  # otherwise as they came
     for done, group in enumerate(waiting):
         contest.decide(group, 2 * (len(waiting) - done))  # as much again for what follows
     decided, kept = contest.decided, contest.kept()

@@ -371,6 +371,8 @@ OPERATORS = {
     "aligned": 'y = Resize<mode="linear",coordinate_transformation_mode="align_corners">(x, , , z)',
     "normalised": "y = BatchNormalization<epsilon=0.01>(x, v, v, v, v)",
     "gemm": "f = Flatten(x) y = Gemm<alpha=0.5,beta=2.0,transB=1>(f, g, h)",
+    "places": "y = GatherND(x, i)",
+    "places in batches": "y = GatherND<batch_dims=1>(x, j)",
     "wide": "f = Transpose<perm=[0,2,3,1]>(x) y = MatMul(f, m)",
 }
 
@@ -380,7 +382,8 @@ def test_operators_are_evaluated_as_onnx_defines_them(text: str) -> None:
     model = parse(
         f"(double[2,4,7,6] x) => (double[N] y) {{ {text} }}", w=normal(6, 2, 3, 3), b=normal(6), t=normal(4, 3, 2, 3),
         c=normal(3), s=np.array([1, 1, 2, 3], np.float32), z=np.array([2, 4, 9, 8], np.int64), v=normal(4) ** 2,
-        g=normal(5, 168), h=normal(5), m=normal(4, 5),
+        g=normal(5, 168), h=normal(5), m=normal(4, 5), i=np.array([[[1, -1], [0, 2]]]),
+        j=np.array([[[3, 1, -2], [0, 6, 5]], [[-1, 0, 0], [2, 2, 2]]]),
     )  # fmt: skip
     graph = from_proto(model).graph
     view = View(graph)

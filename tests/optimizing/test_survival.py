@@ -18,7 +18,8 @@ from pwopt.graph.files import from_proto
 from pwopt.optimizing import subject, survival, trial
 from pwopt.rewriting import Pass, Rewrite, Rewriter
 from pwopt.running import worker
-from pwopt.running.worker import Worker
+from pwopt.running.timing import Race, Rules
+from pwopt.running.worker import UnusableError, Worker
 from pwopt.selecting import compiler
 from pwopt.selecting.selection import Work
 
@@ -179,6 +180,45 @@ def test_a_worker_is_replaced_and_knows_when_it_tells_nothing(tmp_path: Path, ab
     useless = Worker(tmp_path / "bad.onnx", "cpu", 1, feeds)
     assert useless.fault(tmp_path / "bad.onnx") == ""
     useless.close()
+
+
+def test_races_run_in_the_worker_and_what_fails_there_is_told(tmp_path: Path, aborting: None) -> None:
+    pytest.importorskip("onnxruntime")
+    paths = [tmp_path / f"{name}.onnx" for name in ("a", "b", "bad")]
+    for path in paths[:2]:
+        onnx.save(CHAIN, path)
+    bad = parse("(float[1,8,16,16] x) => (float[N] y) { y = Erf(x) }")
+    bad.graph.node[0].name = "aborts"
+    onnx.save(bad, paths[2])
+    feeds, seen = {"x": normal(1, 8, 16, 16, dtype=F)}, list[float]()
+    tried = Worker(paths[0], "cpu", 1, feeds)
+    assert tried.ready
+    assert min(tried.took) > 0
+    race = tried.race(paths[:2], 1, feeds, 0.3, Rules(least=5), seen.append)
+    assert race.rounds >= 5
+    assert 0.2 < race.speedup() < 5  # the same model
+    assert seen[-1] <= 1.0
+    (first, second) = tried.profiles(paths[:2], 0.1, 3)
+    assert len(first) == len(second) >= 3
+    assert {n.op for n in first[0]} >= {"Conv"}
+    with pytest.raises(UnusableError, match="SIGABRT"):
+        tried.race([paths[0], paths[2]], 1, feeds, 0.1, Rules(least=3), seen.append)
+    assert tried.fault(paths[1]) == ""  # by a new one
+    tried.close()
+
+
+def test_a_candidate_that_fails_when_it_is_timed_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+
+    def race(_worker: Worker, models: list[Path], *_: object, **__: object) -> Race:
+        raise UnusableError(f"it crashes onnxruntime (SIGSEGV) with {len(models)} models")
+
+    monkeypatch.setattr(Worker, "race", race)
+    monkeypatch.setattr(Worker, "profiles", race)
+    report = pwopt.optimize(CHAIN, tmp_path / "out.onnx", threads=1, cache=False).report
+    assert report.rewrites == ()
+    assert any("fails when it is timed: it crashes onnxruntime (SIGSEGV)" in s.reason for s in report.skips)
+    assert any("SIGSEGV" in s.reason for s in report.skips if s.pass_name == "to-matmul")
 
 
 def test_without_verification_a_result_that_does_not_load_is_told(

