@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx.parser
+import pytest
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
@@ -72,6 +73,14 @@ def run(model: onnx.ModelProto, *passes: Pass, **options: object) -> tuple[onnx.
     result = loaded.to_proto()
     onnx.checker.check_model(result, full_check=True)
     return result, outcome, loaded
+
+
+def plant(monkeypatch: pytest.MonkeyPatch, race: Callable[..., object]) -> None:
+    """Let a function say what races say, of (arena, models, …), and profiles say nothing."""
+    from pwopt.selecting import selection
+
+    monkeypatch.setattr(selection.Arena, "race", race)
+    monkeypatch.setattr(selection.Judge, "look", lambda *_: {})
 
 
 def ops(model: onnx.ModelProto) -> Counter[str]:

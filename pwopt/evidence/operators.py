@@ -55,7 +55,8 @@ def _gather_nd(side: Side, state: State, inputs: list[Any], absolute: bool) -> l
     shared, depth = state.attrs.get("batch_dims", 0), indices.shape[-1]
     batches = math.prod(data.shape[:shared])
     places = np.moveaxis(indices.reshape(batches, -1, depth), -1, 0)
-    found = data.reshape(batches, *data.shape[shared:])[(np.arange(batches)[:, None], *places)]
+    whole = data.reshape(batches, *data.shape[shared:])
+    found = whole[tuple([np.arange(batches)[:, None], *places])]  # noqa: C409
     return [found.reshape(*indices.shape[:-1], *data.shape[shared + depth :])]
 
 

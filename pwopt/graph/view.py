@@ -19,6 +19,7 @@ import onnx_graphsurgeon as gs
 from pwopt.algebra import Array, Values
 from pwopt.graph.dtypes import FLOATING
 from pwopt.graph.journal import Journal
+from pwopt.graph.links import relink, stored_bytes
 from pwopt.graph.model import StoredValues
 from pwopt.graph.shapes import Change, Dim, Shape, known
 
@@ -98,14 +99,14 @@ class View:
     def _reads(self, node: gs.Node, tensor: gs.Tensor) -> None:
         readers = self._readers.setdefault(id(tensor), {})
         if not readers:
-            self.stored += _bytes(tensor)
+            self.stored += stored_bytes(tensor)
         readers[id(node)] = node
         self._tensors[id(tensor)] = tensor
 
     def _leaves(self, node: gs.Node, tensor: gs.Tensor) -> None:
         readers = self._readers.get(id(tensor), {})
         if readers.pop(id(node), None) is not None and not readers:
-            self.stored -= _bytes(tensor)
+            self.stored -= stored_bytes(tensor)
 
     # Questions
 
@@ -217,8 +218,7 @@ class View:
 
     def content(self, tensor: gs.Tensor) -> object:
         """What holds the numbers of a constant: the same object in every copy of the graph; None if not constant."""
-        held = self.constant(tensor)
-        return None if held is None else held._values
+        return getattr(self.constant(tensor), "_values", None)
 
     def elements(self, tensor: gs.Tensor) -> int | None:
         """Number of elements of a constant, without reading it; None if not constant."""
@@ -446,26 +446,5 @@ class View:
         """Write the index back into graphsurgeon's own links and node list."""
         if not self.changed:
             return
-        self.graph.nodes[:] = self.nodes()
-        for tensor in self._tensors.values():
-            inside = [n for n in list(tensor.outputs) if id(n) not in self._position]
-            list.clear(tensor.outputs)
-            list.extend(tensor.outputs, inside)
-            if not isinstance(tensor, gs.Constant):
-                list.clear(tensor.inputs)
-        for node in self.graph.nodes:
-            for t in node.inputs:
-                list.append(t.outputs, node)
-            for t in node.outputs:
-                if t.name:
-                    list.append(t.inputs, node)
+        relink(self.graph, self.nodes(), self._tensors.values(), self._position.keys())
         self.changed = False
-
-
-def _bytes(tensor: gs.Tensor) -> int:
-    """What a constant takes to store; nothing for any other tensor."""
-    if isinstance(tensor, gs.Constant):
-        return int(math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize)
-    maker = tensor.inputs[0] if tensor.inputs else None
-    value = maker.attrs.get("value") if maker is not None and maker.op == "Constant" else None
-    return _bytes(value) if isinstance(value, gs.Constant) else 0

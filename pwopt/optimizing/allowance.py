@@ -20,6 +20,8 @@ LOADS, LOADS_ELSEWHERE = 5, 2
 RUNS = 3
 #: Seconds for all runs under the profiler.
 PROFILING = 1.0
+#: What is kept back for all that, at most: the first load of a provider may take long, and later ones do not.
+MOST = 0.5
 
 
 class Allowance:
@@ -38,7 +40,8 @@ class Allowance:
         worker = subject.arena.worker if subject.arena is not None else None
         load, run = worker.took if worker is not None and worker.ready else (0.0, 0.0)
         loads = (LOADS + LOADS_ELSEWHERE * self._elsewhere) * load
-        self._fixed = loads + RUNS * len(subject.samples) * run + PROFILING
+        fixed = loads + RUNS * len(subject.samples) * run + PROFILING
+        self._fixed = min(fixed, MOST * request.seconds)
 
     @property
     def left(self) -> float:

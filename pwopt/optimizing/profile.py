@@ -65,8 +65,8 @@ def profile(
         source = load(path)
         given = {s.name: tuple(shapes[s.name]) for s in input_specs(source.proto) if shapes and s.name in shapes}
         request = Request(
-            provider=provider, threads=threads, shapes=given, budget=budget, plugins=resolved(plugins, path),
-            progress=progress,
+            provider=provider, threads=threads, shapes=given, effort="thorough", budget=budget,
+            plugins=resolved(plugins, path), progress=progress,
         )  # fmt: skip
         with as_file(path) as original, workspace(None) as folder, contextlib.ExitStack() as stack:
             subject = gather(source, original, request).guarded(stack)

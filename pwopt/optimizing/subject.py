@@ -182,5 +182,7 @@ def plan(subject: Subject, request: Request, folder: Path) -> Work:
     passes = select_passes(request.passes, request.plugins)
     target = without_calls(target, passes, request.deny, subject.sizes)
     kind = Provider.parse(request.provider).kind
-    judge = certify if request.verify else unchecked
-    return Work(target, source, passes, request.deny, subject.sizes, folder, kind, request.max_growth, certifier=judge)
+    return Work(
+        target, source, passes, request.deny, subject.sizes, folder, kind, request.max_growth,
+        certifier=certify if request.verify else unchecked, thorough=request.effort == "thorough",
+    )  # fmt: skip

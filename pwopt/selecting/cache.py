@@ -93,12 +93,12 @@ def place(provider: str, threads: int) -> str:
     """Everything that a time depends on, but the model."""
     machine = runtime.environment(provider, threads)
     version, card = machine["onnxruntime"], machine["device"]
-    features = hashlib.sha256(_features().encode()).hexdigest()[:12]
-    processor = f"{runtime.cpu_name()} {features}" + (f", {card}" if card else "")
+    sets = hashlib.sha256(features().encode()).hexdigest()[:12]
+    processor = f"{runtime.cpu_name()} {sets}" + (f", {card}" if card else "")
     return f"{Provider.parse(provider)}, onnxruntime {version}, {processor}, {threads} threads"
 
 
-def _features() -> str:
+def features() -> str:
     """The instruction sets of the processor."""
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []

@@ -27,9 +27,10 @@ from pwopt.running.samples import Sample
 from pwopt.running.worker import UnusableError, Worker
 from pwopt.selecting import tune
 from pwopt.selecting.attribution import marked
-from pwopt.selecting.cache import Entry, look_up, place, store
+from pwopt.selecting.cache import Entry, look_up, place, store, stored
 from pwopt.selecting.compiler import Snapshot, Wanted, select_passes
 from pwopt.selecting.outlook import look
+from pwopt.selecting.priors import Prior, priors
 
 LOG = logging.getLogger(__name__)
 
@@ -103,6 +104,8 @@ class Work:
     kind: str = "cpu"
     #: The fraction by which the model may grow; None for any.
     max_growth: float | None = None
+    #: Whether kinds of rewrites are tried that never paid on machines like this one.
+    thorough: bool = False
     #: Just the passes that need no cost to judge them.
     always_only: bool = False
     #: Sites that turned out not to be worth it, each with the reason.
@@ -231,6 +234,9 @@ class Memory(Protocol):
     def keep(self, decision: tune.Decision) -> None:
         """Remember a race."""
 
+    def priors(self, kind: str) -> Mapping[str, Prior]:
+        """What is known of passes on a kind of provider, whatever the model."""
+
 
 class Forgetful:
     """No memory."""
@@ -243,6 +249,9 @@ class Forgetful:
 
     def keep(self, decision: tune.Decision) -> None:
         pass
+
+    def priors(self, kind: str) -> Mapping[str, Prior]:
+        return priors(kind, ())
 
 
 @dataclass(frozen=True)
@@ -270,6 +279,14 @@ class Disk:
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         marked = self._marked(made.pass_name)
         store(replace(made, pass_name=marked, model=self.model, name=self.name, date=date))
+
+    def priors(self, kind: str) -> Mapping[str, Prior]:
+        return priors(kind, _here(place(self.provider, self.threads)))
+
+
+def _here(where: str) -> list[Entry]:
+    """What models said on this machine."""
+    return [e for e in stored() if e.place == where and e.model]
 
 
 def entry(decision: tune.Decision, where: str) -> Entry:
@@ -321,7 +338,11 @@ def _figures(decision: tune.Decision) -> str:
 def _decide(
     work: Work, found: list[Rewrite], arena: Arena | None, budget: float, memory: Memory, progress: Progress
 ) -> list[tune.Decision]:
-    decisions = tune.choose(tune.groups(found), Judge(work, arena, memory), 0.0 if arena is None else budget, progress)
+    groups, known = tune.groups(found), memory.priors(work.kind)
+    groups.sort(key=lambda g: -known.get(g.pass_name, Prior()).expected)
+    never = {} if work.thorough else {name: p.asked for name, p in known.items() if p.never}
+    judge = Judge(work, arena, memory, never)
+    decisions = tune.choose(groups, judge, 0.0 if arena is None else budget, progress)
     for d in decisions:
         if d.raced and not d.remembered:
             memory.keep(d)
@@ -335,6 +356,8 @@ class Judge:
     work: Work
     arena: Arena | None
     memory: Memory
+    #: Passes that never paid on machines like this one, with how often they were asked for.
+    never: Mapping[str, int] = field(default_factory=dict)
     _files: dict[tuple[str, ...], Path] = field(default_factory=dict)
 
     def build(self, sites: frozenset[str]) -> Path:
@@ -375,6 +398,8 @@ class Judge:
     def remembered(self, group: tune.Group) -> tune.Decision | None:
         known = self.memory.recall(group.pass_name, group.signature)
         if known is None:
-            return None
+            times = self.never.get(group.pass_name)
+            why = f"not tried, since it never paid in {times} cases on processors like this; --effort thorough does"
+            return None if times is None else tune.Decision(group, settled=why)
         confirmed = known.evidence if known.profiled == "kept" else None
         return tune.Decision(group, known.evidence, True, looked=bool(known.profiled), confirmed=confirmed)

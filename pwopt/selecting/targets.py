@@ -12,6 +12,7 @@ from pwopt.errors import UsageError
 from pwopt.graph.storage import replacing
 from pwopt.selecting import tune
 from pwopt.selecting.cache import Entry
+from pwopt.selecting.priors import Prior
 
 #: Version of the file's layout.
 SCHEMA = 2
@@ -66,6 +67,10 @@ class Profile:
 
     def recall(self, pass_name: str, signature: str) -> Entry | None:
         return next((e for e in self.entries if (e.pass_name, e.signature) == (pass_name, signature)), None)
+
+    def priors(self, kind: str) -> dict[str, Prior]:
+        """None: the profile decides."""
+        return {}
 
     def keep(self, decision: tune.Decision) -> None:
         """A profile is not changed by those who use it."""

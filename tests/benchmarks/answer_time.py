@@ -20,6 +20,7 @@ import functools
 import importlib
 import json
 import os
+import shutil
 import statistics
 import subprocess
 import sys
@@ -126,12 +127,14 @@ def one(path: Path, out: str, options: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def apart(path: Path, out: str, options: dict[str, Any]) -> dict[str, Any]:
-    """`one`, in a new process with an empty cache."""
+def apart(path: Path, out: str, options: dict[str, Any], keep: Path | None) -> dict[str, Any]:
+    """`one`, in a new process with an empty cache, which may be kept."""
     with tempfile.TemporaryDirectory() as cache:
         command = [sys.executable, __file__, "--one", str(path), out, json.dumps(options)]
         environment = {**os.environ, "PWOPT_CACHE": cache}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+        if keep is not None:
+            shutil.copytree(cache, keep / path.stem, dirs_exist_ok=True)
     if done.returncode:
         return {"model": path.name, "error": (done.stderr.strip().splitlines() or ["?"])[-1]}
     row: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -148,10 +151,12 @@ def times(options: argparse.Namespace) -> list[dict[str, Any]]:
             if wanted and path.stem not in wanted:
                 continue
             asked: dict[str, Any] = {"cost": "analytic", "verify": False} if options.analytic else {}
+            if options.effort != "normal":
+                asked["effort"] = options.effort
             if path.name in shapes:
                 asked["shapes"] = shapes[path.name]
             out = str(options.save / path.name) if options.save else ""
-            row = apart(path, out, asked)
+            row = apart(path, out, asked, options.keep)
             rows.append(row)
             latency = row.get("latency") or {}
             told = (
@@ -218,6 +223,8 @@ def main() -> None:
     parser.add_argument("folders", type=Path, nargs="*")
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--save", type=Path, help="folder for what is made of the models")
+    parser.add_argument("--keep", type=Path, help="folder for what races of each model said")
+    parser.add_argument("--effort", default="normal")
     parser.add_argument("--models", default="", help="just these, by name without .onnx, separated by commas")
     parser.add_argument("--analytic", action="store_true", help="with --cost analytic --no-verify")
     parser.add_argument("--race", type=Path, nargs=3, metavar=("ORIGINALS", "BEFORE", "AFTER"))

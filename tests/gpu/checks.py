@@ -189,7 +189,7 @@ def _optimise(name: str, batch: int) -> Check:
             return {"status": "not run", "reason": "the model is not at hand; give its wheel or --models"}
         path, x, size = collected[name]
         size = setting.smaller(size) if name in suite.BUILT else size
-        seconds, budget = (0.5, 1.0) if setting.quick else (3.0, 15.0)
+        seconds, budget = (0.5, 3.0) if setting.quick else (3.0, 25.0)
         out = setting.scratch / f"{name}_{batch}_fast.onnx"
         done = pwopt.optimize(
             path, out, provider=setting.provider, shapes={x: (batch, *size)}, race_seconds=seconds, budget=budget,

@@ -68,6 +68,12 @@ def test_a_small_budget_shortens_the_final_race(clock: type[Clock], monkeypatch:
     assert given.for_choosing == pytest.approx(2 - allowance.PROFILING - 0.15 * 2)
 
 
+def test_a_slow_first_load_leaves_half(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
+    """As of a graphics card's libraries."""
+    given = Allowance(subject(20.0, 0.1, monkeypatch), Request(threads=1, budget=40.0))
+    assert given.for_choosing == pytest.approx(20 - 4)
+
+
 def test_what_is_no_measuring_costs_nothing(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
     given = Allowance(subject(0.0, 0.0, monkeypatch), Request(threads=1, budget=10.0))
     with given.paused():

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from helpers import normal, ops, parse
+from helpers import normal, ops, parse, plant
 
 import pwopt
 from pwopt.errors import UsageError
@@ -40,7 +40,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Speed], None]:
             width = arena.samples[0].feeds["x"].shape[-1]
             return Race(tuple(np.full(20, speed(ops(onnx.load(m)), arena.threads, width)) for m in models))
 
-        monkeypatch.setattr(selection.Arena, "race", race)
+        plant(monkeypatch, race)
         monkeypatch.setattr(conditions, "usual_threads", lambda: 4)
 
     return install

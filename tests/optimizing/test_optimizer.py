@@ -13,7 +13,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
-from helpers import MODELS, evaluate, normal, ops, parse, weight
+from helpers import MODELS, evaluate, normal, ops, parse, plant, weight
 from rich.console import Console
 
 import pwopt
@@ -30,7 +30,7 @@ from pwopt.rewriting.records import Rewrite
 from pwopt.running import runtime
 from pwopt.running.bench import Row
 from pwopt.running.timing import Race
-from pwopt.selecting import compiler, selection
+from pwopt.selecting import compiler
 
 F = np.float32
 
@@ -94,7 +94,7 @@ def test_a_wrong_rewrite_is_dropped_by_its_certificate(tmp_path: Path, monkeypat
 def test_a_slower_result_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     slow = Race((np.full(50, 1.0), np.full(50, 2.0)))
-    monkeypatch.setattr(selection.Arena, "race", lambda *_, **__: slow)
+    plant(monkeypatch, lambda *_, **__: slow)
     result = pwopt.optimize(MODELS / "linear_sequence.onnx", tmp_path / "out.onnx", shapes={"x": (1, 64, 4, 4)})
     assert "measured slower (0.500× [0.500, 0.500]): the original is returned" in result.report.notes[-1]
     assert result.report.rewrites == ()
@@ -128,7 +128,7 @@ def test_what_is_not_faster_is_taken_back(
     """Folding the chain is judged by cost, removing the factor of 1 always pays."""
     pytest.importorskip("onnxruntime")
     races = iter([Race((np.full(50, s), np.full(50, 1.0))) for s in speedups])
-    monkeypatch.setattr(selection.Arena, "race", lambda *_, **__: next(races))
+    plant(monkeypatch, lambda *_, **__: next(races))
     result = pwopt.optimize(CHAIN, budget=0.0, threads=1)
     assert ops(result.model) == left
     assert note in " ".join(result.report.notes)
@@ -147,7 +147,7 @@ def test_what_is_not_faster_is_taken_back(
 def test_what_is_shown_of_a_candidate_that_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     slow = Race((np.full(50, 1.0), np.full(50, 2.0)))
-    monkeypatch.setattr(selection.Arena, "race", lambda *_, **__: slow)
+    plant(monkeypatch, lambda *_, **__: slow)
     report = pwopt.optimize(CHAIN, budget=0.0).report
     assert report.latency is not None
     assert (report.latency.after_ms, report.latency.speedup, report.latency.interval) == (1e3, 1.0, (1.0, 1.0))
@@ -180,7 +180,7 @@ def test_ratio_and_medians_that_point_opposite_ways(monkeypatch: pytest.MonkeyPa
     race = Race((times[0], times[1]))
     assert race.median(0) < race.median(1)
     assert race.speedup() > 1
-    monkeypatch.setattr(selection.Arena, "race", lambda *_, **__: race)
+    plant(monkeypatch, lambda *_, **__: race)
     notes = " ".join(pwopt.optimize(CHAIN, passes=["fold-chains"]).report.notes)
     assert "The medians (20 → 21 ms) and the ratio (1.033×) point opposite ways" in notes
     blank = Row("a.onnx", {}, 20.0, 1.0, 1.0, (1.0, 1.0), 1.0, 1.0, 1.0, None, {}, 0.0, 0)
@@ -188,7 +188,7 @@ def test_ratio_and_medians_that_point_opposite_ways(monkeypatch: pytest.MonkeyPa
     render_benchmark([blank, replace(blank, model="b.onnx", median_ms=21.0, ratio=1.033)], console)
     assert "b.onnx: The medians (20 → 21 ms) and the ratio (1.033×) point opposite ways" in console.export_text()
     alike = Race((times[0], times[0] * 0.9))
-    monkeypatch.setattr(selection.Arena, "race", lambda *_, **__: alike)
+    plant(monkeypatch, lambda *_, **__: alike)
     assert "opposite" not in " ".join(pwopt.optimize(CHAIN, passes=["fold-chains"]).report.notes)
 
 
@@ -236,7 +236,7 @@ def test_where_other_sizes_may_settle_what_is_unknown() -> None:
 def test_what_was_asked_for_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     slow = Race((np.full(50, 1.0), np.full(50, 2.0)))
-    monkeypatch.setattr(selection.Arena, "race", lambda *_, **__: slow)
+    plant(monkeypatch, lambda *_, **__: slow)
     result = pwopt.optimize(CHAIN, passes=["fold-chains"], threads=1)
     assert ops(result.model)["Conv"] == 2
     assert "Measured slower (0.50×), and kept since --passes was asked for." in result.report.notes

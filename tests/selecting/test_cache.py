@@ -9,12 +9,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from helpers import normal, parse
+from helpers import normal, parse, plant
 
 import pwopt
 from pwopt.cli import main
 from pwopt.running.timing import TO_THE_END, Race, Rules
-from pwopt.selecting import cache, selection
+from pwopt.selecting import cache
 from pwopt.selecting.cache import Entry
 
 #: Forty rounds at 1.25×, hardly apart.
@@ -105,7 +105,7 @@ def test_a_second_run_decides_alike_without_racing(monkeypatch: pytest.MonkeyPat
         races.append(rules.worth or None)
         return Race((np.full(40, 2.0), np.full(40, 1.0)))  # whatever is tried is faster
 
-    monkeypatch.setattr(selection.Arena, "race", counted)
+    plant(monkeypatch, counted)
     first = pwopt.optimize(siblings(), race_seconds=0.01, budget=5.0, threads=1)
     tuned = sum(r is not None for r in races)
     assert tuned > 0

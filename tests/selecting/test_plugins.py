@@ -14,14 +14,14 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
-from helpers import normal, ops, parse, reasons
+from helpers import normal, ops, parse, plant, reasons
 
 import pwopt
 from pwopt.errors import UsageError
 from pwopt.passes import PASSES, CleanUp, FoldChains
 from pwopt.rewriting import Pass, Rewrite, Rewriter
 from pwopt.running.timing import Race
-from pwopt.selecting import cache, plugins, selection
+from pwopt.selecting import cache, plugins
 from pwopt.selecting.compiler import select_passes
 
 PACKAGE = Path(__file__).parent.parent / "plugin_package"
@@ -67,7 +67,7 @@ def test_a_measured_class_is_raced_and_a_name_is_believed(monkeypatch: pytest.Mo
     pytest.importorskip("onnxruntime")
     monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path))
     kept = iter([Race((np.full(50, 2.0), np.full(50, 1.0)))] * 2)
-    monkeypatch.setattr(selection.Arena, "race", lambda *_, **__: next(kept))
+    plant(monkeypatch, lambda *_, **__: next(kept))
     result = pwopt.optimize(signs(), passes=[CleanUp, Square], threads=1)
     assert ops(result.model)["Mul"] == 1
     assert next(kept, None) is None

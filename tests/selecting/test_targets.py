@@ -8,13 +8,12 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from helpers import normal, ops, parse
+from helpers import normal, ops, parse, plant
 
 import pwopt
 from pwopt.cli import main
 from pwopt.errors import UsageError
 from pwopt.running.timing import Race
-from pwopt.selecting import selection
 from pwopt.selecting.targets import Profile
 
 pytest.importorskip("onnxruntime")
@@ -37,7 +36,7 @@ def recorded(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
         found = [ops(onnx.load(m)) for m in models]
         return Race(tuple(np.full(40, 1.0 + f["Split"] + f["Resize"]) for f in found))
 
-    monkeypatch.setattr(selection.Arena, "race", race)
+    plant(monkeypatch, race)
     pwopt.profile([model]).save(tmp_path / "target.json")
     monkeypatch.undo()
     return tmp_path / "target.json"
@@ -47,7 +46,7 @@ def test_a_profile_decides_without_a_race(model: Path, recorded: Path, monkeypat
     def never(*_: object, **__: object) -> Race:
         raise AssertionError("a race on this machine")
 
-    monkeypatch.setattr(selection.Arena, "race", never)
+    plant(monkeypatch, never)
     result = pwopt.optimize(model, target_profile=recorded)
     assert ops(result.model) == {"Conv": 2, "Mul": 1}
     assert result.report.equivalence is not None

@@ -15,8 +15,6 @@ from pwopt.selecting.tune import Decision, Glance, Group, choose, groups
 
 pytest.importorskip("onnxruntime")
 
-RNG = np.random.default_rng(0)
-
 
 def rewrite(signature: str, site: str, macs: int) -> Rewrite:
     return Rewrite("", macs_before=macs, signature=signature, pass_name="merge-siblings", site=site)
@@ -31,7 +29,7 @@ class Fake:
     """Races between models whose names are the sites they hold; a model takes what a function of its name says."""
 
     def __init__(self, cost: Callable[[str], float], noise: float = 0.01, rounds: int = 40) -> None:
-        self.cost, self.noise, self.rounds = cost, noise, rounds
+        self.cost, self.noise, self.rounds, self.rng = cost, noise, rounds, np.random.default_rng(0)
         self.seen: list[tuple[str, str]] = []
         self.built: list[frozenset[str]] = []
         self.known: dict[Group, Decision] = {}
@@ -52,7 +50,7 @@ class Fake:
 
     def race(self, a: Path, b: Path, _seconds: float, _known: Evidence) -> Race | str:
         self.seen.append((a.name, b.name))
-        return Race(tuple(self.cost(p.name) * (1 + self.noise * RNG.random(self.rounds)) for p in (a, b)))
+        return Race(tuple(self.cost(p.name) * (1 + self.noise * self.rng.random(self.rounds)) for p in (a, b)))
 
     def remembered(self, group: Group) -> Decision | None:
         return self.known.get(group)
@@ -113,7 +111,7 @@ def test_remembered_groups_are_not_raced_if_they_are_clear() -> None:
 def test_a_doubtful_race_goes_on_where_it_ended() -> None:
     """Sums are kept, not verdicts: every run narrows the interval, until it decides."""
     (group,) = listed("a")
-    fake = Fake(lambda name: 1.0 if name == "+" else 0.98, noise=0.3, rounds=30)
+    fake = Fake(lambda name: 1.0 if name == "+" else 0.98, noise=0.15, rounds=15)
     widths, decision = [], Decision(group)
     for _ in range(20):
         (decision,) = choose([group], fake, 60.0)
@@ -125,7 +123,7 @@ def test_a_doubtful_race_goes_on_where_it_ended() -> None:
     assert decision.kept
     assert len(widths) > 2
     assert all(a > b for a, b in itertools.pairwise(widths))
-    assert decision.evidence.rounds > 30 * (len(widths) - 0.5)
+    assert decision.evidence.rounds > 15 * (len(widths) - 0.5)
 
 
 @pytest.mark.parametrize(
@@ -150,6 +148,54 @@ def test_a_model_that_fails_in_a_race_is_dropped() -> None:
     (decision,) = choose(listed("a"), fake, 60.0)
     assert not decision.kept
     assert "SIGSEGV" in decision.reason()
+
+
+def glance(own: float, best: float | None = None, spread: float = 0.0005) -> Glance:
+    return Glance(evidence(own, spread, 10), evidence(best or own, spread, 10))
+
+
+def test_what_profiles_rule_out_is_not_raced_and_what_pays_is_raced_at_once() -> None:
+    """a and c pay, b costs, of d nothing is known, and e might pay by what others gain."""
+    fake = Fake.adding({"a": -0.1, "b": 0.1, "c": -0.05, "d": -0.02, "e": 0.02})
+    groups = listed("abcde")
+    fake.seen_by_look = dict(zip(groups, (glance(1.11), glance(0.9), glance(1.05)), strict=False))
+    fake.seen_by_look[groups[4]] = glance(0.98, 1.03)
+    decisions = choose(groups, fake, 60.0)
+    assert fake.looks == [([], ["a", "b", "c", "d", "e"])]
+    assert fake.seen[0] == ("+", "a+c")
+    assert all("b" not in name.split("+") for race in fake.seen for name in race)
+    assert [d.kept for d in decisions] == [True, False, True, True, False]
+    assert [d.looked for d in decisions] == [True, True, True, False, False]
+    assert "by profiles of its operators" in decisions[1].reason()
+    assert "in a race of all that pay so" in decisions[0].reason()
+    assert decisions[0].speedup == pytest.approx(1.11)
+
+
+def test_profiles_alone_keep_nothing() -> None:
+    """They promise what the whole model does not hold: each is then raced by itself."""
+    fake = Fake.adding({"a": 0.1, "b": -0.01})
+    groups = listed("ab")
+    fake.seen_by_look = {g: glance(1.1) for g in groups}
+    decisions = choose(groups, fake, 60.0)
+    assert fake.seen[:3] == [("+", "a+b"), ("+", "a"), ("+", "b")]
+    assert [d.kept for d in decisions] == [False, True]
+    assert not any(d.looked for d in decisions)
+
+
+def test_hardly_anything_is_no_reason_to_race() -> None:
+    fake = Fake.adding({"a": 0.0, "b": 0.0})
+    groups = listed("ab")
+    fake.seen_by_look = {groups[0]: glance(1.001), groups[1]: glance(1.004, 1.007)}
+    assert [d.kept for d in choose(groups, fake, 60.0)] == [False, False]
+    assert not fake.seen
+
+
+def test_what_is_known_is_not_looked_at() -> None:
+    fake = Fake.adding({"a": -0.1, "b": 0.1})
+    a, b = listed("ab")
+    fake.known[a] = Decision(a, evidence(1.1, 0.01), remembered=True)
+    choose([a, b], fake, 60.0)
+    assert fake.looks == [(["p"], ["b"])]
 
 
 def test_without_time_nothing_is_decided() -> None:

@@ -1,0 +1,51 @@
+#!/usr/bin/env python3
+"""Record how often each kind of measured rewrite pays on this machine, for the table that ships with pwopt.
+
+    python tests/benchmarks/answer_time.py FOLDER... --effort thorough --keep CACHES
+    python tests/benchmarks/priors.py CACHES [--provider cpu]
+
+The first command optimises models with an empty cache each, and keeps the caches; the second counts what they hold into
+pwopt/selecting/priors.json, in the place of what this class of processors had there, and names the machine and the
+models. The table is an order and a guess: a kind that never paid in many cases is not tried, which `--effort thorough`
+overrules, and no kind is kept by it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from pwopt.running.providers import Provider
+from pwopt.running.runtime import environment
+from pwopt.selecting import cache, priors
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("caches", type=Path)
+    parser.add_argument("--provider", default="cpu")
+    options = parser.parse_args()
+    entries = []
+    for folder in sorted(p for p in options.caches.iterdir() if p.is_dir()):
+        os.environ[cache.FOLDER_VARIABLE] = str(folder)
+        entries += [e for e in cache.stored() if e.model]
+    found = priors.counted(entries)
+    content = priors.table()
+    key = f"{Provider.parse(options.provider).kind} {priors.processor()}"
+    machine = {
+        k: v for k, v in environment(options.provider, 1).items() if k in ("pwopt", "onnxruntime", "cpu", "cores")
+    }
+    models = sorted({e.name for e in entries})
+    content["machines"] = [m for m in content["machines"] if m["for"] != key]
+    content["machines"].append({"for": key, **machine, "date": max(e.date for e in entries)[:10], "models": models})
+    content["priors"][key] = {name: [p.asked, p.kept, round(p.gain, 4)] for name, p in sorted(found.items())}
+    target = Path(priors.__file__).with_name("priors.json")
+    target.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    for name, p in sorted(found.items()):
+        print(f"{name}: {p.kept} of {p.asked} kept, {p.expected:+.4f} expected")
+
+
+if __name__ == "__main__":
+    main()
