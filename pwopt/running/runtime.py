@@ -195,6 +195,8 @@ class Session:
         #: the machine does is no fault of the model; elsewhere, the time that passed.
         alone = self.provider == providers.CPU and threads == 1
         self.clock: Callable[[], float] = time.thread_time if alone else time.perf_counter
+        #: Whether threads of this session keep processors busy for a while after a run, where they disturb others.
+        self.spins = self.provider == providers.CPU and threads > 1
 
     def _blamed(self, error: Exception, path: str | os.PathLike[str]) -> ProviderError | ModelError:
         """Whose fault it is that the model does not load."""
@@ -262,6 +264,11 @@ class Session:
         begin = self.clock()
         self.run(feeds)
         self._spent.append(self.clock() - begin)
+
+    @property
+    def spent(self) -> float:
+        """Seconds of all `profiled_run` so far, by `clock`."""
+        return sum(self._spent)
 
     def nodes(self) -> list[NodeTime]:
         """Every node that ran, with the median of its times over `profiled_run`; ends the profile.

@@ -120,8 +120,10 @@ def likely_sizes(
     check_shapes(specs, shapes or {})
     search = Search(specs, model, shapes)
     if path is None:
-        return _as_chosen(search.likeliest())
-    return _tried(search, Trials(specs, Session(path, provider, optimise=False), SECONDS, progress))
+        chosen = _as_chosen(search.likeliest())
+    else:
+        chosen = _tried(search, Trials(specs, Session(path, provider, optimise=False), SECONDS, progress))
+    return _logged(chosen)
 
 
 def _tried(search: Search, trials: Trials) -> Chosen:
@@ -208,7 +210,7 @@ def rounds(
     if any(given):
         return [likely_sizes(specs, model, path, provider, shapes, progress) for shapes in given]
     search, session = Search(specs, model), Session(path, provider, optimise=False)
-    first = _tried(search, Trials(specs, session, SECONDS, progress))
+    first = _logged(_tried(search, Trials(specs, session, SECONDS, progress)))
     second = _other(search, Trials(specs, session, SECONDS / 2, progress), first)
     return [first] if second is None else [first, second]
 
@@ -219,6 +221,12 @@ def _elements(sizes: Mapping[str, Sequence[int]]) -> int:
 
 def _named(sizes: Mapping[str, Sequence[int]]) -> str:
     return " ".join(f"{name} {written(shape)}" for name, shape in sizes.items())
+
+
+def _logged(chosen: Chosen) -> Chosen:
+    for line in told(chosen):
+        LOG.info("%s", line)
+    return chosen
 
 
 def told(chosen: Chosen) -> Iterator[str]:

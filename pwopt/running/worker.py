@@ -97,15 +97,17 @@ class Worker:
             return answer
         raise UnusableError(str(answer))
 
-    def profiles(self, models: Sequence[Path], seconds: float, least: int) -> list[list[list[NodeTime]]]:
+    def profiles(self, models: Sequence[Path], seconds: float, least: int) -> tuple[list[list[list[NodeTime]]], float]:
         """For each model, what every operator took in some runs, side by side with those of the others.
+
+        Besides, which part of the time that passed they had for themselves.
 
         Raises
         ------
         UnusableError
         """
         answer = self._ask(("profiled", [str(m) for m in models], seconds, least), self._limit + 4 * seconds)
-        if isinstance(answer, list):
+        if isinstance(answer, tuple):
             return answer
         raise UnusableError(str(answer))
 
@@ -239,7 +241,9 @@ class _Track:
             return "it takes more memory than the original by far"
         return loaded - begin, time.perf_counter() - loaded
 
-    def profiled(self, paths: Sequence[str], seconds: float, least: int) -> list[list[list[NodeTime]]] | str:
+    def profiled(
+        self, paths: Sequence[str], seconds: float, least: int
+    ) -> tuple[list[list[list[NodeTime]]], float] | str:
         try:
             sessions = [Session(p, self._provider, self._threads, profile=True, tf32=True) for p in paths]
             begin, done = time.perf_counter(), 0
@@ -247,7 +251,8 @@ class _Track:
                 for session in sessions:
                     session.profiled_run(self._feeds)
                 done += 1
-            return [session.runs() for session in sessions]
+            own = sum(session.spent for session in sessions) / (time.perf_counter() - begin)
+            return [session.runs() for session in sessions], own
         except PwoptError as error:
             return str(error)
         except MemoryError:

@@ -16,8 +16,8 @@ from typing import Any
 
 from pwopt.selecting.cache import Entry, features
 
-#: Decisions on a kind, none of them for it, from which it is not asked for any more.
-ENOUGH = 20
+#: A kind is not asked for any more if it gained less than this (a logarithm) for each of so many decisions.
+LEAST, ENOUGH = 0.001, 20
 #: Instruction sets that make classes of processors, the best first.
 CLASSES = (("avx512f", "avx512"), ("avx2", "avx2"), ("asimd", "neon"))
 
@@ -47,9 +47,9 @@ class Prior:
         return (self.gain + 0.04) / (self.asked + 2)
 
     @property
-    def never(self) -> bool:
-        """Whether it was asked for often, and never paid."""
-        return self.asked >= ENOUGH and not self.kept
+    def vain(self) -> bool:
+        """Whether it was asked for often, and hardly ever paid."""
+        return self.asked >= ENOUGH and self.expected < LEAST
 
 
 def processor() -> str:

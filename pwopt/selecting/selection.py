@@ -104,7 +104,7 @@ class Work:
     kind: str = "cpu"
     #: The fraction by which the model may grow; None for any.
     max_growth: float | None = None
-    #: Whether kinds of rewrites are tried that never paid on machines like this one.
+    #: Whether kinds of rewrites are tried that hardly ever paid on machines like this one.
     thorough: bool = False
     #: Just the passes that need no cost to judge them.
     always_only: bool = False
@@ -340,8 +340,8 @@ def _decide(
 ) -> list[tune.Decision]:
     groups, known = tune.groups(found), memory.priors(work.kind)
     groups.sort(key=lambda g: -known.get(g.pass_name, Prior()).expected)
-    never = {} if work.thorough else {name: p.asked for name, p in known.items() if p.never}
-    judge = Judge(work, arena, memory, never)
+    vain = {} if work.thorough else {name: p for name, p in known.items() if p.vain}
+    judge = Judge(work, arena, memory, vain)
     decisions = tune.choose(groups, judge, 0.0 if arena is None else budget, progress)
     for d in decisions:
         if d.raced and not d.remembered:
@@ -356,8 +356,8 @@ class Judge:
     work: Work
     arena: Arena | None
     memory: Memory
-    #: Passes that never paid on machines like this one, with how often they were asked for.
-    never: Mapping[str, int] = field(default_factory=dict)
+    #: Passes that are not worth a try on machines like this one, with what is known of them.
+    vain: Mapping[str, Prior] = field(default_factory=dict)
     _files: dict[tuple[str, ...], Path] = field(default_factory=dict)
 
     def build(self, sites: frozenset[str]) -> Path:
@@ -389,17 +389,20 @@ class Judge:
         if len(found) < len(files):
             return {}
         try:
-            runs = worker.profiles(found, LOOK_SECONDS, LEAST_RUNS)
+            runs, own = worker.profiles(found, LOOK_SECONDS, LEAST_RUNS)
         except UnusableError as error:
             LOG.info("a look at %s tells nothing: %s", groups[0].pass_name, error)
             return {}
-        return look(made[0][3], made[1][3], made[1][1].rewrites, groups, (runs[0], runs[1]))
+        seen = look(made[0][3], made[1][3], made[1][1].rewrites, groups, (runs[0], runs[1]))
+        return {g: glance._replace(sure=own >= tune.BUSY) for g, glance in seen.items()}
 
     def remembered(self, group: tune.Group) -> tune.Decision | None:
         known = self.memory.recall(group.pass_name, group.signature)
         if known is None:
-            times = self.never.get(group.pass_name)
-            why = f"not tried, since it never paid in {times} cases on processors like this; --effort thorough does"
-            return None if times is None else tune.Decision(group, settled=why)
+            prior = self.vain.get(group.pass_name)
+            if prior is None:
+                return None
+            paid = f"it paid in {prior.kept} of {prior.asked} cases on processors like this"
+            return tune.Decision(group, settled=f"not tried, since {paid}; --effort thorough does")
         confirmed = known.evidence if known.profiled == "kept" else None
         return tune.Decision(group, known.evidence, True, looked=bool(known.profiled), confirmed=confirmed)

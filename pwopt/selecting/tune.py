@@ -160,10 +160,14 @@ def _joint(rewrites: Sequence[Rewrite]) -> str:
 
 
 class Glance(NamedTuple):
-    """What profiles say of a group: speed-ups of the whole model, by its own operators and at best."""
+    """What profiles say of a group: speed-ups of the whole model, by its own operators and at best.
+
+    On a busy machine they rule out, and promise nothing (`sure`).
+    """
 
     own: Evidence
     best: Evidence
+    sure: bool = True
 
 
 class Judge(Protocol):
@@ -256,11 +260,12 @@ class _Contest:
                 break
             self._progress(f"looking at {name}", 1 - (self._deadline - time.perf_counter()) / self._budget)
             seen.update(self._judge.look(self.kept(), [g for g in groups if g.pass_name == name]))
-        paying = {g: e.own for g, e in seen.items() if e.own.interval(LOOKED)[0] > 1.0 and e.own.speedup >= WORTH}
+        promised = {g: e.own for g, e in seen.items() if e.own.interval(LOOKED)[0] > 1.0 and e.own.speedup >= WORTH}
+        paying = {g: own for g, own in promised.items() if seen[g].sure}
         for group, glance in seen.items():
             figures = glance.own.speedup, *glance.own.interval(LOOKED)
             LOG.info("profiled %s: %s: %.3f× [%.3f, %.3f]", group.pass_name, group.signature, *figures)
-            if glance.best.interval(LOOKED)[1] < LITTLE and group not in paying:
+            if glance.best.interval(LOOKED)[1] < LITTLE and group not in promised:
                 self.decided[group] = Decision(group, glance.own, looked=True)
         return dict(sorted(paying.items(), key=lambda found: -found[1].speedup))
 

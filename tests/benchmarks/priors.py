@@ -6,7 +6,7 @@
 
 The first command optimises models with an empty cache each, and keeps the caches; the second counts what they hold into
 pwopt/selecting/priors.json, in the place of what this class of processors had there, and names the machine and the
-models. The table is an order and a guess: a kind that never paid in many cases is not tried, which `--effort thorough`
+models. The table is an order and a guess: a kind that hardly ever paid in many cases is not tried, which `--effort thorough`
 overrules, and no kind is kept by it.
 """
 

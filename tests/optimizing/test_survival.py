@@ -198,7 +198,8 @@ def test_races_run_in_the_worker_and_what_fails_there_is_told(tmp_path: Path, ab
     assert race.rounds >= 5
     assert 0.2 < race.speedup() < 5  # the same model
     assert seen[-1] <= 1.0
-    (first, second) = tried.profiles(paths[:2], 0.1, 3)
+    (first, second), own = tried.profiles(paths[:2], 0.1, 3)
+    assert 0 < own <= 1.05
     assert len(first) == len(second) >= 3
     assert {n.op for n in first[0]} >= {"Conv"}
     with pytest.raises(UnusableError, match="SIGABRT"):

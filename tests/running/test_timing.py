@@ -74,7 +74,7 @@ def test_no_rounds_say_nothing_and_one_hardly_more(rounds: int, spread: float) -
 class Planted:
     """A session that takes as long as it is told, by a clock of its own."""
 
-    now = 0.0
+    now, spins = 0.0, False
 
     def __init__(self, times: Iterator[float]) -> None:
         self.times = times
@@ -143,3 +143,26 @@ def test_the_last_race_ends_when_the_ratio_is_known(planted: type[Planted]) -> N
     done = raced(planted, 1.3, 0.002, 600.0, Rules(precise=0.003, least=5))
     assert done.rounds == timing.MIN_ROUNDS
     assert raced(planted, 1.3, 0.1, 20.0, Rules(precise=0.003, least=5)).rounds > 50
+
+
+class Spinning(Planted):
+    """Runs right after another session's are disturbed by its threads."""
+
+    last: object = None
+    spins = True
+
+    def step(self) -> None:
+        Planted.now += 0.1 if Spinning.last is self else 0.5
+        Spinning.last = self
+
+
+@pytest.mark.parametrize(("spins", "seconds"), [(True, 0.1), (False, 0.5)])
+def test_threads_that_wait_actively_are_left_to_calm_down(
+    spins: bool, seconds: float, planted: type[Planted], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first run after another session's is not timed."""
+    monkeypatch.setattr(Spinning, "spins", spins)
+    sessions = [Spinning(iter(())), Spinning(iter(()))]
+    done = timing.race(sessions, {}, 0.0, rules=Rules(least=9))  # type: ignore[arg-type]
+    assert np.median(done.times) == pytest.approx(seconds)
+    assert not spins or np.max(done.times) == pytest.approx(seconds)

@@ -182,6 +182,16 @@ def test_profiles_alone_keep_nothing() -> None:
     assert not any(d.looked for d in decisions)
 
 
+def test_on_a_busy_machine_profiles_rule_out_and_promise_nothing() -> None:
+    fake = Fake.adding({"a": -0.1, "b": 0.1, "c": -0.1})
+    groups = listed("abc")
+    fake.seen_by_look = {g: glance(s)._replace(sure=False) for g, s in zip(groups, (1.1, 0.9, 1.1), strict=True)}
+    decisions = choose(groups, fake, 60.0)
+    assert fake.seen[0] == ("+", "a")
+    assert [d.looked for d in decisions] == [False, True, False]
+    assert [d.kept for d in decisions] == [True, False, True]
+
+
 def test_hardly_anything_is_no_reason_to_race() -> None:
     fake = Fake.adding({"a": 0.0, "b": 0.0})
     groups = listed("ab")
