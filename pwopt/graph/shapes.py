@@ -22,8 +22,15 @@ WIDEST = 1 << 16
 #: Bytes that inference may take, and for each byte of the graph; it keeps several copies, and needs a tenth of both.
 INFERENCE_MEMORY, INFERENCE_COPIES = 1 << 28, 64
 
-#: Elements that inference may write down without a bound on its memory.
-SAFE = 1 << 22
+#: Elements of inputs, and that inference may write down, without a bound on its memory; axes of a tensor at most.
+SAFE, LONGEST = 1 << 22, 32
+#: Operators whose results are not larger than their inputs and weights make them.
+TAME = frozenset(
+    """Add AveragePool BatchNormalization Cast Clip Concat Constant Conv ConvTranspose Div Equal Erf Exp Flatten Gather
+    Gelu Gemm GlobalAveragePool HardSigmoid HardSwish Identity LayerNormalization LeakyRelu MatMul MaxPool Max Min Mul
+    Neg Pow PRelu ReduceMean ReduceSum Relu Reshape Shape Sigmoid Size Slice Softmax Split Sqrt Squeeze Sub Tanh
+    Transpose Unsqueeze Where""".split()  # noqa: SIM905
+)
 
 #: Initializers up to this many elements may be shapes, axes or sizes, whose values inference reads.
 SMALL = 1024
@@ -135,7 +142,7 @@ def _infer(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
         return types
     if _too_wide(light, types):
         return types
-    if _most_values(light) <= SAFE:
+    if _tame(light):
         return _types(shape_inference.infer_shapes(light, data_prop=True))
     content = light.SerializeToString()
     found = isolated(
@@ -171,20 +178,34 @@ def _too_wide(light: onnx.ModelProto, types: Mapping[str, tuple[int, Shape | Non
     return any(size is not None and len(size) == 1 and size[0] > WIDEST for size in sizes)
 
 
-def _most_values(light: onnx.ModelProto) -> int:
-    """How many elements following values may write down, at most: constants and shapes, which only Concat adds up."""
+def _tame(light: onnx.ModelProto) -> bool:
+    """Whether following values cannot take much, so that it needs no bound.
+
+    No operator makes a tensor as large as a value or an attribute says, none makes one row of a larger tensor, and
+    inputs, and shapes that are joined, are of ordinary sizes.
+    """
     held = {t.name: math.prod(t.dims) for t in light.graph.initializer}
+    planes = {name for name, size in held.items() if size > 1}  # as shapes, of two axes and more
+    inputs = [dims(v.type) or () for v in light.graph.input]
+    if any(math.prod(d for d in shape if isinstance(d, int)) > SAFE for shape in inputs):
+        return False
     total = 0
     for node in light.graph.node:
         read = [held.get(name, 0) for name in node.input]
         size = max((math.prod(a.t.dims) for a in node.attribute if a.HasField("t")), default=0)
+        largest = max((max(map(abs, (a.i, *a.ints))) for a in node.attribute if a.type in (a.INT, a.INTS)), default=0)
+        flat = node.op_type == "Reshape" and len(read) > 1 and node.input[1] not in planes
+        if node.domain or node.op_type not in TAME or flat or largest > WIDEST:
+            return False
         if node.op_type in ("Shape", "Size"):
-            size = SMALL
+            size = LONGEST
         elif _propagates(node):
             size = sum(read) if node.op_type == "Concat" else max(read, default=0)
+        if (node.op_type == "Concat" and len(read) > 1) or (node.op_type == "Constant" and size > 1):
+            planes.update(node.output)
         held.update(dict.fromkeys(node.output, size))
         total += size
-    return total
+    return total <= SAFE
 
 
 def _propagates(node: onnx.NodeProto) -> bool:

@@ -231,11 +231,13 @@ def test_decisions_and_profiles_come_home(cluster: Any, tmp_path: Path, monkeypa
     for path in Path(os.environ["PWOPT_CACHE"]).glob("*"):
         path.unlink()
     fleet = Fleet(cluster.scheduler_address)
-    (row,) = optimize_many([model], tmp_path / "out", Request(race_seconds=0.1, budget=1.0), runner=fleet)
+    (row,) = optimize_many(
+        [model], tmp_path / "out", Request(race_seconds=0.1, effort="thorough", budget=3.0), runner=fleet
+    )
     assert row.status == "done", row.sentence
     learnt = {e.pass_name for e in cache.entries()}
     assert learnt
-    profiles = fleet.profiles([model], Request(budget=1.0))
+    profiles = fleet.profiles([model], Request(budget=3.0))
     assert {e.pass_name for e in profiles["small"].entries} == learnt
 
 
