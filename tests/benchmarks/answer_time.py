@@ -6,8 +6,8 @@
 
 The first form optimises every .onnx file in some folders, each in a process of its own, by default with no option but
 an empty cache, and says for each how much time passed (wall), and how much of the processors' it took (CPU), in total
-and by stage. A stage's time is its own: what it called that is listed too is not in it. The time of the process that
-tries candidates first is in the total only. The second form races what two versions made of the same originals, all
+and by stage. A stage's time is its own: what it called that is listed too is not in it. The CPU time of the process that
+tries and races candidates is in the total only. The second form races what two versions made of the same originals, all
 three side by side, with sizes that the second version's report says.
 
 A folder may hold a shapes.json, {"model.onnx": {"input": [1, 3, 640, 640]}}.
@@ -39,14 +39,15 @@ STAGES = {
     "sizes": ["pwopt.optimizing.optimizer:gather"],
     "settle": ["pwopt.optimizing.optimizer:plan", "pwopt.selecting.selection:Work.settled"],
     "search": ["pwopt.selecting.selection:Work.opportunities"],
-    "look": ["pwopt.selecting.outlook:look"],
+    "look": ["pwopt.selecting.selection:Judge.look"],
     "candidates": [
         "pwopt.selecting.selection:Work.file",
         "pwopt.selecting.selection:Work.rewrite",
         "pwopt.selecting.selection:Arena.fault",
         "pwopt.selecting.selection:Arena.session",
+        "pwopt.optimizing.optimizer:Allowance",
     ],
-    "races": ["pwopt.running.timing:race"],
+    "races": ["pwopt.selecting.selection:Arena.race", "pwopt.running.timing:race"],
     "certificates": ["pwopt.selecting.selection:Work.certified"],
     "verify": ["pwopt.optimizing.trial:verified"],
     "profile": ["pwopt.optimizing.trial:Pair.profiled"],
