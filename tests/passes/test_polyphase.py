@@ -265,6 +265,13 @@ def test_a_weight_that_is_an_input_stays() -> None:
     assert run(model, eager())[0] is model
 
 
+@pytest.mark.parametrize("kind", BOTH)
+def test_of_nothing_there_are_no_phases(kind: type[Pass]) -> None:
+    """An empty batch, as of a detector that found nothing."""
+    model = build(f"(double[0,4,5,7] x) => (double[N] y) {{ {UP} y = Conv<pads=[1,1,1,1]>(u, w, b) }}", CONSTANTS)
+    assert run(model, eager(kind))[0] is model
+
+
 def test_pointwise_maps_are_left_to_others() -> None:
     model = build(HEAD + f"{{ {UP} y = Conv(u, p) }}", CONSTANTS | {"p": normal(6, 4, 1, 1)})
     assert run(model, eager())[0] is model

@@ -89,6 +89,22 @@ def test_windows_that_overlap_and_shuffles_of_anything_stay(call: str) -> None:
     assert run(model, eager())[0] is model
 
 
+def test_three_axes_stay() -> None:
+    """Phases are put together along one or two axes."""
+    model = build(
+        "(double[1,3,2,3,4] x) => (double[N] y) { t = ConvTranspose<strides=[2,2,2]>(x, k) y = Relu(t) }",
+        {"k": normal(3, 4, 2, 2, 2)},
+    )
+    assert run(model, eager())[0] is model
+
+
+def test_nothing_is_put_together_of_nothing() -> None:
+    model = build(f"(double[0,3,5,7] x) => (double[N] y) {{ y = {T}(x, u, a) }}", CONSTANTS)
+    result, outcome, _ = run(model, eager())
+    assert result is model
+    assert reasons(outcome) == ["its output is empty"]
+
+
 def test_groups_stay() -> None:
     for body in (
         "m = Conv<pads=[1,1,1,1], group=8>(j, g) y = DepthToSpace<blocksize=2>(m)",
