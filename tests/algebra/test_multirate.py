@@ -173,6 +173,12 @@ def test_windows_that_overlap_or_are_cut_are_refused(changes: dict[str, object])
     assert isinstance(spread(transposed((2, 2), **changes)), Refusal)
 
 
+def test_an_ordinary_convolution_spreads_nothing() -> None:
+    """It gathers, though its kernel is its stride as well."""
+    g = replace(transposed((2, 2)).geometry, transposed=False)
+    assert isinstance(spread(LinearMap.of(g, np.ones((g.out_channels, g.in_channels, 2, 2)))), Refusal)
+
+
 def test_groups_of_windows_are_refused() -> None:
     g = replace(transposed((2, 2)).geometry, out_channels=4, groups=2)
     assert isinstance(spread(LinearMap.of(g, np.ones((4, 2, 2, 2)))), Refusal)

@@ -68,6 +68,7 @@ def test_operators_that_run_on_frames(after: str) -> None:
         "Softmax<axis=2>(z)", "MaxPool<kernel_shape=[2,1,1]>(z)", "MaxPool<kernel_shape=[1,2,2], ceil_mode=1>(z)",
         "Reshape(z, flat)", "ReduceMean<axes=[2,3,4], keepdims=0>(z)", "ReduceMean<axes=[0]>(z)",
         "Mul(z, z2)", "AveragePool<kernel_shape=[1,2,2], pads=[1,0,0,0,0,0], count_include_pad=1>(z)", "GlobalMaxPool(z)",
+        "AveragePool<kernel_shape=[1,2,2], pads=[0,0,0,1,0,0], count_include_pad=1>(z)",
     ],
 )  # fmt: skip
 def test_others_do_not(after: str) -> None:
