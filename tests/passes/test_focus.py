@@ -63,6 +63,16 @@ def test_pixel_unshuffling(perm: list[int]) -> None:
     same(model, result, x=X)
 
 
+@pytest.mark.parametrize("between", ["s", "t"])
+def test_a_pixel_unshuffling_that_others_look_into_stays(between: str) -> None:
+    body = (
+        "(double[2,3,8,12] x) => (double[N] y, double[M] z) { s = Reshape(x, q) t = Transpose<perm=[0,1,3,5,2,4]>(s) "
+        f"k = Reshape(t, z_) y = Conv<pads=[1,1,1,1]>(k, w) z = Abs({between}) }}"
+    )
+    model = build(body, CONSTANTS | {"q": np.array([2, 3, 4, 2, 6, 2]), "z_": np.array([2, 12, 4, 6])})
+    assert run(model, Focus())[0] is model
+
+
 @pytest.mark.parametrize(
     ("shape", "perm", "back"),
     [

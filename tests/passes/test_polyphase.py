@@ -146,6 +146,8 @@ SPELLINGS = [
     ('Resize<mode="cubic">(x, , s)', 17, False),
     ('Resize<mode="nearest">(x, , h)', 17, False),
     ('Resize<mode="nearest">(x, , n)', 17, False),
+    ('Resize<mode="nearest">(x, , m)', 17, False),
+    ('Resize<mode="nearest", keep_aspect_ratio_policy="not_larger">(x, , , o)', 18, False),
     ('Upsample<mode="linear">(x, s)', 9, False),
 ]
 
@@ -157,7 +159,8 @@ def test_what_repeats_positions_is_found_by_evaluation(call: str, opset: int, re
         "o": np.array([2, 4, 10, 14]),
         "h": np.array([1, 1, 1.5, 2], np.float32),
         "n": np.array([1, 2, 1, 1], np.float32),
-        "w": normal(6, 8 if ", n)" in call else 4, 3, 3),
+        "m": np.array([1, 2, 2, 2], np.float32),
+        "w": normal(6, 8 if ", n)" in call or ", m)" in call else 4, 3, 3),
     }
     model = build(HEAD + f"{{ u = {call} y = Conv<pads=[1,1,1,1]>(u, w) }}", constants, opset=opset)
     result, outcome, _ = run(model, eager())
