@@ -16,7 +16,7 @@ from pwopt.evidence.localise import localise
 from pwopt.evidence.verify import compared, placements
 from pwopt.graph.functions import functions
 from pwopt.graph.storage import total_bytes
-from pwopt.optimizing.allowance import Allowance
+from pwopt.optimizing.allowance import PROFILING, Allowance
 from pwopt.optimizing.conditions import as_latency, others, respecting, timed
 from pwopt.optimizing.layers import layers
 from pwopt.optimizing.request import Request
@@ -40,8 +40,8 @@ MAX_ATTEMPTS = 8
 LAUNCH = 10.0
 #: Rounds of the final race, at least; it ends early when the ratio is known to this part of it.
 LEAST, PRECISE = 5, 0.003
-#: Seconds that runs under the profiler take, and how many there are at least and at most.
-PROFILING, PROFILED = 1.0, (2, 10)
+#: Runs under the profiler, at least and at most.
+PROFILED = 2, 10
 #: Figures of the profiler and of the race that are this far apart are explained.
 PROFILE_APART = 1.25
 #: Operators on integers that stand for reals, besides those called QLinear….

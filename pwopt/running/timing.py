@@ -191,7 +191,7 @@ class Rules:
 
     def over(self, race: Race, spent: float) -> bool:
         """Whether what was seen so far is enough."""
-        if race.rounds < max(FIRST_LOOK, min(self.least, MIN_ROUNDS)) or spent < SHORTEST:
+        if race.rounds < max(FIRST_LOOK, self.least) or spent < SHORTEST:
             return False
         evidence = self.known + Evidence.of(race)
         if self.precise and race.rounds >= MIN_ROUNDS:

@@ -227,44 +227,38 @@ class _Track:
         self._loaded.move_to_end(key)
         return self._loaded[key]
 
-    def tried(self, path: str) -> str | tuple[float, float]:
-        """What a model takes to load and to run, or why it cannot be used."""
+    def tried(self, path: str) -> tuple[float, float]:
+        """What a model takes to load and to run."""
         begin = time.perf_counter()
-        try:
-            session = self.session(path, self._threads)
-            loaded = time.perf_counter()
-            session.run(self._feeds)
-        except PwoptError as error:
-            self._loaded.pop((path, self._threads), None)
-            return str(error)
-        except MemoryError:
-            return "it takes more memory than the original by far"
+        session = self.session(path, self._threads)
+        loaded = time.perf_counter()
+        session.run(self._feeds)
         return loaded - begin, time.perf_counter() - loaded
 
-    def profiled(
-        self, paths: Sequence[str], seconds: float, least: int
-    ) -> tuple[list[list[list[NodeTime]]], float] | str:
-        try:
-            sessions = [Session(p, self._provider, self._threads, profile=True, tf32=True) for p in paths]
-            begin, done = time.perf_counter(), 0
-            while done <= least or (done <= MOST and time.perf_counter() - begin < seconds):
-                for session in sessions:
-                    session.profiled_run(self._feeds)
-                done += 1
-            own = sum(session.spent for session in sessions) / (time.perf_counter() - begin)
-            return [session.runs() for session in sessions], own
-        except PwoptError as error:
-            return str(error)
-        except MemoryError:
-            return "it takes more memory than the original by far"
+    def profiled(self, paths: Sequence[str], seconds: float, least: int) -> tuple[list[list[list[NodeTime]]], float]:
+        """See `Worker.profiles`."""
+        sessions = [Session(p, self._provider, self._threads, profile=True, tf32=True) for p in paths]
+        begin, done = time.perf_counter(), 0
+        while done <= least or (done <= MOST and time.perf_counter() - begin < seconds):
+            for session in sessions:
+                session.profiled_run(self._feeds)
+            done += 1
+        own = sum(session.spent for session in sessions) / (time.perf_counter() - begin)
+        return [session.runs() for session in sessions], own
 
-    def raced(self, paths: Sequence[str], threads: int, feeds: Feeds, seconds: float, rules: Rules) -> Race | str:
-        try:
-            return timing.race([self.session(p, threads) for p in paths], feeds, seconds, rules=rules)
-        except PwoptError as error:
-            return str(error)
-        except MemoryError:
-            return "it takes more memory than the original by far"
+    def raced(self, paths: Sequence[str], threads: int, feeds: Feeds, seconds: float, rules: Rules) -> Race:
+        """See `Worker.race`."""
+        return timing.race([self.session(p, threads) for p in paths], feeds, seconds, rules=rules)
+
+
+def _answered(track: _Track, question: str, *arguments: Any) -> Any:
+    """What a track says, or why it cannot, as a clause."""
+    try:
+        return getattr(track, question)(*arguments)
+    except PwoptError as error:
+        return str(error)
+    except MemoryError:
+        return "it takes more memory than the original by far"
 
 
 def _main() -> None:
@@ -274,12 +268,11 @@ def _main() -> None:
     provider, threads, feeds, original = _receive(sys.stdin.buffer)
     runtime.silence()
     track = _Track(provider, threads, feeds)
-    _send(answers, track.tried(original))
+    _send(answers, _answered(track, "tried", original))
     if runtime.provider_name(provider) == providers.CPU:
         _bound_memory()
     while (question := _receive(sys.stdin.buffer)) is not None:
-        kind, *arguments = question
-        _send(answers, getattr(track, kind)(*arguments))
+        _send(answers, _answered(track, *question))
 
 
 if __name__ == "__main__":

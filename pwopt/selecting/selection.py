@@ -36,6 +36,8 @@ LOG = logging.getLogger(__name__)
 
 #: What to say of a rewrite that its certificate refuses.
 DEFECT = "a defect of pwopt, please report it with the model"
+#: A model, the rewrites that made it, and its file for the profiler, if it can have one.
+Numbered = tuple[onnx.ModelProto, tuple[Rewrite, ...], Path | None]
 #: Seconds for profiles of two models, and runs of each at least.
 LOOK_SECONDS, LEAST_RUNS = 1.0, 4
 #: How often rewriting starts anew without what certificates refused.
@@ -281,12 +283,8 @@ class Disk:
         store(replace(made, pass_name=marked, model=self.model, name=self.name, date=date))
 
     def priors(self, kind: str) -> Mapping[str, Prior]:
-        return priors(kind, _here(place(self.provider, self.threads)))
-
-
-def _here(where: str) -> list[Entry]:
-    """What models said on this machine."""
-    return [e for e in stored() if e.place == where and e.model]
+        where = place(self.provider, self.threads)
+        return priors(kind, (e for e in stored() if e.place == where and e.model))
 
 
 def entry(decision: tune.Decision, where: str) -> Entry:
@@ -359,6 +357,7 @@ class Judge:
     #: Passes that are not worth a try on machines like this one, with what is known of them.
     vain: Mapping[str, Prior] = field(default_factory=dict)
     _files: dict[tuple[str, ...], Path] = field(default_factory=dict)
+    _base: dict[frozenset[str], Numbered] = field(default_factory=dict)
 
     def build(self, sites: frozenset[str]) -> Path:
         _, outcome, _, proto = self.work.rewrite(sites)
@@ -383,18 +382,25 @@ class Judge:
         if worker is None or not worker.ready:
             return {}
         base = frozenset(site for g in kept for site in g.sites)
-        made = [self.work.rewrite(sites) for sites in (base, base.union(*(g.sites for g in groups)))]
-        files = [marked(proto, self.work.folder / f"look{i}" / "model.onnx") for i, (*_, proto) in enumerate(made)]
-        found = [f for f in files if f is not None]
-        if len(found) < len(files):
+        if base not in self._base:  # of one kind after another; candidates are large, and not asked for again
+            self._base.clear()
+            self._base[base] = self._numbered(base, "base")
+        before, _, a = self._base[base]
+        after, rewrites, b = self._numbered(base.union(*(g.sites for g in groups)), "look")
+        if a is None or b is None:
             return {}
         try:
-            runs, own = worker.profiles(found, LOOK_SECONDS, LEAST_RUNS)
+            runs, own = worker.profiles([a, b], LOOK_SECONDS, LEAST_RUNS)
         except UnusableError as error:
             LOG.info("a look at %s tells nothing: %s", groups[0].pass_name, error)
             return {}
-        seen = look(made[0][3], made[1][3], made[1][1].rewrites, groups, (runs[0], runs[1]))
+        seen = look(before, after, rewrites, groups, (runs[0], runs[1]))
         return {g: glance._replace(sure=own >= tune.BUSY) for g, glance in seen.items()}
+
+    def _numbered(self, sites: frozenset[str], name: str) -> Numbered:
+        """A model with the rewrites of these sites."""
+        _, outcome, _, proto = self.work.rewrite(sites)
+        return proto, outcome.rewrites, marked(proto, self.work.folder / name / "model.onnx")
 
     def remembered(self, group: tune.Group) -> tune.Decision | None:
         known = self.memory.recall(group.pass_name, group.signature)

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import pwopt
 from pwopt import cli
+from pwopt.graph import shapes
 from pwopt.graph.limits import isolated
 from pwopt.graph.shapes import infer
 from pwopt.optimizing.optimizer import Result
@@ -95,6 +96,30 @@ def test_what_would_take_terabytes_is_left_alone(model: onnx.ModelProto) -> None
     result = algebra(model)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss < peak + (3 << 19)  # KiB
     assert result.model.ByteSize() < 2 * model.ByteSize() + (1 << 22)
+
+
+#: Graphs in which following values could take much, each for one reason; and one in which it cannot.
+WILD = {
+    "a size by value": "c = ConstantOfShape(s) y = Add(x, c)",
+    "an unknown domain": "y = foreign.Add(x, x)",
+    "a row of everything": "y = Reshape(x, one)",
+    "a large attribute": "y = MaxPool<kernel_shape=[1,1], pads=[0,0,100000,0]>(x)",
+    "doublings": f"c0 = Shape(x) {DOUBLINGS} y = Reshape(x, c40)",
+}
+
+
+@pytest.mark.parametrize("body", WILD.values(), ids=WILD)
+def test_values_are_followed_without_a_bound_in_tame_graphs_only(body: str) -> None:
+    model = onnx.parser.parse_model(
+        '<ir_version: 8, opset_import: ["" : 17, "foreign" : 1]> g (float[N,4,6,5] x) => (float[K] y) '
+        f"<int64[2] s = {{3, 4}}, int64[1] one = {{-1}}, int64[2] two = {{0, -1}}> {{ {body} }}"
+    )
+    assert not shapes._tame(model)
+    del model.graph.node[:]
+    model.graph.node.append(helper.make_node("Reshape", ["x", "two"], ["y"]))
+    assert shapes._tame(model)
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = 1 << 40
+    assert not shapes._tame(model)
 
 
 def test_many_constants_below_the_limit_have_a_limit_together() -> None:
