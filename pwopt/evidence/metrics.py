@@ -251,6 +251,8 @@ def _finite(pieces: Sequence[Values]) -> tuple[Array, Array, Values, Values]:
     if len(pieces) > 2:
         a, b = a[~pieces[2]], b[~pieces[2]]
     x, y = a.astype(np.float64), b.astype(np.float64)
+    if np.isfinite(x).all() and np.isfinite(y).all():
+        return x, y, a, b
     limit = overflow(a.dtype)
     edge = (np.isinf(x) != np.isinf(y)) & (np.sign(x) == np.sign(y)) & (np.minimum(np.abs(x), np.abs(y)) >= limit / 2)
     x, y = (np.where(edge, np.clip(v, -limit, limit), v) for v in (x, y))
