@@ -55,11 +55,14 @@ class Evidence:
         How many; those under load count for less than one.
     total, squares : float
         Sums over them of the logarithm of the ratio of times, and of its square.
+    runs : int
+        How many there really were, if that is known: as many as there are, their spread is known from.
     """
 
     rounds: float = 0.0
     total: float = 0.0
     squares: float = 0.0
+    runs: int = 0
 
     @classmethod
     def of(cls, race: Race, i: int = 1) -> Evidence:
@@ -77,10 +80,15 @@ class Evidence:
             mean = middle + scale * float(np.mean(clipped)) / near
             spread = scale * float(np.std(clipped)) / near
         rounds = race.own * len(logs)
-        return cls(rounds, rounds * mean, rounds * (mean**2 + spread**2))
+        return cls(rounds, rounds * mean, rounds * (mean**2 + spread**2), len(logs))
 
     def __add__(self, other: Evidence) -> Evidence:
-        return Evidence(self.rounds + other.rounds, self.total + other.total, self.squares + other.squares)
+        sums = self.rounds + other.rounds, self.total + other.total, self.squares + other.squares
+        return Evidence(*sums, self._seen + other._seen)
+
+    @property
+    def _seen(self) -> int:
+        return self.runs or int(self.rounds)
 
     @property
     def speedup(self) -> float:
@@ -89,11 +97,12 @@ class Evidence:
 
     def interval(self, confidence: float) -> tuple[float, float]:
         """Of the speed-up, by Student's distribution (1908): honest for few rounds as well."""
-        if self.rounds < 2:
+        if self._seen < 2 or not self.rounds:
             return 0.0, math.inf
         mean = self.total / self.rounds
-        variance = max(0.0, self.squares / self.rounds - mean**2) / (self.rounds - 1)
-        reach = student(int(self.rounds) - 1, confidence) * math.sqrt(variance)
+        counted = self.rounds * (1 - 1 / self._seen)
+        variance = max(0.0, self.squares / self.rounds - mean**2) / counted
+        reach = student(self._seen - 1, confidence) * math.sqrt(variance)
         return math.exp(mean - reach), math.exp(min(mean + reach, 700.0))
 
 

@@ -57,6 +57,16 @@ def test_rounds_under_load_count_for_less() -> None:
     assert width[1] > 1.3 * width[0]
 
 
+def test_a_few_rounds_under_load_that_agree_are_believed() -> None:
+    """A slow model on a busy machine is run five times, and has a third of the time."""
+    ratios = np.array([2.1, 2.3, 2.2, 2.25, 2.15])
+    low, high = Evidence.of(Race((ratios, np.ones(5)), own=0.3)).interval(0.95)
+    assert 1.9 < low < 2.2 < high < 2.6
+    quiet = Evidence.of(Race((ratios, np.ones(5)))).interval(0.95)
+    assert low < quiet[0] < quiet[1] < high
+    assert Evidence.of(Race((ratios[:1], np.ones(1)), own=0.3)).interval(0.95) == (0.0, math.inf)
+
+
 def test_slow_spells_hardly_move_the_ratio() -> None:
     logs = RNG.normal(0.1, 0.02, 100)
     logs[:10] += 2.0
