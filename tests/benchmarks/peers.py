@@ -11,7 +11,7 @@ the original and with OpenVINO on the original (sizes fixed, float32). OpenVINO'
 of their scale. A tool that fails, or whose model is not equivalent, counts as the original: 1.
 
 The second form writes the table and the chart of a recorded run, `tests/benchmarks/results/peers.json`, into README.md
-and docs/images. Needs `pip install onnxsim onnxslim onnxoptimizer onnxscript openvino`; tools that are missing are left
+and docs/pictures. Needs `pip install onnxsim onnxslim onnxoptimizer onnxscript openvino`; tools that are missing are left
 out.
 """
 
@@ -37,7 +37,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 RECORD = ROOT / "tests" / "benchmarks" / "results" / "peers.json"
-CHART = ROOT / "docs" / "images" / "peers.svg"
+CHART = ROOT / "docs" / "pictures" / "peers.svg"
 #: Where the table stands in README.md.
 START, END = "<!-- peers: start -->\n", "<!-- peers: end -->"
 #: Seconds that a tool may take for one model.
