@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_graphsurgeon as gs
@@ -25,11 +25,10 @@ from pwopt.graph.journal import State
 from pwopt.graph.regions import Region
 from pwopt.graph.view import View
 from pwopt.rewriting.records import Certificate
+from pwopt.rewriting.wording import counted
 
-#: Random probes of an affine region. Their entries are ±(1 + k/GRID).
-PROBES, GRID = 3, 2**20
-#: Probes of any other region, by size; each has entries of both signs.
-SIZES = (0.01, 1.0, 30.0, 1000.0)
+#: Entries of the random probes of an affine region are ±(1 + k/GRID).
+GRID = 2**20
 #: Regions fed by at most this many numbers are evaluated on zero and each unit vector.
 BASIS = 16
 #: A fault of so many times the bound in one coefficient is what the stated probability is about.
@@ -51,6 +50,33 @@ DOUBLE = 2.0**-53
 
 
 Sizes = dict[int, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Trials:
+    """How much is tried.
+
+    Attributes
+    ----------
+    probes : int
+        Random probes of an affine region.
+    scales : tuple of float
+        Sizes of the probes of any other region, each of which has entries of both signs.
+    jitters : int
+        How often weights are rounded at random there.
+    work : int
+        Multiply-adds and elements of one evaluation, at most.
+    """
+
+    probes: int
+    scales: tuple[float, ...]
+    jitters: int
+    work: int
+
+
+#: What is tried, and what is if that would take too long: fewer evaluations, each of which may take longer.
+FULL = Trials(3, (0.01, 1.0, 30.0, 1000.0), 2, MAX_WORK)
+FEW = Trials(1, (1.0,), 1, 3 * MAX_WORK)
 
 
 def unchecked(_region: Region, _view: View) -> Certificate:
@@ -84,7 +110,7 @@ def certify(region: Region, view: View) -> Certificate:
     if result.status == "failed" and region.rerouted:
         region = region.with_rerouted(view)
         result = _evaluated(region, view)
-    while result.status == "failed" and region.context:
+    while result.status in ("failed", "none") and region.context:
         region = region.widened(view)
         wider = _evaluated(region, view)
         result = result if wider.status == "none" else wider
@@ -101,13 +127,16 @@ def _evaluated(region: Region, view: View) -> Certificate:
         return Certificate("none", "the sizes of what feeds it are not known")
     sized = any(s.op in SIZED for s in (*region.before, *region.after))
     small = [s for s in _small(whole, max(map(_reach, sides))) if s != whole]
+    wholly, smaller = [(whole, FULL), (whole, FEW)], [(sizes, FULL) for sizes in small]
     failed: Certificate | None = None
     unfit, large = "", False
-    for sizes in (whole, *small) if sized else (*small, whole):
+    for sizes, trials in (*wholly, *smaller) if sized else (*smaller, *wholly):
+        if trials is FEW and not large:
+            continue
         try:
-            result = _compared(region, view, sides, sizes)
+            result = _compared(region, view, sides, sizes, trials)
         except (TooLargeError, MemoryError):
-            unfit, large = f"too large: over {MAX_WORK:,} multiply-adds", large or sizes is whole
+            unfit, large = f"too large: over {trials.work:,} multiply-adds", sizes is whole
             continue
         except UnfitError as error:
             unfit = unfit or str(error)
@@ -186,20 +215,21 @@ def _divided(whole: Sizes, least: int) -> Sizes | None:
     }
 
 
-def _compared(region: Region, view: View, sides: tuple[Side, Side], sizes: Sizes) -> Certificate:
+def _compared(region: Region, view: View, sides: tuple[Side, Side], sizes: Sizes, trials: Trials) -> Certificate:
     states = (*region.before, *region.after)
     reckoned = {id(t) for s in states if s.op not in ("Shape", "Size") for t in s.inputs}
     reckoned |= {id(t) for pair in region.claims() for t in pair}
     given = [t for t in region.sources() if id(t) in sizes]
     inputs = [t for t in given if id(t) in reckoned]
-    if sum(math.prod(sizes[id(t)]) for t in inputs) > MAX_WORK // 16:
+    if sum(math.prod(sizes[id(t)]) for t in inputs) > trials.work // 16:
         raise TooLargeError
     for side in sides:
+        side.limit = trials.work
         side.shapes = {id(t): np.broadcast_to(0.0, sizes[id(t)]) for t in given if id(t) not in reckoned}
     floating = all(_kind(view, t) == "f" for t in inputs)
     moving = {id(t) for t in inputs}
     affine = floating and all(_affine(side, moving) for side in sides)
-    return (_certified if affine else _tested)(region, view, sides, inputs, sizes)
+    return (_certified if affine else _tested)(region, view, sides, inputs, sizes, trials)
 
 
 def _kind(view: View, tensor: gs.Tensor) -> str:
@@ -212,12 +242,12 @@ def _kind(view: View, tensor: gs.Tensor) -> str:
 
 
 def _certified(
-    region: Region, view: View, sides: tuple[Side, Side], inputs: Sequence[gs.Tensor], sizes: Sizes
+    region: Region, view: View, sides: tuple[Side, Side], inputs: Sequence[gs.Tensor], sizes: Sizes, trials: Trials
 ) -> Certificate:
     """Affine regions: |after − before| ≤ bound · M at every element, on a basis or random probes."""
     count = sum(math.prod(sizes[id(t)]) for t in inputs)
     basis = count <= BASIS
-    probes = _unit_vectors(inputs, sizes) if basis else _random(inputs, sizes)
+    probes = _unit_vectors(inputs, sizes) if basis else _random(inputs, sizes, trials.probes)
     largest = {id(t): np.full(sizes[id(t)], 1.0 if basis else 2.0) for t in inputs}
     unit = max(DOUBLE, *(side.unit() for side in sides))
 
@@ -248,16 +278,17 @@ def _certified(
             gap, allowed = np.abs(np.subtract(a, b, dtype=np.float64)), scale(old, new)
             worst = max(worst, _ratio(gap, allowed))
             normwise = max(normwise, _ratio(gap, np.max(allowed, initial=0.0)))
-    how = f"{PROBES} random probes" if not basis else f"a basis of {count + 1}" if count else "constants computed anew"
+    how = f"a basis of {count + 1}" if count else "constants computed anew"
+    how = how if basis else counted(trials.probes, "random probe")
     if worst > bound >= normwise and chained:  # a split at the rank is exact as a whole, not row by row
         worst, how = normwise, f"{how}, relative to the largest element"
     if not worst <= bound:
         return Certificate("failed", f"on {how}", worst, bound)
-    return Certificate("certified", how, worst, bound, 0.0 if basis else (1 / FAULT + 0.5 / GRID) ** PROBES)
+    return Certificate("certified", how, worst, bound, 0.0 if basis else (1 / FAULT + 0.5 / GRID) ** trials.probes)
 
 
 def _tested(
-    region: Region, view: View, sides: tuple[Side, Side], inputs: Sequence[gs.Tensor], sizes: Sizes
+    region: Region, view: View, sides: tuple[Side, Side], inputs: Sequence[gs.Tensor], sizes: Sizes, trials: Trials
 ) -> Certificate:
     """Other regions: |after − before| within what storing the weights once more does to either side."""
     unit = max(DOUBLE, *(side.unit() for side in sides))
@@ -267,10 +298,10 @@ def _tested(
         return value * (1 + unit * rng.choice((-1.0, 1.0), value.shape))
 
     worst, bound, finite = 0.0, math.inf, False
-    for size in SIZES:
+    for size in trials.scales:
         feeds = {id(t): _probe(view, t, sizes[id(t)], size, rng) for t in inputs}
         before, after = (side.run(feeds, None) for side in sides)
-        nearby = [side.run(feeds, rounded) for side in sides for _ in range(2)]
+        nearby = [[side.run(feeds, rounded) for _ in range(trials.jitters)] for side in sides]
         for old, new in region.claims():
             a, b = sides[0].value(old, before), sides[1].value(new, after)
             if not _alike(a, b):
@@ -281,8 +312,8 @@ def _tested(
             finite = finite or bool(fine.any())
             scale = float(np.max(np.abs(a[fine]), initial=0.0))
             gap = float(np.max(np.abs(np.subtract(a[fine], b[fine], dtype=np.float64)), initial=0.0))
-            owners = ((old, a, 0), (old, a, 1), (new, b, 2), (new, b, 3))
-            moved = max(_moved(sides[i // 2].value(t, nearby[i]), value) for t, value, i in owners)
+            owners = zip(sides, nearby, ((old, a), (new, b)), strict=True)
+            moved = max(_moved(side.value(t, run), value) for side, runs, (t, value) in owners for run in runs)
             steps = len(region.before) + len(region.after)
             allowed = (JITTERS * moved / scale if scale else 0.0) + ROUNDINGS * steps * unit
             here = gap / scale if scale else math.inf if gap else 0.0
@@ -292,9 +323,9 @@ def _tested(
                 return Certificate("failed", f"on probes of size {size:g}", here, allowed)
     if not finite:
         return Certificate("none", "no probe gives a finite value")
-    return Certificate(
-        "tested", f"not affine: {len(SIZES)} probes of sizes {SIZES[0]:g} to {SIZES[-1]:g}", worst, bound
-    )
+    first, last = trials.scales[0], trials.scales[-1]
+    of = f"sizes {first:g} to {last:g}" if first != last else f"size {first:g}"
+    return Certificate("tested", f"not affine: {counted(len(trials.scales), 'probe')} of {of}", worst, bound)
 
 
 def _alike(a: Values, b: Values) -> bool:
@@ -334,11 +365,11 @@ def _unit_vectors(inputs: Sequence[gs.Tensor], sizes: Sizes) -> Iterator[Tensors
             yield {**zero, id(t): unit}
 
 
-def _random(inputs: Sequence[gs.Tensor], sizes: Sizes) -> Iterator[Tensors]:
+def _random(inputs: Sequence[gs.Tensor], sizes: Sizes, count: int) -> Iterator[Tensors]:
     """Probes whose entries are drawn from 2 GRID numbers, none smaller than 1: a single wrong coefficient always shows,
     several cancel with a probability of at most 1 / (2 GRID) in each probe."""
     rng = np.random.default_rng(0)
-    for _ in range(PROBES):
+    for _ in range(count):
         yield {id(t): _signed(rng, sizes[id(t)]) for t in inputs}
 
 

@@ -54,7 +54,7 @@ class Side:
 
     def __init__(self, view: View, states: Sequence[State]) -> None:
         self.view, self.states = view, states
-        self.work = 0
+        self.work, self.limit = 0, MAX_WORK
         #: Stand-ins for tensors of which only the shape is read.
         self.shapes: Tensors = {}
         self._constants: Tensors = {}
@@ -118,7 +118,7 @@ class Side:
 
     def spend(self, work: int) -> None:
         self.work += work
-        if self.work > MAX_WORK:
+        if self.work > self.limit:
             raise TooLargeError
 
     def value(self, tensor: gs.Tensor, values: Tensors) -> Values:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import onnx
@@ -14,6 +15,7 @@ from helpers import MODELS, normal, ops, parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pwopt.evidence import certify as certification
 from pwopt.evidence.certify import certify
 from pwopt.evidence.evaluation import Side
 from pwopt.graph.files import from_proto
@@ -21,7 +23,16 @@ from pwopt.graph.journal import State
 from pwopt.graph.regions import Region
 from pwopt.graph.view import View
 from pwopt.optimizing.optimizer import optimize
-from pwopt.passes import CleanUp, DropDead, FactorRanks, FoldAffine, FoldChains, HoistStride, NameActivations
+from pwopt.passes import (
+    CleanUp,
+    DropDead,
+    FactorRanks,
+    FoldAffine,
+    FoldChains,
+    HoistStride,
+    NameActivations,
+    SettleShapes,
+)
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.pipeline import Pipeline
 from pwopt.rewriting.records import Certificate, Rewrite, Skip
@@ -247,10 +258,53 @@ def test_what_only_reads_the_result_is_not_evaluated() -> None:
 
 
 def test_work_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pwopt.evidence.evaluation.MAX_WORK", 1000)
+    bounded(monkeypatch, 1000)
     (found,) = certificates(chain(4, 6, 5), FoldChains())
     assert found.status == "none"
-    assert found.reason.startswith("too large")
+    assert found.reason == "too large: over 1,000 multiply-adds"
+
+
+def bounded(monkeypatch: pytest.MonkeyPatch, work: int) -> None:
+    """As if no evaluation could take more."""
+    for name in ("FULL", "FEW"):
+        monkeypatch.setattr(f"pwopt.evidence.certify.{name}", replace(getattr(certification, name), work=work))
+
+
+def test_what_would_take_long_is_tried_on_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    full = certificates(chain(4, 6, 5), FoldChains())[0]
+    monkeypatch.setattr("pwopt.evidence.certify.FULL", replace(certification.FULL, work=1000))
+    few = certificates(chain(4, 6, 5), FoldChains())[0]
+    assert [full.status, few.status] == ["certified"] * 2
+    assert [full.reason, few.reason] == ["3 random probes", "1 random probe"]
+    assert few.probability == pytest.approx(full.probability ** (1 / 3))
+
+
+@pytest.mark.parametrize(("stride", "status"), [([2, 2], "tested"), ([1, 1], "failed")])
+def test_what_is_not_affine_is_tried_on_less(monkeypatch: pytest.MonkeyPatch, stride: list[int], status: str) -> None:
+    """A single probe shows a wrong stride as well."""
+    monkeypatch.setattr("pwopt.evidence.certify.FULL", replace(certification.FULL, work=100))
+    body = "(float[1,4,12,12] x) => (float[N] y) { a = Conv(x, w) r = Relu(a) y = Conv<strides=[2,2]>(r, u) }"
+    model = parse(body, w=normal(8, 4, 1, 1, dtype=np.float32), u=normal(8, 8, 1, 1, seed=1, dtype=np.float32))
+
+    def fault(node: gs.Node) -> bool:
+        node.attrs["strides"] = stride
+        return True
+
+    (found,) = certificates(model, Faulty(HoistStride(), fault))
+    assert found.status == status
+    assert status == "failed" or found.reason == "not affine: 1 probe of size 1"
+
+
+def test_facts_from_above_let_a_region_be_evaluated() -> None:
+    """A Reshape to sizes that come from a Shape takes no other numbers: those are taken along from above."""
+    body = """(float[N,8,16] x) => (float[A,B,C,D] y, float[A,B,C,D] z) {
+        s = Shape(x) r = Relu(x) a = Gather<axis=0>(s, zero) b = Gather<axis=0>(s, one)
+        ua = Unsqueeze(a, axis) ub = Unsqueeze(b, axis) t = Concat<axis=0>(ua, ub, four, four) y = Reshape(r, t)
+        z = Reshape(x, t) }"""
+    numbers = {"zero": np.int64(0), "one": np.int64(1), "axis": np.array([0]), "four": np.array([4])}
+    found = certificates(parse(body, **numbers), SettleShapes())
+    assert found
+    assert {c.status for c in found} == {"certified", "tested"}
 
 
 def test_small_planes_stand_for_large_ones() -> None:
