@@ -30,6 +30,7 @@ class NameActivations(Pass):
     """
 
     name = "name-activations"
+    pays_on = frozenset({"cpu", "gpu"})  # OpenVINO knows the spelled ones, and runs HardSigmoid by itself
 
     def __init__(self) -> None:
         self._spelled: set[str] = set()

@@ -183,7 +183,7 @@ def rewritten(subject: Subject, work: Work, choice: Choice, request: Request, bl
     report = report.noted(*_inlined(subject.source.proto, proto), *_growth(report, subject.source.proto, proto))
     unfit = work.unfit() if request.measured else []
     if unfit:
-        report = report.noted(f"Not tried, since they serve the layout of another provider: {', '.join(unfit)}.")
+        report = report.noted(f"Not tried, since they serve another kind of provider: {', '.join(unfit)}.")
     return Attempt(proto, report)
 
 

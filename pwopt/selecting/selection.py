@@ -176,10 +176,10 @@ class Work:
 
     def candidates(self) -> list[Pass]:
         """Passes that were asked for by name, or those that may pay on this kind of provider."""
-        return [p for p in select_passes(self.passes) if not p.raced or self.kind in p.pays_on]
+        return [p for p in select_passes(self.passes) if p.asked or self.kind in p.pays_on]
 
     def unfit(self) -> list[str]:
-        """Names of the measured passes that may pay on onnxruntime's CPU provider, and not here."""
+        """Names of the passes that may pay on onnxruntime's CPU provider, and not here."""
         fit = {p.name for p in self.candidates()}
         return [p.name for p in select_passes(self.passes) if p.name not in fit and "cpu" in p.pays_on]
 
