@@ -23,13 +23,7 @@ def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Fill in the passes, and lead links out of docs/ to the repository."""
     if page.file.src_path == "passes.md":
         markdown = markdown.replace("<!-- passes -->", "\n\n".join(map(_section, pwopt.PASSES)))
-    return re.sub(r"\]\((?:\.\./)((?!docs/)[\w./-]+)\)", rf"]({REPOSITORY}\1)", markdown)
-
-
-def on_post_page(output: str, **_: Any) -> str:
-    """README's links are from the root of the repository."""
-    output = re.sub(r'href="docs/([\w-]+)\.md"', r'href="../\1/"', output)
-    return re.sub(r'href="((?:CONTRIBUTING|SECURITY|README)\.md|models/README\.md)"', rf'href="{REPOSITORY}\1"', output)
+    return re.sub(r"\]\(\.\./([\w./-]+(?:#[\w-]+)?)\)", rf"]({REPOSITORY}\1)", markdown)
 
 
 def _section(kind: type[Pass]) -> str:

@@ -129,7 +129,7 @@ def anchor(row: Row) -> str:
 
 def _legend(rows: Sequence[Row]) -> str:
     text = (
-        "*rewrites*: passes (see [what it rewrites](../README.md#what-it-rewrites)) and how often they acted; \\* "
+        "*rewrites*: passes (see [what each does](../docs/passes.md)) and how often they acted; \\* "
         "marks what only a clock can judge, applied here without one, so that they are the same on every machine: "
         "operators, multiply-adds, parameters and properties are those of the model with these rewrites. *refused*: "
         "operators that must stay as they are, and did. *holds*: the committed file is what its builder makes, byte "

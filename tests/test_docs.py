@@ -1,4 +1,4 @@
-"""Examples in docstrings and in the README run as written."""
+"""Examples in docstrings, in README.md and in docs run as written; pages say what the command line has."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import runpy
 from pathlib import Path
 
 import pytest
@@ -31,22 +32,35 @@ def test_docstring_examples(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     assert failures == 0
 
 
-def test_readme_examples(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+@pytest.mark.parametrize("page", ["README.md", "docs/python.md"])
+def test_examples_of_pages(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.S)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(encoding="utf-8"), re.S)
     assert blocks
     (tmp_path / "models").symlink_to(ROOT / "models")
     monkeypatch.chdir(tmp_path)
     for block in blocks:
-        exec(compile(block, "README.md", "exec"), {})
+        exec(compile(block, page, "exec"), {})
 
 
-def test_every_option_is_in_the_readme() -> None:
-    readme = (ROOT / "README.md").read_text()
+def test_readme_has_two_commands() -> None:
+    """`.ci/run` takes them from there."""
+    lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
+    assert len([line for line in lines if line.startswith("python3 -m venv")]) == 2
+
+
+def test_the_picture_is_what_its_script_draws() -> None:
+    drawn = runpy.run_path(str(ROOT / "docs" / "picture.py"))
+    assert drawn["PICTURE"].read_text(encoding="utf-8") == drawn["picture"]()
+    assert f"]({drawn['PICTURE'].relative_to(ROOT).as_posix()})" in (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def test_every_option_is_in_the_documentation() -> None:
+    page = (ROOT / "docs" / "command-line.md").read_text(encoding="utf-8")
     commands = typer.main.get_command(app).commands.values()  # type: ignore[attr-defined]
     options = {name for command in commands for p in command.params for name in p.opts if name.startswith("--")}
     assert len(options) > 30
-    assert {o for o in options if o not in readme} == set()
+    assert {o for o in options if o not in page} == set()
 
 
 def test_help_lists_what_there_is() -> None:

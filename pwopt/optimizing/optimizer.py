@@ -71,7 +71,8 @@ def _taking(
 
         taking.__signature__ = signature  # type: ignore[attr-defined]
         described = (inspect.getdoc(request) or "").partition("----------\n")[2]
-        taking.__doc__ = (inspect.getdoc(run) or "").replace("OPTIONS\n", f"{described}\n", 1)
+        before, _, rest = (inspect.getdoc(run) or "").partition("request : Request\n")
+        taking.__doc__ = f"{before}{described.rstrip()}\n\n{rest.partition(chr(10) * 2)[2]}"
         return taking
 
     return decorate
@@ -85,7 +86,8 @@ def optimize(model: Source, request: Request) -> Result:
     Parameters
     ----------
     model : path, bytes, onnx.ModelProto, torch.onnx.ONNXProgram, onnx_ir.Model or Model
-    OPTIONS
+    request : Request
+        Its fields, each as an argument of its own: `optimize(model, output="fast.onnx", cost="analytic")`.
 
     Returns
     -------

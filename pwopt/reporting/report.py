@@ -154,7 +154,7 @@ class Report:
         return replace(self, notes=(*self.notes, *notes))
 
     def to_dict(self) -> dict[str, Any]:
-        """The documented JSON layout (README, "The report")."""
+        """The documented JSON layout (docs/report.md)."""
         return {
             "schema": SCHEMA,
             "model": self.model,
@@ -211,7 +211,7 @@ class Comparison:
         return self.candidate
 
     def to_json(self) -> str:
-        """The documented JSON layout (README, "The report")."""
+        """The documented JSON layout (docs/report.md)."""
         content = {
             "schema": SCHEMA,
             "model": self.model,

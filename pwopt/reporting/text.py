@@ -22,7 +22,7 @@ def plain(text: str) -> str:
 #: What the columns of the outputs are, once.
 LEGEND = (
     "noise floor: how far the original is from itself without graph optimisation; sensitivity: from itself with inputs "
-    "moved by one unit in the last place. README, “How equivalence is decided”, has the rule."
+    "moved by one unit in the last place. The documentation, “How it is verified”, has the rule."
 )
 FIGURES = (
     "largest error / largest value", "mean error", "relative error", "units in the last place", "… of 99 % of elements",
