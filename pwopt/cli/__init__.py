@@ -5,8 +5,12 @@ Nothing here is imported before a command needs it, so that `pwopt --help` answe
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import io
 import os
 import shlex
+import subprocess
 import sys
 import traceback
 from collections.abc import Sequence
@@ -78,6 +82,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point: errors become one sentence on stderr and an exit code; with --debug, a traceback as well."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
+    for stream in (sys.stdout, sys.stderr):  # a character that has no code there is no reason to stop
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     try:
         _run(arguments)
     except BrokenPipeError:
@@ -94,7 +101,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
 def _run(arguments: Sequence[str]) -> None:
     """The command; what typer and rich make of an interrupt or a closed pipe is what it was again."""
     try:
-        app(arguments, obj=shlex.join(["pwopt", *arguments]))
+        quoted = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
+        app(arguments, obj=quoted(["pwopt", *arguments]))
+    except OSError as error:
+        if sys.platform == "win32" and error.errno == errno.EINVAL and error.filename is None:
+            raise BrokenPipeError from error  # as Windows says it
+        raise
     except SystemExit as end:
         if isinstance(end.__context__, BrokenPipeError):
             raise BrokenPipeError from end
@@ -106,7 +118,8 @@ def _run(arguments: Sequence[str]) -> None:
 
 def _leave_pipe() -> NoReturn:
     """Whoever read the output has left: say nothing, and let nothing be said when Python flushes it at the end."""
-    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    with contextlib.suppress(OSError):  # where stdout is no file, nothing will be flushed either
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(CLOSED_PIPE)
 
 

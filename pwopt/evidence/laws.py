@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -52,7 +53,8 @@ def parse_law(text: str) -> Law:
     >>> parse_law("translation:shift=2:stride=2").settings
     {'shift': 2, 'stride': 2}
     """
-    name, *pairs = text.split(":")
+    name, _, rest = text.partition(":")
+    pairs = re.split(r":(?=\w+=)", rest) if rest else []  # a colon may also be a drive's, or in a tensor's name
     if name not in INVARIANTS:
         raise UsageError(f"there is no invariant {name!r}; there are {', '.join(INVARIANTS)}")
     parameters = inspect.signature(INVARIANTS[name].residual).parameters

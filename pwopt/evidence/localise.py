@@ -73,7 +73,7 @@ def localise(
     if failing is None or sample is None:
         return None
     wrong = {o.name: o for o in failed.outputs if not o.passed and o.sample == failing.sample}
-    with tempfile.TemporaryDirectory(prefix="pwopt-") as folder:
+    with tempfile.TemporaryDirectory(prefix="pwopt-", ignore_cleanup_errors=True) as folder:
         try:
             a, b = _Copy.of(original, Path(folder) / "original"), _Copy.of(candidate, Path(folder) / "candidate")
             checks = _checks(a, b, sample, provider, threads)

@@ -276,7 +276,8 @@ def save(
         with replacing(path, lasting=lasting) as stream:
             stream.write(proto.SerializeToString(deterministic=True))
         for name in leftover.difference(locations_of(proto).values()):
-            (path.parent / name).unlink(missing_ok=True)
+            with contextlib.suppress(PermissionError):  # Windows, while somebody has it open
+                (path.parent / name).unlink(missing_ok=True)
     except EncodeError as error:
         raise ModelError(f"{str(path)!r} cannot be written: over 2 GB without external data") from error
     except OSError as error:
@@ -290,7 +291,7 @@ def as_file(model: Source) -> Iterator[Path]:
     if isinstance(given, Path):
         yield given
         return
-    with tempfile.TemporaryDirectory(prefix="pwopt-") as folder:
+    with tempfile.TemporaryDirectory(prefix="pwopt-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "model.onnx"
         save(given, path)
         yield path

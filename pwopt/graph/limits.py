@@ -9,14 +9,21 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
+#: What Linux says of a process's memory, in pages (proc(5)).
+STATUS = Path("/proc/self/statm")
+
 
 def isolated(work: Callable[[], bytes], extra: int) -> bytes | None:
     """What `work` returns, computed in a copy of this process that may grow by `extra` bytes at most.
 
-    None if that is not enough, or the copy fails or dies. On Linux; elsewhere, `work` runs here and without a bound.
+    None if that is not enough, or the copy fails or dies. On Linux; elsewhere, and where processes cannot be seen
+    (``/proc``), `work` runs here and without a bound.
     """
-    if sys.platform != "linux":
-        return work()
+    if sys.platform != "linux" or not STATUS.exists():
+        try:
+            return work()
+        except Exception:  # as in the copy
+            return None
     reading, writing = os.pipe()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", DeprecationWarning)  # of threads, which the copy has none of
@@ -37,7 +44,7 @@ def _answer(work: Callable[[], bytes], extra: int, writing: int) -> None:
         import resource
 
         faulthandler.disable()
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        pages = int(STATUS.read_text(encoding="utf-8").split()[0])
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         bound = pages * resource.getpagesize() + extra
         resource.setrlimit(resource.RLIMIT_AS, (bound if hard < 0 else min(bound, hard), hard))

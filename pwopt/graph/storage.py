@@ -7,7 +7,9 @@ import errno
 import math
 import os
 import re
+import sys
 import tempfile
+import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -24,6 +26,8 @@ from onnx.external_data_helper import (
 
 from pwopt.errors import ModelError, UsageError
 
+#: Seconds to wait before a file that another program has open is tried again (Windows).
+WAITS = (0.05, 0.1, 0.2, 0.4, 0.8)
 #: New tensors of at least this many bytes join the external data of a model that has some (onnx's default).
 EXTERNAL_THRESHOLD = 1024
 
@@ -113,7 +117,7 @@ def data_files_of(path: Path) -> set[str]:
         names = locations_of(onnx.load(path, load_external_data=False)) if path.is_file() else {}
     except (DecodeError, ValueError):
         return set()
-    return {name for name in names.values() if name.startswith(path.name + ".") and "/" not in name}
+    return {name for name in names.values() if name.startswith(path.name + ".") and not set(name) & set("/\\:")}
 
 
 def externalise(model: onnx.ModelProto, path: Path, folder: Path | None, layout: Mapping[str, str]) -> onnx.ModelProto:
@@ -221,10 +225,25 @@ def replacing(path: Path, *, lasting: bool = True) -> Iterator[IO[bytes]]:
             if lasting:
                 os.fsync(stream.fileno())
         os.chmod(name, 0o666 & ~umask)
-        os.replace(name, path)
+        _moved(name, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(name)
+        raise
+
+
+def _moved(name: str, path: Path) -> None:
+    """Let a file take another's place. Windows refuses that while anybody has the other one open, often for moments."""
+    for seconds in WAITS if sys.platform == "win32" else ():
+        with contextlib.suppress(PermissionError):
+            os.replace(name, path)
+            return
+        time.sleep(seconds)
+    try:
+        os.replace(name, path)
+    except PermissionError as error:
+        if sys.platform == "win32":
+            raise PermissionError(errno.EACCES, "another program has it open; close that, and try again") from error
         raise
 
 
@@ -233,7 +252,8 @@ def workspace(output: str | os.PathLike[str] | None) -> Iterator[Path]:
     """A folder for the candidate, gone afterwards; beside the output, if there is one, where space is needed."""
     where = None if output is None else Path(output).resolve().parent
     try:
-        folder = tempfile.TemporaryDirectory(prefix=".pwopt-", dir=where)
+        # what a session still maps cannot be deleted on Windows, which is no reason to fail
+        folder = tempfile.TemporaryDirectory(prefix=".pwopt-", dir=where, ignore_cleanup_errors=True)
     except OSError as error:
         raise UsageError(f"nothing can be written in {str(where)!r}: {error.strerror}") from error
     with folder:

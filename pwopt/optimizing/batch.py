@@ -9,12 +9,13 @@ import hashlib
 import json
 import multiprocessing
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import onnx
@@ -32,6 +33,8 @@ from pwopt.selecting.plugins import fingerprint, resolved
 
 #: What a finished batch is listed in, and what the next one goes on from.
 INDEX = "index.json"
+#: Processes that Windows can wait for at once (concurrent.futures).
+MOST = 61
 #: Exit code of a defect of pwopt itself, or of a process that died.
 DEFECT = 5
 
@@ -130,7 +133,18 @@ def jobs(models: Iterable[str | os.PathLike[str]], folder: Path, request: Reques
                 raise UsageError(f"{str(found[output])!r} and {str(model)!r} would both be {str(output)!r}; rename one")
             if model.resolve() == output.resolve():
                 raise UsageError(f"the folder {str(folder)!r} holds the model {str(model)!r}; choose another folder")
+    if sys.platform in ("darwin", "win32"):
+        _distinct(found)
     return [Job(model, output, key(model, request)) for output, model in found.items()]
+
+
+def _distinct(outputs: Iterable[Path]) -> None:
+    """Refuse names that differ in capitals only, which macOS and Windows do not tell apart."""
+    seen: dict[str, Path] = {}
+    for output in outputs:
+        twin = seen.setdefault(os.fspath(output).casefold(), output)
+        if twin != output:
+            raise UsageError(f"{str(twin)!r} and {str(output)!r} would be one file on this system; rename one model")
 
 
 def key(model: Path, request: Request) -> str:
@@ -280,10 +294,10 @@ def _write_index(where: Path, rows: Sequence[Row], earlier: dict[str, Row]) -> N
             stream.write(page(everything, where).encode())
 
 
-def carried_out(job: Job, request: Request, called: Job | None = None) -> Done:
+def carried_out(job: Job, request: Request, called: tuple[PurePath, PurePath] | None = None) -> Done:
     """Optimise one model; whatever goes wrong is in the row. `called` says how files are named in row and report."""
     start = time.perf_counter()
-    model, output = (os.fspath(p) for p in ((called or job).model, (called or job).output))
+    model, output = map(os.fspath, called or (job.model, job.output))
     row = Row(model, output, "failed")
     report: Report | None = None
     try:
@@ -351,6 +365,7 @@ class Processes:
 
     def _pooled(self, batch: Sequence[Job], request: Request, size: int) -> Iterator[Done]:
         spawn = multiprocessing.get_context("spawn")
+        size = min(size, MOST) if sys.platform == "win32" else size
         with ProcessPoolExecutor(size, spawn, initializer=_begin, initargs=(spawn.Lock(),)) as pool:
             try:
                 futures = [pool.submit(carried_out, job, request) for job in batch]

@@ -25,7 +25,7 @@ def usual_threads() -> int:
     cores = set()
     for cpu in allowed:
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
-        cores.add(siblings.read_text() if siblings.exists() else str(cpu))
+        cores.add(siblings.read_text(encoding="utf-8") if siblings.exists() else str(cpu))
     return max(1, len(cores))
 
 

@@ -14,7 +14,7 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import onnx
@@ -51,9 +51,13 @@ def distributed() -> Any:
 
 @dataclass(frozen=True)
 class Parcel:
-    """What travels with a model: its files as bytes, "" for its place where the worker sees it, and known decisions."""
+    """What travels with a model: its files as bytes, none where the worker sees them, and known decisions.
 
-    job: Job
+    Paths are pure ones, which a worker on another system can read too.
+    """
+
+    model: PurePath
+    output: PurePath
     files: Mapping[str, bytes]
     known: tuple[cache.Entry, ...]
 
@@ -138,7 +142,8 @@ class Fleet:
             known = tuple(cache.stored()) if request.cache else ()
             jobs: dict[Any, Job] = {}
             for job in todo:
-                parcel = Parcel(job, {} if job.model in seen else _packed(job.model), known)
+                files = {} if job.model in seen else _packed(job.model)
+                parcel = Parcel(PurePath(job.model), PurePath(job.output), files, known)
                 options = {"resources": self._resources(), "retries": RETRIES, "pure": False}
                 jobs[client.submit(delivered, parcel, plain, **options)] = job
             for i, future in enumerate(dask.as_completed(jobs, loop=client.loop)):
@@ -277,17 +282,19 @@ def delivered(parcel: Parcel, request: Request) -> Delivery:
     for entry in parcel.known:
         cache.store(entry)
     before = set(cache.stored())
-    with tempfile.TemporaryDirectory(prefix="pwopt-") as name:
-        job, files = parcel.job, dict[str, bytes]()
+    with tempfile.TemporaryDirectory(prefix="pwopt-", ignore_cleanup_errors=True) as name:
+        files = dict[str, bytes]()
         if parcel.files:
             source, target = Path(name) / "source", Path(name) / "target"
             source.mkdir()
             target.mkdir()
             _unpacked(parcel.files, source)
-            done = carried_out(Job(source / job.model.name, target / job.output.name), request, job)
+            here = Job(source / parcel.model.name, target / parcel.output.name)
+            done = carried_out(here, request, (parcel.model, parcel.output))
             files = {p.relative_to(target).as_posix(): p.read_bytes() for p in target.rglob("*") if p.is_file()}
         else:
-            done = carried_out(Job(job.model.resolve(), job.output.resolve()), request, job)
+            here = Job(Path(parcel.model).resolve(), Path(parcel.output).resolve())
+            done = carried_out(here, request, (parcel.model, parcel.output))
     learnt = tuple(set(cache.stored()) - before)
     return Delivery(done, files, learnt, cache.place(request.provider, request.first_threads))
 
@@ -296,7 +303,7 @@ def recorded(models: Mapping[str, Mapping[str, bytes]], request: Request) -> Pro
     """On a worker: the profile of its machine."""
     runtime.silence()
     timing.share(_turn())
-    with tempfile.TemporaryDirectory(prefix="pwopt-") as name, timing.alone():
+    with tempfile.TemporaryDirectory(prefix="pwopt-", ignore_cleanup_errors=True) as name, timing.alone():
         paths = []
         for i, (model, files) in enumerate(models.items()):
             folder = Path(name) / str(i)

@@ -253,7 +253,7 @@ def rewrites_from(path: Path) -> tuple[Rewrite, ...]:
                 r["reason"], tuple(r["removed"]), tuple(r["added"]), r["macs_before"], r["macs_after"],
                 float(r["residual"]), tuple((old, new) for old, new in r["became"]), "", r["pass"], r["site"],
             )
-            for r in json.loads(path.read_text())["rewrites"]
+            for r in json.loads(path.read_text(encoding="utf-8"))["rewrites"]
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{str(path)!r} is not a report of pwopt optimize ({error!r})") from error

@@ -291,7 +291,7 @@ def render_decisions(found: Sequence[Entry], console: Console) -> None:
 
 def _memory(row: Row) -> str:
     device = "" if row.device_mb is None else f" + {row.device_mb:.0f} MB on the card"
-    return f"{row.memory_mb:.0f} MB{device}"
+    return f"{row.memory_mb:.0f} MB{device}" if row.memory_mb else f"–{device}"  # some systems hide it
 
 
 def render_benchmark(rows: Sequence[Row], console: Console) -> None:

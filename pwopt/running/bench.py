@@ -29,6 +29,8 @@ from pwopt.running.runtime import Feeds, NodeTime, Session
 from pwopt.running.samples import make_feeds
 from pwopt.running.sizes import Sizes, likely_sizes
 
+#: What Linux says of a process's memory (proc(5)).
+STATUS = Path("/proc/self/status")
 #: Operators that only change how a tensor lies in memory.
 LAYOUT = frozenset({"ReorderInput", "ReorderOutput", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"})
 #: Runs under the profiler.
@@ -244,7 +246,7 @@ def _cold(path: Path, provider: str, threads: int, feeds: Feeds) -> dict[str, fl
     """Load and run a model once in a new process: seconds for each, and bytes that its peak grew by."""
     with _saved(feeds) as inputs:
         command = [sys.executable, "-m", "pwopt.running.bench", str(path), provider, str(threads), str(inputs)]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
         raise UsageError(f"{str(path)!r} does not run in a process of its own: {reason}")
@@ -254,7 +256,7 @@ def _cold(path: Path, provider: str, threads: int, feeds: Feeds) -> dict[str, fl
 
 @contextlib.contextmanager
 def _saved(feeds: Feeds) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="pwopt-") as folder:
+    with tempfile.TemporaryDirectory(prefix="pwopt-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "inputs.npz"
         arrays: dict[str, Any] = {name: value for name, value in feeds.items() if isinstance(value, np.ndarray)}
         np.savez(path, **arrays)
@@ -263,15 +265,21 @@ def _saved(feeds: Feeds) -> Iterator[Path]:
 
 def _peak() -> float:
     """The most memory that this process has held since the last `_forget_peak`, in bytes; 0 if the system hides it."""
-    status = Path("/proc/self/status")
-    lines = status.read_text().splitlines() if status.exists() else []
-    return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0.0)
+    if STATUS.exists():
+        lines = STATUS.read_text(encoding="utf-8").splitlines()
+        return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0.0)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # in bytes on macOS, in KiB elsewhere
+    return most * (1.0 if sys.platform == "darwin" else 1024.0)
 
 
 def _forget_peak() -> None:
     """Start `_peak` anew (Linux, proc(5))."""
     with contextlib.suppress(OSError):
-        Path("/proc/self/clear_refs").write_text("5")
+        Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
 def _child(path: str, provider: str, threads: str, inputs: str) -> None:

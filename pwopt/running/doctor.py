@@ -130,7 +130,7 @@ def _try(provider: str) -> tuple[str, list[str]]:
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in "xy")
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "small", [x], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    with tempfile.TemporaryDirectory(prefix="pwopt-") as folder:
+    with tempfile.TemporaryDirectory(prefix="pwopt-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "small.onnx"
         onnx.save(model, path)
         try:

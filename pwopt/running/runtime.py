@@ -8,6 +8,7 @@ import json
 import os
 import platform
 import re
+import subprocess
 import sys
 import tempfile
 import time
@@ -29,6 +30,8 @@ from pwopt.running.providers import Provider
 
 Feeds = dict[str, Values]
 
+#: What Linux says of the processor.
+CPUINFO = Path("/proc/cpuinfo")
 #: Numbers the profiles of this process.
 PROFILES = itertools.count()
 #: The wheels that onnxruntime comes in; all of them install into one folder.
@@ -112,11 +115,17 @@ def environment(provider: str, threads: int) -> dict[str, Any]:
 
 
 def cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
+    """The processor, as its maker calls it where the system tells."""
+    if CPUINFO.exists():
+        for line in CPUINFO.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):
                 return line.split(":", 1)[1].strip()
+    if sys.platform == "darwin":  # where `platform.processor` is "arm" for all that Apple makes
+        with contextlib.suppress(OSError):
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+            if done.stdout.strip():
+                return done.stdout.strip()
     return platform.processor() or platform.machine()
 
 
@@ -192,8 +201,9 @@ class Session:
         self._binding: Any = None
         self._spent: list[float] = []
         #: What to time `step` by. On one thread of the CPU that is the time that this thread had, so that whatever else
-        #: the machine does is no fault of the model; elsewhere, the time that passed.
-        alone = self.provider == providers.CPU and threads == 1
+        #: the machine does is no fault of the model; elsewhere, the time that passed, and so on Windows, which counts a
+        #: thread's time in steps of 16 ms.
+        alone = self.provider == providers.CPU and threads == 1 and sys.platform != "win32"
         self.clock: Callable[[], float] = time.thread_time if alone else time.perf_counter
         #: Whether threads of this session keep processors busy for a while after a run, where they disturb others.
         self.spins = self.provider == providers.CPU and threads > 1
@@ -300,8 +310,9 @@ class Session:
     def _profiled(self) -> Iterator[tuple[int, str, dict[str, Any], float]]:
         """Each time that a node ran: in which run, its name, what the profiler knows of it, and seconds."""
         path = Path(self.session.end_profiling())
-        text = path.read_text(errors="replace")
-        path.unlink(missing_ok=True)
+        text = path.read_text(encoding="utf-8", errors="replace")
+        with contextlib.suppress(PermissionError):  # Windows, while a virus scanner has it open
+            path.unlink(missing_ok=True)
         run = 0
         for event in _events(text):
             if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):

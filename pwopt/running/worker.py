@@ -26,6 +26,8 @@ from pwopt.running.timing import Race, Rules
 PATIENCE, SLOWER = 20.0, 20.0
 #: Bytes of address space that a candidate may take beyond what the original took, and as a multiple of that (Linux).
 ROOM, LARGER = 2 << 30, 4.0
+#: What Linux says of a process's memory (proc(5)).
+STATUS = Path("/proc/self/status")
 #: Models that stay loaded: two that race, and the one that the next race will be against.
 LOADED = 3
 #: Runs under the profiler, at most.
@@ -137,7 +139,7 @@ class Worker:
         process = self._process
         assert process is not None
         assert process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
+        with contextlib.suppress(OSError):  # a broken pipe, which Windows calls an invalid argument
             _send(process.stdin, question)
         begin, answer = time.perf_counter(), _NOTHING
         while answer is _NOTHING:
@@ -171,7 +173,7 @@ def _ended(code: int) -> str:
     if code < 0:
         with contextlib.suppress(ValueError):
             return signal.Signals(-code).name
-    return f"exit code {code}"
+    return f"exit code {code:#x}" if code > 255 else f"exit code {code}"  # Windows has its faults there
 
 
 def _send(stream: BinaryIO | Any, message: Any) -> None:
@@ -199,12 +201,12 @@ def _listen(stream: BinaryIO | Any, answers: queue.Queue[Any]) -> None:
 
 def _bound_memory() -> None:
     """Let this process grow to a multiple of what it took so far, and not beyond (Linux)."""
-    status = Path("/proc/self/status")
-    if not status.exists():
+    if not STATUS.exists():
         return
     import resource
 
-    taken = next((int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmPeak:")), 0)
+    lines = STATUS.read_text(encoding="utf-8").splitlines()
+    taken = next((int(line.split()[1]) for line in lines if line.startswith("VmPeak:")), 0)
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     bound = int(LARGER * taken * 1024) + ROOM
     with contextlib.suppress(ValueError, OSError):

@@ -100,8 +100,8 @@ def place(provider: str, threads: int) -> str:
 
 def features() -> str:
     """The instruction sets of the processor."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
+    info = runtime.CPUINFO
+    lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
@@ -127,7 +127,7 @@ def look_up(pass_name: str, signature: str, where: str, model: str = "") -> Entr
 
 def _read(path: Path) -> Entry | None:
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
+        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         entry = Entry(**content)
     except (OSError, ValueError, TypeError):
         return None

@@ -70,7 +70,8 @@ def counted(entries: Iterable[Entry]) -> dict[str, Prior]:
 
 def table() -> dict[str, Any]:
     """What ships with the package."""
-    content: dict[str, Any] = json.loads(resources.files("pwopt.selecting").joinpath("priors.json").read_text())
+    file = resources.files("pwopt.selecting").joinpath("priors.json")
+    content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return content
 
 

@@ -107,7 +107,7 @@ FAMILIES: dict[str, Callable[[Path, Any], Path]] = {
 
 def resident(field: str) -> int:
     """KiB of resident memory that Linux counts for this process: VmHWM is the most it ever had."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return int(next(line.split()[1] for line in lines if line.startswith(field)))
 
 

@@ -39,7 +39,7 @@ MOST_BYTES, MOST_SECONDS = 1 << 30, 10.0
 
 def peak() -> int:
     """The most memory that this process has held, in bytes (Linux, proc(5))."""
-    lines = Path("/proc/self/status").read_text().splitlines()
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:"))
 
 
@@ -47,7 +47,7 @@ def row(name: str, path: Path) -> dict[str, Any]:
     """One model's sizes, in this process."""
     runtime.onnxruntime()
     loaded = load(path)
-    Path("/proc/self/clear_refs").write_text("5")
+    Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before, start, idle = peak(), time.perf_counter(), sum(os.times()[:4])
     specs = input_specs(loaded.proto)
     chosen = rounds(specs, loaded.proto, path)

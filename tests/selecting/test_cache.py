@@ -76,7 +76,7 @@ def test_a_damaged_file_is_no_decision(folder: Path, damage: str) -> None:
 
 
 def test_a_folder_that_cannot_be_written_does_no_harm(folder: Path) -> None:
-    folder.write_text("a file in its place")
+    folder.write_text("a file in its place", encoding="utf-8")
     cache.store(ENTRY)
     assert list(cache.entries()) == []
 

@@ -58,9 +58,9 @@ def test_a_profile_decides_without_a_race(model: Path, recorded: Path, monkeypat
 
 
 def test_what_it_does_not_know_is_left_out(model: Path, recorded: Path) -> None:
-    content = json.loads(recorded.read_text())
+    content = json.loads(recorded.read_text(encoding="utf-8"))
     content["decisions"] = []
-    recorded.write_text(json.dumps(content))
+    recorded.write_text(json.dumps(content), encoding="utf-8")
     result = pwopt.optimize(model, target_profile=recorded)
     assert ops(result.model) == {"Conv": 1, "Split": 1, "Mul": 1}
     assert any("the target's profile does not know it" in s.reason for s in result.report.skips)

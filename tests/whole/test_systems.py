@@ -1,0 +1,358 @@
+"""What Linux has and other systems have not: each way around it is taken, here, by hiding what Linux has."""
+
+from __future__ import annotations
+
+import ast
+import errno
+import os
+import pickle
+import platform
+import queue
+import runpy
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path, PurePosixPath, PureWindowsPath
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import onnx
+import pytest
+from helpers import MODELS, normal, parse
+
+import pwopt
+from pwopt import cli
+from pwopt.errors import UsageError
+from pwopt.evidence.laws import parse_law
+from pwopt.graph import limits, storage
+from pwopt.optimizing import batch, conditions, fleet
+from pwopt.optimizing.request import Request
+from pwopt.running import bench, runtime, timing, worker
+from pwopt.running.inputs import parse_shape
+from pwopt.selecting import plugins
+
+ROOT = Path(__file__).parent.parent.parent
+#: Modules that Windows does not have.
+POSIX = ("fcntl", "grp", "pwd", "resource", "termios")
+NOWHERE = Path("/nowhere/at/all")
+
+
+@pytest.fixture
+def windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "win32")
+
+
+@pytest.fixture
+def mac(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "platform", "darwin")
+
+
+def test_nothing_posix_is_imported_at_once() -> None:
+    for path in [*(ROOT / "pwopt").rglob("*.py"), *(ROOT / "passes").glob("*.py")]:
+        for node in ast.parse(path.read_text(encoding="utf-8")).body:
+            named = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            named += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+            assert not set(named) & set(POSIX), path
+
+
+@pytest.mark.parametrize("system", ["win32", "darwin"])
+def test_a_whole_run_elsewhere(system: str, tmp_path: Path) -> None:
+    """Without /proc, /sys, fork, affinity, and the modules and signals that only POSIX has."""
+    pytest.importorskip("onnxruntime")
+    arguments = ["optimize", str(MODELS / "linear_sequence.onnx"), "-o", str(tmp_path / "y.onnx"), "--no-cache"]
+    arguments += ["--shape", "x=1x64x16x16", "--budget", "1"]
+    code = f"""
+import os, pathlib, signal, sys
+import multiprocessing, subprocess, sysconfig, tempfile  # what asks for the system when it is imported
+import onnx_graphsurgeon, onnxruntime, platformdirs, rich.console, typer
+sysconfig.get_config_vars()
+for name in ("sched_getaffinity", "sched_setaffinity"):
+    delattr(os, name)
+if {system!r} == "win32":
+    for name in ("fork", "forkpty", "statvfs", "getuid", "geteuid", "killpg"):
+        delattr(os, name)
+    for name in {POSIX!r}:
+        sys.modules[name] = None
+    for name in ("SIGALRM", "SIGPIPE", "SIGHUP", "SIGUSR1"):  # SIGKILL is what the subprocess module of POSIX needs
+        delattr(signal, name)
+exists = pathlib.Path.exists
+pathlib.Path.exists = lambda path, **k: not str(path).startswith(("/proc", "/sys")) and exists(path, **k)
+sys.platform = {system!r}
+from pwopt.cli import main
+main({arguments!r})
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8", check=False)
+    assert done.returncode == 0, done.stderr
+    onnx.checker.check_model(tmp_path / "y.onnx")  # the original, if the clock said so
+
+
+@pytest.mark.parametrize("hidden", ["platform", "proc"])
+def test_inference_runs_here_where_no_copy_can(hidden: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "fork", None)
+    if hidden == "platform":
+        monkeypatch.setattr(sys, "platform", "darwin")
+    else:
+        monkeypatch.setattr(limits, "STATUS", NOWHERE)
+    assert limits.isolated(lambda: b"answer", 1 << 20) == b"answer"
+    assert limits.isolated(lambda: bytes(1 // 0), 1 << 20) is None  # as from a copy that failed
+
+
+class Busy:
+    """`os.replace` while another program has the file open, for some tries."""
+
+    def __init__(self, tries: float) -> None:
+        self.tries, self.calls, self.replace = tries, 0, os.replace
+
+    def __call__(self, old: str, new: Path) -> None:
+        self.calls += 1
+        if self.calls <= self.tries:
+            raise PermissionError(errno.EACCES, "Access is denied", os.fspath(old), 5, os.fspath(new))
+        self.replace(old, new)
+
+
+@pytest.fixture
+def tiny() -> onnx.ModelProto:
+    return parse("(float[1,2] x) => (float[1,2] y) { y = Relu(x) }")
+
+
+def test_a_file_that_is_open_is_waited_for(
+    windows: None, tiny: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    busy = Busy(2)
+    monkeypatch.setattr(os, "replace", busy)
+    monkeypatch.setattr(storage, "WAITS", (0.0,) * 5)
+    pwopt.save(tiny, tmp_path / "m.onnx")
+    assert busy.calls == 3
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+
+
+def test_a_file_that_stays_open_stays_as_it_is(
+    windows: None, tiny: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "m.onnx").write_bytes(b"old")
+    busy = Busy(np.inf)
+    monkeypatch.setattr(os, "replace", busy)
+    monkeypatch.setattr(storage, "WAITS", (0.0,) * 5)
+    with pytest.raises(UsageError, match=r"cannot be written: another program has it open; close that, and try again"):
+        pwopt.save(tiny, tmp_path / "m.onnx")
+    assert busy.calls == 6
+    assert [p.name for p in tmp_path.iterdir()] == ["m.onnx"]
+    assert (tmp_path / "m.onnx").read_bytes() == b"old"
+
+
+def test_elsewhere_nobody_waits(tiny: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    busy = Busy(1)
+    monkeypatch.setattr(os, "replace", busy)
+    with pytest.raises(UsageError, match="Access is denied"):
+        pwopt.save(tiny, tmp_path / "m.onnx")
+    assert busy.calls == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "own"),
+    [("m.onnx.data", True), ("m.onnx.a\\..\\..\\precious", False), ("m.onnx.a/b", False), ("m.onnx.C:x", False)],
+)
+def test_only_files_beside_a_model_are_its_own(place: str, own: bool, tmp_path: Path) -> None:
+    model = parse("(float[1,2] x) => (float[1,2] y) { y = MatMul(x, w) }", w=normal(2, 2, dtype=np.float32))
+    (weight,) = model.graph.initializer
+    onnx.external_data_helper.set_external_data(weight, place)
+    weight.ClearField("raw_data")
+    (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
+    assert storage.data_files_of(tmp_path / "m.onnx") == ({place} if own else set())
+
+
+def test_drive_letters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)  # where these are ordinary names
+    shutil.copy(ROOT / "tests" / "plugin_package" / "pwopt_signs.py", "C:\\mine\\signs.py")
+    assert plugins.named("C:\\mine\\signs.py:DropSign").name == "drop-sign"
+    with pytest.raises(UsageError, match="is not of the form module:Class"):
+        plugins.named("C:\\mine\\signs.py")
+    with open("C:\\A.npy", "wb") as stream:
+        np.save(stream, np.eye(2))
+    law = parse_law("conservation:matrix=C:\\A.npy:output=y:0")
+    assert law.settings["matrix"].shape == (2, 2)
+    assert law.output == "y:0"
+    assert parse_shape("C:\\in:0=1x3") == ("C:\\in:0", (1, 3))
+    with pytest.raises(UsageError, match="there is no invariant"):
+        parse_law("C:\\A.npy")
+
+
+def test_what_becomes_of_a_worker() -> None:
+    assert worker._ended(-9) == "SIGKILL"
+    assert worker._ended(-999) == "exit code -999"
+    assert worker._ended(3) == "exit code 3"
+    assert worker._ended(0xC0000005) == "exit code 0xc0000005"  # an access violation, as Windows counts
+
+
+def test_a_worker_whose_pipe_is_invalid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Windows says EINVAL where others say EPIPE."""
+
+    def refuse(*_: object) -> None:
+        raise OSError(errno.EINVAL, "Invalid argument")
+
+    monkeypatch.setattr(worker, "_send", refuse)
+    asked = worker.Worker(tmp_path / "m.onnx", "cpu", 1, {})
+    gone: queue.Queue[Any] = queue.Queue()
+    gone.put(None)
+    process: Any = SimpleNamespace(stdin=object(), stdout=None, wait=lambda: 0xC0000005, kill=lambda: None)
+    process.stdin = SimpleNamespace(close=lambda: None)
+    monkeypatch.setattr(asked, "_process", process)
+    monkeypatch.setattr(asked, "_answers", gone)
+    assert asked.fault(tmp_path / "c.onnx") == "it crashes onnxruntime (exit code 0xc0000005)"
+    assert asked._process is None
+
+
+def test_memory_is_bounded_only_where_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(worker, "STATUS", NOWHERE)
+    monkeypatch.setitem(sys.modules, "resource", None)
+    worker._bound_memory()
+
+
+def test_the_peak_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    here = bench._peak()
+    monkeypatch.setattr(bench, "STATUS", NOWHERE)
+    assert bench._peak() >= 0.9 * here > 1e6
+    in_kib = bench._peak()
+    monkeypatch.setattr(sys, "platform", "darwin")
+    assert bench._peak() == pytest.approx(in_kib / 1024, rel=0.1)  # which counts bytes
+    monkeypatch.setitem(sys.modules, "resource", None)
+    assert bench._peak() == 0.0
+
+
+def test_the_processor_of_a_mac(mac: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(runtime, "CPUINFO", NOWHERE)
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="Apple M2\n"))
+    assert runtime.cpu_name() == "Apple M2"
+
+    def missing(*_: object, **__: object) -> None:
+        raise FileNotFoundError("sysctl")
+
+    monkeypatch.setattr(subprocess, "run", missing)
+    monkeypatch.setattr(platform, "processor", lambda: "arm")
+    assert runtime.cpu_name() == "arm"
+    monkeypatch.setattr(platform, "processor", lambda: "")
+    monkeypatch.setattr(platform, "machine", lambda: "arm64")
+    assert runtime.cpu_name() == "arm64"
+
+
+def test_the_clock_of_windows(windows: None) -> None:
+    """A thread's own time comes in steps of 16 ms there."""
+    pytest.importorskip("onnxruntime")
+    assert runtime.Session(MODELS / "linear_sequence.onnx", "cpu", 1).clock is time.perf_counter
+
+
+def test_the_clock_elsewhere(mac: None) -> None:
+    pytest.importorskip("onnxruntime")
+    assert runtime.Session(MODELS / "linear_sequence.onnx", "cpu", 1).clock is time.thread_time
+
+
+def test_threads_where_nothing_tells_of_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "sched_getaffinity", raising=False)
+    monkeypatch.setattr(Path, "exists", lambda _: False)  # /sys
+    monkeypatch.setattr(os, "cpu_count", lambda: 6)
+    assert conditions.usual_threads() == 6
+    monkeypatch.setattr(os, "cpu_count", lambda: None)
+    assert conditions.usual_threads() == 1
+
+
+@pytest.fixture
+def left(monkeypatch: pytest.MonkeyPatch) -> list[object]:
+    """Whether stdout was let go; the test's own stays."""
+    seen: list[object] = []
+    monkeypatch.setattr(os, "dup2", lambda *a: seen.append(a))
+    return seen
+
+
+def failing(error: BaseException) -> Any:
+    def app(*_: object, **__: object) -> None:
+        raise error
+
+    return app
+
+
+def test_a_closed_pipe_on_windows(windows: None, left: list[object], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cli, "app", failing(OSError(errno.EINVAL, "Invalid argument")))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["passes"])
+    assert stop.value.code == 141
+
+
+def test_an_invalid_argument_elsewhere_is_a_defect(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setattr(cli, "app", failing(OSError(errno.EINVAL, "Invalid argument")))
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["passes"])
+    assert stop.value.code == 5
+    assert "internal error" in capsys.readouterr().err
+
+
+def test_commands_are_quoted_as_the_system_reads_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    monkeypatch.setattr(cli, "app", lambda _, obj: seen.append(obj))
+    cli.main(["verify", "a b.onnx"])
+    monkeypatch.setattr(sys, "platform", "win32")
+    cli.main(["verify", "a b.onnx"])
+    assert seen == ["pwopt verify 'a b.onnx'", 'pwopt verify "a b.onnx"']
+
+
+def test_a_terminal_with_few_characters() -> None:
+    """As cmd.exe, and pipes of Windows, have: what they cannot show is a question mark, and no failure."""
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    done = subprocess.run([sys.executable, "-m", "pwopt", "passes"], capture_output=True, check=False, env=environment)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert b"fold-chains" in done.stdout
+    assert b"?" in done.stdout
+
+
+def test_names_that_differ_in_capitals(monkeypatch: pytest.MonkeyPatch, tiny: onnx.ModelProto, tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    for folder, name in (("a", "Net.onnx"), ("b", "net.onnx")):
+        (tmp_path / folder).mkdir()
+        pwopt.save(tiny, tmp_path / folder / name)
+    models = [tmp_path / "a" / "Net.onnx", tmp_path / "b" / "net.onnx"]
+    assert len(batch.jobs(models, tmp_path / "out", Request())) == 2
+    for system in ("darwin", "win32"):
+        monkeypatch.setattr(sys, "platform", system)
+        with pytest.raises(UsageError, match="would be one file on this system; rename one model"):
+            batch.jobs(models, tmp_path / "out", Request())
+
+
+@pytest.mark.parametrize(("system", "most"), [("win32", 61), ("linux", 100)])
+def test_windows_waits_for_61_processes(system: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    class Pool:
+        def __init__(self, size: int, *_: object, **__: object) -> None:
+            seen.append(size)
+
+        def __enter__(self) -> Pool:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def shutdown(self, **_: object) -> None: ...
+
+    monkeypatch.setattr(batch, "ProcessPoolExecutor", Pool)
+    monkeypatch.setattr(sys, "platform", system)
+    assert list(batch.Processes(100)._pooled([], Request(), 100)) == []
+    assert seen == [most]
+
+
+@pytest.mark.parametrize("pure", [PureWindowsPath("C:\\models\\m.onnx"), PurePosixPath("/models/m.onnx")])
+def test_a_worker_reads_the_paths_of_another_system(
+    pure: PureWindowsPath | PurePosixPath, tiny: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(timing, "_turn", timing._turn)  # what a delivery shares ends with this test
+    parcel = fleet.Parcel(pure, pure.with_name("out.onnx"), {"m.onnx": tiny.SerializeToString()}, ())
+    delivery = fleet.delivered(pickle.loads(pickle.dumps(parcel)), Request(cost="analytic", verify=False))
+    assert (delivery.done.row.status, delivery.done.row.model) == ("done", os.fspath(pure))
+    assert set(delivery.files) == {"out.onnx"}
+
+
+def test_a_link_that_git_made_a_file(tmp_path: Path) -> None:
+    shutil.copy(ROOT / "pwopt" / "__init__.py", tmp_path)
+    (tmp_path / "passes").write_text("../passes", encoding="utf-8")  # core.symlinks is false, as on Windows
+    with pytest.raises(ImportError, match=r"git config core\.symlinks true && git checkout -- pwopt/passes"):
+        runpy.run_path(str(tmp_path / "__init__.py"))
