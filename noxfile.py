@@ -7,6 +7,7 @@ after ``--`` go to pytest: `nox -s oldest -- -x tests/maps/test_forms.py`.
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 
 import nox
@@ -47,6 +48,27 @@ def docs(session: nox.Session) -> None:
     """The documentation's site, into ./site; any warning is an error."""
     session.install("-e", ".[cpu,docs,fleet]")
     session.run("mkdocs", "build", "--strict", "-d", *(session.posargs or ["site"]))
+
+
+@nox.session
+def package(session: nox.Session) -> None:
+    """Wheel and source distribution: what they hold, and whether their descriptions can be shown."""
+    session.install("build", "twine", "check-wheel-contents")
+    folder = Path(session.create_tmp()) / "dist"
+    shutil.rmtree(folder, ignore_errors=True)
+    session.run("python", "-m", "build", "-o", str(folder), ".")
+    session.run("twine", "check", "--strict", *map(str, folder.iterdir()))
+    session.run("check-wheel-contents", *map(str, folder.glob("*.whl")))
+
+
+@nox.session(venv_backend="none")
+def constraints(session: nox.Session) -> None:
+    """What .ci/run left in .venv, into constraints.txt; its comments stay."""
+    file = Path(__file__).parent / "constraints.txt"
+    said = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
+    command = (".venv/bin/pip", "freeze", "--all", "--exclude", "pip", "--exclude", "pwopt")
+    found = session.run(*command, external=True, silent=True, stderr=None)
+    file.write_text("\n".join([*said, str(found).strip(), ""]), encoding="utf-8", newline="\n")
 
 
 @nox.session(python=OLDEST)
