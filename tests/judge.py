@@ -147,7 +147,7 @@ def optimised(sample: Sample, passes: Sequence[str] | None) -> tuple[onnx.ModelP
 def _optimised(sample: Sample, passes: Sequence[str] | None) -> tuple[onnx.ModelProto, Sequence[Rewrite]]:
     shapes = {n: v.shape for n, v in sample.feeds[0].items()}
     if passes is None:
-        result = pwopt.optimize(sample.model, cost_model="analytic", check=False, shapes=shapes)
+        result = pwopt.optimize(sample.model, cost="analytic", verify=False, shapes=shapes)
         return result.model, result.report.rewrites
     source = from_proto(sample.model)
     _, outcome, _, model = Work(source, source, tuple(passes), (), shapes, Path()).rewrite(None)

@@ -5,7 +5,7 @@
 
 Each row is a process of its own, whose peak resident memory is read when it ends. The large models have external data,
 written piece by piece into a temporary folder (--folder, with room for twice the largest); some maps fold, most do not:
-how much of the data was copied untouched is counted. Nothing is run: `optimize` with check=False. Growth is the slope of
+how much of the data was copied untouched is counted. Nothing is run: `optimize` with verify=False. Growth is the slope of
 log(seconds) over log(nodes): 1 is linear.
 """
 

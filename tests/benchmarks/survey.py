@@ -79,7 +79,7 @@ def reason(view: View, node: gs.Node, told: dict[str, str]) -> str:
 
 def survey(path: Path) -> tuple[dict[str, int], Counter[tuple[str, str]]]:
     """Operators before and after, and how many of each kind stay for each reason."""
-    result = pwopt.optimize(path, cost_model="analytic", check=False)
+    result = pwopt.optimize(path, cost="analytic", verify=False)
     told = {
         s.tensor: s.reason
         for s in result.report.skips

@@ -341,7 +341,7 @@ def test_no_permission(capsys: pytest.CaptureFixture[str]) -> None:
         folder.chmod(0o777)
         path.chmod(0)
         with pytest.raises(pwopt.ModelError, match="Permission denied"):
-            pwopt.optimize(path, cost_model="analytic")
+            pwopt.optimize(path, cost="analytic")
         hidden = folder / "hidden"
         hidden.mkdir()
         (hidden / "m.onnx").write_bytes(sound().SerializeToString())
@@ -357,7 +357,7 @@ def test_external_data_without_permission() -> None:
         (folder / "weights.bin").chmod(0)
         for check in (True, False):
             with pytest.raises(pwopt.ModelError):
-                pwopt.optimize(path, folder / "new.onnx", cost_model="analytic", check=check)
+                pwopt.optimize(path, folder / "new.onnx", cost="analytic", verify=check)
         assert {p.name for p in folder.iterdir()} == {"m.onnx", "weights.bin"}
 
 
@@ -442,7 +442,7 @@ def die(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
 setattr(os, moment, die)
-pwopt.optimize(source, output, cost_model="analytic", check=False, force=True)
+pwopt.optimize(source, output, cost="analytic", verify=False, force=True)
 """
 
 
@@ -469,5 +469,5 @@ def test_killed_while_it_writes(tmp_path: Path, moment: str, count: int, same: b
     x = normal(1, 64, 2, 2, dtype=F)
     np.testing.assert_array_equal(evaluate(onnx.load(out), x=x)[0], evaluate(onnx.load(path), x=x)[0])
     expected = evaluate(onnx.load(path), x=x)[0]
-    pwopt.optimize(path, out, cost_model="analytic", force=True)  # and what it left behind is in nobody's way
+    pwopt.optimize(path, out, cost="analytic", force=True)  # and what it left behind is in nobody's way
     np.testing.assert_allclose(evaluate(onnx.load(out), x=x)[0], expected, rtol=1e-4, atol=1e-5)

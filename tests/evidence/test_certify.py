@@ -320,14 +320,14 @@ def test_refused_rewrites_are_dropped_and_told(monkeypatch: pytest.MonkeyPatch) 
         return Certificate("failed", "planted", 1.0, 0.0) if wrong else certify(region, view)
 
     monkeypatch.setattr("pwopt.optimizing.subject.certify", distrustful)
-    result = optimize(MODELS / "linear_sequence.onnx", cost_model="analytic", shapes={"x": (1, 64, 8, 8)})
+    result = optimize(MODELS / "linear_sequence.onnx", cost="analytic", shapes={"x": (1, 64, 8, 8)})
     assert ops(result.model)["Conv"] > 1
     assert [s.site for s in result.report.skips if "refused by its certificate" in s.reason] == ["fold-chains:y"]
     assert any("please report" in n for n in result.report.notes)
 
 
 def test_without_verification_there_are_no_certificates() -> None:
-    report = optimize(MODELS / "linear_sequence.onnx", cost_model="analytic", check=False).report
+    report = optimize(MODELS / "linear_sequence.onnx", cost="analytic", verify=False).report
     assert {r.certificate.status for r in report.rewrites if r.certificate} == {"none"}
     assert [o.op for o in report.rewrites[0].before] == ["Conv"] * 4
     assert [o.op for o in report.rewrites[0].after] == ["Conv"]

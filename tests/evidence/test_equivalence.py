@@ -62,8 +62,8 @@ def test_one_bad_sample_is_not_excused_by_another() -> None:
     body = "(float[1,4,6,6] x) => (float[N] y) { a = Conv(x, w) b = Conv(a, v) y = Add(b, c) }"
     weights = {"w": normal(16, 4, 1, 1, dtype=F), "v": normal(4, 16, 1, 1, seed=1, dtype=F)}
     model, other = parse(body, c=F(0), **weights), parse(body, c=F(1e-3), **weights)
-    assert verify(model, other, kinds=["large"]).outputs[0].floor * FLOOR_FACTOR > 1e-3
-    both = verify(model, other, kinds=["normal", "large"])
+    assert verify(model, other, samples=["large"]).outputs[0].floor * FLOOR_FACTOR > 1e-3
+    both = verify(model, other, samples=["normal", "large"])
     assert not both.passed
     assert both.outputs[0].sample.startswith("normal")
 
@@ -140,7 +140,7 @@ def test_what_differs_reads_as_a_sentence() -> None:
 
 def test_several_rounds_of_sizes() -> None:
     model = parse("(float[N,3] x) => (float[N,3] y) { y = Relu(x) }")
-    result = verify(model, model, shapes=[{"x": (2, 3)}, {"x": (5, 3)}], kinds=["normal", "zeros"])
+    result = verify(model, model, shapes=[{"x": (2, 3)}, {"x": (5, 3)}], samples=["normal", "zeros"])
     assert result.inputs == ("normal, x 2×3", "zeros, x 2×3", "normal, x 5×3", "zeros, x 5×3")
     assert result.outputs[0].compared == 2 * (6 + 15)
 
@@ -214,7 +214,7 @@ def test_invariants_of_both_models() -> None:
     body = "(float[1,4,6,6] x) => (float[N] y) { y = Conv(x, w) }"
     q = np.linalg.qr(normal(4, 4))[0]
     model, other = (parse(body, w=w.astype(F)[:, :, None, None]) for w in (q, q * 1.5))
-    result = verify(model, other, laws=[parse_law("isometry"), parse_law("translation:shift=2:margin=2")])
+    result = verify(model, other, invariants=[parse_law("isometry"), parse_law("translation:shift=2:margin=2")])
     isometry, translation = result.laws
     assert (isometry.law, translation.law) == ("isometry", "translation:shift=2:margin=2")
     assert isometry.original < 1e-6
@@ -227,9 +227,9 @@ def test_invariants_that_do_not_fit(tmp_path: Path) -> None:
     model = parse("(float[1,4,6,6] x) => (float[N] y) { y = GlobalAveragePool(x) }")
     np.save(tmp_path / "a.npy", np.ones((1, 4)))
     with pytest.raises(UsageError, match="not the same"):
-        verify(model, model, laws=[parse_law(f"conservation:matrix={tmp_path / 'a.npy'}")])
+        verify(model, model, invariants=[parse_law(f"conservation:matrix={tmp_path / 'a.npy'}")])
     with pytest.raises(UsageError, match="no input 'z'"):
-        verify(model, model, laws=[parse_law("symmetry:input=z")])
+        verify(model, model, invariants=[parse_law("symmetry:input=z")])
     for text, words in (
         ("energy", "no invariant 'energy'"),
         ("gram", "needs a matrix"),

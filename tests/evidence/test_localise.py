@@ -252,14 +252,14 @@ def test_the_rewrite_at_fault_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path
         return result
 
     monkeypatch.setattr(selection.Snapshot, "finish", faulty)
-    report = pwopt.optimize(net(), tmp_path / "out.onnx", cost_model="analytic", passes=["fold-affine"]).report
+    report = pwopt.optimize(net(), tmp_path / "out.onnx", cost="analytic", passes=["fold-affine"]).report
     assert report.rewrites == ()
     (left,) = (s for s in report.skips if s.site == "fold-affine:n")
     assert left.reason.startswith("left out (output 'z' ")
     assert "BatchNormalization" in {n.op_type for n in onnx.load(tmp_path / "out.onnx").graph.node}
     monkeypatch.setattr(trial, "MAX_ATTEMPTS", 1)
     with pytest.raises(NotEquivalentError, match="--deny 'fold-affine:n'") as failure:
-        pwopt.optimize(net(), tmp_path / "none.onnx", cost_model="analytic", passes=["fold-affine"])
+        pwopt.optimize(net(), tmp_path / "none.onnx", cost="analytic", passes=["fold-affine"])
     assert not (tmp_path / "none.onnx").exists()
     found = failure.value.report.equivalence.difference
     assert found.tensor == "n"
@@ -278,9 +278,9 @@ def test_a_model_that_pwopt_made_keeps_its_word(tmp_path: Path) -> None:
     """A name is the original's value or nothing, in every model of the repository."""
     for path in sorted(MODELS.glob("*.onnx")):
         sizes = {s.name: [d if isinstance(d, int) else 4 for d in s.shape or ()] for s in input_specs(onnx.load(path))}
-        done = pwopt.optimize(path, cost_model="analytic", check=False, shapes=sizes)
+        done = pwopt.optimize(path, cost="analytic", verify=False, shapes=sizes)
         save(done.model, tmp_path / "b.onnx")
-        result = verify(path, tmp_path / "b.onnx", kinds=["normal"], shapes=sizes)
+        result = verify(path, tmp_path / "b.onnx", samples=["normal"], shapes=sizes)
         assert result.passed
         blamed = replace(result, passed=False, outputs=tuple(replace(o, passed=False) for o in result.outputs))
         feeds = {name: normal(*shape, dtype=F) for name, shape in result.shapes.items()}

@@ -262,9 +262,9 @@ def test_settings_that_make_no_sense() -> None:
 def test_a_law_about_an_axis_that_is_not_there() -> None:
     path = MODELS / "network_in_network.onnx"
     with pytest.raises(UsageError, match=r"output 'logits', 1×100, has not; choose others with .*output=NAME"):
-        verify(path, path, laws=[parse_law("translation:shift=2:stride=2")])
+        verify(path, path, invariants=[parse_law("translation:shift=2:stride=2")])
     within = parse_law("translation:shift=2:stride=2:margin=4:output=/block2.relu/Relu_output_0")
-    assert verify(path, path, laws=[within]).laws[0].original < 1e-6
+    assert verify(path, path, invariants=[within]).laws[0].original < 1e-6
 
 
 def test_given_arrays_are_cast_and_checked() -> None:

@@ -19,7 +19,7 @@ def builder(name: str) -> ModuleType:
 
 def both(name: str, **options: Any) -> tuple[onnx.ModelProto, onnx.ModelProto, pwopt.Result]:
     before = onnx.load(MODELS / f"{name}.onnx")
-    result = pwopt.optimize(before, cost_model="analytic", check=False, **options)
+    result = pwopt.optimize(before, cost="analytic", verify=False, **options)
     return before, result.model, result
 
 
@@ -54,7 +54,7 @@ def test_hyperspectral_does_not_fold_through_a_relu() -> None:
     position = next(i for i, n in enumerate(model.graph.node) if n.name == "/projection/Conv")
     model.graph.node[position].input[0] = "rectified"
     model.graph.node.insert(position, onnx.helper.make_node("Relu", ["components"], ["rectified"]))
-    result = pwopt.optimize(model, cost_model="analytic", check=False)
+    result = pwopt.optimize(model, cost="analytic", verify=False)
     assert ops(result.model) == {"Conv": 3, "Relu": 2}
 
 

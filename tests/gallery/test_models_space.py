@@ -71,7 +71,7 @@ def insert(model: onnx.ModelProto, op: str, tensor: str, before: onnx.NodeProto,
 
 def optimised(model: onnx.ModelProto, passes: list[str] | None = None) -> pwopt.Result:
     onnx.checker.check_model(model, full_check=True)
-    return pwopt.optimize(model, cost_model="analytic", check=False, passes=passes)
+    return pwopt.optimize(model, cost="analytic", verify=False, passes=passes)
 
 
 def passes_of(result: pwopt.Result) -> set[str]:

@@ -138,7 +138,7 @@ def verification(setting: Setting) -> Found:
         path, shapes = setting.one(name)
         for kind, source in (("float32", path), ("float16", suite.half(path, setting.scratch / f"{name}_half.onnx"))):
             out = setting.scratch / f"{name}_{kind}_out.onnx"
-            pwopt.optimize(source, out, cost_model="analytic", check=False, shapes=shapes)
+            pwopt.optimize(source, out, cost="analytic", verify=False, shapes=shapes)
             told = pwopt.verify(source, out, provider=setting.provider, shapes=shapes, locate=False)
             worst = told.worst()
             require(told.passed, f"{name} in {kind}: {worst.explain() if worst else 'no output'}")
@@ -250,7 +250,7 @@ def passes(setting: Setting) -> Found:
         for model, inputs in models:
             if fired:
                 break
-            done = pwopt.optimize(model, passes=["clean-up", p.name], cost_model="analytic", check=False)
+            done = pwopt.optimize(model, passes=["clean-up", p.name], cost="analytic", verify=False)
             count = sum(r.pass_name == p.name for r in done.report.rewrites)
             if not count:
                 continue

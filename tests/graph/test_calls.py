@@ -16,7 +16,7 @@ BRANCHES = """If (k) <then_branch = a () => (float[N,4] z) { p = Mul(h, two) q =
 
 
 def optimised(model: onnx.ModelProto, **options: object) -> onnx.ModelProto:
-    result = pwopt.optimize(model, cost_model="analytic", check=False, **options).model
+    result = pwopt.optimize(model, cost="analytic", verify=False, **options).model
     onnx.checker.check_model(result, full_check=True)
     return result
 

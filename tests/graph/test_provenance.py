@@ -90,7 +90,7 @@ def test_an_operator_with_other_attributes_is_still_itself() -> None:
     """hoist-stride changes attributes in place."""
     body = "(double[1,4,8,8] x) => (double[A,B,C,D] y) { a = Relu(x) p = Conv(a, w) y = Conv<strides=[2,2]>(p, u) }"
     model = named(parse(body, w=normal(4, 4, 1, 1), u=normal(6, 4, 1, 1)))
-    result = pwopt.optimize(model, cost_model="analytic", check=False).model
+    result = pwopt.optimize(model, cost="analytic", verify=False).model
     places = {told(n)[0].get("namespace") for n in result.graph.node}
     assert None not in places
 

@@ -21,7 +21,7 @@ def broad() -> onnx.ModelProto:
 
 
 def test_growth_is_told() -> None:
-    result = pwopt.optimize(broad(), cost_model="analytic", check=False)
+    result = pwopt.optimize(broad(), cost="analytic", verify=False)
     assert ops(result.model) == {"MatMul": 1}
     (note,) = [n for n in result.report.notes if "grows" in n]
     assert "(clean-up 0.16 MB); --max-growth bounds that." in note
@@ -31,7 +31,7 @@ def test_growth_is_told() -> None:
 @pytest.mark.parametrize("allowed", [0.0, 0.1, 1000.0])
 def test_growth_is_bounded(allowed: float) -> None:
     model = broad()
-    result = pwopt.optimize(model, cost_model="analytic", check=False, max_growth=allowed)
+    result = pwopt.optimize(model, cost="analytic", verify=False, max_growth=allowed)
     assert ops(result.model)["MatMul"] == 1
     assert total_bytes(result.model) <= (1 + allowed) * total_bytes(model) + 1
     refused = [s for s in result.report.skips if "--max-growth" in s.reason]
@@ -52,9 +52,9 @@ def test_a_measured_pass_is_bounded_too() -> None:
         w=normal(32, 32, 3, 3, dtype=np.float32),
     )
     passes = [p.name for p in PASSES if p.name == "winograd"]
-    grown = pwopt.optimize(model, cost_model="analytic", check=False, passes=passes)
+    grown = pwopt.optimize(model, cost="analytic", verify=False, passes=passes)
     if grown.report.rewrites:  # not on models that are too small for it
-        bounded = pwopt.optimize(model, cost_model="analytic", check=False, passes=passes, max_growth=0.1)
+        bounded = pwopt.optimize(model, cost="analytic", verify=False, passes=passes, max_growth=0.1)
         assert total_bytes(bounded.model) <= 1.1 * total_bytes(model)
 
 
@@ -65,7 +65,7 @@ def test_no_empty_data_file_is_written(tmp_path: Path) -> None:
     body = "(float[N,64] x) => (float[M,1] y) { a = MatMul(x, w) y = MatMul(a, u) }"
     model = parse(body, w=weight, u=np.ones((64, 1), np.float32))
     onnx.save(model, tmp_path / "a.onnx", save_as_external_data=True, location="a.data", size_threshold=0)
-    pwopt.optimize(tmp_path / "a.onnx", tmp_path / "b.onnx", cost_model="analytic")
+    pwopt.optimize(tmp_path / "a.onnx", tmp_path / "b.onnx", cost="analytic")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.data", "a.onnx", "b.onnx"]
     assert pwopt.verify(tmp_path / "a.onnx", tmp_path / "b.onnx").passed
 
@@ -73,7 +73,7 @@ def test_no_empty_data_file_is_written(tmp_path: Path) -> None:
 def test_opsets_that_are_named_twice_alike() -> None:
     model = parse("(float[2] x) => (float[N] y) { a = Identity(x) y = Exp(a) }")
     model.opset_import.append(onnx.helper.make_opsetid("ai.onnx", 17))
-    assert ops(pwopt.optimize(model, cost_model="analytic", check=False).model) == {"Exp": 1}
+    assert ops(pwopt.optimize(model, cost="analytic", verify=False).model) == {"Exp": 1}
     model.opset_import[-1].version = 16
     with pytest.raises(pwopt.ModelError, match="names 2 opsets"):
-        pwopt.optimize(model, cost_model="analytic", check=False)
+        pwopt.optimize(model, cost="analytic", verify=False)

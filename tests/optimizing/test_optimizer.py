@@ -57,7 +57,7 @@ def test_a_wrong_rewrite_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(compiler, "PASSES", (*compiler.PASSES, Planted))
     monkeypatch.setattr(subject, "certify", unchecked)
     path = MODELS / "network_in_network.onnx"
-    report = pwopt.optimize(path, tmp_path / "out.onnx", cost_model="analytic").report
+    report = pwopt.optimize(path, tmp_path / "out.onnx", cost="analytic").report
     assert report.equivalence.passed
     assert "planted" not in {r.pass_name for r in report.rewrites}
     assert "fold-chains" in {r.pass_name for r in report.rewrites}
@@ -73,7 +73,7 @@ def test_a_wrong_result_of_unknown_cause_is_not_written(tmp_path: Path, monkeypa
     monkeypatch.setattr(subject, "certify", unchecked)
     monkeypatch.setattr(trial, "localise", lambda *_: None)
     with pytest.raises(NotEquivalentError, match="nothing was written") as caught:
-        pwopt.optimize(MODELS / "network_in_network.onnx", tmp_path / "out.onnx", cost_model="analytic")
+        pwopt.optimize(MODELS / "network_in_network.onnx", tmp_path / "out.onnx", cost="analytic")
     assert not caught.value.report.equivalence.passed
     assert list(tmp_path.iterdir()) == []
 
@@ -82,7 +82,7 @@ def test_a_wrong_rewrite_is_dropped_by_its_certificate(tmp_path: Path, monkeypat
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(compiler, "PASSES", (Planted,))
     path = MODELS / "network_in_network.onnx"
-    report = pwopt.optimize(path, tmp_path / "out.onnx", cost_model="analytic").report
+    report = pwopt.optimize(path, tmp_path / "out.onnx", cost="analytic").report
     assert report.rewrites == ()
     assert "refused by its certificate" in report.skips[-1].reason
     assert "please report" in " ".join(report.notes)
@@ -225,11 +225,11 @@ def test_where_other_sizes_may_settle_what_is_unknown() -> None:
         "(float[N,4] x) => (float[A,B] y) { i = NonZero(x) f = Cast<to=1>(i) t = Transpose<perm=[1,0]>(f) y = MatMul(t, w) }",
         w=normal(2, 3).astype(F),
     )
-    notes = " ".join(pwopt.optimize(model, cost_model="analytic").report.notes)
+    notes = " ".join(pwopt.optimize(model, cost="analytic").report.notes)
     assert "Multiply-adds leave out 1 operator whose sizes are not known, whatever the inputs' sizes" in notes
-    notes = " ".join(pwopt.optimize(model, cost_model="analytic", check=False).report.notes)
+    notes = " ".join(pwopt.optimize(model, cost="analytic", verify=False).report.notes)
     assert "--shape may settle them" in notes
-    notes = " ".join(pwopt.optimize(model, cost_model="analytic", check=False, shapes={"x": (2, 4)}).report.notes)
+    notes = " ".join(pwopt.optimize(model, cost="analytic", verify=False, shapes={"x": (2, 4)}).report.notes)
     assert "--shape" not in notes
 
 
@@ -290,7 +290,7 @@ def test_measured(tmp_path: Path) -> None:
 
 def test_analytic_needs_no_onnxruntime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(__import__("sys").modules, "onnxruntime", None)
-    result = pwopt.optimize(MODELS / "linear_sequence.onnx", tmp_path / "out.onnx", cost_model="analytic")
+    result = pwopt.optimize(MODELS / "linear_sequence.onnx", tmp_path / "out.onnx", cost="analytic")
     assert ops(result.model) == {"Conv": 1}
     assert result.report.equivalence is None
     assert "Not verified" in result.report.notes[0]
@@ -302,7 +302,7 @@ def test_a_model_in_memory_and_dynamic_shapes_survive() -> None:
     pytest.importorskip("onnxruntime")
     model = onnx.load(MODELS / "hyperspectral.onnx")
     before = model.SerializeToString(deterministic=True)
-    result = pwopt.optimize(model, cost_model="analytic", shapes={"cube": (1, 200, 4, 4)})
+    result = pwopt.optimize(model, cost="analytic", shapes={"cube": (1, 200, 4, 4)})
     assert model.SerializeToString(deterministic=True) == before
     assert result.model.graph.input == model.graph.input
     assert result.model.graph.output == model.graph.output
@@ -315,7 +315,7 @@ def test_static_fixes_the_inputs(tmp_path: Path) -> None:
     result = pwopt.optimize(
         MODELS / "linear_sequence.onnx",
         tmp_path / "out.onnx",
-        cost_model="analytic",
+        cost="analytic",
         static=True,
         shapes={"x": (2, 64, 3, 5)},
     )
@@ -334,7 +334,7 @@ def test_opset_conversion_keeps_names_and_documentation(tmp_path: Path) -> None:
         node.metadata_props.add(key="k", value="v")
     path = tmp_path / "m.onnx"
     onnx.save(model, path)
-    result = pwopt.optimize(path, tmp_path / "out.onnx", cost_model="analytic", opset=14, shapes={"x": (1, 4, 5, 5)})
+    result = pwopt.optimize(path, tmp_path / "out.onnx", cost="analytic", opset=14, shapes={"x": (1, 4, 5, 5)})
     assert result.model.opset_import[0].version == 14
     assert "HardSwish" in ops(result.model)
     conv = result.model.graph.node[0]
@@ -344,15 +344,13 @@ def test_opset_conversion_keeps_names_and_documentation(tmp_path: Path) -> None:
 
 
 def test_unknown_names_are_usage_errors() -> None:
-    for arguments, word in (({"passes": ["fold-everything"]}, "no pass"), ({"cost_model": "free"}, "not one of")):
+    for arguments, word in (({"passes": ["fold-everything"]}, "no pass"), ({"cost": "free"}, "not one of")):
         with pytest.raises(UsageError, match=word):
             pwopt.optimize(MODELS / "linear_sequence.onnx", **arguments)  # type: ignore[arg-type]
 
 
 def test_passes_can_be_chosen() -> None:
-    result = pwopt.optimize(
-        MODELS / "network_in_network.onnx", passes=["fold-affine"], cost_model="analytic", check=False
-    )
+    result = pwopt.optimize(MODELS / "network_in_network.onnx", passes=["fold-affine"], cost="analytic", verify=False)
     assert {r.pass_name for r in result.report.rewrites} == {"fold-affine"}
 
 
@@ -366,7 +364,7 @@ def test_external_data_is_verified_and_written(tmp_path: Path) -> None:
         location="big.bin",
         size_threshold=0,
     )
-    result = pwopt.optimize(path, tmp_path / "out.onnx", cost_model="analytic", shapes={"x": (1, 64, 4, 4)})
+    result = pwopt.optimize(path, tmp_path / "out.onnx", cost="analytic", shapes={"x": (1, 64, 4, 4)})
     assert result.report.equivalence is not None
     assert sorted(p.name for p in tmp_path.iterdir()) == ["big.bin", "big.onnx", "out.onnx", "out.onnx.data"]
     assert weight(onnx.load(tmp_path / "out.onnx"), "conv4.weight").shape == (32, 64, 1, 1)
@@ -395,12 +393,12 @@ def test_the_input_is_not_overwritten_unless_forced(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes((MODELS / "linear_sequence.onnx").read_bytes())
     with pytest.raises(UsageError, match="is the input"):
-        pwopt.optimize(path, path, check=False)
-    pwopt.optimize(path, path, check=False, force=True)
+        pwopt.optimize(path, path, verify=False)
+    pwopt.optimize(path, path, verify=False, force=True)
     assert ops(onnx.load(path)) == {"Conv": 1}
 
 
 def test_one_name_is_a_list_of_one() -> None:
     path = MODELS / "linear_sequence.onnx"
-    assert pwopt.optimize(path, check=False, deny="fold-chains:y").report.rewrites[0].site == "fold-chains:h3"
-    assert not pwopt.optimize(path, check=False, passes="clean-up").report.rewrites
+    assert pwopt.optimize(path, verify=False, deny="fold-chains:y").report.rewrites[0].site == "fold-chains:h3"
+    assert not pwopt.optimize(path, verify=False, passes="clean-up").report.rewrites

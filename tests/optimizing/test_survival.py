@@ -229,11 +229,11 @@ def test_without_verification_a_result_that_does_not_load_is_told(
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(Harmful, "kind", "does not load")
     monkeypatch.setattr(compiler, "PASSES", (Harmful,))
-    done = pwopt.optimize(CHAIN, tmp_path / "out.onnx", check=False)
+    done = pwopt.optimize(CHAIN, tmp_path / "out.onnx", verify=False)
     assert done.report.notes[-1].startswith(
         "Not verified (as asked). The result cannot be used: onnxruntime does not load the model: "
     )
-    fine = pwopt.optimize(MODELS / "linear_sequence.onnx", tmp_path / "fine.onnx", check=False)
+    fine = pwopt.optimize(MODELS / "linear_sequence.onnx", tmp_path / "fine.onnx", verify=False)
     assert "Not verified (as asked)." in fine.report.notes
 
 

@@ -306,7 +306,7 @@ def test_static_settles_shape_arithmetic() -> None:
         t = Shape(a) k = Gather(t, j) q = Concat<axis=0>(k, m) y = Reshape(a, q)
     }"""
     model = parse(body, i=np.array([0]), m=np.array([-1]), j=np.array([1]))
-    result = pwopt.optimize(model, static=True, shapes={"x": (2, 4, 6)}, cost_model="analytic", check=False).model
+    result = pwopt.optimize(model, static=True, shapes={"x": (2, 4, 6)}, cost="analytic", verify=False).model
     onnx.checker.check_model(result, full_check=True)
     assert ops(result) == {"Reshape": 1}
     assert [d.dim_value for d in result.graph.input[0].type.tensor_type.shape.dim] == [2, 4, 6]

@@ -431,6 +431,6 @@ def test_random_graph_layers(layers: list[tuple[str, int]]) -> None:
             lines.append(f"{y} = Add({t}, {w})")
         t = y
     model = parse(f"(double[2,5,6] x) => (double[N] y) {{ {' '.join(lines)} y = Neg({t}) }}", **numbers)
-    result = pwopt.optimize(model, cost_model="analytic", check=False)
+    result = pwopt.optimize(model, cost="analytic", verify=False)
     assert result.report.after.macs <= result.report.before.macs
     same(model, result.model, 1e-8, x=normal(2, 5, 6))

@@ -127,6 +127,6 @@ def test_sharing_does_not_keep_weights_from_folding() -> None:
     norm = {f"{k}{i}": normal(8, seed=5 * i + j) ** 2 + 0.5 for i in (0, 1) for j, k in enumerate("gbmv")}
     body = "(double[2,8,4,4] x) => (double[N] y) { a = Conv(x, w0) b = BatchNormalization(a, g0, b0, m0, v0) c = Relu(b) d = Conv(c, w1) e = BatchNormalization(d, g1, b1, m1, v1) y = Relu(e) }"
     model = parse(body, w0=normal(8, 8, 3, 3), w1=normal(8, 8, 3, 3), **norm)
-    result = pwopt.optimize(model, cost_model="analytic", check=False).model
+    result = pwopt.optimize(model, cost="analytic", verify=False).model
     assert ops(result) == {"Conv": 2, "Relu": 2}
     same(model, result, x=normal(2, 8, 4, 4))

@@ -143,6 +143,6 @@ def test_shapes_settle_one_another() -> None:
     model = parse(
         f"(double[N,32,H] x) => (double[A,B,C] y) {{ h0 = Neg(x) {body} y = Neg(h4) }}", i=ONE, k=TWO, z=np.array([0])
     )
-    result = pwopt.optimize(model, cost_model="analytic", check=False).model
+    result = pwopt.optimize(model, cost="analytic", verify=False).model
     assert set(ops(result)) <= {"Neg", "Slice"}
     same(model, result, 0.0, x=normal(2, 32, 3))

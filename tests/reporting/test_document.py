@@ -198,7 +198,7 @@ def test_a_failure_says_where_it_begins(tmp_path: Path) -> None:
 
 def test_a_report_of_nothing_done() -> None:
     model = parse("(float[1,4] x) => (float[N] y) { y = Exp(x) }")
-    report = optimize(model, cost_model="analytic", check=False).report
+    report = optimize(model, cost="analytic", verify=False).report
     assert "Unchanged" in document(report, "html")
     assert "Unchanged" in document(report, "markdown")
 
@@ -207,7 +207,7 @@ def test_many_outputs_and_rewrites_are_collapsed() -> None:
     pairs = "".join(f" h{i} = Mul(x, k) y{i} = Add(h{i}, c)" for i in range(12))
     outputs = ", ".join(f"float[N] y{i}" for i in range(12))
     k, c = np.float32(2), normal(4, 1, 1, dtype=np.float32)
-    report = optimize(parse(f"(float[1,4,3,3] x) => ({outputs}) {{{pairs} }}", k=k, c=c), cost_model="analytic").report
+    report = optimize(parse(f"(float[1,4,3,3] x) => ({outputs}) {{{pairs} }}", k=k, c=c), cost="analytic").report
     assert "4 more outputs" in document(report, "html")
 
 

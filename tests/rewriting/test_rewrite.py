@@ -73,7 +73,7 @@ def test_the_driver_looks_at_each_node_a_bounded_number_of_times() -> None:
 
 def test_the_same_input_gives_the_same_bytes_whatever_the_hash_seed(tmp_path: Path) -> None:
     script = (
-        "import sys, pwopt; r = pwopt.optimize(sys.argv[1], cost_model='analytic', check=False);"
+        "import sys, pwopt; r = pwopt.optimize(sys.argv[1], cost='analytic', verify=False);"
         "sys.stdout.buffer.write(r.model.SerializeToString(deterministic=True) + r.report.to_json().encode())"
     )
     outputs = {

@@ -53,7 +53,7 @@ def test_models_side_by_side(pair: list[Path]) -> None:
 
 
 def test_a_sweep_over_batches(pair: list[Path]) -> None:
-    rows = pwopt.benchmark(pair[1:], shapes={"x": (1, 3, 8, 8)}, batches=[1, 4], seconds=0.05)
+    rows = pwopt.benchmark(pair[1:], shapes={"x": (1, 3, 8, 8)}, batch=[1, 4], seconds=0.05)
     assert [r.shapes["x"] for r in rows] == [(1, 3, 8, 8), (4, 3, 8, 8)]
 
 
@@ -65,9 +65,9 @@ def test_what_cannot_be_compared(pair: list[Path], tmp_path: Path) -> None:
     with pytest.raises(pwopt.UsageError, match="does not fit input 'x'"):
         pwopt.benchmark([pair[0], fixed], shapes={"x": (1, 3, 16, 16)}, seconds=0.01)
     with pytest.raises(pwopt.UsageError, match="batch cannot be 4"):
-        pwopt.benchmark([fixed], batches=[4])
+        pwopt.benchmark([fixed], batch=[4])
     with pytest.raises(pwopt.UsageError, match="1 or more"):
-        pwopt.benchmark([pair[0]], batches=[0])
+        pwopt.benchmark([pair[0]], batch=[0])
     with pytest.raises(pwopt.UsageError, match="no model"):
         pwopt.benchmark([])
 

@@ -237,7 +237,7 @@ def test_without_a_budget_measured_rewrites_are_left_out(tmp_path: Path) -> None
 
 
 def test_analytic_cost_merges_where_operators_disappear(tmp_path: Path) -> None:
-    result = pwopt.optimize(three(tmp_path / "m.onnx"), cost_model="analytic")
+    result = pwopt.optimize(three(tmp_path / "m.onnx"), cost="analytic")
     assert ops(result.model) == {"Conv": 1, "Split": 1}
     assert result.report.equivalence is not None
     assert result.report.equivalence.passed
@@ -246,7 +246,7 @@ def test_analytic_cost_merges_where_operators_disappear(tmp_path: Path) -> None:
 def test_a_measured_pass_that_is_named_acts_wherever_it_is_exact(tmp_path: Path) -> None:
     body = "(float[2,3,5,7] a, float[2,4,5,7] b) => (float[N] y) { t = Concat<axis=1>(a, b) y = Conv(t, w) }"
     model = parse(body, w=normal(5, 7, 1, 1).astype(np.float32))
-    result = pwopt.optimize(model, passes=["split-concat"], cost_model="analytic")
+    result = pwopt.optimize(model, passes=["split-concat"], cost="analytic")
     assert ops(result.model) == {"Conv": 2, "Add": 1}
 
 

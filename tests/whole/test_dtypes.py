@@ -69,7 +69,7 @@ def test_every_pass_keeps_the_type_and_the_answers(name: str, dtype: Any) -> Non
         "v": normal(12, 6, 1, 1) / 3, "w": normal(4, 12, 1, 1) / 3, "m": normal(8, 3),
     }  # fmt: skip
     model = parse(body, 22, 10, **{n: v.astype(dtype) for n, v in numbers.items()})
-    result = pwopt.optimize(model, cost_model="analytic", check=False, passes=[p.name for p in PASSES])
+    result = pwopt.optimize(model, cost="analytic", verify=False, passes=[p.name for p in PASSES])
     assert not {"BatchNormalization", "Mul"} & {n.op_type for n in result.model.graph.node}
     assert {t.data_type for t in result.model.graph.initializer} <= {
         helper.np_dtype_to_tensor_dtype(np.dtype(dtype)),
@@ -124,7 +124,7 @@ def test_weights_that_are_no_numbers_are_left_alone(bad: float, where: str) -> N
     held = {n: v.astype(F) for n, v in held.items()}
     held[where].flat[1] = bad
     model = parse(body, **held)
-    result = pwopt.optimize(model, cost_model="analytic", check=False, passes=[p.name for p in PASSES]).model
+    result = pwopt.optimize(model, cost="analytic", verify=False, passes=[p.name for p in PASSES]).model
     kept = {t.name for t in result.graph.initializer}
     assert where in kept
     np.testing.assert_array_equal(weight(result, where), held[where])
@@ -160,10 +160,10 @@ def quantised(form: str) -> onnx.ModelProto:
 def test_quantised_models_come_through_unharmed(form: str) -> None:
     model = quantised(form)
     for passes in (None, [p.name for p in PASSES]):
-        result = pwopt.optimize(model, cost_model="analytic", passes=passes)
+        result = pwopt.optimize(model, cost="analytic", passes=passes)
         assert result.model is model
         assert any(note.startswith("Not touched, since folding would round integers") for note in result.report.notes)
-    assert not pwopt.optimize(parse("(float[2] x) => (float[2] y) { y = Relu(x) }"), cost_model="analytic").report.notes
+    assert not pwopt.optimize(parse("(float[2] x) => (float[2] y) { y = Relu(x) }"), cost="analytic").report.notes
 
 
 def test_what_is_not_quantised_around_it_still_folds() -> None:
@@ -174,6 +174,6 @@ def test_what_is_not_quantised_around_it_still_folds() -> None:
     model.graph.node.extend(more.graph.node)
     model.graph.initializer.extend(more.graph.initializer)
     model.graph.output[0].CopyFrom(more.graph.output[0])
-    result = pwopt.optimize(model, cost_model="analytic")
+    result = pwopt.optimize(model, cost="analytic")
     assert ops(result.model)["Mul"] == 0
     assert ops(result.model)["DequantizeLinear"] == 3

@@ -17,7 +17,7 @@ def optimised(model: onnx.ModelProto, folder: Path) -> tuple[onnx.ModelProto, in
     """The model after a run on files, and the sizes of both."""
     before, after = folder / "a.onnx", folder / "b.onnx"
     onnx.save(model, before)
-    pwopt.optimize(before, after, cost_model="analytic")
+    pwopt.optimize(before, after, cost="analytic")
     return onnx.load(after), os.path.getsize(before), os.path.getsize(after)
 
 

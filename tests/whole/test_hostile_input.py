@@ -47,7 +47,7 @@ def chain(size: int, node: Callable[[int], onnx.NodeProto]) -> onnx.ModelProto:
 
 def algebra(model: onnx.ModelProto) -> Result:
     """What pwopt does by itself; onnxruntime, which computes what a model says, takes what that takes."""
-    return pwopt.optimize(model, cost_model="analytic", check=False, shapes={"x": (1, 4)} if _dynamic(model) else None)
+    return pwopt.optimize(model, cost="analytic", verify=False, shapes={"x": (1, 4)} if _dynamic(model) else None)
 
 
 def _dynamic(model: onnx.ModelProto) -> bool:
@@ -196,7 +196,7 @@ def nested(depth: int) -> onnx.ModelProto:
 def test_nested_bodies(tmp_path: Path) -> None:
     path = tmp_path / "m.onnx"
     path.write_bytes(nested(20).SerializeToString())
-    pwopt.optimize(path, cost_model="analytic", shapes={"c": ()})
+    pwopt.optimize(path, cost="analytic", shapes={"c": ()})
 
     def wrapped(field: int, content: bytes) -> bytes:
         size, count = b"", len(content)

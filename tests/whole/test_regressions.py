@@ -137,7 +137,7 @@ def test_an_unknown_rank_has_no_channel_axis() -> None:
         q = Reshape(x, s) a = Mul(q, k) c = BatchNormalization<epsilon=0.0>(a, g, z, z, o) y = Relu(c)
     }"""
     model = parse(body, k=F(2), g=r(3), z=np.zeros(3, F), o=np.ones(3, F))
-    result = pwopt.optimize(model, cost_model="analytic", check=False).model
+    result = pwopt.optimize(model, cost="analytic", verify=False).model
     feeds = {"x": r(2, 3, 3), "s": np.array([2, 3, 3])}
     np.testing.assert_allclose(on_onnxruntime(result, feeds)[0], on_onnxruntime(model, feeds)[0], atol=1e-5)
 
@@ -174,14 +174,14 @@ def test_a_large_composition_is_folded_without_a_decomposition() -> None:
         "(float[1,2100] x) => (float[1,2100] y) { a = MatMul(x, w) y = MatMul(a, v) }",
         w=r(2100, 4200) / F(50), v=r(4200, 2100, seed=1) / F(50),
     )  # fmt: skip
-    assert pwopt.optimize(model, cost_model="analytic", check=False).report.after.nodes == 1
+    assert pwopt.optimize(model, cost="analytic", verify=False).report.after.nodes == 1
 
 
 def test_a_dimension_of_minus_one_is_dynamic() -> None:
     """As Paddle writes its batch."""
     model = parse("(float[N,4,3,3] x) => (float[N] y) { a = Conv(x, w) y = Mul(a, k) }", w=r(3, 4, 1, 1), k=F(2))
     model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
-    result = pwopt.optimize(model, cost_model="analytic", shapes={"x": (6, 4, 3, 3)})
+    result = pwopt.optimize(model, cost="analytic", shapes={"x": (6, 4, 3, 3)})
     assert result.report.equivalence is not None
     assert result.report.equivalence.passed
     assert result.report.after.macs == 6 * 9 * 12
@@ -269,7 +269,7 @@ def test_a_constant_node_in_bfloat16() -> None:
     model.graph.node[0].CopyFrom(
         onnx.helper.make_node("Constant", [], ["c"], value=onnx.helper.make_tensor("c", bfloat16, [], [2.0]))
     )
-    assert pwopt.optimize(model, cost_model="analytic", check=False).report.before.params == 1
+    assert pwopt.optimize(model, cost="analytic", verify=False).report.before.params == 1
 
 
 def test_swish_is_named_where_onnxruntime_runs_it() -> None:
@@ -346,7 +346,7 @@ def test_infinities_at_the_edge_of_float16_are_no_evidence(tmp_path: Path) -> No
         c = Conv(x, w) n = BatchNormalization(c, s, b, m, v) y1 = Identity(n) p = Conv(x2, w2) y2 = Conv(p, w3) }""",
         **{name: value.astype(h) for name, value in weights.items()},
     )
-    result = pwopt.optimize(model, tmp_path / "new.onnx", cost_model="analytic")
+    result = pwopt.optimize(model, tmp_path / "new.onnx", cost="analytic")
     assert ops(result.model) == {"Conv": 2}
     found = result.report.equivalence
     assert found is not None
@@ -366,7 +366,7 @@ def test_infinities_at_the_edge_of_float16_are_no_evidence(tmp_path: Path) -> No
 def test_adding_zero_before_a_divisor(body: str) -> None:
     """−0 + 0 is +0, and 1/(+0) is +∞, where 1/(−0) is −∞: at every level what the original gives there."""
     model = parse(f"(float[N] x) => (float[N] y) {body}", o=F(0), k=F(2))
-    result = pwopt.optimize(model, cost_model="analytic").model
+    result = pwopt.optimize(model, cost="analytic").model
     for level in ("ORT_DISABLE_ALL", "ORT_ENABLE_ALL"):
         options = ort.SessionOptions()
         options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
@@ -378,7 +378,7 @@ def test_adding_zero_before_a_divisor(body: str) -> None:
 def test_where_the_promise_ends() -> None:
     """Finite inputs give the same; an infinity is spread by a product with the identity, which is no longer there."""
     model = parse("(float[1,3] x) => (float[N] y) { h = MatMul(x, w) y = Neg(h) }", w=np.eye(3, dtype=F))
-    result = pwopt.optimize(model, cost_model="analytic").model
+    result = pwopt.optimize(model, cost="analytic").model
     assert ops(result) == {"Neg": 1}
 
     def both(*x: float) -> list[list[float]]:

@@ -26,7 +26,7 @@ import pwopt
 from pwopt.passes import PASSES
 for path in sorted(pathlib.Path(sys.argv[1]).glob("*.onnx")):
     for passes in (None, [p.name for p in PASSES]):
-        result = pwopt.optimize(path, cost_model="analytic", check=False, passes=passes)
+        result = pwopt.optimize(path, cost="analytic", verify=False, passes=passes)
         report = repr((result.report.rewrites, result.report.skips, result.report.before, result.report.after))
         content = result.model.SerializeToString(deterministic=True) + report.encode()
         print(path.name, hashlib.sha256(content).hexdigest())
@@ -61,7 +61,7 @@ def test_runs_in_one_process_agree_and_the_source_does_not_change(folder: Path) 
         before = model.SerializeToString(deterministic=True)
         made = {
             hashlib.sha256(
-                pwopt.optimize(model, cost_model="analytic", check=False, passes=[p.name for p in PASSES])
+                pwopt.optimize(model, cost="analytic", verify=False, passes=[p.name for p in PASSES])
                 .model.SerializeToString(deterministic=True)
             ).digest()
             for _ in range(2)
@@ -74,6 +74,6 @@ def test_written_files_agree(folder: Path, tmp_path: Path) -> None:
     path = folder / "linear_sequence.onnx"
     contents = set()
     for name in ("a.onnx", "b.onnx"):
-        pwopt.optimize(path, tmp_path / name, cost_model="analytic")
+        pwopt.optimize(path, tmp_path / name, cost="analytic")
         contents.add((tmp_path / name).read_bytes())
     assert len(contents) == 1

@@ -90,7 +90,7 @@ def test_random_stacks_at_two_sizes(steps: list[tuple[str, int]]) -> None:
     pytest.importorskip("onnxruntime")
     model = stack(steps)
     assume(max(map(math.prod, concrete_sizes(model, {"x": (2, 6, 80, 112)}).values())) <= 1 << 22)  # steps may double
-    result = pwopt.optimize(model, cost_model="analytic", shapes={"x": (1, 6, 64, 48)}, check=False)
+    result = pwopt.optimize(model, cost="analytic", shapes={"x": (1, 6, 64, 48)}, verify=False)
     for shape in ((1, 6, 64, 48), (2, 6, 80, 112)):
         equivalence = pwopt.verify(model, result.model, shapes={"x": shape})
         assert equivalence.passed, equivalence.worst()
@@ -103,6 +103,6 @@ def test_random_stacks_at_two_sizes(steps: list[tuple[str, int]]) -> None:
 def test_the_stacks_are_rewritten(tmp_path: Path) -> None:
     names = ["map", "mean", "map", "up", "map", "relu", "conv", "relu", "strided"]
     steps = list(zip(names, [2, 0, 3, 1, 0, 0, 0, 0, 1], strict=True))
-    result = pwopt.optimize(stack(steps), cost_model="analytic", shapes={"x": (1, 6, 64, 48)}, check=False)
+    result = pwopt.optimize(stack(steps), cost="analytic", shapes={"x": (1, 6, 64, 48)}, verify=False)
     done = {r.pass_name for r in result.report.rewrites}
     assert {"commute-spatial", "hoist-stride"} <= done

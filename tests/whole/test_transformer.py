@@ -59,7 +59,7 @@ def block(scale: str) -> onnx.ModelProto:
 @pytest.mark.parametrize("scale", ["before", "after"])
 def test_adapters_merge_scales_fold_and_projections_join(scale: str) -> None:
     model = block(scale)
-    result = pwopt.optimize(model, cost_model="analytic")
+    result = pwopt.optimize(model, cost="analytic")
     assert ops(model)["MatMul"] == 10
     # query, key and value as one; scores; mixing; output
     assert ops(result.model)["MatMul"] == 4
