@@ -6,13 +6,10 @@ from collections.abc import Iterable, Sequence
 
 import onnx
 
-from pwopt.reporting.report import Layer
+from pwopt.reporting.report import LAYOUT, Layer
 from pwopt.rewriting.records import Rewrite
 from pwopt.running.runtime import NodeTime
 from pwopt.selecting.attribution import attributed, together
-
-#: The layer of what onnxruntime adds by itself.
-LAYOUT = "changes of layout"
 
 
 def layers(

@@ -19,8 +19,8 @@ from pwopt.evidence.metrics import TOLERANCES
 from pwopt.graph.shapes import written
 from pwopt.reporting.drawing import HEIGHT, WIDTH, draw
 from pwopt.reporting.drawing import path as wire
-from pwopt.reporting.report import Comparison, Report
-from pwopt.reporting.text import FIGURES, figures, general, harmless
+from pwopt.reporting.report import LAYOUT, Comparison, Report
+from pwopt.reporting.text import ELEMENTWISE, FIGURES, figures, general, harmless
 from pwopt.reporting.verdicts import claims, costs, count, percent, scientific, verdict
 from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.running.bench import Row
@@ -137,7 +137,7 @@ def templates(kind: str) -> Any:
     )  # fmt: skip
     environment.filters.update(
         count=count, ms=lambda v: f"{v:.2f} ms", short=lambda v: scientific(f"{v:.2g}"), size=written, clipped=clipped,
-        percent=percent, svg=jinja2.utils.markupsafe.Markup if html else str,
+        percent=percent, gained=gained, svg=jinja2.utils.markupsafe.Markup if html else str,
     )  # fmt: skip
     environment.globals.update(draw=draw, wire=wire, WIDTH=WIDTH, HEIGHT=HEIGHT)
     return environment
@@ -158,6 +158,12 @@ def in_markdown(value: Any) -> str:
 def clipped(text: str, most: int = 20) -> str:
     """The end of a long name, which tells it from others."""
     return text if len(text) <= most else "…" + text[1 - most :]
+
+
+def gained(milliseconds: float) -> str:
+    """With its sign, unless it rounds to nothing."""
+    text = f"{milliseconds:+.3f}".replace("-", "−")
+    return text if text.strip("+−0.") else text[1:]
 
 
 def _facts(content: Report | Comparison) -> dict[str, Any]:
@@ -185,6 +191,7 @@ def _facts(content: Report | Comparison) -> dict[str, Any]:
         "raced": tried.latency if tried is not None else report.latency if report is not None else None,
         "longest": max([1e-9, *(max(x.before_ms, x.after_ms) for x in listed)]),
         "total": sum(x.before_ms for x in listed),
+        "layout": LAYOUT,
         "script": SCRIPT,
         "script_hash": f"sha256-{base64.b64encode(hashlib.sha256(SCRIPT.encode()).digest()).decode()}",
         "groups": _groups(report) if report is not None else [],
@@ -210,11 +217,16 @@ def _times(operators: Mapping[str, Mapping[str, float]]) -> list[tuple[str, floa
     )
 
 
-def _figures(output: OutputCheck) -> list[tuple[str, str, str]]:
-    """Rows of a table: figure, candidate, and the original against itself."""
+def _figures(output: OutputCheck, elementwise: bool = False) -> list[tuple[str, str, str]]:
+    """Rows of a table: figure, candidate, and the original against itself; of the whole, or of single elements."""
     rows = zip(FIGURES, figures(output), figures(output.noise), strict=True)
-    first = ("largest error", f"{output.max_abs:.2g}", f"{output.floor:.2g}")
-    shown = [first, *((label, mine, own or "–") for label, mine, own in rows if mine is not None)]
+    shown = [
+        (label, mine, own or "–")
+        for label, mine, own in rows
+        if mine is not None and (label in ELEMENTWISE) == elementwise
+    ]
+    if not elementwise:
+        shown.insert(0, ("largest error", f"{output.max_abs:.2g}", f"{output.floor:.2g}"))
     return [(label, scientific(mine), scientific(own)) for label, mine, own in shown]
 
 

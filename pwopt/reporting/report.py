@@ -103,6 +103,10 @@ class Timed:
         return f"{counted(self.threads, 'thread')}, {sizes}"
 
 
+#: The layer of what onnxruntime adds by itself.
+LAYOUT = "changes of layout"
+
+
 @dataclass(frozen=True)
 class Layer:
     """Operators of the original ("Op name"), what stands for them now, and milliseconds per run of both."""

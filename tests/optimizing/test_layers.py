@@ -10,8 +10,8 @@ import pytest
 from helpers import normal, parse
 
 import pwopt
-from pwopt.optimizing.layers import LAYOUT, layers
-from pwopt.reporting.report import Layer
+from pwopt.optimizing.layers import layers
+from pwopt.reporting.report import LAYOUT, Layer
 from pwopt.rewriting import Rewrite
 from pwopt.running.runtime import NodeTime
 from pwopt.selecting.attribution import attributed, fused, marked

@@ -25,10 +25,10 @@ from pwopt.evidence.verify import verify
 from pwopt.graph.regions import Operator
 from pwopt.optimizing.batch import Row
 from pwopt.optimizing.optimizer import Result, optimize
-from pwopt.reporting.document import SCRIPT, clipped, document, in_markdown, kind_of, spectra
+from pwopt.reporting.document import SCRIPT, clipped, document, gained, in_markdown, kind_of, spectra
 from pwopt.reporting.drawing import MOST, WIDTH, draw
 from pwopt.reporting.index import page as index_page
-from pwopt.reporting.report import Comparison, Layer, Report, to_json
+from pwopt.reporting.report import LAYOUT, Comparison, Layer, Report, to_json
 from pwopt.reporting.verdicts import scientific
 from pwopt.running.runtime import environment
 from pwopt.selecting.properties import properties
@@ -327,12 +327,89 @@ def test_the_browser_would_have_complained(tmp_path: Path) -> None:
 
 
 def test_a_report_of_a_thousand_operators_is_small(report: Report) -> None:
-    name = "/a/rather/long/name/as/exporters/write/them/Conv"
-    many = tuple(Layer((f"Conv {name}_{k}", f"Relu {name}_{k}"), (f"Conv {name}_{k}",), 0.3, 0.2) for k in range(1000))
-    text = document(replace(report, layers=many), "html")
+    """Half of them fold, a quarter is left alone for a reason, and each has a row in the table of layers."""
+    weights = {f"w{i}": normal(8, 8, 1, 1, seed=i, dtype=np.float32) for i in range(250)}
+    weights["k"] = normal(8, 1, 1, dtype=np.float32)
+    body, h = "", "x"
+    for i in range(250):
+        body += f" a{i} = Conv({h}, w{i}) b{i} = Mul(a{i}, k) c{i} = Relu(b{i}) h{i} = Erf(c{i})"
+        h = f"h{i}"
+    model = parse(f"(float[1,8,6,6] x) => (float[N] {h}) {{{body} }}", **weights)
+    for node in model.graph.node:
+        node.name = f"/a/rather/long/name/as/exporters/write/them/{node.op_type}_{node.output[0]}"
+    found = optimize(model, cost="analytic").report
+    assert found.before.nodes == 1000
+    assert len(found.rewrites) >= 250
+    named = [f"{n.op_type} {n.name}" for n in model.graph.node]
+    many = tuple(Layer((a, b), (a,), 0.3, 0.2) for a, b in zip(named[::2], named[1::2], strict=True))
+    many += tuple(Layer((n,), (n,), 0.3, 0.3) for n in named[::2])  # as many rows as operators
+    text = document(replace(found, layers=many, latency=report.latency, operators=report.operators), "html")
     assert len(text.encode()) < 2_000_000
-    assert text.count("<tr>") > 1000
-    assert f"{name}_999" in text
+    assert Elements(text).tags.count("tr") > 1000
+    assert named[0].split()[1] in text
+
+
+def test_figures_of_single_elements_are_folded_and_explained(report: Report) -> None:
+    """Units in the last place, by the hundred thousand, beside "passes"."""
+    assert report.equivalence is not None
+    (output,) = report.equivalence.outputs
+    large = replace(output, max_rel=0.033, ulp=786432.0, ulp_p99=128.0)
+    text = document(replace(report, equivalence=replace(report.equivalence, outputs=(large,))), "html")
+    folded = re.findall(r'<details class="more"><summary>Element by element</summary>.*?</details>', text, re.S)
+    assert len(folded) == 1
+    assert "large wherever the original is close to zero" in folded[0]
+    assert "786,432" in folded[0]
+    assert "786,432" not in text.replace(folded[0], "")
+    none = replace(output, max_rel=None, ulp=None, ulp_p99=None)
+    text = document(replace(report, equivalence=replace(report.equivalence, outputs=(none,))), "html")
+    assert "Element by element" not in text
+
+
+@pytest.mark.parametrize(("change", "said"), [(0.0004, "0.000"), (-0.0004, "0.000"), (0.01, "+0.010"), (-1, "−1.000")])
+def test_what_rounds_to_nothing_has_no_sign(change: float, said: str) -> None:
+    assert gained(change) == said
+
+
+def pages(report: Report, tmp_path: Path) -> list[str]:
+    model = MODELS / "linear_sequence.onnx"
+    rows = [Row("a.onnx", "a.onnx", "done", "", 0, 1.02, 1.0, 1.04, (2, 1), (2, 1)), Row("b", "b", "failed", "no", 3)]
+    layered = replace(report, layers=(Layer(("Conv a", "Relu b"), ("Conv a",), 0.3, 0.2), Layer((LAYOUT,), (), 1, 0)))
+    return [document(layered, "html"), index_page(rows, tmp_path), spectra(properties(model), model)]
+
+
+def test_headings_are_in_order_and_pictures_have_words(report: Report, tmp_path: Path) -> None:
+    for text in pages(report, tmp_path):
+        levels = [int(n) for n in re.findall(r"<h([1-6])", text)]
+        assert levels[0] == 1
+        assert levels.count(1) == 1
+        assert all(b - a <= 1 for a, b in itertools.pairwise(levels))
+        pictures = re.findall(r"<svg .*?</svg>", text, re.S)
+        assert pictures
+        for picture in pictures:
+            head = picture[: picture.index(">")]
+            assert 'role="img"' in head
+            assert re.search(r'aria-label="[^"]+"', head) or re.search(r"<title>[^<]+</title>", picture)
+        assert '<html lang="en">' in text
+        assert all('scope="col"' in head for head in re.findall(r"<th\b[^>]*>", text))
+
+
+def test_colours_can_be_told_apart(page: str) -> None:
+    """WCAG 2.2, 1.4.3 and 1.4.11: 4.5 for text, 3 for what is drawn, in each scheme and on paper."""
+
+    def luminance(colour: str) -> float:
+        digits = colour if len(colour) == 6 else "".join(2 * c for c in colour)
+        parts = [int(digits[i : i + 2], 16) / 255 for i in (0, 2, 4)]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in parts]
+        return float(np.dot((0.2126, 0.7152, 0.0722), linear))
+
+    schemes = re.findall(r":root \{(.*?)\}", page, re.S)
+    assert len(schemes) == 3
+    for scheme in schemes:
+        value = {name: luminance(c) for name, c in re.findall(r"--(\w+): #(\w+);", scheme)}
+        for name in value.keys() - {"paper", "sheet", "line"}:
+            for ground in ("paper", "sheet"):
+                low, high = sorted((value[name], value[ground]))
+                assert (high + 0.05) / (low + 0.05) >= (3 if name == "before" else 4.5), (name, ground)
 
 
 def test_layers_stand_beside_what_they_became(page: str) -> None:
