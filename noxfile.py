@@ -51,6 +51,13 @@ def docs(session: nox.Session) -> None:
 
 
 @nox.session
+def client(session: nox.Session) -> None:
+    """docs/rapidocr.md with RapidOCR's wheel, which is large, so that the suite does not ask for it."""
+    session.install("-e", ".[cpu,test]", "rapidocr-onnxruntime>=1.4")
+    session.run("pytest", "tests/whole/test_client.py", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session
 def package(session: nox.Session) -> None:
     """Wheel and source distribution: what they hold, and whether their descriptions can be shown."""
     session.install("build", "twine", "check-wheel-contents")

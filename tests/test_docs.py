@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import doctest
 import importlib
+import itertools
 import pkgutil
 import re
 import runpy
 from pathlib import Path
+from urllib.parse import unquote
 
 import pytest
 import typer
+from markdown_it import MarkdownIt
+from markdown_it.token import Token
 
 import pwopt
 from pwopt.cli import app
@@ -18,6 +22,17 @@ from pwopt.invariants import INVARIANTS
 from pwopt.running.samples import DEFAULT_KINDS, KINDS
 
 ROOT = Path(__file__).parent.parent
+#: What people read, on GitHub and as a site.
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), ROOT / "models" / "README.md"]
+#: Links that lead elsewhere. Nothing here asks the network: look at a new one in a browser, then list it.
+ELSEWHERE = {
+    "https://distributed.dask.org",
+    "https://distributed.dask.org/en/stable/tls.html",
+    "https://github.com/RapidAI/RapidOCR",
+    "https://keepachangelog.com/en/1.1.0/",
+    "https://pypi.org/project/onnx-graphsurgeon/",
+    "https://semver.org",
+}
 #: Modules whose examples run a model.
 RUNNING = ("pwopt.running.bench", "pwopt.evidence.verify")
 MODULES = [m.name for m in pkgutil.walk_packages(pwopt.__path__, "pwopt.") if not m.name.endswith("__main__")]
@@ -41,6 +56,41 @@ def test_examples_of_pages(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.chdir(tmp_path)
     for block in blocks:
         exec(compile(block, page, "exec"), {})
+
+
+def inline(page: Path) -> list[tuple[str, Token]]:
+    """Each run of text of a page, with the kind of block that it stands in."""
+    tokens = MarkdownIt("commonmark").enable("table").parse(page.read_text(encoding="utf-8"))
+    return [(a.type, b) for a, b in itertools.pairwise(tokens) if b.type == "inline"]
+
+
+def anchors(page: Path) -> set[str]:
+    """Where GitHub, and the site, let links lead within a page."""
+    headings = ["".join(c.content for c in t.children or ()) for kind, t in inline(page) if kind == "heading_open"]
+    kept = ("".join(c for c in heading.lower() if c.isalnum() or c in " -_") for heading in headings)
+    return {text.replace(" ", "-") for text in kept}
+
+
+def links(page: Path) -> list[str]:
+    children = [c for _, t in inline(page) for c in t.children or ()]
+    return [str(c.attrGet("href") or c.attrGet("src")) for c in children if c.type in ("link_open", "image")]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_links_lead_somewhere(page: Path) -> None:
+    for link in links(page):
+        if link.startswith(("http:", "https:")):
+            assert link in ELSEWHERE, f"{page.name}: {link}"
+            continue
+        name, _, anchor = unquote(link).partition("#")
+        target = (page.parent / name).resolve() if name else page
+        assert target.exists(), f"{page.name}: {link}"
+        assert target.is_relative_to(ROOT), f"{page.name}: {link}"
+        assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
+
+
+def test_every_link_elsewhere_is_somewhere() -> None:
+    assert set(itertools.chain.from_iterable(map(links, PAGES))) >= ELSEWHERE
 
 
 def test_readme_has_two_commands() -> None:
