@@ -9,10 +9,12 @@ import pkgutil
 import re
 import runpy
 from pathlib import Path
+from typing import Any
 from urllib.parse import unquote
 
 import pytest
 import typer
+from helpers import parse
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
@@ -56,6 +58,16 @@ def test_examples_of_pages(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.chdir(tmp_path)
     for block in blocks:
         exec(compile(block, page, "exec"), {})
+
+
+def test_own_rewrites_work() -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "own-rewrites.md").read_text(encoding="utf-8"), re.S)
+    names: dict[str, Any] = {}
+    exec(compile(blocks[0], "own-rewrites.md", "exec"), names)
+    model = parse("(float[1,2] x) => (float[1,2] y) { h = Neg(x) y = Abs(h) }")
+    result = pwopt.optimize(model, passes=[*pwopt.PASSES, names["DropSign"]], cost="analytic", verify=False)
+    assert [n.op_type for n in result.model.graph.node] == ["Abs"]
+    assert result.report.rewrites[0].reason == "an absolute value forgets the sign"
 
 
 def inline(page: Path) -> list[tuple[str, Token]]:
