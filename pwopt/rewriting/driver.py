@@ -42,7 +42,7 @@ class Pass:
     name: ClassVar[str]
     #: When the rewrite is kept: one of `POLICIES`.
     policy: ClassVar[str] = "always"
-    #: On which kinds of execution provider it may pay: "cpu" (onnxruntime's own, whose layout keeps channels in blocks),
+    #: On which kinds of execution provider it may pay: "cpu" (onnxruntime's own, which keeps channels in blocks),
     #: "gpu", "other". Elsewhere it is a candidate only if it is asked for by name.
     pays_on: ClassVar[frozenset[str]] = frozenset({"cpu", "gpu", "other"})
     #: The version of the contract that the pass was written for; packages declare it.
