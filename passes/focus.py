@@ -7,14 +7,14 @@ import math
 import onnx_graphsurgeon as gs
 
 from pwopt.algebra.geometry import Refusal
-from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.multirate import through_subsampling
 from pwopt.maps import emit
-from pwopt.maps.cost import ELEMENT, macs
+from pwopt.maps.cost import ELEMENT, positions, price
 from pwopt.maps.positions import stencil
 from pwopt.maps.resampling import subsampling
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
+from pwopt.rewriting.wording import counted
 
 
 class Focus(Pass):
@@ -31,29 +31,37 @@ class Focus(Pass):
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
         reading = stencil(rw, node)
-        found = None if reading is None else subsampling(rw, rw.producer(reading.source))
-        if reading is None or found is None or len(found.offsets) < 2 or reading.geometry.groups > 1:
+        if reading is None:
             return None
-        crowd = rw.crowd(reading.source)
+        found = subsampling(rw, reading)
+        if found is None:
+            return None
+        crowd = _crowd(rw, [*found.nodes, node])
         if crowd or rw.shared(reading.weight_input):
             return Skip(crowd or f"the weight {reading.weight_input.name!r} is shared")
         linear = reading.load()
         if isinstance(linear, Refusal):
             return Skip(linear.reason)
-        ordered = LinearMap.of(linear.geometry, linear.weight[:, list(found.order)], linear.bias)
-        whole = through_subsampling(ordered, found.steps, found.offsets)
+        whole = through_subsampling(linear, found.steps, found.offsets, found.order)
         if isinstance(whole, Refusal):
             return Skip(whole.reason)
-        size, gathered = rw.size_of(reading.output), rw.size_of(reading.source)
-        before = macs(rw, node)
-        if size is None or gathered is None or before is None:
+        places, gathered = positions(rw, reading), rw.size_of(reading.source)
+        if places is None or gathered is None:
             return None
-        after = whole.geometry.weights * math.prod(size) / max(1, size[1])
-        if after - before >= 4 * ELEMENT * math.prod(gathered):
-            return Skip(f"{len(found.offsets)} blocks of {found.steps} positions would be a sparse kernel")
+        blocks, more = len(found.offsets), price(whole.geometry, places) - price(reading.geometry, places)
+        if more >= 4 * ELEMENT * math.prod(gathered):
+            return Skip(f"{counted(blocks, 'block')} of {found.steps} positions would be a sparse kernel")
         written = emit.write(rw, whole, reading, found.source, reading.output, 1)
         if isinstance(written, Refusal):
             return Skip(written.reason)
         kernel, steps = ("×".join(map(str, n)) for n in (whole.geometry.kernel, whole.geometry.strides))
-        reason = f"{len(found.offsets)} blocks of positions and a convolution are one {kernel} of stride {steps}"
+        reason = f"{counted(blocks, 'block')} of positions and a convolution are one {kernel} of stride {steps}"
         return rw.replace([*found.nodes, node], written.nodes, reason, written.residual)
+
+
+def _crowd(rw: Rewriter, nodes: list[gs.Node]) -> str:
+    """Why others need what these operators make before the last of them, as a clause, else ""."""
+    inside = {id(n) for n in nodes}
+    made = [t for n in nodes[:-1] for t in n.outputs]
+    needed = [t for t in made if rw.pinned(t) or any(id(r) not in inside for r in rw.readers(t))]
+    return rw.crowd(needed[0]) if needed else ""

@@ -40,19 +40,16 @@ class Images:
     def axis(self, axis: int) -> int | None:
         return {1: 1, 2: 0, 3: 2, 4: 3}.get(axis % 5)
 
-    def operand(self, shape: Sequence[int]) -> tuple[int, ...] | None:
+    def operand(self, shape: Sequence[int]) -> tuple[int, ...]:
+        """For one video: an operand of several would make several of it."""
         if len(shape) < 3:
             return tuple(shape)
         full = (*(1,) * (5 - len(shape)), *shape)
-        if full[0] != 1:
-            return None
         return (full[2], full[1], *full[3:]) if full[2] != 1 else (full[1], *full[3:])
 
     def turned(self, values: Values) -> Values:
-        shape = self.operand(values.shape)
-        assert shape is not None
         full = values.reshape((1,) * (5 - values.ndim) + values.shape)
-        return np.ascontiguousarray(full[0].swapaxes(0, 1)).reshape(shape)
+        return np.ascontiguousarray(full[0].swapaxes(0, 1)).reshape(self.operand(values.shape))
 
     def shape(self, shape: Shape) -> Shape:
         return (shape[2], shape[1], *shape[3:])
@@ -167,12 +164,12 @@ def _arguments(rw: Rewriter, images: Images, node: gs.Node) -> Arguments | None:
     if op in ALIKE:
         return BY_AXES[op](rw, images, node)
     if op == "BatchNormalization":
-        return Arguments(dict(node.attrs)) if len([t for t in node.outputs if t.name]) == 1 else None
+        return Arguments(dict(node.attrs))
     if op in REDUCTIONS:
         axes = attributes.axes_of(rw, node, reduces_since(node)) or []
         mapped = [images.axis(a) for a in axes]
         found = sorted(a for a in mapped if a is not None)
-        return along(rw, node, found) if node.attrs.get("keepdims", 1) and mapped and None not in mapped else None
+        return along(rw, node, found) if mapped and None not in mapped else None
     if op in POOLS and pooling(rw, node):
         attrs = dict(node.attrs)
         told = {key: list(attrs[key]) for key in ("kernel_shape", "strides", "dilations") if key in attrs}
@@ -236,11 +233,9 @@ class _Taps:
     def _padded(self, source: gs.Tensor, before: int, after: int) -> gs.Tensor:
         if not before and not after:
             return source
-        made = self.rw.new_variable(
-            f"{source.name}_padded",
-            source,
-            lambda s: (s[0] + before + after if isinstance(s[0], int) else None, *s[1:]),
-        )
+        frames = self.rw.dim(source, 0)
+        assert isinstance(frames, int)
+        made = self.rw.new_variable(f"{source.name}_padded", source, lambda s: (frames + before + after, *s[1:]))
         self._node("Pad", [source, self._constant(made, "pads", [before, 0, 0, 0, after, 0, 0, 0])], made)
         return made
 

@@ -42,7 +42,7 @@ class _Upsampled(Pass):
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
         reading = stencil(rw, node)
-        if reading is None or reading.geometry.taps == 1 or 0 in (rw.shape(reading.output) or (0,)):
+        if reading is None or reading.geometry.taps == 1:
             return None
         found = composition(rw, reading.source)
         if isinstance(found, Refusal):
@@ -51,6 +51,9 @@ class _Upsampled(Pass):
             return None
         if reading.geometry.groups > 1 and len(found.parts) > 1:
             return Skip("its groups read parts of a Concat")
+        refusal = interleavable(rw, reading.output)
+        if refusal is not None:
+            return Skip(refusal.reason)
         return self.resampled(rw, _Resampling(rw, reading, found))
 
     def resampled(self, rw: Rewriter, work: _Resampling) -> Rewrite | Skip | None:
@@ -92,11 +95,6 @@ class Polyphase(_Upsampled):
         if math.prod(counts) > MAX_PHASES:
             return Skip(f"{work.what} would be {math.prod(counts)} convolutions")
         phases = _Phases.of(work, counts)
-        if isinstance(phases, Refusal):
-            return Skip(phases.reason)
-        refusal = interleavable(rw, work.reading.output) if phases.several else None
-        if refusal is not None:
-            return Skip(refusal.reason)
         size = rw.size_of(work.reading.output)
         if size is None:
             return None
@@ -178,8 +176,7 @@ class _Resampling:
 
     def weights(self, geometry: Geometry, repeated: bool) -> int:
         """Multiply-adds for one position of such a stencil on the channels that were repeated, or on the others."""
-        inn = self.channels(repeated)
-        return replace(geometry, in_channels=inn).weights if inn else 0
+        return replace(geometry, in_channels=self.channels(repeated)).weights
 
     def picked(self, linear: LinearMap, repeated: bool) -> LinearMap | None:
         """The map of the channels that were repeated, which has the bias, or of the others; None if there are none."""
@@ -259,17 +256,10 @@ class _Phases:
     near: tuple[Moved, ...]
 
     @classmethod
-    def of(cls, work: _Resampling, counts: tuple[int, ...]) -> _Phases | Refusal:
+    def of(cls, work: _Resampling, counts: tuple[int, ...]) -> _Phases:
         g, ones = work.geometry, (1,) * work.geometry.rank
         places = list(itertools.product(*map(range, counts)))
-        listed = []
-        for factors in (work.factors, ones):
-            found = [phase(g, factors, counts, place) for place in places]
-            refused = next((m for m in found if isinstance(m, Refusal)), None)
-            if refused is not None:
-                return refused
-            listed.append(tuple(m for m in found if isinstance(m, Moved)))
-        far, near = listed
+        far, near = (tuple(phase(g, r, counts, place) for place in places) for r in (work.factors, ones))
         strided = work.channels(repeated=False) and all(m.geometry.kernel == g.kernel for m in near)
         return cls(work, counts, far, near if strided else ())
 
@@ -302,9 +292,8 @@ class _Phases:
             if self.near and beside is not None and other is not None:
                 terms = [together.phase(f"{role}{i}", work.geometry.out_channels) for role in ("far", "near")]
                 made = work.map(self.near[i].load(beside), other, terms[1])
-                if made is not None and weight is not None:
-                    made.inputs[1] = weight  # the same numbers: just strides and padding differ
-                weight = made.inputs[1] if made is not None else None
+                if made is not None:  # the same numbers for each phase: just strides and padding differ
+                    made.inputs[1] = weight = made.inputs[1] if weight is None else weight
             work.map(moved_far.load(wide), source, terms[0])
             if len(terms) > 1:
                 work.node("Add", terms, result)

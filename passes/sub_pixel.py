@@ -29,7 +29,7 @@ MAX_LENGTH = 16
 MAX_PHASES = 64
 
 #: The map to one row of phases, its columns side by side: of a map, and the number of the row.
-Row = Callable[[LinearMap, int], LinearMap | Refusal]
+Row = Callable[[LinearMap, int], LinearMap]
 
 
 @dataclass(frozen=True)
@@ -37,10 +37,10 @@ class _Stage:
     """A map to phases, or to as many positions as before, or an activation."""
 
     counts: tuple[int, ...]
+    nodes: tuple[gs.Node, ...]
     reading: Reading | None = None
-    row: Row | None = None
+    row: Row = lambda linear, _: linear
     step: Step | None = None
-    nodes: tuple[gs.Node, ...] = ()
 
 
 class SubPixel(Pass):
@@ -61,11 +61,11 @@ class SubPixel(Pass):
     pays_on = frozenset({"cpu", "other"})  # graphics cards have no blocked layout
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
-        found = _transposed(rw, node) or _shuffle(rw, node)
-        if found is None:
+        first = _spreading(rw, node)
+        stages = _shuffle(rw, node) if first is None else [first]
+        if stages is None:
             return None
-        source, stages = found
-        stages += _followers(rw, stages[-1].nodes[-1].outputs[0])
+        stages += _followers(rw, stages[-1].nodes[-1].outputs[0], len(stages[-1].counts))
         counts = tuple(math.prod(s) for s in zip(*(s.counts for s in stages), strict=True))
         output = stages[-1].nodes[-1].outputs[0]
         maps = [s.reading for s in stages if s.reading is not None]
@@ -81,40 +81,35 @@ class SubPixel(Pass):
         for reading in maps:
             if rw.shared(reading.weight_input):
                 return Skip(f"the weight {reading.weight_input.name!r} is shared")
-        rows, columns = [source], 1
+        rows, columns = [maps[0].source], 1
         for stage in stages:
-            rows = work.on_rows(stage, rows, columns)
+            linear = None if stage.reading is None else stage.reading.load()
+            if isinstance(linear, Refusal):
+                return Skip(linear.reason)
+            rows = work.on_rows(stage, linear, rows, columns)
             columns *= stage.counts[-1]
-        if work.refusal is not None:
-            return Skip(work.refusal.reason)
         nodes = [*work.nodes, *work.together.write_rows(rows)]
         widths = "→".join(map(str, (maps[0].geometry.in_channels, *(m.geometry.out_channels for m in maps))))
         old = [n for s in stages for n in s.nodes]
         done = rw.replace(old, nodes, f"{what} ({widths}) are put together at last", work.residual)
-        return done.signed(f"{what} of {widths} channels, {len(stages)} stages, at {rw.size_of(source)}")
+        return done.signed(f"{what} of {widths} channels, {len(stages)} stages, at {rw.size_of(maps[0].source)}")
 
 
-def _transposed(rw: Rewriter, node: gs.Node) -> tuple[gs.Tensor, list[_Stage]] | None:
-    stage = _spreading(rw, node)
-    return None if stage is None or stage.reading is None else (stage.reading.source, [stage])
-
-
-def _spreading(rw: Rewriter, node: gs.Node) -> _Stage | None:
+def _spreading(rw: Rewriter, node: gs.Node | None) -> _Stage | None:
     """A transposed convolution whose kernel is its stride; each row of its taps is a pointwise map."""
     reading = forms.linear(rw, node)
-    if reading is None or reading.kind != "conv-transpose" or reading.geometry.rank not in (1, 2):
+    if reading is None or reading.geometry.rank not in (1, 2):
         return None
     if isinstance(spread_geometry(reading.geometry), Refusal):
         return None
 
-    def row(linear: LinearMap, index: int) -> LinearMap | Refusal:
+    def row(linear: LinearMap, index: int) -> LinearMap:
         whole = spread(linear)
-        if isinstance(whole, Refusal):
-            return whole
+        assert isinstance(whole, LinearMap)  # as its geometry is
         width = linear.geometry.kernel[-1] * linear.geometry.out_channels
         return _outputs(whole, np.arange(index * width, (index + 1) * width))
 
-    return _Stage(reading.geometry.kernel, reading, row, nodes=(node,))
+    return _Stage(reading.geometry.kernel, reading.nodes, reading, row)
 
 
 def _outputs(linear: LinearMap, picked: Values) -> LinearMap:
@@ -124,35 +119,34 @@ def _outputs(linear: LinearMap, picked: Values) -> LinearMap:
     return LinearMap.of(geometry, linear.weight[picked], linear.bias[picked])
 
 
-def _shuffle(rw: Rewriter, node: gs.Node) -> tuple[gs.Tensor, list[_Stage]] | None:
+def _shuffle(rw: Rewriter, node: gs.Node) -> list[_Stage] | None:
     """A convolution, perhaps an activation, and a pixel shuffle."""
-    found = shuffled(rw, node)
-    if found is None or rw.crowd(node.inputs[0]):
+    if not rw.is_a(node, "DepthToSpace") or rw.crowd(node.inputs[0]):
         return None
-    counts, order = found
-    maker = rw.producer(node.inputs[0])
-    reading = None if maker is None else stencil(rw, maker)
-    step = None
+    maker, step = rw.producer(node.inputs[0]), None
+    reading = stencil(rw, maker)
     if maker is not None and reading is None and maker.inputs:
-        step, above = activation(rw, maker.inputs[0]), rw.producer(maker.inputs[0])
-        if above is None or step is None or step.output is not node.inputs[0]:
-            return None
-        reading = stencil(rw, above)
+        step = activation(rw, maker.inputs[0])
+        reading = None if step is None else stencil(rw, rw.producer(maker.inputs[0]))
     if reading is None or reading.geometry.groups > 1:
         return None
-    stage = _Stage(counts, reading, lambda m, i: _outputs(m, order[i].reshape(-1)), nodes=reading.nodes)
-    stages = [stage, *([_Stage((1, 1), step=step, nodes=step.nodes)] if step is not None else [])]
-    return reading.source, [*stages, _Stage((1, 1), nodes=(node,))]
+    found = shuffled(node, reading.geometry.out_channels)
+    if found is None:
+        return None
+    counts, order = found
+    stage = _Stage(counts, reading.nodes, reading, lambda m, i: _outputs(m, order[i].reshape(-1)))
+    stages = [stage, *([_Stage((1, 1), step.nodes, step=step)] if step is not None else [])]
+    return [*stages, _Stage((1, 1), (node,))]
 
 
-def _followers(rw: Rewriter, tensor: gs.Tensor) -> list[_Stage]:
+def _followers(rw: Rewriter, tensor: gs.Tensor, rank: int) -> list[_Stage]:
     """What reads every position alone, one after the other."""
     stages: list[_Stage] = []
     while len(stages) < MAX_LENGTH:
         step, reader = activation(rw, tensor), rw.sole_reader(tensor)
-        stage = None if reader is None else _spreading(rw, reader) or _pointwise(rw, reader, tensor)
+        stage = _spreading(rw, reader) or _pointwise(rw, reader)
         if step is not None:
-            stage = _Stage((1,) * ((rw.rank(tensor) or 3) - 2), step=step, nodes=step.nodes)
+            stage = _Stage((1,) * rank, step.nodes, step=step)
         if stage is None:
             break
         stages.append(stage)
@@ -160,11 +154,11 @@ def _followers(rw: Rewriter, tensor: gs.Tensor) -> list[_Stage]:
     return stages
 
 
-def _pointwise(rw: Rewriter, node: gs.Node, source: gs.Tensor) -> _Stage | None:
+def _pointwise(rw: Rewriter, node: gs.Node | None) -> _Stage | None:
     reading = stencil(rw, node)
-    if reading is None or not reading.geometry.pointwise or reading.geometry.groups > 1 or reading.source is not source:
+    if reading is None or not reading.geometry.pointwise or reading.geometry.groups > 1:
         return None
-    return _Stage((1,) * reading.geometry.rank, reading, lambda m, _: m, nodes=(node,))
+    return _Stage((1,) * reading.geometry.rank, reading.nodes, reading)
 
 
 @dataclass
@@ -175,17 +169,12 @@ class _Work:
     together: Interleaving
     nodes: list[gs.Node] = field(default_factory=list)
     residual: float = 0.0
-    refusal: Refusal | None = None
 
-    def on_rows(self, stage: _Stage, rows: list[gs.Tensor], columns: int) -> list[gs.Tensor]:
+    def on_rows(self, stage: _Stage, linear: LinearMap | None, rows: list[gs.Tensor], columns: int) -> list[gs.Tensor]:
         """What a stage makes of each row, of which it may make several."""
         if stage.step is not None:
             return [self._active(stage.step, row) for row in rows]
-        if stage.reading is None or stage.row is None:
-            return rows
-        linear = stage.reading.load()
-        if isinstance(linear, Refusal):
-            self.refusal = linear
+        if stage.reading is None or linear is None:
             return rows
         parts = [stage.row(linear, i) for i in range(math.prod(stage.counts[:-1]))]
         return [self._mapped(stage.reading, part, row, columns) for row in rows for part in parts]
@@ -197,17 +186,12 @@ class _Work:
         self.nodes += repeated(self.rw, step, row, active)
         return active
 
-    def _mapped(self, like: Reading, linear: LinearMap | Refusal, row: gs.Tensor, columns: int) -> gs.Tensor:
+    def _mapped(self, like: Reading, linear: LinearMap, row: gs.Tensor, columns: int) -> gs.Tensor:
         """A map on each column, which lie side by side."""
-        if isinstance(linear, Refusal):
-            self.refusal = linear
-            return row
         wide = on_phases(linear, columns) if columns > 1 else linear
         output = self.together.phase("phases", wide.geometry.out_channels)
         written = emit.write(self.rw, wide, like, row, output, 1, inherit=False)
-        if isinstance(written, Refusal):
-            self.refusal = written
-            return row
+        assert isinstance(written, emit.Written)  # its numbers are those of the model
         self.nodes += written.nodes
         self.residual = max(self.residual, written.residual)
         return output

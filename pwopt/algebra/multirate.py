@@ -79,7 +79,7 @@ def phase_counts(geometry: Geometry, repeats: Sequence[int]) -> tuple[int, ...] 
     return tuple(counts)
 
 
-def phase(geometry: Geometry, repeats: Sequence[int], counts: Sequence[int], place: Sequence[int]) -> Moved | Refusal:
+def phase(geometry: Geometry, repeats: Sequence[int], counts: Sequence[int], place: Sequence[int]) -> Moved:
     """One phase of a stencil on repeated positions, as a stencil on the positions that are repeated.
 
     y[R·q + j] = Σ w[k]·u[s(R·q + j) + d·k − b], where u[n] = x[⌊n/r⌋] for every n. If r divides s·R, that is
@@ -106,8 +106,6 @@ def phase(geometry: Geometry, repeats: Sequence[int], counts: Sequence[int], pla
     kernel, strides, dilations, begins, ends, places = [], [], [], [], [], []
     for axis, (r, count, j) in enumerate(zip(repeats, counts, place, strict=True)):
         k, d, s, b, e = g.kernel[axis], g.dilations[axis], g.strides[axis], g.pads[axis], g.pads[axis + rank]
-        if s * count % r or (s > 1 and count > 1):
-            return Refusal("its stride does not fit the factor")
         offsets = [(s * j + d * t - b) // r for t in range(k)]
         longer, high = b + e - d * (k - 1), max(offsets)
         if count == 1:
@@ -163,7 +161,7 @@ def fractional(geometry: Geometry, repeats: Sequence[int]) -> Moved | Refusal:
 
 
 def through_subsampling(
-    linear: LinearMap, steps: Sequence[int], offsets: Sequence[Sequence[int]]
+    linear: LinearMap, steps: Sequence[int], offsets: Sequence[Sequence[int]], order: Sequence[int]
 ) -> LinearMap | Refusal:
     """A stencil on the concatenation of z_j[q] = x[r·q + o_j], 0 ≤ o_j < r, as one stencil of stride r·s on x.
 
@@ -176,11 +174,13 @@ def through_subsampling(
     Parameters
     ----------
     linear : LinearMap
-        Its inputs are as many blocks of equal width as there are offsets.
+        Its inputs are as many blocks of equal width as there are offsets, in any order.
     steps : sequence of int
         r for each axis.
     offsets : sequence of sequence of int
         o for each block and axis.
+    order : sequence of int
+        Which inputs are those of the first block, of the second, and so on.
     """
     g, blocks = linear.geometry, len(offsets)
     if g.groups > 1 or g.in_channels % blocks:
@@ -198,7 +198,7 @@ def through_subsampling(
         places.append([[(t - low) // step for t in row] for row in taps])
     inn = g.in_channels // blocks
     weight = np.zeros((g.out_channels, inn, *kernel))
-    parts = linear.weight.reshape(g.out_channels, blocks, inn, *g.kernel)
+    parts = linear.weight[:, list(order)].reshape(g.out_channels, blocks, inn, *g.kernel)
     for block, tap in itertools.product(range(blocks), itertools.product(*map(range, g.kernel))):
         where: Index = (..., *(places[axis][block][t] for axis, t in enumerate(tap)))
         seen: Index = (slice(None), block, slice(None), *tap)

@@ -17,7 +17,7 @@ Steps = tuple[int, ...]
 POOLS = ("MaxPool", "AveragePool")
 
 
-def stencil(view: View, node: gs.Node) -> Reading | None:
+def stencil(view: View, node: gs.Node | None) -> Reading | None:
     """A convolution whose padding is known."""
     reading = forms.linear(view, node)
     fits = reading is not None and reading.kind == "conv" and not reading.geometry.auto_pad

@@ -20,6 +20,7 @@ from pwopt.graph import attributes
 from pwopt.graph.shapes import Dim, Shape, known
 from pwopt.graph.view import View
 from pwopt.maps.elementwise import ELEMENTWISE
+from pwopt.maps.forms import Reading
 
 #: Coordinates that depend on the size of an axis. Under any other convention, the coordinate of p + r is one more than
 #: that of p for a factor of r, so that the few positions of a short axis show them all.
@@ -44,14 +45,12 @@ class Repetition:
 
 def repetition(view: View, node: gs.Node | None) -> Repetition | None:
     """A Resize or Upsample that repeats positions, whatever its attributes call that: found by evaluating it."""
-    if node is None or not view.is_a(node, "Resize", "Upsample"):
+    if not view.is_a(node, "Resize", "Upsample"):
         return None
-    before, after = view.shape(node.inputs[0]), view.shape(node.outputs[0])
-    if before is None or len(before) < 3 or 0 in before[2:] or 0 in (after or ())[2:]:
+    before = view.shape(node.inputs[0])
+    if before is None or 0 in before[2:]:
         return None
-    if "keep_aspect_ratio_policy" in node.attrs and node.attrs["keep_aspect_ratio_policy"] != "stretch":
-        return None
-    factors = _factors(view, node, before, after)
+    factors = _factors(view, node, before)
     if factors is None or factors[:2] != [1, 1] or all(f == 1 for f in factors):
         return None
     told = {str(k): v for k, v in node.attrs.items() if isinstance(v, (int, float, str)) and k != "axes"}
@@ -66,12 +65,16 @@ def repetition(view: View, node: gs.Node | None) -> Repetition | None:
     return Repetition(node, tuple(factors[2:]))
 
 
-def _factors(view: View, node: gs.Node, before: Shape, after: Shape | None) -> list[int] | None:
-    """By which whole number each axis grows; None if by no such number, or that is not known."""
+def _factors(view: View, node: gs.Node, before: Shape) -> list[int] | None:
+    """By which whole number each axis grows; None if by no such number, or that is not known.
+
+    Where the sizes are given, it is their ratio. A policy that keeps the aspect ratio has one factor for all axes, with
+    which one of them gets the size that was asked for: that ratio, if it is whole.
+    """
     scales = attributes.resize_scales(view, node)
     if attributes.resized_by_sizes(view, node):
-        small, large = known(before), known(after)
-        if small is None or large is None or len(small) != len(large) or 0 in small:
+        small, large = known(before), known(view.shape(node.outputs[0]))
+        if small is None or large is None or 0 in small:
             return None
         scales = {a: y / x for a, (x, y) in enumerate(zip(small, large, strict=True))}
     if scales is None:
@@ -178,11 +181,11 @@ def _composed(view: View, tensor: gs.Tensor, steps: tuple[gs.Node, ...], depth: 
 
 def _inner(view: View, node: gs.Node | None, depth: int) -> list[tuple[gs.Tensor, tuple[gs.Node, ...]]]:
     """What a Concat of channels, or an activation, is made of."""
-    if node is None or depth >= MAX_DEPTH:
+    if depth >= MAX_DEPTH:
         return []
-    if view.op(node) == "Concat" and attributes.concat_axis(view, node) == 1:
-        return [] if any(view.constant(t) is not None for t in node.inputs) else [(t, ()) for t in node.inputs]
-    if view.op(node) in ELEMENTWISE and all(view.elements(t) == 1 for t in node.inputs[1:] if t.name):
+    if view.is_a(node, "Concat") and attributes.concat_axis(view, node) == 1:
+        return [(t, ()) for t in node.inputs]
+    if view.is_a(node, *ELEMENTWISE) and all(view.elements(t) == 1 for t in node.inputs[1:] if t.name):
         return [(node.inputs[0], (node,))]
     return []
 
@@ -239,19 +242,16 @@ class Subsampling:
     order: tuple[int, ...]
 
 
-def subsampling(view: View, node: gs.Node | None) -> Subsampling | None:
-    """Space to depth: SpaceToDepth, a Concat of Slices, or a Reshape to blocks, a Transpose and a Reshape."""
-    if node is None:
-        return None
-    channels = view.dim(node.outputs[0], 1)
-    if not isinstance(channels, int) or channels < 1:
-        return None
-    if view.op(node) == "SpaceToDepth":
+def subsampling(view: View, reading: Reading) -> Subsampling | None:
+    """What a convolution reads, if that is space to depth: SpaceToDepth, a Concat of Slices, or a Reshape to blocks, a
+    Transpose and a Reshape."""
+    node, channels = view.producer(reading.source), range(reading.geometry.in_channels)
+    if view.is_a(node, "SpaceToDepth"):
         size = int(node.attrs["blocksize"])
-        return _blocks((node,), node.inputs[0], (size, size), range(channels))
-    if view.op(node) == "Concat" and attributes.concat_axis(view, node) == 1:
-        return _sliced(view, node, channels)
-    return _unshuffled(view, node, channels) if view.op(node) == "Reshape" else None
+        return _blocks((node,), node.inputs[0], (size, size), channels)
+    if view.is_a(node, "Concat") and attributes.concat_axis(view, node) == 1:
+        return _sliced(view, node, reading.geometry.rank, channels)
+    return _unshuffled(view, node, channels) if view.is_a(node, "Reshape") else None
 
 
 def _blocks(nodes: tuple[gs.Node, ...], source: gs.Tensor, steps: tuple[int, ...], order: Sequence[int]) -> Subsampling:
@@ -259,26 +259,25 @@ def _blocks(nodes: tuple[gs.Node, ...], source: gs.Tensor, steps: tuple[int, ...
     return Subsampling(nodes, source, steps, tuple(itertools.product(*map(range, steps))), tuple(order))
 
 
-def _sliced(view: View, node: gs.Node, channels: int) -> Subsampling | None:
+def _sliced(view: View, node: gs.Node, rank: int, channels: Sequence[int]) -> Subsampling | None:
     """Focus (Jocher, YOLOv5; Ge et al., "YOLOX", 2021), and patch merging where channels come first."""
-    followed = [_slices(view, t) for t in node.inputs]
+    followed = [_slices(view, t, rank) for t in node.inputs]
     found = [f for f in followed if f is not None]
     if len(found) < len(followed) or len({id(f.source) for f in found}) > 1 or len({f.steps for f in found}) > 1:
         return None
     nodes = {id(n): n for f in found for n in f.nodes}
     offsets = tuple(f.offsets[0] for f in found)
-    return Subsampling((*nodes.values(), node), found[0].source, found[0].steps, offsets, tuple(range(channels)))
+    return Subsampling((*nodes.values(), node), found[0].source, found[0].steps, offsets, tuple(channels))
 
 
-def _slices(view: View, tensor: gs.Tensor) -> Subsampling | None:
+def _slices(view: View, tensor: gs.Tensor, rank: int) -> Subsampling | None:
     """Every r-th position from the o-th on, by a Slice, or one for each axis."""
-    rank, start = view.rank(tensor), tensor
+    start = tensor
     steps, offsets = dict[int, int](), dict[int, int]()
     nodes: list[gs.Node] = []
-    while rank is not None:
-        node = view.producer(start)
-        listed = attributes.slice_parameters(view, node) if view.is_a(node, "Slice") else None
-        if node is None or listed is None or any(axis < 2 or axis in steps for axis, *_ in listed):
+    while view.is_a(node := view.producer(start), "Slice"):
+        listed = attributes.slice_parameters(view, node)
+        if listed is None or any(axis < 2 or axis in steps for axis, *_ in listed):
             break
         size = [view.dim(node.inputs[0], axis) for axis, *_ in listed]
         if not all(0 <= b < s and _whole(d, e) for (_, b, e, s), d in zip(listed, size, strict=True)):
@@ -287,9 +286,9 @@ def _slices(view: View, tensor: gs.Tensor) -> Subsampling | None:
         offsets |= {axis: begin for axis, begin, _, _ in listed}
         nodes.append(node)
         start = node.inputs[0]
-    if rank is None or not nodes:
+    if not nodes:
         return None
-    axes = range(2, rank)
+    axes = range(2, 2 + rank)
     at = tuple(offsets.get(a, 0) for a in axes)
     return Subsampling(tuple(reversed(nodes)), start, tuple(steps.get(a, 1) for a in axes), (at,), ())
 
@@ -299,38 +298,32 @@ def _whole(size: Dim, end: int) -> bool:
     return end >= LONGEST or (isinstance(size, int) and end >= size)
 
 
-def _unshuffled(view: View, node: gs.Node, channels: int) -> Subsampling | None:
+def _unshuffled(view: View, node: gs.Node, channels: Sequence[int]) -> Subsampling | None:
     """Pixel unshuffle, as exporters write it: (N, C, H/r, r, W/r, r), then r·r next to C, on either side of it."""
     transpose = view.producer(node.inputs[0])
-    split = view.producer(transpose.inputs[0]) if view.is_a(transpose, "Transpose") else None
-    if transpose is None or split is None or not view.is_a(split, "Reshape"):
+    if not view.is_a(transpose, "Transpose"):
         return None
-    if view.crowd(node.inputs[0]) or view.crowd(transpose.inputs[0]):
+    split = view.producer(transpose.inputs[0])
+    if not view.is_a(split, "Reshape"):
         return None
-    before, inner, after = (view.shape(t) for t in (split.inputs[0], split.outputs[0], node.outputs[0]))
-    perm = tuple(transpose.attrs.get("perm", ()))
-    sizes = known((before or ())[1:]), known((inner or ())[1:]), known((after or ())[1:])
-    if perm not in UNSHUFFLES or sizes[0] is None or sizes[1] is None or sizes[2] is None or len(sizes[0]) != 3:
+    tensors = split.inputs[0], split.outputs[0], node.outputs[0]
+    before, inner, after = ((view.shape(t) or (None, None))[1:] for t in tensors)
+    blocks, perm = known(inner), tuple(transpose.attrs.get("perm", ()))
+    if perm not in UNSHUFFLES or blocks is None or 0 in blocks:
         return None
-    c, h, w = sizes[0]
-    _, short, r, narrow, s = sizes[1]
-    if sizes[1] != (c, h // r, r, w // s, s) or (short * r, narrow * s) != (h, w):
+    c, short, r, narrow, s = blocks
+    if before != (c, short * r, narrow * s) or after != (c * r * s, short, narrow):
         return None
-    if sizes[2] != (c * r * s, short, narrow):
-        return None
-    order = np.arange(channels).reshape((c, r * s) if perm == UNSHUFFLES[0] else (r * s, c))
+    order = np.array(channels).reshape((c, r * s) if perm == UNSHUFFLES[0] else (r * s, c))
     by_block = order.T if perm == UNSHUFFLES[0] else order
     return _blocks((split, transpose, node), split.inputs[0], (r, s), by_block.reshape(-1).tolist())
 
 
-def shuffled(view: View, node: gs.Node) -> tuple[tuple[int, int], Values] | None:
-    """A DepthToSpace: its factors, and which channel is which of each phase, shape (rows, columns, channels)."""
-    if view.op(node) != "DepthToSpace":
-        return None
-    size, channels = node.attrs.get("blocksize"), view.dim(node.inputs[0], 1)
-    if not isinstance(size, int) or not isinstance(channels, int):
-        return None
-    if size < 2 or channels < 1 or channels % size**2:
+def shuffled(node: gs.Node, channels: int) -> tuple[tuple[int, int], Values] | None:
+    """Of a DepthToSpace of so many channels: its factors, and which channel is which of each phase, shape (rows,
+    columns, channels)."""
+    size = int(node.attrs["blocksize"])
+    if channels % size**2:
         return None
     count = channels // size**2
     if node.attrs.get("mode", "DCR") == "CRD":

@@ -77,7 +77,6 @@ def test_phases_of_a_stencil_on_repeated_positions(data: st.DataObject) -> None:
     parts = []
     for place in itertools.product(*map(range, counts)):
         moved = phase(g, factors, counts, place)
-        assert not isinstance(moved, Refusal)
         assert min(moved.geometry.pads) >= 0
         parts.append(moved.load(linear).apply(x))
         assert parts[-1].shape[2:] == tuple(n // r for n, r in zip(expected.shape[2:], counts, strict=True))
@@ -100,7 +99,6 @@ def test_phases_of_a_stencil_on_what_is_as_long(data: st.DataObject) -> None:
     parts = []
     for place in itertools.product(*map(range, counts)):
         moved = phase(g, (1,) * g.rank, counts, place)
-        assert not isinstance(moved, Refusal)
         parts.append(moved.load(linear).apply(x))
         assert parts[-1].shape[2:] == tuple(n // r for n, r in zip(expected.shape[2:], counts, strict=True))
     np.testing.assert_allclose(interleave(parts, counts), expected, rtol=1e-12, atol=1e-12)
@@ -136,9 +134,11 @@ def test_a_stencil_on_subsampled_positions(data: st.DataObject) -> None:
     x = np.random.default_rng(1).normal(size=(2, 2, *size))
     parts = [x[(..., *(slice(o, None, r) for o, r in zip(place, steps, strict=True)))] for place in offsets]
     assert {p.shape[2:] for p in parts} == {tuple(inner)}
-    found = through_subsampling(linear, steps, offsets)
+    order = data.draw(st.permutations(range(2 * blocks)))
+    found = through_subsampling(linear, steps, offsets, order)
     assert not isinstance(found, Refusal)
-    np.testing.assert_allclose(found.apply(x), linear.apply(np.concatenate(parts, axis=1)), rtol=1e-12, atol=1e-12)
+    read = np.concatenate(parts, axis=1)[:, np.argsort(order)]  # input order[n] is channel n of the blocks
+    np.testing.assert_allclose(found.apply(x), linear.apply(read), rtol=1e-12, atol=1e-12)
 
 
 def transposed(kernel: tuple[int, ...], **changes: object) -> LinearMap:
@@ -234,17 +234,13 @@ def test_what_is_not_transposed(changes: dict[str, object]) -> None:
     assert isinstance(fractional(g, (2,)), Refusal)
 
 
-def test_phases_of_strides_that_do_not_fit_are_refused() -> None:
-    g = Geometry(1, 1, 1, (3,), (3,), (1,), (1, 1))
-    assert isinstance(phase(g, (2,), (1,), (0,)), Refusal)
-    assert isinstance(phase(g, (1,), (2,), (0,)), Refusal)
-
-
 @pytest.mark.parametrize("changes", [{"groups": 2, "in_channels": 8}, {"auto_pad": "SAME_UPPER"}, {"transposed": True}])
 def test_what_does_not_read_all_blocks_is_refused(changes: dict[str, object]) -> None:
     g = replace(Geometry(2, 4, 1, (3,), (1,), (1,), (1, 1)), **changes)  # type: ignore[arg-type]
-    assert isinstance(through_subsampling(LinearMap.of(g, np.ones((2, 4, 3))), (2,), [(0,), (1,)]), Refusal)
+    assert isinstance(through_subsampling(LinearMap.of(g, np.ones((2, 4, 3))), (2,), [(0,), (1,)], range(4)), Refusal)
     assert isinstance(
-        through_subsampling(LinearMap.of(replace(g, groups=1), np.ones((2, g.in_channels, 3))), (2,), [(0,)] * 3),
+        through_subsampling(
+            LinearMap.of(replace(g, groups=1), np.ones((2, g.in_channels, 3))), (2,), [(0,)] * 3, range(4)
+        ),
         Refusal,
     )

@@ -63,34 +63,67 @@ def test_pixel_unshuffling(perm: list[int]) -> None:
     same(model, result, x=X)
 
 
-@pytest.mark.parametrize("between", ["s", "t"])
-def test_a_pixel_unshuffling_that_others_look_into_stays(between: str) -> None:
+@pytest.mark.parametrize(("between", "reason"), [("s", "'s' has 2 consumers"), ("t", "'t' has 2 consumers")])
+def test_a_pixel_unshuffling_that_others_look_into_stays(between: str, reason: str) -> None:
     body = (
         "(double[2,3,8,12] x) => (double[N] y, double[M] z) { s = Reshape(x, q) t = Transpose<perm=[0,1,3,5,2,4]>(s) "
         f"k = Reshape(t, z_) y = Conv<pads=[1,1,1,1]>(k, w) z = Abs({between}) }}"
     )
     model = build(body, CONSTANTS | {"q": np.array([2, 3, 4, 2, 6, 2]), "z_": np.array([2, 12, 4, 6])})
-    assert run(model, Focus())[0] is model
+    result, outcome, _ = run(model, Focus())
+    assert result is model
+    assert reason in reasons(outcome)[0]
 
 
 @pytest.mark.parametrize(
     ("shape", "perm", "back"),
     [
-        ([2, 3, 4, 2, 6, 2], [0, 1, 5, 3, 2, 4], [2, 12, 4, 6]),
-        ([2, 3, 2, 4, 2, 6], [0, 1, 3, 5, 2, 4], [2, 72, 2, 2]),
-        ([2, 3, 2, 2, 4, 6], [0, 1, 3, 5, 2, 4], [2, 36, 2, 4]),
-        ([2, 3, 4, 2, 6, 2], [0, 1, 3, 5, 2, 4], [2, 12, 6, 4]),
+        ([2, 3, 4, 2, 6, 2], [0, 1, 5, 3, 2, 4], [2, 12, 4, 6]),  # columns before rows
+        ([2, 6, 4, 2, 3, 2], [0, 1, 3, 5, 2, 4], [2, 24, 4, 3]),  # other channels
+        ([2, 3, 2, 2, 12, 2], [0, 1, 3, 5, 2, 4], [2, 12, 2, 12]),  # other rows
+        ([2, 3, 4, 2, 3, 4], [0, 1, 3, 5, 2, 4], [2, 12, 4, 6]),  # not as many as there are blocks
+        ([2, 3, 4, 2, 6, 2], [0, 1, 3, 5, 2, 4], [2, 12, 6, 4]),  # put together otherwise
+        ([2, 3, 4, 2, 6, 2], [0, 1, 3, 5, 2, 4], [2, 6, 8, 6]),
     ],
 )
 def test_other_changes_of_shape_stay(shape: list[int], perm: list[int], back: list[int]) -> None:
     body = HEAD + f"{{ s = Reshape(x, q) t = Transpose<perm={perm}>(s) k = Reshape(t, z) y = Conv(k, m) }}"
     constants = CONSTANTS | {"q": np.array(shape), "z": np.array(back), "m": normal(5, back[1], 1, 1)}
     model = build(body, constants)
-    result, outcome, _ = run(model, Focus())
-    if outcome.rewrites:
-        same(model, result, x=X)
-    else:
-        assert result is model
+    assert run(model, Focus())[0] is model
+
+
+UNSHUFFLED = "t = Transpose<perm=[0,1,3,5,2,4]>(s) k = Reshape(t, z) y = Conv(k, w)"
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "(double[2,3,8,12] x) => (double[N] y) { k = Reshape(x, z) y = Conv(k, w) }",
+        "(double[2,3,4,2,6,2] s) => (double[N] y) { @ }",
+        "(double[2,3,4,2,6,2] x) => (double[N] y) { s = Relu(x) @ }",
+        "(double[2,3,96] x) => (double[N] y) { s = Reshape(x, q) @ }",
+        "(double[2,3,H,12] x) => (double[N] y) { s = Reshape(x, q) @ }",
+        "(double[2,3,8,12] x, int64[6] q) => (double[N] y) { s = Reshape(x, q) @ }",
+        "(double[2,3,8,12] x, int64[K] q) => (double[N] y) { s = Reshape(x, q) @ }",
+        "(double[2,3,8,12] x, int64[4] z) => (double[N] y) { s = Reshape(x, q) @ }",
+        "(double[2,3,8,12] x) => (double[N] y) { s = Reshape(x, q) t = Transpose<perm=[0,1,3,5,2,4]>(s) k = GatherND(t, places) y = Conv(k, w) }",
+    ],
+)
+def test_what_is_not_known_to_be_a_pixel_unshuffling_stays(body: str) -> None:
+    constants = {"q": np.array([2, 3, 4, 2, 6, 2]), "z": np.array([2, 12, 4, 6])}
+    constants |= {"w": CONSTANTS["w"], "places": np.zeros((2, 12, 4, 6, 6), np.int64)}
+    inputs = {name: value for name, value in constants.items() if f"] {name}" not in body}
+    model = build(body.replace("@", UNSHUFFLED), inputs)
+    assert run(model, Focus())[0] is model
+
+
+def test_a_pixel_unshuffling_of_nothing_stays() -> None:
+    """Nothing can be reshaped to as many images as anybody likes."""
+    body = "(double[2,3,8,0] x) => (double[5,5,4,2] y) { s = Reshape<allowzero=1>(x, q) t = Transpose<perm=[0,1,3,5,2,4]>(s) "
+    body += "k = Reshape<allowzero=1>(t, z) y = Conv<pads=[1,2,1,2]>(k, w) }"
+    model = build(body, CONSTANTS | {"q": np.array([5, 3, 4, 2, 0, 2]), "z": np.array([5, 12, 4, 0])})
+    assert run(model, Focus())[0] is model
 
 
 @pytest.mark.parametrize("size", ["2,3,H,W", "N,3,H,12"])
@@ -111,10 +144,16 @@ def test_sizes_that_are_not_known(size: str) -> None:
         (PAIRS + JOINED + "y = Conv<pads=[1,1,1,1]>(k, w) t = Relu(k)", "'k' has 2 consumers"),
         (PAIRS + JOINED + "y = Conv<pads=[1,1,1,1]>(k, w) t = Conv(k, w)", "'k' has 2 consumers"),
         (PAIRS + JOINED + "y = Conv<pads=[1,1,1,1]>(k, w) t = Conv(j, w)", "the weight 'w' is shared"),
+        (PAIRS + JOINED + "y = Conv<pads=[1,1,1,1]>(k, w) t = Abs(b1)", "'b1' has 2 consumers"),
+        (PAIRS.replace("a =", "t =") + "k = Concat<axis=1>(t, b1, c, d) y = Conv(k, w)", "'t' is a graph output"),
+        (CHAIN + JOINED + "y = Conv<pads=[1,1,1,1]>(k, w) t = Abs(rc)", "'rc' has 2 consumers"),
+        (PAIRS + JOINED + "y = Conv(k, f) t = Relu(x)", "its weights are not finite"),
+        (PAIRS + JOINED + "y = Conv<group=2>(k, g) t = Relu(x)", "its groups do not read all of the blocks"),
     ],
 )
 def test_refusals_have_reasons(body: str, reason: str) -> None:
-    model = build(f"(double[2,3,8,12] x, double[2,12,3,3] j) => (double[N] y, double[M] t) {{ {body} }}", CONSTANTS)
+    head = "(double[2,3,8,12] x, double[2,12,3,3] j) => (double[N] y, double[M] t) "
+    model = build(f"{head}{{ {body} }}", CONSTANTS | {"f": np.full((5, 12, 3, 3), np.inf)})
     result, outcome, _ = run(model, Focus())
     assert result is model
     assert reason in reasons(outcome)[0]
@@ -144,8 +183,38 @@ def test_what_are_no_blocks_stays(blocks: str) -> None:
         assert not outcome.rewrites
 
 
-def test_groups_do_not_read_all_blocks() -> None:
-    model = build(HEAD + f"{{ {PAIRS}{JOINED} y = Conv<group=2>(k, g) }}", CONSTANTS)
+@pytest.mark.parametrize("known", ["k", "y"])
+def test_what_is_not_known_to_be_cheaper_stays(known: str) -> None:
+    """The size of what is gathered, or of the result."""
+    model = build(f"(double[2,3,H,W] x) => (double[N] y) {{ {PAIRS}{JOINED} y = Conv(k, w) }}", CONSTANTS)
+    sizes = {"k": (2, 12, 4, 6), "y": (2, 5, 2, 4)}
+    assert run(model, Focus(), sizes={known: sizes[known]})[0] is model
+    assert run(model, Focus(), sizes=sizes)[0] is not model
+
+
+def test_one_block_is_read_by_a_stride() -> None:
+    model = build(
+        HEAD + "{ a = Slice(x, oo, ee, both, tt) k = Concat<axis=1>(a) y = Conv(k, m) }",
+        CONSTANTS | {"m": normal(5, 3, 3, 3)},
+    )
+    result, outcome, _ = run(model, Focus())
+    assert ops(result) == {"Conv": 1}
+    assert outcome.rewrites[0].reason == "1 block of positions and a convolution are one 3×3 of stride 2×2"
+    same(model, result, x=X)
+
+
+def test_weights_of_equal_blocks_whose_sum_overflows_stay() -> None:
+    body = "(float16[1,1,4,4] x) => (float16[N] y) { a = Slice(x, oo, ee, both, tt) k = Concat<axis=1>(a, a) y = Conv(k, m) }"
+    for value, done in ((4e4, 0), (3e4, 1)):
+        model = build(body, CONSTANTS | {"m": np.full((1, 2, 1, 1), value, np.float16)})
+        _, outcome, _ = run(model, Focus())
+        assert len(outcome.rewrites) == done
+        assert done or reasons(outcome) == ["the folded weights overflow float16"]
+
+
+def test_slices_that_begin_where_an_input_says_stay() -> None:
+    body = f"(double[2,3,8,12] x, int64[2] oo) => (double[N] y) {{ {PAIRS}{JOINED} y = Conv(k, w) }}"
+    model = build(body, {name: value for name, value in CONSTANTS.items() if name != "oo"})
     assert run(model, Focus())[0] is model
 
 

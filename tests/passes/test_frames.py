@@ -66,7 +66,7 @@ def test_operators_that_run_on_frames(after: str) -> None:
     "after",
     [
         "Softmax<axis=2>(z)", "MaxPool<kernel_shape=[2,1,1]>(z)", "MaxPool<kernel_shape=[1,2,2], ceil_mode=1>(z)",
-        "Reshape(z, flat)", "ReduceMean<axes=[2,3,4], keepdims=0>(z)", "ReduceMean<axes=[0]>(z)",
+        "Reshape(z, flat)", "ReduceMean<axes=[2,3,4], keepdims=0>(z)", "ReduceMean<axes=[0]>(z)", "ReduceMean(z)",
         "Mul(z, z2)", "AveragePool<kernel_shape=[1,2,2], pads=[1,0,0,0,0,0], count_include_pad=1>(z)", "GlobalMaxPool(z)",
         "AveragePool<kernel_shape=[1,2,2], pads=[0,0,0,1,0,0], count_include_pad=1>(z)",
     ],
@@ -78,6 +78,17 @@ def test_others_do_not(after: str) -> None:
     assert len(outcome.rewrites) == 1
     assert outside(result, after.partition("<")[0].partition("(")[0], "_frames") or "Mul" in after
     same(model, result, x=X, tolerance=1e-8)
+
+
+def test_what_is_made_of_constants_stays() -> None:
+    """It has no frames: in the shape in which it would broadcast to them, it has an axis less."""
+    model = build(
+        f"(double[1,4,5,6,7] x) => (double[N] y) {{ r = Relu(n) z = Conv<{SAME}>(r, k) y = Add(z, x) }}", CONSTANTS
+    )
+    result, _, _ = run(model, eager())
+    assert outside(result, "Relu", "_frames")
+    assert ops(result)["Conv"] == 3
+    same(model, result, x=X)
 
 
 @pytest.mark.parametrize("size", ["2,4,5,6,7", "N,4,5,6,7", "1,4,T,6,7", "1,4,5,H,7"])

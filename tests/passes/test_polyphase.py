@@ -147,6 +147,8 @@ SPELLINGS = [
     ('Resize<mode="nearest">(x, , h)', 17, False),
     ('Resize<mode="nearest">(x, , n)', 17, False),
     ('Resize<mode="nearest">(x, , m)', 17, False),
+    ('Resize<mode="nearest", keep_aspect_ratio_policy="not_larger", axes=[2,3]>(x, , , p)', 18, True),
+    ('Resize<mode="nearest", keep_aspect_ratio_policy="not_smaller", axes=[2,3]>(x, , , p)', 18, False),
     ('Resize<mode="nearest", keep_aspect_ratio_policy="not_larger">(x, , , o)', 18, False),
     ('Upsample<mode="linear">(x, s)', 9, False),
 ]
@@ -157,6 +159,7 @@ def test_what_repeats_positions_is_found_by_evaluation(call: str, opset: int, re
     """In whatever words; what interpolates, shifts by half a position, or grows by a fraction or backwards does not."""
     constants = CONSTANTS | {
         "o": np.array([2, 4, 10, 14]),
+        "p": np.array([11, 14]),
         "h": np.array([1, 1, 1.5, 2], np.float32),
         "n": np.array([1, 2, 1, 1], np.float32),
         "m": np.array([1, 2, 2, 2], np.float32),
@@ -269,10 +272,109 @@ def test_a_weight_that_is_an_input_stays() -> None:
 
 
 @pytest.mark.parametrize("kind", BOTH)
-def test_of_nothing_there_are_no_phases(kind: type[Pass]) -> None:
+@pytest.mark.parametrize("call", [UP, f"u = Resize<{NEAREST}>(x, , , o) "])
+def test_of_nothing_there_are_no_phases(kind: type[Pass], call: str) -> None:
     """An empty batch, as of a detector that found nothing."""
-    model = build(f"(double[0,4,5,7] x) => (double[N] y) {{ {UP} y = Conv<pads=[1,1,1,1]>(u, w, b) }}", CONSTANTS)
+    body = f"(double[0,4,5,7] x) => (double[N] y) {{ {call} y = Conv<pads=[1,1,1,1]>(u, w, b) }}"
+    _, outcome, _ = run(build(body, CONSTANTS | {"o": np.array([0, 4, 10, 14])}), eager(kind))
+    assert not outcome.rewrites
+    assert reasons(outcome) == (["its output is empty"] if call == UP else [])
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_no_positions_are_not_repeated(kind: type[Pass]) -> None:
+    """Even if padding alone makes some: providers have no transposed convolution of nothing."""
+    body = f"(double[2,4,0,7] x) => (double[N] y) {{ {UP} y = Conv<pads=[2,1,2,1]>(u, w, b) }}"
+    model = build(body, CONSTANTS)
     assert run(model, eager(kind))[0] is model
+
+
+@pytest.mark.parametrize("kind", BOTH)
+@pytest.mark.parametrize("known", [(), ("u",), ("y",)])
+def test_what_is_not_known_to_be_cheaper_stays(kind: type[Pass], known: tuple[str, ...]) -> None:
+    """The size of what is enlarged, or of the result."""
+    model = build(f"(double[2,4,H,W] x) => (double[N] y) {{ {UP} y = Conv<pads=[1,1,1,1]>(u, w) }}", CONSTANTS)
+    sizes = {"u": (2, 4, 10, 14), "y": (2, 6, 10, 14)}
+    _, outcome, _ = run(model, eager(kind), sizes={name: sizes[name] for name in known})
+    assert len(outcome.rewrites) == (kind is Polyphase and known == ("y",))
+    assert len(run(model, eager(kind), sizes=sizes)[1].rewrites) == 1
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_weights_whose_sum_overflows_stay(kind: type[Pass]) -> None:
+    for value, done in ((4e4, 0), (1e4, 1)):
+        body = f"(float16[1,1,4,4] x) => (float16[N] y) {{ {UP} y = Conv<pads=[1,1,1,1]>(u, w) }}"
+        model = build(body, CONSTANTS | {"w": np.full((1, 1, 3, 3), value, np.float16)})
+        _, outcome, _ = run(model, eager(kind))
+        assert len(outcome.rewrites) == done
+        assert done or reasons(outcome) == ["the folded weights overflow float16"]
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_weights_that_are_not_finite_stay(kind: type[Pass]) -> None:
+    model = build(HEAD + f"{{ {UP} y = Conv<pads=[1,1,1,1]>(u, w) }}", CONSTANTS | {"w": np.full((6, 4, 3, 3), np.inf)})
+    result, outcome, _ = run(model, eager(kind))
+    assert result is model
+    assert reasons(outcome) == ["its weights are not finite"]
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "(double[2,4,H,7] x) => (double[N] y) { u = Resize<@>(x, , , o)",
+        "(double[2,4,5,7] x, int64[4] o) => (double[N] y) { u = Resize<@>(x, , , o)",
+        "(double[2,C,5,7] x) => (double[N] y) { u = Resize<@>(x, , s)",
+        "(double[2,4,35] z, int64[K] q) => (double[N] y) { x = Reshape(z, q) u = Resize<@>(x, , s)",
+    ],
+)
+def test_what_is_not_known_to_be_repeated_stays(body: str) -> None:
+    """Factors, channels or axes that nobody knows."""
+    constants = {"o": np.array([2, 4, 10, 14]), "s": CONSTANTS["s"], "w": CONSTANTS["w"], "flat": np.array([-1])}
+    held = {name: value for name, value in constants.items() if f"] {name}" not in body}
+    model = build(f"{body.replace('@', NEAREST)} c = Conv<pads=[1,1,1,1]>(u, w) y = Reshape(c, flat) }}", held)
+    assert run(model, eager(), sizes={"x": (2, 4, 5, 7), "u": (2, 4, 10, 14), "c": (2, 6, 10, 14)})[0] is model
+
+
+def test_long_axes_are_not_evaluated() -> None:
+    """Where it depends on the size of an axis whether positions are repeated."""
+    call = 'u = Resize<mode="nearest", coordinate_transformation_mode="align_corners">(x, , s)'
+    for size, repeats in ((512, 1), (513, 0)):
+        model = build(
+            f"(double[1,1,{size}] x) => (double[N] y) {{ {call} y = Conv<pads=[1,1]>(u, w) }}",
+            {"s": np.array([1, 1, 2], np.float32), "w": normal(1, 1, 3)},
+        )
+        assert len(run(model, eager())[1].rewrites) == repeats
+
+
+@pytest.mark.parametrize("kind", BOTH)
+def test_what_is_resized_by_one_or_constant_lies_beside(kind: type[Pass]) -> None:
+    body = (
+        BESIDE + f"{{ {UP} i = Resize<{NEAREST}>(z, , e) k = Concat<axis=1>(i, u, t) y = Conv<pads=[1,1,1,1]>(k, m) }}"
+    )
+    constants = CONSTANTS | {"e": np.ones(4, np.float32), "t": normal(2, 1, 10, 14), "m": normal(6, 8, 3, 3)}
+    model = build(body, constants)
+    result, outcome, _ = run(model, eager(kind))
+    assert "(4 of them beside it)" in outcome.rewrites[0].signature
+    same(model, result, x=X, z=Z)
+
+
+@pytest.mark.parametrize(("count", "done"), [(8, 1), (9, 0)])
+def test_only_so_many_activations_are_followed(count: int, done: int) -> None:
+    steps = "".join(f"a{i + 1} = Tanh(a{i}) " for i in range(count)).replace("a0", "u")
+    model = build(HEAD + f"{{ {UP} {steps} y = Conv<pads=[1,1,1,1]>(a{count}, w) }}", CONSTANTS)
+    assert len(run(model, eager())[1].rewrites) == done
+
+
+def test_what_is_repeated_less_has_sizes_that_are_not_known() -> None:
+    """Not those of what it is made of."""
+    body = f"(double[2,4,H,7] x, double[2,2,G,7] q) => (double[N] y) {{ {UP} t = Resize<{NEAREST}>(q, , f) k = Concat<axis=1>(u, t) y = Conv<pads=[1,1,1,1]>(k, m) }}"
+    constants = CONSTANTS | {"f": np.array([1, 1, 4, 2], np.float32), "m": normal(6, 6, 3, 3)}
+    sizes = {"u": (2, 4, 12, 14), "t": (2, 2, 12, 14), "k": (2, 6, 12, 14), "y": (2, 6, 12, 14)}
+    model = build(body, constants)
+    result, _, loaded = run(model, eager(), sizes=sizes)
+    (less,) = [n.outputs[0] for n in loaded.graph.nodes if n.op == "Resize"]
+    assert tuple(less.shape) == (2, 2, None, 7)
+    same(model, result, x=normal(2, 4, 6, 7), q=normal(2, 2, 3, 7))
 
 
 def test_pointwise_maps_are_left_to_others() -> None:

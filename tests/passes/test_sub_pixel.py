@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import helpers
+import numpy as np
 import pytest
 from helpers import build, normal, ops, reasons, run, same
 from hypothesis import given, settings
@@ -86,6 +87,25 @@ def test_sizes_that_are_not_known(size: str) -> None:
 )
 def test_windows_that_overlap_and_shuffles_of_anything_stay(call: str) -> None:
     model = build(f"(double[2,3,5,7] x, double[2,8,5,7] j) => (double[N] y) {{ t = {call} y = Relu(t) }}", CONSTANTS)
+    result, outcome, _ = run(model, eager())
+    assert result is model
+    assert not outcome.skips
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "m = Conv(x, o) y = SpaceToDepth<blocksize=2>(m)",
+        "m = Conv(x, o) y = DepthToSpace<blocksize=3>(m)",  # 8 channels are not so many
+        "m = Conv(x, o) k = MaxPool<kernel_shape=[3,3], pads=[1,1,1,1]>(m) y = DepthToSpace<blocksize=2>(k)",
+        "m = Conv(x, o) r = Relu(m) k = MaxPool<kernel_shape=[3,3], pads=[1,1,1,1]>(r) y = DepthToSpace<blocksize=2>(k)",
+        "m = Conv(x, o) k = Add(m, j) y = DepthToSpace<blocksize=2>(k)",
+    ],
+)
+def test_what_only_looks_like_a_pixel_shuffle_stays(body: str) -> None:
+    model = build(
+        f"(double[2,3,6,6] x, double[2,8,6,6] j) => (double[N] y) {{ {body} }}", CONSTANTS | {"o": normal(8, 3, 1, 1)}
+    )
     assert run(model, eager())[0] is model
 
 
@@ -126,10 +146,11 @@ def test_groups_stay() -> None:
             "the weight 'u' is shared",
         ),
         ("m = ConvTranspose<strides=[16,16]>(x, f) y = Relu(m) z = Relu(x)", "1 map to 16×16 phases are too many"),
+        ("m = ConvTranspose<strides=[2,2]>(x, u) y = Conv(m, i) z = Relu(x)", "its weights are not finite"),
     ],
 )
 def test_refusals_have_reasons(body: str, reason: str) -> None:
-    constants = CONSTANTS | {"f": normal(3, 2, 16, 16)}
+    constants = CONSTANTS | {"f": normal(3, 2, 16, 16), "i": np.full((5, 4, 1, 1), np.inf)}
     model = build(f"(double[2,3,5,7] x) => (double[N] y, double[M] z) {{ {body} }}", constants)
     result, outcome, _ = run(model, eager())
     assert result is model
