@@ -246,27 +246,6 @@ def on_phases(linear: LinearMap, count: int) -> LinearMap:
     return LinearMap.of(geometry, weight, np.tile(linear.bias, count))
 
 
-def nested(outer: Sequence[int], inner: Sequence[int]) -> list[int]:
-    """The order in which phases of phases are phases of the whole.
-
-    Position R·(r·q + i) + j is phase i of r within phase j... of R·r: phase R·i + j. Channels hold the phases of
-    `inner` (in row-major order) for each phase of `outer`; entry n of the result is where phase n of the whole lies
-    among them.
-    """
-    rank = len(outer)
-    listed = []
-    for place in itertools.product(*(range(a * b) for a, b in zip(outer, inner, strict=True))):
-        first = [p // b for p, b in zip(place, inner, strict=True)]
-        second = [p % b for p, b in zip(place, inner, strict=True)]
-        at = 0
-        for axis in range(rank):
-            at = at * outer[axis] + first[axis]
-        for axis in range(rank):
-            at = at * inner[axis] + second[axis]
-        listed.append(at)
-    return listed
-
-
 def over_time(linear: LinearMap) -> list[LinearMap]:
     """A stencil over an axis and a plane, as one stencil of the plane for each tap along the axis; the first has the
     bias.

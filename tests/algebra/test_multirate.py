@@ -15,7 +15,6 @@ from pwopt.algebra.geometry import Geometry, Refusal
 from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.multirate import (
     fractional,
-    nested,
     on_phases,
     phase,
     phase_counts,
@@ -192,26 +191,6 @@ def test_a_pointwise_map_on_phases(groups: int) -> None:
     found = np.split(on_phases(linear, 6).apply(np.concatenate(phases, axis=1)), 6, axis=1)
     expected = linear.apply(interleave(phases, (2, 3)))
     np.testing.assert_allclose(interleave(found, (2, 3)), expected, rtol=1e-12, atol=1e-12)
-
-
-@pytest.mark.parametrize(("outer", "inner"), [((2, 2), (2, 2)), ((3, 1), (2, 3)), ((2,), (3,))])
-def test_phases_of_phases(outer: tuple[int, ...], inner: tuple[int, ...]) -> None:
-    """First by `outer`, then each of its phases by `inner`: as many phases of the whole, in another order."""
-    whole = tuple(a * b for a, b in zip(outer, inner, strict=True))
-    rng = np.random.default_rng(0)
-    first = [
-        [rng.normal(size=(1, 2, 3, 4)[: 2 + len(outer)]) for _ in range(int(np.prod(inner)))]
-        for _ in range(int(np.prod(outer)))
-    ]
-    # the map to the phases of `inner` acts on each phase of `outer`, then both are put together from the inside out
-    expected = interleave(list(interleave_all(first, outer)), inner)
-    listed = [p for row in first for p in row]
-    np.testing.assert_array_equal(interleave([listed[i] for i in nested(outer, inner)], whole), expected)
-
-
-def interleave_all(rows: list[list[Array]], outer: tuple[int, ...]) -> list[Array]:
-    """For each phase of the inner kind, its positions from all phases of the outer kind."""
-    return [interleave([row[i] for row in rows], outer) for i in range(len(rows[0]))]
 
 
 @pytest.mark.parametrize(
