@@ -309,7 +309,7 @@ def _unshuffled(view: View, node: gs.Node, channels: Sequence[int]) -> Subsampli
     tensors = split.inputs[0], split.outputs[0], node.outputs[0]
     before, inner, after = ((view.shape(t) or (None, None))[1:] for t in tensors)
     blocks, perm = known(inner), tuple(transpose.attrs.get("perm", ()))
-    if perm not in UNSHUFFLES or blocks is None or 0 in blocks:
+    if perm not in UNSHUFFLES or blocks is None:
         return None
     c, short, r, narrow, s = blocks
     if before != (c, short * r, narrow * s) or after != (c * r * s, short, narrow):
