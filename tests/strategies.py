@@ -869,7 +869,7 @@ class Builder:
             y = self.node("Concat", self.swapped(y, other), axis=1)[0]
         if self.chance(0.3):
             y = self.node(self.rng.choice(["Relu", "Tanh", "LeakyRelu"]), [y])[0]
-        z = self.conv(y, None, self.rng.choice([2, 3, 3]), self.rng.choice([1, 1, 1, 2]))
+        z = self.conv(y, None, self.rng.choice([2, 2, 3, 3]), self.rng.choice([1, 1, 1, 2]))
         if self.chance(0.5):
             z = self.activation(z)
         if self.chance(0.15):
@@ -913,6 +913,16 @@ class Builder:
         if self.chance(0.15):
             self.activation(found[0])  # a second reader
         return found
+
+    def m_video(self) -> None:
+        """A block of a network for videos: convolutions over time and space, and what treats frames alike around."""
+        x = self.input(5, (self.rng.choice([1, 1, 1, 2]), self.rng.choice([4, 6]), 3, 4, 5))
+        y = self.activation(self.conv(x, None, 1, 1)) if self.chance(0.5) else x
+        y = self.depthwise(y, 1) if self.chance(0.5) else self.conv(y, None, 3)
+        for _ in range(self.rng.randrange(3)):
+            y = self.rng.choice([self.activation, self.affine, self.pooling, self.conv])(y)
+        if y.shape == x.shape and self.chance(0.5):
+            self.node("Add", self.swapped(x, y))
 
     def m_spread(self) -> None:
         """Windows side by side: transposed convolutions whose kernel is their stride, and pixel shuffles, in a row."""
