@@ -12,22 +12,18 @@ from pwopt.algebra import Values
 from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.multirate import over_time
 from pwopt.algebra.unions import Unions
-from pwopt.graph import attributes
 from pwopt.graph.shapes import Shape
 from pwopt.maps import emit
 from pwopt.maps.cost import macs
 from pwopt.maps.forms import Reading
-from pwopt.maps.positions import POOLS, pooling, stencil
-from pwopt.rewriting.carry import BY_AXES, Arguments, See, along, carry, data, reduces_since, rewritten
+from pwopt.maps.positions import pooling, stencil
+from pwopt.rewriting.carry import BY_AXES, Arguments, See, carry, data, rewritten
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.rewriting.wording import counted
 
-REDUCTIONS = ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin")
 #: Operators that know of no more than axes, and that are the same on frames.
-ALIKE = frozenset(op for op in BY_AXES if not op.startswith("Reduce")) - {
-    "Split", "Slice", "Softmax", "LogSoftmax", "Hardmax", "PRelu",
-}  # fmt: skip
+ALIKE = frozenset(BY_AXES) - {"Split", "Slice", "Softmax", "LogSoftmax", "Hardmax", "PRelu"}
 
 
 @dataclass(frozen=True)
@@ -132,9 +128,9 @@ def _regions(rw: Rewriter) -> list[Region]:
     sets, members = Unions(), {id(n): n for n in rw.nodes() if _fits(rw, n)}
     for node in members.values():
         for t in node.inputs:
-            maker = rw.producer(t)
-            if maker is not None and id(maker) in members:
-                sets.join(id(node), id(maker))
+            maker = id(rw.producer(t))
+            if maker in members:
+                sets.join(id(node), maker)
     regions: dict[int, Region] = {}
     for node in members.values():
         region = regions.setdefault(sets.root(id(node)), Region())
@@ -165,12 +161,7 @@ def _arguments(rw: Rewriter, images: Images, node: gs.Node) -> Arguments | None:
         return BY_AXES[op](rw, images, node)
     if op == "BatchNormalization":
         return Arguments(dict(node.attrs))
-    if op in REDUCTIONS:
-        axes = attributes.axes_of(rw, node, reduces_since(node)) or []
-        mapped = [images.axis(a) for a in axes]
-        found = sorted(a for a in mapped if a is not None)
-        return along(rw, node, found) if mapped and None not in mapped else None
-    if op in POOLS and pooling(rw, node):
+    if pooling(rw, node):
         attrs = dict(node.attrs)
         told = {key: list(attrs[key]) for key in ("kernel_shape", "strides", "dilations") if key in attrs}
         pads = list(attrs.get("pads", [0] * 6))
@@ -206,7 +197,7 @@ class _Taps:
         parts = over_time(linear)
         frames = self.rw.dim(output, 0)
         assert isinstance(frames, int)
-        padded = self._padded(source, g.pads[0], g.pads[g.rank]) if len(parts) > 1 or any(g.pads[:: g.rank]) else source
+        padded = self._padded(source, g.pads[0], g.pads[g.rank])
         total: gs.Tensor | None = None
         for j, part in enumerate(parts):
             begin = g.dilations[0] * j

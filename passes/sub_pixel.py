@@ -83,10 +83,15 @@ class SubPixel(Pass):
                 return Skip(f"the weight {reading.weight_input.name!r} is shared")
         rows, columns = [maps[0].source], 1
         for stage in stages:
-            linear = None if stage.reading is None else stage.reading.load()
+            if stage.step is not None:
+                rows = [work.active(stage.step, row) for row in rows]
+            if stage.reading is None:
+                continue
+            linear = stage.reading.load()
             if isinstance(linear, Refusal):
                 return Skip(linear.reason)
-            rows = work.on_rows(stage, linear, rows, columns)
+            parts = [stage.row(linear, i) for i in range(math.prod(stage.counts[:-1]))]
+            rows = [work.mapped(stage.reading, part, row, columns) for row in rows for part in parts]
             columns *= stage.counts[-1]
         nodes = [*work.nodes, *work.together.write_rows(rows)]
         widths = "→".join(map(str, (maps[0].geometry.in_channels, *(m.geometry.out_channels for m in maps))))
@@ -170,24 +175,16 @@ class _Work:
     nodes: list[gs.Node] = field(default_factory=list)
     residual: float = 0.0
 
-    def on_rows(self, stage: _Stage, linear: LinearMap | None, rows: list[gs.Tensor], columns: int) -> list[gs.Tensor]:
-        """What a stage makes of each row, of which it may make several."""
-        if stage.step is not None:
-            return [self._active(stage.step, row) for row in rows]
-        if stage.reading is None or linear is None:
-            return rows
-        parts = [stage.row(linear, i) for i in range(math.prod(stage.counts[:-1]))]
-        return [self._mapped(stage.reading, part, row, columns) for row in rows for part in parts]
-
-    def _active(self, step: Step, row: gs.Tensor) -> gs.Tensor:
+    def active(self, step: Step, row: gs.Tensor) -> gs.Tensor:
+        """An activation of one row."""
         width = self.rw.dim(row, 1)
         assert isinstance(width, int)
         active = self.together.phase("active", width)
         self.nodes += repeated(self.rw, step, row, active)
         return active
 
-    def _mapped(self, like: Reading, linear: LinearMap, row: gs.Tensor, columns: int) -> gs.Tensor:
-        """A map on each column, which lie side by side."""
+    def mapped(self, like: Reading, linear: LinearMap, row: gs.Tensor, columns: int) -> gs.Tensor:
+        """A map on each column of a row, which lie side by side."""
         wide = on_phases(linear, columns) if columns > 1 else linear
         output = self.together.phase("phases", wide.geometry.out_channels)
         written = emit.write(self.rw, wide, like, row, output, 1, inherit=False)

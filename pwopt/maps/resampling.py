@@ -100,7 +100,7 @@ def _repeats(count: int, factor: int, op: str, attrs: tuple[tuple[Any, Any], ...
     )
     x = np.random.default_rng(0).normal(size=count).astype(np.float32)
     feeds = {"x": x, "scales": np.array([factor], np.float32)}
-    if op == "Upsample" and opset < 9:
+    if opset < 9:  # of Upsample, they were an attribute
         node.attribute.append(onnx.helper.make_attribute("scales", [float(factor)]))
     try:
         model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])

@@ -212,6 +212,13 @@ def test_weights_of_equal_blocks_whose_sum_overflows_stay() -> None:
         assert done or reasons(outcome) == ["the folded weights overflow float16"]
 
 
+def test_blocks_beside_each_other_stay() -> None:
+    """Not as channels, but as columns."""
+    body = "(double[2,4,8,12] x) => (double[N] y) { a = Slice(x, oo, ee, both, tt) c = Slice(x, oi, ee, both, tt) "
+    model = build(body + "k = Concat<axis=3>(a, c) y = Conv(k, m) }", CONSTANTS | {"m": normal(5, 4, 1, 1)})
+    assert run(model, Focus())[0] is model
+
+
 def test_slices_that_begin_where_an_input_says_stay() -> None:
     body = f"(double[2,3,8,12] x, int64[2] oo) => (double[N] y) {{ {PAIRS}{JOINED} y = Conv(k, w) }}"
     model = build(body, {name: value for name, value in CONSTANTS.items() if name != "oo"})

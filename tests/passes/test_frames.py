@@ -47,7 +47,7 @@ def test_a_block_of_x3d_runs_on_frames() -> None:
     "after",
     [
         "Relu(z)", "Mul(z, c)", "Add(z, f)", "Sub(z, e)", "Mul(z, n)", "Add(z, m)", "Div(one_, z)", "Tanh(z)",
-        "BatchNormalization(z, one, b, b, one)", "ReduceMean<axes=[2,3,4]>(z)", "ReduceMax<axes=[2]>(z)",
+        "BatchNormalization(z, one, b, b, one)", "ReduceMean<axes=[2,3,4]>(z)", "ReduceMax<axes=[2]>(z)", "ReduceL2<axes=[1,-1]>(z)",
         "MaxPool<kernel_shape=[1,2,2], strides=[1,2,2]>(z)", "AveragePool<kernel_shape=[1,3,3], pads=[0,1,1,0,1,1]>(z)",
         "Concat<axis=1>(z, z)", "Concat<axis=2>(z, x)", "Conv(z, w)", "Conv<pads=[1,0,0,1,0,0]>(z, t)",
         "Conv<pads=[0,1,1,0,1,1]>(z, s)", "Conv<strides=[2,2,2]>(z, k)", "GlobalAveragePool(z)", "Identity(z)",
@@ -91,7 +91,30 @@ def test_what_is_made_of_constants_stays() -> None:
     same(model, result, x=X)
 
 
-@pytest.mark.parametrize("size", ["2,4,5,6,7", "N,4,5,6,7", "1,4,T,6,7", "1,4,5,H,7"])
+def test_a_stride_over_time_moves_frames() -> None:
+    """Also where there are as many of them after as before, since zeros were put around."""
+    body = "(double[1,4,2,6,7] x) => (double[N] y) { y = Conv<strides=[2,1,1], pads=[1,1,1,3,1,1]>(x, k) }"
+    model = build(body, CONSTANTS)
+    result, outcome, _ = run(model, eager())
+    assert len(outcome.rewrites) == 1
+    same(model, result, x=normal(1, 4, 2, 6, 7))
+
+
+def test_outputs_that_are_left_out_have_no_size() -> None:
+    model = build(HEAD + f"{{ z = Conv<{SAME}>(x, k, b) r, left = Dropout(z) y = Relu(r) }}", CONSTANTS)
+    model.graph.node[1].output[1] = ""
+    result, _, _ = run(model, eager())
+    assert result.graph.node[-1].op_type == "Unsqueeze"
+
+
+def test_regions_are_connected() -> None:
+    """By operators that run on frames, not by others; and by nothing of which the rank is not known."""
+    body = f"(double[1,4,5,6,7] x, int64[K] q) => (double[N] y) {{ p = Softmax<axis=2>(x) a = Conv<{SAME}>(p, k) o = Conv<{SAME}>(p, d2) u = Concat<axis=0>(a, o) r = Reshape(u, q) y = Reshape(r, flat) }}"
+    model = build(body, CONSTANTS | {"d2": normal(4, 4, 3, 3, 3, seed=1), "flat": np.array([-1])})
+    assert len(run(model, eager())[1].rewrites) == 2
+
+
+@pytest.mark.parametrize("size", ["2,4,5,6,7", "N,4,5,6,7", "1,4,T,6,7", "1,4,5,H,7", "1,4,0,6,7"])
 def test_several_videos_and_sizes_that_are_not_known_stay(size: str) -> None:
     model = build(f"(double[{size}] x) => (double[N] y) {{ y = Conv<{SAME}>(x, k) }}", CONSTANTS)
     assert run(model, eager())[0] is model

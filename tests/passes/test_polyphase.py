@@ -183,9 +183,15 @@ def test_one_position_is_repeated_by_any_interpolation() -> None:
 def test_corners_that_are_aligned_repeat_at_some_sizes_only() -> None:
     """By 3, positions are repeated evenly only where there are few of them; nobody knows how many of H there are."""
     call = '{ u = Resize<mode="nearest", coordinate_transformation_mode="align_corners">(x, , s) y = Conv<pads=[1,1,1,1]>(u, w) }'
-    for size, repeats in (("2,4,2,2", True), ("2,4,5,5", False), ("2,4,H,2", False)):
-        constants = CONSTANTS | {"s": np.array([1, 1, 3, 3], np.float32)}
-        model = build(f"(double[{size}] x) => (double[N] y) {call}", constants)
+    for size, factors, repeats in (
+        ("2,4,2,2", [3, 3], True),
+        ("2,4,5,5", [3, 3], False),
+        ("2,4,H,2", [3, 3], False),
+        ("2,4,H,2", [1, 3], True),
+    ):
+        model = build(
+            f"(double[{size}] x) => (double[N] y) {call}", CONSTANTS | {"s": np.array([1, 1, *factors], np.float32)}
+        )
         _, outcome, _ = run(model, eager(), sizes={"x": (2, 4, 2, 2), "u": (2, 4, 6, 6), "y": (2, 6, 6, 6)})
         assert len(outcome.rewrites) == repeats
 
@@ -323,17 +329,23 @@ def test_weights_that_are_not_finite_stay(kind: type[Pass]) -> None:
     "body",
     [
         "(double[2,4,H,7] x) => (double[N] y) { u = Resize<@>(x, , , o)",
+        "(double[2,4,5,7] x) => (double[N] y) { u = Resize<@>(x, , z)",
         "(double[2,4,5,7] x, int64[4] o) => (double[N] y) { u = Resize<@>(x, , , o)",
         "(double[2,C,5,7] x) => (double[N] y) { u = Resize<@>(x, , s)",
         "(double[2,4,35] z, int64[K] q) => (double[N] y) { x = Reshape(z, q) u = Resize<@>(x, , s)",
     ],
 )
 def test_what_is_not_known_to_be_repeated_stays(body: str) -> None:
-    """Factors, channels or axes that nobody knows."""
-    constants = {"o": np.array([2, 4, 10, 14]), "s": CONSTANTS["s"], "w": CONSTANTS["w"], "flat": np.array([-1])}
+    """Factors, channels or axes that nobody knows; or no positions are left."""
+    constants = {"z": np.array([1, 1, 0, 2], np.float32)} | {
+        "o": np.array([2, 4, 10, 14]),
+        "s": CONSTANTS["s"],
+        "w": CONSTANTS["w"],
+        "flat": np.array([-1]),
+    }
     held = {name: value for name, value in constants.items() if f"] {name}" not in body}
-    model = build(f"{body.replace('@', NEAREST)} c = Conv<pads=[1,1,1,1]>(u, w) y = Reshape(c, flat) }}", held)
-    assert run(model, eager(), sizes={"x": (2, 4, 5, 7), "u": (2, 4, 10, 14), "c": (2, 6, 10, 14)})[0] is model
+    model = build(f"{body.replace('@', NEAREST)} c = Conv<pads=[2,2,2,2]>(u, w) y = Reshape(c, flat) }}", held)
+    assert run(model, eager(), sizes={"x": (2, 4, 5, 7), "u": (2, 4, 10, 14), "c": (2, 6, 12, 16)})[0] is model
 
 
 def test_long_axes_are_not_evaluated() -> None:

@@ -100,6 +100,7 @@ def test_windows_that_overlap_and_shuffles_of_anything_stay(call: str) -> None:
         "m = Conv(x, o) k = MaxPool<kernel_shape=[3,3], pads=[1,1,1,1]>(m) y = DepthToSpace<blocksize=2>(k)",
         "m = Conv(x, o) r = Relu(m) k = MaxPool<kernel_shape=[3,3], pads=[1,1,1,1]>(r) y = DepthToSpace<blocksize=2>(k)",
         "m = Conv(x, o) k = Add(m, j) y = DepthToSpace<blocksize=2>(k)",
+        "m = RandomNormal<dtype=11, shape=[2,8,6,6]>() y = DepthToSpace<blocksize=2>(m)",
     ],
 )
 def test_what_only_looks_like_a_pixel_shuffle_stays(body: str) -> None:
