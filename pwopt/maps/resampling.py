@@ -164,15 +164,16 @@ def _composed(view: View, tensor: gs.Tensor, steps: tuple[gs.Node, ...], depth: 
     found = repetition(view, node)
     if not isinstance(count, int):
         return Refusal("")
-    own = Composition((Part(tensor, count, steps, found),), () if node is None or found is None else (node,))
+    own = Composition((Part(tensor, count, steps, found),), () if found is None else (found.node,))
     if found is None:
         inner = [_composed(view, t, steps + extra, depth + 1) for t, extra in _inner(view, node, depth)]
         refused = next((r for r in inner if isinstance(r, Refusal)), None)
         if refused is not None:
             return refused
         joined = [c for c in inner if isinstance(c, Composition)]
-        if node is None or not any(c.factors for c in joined):
+        if not any(c.factors for c in joined):
             return own
+        assert node is not None  # which they are parts of
         nodes = (*(n for c in joined for n in c.nodes), node)
         own = Composition(tuple(p for c in joined for p in c.parts), nodes)
     crowd = view.crowd(tensor)
