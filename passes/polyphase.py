@@ -246,8 +246,8 @@ class _Phases:
     work : _Resampling
     counts : tuple of int
     far, near : tuple of Moved
-        For each phase; `near` is empty if there is nothing beside, or its phases would take more multiply-adds than
-        computing it in one and adding it at last.
+        For each phase; `near` is empty if its phases would take more multiply-adds than computing what is beside in
+        one and adding it at last.
     """
 
     work: _Resampling
@@ -260,7 +260,7 @@ class _Phases:
         g, ones = work.geometry, (1,) * work.geometry.rank
         places = list(itertools.product(*map(range, counts)))
         far, near = (tuple(phase(g, r, counts, place) for place in places) for r in (work.factors, ones))
-        strided = work.channels(repeated=False) and all(m.geometry.kernel == g.kernel for m in near)
+        strided = all(m.geometry.kernel == g.kernel for m in near)
         return cls(work, counts, far, near if strided else ())
 
     @property
@@ -280,31 +280,31 @@ class _Phases:
         wide, beside = work.picked(linear, repeated=True), work.picked(linear, repeated=False)
         assert wide is not None
         source = work.source(repeated=True)
-        other = None if beside is None else work.source(repeated=False)
-        late = other is not None and not self.near
-        inner = rw.new_variable(f"{work.reading.output.name}_far", work.reading.output) if late else output
+        other = None if beside is None else (beside, work.source(repeated=False))
+        strided, late = (other, None) if self.near else (None, other)
+        inner = output if late is None else rw.new_variable(f"{work.reading.output.name}_far", work.reading.output)
         together = Interleaving(rw, inner, self.counts)
         results: list[gs.Tensor] = []
         weight: gs.Tensor | None = None
         for i, moved_far in enumerate(self.far):
             result = together.phase(f"phase{i}", work.geometry.out_channels) if self.several else inner
             terms = [result]
-            if self.near and beside is not None and other is not None:
+            if strided is not None:
                 terms = [together.phase(f"{role}{i}", work.geometry.out_channels) for role in ("far", "near")]
-                made = work.map(self.near[i].load(beside), other, terms[1])
+                made = work.map(self.near[i].load(strided[0]), strided[1], terms[1])
                 if made is not None:  # the same numbers for each phase: just strides and padding differ
                     made.inputs[1] = weight = made.inputs[1] if weight is None else weight
             work.map(moved_far.load(wide), source, terms[0])
             if len(terms) > 1:
                 work.node("Add", terms, result)
             results.append(result)
-            if step is not None and not late:
+            if step is not None and late is None:
                 results[-1] = together.phase(f"active{i}", work.geometry.out_channels)
                 work.nodes += repeated(rw, step, result, results[-1])
         if self.several:
             work.nodes += together.write(results)
-        if late and beside is not None and other is not None:
-            self._added(inner, beside, other, output, step)
+        if late is not None:
+            self._added(inner, *late, output, step)
 
     def _added(
         self, inner: gs.Tensor, beside: LinearMap, other: gs.Tensor, output: gs.Tensor, step: Step | None

@@ -78,6 +78,14 @@ def test_what_is_concatenated_is_read_in_phases() -> None:
     same(model, result, x=X, z=Z)
 
 
+def test_what_would_be_larger_in_phases_is_added_at_last() -> None:
+    """The second phase of a stencil without padding begins further on."""
+    model = build(BESIDE + f"{{ {UP} k = Concat<axis=1>(u, z) c = Conv(k, v, b) y = Relu(c) }}", CONSTANTS)
+    result, _, _ = run(model, eager())
+    assert ops(result) == {"Conv": 5, "Add": 1, "Relu": 1, "Concat": 3, "Transpose": 3, "Reshape": 3}
+    same(model, result, x=X, z=Z)
+
+
 @pytest.mark.parametrize("kind", BOTH)
 @pytest.mark.parametrize("order", ["u, z", "z, u", "z, u, z, t", "u, t"])
 def test_channels_of_a_concat_in_any_order(kind: type[Pass], order: str) -> None:
@@ -98,13 +106,14 @@ def test_channels_of_a_concat_in_any_order(kind: type[Pass], order: str) -> None
 def test_activations_between_run_before(kind: type[Pass]) -> None:
     body = BESIDE + (
         f"{{ {UP} r = Sigmoid(u) k = Concat<axis=1>(r, z) a = LeakyRelu<alpha=0.3>(k) "
-        "p = Clip(a, low, high) y = Conv<pads=[1,1,1,1]>(p, v) }"
+        "p = Clip(a, low, high) q = Clip(p, , high) y = Conv<pads=[1,1,1,1]>(q, v) }"
     )
     model = build(body, CONSTANTS | {"low": np.float64(-0.2), "high": np.float64(0.6)})
     result, _, _ = run(model, eager(kind))
     assert ops(result)["Resize"] == 0
     assert ops(result)["Sigmoid"] == 1
-    assert ops(result)["LeakyRelu"] == ops(result)["Clip"] == 2
+    assert ops(result)["LeakyRelu"] == 2
+    assert ops(result)["Clip"] == 4
     same(model, result, x=X, z=Z)
 
 
@@ -252,13 +261,14 @@ def test_refusals_have_reasons(body: str, reason: str) -> None:
         "m = MaxPool<kernel_shape=[2,2]>(u)",
         "m = Add(u, e)",
         "m = Transpose<perm=[0,1,3,2]>(u)",
+        "m = Concat<axis=2>(u, e)",
         "m = Pad(u, pads)",
         "m = Softmax<axis=3>(u)",
     ],
 )
 def test_what_looks_at_other_positions_stays_between(between: str) -> None:
     constants = CONSTANTS | {
-        "starts": np.array([1]), "ends": np.array([9]), "axes": np.array([2]), "e": normal(1, 4, 10, 14),
+        "starts": np.array([1]), "ends": np.array([9]), "axes": np.array([2]), "e": normal(2, 4, 10, 14),
         "pads": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
     }  # fmt: skip
     model = build(HEAD + f"{{ {UP} {between} y = Conv<pads=[1,1,1,1]>(m, w) }}", constants)
@@ -332,6 +342,7 @@ def test_weights_that_are_not_finite_stay(kind: type[Pass]) -> None:
         "(double[2,4,5,7] x) => (double[N] y) { u = Resize<@>(x, , z)",
         "(double[2,4,5,7] x, int64[4] o) => (double[N] y) { u = Resize<@>(x, , , o)",
         "(double[2,C,5,7] x) => (double[N] y) { u = Resize<@>(x, , s)",
+        "(double[2,4,5,7] x, double g) => (double[N] y) { r = Resize<@>(x, , s) u = Clip(r, g)",
         "(double[2,4,35] z, int64[K] q) => (double[N] y) { x = Reshape(z, q) u = Resize<@>(x, , s)",
     ],
 )
