@@ -19,6 +19,7 @@ from pwopt.algebra.multirate import (
     phase,
     phase_counts,
     spread,
+    spread_geometry,
     through_subsampling,
 )
 
@@ -170,6 +171,22 @@ def test_windows_side_by_side_are_a_pointwise_map_to_phases(kernel: tuple[int, .
 )
 def test_windows_that_overlap_or_are_cut_are_refused(changes: dict[str, object]) -> None:
     assert isinstance(spread(transposed((2, 2), **changes)), Refusal)
+
+
+def test_a_single_tap_has_no_dilation() -> None:
+    plain = transposed((1, 2)).geometry
+    assert spread_geometry(replace(plain, dilations=(3, 1))) == spread_geometry(plain)
+    assert not isinstance(spread_geometry(plain), Refusal)
+
+
+def test_kernels_have_no_taps_that_are_always_zero() -> None:
+    """Where all that are not lie apart, that is a dilation."""
+    far = phase(Geometry(1, 1, 1, (3,), (1,), (4,), (4, 4)), (2,), (2,), (1,)).geometry
+    assert (far.kernel, far.dilations, far.pads) == ((3,), (2,), (2, 2))
+    linear = LinearMap.conv(np.ones((1, 1, 3)), pads=[1, 1])
+    whole = through_subsampling(linear, (2,), [(0,)], [0])
+    assert not isinstance(whole, Refusal)
+    assert (whole.geometry.kernel, whole.geometry.dilations, whole.geometry.pads) == ((3,), (2,), (2, 2))
 
 
 def test_an_ordinary_convolution_spreads_nothing() -> None:
