@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
+from pwopt.algebra import Values
 from pwopt.algebra.geometry import Refusal, compose_geometry
 from pwopt.algebra.linear import LinearMap, compose
 from pwopt.graph.attributes import VIEWS
@@ -23,10 +25,11 @@ MAX_REACH = 32
 
 @dataclass
 class Plan:
-    """Maps that take a scale and shift over, on their output side or their input side, and tensors that change."""
+    """Maps that take a scale and shift over, on their output or input side, constants that do, and what changes."""
 
     after: list[tuple[Reading, Affine]] = field(default_factory=list)
     before: list[tuple[Reading, Affine]] = field(default_factory=list)
+    held: list[tuple[gs.Tensor, Affine]] = field(default_factory=list)
     changed: list[gs.Tensor] = field(default_factory=list)
     steps: int = 0
 
@@ -39,8 +42,9 @@ class FoldAffine(Pass):
 
     BatchNormalization, and Mul, Div, Add, Sub, Neg by a constant per channel, fold into the map that feeds
     them, else into every map that reads them, through operators that let them pass (Concat, pooling,
-    Resize, Transpose…: `pwopt.maps.commute`). A shift in front of zero padding does not fold, a scale does. What
-    neither side takes merges with its neighbour into one BatchNormalization. Only if operators disappear.
+    Resize, Transpose…: `pwopt.maps.commute`). Constants on the way, such as tables of positions, take their part. A
+    shift in front of zero padding does not fold, a scale does. What neither side takes merges with its neighbour into
+    one BatchNormalization. Only if operators disappear.
     Ioffe and Szegedy, "Batch Normalization" (2015); bias fusion as in every compiler.
     """
 
@@ -53,7 +57,7 @@ class FoldAffine(Pass):
         reading = forms.read(rw, node)
         if isinstance(reading, Refusal):
             return Skip(f"{node.op} stays: {reading.reason}") if node.op == "BatchNormalization" else None
-        if reading is None or not reading.geometry.diagonal or len(reading.nodes) > 1:
+        if reading is None or not reading.geometry.diagonal or len(reading.nodes) > 1 or reading.turned:
             return None
         if id(node) in self._fused:
             return Skip(f"it belongs to a {self._fused[id(node)]} that onnxruntime runs as one operator")
@@ -82,21 +86,23 @@ class FoldAffine(Pass):
         """Plan for `affine` to be applied above `tensor`, which only one node reads; a reason if that fails."""
         producer = rw.producer(tensor)
         plan.steps += 1
+        if rw.constant(tensor) is not None:
+            return self._hold(rw, tensor, affine, plan)
         if producer is None:
-            return "there is no operator" if tensor in rw.graph.inputs else "there is a constant"
+            return "there is no operator"
         if plan.steps > MAX_REACH:
             return f"more than {MAX_REACH} operators lie between"
         reading = forms.read(rw, producer)
         if isinstance(reading, Reading) and reading.kind in emit.FORMS and id(producer) not in self._fused:
             return self._take(rw, reading, affine, plan, after=True)
-        if isinstance(reading, Refusal) and producer.op in forms.WEIGHTED_OPS:
-            return f"{producer.op} cannot take it: {reading.reason}"
         alternatives = commute.lift(rw, producer, affine)
         if isinstance(alternatives, Refusal):
+            if isinstance(reading, Refusal) and rw.is_a(producer, "Conv", "ConvTranspose", "MatMul"):
+                return f"{producer.op} cannot take it: {reading.reason}"
             return alternatives.reason
         reason = ""
         for moves in alternatives:
-            trial = Plan(list(plan.after), list(plan.before), [*plan.changed], plan.steps)
+            trial = Plan(list(plan.after), list(plan.before), [*plan.held], [*plan.changed], plan.steps)
             reason = ""
             for source, moved in moves:
                 if moved.scales or moved.shifts:
@@ -106,9 +112,19 @@ class FoldAffine(Pass):
                 if reason:
                     break
             if not reason:
-                plan.after, plan.before, plan.changed = trial.after, trial.before, trial.changed
+                plan.after, plan.before = trial.after, trial.before
+                plan.held, plan.changed = trial.held, trial.changed
                 return ""
         return reason
+
+    @staticmethod
+    def _hold(rw: Rewriter, tensor: gs.Tensor, affine: Affine, plan: Plan) -> str:
+        """Add a constant that only one operator reads to the plan; a reason if it cannot take `affine` over."""
+        if rw.shared(tensor):
+            return f"the constant {tensor.name!r} is shared"
+        plan.changed = [t for t in plan.changed if t is not tensor]
+        plan.held.append((tensor, affine))
+        return ""
 
     def _sink(self, rw: Rewriter, tensor: gs.Tensor, affine: Affine, plan: Plan) -> str:
         """Plan for every reader of `tensor` to apply `affine` itself; a reason if one cannot."""
@@ -119,7 +135,7 @@ class FoldAffine(Pass):
         if not readers:
             return "nothing reads it"
         for reader in readers:
-            reading = forms.linear(rw, reader)
+            reading = forms.linear(rw, reader, turned=True)
             if reading is not None and reading.source is tensor and reading.kind in emit.FORMS:
                 reason = self._take(rw, forms.weighted(rw, reader) or reading, affine, plan, after=False)
                 if id(reader) in self._fused:
@@ -141,8 +157,9 @@ class FoldAffine(Pass):
 
     def _take(self, rw: Rewriter, reading: Reading, affine: Affine, plan: Plan, *, after: bool) -> str:
         """Add a map to the plan if it can take `affine` over exactly; a reason if not."""
-        if reading.axis is not None and affine.axis is not None and reading.axis != affine.axis:
-            return f"{reading.node.op} acts on axis {reading.axis}, not {affine.axis}"
+        axis = reading.axis if after else reading.source_axis
+        if axis is not None and affine.axis is not None and axis != affine.axis:
+            return f"{reading.node.op} acts on axis {axis}, not {affine.axis}"
         if reading.weighted and rw.shared(reading.weight_input):
             return f"the weight {reading.weight_input.name!r} is shared"
         if any(reading.node is other.node for other in plan.maps()):
@@ -172,27 +189,57 @@ class FoldAffine(Pass):
                 if isinstance(written, Refusal):
                     return written
                 edits.append((target, written))
+        held = _held(rw, plan)
+        if isinstance(held, Refusal):
+            return held
         spared = 1 + sum(len(t.nodes) for t, _ in edits) - sum(len(w.nodes) for _, w in edits)
         if spared < 1 - _joins_views(rw, reading):
             return Refusal("merging them would not save an operator")
-        if not direct and not edits:
+        if not direct and not edits and not held:
             return Refusal("nothing would take it over")
-        names = " and ".join(describe(t.node) for t, _ in edits[:3]) + (" and more" if len(edits) > 3 else "")
-        reason = f"{describe(reading.node)} folds into {names}"
-        residual = max((w.residual for _, w in edits), default=0.0)
+        takers = [*(describe(t.node) for t, _ in edits), *(f"the constant {t.name!r}" for t, *_ in held)]
+        reason = f"{describe(reading.node)} folds into {' and '.join(takers[:3])}" + " and more" * (len(takers) > 3)
+        residual = max((*(w.residual for _, w in edits), *(lost for *_, lost in held)), default=0.0)
         if direct:
             ((target, written),) = edits
             return rw.replace([*target.nodes, reading.node], written.nodes, reason, residual)
         records = [rw.replace(target.nodes, written.nodes, reason) for target, written in edits]
         for _, written in edits:
             credit(written.nodes[-1], reading.nodes)
+        for tensor, values, _ in held:
+            (reader,) = rw.readers(tensor)
+            rw.release([tensor.name])
+            rw.reroute(tensor, rw.new_constant(tensor.name, values))
+            credit(reader, reading.nodes)
+            rw.enqueue_around(reader)
         if reading.node in rw and (rw.readers(reading.output) or rw.pinned(reading.output)):
-            rw.bypass(reading.node, reading.source, keep_output=bool(plan.after))
+            rw.bypass(reading.node, reading.source, keep_output=bool(plan.after or held))
         elif reading.node in rw:
             rw.remove(reading.node)
         renamed = {tensor.name: rw.rename(tensor, "_unscaled") for tensor in plan.changed}
         done = Rewrite.of(reason, records, renamed)
         return replace(done, removed=(describe(reading.node), *done.removed), residual=residual)
+
+
+def _held(rw: Rewriter, plan: Plan) -> list[tuple[gs.Tensor, Values, float]] | Refusal:
+    """What constants hold once they have taken a scale and shift over, and by how much rounding changed that."""
+    found = []
+    for tensor, affine in plan.held:
+        value, dtype = rw.value(tensor), rw.dtype(tensor)
+        if value is None or dtype is None:
+            return Refusal(f"the constant {tensor.name!r} is not finite")
+        along = (
+            (1,) * value.ndim
+            if affine.axis is None
+            else tuple(-1 if a == affine.axis else 1 for a in range(value.ndim))
+        )
+        exact = value * affine.map.scale.reshape(along) + affine.map.bias.reshape(along)
+        low = emit.rounded(exact, dtype)
+        if isinstance(low, Refusal):
+            return low
+        largest = float(np.max(np.abs(exact), initial=0.0)) or 1.0
+        found.append((tensor, low, float(np.max(np.abs(low.astype(np.float64) - exact), initial=0.0)) / largest))
+    return found
 
 
 def _crowd(rw: Rewriter, tensor: gs.Tensor) -> str:
