@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -19,6 +20,8 @@ from pwopt.maps.forms import Reading
 from pwopt.rewriting.driver import Pass, Rewriter, describe
 from pwopt.rewriting.records import Rewrite, Skip
 
+#: By what part of its constants a model may grow, since maps that share a weight get weights of their own.
+UNSHARED = 1 / 20
 #: How many operators one scale may travel past; real models need a handful.
 MAX_REACH = 32
 
@@ -44,13 +47,19 @@ class FoldAffine(Pass):
     them, else into every map that reads them, through operators that let them pass (Concat, pooling,
     Resize, Transpose…: `pwopt.maps.commute`). Constants on the way, such as tables of positions, take their part. A
     shift in front of zero padding does not fold, a scale does. What neither side takes merges with its neighbour into
-    one BatchNormalization. Only if operators disappear.
+    one BatchNormalization. Only if operators disappear. A weight that others read too is copied if that is less to
+    read than what the operator that goes reads and writes, and if the model grows little by it (heads that share
+    convolutions between levels, but not normalisations: Tan et al., "EfficientDet", 2020).
     Ioffe and Szegedy, "Batch Normalization" (2015); bias fusion as in every compiler.
     """
 
     name = "fold-affine"
 
+    def __init__(self) -> None:
+        self._spare: int | None = None
+
     def start(self, rw: Rewriter) -> None:
+        self._spare = int(UNSHARED * rw.stored) if self._spare is None else self._spare
         self._fused = idioms.fused_by_runtime(rw)
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
@@ -160,8 +169,6 @@ class FoldAffine(Pass):
         axis = reading.axis if after else reading.source_axis
         if axis is not None and affine.axis is not None and axis != affine.axis:
             return f"{reading.node.op} acts on axis {axis}, not {affine.axis}"
-        if reading.weighted and rw.shared(reading.weight_input):
-            return f"the weight {reading.weight_input.name!r} is shared"
         if any(reading.node is other.node for other in plan.maps()):
             return f"{reading.node.op} would take it twice"
         g = reading.geometry
@@ -172,6 +179,19 @@ class FoldAffine(Pass):
                 return composed.reason
         (plan.after if after else plan.before).append((reading, affine))
         return ""
+
+    def _copied(self, rw: Rewriter, reading: Reading, plan: Plan) -> int | Refusal:
+        """Bytes of the shared weights that a plan copies, or why that would cost more than it saves."""
+        weights = [r.weight_input for r in plan.maps() if r.weighted and rw.shared(r.weight_input)]
+        if not weights:
+            return 0
+        listed, copies = ", ".join(sorted({repr(w.name) for w in weights})), sum(rw.elements(w) or 0 for w in weights)
+        size, dtype = rw.size_of(reading.output), rw.dtype(reading.output)
+        if size is None or dtype is None or copies > 2 * math.prod(size):
+            return Refusal(f"the weight {listed} is shared, and a copy would be more to read than is saved")
+        if copies * dtype.itemsize > (self._spare or 0):
+            return Refusal(f"the weight {listed} is shared, and the model would grow by more than {UNSHARED:.0%}")
+        return copies * dtype.itemsize
 
     def _apply(self, rw: Rewriter, reading: Reading, plan: Plan) -> Rewrite | Refusal:
         """Carry a plan out, or refuse without having changed anything."""
@@ -189,6 +209,9 @@ class FoldAffine(Pass):
                 if isinstance(written, Refusal):
                     return written
                 edits.append((target, written))
+        copied = self._copied(rw, reading, plan)
+        if isinstance(copied, Refusal):
+            return copied
         held = _held(rw, plan)
         if isinstance(held, Refusal):
             return held
@@ -197,6 +220,7 @@ class FoldAffine(Pass):
             return Refusal("merging them would not save an operator")
         if not direct and not edits and not held:
             return Refusal("nothing would take it over")
+        self._spare = (self._spare or 0) - copied
         takers = [*(describe(t.node) for t, _ in edits), *(f"the constant {t.name!r}" for t, *_ in held)]
         reason = f"{describe(reading.node)} folds into {' and '.join(takers[:3])}" + " and more" * (len(takers) > 3)
         residual = max((*(w.residual for _, w in edits), *(lost for *_, lost in held)), default=0.0)

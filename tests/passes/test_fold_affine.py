@@ -6,6 +6,8 @@ import pytest
 from helpers import build, normal, ops, parse, reasons, run, same, weight
 from onnx import helper
 
+import pwopt
+from pwopt.graph.storage import total_bytes
 from pwopt.passes import CleanUp, FoldAffine, JoinViews
 
 X = normal(2, 4, 6, 6)
@@ -546,3 +548,40 @@ def test_gemms_that_take_nothing_over(body: str, word: str) -> None:
     result, outcome, _ = run(model, FoldAffine())
     assert result is model
     assert word in " ".join(reasons(outcome))
+
+
+def levels(spare: int, size: str) -> onnx.ModelProto:
+    """A convolution that two levels share, with a normalisation of its own for each; `spare` numbers beside that."""
+    norms = {f"{k}{i}": normal(8, seed=7 * i + j) ** 2 + 0.5 for i in (0, 1) for j, k in enumerate("gbmv")}
+    body = (
+        f"(double[1,8,2,{size}] x, double[1,8,1,{size}] u, double[{spare}] t) => (double[N] y, double[M] z, double[K] s) {{"
+        " a = Conv(x, w) c = BatchNormalization(a, g0, b0, m0, v0) y = Relu(c)"
+        " d = Conv(u, w) e = BatchNormalization(d, g1, b1, m1, v1) z = Relu(e) s = Mul(t, r) }"
+    )
+    return parse(body, w=normal(8, 8, 1, 1), r=normal(spare), **norms)
+
+
+@pytest.mark.parametrize(
+    ("spare", "size", "left", "word"),
+    [
+        (4000, "4", 0, ""),  # a copy for one level; what is left is the other's own
+        (1000, "4", 2, "grow by more than 5%"),
+        (4000, "1", 2, "more to read than is saved"),
+        (4000, "W", 2, "more to read than is saved"),
+    ],
+)
+def test_a_shared_weight_is_copied_where_that_costs_less(spare: int, size: str, left: int, word: str) -> None:
+    model = levels(spare, size)
+    result, outcome, _ = run(model, FoldAffine())
+    assert ops(result).get("BatchNormalization", 0) == left
+    assert word in " ".join(reasons(outcome))
+    assert [r.growth for r in outcome.rewrites] == ([] if left else [8 * (64 - 24), 8 * -24])
+    width = 4 if size == "W" else int(size)
+    same(model, result, x=normal(1, 8, 2, width), u=normal(1, 8, 1, width), t=normal(spare))
+
+
+def test_no_copy_where_the_model_must_not_grow() -> None:
+    model = levels(4000, "4")
+    free, bound = (pwopt.optimize(model, cost="analytic", verify=False, max_growth=g).model for g in (None, 0.0))
+    assert [ops(m).get("BatchNormalization", 0) for m in (free, bound)] == [0, 2]
+    assert total_bytes(bound) <= total_bytes(model)
