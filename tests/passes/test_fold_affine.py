@@ -7,6 +7,7 @@ from helpers import build, normal, ops, parse, reasons, run, same, weight
 from onnx import helper
 
 import pwopt
+from pwopt.graph.files import from_proto
 from pwopt.graph.storage import total_bytes
 from pwopt.passes import CleanUp, FoldAffine, JoinViews
 
@@ -585,3 +586,24 @@ def test_no_copy_where_the_model_must_not_grow() -> None:
     free, bound = (pwopt.optimize(model, cost="analytic", verify=False, max_growth=g).model for g in (None, 0.0))
     assert [ops(m).get("BatchNormalization", 0) for m in (free, bound)] == [0, 2]
     assert total_bytes(bound) <= total_bytes(model)
+
+
+@pytest.mark.parametrize(
+    ("out", "sizes", "left"),
+    [
+        (5, (1, 1, 1, 1), 0),  # one number for all channels
+        (5, (5, 5, 5, 1), 1),
+        (5, (1, 5, 5, 5), 1),
+        (1, (5, 5, 5, 5), 1),  # it would make five channels of one
+    ],
+)
+def test_normalisations_whose_sizes_broadcast(out: int, sizes: tuple[int, ...], left: int) -> None:
+    """onnx's inference and onnxruntime refuse them, its reference broadcasts: what is folded gives its answers."""
+    numbers = {name: normal(size, seed=i) ** 2 + 0.5 for i, (name, size) in enumerate(zip("gbmv", sizes, strict=True))}
+    body = SIDE + "{ h = Conv(x, w) y = BatchNormalization(h, g, b, m, v) }"
+    model = parse(body, w=normal(out, 4, 1, 1), **numbers)
+    loaded = from_proto(model)
+    FoldAffine().run(loaded.graph)
+    result = loaded.to_proto()
+    assert ops(result).get("BatchNormalization", 0) == left
+    same(model, result, x=X)
