@@ -75,7 +75,8 @@ class FoldAffine(Pass):
             return Skip(diagonal.reason)
         affine = Affine(diagonal.at_rank(0), reading.axis)
         up, down = Plan(), Plan()
-        up_refusal = rw.crowd(reading.source) or self._lift(rw, reading.source, affine, up)
+        alone = "there is a constant" if rw.constant(reading.source) is not None else rw.crowd(reading.source)
+        up_refusal = alone or self._lift(rw, reading.source, affine, up)
         if not up_refusal:
             done = self._apply(rw, reading, up)
             if isinstance(done, Rewrite):

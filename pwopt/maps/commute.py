@@ -351,8 +351,12 @@ def _lift_gemm(view: View, node: gs.Node, affine: Affine) -> list[Moves] | Refus
     """(αAB + βC)s + t = αA(Bs) + β(Cs + t/β) for one number per column."""
     flip, summand = bool(node.attrs.get("transB", 0)), view.optional(node, 2)
     beta, output = node.attrs.get("beta", 1.0) if summand is not None else 0.0, node.outputs[0]
-    if affine.axis == 0 or view.opset < 7 or sum(t is summand for t in node.inputs) > 1:
-        return Refusal("Gemm has one number per column, not per row" if affine.axis == 0 else "Gemm reads it twice")
+    if affine.axis == 0 or view.opset < 7:
+        return Refusal(
+            "Gemm takes one number per column, not per row" if affine.axis == 0 else "Gemm may not broadcast"
+        )
+    if len({id(t) for t in node.inputs}) < len(node.inputs):
+        return Refusal("Gemm reads one tensor twice")
     scaled = affine.scale_only()
     moves = [(node.inputs[1], scaled.moved(None if affine.axis is None else 0 if flip else 1))] if affine.scales else []
     if beta == 0.0 or summand is None:

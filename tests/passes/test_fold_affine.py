@@ -532,6 +532,15 @@ def test_constants_that_cannot_take_them(body: str, word: str) -> None:
     assert word in " ".join(reasons(outcome))
 
 
+def test_what_a_constant_alone_is_normalised_to_is_no_fold() -> None:
+    """Nobody is left to take the place of the operator, whose result is read here and is an output."""
+    body = "(double[2,4,6,6] x) => (double[N] y, double[M] z) { h = BatchNormalization(k, g, b, m, v) y = Add(x, h) z = Relu(h) }"
+    given = {"k": normal(2, 4, 6, 6), **{name: normal(4, seed=i) ** 2 + 0.1 for i, name in enumerate("gbmv")}}
+    model = parse(body, **given)
+    result, _, _ = run(model, FoldAffine())
+    assert result is model
+
+
 @pytest.mark.parametrize(
     ("body", "word"),
     [
@@ -539,7 +548,8 @@ def test_constants_that_cannot_take_them(body: str, word: str) -> None:
         ("h = Gemm<transA=1>(x, z) y = Add(h, s)", "adds nothing"),
         ("h = Gemm<beta=0.0>(x, w, e) y = Add(h, s)", "adds nothing"),
         ("h = Gemm(x, w, e) y = Mul(h, r)", "per column"),
-        ("h = Gemm(x, e, e) y = Mul(h, s)", "reads it twice"),
+        ("h = Gemm(x, e, e) y = Mul(h, s)", "reads one tensor twice"),
+        ("k = Gemm(x, w) h = Gemm(k, k) y = Mul(h, s)", "reads one tensor twice"),
         ("h = Mul(x, s) y = Gemm(h, w, e)", "does not pass through Gemm"),
     ],
 )
