@@ -200,3 +200,13 @@ def test_gemm_transposes_by_itself(turn: str, gemm: str, shape: tuple[int, int])
 def test_a_transposition_that_others_read_stays_before_gemm(body: str) -> None:
     model = parse(body)
     assert run(model, JoinViews())[0] is model
+
+
+def test_transpositions_around_layer_normalizations_meet() -> None:
+    """Normalisations over channels as ConvNeXt's exporters write them; what lies between two of them has none."""
+    head = "(double[2,5,4,3] x) => (double[M,N] y) { t = Transpose<perm=[0,2,3,1]>(x) l = LayerNormalization(t, s) "
+    rest = "u = Transpose<perm=[0,3,1,2]>(l) v = Transpose<perm=[0,2,3,1]>(u) y = LayerNormalization(v, s) }"
+    model = parse(head + rest, s=normal(5))
+    result, _, _ = run(model, JoinViews(), CleanUp())
+    assert ops(result) == {"Transpose": 1, "LayerNormalization": 2}
+    same(model, result, x=normal(2, 5, 4, 3))
