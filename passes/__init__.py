@@ -12,6 +12,7 @@ from pwopt.passes.factor_gates import FactorGates
 from pwopt.passes.factor_ranks import FactorRanks
 from pwopt.passes.focus import Focus
 from pwopt.passes.fold_affine import FoldAffine
+from pwopt.passes.fold_borders import FoldBorders
 from pwopt.passes.fold_chains import FoldChains
 from pwopt.passes.frames import Frames
 from pwopt.passes.hoist_crop import HoistCrop
@@ -53,6 +54,7 @@ PASSES: tuple[type[Pass], ...] = (
     HoistCrop,
     Focus,
     FactorRanks,
+    FoldBorders,
     Polyphase,
     FractionalStride,
     SubPixel,
@@ -88,6 +90,7 @@ __all__ = [
     "FillTensorCores",
     "Focus",
     "FoldAffine",
+    "FoldBorders",
     "FoldChains",
     "FractionalStride",
     "Frames",

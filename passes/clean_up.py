@@ -43,6 +43,8 @@ BROADCASTING = frozenset(
     """Add And Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Or Pow Sub Sum Where
     Xor""".split()  # noqa: SIM905
 )
+#: Bytes of the largest Range that is written out: positions of 8,192 tokens.
+MAX_RANGE_BYTES = 1 << 16
 #: Elements of the largest weight that is compared with the identity: an adjacency of a thousand nodes.
 MAX_COMPARED = 1 << 20
 #: Operators that may begin a sum with +0: onnx says neither where a sum starts nor in which order it goes on.
@@ -138,7 +140,8 @@ class CleanUp(Pass):
         twice = next((name for name in kept if op in REARRANGING and values[name].nbytes > NEGLIGIBLE_BYTES), None)
         if twice is not None:
             return Skip(f"its value never changes, but {twice!r} is read elsewhere too, and would be stored twice")
-        outputs = evaluate(node, values, rw.opset, self._growth, kept)
+        growth = self._growth if op != "Range" else min(self._growth, _worth(rw, node))
+        outputs = evaluate(node, values, rw.opset, growth, kept)
         if isinstance(outputs, str):
             return Skip(outputs)
         made = sum(v.nbytes for v in outputs)
@@ -162,6 +165,20 @@ def _only_broadcasts(rw: Rewriter, node: gs.Node, op: str) -> bool:
         and any(_covers(extents(rw, t), wide, narrow) for t in reader.inputs if t is not output)
         for reader in rw.readers(output)
     )
+
+
+def _worth(rw: Rewriter, node: gs.Node) -> int:
+    """How many bytes a Range may become: a few numbers stand for all of it, and counting takes no time.
+
+    Nothing at all where its readers broadcast it beside data, since nothing follows from its numbers there.
+    """
+    readers = rw.readers(node.outputs[0])
+    ends = all(rw.op(r) in BROADCASTING and any(rw.constant(t) is None for t in _beside(r, node)) for r in readers)
+    return 0 if ends else MAX_RANGE_BYTES
+
+
+def _beside(reader: gs.Node, node: gs.Node) -> list[gs.Tensor]:
+    return [t for t in reader.inputs if t.name and t is not node.outputs[0]]
 
 
 def _repeated(rw: Rewriter, node: gs.Node, op: str) -> tuple[Entries | None, Entries | None]:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, replace
 
+import numpy as np
 import onnx_graphsurgeon as gs
 
+from pwopt.algebra import Values
 from pwopt.algebra.geometry import Refusal, compose_geometry
 from pwopt.algebra.linear import LinearMap, compose
 from pwopt.graph.attributes import VIEWS
@@ -17,16 +20,19 @@ from pwopt.maps.forms import Reading
 from pwopt.rewriting.driver import Pass, Rewriter, describe
 from pwopt.rewriting.records import Rewrite, Skip
 
+#: By what part of its constants a model may grow, since maps that share a weight get weights of their own.
+UNSHARED = 1 / 20
 #: How many operators one scale may travel past; real models need a handful.
 MAX_REACH = 32
 
 
 @dataclass
 class Plan:
-    """Maps that take a scale and shift over, on their output side or their input side, and tensors that change."""
+    """Maps that take a scale and shift over, on their output or input side, constants that do, and what changes."""
 
     after: list[tuple[Reading, Affine]] = field(default_factory=list)
     before: list[tuple[Reading, Affine]] = field(default_factory=list)
+    held: list[tuple[gs.Tensor, Affine]] = field(default_factory=list)
     changed: list[gs.Tensor] = field(default_factory=list)
     steps: int = 0
 
@@ -39,21 +45,28 @@ class FoldAffine(Pass):
 
     BatchNormalization, and Mul, Div, Add, Sub, Neg by a constant per channel, fold into the map that feeds
     them, else into every map that reads them, through operators that let them pass (Concat, pooling,
-    Resize, Transpose…: `pwopt.maps.commute`). A shift in front of zero padding does not fold, a scale does. What
-    neither side takes merges with its neighbour into one BatchNormalization. Only if operators disappear.
+    Resize, Transpose…: `pwopt.maps.commute`). Constants on the way, such as tables of positions, take their part. A
+    shift in front of zero padding does not fold, a scale does. What neither side takes merges with its neighbour into
+    one BatchNormalization. Only if operators disappear. A weight that others read too is copied if that is less to
+    read than what the operator that goes reads and writes, and if the model grows little by it (heads that share
+    convolutions between levels, but not normalisations: Tan et al., "EfficientDet", 2020).
     Ioffe and Szegedy, "Batch Normalization" (2015); bias fusion as in every compiler.
     """
 
     name = "fold-affine"
 
+    def __init__(self) -> None:
+        self._spare: int | None = None
+
     def start(self, rw: Rewriter) -> None:
+        self._spare = int(UNSHARED * rw.stored) if self._spare is None else self._spare
         self._fused = idioms.fused_by_runtime(rw)
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
         reading = forms.read(rw, node)
         if isinstance(reading, Refusal):
             return Skip(f"{node.op} stays: {reading.reason}") if node.op == "BatchNormalization" else None
-        if reading is None or not reading.geometry.diagonal or len(reading.nodes) > 1:
+        if reading is None or not reading.geometry.diagonal or len(reading.nodes) > 1 or reading.turned:
             return None
         if id(node) in self._fused:
             return Skip(f"it belongs to a {self._fused[id(node)]} that onnxruntime runs as one operator")
@@ -62,7 +75,8 @@ class FoldAffine(Pass):
             return Skip(diagonal.reason)
         affine = Affine(diagonal.at_rank(0), reading.axis)
         up, down = Plan(), Plan()
-        up_refusal = rw.crowd(reading.source) or self._lift(rw, reading.source, affine, up)
+        alone = "there is a constant" if rw.constant(reading.source) is not None else rw.crowd(reading.source)
+        up_refusal = alone or self._lift(rw, reading.source, affine, up)
         if not up_refusal:
             done = self._apply(rw, reading, up)
             if isinstance(done, Rewrite):
@@ -82,21 +96,23 @@ class FoldAffine(Pass):
         """Plan for `affine` to be applied above `tensor`, which only one node reads; a reason if that fails."""
         producer = rw.producer(tensor)
         plan.steps += 1
+        if rw.constant(tensor) is not None:
+            return self._hold(rw, tensor, affine, plan)
         if producer is None:
-            return "there is no operator" if tensor in rw.graph.inputs else "there is a constant"
+            return "there is no operator"
         if plan.steps > MAX_REACH:
             return f"more than {MAX_REACH} operators lie between"
         reading = forms.read(rw, producer)
         if isinstance(reading, Reading) and reading.kind in emit.FORMS and id(producer) not in self._fused:
             return self._take(rw, reading, affine, plan, after=True)
-        if isinstance(reading, Refusal) and producer.op in forms.WEIGHTED_OPS:
-            return f"{producer.op} cannot take it: {reading.reason}"
         alternatives = commute.lift(rw, producer, affine)
         if isinstance(alternatives, Refusal):
+            if isinstance(reading, Refusal) and rw.is_a(producer, "Conv", "ConvTranspose", "MatMul"):
+                return f"{producer.op} cannot take it: {reading.reason}"
             return alternatives.reason
         reason = ""
         for moves in alternatives:
-            trial = Plan(list(plan.after), list(plan.before), [*plan.changed], plan.steps)
+            trial = Plan(list(plan.after), list(plan.before), [*plan.held], [*plan.changed], plan.steps)
             reason = ""
             for source, moved in moves:
                 if moved.scales or moved.shifts:
@@ -106,9 +122,19 @@ class FoldAffine(Pass):
                 if reason:
                     break
             if not reason:
-                plan.after, plan.before, plan.changed = trial.after, trial.before, trial.changed
+                plan.after, plan.before = trial.after, trial.before
+                plan.held, plan.changed = trial.held, trial.changed
                 return ""
         return reason
+
+    @staticmethod
+    def _hold(rw: Rewriter, tensor: gs.Tensor, affine: Affine, plan: Plan) -> str:
+        """Add a constant that only one operator reads to the plan; a reason if it cannot take `affine` over."""
+        if rw.shared(tensor):
+            return f"the constant {tensor.name!r} is shared"
+        plan.changed = [t for t in plan.changed if t is not tensor]
+        plan.held.append((tensor, affine))
+        return ""
 
     def _sink(self, rw: Rewriter, tensor: gs.Tensor, affine: Affine, plan: Plan) -> str:
         """Plan for every reader of `tensor` to apply `affine` itself; a reason if one cannot."""
@@ -119,7 +145,7 @@ class FoldAffine(Pass):
         if not readers:
             return "nothing reads it"
         for reader in readers:
-            reading = forms.linear(rw, reader)
+            reading = forms.linear(rw, reader, turned=True)
             if reading is not None and reading.source is tensor and reading.kind in emit.FORMS:
                 reason = self._take(rw, forms.weighted(rw, reader) or reading, affine, plan, after=False)
                 if id(reader) in self._fused:
@@ -141,10 +167,9 @@ class FoldAffine(Pass):
 
     def _take(self, rw: Rewriter, reading: Reading, affine: Affine, plan: Plan, *, after: bool) -> str:
         """Add a map to the plan if it can take `affine` over exactly; a reason if not."""
-        if reading.axis is not None and affine.axis is not None and reading.axis != affine.axis:
-            return f"{reading.node.op} acts on axis {reading.axis}, not {affine.axis}"
-        if reading.weighted and rw.shared(reading.weight_input):
-            return f"the weight {reading.weight_input.name!r} is shared"
+        axis = reading.axis if after else reading.source_axis
+        if axis is not None and affine.axis is not None and axis != affine.axis:
+            return f"{reading.node.op} acts on axis {axis}, not {affine.axis}"
         if any(reading.node is other.node for other in plan.maps()):
             return f"{reading.node.op} would take it twice"
         g = reading.geometry
@@ -155,6 +180,19 @@ class FoldAffine(Pass):
                 return composed.reason
         (plan.after if after else plan.before).append((reading, affine))
         return ""
+
+    def _copied(self, rw: Rewriter, reading: Reading, plan: Plan) -> int | Refusal:
+        """Bytes of the shared weights that a plan copies, or why that would cost more than it saves."""
+        weights = [r.weight_input for r in plan.maps() if r.weighted and rw.shared(r.weight_input)]
+        if not weights:
+            return 0
+        listed, copies = ", ".join(sorted({repr(w.name) for w in weights})), sum(rw.elements(w) or 0 for w in weights)
+        size, dtype = rw.size_of(reading.output), rw.dtype(reading.output)
+        if size is None or dtype is None or copies > 2 * math.prod(size):
+            return Refusal(f"the weight {listed} is shared, and a copy would be more to read than is saved")
+        if copies * dtype.itemsize > (self._spare or 0):
+            return Refusal(f"the weight {listed} is shared, and the model would grow by more than {UNSHARED:.0%}")
+        return copies * dtype.itemsize
 
     def _apply(self, rw: Rewriter, reading: Reading, plan: Plan) -> Rewrite | Refusal:
         """Carry a plan out, or refuse without having changed anything."""
@@ -172,27 +210,61 @@ class FoldAffine(Pass):
                 if isinstance(written, Refusal):
                     return written
                 edits.append((target, written))
+        copied = self._copied(rw, reading, plan)
+        if isinstance(copied, Refusal):
+            return copied
+        held = _held(rw, plan)
+        if isinstance(held, Refusal):
+            return held
         spared = 1 + sum(len(t.nodes) for t, _ in edits) - sum(len(w.nodes) for _, w in edits)
         if spared < 1 - _joins_views(rw, reading):
             return Refusal("merging them would not save an operator")
-        if not direct and not edits:
+        if not direct and not edits and not held:
             return Refusal("nothing would take it over")
-        names = " and ".join(describe(t.node) for t, _ in edits[:3]) + (" and more" if len(edits) > 3 else "")
-        reason = f"{describe(reading.node)} folds into {names}"
-        residual = max((w.residual for _, w in edits), default=0.0)
+        self._spare = (self._spare or 0) - copied
+        takers = [*(describe(t.node) for t, _ in edits), *(f"the constant {t.name!r}" for t, *_ in held)]
+        reason = f"{describe(reading.node)} folds into {' and '.join(takers[:3])}" + " and more" * (len(takers) > 3)
+        residual = max((*(w.residual for _, w in edits), *(lost for *_, lost in held)), default=0.0)
         if direct:
             ((target, written),) = edits
             return rw.replace([*target.nodes, reading.node], written.nodes, reason, residual)
         records = [rw.replace(target.nodes, written.nodes, reason) for target, written in edits]
         for _, written in edits:
             credit(written.nodes[-1], reading.nodes)
+        for tensor, values, _ in held:
+            (reader,) = rw.readers(tensor)
+            rw.release([tensor.name])
+            rw.reroute(tensor, rw.new_constant(tensor.name, values))
+            credit(reader, reading.nodes)
+            rw.enqueue_around(reader)
         if reading.node in rw and (rw.readers(reading.output) or rw.pinned(reading.output)):
-            rw.bypass(reading.node, reading.source, keep_output=bool(plan.after))
+            rw.bypass(reading.node, reading.source, keep_output=bool(plan.after or held))
         elif reading.node in rw:
             rw.remove(reading.node)
         renamed = {tensor.name: rw.rename(tensor, "_unscaled") for tensor in plan.changed}
         done = Rewrite.of(reason, records, renamed)
         return replace(done, removed=(describe(reading.node), *done.removed), residual=residual)
+
+
+def _held(rw: Rewriter, plan: Plan) -> list[tuple[gs.Tensor, Values, float]] | Refusal:
+    """What constants hold once they have taken a scale and shift over, and by how much rounding changed that."""
+    found = []
+    for tensor, affine in plan.held:
+        value, dtype = rw.value(tensor), rw.dtype(tensor)
+        if value is None or dtype is None:
+            return Refusal(f"the constant {tensor.name!r} is not finite")
+        along = (
+            (1,) * value.ndim
+            if affine.axis is None
+            else tuple(-1 if a == affine.axis else 1 for a in range(value.ndim))
+        )
+        exact = value * affine.map.scale.reshape(along) + affine.map.bias.reshape(along)
+        low = emit.rounded(exact, dtype)
+        if isinstance(low, Refusal):
+            return low
+        largest = float(np.max(np.abs(exact), initial=0.0)) or 1.0
+        found.append((tensor, low, float(np.max(np.abs(low.astype(np.float64) - exact), initial=0.0)) / largest))
+    return found
 
 
 def _crowd(rw: Rewriter, tensor: gs.Tensor) -> str:

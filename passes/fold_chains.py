@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_graphsurgeon as gs
 
@@ -62,7 +62,9 @@ class FoldChains(Pass):
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
         reading = _member(rw, node)
-        if reading is None or reading.node is not node:
+        if reading is None:
+            return _unread(rw, node)
+        if reading.node is not node:
             return None
         chain = self._chain_of(rw, reading)
         index = next(i for i, r in enumerate(chain.maps) if r.node is node)
@@ -93,7 +95,7 @@ class FoldChains(Pass):
 
     def _linked(self, rw: Rewriter, reading: Reading) -> tuple[Reading | None, str]:
         """The map whose output `reading` reads, if the two can be joined at all, else why they cannot."""
-        before = _member(rw, rw.producer(reading.source))
+        before = _member(rw, rw.producer(reading.source)) if not reading.turned else None
         if before is None or before.output is not reading.source:
             return None, ""
         crowd = rw.crowd(reading.source)
@@ -126,7 +128,7 @@ class FoldChains(Pass):
         if isinstance(composed, Refusal):
             return Skip(composed.reason)
         formed = [r for r in maps if r.weighted]
-        shape = next((r for r in formed if not r.geometry.pointwise), formed[-1])
+        shape = next((r for r in formed if r.turned or not r.geometry.pointwise), formed[-1])
         target, source, output = formed[-1], maps[0].source, maps[-1].output
         widths = "→".join(str(r.geometry.in_channels) for r in maps) + f"→{maps[-1].geometry.out_channels}"
         low = self._factored(rw, composed, shape, source, output, target)
@@ -154,7 +156,8 @@ class FoldChains(Pass):
             return None
         middle = rw.new_variable(f"{output.name}_rank", output, channels(target.axis, parts[0].geometry.out_channels))
         first = emit.write(rw, parts[0], shape, source, middle, target.axis)
-        second = emit.write(rw, parts[1], target, middle, output, target.axis, inherit=shape is not target)
+        plain = replace(target, turned=False)
+        second = emit.write(rw, parts[1], plain, middle, output, target.axis, inherit=shape is not target)
         if isinstance(first, Refusal) or isinstance(second, Refusal):
             return None
         return emit.Written((*first.nodes, *second.nodes), max(first.residual, second.residual))
@@ -166,10 +169,18 @@ def _weights(rw: Rewriter, written: emit.Written) -> int:
 
 def _member(rw: Rewriter, node: gs.Node | None) -> Reading | None:
     """A map that chains are made of: with weights, or one that its neighbours can take over for nothing."""
-    reading = forms.weighted(rw, node) or forms.linear(rw, node)
+    reading = forms.weighted(rw, node) or forms.linear(rw, node, turned=True)
     if reading is None or reading.fill is not None:
         return None
     return reading if reading.weighted or reading.kind in ("selection", "reduction", "border") else None
+
+
+def _unread(rw: Rewriter, node: gs.Node) -> Skip | None:
+    """Why a Gemm beside another map is none that could be folded."""
+    found = forms.read(rw, node) if rw.is_a(node, "Gemm") else None
+    beside = (rw.producer(node.inputs[0]), rw.sole_reader(node.outputs[0])) if isinstance(found, Refusal) else ()
+    near = any(forms.weighted(rw, n) is not None for n in beside)
+    return Skip(f"Gemm stays: {found.reason}") if isinstance(found, Refusal) and near else None
 
 
 def _next_map(rw: Rewriter, reading: Reading) -> Reading | None:

@@ -21,7 +21,8 @@ RESHAPE_TAKES_SHAPES = 5
 
 
 class JoinViews(Pass):
-    """TₚTᵩ = Tᵩₚ; R_a R_b = R_a; R⁻¹ R = 1; R⁻¹ T R = T′ where R joins axes and R⁻¹ parts them again
+    """TₚTᵩ = Tᵩₚ; R_a R_b = R_a; R⁻¹ R = 1; R⁻¹ T R = T′ where R joins axes and R⁻¹ parts them again; Gemm of
+    a transposed matrix transposes by itself
 
     The dynamo exporter of PyTorch turns the keys of attention so, with the sizes taken from Shape: (b, h, s, d) →
     (b·h, s, d) → (b·h, d, s) → (b, h, d, s). The elements come in the same order either way, since the axes that are
@@ -32,6 +33,8 @@ class JoinViews(Pass):
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
         op = rw.op(node)
+        if op == "Gemm":
+            return _turned_before_gemm(rw, node)
         before = rw.producer(node.inputs[0]) if op in ("Transpose", *VIEWS) else None
         if before is None or rw.crowd(node.inputs[0]):
             return None
@@ -94,6 +97,19 @@ def _turned_twice(rw: Rewriter, before: gs.Node, node: gs.Node) -> Rewrite | Non
         return None
     attrs = {**node.attrs, "perm": [perms[0][p] for p in perms[1]]}
     return _one(rw, [before, node], gs.Node("Transpose", node.name, attrs, [before.inputs[0]], list(node.outputs)))
+
+
+def _turned_before_gemm(rw: Rewriter, node: gs.Node) -> Rewrite | None:
+    """Gemm of a transposed matrix: Gemm transposes by itself, or no longer."""
+    for index, name in enumerate(("transA", "transB")):
+        operand = node.inputs[index]
+        turn = rw.producer(operand)
+        alone = not rw.crowd(operand) and sum(t is operand for t in node.inputs) == 1
+        if alone and rw.is_a(turn, "Transpose") and attributes.perm(rw, turn) == [1, 0]:
+            attrs = {**node.attrs, name: 1 - bool(node.attrs.get(name, 0))}
+            inputs = [turn.inputs[0] if t is operand else t for t in node.inputs]
+            return _one(rw, [turn, node], gs.Node("Gemm", node.name, attrs, inputs, list(node.outputs)))
+    return None
 
 
 def _turned_inside(rw: Rewriter, turn: gs.Node, node: gs.Node) -> Rewrite | None:

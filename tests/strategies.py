@@ -259,13 +259,15 @@ class Builder:
         if x.rank < 1 or 0 in x.shape:
             raise UnfitError("no matrix")
         if x.rank == 2 and self.chance(0.5):
-            flip = self.chance(0.5)
-            w = self.weights(out, x.shape[1])
+            flip, turn = self.chance(0.5), self.chance(0.2)
+            rows, inn = x.shape[::-1] if turn else x.shape
+            w = self.weights(out, inn)
             inputs: list[str | Tensor] = [x, self.constant(w if flip else w.T)]
-            bias = self.rng.choice([(out,), (1, out), (), (x.shape[0], out)])
+            bias = self.rng.choice([(out,), (1, out), (), (rows, out)])
             if self.opset < 11 or self.chance(0.6):
                 inputs.append(self.constant(self.numbers.normal(size=bias)))
             extra = {"alpha": 0.5, "beta": 2.0} if self.chance(0.2) else {}
+            extra |= {"transA": 1} if turn else {}
             return self.node("Gemm", inputs, transB=int(flip), **extra)[0]
         if x.rank >= 2 and self.chance(0.2):
             return self.node("MatMul", [self.constant(self.weights(out, x.shape[-2])), x])[0]

@@ -159,6 +159,18 @@ def compose_geometry(second: Geometry, first: Geometry) -> Geometry | Refusal:
     )
 
 
+def homogeneous_geometry(first: Geometry) -> Geometry | Refusal:
+    """Geometry of a map of (x, 1), one channel more that is 1 wherever x is: its weight there is the bias of `first`.
+
+    W·x + b = (W b)·(x; 1) at every position that the map reads inside of x. Outside, a padding gives 0 to the channel
+    of ones as to the others, so that what comes next may pad: it would have read 0 there, and W·0 + b·0 is that. So
+    the map must not look outside itself, and have one tap: then each of its positions reads one of x.
+    """
+    if first.taps > 1 or first.padded or first.transposed:
+        return Refusal("only a map with one tap sees the channel of ones at every position")
+    return replace(first, in_channels=first.in_channels + 1, groups=1, biased=False)
+
+
 def _spanning(stencil: Geometry, first: Geometry, second: Geometry) -> Geometry:
     """The given stencil from the inputs of `first` to the outputs of `second`."""
     s = stencil  # spelled out, since dataclasses.replace costs more than all the rest of a composition

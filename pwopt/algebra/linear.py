@@ -27,6 +27,7 @@ from pwopt.algebra.geometry import (
     add_geometry,
     align_geometry,
     compose_geometry,
+    homogeneous_geometry,
     pointwise_geometry,
 )
 from pwopt.algebra.geometry import (
@@ -140,6 +141,14 @@ class LinearMap:
             return self
         wide = pointwise_geometry(channels, channels, groups=channels, rank=g.rank, biased=g.biased)
         return LinearMap(wide, np.repeat(self.weight, channels, 0), np.repeat(self.bias, channels))
+
+    def homogeneous(self) -> LinearMap | Refusal:
+        """The same map of (x, 1), without a bias; see `homogeneous_geometry`."""
+        geometry = homogeneous_geometry(self.geometry)
+        if isinstance(geometry, Refusal):
+            return geometry
+        bias = self.bias.reshape(-1, 1, *self.geometry.kernel)
+        return LinearMap.of(geometry, np.concatenate([self.regrouped(1).weight, bias], axis=1))
 
     def regrouped(self, groups: int) -> LinearMap:
         """The same map in fewer groups (a divisor of the present number), zeros filled in."""

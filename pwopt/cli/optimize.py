@@ -34,6 +34,7 @@ def optimize(
     max_growth: options.MaxGrowth = None,
     static: options.Static = Request.static,
     opset: options.Opset = None,
+    name_nodes: options.NameNodes = Request.name_nodes,
     report: options.Document = None,
     rtol: options.Rtol = None,
     atol: options.Atol = None,
@@ -56,6 +57,7 @@ def optimize(
         threads=options.thread_counts(threads), static=static, max_growth=max_growth, opset=opset, rtol=rtol,
         atol=atol, verify=not no_verify, effort=effort, budget=budget, cache=not no_cache,
         target_profile=target_profile, force=force, plugins=plugin or (), dry_run=dry_run,
+        name_nodes=name_nodes,
     )  # fmt: skip
     manner = Manner(details, json, quiet, verbose, debug, context.obj)
     if directory is not None:

@@ -113,6 +113,9 @@ MaxGrowth = Annotated[
 ]
 Static = Annotated[bool, typer.Option("--static", help="Fix the inputs to --shape in the result.")]
 Opset = Annotated[int | None, typer.Option(help="Convert to this opset first.", show_default=False)]
+NameNodes = Annotated[
+    bool, typer.Option("--name-nodes", help="Give every operator without a name one, such as Conv_y.")
+]
 Rtol = Annotated[
     float | None, typer.Option(help="Relative tolerance.  (default: by type, 1e-4 for float32)", show_default=False)
 ]

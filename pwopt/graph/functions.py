@@ -23,13 +23,35 @@ def bodies_of(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
         yield from [attribute.g] if attribute.HasField("g") else attribute.graphs
 
 
-def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """These nodes, and those of their bodies."""
-    pending = list(nodes)
+def nodes_within(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """These nodes, each followed by those of its bodies."""
+    pending = list(nodes)[::-1]
     while pending:
         node = pending.pop()
         yield node
-        pending.extend(inner for body in bodies_of(node) for inner in body.node)
+        pending.extend(reversed([inner for body in bodies_of(node) for inner in body.node]))
+
+
+def drop_unused_opsets(model: onnx.ModelProto) -> None:
+    """Leave out the opset imports that no operator and no function needs, and those that are there twice.
+
+    ONNX's own domain has two names, and always stays. A function names its opsets itself; whoever loads the model may
+    look them up here all the same.
+    """
+    if len(model.opset_import) < 2:
+        return
+    needed = {"", *(f.domain for f in model.functions), *(o.domain for f in model.functions for o in f.opset_import)}
+    graphs = [model.graph, *(g for t in model.training_info for g in (t.initialization, t.algorithm))]
+    needed |= {n.domain for nodes in (*graphs, *model.functions) for n in nodes_within(nodes.node)}
+    kept: dict[tuple[str, int], onnx.OperatorSetIdProto] = {}
+    for entry in model.opset_import:
+        domain = "" if entry.domain == "ai.onnx" else entry.domain
+        if domain in needed:
+            kept.setdefault((domain, entry.version), entry)
+    if len(kept) < len(model.opset_import):
+        imports = list(kept.values())
+        del model.opset_import[:]
+        model.opset_import.extend(imports)
 
 
 def callers(proto: onnx.ModelProto) -> dict[Function, set[Function]]:
@@ -37,7 +59,7 @@ def callers(proto: onnx.ModelProto) -> dict[Function, set[Function]]:
     known = functions(proto)
     found: dict[Function, set[Function]] = {key: set() for key in known}
     for key, function in known.items():
-        for node in _nodes(function.node):
+        for node in nodes_within(function.node):
             if (node.domain, node.op_type) in known:
                 found[node.domain, node.op_type].add(key)
     return found
@@ -50,7 +72,9 @@ def expanded(proto: onnx.ModelProto) -> int | None:
     sizes: dict[Function, int] = {}
 
     def total(nodes: Iterable[onnx.NodeProto]) -> int | None:
-        counted = [sizes.get((n.domain, n.op_type)) if (n.domain, n.op_type) in known else 1 for n in _nodes(nodes)]
+        counted = [
+            sizes.get((n.domain, n.op_type)) if (n.domain, n.op_type) in known else 1 for n in nodes_within(nodes)
+        ]
         found = [c for c in counted if c is not None]
         return sum(found) if len(found) == len(counted) and sum(found) <= limit else None
 

@@ -23,6 +23,7 @@ from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from pwopt.algebra import Values
 from pwopt.errors import ModelError
+from pwopt.graph.functions import drop_unused_opsets
 from pwopt.graph.provenance import ATTRIBUTE, documented, origins, stand_for
 from pwopt.graph.storage import copy_fields, locations_of
 
@@ -132,6 +133,7 @@ class Model:
         names = {name for node in new.node for name in node.output} | written
         new.value_info.extend(v for v in old.value_info if v.name in names - stale)
         new.quantization_annotation.extend(q for q in old.quantization_annotation if q.tensor_name in names)
+        drop_unused_opsets(model)
         return model
 
     def copy(self) -> Model:

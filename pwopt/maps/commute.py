@@ -333,6 +333,8 @@ def lift(view: View, node: gs.Node, affine: Affine) -> list[Moves] | Refusal:
         return [[(t, Affine(LinearMap.diagonal(s, b), axis)) for t, (s, b) in zip(node.inputs, pieces, strict=True)]]
     if op in PAIRS:
         return _lift_pair(view, node, affine, op)
+    if op == "Gemm":
+        return _lift_gemm(view, node, affine)
     found = _checked(view, affine, node)
     if isinstance(found, Refusal):
         return found
@@ -343,6 +345,26 @@ def lift(view: View, node: gs.Node, affine: Affine) -> list[Moves] | Refusal:
             return Refusal(f"{node.op} changes the channel axis")
         axis = back[axis]
     return [[(node.inputs[0], affine.moved(axis))]]
+
+
+def _lift_gemm(view: View, node: gs.Node, affine: Affine) -> list[Moves] | Refusal:
+    """(αAB + βC)s + t = αA(Bs) + β(Cs + t/β) for one number per column."""
+    flip, summand = bool(node.attrs.get("transB", 0)), view.optional(node, 2)
+    beta, output = node.attrs.get("beta", 1.0) if summand is not None else 0.0, node.outputs[0]
+    if affine.axis == 0 or view.opset < 7:
+        return Refusal(
+            "Gemm takes one number per column, not per row" if affine.axis == 0 else "Gemm may not broadcast"
+        )
+    if len({id(t) for t in node.inputs}) < len(node.inputs):
+        return Refusal("Gemm reads one tensor twice")
+    scaled = affine.scale_only()
+    moves = [(node.inputs[1], scaled.moved(None if affine.axis is None else 0 if flip else 1))] if affine.scales else []
+    if beta == 0.0 or summand is None:
+        return Refusal("Gemm adds nothing that could be shifted") if affine.shifts else [moves]
+    if not _same_channels(view, affine, summand, output):
+        return Refusal("Gemm broadcasts what it adds")
+    own = Affine(LinearMap.diagonal(affine.map.scale, affine.map.bias / beta), affine.axis)
+    return [[*moves, (summand, own)]]
 
 
 def _lift_pair(view: View, node: gs.Node, affine: Affine, op: str) -> list[Moves] | Refusal:

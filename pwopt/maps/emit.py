@@ -168,7 +168,7 @@ class _Writer:
         inputs = [self.source, self.constant("weight", self.matrix() if flip else self.matrix().T)]
         if self.linear.geometry.biased or self.view.opset < 11:  # the third input is optional from opset 11
             inputs.append(self.constant("bias", self.linear.bias))
-        attrs: dict[str, Any] = {"transB": 1} if flip else {}
+        attrs: dict[str, Any] = {name: 1 for name, wanted in (("transA", self.like.turned), ("transB", flip)) if wanted}
         return [self.node("Gemm", inputs, self.output, **attrs)]
 
     def matmul(self) -> list[gs.Node]:

@@ -44,6 +44,9 @@ class Reading:
         Reads the numbers: a LinearMap, or a Refusal if they are not finite.
     fill : array or None
         Of a border: what it holds, per channel, where that is not zero.
+    turned : bool
+        Whether it reads its data input transposed (Gemm's transA): there the channels lie on axis 0. Only who asks
+        `linear` for such maps is given them.
     """
 
     nodes: tuple[gs.Node, ...]
@@ -54,6 +57,7 @@ class Reading:
     weight: gs.Tensor | None
     load: Callable[[], LinearMap | Refusal]
     fill: Array | None = None
+    turned: bool = False
 
     @property
     def node(self) -> gs.Node:
@@ -62,6 +66,11 @@ class Reading:
     @property
     def output(self) -> gs.Tensor:
         return self.nodes[-1].outputs[0]
+
+    @property
+    def source_axis(self) -> int | None:
+        """The channel axis of the data input."""
+        return 0 if self.turned else self.axis
 
     @property
     def weighted(self) -> bool:
@@ -111,10 +120,10 @@ def read(view: View, node: gs.Node | None) -> Result:
     return result
 
 
-def linear(view: View, node: gs.Node | None) -> Reading | None:
-    """`read`, with refusals left out."""
+def linear(view: View, node: gs.Node | None, *, turned: bool = False) -> Reading | None:
+    """`read`, with refusals left out, and maps of a transposed input unless those are asked for."""
     reading = read(view, node)
-    return reading if isinstance(reading, Reading) else None
+    return reading if isinstance(reading, Reading) and (turned or not reading.turned) else None
 
 
 def weighted(view: View, node: gs.Node | None) -> Reading | None:

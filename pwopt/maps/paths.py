@@ -92,6 +92,9 @@ def trace(view: View, tensor: gs.Tensor, fused: Collection[int] = ()) -> Path:
         if reading is None or reading.output is not start:
             obstacle = f"{node.op} is not a linear map with constant numbers"
             break
+        if reading.turned:
+            obstacle = f"{node.op} transposes its data input"
+            break
         if any(id(n) in fused for n in reading.nodes):
             obstacle = f"{node.op} belongs to a larger operator that onnxruntime runs as one"
             break

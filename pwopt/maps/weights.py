@@ -117,8 +117,6 @@ def read_gemm(view: View, node: gs.Node) -> Result:
     weight = _weight(view, node, 1)
     if weight is None:
         return NOT_CONSTANT
-    if node.attrs.get("transA", 0):
-        return Refusal("it transposes its data input")
     flip = bool(node.attrs.get("transB", 0))
     inn, out = reversed(weight.shape) if flip else weight.shape
     alpha, beta = node.attrs.get("alpha", 1.0), node.attrs.get("beta", 1.0)
@@ -134,6 +132,7 @@ def read_gemm(view: View, node: gs.Node) -> Result:
     return Reading(
         (node,), node.inputs[0], geometry, 1, "gemm", weight,
         _loader(view, weight, geometry, bias, lambda w: alpha * (w if flip else w.T)),
+        turned=bool(node.attrs.get("transA", 0)),
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from typing import Concatenate, ParamSpec
 import onnx
 
 from pwopt.graph.files import Source, as_file, blaming, load, save
+from pwopt.graph.names import with_named_nodes
 from pwopt.graph.shapes import written
 from pwopt.graph.sources import handed, renamed
 from pwopt.graph.storage import workspace
@@ -148,6 +149,8 @@ def optimized(model: Source, request: Request) -> Result:
         done = returned(tried, source.proto, request, allowance).noted(*subject.why)
         if request.dry_run:
             done = done.noted(*_outlook(work, request.target_profile is None))
+        if request.name_nodes:
+            done = replace(done, proto=with_named_nodes(done.proto))
         if request.output is not None:
             request.progress("writing", 1.0)
             save(done.proto, request.output, source)

@@ -76,6 +76,9 @@ class Request:
     target_profile : path, optional
         What `pwopt.profile` recorded on the machine that the model is for: it decides on measured rewrites, and nothing
         is timed here.
+    name_nodes : bool
+        Give every operator of the result that has no name one, made of what it is and what it makes: ``Conv_y``. By
+        default, nodes without a name stay without.
     force : bool
         Allow `output` to be the file that the model came from.
     dry_run : bool
@@ -105,6 +108,7 @@ class Request:
     cache: bool = True
     max_growth: float | None = None
     target_profile: str | os.PathLike[str] | None = None
+    name_nodes: bool = False
     force: bool = False
     dry_run: bool = False
     progress: Progress = field(default=silent, repr=False, compare=False)

@@ -212,11 +212,19 @@ def test_gemm(opset: int, flip: int, bias: tuple[int, ...]) -> None:
     check(parse(body, opset, w=normal(5, 4) if flip else normal(4, 5), b=normal(*bias)), normal(3, 4))
 
 
-@pytest.mark.parametrize("attributes", ["<transA=1>", ""])
-def test_gemm_refusals(attributes: str) -> None:
-    body = f"(double[3,3] x) => (double[N] y) {{ y = Gemm{attributes}(x, w, b) }}"
-    _, reading = last(parse(body, w=normal(3, 5), b=normal(3, 5) if not attributes else normal(5)))
+def test_gemm_with_a_table_is_refused() -> None:
+    _, reading = last(parse("(double[3,3] x) => (double[N] y) { y = Gemm(x, w, b) }", w=normal(3, 5), b=normal(3, 5)))
     assert isinstance(reading, Refusal)
+
+
+def test_a_gemm_that_transposes_is_read_by_those_who_ask() -> None:
+    model = from_proto(parse("(double[4,3] x) => (double[N] y) { y = Gemm<transA=1>(x, w) }", w=normal(4, 5)))
+    view, node = View(model.graph), model.graph.nodes[0]
+    assert forms.linear(view, node) is None
+    assert forms.weighted(view, node) is None
+    reading = forms.linear(view, node, turned=True)
+    assert reading is not None
+    assert (reading.axis, reading.source_axis) == (1, 0)
 
 
 def test_a_number_for_each_row_is_no_bias() -> None:

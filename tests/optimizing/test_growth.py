@@ -77,3 +77,42 @@ def test_opsets_that_are_named_twice_alike() -> None:
     model.opset_import[-1].version = 16
     with pytest.raises(pwopt.ModelError, match="names 2 opsets"):
         pwopt.optimize(model, cost="analytic", verify=False)
+
+
+def versions(model: onnx.ModelProto) -> list[tuple[str, int]]:
+    return [(o.domain, o.version) for o in model.opset_import]
+
+
+def test_opsets_that_nothing_needs_go() -> None:
+    model = parse("(float[2] x) => (float[N] y) { a = Identity(x) y = Exp(a) }")
+    listed = [("ai.onnx", 17), ("com.example", 1), ("ai.onnx.ml", 3), ("com.example", 1)]
+    model.opset_import.extend(onnx.helper.make_opsetid(*entry) for entry in listed)
+    result = pwopt.optimize(model, cost="analytic", verify=False).model
+    assert versions(result) == [("", 17)]
+    unchanged = parse("(float[2] x) => (float[N] y) { y = Exp(x) }")
+    unchanged.opset_import.extend(onnx.helper.make_opsetid(*entry) for entry in listed)
+    assert pwopt.optimize(unchanged, cost="analytic", verify=False).model == unchanged
+
+
+def test_opsets_that_bodies_and_functions_need_stay() -> None:
+    model = parse("(float[2] x, bool c) => (float[N] y) { a = Identity(x) b = Exp(a) y = Abs(b) }")
+    output = onnx.helper.make_tensor_value_info("r", onnx.TensorProto.FLOAT, [2])
+    custom = onnx.helper.make_node("Other", ["b"], ["r"], domain="body")
+    body = onnx.helper.make_graph([custom], "body", [], [output])
+    model.graph.node[2].CopyFrom(onnx.helper.make_node("If", ["c"], ["y"], then_branch=body, else_branch=body))
+    own = [onnx.helper.make_opsetid("", 17), onnx.helper.make_opsetid("inner", 2)]
+    node = onnx.helper.make_node("Odd", ["p"], ["q"], domain="inner")
+    model.functions.append(onnx.helper.make_function("outer", "F", ["p"], ["q"], [node], own))
+    model.opset_import.extend(onnx.helper.make_opsetid(d, 2) for d in ("body", "outer", "inner", "unused"))
+    result = pwopt.optimize(model, cost="analytic", verify=False).model
+    assert "Identity" not in ops(result)
+    assert versions(result) == [("", 17), ("body", 2), ("outer", 2), ("inner", 2)]
+
+
+def test_two_versions_of_one_custom_domain_stay() -> None:
+    """Which of them holds is for whoever loads the model to say."""
+    model = parse("(float[2] x) => (float[N] y) { a = Identity(x) b = Exp(a) y = Odd(b) }")
+    model.graph.node[2].domain = "mine"
+    model.opset_import.extend(onnx.helper.make_opsetid("mine", v) for v in (1, 2, 1))
+    result = pwopt.optimize(model, cost="analytic", verify=False).model
+    assert versions(result) == [("", 17), ("mine", 1), ("mine", 2)]

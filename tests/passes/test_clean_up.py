@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from helpers import evaluate, normal, ops, parse, reasons, run, same
+from helpers import build, evaluate, normal, ops, parse, reasons, run, same
 from onnx import TensorProto, helper, numpy_helper
 
 import pwopt
@@ -217,6 +217,31 @@ def test_a_large_range_is_not_computed() -> None:
     weights = {"a": np.int64(0), "b": np.int64(1 << 40), "c": np.int64(1)}
     model = parse("(float[1] x) => (int64[N] y) { r = Range(a, b, c) y = ReduceMax(r) }", **weights)
     assert run(model, CleanUp())[0] is model
+
+
+@pytest.mark.parametrize(
+    ("body", "kind", "size", "left"),
+    [
+        ("r = Range(a, b, c) y = Add(x, r)", np.float32, 200, {"Add": 1}),
+        ("r = Range(a, b, c) y = Add(x, r)", np.float32, 300, {"Range": 1, "Add": 1}),
+        ("r = Range(a, b, c) y = Max(r, x, x)", np.float32, 300, {"Range": 1, "Max": 1}),
+        ("r = Range(a, b, c) s = Range(a, b, c) h = Mul(x, r) y = Sub(s, h)", np.float32, 300, {"Range": 2, "Mul": 1, "Sub": 1}),
+        ("r = Range(a, b, c) s = Mul(r, c) y = Add(x, s)", np.float32, 300, {"Add": 1}),
+        ("r = Range(a, b, c) s = Cast<to=1>(r) y = Add(x, s)", np.int64, 8192, {"Add": 1}),
+        ("r = Range(a, b, c) s = Cast<to=1>(r) y = Add(x, s)", np.int64, 8200, {"Range": 1, "Cast": 1, "Add": 1}),
+        ("r = Range(a, b, c) s = Unsqueeze(r, z) y = Mul(s, x)", np.float32, 300, {"Mul": 1}),
+    ],
+)  # fmt: skip
+def test_a_range_is_not_written_out_where_it_is_only_broadcast(
+    body: str, kind: type, size: int, left: dict[str, int]
+) -> None:
+    """Beside data nothing follows from its numbers; where something does, up to 64 KiB."""
+    given = {"a": kind(0), "b": kind(size), "c": kind(1), "z": np.array([0])}
+    model = build(f"(float[2,{size}] x) => (float[M,N] y) {{ {body} }}", given)
+    result, _, _ = run(model, CleanUp())
+    assert ops(result) == left
+    assert len(result.SerializeToString()) < (40_000 if left == {"Add": 1} else 4_000)
+    same(model, result, x=normal(2, size, dtype=np.float32))
 
 
 def test_random_and_unknown_operators_are_not_computed() -> None:

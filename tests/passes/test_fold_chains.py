@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import numpy as np
 import onnx
 import pytest
-from helpers import normal, ops, parse, reasons, rng, run, same, weight
+from helpers import build, normal, ops, parse, reasons, rng, run, same, weight
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
@@ -151,6 +151,45 @@ def test_gemm_and_matmul_chains() -> None:
     result, _, _ = run(model, FoldChains())
     assert ops(result) == {"MatMul": 1, "Add": 1}
     same(model, result, x=normal(2, 3, 4))
+
+
+@pytest.mark.parametrize("first", ["Gemm<transA=1>(x, u, c)", "Gemm<transA=1, transB=1, alpha=0.5>(x, ut, c)"])
+@pytest.mark.parametrize("rest", ["y = Gemm(a, w, d)", "b = MatMul(a, w) y = Add(b, d)"])
+def test_a_gemm_that_transposes_begins_a_chain(first: str, rest: str) -> None:
+    given = {"u": normal(4, 9), "ut": normal(9, 4), "c": normal(9), "w": normal(9, 5), "d": normal(5)}
+    model = build(f"(double[4,3] x) => (double[N] y) {{ a = {first} {rest} }}", given)
+    result, _, _ = run(model, FoldChains())
+    assert ops(result) == {"Gemm": 1}
+    same(model, result, x=normal(4, 3))
+
+
+def test_a_gemm_that_transposes_ends_a_chain_before_it() -> None:
+    body = "(double[4,4] x) => (double[N] y) { a = Gemm(x, u) b = Gemm<transA=1>(a, w) y = Gemm(b, v) }"
+    model = parse(body, u=normal(4, 9), w=normal(4, 9), v=normal(9, 4))
+    result, _, _ = run(model, FoldChains())
+    assert [sum(a.name == "transA" and a.i for a in n.attribute) for n in result.graph.node] == [0, 1]
+    same(model, result, x=normal(4, 4))
+
+
+def test_a_gemm_that_transposes_is_split_at_its_rank() -> None:
+    """Only the first of the two maps transposes."""
+    thin = normal(30, 2) @ normal(2, 40)
+    model = parse(
+        "(double[20,3] x) => (double[N] y) { a = Gemm<transA=1>(x, u) y = Gemm(a, w) }", u=normal(20, 30), w=thin
+    )
+    result, _, _ = run(model, FoldChains())
+    assert [sum(a.name == "transA" and a.i for a in n.attribute) for n in result.graph.node] == [1, 0]
+    assert weights_of(result) == 20 * 2 + 2 * 40
+    same(model, result, x=normal(20, 3))
+
+
+def test_a_gemm_that_adds_a_table_stays_and_says_so() -> None:
+    for body in ("a = Gemm(x, u) y = Gemm(a, w, c)", "a = Gemm(x, u, b) y = Gemm(a, w)"):
+        given = {"u": normal(4, 9), "w": normal(9, 5), "c": normal(3, 5), "b": normal(3, 9)}
+        model = build(f"(double[3,4] x) => (double[N] y) {{ {body} }}", given)
+        result, outcome, _ = run(model, FoldChains())
+        assert result is model
+        assert "Gemm stays: its bias differs between rows" in reasons(outcome)
 
 
 def test_products_on_different_axes_are_not_a_chain() -> None:

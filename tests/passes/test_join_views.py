@@ -167,3 +167,46 @@ def test_other_shuffles_stay() -> None:
     assert ops(run(shuffle("b", constant=True), JoinViews())[0])["Gather"] == 0  # nothing to compute
     assert ops(run(shuffle("a"), JoinViews())[0])["Reshape"] == 2  # another shape than before
     assert ops(run(shuffle("b", swap="0,2,1,4,3"), JoinViews())[0])["Reshape"] == 2  # moves positions too
+
+
+@pytest.mark.parametrize("turn", ["Transpose<perm=[1,0]>(x)", "Transpose(x)"])
+@pytest.mark.parametrize(
+    ("gemm", "shape"),
+    [
+        ("Gemm(t, z)", (4, 3)),
+        ("Gemm<transA=1, alpha=0.5>(t, z)", (3, 4)),
+        ("Gemm<transB=1>(t, zt)", (4, 3)),
+        ("Gemm(zt, t)", (5, 4)),
+        ("Gemm<transA=1, transB=1>(z, t)", (4, 5)),
+    ],
+)
+def test_gemm_transposes_by_itself(turn: str, gemm: str, shape: tuple[int, int]) -> None:
+    inputs = f"(double[{shape[0]},{shape[1]}] x, double[4,5] z, double[5,4] zt)"
+    model = parse(f"{inputs} => (double[M,N] y) {{ t = {turn} y = {gemm} }}")
+    result, _, _ = run(model, JoinViews())
+    assert ops(result) == {"Gemm": 1}
+    same(model, result, x=normal(*shape), z=normal(4, 5), zt=normal(5, 4))
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "(double[4,3] x) => (double[M,N] y, double[P,Q] t) { t = Transpose(x) y = Gemm(t, x) }",
+        "(double[4,3] x) => (double[M,N] y, double[P,Q] z) { t = Transpose(x) y = Gemm(t, x) z = Relu(t) }",
+        "(double[4,4] x) => (double[M,N] y) { t = Transpose(x) y = Gemm(t, t) }",
+        "(double[4,4] x) => (double[M,N] y) { t = Transpose<perm=[0,1]>(x) y = Gemm(t, x) }",
+    ],
+)
+def test_a_transposition_that_others_read_stays_before_gemm(body: str) -> None:
+    model = parse(body)
+    assert run(model, JoinViews())[0] is model
+
+
+def test_transpositions_around_layer_normalizations_meet() -> None:
+    """Normalisations over channels as ConvNeXt's exporters write them; what lies between two of them has none."""
+    head = "(double[2,5,4,3] x) => (double[M,N] y) { t = Transpose<perm=[0,2,3,1]>(x) l = LayerNormalization(t, s) "
+    rest = "u = Transpose<perm=[0,3,1,2]>(l) v = Transpose<perm=[0,2,3,1]>(u) y = LayerNormalization(v, s) }"
+    model = parse(head + rest, s=normal(5))
+    result, _, _ = run(model, JoinViews(), CleanUp())
+    assert ops(result) == {"Transpose": 1, "LayerNormalization": 2}
+    same(model, result, x=normal(2, 5, 4, 3))

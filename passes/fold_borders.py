@@ -1,0 +1,106 @@
+"""A map with a bias folds into the padded convolution behind it, which reads the bias as a channel of ones."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import onnx_graphsurgeon as gs
+
+from pwopt.algebra.geometry import Geometry, Refusal, compose_geometry, homogeneous_geometry
+from pwopt.algebra.linear import LinearMap
+from pwopt.graph.shapes import channels
+from pwopt.maps import emit, forms
+from pwopt.maps.cost import ELEMENT, price
+from pwopt.maps.forms import Reading
+from pwopt.maps.paths import relative_places
+from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.records import Rewrite, Skip
+from pwopt.rewriting.wording import dearer
+
+#: The opset since which the widths of a Pad are an input.
+PAD_TAKES_WIDTHS = 11
+
+
+class FoldBorders(Pass):
+    """W₂ ∗ pad(W₁x + b₁) = (W₂(W₁ b₁)) ∗ pad(x; 1)
+
+    A zero padding is not the image of zero under a map with a bias, so that at the border the bias is missing from the
+    sums of a padded convolution. Read as the weight of one more channel, which is 1 wherever x is and which the padding
+    continues with 0 like all others, it is missing there as well (`algebra.geometry.homogeneous_geometry`). Without
+    measuring only if multiply-adds and elements moved both become fewer: where the map widens.
+
+    Blocks of super-resolution that are trained as a 1×1 and a padded 3×3 convolution: Zhang et al., "Edge-oriented
+    Convolution Block" (ECBSR, 2021), Wang et al., "RepSR" (2022), where their authors' fusing step was left out.
+    """
+
+    name = "fold-borders"
+    policy = "measured"
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+        reading = forms.weighted(rw, node)
+        before = forms.weighted(rw, rw.producer(reading.source)) if reading is not None else None
+        if reading is None or before is None or before.output is not reading.source or reading.axis != before.axis:
+            return None
+        joined = _joined(reading.geometry, before.geometry)
+        if joined is None or rw.opset < PAD_TAKES_WIDTHS or rw.crowd(reading.source):
+            return None
+        shared = next((r.weight_input.name for r in (before, reading) if rw.shared(r.weight_input)), None)
+        if shared is not None:
+            return Skip(f"the weight {shared!r} is shared")
+        g = before.geometry
+        widths = f"{g.in_channels}→{g.out_channels}→{reading.geometry.out_channels}"
+        places = relative_places(rw, [before, reading])
+        separate = sum(price(r.geometry, p) for r, p in zip((before, reading), places, strict=True))
+        together = price(joined, places[0] if joined.transposed else places[1])
+        if together >= separate:
+            return Skip(f"folding {widths} with a channel of ones would cost {dearer(separate, together)}")
+        over = places[0] * float(np.prod(g.strides, initial=1))
+        moved = ELEMENT * 2 * (over * joined.in_channels - places[0] * g.out_channels)
+        if not self.eager and together + moved >= separate:
+            return Skip(f"{widths} could be one map of a channel of ones more; only measuring can tell")
+        return self._fold(rw, before, reading, widths)
+
+    @staticmethod
+    def _fold(rw: Rewriter, before: Reading, reading: Reading, widths: str) -> Rewrite | Skip:
+        composed = _composed(reading, before)
+        if isinstance(composed, Refusal):
+            return Skip(composed.reason)
+        source, dtype = before.source, rw.dtype(before.source)
+        rank = rw.rank(source)
+        if rank is None or dtype is None or str(dtype) not in emit.NORMALISABLE:
+            return Skip("the rank or the type of its input is not known")
+        ones = rw.new_variable(f"{source.name}_ones", source, channels(1, composed.geometry.in_channels))
+        written = emit.write(rw, composed, reading, ones, reading.output, reading.axis)
+        if isinstance(written, Refusal):
+            return Skip(f"{widths} is cheaper as one map, but {written.reason}")
+        ends = np.zeros(2 * rank, np.int64)
+        ends[rank + 1] = 1
+        inputs = [
+            source,
+            rw.new_constant(f"{ones.name}_ends", ends),
+            rw.new_constant(f"{ones.name}_one", np.ones((), dtype)),
+        ]
+        pad = gs.Node("Pad", rw.node_name(before.nodes[0].name, "_ones"), {}, inputs, [ones])
+        reason = f"{widths} is cheaper as one map, with the bias as a channel of ones"
+        done = rw.replace([*before.nodes, *reading.nodes], [pad, *written.nodes], reason, written.residual)
+        return done.signed(f"bias before padding: {forms.describe_map(rw, replace(reading, source=source), widths)}")
+
+
+def _composed(reading: Reading, before: Reading) -> LinearMap | Refusal:
+    """Both maps as one of (x, 1)."""
+    first = before.load()
+    wide = first if isinstance(first, Refusal) else first.homogeneous()
+    second = reading.load()
+    if isinstance(wide, Refusal):
+        return wide
+    return second if isinstance(second, Refusal) else second @ wide
+
+
+def _joined(second: Geometry, first: Geometry) -> Geometry | None:
+    """The map that both are of one channel more, where it is only the bias that keeps them from being one already."""
+    if isinstance(compose_geometry(second, first), Geometry) or not first.biased:
+        return None
+    wide = homogeneous_geometry(first)
+    joined = wide if isinstance(wide, Refusal) else compose_geometry(second, wide)
+    return joined if isinstance(joined, Geometry) else None
