@@ -28,7 +28,9 @@ class FoldBorders(Pass):
     A zero padding is not the image of zero under a map with a bias, so that at the border the bias is missing from the
     sums of a padded convolution. Read as the weight of one more channel, which is 1 wherever x is and which the padding
     continues with 0 like all others, it is missing there as well (`algebra.geometry.homogeneous_geometry`). Without
-    measuring only if multiply-adds and elements moved both become fewer: where the map widens.
+    measuring only if multiply-adds and elements moved both become fewer: where the map widens. Between two 3×3
+    convolutions (Intel Xeon, 1 thread, medians): 64→128→64 at 48² 1.07×, 16→64→16 at 96² 1.28×, but 16→32→16 at 64²
+    0.95× and 64→64→64 at 48² 0.89×, since what is padded leaves the blocked layout; so it is raced.
 
     Blocks of super-resolution that are trained as a 1×1 and a padded 3×3 convolution: Zhang et al., "Edge-oriented
     Convolution Block" (ECBSR, 2021), Wang et al., "RepSR" (2022), where their authors' fusing step was left out.
