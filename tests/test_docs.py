@@ -5,6 +5,7 @@ from __future__ import annotations
 import doctest
 import importlib
 import itertools
+import json
 import pkgutil
 import re
 import runpy
@@ -131,3 +132,22 @@ def test_help_lists_what_there_is() -> None:
     assert verify["kinds"].default == ",".join(DEFAULT_KINDS)
     assert verify["kinds"].help.endswith(f": {', '.join(KINDS)}.")
     assert f": {', '.join(INVARIANTS)};" in verify["invariants"].help
+
+
+def test_the_table_of_tools_is_the_recorded_one() -> None:
+    """`tests/benchmarks/peers.py --render` writes it; where others are ahead is told."""
+    peers = runpy.run_path(str(ROOT / "tests" / "benchmarks" / "peers.py"))
+    record = json.loads(peers["RECORD"].read_text(encoding="utf-8"))
+    shown = (ROOT / "README.md").read_text(encoding="utf-8").partition(peers["START"])[2].partition(peers["END"])[0]
+    assert shown == peers["told"](record)
+    assert len(record["models"]) == 25
+    behind = {
+        "pwopt": {"speedup": [1.1, 1.0, 1.2]},
+        "onnxsim": {"speedup": [1.5, 1.4, 1.6]},
+        "OnnxSlim": {"error": "no"},
+    }
+    row = {"model": "m", "ms": 1.0, "tools": behind}
+    ((model, tool, times),) = peers["ahead"]({**record, "models": [row]})
+    assert (model, tool, times) == ("m", "onnxsim", pytest.approx(1.5 / 1.1))
+    assert peers["best"](row) == {"onnxsim"}
+    assert peers["speedup"](row, "OnnxSlim") == 1.0

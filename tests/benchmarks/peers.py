@@ -27,6 +27,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import textwrap
 import time
 from collections.abc import Callable, Iterable
 from datetime import date
@@ -40,6 +41,8 @@ RECORD = ROOT / "tests" / "benchmarks" / "results" / "peers.json"
 CHART = ROOT / "docs" / "pictures" / "peers.svg"
 #: Where the table stands in README.md.
 START, END = "<!-- peers: start -->\n", "<!-- peers: end -->"
+#: Characters in a line of README.md.
+WIDTH = 120
 #: Seconds that a tool may take for one model.
 PATIENCE = 300
 Row = dict[str, Any]
@@ -277,13 +280,14 @@ def told(record: Row) -> str:
         if "error" in row["tools"].get(tool, {})
     ]
     broken = f" Failed: {'; '.join(failures)}." if failures else ""
-    return (
+    head = (
         f"How many times faster than onnxruntime {machine['onnxruntime']} alone on the original: medians of interleaved runs,"
         f" one thread, {machine['cpu']}, {record['date']}; {named}. The tools' models run on onnxruntime, OpenVINO runs the"
-        " original itself. Bold: the fastest, and those that cannot be told from it. A dash counts as 1.\n\n"
-        f"![Speed-ups of {len(record['models'])} models by tool]({CHART.relative_to(ROOT).as_posix()})\n\n"
-        f"{table(record)}\n{behind}{broken}\n"
-    )  # fmt: skip
+        " original itself. Bold: the fastest, and those that cannot be told from it. A dash counts as 1."
+    )
+    chart = f"![Speed-ups of {len(record['models'])} models by tool]({CHART.relative_to(ROOT).as_posix()})"
+    paragraphs = (textwrap.fill(head, WIDTH), chart, table(record).rstrip(), textwrap.fill(f"{behind}{broken}", WIDTH))
+    return "\n\n".join(paragraphs) + "\n"
 
 
 def draw(record: Row) -> None:
