@@ -233,7 +233,8 @@ class FoldAffine(Pass):
             credit(written.nodes[-1], reading.nodes)
         for tensor, values, _ in held:
             (reader,) = rw.readers(tensor)
-            rw.release([tensor.name])
+            if rw.producer(tensor) is None:  # else somebody makes it yet
+                rw.release([tensor.name])
             rw.reroute(tensor, rw.new_constant(tensor.name, values))
             credit(reader, reading.nodes)
             rw.enqueue_around(reader)

@@ -18,7 +18,7 @@ from pwopt.maps.cost import ELEMENT
 from pwopt.maps.forms import Reading
 from pwopt.maps.positions import stencil
 from pwopt.rewriting.driver import Pass, Rewriter
-from pwopt.rewriting.interleaving import Interleaving
+from pwopt.rewriting.interleaving import Interleaving, interleavable
 from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.rewriting.steps import Step, activation
 
@@ -78,10 +78,12 @@ class Winograd(Pass):
             return Skip(f"{what} could be 16 pointwise maps; only measuring can tell")
         if rw.shared(reading.weight_input):
             return Skip(f"the weight {reading.weight_input.name!r} is shared")
-        linear = reading.load()
+        linear, step = reading.load(), activation(rw, reading.output)
         if isinstance(linear, Refusal):
             return Skip(linear.reason)
-        step = activation(rw, reading.output)
+        refusal = interleavable(rw, reading.output if step is None else step.output)
+        if refusal is not None:
+            return Skip(refusal.reason)
         filtering = _Filtering(rw, reading, linear, (size[0], size[1]), step)
         refusal = filtering.write()
         if refusal is not None:

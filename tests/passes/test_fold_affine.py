@@ -515,6 +515,15 @@ def test_constants_take_scales_and_shifts_over(case: str) -> None:
     same(model, result, x=X)
 
 
+def test_a_constant_that_an_operator_makes_gets_another_name() -> None:
+    """That operator is there until `clean-up` comes."""
+    model = build(SIDE + f"{{ {CONSTANTS['by way of Identity'][0]} }}", HELD)
+    result, _, _ = run(model, FoldAffine())
+    onnx.checker.check_model(result, full_check=True)
+    assert "Mul" not in ops(result)
+    same(model, result, x=X)
+
+
 @pytest.mark.parametrize(
     ("body", "word"),
     [
