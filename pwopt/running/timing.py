@@ -202,6 +202,8 @@ class Rules:
         """Whether what was seen so far is enough."""
         if race.rounds < max(FIRST_LOOK, self.least) or spent < SHORTEST:
             return False
+        if self.decided is None and not self.precise:
+            return False  # of a single model, nothing can be said
         evidence = self.known + Evidence.of(race)
         if self.precise and race.rounds >= MIN_ROUNDS:
             low, high = evidence.interval(0.95)

@@ -115,6 +115,12 @@ def raced(
     return timing.race(sessions, {}, budget, rules=rules)  # type: ignore[arg-type]
 
 
+def test_a_single_model_is_run_for_as_long_as_there_is_time(planted: type[Planted]) -> None:
+    done = timing.race([planted(taking(0.1, 0.01))], {}, 5.0)  # type: ignore[list-item]
+    assert 45 <= done.rounds <= 55
+    assert done.median(0) == pytest.approx(0.1, rel=0.02)
+
+
 def test_few_rounds_of_a_slow_model_decide(planted: type[Planted]) -> None:
     """Nobody waits for twenty rounds where five say it all."""
     done = raced(planted, 0.8, 0.005, 60.0, Rules(0.999, least=3), each=1.0)
