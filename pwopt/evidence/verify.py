@@ -30,7 +30,7 @@ def as_rounds(shapes: Shapes | None) -> list[Mapping[str, Sequence[int]]]:
     """Every round of sizes that was given."""
     if shapes is None:
         return []
-    return [shapes] if isinstance(shapes, Mapping) else list(shapes)
+    return [shapes] if isinstance(shapes, (Mapping, str)) else list(shapes)
 
 
 def samples_for(

@@ -11,6 +11,7 @@ from pwopt.optimizing.request import Request
 from pwopt.optimizing.subject import Subject
 from pwopt.reporting.report import Latency, Report, Timed
 from pwopt.rewriting.records import Rewrite
+from pwopt.rewriting.wording import counted
 from pwopt.running.timing import FIRST_LOOK, Race, Rules
 from pwopt.selecting.selection import Arena, Work
 from pwopt.selecting.tune import CONFIDENCE
@@ -52,7 +53,7 @@ def as_latency(race: Race) -> Latency:
 
 def timed(original: Path, candidate: Path, arena: Arena, request: Request) -> Timed:
     """Race both models under one condition, for a short while."""
-    request.progress(f"racing with {arena.threads} threads, {arena.samples[0].label}", 0.0)
+    request.progress(f"racing with {counted(arena.threads, 'thread')}, {arena.samples[0].label}", 0.0)
     race = _race(arena, original, candidate, request)
     shapes = {name: value.shape for name, value in arena.samples[0].feeds.items()}
     return Timed(arena.threads, shapes, as_latency(race), race.interval(confidence=CONFIDENCE)[1] < 1.0)

@@ -122,7 +122,7 @@ class Request:
     @property
     def rounds(self) -> list[Mapping[str, Sequence[int]]]:
         """Sizes of every condition that was asked for, the first to be optimised for."""
-        given = [self.shapes] if isinstance(self.shapes, Mapping) else list(self.shapes or ())
+        given = [self.shapes] if isinstance(self.shapes, (Mapping, str)) else list(self.shapes or ())
         return [shapes for shapes in given if shapes]
 
     @property

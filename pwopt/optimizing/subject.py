@@ -84,6 +84,8 @@ def check_request(request: Request, path: Path | None) -> None:
     for threads in request.thread_counts or (1,):
         runtime.check_settings(threads, request.rtol, request.atol)
     select_passes(request.passes, request.plugins)
+    if request.seconds < 0:
+        raise UsageError(f"nothing can be measured in {request.seconds:g} seconds; give 0 or more")
     if request.max_growth is not None and not 0 <= request.max_growth < float("inf"):
         raise UsageError(f"a model cannot grow by {request.max_growth:g} of its size at most; give 0, 0.1 or more")
     if request.output is not None and path is not None and not request.force and same_file(request.output, path):

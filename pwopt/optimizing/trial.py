@@ -175,7 +175,7 @@ def rewritten(subject: Subject, work: Work, choice: Choice, request: Request, bl
     if uncertified:
         wrong = sorted({s.pass_name for s in refused.values()} - {p.name for p in select_passes(work.passes) if p.own})
         whose = f"the fault of {', '.join(wrong)}" if wrong else DEFECT
-        report = report.noted(f"{uncertified} rewrites were refused by their certificates: {whose}.")
+        report = report.noted(f"{counted(uncertified, 'rewrite')} refused by certificates: {whose}.")
     report = report.noted(*work.notes, *choice.notes)
     guessed = request.static and subject.guessed
     unseen = subject.guessed and subject.arena is None

@@ -29,6 +29,8 @@ from pwopt.selecting.properties import Properties
 
 #: Colours of what races decided.
 VERDICTS = {"kept": "green", "dropped": "yellow", "in doubt": "dim"}
+#: An interval that reaches this far says nothing.
+VAGUE = 100.0
 #: Columns of a terminal that any table fits.
 UNLIMITED = 1 << 16
 
@@ -284,7 +286,8 @@ def render_decisions(found: Sequence[Entry], console: Console) -> None:
         for e in entries:
             verdict = f"[{VERDICTS[e.verdict]}]{e.verdict}[/{VERDICTS[e.verdict]}]"
             name = f"{e.pass_name}: {plain(e.signature)}"
-            interval = escape("[{:.3f}, {:.3f}]".format(*e.interval))
+            low, high = e.interval
+            interval = escape(f"[{low:.3f}, {high:.3f}]" if high < VAGUE else "nothing yet")
             table.add_row(name, verdict, f"{e.speedup:.3f}×", interval, plain(e.name) or "–", e.date[:10] or "–")
         _show(table, console)
 

@@ -159,7 +159,12 @@ class Race:
         return float(np.min(self.times[i]))
 
     def speedup(self, i: int = 1) -> float:
-        """Median over the rounds of the time of the first model over that of model i: slow spells hit both alike."""
+        """Median over the rounds of the time of the first model over that of model i: slow spells hit both alike.
+
+        Of few rounds, the geometric mean, as for `interval`.
+        """
+        if self.rounds < MIN_ROUNDS:
+            return Evidence.of(self, i).speedup
         return float(np.median(self.times[0] / self.times[i]))
 
     def interval(self, i: int = 1, confidence: float = 0.95) -> tuple[float, float]:

@@ -471,3 +471,11 @@ def test_killed_while_it_writes(tmp_path: Path, moment: str, count: int, same: b
     expected = evaluate(onnx.load(path), x=x)[0]
     pwopt.optimize(path, out, cost="analytic", force=True)  # and what it left behind is in nobody's way
     np.testing.assert_allclose(evaluate(onnx.load(out), x=x)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_budget_below_nothing_and_shapes_in_words() -> None:
+    model = parse("(float[2,3] x) => (float[2,3] y) { y = Relu(x) }")
+    with pytest.raises(pwopt.UsageError, match="nothing can be measured in -1 seconds; give 0 or more"):
+        pwopt.optimize(model, budget=-1.0)
+    with pytest.raises(pwopt.UsageError, match="the shapes 'x=2x3' are not a mapping"):
+        pwopt.optimize(model, shapes="x=2x3")  # type: ignore[arg-type]

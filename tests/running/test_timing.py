@@ -50,6 +50,14 @@ def test_later_rounds_add_to_earlier_ones() -> None:
     assert widths[0] > widths[1] > widths[2]
 
 
+@given(st.integers(2, 40), st.floats(0.0, 0.5))
+def test_a_speedup_lies_within_its_interval(rounds: int, spread: float) -> None:
+    race = drawn(1.5, spread, rounds)
+    low, high = race.interval()
+    assert low <= race.speedup() * (1 + 1e-12)
+    assert race.speedup() <= high * (1 + 1e-12)
+
+
 def test_rounds_under_load_count_for_less() -> None:
     quiet, busy = drawn(1.1, 0.05, 100), drawn(1.1, 0.05, 100, own=0.4)
     assert Evidence.of(busy).rounds == pytest.approx(40)
