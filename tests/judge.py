@@ -11,7 +11,8 @@ from unittest import mock
 import numpy as np
 import onnx
 import onnxruntime as ort
-from onnx import TensorProto, numpy_helper
+from onnx import TensorProto, helper, numpy_helper
+from onnx.reference import ReferenceEvaluator
 from strategies import Sample
 
 import pwopt
@@ -25,9 +26,10 @@ Runner = Callable[[Feeds], list[np.ndarray]]
 
 #: Deviation allowed, relative to an output's largest element: a few hundred roundings, as `pwopt.verify` has it.
 TOLERANCES = {"float64": 1e-9, "float32": 3e-4, "float16": 3e-2, "bfloat16": 2e-1}
-#: Floating-point types other than float32.
-OTHER_FLOATS = (TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
-#: Deviation allowed, in multiples of what one rounding of the inputs does, or of onnxruntime's own noise.
+#: Floating-point types.
+FLOATS = (TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16, TensorProto.DOUBLE)
+#: Deviation allowed, in multiples of what one rounding of the inputs does, of onnxruntime's own noise, or of what the
+#: original itself is off.
 FACTOR = 8.0
 #: Beyond this, sums in another order may overflow; not a number is not below it either.
 LARGEST = 2.0**100
@@ -53,6 +55,24 @@ def runtime(model: onnx.ModelProto, optimise: bool = False) -> Runner:
 
 def widened(model: onnx.ModelProto) -> Runner:
     """onnxruntime on the same model in float32, for types that it has no kernels for."""
+    run = runtime(_stored(model, TensorProto.FLOAT))
+    return lambda feeds: run({n: v.astype(np.float32) if v.dtype.kind in "fV" else v for n, v in feeds.items()})
+
+
+def exact(model: onnx.ModelProto) -> Runner:
+    """onnx's reference evaluator on the same model in float64; the results in the types that the model has."""
+    run = ReferenceEvaluator(_stored(model, TensorProto.DOUBLE))
+    kinds = [helper.tensor_dtype_to_np_dtype(o.type.tensor_type.elem_type) for o in model.graph.output]
+
+    def results(feeds: Feeds) -> list[np.ndarray]:
+        found = run.run(None, {n: v.astype(np.float64) if v.dtype.kind in "fV" else v for n, v in feeds.items()})
+        return [np.asarray(v).astype(kind) for v, kind in zip(found, kinds, strict=True)]
+
+    return results
+
+
+def _stored(model: onnx.ModelProto, kind: int) -> onnx.ModelProto:
+    """The same model with every floating-point number of another type in this one."""
     wide = onnx.ModelProto()
     wide.CopyFrom(model)
     graphs = [wide.graph]
@@ -61,22 +81,22 @@ def widened(model: onnx.ModelProto) -> Runner:
         nodes += graph.node
         graphs += [a.g for node in graph.node for a in node.attribute if a.HasField("g")]
         for value in (*graph.input, *graph.output, *graph.value_info):
-            if value.type.tensor_type.elem_type in OTHER_FLOATS:
-                value.type.tensor_type.elem_type = TensorProto.FLOAT
+            if value.type.tensor_type.elem_type in FLOATS:
+                value.type.tensor_type.elem_type = kind
         for tensor in graph.initializer:
-            _widen(tensor)
+            _store(tensor, kind)
     for attribute in (a for node in nodes for a in node.attribute):
         if attribute.HasField("t"):
-            _widen(attribute.t)
-        elif attribute.name == "to" and attribute.i in OTHER_FLOATS:
-            attribute.i = TensorProto.FLOAT
-    run = runtime(wide)
-    return lambda feeds: run({n: v.astype(np.float32) if v.dtype.kind in "fV" else v for n, v in feeds.items()})
+            _store(attribute.t, kind)
+        elif attribute.name == "to" and attribute.i in FLOATS:
+            attribute.i = kind
+    return wide
 
 
-def _widen(tensor: TensorProto) -> None:
-    if tensor.data_type in OTHER_FLOATS:
-        tensor.CopyFrom(numpy_helper.from_array(numpy_helper.to_array(tensor).astype(np.float32), tensor.name))
+def _store(tensor: TensorProto, kind: int) -> None:
+    if tensor.data_type in FLOATS and tensor.data_type != kind:
+        values = numpy_helper.to_array(tensor).astype(helper.tensor_dtype_to_np_dtype(kind))
+        tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
 
 def answers(run: Runner, feeds: Sequence[Feeds]) -> list[list[np.ndarray] | None]:
@@ -199,6 +219,8 @@ def judge(
             others = answers(original, [nudged(feeds, seed, least) for seed in range(NUDGES)])
             if make is runtime:
                 others.append(answers(runtime(sample.model, optimise=True), [feeds])[0])
+                with contextlib.suppress(Exception):  # what the evaluator lacks
+                    others.append(answers(exact(sample.model), [feeds])[0])
             noise = max(float(np.max(deviations(expected, o)[i], initial=0.0)) for o in others if o is not None)
             wrong = off > max(allowed, FACTOR * noise)
             if wrong.any() and not (discrete and wrong.mean() <= FLIPPED):
