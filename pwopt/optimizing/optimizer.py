@@ -173,7 +173,7 @@ def _outlook(work: Work, races: bool) -> Iterator[str]:
     yield "A dry run: nothing was raced, verified or written."
     waiting = groups(work.opportunities()[0])
     if waiting:
-        how = "raced" if races else "decided by the profile"
+        how = "raced, unless earlier races said enough" if races else "decided by the profile"
         listed = "; ".join(f"{g.pass_name}: {g.signature}" for g in waiting)
         yield f"{counted(len(waiting), 'kind')} of rewrites would be {how}: {listed}."
 

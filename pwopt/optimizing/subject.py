@@ -7,6 +7,7 @@ import difflib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
+from numbers import Integral, Real
 from pathlib import Path
 
 import onnx
@@ -81,6 +82,13 @@ def check_request(request: Request, path: Path | None) -> None:
         raise UsageError(f"the cost model {request.cost!r} is not one of: measured, analytic")
     if request.effort not in EFFORTS:
         raise UsageError(f"the effort {request.effort!r} is not one of: {', '.join(EFFORTS)}")
+    for name in ("opset", "budget", "max_growth"):
+        if not isinstance(getattr(request, name) or 0, Real):
+            raise UsageError(f"{name} is {getattr(request, name)!r}; give a number")
+    if not all(isinstance(threads, Integral) for threads in request.thread_counts):
+        raise UsageError(f"threads is {request.threads!r}; give a whole number, or several")
+    if request.output is not None and not isinstance(request.output, (str, os.PathLike)):
+        raise UsageError(f"the output {request.output!r} is not a path")
     for threads in request.thread_counts or (1,):
         runtime.check_settings(threads, request.rtol, request.atol)
     select_passes(request.passes, request.plugins)

@@ -151,12 +151,12 @@ def speed(latency: Latency) -> str:
         return _svg(axes, "Speed-up with its interval")
 
 
-def operators(rows: Sequence[tuple[str, float, float]]) -> str:
-    """Milliseconds per run by operator: its name, before and after."""
+def operators(rows: Sequence[tuple[str, float, float]], after: str = "after") -> str:
+    """Milliseconds per run by operator: its name, before and after; `after` is what the latter is called."""
     with _axes(5.2, 0.7 + 0.25 * len(rows)) as axes:
         places = range(len(rows))
         axes.barh([p - 0.2 for p in places], [b for _, b, _ in rows], 0.38, color=BEFORE, label="before")
-        axes.barh([p + 0.2 for p in places], [a for _, _, a in rows], 0.38, color=AFTER, label="after")
+        axes.barh([p + 0.2 for p in places], [a for _, _, a in rows], 0.38, color=AFTER, label=after)
         axes.set_yticks(list(places), [op for op, _, _ in rows])
         axes.invert_yaxis()
         axes.grid(axis="y", visible=False)

@@ -86,7 +86,7 @@ def named(text: str, folders: Sequence[Path] = ()) -> type[Pass]:
 
 def _loaded(file: Path) -> object:
     """A module from its file, once: a pass is the same class however often it is named."""
-    name = f"pwopt_plugin_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:12]}"
+    name = f"{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
         assert spec is not None

@@ -477,5 +477,12 @@ def test_a_budget_below_nothing_and_shapes_in_words() -> None:
     model = parse("(float[2,3] x) => (float[2,3] y) { y = Relu(x) }")
     with pytest.raises(pwopt.UsageError, match="nothing can be measured in -1 seconds; give 0 or more"):
         pwopt.optimize(model, budget=-1.0)
+    with pytest.raises(pwopt.UsageError, match="threads is '1'; give a whole number, or several"):
+        pwopt.optimize(model, threads="1")  # type: ignore[arg-type]
+    for wrong in ({"opset": "a"}, {"max_growth": "a"}, {"budget": "1"}):
+        with pytest.raises(pwopt.UsageError, match=f"{next(iter(wrong))} is '.'; give a number"):
+            pwopt.optimize(model, **wrong)  # type: ignore[arg-type]
+    with pytest.raises(pwopt.UsageError, match="the output 42 is not a path"):
+        pwopt.optimize(model, 42)  # type: ignore[arg-type]
     with pytest.raises(pwopt.UsageError, match="the shapes 'x=2x3' are not a mapping"):
         pwopt.optimize(model, shapes="x=2x3")  # type: ignore[arg-type]
