@@ -83,8 +83,9 @@ def check_request(request: Request, path: Path | None) -> None:
     if request.effort not in EFFORTS:
         raise UsageError(f"the effort {request.effort!r} is not one of: {', '.join(EFFORTS)}")
     for name in ("opset", "budget", "max_growth"):
-        if not isinstance(getattr(request, name) or 0, Real):
-            raise UsageError(f"{name} is {getattr(request, name)!r}; give a number")
+        value = getattr(request, name)
+        if value is not None and not isinstance(value, Real):
+            raise UsageError(f"{name} is {value!r}; give a number")
     if not all(isinstance(threads, Integral) for threads in request.thread_counts):
         raise UsageError(f"threads is {request.threads!r}; give a whole number, or several")
     if request.output is not None and not isinstance(request.output, (str, os.PathLike)):

@@ -528,6 +528,10 @@ def test_a_constant_that_an_operator_makes_gets_another_name() -> None:
     ("body", "word"),
     [
         ("h = Conv(x, w) k = Add(h, p) z = BatchNormalization(k, g, b, m, v) y = Add(z, p)", "2 consumers"),
+        (
+            "h = Conv(x, w) i = Identity(p) k = Add(h, i) z = BatchNormalization(k, g, b, m, v) y = Add(z, p)",
+            "is shared",
+        ),
         ("h = Conv(x, w) k = Add(h, r) y = BatchNormalization(k, g, b, m, v)", "broadcasts"),
         ("h = Conv(x, w) k = Add(h, e) y = BatchNormalization(k, g, b, m, v)", "not finite"),
     ],

@@ -75,6 +75,36 @@ def test_what_stays(body: str, word: str) -> None:
     assert bool(word) == bool(reasons(outcome))
 
 
+UNTOUCHED = {
+    "what is one map already": "h = Conv(x, u, c) y = Conv(h, w, d)",
+    "no bias": "h = Conv(x, u) y = Conv<pads=[1,1,1,1]>(h, w, d)",
+    "a product along another axis": "m = MatMul(x, sixes) h = Add(m, row) y = Conv<pads=[1,1,1,1]>(h, wide)",
+}
+
+
+@pytest.mark.parametrize("case", UNTOUCHED)
+def test_what_is_none_of_its_business(case: str) -> None:
+    model = build(f"{{ {UNTOUCHED[case]} }}", {**WEIGHTS, "sixes": normal(6, 6), "row": normal(6)}, FIXED)
+    result, outcome, _ = run(model, eager(FoldBorders))
+    assert result is model, reasons(outcome)
+
+
+@pytest.mark.parametrize(("broken", "word"), [("u", "not finite"), ("w", "not finite")])
+def test_weights_that_are_not_finite_stay(broken: str, word: str) -> None:
+    infinite = {**WEIGHTS, broken: np.full_like(WEIGHTS[broken], np.inf)}
+    result, outcome, _ = run(model := build(f"{{ {FOLDED['3×3']} }}", infinite, FIXED), eager(FoldBorders))
+    assert result is model
+    assert word in " ".join(reasons(outcome))
+
+
+def test_sums_that_overflow_half_precision_stay() -> None:
+    large = {name: np.full(WEIGHTS[name].shape, 200, np.float16) for name in ("u", "c", "w", "d")}
+    model = build(f"{{ {FOLDED['3×3']} }}", large, FIXED.replace("double", "float16"))
+    result, outcome, _ = run(model, eager(FoldBorders))
+    assert result is model
+    assert "is cheaper as one map, but" in " ".join(reasons(outcome))
+
+
 def test_shared_weights_and_old_opsets_stay() -> None:
     shared = "{ h = Conv(x, u, c) k = Conv<pads=[1,1,1,1]>(h, w) j = Conv(x, u) i = Conv<pads=[1,1,1,1]>(j, w) y = Add(k, i) }"
     model = build(shared, WEIGHTS, FIXED)

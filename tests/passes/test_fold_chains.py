@@ -183,6 +183,13 @@ def test_a_gemm_that_transposes_is_split_at_its_rank() -> None:
     same(model, result, x=normal(20, 3))
 
 
+def test_a_product_before_a_gemm_that_transposes_acts_on_the_other_axis() -> None:
+    body = "(double[4,4] x) => (double[M,N] y) { h = MatMul(x, v) y = Gemm<transA=1>(h, w) }"
+    model = parse(body, v=normal(4, 4), w=normal(4, 4, seed=1))
+    result, _, _ = run(model, FoldChains())
+    assert result is model
+
+
 def test_a_gemm_that_adds_a_table_stays_and_says_so() -> None:
     for body in ("a = Gemm(x, u) y = Gemm(a, w, c)", "a = Gemm(x, u, b) y = Gemm(a, w)"):
         given = {"u": normal(4, 9), "w": normal(9, 5), "c": normal(3, 5), "b": normal(3, 9)}
