@@ -21,8 +21,8 @@ from markdown_it.token import Token
 
 import pwopt
 from pwopt.cli import app
+from pwopt.inputs.samples import DEFAULT_KINDS, KINDS
 from pwopt.invariants import INVARIANTS
-from pwopt.running.samples import DEFAULT_KINDS, KINDS
 
 ROOT = Path(__file__).parent.parent
 #: What people read, on GitHub and as a site.

@@ -90,7 +90,7 @@ def test_the_picture_is_the_contract() -> None:
 
 def test_rooms_are_few() -> None:
     entries = [p for p in (ROOT / "pwopt").iterdir() if p.name != "__pycache__"]
-    assert len(entries) <= 16
+    assert len(entries) <= 17
 
 
 @pytest.mark.parametrize("path", sources(), ids=lambda p: p.relative_to(ROOT).as_posix())

@@ -255,7 +255,7 @@ def one_round(given: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
 
 def rounds(given: Sequence[str] | None) -> list[dict[str, tuple[int, ...]]]:
     """Sizes that inputs are given k times are the k-th round; those given once hold for all."""
-    from pwopt.running.inputs import parse_shape
+    from pwopt.inputs.specs import parse_shape
 
     sizes: dict[str, list[tuple[int, ...]]] = {}
     for name, shape in map(parse_shape, given or ()):

@@ -34,10 +34,11 @@ def verify(
     from pwopt.cli import output as said
     from pwopt.evidence.laws import parse_law
     from pwopt.evidence.verify import verify as compared
+    from pwopt.inputs import samples
     from pwopt.reporting import terminal
     from pwopt.reporting.document import check_available
     from pwopt.reporting.report import Comparison, rewrites_from
-    from pwopt.running import runtime, samples
+    from pwopt.running import runtime
 
     provider = options.placed(provider, provider_option)
     said.check_report(report, original, candidate)

@@ -19,9 +19,9 @@ from pwopt.algebra import Values
 from pwopt.errors import ModelError
 from pwopt.evidence.metrics import Agreement, Histogram, agreement, unsettled
 from pwopt.graph.dtypes import floating
+from pwopt.inputs.samples import Feeds, Sample
 from pwopt.rewriting.wording import counted
-from pwopt.running.runtime import Feeds, Session
-from pwopt.running.samples import Sample
+from pwopt.running.runtime import Session
 
 #: An output passes if its deviation is within this many times the original's noise floor or sensitivity.
 FLOOR_FACTOR = 4.0

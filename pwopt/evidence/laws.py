@@ -14,9 +14,9 @@ import numpy as np
 from pwopt.errors import UsageError
 from pwopt.evidence.equivalence import LawCheck
 from pwopt.graph.shapes import written
+from pwopt.inputs.samples import Sample
 from pwopt.invariants import INVARIANTS, function_of
 from pwopt.running.runtime import Session
-from pwopt.running.samples import Sample
 
 
 @dataclass(frozen=True)

@@ -21,9 +21,9 @@ from pwopt.evidence.equivalence import FLOOR_FACTOR, Difference, Equivalence, Ou
 from pwopt.graph.files import load, save
 from pwopt.graph.model import captured_names
 from pwopt.graph.shapes import infer, known
+from pwopt.inputs.samples import Sample
 from pwopt.rewriting.records import Rewrite
 from pwopt.running.runtime import Session
-from pwopt.running.samples import Sample
 
 #: Tensors that are looked at in one run, and the elements that they may have together.
 TENSORS, ELEMENTS = 48, 1 << 25

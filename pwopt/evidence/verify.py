@@ -16,11 +16,11 @@ from pwopt.evidence.laws import Law, measure
 from pwopt.evidence.localise import localise
 from pwopt.graph.files import Source, as_file, load
 from pwopt.graph.sources import renamed
+from pwopt.inputs.samples import DEFAULT_KINDS, Feeds, Range, Sample, check_kinds, given_samples, random_samples
+from pwopt.inputs.specs import InputSpec, input_specs
 from pwopt.rewriting.records import Rewrite
-from pwopt.running.inputs import InputSpec, input_specs
-from pwopt.running.runtime import Feeds, Session, check_settings, fallbacks
-from pwopt.running.samples import DEFAULT_KINDS, Range, Sample, check_kinds, given_samples, random_samples
-from pwopt.running.sizes import narrowed, rounds
+from pwopt.running.runtime import Session, check_settings, fallbacks
+from pwopt.running.size_trials import narrowed, rounds
 
 #: Sizes by input name, for one round or for several.
 Shapes = Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]]
@@ -74,9 +74,9 @@ def verify(
     shapes : mapping of input name to sizes, or a sequence of those, optional
         For dynamic dimensions; several are rounds. Without any, two likely ones are tried.
     inputs : path, dict of arrays, or a sequence of those, optional
-        Instead of random inputs; files and folders as for `pwopt.running.samples.given_samples`.
+        Instead of random inputs; files and folders as for `pwopt.inputs.samples.given_samples`.
     samples : sequence of str
-        Distributions of random inputs, of `pwopt.running.samples.KINDS`.
+        Distributions of random inputs, of `pwopt.inputs.samples.KINDS`.
     ranges : mapping of input name to (low, high), optional
         Smallest and largest value of a random input.
     rtol, atol : float, optional

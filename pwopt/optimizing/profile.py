@@ -9,11 +9,11 @@ from pathlib import Path
 
 from pwopt.graph.files import as_file, load
 from pwopt.graph.storage import workspace
+from pwopt.inputs.specs import input_specs
 from pwopt.optimizing.request import EFFORTS, Request
 from pwopt.optimizing.subject import gather, plan
 from pwopt.rewriting.driver import Pass
 from pwopt.running import runtime
-from pwopt.running.inputs import input_specs
 from pwopt.running.progress import Progress, silent
 from pwopt.selecting.cache import Entry, place
 from pwopt.selecting.plugins import resolved

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 from pwopt.running.progress import Progress, silent
 
 if TYPE_CHECKING:
+    from pwopt.inputs.samples import Feeds
     from pwopt.rewriting.driver import Pass
-    from pwopt.running.runtime import Feeds
 
 #: Seconds to race the result against the original.
 RACE_SECONDS = 4.0
@@ -39,7 +39,7 @@ class Request:
         are what is optimised for; at none of the others may the result be slower.
     inputs : path, dict of arrays, or a sequence of those, optional
         Inputs to verify on, and to time on the first of, instead of random ones; see
-        `pwopt.running.samples.given_samples`.
+        `pwopt.inputs.samples.given_samples`.
     passes : sequence of str, pass classes and passes, optional
         Passes to run, in order; by default pwopt's own, then those of installed packages, then `plugins`. Measured
         passes that are named are not raced, but applied wherever they are exact; classes and instances are treated as

@@ -17,13 +17,13 @@ from pwopt.evidence.certify import certify, unchecked
 from pwopt.graph.files import from_proto, with_fixed_inputs
 from pwopt.graph.model import Model
 from pwopt.graph.opset import convert_opset
+from pwopt.inputs.samples import Sample, given_samples, random_samples
+from pwopt.inputs.specs import check_shapes, input_specs
 from pwopt.optimizing.request import EFFORTS, Request
 from pwopt.rewriting.driver import Pass
 from pwopt.running import runtime
-from pwopt.running.inputs import check_shapes, input_specs
 from pwopt.running.providers import Provider
-from pwopt.running.samples import Sample, given_samples, random_samples
-from pwopt.running.sizes import Chosen, Sizes, likely_sizes, rounds, told
+from pwopt.running.size_trials import Chosen, Sizes, likely_sizes, rounds, told
 from pwopt.running.worker import Worker
 from pwopt.selecting.compiler import select_passes, without_calls
 from pwopt.selecting.selection import Arena, Work

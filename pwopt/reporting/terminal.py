@@ -15,6 +15,7 @@ from rich.table import Table
 
 from pwopt.evidence.equivalence import Equivalence
 from pwopt.graph.shapes import written
+from pwopt.inputs.samples import KINDS
 from pwopt.maps.cost import Cost
 from pwopt.reporting.report import Latency, Report, Timed, contradiction
 from pwopt.reporting.text import ELEMENTWISE, FIGURES, LEGEND, figures, general, plain
@@ -22,7 +23,6 @@ from pwopt.rewriting.wording import counted
 from pwopt.running.bench import Row
 from pwopt.running.doctor import Finding
 from pwopt.running.providers import NVIDIA, Provider
-from pwopt.running.samples import KINDS
 from pwopt.selecting.cache import Entry
 from pwopt.selecting.inspection import Inspection
 from pwopt.selecting.properties import Properties

@@ -21,13 +21,13 @@ import onnx
 from pwopt.errors import UsageError
 from pwopt.graph.files import load
 from pwopt.graph.sources import renamed
+from pwopt.inputs.samples import Feeds, make_feeds
+from pwopt.inputs.specs import InputSpec, check_shapes, input_specs
 from pwopt.running import providers, runtime, timing
-from pwopt.running.inputs import InputSpec, check_shapes, input_specs
 from pwopt.running.progress import Progress, silent
 from pwopt.running.providers import Provider
-from pwopt.running.runtime import Feeds, NodeTime, Session
-from pwopt.running.samples import make_feeds
-from pwopt.running.sizes import Sizes, likely_sizes
+from pwopt.running.runtime import NodeTime, Session
+from pwopt.running.size_trials import Sizes, likely_sizes
 
 #: What Linux says of a process's memory (proc(5)).
 STATUS = Path("/proc/self/status")

@@ -23,12 +23,10 @@ import numpy as np
 import onnx
 
 import pwopt
-from pwopt.algebra import Values
 from pwopt.errors import ModelError, ProviderError, UsageError
+from pwopt.inputs.samples import Feeds
 from pwopt.running import providers
 from pwopt.running.providers import Provider
-
-Feeds = dict[str, Values]
 
 #: What Linux says of the processor.
 CPUINFO = Path("/proc/cpuinfo")

@@ -14,7 +14,8 @@ from typing import Any
 import numpy as np
 
 from pwopt.algebra import Values
-from pwopt.running.runtime import Feeds, Session
+from pwopt.inputs.samples import Feeds
+from pwopt.running.runtime import Session
 
 #: Rounds before the first one that counts.
 WARM_UP = 3

@@ -18,8 +18,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from pwopt.errors import PwoptError
+from pwopt.inputs.samples import Feeds
 from pwopt.running import providers, runtime, timing
-from pwopt.running.runtime import Feeds, NodeTime, Session
+from pwopt.running.runtime import NodeTime, Session
 from pwopt.running.timing import Race, Rules
 
 #: Seconds that a candidate may take to load and run once, at least; and as a multiple of what the original took.

@@ -15,7 +15,7 @@ from pwopt.maps.cost import macs
 from pwopt.passes import FoldChains
 from pwopt.rewriting.driver import Pass
 from pwopt.rewriting.records import Outcome
-from pwopt.running.sizes import Sizes
+from pwopt.running.size_trials import Sizes
 from pwopt.selecting.compiler import concrete_sizes, run_pipeline, select_passes
 from pwopt.selecting.listing import Listing, sized
 from pwopt.selecting.plugins import resolved

@@ -8,8 +8,8 @@ from typing import Generic, TypeVar
 
 from pwopt.graph.files import Source, load
 from pwopt.graph.model import Model
-from pwopt.running.inputs import input_specs
-from pwopt.running.sizes import Sizes, likely_sizes
+from pwopt.inputs.specs import input_specs
+from pwopt.running.size_trials import Sizes, likely_sizes
 
 T = TypeVar("T")
 

@@ -16,6 +16,7 @@ from pwopt.graph.memo import LATEST, digest
 from pwopt.graph.model import Model
 from pwopt.graph.shapes import skeleton
 from pwopt.graph.storage import total_bytes
+from pwopt.inputs.samples import Sample
 from pwopt.maps.cost import Cost
 from pwopt.rewriting.driver import Certifier, Pass
 from pwopt.rewriting.records import Outcome, Rewrite, Skip
@@ -23,7 +24,6 @@ from pwopt.rewriting.wording import counted
 from pwopt.running import timing
 from pwopt.running.progress import Progress
 from pwopt.running.runtime import Session
-from pwopt.running.samples import Sample
 from pwopt.running.worker import UnusableError, Worker
 from pwopt.selecting import tune
 from pwopt.selecting.attribution import marked

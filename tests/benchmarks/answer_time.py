@@ -183,11 +183,11 @@ def tabulated(rows: list[dict[str, Any]]) -> Table:
 def raced(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The models of two versions against the originals and each other."""
     from pwopt.graph.files import load
+    from pwopt.inputs.samples import make_feeds
+    from pwopt.inputs.specs import input_specs
     from pwopt.running import timing
-    from pwopt.running.inputs import input_specs
     from pwopt.running.runtime import Session
-    from pwopt.running.samples import make_feeds
-    from pwopt.running.sizes import likely_sizes
+    from pwopt.running.size_trials import likely_sizes
 
     originals, *versions = options.race
     rows = []

@@ -172,11 +172,11 @@ def compared(wanted: list[Any], got: list[Any]) -> str:
 def measure(path: Path, tools: Iterable[str], seconds: float) -> Row:
     """All that was made of one model, verified, and raced side by side."""
     from pwopt.graph.files import load
+    from pwopt.inputs.samples import make_feeds
+    from pwopt.inputs.specs import input_specs
     from pwopt.running import timing
-    from pwopt.running.inputs import input_specs
     from pwopt.running.runtime import Session
-    from pwopt.running.samples import make_feeds
-    from pwopt.running.sizes import likely_sizes
+    from pwopt.running.size_trials import likely_sizes
 
     proto = load(path).proto
     specs = input_specs(proto)

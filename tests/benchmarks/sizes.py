@@ -28,10 +28,10 @@ from dynamic import CASES
 
 from pwopt.graph.files import load
 from pwopt.graph.shapes import written
+from pwopt.inputs.specs import input_specs
 from pwopt.reporting.report import to_json
 from pwopt.running import runtime
-from pwopt.running.inputs import input_specs
-from pwopt.running.sizes import rounds
+from pwopt.running.size_trials import rounds
 
 #: What choosing sizes may take: bytes and seconds.
 MOST_BYTES, MOST_SECONDS = 1 << 30, 10.0

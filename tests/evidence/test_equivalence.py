@@ -17,8 +17,8 @@ from pwopt.evidence.equivalence import EXCUSED, FLOOR_FACTOR, Difference, Equiva
 from pwopt.evidence.laws import parse_law
 from pwopt.evidence.metrics import Agreement
 from pwopt.evidence.verify import verify
+from pwopt.inputs.samples import Feeds, Sample
 from pwopt.running import runtime
-from pwopt.running.samples import Sample
 
 pytest.importorskip("onnxruntime")
 F = np.float32
@@ -179,7 +179,7 @@ def test_operators_that_ran_elsewhere_are_listed(tmp_path: Path, monkeypatch: py
             self.session = SimpleNamespace(end_profiling=lambda: str(tmp_path / "profile.json"))
             assert profile
 
-        def run(self, feeds: runtime.Feeds) -> list[object]:
+        def run(self, feeds: Feeds) -> list[object]:
             return []
 
     monkeypatch.setattr(runtime, "Session", Cuda)

@@ -17,10 +17,10 @@ from pwopt.errors import NotEquivalentError
 from pwopt.evidence import localise
 from pwopt.evidence.verify import verify
 from pwopt.graph.files import save
+from pwopt.inputs.samples import Sample
+from pwopt.inputs.specs import input_specs
 from pwopt.optimizing import trial
 from pwopt.rewriting.records import Rewrite
-from pwopt.running.inputs import input_specs
-from pwopt.running.samples import Sample
 from pwopt.selecting import selection
 
 ort = pytest.importorskip("onnxruntime")

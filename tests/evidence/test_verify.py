@@ -14,11 +14,11 @@ from pwopt.evidence.laws import parse_law
 from pwopt.evidence.metrics import agreement
 from pwopt.evidence.verify import verify
 from pwopt.graph.files import load
+from pwopt.inputs.samples import given_samples, make_feeds
+from pwopt.inputs.specs import check_shapes, input_specs, parse_shape
 from pwopt.running import runtime
-from pwopt.running.inputs import check_shapes, input_specs, parse_shape
 from pwopt.running.runtime import Session, elsewhere
-from pwopt.running.samples import given_samples, make_feeds
-from pwopt.running.sizes import likely_sizes
+from pwopt.running.size_trials import likely_sizes
 from pwopt.running.timing import Race, race
 
 pytest.importorskip("onnxruntime")

@@ -22,11 +22,11 @@ from onnx import TensorProto, helper
 
 import pwopt
 from pwopt.graph.files import load
+from pwopt.inputs.samples import make_feeds
+from pwopt.inputs.specs import input_specs
 from pwopt.passes import PASSES, Winograd
 from pwopt.running import providers, runtime
-from pwopt.running.inputs import input_specs
 from pwopt.running.providers import Provider
-from pwopt.running.samples import make_feeds
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 Found = dict[str, Any]

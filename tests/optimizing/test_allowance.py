@@ -12,11 +12,11 @@ from helpers import normal, parse
 import pwopt
 from pwopt.errors import UsageError
 from pwopt.graph.files import from_proto
+from pwopt.inputs.samples import Sample
 from pwopt.optimizing import allowance
 from pwopt.optimizing.allowance import Allowance
 from pwopt.optimizing.request import Request
 from pwopt.optimizing.subject import Subject
-from pwopt.running.samples import Sample
 from pwopt.running.worker import Worker
 from pwopt.selecting.selection import Arena
 

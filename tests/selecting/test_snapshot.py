@@ -14,8 +14,8 @@ from strategies import random_sample
 import pwopt
 from pwopt.evidence.certify import certify
 from pwopt.graph.files import from_proto, load
+from pwopt.inputs.specs import input_specs
 from pwopt.rewriting.records import Outcome
-from pwopt.running.inputs import input_specs
 from pwopt.selecting import compiler, selection
 from pwopt.selecting.compiler import Snapshot, run_pipeline, select_passes
 from pwopt.selecting.selection import Work

@@ -27,10 +27,10 @@ from pwopt import cli
 from pwopt.errors import UsageError
 from pwopt.evidence.laws import parse_law
 from pwopt.graph import limits, storage
+from pwopt.inputs.specs import parse_shape
 from pwopt.optimizing import batch, conditions, fleet
 from pwopt.optimizing.request import Request
 from pwopt.running import bench, runtime, timing, worker
-from pwopt.running.inputs import parse_shape
 from pwopt.selecting import plugins
 
 ROOT = Path(__file__).parent.parent.parent

@@ -6,7 +6,8 @@ import threading
 import time
 
 from pwopt.errors import ModelError
-from pwopt.running.runtime import Feeds, Session, onnxruntime
+from pwopt.inputs.samples import Feeds
+from pwopt.running.runtime import Session, onnxruntime
 
 #: A run shorter than this is done again, since a first one also finds memory.
 SHORT = 0.05

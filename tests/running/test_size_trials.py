@@ -13,11 +13,11 @@ from helpers import parse
 
 from pwopt.errors import UsageError
 from pwopt.graph.shapes import infer
-from pwopt.running.footprint import footprint
-from pwopt.running.inputs import InputSpec, input_specs
-from pwopt.running.metadata import Metadata
-from pwopt.running.samples import make_feeds
-from pwopt.running.sizes import Chosen, likely_sizes, rounds
+from pwopt.inputs.footprint import footprint
+from pwopt.inputs.metadata import Metadata
+from pwopt.inputs.samples import make_feeds
+from pwopt.inputs.specs import InputSpec, input_specs
+from pwopt.running.size_trials import Chosen, likely_sizes, rounds
 
 pytest.importorskip("onnxruntime")
 
@@ -192,18 +192,18 @@ def test_a_second_round_differs_and_fits(tmp_path: Path) -> None:
 
 
 def test_a_run_that_takes_too_long_is_stopped_and_made_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pwopt.running import sizes, trying
+    from pwopt.running import size_trials, timed_run
 
     tried = []
-    real = trying.seconds_of
+    real = timed_run.seconds_of
 
     def slow(session: object, feeds: dict[str, np.ndarray], limit: float) -> float:
         tried.append(feeds["x"].shape)
         if feeds["x"].shape[-1] > 100:
-            raise trying.TooSlowError("a run takes longer than 4 seconds")
+            raise timed_run.TooSlowError("a run takes longer than 4 seconds")
         return real(session, feeds, limit)
 
-    monkeypatch.setattr(sizes, "seconds_of", slow)
+    monkeypatch.setattr(size_trials, "seconds_of", slow)
     found = chosen(image(), tmp_path)
     assert found.sizes == {"x": (1, 3, 96, 96)}
     assert [shape[-1] for shape in tried] == [224, 160, 96]
@@ -212,7 +212,7 @@ def test_a_run_that_takes_too_long_is_stopped_and_made_smaller(tmp_path: Path, m
 
 def test_onnxruntime_is_told_to_stop(tmp_path: Path) -> None:
     from pwopt.running.runtime import Session
-    from pwopt.running.trying import TooSlowError, seconds_of
+    from pwopt.running.timed_run import TooSlowError, seconds_of
 
     products = " ".join(f"h{i} = MatMul(h{i - 1}, h0)" for i in range(1, 400))
     model = parse(f"(float[1500,1500] x) => (float[a,b] y) {{ h0 = Relu(x) {products} y = Relu(h399) }}")

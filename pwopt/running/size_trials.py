@@ -14,13 +14,13 @@ import onnx
 
 from pwopt.errors import ModelError, UsageError
 from pwopt.graph.shapes import written
-from pwopt.running.candidates import Candidate, Search
-from pwopt.running.guesses import Trust
-from pwopt.running.inputs import InputSpec, check_shapes
+from pwopt.inputs.candidate_sizes import Candidate, Search
+from pwopt.inputs.samples import make_feeds
+from pwopt.inputs.size_guesses import Trust
+from pwopt.inputs.specs import InputSpec, check_shapes
 from pwopt.running.progress import Progress, silent
 from pwopt.running.runtime import Session
-from pwopt.running.samples import make_feeds
-from pwopt.running.trying import TooSlowError, seconds_of
+from pwopt.running.timed_run import TooSlowError, seconds_of
 
 LOG = logging.getLogger(__name__)
 

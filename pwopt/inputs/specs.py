@@ -12,7 +12,7 @@ import onnx
 
 from pwopt.errors import ModelError, UsageError
 from pwopt.graph.shapes import Shape, dims, infer, known, written
-from pwopt.running import demands
+from pwopt.inputs import shape_constraints
 
 
 @dataclass(frozen=True)
@@ -67,16 +67,16 @@ def _learned(specs: Sequence[InputSpec], model: onnx.ModelProto) -> list[InputSp
     """The inputs with what their declarations leave open and the graph does not."""
     learned = []
     for spec in specs:
-        found = demands.rank(model, spec.name) if spec.shape is None else None
+        found = shape_constraints.rank(model, spec.name) if spec.shape is None else None
         if found is not None:
             fact = f"{spec.name!r} has {found[0]} axes, as {found[1]} takes it"
             spec = replace(spec, shape=(None,) * found[0], facts=(fact,))
         learned.append(spec)
     opened = {s.name: s.shape for s in learned if s.shape is not None and not known(s.shape)}
-    settled = demands.settled(model, opened) if opened else {}
+    settled = shape_constraints.settled(model, opened) if opened else {}
     for i, spec in enumerate(learned):
         if spec.name in opened:
-            names = demands.symbols(spec.name, opened[spec.name])
+            names = shape_constraints.symbols(spec.name, opened[spec.name])
             found_here = {d: settled[d] for d in names if isinstance(d, str) and d in settled}
             shape = tuple(
                 found_here[d][0] if isinstance(d, str) and d in found_here else given
@@ -85,7 +85,7 @@ def _learned(specs: Sequence[InputSpec], model: onnx.ModelProto) -> list[InputSp
             facts = tuple(f"{axis} is {size}, by {by}" for axis, (size, by) in found_here.items())
             spec = replace(spec, shape=shape, facts=(*spec.facts, *facts))
         if spec.dtype.kind in "iu":
-            spec = replace(spec, largest=demands.largest_index(model, spec.name, infer(model)))
+            spec = replace(spec, largest=shape_constraints.largest_index(model, spec.name, infer(model)))
         learned[i] = spec
     return learned
 

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import onnx
 
 from pwopt.errors import UsageError
 from pwopt.graph.shapes import Dim, contradiction, infer, skeleton
-from pwopt.running import demands
-from pwopt.running.demands import Demand, Types
-from pwopt.running.footprint import Footprint, footprint
-from pwopt.running.guesses import LINE, LINE_WIDTH, Group, Guess, Question, Trust, ask
-from pwopt.running.inputs import InputSpec
+from pwopt.inputs import shape_constraints
+from pwopt.inputs.footprint import Footprint, footprint
+from pwopt.inputs.shape_constraints import Demand, Types
+from pwopt.inputs.size_guesses import LINE, LINE_WIDTH, Group, Guess, Question, Trust, ask
+from pwopt.inputs.specs import InputSpec
 
 #: Bytes of activations that sizes which nobody gave may take, and multiply-adds of those that rest on names and places.
 MEMORY, WORK = 1 << 30, 5 * 10**9
@@ -85,7 +86,7 @@ class Search:
         self.visits = VISITS
         if not self.settled:
             self.model = skeleton(model)
-            self.demands = demands.demands(model)
+            self.demands = shape_constraints.demands(model)
             self.strict = not contradiction(self.model, self.question.shapes)
             self.groups = self._advised()
 
@@ -247,7 +248,7 @@ class Search:
 
     def _solved(self, demand: Demand, base: dict[str, int]) -> dict[str, int]:
         """Sizes of one group's axes for which a demand is met, the others as they are; empty if none were found."""
-        part = demands.submodel(self.model, demand.tensor)
+        part = shape_constraints.submodel(self.model, demand.tensor)
 
         def count(values: Mapping[str, int]) -> Dim:
             if self.visits <= 0:
@@ -259,9 +260,14 @@ class Search:
         for group in sorted(self.groups, key=lambda g: g.role == "batch"):
             moved = [a for a in group.axes if count({a: 4 * base[a] + 4}) != now]
             if moved and group.role in (*ELASTIC, "batch", "channel"):
-                found = demands.solve(lambda n: count(dict.fromkeys(moved, n)), demand.size, PREFERRED, LARGEST)  # noqa: B023
+                counted = functools.partial(_at_equal_sizes, count, moved)
+                found = shape_constraints.solve(counted, demand.size, PREFERRED, LARGEST)
                 return {} if found is None else dict.fromkeys(moved, found)
         return {}
+
+
+def _at_equal_sizes(count: Callable[[Mapping[str, int]], Dim], axes: Sequence[str], size: int) -> Dim:
+    return count(dict.fromkeys(axes, size))
 
 
 def _put(group: Group, found: Mapping[str, int], by: str) -> dict[str, Group]:

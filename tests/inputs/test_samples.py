@@ -10,9 +10,9 @@ from helpers import parse
 from onnx import numpy_helper
 
 from pwopt.errors import UsageError
-from pwopt.running.inputs import input_specs
-from pwopt.running.samples import KINDS, check_kinds, given_samples, make_feeds, parse_range
-from pwopt.running.sizes import narrowed, rounds
+from pwopt.inputs.samples import KINDS, check_kinds, given_samples, make_feeds, parse_range
+from pwopt.inputs.specs import input_specs
+from pwopt.running.size_trials import narrowed, rounds
 
 pytest.importorskip("onnxruntime")
 

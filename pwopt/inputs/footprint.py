@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 from pwopt.graph.shapes import known
-from pwopt.running.demands import Types
+from pwopt.inputs.shape_constraints import Types
 
 #: Operators whose output is their first input in another shape: onnxruntime moves nothing.
 VIEWS = frozenset(["Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"])

@@ -18,8 +18,7 @@ from pwopt.algebra import Values
 from pwopt.errors import UsageError
 from pwopt.graph.dtypes import floating
 from pwopt.graph.shapes import written
-from pwopt.running.inputs import InputSpec, check_shapes
-from pwopt.running.runtime import Feeds
+from pwopt.inputs.specs import InputSpec, check_shapes
 
 #: Distributions that floating-point inputs can be drawn from, each with what it holds.
 KINDS = {
@@ -33,6 +32,8 @@ DEFAULT_KINDS = ("normal", "uniform", "normal")
 #: Standard deviation of "large" inputs: beyond raw 8-bit pixels, far from the largest float16.
 LARGE = 1000.0
 
+#: Input name → array.
+Feeds = dict[str, Values]
 #: The smallest and largest value of an input, both included.
 Range = tuple[float, float]
 

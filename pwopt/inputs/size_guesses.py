@@ -10,9 +10,9 @@ from enum import IntEnum
 
 import onnx
 
-from pwopt.running import demands
-from pwopt.running.inputs import InputSpec
-from pwopt.running.metadata import BATCH, CHANNELS, FRAMES, LATENT, LENGTH, LONGEST, RATE, STRIDE, Metadata
+from pwopt.inputs import shape_constraints
+from pwopt.inputs.metadata import BATCH, CHANNELS, FRAMES, LATENT, LENGTH, LONGEST, RATE, STRIDE, Metadata
+from pwopt.inputs.specs import InputSpec
 
 #: Sizes (height, width) to try for dynamic images, in order: classifiers, detectors, text recognisers.
 IMAGE_SIZES = ((224, 224), (320, 320), (640, 640), (48, 320), (32, 320), (48, 192), (256, 256), (512, 512))
@@ -200,7 +200,7 @@ def ask(
                 if isinstance(d, str) and d != "?":
                     bound.setdefault(d, size)
         else:
-            shapes[spec.name] = demands.symbols(spec.name, spec.shape or ())
+            shapes[spec.name] = shape_constraints.symbols(spec.name, spec.shape or ())
     shapes = {
         name: tuple(bound.get(d, d) if isinstance(d, str) else d for d in shape) for name, shape in shapes.items()
     }
@@ -218,7 +218,7 @@ def _grouped(
     seen: set[str] = set()
     groups = []
     for spec in specs:
-        waveform = demands.reads_waveform(model, spec.name)
+        waveform = shape_constraints.reads_waveform(model, spec.name)
         roles: dict[str, tuple[str, str]] = {}
         for axis, d in enumerate(shapes[spec.name]):
             if isinstance(d, str) and d not in seen:

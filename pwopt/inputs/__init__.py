@@ -1,0 +1,1 @@
+"""What models take: their inputs, sizes for open axes, and values, found without running anything."""
