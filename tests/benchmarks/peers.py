@@ -272,7 +272,7 @@ def told(record: Row) -> str:
     machine, versions = record["environment"], record["versions"]
     named = ", ".join(f"{tool} {version}" for tool, version in versions.items() if tool != "pwopt")
     others = [f"{tool} on {model} ({times:.2f}×)" for model, tool, times in ahead(record)]
-    behind = f"Ahead of pwopt beyond doubt: {', '.join(others)}." if others else "None is ahead of pwopt beyond doubt."
+    behind = f"Clearly faster than pwopt: {', '.join(others)}." if others else "No tool is clearly faster than pwopt."
     failures = [
         f"{tool} on {row['model']} ({row['tools'][tool]['error'].rstrip('.')})"
         for row in record["models"]
@@ -281,9 +281,11 @@ def told(record: Row) -> str:
     ]
     broken = f" Failed: {'; '.join(failures)}." if failures else ""
     head = (
-        f"How many times faster than onnxruntime {machine['onnxruntime']} alone on the original: medians of interleaved runs,"
-        f" one thread, {machine['cpu']}, {record['date']}; {named}. The tools' models run on onnxruntime, OpenVINO runs the"
-        " original itself. Bold: the fastest, and those that cannot be told from it. A dash counts as 1."
+        "The table shows how many times faster each tool makes a model than onnxruntime"
+        f" {machine['onnxruntime']} alone. The figures are medians of interleaved runs on one thread of an"
+        f" {machine['cpu']}, {record['date']}, with {named}. onnxruntime runs the models that the tools write; OpenVINO"
+        " runs the original itself. Bold marks the fastest tool, and every tool whose interval overlaps with that of the"
+        " fastest. A dash counts as 1."
     )
     chart = f"![Speed-ups of {len(record['models'])} models by tool]({CHART.relative_to(ROOT).as_posix()})"
     paragraphs = (textwrap.fill(head, WIDTH), chart, table(record).rstrip(), textwrap.fill(f"{behind}{broken}", WIDTH))
