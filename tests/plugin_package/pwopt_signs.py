@@ -27,7 +27,7 @@ class DropSign(Pass):
         if crowd:
             return Skip(f"{crowd}, so the sign is computed anyway")
         new = gs.Node("Abs", node.name, {}, [negation.inputs[0]], [node.outputs[0]])
-        return rw.replace([negation, node], [new], "an absolute value forgets the sign")
+        return rw.replace([negation, node], [new], "the sign has no effect on an absolute value")
 
 
 class Square(Pass):
