@@ -12,7 +12,7 @@ import pwopt
 from pwopt.evidence.certify import unchecked
 from pwopt.reporting.drawing import HEIGHT, WIDTH, draw, path
 from pwopt.rewriting import Pass, Rewrite
-from pwopt.selecting.compiler import run_pipeline
+from pwopt.selecting.snapshot import run_pipeline
 
 ROOT = Path(__file__).parent.parent
 #: Where files of the repository that are no pages are shown.

@@ -30,13 +30,13 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "graph.model": ["Model"],
         "optimizing.batch": ["optimize_many"],
         "optimizing.optimizer": ["Result", "optimize"],
-        "optimizing.profile": ["profile"],
+        "optimizing.record_tuning": ["profile"],
         "optimizing.request": ["Request"],
         "passes": ["PASSES"],
         "running.bench": ["benchmark"],
         "selecting.inspection": ["inspect"],
-        "selecting.properties": ["properties"],
-        "selecting.targets": ["Profile"],
+        "selecting.weight_properties": ["properties"],
+        "selecting.tuning_database": ["TuningDatabase"],
     },
 )
 
@@ -56,10 +56,10 @@ if TYPE_CHECKING:
     from pwopt.optimizing.batch import optimize_many as optimize_many
     from pwopt.optimizing.optimizer import Result as Result
     from pwopt.optimizing.optimizer import optimize as optimize
-    from pwopt.optimizing.profile import profile as profile
+    from pwopt.optimizing.record_tuning import profile as profile
     from pwopt.optimizing.request import Request as Request
     from pwopt.passes import PASSES as PASSES
     from pwopt.running.bench import benchmark as benchmark
     from pwopt.selecting.inspection import inspect as inspect
-    from pwopt.selecting.properties import properties as properties
-    from pwopt.selecting.targets import Profile as Profile
+    from pwopt.selecting.tuning_database import TuningDatabase as TuningDatabase
+    from pwopt.selecting.weight_properties import properties as properties

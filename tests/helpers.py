@@ -77,10 +77,10 @@ def run(model: onnx.ModelProto, *passes: Pass, **options: object) -> tuple[onnx.
 
 def plant(monkeypatch: pytest.MonkeyPatch, race: Callable[..., object]) -> None:
     """Let a function say what races say, of (arena, models, …), and profiles say nothing."""
-    from pwopt.selecting import selection
+    from pwopt.selecting import rewrite_selection
 
-    monkeypatch.setattr(selection.Arena, "race", race)
-    monkeypatch.setattr(selection.Judge, "look", lambda *_: {})
+    monkeypatch.setattr(rewrite_selection.Environment, "race", race)
+    monkeypatch.setattr(rewrite_selection.Judge, "look", lambda *_: {})
 
 
 def ops(model: onnx.ModelProto) -> Counter[str]:

@@ -27,7 +27,7 @@ def inspect(
     from pwopt.reporting.report import to_json
     from pwopt.selecting.inspection import Inspection
     from pwopt.selecting.inspection import inspect as decisions
-    from pwopt.selecting.properties import Properties, properties
+    from pwopt.selecting.weight_properties import Properties, properties
 
     if weights:
         said.check_report(report, model)

@@ -14,7 +14,7 @@ from pwopt.errors import UsageError
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from pwopt.optimizing.batch import Row, Runner
+    from pwopt.optimizing.batch import BatchRow, Runner
     from pwopt.optimizing.fleet import Fleet
     from pwopt.optimizing.request import Request
 
@@ -67,7 +67,7 @@ def many(
         return
     with said.telling_progress(debug=manner.debug, quiet=manner.quiet, verbose=manner.verbose) as progress:
 
-        def told(row: Row) -> None:
+        def told(row: BatchRow) -> None:
             silent = manner.quiet or manner.json
             _line(row, said.console(stderr=True) if silent and row.status == "failed" else console)
 
@@ -79,7 +79,7 @@ def many(
     raise typer.Exit(max(r.code for r in rows))
 
 
-def _line(row: Row, console: Console) -> None:
+def _line(row: BatchRow, console: Console) -> None:
     """What became of one model, on one line."""
     from pwopt.reporting.text import plain
 
@@ -94,6 +94,6 @@ def _line(row: Row, console: Console) -> None:
     console.print(f"[{colour}]{row.status:<9}[/{colour}]  {faster}  {nodes} {took}  {name}", soft_wrap=True)
 
 
-def _half(row: Row) -> float:
+def _half(row: BatchRow) -> float:
     """Half of the interval of the speed-up."""
     return ((row.high or 0.0) - (row.low or 0.0)) / 2

@@ -74,7 +74,7 @@ def _one(model: Path, request: Request, report: Path | None, manner: Manner) -> 
     """Optimise one model and say what was done."""
     from pwopt.cli import output as said
     from pwopt.optimizing.optimizer import optimized
-    from pwopt.optimizing.subject import same_file
+    from pwopt.optimizing.preparation import same_file
     from pwopt.reporting import terminal
     from pwopt.reporting.document import check_available
 

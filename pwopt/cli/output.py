@@ -14,7 +14,7 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 
 from pwopt.errors import UsageError
 from pwopt.graph.storage import replacing
-from pwopt.optimizing.subject import same_file
+from pwopt.optimizing.preparation import same_file
 from pwopt.reporting.document import document, kind_of
 from pwopt.reporting.report import Comparison, Report
 from pwopt.reporting.text import plain

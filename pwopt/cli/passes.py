@@ -24,8 +24,8 @@ def passes(
     """List the passes: what each one rewrites, and when; with NAME, everything about one."""
     from pwopt.cli import output as said
     from pwopt.reporting.report import to_json
-    from pwopt.selecting.compiler import select_passes
     from pwopt.selecting.plugins import origin
+    from pwopt.selecting.snapshot import select_passes
 
     found = select_passes(None, plugin or ())
     if name is not None:

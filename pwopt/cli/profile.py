@@ -27,7 +27,7 @@ def profile(
 ) -> None:
     """Record which measured rewrites pay on this machine, for `optimize --target-profile` on another."""
     from pwopt.cli import output as said
-    from pwopt.optimizing.profile import profile as record
+    from pwopt.optimizing.record_tuning import profile as record
 
     provider = options.placed(provider, provider_option)
     shapes = options.one_round(shape)

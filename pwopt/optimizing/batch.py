@@ -28,8 +28,8 @@ from pwopt.optimizing.request import Request
 from pwopt.reporting.report import SCHEMA, Report, to_json
 from pwopt.running import runtime, timing
 from pwopt.running.progress import Progress, silent
-from pwopt.selecting.compiler import select_passes
 from pwopt.selecting.plugins import fingerprint, resolved
+from pwopt.selecting.snapshot import select_passes
 
 #: What a finished batch is listed in, and what the next one goes on from.
 INDEX = "index.json"
@@ -57,7 +57,7 @@ class Job:
 
 
 @dataclass(frozen=True)
-class Row:
+class BatchRow:
     """What became of one model.
 
     Attributes
@@ -96,16 +96,16 @@ class Row:
 
 
 @dataclass(frozen=True)
-class Done:
+class JobResult:
     """What comes back from a job: its row, and its report and page as text, "" where there are none."""
 
-    row: Row
+    row: BatchRow
     report: str = ""
     page: str = ""
 
 
 #: Runs jobs and yields what comes back, in whatever order.
-Runner = Callable[[Sequence[Job], Request, Progress], Iterator[Done]]
+Runner = Callable[[Sequence[Job], Request, Progress], Iterator[JobResult]]
 
 
 def jobs(models: Iterable[str | os.PathLike[str]], folder: Path, request: Request) -> list[Job]:
@@ -179,8 +179,8 @@ def optimize_many(
     workers: int = 1,
     runner: Runner | None = None,
     progress: Progress = silent,
-    told: Callable[[Row], None] = lambda _row: None,
-) -> list[Row]:
+    told: Callable[[BatchRow], None] = lambda _row: None,
+) -> list[BatchRow]:
     """Optimise many models into a folder, with a report for each and an index over all.
 
     What is done already, and unchanged, is skipped; a model that fails does not stop the rest.
@@ -205,7 +205,7 @@ def optimize_many(
 
     Returns
     -------
-    list of Row
+    list of BatchRow
         In the order of the models.
 
     Raises
@@ -241,14 +241,14 @@ def _made(folder: Path) -> Path:
     return folder
 
 
-def _unchanged(job: Job, where: Path, earlier: Mapping[str, Row]) -> Row | None:
+def _unchanged(job: Job, where: Path, earlier: Mapping[str, BatchRow]) -> BatchRow | None:
     """The row of a job that was done before, if its model, options and output are what they were."""
     row = earlier.get(os.path.relpath(job.output, where))
     same = row is not None and job.key and row.key == job.key and row.written == _written(job.output)
     return replace(row, status="unchanged") if row is not None and same else None
 
 
-def _kept(job: Job, done: Done, where: Path) -> Row:
+def _kept(job: Job, done: JobResult, where: Path) -> BatchRow:
     """The row of a job whose report was written."""
     row = replace(done.row, output=os.path.relpath(job.output, where), key=job.key)
     if row.status == "done":
@@ -266,22 +266,22 @@ def _written(output: Path) -> str:
     return "nothing"
 
 
-def _read(index: Path) -> dict[str, Row]:
+def _read(index: Path) -> dict[str, BatchRow]:
     """Rows of an earlier batch in this folder by output; none if there was none, or its index is damaged."""
     try:
         rows = json.loads(index.read_text(encoding="utf-8"))["rows"]
-        read = [Row(**{**r, "nodes": tuple(r["nodes"]), "macs": tuple(r["macs"])}) for r in rows]
+        read = [BatchRow(**{**r, "nodes": tuple(r["nodes"]), "macs": tuple(r["macs"])}) for r in rows]
         return {r.output: r for r in read if r.status != "failed"}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
-def index_json(rows: Sequence[Row]) -> str:
+def index_json(rows: Sequence[BatchRow]) -> str:
     """The list of all models, as JSON."""
     return to_json({"schema": SCHEMA, "pwopt": pwopt.__version__, "rows": [asdict(r) for r in rows]})
 
 
-def _write_index(where: Path, rows: Sequence[Row], earlier: dict[str, Row]) -> None:
+def _write_index(where: Path, rows: Sequence[BatchRow], earlier: dict[str, BatchRow]) -> None:
     """Both indices, those models kept that an earlier batch did and this one was not asked for."""
     mine = {r.output for r in rows}
     everything = [*rows, *(r for r in earlier.values() if r.output not in mine and (where / r.output).exists())]
@@ -294,11 +294,11 @@ def _write_index(where: Path, rows: Sequence[Row], earlier: dict[str, Row]) -> N
             stream.write(page(everything, where).encode())
 
 
-def carried_out(job: Job, request: Request, called: tuple[PurePath, PurePath] | None = None) -> Done:
+def carried_out(job: Job, request: Request, called: tuple[PurePath, PurePath] | None = None) -> JobResult:
     """Optimise one model; whatever goes wrong is in the row. `called` says how files are named in row and report."""
     start = time.perf_counter()
     model, output = map(os.fspath, called or (job.model, job.output))
-    row = Row(model, output, "failed")
+    row = BatchRow(model, output, "failed")
     report: Report | None = None
     try:
         job.output.parent.mkdir(parents=True, exist_ok=True)
@@ -311,12 +311,12 @@ def carried_out(job: Job, request: Request, called: tuple[PurePath, PurePath] | 
         row = replace(row, sentence=f"internal error ({type(error).__name__}: {error})", code=DEFECT)
     row = replace(row, seconds=time.perf_counter() - start)
     if report is None:
-        return Done(row)
+        return JobResult(row)
     report = replace(report, model=model, output=output)
-    return Done(row, report.to_json(), page_of(report))
+    return JobResult(row, report.to_json(), page_of(report))
 
 
-def summary(row: Row, report: Report) -> Row:
+def summary(row: BatchRow, report: Report) -> BatchRow:
     """A row with the figures of a report."""
     a, b, t = report.before, report.after, report.latency
     row = replace(row, nodes=(a.nodes, b.nodes), macs=(a.macs, b.macs), sentence=" ".join(report.notes[-1:]))
@@ -333,7 +333,7 @@ def page_of(report: Report) -> str:
         return ""
 
 
-def _in_turn(todo: Sequence[Job], request: Request, progress: Progress) -> Iterator[Done]:
+def _in_turn(todo: Sequence[Job], request: Request, progress: Progress) -> Iterator[JobResult]:
     for i, job in enumerate(todo):
 
         def told(stage: str, done: float, i: int = i, name: str = job.model.name) -> None:
@@ -348,7 +348,7 @@ class Processes:
 
     workers: int
 
-    def __call__(self, todo: Sequence[Job], request: Request, progress: Progress) -> Iterator[Done]:
+    def __call__(self, todo: Sequence[Job], request: Request, progress: Progress) -> Iterator[JobResult]:
         left = {os.fspath(job.model): job for job in todo}
         rounds = [(list(todo), self.workers)]
         while rounds:
@@ -361,9 +361,9 @@ class Processes:
                 rounds = [([job], 1) for job in left.values()]
         for job in left.values():
             sentence = "the process died, perhaps for want of memory; try it alone, or on a larger machine"
-            yield Done(Row(os.fspath(job.model), os.fspath(job.output), "failed", sentence, DEFECT))
+            yield JobResult(BatchRow(os.fspath(job.model), os.fspath(job.output), "failed", sentence, DEFECT))
 
-    def _pooled(self, batch: Sequence[Job], request: Request, size: int) -> Iterator[Done]:
+    def _pooled(self, batch: Sequence[Job], request: Request, size: int) -> Iterator[JobResult]:
         spawn = multiprocessing.get_context("spawn")
         size = min(size, MOST) if sys.platform == "win32" else size
         with ProcessPoolExecutor(size, spawn, initializer=_begin, initargs=(spawn.Lock(),)) as pool:

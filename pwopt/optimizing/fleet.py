@@ -21,13 +21,13 @@ import onnx
 
 from pwopt.errors import PwoptError, UsageError
 from pwopt.graph.storage import locations_of, replacing
-from pwopt.optimizing.batch import DEFECT, Done, Job, Row, carried_out, content
-from pwopt.optimizing.profile import profile
+from pwopt.optimizing.batch import DEFECT, BatchRow, Job, JobResult, carried_out, content
+from pwopt.optimizing.record_tuning import profile
 from pwopt.optimizing.request import Request
 from pwopt.running import runtime, timing
 from pwopt.running.progress import Progress, silent
 from pwopt.selecting import cache
-from pwopt.selecting.targets import Profile
+from pwopt.selecting.tuning_database import TuningDatabase
 
 #: How often a model is tried again on another worker where one is lost.
 RETRIES = 3
@@ -50,7 +50,7 @@ def distributed() -> Any:
 
 
 @dataclass(frozen=True)
-class Parcel:
+class JobRequest:
     """What travels with a model: its files as bytes, none where the worker sees them, and known decisions.
 
     Paths are pure ones, which a worker on another system can read too.
@@ -59,16 +59,16 @@ class Parcel:
     model: PurePath
     output: PurePath
     files: Mapping[str, bytes]
-    known: tuple[cache.Entry, ...]
+    known: tuple[cache.TuningRecord, ...]
 
 
 @dataclass(frozen=True)
-class Delivery:
+class JobResponse:
     """What comes back: as from a job, the files of the result unless they are in place, and new decisions."""
 
-    done: Done
+    done: JobResult
     files: Mapping[str, bytes]
-    learnt: tuple[cache.Entry, ...]
+    learnt: tuple[cache.TuningRecord, ...]
     where: str
 
 
@@ -134,7 +134,7 @@ class Fleet:
     def _resources(self) -> dict[str, float] | None:
         return None if self.target is None else {self.target: 1}
 
-    def __call__(self, todo: Sequence[Job], request: Request, progress: Progress) -> Iterator[Done]:
+    def __call__(self, todo: Sequence[Job], request: Request, progress: Progress) -> Iterator[JobResult]:
         plain = replace(request, progress=silent, output=None)
         dask = distributed()
         with self.connected() as client:
@@ -143,7 +143,7 @@ class Fleet:
             jobs: dict[Any, Job] = {}
             for job in todo:
                 files = {} if job.model in seen else _packed(job.model)
-                parcel = Parcel(PurePath(job.model), PurePath(job.output), files, known)
+                parcel = JobRequest(PurePath(job.model), PurePath(job.output), files, known)
                 options = {"resources": self._resources(), "retries": RETRIES, "pure": False}
                 jobs[client.submit(delivered, parcel, plain, **options)] = job
             for i, future in enumerate(dask.as_completed(jobs, loop=client.loop)):
@@ -160,7 +160,7 @@ class Fleet:
 
     def profiles(
         self, models: Iterable[str | os.PathLike[str]], request: Request, progress: Progress = silent
-    ) -> dict[str, Profile]:
+    ) -> dict[str, TuningDatabase]:
         """A profile for each kind of machine, by its label; each races the models on one of its workers."""
         paths = [Path(m) for m in models]
         with self.connected() as client:
@@ -173,17 +173,17 @@ class Fleet:
                 ): k
                 for k in kinds
             }  # fmt: skip
-            found: dict[str, Profile] = {}
+            found: dict[str, TuningDatabase] = {}
             for i, future in enumerate(distributed().as_completed(waiting, loop=client.loop)):
                 progress(f"recording on {waiting[future].label}", i / len(kinds))
                 found[waiting[future].label] = future.result()
             return dict(sorted(found.items()))
 
 
-def _received(future: Any, job: Job, request: Request) -> Done:
+def _received(future: Any, job: Job, request: Request) -> JobResult:
     """What a worker sent, with its files written and its decisions kept."""
     try:
-        delivery: Delivery = future.result()
+        delivery: JobResponse = future.result()
         for name, data in delivery.files.items():
             job.output.parent.mkdir(parents=True, exist_ok=True)
             with replacing(job.output.parent / name) as stream:
@@ -191,7 +191,7 @@ def _received(future: Any, job: Job, request: Request) -> Done:
     except Exception as error:
         lost = type(error).__name__ == "KilledWorker"
         sentence = f"it killed {RETRIES + 1} workers; try it alone" if lost else f"{type(error).__name__}: {error}"
-        return Done(Row(os.fspath(job.model), os.fspath(job.output), "failed", sentence, DEFECT))
+        return JobResult(BatchRow(os.fspath(job.model), os.fspath(job.output), "failed", sentence, DEFECT))
     if request.cache:
         for entry in delivery.learnt:
             cache.store(entry)
@@ -275,7 +275,7 @@ def _turn() -> Any:
     return contextlib.nullcontext()
 
 
-def delivered(parcel: Parcel, request: Request) -> Delivery:
+def delivered(parcel: JobRequest, request: Request) -> JobResponse:
     """On a worker: optimise one model."""
     runtime.silence()
     timing.share(_turn())
@@ -296,10 +296,10 @@ def delivered(parcel: Parcel, request: Request) -> Delivery:
             here = Job(Path(parcel.model).resolve(), Path(parcel.output).resolve())
             done = carried_out(here, request, (parcel.model, parcel.output))
     learnt = tuple(set(cache.stored()) - before)
-    return Delivery(done, files, learnt, cache.place(request.provider, request.first_threads))
+    return JobResponse(done, files, learnt, cache.place(request.provider, request.first_threads))
 
 
-def recorded(models: Mapping[str, Mapping[str, bytes]], request: Request) -> Profile:
+def recorded(models: Mapping[str, Mapping[str, bytes]], request: Request) -> TuningDatabase:
     """On a worker: the profile of its machine."""
     runtime.silence()
     timing.share(_turn())

@@ -18,20 +18,20 @@ from pwopt.graph.names import with_named_nodes
 from pwopt.graph.shapes import written
 from pwopt.graph.sources import handed, renamed
 from pwopt.graph.storage import workspace
-from pwopt.optimizing.allowance import Allowance
+from pwopt.optimizing.attempt import Attempt, attempt
+from pwopt.optimizing.budget import Budget
+from pwopt.optimizing.fallback import returned
+from pwopt.optimizing.preparation import Problem, check_request, check_sites, gather, plan
 from pwopt.optimizing.request import Request
-from pwopt.optimizing.subject import Subject, check_request, check_sites, gather, plan
-from pwopt.optimizing.trial import Attempt, attempt
-from pwopt.optimizing.verdict import returned
 from pwopt.reporting.brief import top
 from pwopt.reporting.report import Report
 from pwopt.rewriting.wording import counted
 from pwopt.running import runtime, timing
-from pwopt.selecting.compiler import select_passes
+from pwopt.selecting.autotuning import groups
 from pwopt.selecting.plugins import fingerprint, resolved
-from pwopt.selecting.selection import Choice, Disk, Forgetful, Work, select
-from pwopt.selecting.targets import Profile
-from pwopt.selecting.tune import groups
+from pwopt.selecting.rewrite_selection import CachedTuningRecords, Compilation, NoTuningRecords, Selection, select
+from pwopt.selecting.snapshot import select_passes
+from pwopt.selecting.tuning_database import TuningDatabase
 
 Options = ParamSpec("Options")
 LOG = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def optimized(model: Source, request: Request) -> Result:
         work = plan(subject, request, stack.enter_context(workspace(request.output)))
         request.progress("rewriting", 0.0)
         work.settled(tuple(work.denied))
-        allowance = Allowance(subject, request)
+        allowance = Budget(subject, request)
         choice = choose(work, subject, request, allowance)
         blank = Report(
             model="<model in memory>" if path is None else str(path),
@@ -157,7 +157,7 @@ def optimized(model: Source, request: Request) -> Result:
     return Result(done.proto, done.report)
 
 
-def _on_what(subject: Subject, request: Request) -> str:
+def _on_what(subject: Problem, request: Request) -> str:
     """What the model will be judged on, and why."""
     sizes = ", ".join(f"{name} {written(shape)}" for name, shape in subject.sizes.items())
     given = "likely ones, since none were given" if subject.guessed else "the model's own, or given"
@@ -168,7 +168,7 @@ def _on_what(subject: Subject, request: Request) -> str:
     return f"sizes for costs, verification and timing: {sizes} ({given}); {count} of {held}"
 
 
-def _outlook(work: Work, races: bool) -> Iterator[str]:
+def _outlook(work: Compilation, races: bool) -> Iterator[str]:
     """What a dry run says of the races that it leaves out."""
     yield "A dry run: nothing was raced, verified or written."
     waiting = groups(work.opportunities()[0])
@@ -178,20 +178,24 @@ def _outlook(work: Work, races: bool) -> Iterator[str]:
         yield f"{counted(len(waiting), 'kind')} of rewrites would be {how}: {listed}."
 
 
-def choose(work: Work, subject: Subject, request: Request, allowance: Allowance) -> Choice:
+def choose(work: Compilation, subject: Problem, request: Request, allowance: Budget) -> Selection:
     """Which measured rewrites are made: those that a profile, or a race here, says pay."""
     chosen = work.candidates()
     if not any(p.raced for p in chosen):
-        return Choice()
+        return Selection()
     if request.target_profile is not None:
-        return select(work, None, 0.0, Profile.load(request.target_profile), request.progress)
+        return select(work, None, 0.0, TuningDatabase.load(request.target_profile), request.progress)
     if subject.arena is None or not request.measured:
-        return Choice()
+        return Selection()
     if request.seconds <= 0:
-        return Choice(frozenset())
+        return Selection(frozenset())
     marks = {p.name: fingerprint(p) for p in chosen if not p.own}
     threads, name = request.first_threads, subject.original.name
-    memory = Disk(request.provider, threads, work.digest(), marks, name) if request.cache else Forgetful()
+    memory = (
+        CachedTuningRecords(request.provider, threads, work.digest(), marks, name)
+        if request.cache
+        else NoTuningRecords()
+    )
     LOG.info(
         "rewrites that only a clock can judge are raced in the whole model; all measuring has %g s", request.seconds
     )

@@ -24,7 +24,7 @@ from pwopt.reporting.text import ELEMENTWISE, FIGURES, figures, general, harmles
 from pwopt.reporting.verdicts import claims, costs, count, percent, scientific, verdict
 from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.running.bench import Row
-from pwopt.selecting.properties import Properties
+from pwopt.selecting.weight_properties import Properties
 
 #: The format that the end of a file's name asks for.
 KINDS = {".html": "html", ".htm": "html", ".md": "markdown", ".markdown": "markdown", ".json": "json"}

@@ -17,7 +17,7 @@ def page(rows: Sequence[Any], folder: Path) -> str:
 
     Parameters
     ----------
-    rows : sequence of pwopt.optimizing.batch.Row
+    rows : sequence of pwopt.optimizing.batch.BatchRow
     folder : Path
         Where the index stands; reports that exist there are linked.
     """

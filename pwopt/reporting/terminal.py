@@ -23,9 +23,9 @@ from pwopt.rewriting.wording import counted
 from pwopt.running.bench import Row
 from pwopt.running.doctor import Finding
 from pwopt.running.providers import NVIDIA, Provider
-from pwopt.selecting.cache import Entry
+from pwopt.selecting.cache import TuningRecord
 from pwopt.selecting.inspection import Inspection
-from pwopt.selecting.properties import Properties
+from pwopt.selecting.weight_properties import Properties
 
 #: Colours of what races decided.
 VERDICTS = {"kept": "green", "dropped": "yellow", "in doubt": "dim"}
@@ -279,7 +279,7 @@ def render_findings(findings: Sequence[Finding], console: Console) -> None:
             console.print(f"      {plain(f.remedy)}", soft_wrap=True)
 
 
-def render_decisions(found: Sequence[Entry], console: Console) -> None:
+def render_decisions(found: Sequence[TuningRecord], console: Console) -> None:
     """Print what races on this machine decided, a table for each place."""
     for where, entries in groupby(found, lambda e: e.place):
         table = _table("rewrite", "decision", "speed-up", "interval", "model", "date", title=plain(where))

@@ -18,14 +18,14 @@ from pwopt.graph.storage import replacing
 from pwopt.running import runtime
 from pwopt.running.providers import Provider
 from pwopt.running.timing import Evidence
-from pwopt.selecting.tune import CONFIDENCE, clear
+from pwopt.selecting.autotuning import CONFIDENCE, clear
 
 #: Where decisions are kept instead of the user's cache folder, if set.
 FOLDER_VARIABLE = "PWOPT_CACHE"
 
 
 @dataclass(frozen=True)
-class Entry:
+class TuningRecord:
     """What a race on this machine said of one kind of rewrite.
 
     Attributes
@@ -105,7 +105,7 @@ def features() -> str:
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _key(entry: Entry) -> tuple[str, str, str, str]:
+def _key(entry: TuningRecord) -> tuple[str, str, str, str]:
     return entry.pass_name, entry.signature, entry.place, entry.model
 
 
@@ -113,7 +113,7 @@ def _path(key: tuple[str, str, str, str]) -> Path:
     return folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
 
 
-def look_up(pass_name: str, signature: str, where: str, model: str = "") -> Entry | None:
+def look_up(pass_name: str, signature: str, where: str, model: str = "") -> TuningRecord | None:
     """The decision on a kind of rewrite in this model, or a clear one in another; None if there is none.
 
     A damaged file holds no decision.
@@ -125,17 +125,17 @@ def look_up(pass_name: str, signature: str, where: str, model: str = "") -> Entr
     return None
 
 
-def _read(path: Path) -> Entry | None:
+def _read(path: Path) -> TuningRecord | None:
     try:
         content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        entry = Entry(**content)
+        entry = TuningRecord(**content)
     except (OSError, ValueError, TypeError):
         return None
     numbers = (entry.rounds, entry.total, entry.squares)
     return entry if all(isinstance(v, float) for v in numbers) and entry.rounds >= 1 else None
 
 
-def store(entry: Entry) -> None:
+def store(entry: TuningRecord) -> None:
     """Keep a decision, for other models too if it is clear; a cache that cannot be written is no reason to fail."""
     for kept in (entry, replace(entry, model="")) if entry.clear else (entry,):
         path = _path(_key(kept))
@@ -145,12 +145,12 @@ def store(entry: Entry) -> None:
                 stream.write(json.dumps(asdict(kept)).encode())
 
 
-def entries() -> Iterator[Entry]:
+def entries() -> Iterator[TuningRecord]:
     """All decisions that can be read, each once."""
     yield from dict.fromkeys(replace(entry, model="") for entry in stored())
 
 
-def stored() -> list[Entry]:
+def stored() -> list[TuningRecord]:
     """Everything that can be read, as it is: clear decisions for their model and for others."""
     read = [_read(path) for path in sorted(folder().glob("*.json"))]
     return [entry for entry in read if entry is not None]

@@ -16,9 +16,9 @@ from pwopt.passes import FoldChains
 from pwopt.rewriting.driver import Pass
 from pwopt.rewriting.records import Outcome
 from pwopt.running.size_trials import Sizes
-from pwopt.selecting.compiler import concrete_sizes, run_pipeline, select_passes
-from pwopt.selecting.listing import Listing, sized
+from pwopt.selecting.map_list import Listing, sized
 from pwopt.selecting.plugins import resolved
+from pwopt.selecting.snapshot import concrete_sizes, run_pipeline, select_passes
 
 
 @dataclass(frozen=True)

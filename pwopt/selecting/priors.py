@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from pwopt.selecting.cache import Entry, features
+from pwopt.selecting.cache import TuningRecord, features
 
 #: A kind is not asked for any more if it gained less than this (a logarithm) for each of so many decisions.
 LEAST, ENOUGH = 0.001, 20
@@ -58,7 +58,7 @@ def processor() -> str:
     return next((name for flag, name in CLASSES if flag in known), platform.machine())
 
 
-def counted(entries: Iterable[Entry]) -> dict[str, Prior]:
+def counted(entries: Iterable[TuningRecord]) -> dict[str, Prior]:
     """Pass → what decisions say of it; those in doubt say nothing."""
     found: dict[str, Prior] = {}
     for e in entries:
@@ -75,7 +75,7 @@ def table() -> dict[str, Any]:
     return content
 
 
-def priors(kind: str, entries: Iterable[Entry]) -> dict[str, Prior]:
+def priors(kind: str, entries: Iterable[TuningRecord]) -> dict[str, Prior]:
     """Pass → what is known of it on a kind of provider: by the table, and by decisions of this machine."""
     recorded = table()["priors"].get(f"{kind} {processor()}", {})
     own = counted(entries)

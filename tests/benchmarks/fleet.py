@@ -25,12 +25,12 @@ from typing import Any
 from distributed import LocalCluster
 
 import pwopt
-from pwopt.optimizing.batch import Row
+from pwopt.optimizing.batch import BatchRow
 from pwopt.optimizing.fleet import Fleet
 from pwopt.running.runtime import environment
 
 
-def timed(run: Callable[[], list[Row]]) -> tuple[list[Row], float]:
+def timed(run: Callable[[], list[BatchRow]]) -> tuple[list[BatchRow], float]:
     start = time.perf_counter()
     return run(), time.perf_counter() - start
 
@@ -39,9 +39,9 @@ def measure(models: list[Path], request: pwopt.Request, root: Path) -> dict[str,
     """Seconds each way, and whether all is there."""
     alone, one_by_one = timed(lambda: pwopt.optimize_many(models, root / "alone", request))
     with LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster:
-        ended: list[Row] = []
+        ended: list[BatchRow] = []
 
-        def told(row: Row) -> None:
+        def told(row: BatchRow) -> None:
             ended.append(row)
             if len(ended) == len(models) // 2:
                 os.kill(next(iter(cluster.workers.values())).pid, signal.SIGKILL)

@@ -21,7 +21,7 @@ from pwopt.graph.files import from_proto
 from pwopt.passes import PASSES
 from pwopt.reporting.report import to_json
 from pwopt.running.runtime import environment
-from pwopt.selecting.compiler import run_pipeline
+from pwopt.selecting.snapshot import run_pipeline
 
 CHANNELS = 4
 

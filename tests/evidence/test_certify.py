@@ -36,7 +36,7 @@ from pwopt.passes import (
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.pipeline import Pipeline
 from pwopt.rewriting.records import Certificate, Rewrite, Skip
-from pwopt.selecting.compiler import run_pipeline, select_passes
+from pwopt.selecting.snapshot import run_pipeline, select_passes
 
 Fault = Callable[[gs.Node], bool]
 
@@ -319,7 +319,7 @@ def test_refused_rewrites_are_dropped_and_told(monkeypatch: pytest.MonkeyPatch) 
         wrong = any(t.name == "y" for s in region.after for t in s.outputs)
         return Certificate("failed", "planted", 1.0, 0.0) if wrong else certify(region, view)
 
-    monkeypatch.setattr("pwopt.optimizing.subject.certify", distrustful)
+    monkeypatch.setattr("pwopt.optimizing.preparation.certify", distrustful)
     result = optimize(MODELS / "linear_sequence.onnx", cost="analytic", shapes={"x": (1, 64, 8, 8)})
     assert ops(result.model)["Conv"] > 1
     assert [s.site for s in result.report.skips if "refused by its certificate" in s.reason] == ["fold-chains:y"]

@@ -19,9 +19,9 @@ from pwopt.evidence.verify import verify
 from pwopt.graph.files import save
 from pwopt.inputs.samples import Sample
 from pwopt.inputs.specs import input_specs
-from pwopt.optimizing import trial
+from pwopt.optimizing import attempt
 from pwopt.rewriting.records import Rewrite
-from pwopt.selecting import selection
+from pwopt.selecting import rewrite_selection
 
 ort = pytest.importorskip("onnxruntime")
 F = np.float32
@@ -242,22 +242,22 @@ def test_a_fault_that_noise_drowns_is_traced_back_from_where_it_shows() -> None:
 
 def test_the_rewrite_at_fault_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A rewrite that went wrong: optimize leaves it out, and says where the answers began to differ."""
-    real = selection.Snapshot.finish
+    real = rewrite_selection.Snapshot.finish
 
-    def faulty(snapshot: selection.Snapshot, allowed: frozenset[str] | None = None) -> object:
+    def faulty(snapshot: rewrite_selection.Snapshot, allowed: frozenset[str] | None = None) -> object:
         result = real(snapshot, allowed)
         for node in snapshot.model.graph.nodes:
             if node.op == "Conv" and node.outputs[0].name == "n":  # into which the normalisation was folded
                 node.inputs[1].values = node.inputs[1].values * F(1.001)
         return result
 
-    monkeypatch.setattr(selection.Snapshot, "finish", faulty)
+    monkeypatch.setattr(rewrite_selection.Snapshot, "finish", faulty)
     report = pwopt.optimize(net(), tmp_path / "out.onnx", cost="analytic", passes=["fold-affine"]).report
     assert report.rewrites == ()
     (left,) = (s for s in report.skips if s.site == "fold-affine:n")
     assert left.reason.startswith("left out (output 'z' ")
     assert "BatchNormalization" in {n.op_type for n in onnx.load(tmp_path / "out.onnx").graph.node}
-    monkeypatch.setattr(trial, "MAX_ATTEMPTS", 1)
+    monkeypatch.setattr(attempt, "MAX_ATTEMPTS", 1)
     with pytest.raises(NotEquivalentError, match="--deny 'fold-affine:n'") as failure:
         pwopt.optimize(net(), tmp_path / "none.onnx", cost="analytic", passes=["fold-affine"])
     assert not (tmp_path / "none.onnx").exists()

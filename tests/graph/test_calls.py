@@ -9,7 +9,7 @@ from onnx import TensorProto, helper, numpy_helper
 import pwopt
 from pwopt.graph.calls import inlined
 from pwopt.graph.functions import MOST, expanded, functions
-from pwopt.selecting.compiler import select_passes, without_calls
+from pwopt.selecting.snapshot import select_passes, without_calls
 
 BRANCHES = """If (k) <then_branch = a () => (float[N,4] z) { p = Mul(h, two) q = Add(p, w) z = Relu(q) },
                        else_branch = b () => (float[N,4] z) { z = Identity(h) }>"""

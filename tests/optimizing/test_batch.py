@@ -18,7 +18,7 @@ import pwopt
 from pwopt.cli import main
 from pwopt.errors import UsageError
 from pwopt.optimizing import batch
-from pwopt.optimizing.batch import Job, Processes, Row, optimize_many
+from pwopt.optimizing.batch import BatchRow, Job, Processes, optimize_many
 from pwopt.optimizing.request import Request
 
 pytest.importorskip("onnxruntime")
@@ -82,7 +82,7 @@ def test_what_is_done_and_unchanged_is_skipped(tmp_path: Path) -> None:
 def test_a_model_that_fails_does_not_stop_the_rest(tmp_path: Path, workers: int) -> None:
     models = written(tmp_path / "in", 3)
     models[1].write_text("hello")
-    told: list[Row] = []
+    told: list[BatchRow] = []
     rows = optimize_many(models, tmp_path / "out", ANALYTIC, workers=workers, told=told.append)
     assert [r.status for r in rows] == ["done", "failed", "done"]
     assert rows[1].code == 3
@@ -158,7 +158,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 class Refused(Processes):
-    def _pooled(self, batch: Sequence[Job], request: Request, size: int) -> Iterator[batch.Done]:
+    def _pooled(self, batch: Sequence[Job], request: Request, size: int) -> Iterator[batch.JobResult]:
         yield from ()
 
 
@@ -247,9 +247,9 @@ def test_a_killed_worker_costs_a_retry(tmp_path: Path) -> None:
 
     models = written(tmp_path / "in", 12)
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as made:
-        told: list[Row] = []
+        told: list[BatchRow] = []
 
-        def kill(row: Row) -> None:
+        def kill(row: BatchRow) -> None:
             told.append(row)
             if len(told) == 4:
                 os.kill(next(iter(made.workers.values())).pid, signal.SIGKILL)

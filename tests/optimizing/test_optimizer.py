@@ -21,7 +21,7 @@ from pwopt.errors import NotEquivalentError, ProviderError, UsageError
 from pwopt.evidence.certify import unchecked
 from pwopt.graph.files import load
 from pwopt.maps.cost import Cost
-from pwopt.optimizing import subject, trial
+from pwopt.optimizing import attempt, preparation
 from pwopt.reporting.document import document
 from pwopt.reporting.report import Latency, Report
 from pwopt.reporting.terminal import render, render_benchmark
@@ -30,7 +30,7 @@ from pwopt.rewriting.records import Rewrite
 from pwopt.running import runtime
 from pwopt.running.bench import Row
 from pwopt.running.timing import Race
-from pwopt.selecting import compiler
+from pwopt.selecting import snapshot
 
 F = np.float32
 
@@ -54,8 +54,8 @@ class Planted(Pass):
 def test_a_wrong_rewrite_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by its certificate: by the answers of the whole model, and what they are traced back to."""
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(compiler, "PASSES", (*compiler.PASSES, Planted))
-    monkeypatch.setattr(subject, "certify", unchecked)
+    monkeypatch.setattr(snapshot, "PASSES", (*snapshot.PASSES, Planted))
+    monkeypatch.setattr(preparation, "certify", unchecked)
     path = MODELS / "network_in_network.onnx"
     report = pwopt.optimize(path, tmp_path / "out.onnx", cost="analytic").report
     assert report.equivalence.passed
@@ -69,9 +69,9 @@ def test_a_wrong_rewrite_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_wrong_result_of_unknown_cause_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(compiler, "PASSES", (Planted,))
-    monkeypatch.setattr(subject, "certify", unchecked)
-    monkeypatch.setattr(trial, "localise", lambda *_: None)
+    monkeypatch.setattr(snapshot, "PASSES", (Planted,))
+    monkeypatch.setattr(preparation, "certify", unchecked)
+    monkeypatch.setattr(attempt, "localise", lambda *_: None)
     with pytest.raises(NotEquivalentError, match="nothing was written") as caught:
         pwopt.optimize(MODELS / "network_in_network.onnx", tmp_path / "out.onnx", cost="analytic")
     assert not caught.value.report.equivalence.passed
@@ -80,7 +80,7 @@ def test_a_wrong_result_of_unknown_cause_is_not_written(tmp_path: Path, monkeypa
 
 def test_a_wrong_rewrite_is_dropped_by_its_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(compiler, "PASSES", (Planted,))
+    monkeypatch.setattr(snapshot, "PASSES", (Planted,))
     path = MODELS / "network_in_network.onnx"
     report = pwopt.optimize(path, tmp_path / "out.onnx", cost="analytic").report
     assert report.rewrites == ()
@@ -195,13 +195,13 @@ def test_ratio_and_medians_that_point_opposite_ways(monkeypatch: pytest.MonkeyPa
 def test_a_profile_that_does_not_go_with_the_latency_is_explained() -> None:
     latency = Latency(38.0, 35.0, 38 / 35, (1.05, 1.1), 37.0, 34.0, 50)
     apart = {"before": {"Conv": 61.0, "Relu": 1.0}, "after": {"Conv": 30.0}}
-    (note,) = trial._contradictions(latency, apart)
+    (note,) = attempt._contradictions(latency, apart)
     assert note.startswith("The operators' times add up to 62 → 30 ms, and runs take 38 → 35 ms: ")
-    assert not list(trial._contradictions(latency, {"before": {"Conv": 36.0}, "after": {"Conv": 33.0, "Relu": 0.5}}))
+    assert not list(attempt._contradictions(latency, {"before": {"Conv": 36.0}, "after": {"Conv": 33.0, "Relu": 0.5}}))
     assert list(
-        trial._contradictions(latency, {"before": {"Conv": 50.0}, "after": {"Conv": 46.0}})
+        attempt._contradictions(latency, {"before": {"Conv": 50.0}, "after": {"Conv": 46.0}})
     )  # the runs take less
-    assert not list(trial._contradictions(latency, None))
+    assert not list(attempt._contradictions(latency, None))
 
 
 def test_multiply_adds_that_become_known_are_no_rise() -> None:
@@ -214,7 +214,7 @@ def test_multiply_adds_that_become_known_are_no_rise() -> None:
     render(report, console)
     assert re.search(r"multiply-adds +100 +300 *\n", console.export_text())
     assert "200.0%" not in document(report, "html") + document(report, "markdown")
-    noted = " ".join(trial._unknown(report, unseen=False))
+    noted = " ".join(attempt._unknown(report, unseen=False))
     assert "leave out 1 operator whose sizes are not known, whatever the inputs' sizes" in noted
     assert "In the result they leave out 0 operators, so the two counts are not of the same work." in noted
 
@@ -262,7 +262,7 @@ def test_a_slow_rewrite_is_raced_out(policy: str, tmp_path: Path, monkeypatch: p
     """For real: forty passes over memory are slower than none, whatever the machine."""
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(Detour, "policy", policy)
-    monkeypatch.setattr(compiler, "PASSES", (*compiler.PASSES, Detour))
+    monkeypatch.setattr(snapshot, "PASSES", (*snapshot.PASSES, Detour))
     result = pwopt.optimize(CHAIN, tmp_path / "out.onnx", race_seconds=0.5, cache=False)
     assert ops(onnx.load(tmp_path / "out.onnx"))["Abs"] == 1
     (dropped,) = (s for s in result.report.skips if s.pass_name == "detour")
@@ -377,7 +377,7 @@ def test_sizes_follow_through_shape_arithmetic() -> None:
         y = MatMul(h, w)
     }"""
     model = parse(body, i=np.array([0]), j=np.array([1]), k=np.array([0]), m=np.array([-1, 4]), w=normal(4, 8, dtype=F))
-    before, _, _ = compiler.run_pipeline(load(model), [], (), {"x": (2, 4, 6)})
+    before, _, _ = snapshot.run_pipeline(load(model), [], (), {"x": (2, 4, 6)})
     assert before.unknown == 0
     assert before.macs == 2 * 6 * 4 * 8
     assert evaluate(model, x=normal(2, 4, 6, dtype=F))[0].shape == (2, 6, 8)

@@ -18,7 +18,7 @@ from pwopt.graph.files import from_proto
 from pwopt.graph.view import View
 from pwopt.maps.cost import measure
 from pwopt.passes import DropDead
-from pwopt.selecting.compiler import concrete_sizes, run_pipeline
+from pwopt.selecting.snapshot import concrete_sizes, run_pipeline
 
 F = np.float32
 X = normal(2, 4, 6, 6)

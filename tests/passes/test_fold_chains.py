@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from pwopt.graph.files import from_proto
 from pwopt.passes import FoldChains
 from pwopt.rewriting.wording import dearer
-from pwopt.selecting.compiler import run_pipeline
+from pwopt.selecting.snapshot import run_pipeline
 
 X = normal(2, 4, 6, 6)
 SIDE = "(double[2,4,6,6] x) => (double[N] y) "

@@ -435,7 +435,7 @@ def test_what_saves_little_is_not_worth_a_race(channels: int, size: int, done: i
 
 def test_the_phases_win_where_both_may_act() -> None:
     """The other one is raced first, so that the phases are raced against it."""
-    from pwopt.selecting.tune import groups
+    from pwopt.selecting.autotuning import groups
 
     result, _, _ = run(wide(128, 14), *(helpers.eager(k) for k in BOTH), certifier=None)
     assert ops(result)["ConvTranspose"] == 0
@@ -494,7 +494,7 @@ def convolutions(draw: st.DrawFn) -> tuple[str, dict[str, np.ndarray], dict[str,
 def test_any_convolution(case: tuple[str, dict[str, np.ndarray], dict[str, np.ndarray]], kind: type[Pass]) -> None:
     """It stays what it was, whatever was done; and something is done wherever there are phases."""
     from pwopt.passes import CleanUp
-    from pwopt.selecting.compiler import concrete_sizes
+    from pwopt.selecting.snapshot import concrete_sizes
 
     body, constants, feeds = case
     model = build(body, constants)

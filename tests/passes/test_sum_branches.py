@@ -22,7 +22,7 @@ from pwopt.maps.forms import Reading
 from pwopt.maps.paths import Path, relative_places, trace
 from pwopt.passes import CleanUp, FoldAffine, FoldChains, SumBranches
 from pwopt.rewriting.driver import Pass
-from pwopt.selecting.compiler import run_pipeline
+from pwopt.selecting.snapshot import run_pipeline
 
 X = normal(2, 4, 6, 6)
 Z = normal(2, 4, 6, 6, seed=9)

@@ -23,7 +23,7 @@ from helpers import MODELS, normal, parse
 from pwopt.errors import UsageError
 from pwopt.evidence.verify import verify
 from pwopt.graph.regions import Operator
-from pwopt.optimizing.batch import Row
+from pwopt.optimizing.batch import BatchRow
 from pwopt.optimizing.optimizer import Result, optimize
 from pwopt.reporting.document import SCRIPT, clipped, document, gained, in_markdown, kind_of, spectra
 from pwopt.reporting.drawing import MOST, WIDTH, draw
@@ -31,7 +31,7 @@ from pwopt.reporting.index import page as index_page
 from pwopt.reporting.report import LAYOUT, Comparison, Layer, Report, to_json
 from pwopt.reporting.verdicts import scientific
 from pwopt.running.runtime import environment
-from pwopt.selecting.properties import properties
+from pwopt.selecting.weight_properties import properties
 
 pytest.importorskip("onnxruntime")
 
@@ -372,7 +372,10 @@ def test_what_rounds_to_nothing_has_no_sign(change: float, said: str) -> None:
 
 def pages(report: Report, tmp_path: Path) -> list[str]:
     model = MODELS / "linear_sequence.onnx"
-    rows = [Row("a.onnx", "a.onnx", "done", "", 0, 1.02, 1.0, 1.04, (2, 1), (2, 1)), Row("b", "b", "failed", "no", 3)]
+    rows = [
+        BatchRow("a.onnx", "a.onnx", "done", "", 0, 1.02, 1.0, 1.04, (2, 1), (2, 1)),
+        BatchRow("b", "b", "failed", "no", 3),
+    ]
     layered = replace(report, layers=(Layer(("Conv a", "Relu b"), ("Conv a",), 0.3, 0.2), Layer((LAYOUT,), (), 1, 0)))
     return [document(layered, "html"), index_page(rows, tmp_path), spectra(properties(model), model)]
 
@@ -420,9 +423,11 @@ def test_layers_stand_beside_what_they_became(page: str) -> None:
 
 def test_the_index_over_many_models(tmp_path: Path) -> None:
     rows = [
-        Row("in/a.onnx", "a.onnx", "done", "Little was gained.", 0, 1.02, 1.0, 1.04, (20, 15), (2_000_000, 1_000_000)),
-        Row("in/b.onnx", "b.onnx", "done", "", 0, 2.0, 1.9, 2.1, (20, 15), (2_000_000, 1_000_000)),
-        Row(f"in/{EVIL}.onnx", f"{EVIL}.onnx", "failed", "it is not a model", 3),
+        BatchRow(
+            "in/a.onnx", "a.onnx", "done", "Little was gained.", 0, 1.02, 1.0, 1.04, (20, 15), (2_000_000, 1_000_000)
+        ),
+        BatchRow("in/b.onnx", "b.onnx", "done", "", 0, 2.0, 1.9, 2.1, (20, 15), (2_000_000, 1_000_000)),
+        BatchRow(f"in/{EVIL}.onnx", f"{EVIL}.onnx", "failed", "it is not a model", 3),
     ]
     (tmp_path / "b.report.html").write_text("")
     text = index_page(rows, tmp_path)

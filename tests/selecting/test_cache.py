@@ -15,10 +15,10 @@ import pwopt
 from pwopt.cli import main
 from pwopt.running.timing import TO_THE_END, Race, Rules
 from pwopt.selecting import cache
-from pwopt.selecting.cache import Entry
+from pwopt.selecting.cache import TuningRecord
 
 #: Forty rounds at 1.25×, hardly apart.
-ENTRY = Entry(
+ENTRY = TuningRecord(
     "merge-siblings", "conv 6→(4, 4)", "here", 40.0, 40 * math.log(1.25), 40 * math.log(1.25) ** 2 + 0.01,
     "", "net.onnx", "2026-01-31T10:00:00+00:00",
 )  # fmt: skip
@@ -83,8 +83,8 @@ def test_a_folder_that_cannot_be_written_does_no_harm(folder: Path) -> None:
 
 def test_two_processes_write_at_once(folder: Path) -> None:
     code = (
-        "from pwopt.selecting.cache import Entry, store\n"
-        "for i in range(200): store(Entry('p', f's{i % 20}', 'here', 1.0 + i, 1.0, 2.0, 'm'))"
+        "from pwopt.selecting.cache import TuningRecord, store\n"
+        "for i in range(200): store(TuningRecord('p', f's{i % 20}', 'here', 1.0 + i, 1.0, 2.0, 'm'))"
     )
     writers = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [w.wait() for w in writers] == [0, 0]

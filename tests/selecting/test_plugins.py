@@ -22,7 +22,7 @@ from pwopt.passes import PASSES, CleanUp, FoldChains
 from pwopt.rewriting import Pass, Rewrite, Rewriter
 from pwopt.running.timing import Race
 from pwopt.selecting import cache, plugins
-from pwopt.selecting.compiler import select_passes
+from pwopt.selecting.snapshot import select_passes
 
 PACKAGE = Path(__file__).parent.parent / "plugin_package"
 DropSign = plugins.named(f"{PACKAGE / 'pwopt_signs.py'}:DropSign")

@@ -17,15 +17,15 @@ import pwopt
 from pwopt.passes import PASSES
 from pwopt.running.timing import Race
 from pwopt.selecting import cache, priors
-from pwopt.selecting.cache import Entry
+from pwopt.selecting.cache import TuningRecord
 from pwopt.selecting.priors import ENOUGH, Prior
 
 F = np.float32
 
 
-def entry(name: str, speedup: float, number: int, spread: float = 0.0) -> Entry:
+def entry(name: str, speedup: float, number: int, spread: float = 0.0) -> TuningRecord:
     logs = 40 * math.log(speedup)
-    return Entry(name, f"kind {number}", "here", 40.0, logs, logs**2 / 40 + 40 * spread**2, f"model {number}")
+    return TuningRecord(name, f"kind {number}", "here", 40.0, logs, logs**2 / 40 + 40 * spread**2, f"model {number}")
 
 
 def test_decisions_are_counted_by_kind() -> None:

@@ -16,9 +16,9 @@ from pwopt.evidence.certify import certify
 from pwopt.graph.files import from_proto, load
 from pwopt.inputs.specs import input_specs
 from pwopt.rewriting.records import Outcome
-from pwopt.selecting import compiler, selection
-from pwopt.selecting.compiler import Snapshot, run_pipeline, select_passes
-from pwopt.selecting.selection import Work
+from pwopt.selecting import rewrite_selection, snapshot
+from pwopt.selecting.rewrite_selection import Compilation
+from pwopt.selecting.snapshot import Snapshot, run_pipeline, select_passes
 
 F = np.float32
 #: A chain that folds, siblings that may be merged, and an activation by name.
@@ -39,7 +39,7 @@ def apart(proto: onnx.ModelProto, folder: Path | None, allowed: frozenset[str] |
     return model.to_proto().SerializeToString(deterministic=True), outcome
 
 
-def every(proto: onnx.ModelProto, work: Work) -> list[tuple[onnx.ModelProto, frozenset[str]]]:
+def every(proto: onnx.ModelProto, work: Compilation) -> list[tuple[onnx.ModelProto, frozenset[str]]]:
     """A model with no measured rewrite, with each kind by itself, with all, and with none again."""
     sites: dict[str, list[str]] = {}
     for r in work.opportunities()[0]:
@@ -51,7 +51,7 @@ def every(proto: onnx.ModelProto, work: Work) -> list[tuple[onnx.ModelProto, fro
 @pytest.mark.parametrize("path", sorted(MODELS.glob("*.onnx")), ids=lambda p: p.stem)
 def test_candidates_of_one_snapshot_are_what_runs_of_their_own_make(path: Path) -> None:
     source = load(path)
-    work = Work(source, source, None, (), sizes(source.proto), Path())
+    work = Compilation(source, source, None, (), sizes(source.proto), Path())
     for proto, allowed in every(source.proto, work):
         assert proto.SerializeToString(deterministic=True) == apart(source.proto, source.folder, allowed)[0]
 
@@ -59,7 +59,7 @@ def test_candidates_of_one_snapshot_are_what_runs_of_their_own_make(path: Path) 
 def test_so_are_those_of_random_models() -> None:
     for number in range(60):
         source = from_proto(random_sample(Random(number)).model)
-        work = Work(source, source, None, (), sizes(source.proto), Path())
+        work = Compilation(source, source, None, (), sizes(source.proto), Path())
         for allowed in (frozenset[str](), frozenset(r.site for r in work.opportunities()[0])):
             _, outcome, _, proto = work.rewrite(allowed)
             wanted, records = apart(source.proto, None, allowed)
@@ -87,7 +87,7 @@ def test_metadata_and_bodies_survive_in_a_branch() -> None:
     proto = parse(body, s=WEIGHTS["s"], v=WEIGHTS["v"])
     for node in proto.graph.node:
         node.doc_string = f"was {node.op_type}"
-    work = Work(from_proto(proto), from_proto(proto), None, (), sizes(proto), Path())
+    work = Compilation(from_proto(proto), from_proto(proto), None, (), sizes(proto), Path())
     made = work.rewrite(frozenset())[3]
     conv, branch = made.graph.node
     assert conv.doc_string == "was Conv"
@@ -104,14 +104,14 @@ def test_one_optimisation_settles_once(monkeypatch: pytest.MonkeyPatch) -> None:
         return real(cls, *arguments, **options)
 
     monkeypatch.setattr(Snapshot, "of", classmethod(counted))
-    monkeypatch.setattr(selection, "LATEST", 4)
+    monkeypatch.setattr(rewrite_selection, "LATEST", 4)
     pwopt.optimize(parse(BODY, **WEIGHTS), race_seconds=0.05, budget=3.0, threads=1, cache=False)
     assert len(settled) == 1
 
 
 def test_what_is_denied_to_a_measured_pass_settles_nothing_anew() -> None:
     source = from_proto(parse(BODY, **WEIGHTS))
-    work = Work(source, source, None, (), {}, Path(), certifier=certify)
+    work = Compilation(source, source, None, (), {}, Path(), certifier=certify)
     (merge,) = (r for r in work.opportunities()[0] if r.pass_name == "merge-siblings")
     without = work.without([merge], "it is slow")
     (fold,) = (r for r in work.rewrite(frozenset())[1].rewrites if r.pass_name == "fold-chains")
@@ -134,4 +134,4 @@ def test_a_pass_that_keeps_lists_is_copied_with_them() -> None:
     twin = p.branch()
     twin.seen.append(2)  # type: ignore[attr-defined]
     assert p.seen == [1]  # type: ignore[attr-defined]
-    assert compiler.select_passes(None)[0] is not p
+    assert snapshot.select_passes(None)[0] is not p

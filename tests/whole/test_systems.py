@@ -28,7 +28,7 @@ from pwopt.errors import UsageError
 from pwopt.evidence.laws import parse_law
 from pwopt.graph import limits, storage
 from pwopt.inputs.specs import parse_shape
-from pwopt.optimizing import batch, conditions, fleet
+from pwopt.optimizing import batch, fleet, other_conditions
 from pwopt.optimizing.request import Request
 from pwopt.running import bench, runtime, timing, worker
 from pwopt.selecting import plugins
@@ -252,9 +252,9 @@ def test_threads_where_nothing_tells_of_affinity(monkeypatch: pytest.MonkeyPatch
     monkeypatch.delattr(os, "sched_getaffinity", raising=False)
     monkeypatch.setattr(Path, "exists", lambda _: False)  # /sys
     monkeypatch.setattr(os, "cpu_count", lambda: 6)
-    assert conditions.usual_threads() == 6
+    assert other_conditions.usual_threads() == 6
     monkeypatch.setattr(os, "cpu_count", lambda: None)
-    assert conditions.usual_threads() == 1
+    assert other_conditions.usual_threads() == 1
 
 
 @pytest.fixture
@@ -345,7 +345,7 @@ def test_a_worker_reads_the_paths_of_another_system(
 ) -> None:
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(timing, "_turn", timing._turn)  # what a delivery shares ends with this test
-    parcel = fleet.Parcel(pure, pure.with_name("out.onnx"), {"m.onnx": tiny.SerializeToString()}, ())
+    parcel = fleet.JobRequest(pure, pure.with_name("out.onnx"), {"m.onnx": tiny.SerializeToString()}, ())
     delivery = fleet.delivered(pickle.loads(pickle.dumps(parcel)), Request(cost="analytic", verify=False))
     assert (delivery.done.row.status, delivery.done.row.model) == ("done", os.fspath(pure))
     assert set(delivery.files) == {"out.onnx"}

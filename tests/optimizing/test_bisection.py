@@ -15,13 +15,13 @@ from helpers import MODELS, normal, ops, parse
 import pwopt
 from pwopt.evidence.certify import unchecked
 from pwopt.graph.files import from_proto
-from pwopt.optimizing import subject, survival, trial
+from pwopt.optimizing import attempt, bisection, preparation
 from pwopt.rewriting import Pass, Rewrite, Rewriter
 from pwopt.running import worker
 from pwopt.running.timing import Race, Rules
 from pwopt.running.worker import UnusableError, Worker
-from pwopt.selecting import compiler
-from pwopt.selecting.selection import Judge, Work
+from pwopt.selecting import snapshot
+from pwopt.selecting.rewrite_selection import Compilation, Judge
 
 F = np.float32
 CHAIN = parse(
@@ -111,9 +111,9 @@ def test_what_cannot_be_used_is_left_out(
     monkeypatch.setattr(Judge, "look", lambda *_: {})  # at a copy whose nodes have other names
     monkeypatch.setattr(Harmful, "kind", kind)
     monkeypatch.setattr(Harmful, "policy", policy)
-    others = (p for p in compiler.PASSES if p.policy != "measured")  # whose races would take the time
-    monkeypatch.setattr(compiler, "PASSES", (*others, Harmful))
-    monkeypatch.setattr(subject, "certify", unchecked)
+    others = (p for p in snapshot.PASSES if p.policy != "measured")  # whose races would take the time
+    monkeypatch.setattr(snapshot, "PASSES", (*others, Harmful))
+    monkeypatch.setattr(preparation, "certify", unchecked)
     monkeypatch.setattr(worker, "PATIENCE", 1.0)
     monkeypatch.setattr(worker, "SLOWER", 1.0)
     out = tmp_path / "out.onnx"
@@ -143,28 +143,28 @@ def test_a_quantised_model_that_onnxruntime_refuses_when_rewritten(tmp_path: Pat
 
 def test_the_rewrite_at_fault_is_found_by_halves(tmp_path: Path) -> None:
     model = from_proto(CHAIN)
-    work = Work(model, model, None, (), {}, tmp_path)
+    work = Compilation(model, model, None, (), {}, tmp_path)
     rewrites = [Rewrite("r", pass_name=f"p{i % 3}", site=f"p{i % 3}:t{i}") for i in range(16)]
     asked: list[int] = []
 
-    def fault(tried: Work) -> str:
+    def fault(tried: Compilation) -> str:
         made = [r.site for r in rewrites if r.site not in tried.refused]
         asked.append(len(made))
         return "it is broken" if {"p2:t5", "p1:t13"} & set(made) else ""
 
-    first = survival.culprits(work, rewrites, fault)
+    first = bisection.culprits(work, rewrites, fault)
     reason = "the model with it cannot be used, since it is broken; a defect of pwopt or onnxruntime"
     assert list(first.refused) == ["p2:t5"]
     assert first.refused["p2:t5"].reason.startswith(f"left out ({reason}")
     assert first.notes[0].startswith(f"Left out: p2 at 1 place, {reason}")
     assert len(asked) <= 2 + 4
-    second = survival.culprits(first, rewrites, fault)
+    second = bisection.culprits(first, rewrites, fault)
     assert list(second.refused) == ["p2:t5", "p1:t13"]
-    assert survival.culprits(second, rewrites, fault) is second
-    again = survival.alike(first, [rewrites[2]], rewrites)
+    assert bisection.culprits(second, rewrites, fault) is second
+    again = bisection.alike(first, [rewrites[2]], rewrites)
     assert {r.site for r in again} == {r.site for r in rewrites if r.pass_name == "p2"}
-    assert survival.culprits(work, rewrites, lambda _: "always") is work
-    assert survival.culprits(work, rewrites, lambda _: "") is work
+    assert bisection.culprits(work, rewrites, lambda _: "always") is work
+    assert bisection.culprits(work, rewrites, lambda _: "") is work
 
 
 def test_a_worker_is_replaced_and_knows_when_it_tells_nothing(tmp_path: Path, aborting: None) -> None:
@@ -228,7 +228,7 @@ def test_without_verification_a_result_that_does_not_load_is_told(
 ) -> None:
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(Harmful, "kind", "does not load")
-    monkeypatch.setattr(compiler, "PASSES", (Harmful,))
+    monkeypatch.setattr(snapshot, "PASSES", (Harmful,))
     done = pwopt.optimize(CHAIN, tmp_path / "out.onnx", verify=False)
     assert done.report.notes[-1].startswith(
         "Not verified (as asked). The result cannot be used: onnxruntime does not load the model: "
@@ -241,9 +241,9 @@ def test_the_original_is_returned_when_attempts_run_out(tmp_path: Path, monkeypa
     """Never a model that was not verified."""
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(Harmful, "kind", "does not load")
-    monkeypatch.setattr(compiler, "PASSES", (Harmful,))
-    monkeypatch.setattr(subject, "certify", unchecked)
-    monkeypatch.setattr(trial, "MAX_ATTEMPTS", 1)
+    monkeypatch.setattr(snapshot, "PASSES", (Harmful,))
+    monkeypatch.setattr(preparation, "certify", unchecked)
+    monkeypatch.setattr(attempt, "MAX_ATTEMPTS", 1)
     done = pwopt.optimize(CHAIN, tmp_path / "out.onnx", threads=1)
     assert ops(done.model) == ops(onnx.load(tmp_path / "out.onnx")) == ops(CHAIN)
     assert done.report.rewrites == ()

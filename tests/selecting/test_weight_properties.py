@@ -9,7 +9,7 @@ import pytest
 from helpers import MODELS, normal, parse
 
 import pwopt
-from pwopt.selecting.properties import LARGEST, MapProperties, effective_rank, spectrum
+from pwopt.selecting.weight_properties import LARGEST, MapProperties, effective_rank, spectrum
 
 ORTHOGONAL = np.linalg.qr(normal(6, 6))[0]
 

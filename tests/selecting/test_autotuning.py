@@ -11,7 +11,7 @@ from helpers import normal, ops, parse
 import pwopt
 from pwopt.rewriting.records import Rewrite
 from pwopt.running.timing import Evidence, Race
-from pwopt.selecting.tune import Decision, Glance, Group, choose, groups
+from pwopt.selecting.autotuning import Decision, Estimate, Group, choose, groups
 
 pytest.importorskip("onnxruntime")
 
@@ -34,7 +34,7 @@ class Fake:
         self.built: list[frozenset[str]] = []
         self.known: dict[Group, Decision] = {}
         self.looks: list[tuple[list[str], list[str]]] = []
-        self.seen_by_look: dict[Group, Glance] = {}
+        self.seen_by_look: dict[Group, Estimate] = {}
 
     @classmethod
     def adding(cls, times: dict[str, float]) -> Fake:
@@ -55,7 +55,7 @@ class Fake:
     def remembered(self, group: Group) -> Decision | None:
         return self.known.get(group)
 
-    def look(self, kept: Sequence[Group], groups: Sequence[Group]) -> Mapping[Group, Glance]:
+    def look(self, kept: Sequence[Group], groups: Sequence[Group]) -> Mapping[Group, Estimate]:
         self.looks.append(([g.pass_name for g in kept], [g.sites[0] for g in groups]))
         return {g: self.seen_by_look[g] for g in groups if g in self.seen_by_look}
 
@@ -150,8 +150,8 @@ def test_a_model_that_fails_in_a_race_is_dropped() -> None:
     assert "SIGSEGV" in decision.reason()
 
 
-def glance(own: float, best: float | None = None, spread: float = 0.0005) -> Glance:
-    return Glance(evidence(own, spread, 10), evidence(best or own, spread, 10))
+def glance(own: float, best: float | None = None, spread: float = 0.0005) -> Estimate:
+    return Estimate(evidence(own, spread, 10), evidence(best or own, spread, 10))
 
 
 def test_what_profiles_rule_out_is_not_raced_and_what_pays_is_raced_at_once() -> None:

@@ -9,7 +9,7 @@ import onnx
 from pwopt.reporting.report import LAYOUT, Layer
 from pwopt.rewriting.records import Rewrite
 from pwopt.running.runtime import NodeTime
-from pwopt.selecting.attribution import attributed, together
+from pwopt.selecting.operator_matching import attributed, together
 
 
 def layers(

@@ -14,7 +14,7 @@ import pwopt
 from pwopt.cli import main
 from pwopt.errors import UsageError
 from pwopt.running.timing import Race
-from pwopt.selecting.targets import Profile
+from pwopt.selecting.tuning_database import TuningDatabase
 
 pytest.importorskip("onnxruntime")
 
@@ -67,9 +67,9 @@ def test_what_it_does_not_know_is_left_out(model: Path, recorded: Path) -> None:
 
 
 def test_a_profile_comes_back_as_it_was(recorded: Path, tmp_path: Path) -> None:
-    profile = Profile.load(recorded)
+    profile = TuningDatabase.load(recorded)
     profile.save(tmp_path / "again.json")
-    assert Profile.load(tmp_path / "again.json") == profile
+    assert TuningDatabase.load(tmp_path / "again.json") == profile
     assert {e.pass_name for e in profile.entries} == {"split-siblings", "keep-layout", "to-matmul"}
     assert profile.environment["threads"] == 1
 

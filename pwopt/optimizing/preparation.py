@@ -25,15 +25,15 @@ from pwopt.running import runtime
 from pwopt.running.providers import Provider
 from pwopt.running.size_trials import Chosen, Sizes, likely_sizes, rounds, told
 from pwopt.running.worker import Worker
-from pwopt.selecting.compiler import select_passes, without_calls
-from pwopt.selecting.selection import Arena, Work
+from pwopt.selecting.rewrite_selection import Compilation, Environment
+from pwopt.selecting.snapshot import select_passes, without_calls
 
 #: Names at most that are suggested for one that is not there.
 NEAR = 3
 
 
 @dataclass(frozen=True)
-class Subject:
+class Problem:
     """A model, and what it is judged on.
 
     Attributes
@@ -49,7 +49,7 @@ class Subject:
         Whether nobody gave those sizes.
     why : tuple of str
         What the report says of how they were chosen.
-    arena : Arena or None
+    arena : Environment or None
         Where models run; None if they do not.
     """
 
@@ -59,9 +59,9 @@ class Subject:
     sizes: Sizes
     guessed: bool
     why: tuple[str, ...]
-    arena: Arena | None
+    arena: Environment | None
 
-    def guarded(self, stack: contextlib.ExitStack) -> Subject:
+    def guarded(self, stack: contextlib.ExitStack) -> Problem:
         """The same with a worker that tries candidates first, for as long as the stack lasts."""
         if self.arena is None:
             return self
@@ -146,7 +146,7 @@ def same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
     return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
 
 
-def gather(source: Model, original: Path, request: Request) -> Subject:
+def gather(source: Model, original: Path, request: Request) -> Problem:
     """Sizes and samples, given or likely ones.
 
     Raises
@@ -173,11 +173,11 @@ def gather(source: Model, original: Path, request: Request) -> Subject:
     else:
         chosen = [likely_sizes(specs, source.proto, shapes=first)]
     guessed = not given and request.inputs is None and bool(specs)
-    arena = Arena(request.provider, request.first_threads, samples) if runs else None
-    return Subject(source, original, samples, chosen[0].sizes, guessed, tuple(told(chosen[0])), arena)
+    arena = Environment(request.provider, request.first_threads, samples) if runs else None
+    return Problem(source, original, samples, chosen[0].sizes, guessed, tuple(told(chosen[0])), arena)
 
 
-def plan(subject: Subject, request: Request, folder: Path) -> Work:
+def plan(subject: Problem, request: Request, folder: Path) -> Compilation:
     """What will be rewritten: the model, in the opset and with the fixed inputs that were asked for.
 
     Raises
@@ -193,7 +193,7 @@ def plan(subject: Subject, request: Request, folder: Path) -> Work:
     passes = select_passes(request.passes, request.plugins)
     target = without_calls(target, passes, request.deny, subject.sizes)
     kind = Provider.parse(request.provider).kind
-    return Work(
+    return Compilation(
         target, source, passes, request.deny, subject.sizes, folder, kind, request.max_growth,
         certifier=certify if request.verify else unchecked, thorough=request.effort == "thorough",
     )  # fmt: skip

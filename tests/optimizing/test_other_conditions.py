@@ -13,10 +13,10 @@ from helpers import normal, ops, parse, plant
 
 import pwopt
 from pwopt.errors import UsageError
-from pwopt.optimizing import conditions
+from pwopt.optimizing import other_conditions
 from pwopt.optimizing.request import Request
 from pwopt.running.timing import Race
-from pwopt.selecting import selection
+from pwopt.selecting import rewrite_selection
 
 F = np.float32
 #: Its chain is folded where that is cheaper, its factor of one always goes.
@@ -36,12 +36,12 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Speed], None]:
     pytest.importorskip("onnxruntime")
 
     def install(speed: Speed) -> None:
-        def race(arena: selection.Arena, models: list[Path], *_: Any, **__: Any) -> Race:
+        def race(arena: rewrite_selection.Environment, models: list[Path], *_: Any, **__: Any) -> Race:
             width = arena.samples[0].feeds["x"].shape[-1]
             return Race(tuple(np.full(20, speed(ops(onnx.load(m)), arena.threads, width)) for m in models))
 
         plant(monkeypatch, race)
-        monkeypatch.setattr(conditions, "usual_threads", lambda: 4)
+        monkeypatch.setattr(other_conditions, "usual_threads", lambda: 4)
 
     return install
 
@@ -121,7 +121,7 @@ def test_what_a_request_names() -> None:
     assert (Request().thread_counts, Request().first_threads) == ((), 1)
     assert (Request(threads=3).thread_counts, Request(threads=3).first_threads) == ((3,), 3)
     assert (Request(threads=(2, 1)).thread_counts, Request(threads=(2, 1)).first_threads) == ((2, 1), 2)
-    assert conditions.usual_threads() >= 1
+    assert other_conditions.usual_threads() >= 1
 
 
 def test_rounds_are_for_random_inputs() -> None:

@@ -8,13 +8,13 @@ from dataclasses import replace
 
 import onnx
 
-from pwopt.optimizing.allowance import Allowance
-from pwopt.optimizing.conditions import slower_somewhere
+from pwopt.optimizing.attempt import Attempt
+from pwopt.optimizing.budget import Budget
+from pwopt.optimizing.other_conditions import slower_somewhere
 from pwopt.optimizing.request import Request
-from pwopt.optimizing.trial import Attempt
 from pwopt.reporting.report import Candidate, Latency, Report
 from pwopt.rewriting.records import Skip
-from pwopt.selecting.compiler import select_passes
+from pwopt.selecting.snapshot import select_passes
 
 LOG = logging.getLogger(__name__)
 
@@ -23,7 +23,7 @@ LITTLE = 1.05
 
 
 def returned(
-    tried: Callable[[bool], Attempt], original: onnx.ModelProto, request: Request, allowance: Allowance
+    tried: Callable[[bool], Attempt], original: onnx.ModelProto, request: Request, allowance: Budget
 ) -> Attempt:
     """What is faster beyond doubt, or else what comes next.
 
@@ -33,7 +33,7 @@ def returned(
         Tries every rewrite that was chosen, or (True) only those of them that always pay.
     original : onnx.ModelProto
     request : Request
-    allowance : Allowance
+    allowance : Budget
         What comes next must fit into it.
     """
     done = tried(False)

@@ -13,12 +13,12 @@ import pwopt
 from pwopt.errors import UsageError
 from pwopt.graph.files import from_proto
 from pwopt.inputs.samples import Sample
-from pwopt.optimizing import allowance
-from pwopt.optimizing.allowance import Allowance
+from pwopt.optimizing import budget
+from pwopt.optimizing.budget import Budget
+from pwopt.optimizing.preparation import Problem
 from pwopt.optimizing.request import Request
-from pwopt.optimizing.subject import Subject
 from pwopt.running.worker import Worker
-from pwopt.selecting.selection import Arena
+from pwopt.selecting.rewrite_selection import Environment
 
 F = np.float32
 
@@ -33,19 +33,21 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> type[Clock]:
     return Clock
 
 
-def subject(load: float, run: float, monkeypatch: pytest.MonkeyPatch) -> Subject:
+def subject(load: float, run: float, monkeypatch: pytest.MonkeyPatch) -> Problem:
     """A model that takes so long to load and to run."""
     model = from_proto(parse("(float[1,4,5,6] x) => (float[N] y) { y = Relu(x) }"))
     samples = [Sample("normal", {"x": normal(1, 4, 5, 6, dtype=F)})] * 3
     worker = Worker(Path("m.onnx"), "cpu", 1, samples[0].feeds)
     worker.took = (load, run)
     monkeypatch.setattr(Worker, "ready", True)
-    return Subject(model, Path("m.onnx"), samples, {"x": (1, 4, 5, 6)}, False, (), Arena("cpu", 1, samples, worker))
+    return Problem(
+        model, Path("m.onnx"), samples, {"x": (1, 4, 5, 6)}, False, (), Environment("cpu", 1, samples, worker)
+    )
 
 
 def test_what_is_needed_in_the_end_is_kept_back(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
-    given = Allowance(subject(0.5, 0.1, monkeypatch), Request(threads=1, budget=40.0))
-    fixed = 5 * 0.5 + 3 * 3 * 0.1 + allowance.PROFILING
+    given = Budget(subject(0.5, 0.1, monkeypatch), Request(threads=1, budget=40.0))
+    fixed = 5 * 0.5 + 3 * 3 * 0.1 + budget.PROFILING
     assert given.for_choosing == pytest.approx(40 - fixed - 4)
     clock.now += 20
     assert given.for_choosing == pytest.approx(20 - fixed - 4)
@@ -59,23 +61,23 @@ def test_what_is_needed_in_the_end_is_kept_back(clock: type[Clock], monkeypatch:
 
 def test_other_conditions_want_their_share(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two more models to load under each, and a quarter of the final race."""
-    one, three = (Allowance(subject(0.5, 0.1, monkeypatch), Request(threads=t, budget=40.0)) for t in (1, (1, 2, 4)))
+    one, three = (Budget(subject(0.5, 0.1, monkeypatch), Request(threads=t, budget=40.0)) for t in (1, (1, 2, 4)))
     assert one.for_choosing - three.for_choosing == pytest.approx(2 * (2 * 0.5 + 0.25 * 4))
 
 
 def test_a_small_budget_shortens_the_final_race(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
-    given = Allowance(subject(0.0, 0.0, monkeypatch), Request(threads=1, budget=2.0))
-    assert given.for_choosing == pytest.approx(2 - allowance.PROFILING - 0.15 * 2)
+    given = Budget(subject(0.0, 0.0, monkeypatch), Request(threads=1, budget=2.0))
+    assert given.for_choosing == pytest.approx(2 - budget.PROFILING - 0.15 * 2)
 
 
 def test_a_slow_first_load_leaves_half(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a graphics card's libraries."""
-    given = Allowance(subject(20.0, 0.1, monkeypatch), Request(threads=1, budget=40.0))
+    given = Budget(subject(20.0, 0.1, monkeypatch), Request(threads=1, budget=40.0))
     assert given.for_choosing == pytest.approx(20 - 4)
 
 
 def test_what_is_no_measuring_costs_nothing(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
-    given = Allowance(subject(0.0, 0.0, monkeypatch), Request(threads=1, budget=10.0))
+    given = Budget(subject(0.0, 0.0, monkeypatch), Request(threads=1, budget=10.0))
     with given.paused():
         clock.now += 7
     assert given.left == pytest.approx(10)
@@ -89,6 +91,6 @@ def test_words_for_it() -> None:
 
 
 def test_without_a_budget_the_final_race_is_as_long_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = Allowance(subject(0.0, 0.0, monkeypatch), Request(threads=1, budget=0.0, race_seconds=3.0))
+    given = Budget(subject(0.0, 0.0, monkeypatch), Request(threads=1, budget=0.0, race_seconds=3.0))
     assert given.rest().race_seconds == 3
     assert given.again

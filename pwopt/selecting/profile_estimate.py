@@ -18,8 +18,8 @@ from pwopt.algebra import Array
 from pwopt.rewriting.records import Rewrite
 from pwopt.running.runtime import NodeTime
 from pwopt.running.timing import Evidence, Race
-from pwopt.selecting.attribution import placed, together
-from pwopt.selecting.tune import Glance, Group
+from pwopt.selecting.autotuning import Estimate, Group
+from pwopt.selecting.operator_matching import placed, together
 
 #: Two sessions of one model differ by this part of a run, as its memory happens to lie.
 SESSIONS = 0.015
@@ -36,7 +36,7 @@ def look(
     rewrites: Sequence[Rewrite],
     groups: Sequence[Group],
     runs: tuple[Sequence[Run], Sequence[Run]],
-) -> dict[Group, Glance]:
+) -> dict[Group, Estimate]:
     """What profiled runs of two models, the second with all of some groups, say of each group by itself.
 
     A change of layout counts for the group of the operator before or after it. The differences of the groups' operators
@@ -80,8 +80,8 @@ def look(
     found = {g: (_speedup(whole, gain), _speedup(whole, gain + credit)) for g, gain in gains.items() if g not in vague}
     if len(found) == 1 and len(groups) == 1:  # whatever changed is due to it
         (group, (own, best)), total = next(iter(found.items())), Evidence.of(Race((totals[0], totals[1])))
-        return {group: Glance(own, max(best, total, key=lambda e: e.speedup))}
-    return {g: Glance(*evidence) for g, evidence in found.items()}
+        return {group: Estimate(own, max(best, total, key=lambda e: e.speedup))}
+    return {g: Estimate(*evidence) for g, evidence in found.items()}
 
 
 def _speedup(whole: float, gain: Array) -> Evidence:

@@ -11,8 +11,8 @@ from helpers import normal, parse
 
 from pwopt.rewriting import Rewrite
 from pwopt.running.runtime import NodeTime
-from pwopt.selecting.outlook import Run, look
-from pwopt.selecting.tune import Glance, Group
+from pwopt.selecting.autotuning import Estimate, Group
+from pwopt.selecting.profile_estimate import Run, look
 
 F = np.float32
 #: Three convolutions in a row, of which the first two are rewritten into a product each.
@@ -45,7 +45,7 @@ def runs(times: Mapping[int | str, float], spread: float = 0.0, pace: float = 0.
     return found
 
 
-def seen(new: Mapping[int | str, float], spread: float = 0.0, pace: float = 0.0) -> dict[Group, Glance]:
+def seen(new: Mapping[int | str, float], spread: float = 0.0, pace: float = 0.0) -> dict[Group, Estimate]:
     before, after = models()
     return look(before, after, REWRITES, [A, B], (runs(OLD, spread, pace), runs(new, spread, pace, seed=1)))
 

@@ -7,9 +7,9 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 
-from pwopt.optimizing.conditions import SHARE, others
+from pwopt.optimizing.other_conditions import SHARE, others
+from pwopt.optimizing.preparation import Problem
 from pwopt.optimizing.request import Request
-from pwopt.optimizing.subject import Subject
 
 #: The final race takes this part of the budget at most.
 FINAL = 0.15
@@ -24,16 +24,16 @@ PROFILING = 1.0
 MOST = 0.5
 
 
-class Allowance:
+class Budget:
     """The wall seconds for all measuring of one optimisation, from the moment when it is made.
 
     Parameters
     ----------
-    subject : Subject
+    subject : Problem
     request : Request
     """
 
-    def __init__(self, subject: Subject, request: Request) -> None:
+    def __init__(self, subject: Problem, request: Request) -> None:
         self._end = time.perf_counter() + request.seconds
         self.request = request
         self._elsewhere = max(0, len(others(subject, request)))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from pwopt.rewriting.records import Rewrite
-from pwopt.selecting.selection import Work
+from pwopt.selecting.rewrite_selection import Compilation
 
 #: What to say of a rewrite whose model cannot be used.
 REPORT = "a defect of pwopt or onnxruntime, please report it with the model"
 
 
-def culprits(work: Work, rewrites: Sequence[Rewrite], fault: Callable[[Work], str]) -> Work:
+def culprits(work: Compilation, rewrites: Sequence[Rewrite], fault: Callable[[Compilation], str]) -> Compilation:
     """A work that leaves out a rewrite at least that is at fault if its model cannot be used.
 
     Rewrites are taken back from the last one on, by halves: of the first rewrite with which the model cannot be used,
@@ -19,7 +19,7 @@ def culprits(work: Work, rewrites: Sequence[Rewrite], fault: Callable[[Work], st
 
     Parameters
     ----------
-    work : Work
+    work : Compilation
     rewrites : sequence of Rewrite
         Those that made the model.
     fault : callable
@@ -43,7 +43,7 @@ def culprits(work: Work, rewrites: Sequence[Rewrite], fault: Callable[[Work], st
     )
 
 
-def alike(work: Work, guilty: Sequence[Rewrite], rewrites: Sequence[Rewrite]) -> list[Rewrite]:
+def alike(work: Compilation, guilty: Sequence[Rewrite], rewrites: Sequence[Rewrite]) -> list[Rewrite]:
     """Rewrites at fault, with all others of those passes that were at fault before."""
     before = {s.pass_name for s in work.refused.values()}
     again = {r.pass_name for r in guilty} & before

@@ -10,8 +10,8 @@ from typing import Any
 
 from pwopt.errors import UsageError
 from pwopt.graph.storage import replacing
-from pwopt.selecting import tune
-from pwopt.selecting.cache import Entry
+from pwopt.selecting import autotuning
+from pwopt.selecting.cache import TuningRecord
 from pwopt.selecting.priors import Prior
 
 #: Version of the file's layout.
@@ -19,24 +19,24 @@ SCHEMA = 2
 
 
 @dataclass(frozen=True)
-class Profile:
+class TuningDatabase:
     """What races on one machine said of every kind of measured rewrite in some models.
 
     Attributes
     ----------
     environment : dict
         Versions, processor, provider and threads of the machine.
-    entries : tuple of Entry
+    entries : tuple of TuningRecord
     """
 
     environment: dict[str, Any]
-    entries: tuple[Entry, ...]
+    entries: tuple[TuningRecord, ...]
 
     doubtful = "Record the profile anew, with a larger --budget."
     undecided = "the target's profile does not know it; record the profile with this model"
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Profile:
+    def load(cls, path: str | os.PathLike[str]) -> TuningDatabase:
         """Read a profile.
 
         Raises
@@ -48,7 +48,7 @@ class Profile:
             content = json.loads(Path(path).read_text(encoding="utf-8"))
             if content["schema"] != SCHEMA:
                 raise UsageError(f"the profile {str(path)!r} is of layout {content['schema']}; record it again")
-            return cls(dict(content["environment"]), tuple(Entry(**e) for e in content["decisions"]))
+            return cls(dict(content["environment"]), tuple(TuningRecord(**e) for e in content["decisions"]))
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise UsageError(f"{str(path)!r} is not a profile that `pwopt profile` wrote") from error
 
@@ -65,12 +65,12 @@ class Profile:
         with replacing(Path(path)) as stream:
             stream.write(self.to_json().encode())
 
-    def recall(self, pass_name: str, signature: str) -> Entry | None:
+    def recall(self, pass_name: str, signature: str) -> TuningRecord | None:
         return next((e for e in self.entries if (e.pass_name, e.signature) == (pass_name, signature)), None)
 
     def priors(self, kind: str) -> dict[str, Prior]:
         """None: the profile decides."""
         return {}
 
-    def keep(self, decision: tune.Decision) -> None:
+    def keep(self, decision: autotuning.Decision) -> None:
         """A profile is not changed by those who use it."""

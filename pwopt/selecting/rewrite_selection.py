@@ -25,12 +25,12 @@ from pwopt.running import timing
 from pwopt.running.progress import Progress
 from pwopt.running.runtime import Session
 from pwopt.running.worker import UnusableError, Worker
-from pwopt.selecting import tune
-from pwopt.selecting.attribution import marked
-from pwopt.selecting.cache import Entry, look_up, place, store, stored
-from pwopt.selecting.compiler import Snapshot, Wanted, select_passes
-from pwopt.selecting.outlook import look
+from pwopt.selecting import autotuning as tune
+from pwopt.selecting.cache import TuningRecord, look_up, place, store, stored
+from pwopt.selecting.operator_matching import marked
 from pwopt.selecting.priors import Prior, priors
+from pwopt.selecting.profile_estimate import look
+from pwopt.selecting.snapshot import Snapshot, Wanted, select_passes
 
 LOG = logging.getLogger(__name__)
 
@@ -45,7 +45,7 @@ MAX_REFUSALS = 8
 
 
 @dataclass(frozen=True)
-class Arena:
+class Environment:
     """Where models run: a provider, threads, and inputs."""
 
     provider: str
@@ -74,7 +74,7 @@ class Arena:
 
 
 @dataclass(frozen=True)
-class Choice:
+class Selection:
     """Which measured rewrites are made.
 
     Attributes
@@ -93,7 +93,7 @@ class Choice:
 
 
 @dataclass(frozen=True)
-class Work:
+class Compilation:
     """A model to rewrite, as often as needed, and a folder for the results."""
 
     target: Model
@@ -167,7 +167,7 @@ class Work:
             self.snapshots[key] = Snapshot.of(fresh, passes, denied, self.sizes, self.certifier)
         return self.snapshots[key]
 
-    def without(self, rewrites: Iterable[Rewrite], reason: str) -> Work:
+    def without(self, rewrites: Iterable[Rewrite], reason: str) -> Compilation:
         """The same, but for the sites of some rewrites; the reason is a clause."""
         gone = {r.site: Skip(f"left out ({reason}): {r.reason}", r.pass_name, r.site) for r in rewrites}
         names = ", ".join(dict.fromkeys(s.pass_name for s in gone.values()))
@@ -230,7 +230,7 @@ class Memory(Protocol):
     def doubtful(self) -> str:
         """What to say where races ended in doubt."""
 
-    def recall(self, pass_name: str, signature: str) -> Entry | None:
+    def recall(self, pass_name: str, signature: str) -> TuningRecord | None:
         """The decision on one kind; None if there is none."""
 
     def keep(self, decision: tune.Decision) -> None:
@@ -240,13 +240,13 @@ class Memory(Protocol):
         """What is known of passes on a kind of provider, whatever the model."""
 
 
-class Forgetful:
+class NoTuningRecords:
     """No memory."""
 
     undecided = "no time was left to measure it; --effort or --budget give more"
     doubtful = "More of --budget decides."
 
-    def recall(self, pass_name: str, signature: str) -> Entry | None:
+    def recall(self, pass_name: str, signature: str) -> TuningRecord | None:
         return None
 
     def keep(self, decision: tune.Decision) -> None:
@@ -257,7 +257,7 @@ class Forgetful:
 
 
 @dataclass(frozen=True)
-class Disk:
+class CachedTuningRecords:
     """This machine's cache, for a provider, a number of threads and a model (its digest)."""
 
     provider: str
@@ -267,13 +267,13 @@ class Disk:
     marks: Mapping[str, str] = field(default_factory=dict)
     #: What to call the model when its decisions are listed.
     name: str = ""
-    undecided: str = Forgetful.undecided
+    undecided: str = NoTuningRecords.undecided
     doubtful: str = "The next run of this model goes on where these races ended."
 
     def _marked(self, pass_name: str) -> str:
         return f"{pass_name} {self.marks.get(pass_name, '')}".strip()
 
-    def recall(self, pass_name: str, signature: str) -> Entry | None:
+    def recall(self, pass_name: str, signature: str) -> TuningRecord | None:
         return look_up(self._marked(pass_name), signature, place(self.provider, self.threads), self.model)
 
     def keep(self, decision: tune.Decision) -> None:
@@ -287,21 +287,25 @@ class Disk:
         return priors(kind, (e for e in stored() if e.place == where and e.model))
 
 
-def entry(decision: tune.Decision, where: str) -> Entry:
+def entry(decision: tune.Decision, where: str) -> TuningRecord:
     """What is kept of a decision."""
     group, e = decision.group, decision.evidence
-    return Entry(
+    return TuningRecord(
         group.pass_name, group.signature, where, e.rounds, e.total, e.squares,
         profiled=("kept" if decision.kept else "dropped") if decision.looked else "",
     )  # fmt: skip
 
 
-def decide(work: Work, arena: Arena | None, budget: float, memory: Memory, progress: Progress) -> list[tune.Decision]:
+def decide(
+    work: Compilation, arena: Environment | None, budget: float, memory: Memory, progress: Progress
+) -> list[tune.Decision]:
     """Race what measured passes could do, unless it is remembered; without an arena, or time, only that counts."""
     return _decide(work, work.opportunities()[0], arena, budget, memory, progress)
 
 
-def select(work: Work, arena: Arena | None, budget: float, memory: Memory, progress: Progress) -> Choice:
+def select(
+    work: Compilation, arena: Environment | None, budget: float, memory: Memory, progress: Progress
+) -> Selection:
     """Sites of the measured rewrites that pay, and why the others were dropped."""
     progress("looking for rewrites to measure", 0.0)
     found, refused = work.opportunities()
@@ -314,7 +318,7 @@ def select(work: Work, arena: Arena | None, budget: float, memory: Memory, progr
         for site in g.sites
     ]
     skips = (*refused, *(s for d in decisions for s in d.skips()), *undecided)
-    return Choice(kept, skips, tuple(_doubts(decisions, memory)))
+    return Selection(kept, skips, tuple(_doubts(decisions, memory)))
 
 
 def _doubts(decisions: Iterable[tune.Decision], memory: Memory) -> Iterator[str]:
@@ -334,7 +338,12 @@ def _figures(decision: tune.Decision) -> str:
 
 
 def _decide(
-    work: Work, found: list[Rewrite], arena: Arena | None, budget: float, memory: Memory, progress: Progress
+    work: Compilation,
+    found: list[Rewrite],
+    arena: Environment | None,
+    budget: float,
+    memory: Memory,
+    progress: Progress,
 ) -> list[tune.Decision]:
     groups, known = tune.groups(found), memory.priors(work.kind)
     groups.sort(key=lambda g: -known.get(g.pass_name, Prior()).expected)
@@ -351,8 +360,8 @@ def _decide(
 class Judge:
     """Decides on groups of one work by races in one arena; see `tune.Judge`."""
 
-    work: Work
-    arena: Arena | None
+    work: Compilation
+    arena: Environment | None
     memory: Memory
     #: Passes that are not worth a try on machines like this one, with what is known of them.
     vain: Mapping[str, Prior] = field(default_factory=dict)
@@ -377,7 +386,7 @@ class Judge:
         except UnusableError as error:
             return str(error)
 
-    def look(self, kept: Sequence[tune.Group], groups: Sequence[tune.Group]) -> Mapping[tune.Group, tune.Glance]:
+    def look(self, kept: Sequence[tune.Group], groups: Sequence[tune.Group]) -> Mapping[tune.Group, tune.Estimate]:
         worker = self.arena.worker if self.arena is not None else None
         if worker is None or not worker.ready:
             return {}

@@ -10,15 +10,15 @@ from pathlib import Path
 from pwopt.graph.files import as_file, load
 from pwopt.graph.storage import workspace
 from pwopt.inputs.specs import input_specs
+from pwopt.optimizing.preparation import gather, plan
 from pwopt.optimizing.request import EFFORTS, Request
-from pwopt.optimizing.subject import gather, plan
 from pwopt.rewriting.driver import Pass
 from pwopt.running import runtime
 from pwopt.running.progress import Progress, silent
-from pwopt.selecting.cache import Entry, place
+from pwopt.selecting.cache import TuningRecord, place
 from pwopt.selecting.plugins import resolved
-from pwopt.selecting.selection import Forgetful, decide, entry
-from pwopt.selecting.targets import Profile
+from pwopt.selecting.rewrite_selection import NoTuningRecords, decide, entry
+from pwopt.selecting.tuning_database import TuningDatabase
 
 
 def profile(
@@ -30,7 +30,7 @@ def profile(
     budget: float = EFFORTS["normal"],
     plugins: Sequence[str | type[Pass] | Pass] = (),
     progress: Progress = silent,
-) -> Profile:
+) -> TuningDatabase:
     """Race every kind of measured rewrite in some models on this machine.
 
     Parameters
@@ -59,7 +59,7 @@ def profile(
         See `pwopt.errors`.
     """
     runtime.check_settings(threads, None, None)
-    found: dict[tuple[str, str], Entry] = {}
+    found: dict[tuple[str, str], TuningRecord] = {}
     where = place(provider, threads)
     for path in map(Path, models):
         source = load(path)
@@ -71,6 +71,6 @@ def profile(
         with as_file(path) as original, workspace(None) as folder, contextlib.ExitStack() as stack:
             subject = gather(source, original, request).guarded(stack)
             assert subject.arena is not None
-            decisions = decide(plan(subject, request, folder), subject.arena, budget, Forgetful(), progress)
+            decisions = decide(plan(subject, request, folder), subject.arena, budget, NoTuningRecords(), progress)
         found |= {(d.group.pass_name, d.group.signature): entry(d, where) for d in decisions}
-    return Profile(runtime.environment(provider, threads), tuple(found.values()))
+    return TuningDatabase(runtime.environment(provider, threads), tuple(found.values()))

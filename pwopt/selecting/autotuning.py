@@ -159,7 +159,7 @@ def _joint(rewrites: Sequence[Rewrite]) -> str:
     return f"{kind}: {listed}" if details else kind
 
 
-class Glance(NamedTuple):
+class Estimate(NamedTuple):
     """What profiles say of a group: speed-ups of the whole model, by its own operators and at best.
 
     On a busy machine they rule out, and promise nothing (`sure`).
@@ -185,7 +185,7 @@ class Judge(Protocol):
     def remembered(self, group: Group) -> Decision | None:
         """What is known of a group already, decided or not."""
 
-    def look(self, kept: Sequence[Group], groups: Sequence[Group]) -> Mapping[Group, Glance]:
+    def look(self, kept: Sequence[Group], groups: Sequence[Group]) -> Mapping[Group, Estimate]:
         """What profiles say of groups on top of those that are kept; nothing of those that they cannot tell."""
 
 
@@ -254,7 +254,7 @@ class _Contest:
 
     def look(self, groups: Sequence[Group]) -> dict[Group, Evidence]:
         """What pays by profiles, the best first; what does not is decided, and what they do not tell is neither."""
-        seen: dict[Group, Glance] = {}
+        seen: dict[Group, Estimate] = {}
         for name in dict.fromkeys(g.pass_name for g in groups):
             if time.perf_counter() > self._deadline - (1 - LOOKING) * self._budget:
                 break

@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
+from pwopt.optimizing.preparation import Problem
 from pwopt.optimizing.request import Request
-from pwopt.optimizing.subject import Subject
 from pwopt.reporting.report import Latency, Report, Timed
 from pwopt.rewriting.records import Rewrite
 from pwopt.rewriting.wording import counted
 from pwopt.running.timing import FIRST_LOOK, Race, Rules
-from pwopt.selecting.selection import Arena, Work
-from pwopt.selecting.tune import CONFIDENCE
+from pwopt.selecting.autotuning import CONFIDENCE
+from pwopt.selecting.rewrite_selection import Compilation, Environment
 
 #: Of the time for the final race, the part for each other condition.
 SHARE = 0.25
@@ -30,7 +30,7 @@ def usual_threads() -> int:
     return max(1, len(cores))
 
 
-def others(subject: Subject, request: Request) -> list[Arena]:
+def others(subject: Problem, request: Request) -> list[Environment]:
     """Every condition but the first: all numbers of threads at all sizes."""
     arena = subject.arena
     if arena is None:
@@ -51,7 +51,7 @@ def as_latency(race: Race) -> Latency:
     )  # fmt: skip
 
 
-def timed(original: Path, candidate: Path, arena: Arena, request: Request) -> Timed:
+def timed(original: Path, candidate: Path, arena: Environment, request: Request) -> Timed:
     """Race both models under one condition, for a short while."""
     request.progress(f"racing with {counted(arena.threads, 'thread')}, {arena.samples[0].label}", 0.0)
     race = _race(arena, original, candidate, request)
@@ -59,14 +59,14 @@ def timed(original: Path, candidate: Path, arena: Arena, request: Request) -> Ti
     return Timed(arena.threads, shapes, as_latency(race), race.interval(confidence=CONFIDENCE)[1] < 1.0)
 
 
-def _race(arena: Arena, a: Path, b: Path, request: Request) -> Race:
+def _race(arena: Environment, a: Path, b: Path, request: Request) -> Race:
     return arena.race([a, b], SHARE * request.race_seconds, rules=Rules(CONFIDENCE, least=FIRST_LOOK))
 
 
 def respecting(
-    slow: Sequence[tuple[Arena, Timed]], original: Path, candidate: Path, work: Work, rewrites: Sequence[Rewrite],
-    build: Callable[[Work], Path], request: Request,
-) -> Work:  # fmt: skip
+    slow: Sequence[tuple[Environment, Timed]], original: Path, candidate: Path, work: Compilation,
+    rewrites: Sequence[Rewrite], build: Callable[[Compilation], Path], request: Request,
+) -> Compilation:  # fmt: skip
     """The work without the kinds of rewrites that make a result slower under some conditions.
 
     One kind after another is taken back, the last first, and stays out if the model is faster without it beyond doubt
@@ -74,7 +74,7 @@ def respecting(
 
     Parameters
     ----------
-    slow : sequence of (Arena, Timed)
+    slow : sequence of (Environment, Timed)
         Conditions under which the result is slower, with what was measured.
     build : callable
         Writes the model of a work.

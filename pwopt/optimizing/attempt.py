@@ -16,20 +16,20 @@ from pwopt.evidence.localise import localise
 from pwopt.evidence.verify import compared, placements
 from pwopt.graph.functions import functions
 from pwopt.graph.storage import total_bytes
-from pwopt.optimizing.allowance import PROFILING, Allowance
-from pwopt.optimizing.conditions import as_latency, others, respecting, timed
-from pwopt.optimizing.layers import layers
+from pwopt.optimizing.bisection import alike, culprits
+from pwopt.optimizing.budget import PROFILING, Budget
+from pwopt.optimizing.layer_times import layers
+from pwopt.optimizing.other_conditions import as_latency, others, respecting, timed
+from pwopt.optimizing.preparation import Problem
 from pwopt.optimizing.request import Request
-from pwopt.optimizing.subject import Subject
-from pwopt.optimizing.survival import alike, culprits
 from pwopt.reporting.report import Latency, Report, Timed
 from pwopt.rewriting.wording import counted
 from pwopt.running import bench, runtime, timing
 from pwopt.running.providers import Provider
 from pwopt.running.worker import UnusableError
-from pwopt.selecting.attribution import marked
-from pwopt.selecting.compiler import select_passes
-from pwopt.selecting.selection import DEFECT, Arena, Choice, Work
+from pwopt.selecting.operator_matching import marked
+from pwopt.selecting.rewrite_selection import DEFECT, Compilation, Environment, Selection
+from pwopt.selecting.snapshot import select_passes
 
 LOG = logging.getLogger(__name__)
 
@@ -68,7 +68,7 @@ class Attempt:
         return replace(self, report=self.report.noted(*notes))
 
 
-def attempt(subject: Subject, work: Work, choice: Choice, allowance: Allowance, blank: Report) -> Attempt:
+def attempt(subject: Problem, work: Compilation, choice: Selection, allowance: Budget, blank: Report) -> Attempt:
     """Rewrite, verify and race, again without whatever makes the result unusable, wrong or slower.
 
     Parameters
@@ -92,7 +92,7 @@ def attempt(subject: Subject, work: Work, choice: Choice, allowance: Allowance, 
         if better is work:
             report = verified(pair, done.report, request)
             better = _equivalent(report, work, left)
-        slow: list[tuple[Arena, Timed]] = []
+        slow: list[tuple[Environment, Timed]] = []
         if better is work and request.measured:
             try:
                 report = raced(pair, report, request, (subject.source.proto, done.proto))
@@ -110,11 +110,11 @@ def attempt(subject: Subject, work: Work, choice: Choice, allowance: Allowance, 
     return Attempt(subject.source.proto, report.noted(*work.notes[-1:], "The original is returned."))
 
 
-def _builder(choice: Choice) -> Callable[[Work], Path]:
+def _builder(choice: Selection) -> Callable[[Compilation], Path]:
     return lambda work: work.file(work.rewrite(choice.allowed)[3])
 
 
-def _unverified(done: Attempt, work: Work, request: Request) -> Attempt:
+def _unverified(done: Attempt, work: Compilation, request: Request) -> Attempt:
     """An attempt that nothing was run for; whether it loads is said all the same, where that can be known."""
     why = "as asked" if runtime.available() or not request.verify else "onnxruntime is not installed"
     if request.output is not None and runtime.available() and done.report.rewrites:
@@ -125,7 +125,7 @@ def _unverified(done: Attempt, work: Work, request: Request) -> Attempt:
     return done.noted(f"Not verified ({why}).")
 
 
-def _usable(pair: Pair, done: Attempt, work: Work, choice: Choice, left: int) -> Work:
+def _usable(pair: Pair, done: Attempt, work: Compilation, choice: Selection, left: int) -> Compilation:
     """The work without rewrites whose model does not load, crashes, or takes too much; itself if there are none."""
     arena, build = pair.arena, _builder(choice)
     if not done.report.rewrites or not arena.fault(pair.candidate):
@@ -134,7 +134,7 @@ def _usable(pair: Pair, done: Attempt, work: Work, choice: Choice, left: int) ->
     return work.without(done.report.rewrites, "the model cannot be used with some of them") if found is work else found
 
 
-def _equivalent(report: Report, work: Work, left: int) -> Work:
+def _equivalent(report: Report, work: Compilation, left: int) -> Compilation:
     """The work without rewrites that make the answers differ; itself if they do not.
 
     Raises
@@ -155,8 +155,8 @@ def _equivalent(report: Report, work: Work, left: int) -> Work:
 
 
 def _elsewhere(
-    pair: Pair, report: Report, subject: Subject, request: Request
-) -> tuple[Report, list[tuple[Arena, Timed]]]:
+    pair: Pair, report: Report, subject: Problem, request: Request
+) -> tuple[Report, list[tuple[Environment, Timed]]]:
     """The report with the latency under all other conditions, and those under which the result is slower."""
     if report.latency is None or (report.latency.interval[0] <= 1.0 and not request.insists):
         return report, []  # which is not returned anyway
@@ -165,7 +165,7 @@ def _elsewhere(
     return replace(report, conditions=tuple(t for _, t in found)), [(a, t) for a, t in found if t.slower]
 
 
-def rewritten(subject: Subject, work: Work, choice: Choice, request: Request, blank: Report) -> Attempt:
+def rewritten(subject: Problem, work: Compilation, choice: Selection, request: Request, blank: Report) -> Attempt:
     """The model with every rewrite that was chosen and that its certificate does not refuse."""
     request.progress("rewriting", 0.0)
     before, outcome, after, proto, refused = work.certified(choice.allowed)
@@ -193,7 +193,7 @@ class Pair:
 
     original: Path
     candidate: Path
-    arena: Arena
+    arena: Environment
 
     def compared(self, rtol: float | None, atol: float | None) -> Equivalence:
         """How the answers of both agree, on every sample."""
@@ -262,7 +262,7 @@ def _contradictions(latency: Latency, operators: Mapping[str, Mapping[str, float
         )
 
 
-def _launches(report: Report, arena: Arena) -> Iterator[str]:
+def _launches(report: Report, arena: Environment) -> Iterator[str]:
     """Whether a graphics card spent its time starting operators, which hides what they compute."""
     if report.latency is None or Provider.parse(arena.provider).kind != "gpu" or not report.after.nodes:
         return
