@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-from pwopt.passes.channels_first import ChannelsFirst
-from pwopt.passes.channels_last import ChannelsLast
-from pwopt.passes.clean_up import CleanUp
-from pwopt.passes.commute_gram import CommuteGram
-from pwopt.passes.commute_spatial import CommuteSpatial
-from pwopt.passes.drop_dead import DropDead
-from pwopt.passes.factor_gates import FactorGates
-from pwopt.passes.factor_ranks import FactorRanks
-from pwopt.passes.focus import Focus
-from pwopt.passes.fold_affine import FoldAffine
-from pwopt.passes.fold_borders import FoldBorders
-from pwopt.passes.fold_chains import FoldChains
-from pwopt.passes.frames import Frames
-from pwopt.passes.hoist_crop import HoistCrop
-from pwopt.passes.hoist_stride import HoistStride
-from pwopt.passes.join_concat import JoinConcat
-from pwopt.passes.join_views import JoinViews
-from pwopt.passes.keep_layout import KeepLayout
-from pwopt.passes.lower_rank import LowerRank
-from pwopt.passes.merge_equal import MergeEqual, ShareConstants
-from pwopt.passes.merge_siblings import MergeSiblings
-from pwopt.passes.name_activations import NameActivations
-from pwopt.passes.pad_channels import FillBlocks, FillTensorCores, PadChannels
-from pwopt.passes.polyphase import FractionalStride, Polyphase
-from pwopt.passes.settle_shapes import SettleShapes
-from pwopt.passes.split_concat import SplitConcat
-from pwopt.passes.split_multiplier import SplitMultiplier
-from pwopt.passes.split_siblings import SplitSiblings
-from pwopt.passes.sub_pixel import SubPixel
-from pwopt.passes.sum_branches import SumBranches
-from pwopt.passes.to_matmul import ToMatMul
-from pwopt.passes.winograd import Winograd
 from pwopt.rewriting.driver import Pass
+
+from .channels_first import ChannelsFirst
+from .channels_last import ChannelsLast
+from .clean_up import CleanUp
+from .commute_gram import CommuteGram
+from .commute_spatial import CommuteSpatial
+from .drop_dead import DropDead
+from .factor_gates import FactorGates
+from .factor_ranks import FactorRanks
+from .focus import Focus
+from .fold_affine import FoldAffine
+from .fold_borders import FoldBorders
+from .fold_chains import FoldChains
+from .frames import Frames
+from .hoist_crop import HoistCrop
+from .hoist_stride import HoistStride
+from .join_concat import JoinConcat
+from .join_views import JoinViews
+from .keep_layout import KeepLayout
+from .lower_rank import LowerRank
+from .merge_equal import MergeEqual, ShareConstants
+from .merge_siblings import MergeSiblings
+from .name_activations import NameActivations
+from .pad_channels import FillBlocks, FillTensorCores, PadChannels
+from .polyphase import FractionalStride, Polyphase
+from .settle_shapes import SettleShapes
+from .split_concat import SplitConcat
+from .split_multiplier import SplitMultiplier
+from .split_siblings import SplitSiblings
+from .sub_pixel import SubPixel
+from .sum_branches import SumBranches
+from .to_matmul import ToMatMul
+from .winograd import Winograd
 
 #: The default pipeline, in order.
 PASSES: tuple[type[Pass], ...] = (

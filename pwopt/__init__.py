@@ -7,16 +7,9 @@ Each name is imported when it is first used (scientific-python.org/specs/spec-00
 seconds to load.
 """
 
-import os
 from typing import TYPE_CHECKING
 
 import lazy_loader
-
-if os.path.isfile(os.path.join(os.path.dirname(__file__), "passes")):  # Windows, unless Git was told to make links
-    raise ImportError(
-        "pwopt/passes should be a link to ../passes, and this checkout has a text file there; "
-        "git config core.symlinks true && git checkout -- pwopt/passes"
-    )
 
 __version__ = "0.1.0"
 

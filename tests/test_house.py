@@ -19,13 +19,14 @@ FUNCTION, MODULE = 60, 450
 
 
 def sources() -> list[Path]:
-    """Every module of the package, passes under the name that they are imported by."""
-    passes = (ROOT / "pwopt" / "passes" / p.name for p in (ROOT / "passes").glob("*.py"))
-    return sorted({*(ROOT / "pwopt").glob("*.py"), *(ROOT / "pwopt").glob("[a-z]*/*.py"), *passes})
+    """Every module of the package, wherever it stands in the clone."""
+    inside = (p for p in (ROOT / "pwopt").glob("[a-z]*/*.py") if p.parent.name != "passes")
+    return sorted({*(ROOT / "pwopt").glob("*.py"), *inside, *(ROOT / "passes").glob("*.py")})
 
 
 def room(path: Path) -> str:
-    return path.relative_to(ROOT / "pwopt").parts[0].removesuffix(".py")
+    parts = path.relative_to(ROOT).parts
+    return (parts[0] if parts[0] == "passes" else parts[1]).removesuffix(".py")
 
 
 def imported() -> dict[str, set[str]]:
@@ -33,7 +34,8 @@ def imported() -> dict[str, set[str]]:
     found: dict[str, set[str]] = {}
     for path in sources():
         for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-            parts = node.module.split(".") if isinstance(node, ast.ImportFrom) and node.module else []
+            absolute = isinstance(node, ast.ImportFrom) and node.module and node.level == 0
+            parts = node.module.split(".") if absolute else []
             if len(parts) > 1 and parts[0] == "pwopt" and parts[1] != room(path) and room(path) != "__init__":
                 found.setdefault(room(path), set()).add(parts[1])
     return found

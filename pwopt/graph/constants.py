@@ -7,10 +7,11 @@ from collections.abc import Collection
 
 import numpy as np
 import onnx
+import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from pwopt.algebra import Values
-from pwopt.graph.ir import Node, as_message
 from pwopt.graph.shapes import Shape, dims, known
 
 #: A constant is computed if it is not larger than this, or than what it is computed from.
@@ -24,7 +25,7 @@ NEGLIGIBLE_BYTES = 1 << 10
 
 
 def evaluate(
-    node: Node,
+    node: gs.Node,
     values: dict[str, Values],
     opset: int,
     growth: int = MAX_FOLDED_BYTES,
@@ -34,7 +35,7 @@ def evaluate(
 
     They may have `growth` bytes more than `values`, those left out that are `kept` for others.
     """
-    message = as_message(node)
+    message = OnnxExporter.export_node(node)
     shape_only = node.op in ("Shape", "Size")
     graph = onnx.helper.make_graph(
         [message],

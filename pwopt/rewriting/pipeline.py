@@ -6,7 +6,8 @@ import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from pwopt.graph.ir import Graph
+import onnx_graphsurgeon as gs
+
 from pwopt.rewriting.driver import Certifier, Pass, Rewriter
 from pwopt.rewriting.records import Outcome, Rewrite, Skip
 
@@ -34,7 +35,7 @@ class Settled:
     skips: Mapping[str, tuple[Skip, ...]]
     named: frozenset[str]
 
-    def branch(self, graph: Graph, denied: Iterable[str], certifier: Certifier | None) -> Settled:
+    def branch(self, graph: gs.Graph, denied: Iterable[str], certifier: Certifier | None) -> Settled:
         """The same on a copy of the graph."""
         return Settled(self.rw.branch(graph, denied, certifier), self.rewrites, self.skips, self.named)
 
@@ -51,7 +52,7 @@ class Pipeline:
 
     def run(
         self,
-        graph: Graph,
+        graph: gs.Graph,
         *,
         denied: Iterable[str] = (),
         allowed: Collection[str] | None = None,

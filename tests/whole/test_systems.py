@@ -8,7 +8,6 @@ import os
 import pickle
 import platform
 import queue
-import runpy
 import shutil
 import subprocess
 import sys
@@ -349,10 +348,3 @@ def test_a_worker_reads_the_paths_of_another_system(
     delivery = fleet.delivered(pickle.loads(pickle.dumps(parcel)), Request(cost="analytic", verify=False))
     assert (delivery.done.row.status, delivery.done.row.model) == ("done", os.fspath(pure))
     assert set(delivery.files) == {"out.onnx"}
-
-
-def test_a_link_that_git_made_a_file(tmp_path: Path) -> None:
-    shutil.copy(ROOT / "pwopt" / "__init__.py", tmp_path)
-    (tmp_path / "passes").write_text("../passes", encoding="utf-8")  # core.symlinks is false, as on Windows
-    with pytest.raises(ImportError, match=r"git config core\.symlinks true && git checkout -- pwopt/passes"):
-        runpy.run_path(str(tmp_path / "__init__.py"))
