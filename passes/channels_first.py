@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import onnx_graphsurgeon as gs
-
 from pwopt.algebra.geometry import Refusal
 from pwopt.graph import attributes
+from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import Shape
 from pwopt.graph.view import View
 from pwopt.maps import emit, forms
@@ -33,7 +32,7 @@ class ChannelsFirst(Pass):
     name = "channels-first"
     policy = "measured"
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         if not _moves(rw, node, LAST):
             return None
         found: list[Reading | Step] = []
@@ -59,7 +58,7 @@ class ChannelsFirst(Pass):
             return Skip(f"{widths} between Transposes stays: onnxruntime does not convolve empty tensors")
         if not self.eager:
             return Skip(f"{widths} between Transposes could be 1×1 convolutions; only measuring can tell")
-        new: list[gs.Node] = []
+        new: list[Node] = []
         source, residual = node.inputs[0], 0.0
         for i, step in enumerate(found):
             last = i == len(found) - 1
@@ -79,7 +78,7 @@ class ChannelsFirst(Pass):
         return done.signed(f"products between Transposes: {widths} at {size}")
 
     @staticmethod
-    def _conv(rw: Rewriter, reading: Reading, source: gs.Tensor, output: gs.Tensor) -> emit.Written | Refusal:
+    def _conv(rw: Rewriter, reading: Reading, source: Tensor, output: Tensor) -> emit.Written | Refusal:
         if rw.shared(reading.weight_input):
             return Refusal(f"the weight {reading.weight_input.name!r} is shared")
         linear = reading.load()
@@ -88,7 +87,7 @@ class ChannelsFirst(Pass):
         return emit.write(rw, linear.at_rank(2), replace(reading, kind="conv"), source, output, 1, inherit=False)
 
 
-def _moves(view: View, node: gs.Node | None, perm: tuple[int, ...]) -> bool:
+def _moves(view: View, node: Node | None, perm: tuple[int, ...]) -> bool:
     return view.is_a(node, "Transpose") and tuple(attributes.perm(view, node) or ()) == perm
 
 

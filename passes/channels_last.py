@@ -8,12 +8,12 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra import Values
 from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.unions import Unions
 from pwopt.graph import attributes
+from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import Shape
 from pwopt.maps import emit, forms
 from pwopt.maps.forms import Reading
@@ -56,9 +56,9 @@ class Last:
     def shape(self, shape: Shape) -> Shape:
         return tuple(shape[a] for a in self.perm)
 
-    def change(self, rw: Rewriter, source: gs.Tensor, output: gs.Tensor, *, enter: bool) -> list[gs.Node]:
+    def change(self, rw: Rewriter, source: Tensor, output: Tensor, *, enter: bool) -> list[Node]:
         perm = self.perm if enter else [self.perm.index(a) for a in range(self.rank)]
-        return [gs.Node("Transpose", rw.node_name(str(output.name), "_transpose"), {"perm": perm}, [source], [output])]
+        return [Node("Transpose", rw.node_name(str(output.name), "_transpose"), {"perm": perm}, [source], [output])]
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Region:
     """Operators that run channels-last together, and those among them that combine channels."""
 
     members: list[Member[Last]] = field(default_factory=list)
-    anchors: list[gs.Node] = field(default_factory=list)
+    anchors: list[Node] = field(default_factory=list)
 
 
 class ChannelsLast(Pass):
@@ -85,10 +85,10 @@ class ChannelsLast(Pass):
     policy = "measured"
 
     def start(self, rw: Rewriter) -> None:
-        self._roots = {id(r.members[0][0]): r for r in _regions(rw)}
+        self._roots = {r.members[0][0]: r for r in _regions(rw)}
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
-        region = self._roots.pop(id(node), None)
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
+        region = self._roots.pop(node, None)
         if region is None:
             return None
         what = counted(len(region.anchors), "operator") + " over channels"
@@ -104,58 +104,58 @@ class ChannelsLast(Pass):
 
 def _regions(rw: Rewriter) -> list[Region]:
     """What combines channels, with all that follows it and can be carried over."""
-    found: dict[int, Member[Last]] = {}
-    anchors: dict[int, gs.Node] = {}
-    made: set[int] = set()
+    found: dict[Node, Member[Last]] = {}
+    anchors: dict[Node, None] = {}
+    made: set[Tensor] = set()
     nodes = rw.nodes()
     for node in nodes:
         last = _last(rw, node)
         if last is None:
             continue
         combines = _anchor(rw, node)
-        if not (combines or any(id(t) in made for t in node.inputs)) or not _moves(rw, node, last):
+        if not (combines or any(t in made for t in node.inputs)) or not _moves(rw, node, last):
             continue
-        found[id(node)] = (node, last)
-        made.update(id(t) for t in node.outputs if rw.rank(t) == last.rank)
+        found[node] = (node, last)
+        made.update(t for t in node.outputs if rw.rank(t) == last.rank)
         if combines:
-            anchors[id(node)] = node
+            anchors[node] = None
     if not found:
         return []
-    entered = {id(t) for node, _ in found.values() for t in data(rw, node)}
+    entered = {t for node, _ in found.values() for t in data(rw, node)}
     for node in reversed(nodes):  # x² before its mean, where x itself comes in as well: one way in instead of two
-        last = _last(rw, node) if id(node) not in found and rw.op(node) in BY_AXES else None
+        last = _last(rw, node) if node not in found and rw.op(node) in BY_AXES else None
         if last is None or not _moves(rw, node, last):
             continue
         readers = [r for t in node.outputs for r in rw.readers(t)]
-        inside = readers and all(id(r) in found for r in readers)
-        if inside and any(id(t) in entered for t in node.inputs):
-            found[id(node)] = (node, last)
-    return list(_connected(rw, [found[id(n)] for n in nodes if id(n) in found], anchors))
+        inside = readers and all(r in found for r in readers)
+        if inside and any(t in entered for t in node.inputs):
+            found[node] = (node, last)
+    return list(_connected(rw, [found[n] for n in nodes if n in found], anchors))
 
 
-def _connected(rw: Rewriter, members: Iterable[Member[Last]], anchors: dict[int, gs.Node]) -> Iterator[Region]:
+def _connected(rw: Rewriter, members: Iterable[Member[Last]], anchors: dict[Node, None]) -> Iterator[Region]:
     """Members that share a tensor, in order."""
-    members, sets = list(members), Unions()
+    members, sets = list(members), Unions[Node | Tensor]()
     for node, last in members:
         for t in (*data(rw, node), *node.outputs):
             if t.name and rw.rank(t) == last.rank:
-                sets.join(id(node), -id(t))
-    regions: dict[int, Region] = {}
+                sets.join(node, t)
+    regions: dict[Node | Tensor, Region] = {}
     for node, last in members:
-        region = regions.setdefault(sets.root(id(node)), Region())
+        region = regions.setdefault(sets.root(node), Region())
         region.members.append((node, last))
-        region.anchors += [node] if id(node) in anchors else []
+        region.anchors += [node] if node in anchors else []
     return iter(r for r in regions.values() if r.anchors)
 
 
-def _last(rw: Rewriter, node: gs.Node) -> Last | None:
+def _last(rw: Rewriter, node: Node) -> Last | None:
     """The view of what a node computes from; None if there are several ranks, or no space besides channels."""
     ranks = {rw.rank(t) for t in data(rw, node)}
     rank = ranks.pop() if len(ranks) == 1 else None
     return Last(rank) if rank is not None and rank >= 3 else None
 
 
-def _anchor(rw: Rewriter, node: gs.Node) -> bool:
+def _anchor(rw: Rewriter, node: Node) -> bool:
     """Whether an operator combines the channels, several of them, and nothing else."""
     op, axes = rw.op(node), None
     if op in SOFTMAXES:
@@ -170,13 +170,13 @@ def _anchor(rw: Rewriter, node: gs.Node) -> bool:
     return isinstance(shape[1], int) and shape[1] > 1 and any(d != 1 for d in shape[2:])
 
 
-def _map(rw: Rewriter, node: gs.Node) -> Reading | None:
+def _map(rw: Rewriter, node: Node) -> Reading | None:
     """A convolution that becomes a matrix product."""
     reading = forms.linear(rw, node) if rw.is_a(node, "Conv") else None
     return reading if reading is not None and reading.geometry.pointwise and reading.geometry.groups == 1 else None
 
 
-def _moves(rw: Rewriter, node: gs.Node, last: Last) -> bool:
+def _moves(rw: Rewriter, node: Node, last: Last) -> bool:
     """Whether an operator can be carried over: its outputs are seen as its inputs are, or have lost the channels."""
     op, ranks = rw.op(node), {rw.rank(t) if t.name else None for t in node.outputs}
     if op in SOFTMAXES and rw.opset < 13:  # over all axes from there on
@@ -193,7 +193,7 @@ def _moves(rw: Rewriter, node: gs.Node, last: Last) -> bool:
     return op in PICKS or (op in BY_AXES and BY_AXES[op](rw, last, node) is not None)
 
 
-def _written(rw: Rewriter, node: gs.Node, last: Last, see: See, outputs: list[gs.Tensor]) -> Sequence[gs.Node]:
+def _written(rw: Rewriter, node: Node, last: Last, see: See, outputs: list[Tensor]) -> Sequence[Node]:
     op, channels = rw.op(node), last.rank - 1
     reading = _map(rw, node)
     if reading is not None:
@@ -204,7 +204,7 @@ def _written(rw: Rewriter, node: gs.Node, last: Last, see: See, outputs: list[gs
         return written.nodes
     if op in PICKS:
         attrs = {**node.attrs, "axis": last.axis(node.attrs.get("axis", 0))}
-        return [gs.Node(op, node.name, attrs, [see(node.inputs[0])], outputs)]
+        return [Node(op, node.name, attrs, [see(node.inputs[0])], outputs)]
     lost = not node.attrs.get("keepdims", 1)
     arguments = along(rw, node, [channels]) if lost else BY_AXES[op](rw, last, node)
     assert arguments is not None

@@ -7,13 +7,13 @@ import sys
 
 import numpy as np
 import onnx
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra import zeros
 from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
 from pwopt.graph.constants import MAX_GROWTH_BYTES, NEGLIGIBLE_BYTES, evaluate
+from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import known
 from pwopt.graph.values import Entries, entries, extents
 from pwopt.maps import forms
@@ -63,12 +63,12 @@ class CleanUp(Pass):
 
     def __init__(self) -> None:
         self._growth = MAX_GROWTH_BYTES
-        self._told: dict[int, str] | None = None
+        self._told: dict[Tensor, str] | None = None
 
     def start(self, rw: Rewriter) -> None:
         self._told = None
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         op = rw.op(node)
         if not op:
             return None
@@ -87,22 +87,22 @@ class CleanUp(Pass):
             return self._fold(node, rw, op)
         return None
 
-    def _told_apart(self, rw: Rewriter) -> dict[int, str]:
+    def _told_apart(self, rw: Rewriter) -> dict[Tensor, str]:
         """Who tells −0 from +0, found when it is first asked for; what this pass does leaves that as it is."""
         if self._told is None:
             self._told = told_apart(rw)
         return self._told
 
-    def _negated(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip:
-        teller = self._told_apart(rw).get(id(node.outputs[0]))
+    def _negated(self, node: Node, rw: Rewriter) -> Rewrite | Skip:
+        teller = self._told_apart(rw).get(node.outputs[0])
         if teller:
             return Skip(f"0 − x is +0 for both zeros, −x is not, and {teller} tells them apart")
-        new = gs.Node("Neg", node.name, {}, [node.inputs[1]], list(node.outputs))
+        new = Node("Neg", node.name, {}, [node.inputs[1]], list(node.outputs))
         return rw.replace([node], [new], "0 − x is −x")
 
-    def _bypass(self, node: gs.Node, rw: Rewriter, reason: str) -> Rewrite | Skip:
+    def _bypass(self, node: Node, rw: Rewriter, reason: str) -> Rewrite | Skip:
         told, output = {} if _keeps_zeros(rw, node) else self._told_apart(rw), node.outputs[0]
-        teller = told.get(id(output))
+        teller = told.get(output)
         if teller:
             return Skip(f"{reason}, but may make +0 of −0, and {teller} tells them apart")
         source = (
@@ -111,11 +111,11 @@ class CleanUp(Pass):
             else next(t for t in node.inputs if rw.constant(t) is None)
         )
         done = rw.drop(node, source, reason)
-        if self._told and id(source) in self._told:  # of the two, either may be the one that is left
-            self._told[id(output)] = self._told[id(source)]
+        if self._told and source in self._told:  # of the two, either may be the one that is left
+            self._told[output] = self._told[source]
         return done or Skip(f"{reason}, but it joins two tensors that must both stay visible")
 
-    def _unbroadcast(self, node: gs.Node, rw: Rewriter, op: str) -> Rewrite | Skip:
+    def _unbroadcast(self, node: Node, rw: Rewriter, op: str) -> Rewrite | Skip:
         reason = f"what reads it broadcasts, so {op} need not"
         if op != "ConstantOfShape":
             return self._bypass(node, rw, reason)
@@ -123,7 +123,7 @@ class CleanUp(Pass):
         number = np.zeros((), np.float32) if value is None else np.asarray(value.values).reshape(())
         return rw.freeze(node, [number], reason)
 
-    def _fold(self, node: gs.Node, rw: Rewriter, op: str) -> Rewrite | Skip | None:
+    def _fold(self, node: Node, rw: Rewriter, op: str) -> Rewrite | Skip | None:
         shape = rw.shape(node.inputs[0]) if node.inputs else None
         sizes = known(shape)
         sizes = sizes if sizes is not None and math.prod(sizes) < LARGEST else None
@@ -150,7 +150,7 @@ class CleanUp(Pass):
         return rw.freeze(node, outputs, "its value is the same for every input")
 
 
-def _only_broadcasts(rw: Rewriter, node: gs.Node, op: str) -> bool:
+def _only_broadcasts(rw: Rewriter, node: Node, op: str) -> bool:
     """Whether every reader of an Expand, Tile or ConstantOfShape would broadcast what it repeats to the same shape.
 
     Along each axis the repetition does nothing, or an operand beside it is as wide.
@@ -167,7 +167,7 @@ def _only_broadcasts(rw: Rewriter, node: gs.Node, op: str) -> bool:
     )
 
 
-def _worth(rw: Rewriter, node: gs.Node) -> int:
+def _worth(rw: Rewriter, node: Node) -> int:
     """How many bytes a Range may become: a few numbers stand for all of it, and counting takes no time.
 
     Nothing at all where its readers broadcast it beside data, since nothing follows from its numbers there.
@@ -177,11 +177,11 @@ def _worth(rw: Rewriter, node: gs.Node) -> int:
     return 0 if ends else MAX_RANGE_BYTES
 
 
-def _beside(reader: gs.Node, node: gs.Node) -> list[gs.Tensor]:
+def _beside(reader: Node, node: Node) -> list[Tensor]:
     return [t for t in reader.inputs if t.name and t is not node.outputs[0]]
 
 
-def _repeated(rw: Rewriter, node: gs.Node, op: str) -> tuple[Entries | None, Entries | None]:
+def _repeated(rw: Rewriter, node: Node, op: str) -> tuple[Entries | None, Entries | None]:
     """The sizes after and before a repetition, as many of both; those before are 1 where nothing is."""
     target = entries(rw, node.inputs[0 if op == "ConstantOfShape" else 1])
     before = () if op == "ConstantOfShape" else extents(rw, node.inputs[0])
@@ -206,7 +206,7 @@ def _covers(other: Entries | None, wide: Entries, narrow: Entries) -> bool:
     return all(w is not None and (w in (n, 1) or o == w) for o, w, n in pairs)
 
 
-def does_nothing(rw: Rewriter, node: gs.Node, op: str) -> str:
+def does_nothing(rw: Rewriter, node: Node, op: str) -> str:
     """Why a node's first output equals its data input, else ""."""
     if len([t for t in node.outputs if t.name]) > 1:
         return ""
@@ -258,7 +258,7 @@ def does_nothing(rw: Rewriter, node: gs.Node, op: str) -> str:
     return ""
 
 
-def _keeps_zeros(rw: Rewriter, node: gs.Node) -> bool:
+def _keeps_zeros(rw: Rewriter, node: Node) -> bool:
     """Whether a node that does nothing leaves even the sign of a zero alone: where it adds something, that is +0."""
     found = adds_nothing(rw, node)
     if found is not None:
@@ -268,7 +268,7 @@ def _keeps_zeros(rw: Rewriter, node: gs.Node) -> bool:
     return not rw.is_a(node, *SUMS)
 
 
-def _identity(rw: Rewriter, node: gs.Node) -> bool:
+def _identity(rw: Rewriter, node: Node) -> bool:
     """Whether a convolution or product maps every channel to itself, as the adjacency of a graph of self-loops does."""
     reading = forms.linear(rw, node)
     if reading is None or reading.geometry.weights > MAX_COMPARED or not reading.geometry.pointwise:
@@ -283,7 +283,7 @@ def _identity(rw: Rewriter, node: gs.Node) -> bool:
     return bool(np.all(linear.weight.reshape(g.groups, width, width) == np.eye(width)))
 
 
-def _full_slice(rw: Rewriter, node: gs.Node, x: gs.Tensor) -> str:
+def _full_slice(rw: Rewriter, node: Node, x: Tensor) -> str:
     parameters = attributes.slice_parameters(rw, node)
     if not parameters:
         return ""
@@ -296,7 +296,7 @@ def _full_slice(rw: Rewriter, node: gs.Node, x: gs.Tensor) -> str:
     return "Slice that keeps everything"
 
 
-def _same_size(rw: Rewriter, node: gs.Node, x: gs.Tensor, y: gs.Tensor) -> str:
+def _same_size(rw: Rewriter, node: Node, x: Tensor, y: Tensor) -> str:
     if node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
         return ""
     before, after = rw.shape(x), rw.shape(y)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra import Array
 from pwopt.algebra.geometry import Refusal
 from pwopt.graph import attributes
+from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import Shape, channels
 from pwopt.maps import commute, emit, forms
 from pwopt.maps.forms import Reading
@@ -32,7 +32,7 @@ class CommuteGram(Pass):
     name = "commute-gram"
     policy = "if cheaper"
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         rows = _gram_of(rw, node)
         if rows is None:
             return None
@@ -60,7 +60,7 @@ class CommuteGram(Pass):
         return _write(rw, node, reading, rows, flatten)
 
 
-def _refusal(rw: Rewriter, reading: Reading, node: gs.Node, mapped: gs.Tensor) -> str:
+def _refusal(rw: Rewriter, reading: Reading, node: Node, mapped: Tensor) -> str:
     rows, columns = node.inputs
     if len(rw.readers(rows)) > 2:
         return f"{rows.name!r} is read by more than its Gram matrix"
@@ -76,7 +76,7 @@ def _refusal(rw: Rewriter, reading: Reading, node: gs.Node, mapped: gs.Tensor) -
     return ""
 
 
-def _gram_of(rw: Rewriter, node: gs.Node) -> gs.Tensor | None:
+def _gram_of(rw: Rewriter, node: Node) -> Tensor | None:
     """The matrix x of a product x·xᵀ."""
     if rw.op(node) != "MatMul":
         return None
@@ -88,7 +88,7 @@ def _gram_of(rw: Rewriter, node: gs.Node) -> gs.Tensor | None:
     return rows if rank >= 2 and attributes.perm(rw, transpose) == swapped else None
 
 
-def _along_rows(rw: Rewriter, reading: Reading, flatten: gs.Node | None) -> bool:
+def _along_rows(rw: Rewriter, reading: Reading, flatten: Node | None) -> bool:
     """Whether the channels of a map are the rows of the matrix, and all that follows them its columns."""
     rank = rw.rank(reading.output) or 0
     if flatten is None:
@@ -99,7 +99,7 @@ def _along_rows(rw: Rewriter, reading: Reading, flatten: gs.Node | None) -> bool
     return all(rule.axes.get(a) == a for a in range(axis + 1))
 
 
-def _write(rw: Rewriter, node: gs.Node, reading: Reading, rows: gs.Tensor, flatten: gs.Node | None) -> Rewrite | Skip:
+def _write(rw: Rewriter, node: Node, reading: Reading, rows: Tensor, flatten: Node | None) -> Rewrite | Skip:
     g, output, linear = reading.geometry, node.outputs[0], reading.load()
     dtype = rw.dtype(reading.weight_input)
     if isinstance(linear, Refusal) or dtype is None:
@@ -118,7 +118,7 @@ def _write(rw: Rewriter, node: gs.Node, reading: Reading, rows: gs.Tensor, flatt
     def square(shape: Shape) -> Shape:
         return (*shape[:-2], g.in_channels, g.in_channels)
 
-    new: list[gs.Node] = []
+    new: list[Node] = []
     narrow = reading.source
     if flatten is not None:
         target = rw.integers(flatten.inputs[1])
@@ -129,17 +129,17 @@ def _write(rw: Rewriter, node: gs.Node, reading: Reading, rows: gs.Tensor, flatt
             wanted = [g.in_channels if a == axis else d for a, d in enumerate(target)]
             held = rw.new_constant(f"{rows.name}_shape", np.array(wanted, np.int64))
         narrow = rw.new_variable(f"{rows.name}_before", rows, channels(axis, g.in_channels))
-        new.append(gs.Node("Reshape", flatten.name, dict(flatten.attrs), [reading.source, held], [narrow]))
+        new.append(Node("Reshape", flatten.name, dict(flatten.attrs), [reading.source, held], [narrow]))
     flipped = rw.new_variable(f"{output.name}_transposed", node.inputs[1], channels(axis + 1, g.in_channels))
     inner = rw.new_variable(f"{output.name}_gram", output, square)
     half = rw.new_variable(f"{output.name}_half", output, channels(axis + 1, g.in_channels))
     left = rw.new_constant(f"{output.name}_left", low)
     right = rw.new_constant(f"{output.name}_right", low.T)
     new += [
-        gs.Node("Transpose", transpose.name, dict(transpose.attrs), [narrow], [flipped]),
-        gs.Node("MatMul", node.name, {}, [narrow, flipped], [inner]),
-        gs.Node("MatMul", rw.node_name(node.name, "_left"), {}, [left, inner], [half]),
-        gs.Node("MatMul", rw.node_name(node.name, "_right"), {}, [half, right], [output]),
+        Node("Transpose", transpose.name, dict(transpose.attrs), [narrow], [flipped]),
+        Node("MatMul", node.name, {}, [narrow, flipped], [inner]),
+        Node("MatMul", rw.node_name(node.name, "_left"), {}, [left, inner], [half]),
+        Node("MatMul", rw.node_name(node.name, "_right"), {}, [half, right], [output]),
     ]
     old = [*reading.nodes, *([flatten] if flatten is not None else []), transpose, node]
     largest = float(np.max(np.abs(matrix), initial=0.0))

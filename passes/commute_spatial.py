@@ -6,10 +6,10 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra.geometry import Refusal, pointwise_geometry
 from pwopt.algebra.linear import LinearMap, split_inputs
+from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import channels
 from pwopt.maps import commute, emit, forms, selections
 from pwopt.maps.cost import ELEMENT
@@ -31,7 +31,7 @@ class Mover:
 
     Attributes
     ----------
-    node : gs.Node
+    node : Node
     data : int
         The input that it moves; a MatMul's is the second one, its first is a constant matrix.
     rule : commute.Rule
@@ -43,7 +43,7 @@ class Mover:
         Multiply-adds per element that it writes, of a matrix.
     """
 
-    node: gs.Node
+    node: Node
     data: int
     rule: commute.Rule
     reads: int
@@ -60,7 +60,7 @@ class Mover:
         return ELEMENT * SPATIAL[self.node.op] * count * (self.reads + self.writes)
 
     @property
-    def source(self) -> gs.Tensor:
+    def source(self) -> Tensor:
         return self.node.inputs[self.data]
 
     @property
@@ -74,7 +74,7 @@ class Mover:
         return self.writes > self.reads or self.terms > 0
 
     @property
-    def output(self) -> gs.Tensor:
+    def output(self) -> Tensor:
         return self.node.outputs[0]
 
 
@@ -93,13 +93,13 @@ class CommuteSpatial(Pass):
     name = "commute-spatial"
     policy = "if cheaper"
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         if rw.opset < 7:  # sums broadcast since
             return None
         done = self._sink(rw, node) if rw.op(node) in SPATIAL else None
         return done if isinstance(done, Rewrite) else self._lift_above(rw, node) or done
 
-    def _lift_above(self, rw: Rewriter, node: gs.Node) -> Rewrite | Skip | None:
+    def _lift_above(self, rw: Rewriter, node: Node) -> Rewrite | Skip | None:
         """A map moves before what makes its input."""
         reading = _pointwise(rw, node)
         if reading is None or reading.nodes[0] is not node:
@@ -111,7 +111,7 @@ class CommuteSpatial(Pass):
             return self._lift_past_bias(rw, reading, maker)
         return self._lift(rw, reading, maker) if maker is not None and rw.op(maker) in SPATIAL else None
 
-    def _sink(self, rw: Rewriter, node: gs.Node) -> Rewrite | Skip | None:
+    def _sink(self, rw: Rewriter, node: Node) -> Rewrite | Skip | None:
         """P∘W becomes W∘P, where P leaves fewer positions."""
         tensor = node.inputs[_data(rw, node)]
         reading = _pointwise(rw, rw.producer(tensor))
@@ -131,7 +131,7 @@ class CommuteSpatial(Pass):
         moved = rw.new_variable(f"{mover.output.name}_input", mover.output, channels(reading.axis, g.in_channels))
         return self._write(rw, mover, reading, (reading.source, moved), (moved, mover.output), "behind")
 
-    def _lift(self, rw: Rewriter, reading: Reading, node: gs.Node) -> Rewrite | Skip | None:
+    def _lift(self, rw: Rewriter, reading: Reading, node: Node) -> Rewrite | Skip | None:
         """W∘P becomes P∘W, where P adds positions."""
         mover = _mover(rw, node, reading.axis)
         if mover is None or not mover.grows:
@@ -151,7 +151,7 @@ class CommuteSpatial(Pass):
         return self._write(rw, mover, reading, (mapped, reading.output), (mover.source, mapped), "before")
 
     @staticmethod
-    def _lift_past_bias(rw: Rewriter, reading: Reading, node: gs.Node) -> Rewrite | Skip | None:
+    def _lift_past_bias(rw: Rewriter, reading: Reading, node: Node) -> Rewrite | Skip | None:
         """W(Mx + c) becomes M(Wx) + Wc, for a matrix M: the next graph layer's map after this layer's bias."""
         shift, product = forms.linear(rw, node), forms.linear(rw, reading.nodes[0])
         if shift is None or product is None or shift.kind != "diagonal" or shift.axis != reading.axis:
@@ -176,7 +176,7 @@ class CommuteSpatial(Pass):
         if isinstance(written, Refusal) or isinstance(bias, Refusal) or moved is None:
             return Skip(next(r.reason for r in (written, bias) if isinstance(r, Refusal)))
         held = rw.new_constant(f"{product.output.name}_bias", bias)
-        add = gs.Node("Add", node.name, {}, [mixed, held], [product.output])
+        add = Node("Add", node.name, {}, [mixed, held], [product.output])
         reason = (
             f"{product.channels} runs before a constant matrix and its bias, and {g.out_channels} channels are mixed"
         )
@@ -188,8 +188,8 @@ class CommuteSpatial(Pass):
         rw: Rewriter,
         mover: Mover,
         reading: Reading,
-        moves: tuple[gs.Tensor, gs.Tensor],
-        maps: tuple[gs.Tensor, gs.Tensor],
+        moves: tuple[Tensor, Tensor],
+        maps: tuple[Tensor, Tensor],
         where: str,
     ) -> Rewrite | Skip:
         g = reading.geometry
@@ -213,12 +213,12 @@ class CommuteSpatial(Pass):
         old = [*reading.nodes, mover.node] if where == "behind" else [mover.node, *reading.nodes]
         return rw.replace(old, new, reason, written.residual)
 
-    def _lift_parts(self, rw: Rewriter, reading: Reading, concat: gs.Node) -> Rewrite | Skip | None:
+    def _lift_parts(self, rw: Rewriter, reading: Reading, concat: Node) -> Rewrite | Skip | None:
         """W·concat(Pa, b, …) becomes P(Wₐa) + W_b·concat(b, …)."""
         parts, g = selections.read_concat(rw, concat), reading.geometry
         if parts is None or parts[0].axis != reading.axis or g.groups > 1:
             return None
-        if len({id(t) for t in concat.inputs}) < len(parts):
+        if len(set(concat.inputs)) < len(parts):
             return None
         movers = [
             self._lifted(rw, reading, t, p.geometry.in_channels) for t, p in zip(concat.inputs, parts, strict=True)
@@ -232,7 +232,7 @@ class CommuteSpatial(Pass):
         return self._write_parts(rw, reading, concat, linear, movers)
 
     @staticmethod
-    def _lifted(rw: Rewriter, reading: Reading, tensor: gs.Tensor, count: int) -> Mover | str:
+    def _lifted(rw: Rewriter, reading: Reading, tensor: Tensor, count: int) -> Mover | str:
         """The upsampling that makes `tensor`, if a map before it is cheaper; else why not."""
         node = rw.producer(tensor)
         if node is None or rw.op(node) not in SPATIAL:
@@ -249,14 +249,14 @@ class CommuteSpatial(Pass):
         return f"mapping its {count} channels before {node.op} would not be cheaper than the sum that it takes"
 
     def _write_parts(
-        self, rw: Rewriter, reading: Reading, concat: gs.Node, linear: LinearMap, movers: list[Mover | str]
+        self, rw: Rewriter, reading: Reading, concat: Node, linear: LinearMap, movers: list[Mover | str]
     ) -> Rewrite | Skip:
         axis, output, out = reading.axis or 0, reading.output, reading.geometry.out_channels
         sizes = [n for n in (rw.dim(t, axis) for t in concat.inputs) if isinstance(n, int)]
         pieces = split_inputs(LinearMap.of(linear.geometry, linear.weight), sizes)
         stay = [i for i, m in enumerate(movers) if not isinstance(m, Mover)]
-        new: list[gs.Node] = []
-        terms: list[gs.Tensor] = []
+        new: list[Node] = []
+        terms: list[Tensor] = []
         residual, biased = 0.0, linear.bias
         groups = [stay, *([i] for i in range(len(movers)) if i not in stay)]
         for group in (g for g in groups if g):
@@ -266,8 +266,8 @@ class CommuteSpatial(Pass):
             source = mover.source if isinstance(mover, Mover) else inputs[0]
             if len(group) > 1:
                 source = rw.new_variable(f"{output.name}_inputs", inputs[0], channels(axis, weight.shape[1]))
-                new.append(gs.Node("Concat", concat.name, dict(concat.attrs), inputs, [source]))
-            term = rw.new_variable(f"{output.name}_part", source, channels(axis, out))
+                new.append(Node("Concat", concat.name, dict(concat.attrs), inputs, [source]))
+            term: Tensor = rw.new_variable(f"{output.name}_part", source, channels(axis, out))
             geometry = pointwise_geometry(out, weight.shape[1], rank=linear.geometry.rank)
             written = emit.write(
                 rw, LinearMap.of(geometry, weight, biased), reading, source, term, axis, inherit=not terms
@@ -289,7 +289,7 @@ class CommuteSpatial(Pass):
         for i, term in enumerate(terms[1:], 2):
             last = i == len(terms)
             after = output if last else rw.new_variable(f"{output.name}_sum", output)
-            new.append(gs.Node("Add", rw.node_name(reading.node.name, "_sum"), {}, [total, term], [after]))
+            new.append(Node("Add", rw.node_name(reading.node.name, "_sum"), {}, [total, term], [after]))
             total = after
         gone = [m.node for m in movers if isinstance(m, Mover)]
         names = " and ".join(describe(n) for n in gone)
@@ -300,13 +300,13 @@ class CommuteSpatial(Pass):
 NOT_FITTING = "its size is computed while the model runs, for the present number of channels; --static settles it"
 
 
-def _pointwise(rw: Rewriter, node: gs.Node | None) -> Reading | None:
+def _pointwise(rw: Rewriter, node: Node | None) -> Reading | None:
     """A convolution or product that acts on each position alone."""
     reading = forms.weighted(rw, node)
     return reading if reading is not None and reading.geometry.pointwise and reading.kind != "gemm" else None
 
 
-def _places(rw: Rewriter, tensor: gs.Tensor, axis: int) -> int | None:
+def _places(rw: Rewriter, tensor: Tensor, axis: int) -> int | None:
     size = rw.size_of(tensor)
     return None if size is None or not 0 <= axis < len(size) or size[axis] == 0 else math.prod(size) // size[axis]
 
@@ -315,12 +315,12 @@ def _dearer(where: str, mover: Mover, moved: int, now: int) -> str:
     return f"{where} {mover.node.op} it would not be cheaper: {moved} channels to move, not {now}"
 
 
-def _data(rw: Rewriter, node: gs.Node) -> int:
+def _data(rw: Rewriter, node: Node) -> int:
     """The input of a spatial operator that it moves."""
     return 1 if rw.op(node) == "MatMul" else 0
 
 
-def _mover(rw: Rewriter, node: gs.Node, axis: int | None) -> Mover | None:
+def _mover(rw: Rewriter, node: Node, axis: int | None) -> Mover | None:
     """A spatial operator that leaves the channel axis alone."""
     data, product = _data(rw, node), rw.op(node) == "MatMul"
     source, output = node.inputs[data], node.outputs[0]
@@ -338,7 +338,7 @@ def _mover(rw: Rewriter, node: gs.Node, axis: int | None) -> Mover | None:
     return Mover(node, data, rule, reads, writes, broadcasts, terms) if isinstance(terms, int) else None
 
 
-def _refusal(rw: Rewriter, mover: Mover, reading: Reading, between: gs.Tensor) -> str:
+def _refusal(rw: Rewriter, mover: Mover, reading: Reading, between: Tensor) -> str:
     if reading.geometry.biased and not mover.rule.shift:
         return f"{mover.node.op} does not keep constants, and the map has a bias"
     if mover.node.op in ("ReduceSum", "MatMul") and str(rw.dtype(between)) == "float16":
@@ -347,9 +347,7 @@ def _refusal(rw: Rewriter, mover: Mover, reading: Reading, between: gs.Tensor) -
     return crowd or (f"the weight {reading.weight_input.name!r} is shared" if rw.shared(reading.weight_input) else "")
 
 
-def _copy(
-    rw: Rewriter, node: gs.Node, source: gs.Tensor, output: gs.Tensor, axis: int, before: int, after: int
-) -> gs.Node | None:
+def _copy(rw: Rewriter, node: Node, source: Tensor, output: Tensor, axis: int, before: int, after: int) -> Node | None:
     """The spatial operator on another number of channels; None if its arguments name the present one for good."""
     inputs = list(node.inputs)
     inputs[_data(rw, node)] = source
@@ -362,4 +360,4 @@ def _copy(
         changed = [after if a == axis and s == before else s for a, s in zip(axes, sizes, strict=True)]
         if changed != sizes:
             inputs[index] = rw.new_constant(f"{output.name}_shape", np.array(changed, np.int64))
-    return gs.Node(node.op, node.name, dict(node.attrs), inputs, [output], domain=node.domain)
+    return Node(node.op, node.name, dict(node.attrs), inputs, [output], domain=node.domain)

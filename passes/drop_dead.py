@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap
+from pwopt.graph.ir import Node, Tensor
 from pwopt.maps import forms
 from pwopt.maps.channels import ALIGNMENT, Analysis, Channels
 from pwopt.maps.forms import Reading
@@ -36,7 +36,7 @@ class DropDead(Pass):
         self._scan = Scanner()
 
     def start(self, rw: Rewriter) -> None:
-        self._pending: dict[int, tuple[list[Channels], Analysis]] = {}
+        self._pending: dict[Tensor, tuple[list[Channels], Analysis]] = {}
         readings = [r for n in rw.nodes() if (r := forms.weighted(rw, n)) is not None and r.nodes[0] is n]
         scans = [self._scan(rw, r) for r in readings if not self._scan.sound(rw, r)]
         zero_scale = any(_zero_scale(rw, n) for n in rw.nodes())
@@ -48,20 +48,20 @@ class DropDead(Pass):
                 (m for c in component if (m := rw.producer(c.tensor)) is not None), key=rw.position, default=None
             )
             if first is not None:
-                self._pending[id(first.outputs[0])] = (component, analysis)
+                self._pending[first.outputs[0]] = (component, analysis)
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         reading = forms.weighted(rw, node)
         flushed_now = self._flush(rw, node, reading) if reading is not None and reading.nodes[0] is node else None
         if isinstance(flushed_now, Rewrite):
             rw.enqueue_around(node)
             return flushed_now
         for tensor in node.outputs:
-            if id(tensor) in self._pending:
-                return self._prune(rw, *self._pending.pop(id(tensor)))
+            if tensor in self._pending:
+                return self._prune(rw, *self._pending.pop(tensor))
         return flushed_now
 
-    def _flush(self, rw: Rewriter, node: gs.Node, reading: Reading) -> Rewrite | Skip | None:
+    def _flush(self, rw: Rewriter, node: Node, reading: Reading) -> Rewrite | Skip | None:
         """Subnormal weights become zero, for all readers of the weight."""
         scan = None if self._scan.sound(rw, reading) else self._scan(rw, reading)
         tensor = reading.weight_input
@@ -90,21 +90,21 @@ class DropDead(Pass):
         return Rewrite(reason, names, names)
 
     def _prune(self, rw: Rewriter, component: list[Channels], analysis: Analysis) -> Rewrite | Skip:
-        takes = {id(c.tensor): np.flatnonzero(~c.gone) for c in component}
+        takes = {c.tensor: np.flatnonzero(~c.gone) for c in component}
         done = rechannel(rw, analysis, component, takes, self._account(rw, component, analysis), "_pruned")
         return Skip(f"channels could go, but {done.reason}") if isinstance(done, Refusal) else done
 
     def _account(self, rw: Rewriter, component: list[Channels], analysis: Analysis) -> str:
         """How many channels went where."""
-        gone = {id(c.tensor): c for c in component}
+        gone = {c.tensor: c for c in component}
         made, ends = [], []
         for flow in analysis.flows_at(component):
             if flow.reading is None or not flow.dense:
                 continue
-            name, output = describe(flow.reading.node), gone.get(id(flow.reading.output))
+            name, output = describe(flow.reading.node), gone.get(flow.reading.output)
             if output is not None:
                 made.append(f"{name} {len(output.gone)} → {int((~output.gone).sum())}")
-            source, scan = gone.get(id(flow.reading.source)), self._scan(rw, flow.reading)
+            source, scan = gone.get(flow.reading.source), self._scan(rw, flow.reading)
             if source is None or scan is None:
                 continue
             unread = source.gone & (scan.columns == 0)
@@ -120,7 +120,7 @@ class DropDead(Pass):
         return f"channels: {_few(made, ', ')}; {_few(ends, '; ') or 'nobody reads them'}"
 
 
-def _zero_scale(rw: Rewriter, node: gs.Node) -> bool:
+def _zero_scale(rw: Rewriter, node: Node) -> bool:
     """Whether a normalisation or a factor makes a channel the same for every input."""
     reading = forms.linear(rw, node) if rw.is_a(node, "BatchNormalization", "Mul") else None
     step = reading.load() if reading is not None and reading.kind == "diagonal" else None

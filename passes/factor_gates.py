@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
+from pwopt.graph.ir import Node, Tensor
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite
 
@@ -18,7 +18,7 @@ class FactorGates(Pass):
 
     name = "factor-gates"
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | None:
         if rw.op(node) != "Add" or rw.opset < 7:  # broadcasting since opset 7
             return None
         for x, product in (node.inputs, node.inputs[::-1]):
@@ -34,14 +34,14 @@ class FactorGates(Pass):
             one = rw.new_constant(f"{gate.name}_one", np.ones((), dtype))
             wider = rw.new_variable(f"{gate.name}_plus_one", gate)
             new = [
-                gs.Node("Add", rw.node_name(mul.name, "_one"), {}, [gate, one], [wider]),
-                gs.Node("Mul", node.name, {}, [x, wider], [node.outputs[0]]),
+                Node("Add", rw.node_name(mul.name, "_one"), {}, [gate, one], [wider]),
+                Node("Mul", node.name, {}, [x, wider], [node.outputs[0]]),
             ]
             return rw.replace([mul, node], new, "adding 1 to the gate replaces adding the whole feature map")
         return None
 
     @staticmethod
-    def _smaller(rw: Rewriter, gate: gs.Tensor, x: gs.Tensor) -> bool:
+    def _smaller(rw: Rewriter, gate: Tensor, x: Tensor) -> bool:
         """Whether the gate is broadcast over an axis of x, and x over none of the gate (the sum holds either way)."""
         a, b = rw.shape(gate), rw.shape(x)
         if a is None or b is None or len(a) != len(b):

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import onnx_graphsurgeon as gs
-
 from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.ranks import factor, low_rank
 from pwopt.graph.dtypes import epsilon
+from pwopt.graph.ir import Node
 from pwopt.graph.shapes import channels
 from pwopt.maps import emit, forms
 from pwopt.rewriting.driver import Pass, Rewriter
@@ -31,7 +30,7 @@ class FactorRanks(Pass):
     def __init__(self) -> None:
         self._full: dict[int, object] = {}
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         reading = forms.weighted(rw, node)
         if reading is None or reading.nodes[0] is not node or reading.weight is None:
             return None

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import math
 
-import onnx_graphsurgeon as gs
-
 from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.multirate import through_subsampling
+from pwopt.graph.ir import Node
 from pwopt.maps import emit
 from pwopt.maps.cost import ELEMENT, positions, price
 from pwopt.maps.positions import stencil
@@ -29,7 +28,7 @@ class Focus(Pass):
     name = "focus"
     policy = "if cheaper"
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         reading = stencil(rw, node)
         if reading is None:
             return None
@@ -59,9 +58,9 @@ class Focus(Pass):
         return rw.replace([*found.nodes, node], written.nodes, reason, written.residual)
 
 
-def _crowd(rw: Rewriter, nodes: list[gs.Node]) -> str:
+def _crowd(rw: Rewriter, nodes: list[Node]) -> str:
     """Why others need what these operators make before the last of them, as a clause, else ""."""
-    inside = {id(n) for n in nodes}
+    inside = set(nodes)
     made = [t for n in nodes[:-1] for t in n.outputs]
-    needed = [t for t in made if rw.pinned(t) or any(id(r) not in inside for r in rw.readers(t))]
+    needed = [t for t in made if rw.pinned(t) or any(r not in inside for r in rw.readers(t))]
     return rw.crowd(needed[0]) if needed else ""

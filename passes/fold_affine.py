@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass, field, replace
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra import Values
 from pwopt.algebra.geometry import Refusal, compose_geometry
 from pwopt.algebra.linear import LinearMap, compose
 from pwopt.graph.attributes import VIEWS
 from pwopt.graph.dtypes import cancelling
+from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.provenance import credit
 from pwopt.maps import commute, emit, forms, idioms
 from pwopt.maps.commute import Affine
@@ -32,8 +32,8 @@ class Plan:
 
     after: list[tuple[Reading, Affine]] = field(default_factory=list)
     before: list[tuple[Reading, Affine]] = field(default_factory=list)
-    held: list[tuple[gs.Tensor, Affine]] = field(default_factory=list)
-    changed: list[gs.Tensor] = field(default_factory=list)
+    held: list[tuple[Tensor, Affine]] = field(default_factory=list)
+    changed: list[Tensor] = field(default_factory=list)
     steps: int = 0
 
     def maps(self) -> list[Reading]:
@@ -62,14 +62,14 @@ class FoldAffine(Pass):
         self._spare = int(UNSHARED * rw.stored) if self._spare is None else self._spare
         self._fused = idioms.fused_by_runtime(rw)
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         reading = forms.read(rw, node)
         if isinstance(reading, Refusal):
             return Skip(f"{node.op} stays: {reading.reason}") if node.op == "BatchNormalization" else None
         if reading is None or not reading.geometry.diagonal or len(reading.nodes) > 1 or reading.turned:
             return None
-        if id(node) in self._fused:
-            return Skip(f"it belongs to a {self._fused[id(node)]} that onnxruntime runs as one operator")
+        if node in self._fused:
+            return Skip(f"it belongs to a {self._fused[node]} that onnxruntime runs as one operator")
         diagonal = reading.load()
         if isinstance(diagonal, Refusal):
             return Skip(diagonal.reason)
@@ -92,7 +92,7 @@ class FoldAffine(Pass):
             return None
         return Skip(f"before it, {up_refusal}; after it, {down_refusal}")
 
-    def _lift(self, rw: Rewriter, tensor: gs.Tensor, affine: Affine, plan: Plan) -> str:
+    def _lift(self, rw: Rewriter, tensor: Tensor, affine: Affine, plan: Plan) -> str:
         """Plan for `affine` to be applied above `tensor`, which only one node reads; a reason if that fails."""
         producer = rw.producer(tensor)
         plan.steps += 1
@@ -103,7 +103,7 @@ class FoldAffine(Pass):
         if plan.steps > MAX_REACH:
             return f"more than {MAX_REACH} operators lie between"
         reading = forms.read(rw, producer)
-        if isinstance(reading, Reading) and reading.kind in emit.FORMS and id(producer) not in self._fused:
+        if isinstance(reading, Reading) and reading.kind in emit.FORMS and producer not in self._fused:
             return self._take(rw, reading, affine, plan, after=True)
         alternatives = commute.lift(rw, producer, affine)
         if isinstance(alternatives, Refusal):
@@ -128,7 +128,7 @@ class FoldAffine(Pass):
         return reason
 
     @staticmethod
-    def _hold(rw: Rewriter, tensor: gs.Tensor, affine: Affine, plan: Plan) -> str:
+    def _hold(rw: Rewriter, tensor: Tensor, affine: Affine, plan: Plan) -> str:
         """Add a constant that only one operator reads to the plan; a reason if it cannot take `affine` over."""
         if rw.shared(tensor):
             return f"the constant {tensor.name!r} is shared"
@@ -136,7 +136,7 @@ class FoldAffine(Pass):
         plan.held.append((tensor, affine))
         return ""
 
-    def _sink(self, rw: Rewriter, tensor: gs.Tensor, affine: Affine, plan: Plan) -> str:
+    def _sink(self, rw: Rewriter, tensor: Tensor, affine: Affine, plan: Plan) -> str:
         """Plan for every reader of `tensor` to apply `affine` itself; a reason if one cannot."""
         plan.steps += 1
         if plan.steps > MAX_REACH:
@@ -148,8 +148,8 @@ class FoldAffine(Pass):
             reading = forms.linear(rw, reader, turned=True)
             if reading is not None and reading.source is tensor and reading.kind in emit.FORMS:
                 reason = self._take(rw, forms.weighted(rw, reader) or reading, affine, plan, after=False)
-                if id(reader) in self._fused:
-                    reason = f"{reader.op} belongs to a {self._fused[id(reader)]}"
+                if reader in self._fused:
+                    reason = f"{reader.op} belongs to a {self._fused[reader]}"
                 if reason:
                     return reason
                 continue
@@ -247,7 +247,7 @@ class FoldAffine(Pass):
         return replace(done, removed=(describe(reading.node), *done.removed), residual=residual)
 
 
-def _held(rw: Rewriter, plan: Plan) -> list[tuple[gs.Tensor, Values, float]] | Refusal:
+def _held(rw: Rewriter, plan: Plan) -> list[tuple[Tensor, Values, float]] | Refusal:
     """What constants hold once they have taken a scale and shift over, and by how much rounding changed that."""
     found = []
     for tensor, affine in plan.held:
@@ -268,7 +268,7 @@ def _held(rw: Rewriter, plan: Plan) -> list[tuple[gs.Tensor, Values, float]] | R
     return found
 
 
-def _crowd(rw: Rewriter, tensor: gs.Tensor) -> str:
+def _crowd(rw: Rewriter, tensor: Tensor) -> str:
     """`View.crowd`, but for those who only ask for its shape, which a scale or a shift leaves alone."""
     numbers = [r for r in rw.readers(tensor) if not rw.is_a(r, "Shape", "Size")]
     return rw.pinned(tensor) if len(numbers) == 1 else rw.crowd(tensor)

@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra.geometry import Geometry, Refusal, compose_geometry, homogeneous_geometry
 from pwopt.algebra.linear import LinearMap
+from pwopt.graph.ir import Node
 from pwopt.graph.shapes import channels
 from pwopt.maps import emit, forms
 from pwopt.maps.cost import ELEMENT, price
@@ -39,7 +39,7 @@ class FoldBorders(Pass):
     name = "fold-borders"
     policy = "measured"
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         reading = forms.weighted(rw, node)
         before = forms.weighted(rw, rw.producer(reading.source)) if reading is not None else None
         if reading is None or before is None or before.output is not reading.source or reading.axis != before.axis:
@@ -83,7 +83,7 @@ class FoldBorders(Pass):
             rw.new_constant(f"{ones.name}_ends", ends),
             rw.new_constant(f"{ones.name}_one", np.ones((), dtype)),
         ]
-        pad = gs.Node("Pad", rw.node_name(before.nodes[0].name, "_ones"), {}, inputs, [ones])
+        pad = Node("Pad", rw.node_name(before.nodes[0].name, "_ones"), {}, inputs, [ones])
         reason = f"{widths} is cheaper as one map, with the bias as a channel of ones"
         done = rw.replace([*before.nodes, *reading.nodes], [pad, *written.nodes], reason, written.residual)
         return done.signed(f"bias before padding: {forms.describe_map(rw, replace(reading, source=source), widths)}")

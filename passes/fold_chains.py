@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-import onnx_graphsurgeon as gs
-
 from pwopt.algebra.geometry import Geometry, Refusal, compose_geometry
 from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.ranks import factor
 from pwopt.graph.dtypes import epsilon
+from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import channels
 from pwopt.maps import emit, forms
 from pwopt.maps.cost import price
@@ -58,9 +57,9 @@ class FoldChains(Pass):
     policy = "if cheaper"
 
     def start(self, rw: Rewriter) -> None:
-        self._chains: dict[int, Chain] = {}
+        self._chains: dict[Node, Chain] = {}
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         reading = _member(rw, node)
         if reading is None:
             return _unread(rw, node)
@@ -78,7 +77,7 @@ class FoldChains(Pass):
 
     def _chain_of(self, rw: Rewriter, reading: Reading) -> Chain:
         """The planned chain through a map; plans are kept until one of their segments is folded."""
-        chain = self._chains.get(id(reading.node))
+        chain = self._chains.get(reading.node)
         if chain is not None:
             return chain
         maps = [reading]
@@ -90,7 +89,7 @@ class FoldChains(Pass):
             maps.append(last)
         chain = plan(rw, maps)
         for r in maps:
-            self._chains[id(r.node)] = chain
+            self._chains[r.node] = chain
         return chain
 
     def _linked(self, rw: Rewriter, reading: Reading) -> tuple[Reading | None, str]:
@@ -138,13 +137,13 @@ class FoldChains(Pass):
         if isinstance(written, Refusal):
             return Skip(f"{widths} is cheaper as one map, but {written.reason}")
         for r in chain.maps:
-            self._chains.pop(id(r.node), None)
+            self._chains.pop(r.node, None)
         old = [n for r in maps for n in r.nodes]
         what = "one map" if low is None else "two maps of its rank"
         return rw.replace(old, written.nodes, f"{widths} is cheaper as {what}", written.residual)
 
     def _factored(
-        self, rw: Rewriter, composed: LinearMap, shape: Reading, source: gs.Tensor, output: gs.Tensor, target: Reading
+        self, rw: Rewriter, composed: LinearMap, shape: Reading, source: Tensor, output: Tensor, target: Reading
     ) -> emit.Written | None:
         """The composed map at its rank, if that takes fewer multiply-adds."""
         if min(composed.geometry.out_channels, composed.weight[0].size) > MAX_FACTORED:
@@ -167,7 +166,7 @@ def _weights(rw: Rewriter, written: emit.Written) -> int:
     return sum(rw.elements(t) or 0 for n in written.nodes for t in n.inputs[:2])
 
 
-def _member(rw: Rewriter, node: gs.Node | None) -> Reading | None:
+def _member(rw: Rewriter, node: Node | None) -> Reading | None:
     """A map that chains are made of: with weights, or one that its neighbours can take over for nothing."""
     reading = forms.weighted(rw, node) or forms.linear(rw, node, turned=True)
     if reading is None or reading.fill is not None:
@@ -175,7 +174,7 @@ def _member(rw: Rewriter, node: gs.Node | None) -> Reading | None:
     return reading if reading.weighted or reading.kind in ("selection", "reduction", "border") else None
 
 
-def _unread(rw: Rewriter, node: gs.Node) -> Skip | None:
+def _unread(rw: Rewriter, node: Node) -> Skip | None:
     """Why a Gemm beside another map is none that could be folded."""
     found = forms.read(rw, node) if rw.is_a(node, "Gemm") else None
     beside = (rw.producer(node.inputs[0]), rw.sole_reader(node.outputs[0])) if isinstance(found, Refusal) else ()
@@ -199,7 +198,7 @@ def plan(rw: Rewriter, maps: list[Reading]) -> Chain:
     known: dict[Geometry, Geometry] = {}
     geometries = [known.setdefault(m.geometry, m.geometry) for m in maps]  # equal ones are one, and compared at once
     weighted = [m.weighted for m in maps]
-    pairs: dict[tuple[int, int], Geometry | Refusal] = {}
+    pairs: dict[tuple[Geometry, Geometry], Geometry | Refusal] = {}
     best: list[tuple[float, int]] = [(0.0, 0)] + [(float("inf"), 0)] * count
     start = [0] * (count + 1)
     for i in range(count):
@@ -209,7 +208,7 @@ def plan(rw: Rewriter, maps: list[Reading]) -> Chain:
         for j in range(i, count):
             if j > i:
                 assert isinstance(composed, Geometry)
-                pair = (id(geometries[j]), id(composed))
+                pair = (geometries[j], composed)
                 if pair not in pairs:
                     made = compose_geometry(geometries[j], composed)
                     pairs[pair] = made if isinstance(made, Refusal) else known.setdefault(made, made)

@@ -6,12 +6,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra import Values
 from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.multirate import over_time
 from pwopt.algebra.unions import Unions
+from pwopt.graph.ir import Constant, Node, Tensor
 from pwopt.graph.shapes import Shape
 from pwopt.maps import emit
 from pwopt.maps.cost import macs
@@ -50,7 +50,7 @@ class Images:
     def shape(self, shape: Shape) -> Shape:
         return (shape[2], shape[1], *shape[3:])
 
-    def change(self, rw: Rewriter, source: gs.Tensor, output: gs.Tensor, *, enter: bool) -> list[gs.Node]:
+    def change(self, rw: Rewriter, source: Tensor, output: Tensor, *, enter: bool) -> list[Node]:
         """The axis of one entry goes after, or comes before, channels and time change places."""
         whole = source if enter else output
         wide = rw.new_variable(
@@ -62,12 +62,12 @@ class Images:
         first, second = (source, wide) if enter else (wide, output)
         if not enter:
             return [
-                gs.Node("Transpose", names[0], swap, [source], [wide]),
-                gs.Node("Unsqueeze", names[1], {}, [first, axes], [second]),
+                Node("Transpose", names[0], swap, [source], [wide]),
+                Node("Unsqueeze", names[1], {}, [first, axes], [second]),
             ]
         return [
-            gs.Node("Transpose", names[0], swap, [first], [second]),
-            gs.Node("Squeeze", names[1], {}, [wide, axes], [output]),
+            Node("Transpose", names[0], swap, [first], [second]),
+            Node("Squeeze", names[1], {}, [wide, axes], [output]),
         ]
 
 
@@ -75,8 +75,8 @@ class Images:
 class Region:
     """Connected operators of one video."""
 
-    nodes: list[gs.Node] = field(default_factory=list)
-    spatial: list[gs.Node] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
+    spatial: list[Node] = field(default_factory=list)
 
 
 class Frames(Pass):
@@ -94,10 +94,10 @@ class Frames(Pass):
     pays_on = frozenset({"cpu", "other"})  # graphics cards have no blocked layout
 
     def start(self, rw: Rewriter) -> None:
-        self._roots = {id(r.spatial[0]): r for r in _regions(rw)} if rw.opset >= 13 else {}
+        self._roots = {r.spatial[0]: r for r in _regions(rw)} if rw.opset >= 13 else {}
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
-        region = self._roots.pop(id(node), None)
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
+        region = self._roots.pop(node, None)
         if region is None:
             return None
         what = counted(len(region.spatial), "3-D convolution")
@@ -105,7 +105,7 @@ class Frames(Pass):
             return Skip(f"a region of {what} could run on frames; only measuring can tell")
         residuals: list[float] = []
 
-        def write(member: gs.Node, images: Images, see: See, outputs: list[gs.Tensor]) -> Sequence[gs.Node]:
+        def write(member: Node, images: Images, see: See, outputs: list[Tensor]) -> Sequence[Node]:
             reading = stencil(rw, member)
             if reading is not None:
                 return _Taps(rw, reading, residuals).write(see(reading.source), outputs[0])
@@ -125,15 +125,15 @@ class Frames(Pass):
 
 def _regions(rw: Rewriter) -> list[Region]:
     """Connected operators that are the same on frames, or sums of shifted ones."""
-    sets, members = Unions(), {id(n): n for n in rw.nodes() if _fits(rw, n)}
+    sets, members = Unions[Node](), {n: n for n in rw.nodes() if _fits(rw, n)}
     for node in members.values():
         for t in node.inputs:
-            maker = id(rw.producer(t))
+            maker = rw.producer(t)
             if maker in members:
-                sets.join(id(node), maker)
-    regions: dict[int, Region] = {}
+                sets.join(node, maker)
+    regions: dict[Node, Region] = {}
     for node in members.values():
-        region = regions.setdefault(sets.root(id(node)), Region())
+        region = regions.setdefault(sets.root(node), Region())
         region.nodes.append(node)
         reading = stencil(rw, node)
         if reading is not None and any(k > 1 for k in reading.geometry.kernel[1:]):
@@ -141,7 +141,7 @@ def _regions(rw: Rewriter) -> list[Region]:
     return [r for r in regions.values() if r.spatial]
 
 
-def _fits(rw: Rewriter, node: gs.Node) -> bool:
+def _fits(rw: Rewriter, node: Node) -> bool:
     """Whether an operator computes single videos of known size from such."""
     read = data(rw, node)
     tensors = [*read, *(t for t in node.outputs if t.name)]
@@ -154,7 +154,7 @@ def _fits(rw: Rewriter, node: gs.Node) -> bool:
     return node.op == "GlobalAveragePool" or _arguments(rw, Images(), node) is not None
 
 
-def _arguments(rw: Rewriter, images: Images, node: gs.Node) -> Arguments | None:
+def _arguments(rw: Rewriter, images: Images, node: Node) -> Arguments | None:
     """What an operator says on frames; None if it cannot run on them."""
     op = rw.op(node)
     if op in ALIKE:
@@ -171,15 +171,15 @@ def _arguments(rw: Rewriter, images: Images, node: gs.Node) -> Arguments | None:
     return None
 
 
-def _pooled(rw: Rewriter, source: gs.Tensor, output: gs.Tensor) -> list[gs.Node]:
+def _pooled(rw: Rewriter, source: Tensor, output: Tensor) -> list[Node]:
     """The mean over space, then over frames."""
     each = rw.new_variable(f"{output.name}_each", source, lambda s: (*s[:2], 1, 1))
-    pool = gs.Node("GlobalAveragePool", rw.node_name(str(output.name), "_pool"), {}, [source], [each])
+    pool = Node("GlobalAveragePool", rw.node_name(str(output.name), "_pool"), {}, [source], [each])
     name = rw.node_name(str(output.name), "_mean")
     if rw.opset < 18:
-        return [pool, gs.Node("ReduceMean", name, {"axes": [0], "keepdims": 1}, [each], [output])]
+        return [pool, Node("ReduceMean", name, {"axes": [0], "keepdims": 1}, [each], [output])]
     axes = rw.new_constant(f"{output.name}_axes", np.array([0]))
-    return [pool, gs.Node("ReduceMean", name, {"keepdims": 1}, [each, axes], [output])]
+    return [pool, Node("ReduceMean", name, {"keepdims": 1}, [each, axes], [output])]
 
 
 @dataclass
@@ -189,16 +189,16 @@ class _Taps:
     rw: Rewriter
     reading: Reading
     residuals: list[float]
-    nodes: list[gs.Node] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
 
-    def write(self, source: gs.Tensor, output: gs.Tensor) -> list[gs.Node]:
+    def write(self, source: Tensor, output: Tensor) -> list[Node]:
         linear, g = self.reading.load(), self.reading.geometry
         assert not isinstance(linear, Refusal)
         parts = over_time(linear)
         frames = self.rw.dim(output, 0)
         assert isinstance(frames, int)
         padded = self._padded(source, g.pads[0], g.pads[g.rank])
-        total: gs.Tensor | None = None
+        total: Tensor | None = None
         for j, part in enumerate(parts):
             begin = g.dilations[0] * j
             shifted = source if self._still(begin, frames, source) else self._shifted(padded, begin, frames)
@@ -216,12 +216,12 @@ class _Taps:
             total = term
         return self.nodes
 
-    def _still(self, begin: int, frames: int, source: gs.Tensor) -> bool:
+    def _still(self, begin: int, frames: int, source: Tensor) -> bool:
         """Whether a tap sees all frames where they are."""
         g = self.reading.geometry
         return begin == g.pads[0] and g.strides[0] == 1 and frames == self.rw.dim(source, 0)
 
-    def _padded(self, source: gs.Tensor, before: int, after: int) -> gs.Tensor:
+    def _padded(self, source: Tensor, before: int, after: int) -> Tensor:
         if not before and not after:
             return source
         frames = self.rw.dim(source, 0)
@@ -230,17 +230,15 @@ class _Taps:
         self._node("Pad", [source, self._constant(made, "pads", [before, 0, 0, 0, after, 0, 0, 0])], made)
         return made
 
-    def _shifted(self, padded: gs.Tensor, begin: int, frames: int) -> gs.Tensor:
+    def _shifted(self, padded: Tensor, begin: int, frames: int) -> Tensor:
         step = self.reading.geometry.strides[0]
         made = self.rw.new_variable(f"{padded.name}_shifted", padded, lambda s: (frames, *s[1:]))
         limits = {"starts": begin, "ends": begin + (frames - 1) * step + 1, "axes": 0, "steps": step}
         self._node("Slice", [padded, *(self._constant(made, k, [v]) for k, v in limits.items())], made)
         return made
 
-    def _constant(self, tensor: gs.Tensor, role: str, values: Sequence[int]) -> gs.Constant:
+    def _constant(self, tensor: Tensor, role: str, values: Sequence[int]) -> Constant:
         return self.rw.new_constant(f"{tensor.name}_{role}", np.array(values, np.int64))
 
-    def _node(self, op: str, inputs: Sequence[gs.Tensor], output: gs.Tensor) -> None:
-        self.nodes.append(
-            gs.Node(op, self.rw.node_name(str(output.name), f"_{op.lower()}"), {}, list(inputs), [output])
-        )
+    def _node(self, op: str, inputs: Sequence[Tensor], output: Tensor) -> None:
+        self.nodes.append(Node(op, self.rw.node_name(str(output.name), f"_{op.lower()}"), {}, list(inputs), [output]))

@@ -5,9 +5,9 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.graph import attributes
+from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import Change
 from pwopt.maps.positions import pooling, positionwise, spread, stencil
 from pwopt.rewriting.driver import Pass, Rewriter
@@ -27,7 +27,7 @@ class HoistCrop(Pass):
     name = "hoist-crop"
     policy = "if cheaper"
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         window = _window(rw, node)
         maker = rw.producer(node.inputs[0]) if window else None
         if window is None or maker is None or len(maker.outputs) != 1:
@@ -42,7 +42,7 @@ class HoistCrop(Pass):
         return self._before_windows(rw, node, maker, window) if windows else self._before_each(rw, node, maker, window)
 
     @staticmethod
-    def _before_each(rw: Rewriter, node: gs.Node, maker: gs.Node, window: Window) -> Rewrite | Skip:
+    def _before_each(rw: Rewriter, node: Node, maker: Node, window: Window) -> Rewrite | Skip:
         """The crop moves to every input that has positions, if that is not more to crop than is saved."""
         rank = (rw.rank(node.outputs[0]) or 2) - 2
         whole = [t for t in maker.inputs if rw.constant(t) is None and spread(rw, t, rank)]
@@ -50,15 +50,15 @@ class HoistCrop(Pass):
         if (len(whole) - 1) * 2 * small >= (len(whole) + 1) * (large - small):
             return Skip(f"cropping the {len(whole)} inputs of {maker.op} would cost more than it saves")
         crops, made = {}, []
-        for t in {id(t): t for t in whole}.values():
-            crops[id(t)] = rw.new_variable(f"{t.name}_cropped", t, _cropped(window))
-            made.append(_slice(rw, t, crops[id(t)], window))
-        inputs = [crops.get(id(t), t) for t in maker.inputs]
-        moved = gs.Node(maker.op, maker.name, dict(maker.attrs), inputs, list(node.outputs), domain=maker.domain)
+        for t in dict.fromkeys(whole):
+            crops[t] = rw.new_variable(f"{t.name}_cropped", t, _cropped(window))
+            made.append(_slice(rw, t, crops[t], window))
+        inputs = [crops.get(t, t) for t in maker.inputs]
+        moved = Node(maker.op, maker.name, dict(maker.attrs), inputs, list(node.outputs), domain=maker.domain)
         return rw.replace([maker, node], [*made, moved], f"{maker.op} computes only what the crop after it keeps")
 
     @staticmethod
-    def _before_windows(rw: Rewriter, node: gs.Node, maker: gs.Node, window: Window) -> Rewrite | Skip | None:
+    def _before_windows(rw: Rewriter, node: Node, maker: Node, window: Window) -> Rewrite | Skip | None:
         """A convolution or pooling computes the window only, with the padding that is left there."""
         source, reading = maker.inputs[0], stencil(rw, maker)
         if reading is not None:
@@ -89,11 +89,11 @@ class HoistCrop(Pass):
             inputs[0] = rw.new_variable(f"{source.name}_cropped", source, _cropped(inner))
             made.append(_slice(rw, source, inputs[0], inner))
         attrs = {k: v for k, v in maker.attrs.items() if k != "auto_pad"} | {"pads": around}
-        made.append(gs.Node(maker.op, maker.name, attrs, inputs, list(node.outputs), domain=maker.domain))
+        made.append(Node(maker.op, maker.name, attrs, inputs, list(node.outputs), domain=maker.domain))
         return rw.replace([maker, node], made, f"{maker.op} computes only what the crop after it keeps")
 
 
-def _window(rw: Rewriter, node: gs.Node) -> Window | None:
+def _window(rw: Rewriter, node: Node) -> Window | None:
     """What a Slice keeps of each spatial axis that it cuts; None if it is no such crop."""
     if rw.op(node) != "Slice" or rw.opset < 10 or (rw.rank(node.inputs[0]) or 0) < 3:
         return None
@@ -114,11 +114,11 @@ def _cropped(window: Window) -> Change:
     return lambda shape: tuple(window[a][1] - window[a][0] + 1 if a in window else d for a, d in enumerate(shape))
 
 
-def _slice(rw: Rewriter, source: gs.Tensor, output: gs.Tensor, window: Window) -> gs.Node:
+def _slice(rw: Rewriter, source: Tensor, output: Tensor, window: Window) -> Node:
     values = {
         "starts": [a for a, _ in window.values()],
         "ends": [b + 1 for _, b in window.values()],
         "axes": list(window),
     }
     inputs = [rw.new_constant(f"{output.name}_{k}", np.array(v, np.int64)) for k, v in values.items()]
-    return gs.Node("Slice", rw.node_name(str(source.name), "_crop"), {}, [source, *inputs], [output])
+    return Node("Slice", rw.node_name(str(source.name), "_crop"), {}, [source, *inputs], [output])

@@ -6,9 +6,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-import onnx_graphsurgeon as gs
-
 from pwopt.algebra.unions import Unions
+from pwopt.graph.ir import Node, Tensor
 from pwopt.maps.cost import ELEMENT, macs
 from pwopt.maps.positions import POOLS, Steps, every, pooling, positionwise, spread, stencil, subsample
 from pwopt.rewriting.driver import Pass, Rewriter
@@ -20,8 +19,8 @@ from pwopt.rewriting.wording import counted
 class Region:
     """Tensors of which only every s-th position is read, and the operators that make or read them."""
 
-    tensors: dict[int, gs.Tensor] = field(default_factory=dict)
-    nodes: dict[int, gs.Node] = field(default_factory=dict)
+    tensors: dict[Tensor, None] = field(default_factory=dict)
+    nodes: dict[Node, None] = field(default_factory=dict)
 
 
 class HoistStride(Pass):
@@ -39,47 +38,45 @@ class HoistStride(Pass):
 
     def start(self, rw: Rewriter) -> None:
         self._steps = _demands(rw)
-        self._roots = {id(min(r.nodes.values(), key=rw.position)): r for r in _regions(rw, self._steps) if r.nodes}
+        self._roots = {min(r.nodes, key=rw.position): r for r in _regions(rw, self._steps) if r.nodes}
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
-        region = self._roots.pop(id(node), None)
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
+        region = self._roots.pop(node, None)
         return None if region is None else self._rewrite(rw, region)
 
     def _rewrite(self, rw: Rewriter, region: Region) -> Rewrite | Skip | None:
         if rw.opset < 8:  # onnxruntime's MaxPool takes float32 only before
             return Skip(f"opset {rw.opset} cannot subsample every type; --opset converts the model")
         saved, spent = self._balance(rw, region)
-        name = next(iter(region.tensors.values())).name
+        name = next(iter(region.tensors)).name
         if saved <= spent:
             return Skip(f"only {self._of(region)} of {name!r} is read, but subsampling costs more than that saves")
-        pools: dict[tuple[int, Steps], gs.Tensor] = {}
-        old: list[gs.Node] = []
-        new: list[tuple[gs.Node, list[gs.Node]]] = []
-        before = sum(macs(rw, n) or 0 for n in region.nodes.values())
-        for t in region.tensors.values():
-            rw.reshape(t, every(self._steps[id(t)]))
-        for node in sorted(region.nodes.values(), key=rw.position):
-            made: list[gs.Node] = []
-            step = self._steps.get(id(node.outputs[0]), ())
+        pools: dict[tuple[Tensor, Steps], Tensor] = {}
+        old: list[Node] = []
+        new: list[tuple[Node, list[Node]]] = []
+        before = sum(macs(rw, n) or 0 for n in region.nodes)
+        for t in region.tensors:
+            rw.reshape(t, every(self._steps[t]))
+        for node in sorted(region.nodes, key=rw.position):
+            made: list[Node] = []
+            step = self._steps.get(node.outputs[0], ())
             inputs, stride = list(node.inputs), _stride(rw, node)
             if stride is not None:
-                made.append(_with_stride(rw, node, _ratio(stride, step, self._steps.get(id(node.inputs[0]), ()))))
+                made.append(_with_stride(rw, node, _ratio(stride, step, self._steps.get(node.inputs[0], ()))))
             else:
                 for i, t in enumerate(inputs):
-                    ratio = _ratio((1,) * len(step), step, self._steps.get(id(t), ()))
+                    ratio = _ratio((1,) * len(step), step, self._steps.get(t, ()))
                     if rw.constant(t) is None and any(r > 1 for r in ratio) and spread(rw, t, len(step)):
-                        key = (id(t), ratio)
+                        key = (t, ratio)
                         if key not in pools:
                             pools[key] = rw.new_variable(f"{t.name}_every", t, every(ratio))
                             made.append(subsample(rw, t, pools[key], ratio))
                         inputs[i] = pools[key]
-                made.append(
-                    gs.Node(node.op, node.name, dict(node.attrs), inputs, list(node.outputs), domain=node.domain)
-                )
+                made.append(Node(node.op, node.name, dict(node.attrs), inputs, list(node.outputs), domain=node.domain))
             old.append(node)
             new.append((node, made))
         records = [rw.replace([node], made, "") for node, made in new]
-        renamed = {str(t.name): rw.rename(t, "_strided") for t in region.tensors.values()}
+        renamed = {str(t.name): rw.rename(t, "_strided") for t in region.tensors}
         subsampled = f", {counted(len(pools), 'input')} subsampled" if pools else ""
         reason = (
             f"{self._of(region)} of {name!r} is read, so no other is computed"
@@ -88,15 +85,15 @@ class HoistStride(Pass):
         return replace(Rewrite.of(reason, records, renamed), macs_before=before)
 
     def _of(self, region: Region) -> str:
-        steps = {self._steps[id(t)] for t in region.tensors.values()}
+        steps = {self._steps[t] for t in region.tensors}
         return f"one in {' or '.join('×'.join(map(str, s)) for s in sorted(steps))} positions"
 
     def _balance(self, rw: Rewriter, region: Region) -> tuple[float, float]:
         """Multiply-adds saved in the region, and those that subsampling its inputs is worth."""
         saved = spent = 0.0
-        for node in region.nodes.values():
+        for node in region.nodes:
             out = node.outputs[0]
-            step = self._steps.get(id(out), ())
+            step = self._steps.get(out, ())
             size = rw.size_of(out)
             fewer = every(step)(size) if step and size else size
             elements, kept = math.prod(size or (1,)), math.prod(d for d in fewer or (1,) if isinstance(d, int))
@@ -106,13 +103,13 @@ class HoistStride(Pass):
             if reading is not None or rw.op(node) in POOLS:
                 continue
             for t in node.inputs:
-                ratio = _ratio((1,) * len(step), step, self._steps.get(id(t), ()))
+                ratio = _ratio((1,) * len(step), step, self._steps.get(t, ()))
                 if rw.constant(t) is None and any(r > 1 for r in ratio) and spread(rw, t, len(step)):
                     spent += kept * 2 * ELEMENT
         return saved, spent
 
 
-def _stride(rw: Rewriter, node: gs.Node) -> Steps | None:
+def _stride(rw: Rewriter, node: Node) -> Steps | None:
     """The stride of a convolution or pooling."""
     reading = stencil(rw, node)
     if reading is not None:
@@ -120,13 +117,13 @@ def _stride(rw: Rewriter, node: gs.Node) -> Steps | None:
     return tuple(node.attrs.get("strides", (1,) * len(node.attrs["kernel_shape"]))) if rw.op(node) in POOLS else None
 
 
-def _with_stride(rw: Rewriter, node: gs.Node, stride: Steps) -> gs.Node:
+def _with_stride(rw: Rewriter, node: Node, stride: Steps) -> Node:
     """The same convolution or pooling with another stride; padding that follows from the stride is spelled out."""
     attrs, reading = {**node.attrs, "strides": list(stride)}, stencil(rw, node)
     if reading is not None:
         attrs.pop("auto_pad", None)
         attrs["pads"] = list(reading.geometry.pads)
-    return gs.Node(node.op, node.name, attrs, list(node.inputs), list(node.outputs), domain=node.domain)
+    return Node(node.op, node.name, attrs, list(node.inputs), list(node.outputs), domain=node.domain)
 
 
 def _ratio(strides: Sequence[int], step: Sequence[int], have: Sequence[int]) -> Steps:
@@ -136,7 +133,7 @@ def _ratio(strides: Sequence[int], step: Sequence[int], have: Sequence[int]) -> 
     return tuple(s * t // h for s, t, h in zip(strides, step, have, strict=True))
 
 
-def _single_tap(rw: Rewriter, node: gs.Node) -> Steps | None:
+def _single_tap(rw: Rewriter, node: Node) -> Steps | None:
     """The stride of an operator that reads single positions, every stride-th from the first."""
     if pooling(rw, node) and not any(node.attrs.get("pads", ())) and math.prod(node.attrs["kernel_shape"]) == 1:
         return tuple(node.attrs.get("strides", (1,) * len(node.attrs["kernel_shape"])))
@@ -145,9 +142,9 @@ def _single_tap(rw: Rewriter, node: gs.Node) -> Steps | None:
     return g.strides if g is not None and g.taps == 1 and not g.padded else None
 
 
-def _demands(rw: Rewriter) -> dict[int, Steps]:
-    """Tensors of which no reader looks at more than every s-th position, by id, with s for each spatial axis."""
-    steps: dict[int, Steps] = {}
+def _demands(rw: Rewriter) -> dict[Tensor, Steps]:
+    """Tensors of which no reader looks at more than every s-th position, with s for each spatial axis."""
+    steps: dict[Tensor, Steps] = {}
     nodes = rw.nodes()
     for node in reversed(nodes):
         if len(node.outputs) != 1 or rw.pinned(node.outputs[0]):
@@ -160,13 +157,13 @@ def _demands(rw: Rewriter) -> dict[int, Steps]:
         wanted = [_wanted(rw, reader, out, rank, steps) for reader in rw.readers(out)]
         step = tuple(math.gcd(*(w[a] for w in wanted)) for a in range(rank))
         if any(s > 1 for s in step):
-            steps[id(out)] = step
+            steps[out] = step
     return steps
 
 
-def _wanted(rw: Rewriter, reader: gs.Node, tensor: gs.Tensor, rank: int, steps: dict[int, Steps]) -> Steps:
+def _wanted(rw: Rewriter, reader: Node, tensor: Tensor, rank: int, steps: dict[Tensor, Steps]) -> Steps:
     """How far apart the positions are that `reader` looks at."""
-    after = steps.get(id(reader.outputs[0]), (1,) * rank) if len(reader.outputs) == 1 else (1,) * rank
+    after = steps.get(reader.outputs[0], (1,) * rank) if len(reader.outputs) == 1 else (1,) * rank
     stride = _single_tap(rw, reader)
     if stride is not None and reader.inputs[0] is tensor and sum(t is tensor for t in reader.inputs) == 1:
         return tuple(s * a for s, a in zip(stride, after, strict=True)) if len(stride) == rank else (1,) * rank
@@ -174,19 +171,19 @@ def _wanted(rw: Rewriter, reader: gs.Node, tensor: gs.Tensor, rank: int, steps: 
     return after if passed else (1,) * rank
 
 
-def _regions(rw: Rewriter, steps: dict[int, Steps]) -> list[Region]:
+def _regions(rw: Rewriter, steps: dict[Tensor, Steps]) -> list[Region]:
     """Connected sets of such tensors, with every operator that makes or reads one."""
-    sets = Unions()
+    sets = Unions[Tensor]()
     touching = []
     for node in rw.nodes():
-        mine = [t for t in (*node.inputs, *node.outputs) if id(t) in steps]
+        mine = [t for t in (*node.inputs, *node.outputs) if t in steps]
         for t in mine[1:]:
-            sets.join(id(t), id(mine[0]))
+            sets.join(t, mine[0])
         if mine:
             touching.append((node, mine))
-    regions: dict[int, Region] = {}
+    regions: dict[Tensor, Region] = {}
     for node, mine in touching:
-        region = regions.setdefault(sets.root(id(mine[0])), Region())
-        region.nodes[id(node)] = node
-        region.tensors.update((id(t), t) for t in mine)
+        region = regions.setdefault(sets.root(mine[0]), Region())
+        region.nodes[node] = None
+        region.tensors.update(dict.fromkeys(mine))
     return list(regions.values())

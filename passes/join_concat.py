@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import onnx_graphsurgeon as gs
-
 from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap, hcat
+from pwopt.graph.ir import Node
 from pwopt.graph.shapes import channels
 from pwopt.maps import emit, forms
 from pwopt.rewriting.driver import Pass, Rewriter
@@ -23,7 +22,7 @@ class JoinConcat(Pass):
     name = "join-concat"
     policy = "measured"
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         if rw.op(node) != "Add":
             return None
         readings = [forms.linear(rw, rw.producer(t)) for t in node.inputs]
@@ -51,7 +50,7 @@ class JoinConcat(Pass):
         written = emit.write(rw, joined, a, both, node.outputs[0], a.axis)
         if isinstance(written, Refusal):
             return Skip(written.reason)
-        concat = gs.Node("Concat", rw.node_name(node.name, "_concat"), {"axis": a.axis}, [a.source, b.source], [both])
+        concat = Node("Concat", rw.node_name(node.name, "_concat"), {"axis": a.axis}, [a.source, b.source], [both])
         reason = f"two maps that are summed, {a.channels} and {b.channels}, are one map of both inputs"
         done = rw.replace([*a.nodes, *b.nodes, node], [concat, *written.nodes], reason, written.residual)
         return done.signed(f"{a.kind} {a.channels} + {b.channels} at {rw.size_of(node.outputs[0])}")

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra.geometry import Refusal
 from pwopt.graph import attributes, values
 from pwopt.graph.attributes import VIEWS
+from pwopt.graph.ir import Node
 from pwopt.graph.values import Entries
 from pwopt.maps import forms
 from pwopt.rewriting.driver import Pass, Rewriter
@@ -32,7 +32,7 @@ class JoinViews(Pass):
 
     name = "join-views"
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         op = rw.op(node)
         if op == "Gemm":
             return _turned_before_gemm(rw, node)
@@ -48,7 +48,7 @@ class JoinViews(Pass):
         return _seen_twice(rw, before, node) if rw.is_a(before, *VIEWS) else None
 
 
-def _picked(rw: Rewriter, gather: gs.Node, node: gs.Node) -> Rewrite | None:
+def _picked(rw: Rewriter, gather: Node, node: Node) -> Rewrite | None:
     """Gather of one entry, and the axis that it loses put back: Gather that keeps it, or nothing of one."""
     source, index = gather.inputs
     rank, at = rw.rank(source), rw.integers(index)
@@ -63,11 +63,11 @@ def _picked(rw: Rewriter, gather: gs.Node, node: gs.Node) -> Rewrite | None:
         ends = rw.pinned(output) and (rw.producer(source) is None or rw.pinned(source))
         return None if ends else rw.bypass_all([gather, node], source, "Gather takes the only entry")
     entry = rw.new_constant(f"{output.name}_index", np.array(at, np.int64))
-    new = gs.Node("Gather", node.name, {"axis": axis}, [source, entry], [output])
+    new = Node("Gather", node.name, {"axis": axis}, [source, entry], [output])
     return rw.replace([gather, node], [new], reason)
 
 
-def _seen_twice(rw: Rewriter, before: gs.Node, node: gs.Node) -> Rewrite | None:
+def _seen_twice(rw: Rewriter, before: Node, node: Node) -> Rewrite | None:
     """Two views in a row as one, or as none if the second undoes the first."""
     source, output = before.inputs[0], node.outputs[0]
     outside, inside = values.extents(rw, source), _after(rw, before)
@@ -85,22 +85,22 @@ def _seen_twice(rw: Rewriter, before: gs.Node, node: gs.Node) -> Rewrite | None:
         if target is None or rw.opset < RESHAPE_TAKES_SHAPES:
             return None
         inputs, attrs = [source, rw.new_constant(f"{output.name}_shape", np.array(target, np.int64))], {}
-    return _one(rw, [before, node], gs.Node("Reshape", node.name, attrs, inputs, [output]))
+    return _one(rw, [before, node], Node("Reshape", node.name, attrs, inputs, [output]))
 
 
-def _one(rw: Rewriter, old: Sequence[gs.Node], new: gs.Node) -> Rewrite:
+def _one(rw: Rewriter, old: Sequence[Node], new: Node) -> Rewrite:
     return rw.replace(old, [new], f"{', '.join(n.op for n in old[:-1])} and {old[-1].op} are one {new.op}")
 
 
-def _turned_twice(rw: Rewriter, before: gs.Node, node: gs.Node) -> Rewrite | None:
+def _turned_twice(rw: Rewriter, before: Node, node: Node) -> Rewrite | None:
     perms = attributes.perm(rw, before) if rw.is_a(before, "Transpose") else None, attributes.perm(rw, node)
     if perms[0] is None or perms[1] is None:
         return None
     attrs = {**node.attrs, "perm": [perms[0][p] for p in perms[1]]}
-    return _one(rw, [before, node], gs.Node("Transpose", node.name, attrs, [before.inputs[0]], list(node.outputs)))
+    return _one(rw, [before, node], Node("Transpose", node.name, attrs, [before.inputs[0]], list(node.outputs)))
 
 
-def _turned_before_gemm(rw: Rewriter, node: gs.Node) -> Rewrite | None:
+def _turned_before_gemm(rw: Rewriter, node: Node) -> Rewrite | None:
     """Gemm of a transposed matrix: Gemm transposes by itself, or no longer."""
     for index, name in enumerate(("transA", "transB")):
         operand = node.inputs[index]
@@ -109,11 +109,11 @@ def _turned_before_gemm(rw: Rewriter, node: gs.Node) -> Rewrite | None:
         if alone and rw.is_a(turn, "Transpose") and attributes.perm(rw, turn) == [1, 0]:
             attrs = {**node.attrs, name: 1 - bool(node.attrs.get(name, 0))}
             inputs = [turn.inputs[0] if t is operand else t for t in node.inputs]
-            return _one(rw, [turn, node], gs.Node("Gemm", node.name, attrs, inputs, list(node.outputs)))
+            return _one(rw, [turn, node], Node("Gemm", node.name, attrs, inputs, list(node.outputs)))
     return None
 
 
-def _turned_inside(rw: Rewriter, turn: gs.Node, node: gs.Node) -> Rewrite | None:
+def _turned_inside(rw: Rewriter, turn: Node, node: Node) -> Rewrite | None:
     """Reshape → Transpose → Reshape as one Transpose of what comes in."""
     joint, perm = rw.producer(turn.inputs[0]), attributes.perm(rw, turn)
     if not rw.is_a(joint, *VIEWS) or rw.crowd(turn.inputs[0]) or perm is None:
@@ -127,11 +127,11 @@ def _turned_inside(rw: Rewriter, turn: gs.Node, node: gs.Node) -> Rewrite | None
     after = _after(rw, node, tuple(inside[p] for p in perm))
     if after is None or not _restored([outside[axis] for axis in order], after):
         return None
-    new = gs.Node("Transpose", node.name, {"perm": order}, [source], list(node.outputs))
+    new = Node("Transpose", node.name, {"perm": order}, [source], list(node.outputs))
     return _one(rw, [joint, turn, node], new)
 
 
-def _shuffled(rw: Rewriter, node: gs.Node) -> Rewrite | None:
+def _shuffled(rw: Rewriter, node: Node) -> Rewrite | None:
     """A channel shuffle whose shapes are computed as one Gather, which needs none."""
     reading = forms.linear(rw, node)
     if reading is None or reading.kind != "selection" or len(reading.nodes) != 3 or reading.axis is None:
@@ -142,11 +142,11 @@ def _shuffled(rw: Rewriter, node: gs.Node) -> Rewrite | None:
         return None
     picks = linear.weight.reshape(linear.geometry.out_channels, -1).argmax(1).astype(np.int64)
     index = rw.new_constant(f"{node.outputs[0].name}_index", picks)
-    new = gs.Node("Gather", node.name, {"axis": reading.axis}, [reading.source, index], list(node.outputs))
+    new = Node("Gather", node.name, {"axis": reading.axis}, [reading.source, index], list(node.outputs))
     return rw.replace(list(reading.nodes), [new], "a channel shuffle is one Gather")
 
 
-def _after(rw: Rewriter, node: gs.Node, before: Entries | None = None) -> Entries | None:
+def _after(rw: Rewriter, node: Node, before: Entries | None = None) -> Entries | None:
     """The sizes that a view gives; None for what a −1 stands for."""
     found = values.entries(rw, node.inputs[1]) if node.op == "Reshape" and len(node.inputs) > 1 else None
     before = before if before is not None else values.extents(rw, node.inputs[0])

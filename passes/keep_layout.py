@@ -5,14 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.graph import attributes
+from pwopt.graph.ir import Node, Variable
 from pwopt.maps.positions import every, stencil, subsample
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 
-Form = Callable[[Rewriter, gs.Node], "tuple[list[gs.Node], str] | Skip | None"]
+Form = Callable[[Rewriter, Node], "tuple[list[Node], str] | Skip | None"]
 MEASURE = "it would stay in the blocked layout in another form; only measuring can tell"
 
 
@@ -29,7 +29,7 @@ class KeepLayout(Pass):
     policy = "measured"
     pays_on = frozenset({"cpu", "other"})  # graphics cards have no blocked layout
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         form = FORMS.get(rw.op(node))
         found = form(rw, node) if form is not None else None
         if found is None or isinstance(found, Skip):
@@ -41,7 +41,7 @@ class KeepLayout(Pass):
         return rw.replace([node], new, f"{node.op} in the blocked layout").signed(f"{signature}: {node.op} {size}")
 
 
-def _gate(rw: Rewriter, node: gs.Node) -> tuple[list[gs.Node], str] | Skip | None:
+def _gate(rw: Rewriter, node: Node) -> tuple[list[Node], str] | Skip | None:
     shapes = [rw.shape(t) for t in node.inputs]
     if len(shapes) != 2 or any(rw.constant(t) is not None for t in node.inputs):
         return None
@@ -60,13 +60,13 @@ def _gate(rw: Rewriter, node: gs.Node) -> tuple[list[gs.Node], str] | Skip | Non
     over = rw.new_variable(f"{gate.name}_over", gate, lambda s: (*s[:2], *whole[2:]))
     scales = rw.new_constant(f"{over.name}_scales", np.array([1, 1, *whole[2:]], np.float32))
     attrs = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
-    roi = rw.new_constant(f"{over.name}_roi", np.zeros(0, np.float32)) if rw.opset < 13 else gs.Variable.empty()
-    spread = gs.Node("Resize", rw.node_name(node.name, "_over"), attrs, [gate, roi, scales], [over])
+    roi = rw.new_constant(f"{over.name}_roi", np.zeros(0, np.float32)) if rw.opset < 13 else Variable.empty()
+    spread = Node("Resize", rw.node_name(node.name, "_over"), attrs, [gate, roi, scales], [over])
     inputs = [over if t is gate else t for t in node.inputs]
-    return [spread, gs.Node(node.op, node.name, {}, inputs, list(node.outputs))], "gates and means over space"
+    return [spread, Node(node.op, node.name, {}, inputs, list(node.outputs))], "gates and means over space"
 
 
-def _mean(rw: Rewriter, node: gs.Node) -> tuple[list[gs.Node], str] | None:
+def _mean(rw: Rewriter, node: Node) -> tuple[list[Node], str] | None:
     axes = attributes.axes_of(rw, node, 18)
     if rw.rank(node.inputs[0]) != 4 or axes is None or sorted(axes) != [2, 3]:
         return None
@@ -74,13 +74,13 @@ def _mean(rw: Rewriter, node: gs.Node) -> tuple[list[gs.Node], str] | None:
         return None  # providers pool few other types, and no empty tensors
     source, output = node.inputs[0], node.outputs[0]
     if node.attrs.get("keepdims", 1):
-        return [gs.Node("GlobalAveragePool", node.name, {}, [source], [output])], "gates and means over space"
+        return [Node("GlobalAveragePool", node.name, {}, [source], [output])], "gates and means over space"
     pooled = rw.new_variable(f"{output.name}_pooled", source, lambda s: (*s[:2], 1, 1))
-    flat = gs.Node("Flatten", rw.node_name(node.name, "_flat"), {"axis": 1}, [pooled], [output])
-    return [gs.Node("GlobalAveragePool", node.name, {}, [source], [pooled]), flat], "gates and means over space"
+    flat = Node("Flatten", rw.node_name(node.name, "_flat"), {"axis": 1}, [pooled], [output])
+    return [Node("GlobalAveragePool", node.name, {}, [source], [pooled]), flat], "gates and means over space"
 
 
-def _strided(rw: Rewriter, node: gs.Node) -> tuple[list[gs.Node], str] | None:
+def _strided(rw: Rewriter, node: Node) -> tuple[list[Node], str] | None:
     reading = stencil(rw, node)
     g = None if reading is None else reading.geometry
     if reading is None or g is None or g.taps > 1 or g.groups > 1 or g.padded or len(g.kernel) != 2:
@@ -89,7 +89,7 @@ def _strided(rw: Rewriter, node: gs.Node) -> tuple[list[gs.Node], str] | None:
         return None
     kept = rw.new_variable(f"{reading.source.name}_every", reading.source, every(g.strides))
     attrs = {**node.attrs, "strides": [1, 1]}
-    conv = gs.Node("Conv", node.name, attrs, [kept, *node.inputs[1:]], list(node.outputs))
+    conv = Node("Conv", node.name, attrs, [kept, *node.inputs[1:]], list(node.outputs))
     return [subsample(rw, reading.source, kept, g.strides), conv], "1×1 convolutions with a stride"
 
 

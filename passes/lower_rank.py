@@ -6,11 +6,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra import Values
 from pwopt.algebra.unions import Unions
 from pwopt.graph import attributes
+from pwopt.graph.ir import Constant, Node, Tensor
 from pwopt.graph.shapes import Shape
 from pwopt.maps.cost import macs
 from pwopt.rewriting.carry import (
@@ -99,19 +99,19 @@ class Lowering:
         h, w = shape[3:]
         return (*shape[:3], h * w if isinstance(h, int) and isinstance(w, int) else None)
 
-    def change(self, rw: Rewriter, source: gs.Tensor, output: gs.Tensor, *, enter: bool) -> list[gs.Node]:
+    def change(self, rw: Rewriter, source: Tensor, output: Tensor, *, enter: bool) -> list[Node]:
         axes = np.array([2, 3] if self.rank == 4 else [2], np.int64)
         if self.rank == 5:
             whole = source if enter else output
             h, w = (d for d in (rw.dim(whole, 3), rw.dim(whole, 4)) if isinstance(d, int))
             shape = np.array([0, 0, 0, h * w] if enter else [0, 0, 0, h, w], np.int64)
             name = rw.node_name(str(output.name), "_reshape")
-            return [gs.Node("Reshape", name, {}, [source, rw.new_constant(f"{output.name}_shape", shape)], [output])]
+            return [Node("Reshape", name, {}, [source, rw.new_constant(f"{output.name}_shape", shape)], [output])]
         op = "Unsqueeze" if enter == (self.rank == 3) else "Squeeze"
         name = rw.node_name(str(output.name), f"_{op.lower()}")
         if rw.opset < 13:
-            return [gs.Node(op, name, {"axes": axes.tolist()}, [source], [output])]
-        return [gs.Node(op, name, {}, [source, rw.new_constant(f"{output.name}_axes", axes)], [output])]
+            return [Node(op, name, {"axes": axes.tolist()}, [source], [output])]
+        return [Node(op, name, {}, [source, rw.new_constant(f"{output.name}_axes", axes)], [output])]
 
 
 @dataclass
@@ -119,10 +119,10 @@ class Region:
     """Connected operators, each with the way in which it is lowered."""
 
     rank: int
-    nodes: list[tuple[gs.Node, Lowering]] = field(default_factory=list)
+    nodes: list[tuple[Node, Lowering]] = field(default_factory=list)
 
     @property
-    def convolutions(self) -> list[gs.Node]:
+    def convolutions(self) -> list[Node]:
         return [n for n, _ in self.nodes if n.op in ("Conv", "ConvTranspose")]
 
 
@@ -140,10 +140,10 @@ class LowerRank(Pass):
     policy = "measured"
 
     def start(self, rw: Rewriter) -> None:
-        self._roots = {id(r.convolutions[0]): r for r in _regions(rw)}
+        self._roots = {r.convolutions[0]: r for r in _regions(rw)}
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
-        region = self._roots.pop(id(node), None)
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
+        region = self._roots.pop(node, None)
         if region is None:
             return None
         count, rank = len(region.convolutions), region.rank - 2
@@ -164,7 +164,7 @@ def _lower(rw: Rewriter, region: Region) -> Rewrite:
     signature = f"{convolutions} in a region of {len(region.nodes)}"
     signature += f" with {work:,} multiply-adds, the first at {size}"
 
-    def write(node: gs.Node, low: Lowering, see: See, outputs: list[gs.Tensor]) -> list[gs.Node]:
+    def write(node: Node, low: Lowering, see: See, outputs: list[Tensor]) -> list[Node]:
         arguments = _arguments(rw, low, node)
         assert arguments is not None
         return rewritten(rw, node, arguments, low, see, outputs)
@@ -177,24 +177,24 @@ def _lower(rw: Rewriter, region: Region) -> Rewrite:
 
 def _regions(rw: Rewriter) -> list[Region]:
     """Connected operators that can all be lowered, where at least one is a convolution."""
-    sets = Unions()
-    low: dict[int, tuple[gs.Node, Lowering]] = {}
+    sets = Unions[Node]()
+    low: dict[Node, Lowering] = {}
     for node in rw.nodes():
         lowering = _lowering(rw, node)
         if lowering is not None and _arguments(rw, lowering, node) is not None:
-            low[id(node)] = (node, lowering)
-    for node, lowering in low.values():
+            low[node] = lowering
+    for node, lowering in low.items():
         for t in node.inputs:
             maker = rw.producer(t)
-            if maker is not None and id(maker) in low and low[id(maker)][1].rank == lowering.rank:
-                sets.join(id(node), id(maker))
-    regions: dict[int, Region] = {}
-    for node, lowering in low.values():
-        regions.setdefault(sets.root(id(node)), Region(lowering.rank)).nodes.append((node, lowering))
+            if maker is not None and maker in low and low[maker].rank == lowering.rank:
+                sets.join(node, maker)
+    regions: dict[Node, Region] = {}
+    for node, lowering in low.items():
+        regions.setdefault(sets.root(node), Region(lowering.rank)).nodes.append((node, lowering))
     return [r for r in regions.values() if r.convolutions]
 
 
-def _lowering(rw: Rewriter, node: gs.Node) -> Lowering | None:
+def _lowering(rw: Rewriter, node: Node) -> Lowering | None:
     """The rank of what a node computes from and to, and the plane it must keep; None if it reads constants only."""
     read = data(rw, node)
     tensors = [*read, *(t for t in node.outputs if t.name)]
@@ -214,7 +214,7 @@ def _lowering(rw: Rewriter, node: gs.Node) -> Lowering | None:
     return Lowering(5, plane) if len(plane) != 1 and (plane or _flat(rw, tensors)) else None
 
 
-def _flat(rw: Rewriter, tensors: Iterable[gs.Tensor]) -> bool:
+def _flat(rw: Rewriter, tensors: Iterable[Tensor]) -> bool:
     """Whether the planes of all tensors are single elements."""
     return all((rw.dim(t, 3), rw.dim(t, 4)) == (1, 1) for t in tensors)
 
@@ -223,14 +223,14 @@ CONVERTERS: dict[str, Converter[Lowering]] = dict(BY_AXES)
 converts = registry(CONVERTERS)
 
 
-def _arguments(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
+def _arguments(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
     """The operator's arguments at rank 4; None if it cannot be lowered."""
     converter = CONVERTERS.get(rw.op(node))
     return None if converter is None else converter(rw, low, node)
 
 
 @converts("Conv", "ConvTranspose")
-def _convolution(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
+def _convolution(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
     weight = rw.constant(node.inputs[1])
     if weight is None or "output_shape" in node.attrs:
         return None
@@ -250,7 +250,7 @@ def _convolution(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None
     return Arguments(attrs, {1: reshaped})
 
 
-def _product(rw: Rewriter, node: gs.Node, weight: gs.Tensor) -> Arguments | None:
+def _product(rw: Rewriter, node: Node, weight: Constant) -> Arguments | None:
     """A convolution that reads one position: y = x·Wᵀ + b."""
     plain = node.op == "Conv" and node.attrs.get("group", 1) == 1
     if not plain or any(k != 1 for k in weight.shape[2:]) or rw.opset < 11:  # Gemm needs a bias before
@@ -259,7 +259,7 @@ def _product(rw: Rewriter, node: gs.Node, weight: gs.Tensor) -> Arguments | None
 
 
 @converts("MaxPool", "AveragePool", "LpPool")
-def _pooling(_rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
+def _pooling(_rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
     attrs = _window_attributes(low, node)
     if attrs is None or len(node.outputs) > 1:
         return None
@@ -267,7 +267,7 @@ def _pooling(_rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
     return None if kernel is None else Arguments({**attrs, "kernel_shape": kernel})
 
 
-def _window_attributes(low: Lowering, node: gs.Node) -> dict[str, object] | None:
+def _window_attributes(low: Lowering, node: Node) -> dict[str, object] | None:
     attrs: dict[str, object] = dict(node.attrs)
     for key, neutral in (("strides", 1), ("dilations", 1), ("output_padding", 0)):
         if key in node.attrs:
@@ -281,21 +281,21 @@ def _window_attributes(low: Lowering, node: gs.Node) -> dict[str, object] | None
     "BatchNormalization", "InstanceNormalization", "GroupNormalization", "GlobalAveragePool", "GlobalMaxPool",
     "GlobalLpPool",
 )  # fmt: skip
-def _per_channel(_rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
+def _per_channel(_rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
     if low.rank == 4 and node.op != "BatchNormalization":
         return None
     return Arguments(dict(node.attrs)) if node.attrs.get("spatial", 1) else None
 
 
 @converts("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare")
-def _reduction(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
+def _reduction(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
     axes = attributes.axes_of(rw, node, reduces_since(node)) or ()
     whole_plane = {3, 4} <= set(axes)
     return along(rw, node, sorted({min(a, 3) for a in axes})) if whole_plane else BY_AXES[node.op](rw, low, node)
 
 
 @converts("Resize", "Upsample")
-def _resize(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
+def _resize(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
     odd = node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize" or "axes" in node.attrs
     if odd or node.attrs.get("mode", "nearest") == "cubic":
         return None
@@ -310,7 +310,7 @@ def _resize(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
 
 
 @converts("Pad")
-def _pad(rw: Rewriter, low: Lowering, node: gs.Node) -> Arguments | None:
+def _pad(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
     found = attributes.pad_parameters(rw, node)
     if found is None or len(node.inputs) > 3:
         return None

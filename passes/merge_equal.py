@@ -6,10 +6,10 @@ from collections.abc import Hashable
 from typing import ClassVar
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra import Values
 from pwopt.graph.constants import NEGLIGIBLE_BYTES
+from pwopt.graph.ir import Constant, Node, Tensor
 from pwopt.graph.provenance import credit
 from pwopt.rewriting.driver import Pass, Rewriter, describe
 from pwopt.rewriting.records import Rewrite, Skip
@@ -32,10 +32,10 @@ class MergeEqual(Pass):
     context = 1  # the operator that stays is no part of what changes
 
     def start(self, rw: Rewriter) -> None:
-        self._first: dict[Hashable, gs.Node] = {}
+        self._first: dict[Hashable, Node] = {}
         self._small: dict[int, Hashable] = {}
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         op = rw.op(node)
         inputs = [self._identity(rw, t) for t in node.inputs]
         attrs = _frozen(node)
@@ -51,16 +51,16 @@ class MergeEqual(Pass):
         self._first[key] = first
         return _merge(rw, first, second)
 
-    def _changed(self, rw: Rewriter, other: gs.Node, key: tuple[Hashable, ...]) -> bool:
+    def _changed(self, rw: Rewriter, other: Node, key: tuple[Hashable, ...]) -> bool:
         """Whether a node that was noted under a key is another one since."""
         inputs = tuple(self._identity(rw, t) for t in other.inputs)
         return (rw.op(other), _frozen(other), inputs, tuple(bool(t.name) for t in other.outputs)) != key
 
-    def _identity(self, rw: Rewriter, tensor: gs.Tensor) -> Hashable:
+    def _identity(self, rw: Rewriter, tensor: Tensor) -> Hashable:
         """Equal for tensors of the same value."""
         held = rw.constant(tensor) if tensor.name else None
         if held is None:
-            return id(tensor) if tensor.name else None
+            return tensor if tensor.name else None
         if id(held) not in self._small:
             small = (rw.elements(held) or 0) * np.dtype(held.dtype).itemsize <= NEGLIGIBLE_BYTES
             raw = rw.raw(held) if small and np.dtype(held.dtype).kind != "O" else None
@@ -68,11 +68,11 @@ class MergeEqual(Pass):
         return self._small[id(held)]
 
 
-def _frozen(node: gs.Node) -> Hashable | None:
+def _frozen(node: Node) -> Hashable | None:
     """A node's attributes as something to compare; None if there is a tensor or a graph among them."""
     frozen = []
     for name, value in sorted(node.attrs.items()):
-        if isinstance(value, gs.Constant) and value.values.nbytes <= NEGLIGIBLE_BYTES:
+        if isinstance(value, Constant) and value.values.nbytes <= NEGLIGIBLE_BYTES:
             value = (str(value.values.dtype), value.values.shape, value.values.tobytes())
         elif isinstance(value, list) and all(isinstance(v, (int, float, str, bytes)) for v in value):
             value = tuple(value)
@@ -82,7 +82,7 @@ def _frozen(node: gs.Node) -> Hashable | None:
     return tuple(frozen)
 
 
-def _merge(rw: Rewriter, first: gs.Node, second: gs.Node) -> Rewrite | Skip:
+def _merge(rw: Rewriter, first: Node, second: Node) -> Rewrite | Skip:
     reason = f"{describe(first)} computes the same"
     pairs = [(a, b) for a, b in zip(first.outputs, second.outputs, strict=True) if a.name]
     if any(rw.pinned(b) for _, b in pairs) and (len(pairs) > 1 or rw.pinned(pairs[0][0])):
@@ -110,13 +110,13 @@ class ShareConstants(Pass):
     late: ClassVar[bool] = True
 
     def start(self, rw: Rewriter) -> None:
-        self._first: dict[Hashable, gs.Constant] = {}
+        self._first: dict[Hashable, Constant] = {}
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         if not rw.op(node):
             return None
         shared = []
-        for tensor in {id(t): t for t in node.inputs if isinstance(t, gs.Constant)}.values():
+        for tensor in dict.fromkeys(t for t in node.inputs if isinstance(t, Constant)):
             raw = rw.raw(tensor)
             if raw is None or raw.nbytes <= NEGLIGIBLE_BYTES or raw.dtype.kind == "O" or rw.pinned(tensor):
                 continue

@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra.geometry import Geometry, Refusal
 from pwopt.algebra.linear import LinearMap, stack
+from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import channels
 from pwopt.maps import emit, forms
 from pwopt.maps.forms import Reading, describe_map
@@ -30,7 +30,7 @@ class MergeSiblings(Pass):
     name = "merge-siblings"
     policy = "measured"
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         reading = forms.weighted(rw, node)
         if reading is None or len(rw.readers(reading.source)) < 2:
             return None
@@ -70,7 +70,7 @@ class MergeSiblings(Pass):
             list(written.nodes),
             {s.output.name: merged.name for s, t in zip(siblings, tails, strict=True) if t},
         )
-        result: gs.Tensor = merged
+        result: Tensor = merged
         for step in tails[0]:
             after = rw.new_variable(f"{step.output.name}_siblings", step.output, channels(first.axis, wide))
             new += repeated(rw, step, result, after)
@@ -85,7 +85,7 @@ class MergeSiblings(Pass):
                 done, became=tuple(became.items()), signature=f"{describe_map(rw, first, widths)} into Split"
             )
         inputs = [t for t in concat.inputs if all(t is not e for e in ends[1:])]
-        joined = gs.Node(
+        joined = Node(
             "Concat", concat.name, dict(concat.attrs), [result if t is ends[0] else t for t in inputs], concat.outputs
         )
         rw.replace([concat], [joined], reason)
@@ -102,7 +102,7 @@ def _shape_only(g: Geometry) -> Geometry:
     return replace(g, out_channels=0, biased=False)
 
 
-def _sibling(rw: Rewriter, node: gs.Node, reading: Reading) -> Reading | None:
+def _sibling(rw: Rewriter, node: Node, reading: Reading) -> Reading | None:
     """The map of `node`, if it has the form and the geometry of `reading`."""
     other = forms.weighted(rw, node)
     if other is None or other.source is not reading.source:
@@ -112,7 +112,7 @@ def _sibling(rw: Rewriter, node: gs.Node, reading: Reading) -> Reading | None:
     return other if alike and g.groups == 1 else None
 
 
-def _nodes(sibling: Reading, tail: Sequence[Step]) -> list[gs.Node]:
+def _nodes(sibling: Reading, tail: Sequence[Step]) -> list[Node]:
     return [*sibling.nodes, *(n for step in tail for n in step.nodes)]
 
 
@@ -130,7 +130,7 @@ def _equal_tails(rw: Rewriter, siblings: Sequence[Reading]) -> list[list[Step]]:
         tensors = [s.output for s in steps if s is not None]
 
 
-def _common_concat(rw: Rewriter, ends: Sequence[gs.Tensor], axis: int | None) -> gs.Node | None:
+def _common_concat(rw: Rewriter, ends: Sequence[Tensor], axis: int | None) -> Node | None:
     """The Concat along `axis` that takes all of `ends`, side by side, and is their only reader."""
     node = rw.sole_reader(ends[0])
     if not rw.is_a(node, "Concat") or any(rw.sole_reader(t) is not node for t in ends):
@@ -142,13 +142,13 @@ def _common_concat(rw: Rewriter, ends: Sequence[gs.Tensor], axis: int | None) ->
     return node if once and aligned and places == list(range(places[0], places[0] + len(ends))) else None
 
 
-def _place(concat: gs.Node, tensor: gs.Tensor) -> int:
+def _place(concat: Node, tensor: Tensor) -> int:
     return next(i for i, t in enumerate(concat.inputs) if t is tensor)
 
 
-def _split(rw: Rewriter, source: gs.Tensor, ends: Sequence[gs.Tensor], axis: int, sizes: Sequence[int]) -> gs.Node:
+def _split(rw: Rewriter, source: Tensor, ends: Sequence[Tensor], axis: int, sizes: Sequence[int]) -> Node:
     name = rw.node_name(f"{source.name}", "_split")
     if rw.opset < 13:
-        return gs.Node("Split", name, {"axis": axis, "split": list(sizes)}, [source], list(ends))
+        return Node("Split", name, {"axis": axis, "split": list(sizes)}, [source], list(ends))
     counts = rw.new_constant(f"{source.name}_sizes", np.array(sizes, np.int64))
-    return gs.Node("Split", name, {"axis": axis}, [source, counts], list(ends))
+    return Node("Split", name, {"axis": axis}, [source, counts], list(ends))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
+from pwopt.graph.ir import Node
 from pwopt.maps import idioms
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
@@ -35,7 +35,7 @@ class NameActivations(Pass):
     def __init__(self) -> None:
         self._spelled: set[str] = set()
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         spelled = idioms.activation(rw, node)
         if spelled is None:
             return None
@@ -44,7 +44,7 @@ class NameActivations(Pass):
             idioms.near(spelled.alpha, 1 / 6, dtype) and idioms.near(spelled.beta, 0.5, dtype)
         )
         available = standard and rw.opset >= SINCE[spelled.op]
-        count = len({id(n) for n in spelled.nodes})
+        count = len(set(spelled.nodes))
         hint = "" if available or not standard else f"; {spelled.op} exists from opset {SINCE[spelled.op]}"
         if available and rw.opset > UNTIL.get(spelled.op, rw.opset):
             return Skip(f"onnxruntime runs {spelled.op} up to opset {UNTIL[spelled.op]}, and this model has {rw.opset}")
@@ -58,7 +58,7 @@ class NameActivations(Pass):
         if str(dtype) == "float64" and spelled.op in ("HardSigmoid", "HardSwish"):
             # Besides, HardSigmoid keeps alpha and beta in float32, which would be too coarse.
             return Skip(f"onnxruntime has no {spelled.op} in float64")
-        old = sorted({id(n): n for n in spelled.nodes}.values(), key=rw.position)
+        old = sorted(dict.fromkeys(spelled.nodes), key=rw.position)
         if old[-1] is not node:
             return None
         new = list(_spell(rw, spelled, node, available))
@@ -66,15 +66,15 @@ class NameActivations(Pass):
         return rw.replace(old, new, f"{count} operators spell {' and '.join(n.op for n in new)}{hint}")
 
 
-def _spell(rw: Rewriter, spelled: idioms.Activation, node: gs.Node, available: bool) -> Iterator[gs.Node]:
+def _spell(rw: Rewriter, spelled: idioms.Activation, node: Node, available: bool) -> Iterator[Node]:
     x, y = spelled.source, node.outputs[0]
     if available and spelled.op != "HardSigmoid":
-        yield gs.Node(spelled.op, node.name, {}, [x], [y])
+        yield Node(spelled.op, node.name, {}, [x], [y])
         return
     attrs = {"alpha": float(np.float32(spelled.alpha)), "beta": float(np.float32(spelled.beta))}
     if spelled.op == "HardSigmoid":
-        yield gs.Node("HardSigmoid", node.name, attrs, [x], [y])
+        yield Node("HardSigmoid", node.name, attrs, [x], [y])
         return
     gate = rw.new_variable(f"{y.name}_gate", y)
-    yield gs.Node("HardSigmoid", rw.node_name(node.name, "_gate"), attrs, [x], [gate])
-    yield gs.Node("Mul", node.name, {}, [x, gate], [y])
+    yield Node("HardSigmoid", rw.node_name(node.name, "_gate"), attrs, [x], [gate])
+    yield Node("Mul", node.name, {}, [x, gate], [y])

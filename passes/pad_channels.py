@@ -10,10 +10,10 @@ from typing import ClassVar
 
 import ml_dtypes
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap
+from pwopt.graph.ir import Node, Tensor
 from pwopt.maps import commute, forms
 from pwopt.maps.channels import Analysis, Channels, Flow
 from pwopt.maps.elementwise import ELEMENTWISE
@@ -51,34 +51,34 @@ class PadChannels(Pass):
     multiple: ClassVar[int] = 4
 
     def start(self, rw: Rewriter) -> None:
-        self._pending: dict[int, tuple[list[Channels], set[int], Analysis]] = {}
-        self._lost: dict[int, gs.Tensor] = {}
-        self._asking = {id(t): t for n in rw.nodes() for t in self._asks(rw, n) if rw.producer(t) is not None}
+        self._pending: dict[Tensor, tuple[list[Channels], set[Tensor], Analysis]] = {}
+        self._lost: dict[Tensor, Tensor] = {}
+        self._asking = {t: t for n in rw.nodes() for t in self._asks(rw, n) if rw.producer(t) is not None}
         asking = set(self._asking)
         if not asking or not self.eager:
             return
         analysis = Analysis(rw, Unread())
         for component in analysis.components():
-            asked = asking.intersection(id(c.tensor) for c in component)
+            asked = asking.intersection(c.tensor for c in component)
             first = min(
                 (m for c in component if (m := rw.producer(c.tensor)) is not None), key=rw.position, default=None
             )
             if asked and first is not None:
-                self._pending[id(first.outputs[0])] = (component, asked, analysis)
+                self._pending[first.outputs[0]] = (component, asked, analysis)
         self._lost = {i: t for i, t in self._asking.items() if i not in analysis.of}
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         for t in node.outputs:
-            if id(t) in self._pending:
-                return self._pad(rw, *self._pending.pop(id(t)))
+            if t in self._pending:
+                return self._pad(rw, *self._pending.pop(t))
             asked = f"{rw.dim(t, 1)} channels would be a multiple of {self.multiple}"
-            if id(t) in self._lost:
+            if t in self._lost:
                 return Skip(f"{asked}, but what {node.op} {node.name!r} does to channels is not followed")
-            if id(t) in self._asking and not self.eager:
+            if t in self._asking and not self.eager:
                 return Skip(f"{asked}; only measuring can tell")
         return None
 
-    def _asks(self, rw: Rewriter, node: gs.Node) -> list[gs.Tensor]:
+    def _asks(self, rw: Rewriter, node: Node) -> list[Tensor]:
         """The inputs of which this operator could do with more channels."""
         reading = forms.linear(rw, node) if rw.is_a(node, "Conv") else None
         if reading is None or len(reading.geometry.kernel) != 2 or reading.geometry.in_channels % self.multiple == 0:
@@ -87,11 +87,11 @@ class PadChannels(Pass):
         return [reading.source] if g.groups > 1 or g.in_channels > BLOCK else []
 
     def _pad(
-        self, rw: Rewriter, component: list[Channels], asking: Collection[int], analysis: Analysis
+        self, rw: Rewriter, component: list[Channels], asking: Collection[Tensor], analysis: Analysis
     ) -> Rewrite | Skip:
         why = analysis.held(component) or _harmful(rw, analysis, component)
         takes = _takes(analysis, component, asking, self.multiple)
-        widths = sorted({(len(c.value), len(takes[id(c.tensor)])) for c in component})
+        widths = sorted({(len(c.value), len(takes[c.tensor])) for c in component})
         change = ", ".join(f"{old}→{new}" for old, new in widths if old != new)
         if why:
             return Skip(f"{change} channels would be multiples of {self.multiple}, but {why}")
@@ -106,7 +106,7 @@ class FillBlocks(PadChannels):
     name = "fill-blocks"
     multiple = BLOCK
 
-    def _asks(self, rw: Rewriter, node: gs.Node) -> list[gs.Tensor]:
+    def _asks(self, rw: Rewriter, node: Node) -> list[Tensor]:
         blocked = [t for t in node.inputs if rw.rank(t) == 4] if rw.is_a(node, *BY_BLOCKS) else []
         return [t for t in blocked if isinstance(count := rw.dim(t, 1), int) and count % BLOCK]
 
@@ -122,7 +122,7 @@ class FillTensorCores(PadChannels):
     pays_on = frozenset({"gpu"})
     multiple = 8
 
-    def _asks(self, rw: Rewriter, node: gs.Node) -> list[gs.Tensor]:
+    def _asks(self, rw: Rewriter, node: Node) -> list[Tensor]:
         reading = forms.linear(rw, node) if rw.is_a(node, "Conv") else None
         if reading is None or len(reading.geometry.kernel) != 2 or rw.dtype(reading.output) not in HALVES:
             return []
@@ -132,8 +132,8 @@ class FillTensorCores(PadChannels):
 
 
 def _takes(
-    analysis: Analysis, component: Sequence[Channels], asking: Collection[int], multiple: int
-) -> dict[int, Take]:
+    analysis: Analysis, component: Sequence[Channels], asking: Collection[Tensor], multiple: int
+) -> dict[Tensor, Take]:
     """Zeros behind every run of channels of the tensors that ask for a multiple."""
     found = runs(analysis, component)
     asked = {run.kind for tensor in asking for run in found[tensor]}
@@ -147,28 +147,28 @@ def _takes(
 
 def _harmful(rw: Rewriter, analysis: Analysis, component: Sequence[Channels]) -> str:
     """Why a new channel might not stay small on its way, since infinity times a weight of zero is NaN; else ""."""
-    holds: dict[int, set[float]] = {}
+    holds: dict[Tensor, set[float]] = {}
     for flow in analysis.flows_at(component):
         values = _held(rw, analysis, flow, holds)
         if values is None or any(not abs(v) <= LARGEST for v in values):
             return f"{flow.node.op} {flow.node.name!r} does not keep zeros small"
         for t in flow.reading.nodes[-1].outputs if flow.reading is not None else flow.node.outputs:
-            holds[id(t)] = values
+            holds[t] = values
     return ""
 
 
-def _held(rw: Rewriter, analysis: Analysis, flow: Flow, holds: Mapping[int, set[float]]) -> set[float] | None:
+def _held(rw: Rewriter, analysis: Analysis, flow: Flow, holds: Mapping[Tensor, set[float]]) -> set[float] | None:
     """What new channels hold behind an operator, from what they hold before it; None if that is not known."""
     node, reading = flow.node, flow.reading
     if reading is not None:
         step = reading.load() if reading.kind == "diagonal" else None
-        known = analysis.of.get(id(reading.output))
+        known = analysis.of.get(reading.output)
         if not isinstance(step, LinearMap) or known is None:
             return {0.0}
         if reading.axis is not None and len(step.weight) == len(known.value):  # which has numbers for new channels too
             return {0.0}
-        return {float(step.scale[0] * v + step.bias[0]) for v in holds[id(reading.source)]}
-    parts = [holds[id(t)] for t in node.inputs if id(t) in holds]
+        return {float(step.scale[0] * v + step.bias[0]) for v in holds[reading.source]}
+    parts = [holds[t] for t in node.inputs if t in holds]
     op = rw.op(node)
     if op in ("Concat", "Split"):
         return set().union(*parts)

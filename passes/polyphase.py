@@ -9,11 +9,11 @@ from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra.geometry import Geometry, Refusal
 from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.multirate import Moved, fractional, phase, phase_counts
+from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import channels
 from pwopt.maps import emit
 from pwopt.maps.cost import ELEMENT, macs
@@ -40,7 +40,7 @@ class _Upsampled(Pass):
     least: ClassVar[float] = 0.25
     sure: ClassVar[float] = 2.0
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         reading = stencil(rw, node)
         if reading is None or reading.geometry.taps == 1:
             return None
@@ -151,7 +151,7 @@ class _Resampling:
     rw: Rewriter
     reading: Reading
     found: Composition
-    nodes: list[gs.Node] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
     residual: float = 0.0
     refusal: Refusal | None = None
 
@@ -186,7 +186,7 @@ class _Resampling:
         geometry = replace(linear.geometry, in_channels=int(mask.sum()))
         return LinearMap.of(geometry, linear.weight[:, mask], linear.bias if repeated else None)
 
-    def source(self, repeated: bool) -> gs.Tensor:
+    def source(self, repeated: bool) -> Tensor:
         """What that map reads: from before the repetition, as far as the factors go."""
         tensors = [self._before(p) for p in self.parts(repeated)]
         if len(tensors) == 1:
@@ -198,7 +198,7 @@ class _Resampling:
         self.node("Concat", tensors, joined, axis=1)
         return joined
 
-    def _before(self, part: Part) -> gs.Tensor:
+    def _before(self, part: Part) -> Tensor:
         tensor = part.tensor
         if part.repeated is not None:
             tensor = part.repeated.source
@@ -212,7 +212,7 @@ class _Resampling:
             tensor = made
         return tensor
 
-    def map(self, linear: LinearMap, source: gs.Tensor, output: gs.Tensor) -> gs.Node | None:
+    def map(self, linear: LinearMap, source: Tensor, output: Tensor) -> Node | None:
         """A convolution; None if its numbers do not fit the model's type."""
         written = emit.write(self.rw, linear, self.reading, source, output, 1, inherit=False)
         if isinstance(written, Refusal):
@@ -222,9 +222,9 @@ class _Resampling:
         self.residual = max(self.residual, written.residual)
         return written.nodes[0]
 
-    def node(self, op: str, inputs: Sequence[gs.Tensor], output: gs.Tensor, **attrs: object) -> None:
+    def node(self, op: str, inputs: Sequence[Tensor], output: Tensor, **attrs: object) -> None:
         name = self.rw.node_name(str(output.name), f"_{op.lower()}")
-        self.nodes.append(gs.Node(op, name, attrs, list(inputs), [output]))
+        self.nodes.append(Node(op, name, attrs, list(inputs), [output]))
 
     def done(self, reason: str, form: str, step: Step | None) -> Rewrite | Skip:
         if self.refusal is not None:
@@ -284,8 +284,8 @@ class _Phases:
         strided, late = (other, None) if self.near else (None, other)
         inner = output if late is None else rw.new_variable(f"{work.reading.output.name}_far", work.reading.output)
         together = Interleaving(rw, inner, self.counts)
-        results: list[gs.Tensor] = []
-        weight: gs.Tensor | None = None
+        results: list[Tensor] = []
+        weight: Tensor | None = None
         for i, moved_far in enumerate(self.far):
             result = together.phase(f"phase{i}", work.geometry.out_channels) if self.several else inner
             terms = [result]
@@ -306,9 +306,7 @@ class _Phases:
         if late is not None:
             self._added(inner, *late, output, step)
 
-    def _added(
-        self, inner: gs.Tensor, beside: LinearMap, other: gs.Tensor, output: gs.Tensor, step: Step | None
-    ) -> None:
+    def _added(self, inner: Tensor, beside: LinearMap, other: Tensor, output: Tensor, step: Step | None) -> None:
         """What is beside, computed in one, and the activation after the sum."""
         work, rw = self.work, self.work.rw
         near = rw.new_variable(f"{work.reading.output.name}_near", work.reading.output)

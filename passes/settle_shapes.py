@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.graph import values
+from pwopt.graph.ir import Node
 from pwopt.graph.values import Entries
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
@@ -23,7 +23,7 @@ class SettleShapes(Pass):
     name = "settle-shapes"
     context = 8  # operators between a Shape and what is settled
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         op = rw.op(node)
         if op == "Reshape" and len(node.inputs) > 1:
             return _restated(rw, node) if rw.constant(node.inputs[1]) is None else None
@@ -37,7 +37,7 @@ class SettleShapes(Pass):
         return rw.freeze(node, [array], "the sizes that it depends on are fixed")
 
 
-def _restated(rw: Rewriter, node: gs.Node) -> Rewrite | None:
+def _restated(rw: Rewriter, node: Node) -> Rewrite | None:
     """A Reshape whose target is a constant but for sizes of its input that stay where they are, and one other."""
     source, target = node.inputs
     found, before = values.entries(rw, target), values.extents(rw, source)
@@ -47,7 +47,7 @@ def _restated(rw: Rewriter, node: gs.Node) -> Rewrite | None:
         return None
     shape = rw.new_constant(f"{node.outputs[0].name}_shape", np.array(written, dtype))
     attrs = {k: v for k, v in node.attrs.items() if k != "allowzero"}
-    new = gs.Node("Reshape", node.name, attrs, [source, shape], list(node.outputs))
+    new = Node("Reshape", node.name, attrs, [source, shape], list(node.outputs))
     return rw.replace([node], [new], "its shape restates sizes of its input")
 
 

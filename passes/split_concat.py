@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import onnx_graphsurgeon as gs
-
 from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import split_inputs
 from pwopt.graph import attributes
+from pwopt.graph.ir import Node, Tensor
 from pwopt.maps import emit, forms, selections
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
@@ -22,7 +21,7 @@ class SplitConcat(Pass):
     name = "split-concat"
     policy = "measured"
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         reading = forms.weighted(rw, node)
         if reading is None or reading.nodes[0] is not node:
             return None
@@ -30,12 +29,7 @@ class SplitConcat(Pass):
         if not rw.is_a(concat, "Concat") or attributes.concat_axis(rw, concat) != reading.axis:
             return None
         parts = selections.read_concat(rw, concat)
-        if (
-            parts is None
-            or len(parts) < 2
-            or reading.geometry.groups > 1
-            or len({id(t) for t in concat.inputs}) < len(parts)
-        ):
+        if parts is None or len(parts) < 2 or reading.geometry.groups > 1 or len(set(concat.inputs)) < len(parts):
             return None
         if not self.eager:
             return Skip(
@@ -45,11 +39,11 @@ class SplitConcat(Pass):
         if isinstance(linear, Refusal):
             return Skip(linear.reason)
         sizes = [p.geometry.in_channels for p in parts]
-        new: list[gs.Node] = []
-        total: gs.Tensor | None = None
+        new: list[Node] = []
+        total: Tensor | None = None
         residual, output = 0.0, reading.output
         for i, (part, tensor) in enumerate(zip(split_inputs(linear, sizes), concat.inputs, strict=True)):
-            product = rw.new_variable(f"{output.name}_part", output)
+            product: Tensor = rw.new_variable(f"{output.name}_part", output)
             written = emit.write(rw, part, reading, tensor, product, reading.axis, inherit=False)
             if isinstance(written, Refusal):
                 return Skip(written.reason)
@@ -58,7 +52,7 @@ class SplitConcat(Pass):
             last = i == len(parts) - 1
             if total is not None:
                 after = output if last else rw.new_variable(f"{output.name}_sum", output)
-                new.append(gs.Node("Add", reading.node.name if last else "", {}, [total, product], [after]))
+                new.append(Node("Add", reading.node.name if last else "", {}, [total, product], [after]))
                 product = after
             total = product
         widths = " + ".join(map(str, sizes))

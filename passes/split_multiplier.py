@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap
+from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import channels
 from pwopt.maps import emit, forms
 from pwopt.maps.channels import Analysis, Channels, multiplies
@@ -32,23 +32,23 @@ class SplitMultiplier(Pass):
     pays_on = frozenset({"cpu", "other"})  # graphics cards have no blocked layout
 
     def start(self, rw: Rewriter) -> None:
-        self._places: dict[int, tuple[list[Channels], Analysis]] = {}
+        self._places: dict[Tensor, tuple[list[Channels], Analysis]] = {}
         if not any(_reading(rw, n) for n in rw.nodes()):
             return
         analysis = Analysis(rw, Unread())
         for component in analysis.components():
-            self._places.update({id(c.tensor): (component, analysis) for c in component})
+            self._places.update({c.tensor: (component, analysis) for c in component})
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         reading = _reading(rw, node)
         if reading is None:
             return None
         what = f"{reading.channels} depthwise"
-        if id(reading.output) not in self._places:
+        if reading.output not in self._places:
             return Skip(f"{what}: its weight is shared")
-        component, analysis = self._places[id(reading.output)]
+        component, analysis = self._places[reading.output]
         places = runs(analysis, component)
-        first, count = places[id(reading.output)][0], reading.geometry.out_channels
+        first, count = places[reading.output][0], reading.geometry.out_channels
         why = analysis.held(component, but=reading.output)
         if why or first.stop < count:
             return Skip(
@@ -70,7 +70,7 @@ class SplitMultiplier(Pass):
         if isinstance(moved, Refusal):
             return Skip(moved.reason)
         for c in component:
-            self._places.pop(id(c.tensor))
+            self._places.pop(c.tensor)
         split = self._split(rw, reading, linear)
         parts = len(split.added) - 1
         done = Rewrite.of(f"{what} as {parts} of {reading.geometry.groups} channels", [moved, split])
@@ -79,7 +79,7 @@ class SplitMultiplier(Pass):
     def _split(self, rw: Rewriter, reading: Reading, linear: LinearMap) -> Rewrite:
         g, output = linear.geometry, reading.output
         multiplier, narrow = g.out_channels // g.groups, replace(g, out_channels=g.groups)
-        parts: list[gs.Node] = []
+        parts: list[Node] = []
         residual = 0.0
         for j in range(multiplier):
             part = rw.new_variable(f"{output.name}_part", output, channels(1, g.groups))
@@ -88,10 +88,10 @@ class SplitMultiplier(Pass):
             assert not isinstance(written, Refusal), written.reason
             parts += written.nodes
             residual = max(residual, written.residual)
-        joined = gs.Node("Concat", reading.node.name, {"axis": 1}, [n.outputs[0] for n in parts], [output])
+        joined = Node("Concat", reading.node.name, {"axis": 1}, [n.outputs[0] for n in parts], [output])
         return rw.replace(reading.nodes, [*parts, joined], "", residual)
 
 
-def _reading(rw: Rewriter, node: gs.Node) -> Reading | None:
+def _reading(rw: Rewriter, node: Node) -> Reading | None:
     reading = forms.linear(rw, node) if rw.is_a(node, "Conv") else None
     return reading if reading is not None and multiplies(reading) else None

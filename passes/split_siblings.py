@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
+from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import channels
 from pwopt.maps import commute, emit, forms, selections
 from pwopt.maps.elementwise import ELEMENTWISE
@@ -34,7 +34,7 @@ class SplitSiblings(Pass):
     name = "split-siblings"
     policy = "measured"
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         parts = selections.read_split(rw, node) if rw.op(node) == "Split" else None
         if parts is None or parts[0].axis is None:
             return None
@@ -43,18 +43,18 @@ class SplitSiblings(Pass):
         if found is None:
             return None
         maps = [f for f in found if isinstance(f, Reading) and f.geometry.groups == 1 and f.weighted]
-        inside = {id(n) for f in found for n in (f.nodes if isinstance(f, Reading) else (f,))} | {id(node)}
+        inside = {n for f in found for n in (f.nodes if isinstance(f, Reading) else (f,))} | {node}
         widths = f"{maps[0].geometry.in_channels}→({', '.join(map(str, counts))})"
         for f in found:
             tensor = f.output if isinstance(f, Reading) else f.outputs[0]
-            if rw.pinned(tensor) or any(id(n) not in inside for n in rw.readers(tensor)):
+            if rw.pinned(tensor) or any(n not in inside for n in rw.readers(tensor)):
                 return None
         shared = [m.weight_input.name for m in maps if rw.shared(m.weight_input)]
         if shared:
             return Skip(f"{widths}: the weight {shared[0]!r} is shared")
         if not self.eager:
             return Skip(f"{widths} could be maps of their own, instead of one and a Split; only measuring can tell")
-        new: list[gs.Node] = []
+        new: list[Node] = []
         residual, start = 0.0, 0
         for output, count in zip(node.outputs, counts, strict=True):
             rows, start = slice(start, start + count), start + count
@@ -71,26 +71,26 @@ class SplitSiblings(Pass):
         return replace(done, became=kept).signed(f"split results: {describe_map(rw, maps[0], widths)}")
 
 
-def _above(rw: Rewriter, tensor: gs.Tensor, axis: int, count: int) -> list[Reading | gs.Node] | None:
+def _above(rw: Rewriter, tensor: Tensor, axis: int, count: int) -> list[Reading | Node] | None:
     """Everything between some dense maps and a tensor, the maps included, in order; None if other things make it."""
-    found: dict[int, Reading | gs.Node] = {}
+    found: dict[Node, Reading | Node] = {}
     pending = [tensor]
     while pending:
         t = pending.pop()
         maker = rw.producer(t)
         if maker is None or rw.dim(t, axis) != count or len(found) > MAX_BETWEEN:
             return None
-        if id(maker) in found:
+        if maker in found:
             continue
         reading = forms.linear(rw, maker)
         if reading is not None and reading.output is t and reading.axis == axis and _by_rows(reading, count):
-            found[id(maker)] = reading
+            found[maker] = reading
             pending += [] if reading.geometry.groups == 1 else [reading.source]
             continue
         sources = _sources(rw, maker, axis)
         if sources is None:
             return None
-        found[id(maker)] = maker
+        found[maker] = maker
         pending += sources
     return sorted(found.values(), key=lambda f: rw.position(f.node if isinstance(f, Reading) else f))
 
@@ -103,7 +103,7 @@ def _by_rows(reading: Reading, count: int) -> bool:
     return dense or single
 
 
-def _sources(rw: Rewriter, node: gs.Node, axis: int) -> list[gs.Tensor] | None:
+def _sources(rw: Rewriter, node: Node, axis: int) -> list[Tensor] | None:
     """The inputs of an operator that treats channels one by one and alike, with no number for each of them."""
     op, first = rw.op(node), node.inputs[:1]
     if op in ("Add", "Sub", "Mul", "Div", "Sum") and rw.opset >= 7:
@@ -124,24 +124,24 @@ def _sources(rw: Rewriter, node: gs.Node, axis: int) -> list[gs.Tensor] | None:
 
 def _part(
     rw: Rewriter,
-    found: Sequence[Reading | gs.Node],
+    found: Sequence[Reading | Node],
     axis: int,
     rows: slice,
-    whole: gs.Tensor,
-    output: gs.Tensor,
-) -> tuple[list[gs.Node], float] | Refusal:
+    whole: Tensor,
+    output: Tensor,
+) -> tuple[list[Node], float] | Refusal:
     """Nodes for some channels of `whole` as `output`, and what rounding did to their weights."""
     count, residual = rows.stop - rows.start, 0.0
-    made: dict[int, gs.Tensor] = {id(whole): output}
-    nodes: list[gs.Node] = []
+    made: dict[Tensor, Tensor] = {whole: output}
+    nodes: list[Node] = []
     for f in found:
         tensor = f.output if isinstance(f, Reading) else f.outputs[0]
-        if id(tensor) not in made:
-            made[id(tensor)] = rw.new_variable(f"{tensor.name}_part", tensor, channels(axis, count))
-        result = made[id(tensor)]
-        if isinstance(f, gs.Node):
-            inputs = [made.get(id(t), t) for t in f.inputs]
-            nodes.append(gs.Node(f.op, rw.node_name(f.name, "_part"), dict(f.attrs), inputs, [result]))
+        if tensor not in made:
+            made[tensor] = rw.new_variable(f"{tensor.name}_part", tensor, channels(axis, count))
+        result = made[tensor]
+        if isinstance(f, Node):
+            inputs = [made.get(t, t) for t in f.inputs]
+            nodes.append(Node(f.op, rw.node_name(f.name, "_part"), dict(f.attrs), inputs, [result]))
             continue
         linear = f.load()
         if isinstance(linear, Refusal):
@@ -149,7 +149,7 @@ def _part(
         g = replace(linear.geometry, out_channels=count)
         g = g if g.groups == 1 else replace(g, in_channels=count, groups=count)
         part = LinearMap.of(g, np.asarray(linear.weight)[rows], linear.bias[rows])
-        source = f.source if g.groups == 1 and f.geometry.groups == 1 else made[id(f.source)]
+        source = f.source if g.groups == 1 and f.geometry.groups == 1 else made[f.source]
         written = emit.write(rw, part, f, source, result, f.axis, inherit=False)
         if isinstance(written, Refusal):
             return written

@@ -7,12 +7,12 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra import Values
 from pwopt.algebra.geometry import Geometry, Refusal
 from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.multirate import on_phases, spread, spread_geometry
+from pwopt.graph.ir import Node, Tensor
 from pwopt.maps import emit, forms
 from pwopt.maps.forms import Reading
 from pwopt.maps.positions import stencil
@@ -37,7 +37,7 @@ class _Stage:
     """A map to phases, or to as many positions as before, or an activation."""
 
     counts: tuple[int, ...]
-    nodes: tuple[gs.Node, ...]
+    nodes: tuple[Node, ...]
     reading: Reading | None = None
     row: Row = lambda linear, _: linear
     step: Step | None = None
@@ -60,7 +60,7 @@ class SubPixel(Pass):
     policy = "measured"
     pays_on = frozenset({"cpu", "other"})  # graphics cards have no blocked layout
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         first = _spreading(rw, node)
         stages = _shuffle(rw, node) if first is None else [first]
         if stages is None:
@@ -100,7 +100,7 @@ class SubPixel(Pass):
         return done.signed(f"{what} of {widths} channels, {len(stages)} stages, at {rw.size_of(maps[0].source)}")
 
 
-def _spreading(rw: Rewriter, node: gs.Node | None) -> _Stage | None:
+def _spreading(rw: Rewriter, node: Node | None) -> _Stage | None:
     """A transposed convolution whose kernel is its stride; each row of its taps is a pointwise map."""
     reading = forms.linear(rw, node)
     if reading is None or reading.geometry.rank not in (1, 2):
@@ -124,7 +124,7 @@ def _outputs(linear: LinearMap, picked: Values) -> LinearMap:
     return LinearMap.of(geometry, linear.weight[picked], linear.bias[picked])
 
 
-def _shuffle(rw: Rewriter, node: gs.Node) -> list[_Stage] | None:
+def _shuffle(rw: Rewriter, node: Node) -> list[_Stage] | None:
     """A convolution, perhaps an activation, and a pixel shuffle."""
     if not rw.is_a(node, "DepthToSpace") or rw.crowd(node.inputs[0]):
         return None
@@ -144,7 +144,7 @@ def _shuffle(rw: Rewriter, node: gs.Node) -> list[_Stage] | None:
     return [*stages, _Stage((1, 1), (node,))]
 
 
-def _followers(rw: Rewriter, tensor: gs.Tensor, rank: int) -> list[_Stage]:
+def _followers(rw: Rewriter, tensor: Tensor, rank: int) -> list[_Stage]:
     """What reads every position alone, one after the other."""
     stages: list[_Stage] = []
     while len(stages) < MAX_LENGTH:
@@ -159,7 +159,7 @@ def _followers(rw: Rewriter, tensor: gs.Tensor, rank: int) -> list[_Stage]:
     return stages
 
 
-def _pointwise(rw: Rewriter, node: gs.Node | None) -> _Stage | None:
+def _pointwise(rw: Rewriter, node: Node | None) -> _Stage | None:
     reading = stencil(rw, node)
     if reading is None or not reading.geometry.pointwise or reading.geometry.groups > 1:
         return None
@@ -172,10 +172,10 @@ class _Work:
 
     rw: Rewriter
     together: Interleaving
-    nodes: list[gs.Node] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
     residual: float = 0.0
 
-    def active(self, step: Step, row: gs.Tensor) -> gs.Tensor:
+    def active(self, step: Step, row: Tensor) -> Tensor:
         """An activation of one row."""
         width = self.rw.dim(row, 1)
         assert isinstance(width, int)
@@ -183,7 +183,7 @@ class _Work:
         self.nodes += repeated(self.rw, step, row, active)
         return active
 
-    def mapped(self, like: Reading, linear: LinearMap, row: gs.Tensor, columns: int) -> gs.Tensor:
+    def mapped(self, like: Reading, linear: LinearMap, row: Tensor, columns: int) -> Tensor:
         """A map on each column of a row, which lie side by side."""
         wide = on_phases(linear, columns) if columns > 1 else linear
         output = self.together.phase("phases", wide.geometry.out_channels)

@@ -6,10 +6,9 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-import onnx_graphsurgeon as gs
-
 from pwopt.algebra.geometry import Geometry, Refusal, add_geometry
 from pwopt.algebra.linear import LinearMap
+from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import Change, channels
 from pwopt.maps import emit, idioms
 from pwopt.maps.cost import price
@@ -24,7 +23,7 @@ MAX_TERMS = 32
 MAX_BEYOND = 16
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Term:
     """One summand: where it comes from, and its sign."""
 
@@ -60,21 +59,21 @@ class SumBranches(Pass):
     def start(self, rw: Rewriter) -> None:
         self._fused = idioms.fused_by_runtime(rw)
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         if not _adds(rw, node) or _adds(rw, rw.sole_reader(node.outputs[0])):
             return None
-        inner: list[gs.Node] = []
+        inner: list[Node] = []
         summands = list(_summands(rw, node, inner))
-        counts = Counter(id(t) for t, _ in summands)
+        counts = Counter(t for t, _ in summands)
         terms = [  # what is summed twice has two readers, though one node
-            Term(trace(rw, t, self._fused) if counts[id(t)] == 1 else Path(t, t, (), None, ""), sign)
+            Term(trace(rw, t, self._fused) if counts[t] == 1 else Path(t, t, (), None, ""), sign)
             for t, sign in summands
         ]
-        origins: dict[tuple[int, int | None], list[Term]] = {}
-        axis_of = {id(t.path.source): t.path.axis for t in terms if t.path.axis is not None}
+        origins: dict[tuple[Tensor, int | None], list[Term]] = {}
+        axis_of = {t.path.source: t.path.axis for t in terms if t.path.axis is not None}
         for term in terms:
-            axis = term.path.axis if term.path.axis is not None else axis_of.get(id(term.path.source))
-            origins.setdefault((id(term.path.source), axis), []).append(term)
+            axis = term.path.axis if term.path.axis is not None else axis_of.get(term.path.source)
+            origins.setdefault((term.path.source, axis), []).append(term)
         reason = ""
         for (_, axis), shared in origins.items():
             if len(shared) < 2 or axis is None:
@@ -87,18 +86,18 @@ class SumBranches(Pass):
         return Skip(reason) if reason else None
 
     def _join(
-        self, rw: Rewriter, sums: list[gs.Node], terms: list[Term], shared: list[Term], axis: int
+        self, rw: Rewriter, sums: list[Node], terms: list[Term], shared: list[Term], axis: int
     ) -> Rewrite | Refusal:
-        maps = {id(t): t.path.compose(rw) for t in shared}
+        maps = {t: t.path.compose(rw) for t in shared}
         refused = [m for m in maps.values() if isinstance(m, Refusal)]
         exact = {k: m for k, m in maps.items() if isinstance(m, LinearMap)}
         wide = max((m.geometry.out_channels for m in exact.values()), default=1)
         exact = {k: m.spread(wide) for k, m in exact.items()}
-        branches = [Branch((t,), exact[id(t)].geometry, t.path.price(rw)) for t in shared if id(t) in exact]
+        branches = [Branch((t,), exact[t].geometry, t.path.price(rw)) for t in shared if t in exact]
         joined, reason = _cheapest(branches)
         if joined is None:
             return Refusal(refused[0].reason if refused and len(branches) < 2 else reason)
-        signed = (_signed(exact[id(t)], t.sign) for t in joined.terms)
+        signed = (_signed(exact[t], t.sign) for t in joined.terms)
         total: LinearMap | Refusal = next(signed)
         for linear in signed:
             total = total + linear if isinstance(total, LinearMap) else total
@@ -107,7 +106,7 @@ class SumBranches(Pass):
         return self._write(rw, sums, terms, joined, total, axis)
 
     def _write(
-        self, rw: Rewriter, sums: list[gs.Node], terms: list[Term], joined: Branch, total: LinearMap, axis: int
+        self, rw: Rewriter, sums: list[Node], terms: list[Term], joined: Branch, total: LinearMap, axis: int
     ) -> Rewrite | Refusal:
         root, source = sums[-1], joined.terms[0].path.source
         readings = [r for t in joined.terms for r in t.path.readings if r.kind in emit.FORMS]
@@ -132,30 +131,30 @@ class SumBranches(Pass):
         return rw.replace(old, new, reason + (" and the input itself" if plain else ""), written.residual)
 
 
-def _summed(rw: Rewriter, root: gs.Node, first: gs.Tensor, rest: Sequence[Term]) -> list[gs.Node]:
+def _summed(rw: Rewriter, root: Node, first: Tensor, rest: Sequence[Term]) -> list[Node]:
     """Operators for the output of `root`, `first` plus the other terms: one Sum, or Add and Sub if signs differ."""
     output = root.outputs[0]
     if root.op == "Sum" and len(rest) > 1 and rw.opset >= 8 and all(t.sign > 0 for t in rest):
-        return [gs.Node("Sum", root.name, {}, [first, *(t.path.output for t in rest)], [output])]
-    new: list[gs.Node] = []
+        return [Node("Sum", root.name, {}, [first, *(t.path.output for t in rest)], [output])]
+    new: list[Node] = []
     for i, term in enumerate(rest):
         last, same = i == len(rest) - 1, rw.shape(first) == rw.shape(term.path.output)
         change: Change = (lambda shape: shape) if same else (lambda _shape: None)
         after = output if last else rw.new_variable(f"{output.name}_sum", first, change)
         name = root.name if last else rw.node_name(root.name, "_sum")
-        new.append(gs.Node("Add" if term.sign > 0 else "Sub", name, {}, [first, term.path.output], [after]))
+        new.append(Node("Add" if term.sign > 0 else "Sub", name, {}, [first, term.path.output], [after]))
         first = after
     return new
 
 
-def _adds(rw: Rewriter, node: gs.Node | None) -> bool:
+def _adds(rw: Rewriter, node: Node | None) -> bool:
     """Whether a node sums several computed tensors."""
     if not rw.is_a(node, "Add", "Sub", "Sum") or rw.opset < 7:  # before, broadcasting was an attribute
         return False
     return sum(rw.constant(t) is None for t in node.inputs) >= 2
 
 
-def _summands(rw: Rewriter, root: gs.Node, inner: list[gs.Node]) -> Iterator[tuple[gs.Tensor, float]]:
+def _summands(rw: Rewriter, root: Node, inner: list[Node]) -> Iterator[tuple[Tensor, float]]:
     """Tensors and signs that `root` sums, through sums that serve nothing else; those are added to `inner`."""
     pending = _operands(root, 1.0)[::-1]
     while pending:
@@ -168,11 +167,11 @@ def _summands(rw: Rewriter, root: gs.Node, inner: list[gs.Node]) -> Iterator[tup
         pending += _operands(maker, sign)[::-1]
 
 
-def _operands(node: gs.Node, sign: float) -> list[tuple[gs.Tensor, float, bool]]:
+def _operands(node: Node, sign: float) -> list[tuple[Tensor, float, bool]]:
     """What a sum reads, with its sign, and whether it reads that once."""
-    counts = Counter(map(id, node.inputs))
+    counts = Counter(node.inputs)
     minus = node.op == "Sub"
-    return [(t, -sign if minus and i == 1 else sign, counts[id(t)] == 1) for i, t in enumerate(node.inputs)]
+    return [(t, -sign if minus and i == 1 else sign, counts[t] == 1) for i, t in enumerate(node.inputs)]
 
 
 def _cheapest(branches: Sequence[Branch]) -> tuple[Branch | None, str]:
@@ -209,16 +208,16 @@ def _signed(linear: LinearMap, sign: float) -> LinearMap:
 
 def _obstacle(rw: Rewriter, terms: list[Term]) -> str:
     """Why branches that come from one tensor were not joined; "" if there are none."""
-    reached: dict[int, list[tuple[gs.Tensor, Term]]] = {}
+    reached: dict[Tensor, list[tuple[Tensor, Term]]] = {}
     for term in terms:
-        tensors, tensor = {id(term.path.source): term.path.source}, term.path.source
+        tensors, tensor = {term.path.source: term.path.source}, term.path.source
         for _ in range(MAX_BEYOND):
             node = rw.producer(tensor)
             computed = [t for t in node.inputs if t.name and rw.constant(t) is None] if node is not None else []
             if not computed:
                 break
             tensor = computed[0]
-            tensors.setdefault(id(tensor), tensor)
+            tensors.setdefault(tensor, tensor)
         for key, value in tensors.items():
             reached.setdefault(key, []).append((value, term))
     for meeting in reached.values():

@@ -5,9 +5,9 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra.geometry import Refusal
+from pwopt.graph.ir import Node
 from pwopt.maps import emit
 from pwopt.maps.positions import stencil
 from pwopt.rewriting.driver import Pass, Rewriter
@@ -24,7 +24,7 @@ class ToMatMul(Pass):
     name = "to-matmul"
     policy = "measured"
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         reading = stencil(rw, node)
         g = None if reading is None else reading.geometry
         if reading is None or g is None or not g.pointwise or g.groups > 1 or len(g.kernel) != 2:
@@ -49,9 +49,9 @@ class ToMatMul(Pass):
             for name, shape in (("positions", (0, g.in_channels, places)), ("map", (0, g.out_channels, height, width)))
         ]
         new = [
-            gs.Node("Reshape", rw.node_name(node.name, "_flat"), {}, [source, shapes[0]], [flat]),
+            Node("Reshape", rw.node_name(node.name, "_flat"), {}, [source, shapes[0]], [flat]),
             *written.nodes,
-            gs.Node("Reshape", rw.node_name(node.name, "_map"), {}, [product, shapes[1]], [output]),
+            Node("Reshape", rw.node_name(node.name, "_map"), {}, [product, shapes[1]], [output]),
         ]
         done = rw.replace([node], new, f"{reading.channels} runs as a matrix product", written.residual)
         return done.signed(f"products at {height}×{width}: {reading.channels}")

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra.geometry import Geometry, Refusal
 from pwopt.algebra.linear import LinearMap
+from pwopt.graph.ir import Node, Tensor, Variable
 from pwopt.graph.shapes import Dim
 from pwopt.maps import emit
 from pwopt.maps.cost import ELEMENT
@@ -58,7 +58,7 @@ class Winograd(Pass):
     #: What must be saved, relative to what it costs, to be worth a race.
     least: ClassVar[float] = 1.0
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         reading = stencil(rw, node)
         g = None if reading is None else reading.geometry
         if reading is None or g is None or g.kernel != (3, 3) or g.groups > 1:
@@ -109,17 +109,17 @@ class _Filtering:
     linear: LinearMap
     size: tuple[int | None, int | None]
     step: Step | None
-    nodes: list[gs.Node] = field(default_factory=list)
+    nodes: list[Node] = field(default_factory=list)
     residual: float = 0.0
 
     @property
-    def output(self) -> gs.Tensor:
+    def output(self) -> Tensor:
         return self.reading.output if self.step is None else self.step.output
 
     def write(self) -> Refusal | None:
         """Fill `nodes`; the last one makes the output of the convolution, or of the activation that follows it."""
         matrices = np.einsum("pa,oiab,qb->pqoi", G, self.linear.weight, G)
-        products: list[list[gs.Tensor]] = []
+        products: list[list[Tensor]] = []
         for p, q in np.ndindex(4, 4):
             bias = self.linear.bias if p == q == 1 else None  # in all four outputs, once
             linear = LinearMap.pointwise(matrices[p, q], bias, rank=2)
@@ -136,7 +136,7 @@ class _Filtering:
         self.nodes += together.write(outputs, self.step)
         return None
 
-    def _map(self, linear: LinearMap, source: gs.Tensor, output: gs.Tensor) -> Refusal | None:
+    def _map(self, linear: LinearMap, source: Tensor, output: Tensor) -> Refusal | None:
         written = emit.write(self.rw, linear, self.reading, source, output, 1, inherit=False)
         if isinstance(written, Refusal):
             return written
@@ -144,7 +144,7 @@ class _Filtering:
         self.residual = max(self.residual, written.residual)
         return None
 
-    def _neighbours(self, p: int, q: int) -> gs.Tensor:
+    def _neighbours(self, p: int, q: int) -> Tensor:
         """Row p of Bᵀ over the rows of every tile, row q over its columns: a depthwise convolution of 2×2 taps."""
         channels = self.linear.geometry.in_channels
         begins, ends, dilations = [], [], []
@@ -162,29 +162,29 @@ class _Filtering:
         self._map(LinearMap.of(geometry, np.tile(taps, (channels, 1, 1))), self.reading.source, around)
         return around
 
-    def _pair(self, parts: Sequence[gs.Tensor]) -> Iterator[gs.Tensor]:
+    def _pair(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
         """Aᵀ along one axis of a tile: the sums of the first three, and of the second less the third and the fourth."""
         yield self._sum(self._sum(parts[0], parts[1]), parts[2])
         yield self._sum(parts[1], self._negative(self._sum(parts[2], parts[3])))
 
-    def _sum(self, a: gs.Tensor, b: gs.Tensor) -> gs.Tensor:
+    def _sum(self, a: Tensor, b: Tensor) -> Tensor:
         total = self._tensor("sum", self.linear.geometry.out_channels)
         self._node("Add", [a, b], total)
         return total
 
-    def _negative(self, tensor: gs.Tensor) -> gs.Tensor:
+    def _negative(self, tensor: Tensor) -> Tensor:
         """As a depthwise convolution, which the blocked layout has, as it has no Neg and no Sub."""
         channels = self.linear.geometry.out_channels
         negative = self._tensor("negative", channels)
         self._map(LinearMap.diagonal(-np.ones(channels), rank=2), tensor, negative)
         return negative
 
-    def _tensor(self, role: str, channels: int) -> gs.Variable:
+    def _tensor(self, role: str, channels: int) -> Variable:
         """One element for each tile."""
         return self.rw.new_variable(
             f"{self.output.name}_{role}", self.output, lambda s: (s[0], channels, _tiles(s[2]), _tiles(s[3]))
         )
 
-    def _node(self, op: str, inputs: list[gs.Tensor], output: gs.Tensor, **attrs: object) -> None:
+    def _node(self, op: str, inputs: list[Tensor], output: Tensor, **attrs: object) -> None:
         name = self.rw.node_name(str(output.name), f"_{op.lower()}")
-        self.nodes.append(gs.Node(op, name, attrs, inputs, [output]))
+        self.nodes.append(Node(op, name, attrs, inputs, [output]))

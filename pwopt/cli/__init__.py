@@ -1,6 +1,7 @@
-"""The command line: a file for each command, what they share in `options` (asked for) and `output` (said).
+"""The command line, with one module per command.
 
-Nothing here is imported before a command needs it, so that `pwopt --help` answers at once.
+`options` defines the arguments and options that commands share; `output` prints and writes results. Commands import
+what they need when they run, so `pwopt --help` stays fast.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ from pwopt.errors import PwoptError
 
 #: Exit code for a defect of pwopt itself.
 INTERNAL_ERROR = 5
-#: As shells count signals: SIGINT, SIGPIPE.
+#: Exit codes for the signals SIGINT and SIGPIPE, as shells number them.
 INTERRUPTED, CLOSED_PIPE = 130, 141
 
 
 class _Flags:
-    """Commands in whose help a flag, which takes no value, shows none."""
+    """Hides the value placeholder of flags in help texts."""
 
     def get_params(self, ctx: Any) -> list[Any]:
         found: list[Any] = super().get_params(ctx)  # type: ignore[misc]
@@ -61,8 +62,8 @@ app = typer.Typer(
     no_args_is_help=True,
     context_settings={"help_option_names": ["-h", "--help"]},
     pretty_exceptions_enable=False,
-    help="Make exported ONNX models faster, exactly: fold what is linear across channels, verify, measure.",
-    epilog="Exit codes: 0 done; 1 not equivalent, nothing written; 2 usage; 3 model unreadable or invalid; "
+    help="Optimise exported ONNX models: fold linear operators exactly, verify the result, measure the speed-up.",
+    epilog="Exit codes: 0 success; 1 not equivalent, no model written; 2 usage error; 3 model unreadable or invalid; "
     "4 execution provider unavailable; 5 internal error; 130 interrupted.",
 )
 for command in (optimize, verify, inspect, passes, bench, profile, cache, doctor):
@@ -79,10 +80,10 @@ def _root(
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
-    """Entry point: errors become one sentence on stderr and an exit code; with --debug, a traceback as well."""
+    """Run the command line. Errors print one sentence on stderr and set the exit code; --debug adds a traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
-    for stream in (sys.stdout, sys.stderr):  # a character that has no code there is no reason to stop
+    for stream in (sys.stdout, sys.stderr):  # replace characters that the encoding cannot represent
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
@@ -99,13 +100,13 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def _run(arguments: Sequence[str]) -> None:
-    """The command; what typer and rich make of an interrupt or a closed pipe is what it was again."""
+    """Run the command, and turn what typer and rich raise on an interrupt or a closed pipe back into those errors."""
     try:
         quoted = subprocess.list2cmdline if sys.platform == "win32" else shlex.join
         app(arguments, obj=quoted(["pwopt", *arguments]))
     except OSError as error:
         if sys.platform == "win32" and error.errno == errno.EINVAL and error.filename is None:
-            raise BrokenPipeError from error  # as Windows says it
+            raise BrokenPipeError from error  # how Windows reports a closed pipe
         raise
     except SystemExit as end:
         if isinstance(end.__context__, BrokenPipeError):
@@ -117,16 +118,16 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def _leave_pipe() -> NoReturn:
-    """Whoever read the output has left: say nothing, and let nothing be said when Python flushes it at the end."""
-    with contextlib.suppress(OSError):  # where stdout is no file, nothing will be flushed either
+    """Exit silently because the reader of stdout has closed it; redirect stdout so that the final flush succeeds."""
+    with contextlib.suppress(OSError):  # if stdout is not a file, nothing is flushed
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     raise SystemExit(CLOSED_PIPE)
 
 
 def _fail(sentence: str, code: int, debug: bool) -> NoReturn:
-    from pwopt.cli.output import console, plain
+    from pwopt.cli.output import open_console, plain
 
     if debug:
         traceback.print_exc()
-    console(stderr=True).print(f"[red]pwopt:[/red] {plain(sentence)}", soft_wrap=True)
+    open_console(stderr=True).print(f"[red]pwopt:[/red] {plain(sentence)}", soft_wrap=True)
     raise SystemExit(code)

@@ -1,4 +1,4 @@
-"""pwopt cache"""
+"""`pwopt cache`: show or clear the tuning records of this machine."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from pwopt.errors import UsageError
 
 
 def cache(action: options.Action = "show", json: options.Json = False, debug: options.Debug = False) -> None:
-    """Decisions of races on this machine: which measured rewrites pay."""
-    from pwopt.cli import output as said
+    """Show or clear the decisions of earlier races on this machine: which measured rewrites are faster."""
+    from pwopt.cli.output import open_console, plain, print_json
     from pwopt.reporting.report import to_json
     from pwopt.reporting.terminal import render_decisions
     from pwopt.rewriting.wording import counted
     from pwopt.selecting import cache as decisions
 
-    console = said.console(wide=True)
+    console = open_console(wide=True)
     if action not in ("show", "clear"):
-        raise UsageError(f"there is no action {action!r}; there are show and clear")
+        raise UsageError(f"{action!r} is not an action; choose show or clear")
     if action == "clear":
         forgotten = decisions.forget()
         if json:
-            said.as_json(to_json({"forgotten": forgotten}))
+            print_json(to_json({"forgotten": forgotten}))
         else:
             console.print(f"{counted(forgotten, 'decision')} forgotten")
         return
     found = sorted(decisions.entries(), key=lambda e: (e.place, e.pass_name, e.signature))
     if json:
-        said.as_json(to_json({"folder": str(decisions.folder()), "decisions": [e.told() for e in found]}))
+        print_json(to_json({"folder": str(decisions.folder()), "decisions": [e.told() for e in found]}))
         return
-    render_decisions(found, said.console())
-    console.print(f"{counted(len(found), 'decision')} in {said.plain(str(decisions.folder()))}")
+    render_decisions(found, open_console())
+    console.print(f"{counted(len(found), 'decision')} in {plain(str(decisions.folder()))}")

@@ -1,4 +1,4 @@
-"""pwopt doctor"""
+"""`pwopt doctor`: check the installation."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ def doctor(
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """Say what is installed, which execution providers really start, why others do not, and what would mend it."""
-    from pwopt.cli import output as said
+    """Check the installation: versions, which execution providers start, why others fail, and how to fix that."""
+    from pwopt.cli.output import open_console, print_json
     from pwopt.errors import ProviderError
     from pwopt.reporting.report import to_json
     from pwopt.reporting.terminal import render_findings
     from pwopt.running.doctor import examine
 
-    wanted = None if provider is None else options.placed(provider, provider_option)
+    wanted = None if provider is None else options.parse_provider(provider, provider_option)
     found = examine(wanted)
     if json:
-        said.as_json(to_json([asdict(f) for f in found]))
+        print_json(to_json([asdict(f) for f in found]))
     else:
-        render_findings(found, said.console())
+        render_findings(found, open_console())
     last = found[-1]
     starts = last.ok if wanted is not None else any(f.ok for f in found if f.subject.endswith("ExecutionProvider"))
     raise typer.Exit(0 if starts else ProviderError.exit_code)

@@ -1,4 +1,4 @@
-"""pwopt inspect"""
+"""`pwopt inspect`: list the linear maps of a model."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ def inspect(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """List every pointwise map of MODEL: its size, its chain, what would be done with it and why not more."""
-    from pwopt.cli import output as said
+    """List the pointwise maps of MODEL: size, chain, which rewrites apply, and why others do not."""
+    from pwopt.cli.output import check_report, open_console, print_json, show_progress, write_text
     from pwopt.reporting import terminal
     from pwopt.reporting.document import check_available, kind_of, spectra
     from pwopt.reporting.report import to_json
@@ -30,22 +30,22 @@ def inspect(
     from pwopt.selecting.weight_properties import Properties, properties
 
     if weights:
-        said.check_report(report, model)
+        check_report(report, model)
         check_available(report)
     elif report is not None:
-        raise UsageError("only --properties are written to a file; add it, or use --json")
-    shapes = options.one_round(shape)
-    with said.telling_progress(debug=debug, quiet=quiet, verbose=verbose) as progress:
-        progress("looking at every linear map", 0.0)
+        raise UsageError("--report needs --properties; add it, or print the list with --json")
+    shapes = options.parse_single_round(shape)
+    with show_progress(debug=debug, quiet=quiet, verbose=verbose) as progress:
+        progress("inspecting linear maps", 0.0)
         found = properties(model, shapes=shapes) if weights else decisions(model, shapes=shapes, plugins=plugin or ())
     if isinstance(found, Inspection) and not every:
         found = found.pointwise()
     records = to_json([asdict(m) for m in found])
     if isinstance(found, Properties) and report is not None:
-        said.write(report, spectra(found, model) if kind_of(report) == "html" else records)
+        write_text(report, spectra(found, model) if kind_of(report) == "html" else records)
     if json:
-        said.as_json(records)
+        print_json(records)
     elif isinstance(found, Properties):
-        terminal.render_properties(found, said.console(quiet=quiet))
+        terminal.render_properties(found, open_console(quiet=quiet))
     else:
-        terminal.render_maps(found, said.console(wide=True, quiet=quiet))
+        terminal.render_maps(found, open_console(wide=True, quiet=quiet))

@@ -1,4 +1,4 @@
-"""`pwopt optimize` of many models, and the manner in which a command speaks."""
+"""`pwopt optimize` for many models, and how much a command prints."""
 
 from __future__ import annotations
 
@@ -20,22 +20,21 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Manner:
-    """How much is said, in which form, and the command line that asked for it."""
+class Verbosity:
+    """How much a command prints, and in which form."""
 
     details: bool
     json: bool
     quiet: bool
     verbose: bool
     debug: bool
-    command: str
 
 
-def fleet(scheduler: str | None, target: str | None) -> Fleet | None:
-    """The cluster that was asked for."""
+def connect_fleet(scheduler: str | None, target: str | None) -> Fleet | None:
+    """Return the cluster that --scheduler names, or None without one."""
     if scheduler is None:
         if target is not None:
-            raise UsageError("--target names workers of a cluster; add --scheduler ADDRESS")
+            raise UsageError("--target selects workers of a cluster; add --scheduler ADDRESS")
         return None
     from pwopt.optimizing.fleet import Fleet, distributed
 
@@ -43,57 +42,65 @@ def fleet(scheduler: str | None, target: str | None) -> Fleet | None:
     return Fleet(scheduler, target)
 
 
-def many(
+def optimize_folder(
     models: Sequence[Path],
     folder: Path,
     request: Request,
-    manner: Manner,
+    verbosity: Verbosity,
     *,
     workers: int,
     report: Path | None,
     runner: Runner | None = None,
 ) -> None:
-    """Optimise many models, a line for each as soon as it is known; ends with the largest of their exit codes."""
-    from pwopt.cli import output as said
+    """Optimise many models and print one line for each result.
+
+    Raises
+    ------
+    typer.Exit
+        At the end, with the largest exit code of all models.
+    """
+    from pwopt.cli.output import open_console, plain, print_json, show_progress
     from pwopt.optimizing.batch import index_json, jobs, optimize_many
 
     for given, name in ((request.output, "-o"), (report, "--report")):
         if given is not None:
-            raise UsageError(f"{name} is for one model; with -d, results and reports go into the folder")
-    console = said.console(quiet=manner.quiet or manner.json)
+            raise UsageError(f"{name} applies to a single model; with -d, results and reports go into the folder")
+    console = open_console(quiet=verbosity.quiet or verbosity.json)
     if request.dry_run:
         for job in jobs(models, folder, request):
-            console.print(f"{said.plain(str(job.model))} → {said.plain(str(job.output))}", soft_wrap=True)
+            console.print(f"{plain(str(job.model))} → {plain(str(job.output))}", soft_wrap=True)
         return
-    with said.telling_progress(debug=manner.debug, quiet=manner.quiet, verbose=manner.verbose) as progress:
+    with show_progress(debug=verbosity.debug, quiet=verbosity.quiet, verbose=verbosity.verbose) as progress:
 
-        def told(row: BatchRow) -> None:
-            silent = manner.quiet or manner.json
-            _line(row, said.console(stderr=True) if silent and row.status == "failed" else console)
+        def report_row(row: BatchRow) -> None:
+            silent = verbosity.quiet or verbosity.json
+            _print_row(row, open_console(stderr=True) if silent and row.status == "failed" else console)
 
-        rows = optimize_many(models, folder, request, workers=workers, runner=runner, progress=progress, told=told)
-    if manner.json:
-        said.as_json(index_json(rows))
+        rows = optimize_many(
+            models, folder, request, workers=workers, runner=runner, progress=progress, told=report_row
+        )
+    if verbosity.json:
+        print_json(index_json(rows))
     done = [r for r in rows if r.status != "failed"]
-    console.print(f"{len(done)} of {len(rows)} models in {said.plain(str(folder))}", soft_wrap=True)
+    console.print(f"{len(done)} of {len(rows)} models in {plain(str(folder))}", soft_wrap=True)
     raise typer.Exit(max(r.code for r in rows))
 
 
-def _line(row: BatchRow, console: Console) -> None:
-    """What became of one model, on one line."""
+def _print_row(row: BatchRow, console: Console) -> None:
+    """Print the result of one model on one line."""
     from pwopt.reporting.text import plain
 
     name = plain(Path(row.model).name)
     if row.status == "failed":
         console.print(f"[red]failed[/red]     {name}: {plain(row.sentence)}", soft_wrap=True)
         return
-    faster = "           " if row.speedup is None else f"{row.speedup:5.2f}× [dim]±{_half(row):4.2f}[/dim]"
+    faster = "           " if row.speedup is None else f"{row.speedup:5.2f}× [dim]±{_half_interval(row):4.2f}[/dim]"
     nodes = f"{row.nodes[0]:>6,} → {row.nodes[1]:<6,}"
     colour = "green" if row.status == "done" else "dim"
     took = f"{row.seconds:5.0f} s"
     console.print(f"[{colour}]{row.status:<9}[/{colour}]  {faster}  {nodes} {took}  {name}", soft_wrap=True)
 
 
-def _half(row: BatchRow) -> float:
-    """Half of the interval of the speed-up."""
+def _half_interval(row: BatchRow) -> float:
+    """Half the width of the confidence interval of the speed-up."""
     return ((row.high or 0.0) - (row.low or 0.0)) / 2

@@ -1,4 +1,4 @@
-"""pwopt optimize"""
+"""`pwopt optimize`: optimise, verify and measure a model."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 import typer
 
 from pwopt.cli import options
-from pwopt.cli.many import Manner, fleet, many
+from pwopt.cli.many import Verbosity, connect_fleet, optimize_folder
 from pwopt.errors import NotEquivalentError, UsageError
 from pwopt.optimizing.request import Request
 
@@ -50,29 +50,30 @@ def optimize(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Optimise MODEL, verify the result against it, and write it only if equivalent."""
+    """Optimise MODEL, compare the result with it, and write the result only if both are equivalent."""
     request = Request(
-        output, provider=options.placed(provider, provider_option), cost=cost, shapes=options.rounds(shape),
-        inputs=inputs or None, passes=None if passes is None else options.words(passes), deny=deny or (),
-        threads=options.thread_counts(threads), static=static, max_growth=max_growth, opset=opset, rtol=rtol,
+        output, provider=options.parse_provider(provider, provider_option), cost=cost,
+        shapes=options.parse_rounds(shape), inputs=inputs or None,
+        passes=None if passes is None else options.split_list(passes), deny=deny or (),
+        threads=options.parse_thread_counts(threads), static=static, max_growth=max_growth, opset=opset, rtol=rtol,
         atol=atol, verify=not no_verify, effort=effort, budget=budget, cache=not no_cache,
-        target_profile=target_profile, force=force, plugins=plugin or (), dry_run=dry_run,
-        name_nodes=name_nodes,
+        target_profile=target_profile, force=force, plugins=plugin or (), dry_run=dry_run, name_nodes=name_nodes,
     )  # fmt: skip
-    manner = Manner(details, json, quiet, verbose, debug, context.obj)
+    verbosity = Verbosity(details, json, quiet, verbose, debug)
     if directory is not None:
-        many(models, directory, request, manner, workers=workers, report=report, runner=fleet(scheduler, target))
+        runner = connect_fleet(scheduler, target)
+        optimize_folder(models, directory, request, verbosity, workers=workers, report=report, runner=runner)
         return
     if len(models) > 1:
-        raise UsageError("several models need a folder for their results; add -d OUT")
+        raise UsageError("several models need a folder for the results; add -d OUT")
     if workers > 1 or scheduler is not None or target is not None:
-        raise UsageError("--workers, --scheduler and --target are for many models, which need a folder; add -d OUT")
-    _one(models[0], request, report, manner)
+        raise UsageError("--workers, --scheduler and --target need a folder for the results; add -d OUT")
+    _optimize_one(models[0], request, report, verbosity, context.obj)
 
 
-def _one(model: Path, request: Request, report: Path | None, manner: Manner) -> None:
-    """Optimise one model and say what was done."""
-    from pwopt.cli import output as said
+def _optimize_one(model: Path, request: Request, report: Path | None, verbosity: Verbosity, command: str) -> None:
+    """Optimise one model and report the result."""
+    from pwopt.cli.output import check_report, open_console, plain, print_json, show_progress, write_document
     from pwopt.optimizing.optimizer import optimized
     from pwopt.optimizing.preparation import same_file
     from pwopt.reporting import terminal
@@ -80,26 +81,26 @@ def _one(model: Path, request: Request, report: Path | None, manner: Manner) -> 
 
     out = model.parent / f"{model.stem}.pwopt.onnx" if request.output is None else Path(request.output)
     if not request.force and same_file(out, model):
-        raise UsageError(f"the output {str(out)!r} is the input; choose another -o, or pass --force")
-    said.check_report(report, model, out)
+        raise UsageError(f"the output {str(out)!r} is the input file; choose another file with -o, or pass --force")
+    check_report(report, model, out)
     check_available(report)
-    console = said.console(quiet=manner.quiet or manner.json)
+    console = open_console(quiet=verbosity.quiet or verbosity.json)
     try:
-        with said.telling_progress(debug=manner.debug, quiet=manner.quiet, verbose=manner.verbose) as progress:
+        with show_progress(debug=verbosity.debug, quiet=verbosity.quiet, verbose=verbosity.verbose) as progress:
             result = optimized(model, replace(request, output=out, progress=progress))
     except NotEquivalentError as error:
         terminal.render_equivalence(error.report.equivalence, console)
         terminal.render_difference(error.report.equivalence, console)
-        failed = replace(error.report, command=manner.command)
-        said.write_document(report, failed)
-        if manner.json:
-            said.as_json(failed.to_json())
+        failed = replace(error.report, command=command)
+        write_document(report, failed)
+        if verbosity.json:
+            print_json(failed.to_json())
         raise
-    told = replace(result.report, command=manner.command)
-    terminal.render(told, console, manner.details)
-    said.write_document(report, told)
-    if manner.json:
-        said.as_json(told.to_json())
+    final = replace(result.report, command=command)
+    terminal.render(final, console, verbosity.details)
+    write_document(report, final)
+    if verbosity.json:
+        print_json(final.to_json())
     written = [str(p) for p in (None if request.dry_run else out, report) if p is not None]
     if written:
-        console.print(f"wrote {said.plain(' and '.join(written))}", soft_wrap=True)
+        console.print(f"wrote {plain(' and '.join(written))}", soft_wrap=True)

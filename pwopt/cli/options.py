@@ -1,4 +1,4 @@
-"""Arguments and options of the commands, each written once, and how their texts are read."""
+"""Arguments and options of the commands, each defined once, and functions that parse their values."""
 
 from __future__ import annotations
 
@@ -11,19 +11,25 @@ import typer
 from pwopt.errors import UsageError
 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="The ONNX model.", show_default=False)]
-Original = Annotated[Path, typer.Argument(metavar="A", help="The original.", show_default=False)]
+Original = Annotated[Path, typer.Argument(metavar="A", help="The original model.", show_default=False)]
 Candidate = Annotated[Path, typer.Argument(metavar="B", help="The model to compare with it.", show_default=False)]
 Raced = Annotated[
-    list[Path], typer.Argument(metavar="MODEL", help="The models; the first is the one to beat.", show_default=False)
+    list[Path],
+    typer.Argument(metavar="MODEL", help="Models to time; ratios are relative to the first.", show_default=False),
 ]
 Recorded = Annotated[
     list[Path],
-    typer.Argument(metavar="MODEL", help="Models like those to be optimised for this machine.", show_default=False),
+    typer.Argument(
+        metavar="MODEL", help="Models similar to those that will be optimised for this machine.", show_default=False
+    ),
 ]
-Action = Annotated[str, typer.Argument(help="show: list the decisions; clear: forget them.")]
+Action = Annotated[str, typer.Argument(help="show: list the decisions; clear: delete them.")]
 
 Output = Annotated[
-    Path | None, typer.Option("-o", "--output", help="The new model.  (default: MODEL.pwopt.onnx)", show_default=False)
+    Path | None,
+    typer.Option(
+        "-o", "--output", help="File for the optimised model.  (default: MODEL.pwopt.onnx)", show_default=False
+    ),
 ]
 ProfileOutput = Annotated[
     Path,
@@ -31,23 +37,22 @@ ProfileOutput = Annotated[
         "--output",
         "-o",
         metavar="FILE.json",
-        help="Where to write the profile; with --scheduler, a folder.",
+        help="File for the results; with --scheduler, a folder.",
         show_default=False,
     ),
 ]
 Provider = Annotated[
-    str, typer.Option(help="Execution provider: cpu, cuda, cuda:1, openvino… It runs there or not at all.")
+    str, typer.Option(help="Execution provider: cpu, cuda, cuda:1, openvino… There is no fallback to another provider.")
 ]
 OnlyProvider = Annotated[
-    str | None, typer.Option("--provider", help="Start only this one.  (default: all)", show_default=False)
+    str | None,
+    typer.Option("--provider", help="Check only this execution provider.  (default: all)", show_default=False),
 ]
 ProviderOptions = Annotated[
     list[str] | None,
-    typer.Option(
-        metavar="KEY=VALUE", help="Option of the provider, as onnxruntime names it; repeatable.", show_default=False
-    ),
+    typer.Option(metavar="KEY=VALUE", help="Provider option, named as in onnxruntime; repeatable.", show_default=False),
 ]
-Cost = Annotated[str, typer.Option(help="measured: race the result; analytic: decide from shapes alone.")]
+Cost = Annotated[str, typer.Option(help="measured: decide by timing; analytic: decide from shapes only.")]
 Shapes = Annotated[
     list[str] | None,
     typer.Option(
@@ -62,7 +67,7 @@ Rounds = Annotated[
     typer.Option(
         "--shape",
         metavar="NAME=1x3x640x640",
-        help="Size of a dynamic input; again for another round.  (default: two likely ones)",
+        help="Size of a dynamic input; repeat for further rounds.  (default: two likely sizes)",
         show_default=False,
     ),
 ]
@@ -71,51 +76,51 @@ Inputs = Annotated[
     typer.Option(
         "--input",
         metavar="FILE",
-        help="Inputs to run on: .npz, .npy, .pb, or a folder of them; repeatable.",
+        help="Input data: .npz, .npy, .pb, or a folder of such files; repeatable.",
         show_default=False,
     ),
 ]
 Passes = Annotated[str | None, typer.Option(help="Passes to run, comma-separated.  (default: all)", show_default=False)]
 Deny = Annotated[
     list[str] | None,
-    typer.Option(metavar="SITE", help="Leave this place alone (a site from a report); repeatable.", show_default=False),
+    typer.Option(
+        metavar="SITE", help="Do not rewrite this site (as listed in a report); repeatable.", show_default=False
+    ),
 ]
-Threads = Annotated[int, typer.Option(min=1, help="Threads per operator while verifying and timing.")]
+Threads = Annotated[int, typer.Option(min=1, help="Threads per operator for verifying and timing.")]
 ThreadCounts = Annotated[
     str | None,
     typer.Option(
         "--threads",
         metavar="1,4",
-        help="Threads per operator: the first number is optimised for, the others must not get slower.  "
-        "(default: 1, and as many as onnxruntime takes)",
+        help="Threads per operator: optimise for the first number; do not get slower with the others.  "
+        "(default: 1, and onnxruntime's own default)",
         show_default=False,
     ),
 ]
 Effort = Annotated[
-    str, typer.Option(metavar="quick|normal|thorough", help="How long to measure: 10, 40 or 180 seconds at most.")
+    str, typer.Option(metavar="quick|normal|thorough", help="Time limit for measuring: 10, 40 or 180 seconds.")
 ]
 Budget = Annotated[
     float | None,
-    typer.Option(help="Seconds at most for all measuring, instead of what --effort says.", show_default=False),
+    typer.Option(help="Time limit for all measuring in seconds; overrides --effort.", show_default=False),
 ]
-ModelBudget = Annotated[float, typer.Option(help="Seconds of racing for each model.")]
-Seconds = Annotated[float, typer.Option(help="Time to race the models, per batch size.")]
-NoCache = Annotated[
-    bool, typer.Option("--no-cache", help="Neither use nor keep the decisions of races on this machine.")
-]
+ModelBudget = Annotated[float, typer.Option(help="Seconds of timing per model.")]
+Seconds = Annotated[float, typer.Option(help="Seconds of timing per batch size.")]
+NoCache = Annotated[bool, typer.Option("--no-cache", help="Do not use or store decisions of races on this machine.")]
 TargetProfile = Annotated[
     Path | None,
-    typer.Option(metavar="FILE", help="Decide as `pwopt profile` found on another machine.", show_default=False),
+    typer.Option(
+        metavar="FILE", help="Use decisions that `pwopt profile` recorded on the target machine.", show_default=False
+    ),
 ]
 MaxGrowth = Annotated[
     float | None,
-    typer.Option(metavar="FRACTION", help="The model grows by this fraction at most.", show_default=False),
+    typer.Option(metavar="FRACTION", help="Let the model grow by at most this fraction.", show_default=False),
 ]
-Static = Annotated[bool, typer.Option("--static", help="Fix the inputs to --shape in the result.")]
-Opset = Annotated[int | None, typer.Option(help="Convert to this opset first.", show_default=False)]
-NameNodes = Annotated[
-    bool, typer.Option("--name-nodes", help="Give every operator without a name one, such as Conv_y.")
-]
+Static = Annotated[bool, typer.Option("--static", help="Make the input sizes of --shape static in the result.")]
+Opset = Annotated[int | None, typer.Option(help="Convert the model to this opset first.", show_default=False)]
+NameNodes = Annotated[bool, typer.Option("--name-nodes", help="Name every unnamed operator, for example Conv_y.")]
 Rtol = Annotated[
     float | None, typer.Option(help="Relative tolerance.  (default: by type, 1e-4 for float32)", show_default=False)
 ]
@@ -139,7 +144,7 @@ Invariants = Annotated[
     typer.Option(
         "--invariant",
         metavar="NAME[:KEY=VALUE…]",
-        help="Also measure a law on both models: conservation, isometry, gram, translation, permutation, "
+        help="Also measure an invariant on both models: conservation, isometry, gram, translation, permutation, "
         "locality, symmetry; repeatable.",
         show_default=False,
     ),
@@ -148,18 +153,24 @@ Rewrites = Annotated[
     Path | None,
     typer.Option(
         metavar="FILE.json",
-        help="The report of the optimisation that made B, so that a rewrite at fault is named.",
+        help="Report of the optimisation that produced B; names the rewrite that causes a difference.",
         show_default=False,
     ),
 ]
 NoLocate = Annotated[bool, typer.Option("--no-locate", help="Do not look for the first tensor that differs.")]
 Batch = Annotated[
-    str | None, typer.Option(metavar="1,8,32", help="Batch sizes to try, for dynamic first axes.", show_default=False)
+    str | None,
+    typer.Option(
+        metavar="1,8,32", help="Batch sizes to time, for inputs with a dynamic first axis.", show_default=False
+    ),
 ]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout, and nothing else there.")]
-Every = Annotated[bool, typer.Option("--all", help="List k×k convolutions too, not only pointwise maps.")]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON on stdout and nothing else.")]
+Every = Annotated[bool, typer.Option("--all", help="Also list convolutions with larger kernels.")]
 Weights = Annotated[
-    bool, typer.Option("--properties", help="The weights of pointwise maps instead: rank, spectrum, kind, channels.")
+    bool,
+    typer.Option(
+        "--properties", help="Describe the weights of pointwise maps instead: rank, spectrum, kind, unused channels."
+    ),
 ]
 Document = Annotated[
     Path | None,
@@ -175,49 +186,55 @@ Spectra = Annotated[
     typer.Option(
         "--report",
         metavar="FILE.html",
-        help="With --properties: write them as a page with spectra, or as .json.",
+        help="With --properties: write an HTML page with spectra, or .json.",
         show_default=False,
     ),
 ]
-Plot = Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Draw the latencies.", show_default=False)]
-RewriteDetails = Annotated[bool, typer.Option("--details", help="Print every rewrite and every refusal.")]
+Plot = Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Plot the latencies.", show_default=False)]
+RewriteDetails = Annotated[bool, typer.Option("--details", help="Print every rewrite and every skipped site.")]
 FigureDetails = Annotated[
-    bool, typer.Option("--details", help="Print every figure of every output, relative errors and units too.")
+    bool,
+    typer.Option(
+        "--details", help="Print all figures of every output, including relative errors and units in the last place."
+    ),
 ]
-Debug = Annotated[bool, typer.Option("--debug", help="Show a traceback for errors.")]
+Debug = Annotated[bool, typer.Option("--debug", help="Print a traceback for errors.")]
 
-Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Say nothing but errors.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Print only errors.")]
 Verbose = Annotated[
-    bool, typer.Option("--verbose", "-v", help="Also say why each stage is taken, which sizes were tried, and races.")
+    bool,
+    typer.Option(
+        "--verbose", "-v", help="Also print why each stage runs, which sizes were tried, and the results of races."
+    ),
 ]
 PassName = Annotated[
-    str | None, typer.Argument(metavar="NAME", help="A pass to read everything about.", show_default=False)
+    str | None, typer.Argument(metavar="NAME", help="Print the documentation of this pass.", show_default=False)
 ]
 Plugins = Annotated[
     list[str] | None,
     typer.Option(
         "--plugin",
         metavar="MODULE:CLASS",
-        help="A pass of your own: a module beside the model, or path/to/module.py:Class; repeatable.",
+        help="Add your own pass: a module next to the model, or path/to/module.py:Class; repeatable.",
         show_default=False,
     ),
 ]
 Models = Annotated[
     list[Path],
     typer.Argument(
-        metavar="MODEL", help="The ONNX model; or several, folders and patterns, with -d.", show_default=False
+        metavar="MODEL", help="The ONNX model. With -d: several models, folders or patterns.", show_default=False
     ),
 ]
 Folder = Annotated[
     Path | None,
     typer.Option("-d", "--directory", metavar="OUT", help="Folder for the results of many models.", show_default=False),
 ]
-Workers = Annotated[int, typer.Option(min=1, help="With -d: processes; their races wait for each other.")]
+Workers = Annotated[int, typer.Option(min=1, help="With -d: number of processes. Only one of them measures at a time.")]
 Scheduler = Annotated[
     str | None,
     typer.Option(
         metavar="ADDRESS",
-        help="A dask.distributed scheduler whose workers do the work; needs pwopt[fleet].",
+        help="Run on the workers of this dask.distributed scheduler; needs pwopt[fleet].",
         show_default=False,
     ),
 ]
@@ -228,12 +245,13 @@ Target = Annotated[
     ),
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Say what would be rewritten and raced; race, verify and write nothing.")
+    bool,
+    typer.Option("--dry-run", help="Report what would be rewritten and timed; do not time, verify or write anything."),
 ]
 
 
-def placed(provider: str, given: Sequence[str] | None) -> str:
-    """A provider with its options, as one text."""
+def parse_provider(provider: str, given: Sequence[str] | None) -> str:
+    """Join a provider and its options to one string, and check it."""
     from pwopt.running.providers import Provider, with_options
 
     pairs = [text.partition("=") for text in given or ()]
@@ -245,16 +263,19 @@ def placed(provider: str, given: Sequence[str] | None) -> str:
     return named
 
 
-def one_round(given: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
-    """Texts of the form ``NAME=1x3x640x640`` as sizes by name; an input may have one only."""
-    found = rounds(given)
+def parse_single_round(given: Sequence[str] | None) -> dict[str, tuple[int, ...]]:
+    """Parse ``NAME=1x3x640x640`` into sizes by input name, with one size per input."""
+    found = parse_rounds(given)
     if len(found) > 1:
-        raise UsageError("an input has two sizes; only optimize and verify take several")
+        raise UsageError("only optimize and verify accept several sizes for one input; give one")
     return found[0] if found else {}
 
 
-def rounds(given: Sequence[str] | None) -> list[dict[str, tuple[int, ...]]]:
-    """Sizes that inputs are given k times are the k-th round; those given once hold for all."""
+def parse_rounds(given: Sequence[str] | None) -> list[dict[str, tuple[int, ...]]]:
+    """Parse ``NAME=1x3x640x640`` into rounds of sizes.
+
+    The k-th size of an input belongs to round k. An input with a single size has it in all rounds.
+    """
     from pwopt.inputs.specs import parse_shape
 
     sizes: dict[str, list[tuple[int, ...]]] = {}
@@ -263,18 +284,18 @@ def rounds(given: Sequence[str] | None) -> list[dict[str, tuple[int, ...]]]:
     count = max(map(len, sizes.values()), default=0)
     for name, shapes in sizes.items():
         if len(shapes) not in (1, count):
-            raise UsageError(f"input {name!r} has {len(shapes)} sizes and another {count}; give one or as many")
+            raise UsageError(f"input {name!r} has {len(shapes)} sizes and another input has {count}; give 1 or {count}")
     return [{name: shapes[k % len(shapes)] for name, shapes in sizes.items()} for k in range(count)]
 
 
-def thread_counts(given: str | None) -> tuple[int, ...]:
-    """Numbers of threads from a list with commas; none if none were given."""
+def parse_thread_counts(given: str | None) -> tuple[int, ...]:
+    """Parse a comma-separated list of thread counts; an empty tuple if none is given."""
     try:
-        return tuple(map(int, words(given or "")))
+        return tuple(map(int, split_list(given or "")))
     except ValueError as error:
-        raise UsageError(f"the threads {given!r} are not of the form 1,4") from error
+        raise UsageError(f"--threads takes numbers separated by commas, such as 1,4, not {given!r}") from error
 
 
-def words(given: str) -> list[str]:
-    """The parts of a list with commas."""
+def split_list(given: str) -> list[str]:
+    """Split a comma-separated list."""
     return [word.strip() for word in given.split(",") if word.strip()]

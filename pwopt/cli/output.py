@@ -1,4 +1,4 @@
-"""What the commands say: on the terminal, while they work, and in files."""
+"""Output of the commands: terminal, progress, JSON on stdout, and files."""
 
 from __future__ import annotations
 
@@ -18,25 +18,29 @@ from pwopt.optimizing.preparation import same_file
 from pwopt.reporting.document import document, kind_of
 from pwopt.reporting.report import Comparison, Report
 from pwopt.reporting.text import plain
-from pwopt.running import progress as telling
 from pwopt.running import runtime
+from pwopt.running.progress import Progress as ReportProgress
 
-__all__ = ["as_json", "check_report", "console", "plain", "telling_progress", "write", "write_document"]
-
-
-def console(*, stderr: bool = False, wide: bool = False, quiet: bool = False) -> Console:
-    """The terminal, without colours of its own; `wide` leaves the breaking of lines to it, `quiet` says nothing."""
-    return Console(stderr=stderr, highlight=False, soft_wrap=wide, emoji=False, quiet=quiet)  # a site may end in :x:
+__all__ = ["check_report", "open_console", "plain", "print_json", "show_progress", "write_document", "write_text"]
 
 
-def as_json(content: str) -> None:
-    """JSON on stdout."""
+def open_console(*, stderr: bool = False, wide: bool = False, quiet: bool = False) -> Console:
+    """Open the terminal for output, without automatic highlighting.
+
+    With `wide`, the terminal breaks long lines. With `quiet`, nothing is printed.
+    """
+    # emoji=False: a site may end in text such as ":x:", which rich would replace
+    return Console(stderr=stderr, highlight=False, soft_wrap=wide, emoji=False, quiet=quiet)
+
+
+def print_json(content: str) -> None:
+    """Print JSON on stdout."""
     sys.stdout.write(content)
     sys.stdout.flush()
 
 
-def write(path: Path | None, content: str) -> None:
-    """Write a file, whole or not at all."""
+def write_text(path: Path | None, content: str) -> None:
+    """Write a file atomically; without a path, do nothing."""
     if path is None:
         return
     try:
@@ -47,15 +51,25 @@ def write(path: Path | None, content: str) -> None:
 
 
 def write_document(path: Path | None, content: Report | Comparison) -> None:
-    """Write a report in the format that the file's name asks for."""
+    """Write a report in the format given by the file name's suffix."""
     if path is not None:
-        write(path, document(content, kind_of(path)))
+        write_text(path, document(content, kind_of(path)))
 
 
 def check_report(path: Path | None, *others: Path, suffix: str = "") -> None:
-    """Refuse a report that would replace a model, or that cannot be written, before any work is done.
+    """Check before any work is done that a report can be written and does not replace a model.
 
-    `suffix` is that of a file which is no report.
+    Parameters
+    ----------
+    path : Path or None
+    *others : Path
+        Models that must not be replaced.
+    suffix : str
+        A suffix to accept besides those of reports.
+
+    Raises
+    ------
+    UsageError
     """
     if path is None:
         return
@@ -67,8 +81,8 @@ def check_report(path: Path | None, *others: Path, suffix: str = "") -> None:
         kind_of(path)
 
 
-class _Told(logging.Handler):
-    """What modules log, as lines of a terminal."""
+class _LogHandler(logging.Handler):
+    """Prints log records on a terminal, one line each."""
 
     def __init__(self, terminal: Console) -> None:
         super().__init__(logging.DEBUG)
@@ -79,15 +93,15 @@ class _Told(logging.Handler):
 
 
 @contextlib.contextmanager
-def telling_progress(*, debug: bool = False, quiet: bool = False, verbose: bool = False) -> Iterator[telling.Progress]:
-    """Stages on stderr, as a bar on a terminal and as lines elsewhere, with reasons and figures if `verbose`.
+def show_progress(*, debug: bool = False, quiet: bool = False, verbose: bool = False) -> Iterator[ReportProgress]:
+    """Show stages on stderr: a progress bar on a terminal, otherwise one line per stage.
 
-    onnxruntime's own log stays off the terminal, unless it is wanted.
+    With `verbose`, log records are printed as well. Without `debug`, onnxruntime's own log is silenced.
     """
     if not debug:
         runtime.silence()
-    terminal = console(stderr=True, quiet=quiet)
-    log, handler = logging.getLogger("pwopt"), _Told(terminal)
+    terminal = open_console(stderr=True, quiet=quiet)
+    log, handler = logging.getLogger("pwopt"), _LogHandler(terminal)
     if verbose:
         log.addHandler(handler)
         log.setLevel(logging.DEBUG)
@@ -98,13 +112,13 @@ def telling_progress(*, debug: bool = False, quiet: bool = False, verbose: bool 
                 task = bar.add_task("", total=1.0)
                 yield lambda stage, done: bar.update(task, description=plain(stage), completed=done)
         else:
-            yield _Lines(terminal)
+            yield _ProgressLines(terminal)
     finally:
         log.removeHandler(handler)
 
 
-class _Lines:
-    """A line for each stage, with the seconds since the beginning."""
+class _ProgressLines:
+    """Prints one line per stage, with the seconds since the start."""
 
     def __init__(self, terminal: Console) -> None:
         self.terminal, self.stage, self.start = terminal, "", time.perf_counter()

@@ -1,4 +1,4 @@
-"""pwopt passes"""
+"""`pwopt passes`: list the passes."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from pwopt.errors import UsageError
 if TYPE_CHECKING:
     from pwopt.rewriting.driver import Pass
 
-#: Kinds of execution provider (`pwopt.rewriting.Pass.pays_on`).
-EVERYWHERE = 3
+#: Number of kinds of execution provider (`pwopt.rewriting.Pass.pays_on`).
+PROVIDER_KINDS = 3
 
 
 def passes(
@@ -21,8 +21,8 @@ def passes(
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
-    """List the passes: what each one rewrites, and when; with NAME, everything about one."""
-    from pwopt.cli import output as said
+    """List all passes: what each one rewrites, and when. With NAME, print the documentation of one pass."""
+    from pwopt.cli.output import open_console, plain, print_json
     from pwopt.reporting.report import to_json
     from pwopt.selecting.plugins import origin
     from pwopt.selecting.snapshot import select_passes
@@ -32,22 +32,22 @@ def passes(
         known = ", ".join(p.name for p in found)
         found = [p for p in found if p.name == name]
         if not found:
-            raise UsageError(f"there is no pass {name!r}; there are {known}")
+            raise UsageError(f"there is no pass {name!r}; choose from {known}")
     if json:
         records = [_record(p) for p in found]
-        said.as_json(to_json(records if name is None else records[0]))
+        print_json(to_json(records if name is None else records[0]))
         return
-    console = said.console()
+    console = open_console()
     for p in found:
-        where = "" if len(p.pays_on) == EVERYWHERE else f", on {' and '.join(sorted(p.pays_on))} providers"
-        whence = "" if p.own else f", from {said.plain(origin(p))}"
-        console.print(f"[bold]{p.name}[/bold]  [dim]({p.policy}{where}{whence})[/dim]", soft_wrap=True)
-        console.print(f"  {said.plain(p.identity())}", soft_wrap=False)
+        where = "" if len(p.pays_on) == PROVIDER_KINDS else f", on {' and '.join(sorted(p.pays_on))} providers"
+        source = "" if p.own else f", from {plain(origin(p))}"
+        console.print(f"[bold]{p.name}[/bold]  [dim]({p.policy}{where}{source})[/dim]", soft_wrap=True)
+        console.print(f"  {plain(p.identity())}", soft_wrap=False)
         if name is not None:
             rest = (inspect.getdoc(type(p)) or "").partition("\n\n")[2]
-            console.print("\n" + "\n".join(map(said.plain, rest.splitlines())), soft_wrap=True)
+            console.print("\n" + "\n".join(map(plain, rest.splitlines())), soft_wrap=True)
     if name is None:
-        console.print("[dim]pwopt passes NAME says everything about one of them[/dim]")
+        console.print("[dim]pwopt passes NAME prints the documentation of one pass[/dim]")
 
 
 def _record(p: Pass) -> dict[str, object]:

@@ -1,11 +1,11 @@
-"""pwopt profile"""
+"""`pwopt profile`: record which measured rewrites are faster on this machine."""
 
 from __future__ import annotations
 
 import re
 
 from pwopt.cli import options
-from pwopt.cli.many import fleet
+from pwopt.cli.many import connect_fleet
 from pwopt.optimizing.request import EFFORTS, Request
 
 
@@ -25,16 +25,16 @@ def profile(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Record which measured rewrites pay on this machine, for `optimize --target-profile` on another."""
-    from pwopt.cli import output as said
+    """Record which measured rewrites are faster on this machine, for `optimize --target-profile` on another one."""
+    from pwopt.cli.output import check_report, open_console, plain, print_json, show_progress
     from pwopt.optimizing.record_tuning import profile as record
 
-    provider = options.placed(provider, provider_option)
-    shapes = options.one_round(shape)
-    cluster = fleet(scheduler, target)
+    provider = options.parse_provider(provider, provider_option)
+    shapes = options.parse_single_round(shape)
+    cluster = connect_fleet(scheduler, target)
     if cluster is None:
-        said.check_report(output, *models, suffix=output.suffix.lower())
-    with said.telling_progress(debug=debug, quiet=quiet, verbose=verbose) as progress:
+        check_report(output, *models, suffix=output.suffix.lower())
+    with show_progress(debug=debug, quiet=quiet, verbose=verbose) as progress:
         if cluster is None:
             own = record(
                 models, provider=provider, threads=threads, shapes=shapes, budget=budget, plugins=plugin or (),
@@ -45,15 +45,15 @@ def profile(
             request = Request(provider=provider, threads=threads, shapes=shapes, budget=budget, plugins=plugin or ())
             named = cluster.profiles(models, request, progress)
             found = {output / f"{re.sub('[^A-Za-z0-9._-]+', '-', label)}.json": p for label, p in named.items()}
-    console = said.console(wide=True, quiet=quiet or json)
+    console = open_console(wide=True, quiet=quiet or json)
     for path, each in found.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         each.save(path)
         paying = sum(e.interval[0] > 1 for e in each.entries)
-        where = said.plain(str(each.environment["cpu"]))
+        where = plain(str(each.environment["cpu"]))
         console.print(
-            f"{paying} of {len(each.entries)} kinds of rewrites pay on {where}; wrote {said.plain(str(path))}"
+            f"{paying} of {len(each.entries)} kinds of rewrites are faster on {where}; wrote {plain(str(path))}"
         )
     if json:
         texts = [each.to_json() for each in found.values()]
-        said.as_json(texts[0] if cluster is None else f"[{', '.join(texts)}]")
+        print_json(texts[0] if cluster is None else f"[{', '.join(texts)}]")

@@ -1,4 +1,4 @@
-"""pwopt verify"""
+"""`pwopt verify`: compare two models."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def verify(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Compare two models, whoever made the second: exit 0 if equivalent, 1 if not, more if they cannot be compared."""
-    from pwopt.cli import output as said
+    """Compare two models from any source. Exit code 0: equivalent; 1: not equivalent; 2 and above: not comparable."""
+    from pwopt.cli.output import check_report, open_console, print_json, show_progress, write_document
     from pwopt.evidence.laws import parse_law
     from pwopt.evidence.verify import verify as compared
     from pwopt.inputs import samples
@@ -40,16 +40,17 @@ def verify(
     from pwopt.reporting.report import Comparison, rewrites_from
     from pwopt.running import runtime
 
-    provider = options.placed(provider, provider_option)
-    said.check_report(report, original, candidate)
+    provider = options.parse_provider(provider, provider_option)
+    check_report(report, original, candidate)
     check_available(report)
     records = () if rewrites is None else rewrites_from(rewrites)
     asked = [parse_law(text) for text in invariants or ()]
-    console = said.console(quiet=quiet or json)
-    with said.telling_progress(debug=debug, quiet=quiet, verbose=verbose) as progress:
+    console = open_console(quiet=quiet or json)
+    with show_progress(debug=debug, quiet=quiet, verbose=verbose) as progress:
         equivalence = compared(
-            original, candidate, provider=provider, threads=threads, shapes=options.rounds(shape),
-            inputs=inputs or None, samples=options.words(kinds), ranges=dict(map(samples.parse_range, ranges or ())),
+            original, candidate, provider=provider, threads=threads, shapes=options.parse_rounds(shape),
+            inputs=inputs or None, samples=options.split_list(kinds),
+            ranges=dict(map(samples.parse_range, ranges or ())),
             rtol=rtol, atol=atol, locate=not no_locate, rewrites=records, invariants=asked,
             progress=lambda stage: progress(stage, 0.0),
         )  # fmt: skip
@@ -57,7 +58,7 @@ def verify(
     terminal.render_comparison(equivalence, provider, console, details)
     environment = runtime.environment(provider, threads)
     content = Comparison(str(original), str(candidate), provider, environment, equivalence, context.obj)
-    said.write_document(report, content)
+    write_document(report, content)
     if json:
-        said.as_json(content.to_json())
+        print_json(content.to_json())
     raise typer.Exit(0 if equivalence.passed else 1)

@@ -16,11 +16,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra import Array, Values
 from pwopt.evidence.evaluation import MAX_WORK, NUMBERS, SMALLEST, Side, Tensors, TooLargeError, UnfitError
 from pwopt.graph.dtypes import FLOATS, epsilon
+from pwopt.graph.ir import Tensor
 from pwopt.graph.journal import State
 from pwopt.graph.regions import Region
 from pwopt.graph.view import View
@@ -49,7 +49,7 @@ SIZED = frozenset({"Shape", "Size", "Slice", "Reshape", "Expand", "Tile", "Gathe
 DOUBLE = 2.0**-53
 
 
-Sizes = dict[int, tuple[int, ...]]
+Sizes = dict[Tensor, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
@@ -162,7 +162,7 @@ def _whole(region: Region, view: View) -> Sizes | None:
             size = tuple(d if isinstance(d, int) else 1 if a == 0 else EXTENTS[0] for a, d in enumerate(shape))
         if size is None:
             return None
-        whole[id(t)] = size
+        whole[t] = size
     return whole
 
 
@@ -217,22 +217,22 @@ def _divided(whole: Sizes, least: int) -> Sizes | None:
 
 def _compared(region: Region, view: View, sides: tuple[Side, Side], sizes: Sizes, trials: Trials) -> Certificate:
     states = (*region.before, *region.after)
-    reckoned = {id(t) for s in states if s.op not in ("Shape", "Size") for t in s.inputs}
-    reckoned |= {id(t) for pair in region.claims() for t in pair}
-    given = [t for t in region.sources() if id(t) in sizes]
-    inputs = [t for t in given if id(t) in reckoned]
-    if sum(math.prod(sizes[id(t)]) for t in inputs) > trials.work // 16:
+    reckoned = {t for s in states if s.op not in ("Shape", "Size") for t in s.inputs}
+    reckoned |= {t for pair in region.claims() for t in pair}
+    given = [t for t in region.sources() if t in sizes]
+    inputs = [t for t in given if t in reckoned]
+    if sum(math.prod(sizes[t]) for t in inputs) > trials.work // 16:
         raise TooLargeError
     for side in sides:
         side.limit = trials.work
-        side.shapes = {id(t): np.broadcast_to(0.0, sizes[id(t)]) for t in given if id(t) not in reckoned}
+        side.shapes = {t: np.broadcast_to(0.0, sizes[t]) for t in given if t not in reckoned}
     floating = all(_kind(view, t) == "f" for t in inputs)
-    moving = {id(t) for t in inputs}
+    moving = set(inputs)
     affine = floating and all(_affine(side, moving) for side in sides)
     return (_certified if affine else _tested)(region, view, sides, inputs, sizes, trials)
 
 
-def _kind(view: View, tensor: gs.Tensor) -> str:
+def _kind(view: View, tensor: Tensor) -> str:
     dtype = view.dtype(tensor)
     if dtype is None or str(dtype) in FLOATS:
         return "f"
@@ -242,16 +242,16 @@ def _kind(view: View, tensor: gs.Tensor) -> str:
 
 
 def _certified(
-    region: Region, view: View, sides: tuple[Side, Side], inputs: Sequence[gs.Tensor], sizes: Sizes, trials: Trials
+    region: Region, view: View, sides: tuple[Side, Side], inputs: Sequence[Tensor], sizes: Sizes, trials: Trials
 ) -> Certificate:
     """Affine regions: |after − before| ≤ bound · M at every element, on a basis or random probes."""
-    count = sum(math.prod(sizes[id(t)]) for t in inputs)
+    count = sum(math.prod(sizes[t]) for t in inputs)
     basis = count <= BASIS
     probes = _unit_vectors(inputs, sizes) if basis else _random(inputs, sizes, trials.probes)
-    largest = {id(t): np.full(sizes[id(t)], 1.0 if basis else 2.0) for t in inputs}
+    largest = {t: np.full(sizes[t], 1.0 if basis else 2.0) for t in inputs}
     unit = max(DOUBLE, *(side.unit() for side in sides))
 
-    def outward(value: Array, tensor: gs.Tensor) -> Array:
+    def outward(value: Array, tensor: Tensor) -> Array:
         kind = str(tensor.dtype)
         return np.abs(value) + SMALLEST.get(kind, 0.0) * 2 / epsilon(np.dtype(tensor.dtype) if kind in FLOATS else None)
 
@@ -263,7 +263,7 @@ def _certified(
     cancelled, summed = CANCELLED * depths[0] * unit / bound, 4 * _terms(sides) * DOUBLE / bound
     shifts = sides[1].run(zero, None)
 
-    def scale(old: gs.Tensor, new: gs.Tensor) -> Array:
+    def scale(old: Tensor, new: Tensor) -> Array:
         parts = np.where(sides[1].value(new, shifts) == 0, sides[0].value(old, biases), 0.0)
         return sides[1].value(new, new_sizes) + cancelled * parts + summed * sides[0].value(old, old_sizes)
 
@@ -288,18 +288,18 @@ def _certified(
 
 
 def _tested(
-    region: Region, view: View, sides: tuple[Side, Side], inputs: Sequence[gs.Tensor], sizes: Sizes, trials: Trials
+    region: Region, view: View, sides: tuple[Side, Side], inputs: Sequence[Tensor], sizes: Sizes, trials: Trials
 ) -> Certificate:
     """Other regions: |after − before| within what storing the weights once more does to either side."""
     unit = max(DOUBLE, *(side.unit() for side in sides))
     rng = np.random.default_rng(0)
 
-    def rounded(value: Array, _tensor: gs.Tensor) -> Array:
+    def rounded(value: Array, _tensor: Tensor) -> Array:
         return value * (1 + unit * rng.choice((-1.0, 1.0), value.shape))
 
     worst, bound, finite = 0.0, math.inf, False
     for size in trials.scales:
-        feeds = {id(t): _probe(view, t, sizes[id(t)], size, rng) for t in inputs}
+        feeds = {t: _probe(view, t, sizes[t], size, rng) for t in inputs}
         before, after = (side.run(feeds, None) for side in sides)
         nearby = [[side.run(feeds, rounded) for _ in range(trials.jitters)] for side in sides]
         for old, new in region.claims():
@@ -336,7 +336,7 @@ def _alike(a: Values, b: Values) -> bool:
     return a.shape == b.shape and a.dtype.kind == b.dtype.kind
 
 
-def _mismatch(tensor: gs.Tensor, a: Values, b: Values) -> str:
+def _mismatch(tensor: Tensor, a: Values, b: Values) -> str:
     return f"{tensor.name!r} was {a.dtype}{list(a.shape)}, and is {b.dtype}{list(b.shape)}"
 
 
@@ -355,43 +355,43 @@ def _moved(value: Values, reference: Values) -> float:
     return float(np.max(gap[np.isfinite(gap)], initial=0.0))
 
 
-def _unit_vectors(inputs: Sequence[gs.Tensor], sizes: Sizes) -> Iterator[Tensors]:
-    zero = {id(t): np.zeros(sizes[id(t)]) for t in inputs}
+def _unit_vectors(inputs: Sequence[Tensor], sizes: Sizes) -> Iterator[Tensors]:
+    zero = {t: np.zeros(sizes[t]) for t in inputs}
     yield zero
     for t in inputs:
-        for i in range(math.prod(sizes[id(t)])):
-            unit = np.zeros(sizes[id(t)])
+        for i in range(math.prod(sizes[t])):
+            unit = np.zeros(sizes[t])
             unit.flat[i] = 1.0
-            yield {**zero, id(t): unit}
+            yield {**zero, t: unit}
 
 
-def _random(inputs: Sequence[gs.Tensor], sizes: Sizes, count: int) -> Iterator[Tensors]:
+def _random(inputs: Sequence[Tensor], sizes: Sizes, count: int) -> Iterator[Tensors]:
     """Probes whose entries are drawn from 2 GRID numbers, none smaller than 1: a single wrong coefficient always shows,
     several cancel with a probability of at most 1 / (2 GRID) in each probe."""
     rng = np.random.default_rng(0)
     for _ in range(count):
-        yield {id(t): _signed(rng, sizes[id(t)]) for t in inputs}
+        yield {t: _signed(rng, sizes[t]) for t in inputs}
 
 
 def _signed(rng: np.random.Generator, size: tuple[int, ...]) -> Array:
     return np.asarray((1.0 + rng.integers(0, GRID, size) / GRID) * rng.choice((-1.0, 1.0), size))
 
 
-def _probe(view: View, tensor: gs.Tensor, size: tuple[int, ...], scale: float, rng: np.random.Generator) -> Values:
+def _probe(view: View, tensor: Tensor, size: tuple[int, ...], scale: float, rng: np.random.Generator) -> Values:
     kind = _kind(view, tensor)
     if kind == "f":
         return _signed(rng, size) * scale
     return rng.integers(0, 2, size).astype(view.dtype(tensor))
 
 
-def _depth(side: Side, sources: Sequence[gs.Tensor]) -> int:
+def _depth(side: Side, sources: Sequence[Tensor]) -> int:
     """The largest number of operators that reckon with constants, one after another; at least 1."""
-    depth = {id(t): 0 for t in sources}
+    depth = dict.fromkeys(sources, 0)
     for s in side.states:
-        moving = [depth[id(t)] for t in s.inputs if id(t) in depth]
+        moving = [depth[t] for t in s.inputs if t in depth]
         if moving:
-            stored = any(t.name and id(t) not in depth for t in (s.inputs[i] for i in _reckoned(s)))
-            depth.update((id(t), max(moving) + stored) for t in s.outputs)
+            stored = any(t.name and t not in depth for t in (s.inputs[i] for i in _reckoned(s)))
+            depth.update((t, max(moving) + stored) for t in s.outputs)
     return max((1, *depth.values()))
 
 
@@ -416,11 +416,11 @@ MOVING = frozenset(
 JOINING = frozenset({"Add", "Sub", "Sum", "Mean", "Concat"})
 
 
-def _affine(side: Side, moving: set[int]) -> bool:
+def _affine(side: Side, moving: set[Tensor]) -> bool:
     """Whether every output is affine in the tensors that come from outside."""
     moving = set(moving)
     for s in side.states:
-        where = [i for i, t in enumerate(s.inputs) if id(t) in moving]
+        where = [i for i, t in enumerate(s.inputs) if t in moving]
         if not where or s.op in ("Shape", "Size"):
             continue
         product = s.op in ("Mul", "MatMul", "Gemm") and not {0, 1} <= set(where)
@@ -428,5 +428,5 @@ def _affine(side: Side, moving: set[int]) -> bool:
             return False
         if s.op == "Cast" and "float" not in str(s.outputs[0].dtype):
             return False
-        moving.update(id(t) for t in s.outputs)
+        moving.update(t for t in s.outputs)
     return True

@@ -11,12 +11,11 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
-from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from pwopt.algebra import Array, Values
 from pwopt.graph.dtypes import FLOATS, epsilon
+from pwopt.graph.ir import Graph, Node, Tensor, Variable, as_message
 from pwopt.graph.journal import State
 from pwopt.graph.view import View
 
@@ -31,7 +30,7 @@ NUMBERS: dict[str, Sequence[int]] = {
     "BatchNormalization": (1, 2, 3, 4), "Clip": (1, 2), "Min": (0, 1), "Max": (0, 1), "PRelu": (1,),
 }  # fmt: skip
 
-Tensors = dict[int, Values]
+Tensors = dict[Tensor, Values]
 Rule = Callable[["Side", State, list[Any], bool], list[Values]]
 
 
@@ -58,18 +57,18 @@ class Side:
         #: Stand-ins for tensors of which only the shape is read.
         self.shapes: Tensors = {}
         self._constants: Tensors = {}
-        self._references: dict[int, ReferenceEvaluator] = {}
+        self._references: dict[State, ReferenceEvaluator] = {}
 
-    def constant(self, tensor: gs.Tensor) -> Values | None:
+    def constant(self, tensor: Tensor) -> Values | None:
         """Value of a constant, floating-point ones in float64."""
-        if id(tensor) not in self._constants:
+        if tensor not in self._constants:
             if (self.view.elements(tensor) or 0) > MAX_WORK // 8:
                 raise TooLargeError
             value = self.view.raw(tensor)
             if value is None:
                 return None
-            self._constants[id(tensor)] = _wide(value)
-        return self._constants[id(tensor)]
+            self._constants[tensor] = _wide(value)
+        return self._constants[tensor]
 
     def unit(self) -> float:
         """Unit roundoff of the coarsest type that constants and results are stored in."""
@@ -79,8 +78,8 @@ class Side:
 
     def run(
         self,
-        feeds: Mapping[int, Values],
-        adjust: Callable[[Array, gs.Tensor], Array] | None,
+        feeds: Mapping[Tensor, Values],
+        adjust: Callable[[Array, Tensor], Array] | None,
         absolute: bool = False,
     ) -> Tensors:
         """Values of all tensors, by id.
@@ -99,11 +98,11 @@ class Side:
         moving = set(feeds)
         with np.errstate(all="ignore"):
             for state in self.states:
-                moves = any(id(t) in moving for t in state.inputs)
+                moves = any(t in moving for t in state.inputs)
                 inputs: list[Any] = []
                 for i, t in enumerate(state.inputs):
                     value = self.value(t, values) if t.name else None
-                    if moves and adjust is not None and id(t) not in moving and i in NUMBERS.get(state.op, ()):
+                    if moves and adjust is not None and t not in moving and i in NUMBERS.get(state.op, ()):
                         value = adjust(value, t) if isinstance(value, np.ndarray) and value.dtype.kind == "f" else value
                     inputs.append(value)
                 if state.op not in ("Shape", "Size"):
@@ -111,9 +110,9 @@ class Side:
                 outputs = self._apply(state, inputs, absolute)
                 for t, result in zip(state.outputs, outputs, strict=False):
                     if t.name or len(state.outputs) == 1:
-                        values[id(t)] = result
+                        values[t] = result
                         if moves:
-                            moving.add(id(t))
+                            moving.add(t)
         return values
 
     def spend(self, work: int) -> None:
@@ -121,9 +120,9 @@ class Side:
         if self.work > self.limit:
             raise TooLargeError
 
-    def value(self, tensor: gs.Tensor, values: Tensors) -> Values:
+    def value(self, tensor: Tensor, values: Tensors) -> Values:
         """The value of a tensor after a run: computed, or constant."""
-        value = values.get(id(tensor))
+        value = values.get(tensor)
         value = self.constant(tensor) if value is None else value
         if value is None:
             raise UnfitError(f"nothing makes {tensor.name!r}")
@@ -142,15 +141,15 @@ class Side:
         """One operator by onnx's reference evaluator."""
         if not self.view.op(state.node):
             raise UnfitError(f"{state.op} is not one of ONNX's own operators")
-        if any(isinstance(v, (gs.Graph, list)) and _holds_graph(v) for v in state.attrs.values()):
+        if any(isinstance(v, (Graph, list)) and _holds_graph(v) for v in state.attrs.values()):
             raise UnfitError(f"{state.op} has a body")
         if state.op in RANDOM:
             raise UnfitError(f"{state.op} gives other results each time")
-        if id(state) not in self._references:
-            self._references[id(state)] = _evaluator(state, self.view.opset)
+        if state not in self._references:
+            self._references[state] = _evaluator(state, self.view.opset)
         feeds = {f"i{i}": v for i, v in enumerate(inputs) if v is not None}
         try:
-            results = self._references[id(state)].run(None, feeds)
+            results = self._references[state].run(None, feeds)
         except Exception as error:  # whatever a reference implementation raises for inputs that do not fit
             raise UnfitError(f"{state.op} does not take such inputs") from error
         return [_wide(np.asarray(r)) for r in results]
@@ -174,13 +173,13 @@ def _wide(value: Values) -> Values:
 
 
 def _holds_graph(value: Any) -> bool:
-    return isinstance(value, gs.Graph) or (isinstance(value, list) and any(isinstance(v, gs.Graph) for v in value))
+    return isinstance(value, Graph) or (isinstance(value, list) and any(isinstance(v, Graph) for v in value))
 
 
 def _evaluator(state: State, opset: int) -> ReferenceEvaluator:
-    inputs = [gs.Variable(f"i{i}" if t.name else "") for i, t in enumerate(state.inputs)]
-    outputs = [gs.Variable(f"o{i}" if t.name else "") for i, t in enumerate(state.outputs)]
-    message = OnnxExporter.export_node(gs.Node(state.op, "", dict(state.attrs), inputs, outputs))
+    inputs = [Variable(f"i{i}" if t.name else "") for i, t in enumerate(state.inputs)]
+    outputs = [Variable(f"o{i}" if t.name else "") for i, t in enumerate(state.outputs)]
+    message = as_message(Node(state.op, "", dict(state.attrs), inputs, outputs))
     graph = onnx.helper.make_graph(
         [message],
         "operator",

@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
 
 from pwopt.algebra import Array, Values
 from pwopt.evidence.evaluation import Side, TooLargeError, UnfitError, rule
 from pwopt.graph.dtypes import FLOATS
+from pwopt.graph.ir import Tensor
 from pwopt.graph.journal import State
 
 
@@ -34,7 +34,7 @@ def _cast(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[V
 @rule("Constant")
 def _constant(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     held = state.attrs.get("value")
-    value = side.constant(held) if isinstance(held, gs.Tensor) else None
+    value = side.constant(held) if isinstance(held, Tensor) else None
     return [value] if value is not None else side.reference(state, inputs)
 
 

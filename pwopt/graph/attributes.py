@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
-import onnx_graphsurgeon as gs
-
 from pwopt.algebra.geometry import Refusal
+from pwopt.graph.ir import Node
 from pwopt.graph.view import View
 
 #: Operators that keep the order of the elements.
@@ -23,7 +22,7 @@ class Spatial(NamedTuple):
     auto_pad: str
 
 
-def spatial_attributes(view: View, node: gs.Node, kernel: tuple[int, ...]) -> Spatial | Refusal:
+def spatial_attributes(view: View, node: Node, kernel: tuple[int, ...]) -> Spatial | Refusal:
     """Strides, dilations and pads of a convolution or pooling, with ONNX's defaults.
 
     SAME padding is resolved where the stride is 1 (it does not depend on the size then) or the size is known.
@@ -56,7 +55,7 @@ def spatial_attributes(view: View, node: gs.Node, kernel: tuple[int, ...]) -> Sp
     return Spatial(strides, dilations, (*begins, *ends), "")
 
 
-def inactive_dropout(view: View, node: gs.Node) -> bool:
+def inactive_dropout(view: View, node: Node) -> bool:
     """Whether a Dropout passes its input on: always at inference, whatever the ratio says."""
     if view.opset < 7:
         return bool(node.attrs.get("is_test", 0))
@@ -67,7 +66,7 @@ def inactive_dropout(view: View, node: gs.Node) -> bool:
     return raw is not None and not raw.any()
 
 
-def axes_of(view: View, node: gs.Node, since: int, index: int = 1) -> list[int] | None:
+def axes_of(view: View, node: Node, since: int, index: int = 1) -> list[int] | None:
     """The axes of a reduction, Squeeze or Unsqueeze: an attribute before opset `since`, an input from then on.
 
     Normalised to be non-negative where the input's rank is known; None if they are not constant or not given.
@@ -81,7 +80,7 @@ def axes_of(view: View, node: gs.Node, since: int, index: int = 1) -> list[int] 
     return None if axes is None else [a + rank if a < 0 and rank is not None else a for a in axes]
 
 
-def slice_parameters(view: View, node: gs.Node) -> list[tuple[int, int, int, int]] | None:
+def slice_parameters(view: View, node: Node) -> list[tuple[int, int, int, int]] | None:
     """(axis, start, end, step) of a Slice, axes non-negative; None if not constant or of unknown rank."""
     rank = view.rank(node.inputs[0])
     if view.opset < 10:
@@ -98,19 +97,19 @@ def slice_parameters(view: View, node: gs.Node) -> list[tuple[int, int, int, int
     return list(zip(axes, starts, ends, steps or [1] * len(starts), strict=True))
 
 
-def perm(view: View, node: gs.Node) -> list[int] | None:
+def perm(view: View, node: Node) -> list[int] | None:
     """The order of axes that a Transpose gives: the reverse by default; None if the rank is not known then."""
     given, rank = node.attrs.get("perm"), view.rank(node.inputs[0])
     return list(given) if given is not None else None if rank is None else list(range(rank))[::-1]
 
 
-def concat_axis(view: View, node: gs.Node) -> int | None:
+def concat_axis(view: View, node: Node) -> int | None:
     """The axis of a Concat, non-negative; None if it counts from the end of an unknown rank."""
     axis, rank = int(node.attrs.get("axis", 1)), view.rank(node.outputs[0])
     return axis if axis >= 0 else axis + rank if rank is not None else None
 
 
-def pad_parameters(view: View, node: gs.Node) -> tuple[list[int], str, float | None] | None:
+def pad_parameters(view: View, node: Node) -> tuple[list[int], str, float | None] | None:
     """(pads for every axis, mode, constant) of a Pad; the constant is None if not known. None if pads are not."""
     rank = view.rank(node.inputs[0])
     mode = node.attrs.get("mode", "constant")
@@ -132,12 +131,12 @@ def pad_parameters(view: View, node: gs.Node) -> tuple[list[int], str, float | N
     return (pads, mode, 0.0 if value is None else view.uniform(value)) if len(pads) == 2 * rank else None
 
 
-def resized_by_sizes(view: View, node: gs.Node) -> bool:
+def resized_by_sizes(view: View, node: Node) -> bool:
     """Whether a Resize is given sizes; its factor is then exactly their ratio."""
     return node.op == "Resize" and view.opset >= 11 and view.optional(node, 3) is not None
 
 
-def resize_scales(view: View, node: gs.Node) -> dict[int, float] | None:
+def resize_scales(view: View, node: Node) -> dict[int, float] | None:
     """Axis → factor of a Resize or Upsample that is given constant factors; None otherwise."""
     rank = view.rank(node.inputs[0])
     if node.op == "Upsample" and view.opset < 9:

@@ -38,7 +38,7 @@ def inlined(proto: onnx.ModelProto, chosen: Collection[Function], *, tagged: boo
     made = {name: node for node in result.graph.node for name in node.output if name}
     for call in source.graph.node:
         if (call.domain, call.op_type) in chosen and (call.metadata_props or call.doc_string):
-            for node in {id(made[n]): made[n] for n in call.output if n in made}.values():
+            for node in {made[n]: made[n] for n in call.output if n in made}.values():
                 own = onnx.NodeProto()
                 own.CopyFrom(node)
                 documented(node, own, [own, call])

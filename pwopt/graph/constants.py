@@ -7,11 +7,10 @@ from collections.abc import Collection
 
 import numpy as np
 import onnx
-import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
-from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 
 from pwopt.algebra import Values
+from pwopt.graph.ir import Node, as_message
 from pwopt.graph.shapes import Shape, dims, known
 
 #: A constant is computed if it is not larger than this, or than what it is computed from.
@@ -25,7 +24,7 @@ NEGLIGIBLE_BYTES = 1 << 10
 
 
 def evaluate(
-    node: gs.Node,
+    node: Node,
     values: dict[str, Values],
     opset: int,
     growth: int = MAX_FOLDED_BYTES,
@@ -35,7 +34,7 @@ def evaluate(
 
     They may have `growth` bytes more than `values`, those left out that are `kept` for others.
     """
-    message = OnnxExporter.export_node(node)
+    message = as_message(node)
     shape_only = node.op in ("Shape", "Size")
     graph = onnx.helper.make_graph(
         [message],

@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError, EncodeError
 from onnx_graphsurgeon.logger import G_LOGGER
 
 from pwopt.errors import ModelError, PwoptError, UsageError
+from pwopt.graph.ir import Constant, Variable, adopt
 from pwopt.graph.model import OVERRIDABLE_SINCE_IR, Model, StoredValues
 from pwopt.graph.model import declare as declare
 from pwopt.graph.model import snapshot as snapshot
@@ -175,7 +176,7 @@ def from_proto(proto: onnx.ModelProto, folder: Path | None = None) -> Model:
 
     severity, G_LOGGER.severity = G_LOGGER.severity, G_LOGGER.ERROR
     try:
-        graph = gs.import_onnx(shell)
+        graph = adopt(gs.import_onnx(shell))
     except Exception as error:
         raise ModelError(f"the graph cannot be read: {objection(proto) or error}") from error
     finally:
@@ -183,9 +184,9 @@ def from_proto(proto: onnx.ModelProto, folder: Path | None = None) -> Model:
 
     model = Model(graph, proto, folder)
     for node, message in zip(graph.nodes, proto.graph.node, strict=True):
-        if node.op == "Constant" and isinstance(node.attrs.get("value"), gs.Constant):
+        if node.op == "Constant" and isinstance(node.attrs.get("value"), Constant):
             node.attrs["value"]._values = StoredValues(message.attribute[0].t, folder)  # which knows every type
-        model._nodes[id(node)] = (node, message, snapshot(node.attrs))
+        model._nodes[node] = (message, snapshot(node.attrs))
     tensors = {t.name: t for node in graph.nodes for t in (*node.inputs, *node.outputs)}
     tensors.update({t.name: t for t in (*graph.inputs, *graph.outputs)})
     for name, tensor in constants.items():
@@ -206,7 +207,7 @@ def annotate(model: Model, types: Mapping[str, tuple[int, Shape | None]]) -> Non
     """Give every variable of the graph its inferred type and shape, None where unknown."""
     graph = model.graph
     for tensor in (t for node in graph.nodes for t in (*node.inputs, *node.outputs)):
-        if isinstance(tensor, gs.Variable) and not tensor.is_empty():
+        if isinstance(tensor, Variable) and not tensor.is_empty():
             code, shape = types.get(tensor.name, (0, None))
             tensor.shape = shape
             tensor.dtype = onnx.helper.tensor_dtype_to_np_dtype(code) if code else None

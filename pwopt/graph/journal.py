@@ -5,23 +5,23 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-import onnx_graphsurgeon as gs
+from pwopt.graph.ir import Node, Tensor
 
 
 @dataclass(frozen=True, eq=False)
 class State:
     """A node at one moment: tensors are the graph's own objects, whose names may change later."""
 
-    node: gs.Node
+    node: Node
     op: str
     attrs: dict[str, Any]
-    inputs: tuple[gs.Tensor, ...]
-    outputs: tuple[gs.Tensor, ...]
+    inputs: tuple[Tensor, ...]
+    outputs: tuple[Tensor, ...]
     input_names: tuple[str, ...]
     output_names: tuple[str, ...]
 
     @classmethod
-    def of(cls, node: gs.Node) -> State:
+    def of(cls, node: Node) -> State:
         attrs = {k: list(v) if isinstance(v, list) else v for k, v in node.attrs.items()}
         inputs, outputs = tuple(node.inputs), tuple(node.outputs)
         return cls(
@@ -36,7 +36,7 @@ class State:
         )
 
     def reads_as(self, other: State) -> bool:
-        return [id(t) for t in self.inputs] == [id(t) for t in other.inputs]
+        return list(self.inputs) == list(other.inputs)
 
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -48,14 +48,13 @@ class Journal:
     """Nodes as they were before the first edit that touched them, and the tensors that got another name or shape."""
 
     def __init__(self) -> None:
-        self.states: dict[int, State | None] = {}
-        self.nodes: dict[int, gs.Node] = {}
-        self.changed: dict[int, gs.Tensor] = {}
+        self.states: dict[Node, State | None] = {}
+        self.changed: dict[Tensor, None] = {}
 
-    def note(self, node: gs.Node | None) -> None:
-        if node is not None and id(node) not in self.states:
-            self.states[id(node)], self.nodes[id(node)] = State.of(node), node
+    def note(self, node: Node | None) -> None:
+        if node is not None and node not in self.states:
+            self.states[node] = State.of(node)
 
-    def note_new(self, node: gs.Node) -> None:
-        if id(node) not in self.states:
-            self.states[id(node)], self.nodes[id(node)] = None, node
+    def note_new(self, node: Node) -> None:
+        if node not in self.states:
+            self.states[node] = None

@@ -1,4 +1,8 @@
-"""graphsurgeon's own links between nodes and tensors, written once instead of kept up with every edit."""
+"""The links between nodes and tensors that onnx-graphsurgeon keeps.
+
+Its lists update each other at every edit, which takes a search through all readers of a tensor. `View` keeps an index
+instead. While it does, `put` edits a list alone, and `relink` writes all links once at the end.
+"""
 
 from __future__ import annotations
 
@@ -6,27 +10,35 @@ import math
 from collections.abc import Collection, Iterable, Sequence
 
 import numpy as np
-import onnx_graphsurgeon as gs
+
+from pwopt.graph.ir import Constant, Graph, Node, Tensor, Variable
 
 
-def relink(graph: gs.Graph, nodes: Sequence[gs.Node], tensors: Iterable[gs.Tensor], known: Collection[int]) -> None:
-    """Let a graph have these nodes, and its tensors the readers and producers that follow.
+def put(tensors: list[Tensor], index: int, tensor: Tensor) -> None:
+    """Make `tensor` the input or output `index` of a node; inputs in between become empty ones."""
+    while len(tensors) <= index:
+        list.append(tensors, Variable.empty())
+    list.__setitem__(tensors, index, tensor)
+
+
+def relink(graph: Graph, nodes: Sequence[Node], tensors: Iterable[Tensor], known: Collection[Node]) -> None:
+    """Set the nodes of a graph, and the readers and producers of its tensors that follow from them.
 
     Parameters
     ----------
-    graph : gs.Graph
-    nodes : sequence of gs.Node
-    tensors : iterable of gs.Tensor
-        All that nodes read or make, or did.
+    graph : Graph
+    nodes : sequence of Node
+    tensors : iterable of Tensor
+        All tensors that nodes read or produce, now or before the edits.
     known : collection of int
-        Ids of nodes that are or were the graph's own; readers in bodies are none of them, and stay.
+        Nodes that are or were in the graph itself. Readers in bodies are not among them, and stay linked.
     """
     graph.nodes[:] = nodes
     for tensor in tensors:
-        inside = [n for n in list(tensor.outputs) if id(n) not in known]
+        inside = [n for n in list(tensor.outputs) if n not in known]
         list.clear(tensor.outputs)
         list.extend(tensor.outputs, inside)
-        if not isinstance(tensor, gs.Constant):
+        if not isinstance(tensor, Constant):
             list.clear(tensor.inputs)
     for node in nodes:
         for t in node.inputs:
@@ -36,10 +48,10 @@ def relink(graph: gs.Graph, nodes: Sequence[gs.Node], tensors: Iterable[gs.Tenso
                 list.append(t.inputs, node)
 
 
-def stored_bytes(tensor: gs.Tensor) -> int:
-    """What a constant takes to store; nothing for any other tensor."""
-    if isinstance(tensor, gs.Constant):
+def stored_bytes(tensor: Tensor) -> int:
+    """Bytes that a constant takes; 0 for any other tensor."""
+    if isinstance(tensor, Constant):
         return int(math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize)
     maker = tensor.inputs[0] if tensor.inputs else None
     value = maker.attrs.get("value") if maker is not None and maker.op == "Constant" else None
-    return stored_bytes(value) if isinstance(value, gs.Constant) else 0
+    return stored_bytes(value) if isinstance(value, Constant) else 0

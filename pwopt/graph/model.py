@@ -16,22 +16,20 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_graphsurgeon as gs
 from onnx import TensorProto, numpy_helper
-from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
-from onnx_graphsurgeon.ir.tensor import LazyValues
 
 from pwopt.algebra import Values
 from pwopt.errors import ModelError
 from pwopt.graph.functions import drop_unused_opsets
-from pwopt.graph.provenance import ATTRIBUTE, documented, origins, stand_for
+from pwopt.graph.ir import Constant, Graph, LazyValues, Node, Tensor, Variable, as_message
+from pwopt.graph.provenance import documented, origins
 from pwopt.graph.storage import copy_fields, locations_of
 
 #: Since this IR version an initializer that is also an input is a default that callers may override.
 OVERRIDABLE_SINCE_IR = 4
 
 
-class StoredValues(LazyValues):  # type: ignore[misc]
+class StoredValues(LazyValues):
     """Values of an initializer, read from its message or its file each time they are asked for."""
 
     def __init__(self, tensor: TensorProto, folder: Path | None) -> None:
@@ -62,7 +60,7 @@ class Model:
 
     Attributes
     ----------
-    graph : gs.Graph
+    graph : Graph
         What passes edit. Tensors carry inferred shapes and types. Initializers that callers may
         override are graph inputs here, not constants.
     proto : onnx.ModelProto
@@ -71,11 +69,11 @@ class Model:
         Where its external data lies.
     """
 
-    graph: gs.Graph
+    graph: Graph
     proto: onnx.ModelProto
     folder: Path | None = None
-    _nodes: dict[int, tuple[gs.Node, onnx.NodeProto, dict[str, Any]]] = field(default_factory=dict, repr=False)
-    _constants: dict[str, tuple[gs.Constant, TensorProto]] = field(default_factory=dict, repr=False)
+    _nodes: dict[Node, tuple[onnx.NodeProto, dict[str, Any]]] = field(default_factory=dict, repr=False)
+    _constants: dict[str, tuple[Constant, TensorProto]] = field(default_factory=dict, repr=False)
 
     @property
     def opset(self) -> int:
@@ -138,28 +136,28 @@ class Model:
 
     def copy(self) -> Model:
         """The same model to edit apart: nodes and tensors are new; weights, bodies and messages are shared."""
-        graph, twins = self.graph, dict[int, gs.Tensor]()
+        graph, twins = self.graph, dict[Tensor, Tensor]()
 
-        def twin(tensor: gs.Tensor) -> gs.Tensor:
+        def twin(tensor: Tensor) -> Tensor:
             if not tensor.name:
-                return gs.Variable.empty()
-            return twins.get(id(tensor)) or twins.setdefault(id(tensor), tensor.copy())
+                return Variable.empty()
+            return twins.get(tensor) or twins.setdefault(tensor, tensor.copy())
 
         nodes, messages = [], dict(self._nodes)
         for node in graph.nodes:
             attrs = {k: list(v) if isinstance(v, list) else v for k, v in node.attrs.items()}
             inputs, outputs = [twin(t) for t in node.inputs], [twin(t) for t in node.outputs]
-            made = gs.Node(node.op, node.name, attrs, inputs, outputs, node.domain)
-            stand_for(made, node)
-            if id(node) in messages:
-                messages[id(made)] = (made, *messages[id(node)][1:])
+            made = Node(node.op, node.name, attrs, inputs, outputs, node.domain)
+            made.replaced = node.replaced
+            if node in messages:
+                messages[made] = messages[node]
             nodes.append(made)
         ends = ([twin(t) for t in graph.inputs], [twin(t) for t in graph.outputs])
-        copied = gs.Graph(
+        copied = Graph(
             nodes, *ends, graph.name, graph.doc_string, graph.opset, graph.import_domains, functions=graph.functions,
             ir_version=graph.ir_version,
         )  # fmt: skip
-        constants = {name: (twins.get(id(c), c), tensor) for name, (c, tensor) in self._constants.items()}
+        constants = {name: (_same_or(twins, c), tensor) for name, (c, tensor) in self._constants.items()}
         return Model(copied, self.proto, self.folder, messages, constants)
 
     def become(self, other: Model) -> None:
@@ -178,12 +176,12 @@ class Model:
         )
         return same and held
 
-    def _original(self, node: gs.Node) -> onnx.NodeProto | None:
+    def _original(self, node: Node) -> onnx.NodeProto | None:
         """The message a node came from, if its operator and attributes are still those."""
-        found = self._nodes.get(id(node))
-        if found is None or found[0] is not node:
+        found = self._nodes.get(node)
+        if found is None:
             return None
-        _, proto, attrs = found
+        proto, attrs = found
         same = (node.op, node.name, node.domain or "") == (proto.op_type, proto.name, proto.domain)
         return proto if same and snapshot(node.attrs) == attrs else None
 
@@ -191,9 +189,9 @@ class Model:
         for node in self.graph.nodes:
             proto = self._original(node)
             if proto is None:
-                proto = OnnxExporter.export_node(node)
+                proto = as_message(node)
                 documented(proto, self.message(node), list(origins(node, self.message)))
-            elif not _same_edges(node, proto) or hasattr(node, ATTRIBUTE):
+            elif not _same_edges(node, proto) or node.replaced:
                 original, proto = proto, onnx.NodeProto()
                 proto.CopyFrom(original)
                 proto.input[:] = [t.name for t in node.inputs]
@@ -201,33 +199,39 @@ class Model:
                 documented(proto, original, list(origins(node, self.message)))
             yield proto
 
-    def message(self, node: gs.Node) -> onnx.NodeProto | None:
+    def message(self, node: Node) -> onnx.NodeProto | None:
         """The message that a node came from, whatever became of it."""
-        found = self._nodes.get(id(node))
-        return found[1] if found is not None and found[0] is node else None
+        found = self._nodes.get(node)
+        return None if found is None else found[0]
 
-    def _constant_tensors(self) -> dict[str, gs.Constant]:
+    def _constant_tensors(self) -> dict[str, Constant]:
         """Constants in use, by name: read by a node or captured by a body, or being a graph output."""
         captured = captured_names(self.proto.graph.node)
-        used = {t.name: t for node in self.graph.nodes for t in node.inputs if isinstance(t, gs.Constant)} | {
-            t.name: t for t in self.graph.outputs if isinstance(t, gs.Constant)
+        used = {t.name: t for node in self.graph.nodes for t in node.inputs if isinstance(t, Constant)} | {
+            t.name: t for t in self.graph.outputs if isinstance(t, Constant)
         }
         for name, (constant, _) in self._constants.items():
             if name in captured:
                 used.setdefault(name, constant)
         return used
 
-    def _constant_proto(self, constant: gs.Constant) -> TensorProto:
+    def _constant_proto(self, constant: Constant) -> TensorProto:
         held, proto = self._constants.get(constant.name, (None, TensorProto()))
         if held is constant:
             if isinstance(constant._values, StoredValues):
                 return proto
-            if np.array_equal(StoredValues(proto, self.folder).load(), constant._values):
+            if np.array_equal(StoredValues(proto, self.folder).load(), constant.values):
                 return proto
         return numpy_helper.from_array(np.asarray(constant.values), constant.name)
 
 
-def _same_edges(node: gs.Node, proto: onnx.NodeProto) -> bool:
+def _same_or(twins: Mapping[Tensor, Tensor], constant: Constant) -> Constant:
+    """The copy of a constant, or the constant itself where the graph does not hold it."""
+    found = twins.get(constant)
+    return found if isinstance(found, Constant) else constant
+
+
+def _same_edges(node: Node, proto: onnx.NodeProto) -> bool:
     return [t.name for t in node.inputs] == list(proto.input) and [t.name for t in node.outputs] == list(proto.output)
 
 

@@ -12,44 +12,37 @@ import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import onnx
-import onnx_graphsurgeon as gs
+
+from pwopt.graph.ir import Node
 
 #: The property that lists what else a node stands for.
 FOLDED = "pwopt.folded"
-#: Where a node keeps what it stands for.
-ATTRIBUTE = "_pwopt_stands_for"
 
 
-def inherit(new: Sequence[gs.Node], old: Sequence[gs.Node]) -> None:
+def inherit(new: Sequence[Node], old: Sequence[Node]) -> None:
     """Let each of `new` stand for the one of `old` that is most like it, and the last for all of them."""
     for node in new:
         alike = sorted(old, key=lambda o: (o.op != node.op, o.name != node.name))
         credit(node, alike if node is new[-1] else alike[:1])
 
 
-def credit(node: gs.Node, sources: Iterable[gs.Node]) -> None:
+def credit(node: Node, sources: Iterable[Node]) -> None:
     """Let a node stand for others, besides what it stands for already."""
-    setattr(node, ATTRIBUTE, (*getattr(node, ATTRIBUTE, ()), *(s for s in sources if s is not node)))
+    node.replaced = (*node.replaced, *(s for s in sources if s is not node))
 
 
-def stand_for(copy: gs.Node, node: gs.Node) -> None:
-    """Let the copy of a node stand for what that stands for."""
-    if hasattr(node, ATTRIBUTE):
-        setattr(copy, ATTRIBUTE, getattr(node, ATTRIBUTE))
-
-
-def origins(node: gs.Node, message: Callable[[gs.Node], onnx.NodeProto | None]) -> Iterator[onnx.NodeProto]:
+def origins(node: Node, message: Callable[[Node], onnx.NodeProto | None]) -> Iterator[onnx.NodeProto]:
     """The messages that a node stands for, its own first."""
     pending, seen = [node], set()
     while pending:
         node = pending.pop()
-        if id(node) in seen:
+        if node in seen:
             continue
-        seen.add(id(node))
+        seen.add(node)
         found = message(node)
         if found is not None:
             yield found
-        pending.extend(reversed(getattr(node, ATTRIBUTE, ())))
+        pending.extend(reversed(node.replaced))
 
 
 def documented(proto: onnx.NodeProto, own: onnx.NodeProto | None, stands_for: Sequence[onnx.NodeProto]) -> None:

@@ -6,8 +6,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import onnx_graphsurgeon as gs
-
+from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.journal import Journal, State
 
 if TYPE_CHECKING:
@@ -31,8 +30,8 @@ class Region:
     Attributes
     ----------
     before, after : tuple of State
-    renamed : dict of int to gs.Tensor
-        Tensors, by id, whose value is another one since; only operators inside the region touch them.
+    renamed : dict of Tensor to None
+        Tensors whose value is another one since; only operators inside the region touch them.
     rerouted : tuple of (State, State)
         Operators around it of which only the inputs changed.
     context : int
@@ -41,7 +40,7 @@ class Region:
 
     before: tuple[State, ...]
     after: tuple[State, ...]
-    renamed: dict[int, gs.Tensor]
+    renamed: dict[Tensor, None]
     rerouted: tuple[tuple[State, State], ...] = ()
     context: int = 0
 
@@ -49,28 +48,25 @@ class Region:
     def of(cls, view: View, journal: Journal, context: int = 0) -> Region:
         """The region of everything that a journal saw change."""
         renamed = dict(journal.changed)
-        before: dict[int, State] = {}
-        after: dict[int, State] = {}
-        rerouted: dict[int, tuple[State, State]] = {}
-        for key, old in journal.states.items():
-            node = journal.nodes[key]
+        before: dict[Node, State] = {}
+        after: dict[Node, State] = {}
+        rerouted: dict[Node, tuple[State, State]] = {}
+        for node, old in journal.states.items():
             new = State.of(node) if node in view else None
             if old is not None and new is not None and old.computes(new):
-                if not old.reads_as(new) and not any(
-                    id(t) in renamed for t in (*old.inputs, *new.inputs, *new.outputs)
-                ):
-                    rerouted[key] = old, new
+                if not old.reads_as(new) and not any(t in renamed for t in (*old.inputs, *new.inputs, *new.outputs)):
+                    rerouted[node] = old, new
                     continue
-                if old.reads_as(new) and not any(id(t) in renamed for t in (*new.inputs, *new.outputs)):
+                if old.reads_as(new) and not any(t in renamed for t in (*new.inputs, *new.outputs)):
                     continue
             if old is not None:
-                before[key] = old
+                before[node] = old
             if new is not None:
-                after[key] = new
-        for tensor in renamed.values():
-            for node in (view.producer(tensor), *view.readers(tensor)):
-                if node is not None and id(node) not in after:
-                    before[id(node)] = after[id(node)] = State.of(node)
+                after[node] = new
+        for tensor in renamed:
+            for touching in (view.producer(tensor), *view.readers(tensor)):
+                if touching is not None and touching not in after:
+                    before[touching] = after[touching] = State.of(touching)
         sides = _ordered(view, before.values()), _ordered(view, after.values())
         return cls(*sides, renamed, tuple(rerouted.values()), context)
 
@@ -82,48 +78,48 @@ class Region:
 
     def widened(self, view: View) -> Region:
         """The region with the operators that feed it."""
-        inside = {id(s.node) for s in (*self.before, *self.after)}
-        feeding = {id(n): n for t in self.sources() if (n := view.producer(t)) is not None and id(n) not in inside}
-        more = [State.of(n) for n in feeding.values()]
+        inside = {s.node for s in (*self.before, *self.after)}
+        feeding = dict.fromkeys(n for t in self.sources() if (n := view.producer(t)) is not None and n not in inside)
+        more = [State.of(n) for n in feeding]
         sides = _ordered(view, (*self.before, *more)), _ordered(view, (*self.after, *more))
         return Region(*sides, self.renamed, self.rerouted, self.context - 1 if feeding else 0)
 
-    def sources(self) -> list[gs.Tensor]:
+    def sources(self) -> list[Tensor]:
         """Tensors that come from outside."""
-        made = [{id(t) for s in side for t in s.outputs} for side in (self.before, self.after)]
+        made = [{t for s in side for t in s.outputs} for side in (self.before, self.after)]
         pairs = [t for old, new in self.rerouted for t in _exchanged(old, new)]
-        found: dict[int, gs.Tensor] = {}
+        found: dict[Tensor, None] = {}
         for side, own, ends in zip(
             (self.before, self.after), made, ([a for a, _ in pairs], [b for _, b in pairs]), strict=True
         ):
             read = (t for s in side for t in s.inputs if t.name)
-            found.update((id(t), t) for t in (*read, *ends) if id(t) not in own)
-        return list(found.values())
+            found.update(dict.fromkeys(t for t in (*read, *ends) if t not in own))
+        return list(found)
 
-    def claims(self) -> list[tuple[gs.Tensor, gs.Tensor]]:
+    def claims(self) -> list[tuple[Tensor, Tensor]]:
         """Tensors before, each with the one after that must hold the same value."""
-        made = {id(t) for s in self.before for t in s.outputs}
-        kept = [t for s in self.after for t in s.outputs if t.name and id(t) in made and id(t) not in self.renamed]
+        made = {t for s in self.before for t in s.outputs}
+        kept = [t for s in self.after for t in s.outputs if t.name and t in made and t not in self.renamed]
         return [(t, t) for t in kept] + [pair for old, new in self.rerouted for pair in _exchanged(old, new)]
 
-    def lost(self, view: View) -> gs.Tensor | None:
+    def lost(self, view: View) -> Tensor | None:
         """A tensor that is still needed, and that nothing makes any more."""
-        made = {id(t) for s in self.after for t in s.outputs}
-        gone = (t for s in self.before for t in s.outputs if t.name and id(t) not in made)
+        made = {t for s in self.after for t in s.outputs}
+        gone = (t for s in self.before for t in s.outputs if t.name and t not in made)
         return next((t for t in gone if view.producer(t) is None and (view.readers(t) or view.pinned(t))), None)
 
     def drawings(self, view: View) -> tuple[tuple[Operator, ...], tuple[Operator, ...]]:
         """Both sides for people to see, constants left out."""
         both = (*self.before, *self.after)
-        constants = {id(t) for s in both for t in s.outputs if s.op == "Constant"}
-        constants |= {id(t) for s in both for t in s.inputs if view.constant(t) is not None}
+        constants = {t for s in both for t in s.outputs if s.op == "Constant"}
+        constants |= {t for s in both for t in s.inputs if view.constant(t) is not None}
         before, after = (
             tuple(_operator(s, constants) for s in side if s.op != "Constant") for side in (self.before, self.after)
         )
         return before, after
 
 
-def _exchanged(old: State, new: State) -> Iterator[tuple[gs.Tensor, gs.Tensor]]:
+def _exchanged(old: State, new: State) -> Iterator[tuple[Tensor, Tensor]]:
     yield from ((a, b) for a, b in zip(old.inputs, new.inputs, strict=False) if a is not b and a.name and b.name)
 
 
@@ -131,6 +127,6 @@ def _ordered(view: View, states: Iterable[State]) -> tuple[State, ...]:
     return tuple(sorted(states, key=lambda s: view.position(s.node)))
 
 
-def _operator(state: State, constants: set[int]) -> Operator:
-    inputs = tuple(n for n, t in zip(state.input_names, state.inputs, strict=True) if id(t) not in constants)
+def _operator(state: State, constants: set[Tensor]) -> Operator:
+    inputs = tuple(n for n, t in zip(state.input_names, state.inputs, strict=True) if t not in constants)
     return Operator(state.op, str(state.node.name), inputs, state.output_names)

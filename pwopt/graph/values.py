@@ -10,13 +10,13 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 import onnx
-import onnx_graphsurgeon as gs
 
 from pwopt.graph import attributes
+from pwopt.graph.ir import Constant, Node, Tensor
 from pwopt.graph.view import View
 
-#: The size of an axis that is not known in numbers: its name, or a tensor (by id) and one of its axes.
-Symbol = str | tuple[int, int]
+#: The size of an axis that is not known in numbers: its name, or a tensor and one of its axes.
+Symbol = str | tuple[Tensor, int]
 #: A number, a size, or None for any number.
 Entry = int | Symbol | None
 Entries = tuple[Entry, ...]
@@ -29,7 +29,7 @@ DEEPEST, MOST = 24, 256
 END = 2**31
 
 
-def entries(view: View, tensor: gs.Tensor) -> Entries | None:
+def entries(view: View, tensor: Tensor) -> Entries | None:
     """The entries of an integer or boolean tensor of at most one axis; None if nothing is known of them.
 
     Booleans are 0 and 1. An entry that is a `Symbol` equals that size whatever the model is fed with.
@@ -37,13 +37,13 @@ def entries(view: View, tensor: gs.Tensor) -> Entries | None:
     return _Reader(view).read(tensor, 0)
 
 
-def extents(view: View, tensor: gs.Tensor) -> Entries | None:
+def extents(view: View, tensor: Tensor) -> Entries | None:
     """A tensor's shape as entries: every axis is a number or a symbol; None if not even the rank is known."""
     shape = view.shape(tensor)
     if shape is None:
         return None
     named = (d if isinstance(d, int) or (d is not None and view.unambiguous(d)) else None for d in shape)
-    return tuple((id(tensor), axis) if d is None else d for axis, d in enumerate(named))
+    return tuple((tensor, axis) if d is None else d for axis, d in enumerate(named))
 
 
 class _Reader:
@@ -51,10 +51,10 @@ class _Reader:
 
     def __init__(self, view: View) -> None:
         self.view = view
-        self.seen: dict[int, Entries | None] = {}
+        self.seen: dict[Tensor, Entries | None] = {}
 
-    def read(self, tensor: gs.Tensor, depth: int) -> Entries | None:
-        key = id(tensor)
+    def read(self, tensor: Tensor, depth: int) -> Entries | None:
+        key = tensor
         if key not in self.seen:
             if depth > DEEPEST or len(self.seen) > MOST:
                 return None
@@ -62,7 +62,7 @@ class _Reader:
             self.seen[key] = self._read(tensor, depth)
         return self.seen[key]
 
-    def _read(self, tensor: gs.Tensor, depth: int) -> Entries | None:
+    def _read(self, tensor: Tensor, depth: int) -> Entries | None:
         held = self.view.constant(tensor)
         if held is not None:
             return _numbers(self.view, held)
@@ -73,7 +73,7 @@ class _Reader:
         found = rule(self, node, depth + 1)
         return found if found is not None and len(found) <= LONGEST else None
 
-    def operands(self, node: gs.Node, depth: int) -> list[Entries] | None:
+    def operands(self, node: Node, depth: int) -> list[Entries] | None:
         """All inputs, those of one entry repeated as often as the longest has entries."""
         found = [self.read(t, depth) for t in node.inputs if t.name]
         listed = [f for f in found if f is not None]
@@ -83,14 +83,14 @@ class _Reader:
         return [f * wide if len(f) == 1 else f for f in listed] if all(len(f) in (1, wide) for f in listed) else None
 
 
-def _numbers(view: View, held: gs.Tensor) -> Entries | None:
+def _numbers(view: View, held: Constant) -> Entries | None:
     if len(held.shape) > 1 or (view.elements(held) or 0) > LONGEST or str(held.dtype) not in ("int32", "int64", "bool"):
         return None
     raw = view.raw(held)
     return None if raw is None else tuple(int(v) for v in raw.reshape(-1))
 
 
-Rule = Callable[[_Reader, gs.Node, int], Entries | None]
+Rule = Callable[[_Reader, Node, int], Entries | None]
 RULES: dict[str, Rule] = {}
 
 
@@ -103,13 +103,13 @@ def _rule(*ops: str) -> Callable[[Rule], Rule]:
 
 
 @_rule("Shape")
-def _shape(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
+def _shape(reader: _Reader, node: Node, depth: int) -> Entries | None:
     found = extents(reader.view, node.inputs[0])
     return None if found is None else found[node.attrs.get("start", 0) : node.attrs.get("end", len(found))]
 
 
 @_rule("Size")
-def _size(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
+def _size(reader: _Reader, node: Node, depth: int) -> Entries | None:
     found = extents(reader.view, node.inputs[0])
     numbers = [f for f in found or () if isinstance(f, int)]
     product = int(np.prod(numbers, dtype=object)) if found is not None and len(numbers) == len(found) else END
@@ -117,13 +117,13 @@ def _size(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
 
 
 @_rule("Identity", "Squeeze", "Unsqueeze", "Reshape")
-def _same(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
+def _same(reader: _Reader, node: Node, depth: int) -> Entries | None:
     """What has at most one axis before and after has the same entries."""
     return reader.read(node.inputs[0], depth)
 
 
 @_rule("Cast")
-def _cast(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
+def _cast(reader: _Reader, node: Node, depth: int) -> Entries | None:
     """Between integers; none are longer than int32."""
     found, to = reader.read(node.inputs[0], depth), node.attrs.get("to")
     if found is not None and to == onnx.TensorProto.BOOL:
@@ -132,14 +132,14 @@ def _cast(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
 
 
 @_rule("Concat")
-def _concat(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
+def _concat(reader: _Reader, node: Node, depth: int) -> Entries | None:
     parts = [reader.read(t, depth) for t in node.inputs]
     listed = [p for p in parts if p is not None]
     return tuple(e for p in listed for e in p) if len(listed) == len(parts) else None
 
 
 @_rule("Gather")
-def _gather(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
+def _gather(reader: _Reader, node: Node, depth: int) -> Entries | None:
     data, at = reader.read(node.inputs[0], depth), reader.read(node.inputs[1], depth)
     if data is None or at is None or reader.view.rank(node.inputs[0]) != 1:
         return None
@@ -148,7 +148,7 @@ def _gather(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
 
 
 @_rule("Slice")
-def _slice(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
+def _slice(reader: _Reader, node: Node, depth: int) -> Entries | None:
     data, parameters = reader.read(node.inputs[0], depth), attributes.slice_parameters(reader.view, node)
     if data is None or parameters is None or len(parameters) != 1 or parameters[0][3] == 0:
         return None
@@ -157,7 +157,7 @@ def _slice(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
 
 
 @_rule("Add", "Sub", "Mul", "Div", "Mod", "Min", "Max", "Equal", "Less", "Greater", "And", "Or")
-def _arithmetic(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
+def _arithmetic(reader: _Reader, node: Node, depth: int) -> Entries | None:
     operands = reader.operands(node, depth) if reader.view.opset >= 7 else None
     if operands is None or len(operands) != 2 or node.attrs.get("fmod", 0):
         return None
@@ -199,13 +199,13 @@ def _combined(op: str, a: Entry, b: Entry) -> Entry:
 
 
 @_rule("Not")
-def _not(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
+def _not(reader: _Reader, node: Node, depth: int) -> Entries | None:
     found = reader.read(node.inputs[0], depth)
     return None if found is None else tuple(1 - e if isinstance(e, int) else None for e in found)
 
 
 @_rule("Where")
-def _where(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
+def _where(reader: _Reader, node: Node, depth: int) -> Entries | None:
     operands = reader.operands(node, depth)
     if operands is None or len(operands) != 3:
         return None
@@ -217,7 +217,7 @@ def _chosen(condition: Entry, a: Entry, b: Entry) -> Entry:
 
 
 @_rule("ConstantOfShape")
-def _filled(reader: _Reader, node: gs.Node, depth: int) -> Entries | None:
+def _filled(reader: _Reader, node: Node, depth: int) -> Entries | None:
     count, value = reader.read(node.inputs[0], depth), node.attrs.get("value")
     held = None if value is None else np.asarray(value.values)
     if count is None or len(count) > 1 or held is None or held.dtype.kind not in "iu":

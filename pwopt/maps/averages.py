@@ -5,18 +5,18 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra.geometry import Geometry, Refusal, pointwise_geometry
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
+from pwopt.graph.ir import Node
 from pwopt.graph.view import View
 from pwopt.maps.forms import Reading, Result, reads
 from pwopt.maps.forms import implied as implied
 
 
 @reads("AveragePool")
-def read_average_pool(view: View, node: gs.Node) -> Result:
+def read_average_pool(view: View, node: Node) -> Result:
     """A depthwise stencil of 1/k, if every window has the same number of elements."""
     kernel = tuple(node.attrs["kernel_shape"])
     spatial = attributes.spatial_attributes(view, node, kernel)
@@ -35,7 +35,7 @@ def read_average_pool(view: View, node: gs.Node) -> Result:
 
 
 @reads("ReduceSum", "ReduceMean")
-def read_reduction(view: View, node: gs.Node) -> Result:
+def read_reduction(view: View, node: Node) -> Result:
     """A one-row matrix, when exactly the channel axis is reduced and kept."""
     axes = attributes.axes_of(view, node, since=13 if node.op == "ReduceSum" else 18)
     if axes is None or len(axes) != 1 or not node.attrs.get("keepdims", 1) or view.rank(node.inputs[0]) is None:

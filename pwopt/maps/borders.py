@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra import Array
 from pwopt.algebra.geometry import Geometry, pointwise_geometry
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
+from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import known
 from pwopt.graph.view import View
 from pwopt.maps.forms import Reading, Result, reads
@@ -18,7 +18,7 @@ from pwopt.maps.forms import implied as implied
 
 
 @reads("Pad")
-def read_pad(view: View, node: gs.Node) -> Result:
+def read_pad(view: View, node: Node) -> Result:
     """Constant channels before and after: a selection with a bias. Constant positions around: a map with a border."""
     found = attributes.pad_parameters(view, node)
     if found is None:
@@ -49,7 +49,7 @@ def read_pad(view: View, node: gs.Node) -> Result:
     return Reading((node,), node.inputs[0], geometry, axis, "selection", None, implied(geometry, padded))
 
 
-def _border(nodes: tuple[gs.Node, ...], source: gs.Tensor, pads: tuple[int, ...], fill: Array) -> Reading:
+def _border(nodes: tuple[Node, ...], source: Tensor, pads: tuple[int, ...], fill: Array) -> Reading:
     """Positions around a feature map that hold `fill`, one number per channel."""
     channels, ones = len(fill), (1,) * (len(pads) // 2)
     geometry = Geometry(channels, channels, channels, ones, ones, ones, pads)
@@ -62,7 +62,7 @@ MAX_FOLLOWED = 1 << 22
 
 
 @reads("ScatterND", "Transpose")
-def read_overwritten_border(view: View, node: gs.Node) -> Result:
+def read_overwritten_border(view: View, node: Node) -> Result:
     """A Pad whose border is then overwritten with one number per channel.
 
     Assignments to slices (``y[:, :, :p] = b``) are exported as ScatterND between Transposes; diverse branch blocks

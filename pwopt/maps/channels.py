@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from pwopt.algebra import Array
@@ -23,6 +22,7 @@ from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.unions import Unions
 from pwopt.graph import attributes
 from pwopt.graph.constants import evaluate
+from pwopt.graph.ir import Node, Tensor, Variable
 from pwopt.graph.view import View
 from pwopt.maps import commute, forms, selections
 from pwopt.maps.elementwise import ELEMENTWISE
@@ -41,7 +41,7 @@ class Channels:
 
     Attributes
     ----------
-    tensor : gs.Tensor
+    tensor : Tensor
     axis : int
     value : array
         What each channel is at every position and for every input; NaN if it varies.
@@ -53,7 +53,7 @@ class Channels:
         Whether it may be removed.
     """
 
-    tensor: gs.Tensor
+    tensor: Tensor
     axis: int
     value: Array
     radius: Array
@@ -80,7 +80,7 @@ class Link:
 class Flow:
     """How channels pass one operator: through a dense map, or one by one along links; else they end there."""
 
-    node: gs.Node
+    node: Node
     reading: Reading | None = None
     links: tuple[Link, ...] = ()
     dense: bool = False
@@ -103,23 +103,23 @@ class Analysis:
 
     def __init__(self, view: View, scan: Scanner, alignment: int = ALIGNMENT) -> None:
         self.view, self.scan, self.alignment = view, scan, alignment
-        self.of: dict[int, Channels] = {}
+        self.of: dict[Tensor, Channels] = {}
         self.flows: list[Flow] = []
-        self.fixed: dict[int, str] = {}
-        self.multiplied: dict[int, Reading] = {}
-        self._joined: dict[int, str] = {}
-        self._at: dict[int, list[int]] = {}
-        covered: set[int] = set()
+        self.fixed: dict[Tensor, str] = {}
+        self.multiplied: dict[Tensor, Reading] = {}
+        self._joined: dict[Tensor, str] = {}
+        self._at: dict[Tensor, list[int]] = {}
+        covered: set[Node] = set()
         for node in view.nodes():
-            if id(node) not in covered:
+            if node not in covered:
                 flow = self._forward(node)
-                covered.update(id(n) for n in flow.reading.nodes) if flow.reading is not None else None
+                covered.update(n for n in flow.reading.nodes) if flow.reading is not None else None
                 self.flows.append(flow)
         self._find_removable()
 
     # Forward: constants
 
-    def _forward(self, node: gs.Node) -> Flow:
+    def _forward(self, node: Node) -> Flow:
         reading = forms.weighted(self.view, node) or forms.linear(self.view, node)
         if reading is not None and reading.weighted and reading.nodes[0] is node:
             return self._map(node, reading)
@@ -134,11 +134,11 @@ class Analysis:
             return self._pair(node, op)
         return self._alone(node, op)
 
-    def _know(self, tensor: gs.Tensor, axis: int, value: Array, radius: Array, size: Array) -> Channels:
-        self.of[id(tensor)] = Channels(tensor, axis, value, radius, np.minimum(size, 1.0))
-        return self.of[id(tensor)]
+    def _know(self, tensor: Tensor, axis: int, value: Array, radius: Array, size: Array) -> Channels:
+        self.of[tensor] = Channels(tensor, axis, value, radius, np.minimum(size, 1.0))
+        return self.of[tensor]
 
-    def _map(self, node: gs.Node, reading: Reading) -> Flow:
+    def _map(self, node: Node, reading: Reading) -> Flow:
         g, scan = reading.geometry, self.scan(self.view, reading)
         if scan is None or reading.axis is None or self.view.shared(reading.weight_input):
             return Flow(node)
@@ -174,12 +174,12 @@ class Analysis:
         g = reading.geometry
         return g.groups == g.in_channels == g.out_channels
 
-    def _input(self, tensor: gs.Tensor, axis: int | None, count: int | None = None) -> Channels | None:
-        known = self.of.get(id(tensor))
+    def _input(self, tensor: Tensor, axis: int | None, count: int | None = None) -> Channels | None:
+        known = self.of.get(tensor)
         fits = known is not None and axis in (None, known.axis) and count in (None, len(known.value))
         return known if fits else None
 
-    def _diagonal(self, node: gs.Node, reading: Reading) -> Flow:
+    def _diagonal(self, node: Node, reading: Reading) -> Flow:
         source, linear = self._input(reading.source, reading.axis), reading.load()
         if source is None or isinstance(linear, Refusal):
             return Flow(node)
@@ -191,7 +191,7 @@ class Analysis:
         output = self._know(reading.output, source.axis, value, scale * source.radius, scale * source.size)
         return Flow(node, reading, (Link(source, output, 0, 0, len(value)),))
 
-    def _concat(self, node: gs.Node) -> Flow:
+    def _concat(self, node: Node) -> Flow:
         axis = attributes.concat_axis(self.view, node)
         widths = [self.view.dim(t, axis) if axis is not None else None for t in node.inputs]
         if axis is None or not all(isinstance(w, int) for w in widths):
@@ -201,7 +201,7 @@ class Analysis:
         value = np.concatenate([p.value if p else np.full(w, np.nan) for p, w in zip(parts, sizes, strict=True)])
         radius = np.concatenate([p.radius if p else np.zeros(w) for p, w in zip(parts, sizes, strict=True)])
         size = np.concatenate([p.size if p else np.ones(w) for p, w in zip(parts, sizes, strict=True)])
-        if not any(parts) or len({id(t) for t in node.inputs}) < len(node.inputs):
+        if not any(parts) or len(set(node.inputs)) < len(node.inputs):
             return Flow(node)
         output = self._know(node.outputs[0], axis, value, radius, size)
         starts = np.cumsum([0, *sizes])
@@ -209,10 +209,10 @@ class Analysis:
         whole = all(p is not None for p in parts)
         if whole:
             return Flow(node, None, tuple(links))
-        self._joined[id(output.tensor)] = f"{node.op} {node.name!r} joins channels of which nothing is known"
+        self._joined[output.tensor] = f"{node.op} {node.name!r} joins channels of which nothing is known"
         return Flow(node, None, (*links, _stuck(output, parts, sizes)))
 
-    def _split(self, node: gs.Node) -> Flow:
+    def _split(self, node: Node) -> Flow:
         parts = selections.read_split(self.view, node)
         source = self._input(node.inputs[0], parts[0].axis) if parts else None
         if parts is None or source is None or not all(t.name for t in node.outputs):
@@ -226,11 +226,11 @@ class Analysis:
             start += count
         return Flow(node, None, tuple(links))
 
-    def _pair(self, node: gs.Node, op: str) -> Flow:
+    def _pair(self, node: Node, op: str) -> Flow:
         view, shape = self.view, self.view.shape(node.outputs[0])
         parts = [self._input(t, None) for t in node.inputs]
         known = [p for p in parts if p is not None]
-        if not known or shape is None or len({id(t) for t in node.inputs}) < len(node.inputs):
+        if not known or shape is None or len(set(node.inputs)) < len(node.inputs):
             return Flow(node)
         axis, count = known[0].axis, len(known[0].value)
         alike = all(
@@ -258,7 +258,7 @@ class Analysis:
         output = self._know(node.outputs[0], axis, value, radius, size)
         return Flow(node, None, tuple(Link(p, output, 0, 0, count) for p in known))
 
-    def _alone(self, node: gs.Node, op: str) -> Flow:
+    def _alone(self, node: Node, op: str) -> Flow:
         """Operators with one data input."""
         source = self._input(node.inputs[0], None) if node.inputs else None
         if source is None or len([t for t in node.outputs if t.name]) != 1:
@@ -285,7 +285,7 @@ class Analysis:
         output = self._know(node.outputs[0], axis, value, np.where(np.isnan(value), 0.0, radius), source.size)
         return Flow(node, None, (Link(source, output, 0, 0, len(constant)),))
 
-    def evaluate(self, node: gs.Node, values: Array) -> Array:
+    def evaluate(self, node: Node, values: Array) -> Array:
         """What an elementwise operator makes of numbers; NaN where that is not known or not finite."""
         dtype = self.view.dtype(node.inputs[0])
         numbers = {t.name: self.view.raw(t) for t in node.inputs[1:] if t.name}
@@ -299,12 +299,12 @@ class Analysis:
         return np.where(np.isfinite(found), found, np.nan)
 
     @staticmethod
-    def _lipschitz(node: gs.Node, op: str) -> float:
+    def _lipschitz(node: Node, op: str) -> float:
         steepness = {"LeakyRelu": ("alpha", 0.01), "Elu": ("alpha", 1.0), "HardSigmoid": ("alpha", 0.2)}.get(op)
         slope = abs(float(node.attrs.get(*steepness))) if steepness else 0.0
         return max(ELEMENTWISE[op], slope)
 
-    def _keeps(self, node: gs.Node, op: str) -> bool:
+    def _keeps(self, node: Node, op: str) -> bool:
         """Whether the operator still fits when channels are removed."""
         if op in ("Expand", "Tile", "PRelu"):
             return False
@@ -318,31 +318,31 @@ class Analysis:
 
     def _find_removable(self) -> None:
         view = self.view
-        at: dict[int, list[Flow]] = {}
-        linked: set[tuple[int, int]] = set()
+        at: dict[Tensor, list[Flow]] = {}
+        linked: set[tuple[Tensor, Node]] = set()
         for flow in self.flows:
             for link in flow.links:
                 for end in (link.a, link.b):
-                    at.setdefault(id(end.tensor), []).append(flow)
-                    linked.add((id(end.tensor), id(flow.node)))
+                    at.setdefault(end.tensor, []).append(flow)
+                    linked.add((end.tensor, flow.node))
         for known in self.of.values():
             if view.pinned(known.tensor):
-                self.fixed[id(known.tensor)] = view.pinned(known.tensor)
+                self.fixed[known.tensor] = view.pinned(known.tensor)
         read: list[tuple[Reading, Channels]] = []
         for flow in self.flows:
             through = flow.reading if flow.dense else None
             for t in (*flow.node.inputs, *(flow.reading.nodes[-1].outputs if flow.reading else flow.node.outputs)):
-                side = self.of.get(id(t))
-                if side is None or (id(t), id(flow.node)) in linked or (through is not None and t is through.output):
+                side = self.of.get(t)
+                if side is None or (t, flow.node) in linked or (through is not None and t is through.output):
                     continue
                 if through is not None and t is through.source and self._enters(through, side):
                     read.append((through, side))
                 elif flow.reading is not None and t is flow.reading.output and multiplies(flow.reading):
-                    self.multiplied[id(t)] = flow.reading
+                    self.multiplied[t] = flow.reading
                 else:
-                    self.fixed.setdefault(id(t), f"{flow.node.op} {flow.node.name!r} holds the channels of {t.name!r}")
+                    self.fixed.setdefault(t, f"{flow.node.op} {flow.node.name!r} holds the channels of {t.name!r}")
         for known in self.of.values():
-            known.gone = np.full(len(known.value), id(known.tensor) not in self.fixed.keys() | self.multiplied)
+            known.gone = np.full(len(known.value), known.tensor not in self.fixed.keys() | self.multiplied)
         for reading, side in read:
             if side.gone.any():
                 side.gone &= self._absorbable(reading, side)
@@ -355,11 +355,11 @@ class Analysis:
                 spare = _spare(known.gone, self.alignment)
                 if len(spare):
                     known.gone[spare] = False
-                    self._settle(deque(at.get(id(known.tensor), ())), at)
+                    self._settle(deque(at.get(known.tensor, ())), at)
                     changed = True
 
     @staticmethod
-    def _settle(pending: deque[Flow], at: dict[int, list[Flow]]) -> None:
+    def _settle(pending: deque[Flow], at: dict[Tensor, list[Flow]]) -> None:
         while pending:
             for link in pending.popleft().links:
                 a = link.a.gone[link.start_a : link.start_a + link.count]
@@ -368,7 +368,7 @@ class Analysis:
                 for side, mask in ((link.a, a), (link.b, b)):
                     if not np.array_equal(mask, both):
                         mask[:] = both
-                        pending.extend(at[id(side.tensor)])
+                        pending.extend(at[side.tensor])
 
     def _enters(self, reading: Reading, source: Channels) -> bool:
         """Whether a dense map reads these channels, and its weights can be edited."""
@@ -393,12 +393,12 @@ class Analysis:
         others = size @ np.where(source.constant, 0.0, source.size) + np.abs(linear.bias)
         return np.asarray(~loose | np.all(size * source.radius <= NEGLIGIBLE * others[:, None], axis=0))
 
-    def held(self, tensors: Iterable[Channels], but: gs.Tensor | None = None) -> str:
+    def held(self, tensors: Iterable[Channels], but: Tensor | None = None) -> str:
         """Why some channels of these tensors must stay where they are, else ""; `but` may have a multiplier."""
         for t in (known.tensor for known in tensors):
-            if id(t) in self.fixed or id(t) in self._joined:
-                return self.fixed.get(id(t)) or self._joined[id(t)]
-            if id(t) in self.multiplied and t is not but:
+            if t in self.fixed or t in self._joined:
+                return self.fixed.get(t) or self._joined[t]
+            if t in self.multiplied and t is not but:
                 return f"{t.name!r} comes from a depthwise convolution with a channel multiplier"
         return ""
 
@@ -408,18 +408,18 @@ class Analysis:
             for i, flow in enumerate(self.flows):
                 nodes = flow.reading.nodes if flow.reading is not None else (flow.node,)
                 for t in (t for n in nodes for t in (*n.inputs, *n.outputs)):
-                    self._at.setdefault(id(t), []).append(i)
-        return [self.flows[i] for i in sorted({i for c in component for i in self._at.get(id(c.tensor), ())})]
+                    self._at.setdefault(t, []).append(i)
+        return [self.flows[i] for i in sorted({i for c in component for i in self._at.get(c.tensor, ())})]
 
     def components(self) -> Iterator[list[Channels]]:
         """Sets of tensors whose channels go together, in the order of their first operators."""
-        sets = Unions()
+        sets = Unions[Tensor]()
         for flow in self.flows:
             for link in flow.links:
-                sets.join(id(link.b.tensor), id(link.a.tensor))
-        groups: dict[int, list[Channels]] = {}
+                sets.join(link.b.tensor, link.a.tensor)
+        groups: dict[Tensor, list[Channels]] = {}
         for known in self.of.values():
-            groups.setdefault(sets.root(id(known.tensor)), []).append(known)
+            groups.setdefault(sets.root(known.tensor), []).append(known)
         yield from groups.values()
 
 
@@ -442,4 +442,4 @@ def _spare(gone: Mask, alignment: int) -> NDArray[np.intp]:
 def _stuck(output: Channels, parts: Sequence[Channels | None], sizes: Sequence[int]) -> Link:
     """A link to channels that never go, for the inputs of a Concat of which nothing is known."""
     fixed = np.concatenate([np.full(w, p is not None) for p, w in zip(parts, sizes, strict=True)])
-    return Link(Channels(gs.Variable(""), 0, output.value, output.radius, output.size, fixed), output, 0, 0, len(fixed))
+    return Link(Channels(Variable(""), 0, output.value, output.radius, output.size, fixed), output, 0, 0, len(fixed))

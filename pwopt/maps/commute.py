@@ -11,12 +11,12 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
 from pwopt.graph.dtypes import cancelling
+from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.values import Entries, extents
 from pwopt.graph.view import View
 from pwopt.maps import forms, selections
@@ -47,7 +47,7 @@ class Affine:
         return Affine(LinearMap.diagonal(self.map.scale), self.axis)
 
 
-Moves = list[tuple[gs.Tensor, Affine]]
+Moves = list[tuple[Tensor, Affine]]
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,7 @@ CHANNELS: Mapping[int, int] = {0: 0, 1: 1}
 SUMS = ("AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum")
 
 
-def rule(view: View, node: gs.Node) -> Rule | None:
+def rule(view: View, node: Node) -> Rule | None:
     """The rule of an operator with one data input, or None if nothing passes."""
     op = view.op(node)
     if op in ("Relu", "LeakyRelu", "PRelu", "Abs"):
@@ -122,7 +122,7 @@ def rule(view: View, node: gs.Node) -> Rule | None:
     return Rule() if op == "Identity" else None
 
 
-def product_rule(view: View, node: gs.Node) -> Rule | None:
+def product_rule(view: View, node: Node) -> Rule | None:
     """The rule of a constant matrix times the data, M·x: a graph's adjacency, or a transform of positions.
 
     It mixes entries of the axis before the last, and treats all others alike. It keeps constants if every row sums to
@@ -140,7 +140,7 @@ def product_rule(view: View, node: gs.Node) -> Rule | None:
     return Rule(shift=keeps, axes={a: a for a in range(rank) if a != reading.axis})
 
 
-def _equal_axes(view: View, node: gs.Node) -> dict[int, int]:
+def _equal_axes(view: View, node: Node) -> dict[int, int]:
     """Axes whose size is known and does not change."""
     before, after = view.shape(node.inputs[0]), view.shape(node.outputs[0])
     if before is None or after is None or len(before) != len(after):
@@ -148,7 +148,7 @@ def _equal_axes(view: View, node: gs.Node) -> dict[int, int]:
     return {a: a for a, (x, y) in enumerate(zip(before, after, strict=True)) if isinstance(x, int) and x == y}
 
 
-def _unscaled_axes(view: View, node: gs.Node) -> dict[int, int]:
+def _unscaled_axes(view: View, node: Node) -> dict[int, int]:
     """Axes that a Resize or Upsample leaves alone: a factor of 1, not just the same size after rounding down."""
     scales = attributes.resize_scales(view, node)
     rank = view.rank(node.inputs[0])
@@ -157,7 +157,7 @@ def _unscaled_axes(view: View, node: gs.Node) -> dict[int, int]:
     return {a: a for a in range(rank or 0) if scales.get(a, 1.0) == 1.0}
 
 
-def _reduction(view: View, node: gs.Node, op: str) -> Rule | None:
+def _reduction(view: View, node: Node, op: str) -> Rule | None:
     axes, rank = attributes.axes_of(view, node, 13 if op == "ReduceSum" else 18), view.rank(node.inputs[0])
     if not axes or rank is None:  # no axes means all of them, or none: noop_with_empty_axes
         return None
@@ -166,7 +166,7 @@ def _reduction(view: View, node: gs.Node, op: str) -> Rule | None:
     return Rule("any" if op in ("ReduceMean", "ReduceSum") else "positive", op != "ReduceSum", keep)
 
 
-def _kept_axes(view: View, node: gs.Node, op: str) -> dict[int, int]:
+def _kept_axes(view: View, node: Node, op: str) -> dict[int, int]:
     """Axes that a change of shape leaves alone: same size, and as many elements before them, or behind, as before."""
     before, after = extents(view, node.inputs[0]), extents(view, node.outputs[0])
     if before is None or after is None:
@@ -202,7 +202,7 @@ def _aligned(before: Entries, after: Entries, same: Collection[int]) -> dict[int
     return kept
 
 
-def _checked(view: View, affine: Affine, node: gs.Node) -> Rule | Refusal:
+def _checked(view: View, affine: Affine, node: Node) -> Rule | Refusal:
     """The operator's rule, if it lets `affine` pass."""
     name, found = node.op, rule(view, node)
     if found is None:
@@ -216,7 +216,7 @@ def _checked(view: View, affine: Affine, node: gs.Node) -> Rule | Refusal:
     return found
 
 
-def sink(view: View, node: gs.Node, tensor: gs.Tensor, affine: Affine) -> Moves | Refusal:
+def sink(view: View, node: Node, tensor: Tensor, affine: Affine) -> Moves | Refusal:
     """Move an affine map from `tensor`, an input of `node`, to the node's outputs.
 
     Returns
@@ -248,13 +248,13 @@ def sink(view: View, node: gs.Node, tensor: gs.Tensor, affine: Affine) -> Moves 
     return [(node.outputs[0], affine.moved(axis))]
 
 
-def _empty(view: View, node: gs.Node) -> bool:
+def _empty(view: View, node: Node) -> bool:
     """Whether a piece that would be scaled has no elements; empty axes or regions of interest do not count."""
     pieces = [*node.outputs, *(node.inputs if node.op == "Concat" else node.inputs[:1])]
     return any(0 in (view.shape(t) or ()) for t in pieces)
 
 
-def _through_split(view: View, node: gs.Node, affine: Affine) -> Moves | Refusal:
+def _through_split(view: View, node: Node, affine: Affine) -> Moves | Refusal:
     parts = selections.read_split(view, node)
     if affine.axis is None or (parts is not None and affine.axis != parts[0].axis):
         return [(t, affine) for t in node.outputs if t.name]
@@ -269,7 +269,7 @@ def _through_split(view: View, node: gs.Node, affine: Affine) -> Moves | Refusal
     ]
 
 
-def _through_concat(view: View, node: gs.Node, tensor: gs.Tensor, affine: Affine) -> Moves | Refusal:
+def _through_concat(view: View, node: Node, tensor: Tensor, affine: Affine) -> Moves | Refusal:
     axis, widths = attributes.concat_axis(view, node), [view.dim(t, node.attrs.get("axis", 1)) for t in node.inputs]
     if axis is None or not all(isinstance(w, int) for w in widths) or affine.axis not in (axis, None):
         return Refusal("the other inputs of a Concat are not scaled")
@@ -280,7 +280,7 @@ def _through_concat(view: View, node: gs.Node, tensor: gs.Tensor, affine: Affine
     return [(node.outputs[0], Affine(LinearMap.diagonal(scale, shift), axis))]
 
 
-def _same_channels(view: View, affine: Affine, tensor: gs.Tensor, output: gs.Tensor) -> bool:
+def _same_channels(view: View, affine: Affine, tensor: Tensor, output: Tensor) -> bool:
     """Whether broadcasting leaves the channel axis of `tensor` where and as wide as it is."""
     if affine.axis is None:
         return True
@@ -288,7 +288,7 @@ def _same_channels(view: View, affine: Affine, tensor: gs.Tensor, output: gs.Ten
     return view.rank(tensor) == view.rank(output) and isinstance(wide, int) and wide == view.dim(output, affine.axis)
 
 
-def _through_pair(view: View, node: gs.Node, tensor: gs.Tensor, affine: Affine, op: str) -> Moves | Refusal:
+def _through_pair(view: View, node: Node, tensor: Tensor, affine: Affine, op: str) -> Moves | Refusal:
     first = tensor is node.inputs[0]
     if not _same_channels(view, affine, tensor, node.outputs[0]):
         return Refusal(f"{op} broadcasts it")
@@ -303,7 +303,7 @@ def _through_pair(view: View, node: gs.Node, tensor: gs.Tensor, affine: Affine, 
     return [(node.outputs[0], affine)]
 
 
-def lift(view: View, node: gs.Node, affine: Affine) -> list[Moves] | Refusal:
+def lift(view: View, node: Node, affine: Affine) -> list[Moves] | Refusal:
     """Move an affine map from the output of `node` to its inputs.
 
     Returns
@@ -314,7 +314,7 @@ def lift(view: View, node: gs.Node, affine: Affine) -> list[Moves] | Refusal:
     op = view.op(node)
     if _empty(view, node):
         return Refusal(f"{node.op} has an empty tensor")
-    if op in ("Concat", *PAIRS) and len({id(t) for t in node.inputs}) < len(node.inputs):
+    if op in ("Concat", *PAIRS) and len(set(node.inputs)) < len(node.inputs):
         return Refusal(f"{op} reads one tensor twice")
     if op == "Concat":
         axis, parts = attributes.concat_axis(view, node), selections.read_concat(view, node)
@@ -347,7 +347,7 @@ def lift(view: View, node: gs.Node, affine: Affine) -> list[Moves] | Refusal:
     return [[(node.inputs[0], affine.moved(axis))]]
 
 
-def _lift_gemm(view: View, node: gs.Node, affine: Affine) -> list[Moves] | Refusal:
+def _lift_gemm(view: View, node: Node, affine: Affine) -> list[Moves] | Refusal:
     """(αAB + βC)s + t = αA(Bs) + β(Cs + t/β) for one number per column."""
     flip, summand = bool(node.attrs.get("transB", 0)), view.optional(node, 2)
     beta, output = node.attrs.get("beta", 1.0) if summand is not None else 0.0, node.outputs[0]
@@ -355,7 +355,7 @@ def _lift_gemm(view: View, node: gs.Node, affine: Affine) -> list[Moves] | Refus
         return Refusal(
             "Gemm takes one number per column, not per row" if affine.axis == 0 else "Gemm may not broadcast"
         )
-    if len({id(t) for t in node.inputs}) < len(node.inputs):
+    if len(set(node.inputs)) < len(node.inputs):
         return Refusal("Gemm reads one tensor twice")
     scaled = affine.scale_only()
     moves = [(node.inputs[1], scaled.moved(None if affine.axis is None else 0 if flip else 1))] if affine.scales else []
@@ -367,7 +367,7 @@ def _lift_gemm(view: View, node: gs.Node, affine: Affine) -> list[Moves] | Refus
     return [[*moves, (summand, own)]]
 
 
-def _lift_pair(view: View, node: gs.Node, affine: Affine, op: str) -> list[Moves] | Refusal:
+def _lift_pair(view: View, node: Node, affine: Affine, op: str) -> list[Moves] | Refusal:
     operands = list(node.inputs)
     fits = [_same_channels(view, affine, t, node.outputs[0]) for t in operands]
     if op in ("Mul", "Div"):

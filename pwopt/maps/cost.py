@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra.geometry import Geometry
+from pwopt.graph.ir import Node
 from pwopt.graph.view import View
 from pwopt.maps.forms import WEIGHTED_OPS, Reading
 
@@ -58,7 +58,7 @@ def positions(view: View, reading: Reading) -> int | None:
     return None if size is None else math.prod(size) // max(1, channels)
 
 
-def macs(view: View, node: gs.Node) -> int | None:
+def macs(view: View, node: Node) -> int | None:
     """Multiply-adds of one node; 0 for operators that have none, None where a size is not known.
 
     A convolution has (inputs per group · taps) per output element, a matrix product its inner size.

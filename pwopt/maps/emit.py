@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra import Array, Values
 from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap
+from pwopt.graph.ir import Constant, Node, Tensor, Variable
 from pwopt.graph.view import View
 from pwopt.maps.forms import Reading
 
@@ -28,13 +28,13 @@ class Written:
 
     Attributes
     ----------
-    nodes : tuple of gs.Node
+    nodes : tuple of Node
         The last one produces the output.
     residual : float
         max |rounded − exact| / max |exact| over weights and bias.
     """
 
-    nodes: tuple[gs.Node, ...]
+    nodes: tuple[Node, ...]
     residual: float
 
 
@@ -56,8 +56,8 @@ def write(
     view: View,
     linear: LinearMap,
     like: Reading,
-    source: gs.Tensor,
-    output: gs.Tensor,
+    source: Tensor,
+    output: Tensor,
     axis: int | None,
     *,
     inherit: bool = True,
@@ -70,7 +70,7 @@ def write(
     linear : LinearMap
     like : Reading
         The map being replaced: its kind chooses the operator.
-    source, output : gs.Tensor
+    source, output : Tensor
     axis : int or None
         The channel axis; None for a scalar scale and shift.
     inherit : bool
@@ -112,8 +112,8 @@ class _Writer:
     view: View
     linear: LinearMap
     like: Reading
-    source: gs.Tensor
-    output: gs.Tensor
+    source: Tensor
+    output: Tensor
     axis: int | None
     dtype: np.dtype[Any]
     names: dict[str, str]
@@ -121,7 +121,7 @@ class _Writer:
     residual: float = 0.0
     refusal: Refusal | None = None
 
-    def constant(self, role: str, values: Array) -> gs.Constant:
+    def constant(self, role: str, values: Array) -> Constant:
         low = rounded(values, self.dtype)
         if isinstance(low, Refusal):
             self.refusal = low
@@ -131,18 +131,18 @@ class _Writer:
             self.residual = max(self.residual, float(np.max(np.abs(low.astype(np.float64) - values))) / largest)
         return self.view.new_constant(self.names.get(role, f"{self.output.name}_{role}"), low)
 
-    def node(self, op: str, inputs: list[gs.Tensor], output: gs.Tensor, suffix: str = "", **attrs: Any) -> gs.Node:
+    def node(self, op: str, inputs: list[Tensor], output: Tensor, suffix: str = "", **attrs: Any) -> Node:
         name = self.view.node_name(self.node_name, suffix) if suffix else self.node_name
-        return gs.Node(op, name, attrs, inputs, [output])
+        return Node(op, name, attrs, inputs, [output])
 
-    def middle(self) -> gs.Variable:
+    def middle(self) -> Variable:
         return self.view.new_variable(f"{self.output.name}_product", self.output)
 
     def matrix(self) -> Array:
         """The weight as (out, in)."""
         return self.linear.weight.reshape(self.linear.geometry.out_channels, -1)
 
-    def conv(self) -> list[gs.Node]:
+    def conv(self) -> list[Node]:
         g, values = self.linear.geometry, self.linear.weight
         attrs: dict[str, Any] = {"dilations": list(g.dilations), "group": g.groups, "kernel_shape": list(g.kernel)}
         attrs |= {"auto_pad": g.auto_pad} if g.auto_pad else {"pads": list(g.pads)}
@@ -162,7 +162,7 @@ class _Writer:
             inputs.append(self.constant("bias", self.linear.bias))
         return [self.node("ConvTranspose" if g.transposed else "Conv", inputs, self.output, **attrs)]
 
-    def gemm(self) -> list[gs.Node]:
+    def gemm(self) -> list[Node]:
         first = self.like.nodes[0]
         flip = first.op == "Gemm" and bool(first.attrs.get("transB", 0))
         inputs = [self.source, self.constant("weight", self.matrix() if flip else self.matrix().T)]
@@ -171,7 +171,7 @@ class _Writer:
         attrs: dict[str, Any] = {name: 1 for name, wanted in (("transA", self.like.turned), ("transB", flip)) if wanted}
         return [self.node("Gemm", inputs, self.output, **attrs)]
 
-    def matmul(self) -> list[gs.Node]:
+    def matmul(self) -> list[Node]:
         left, biased = self.like.kind == "left-matmul", self.linear.geometry.biased
         if not left and biased and self.view.rank(self.source) == 2:
             return self.gemm()
@@ -183,7 +183,7 @@ class _Writer:
         shift = self.constant("bias", bias[:, None] if left else bias)
         return [self.node("MatMul", inputs, product), self.node("Add", [product, shift], self.output, "_bias")]
 
-    def affine(self) -> list[gs.Node]:
+    def affine(self) -> list[Node]:
         """A scale and a shift: one BatchNormalization where the channel axis is 1, else Mul and Add as needed."""
         scale, shift = self.linear.scale, self.linear.bias
         scales, shifts = bool(np.any(scale != 1.0)), self.linear.geometry.biased

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import onnx_graphsurgeon as gs
-
 from pwopt.algebra import Array
 from pwopt.algebra.geometry import Geometry, Refusal
 from pwopt.algebra.linear import LinearMap
+from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.view import View
 
 #: Operators with a matrix of weights, and the kinds they are read as.
@@ -27,9 +26,9 @@ class Reading:
 
     Attributes
     ----------
-    nodes : tuple of gs.Node
+    nodes : tuple of Node
         What it covers; the last one produces the output.
-    source : gs.Tensor
+    source : Tensor
         The data input.
     geometry : Geometry
         Known without reading large weights.
@@ -38,7 +37,7 @@ class Reading:
     kind : str
         The form: conv, conv-transpose, gemm, matmul (x·W), left-matmul (W·x), diagonal, pool, border, selection,
         reduction.
-    weight : gs.Tensor or None
+    weight : Tensor or None
         The tensor that holds its matrix; None where the numbers are few or implied.
     load : callable
         Reads the numbers: a LinearMap, or a Refusal if they are not finite.
@@ -49,22 +48,22 @@ class Reading:
         `linear` for such maps is given them.
     """
 
-    nodes: tuple[gs.Node, ...]
-    source: gs.Tensor
+    nodes: tuple[Node, ...]
+    source: Tensor
     geometry: Geometry
     axis: int | None
     kind: str
-    weight: gs.Tensor | None
+    weight: Tensor | None
     load: Callable[[], LinearMap | Refusal]
     fill: Array | None = None
     turned: bool = False
 
     @property
-    def node(self) -> gs.Node:
+    def node(self) -> Node:
         return self.nodes[-1]
 
     @property
-    def output(self) -> gs.Tensor:
+    def output(self) -> Tensor:
         return self.nodes[-1].outputs[0]
 
     @property
@@ -77,7 +76,7 @@ class Reading:
         return self.kind in WEIGHTED
 
     @property
-    def weight_input(self) -> gs.Tensor:
+    def weight_input(self) -> Tensor:
         """The input that leads to the weight of a weighted map."""
         return self.nodes[0].inputs[0 if self.kind == "left-matmul" else 1]
 
@@ -87,7 +86,7 @@ class Reading:
 
 
 Result = Reading | Refusal | None
-Reader = Callable[[View, gs.Node], Result]
+Reader = Callable[[View, Node], Result]
 READERS: dict[str, Reader] = {}
 
 
@@ -99,34 +98,34 @@ def reads(*ops: str) -> Callable[[Reader], Reader]:
     return register
 
 
-def read(view: View, node: gs.Node | None) -> Result:
+def read(view: View, node: Node | None) -> Result:
     """What `node` computes from its data input, if that is linear across channels.
 
     Parameters
     ----------
     view : View
-    node : gs.Node
+    node : Node
     """
     if node is None or view.op(node) not in READERS:
         return None
-    if id(node) in view.readings:
-        found: Result = view.readings[id(node)]
+    if node in view.readings:
+        found: Result = view.readings[node]
         return found
     result = READERS[node.op](view, node)
     if isinstance(result, Reading) and 0 in (result.geometry.in_channels, result.geometry.out_channels):
         result = None
     if node in view:
-        view.readings[id(node)] = result
+        view.readings[node] = result
     return result
 
 
-def linear(view: View, node: gs.Node | None, *, turned: bool = False) -> Reading | None:
+def linear(view: View, node: Node | None, *, turned: bool = False) -> Reading | None:
     """`read`, with refusals left out, and maps of a transposed input unless those are asked for."""
     reading = read(view, node)
     return reading if isinstance(reading, Reading) and (turned or not reading.turned) else None
 
 
-def weighted(view: View, node: gs.Node | None) -> Reading | None:
+def weighted(view: View, node: Node | None) -> Reading | None:
     """The weighted map that `node` is, a MatMul together with the Add that is its bias; None for any other node."""
     reading = linear(view, node)
     if reading is None or not reading.weighted or node is None:
@@ -136,7 +135,7 @@ def weighted(view: View, node: gs.Node | None) -> Reading | None:
     return wider if wider is not None and wider.nodes[0] is node else reading
 
 
-def owned(view: View, reading: Reading, between: gs.Tensor) -> LinearMap | Refusal:
+def owned(view: View, reading: Reading, between: Tensor) -> LinearMap | Refusal:
     """The numbers of a map, if nobody else needs its weight, nor `between`, which a rewrite would do away with."""
     crowd = view.crowd(between)
     if crowd or view.shared(reading.weight_input):

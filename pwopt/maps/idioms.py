@@ -11,10 +11,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra.geometry import Refusal
 from pwopt.graph.dtypes import epsilon
+from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.view import View
 from pwopt.maps import forms
 
@@ -25,13 +25,13 @@ SQRT_HALF = math.sqrt(0.5)
 class Peeled:
     """A tensor as ``scale · base + shift`` with two numbers, and the nodes that say so."""
 
-    base: gs.Tensor
+    base: Tensor
     scale: float = 1.0
     shift: float = 0.0
-    nodes: tuple[gs.Node, ...] = ()
+    nodes: tuple[Node, ...] = ()
 
 
-def peel(view: View, tensor: gs.Tensor, *, into: bool = True) -> Peeled:
+def peel(view: View, tensor: Tensor, *, into: bool = True) -> Peeled:
     """Undo scalar scales and shifts above `tensor`, as far as their results serve nothing else.
 
     Parameters
@@ -40,7 +40,7 @@ def peel(view: View, tensor: gs.Tensor, *, into: bool = True) -> Peeled:
         Whether `tensor` itself may be such a result; it must then have one reader only.
     """
     scale, shift = 1.0, 0.0
-    nodes: list[gs.Node] = []
+    nodes: list[Node] = []
     while len(nodes) < 8:
         node = view.producer(tensor)
         if (into or nodes) and view.sole_reader(tensor) is None:
@@ -66,16 +66,16 @@ class Activation:
     ----------
     op : str
         HardSigmoid, HardSwish (x·HardSigmoid(x)), Swish (x·Sigmoid(x)) or Gelu (exact, with erf).
-    source : gs.Tensor
-    nodes : tuple of gs.Node
+    source : Tensor
+    nodes : tuple of Node
         Everything it replaces; the first produces the output.
     alpha, beta : float
         Of the hard sigmoid max(0, min(1, αx + β)).
     """
 
     op: str
-    source: gs.Tensor
-    nodes: tuple[gs.Node, ...]
+    source: Tensor
+    nodes: tuple[Node, ...]
     alpha: float = 0.0
     beta: float = 0.0
 
@@ -85,7 +85,7 @@ def near(value: float, target: float, dtype: np.dtype[Any] | None) -> bool:
     return abs(value - target) <= 2 * epsilon(dtype) * abs(target)
 
 
-def activation(view: View, node: gs.Node) -> Activation | None:
+def activation(view: View, node: Node) -> Activation | None:
     """The activation whose output `node` produces, if it spells one."""
     if view.op(node) not in ("Mul", "Div"):
         return None
@@ -101,7 +101,7 @@ def activation(view: View, node: gs.Node) -> Activation | None:
     return _hard_sigmoid(view, outer, dtype)
 
 
-def _clip(view: View, tensor: gs.Tensor) -> tuple[gs.Tensor, float, tuple[gs.Node, ...]] | None:
+def _clip(view: View, tensor: Tensor) -> tuple[Tensor, float, tuple[Node, ...]] | None:
     """(x, upper bound, nodes) if `tensor` is min(max(x, 0), upper): Clip in either form, or Min, Max, Relu."""
     node = view.producer(tensor)
     op = view.op(node)
@@ -131,7 +131,7 @@ def _clip(view: View, tensor: gs.Tensor) -> tuple[gs.Tensor, float, tuple[gs.Nod
     return (low[0], high, (node, floor)) if low is not None and low[1] == 0 else None
 
 
-def _bound(view: View, node: gs.Node) -> tuple[gs.Tensor, float] | None:
+def _bound(view: View, node: Node) -> tuple[Tensor, float] | None:
     """(x, number) of a Min or Max of a tensor and one number that does not enlarge it."""
     if len(node.inputs) != 2:
         return None
@@ -153,7 +153,7 @@ def _hard_sigmoid(view: View, outer: Peeled, dtype: np.dtype[Any] | None) -> Act
     return Activation("HardSigmoid", x.base, nodes, x.scale * outer.scale, x.shift * outer.scale)
 
 
-def _gated(view: View, product: gs.Node, outer: Peeled, dtype: np.dtype[Any] | None) -> Activation | None:
+def _gated(view: View, product: Node, outer: Peeled, dtype: np.dtype[Any] | None) -> Activation | None:
     """scale·(p·x)·(q·f(a·x + b) + r) for f a clip, HardSigmoid, Sigmoid or Erf."""
     for i in (0, 1):
         gate = peel(view, product.inputs[i])
@@ -187,8 +187,8 @@ def _gated(view: View, product: gs.Node, outer: Peeled, dtype: np.dtype[Any] | N
 
 
 def _name_gate(
-    f: gs.Node,
-    clip: tuple[gs.Tensor, float, tuple[gs.Node, ...]] | None,
+    f: Node,
+    clip: tuple[Tensor, float, tuple[Node, ...]] | None,
     inner: Peeled,
     gate: Peeled,
     scale: float,
@@ -210,7 +210,7 @@ def _name_gate(
     return None
 
 
-def layer_norm_affine(view: View, root: gs.Node) -> list[gs.Node]:
+def layer_norm_affine(view: View, root: Node) -> list[Node]:
     """The scale and shift that end a layer normalisation whose Sqrt is `root`; empty if it is none.
 
     (x − mean)/√(mean((x − mean)²) + ε)·γ + β, as exporters wrote it before LayerNormalization (opset 17).
@@ -230,22 +230,22 @@ def layer_norm_affine(view: View, root: gs.Node) -> list[gs.Node]:
     return [scale, shift] if view.is_a(shift, "Add") else [scale]
 
 
-def fused_by_runtime(view: View) -> dict[int, str]:
+def fused_by_runtime(view: View) -> dict[Node, str]:
     """Nodes (by id) that onnxruntime fuses as part of a larger operator, each with the operator's name."""
-    found: dict[int, str] = {}
+    found: dict[Node, str] = {}
     for node in view.nodes():
         op = view.op(node)
         if op == "Sqrt":
-            found.update((id(n), "layer normalisation") for n in layer_norm_affine(view, node))
+            found.update((n, "layer normalisation") for n in layer_norm_affine(view, node))
         elif op == "Erf":
             for ending in _downstream(view, node, 4):
                 spelled = activation(view, ending)
                 if spelled is not None and spelled.op == "Gelu":
-                    found.update((id(n), "Gelu") for n in spelled.nodes)
+                    found.update((n, "Gelu") for n in spelled.nodes)
     return found
 
 
-def _downstream(view: View, node: gs.Node, steps: int) -> list[gs.Node]:
+def _downstream(view: View, node: Node, steps: int) -> list[Node]:
     """The nodes that follow `node` one by one, each the only reader of the one before."""
     following = []
     for _ in range(steps):

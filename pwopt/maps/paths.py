@@ -6,11 +6,11 @@ from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap, compose
 from pwopt.graph.dtypes import cancelling
+from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.view import View
 from pwopt.maps import forms
 from pwopt.maps.cost import positions, price
@@ -26,7 +26,7 @@ class Path:
 
     Attributes
     ----------
-    source, output : gs.Tensor
+    source, output : Tensor
         The same tensor if there are no maps between.
     readings : tuple of Reading
         In the order of execution.
@@ -36,14 +36,14 @@ class Path:
         Why the path does not begin earlier.
     """
 
-    source: gs.Tensor
-    output: gs.Tensor
+    source: Tensor
+    output: Tensor
     readings: tuple[Reading, ...]
     axis: int | None
     obstacle: str
 
     @property
-    def nodes(self) -> list[gs.Node]:
+    def nodes(self) -> list[Node]:
         return [n for r in self.readings for n in r.nodes]
 
     def compose(self, view: View) -> LinearMap | Refusal:
@@ -73,7 +73,7 @@ def steps(reading: Reading) -> Iterator[LinearMap | Refusal]:
         yield LinearMap.diagonal(np.ones_like(reading.fill), reading.fill)
 
 
-def trace(view: View, tensor: gs.Tensor, fused: Collection[int] = ()) -> Path:
+def trace(view: View, tensor: Tensor, fused: Collection[Node] = ()) -> Path:
     """The longest path to `tensor`; `fused` holds nodes (by id) that must stay as they are."""
     readings: list[Reading] = []
     axis: int | None = None
@@ -95,7 +95,7 @@ def trace(view: View, tensor: gs.Tensor, fused: Collection[int] = ()) -> Path:
         if reading.turned:
             obstacle = f"{node.op} transposes its data input"
             break
-        if any(id(n) in fused for n in reading.nodes):
+        if any(n in fused for n in reading.nodes):
             obstacle = f"{node.op} belongs to a larger operator that onnxruntime runs as one"
             break
         if reading.weighted and view.shared(reading.weight_input):

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
+from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import Change, Shape
 from pwopt.graph.view import View
 from pwopt.maps import forms
@@ -17,26 +17,26 @@ Steps = tuple[int, ...]
 POOLS = ("MaxPool", "AveragePool")
 
 
-def stencil(view: View, node: gs.Node | None) -> Reading | None:
+def stencil(view: View, node: Node | None) -> Reading | None:
     """A convolution whose padding is known."""
     reading = forms.linear(view, node)
     fits = reading is not None and reading.kind == "conv" and not reading.geometry.auto_pad
     return reading if fits else None
 
 
-def pooling(view: View, node: gs.Node) -> bool:
+def pooling(view: View, node: Node) -> bool:
     """Whether a node pools windows that all lie where its padding says."""
     plain = not node.attrs.get("ceil_mode", 0) and node.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
     return view.op(node) in POOLS and plain and len([t for t in node.outputs if t.name]) == 1
 
 
-def spread(view: View, tensor: gs.Tensor, rank: int) -> bool:
+def spread(view: View, tensor: Tensor, rank: int) -> bool:
     """Whether a tensor has positions, not one value for all of them."""
     shape = view.shape(tensor)
     return shape is not None and len(shape) == rank + 2 and any(d != 1 for d in shape[2:])
 
 
-def positionwise(view: View, node: gs.Node) -> bool:
+def positionwise(view: View, node: Node) -> bool:
     """Whether an operator gives each position from the same position of its inputs."""
     op, out = view.op(node), view.shape(node.outputs[0]) if node.outputs else None
     if out is None or len(out) < 3 or len([t for t in node.outputs if t.name]) != 1:
@@ -55,7 +55,7 @@ def positionwise(view: View, node: gs.Node) -> bool:
     return all(_fits(view, t, out) for t in node.inputs)
 
 
-def _fits(view: View, tensor: gs.Tensor, out: Shape) -> bool:
+def _fits(view: View, tensor: Tensor, out: Shape) -> bool:
     """Whether an operand has one value for all positions of a result, or one for each."""
     shape = view.shape(tensor)
     if view.constant(tensor) is not None:
@@ -76,13 +76,13 @@ def every(steps: Steps) -> Change:
     return change
 
 
-def subsample(view: View, source: gs.Tensor, output: gs.Tensor, strides: Steps) -> gs.Node:
+def subsample(view: View, source: Tensor, output: Tensor, strides: Steps) -> Node:
     """Every stride-th position: MaxPool stays in onnxruntime's blocked layout, but does not know every type."""
     name = view.node_name(f"{source.name}", "_every")
     if view.opset < 10 or str(view.dtype(source)) in ("float32", "float64"):  # Slice has no steps before
         attrs = {"kernel_shape": [1] * len(strides), "strides": list(strides)}
-        return gs.Node("MaxPool", name, attrs, [source], [output])
+        return Node("MaxPool", name, attrs, [source], [output])
     rank = len(strides)
     values = {"starts": [0] * rank, "ends": [2**31 - 1] * rank, "axes": range(2, 2 + rank), "steps": strides}
     inputs = [view.new_constant(f"{output.name}_{k}", np.array(list(v), np.int64)) for k, v in values.items()]
-    return gs.Node("Slice", name, {}, [source, *inputs], [output])
+    return Node("Slice", name, {}, [source, *inputs], [output])

@@ -11,12 +11,12 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_graphsurgeon as gs
 from onnx.reference import ReferenceEvaluator
 
 from pwopt.algebra import Values
 from pwopt.algebra.geometry import Refusal
 from pwopt.graph import attributes
+from pwopt.graph.ir import Node, Tensor, Variable
 from pwopt.graph.shapes import Dim, Shape, known
 from pwopt.graph.view import View
 from pwopt.maps.elementwise import ELEMENTWISE
@@ -35,15 +35,15 @@ MAX_EVALUATED = 512
 class Repetition:
     """u[n] = x[⌊n/r⌋] along each spatial axis."""
 
-    node: gs.Node
+    node: Node
     repeats: tuple[int, ...]
 
     @property
-    def source(self) -> gs.Tensor:
+    def source(self) -> Tensor:
         return self.node.inputs[0]
 
 
-def repetition(view: View, node: gs.Node | None) -> Repetition | None:
+def repetition(view: View, node: Node | None) -> Repetition | None:
     """A Resize or Upsample that repeats positions, whatever its attributes call that: found by evaluating it."""
     if not view.is_a(node, "Resize", "Upsample"):
         return None
@@ -65,7 +65,7 @@ def repetition(view: View, node: gs.Node | None) -> Repetition | None:
     return Repetition(node, tuple(factors[2:]))
 
 
-def _factors(view: View, node: gs.Node, before: Shape) -> list[int] | None:
+def _factors(view: View, node: Node, before: Shape) -> list[int] | None:
     """By which whole number each axis grows; None if by no such number, or that is not known.
 
     Where the sizes are given, it is their ratio. A policy that keeps the aspect ratio has one factor for all axes, with
@@ -120,18 +120,18 @@ class Part:
 
     Attributes
     ----------
-    tensor : gs.Tensor
+    tensor : Tensor
         As it is before the activations: repeated, if it was.
     count : int
         Channels.
-    steps : tuple of gs.Node
+    steps : tuple of Node
         Activations between it and the whole, the last one first.
     repeated : Repetition or None
     """
 
-    tensor: gs.Tensor
+    tensor: Tensor
     count: int
-    steps: tuple[gs.Node, ...]
+    steps: tuple[Node, ...]
     repeated: Repetition | None
 
 
@@ -144,7 +144,7 @@ class Composition:
     """
 
     parts: tuple[Part, ...]
-    nodes: tuple[gs.Node, ...] = ()
+    nodes: tuple[Node, ...] = ()
 
     @property
     def factors(self) -> tuple[int, ...]:
@@ -153,13 +153,13 @@ class Composition:
         return tuple(math.gcd(*row) for row in zip(*listed, strict=True))
 
 
-def composition(view: View, tensor: gs.Tensor) -> Composition | Refusal:
+def composition(view: View, tensor: Tensor) -> Composition | Refusal:
     """The parts of a tensor; refused if others need what is repeated in it, with an empty reason if its
     channels are not known."""
     return _composed(view, tensor, (), 0)
 
 
-def _composed(view: View, tensor: gs.Tensor, steps: tuple[gs.Node, ...], depth: int) -> Composition | Refusal:
+def _composed(view: View, tensor: Tensor, steps: tuple[Node, ...], depth: int) -> Composition | Refusal:
     node, count = view.producer(tensor), view.dim(tensor, 1)
     found = repetition(view, node)
     if not isinstance(count, int):
@@ -180,7 +180,7 @@ def _composed(view: View, tensor: gs.Tensor, steps: tuple[gs.Node, ...], depth: 
     return Refusal(crowd) if crowd else own
 
 
-def _inner(view: View, node: gs.Node | None, depth: int) -> list[tuple[gs.Tensor, tuple[gs.Node, ...]]]:
+def _inner(view: View, node: Node | None, depth: int) -> list[tuple[Tensor, tuple[Node, ...]]]:
     """What a Concat of channels, or an activation, is made of."""
     if depth >= MAX_DEPTH:
         return []
@@ -191,22 +191,22 @@ def _inner(view: View, node: gs.Node | None, depth: int) -> list[tuple[gs.Tensor
     return []
 
 
-def repeated_less(view: View, found: Repetition, source: gs.Tensor, factors: tuple[int, ...]) -> gs.Node:
+def repeated_less(view: View, found: Repetition, source: Tensor, factors: tuple[int, ...]) -> Node:
     """The repetition of `source` by other factors, in the form of an operator that every opset has."""
     output = view.new_variable(f"{found.node.outputs[0].name}_less", source, lambda s: _grown(s, factors))
     values = [1.0, 1.0, *map(float, factors)]
     name = view.node_name(found.node.name, "_less")
     if view.opset < 9:
-        return gs.Node("Upsample", name, {"mode": "nearest", "scales": values}, [source], [output])
+        return Node("Upsample", name, {"mode": "nearest", "scales": values}, [source], [output])
     scales = view.new_constant(f"{output.name}_scales", np.array(values, np.float32))
     if view.opset < 11:
         op = "Upsample" if view.opset == 9 else "Resize"
-        return gs.Node(op, name, {"mode": "nearest"}, [source, scales], [output])
+        return Node(op, name, {"mode": "nearest"}, [source, scales], [output])
     attrs = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
     region = (
-        gs.Variable.empty() if view.opset >= 13 else view.new_constant(f"{output.name}_region", np.zeros(0, np.float32))
+        Variable.empty() if view.opset >= 13 else view.new_constant(f"{output.name}_region", np.zeros(0, np.float32))
     )
-    return gs.Node("Resize", name, attrs, [source, region, scales], [output])
+    return Node("Resize", name, attrs, [source, region, scales], [output])
 
 
 def _grown(shape: Shape, factors: tuple[int, ...]) -> Shape:
@@ -226,8 +226,8 @@ class Subsampling:
 
     Attributes
     ----------
-    nodes : tuple of gs.Node
-    source : gs.Tensor
+    nodes : tuple of Node
+    source : Tensor
     steps : tuple of int
         r for each spatial axis.
     offsets : tuple of tuple of int
@@ -236,8 +236,8 @@ class Subsampling:
         Where the channels of one block after the other are.
     """
 
-    nodes: tuple[gs.Node, ...]
-    source: gs.Tensor
+    nodes: tuple[Node, ...]
+    source: Tensor
     steps: tuple[int, ...]
     offsets: tuple[tuple[int, ...], ...]
     order: tuple[int, ...]
@@ -255,27 +255,27 @@ def subsampling(view: View, reading: Reading) -> Subsampling | None:
     return _unshuffled(view, node, channels) if view.is_a(node, "Reshape") else None
 
 
-def _blocks(nodes: tuple[gs.Node, ...], source: gs.Tensor, steps: tuple[int, ...], order: Sequence[int]) -> Subsampling:
+def _blocks(nodes: tuple[Node, ...], source: Tensor, steps: tuple[int, ...], order: Sequence[int]) -> Subsampling:
     """A block for every offset, in row-major order."""
     return Subsampling(nodes, source, steps, tuple(itertools.product(*map(range, steps))), tuple(order))
 
 
-def _sliced(view: View, node: gs.Node, rank: int, channels: Sequence[int]) -> Subsampling | None:
+def _sliced(view: View, node: Node, rank: int, channels: Sequence[int]) -> Subsampling | None:
     """Focus (Jocher, YOLOv5; Ge et al., "YOLOX", 2021), and patch merging where channels come first."""
     followed = [_slices(view, t, rank) for t in node.inputs]
     found = [f for f in followed if f is not None]
-    if len(found) < len(followed) or len({id(f.source) for f in found}) > 1 or len({f.steps for f in found}) > 1:
+    if len(found) < len(followed) or len({f.source for f in found}) > 1 or len({f.steps for f in found}) > 1:
         return None
-    nodes = {id(n): n for f in found for n in f.nodes}
+    nodes = {n: n for f in found for n in f.nodes}
     offsets = tuple(f.offsets[0] for f in found)
     return Subsampling((*nodes.values(), node), found[0].source, found[0].steps, offsets, tuple(channels))
 
 
-def _slices(view: View, tensor: gs.Tensor, rank: int) -> Subsampling | None:
+def _slices(view: View, tensor: Tensor, rank: int) -> Subsampling | None:
     """Every r-th position from the o-th on, by a Slice, or one for each axis."""
     start = tensor
     steps, offsets = dict[int, int](), dict[int, int]()
-    nodes: list[gs.Node] = []
+    nodes: list[Node] = []
     while view.is_a(node := view.producer(start), "Slice"):
         listed = attributes.slice_parameters(view, node)
         if listed is None or any(axis < 2 or axis in steps for axis, *_ in listed):
@@ -299,7 +299,7 @@ def _whole(size: Dim, end: int) -> bool:
     return end >= LONGEST or (isinstance(size, int) and end >= size)
 
 
-def _unshuffled(view: View, node: gs.Node, channels: Sequence[int]) -> Subsampling | None:
+def _unshuffled(view: View, node: Node, channels: Sequence[int]) -> Subsampling | None:
     """Pixel unshuffle, as exporters write it: (N, C, H/r, r, W/r, r), then r·r next to C, on either side of it."""
     transpose = view.producer(node.inputs[0])
     if not view.is_a(transpose, "Transpose"):
@@ -320,7 +320,7 @@ def _unshuffled(view: View, node: gs.Node, channels: Sequence[int]) -> Subsampli
     return _blocks((split, transpose, node), split.inputs[0], (r, s), by_block.reshape(-1).tolist())
 
 
-def shuffled(node: gs.Node, channels: int) -> tuple[tuple[int, int], Values] | None:
+def shuffled(node: Node, channels: int) -> tuple[tuple[int, int], Values] | None:
     """Of a DepthToSpace of so many channels: its factors, and which channel is which of each phase, shape (rows,
     columns, channels)."""
     size = int(node.attrs["blocksize"])

@@ -5,18 +5,18 @@ from __future__ import annotations
 from dataclasses import replace
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra import Array, zeros
 from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
 from pwopt.graph.dtypes import FLOATING
+from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.view import View
 from pwopt.maps.forms import NOT_CONSTANT, NOT_FINITE, Reading, Result, linear, reads
 
 
-def diagonal(node: gs.Node, source: gs.Tensor, scale: Array, shift: Array, axis: int | None) -> Result:
+def diagonal(node: Node, source: Tensor, scale: Array, shift: Array, axis: int | None) -> Result:
     if not scale.size:
         return None
     if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
@@ -26,7 +26,7 @@ def diagonal(node: gs.Node, source: gs.Tensor, scale: Array, shift: Array, axis:
 
 
 @reads("BatchNormalization")
-def read_batch_normalization(view: View, node: gs.Node) -> Result:
+def read_batch_normalization(view: View, node: Node) -> Result:
     """γ(x − μ)/√(σ² + ε) + β at inference."""
     attrs = node.attrs
     if (
@@ -49,16 +49,15 @@ def read_batch_normalization(view: View, node: gs.Node) -> Result:
     return diagonal(node, node.inputs[0], scale, shift, 1)
 
 
-def _channel_constant(
-    view: View, node: gs.Node, constant: gs.Tensor, source: gs.Tensor
-) -> tuple[Array, int | None] | None:
+def _channel_constant(view: View, node: Node, constant: Tensor, source: Tensor) -> tuple[Array, int | None] | None:
     """The numbers of a constant that scales or shifts `source` per channel, and the channel axis.
 
     None where it differs along several axes, or where broadcasting could enlarge `source`.
     """
     elements, rank = view.elements(constant), view.rank(source)
-    shape = tuple((view.constant(constant) or constant).shape)
-    if elements is None or elements == 0 or (elements > 1 and rank is None):
+    held = view.constant(constant)
+    shape = tuple(held.shape) if held is not None else ()
+    if held is None or elements is None or elements == 0 or (elements > 1 and rank is None):
         return None
     if view.opset < 7 and node.attrs.get("broadcast", 0) and "axis" in node.attrs and rank is not None:
         shape = (*shape, *(1,) * (rank - node.attrs["axis"] - len(shape)))
@@ -76,7 +75,7 @@ def _channel_constant(
     return (value.reshape(-1), axis) if view.dim(source, axis) == elements else None
 
 
-def _operands(view: View, node: gs.Node) -> tuple[gs.Tensor, Array, int | None, bool] | None:
+def _operands(view: View, node: Node) -> tuple[Tensor, Array, int | None, bool] | None:
     """Data of an arithmetic operator, its constant per channel, the channel axis, and whether the constant is first."""
     if len(node.inputs) != 2:
         return None
@@ -88,7 +87,7 @@ def _operands(view: View, node: gs.Node) -> tuple[gs.Tensor, Array, int | None, 
     return None if found is None else (source, *found, sides[0])
 
 
-def adds_nothing(view: View, node: gs.Node) -> tuple[gs.Tensor, Array] | None:
+def adds_nothing(view: View, node: Node) -> tuple[Tensor, Array] | None:
     """The tensor to which a zero is added or from which it is subtracted, and what is added: +0 or −0 per channel."""
     found = _operands(view, node) if view.is_a(node, "Add", "Sub") else None
     if found is None or (node.op == "Sub" and found[3]) or not found[1].size or np.any(found[1]):
@@ -96,14 +95,14 @@ def adds_nothing(view: View, node: gs.Node) -> tuple[gs.Tensor, Array] | None:
     return found[0], -found[1] if node.op == "Sub" else found[1]
 
 
-def subtracts_from_nothing(view: View, node: gs.Node) -> bool:
+def subtracts_from_nothing(view: View, node: Node) -> bool:
     """Whether a node is +0 − x of the shape of x, which is −x but for the sign of a zero."""
     found = _operands(view, node) if view.is_a(node, "Sub") else None
     return found is not None and found[3] and not np.any(found[1]) and zeros.joins(found[1])
 
 
 @reads("Mul", "Div", "Add", "Sub")
-def read_arithmetic(view: View, node: gs.Node) -> Result:
+def read_arithmetic(view: View, node: Node) -> Result:
     """A scale or a shift by a constant; an Add after its own MatMul is that MatMul's bias.
 
     A shift of +0 is none: it makes +0 of −0. `clean-up` drops it where nothing tells them apart, and writes 0 − x as −x
@@ -129,7 +128,7 @@ def read_arithmetic(view: View, node: gs.Node) -> Result:
         return diagonal(node, source, 1.0 / value, zero, axis)
 
 
-def _matmul_bias(view: View, node: gs.Node, source: gs.Tensor, value: Array, axis: int | None) -> Result:
+def _matmul_bias(view: View, node: Node, source: Tensor, value: Array, axis: int | None) -> Result:
     maker = view.producer(source)
     if not view.is_a(maker, "MatMul") or view.sole_reader(source) is not node:
         return None
@@ -147,14 +146,14 @@ def _matmul_bias(view: View, node: gs.Node, source: gs.Tensor, value: Array, axi
 
 
 @reads("Neg")
-def read_neg(view: View, node: gs.Node) -> Result:
+def read_neg(view: View, node: Node) -> Result:
     if view.dtype(node.inputs[0]) not in FLOATING:
         return None
     return diagonal(node, node.inputs[0], -np.ones(1), np.zeros(1), None)
 
 
 @reads("Identity", "Dropout")
-def read_identity(view: View, node: gs.Node) -> Result:
+def read_identity(view: View, node: Node) -> Result:
     if any(o.name for o in node.outputs[1:]):
         return Refusal("its mask is used")
     if node.op == "Dropout" and not attributes.inactive_dropout(view, node):

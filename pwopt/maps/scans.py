@@ -57,7 +57,9 @@ class Scanner:
 
     def sound(self, view: View, reading: Reading) -> bool:
         """Whether no weight is small beside the largest, so that no row or column can be dead: a glance, no scan."""
-        content = view.content(reading.weight) if reading.weight is not None else None
+        if reading.weight is None:
+            return True
+        content = view.content(reading.weight)
         raw = None if content is None or id(content) in self._sound else view.raw(reading.weight)
         if raw is None:
             return True

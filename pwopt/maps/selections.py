@@ -6,11 +6,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra.geometry import pointwise_geometry
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
+from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import known
 from pwopt.graph.values import extents
 from pwopt.graph.view import View
@@ -18,14 +18,14 @@ from pwopt.maps.forms import Reading, Result, reads
 from pwopt.maps.forms import implied as implied
 
 
-def selection(node: gs.Node, source: gs.Tensor, picks: Sequence[int], channels: int, axis: int) -> Reading:
+def selection(node: Node, source: Tensor, picks: Sequence[int], channels: int, axis: int) -> Reading:
     geometry = pointwise_geometry(len(picks), channels)
     load = implied(geometry, lambda: LinearMap.selection(picks, channels))
     return Reading((node,), source, geometry, axis, "selection", None, load)
 
 
 @reads("Slice")
-def read_slice(view: View, node: gs.Node) -> Result:
+def read_slice(view: View, node: Node) -> Result:
     parameters = attributes.slice_parameters(view, node)
     if parameters is None or len(parameters) != 1:
         return None
@@ -37,7 +37,7 @@ def read_slice(view: View, node: gs.Node) -> Result:
 
 
 @reads("Gather")
-def read_gather(view: View, node: gs.Node) -> Result:
+def read_gather(view: View, node: Node) -> Result:
     rank, axis = view.rank(node.inputs[0]), node.attrs.get("axis", 0)
     picks = view.integers(node.inputs[1])
     held = view.constant(node.inputs[1])
@@ -50,7 +50,7 @@ def read_gather(view: View, node: gs.Node) -> Result:
     return selection(node, node.inputs[0], [p % channels for p in picks], channels, axis)
 
 
-def read_split(view: View, node: gs.Node) -> list[Reading] | None:
+def read_split(view: View, node: Node) -> list[Reading] | None:
     """One selection per output of a Split with known sizes; None if one is empty."""
     axis, rank = node.attrs.get("axis", 0), view.rank(node.inputs[0])
     if rank is None:
@@ -66,7 +66,7 @@ def read_split(view: View, node: gs.Node) -> list[Reading] | None:
     ]
 
 
-def read_concat(view: View, node: gs.Node) -> list[Reading] | None:
+def read_concat(view: View, node: Node) -> list[Reading] | None:
     """One embedding per input of a Concat; the output is their sum."""
     axis = attributes.concat_axis(view, node)
     widths = None if axis is None else known([view.dim(t, axis) for t in node.inputs])
@@ -82,7 +82,7 @@ def read_concat(view: View, node: gs.Node) -> list[Reading] | None:
 
 
 @reads("Reshape")
-def read_shuffle(view: View, node: gs.Node) -> Result:
+def read_shuffle(view: View, node: Node) -> Result:
     """Channel shuffle: Reshape (N, g, C/g, …) → Transpose (swap g and C/g) → Reshape back is a permutation."""
     transpose = view.producer(node.inputs[0])
     if transpose is None or view.op(transpose) != "Transpose" or view.crowd(node.inputs[0]):

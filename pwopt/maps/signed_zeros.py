@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra import Array, zeros
+from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.view import View
 
 #: Operators whose answer is the same number for both zeros, in whatever input: even functions, functions that are not
@@ -44,25 +44,25 @@ BIASES = {
 }  # fmt: skip
 
 
-def told_apart(view: View) -> dict[int, str]:
+def told_apart(view: View) -> dict[Tensor, str]:
     """Tensors in which −0 instead of +0 could change a number, by id, each with the operator that tells them apart.
 
     One walk from the end to the beginning. What is not known here, operators of other domains and bodies of control
     flow among it, is taken to tell.
     """
-    found: dict[int, str] = {}
+    found: dict[Tensor, str] = {}
     for node in reversed(view.nodes()):
-        behind = next((found[id(t)] for t in node.outputs if id(t) in found), "")
+        behind = next((found[t] for t in node.outputs if t in found), "")
         captured = next((t.name for t in node.outputs if t.name and view.captured(t)), "")
         behind = behind or (f"a control-flow body that reads {captured!r}" if captured else "")
         for i, tensor in enumerate(node.inputs):
             teller = _teller(view, node, i, behind)
             if teller:
-                found.setdefault(id(tensor), teller)
+                found.setdefault(tensor, teller)
     return found
 
 
-def _teller(view: View, node: gs.Node, index: int, behind: str) -> str:
+def _teller(view: View, node: Node, index: int, behind: str) -> str:
     """Who tells zeros in input `index` apart, given who tells those in the outputs."""
     op = view.op(node)
     if op in BLIND or BLIND_AT.get(op) == index or any(_numbers(view, node, op, index)):
@@ -72,7 +72,7 @@ def _teller(view: View, node: gs.Node, index: int, behind: str) -> str:
     return f"{node.op} {node.name}".strip()
 
 
-def _numbers(view: View, node: gs.Node, op: str, index: int) -> Iterator[bool]:
+def _numbers(view: View, node: Node, op: str, index: int) -> Iterator[bool]:
     """Reasons why an operator answers alike for both zeros that lie in its constants."""
     others = [view.value(t) for i, t in enumerate(node.inputs) if i != index and t.name]
     if op in ("Add", "Sub") and len(others) == 1 and others[0] is not None:
@@ -94,7 +94,7 @@ def _numbers(view: View, node: gs.Node, op: str, index: int) -> Iterator[bool]:
         yield exponent is not None and not np.any(_odd(exponent))
 
 
-def _bounds(view: View, node: gs.Node) -> tuple[float, float]:
+def _bounds(view: View, node: Node) -> tuple[float, float]:
     """What a Clip keeps its input between; infinite where that is not known."""
     bounds = [node.attrs.get("min"), node.attrs.get("max")]
     if view.opset >= 11:
@@ -109,7 +109,7 @@ def _odd(exponent: Array) -> Array:
     return odd
 
 
-def _positive(view: View, node: gs.Node) -> bool:
+def _positive(view: View, node: Node) -> bool:
     """Whether zero to this power is a zero."""
     exponent = view.value(node.inputs[1])
     return exponent is not None and bool(np.all(exponent > 0))

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra import Array
 from pwopt.algebra.geometry import Geometry, Refusal, pointwise_geometry
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
 from pwopt.graph.dtypes import FLOATING
+from pwopt.graph.ir import Constant, Node, Tensor
 from pwopt.graph.view import View
 from pwopt.maps.forms import NOT_CONSTANT, NOT_FINITE, Reading, Result, reads
 
@@ -19,14 +19,14 @@ from pwopt.maps.forms import NOT_CONSTANT, NOT_FINITE, Reading, Result, reads
 MAX_BIAS = 1 << 20
 
 
-def _weight(view: View, node: gs.Node, index: int) -> gs.Tensor | None:
+def _weight(view: View, node: Node, index: int) -> Constant | None:
     """The holder of a constant floating-point weight, or None."""
     tensor = view.optional(node, index)
     held = None if tensor is None else view.constant(tensor)
     return held if held is not None and held.dtype in FLOATING else None
 
 
-def _bias(view: View, node: gs.Node, index: int, channels: int) -> Array | Refusal:
+def _bias(view: View, node: Node, index: int, channels: int) -> Array | Refusal:
     tensor = view.optional(node, index)
     if tensor is None:
         return np.zeros(channels)
@@ -41,7 +41,7 @@ def _bias(view: View, node: gs.Node, index: int, channels: int) -> Array | Refus
 
 
 def _loader(
-    view: View, weight: gs.Tensor, geometry: Geometry, bias: Array, arrange: Callable[[Array], Array]
+    view: View, weight: Tensor, geometry: Geometry, bias: Array, arrange: Callable[[Array], Array]
 ) -> Callable[[], LinearMap | Refusal]:
     def load() -> LinearMap | Refusal:
         value = view.value(weight)
@@ -51,7 +51,7 @@ def _loader(
 
 
 @reads("Conv")
-def read_conv(view: View, node: gs.Node) -> Result:
+def read_conv(view: View, node: Node) -> Result:
     weight = _weight(view, node, 1)
     if weight is None:
         return NOT_CONSTANT
@@ -73,7 +73,7 @@ def read_conv(view: View, node: gs.Node) -> Result:
 
 
 @reads("ConvTranspose")
-def read_conv_transpose(view: View, node: gs.Node) -> Result:
+def read_conv_transpose(view: View, node: Node) -> Result:
     weight = _weight(view, node, 1)
     if weight is None:
         return NOT_CONSTANT
@@ -104,7 +104,7 @@ def read_conv_transpose(view: View, node: gs.Node) -> Result:
     )
 
 
-def _row(view: View, tensor: gs.Tensor, channels: int) -> Array | Refusal:
+def _row(view: View, tensor: Tensor, channels: int) -> Array | Refusal:
     """The row that every row of a bias written out in full is."""
     value = view.value(tensor) if (view.elements(tensor) or 0) <= MAX_BIAS else None
     if value is None or not value.size or np.any(value != value[:1]):
@@ -113,7 +113,7 @@ def _row(view: View, tensor: gs.Tensor, channels: int) -> Array | Refusal:
 
 
 @reads("Gemm")
-def read_gemm(view: View, node: gs.Node) -> Result:
+def read_gemm(view: View, node: Node) -> Result:
     weight = _weight(view, node, 1)
     if weight is None:
         return NOT_CONSTANT
@@ -123,7 +123,8 @@ def read_gemm(view: View, node: gs.Node) -> Result:
     held = view.optional(node, 2)
     if held is not None and (held.shape is None or len(held.shape) > 2):
         return Refusal("its bias differs between rows")
-    rows = len(held.shape) == 2 and held.shape[0] != 1 if held is not None else False
+    shape = () if held is None or held.shape is None else tuple(held.shape)
+    rows = len(shape) == 2 and shape[0] != 1
     bias = _row(view, held, out) if rows and held is not None else _bias(view, node, 2, out)
     if isinstance(bias, Refusal):
         return bias
@@ -137,7 +138,7 @@ def read_gemm(view: View, node: gs.Node) -> Result:
 
 
 @reads("MatMul")
-def read_matmul(view: View, node: gs.Node) -> Result:
+def read_matmul(view: View, node: Node) -> Result:
     """x·W acts on the last axis, W·x on the one before it."""
     left, right = _weight(view, node, 0), _weight(view, node, 1)
     if (left is None) == (right is None):

@@ -7,10 +7,10 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol, TypeVar
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra import Values
 from pwopt.graph import attributes
+from pwopt.graph.ir import Constant, Node, Tensor
 from pwopt.graph.shapes import Shape
 from pwopt.graph.view import View
 from pwopt.maps.elementwise import ELEMENTWISE
@@ -52,21 +52,21 @@ class Guise(Protocol):
     def shape(self, shape: Shape) -> Shape:
         """What becomes of a tensor's shape."""
 
-    def change(self, rw: Rewriter, source: gs.Tensor, output: gs.Tensor, *, enter: bool) -> list[gs.Node]:
+    def change(self, rw: Rewriter, source: Tensor, output: Tensor, *, enter: bool) -> list[Node]:
         """The operators on the way in, or out."""
 
 
 G = TypeVar("G", bound=Guise)
-Member = tuple[gs.Node, G]
+Member = tuple[Node, G]
 #: Sees a tensor as its region does.
-See = Callable[[gs.Tensor], gs.Tensor]
+See = Callable[[Tensor], Tensor]
 #: The operators that compute, on tensors as they are seen, what a member computes; given its outputs.
-Writer = Callable[[gs.Node, G, See, list[gs.Tensor]], Sequence[gs.Node]]
+Writer = Callable[[Node, G, See, list[Tensor]], Sequence[Node]]
 
 
 def carry(rw: Rewriter, members: Sequence[Member[G]], write: Writer[G], reason: str) -> Rewrite:
     """Run these operators, in an order in which they can run, on their tensors as the region sees them."""
-    inside, made = {id(n) for n, _ in members}, dict[int, gs.Tensor]()
+    inside, made = {n for n, _ in members}, dict[Tensor, Tensor]()
     records = []
     for node, guise in members:
         seen = _Seen(rw, guise, made)
@@ -75,13 +75,13 @@ def carry(rw: Rewriter, members: Sequence[Member[G]], write: Writer[G], reason: 
         left = [
             change
             for t in node.outputs
-            if id(t) in made and (rw.pinned(t) or any(id(r) not in inside for r in rw.readers(t)))
-            for change in guise.change(rw, made[id(t)], t, enter=False)
+            if t in made and (rw.pinned(t) or any(r not in inside for r in rw.readers(t)))
+            for change in guise.change(rw, made[t], t, enter=False)
         ]
         records.append((node, [*seen.entered, *nodes, *left]))
     done = [rw.replace([node], new, "") for node, new in records]
     joint = Rewrite.of(reason, done)
-    carried = {str(t.name): str(made[id(t)].name) for n, _ in members for t in n.outputs if id(t) in made}
+    carried = {str(t.name): str(made[t].name) for n, _ in members for t in n.outputs if t in made}
     return replace(joint, became=tuple((dict(joint.became) | carried).items()))
 
 
@@ -91,48 +91,48 @@ class _Seen:
 
     rw: Rewriter
     guise: Guise
-    made: dict[int, gs.Tensor]
-    entered: list[gs.Node] = field(default_factory=list)
+    made: dict[Tensor, Tensor]
+    entered: list[Node] = field(default_factory=list)
 
-    def name(self, tensor: gs.Tensor) -> gs.Tensor:
+    def name(self, tensor: Tensor) -> Tensor:
         made = self.rw.new_variable(f"{tensor.name}{self.guise.suffix}", tensor, self.guise.shape)
-        self.made[id(tensor)] = made
+        self.made[tensor] = made
         return made
 
-    def __call__(self, tensor: gs.Tensor) -> gs.Tensor:
-        if id(tensor) not in self.made:
+    def __call__(self, tensor: Tensor) -> Tensor:
+        if tensor not in self.made:
             self.entered += self.guise.change(self.rw, tensor, self.name(tensor), enter=True)
-        return self.made[id(tensor)]
+        return self.made[tensor]
 
 
 def rewritten(
-    rw: Rewriter, node: gs.Node, arguments: Arguments, guise: Guise, see: See, outputs: list[gs.Tensor]
-) -> list[gs.Node]:
+    rw: Rewriter, node: Node, arguments: Arguments, guise: Guise, see: See, outputs: list[Tensor]
+) -> list[Node]:
     """The operator with its new arguments."""
-    inputs: list[gs.Tensor] = []
-    constants: dict[int, gs.Constant] = {}
+    inputs: list[Tensor] = []
+    constants: dict[Tensor, Constant] = {}
     for i, t in enumerate(node.inputs):
-        if i in arguments.constants and id(t) in constants:
-            inputs.append(constants[id(t)])
+        if i in arguments.constants and t in constants:
+            inputs.append(constants[t])
         elif i in arguments.constants:
             values = arguments.constants[i]()
             names = [t.name] if t.name and rw.sole_reader(t) is node else []
             rw.release(names)
             name = t.name if names else f"{node.outputs[0].name}_argument{i}"
-            inputs.append(constants.setdefault(id(t), rw.new_constant(name, values)))
+            inputs.append(constants.setdefault(t, rw.new_constant(name, values)))
         elif t.name and rw.constant(t) is None and rw.rank(t) == guise.rank:
             inputs.append(see(t))
         else:
             inputs.append(t)
-    return [gs.Node(arguments.op or node.op, node.name, arguments.attrs, inputs, outputs, domain=node.domain)]
+    return [Node(arguments.op or node.op, node.name, arguments.attrs, inputs, outputs, domain=node.domain)]
 
 
-def data(view: View, node: gs.Node) -> list[gs.Tensor]:
+def data(view: View, node: Node) -> list[Tensor]:
     """What an operator computes from, other than constants."""
     return [t for t in node.inputs if t.name and view.constant(t) is None]
 
 
-Converter = Callable[[Rewriter, G, gs.Node], Arguments | None]
+Converter = Callable[[Rewriter, G, Node], Arguments | None]
 
 
 def registry(table: dict[str, Converter[G]]) -> Callable[..., Callable[[Converter[G]], Converter[G]]]:
@@ -154,7 +154,7 @@ converts = registry(BY_AXES)
 
 
 @converts("Identity", "Dropout", "Cast")
-def _unchanged(rw: Rewriter, guise: Guise, node: gs.Node) -> Arguments | None:
+def _unchanged(rw: Rewriter, guise: Guise, node: Node) -> Arguments | None:
     active = node.op == "Dropout" and not attributes.inactive_dropout(rw, node)
     return None if active else Arguments(dict(node.attrs))
 
@@ -163,7 +163,7 @@ def _unchanged(rw: Rewriter, guise: Guise, node: gs.Node) -> Arguments | None:
     *ELEMENTWISE, "Add", "Sub", "Mul", "Div", "Sum", "Max", "Min", "Mean", "Pow", "PRelu", "Floor", "Log", "Ceil",
     "Sqrt", "Reciprocal", "Sin", "Cos",
 )  # fmt: skip
-def _arithmetic(rw: Rewriter, guise: Guise, node: gs.Node) -> Arguments | None:
+def _arithmetic(rw: Rewriter, guise: Guise, node: Node) -> Arguments | None:
     if rw.opset < 7 and len(node.inputs) > 1:
         return None  # broadcasting was an attribute
     constants: dict[int, Numbers] = {}
@@ -179,7 +179,7 @@ def _arithmetic(rw: Rewriter, guise: Guise, node: gs.Node) -> Arguments | None:
     return Arguments(dict(node.attrs), constants) if len(node.outputs) == 1 else None
 
 
-def turned(rw: Rewriter, guise: Guise, held: gs.Tensor) -> Numbers:
+def turned(rw: Rewriter, guise: Guise, held: Tensor) -> Numbers:
     def numbers() -> Values:
         raw = rw.raw(held)
         assert raw is not None
@@ -189,7 +189,7 @@ def turned(rw: Rewriter, guise: Guise, held: gs.Tensor) -> Numbers:
 
 
 @converts("Concat", "Split", "Softmax", "LogSoftmax", "Hardmax")
-def _along_axis(rw: Rewriter, guise: Guise, node: gs.Node) -> Arguments | None:
+def _along_axis(rw: Rewriter, guise: Guise, node: Node) -> Arguments | None:
     if node.op == "Concat" and any(rw.constant(t) is not None for t in node.inputs):
         return None
     default = {"Concat": 1, "Split": 0}.get(node.op, 1 if rw.opset < 13 else -1)
@@ -198,7 +198,7 @@ def _along_axis(rw: Rewriter, guise: Guise, node: gs.Node) -> Arguments | None:
 
 
 @converts("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare")
-def _reduction(rw: Rewriter, guise: Guise, node: gs.Node) -> Arguments | None:
+def _reduction(rw: Rewriter, guise: Guise, node: Node) -> Arguments | None:
     axes = attributes.axes_of(rw, node, reduces_since(node))
     found = [guise.axis(a) for a in axes or ()]
     mapped = sorted({a for a in found if a is not None})
@@ -207,12 +207,12 @@ def _reduction(rw: Rewriter, guise: Guise, node: gs.Node) -> Arguments | None:
     return along(rw, node, mapped)
 
 
-def reduces_since(node: gs.Node) -> int:
+def reduces_since(node: Node) -> int:
     """The opset since which the axes of a reduction are an input."""
     return 13 if node.op == "ReduceSum" else 18
 
 
-def along(rw: Rewriter, node: gs.Node, axes: Sequence[int]) -> Arguments:
+def along(rw: Rewriter, node: Node, axes: Sequence[int]) -> Arguments:
     """A reduction over other axes."""
     if rw.opset < reduces_since(node):
         return Arguments({**node.attrs, "axes": list(axes)})
@@ -225,7 +225,7 @@ def array(values: Iterable[float], dtype: type) -> Numbers:
 
 
 @converts("Slice")
-def _slice(rw: Rewriter, guise: Guise, node: gs.Node) -> Arguments | None:
+def _slice(rw: Rewriter, guise: Guise, node: Node) -> Arguments | None:
     parameters = attributes.slice_parameters(rw, node)
     if parameters is None or len(node.inputs) < 4:
         return None

@@ -9,10 +9,9 @@ from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar
 
-import onnx_graphsurgeon as gs
-
 from pwopt.algebra import Values
 from pwopt.errors import UsageError
+from pwopt.graph.ir import Graph, Node, Tensor, adopt_node
 from pwopt.graph.journal import Journal
 from pwopt.graph.provenance import inherit
 from pwopt.graph.regions import Region
@@ -76,7 +75,7 @@ class Pass:
     def start(self, rw: Rewriter) -> None:
         """Look at the whole graph once before the first node."""
 
-    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+    def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         raise NotImplementedError
 
     def branch(self) -> Self:
@@ -89,7 +88,7 @@ class Pass:
 
     def run(
         self,
-        graph: gs.Graph,
+        graph: Graph,
         *,
         denied: Iterable[str] = (),
         sizes: Mapping[str, Sequence[int]] | None = None,
@@ -100,7 +99,7 @@ class Pass:
 
         Parameters
         ----------
-        graph : gs.Graph
+        graph : Graph
             Edited in place. `pwopt.load` gives one with inferred shapes.
         denied : iterable of str
             Sites that must not be rewritten.
@@ -138,7 +137,7 @@ class Rewriter(View):
 
     def __init__(
         self,
-        graph: gs.Graph,
+        graph: Graph,
         denied: Iterable[str] = (),
         sizes: Mapping[str, Sequence[int]] | None = None,
         reserved: Iterable[str] = (),
@@ -148,24 +147,24 @@ class Rewriter(View):
         self._certifier = certifier
         self._denied = frozenset(denied)
         self._owner = ""
-        self._queue: deque[gs.Node] = deque()
-        self._queued: set[int] = set()
+        self._queue: deque[Node] = deque()
+        self._queued: set[Node] = set()
 
-    def branch(self, graph: gs.Graph, denied: Iterable[str] = (), certifier: Certifier | None = None) -> Self:
+    def branch(self, graph: Graph, denied: Iterable[str] = (), certifier: Certifier | None = None) -> Self:
         """The same on a copy of the graph, where other sites may be denied and other eyes look on."""
         twin = super().branch(graph)
         twin._denied, twin._certifier = frozenset(denied), certifier
         twin._queue, twin._queued = deque(), set()
         return twin
 
-    def site(self, node: gs.Node) -> str:
+    def site(self, node: Node) -> str:
         """Stable identifier of a place: the pass that runs and the tensor that the node produces, by its first name."""
         return self._place(_named(node))
 
     def _place(self, name: str) -> str:
         return f"{self._owner}:{self.origin(name)}"
 
-    def denied(self, node: gs.Node) -> bool:
+    def denied(self, node: Node) -> bool:
         return bool(self._denied) and self.site(node) in self._denied
 
     def apply(self, p: Pass, allowed: Collection[str] | None = None) -> Outcome:
@@ -176,11 +175,11 @@ class Rewriter(View):
         p.start(self)
         nodes = self.nodes()
         self._queue.extend(nodes)
-        self._queued.update(map(id, nodes))
+        self._queued.update(nodes)
         answer = p.match_and_rewrite if p.own else functools.partial(_answer, p)
         while self._queue:
             node = self._queue.popleft()
-            self._queued.discard(id(node))
+            self._queued.discard(node)
             if node not in self:
                 continue
             name, stored = _named(node), self.stored
@@ -207,12 +206,12 @@ class Rewriter(View):
         before, after = region.drawings(self)
         return replace(rewrite, before=before, after=after, certificate=self._certifier(region, self))
 
-    def _enqueue(self, node: gs.Node | None) -> None:
-        if node is not None and node in self and id(node) not in self._queued:
-            self._queued.add(id(node))
+    def _enqueue(self, node: Node | None) -> None:
+        if node is not None and node in self and node not in self._queued:
+            self._queued.add(node)
             self._queue.append(node)
 
-    def enqueue_around(self, node: gs.Node) -> None:
+    def enqueue_around(self, node: Node) -> None:
         """Look again at a node and its neighbours."""
         self._enqueue(node)
         for tensor in node.inputs:
@@ -221,7 +220,7 @@ class Rewriter(View):
             for reader in self.readers(tensor):
                 self._enqueue(reader)
 
-    def drop(self, node: gs.Node, source: gs.Tensor, reason: str) -> Rewrite | None:
+    def drop(self, node: Node, source: Tensor, reason: str) -> Rewrite | None:
         """Take out a node whose first output equals `source`; None if both tensors must stay visible."""
         removed = (describe(node),)
         around = [self.producer(source), *self.readers(node.outputs[0])]
@@ -232,11 +231,11 @@ class Rewriter(View):
                 self.enqueue_around(neighbour)
         return Rewrite(reason, removed)
 
-    def replace(self, old: Sequence[gs.Node], new: Sequence[gs.Node], reason: str, residual: float = 0.0) -> Rewrite:
+    def replace(self, old: Sequence[Node], new: Sequence[Node], reason: str, residual: float = 0.0) -> Rewrite:
         """Put `new` where the last of `old` stood; the record counts operators and multiply-adds."""
         before = [macs(self, n) for n in old]
         removed = tuple(describe(n) for n in old)
-        kept = list(new)
+        kept = [adopt_node(node) for node in new]
         result = kept[-1].outputs[0].name if kept else ""
         became = tuple((t.name, result) for n in old for t in n.outputs if t.name)
         inherit(kept, old)
@@ -261,7 +260,7 @@ class Rewriter(View):
             became,
         )
 
-    def bypass_all(self, nodes: Sequence[gs.Node], source: gs.Tensor, reason: str) -> Rewrite:
+    def bypass_all(self, nodes: Sequence[Node], source: Tensor, reason: str) -> Rewrite:
         """Take a sequence of nodes away whose last output equals `source`, where one of both may lose its name."""
         removed, last = tuple(describe(n) for n in nodes), nodes[-1]
         became = tuple((t.name, source.name) for n in nodes for t in n.outputs if t.name)
@@ -275,7 +274,7 @@ class Rewriter(View):
                 self.enqueue_around(neighbour)
         return Rewrite(reason, removed, became=became)
 
-    def freeze(self, node: gs.Node, values: Sequence[Values], reason: str) -> Rewrite:
+    def freeze(self, node: Node, values: Sequence[Values], reason: str) -> Rewrite:
         """Let the outputs of `node` be these constants from now on; none of them may be observed by others."""
         removed = (describe(node),)
         for tensor, value in zip(list(node.outputs), values, strict=True):
@@ -288,13 +287,13 @@ class Rewriter(View):
         return Rewrite(reason, removed)
 
 
-def _named(node: gs.Node) -> str:
+def _named(node: Node) -> str:
     """What a place is called by: the first tensor with a name that a node makes, or else the node."""
     first = node.outputs[0].name if node.outputs else ""
     return str(first or next(filter(None, (t.name for t in node.outputs)), node.name))
 
 
-def _answer(p: Pass, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
+def _answer(p: Pass, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
     """What a pass from elsewhere says of a node; where it fails, the error is that pass's, not a defect of pwopt."""
     where = f"{type(p).__module__}.{type(p).__qualname__}"
     try:
@@ -310,5 +309,5 @@ def _answer(p: Pass, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
     return result
 
 
-def describe(node: gs.Node) -> str:
+def describe(node: Node) -> str:
     return f"{node.op} {node.name}".strip()

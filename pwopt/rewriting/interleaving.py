@@ -7,15 +7,15 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
 from pwopt.algebra.geometry import Refusal
+from pwopt.graph.ir import Constant, Node, Tensor, Variable
 from pwopt.graph.shapes import Dim, Shape, known
 from pwopt.rewriting.driver import Rewriter
 from pwopt.rewriting.steps import Step, repeated
 
 
-def interleavable(rw: Rewriter, output: gs.Tensor) -> Refusal | None:
+def interleavable(rw: Rewriter, output: Tensor) -> Refusal | None:
     """Why phases cannot be put together into `output`, if they cannot."""
     shape = rw.shape(output)
     if shape is None or len(shape) < 3 or not isinstance(shape[1], int):
@@ -35,20 +35,20 @@ class Interleaving:
     Attributes
     ----------
     rw : Rewriter
-    output : gs.Tensor
+    output : Tensor
     counts : sequence of int
         R for each axis.
-    sized : gs.Tensor or None
+    sized : Tensor or None
         A tensor that is as long as the output, which is cut off there; None where R divides its sizes.
-    nodes : list of gs.Node
+    nodes : list of Node
         The last one makes the output, once `write` was called.
     """
 
     rw: Rewriter
-    output: gs.Tensor
+    output: Tensor
     counts: Sequence[int]
-    sized: gs.Tensor | None = None
-    nodes: list[gs.Node] = field(default_factory=list)
+    sized: Tensor | None = None
+    nodes: list[Node] = field(default_factory=list)
 
     @property
     def channels(self) -> int:
@@ -56,11 +56,11 @@ class Interleaving:
         assert isinstance(count, int)
         return count
 
-    def phase(self, role: str, channels: int) -> gs.Variable:
+    def phase(self, role: str, channels: int) -> Variable:
         """A tensor with as many positions as each phase."""
         return self._made(role, lambda s: (channels, *self._short(s)))
 
-    def write(self, phases: Sequence[gs.Tensor], step: Step | None = None) -> list[gs.Node]:
+    def write(self, phases: Sequence[Tensor], step: Step | None = None) -> list[Node]:
         """The operators that make the output; an activation comes before the channels go last."""
         last = self.counts[-1]
         rows = []
@@ -76,7 +76,7 @@ class Interleaving:
             rows.append(row)
         return self.write_rows(rows)
 
-    def write_rows(self, rows: Sequence[gs.Tensor]) -> list[gs.Node]:
+    def write_rows(self, rows: Sequence[Tensor]) -> list[Node]:
         """The same for phases that lie side by side as channels where they differ along the last axis only."""
         rank = len(self.counts)
         placed = [self._placed(row, i) for i, row in enumerate(rows)]
@@ -92,7 +92,7 @@ class Interleaving:
     def _long(self, space: Sequence[Dim]) -> list[Dim]:
         return [s * r if isinstance(s, int) else None for s, r in zip(self._short(space), self.counts, strict=True)]
 
-    def _placed(self, row: gs.Tensor, index: int) -> gs.Tensor:
+    def _placed(self, row: Tensor, index: int) -> Tensor:
         """Phases side by side along the last axis: (N, S₀, …, 1, L, C)."""
         rank, width = len(self.counts), self.counts[-1] * self.channels
         last = self._made(f"last{index}", lambda s: (*self._short(s), width))
@@ -103,7 +103,7 @@ class Interleaving:
         row = self._made(f"place{index}", lambda s: (*self._short(s)[:-1], 1, self._long(s)[-1], self.channels))
         return self._reshaped(last, [*[0] * rank, 1, -1, self.channels], row)
 
-    def _merged(self, rows: list[gs.Tensor], axis: int) -> gs.Tensor:
+    def _merged(self, rows: list[Tensor], axis: int) -> Tensor:
         """Those that differ along an axis: (N, S₀, …, Sₐ, 1, …) to (N, S₀, …, 1, Lₐ, …), without the 1 at the first."""
         rank, joined = len(self.counts), rows[0]
         if len(rows) > 1:
@@ -128,7 +128,7 @@ class Interleaving:
             self._node("Squeeze", [flat, self._constant("axis", [2])], whole)
         return whole
 
-    def _cut(self, whole: gs.Tensor) -> gs.Tensor:
+    def _cut(self, whole: Tensor) -> Tensor:
         """What lies beyond a size that the number of phases does not divide goes."""
         space = (self.rw.shape(self.output) or ())[2:]
         sizes = known(space)
@@ -136,29 +136,29 @@ class Interleaving:
             return whole
         rank = len(space)
         if sizes is not None:
-            ends: gs.Tensor = self._constant("ends", sizes)
+            ends: Tensor = self._constant("ends", sizes)
         else:
-            ends = gs.Variable(self.rw.unique(f"{self.output.name}_size"), np.dtype(np.int64), (rank,))
+            ends = Variable(self.rw.unique(f"{self.output.name}_size"), np.dtype(np.int64), (rank,))
             self._node("Shape", [self.sized], ends, start=2, end=2 + rank)
         cut = self._made("cut", lambda s: (*s, self.channels))
         starts, axes = self._constant("starts", [0] * rank), self._constant("axes", range(1, rank + 1))
         self._node("Slice", [whole, starts, ends, axes], cut)
         return cut
 
-    def _reshaped(self, source: gs.Tensor, shape: Sequence[int], output: gs.Variable) -> gs.Variable:
+    def _reshaped(self, source: Tensor, shape: Sequence[int], output: Variable) -> Variable:
         self._node("Reshape", [source, self._constant("shape", shape)], output)
         return output
 
-    def _made(self, role: str, sizes: Callable[[Shape], tuple[Dim, ...]]) -> gs.Variable:
+    def _made(self, role: str, sizes: Callable[[Shape], tuple[Dim, ...]]) -> Variable:
         """A tensor of sizes that follow from the output's, for each member of the batch."""
         return self.rw.new_variable(f"{self.output.name}_{role}", self.output, lambda s: (s[0], *sizes(s[2:])))
 
-    def _constant(self, role: str, values: Sequence[int]) -> gs.Constant:
+    def _constant(self, role: str, values: Sequence[int]) -> Constant:
         return self.rw.new_constant(f"{self.output.name}_{role}", np.array(values, np.int64))
 
-    def _node(self, op: str, inputs: Sequence[gs.Tensor], output: gs.Tensor, **attrs: object) -> None:
+    def _node(self, op: str, inputs: Sequence[Tensor], output: Tensor, **attrs: object) -> None:
         name = self.rw.node_name(str(output.name), f"_{op.lower()}")
-        self.nodes.append(gs.Node(op, name, attrs, list(inputs), [output]))
+        self.nodes.append(Node(op, name, attrs, list(inputs), [output]))
 
 
 def moved(size: Sequence[int]) -> int:

@@ -6,8 +6,7 @@ import itertools
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-import onnx_graphsurgeon as gs
-
+from pwopt.graph.ir import Graph
 from pwopt.rewriting.driver import Certifier, Pass, Rewriter
 from pwopt.rewriting.records import Outcome, Rewrite, Skip
 
@@ -35,7 +34,7 @@ class Settled:
     skips: Mapping[str, tuple[Skip, ...]]
     named: frozenset[str]
 
-    def branch(self, graph: gs.Graph, denied: Iterable[str], certifier: Certifier | None) -> Settled:
+    def branch(self, graph: Graph, denied: Iterable[str], certifier: Certifier | None) -> Settled:
         """The same on a copy of the graph."""
         return Settled(self.rw.branch(graph, denied, certifier), self.rewrites, self.skips, self.named)
 
@@ -52,7 +51,7 @@ class Pipeline:
 
     def run(
         self,
-        graph: gs.Graph,
+        graph: Graph,
         *,
         denied: Iterable[str] = (),
         allowed: Collection[str] | None = None,

@@ -10,12 +10,12 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-import onnx_graphsurgeon as gs
 from numpy.typing import NDArray
 
 from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.unions import Unions
+from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import Shape, channels
 from pwopt.maps import emit, forms
 from pwopt.maps.channels import Analysis, Channels, Link
@@ -38,48 +38,48 @@ class Run:
     kind: int
 
 
-def runs(analysis: Analysis, component: Sequence[Channels]) -> dict[int, list[Run]]:
+def runs(analysis: Analysis, component: Sequence[Channels]) -> dict[Tensor, list[Run]]:
     """The channels of each tensor (by its id) of a component, in runs that no Concat, Split or sum of such divides."""
-    cuts = {id(c.tensor): {0, len(c.value)} for c in component}
+    cuts = {c.tensor: {0, len(c.value)} for c in component}
     links = [link for flow in analysis.flows_at(component) for link in flow.links if _within(link, cuts)]
-    at: dict[int, list[Link]] = {}
+    at: dict[Tensor, list[Link]] = {}
     for link in links:
-        at.setdefault(id(link.a.tensor), []).append(link)
-        at.setdefault(id(link.b.tensor), []).append(link)
+        at.setdefault(link.a.tensor, []).append(link)
+        at.setdefault(link.b.tensor, []).append(link)
     pending = deque(links)
     while pending:
         link = pending.popleft()
-        ends = [(id(end.tensor), start) for end, start in ((link.a, link.start_a), (link.b, link.start_b))]
+        ends = [(end.tensor, start) for end, start in ((link.a, link.start_a), (link.b, link.start_b))]
         inside = {cut - start for t, start in ends for cut in cuts[t] if 0 <= cut - start <= link.count}
         for t, start in ends:
             new = {start + cut for cut in inside} - cuts[t]
             cuts[t] |= new
             pending.extend(at[t] if new else ())
     number = {run: i for i, run in enumerate((t, start) for t, found in cuts.items() for start in found)}
-    kinds = Unions()
+    kinds = Unions[int]()
     for link in links:
-        for cut in cuts[id(link.a.tensor)]:
+        for cut in cuts[link.a.tensor]:
             if link.start_a <= cut < link.start_a + link.count:
-                other = number[id(link.b.tensor), cut - link.start_a + link.start_b]
-                kinds.join(number[id(link.a.tensor), cut], other)
+                other = number[link.b.tensor, cut - link.start_a + link.start_b]
+                kinds.join(number[link.a.tensor, cut], other)
     return {
         t: [Run(start, stop, kinds.root(number[t, start])) for start, stop in itertools.pairwise(sorted(found))]
         for t, found in cuts.items()
     }
 
 
-def _within(link: Link, tensors: Collection[int]) -> bool:
-    return id(link.a.tensor) in tensors and id(link.b.tensor) in tensors
+def _within(link: Link, tensors: Collection[Tensor]) -> bool:
+    return link.a.tensor in tensors and link.b.tensor in tensors
 
 
 def rechannel(
     rw: Rewriter,
     analysis: Analysis,
     component: Sequence[Channels],
-    takes: Mapping[int, Take],
+    takes: Mapping[Tensor, Take],
     reason: str,
     suffix: str,
-    but: gs.Node | None = None,
+    but: Node | None = None,
 ) -> Rewrite | Refusal:
     """Give tensors other channels, and the maps that make or read them the weights for it.
 
@@ -96,7 +96,7 @@ def rechannel(
     reason : str
     suffix : str
         For the names of the tensors, whose values change.
-    but : gs.Node, optional
+    but : Node, optional
         An operator that the caller replaces.
 
     Returns
@@ -110,7 +110,7 @@ def rechannel(
     macs_before = sum(macs(rw, n) or 0 for r, _ in edits for n in r.nodes)
     before = [(c.tensor, rw.shape(c.tensor), rw.sizes.get(str(c.tensor.name))) for c in component]
     for c in component:
-        rw.reshape(c.tensor, channels(c.axis, len(takes[id(c.tensor)])))
+        rw.reshape(c.tensor, channels(c.axis, len(takes[c.tensor])))
     written = []
     for reading, linear in edits:
         nodes = emit.write(rw, linear, reading, reading.source, reading.output, reading.axis)
@@ -129,13 +129,13 @@ def rechannel(
 
 
 def _edits(
-    rw: Rewriter, component: Sequence[Channels], analysis: Analysis, takes: Mapping[int, Take], but: gs.Node | None
+    rw: Rewriter, component: Sequence[Channels], analysis: Analysis, takes: Mapping[Tensor, Take], but: Node | None
 ) -> list[tuple[Reading, LinearMap]] | Refusal:
     """The maps that read or make one of the tensors, each with what it becomes."""
     edits: list[tuple[Reading, LinearMap]] = []
     for flow in analysis.flows_at(component):
         reading = flow.reading
-        touched = reading is not None and (id(reading.source) in takes or id(reading.output) in takes)
+        touched = reading is not None and (reading.source in takes or reading.output in takes)
         if reading is None or not touched or flow.node is but:
             continue
         current = forms.linear(rw, rw.producer(reading.output))  # another component may have rewritten it
@@ -161,18 +161,18 @@ def _taken(values: NDArray[Any], take: Take, axis: int = 0) -> NDArray[Any]:
 
 
 def _edited(
-    rw: Rewriter, reading: Reading, analysis: Analysis, takes: Mapping[int, Take]
+    rw: Rewriter, reading: Reading, analysis: Analysis, takes: Mapping[Tensor, Take]
 ) -> LinearMap | Refusal | None:
     """The map between the new channels; None if it stays as it is."""
     linear = reading.load()
     if isinstance(linear, Refusal):
         return linear
     g, weight, bias = linear.geometry, linear.weight, linear.bias
-    source, output = takes.get(id(reading.source)), takes.get(id(reading.output))
+    source, output = takes.get(reading.source), takes.get(reading.output)
     if reading.weighted and g.groups == 1:
         weight = flushed(weight, rw.dtype(reading.weight or reading.source))
         if source is not None:
-            value = np.nan_to_num(analysis.of[id(reading.source)].value)
+            value = np.nan_to_num(analysis.of[reading.source].value)
             value[source[source >= 0]] = 0.0
             through = weight.reshape(*weight.shape[:2], -1).sum(-1)
             bias, weight = bias + through @ value, _taken(weight, source, 1)
@@ -180,21 +180,21 @@ def _edited(
             bias, weight = _taken(bias, output), _taken(weight, output)
         g = replace(g, out_channels=weight.shape[0], in_channels=weight.shape[1])
         return LinearMap.of(g, weight, bias)
-    if output is None or reading.axis is None or len(weight) != len(analysis.of[id(reading.output)].value):
+    if output is None or reading.axis is None or len(weight) != len(analysis.of[reading.output].value):
         return None  # a scale and a shift for all channels alike
     count = len(output)
     g = replace(g, out_channels=count, in_channels=count, groups=count)
     return LinearMap.of(g, _taken(weight, output), _taken(bias, output))
 
 
-def _resize(rw: Rewriter, component: Sequence[Channels], analysis: Analysis, takes: Mapping[int, Take]) -> None:
+def _resize(rw: Rewriter, component: Sequence[Channels], analysis: Analysis, takes: Mapping[Tensor, Take]) -> None:
     """Channel counts in the arguments of Split and Reshape."""
     for flow in analysis.flows_at(component):
         node = flow.node
-        if node not in rw or not any(id(t) in takes for t in node.outputs):
+        if node not in rw or not any(t in takes for t in node.outputs):
             continue
         if rw.op(node) == "Split":
-            counts = [len(takes[id(t)]) if id(t) in takes else rw.dim(t, analysis.of[id(t)].axis) for t in node.outputs]
+            counts = [len(takes[t]) if t in takes else rw.dim(t, analysis.of[t].axis) for t in node.outputs]
             if rw.opset < 13:
                 rw.set_attributes(node, split=counts)
                 continue
@@ -202,11 +202,11 @@ def _resize(rw: Rewriter, component: Sequence[Channels], analysis: Analysis, tak
             sizes = rw.new_constant(f"{node.outputs[0].name}_sizes", np.array(counts, np.int64))
             rw.set_input(node, 1, sizes)
         elif rw.op(node) == "Reshape":
-            source, output = analysis.of[id(node.inputs[0])], analysis.of[id(node.outputs[0])]
+            source, output = analysis.of[node.inputs[0]], analysis.of[node.outputs[0]]
             old = rw.integers(node.inputs[1]) or []
             copied = not node.attrs.get("allowzero", 0)
             new = [len(source.value) if d == 0 and a == source.axis and copied else d for a, d in enumerate(old)]
-            new[output.axis] = -1 if old[output.axis] == -1 else len(takes[id(output.tensor)])
+            new[output.axis] = -1 if old[output.axis] == -1 else len(takes[output.tensor])
             if new != old:
-                shape: gs.Tensor = rw.new_constant(f"{node.outputs[0].name}_shape", np.array(new, np.int64))
+                shape: Tensor = rw.new_constant(f"{node.outputs[0].name}_shape", np.array(new, np.int64))
                 rw.set_input(node, 1, shape)

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_graphsurgeon as gs
 
+from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.view import View
 from pwopt.maps.elementwise import ELEMENTWISE
 
@@ -18,12 +18,12 @@ GATES = ("Sigmoid", "HardSigmoid", "Tanh")
 class Step:
     """An activation of one tensor: its operators, its result, and what must agree with its siblings'."""
 
-    nodes: tuple[gs.Node, ...]
-    output: gs.Tensor
+    nodes: tuple[Node, ...]
+    output: Tensor
     signature: tuple[object, ...]
 
 
-def activation(view: View, tensor: gs.Tensor) -> Step | None:
+def activation(view: View, tensor: Tensor) -> Step | None:
     """The elementwise operator, or x·f(x), that alone reads `tensor`."""
     readers = view.readers(tensor)
     if view.pinned(tensor) or not readers or len(readers) > 2:
@@ -47,7 +47,7 @@ def activation(view: View, tensor: gs.Tensor) -> Step | None:
     return Step((gate, product), product.outputs[0], ("x·", gate.op, repr(sorted(gate.attrs.items()))))
 
 
-def repeated(view: View, step: Step, source: gs.Tensor, output: gs.Tensor) -> list[gs.Node]:
+def repeated(view: View, step: Step, source: Tensor, output: Tensor) -> list[Node]:
     """The operators of a step on another tensor."""
     node = step.nodes[0]
     name = view.node_name(node.name, "_part")
@@ -55,7 +55,7 @@ def repeated(view: View, step: Step, source: gs.Tensor, output: gs.Tensor) -> li
         # The siblings' own constants may be made further down than the first of them.
         numbers = [(t, view.raw(t)) for t in node.inputs[1:]]
         arguments = [t if v is None else view.new_constant(f"{output.name}_argument", v) for t, v in numbers]
-        return [gs.Node(node.op, name, dict(node.attrs), [source, *arguments], [output])]
+        return [Node(node.op, name, dict(node.attrs), [source, *arguments], [output])]
     gate = view.new_variable(f"{node.outputs[0].name}_part", source)
-    product = gs.Node("Mul", view.node_name(step.nodes[1].name, "_part"), {}, [source, gate], [output])
-    return [gs.Node(node.op, name, dict(node.attrs), [source], [gate]), product]
+    product = Node("Mul", view.node_name(step.nodes[1].name, "_part"), {}, [source, gate], [output])
+    return [Node(node.op, name, dict(node.attrs), [source], [gate]), product]

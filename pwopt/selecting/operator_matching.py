@@ -100,7 +100,7 @@ def together(
     Operators belong together if onnxruntime ran them as one (those that have no time of their own), or if one stands
     for the other (`Rewrite.became`), directly or through others.
     """
-    joined, first = Unions(), len(before.graph.node)  # the result's operators are numbered after the original's
+    joined, first = Unions[int](), len(before.graph.node)  # the result's operators are numbered after the original's
     for start, proto, spent in ((0, before, times[0]), (first, after, times[1])):
         for i, j in enumerate(fused(proto, spent)):
             joined.join(start + i, start + j)
@@ -112,7 +112,7 @@ def together(
     return list(groups.values())
 
 
-def _matched(before: onnx.ModelProto, after: onnx.ModelProto, rewrites: Sequence[Rewrite], joined: Unions) -> None:
+def _matched(before: onnx.ModelProto, after: onnx.ModelProto, rewrites: Sequence[Rewrite], joined: Unions[int]) -> None:
     """Join operators of the original with those that stand for them, and new ones that stand for none with a reader."""
     first = len(before.graph.node)
     became = _became(rewrites)

@@ -40,7 +40,7 @@ def test_between_a_tensor_and_a_divisor(call: str, told: bool) -> None:
     view = View(from_proto(model).graph)
     found = told_apart(view)
     x = next(t for t in view.nodes()[0].inputs if t.name == "x")
-    assert (id(x) in found) == told
+    assert (x in found) == told
     if not told:  # the claim that matters
         with np.errstate(all="ignore"):
             plus, minus = (evaluate(model, x=np.full((1, 4, 4), z))[0] for z in (0.0, -0.0))
@@ -53,7 +53,7 @@ def test_quantising_forgets_the_sign_of_a_zero() -> None:
     )
     view = View(from_proto(parse(body, s=np.float32(0.1), z=np.int8(0))).graph)
     told = told_apart(view)
-    assert [id(node.inputs[0]) in told for node in view.nodes()] == [False, True, True]
+    assert [node.inputs[0] in told for node in view.nodes()] == [False, True, True]
 
 
 def test_who_tells() -> None:
@@ -62,7 +62,7 @@ def test_who_tells() -> None:
     <then_branch = t () => (double[4] p) { p = Neg(e) }, else_branch = f () => (double[4] q) { q = Neg(e) }> }"""
 
     view = View(from_proto(onnx.parser.parse_model(body)).graph)
-    tensors = {t.name: told_apart(view).get(id(t), "") for node in view.nodes() for t in node.inputs}
+    tensors = {t.name: told_apart(view).get(t, "") for node in view.nodes() for t in node.inputs}
     assert (tensors["x"], tensors["a"]) == ("", "")  # an output: −0 equals +0
     assert tensors["b"] == "Odd"
     assert tensors["u"] in ("Odd", "a control-flow body that reads 'e'")

@@ -1,0 +1,251 @@
+"""The graph that passes edit: nodes and tensors with types and identity.
+
+onnx-graphsurgeon is the exchange format, but its classes carry no type annotations, compare field by field and cannot
+be hashed. The classes here are subclasses of its own: every onnx-graphsurgeon function accepts them, a misspelt
+attribute is a type error, and two nodes or tensors are equal only if they are the same object. `adopt` turns a graph
+of onnx-graphsurgeon's classes into one of these, in place.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
+
+import numpy as np
+import onnx
+import onnx_graphsurgeon as gs
+from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
+from onnx_graphsurgeon.ir.tensor import LazyValues as _LazyValues
+
+from pwopt.algebra import Values
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+#: A dimension: a number, a symbol, or None where nothing is known.
+Dim = int | str | None
+Shape = tuple[Dim, ...]
+
+if TYPE_CHECKING:
+    # What onnx-graphsurgeon's classes have, for the type checker: they are not annotated themselves.
+
+    class _Node:
+        def __init__(
+            self,
+            op: str,
+            name: str | None = None,
+            attrs: dict[str, Any] | None = None,
+            inputs: Sequence[Tensor] | None = None,
+            outputs: Sequence[Tensor] | None = None,
+            domain: str | None = None,
+        ) -> None: ...
+        def subgraphs(self, recursive: bool = False) -> Iterator[Graph]: ...
+
+    class _Tensor:
+        def is_empty(self) -> bool: ...
+
+    class _Variable:
+        def __init__(self, name: str, dtype: Any = None, shape: Sequence[Dim] | None = None) -> None: ...
+
+    class _Constant:
+        def __init__(self, name: str, values: Values | _LazyValues, *, export_dtype: Any = None) -> None: ...
+
+    class _Graph:
+        def __init__(
+            self,
+            nodes: Sequence[Node] | None = None,
+            inputs: Sequence[Tensor] | None = None,
+            outputs: Sequence[Tensor] | None = None,
+            name: str | None = None,
+            doc_string: str | None = None,
+            opset: int | None = None,
+            import_domains: Any = None,
+            *,
+            functions: Sequence[Any] | None = None,
+            ir_version: int | None = None,
+        ) -> None: ...
+
+    class LazyValues:
+        """Values of a constant that are loaded when they are asked for."""
+
+        tensor: onnx.TensorProto
+        shape: tuple[int, ...]
+        dtype: np.dtype[Any]
+        nbytes: int
+
+        def load(self) -> Values: ...
+
+else:
+    _Node, _Tensor, _Variable, _Constant, _Graph = gs.Node, gs.Tensor, gs.Variable, gs.Constant, gs.Graph
+    LazyValues = _LazyValues
+
+
+class Node(_Node):
+    """An operator, with its attributes, inputs and outputs. Equal to itself only.
+
+    Attributes
+    ----------
+    op : str
+        ONNX's operator type.
+    name, domain : str
+    attrs : dict
+        Attribute name → int, float, str, list, `Constant` or `Graph`.
+    inputs, outputs : list of Tensor
+        An empty optional one is a `Variable` without a name.
+    replaced : tuple of Node
+        The nodes that this one stands for, whose metadata it keeps (`pwopt.graph.provenance`).
+    """
+
+    op: str
+    name: str
+    domain: str | None
+    attrs: dict[str, Any]
+    inputs: list[Tensor]
+    outputs: list[Tensor]
+    replaced: tuple[Node, ...] = ()
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+class Tensor(_Tensor):
+    """A value in a graph: a `Variable` or a `Constant`. Equal to itself only.
+
+    Attributes
+    ----------
+    name : str
+        "" where an optional input or output is left out.
+    shape : sequence of int, str or None; or None
+        A number, a symbol or None for each dimension; None if the rank is unknown.
+    dtype : numpy dtype, or None
+        None if the element type is unknown.
+    inputs, outputs : list of Node
+        The nodes that produce it and that read it, as onnx-graphsurgeon last knew them. While a graph is edited, only
+        its `View` knows: ask `producer` and `readers`.
+    """
+
+    name: str
+    shape: Sequence[Dim] | None
+    dtype: Any
+    inputs: list[Node]
+    outputs: list[Node]
+
+    def copy(self) -> Tensor:
+        """The same tensor for another graph: no node reads or produces it."""
+        raise NotImplementedError
+
+    def to_constant(self, values: Values | LazyValues) -> Constant:
+        """Turn this tensor into a constant, in place: what read it reads the constant."""
+        for name in ("dtype", "shape"):
+            vars(self).pop(name, None)
+        constant = cast(Constant, self)
+        constant.__class__ = Constant
+        constant._values, constant.data_location, constant._export_dtype = values, None, None
+        return constant
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+class Variable(Tensor, _Variable):
+    """A tensor whose value is known when the model runs."""
+
+    @staticmethod
+    def empty() -> Variable:
+        """An optional input or output that is left out."""
+        return Variable("")
+
+    def copy(self) -> Variable:
+        return Variable(self.name, self.dtype, self.shape)
+
+
+class Constant(Tensor, _Constant):
+    """A tensor whose value is stored in the model.
+
+    Attributes
+    ----------
+    values : array
+        Loaded when they are asked for.
+    """
+
+    if TYPE_CHECKING:
+        shape: tuple[int, ...]
+        dtype: np.dtype[Any]
+        values: Values
+        data_location: int | None
+        _export_dtype: Any
+        _values: Values | LazyValues
+
+    def copy(self) -> Constant:
+        return Constant(self.name, self._values, export_dtype=self._export_dtype)
+
+
+class Graph(_Graph):
+    """Nodes in the file's order, with the graph's inputs and outputs. Equal to itself only."""
+
+    if TYPE_CHECKING:
+        nodes: list[Node]
+        inputs: list[Tensor]
+        outputs: list[Tensor]
+        name: str
+        doc_string: str
+        opset: int
+        import_domains: Any
+        functions: list[Any]
+        ir_version: int | None
+
+        def copy(self) -> Self: ...
+
+    __eq__ = object.__eq__
+    __hash__ = object.__hash__
+
+
+_CLASSES = {gs.Node: Node, gs.Variable: Variable, gs.Constant: Constant, gs.Graph: Graph}
+
+
+def is_constant(tensor: Tensor) -> TypeGuard[Constant]:
+    """Whether a tensor is a constant, also one that a pass has just made of onnx-graphsurgeon's own class."""
+    return isinstance(tensor, gs.Constant)
+
+
+def adopt(graph: Graph | gs.Graph) -> Graph:
+    """Give everything in a graph, bodies included, the classes of this module, in place.
+
+    Parameters
+    ----------
+    graph : Graph or gs.Graph
+
+    Returns
+    -------
+    Graph
+        The same object.
+    """
+    pending = [graph]
+    while pending:
+        found = pending.pop()
+        found.__class__ = _CLASSES.get(type(found), type(found))
+        adopt_tensors((*found.inputs, *found.outputs))
+        for node in found.nodes:
+            adopt_node(node)
+            pending.extend(node.subgraphs())
+    return cast(Graph, graph)
+
+
+def adopt_node(node: Node | gs.Node) -> Node:
+    """Give a node and its tensors the classes of this module, in place."""
+    node.__class__ = _CLASSES.get(type(node), type(node))
+    adopt_tensors((*node.inputs, *node.outputs, *(v for v in node.attrs.values() if isinstance(v, gs.Tensor))))
+    return cast(Node, node)
+
+
+def adopt_tensors(tensors: Iterable[Tensor | gs.Tensor]) -> None:
+    """Give tensors the classes of this module, in place."""
+    for tensor in tensors:
+        if type(tensor) in _CLASSES:
+            tensor.__class__ = _CLASSES[type(tensor)]
+
+
+def as_message(node: Node) -> onnx.NodeProto:
+    """The node as ONNX stores it."""
+    message: onnx.NodeProto = OnnxExporter.export_node(node)
+    return message
