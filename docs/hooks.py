@@ -39,7 +39,7 @@ def _example(kind: type[Pass]) -> Rewrite | None:
     found: list[Rewrite] = []
     for file in sorted(p for p in (ROOT / "models").glob("*.onnx") if ".pwopt" not in p.name):
         p = kind()
-        p.eager = p.asked = True
+        p.scope = "requested"
         _, outcome, _ = run_pipeline(pwopt.load(file), [p], (), {}, None, unchecked)
         found += [r for r in outcome.rewrites if r.before and r.after and len(r.before) + len(r.after) < 14]
     return min(found, key=lambda r: len(r.before) + len(r.after), default=None)

@@ -29,7 +29,7 @@ class DropDead(Pass):
     """
 
     name = "drop-dead"
-    early = True  # pad-channels adds channels of zeros on purpose
+    phase = "early"  # pad-channels adds channels of zeros on purpose
     context = 16  # a channel may be known to be constant from far above
 
     def __init__(self) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from typing import ClassVar
 
 import numpy as np
 
@@ -107,7 +106,7 @@ class ShareConstants(Pass):
     """
 
     name = "share-constants"
-    late: ClassVar[bool] = True
+    phase = "late"
 
     def start(self, rw: Rewriter) -> None:
         self._first: dict[Hashable, Constant] = {}

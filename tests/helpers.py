@@ -47,7 +47,7 @@ def build(body: str, constants: Mapping[str, np.ndarray], head: str = "", opset:
 def eager(kind: type[Pass]) -> Pass:
     """A measured pass as it acts where it was measured, or asked for by name."""
     made = kind()
-    made.eager = True
+    made.scope = "exact"
     return made
 
 

@@ -40,7 +40,7 @@ def passes(
     console = open_console()
     for p in found:
         where = "" if len(p.pays_on) == PROVIDER_KINDS else f", on {' and '.join(sorted(p.pays_on))} providers"
-        source = "" if p.own else f", from {plain(origin(p))}"
+        source = "" if p.builtin else f", from {plain(origin(p))}"
         console.print(f"[bold]{p.name}[/bold]  [dim]({p.policy}{where}{source})[/dim]", soft_wrap=True)
         console.print(f"  {plain(p.identity())}", soft_wrap=False)
         if name is not None:

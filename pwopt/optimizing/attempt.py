@@ -173,7 +173,9 @@ def rewritten(subject: Problem, work: Compilation, choice: Selection, request: R
     report = replace(blank, rewrites=outcome.rewrites, skips=left, before=before, after=after)
     uncertified = sum("refused by its certificate" in s.reason for s in refused.values())
     if uncertified:
-        wrong = sorted({s.pass_name for s in refused.values()} - {p.name for p in select_passes(work.passes) if p.own})
+        wrong = sorted(
+            {s.pass_name for s in refused.values()} - {p.name for p in select_passes(work.passes) if p.builtin}
+        )
         whose = f"the fault of {', '.join(wrong)}" if wrong else DEFECT
         report = report.noted(f"{counted(uncertified, 'rewrite')} refused by certificates: {whose}.")
     report = report.noted(*work.notes, *choice.notes)

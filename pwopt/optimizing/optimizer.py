@@ -181,7 +181,7 @@ def _outlook(work: Compilation, races: bool) -> Iterator[str]:
 def choose(work: Compilation, subject: Problem, request: Request, allowance: Budget) -> Selection:
     """Which measured rewrites are made: those that a profile, or a race here, says pay."""
     chosen = work.candidates()
-    if not any(p.raced for p in chosen):
+    if not any(p.needs_measuring for p in chosen):
         return Selection()
     if request.target_profile is not None:
         return select(work, None, 0.0, TuningDatabase.load(request.target_profile), request.progress)
@@ -189,7 +189,7 @@ def choose(work: Compilation, subject: Problem, request: Request, allowance: Bud
         return Selection()
     if request.seconds <= 0:
         return Selection(frozenset())
-    marks = {p.name: fingerprint(p) for p in chosen if not p.own}
+    marks = {p.name: fingerprint(p) for p in chosen if not p.builtin}
     threads, name = request.first_threads, subject.original.name
     memory = (
         CachedTuningRecords(request.provider, threads, work.digest(), marks, name)

@@ -7,7 +7,7 @@ import functools
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal, get_args
 
 from pwopt.algebra import Values
 from pwopt.errors import UsageError
@@ -24,53 +24,78 @@ if TYPE_CHECKING:
 
 #: Judges what a rewrite did to its region of the graph.
 Certifier = Callable[[Region, View], Certificate]
-#: Version of what a pass is promised and must keep; it grows when a pass that kept it no longer would.
-CONTRACT = 1
+#: The version of the contract between pwopt and a pass. It increases whenever a pass that met it may no longer do so.
+CONTRACT = 2
 #: When a rewrite is kept.
-POLICIES = ("always", "if cheaper", "measured")
+Policy = Literal["always", "if cheaper", "measured"]
+POLICIES: tuple[Policy, ...] = get_args(Policy)
+#: When a pass runs: "any": until nothing changes, before the measured passes and again after them; "early": only before
+#: them, since it would undo what they do; "late": once, after all others, since it would stand in their way. A measured
+#: pass runs once, between the two.
+Phase = Literal["any", "early", "late"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+#: Where a pass acts: where it expects a gain; wherever the rewrite is exact, because measurements decide afterwards; or
+#: wherever it is exact, because the user asked for the pass by name.
+Scope = Literal["profitable", "exact", "requested"]
 
 
 class Pass:
-    """One rewrite: a fact about graphs, in one class.
+    """One rewrite, in one class.
 
-    Subclasses set `name` and write `match_and_rewrite`. A pass sees one node at a time and returns None
-    ("not mine"), a `Skip` ("mine, but refused, because") or a `Rewrite` ("done"). The first paragraph of its docstring
-    is its identity.
+    A subclass sets `name` and implements `match_and_rewrite`. The first paragraph of its docstring is the identity that
+    reports show.
+
+    Attributes
+    ----------
+    name : str
+        Small letters, digits and hyphens. Sites and options use it.
+    policy : {"always", "if cheaper", "measured"}
+        When a rewrite is kept.
+    phase : {"any", "early", "late"}
+        When the pass runs; see `Phase`.
+    pays_on : frozenset of {"cpu", "gpu", "other"}
+        The kinds of execution provider on which the pass may pay. "cpu" is onnxruntime's own provider, which uses a
+        blocked layout. On other kinds the pass runs only if the user asks for it by name.
+    context : int
+        How many operators above its region a certificate may include, because the rewrite relies on facts from there.
+    contract : int
+        The version of the contract that the pass was written for. Packages declare it.
+    scope : {"profitable", "exact", "requested"}
+        Where this instance acts; see `Scope`. The driver sets it.
     """
 
     name: ClassVar[str]
-    #: When the rewrite is kept: one of `POLICIES`.
-    policy: ClassVar[str] = "always"
-    #: On which kinds of execution provider it may pay: "cpu" (onnxruntime's own, which keeps channels in blocks),
-    #: "gpu", "other". Elsewhere it is a candidate only if it is asked for by name.
+    policy: ClassVar[Policy] = "always"
+    phase: ClassVar[Phase] = "any"
     pays_on: ClassVar[frozenset[str]] = frozenset({"cpu", "gpu", "other"})
-    #: The version of the contract that the pass was written for; packages declare it.
-    contract: ClassVar[int] = CONTRACT
-    #: How many operators above a rewrite hold facts that it rests on, beside its own region.
     context: ClassVar[int] = 0
-    #: Whether a measured rewrite is made wherever it is exact, because it was measured or asked for.
-    eager: bool = False
-    #: Whether somebody asked for it by name, so that no race decides on it.
-    asked: bool = False
-    #: Whether it runs before the measured passes only, since it would undo what they do.
-    early: ClassVar[bool] = False
-    #: Whether it runs once, after all others, since it would stand in their way.
-    late: ClassVar[bool] = False
+    contract: ClassVar[int] = CONTRACT
+    scope: Scope = "profitable"
 
     @classmethod
     def identity(cls) -> str:
-        """What it rewrites, in one formula or sentence."""
+        """What the pass rewrites, in one formula or sentence."""
         return " ".join((cls.__doc__ or "").partition("\n\n")[0].split())
 
     @property
-    def own(self) -> bool:
-        """Whether it is one of pwopt's."""
+    def builtin(self) -> bool:
+        """Whether the pass is one of pwopt's."""
         return type(self).__module__.startswith("pwopt.")
 
     @property
-    def raced(self) -> bool:
-        """Whether a clock decides on its rewrites."""
-        return self.policy == "measured" and not self.asked
+    def eager(self) -> bool:
+        """Whether the pass acts wherever its rewrite is exact."""
+        return self.scope != "profitable"
+
+    @property
+    def requested(self) -> bool:
+        """Whether the user asked for the pass by name, so that no measurement decides on its rewrites."""
+        return self.scope == "requested"
+
+    @property
+    def needs_measuring(self) -> bool:
+        """Whether measurements decide on the rewrites of this pass."""
+        return self.policy == "measured" and not self.requested
 
     def start(self, rw: Rewriter) -> None:
         """Look at the whole graph once before the first node."""
@@ -176,7 +201,7 @@ class Rewriter(View):
         nodes = self.nodes()
         self._queue.extend(nodes)
         self._queued.update(nodes)
-        answer = p.match_and_rewrite if p.own else functools.partial(_answer, p)
+        answer = p.match_and_rewrite if p.builtin else functools.partial(_answer, p)
         while self._queue:
             node = self._queue.popleft()
             self._queued.discard(node)

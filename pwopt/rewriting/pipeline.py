@@ -81,13 +81,13 @@ class Pipeline:
         rw, rewrites, skips = settled.rw, list(settled.rewrites), dict(settled.skips)
         finished = len(rewrites)
         for p in self._measured():
-            outcome = rw.apply(p, None if p.asked else allowed)
+            outcome = rw.apply(p, None if p.requested else allowed)
             rewrites.extend(outcome.rewrites)
             skips[p.name] = outcome.skips
         if len(rewrites) > finished:
-            _repeat(rw, [p for p in self._settling() if not p.early], rewrites, skips)
+            _repeat(rw, [p for p in self._settling() if p.phase != "early"], rewrites, skips)
         for p in self.passes:
-            if p.late:
+            if p.phase == "late":
                 rewrites.extend(rw.apply(p).rewrites)
         rw.close()
         listed = itertools.chain.from_iterable(skips.values())
@@ -97,14 +97,14 @@ class Pipeline:
         """What the measured pass of this name does by itself, beside those that were asked for."""
         outcome = Outcome((), ())
         for p in self._measured():
-            if p.asked or p.name == name:
+            if p.requested or p.name == name:
                 outcome = settled.rw.apply(p)
             if p.name == name:
                 break
         return Outcome(outcome.rewrites, tuple(s for s in outcome.skips if s.tensor in settled.named))
 
     def _settling(self) -> list[Pass]:
-        return [p for p in self.passes if p.policy != "measured" and not p.late]
+        return [p for p in self.passes if p.policy != "measured" and p.phase != "late"]
 
     def _measured(self) -> list[Pass]:
         return [p for p in self.passes if p.policy == "measured"]

@@ -14,7 +14,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 
 from pwopt.errors import UsageError
-from pwopt.rewriting.driver import CONTRACT, POLICIES, Pass
+from pwopt.rewriting.driver import CONTRACT, PHASES, POLICIES, Pass
 
 #: The entry point group under which packages offer passes; each entry point is a class.
 GROUP = "pwopt.passes"
@@ -118,6 +118,8 @@ def checked(offered: object, where: str) -> type[Pass]:
         raise UsageError(f"the pass {where} is called {name!r}; a name is of small letters, digits and hyphens")
     if policy not in POLICIES:
         raise UsageError(f"the pass {where} has the policy {policy!r}, which is none of: {', '.join(POLICIES)}")
+    if offered.phase not in PHASES:
+        raise UsageError(f"the pass {where} has the phase {offered.phase!r}, which is none of: {', '.join(PHASES)}")
     if offered.match_and_rewrite is Pass.match_and_rewrite:
         raise UsageError(f"the pass {where} does not write match_and_rewrite")
     return offered
@@ -125,7 +127,7 @@ def checked(offered: object, where: str) -> type[Pass]:
 
 def origin(p: Pass) -> str:
     """Where a pass comes from: pwopt, an installed package, or a module."""
-    return "pwopt" if p.own else installed().get(type(p), type(p).__module__)
+    return "pwopt" if p.builtin else installed().get(type(p), type(p).__module__)
 
 
 def fingerprint(p: Pass) -> str:
@@ -133,7 +135,7 @@ def fingerprint(p: Pass) -> str:
 
     Decisions of races are kept with it, since one on an earlier version of a pass says nothing of this one.
     """
-    if p.own:
+    if p.builtin:
         return ""
     settings = sorted((k, v) for k, v in vars(p).items() if k not in vars(Pass))
     try:

@@ -128,7 +128,7 @@ class Compilation:
             heavy = [] if failed else self._heavy(done[1].rewrites, done[3])
             if not failed and not heavy:
                 return *done, refused
-            mine = {p.name for p in select_passes(self.passes) if p.own}
+            mine = {p.name for p in select_passes(self.passes) if p.builtin}
             refused.update((r.site, Skip(_refusal(r, r.pass_name in mine), r.pass_name, r.site)) for r in failed)
             refused.update((r.site, Skip(_too_large(r), r.pass_name, r.site)) for r in heavy)
         raise RuntimeError(f"certificates refuse rewrites at {', '.join(refused)}")
@@ -176,7 +176,7 @@ class Compilation:
 
     def candidates(self) -> list[Pass]:
         """Passes that were asked for by name, or those that may pay on this kind of provider."""
-        return [p for p in select_passes(self.passes) if p.asked or self.kind in p.pays_on]
+        return [p for p in select_passes(self.passes) if p.requested or self.kind in p.pays_on]
 
     def unfit(self) -> list[str]:
         """Names of the passes that may pay on onnxruntime's CPU provider, and not here."""
@@ -193,7 +193,7 @@ class Compilation:
         refused: list[Skip] = []
         snapshot, branch = self.settled(tuple(self.denied)), None
         for p in snapshot.passes:
-            if p.raced:
+            if p.needs_measuring:
                 branch = branch or snapshot.branch(self.denied, eager=True)
                 outcome = branch.could(p.name)
                 found += [r for r in outcome.rewrites if r.pass_name == p.name]

@@ -52,8 +52,8 @@ def select_passes(wanted: Sequence[Wanted] | None, beside: Sequence[Wanted] = ()
             raise UsageError(f"there is no pass {want!r}; there are {', '.join(available)}")
         kind = available[want] if isinstance(want, str) else _checked(want)
         made = kind() if isinstance(kind, type) else copy.copy(kind)
-        made.asked = made.asked or made.eager or isinstance(want, str)
-        made.eager = made.asked
+        if made.eager or isinstance(want, str):
+            made.scope = "requested"
         if chosen.setdefault(made.name, (want, made))[0] != want:
             raise UsageError(f"two passes are called {made.name!r}; leave one out")
     return [made for _, made in chosen.values()]
@@ -226,7 +226,8 @@ class Snapshot:
         """A copy to go on with; `eager` lets measured passes act wherever they may."""
         model, passes = self.model.copy(), [p.branch() for p in self.passes]
         for p in passes:
-            p.eager = p.eager or (eager and p.policy == "measured")
+            if eager and p.policy == "measured" and not p.eager:
+                p.scope = "exact"
         return replace(self, model=model, passes=passes, settled=self.settled.branch(model.graph, deny, certifier))
 
     def finish(self, allowed: Collection[str] | None = None) -> tuple[Cost, Outcome, Cost]:

@@ -40,7 +40,7 @@ HARM = {
 class Harmful(Pass):
     """Puts something in front of every Abs that no session survives."""
 
-    name: ClassVar[str] = "harmful"
+    name = "harmful"
     kind: ClassVar[str] = ""
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | None:

@@ -7,7 +7,6 @@ import itertools
 import re
 from dataclasses import replace
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import onnx
@@ -38,7 +37,7 @@ F = np.float32
 class Planted(Pass):
     """A wrong rewrite: every weight of a Conv grows by a thousandth."""
 
-    name: ClassVar[str] = "planted"
+    name = "planted"
     __module__ = "pwopt.passes.planted"
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | None:
@@ -245,7 +244,7 @@ def test_what_was_asked_for_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
 class Detour(Pass):
     """A slow rewrite that changes no answer: forty absolute values behind every Relu."""
 
-    name: ClassVar[str] = "detour"
+    name = "detour"
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | None:
         if rw.op(node) != "Relu" or rw.is_a(rw.readers(node.outputs[0])[0], "Abs"):

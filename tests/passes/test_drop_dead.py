@@ -1114,7 +1114,7 @@ def test_every_dead_channel_goes_if_that_is_asked_for() -> None:
     model = parse(body, w=first, b=normal(16), v=normal(5, 16, 1, 1, seed=1))
     for eager, kept in ((False, 16), (True, 11)):
         p = DropDead()
-        p.eager = eager
+        p.scope = "exact" if eager else "profitable"
         result, _, _ = run(model, p)
         assert weight(result, "w").shape[0] == kept
         same(model, result, x=X)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
-
 import numpy as np
 import onnx_graphsurgeon as gs
 
@@ -16,8 +14,8 @@ class DropSign(Pass):
     Exact, bit for bit: changing a sign rounds nothing.
     """
 
-    name: ClassVar[str] = "drop-sign"
-    contract: ClassVar[int] = 1
+    name = "drop-sign"
+    contract = 2
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
         negation = rw.producer(node.inputs[0]) if rw.op(node) == "Abs" else None
@@ -36,9 +34,9 @@ class Square(Pass):
     A library's power of 2 rounds as the product does; whether the product is faster is measured.
     """
 
-    name: ClassVar[str] = "square"
-    policy: ClassVar[str] = "measured"
-    contract: ClassVar[int] = 1
+    name = "square"
+    policy = "measured"
+    contract = 2
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | Skip | None:
         exponent = rw.raw(node.inputs[1]) if rw.op(node) == "Pow" else None

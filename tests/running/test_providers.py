@@ -203,7 +203,7 @@ def test_tensor_cores_get_multiples_of_8(dtype: str, wanted: list[int]) -> None:
         w=normal(12, 16, 1, 1, dtype=kind), v=normal(5, 12, 1, 1, seed=1, dtype=kind),
     )  # fmt: skip
     p = FillTensorCores()
-    p.eager = True
+    p.scope = "exact"
     result, _, _ = run(model, p)
     weights = [tuple(t.dims) for t in result.graph.initializer]
     assert [weights[0][0], weights[1][1]] == wanted

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import onnx
@@ -43,7 +42,7 @@ def analytic(**options: object) -> pwopt.Result:
 def test_names_classes_and_instances_in_order() -> None:
     chosen = select_passes(["fold-chains", DropSign, CleanUp()])
     assert [p.name for p in chosen] == ["fold-chains", "drop-sign", "clean-up"]
-    assert [p.asked for p in chosen] == [True, False, False]
+    assert [p.requested for p in chosen] == [True, False, False]
     assert [p.name for p in select_passes([*PASSES, DropSign])][-2:] == [PASSES[-1].name, "drop-sign"]
     assert [p.name for p in select_passes(["drop-sign"], [DropSign])] == ["drop-sign"]
     given = FoldChains()
@@ -100,30 +99,34 @@ def test_a_file_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 class Wrong(Pass):
     """Nothing."""
 
-    name: ClassVar[str] = "wrong"
+    name = "wrong"
 
     def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | None:
         raise KeyError("w")
 
 
-class Future(Wrong):
-    contract: ClassVar[int] = 2
+class Outdated(Wrong):
+    contract = 1
 
 
 class Shouting(Wrong):
-    name: ClassVar[str] = "Wrong!"
+    name = "Wrong!"
 
 
 class Sometimes(Wrong):
-    policy: ClassVar[str] = "sometimes"
+    policy = "sometimes"
+
+
+class Whenever(Wrong):
+    phase = "whenever"
 
 
 class Empty(Pass):
-    name: ClassVar[str] = "empty"
+    name = "empty"
 
 
 class Impostor(Wrong):
-    name: ClassVar[str] = "fold-chains"
+    name = "fold-chains"
 
 
 class Chatty(Wrong):
@@ -136,9 +139,10 @@ class Chatty(Wrong):
     [
         ({"passes": [Wrong]}, r"the pass 'wrong' \(.*Wrong\) failed at 'wrong:c' with KeyError: 'w'; mend it"),
         ({"passes": [Chatty]}, "returned str, not a Rewrite"),
-        ({"passes": [Future]}, "written for contract 2, and this pwopt keeps contract 1"),
+        ({"passes": [Outdated]}, "written for contract 1, and this pwopt keeps contract 2"),
         ({"passes": [Shouting]}, "is called 'Wrong!'"),
         ({"passes": [Sometimes]}, "policy 'sometimes', which is none of: always, if cheaper, measured"),
+        ({"passes": [Whenever]}, "phase 'whenever', which is none of: any, early, late"),
         ({"passes": [Empty]}, "does not write match_and_rewrite"),
         ({"passes": [*PASSES, Impostor]}, "two passes are called 'fold-chains'"),
         ({"plugins": [Impostor]}, "two passes are called 'fold-chains'"),
@@ -170,7 +174,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_installed_package(site: Path, tmp_path: Path) -> None:
     """Its passes run without being asked for, are listed, shown, denied and reported, and break with one sentence."""
     onnx.save(signs(), tmp_path / "m.onnx")
-    environment = {**os.environ, "PYTHONPATH": str(site)}
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))}
 
     def pwopt_says(*arguments: str) -> subprocess.CompletedProcess[str]:
         command = [sys.executable, "-m", "pwopt", *arguments]
