@@ -1,4 +1,4 @@
-"""`python -m models`: build, optimise and check all systems, print one table, and write README.md after racing all."""
+"""`python -m models`: build, optimise and check all systems, print a table, and write README.md if all were raced."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ app = typer.Typer(add_completion=False)
 @app.command()
 def main(
     names: Annotated[list[str] | None, typer.Argument(help="Systems to check; all by default.")] = None,
-    build: Annotated[bool, typer.Option("--build", help="Write the .onnx files anew first.")] = False,
+    build: Annotated[bool, typer.Option("--build", help="Write the .onnx files again first.")] = False,
     seconds: Annotated[
-        float, typer.Option(help="Race each result against its original for so long; 0 for not at all.")
+        float, typer.Option(help="Race each result against its original for this long; 0 for no races.")
     ] = 2.0,
     readme: Annotated[
         bool | None,
         typer.Option(
             "--readme/--no-readme",
-            help="Write README.md, which takes all systems.  (default: if all of them are raced)",
+            help="Write README.md; needs all systems.  (default: if all of them are raced)",
             show_default=False,
         ),
     ] = None,
@@ -41,7 +41,7 @@ def main(
         raise typer.BadParameter(f"there is no system {sorted(unknown)[0]!r}; there are {', '.join(known)}")
     complete = set(names or known) == set(known)
     if readme and not complete:
-        raise typer.BadParameter("README.md is about all systems; name none, or leave --readme out")
+        raise typer.BadParameter("README.md covers all systems: name no system, or leave --readme out")
     silence()
     chosen = [known[name] for name in names or known]
     for system in chosen if build else ():

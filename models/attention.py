@@ -1,18 +1,18 @@
 """Attention: a mixture of tokens that the tokens choose, between layers that treat each token alone.
 
 Vaswani et al., "Attention Is All You Need" (NeurIPS 2017), in the pre-norm block of a vision transformer (Dosovitskiy
-et al., ICLR 2021) as torch exports it: three Linear layers for queries, keys and values, Reshape and Transpose into
-heads, the scale 1/√d split evenly over queries and keys, Softmax, and the output layer. All its Linear layers are 1×1
-convolutions over tokens: static mixtures of channels, the same for every input. A second head, of two Linear layers
-alone, is its static counterpart (compare Cordonnier, Loukas and Jaggi, "On the Relationship between Self-Attention and
-Convolutional Layers", ICLR 2020).
+et al., ICLR 2021) as torch exports it. It has three Linear layers for queries, keys and values, Reshape and Transpose
+into heads, the scale 1/√d split evenly over queries and keys, Softmax, and the output layer. All its Linear layers are
+1×1 convolutions over tokens: static mixtures of channels, the same for every input. A second head consists of two
+Linear layers only and is the static counterpart (compare Cordonnier, Loukas and Jaggi, "On the Relationship between
+Self-Attention and Convolutional Layers", ICLR 2020).
 
 Rewritten: the scales of queries and keys fold into their Linear layers. The static head's two layers become one map.
-It reads the same tensor as queries, keys and values, so the four matrices are one with the columns of all of them, and
-a Split. Whether one wide product beats four is measured.
+That map reads the same tensor as queries, keys and values. So the four matrices become one matrix, which has the
+columns of all of them, and a Split. Timing decides whether one wide product is faster than four.
 
-Left alone: the products of queries with keys and of attention with values. Both operands depend on the input; nothing
-there is a constant matrix, and a fold would freeze what attention is free to choose.
+Left alone: the products of queries with keys and of attention with values. Both operands depend on the input, so
+neither is a constant matrix that could be folded.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ SYSTEM = System(
     measured=("merge-siblings",),
     properties=(
         Law(
-            "tokens in another order come out in that order",
+            "permuting the input tokens permutes the output tokens",
             lambda s: permutation(function_of(s, output="attended"), normal(2, TOKENS, WIDTH)),
             1e-5,
         ),

@@ -1,18 +1,18 @@
 """Beamformer: eight microphones, listening in four directions at once.
 
-Van Veen and Buckley, "Beamforming: A Versatile Approach to Spatial Filtering" (IEEE ASSP Magazine 1988): sound from
-one direction reaches the microphones one after another; delay each so that they agree, and sum. A pointwise layer is
-the mix across microphones at one instant, a delay is a convolution along time of one microphone (a windowed sinc, for
-fractions of a sample), and the gains of the microphones are one number each. Behind it, as in Conv-TasNet (Luo and
-Mesgarani, TASLP 2019), a separable 1-D network estimates a mask per beam. As torch writes it, with Conv1d. The 1.8e-03
-by which sound from a beam's direction is off, before and after, are no rounding, but the accuracy of a windowed sinc
-of 31 taps for sound below a quarter of the sampling rate.
+Van Veen and Buckley, "Beamforming: A Versatile Approach to Spatial Filtering" (IEEE ASSP Magazine 1988). Sound from one
+direction reaches the microphones one after another. A beamformer delays the signals so that they agree, and sums them.
+A pointwise layer is the mix across microphones at one point in time. A delay is a convolution along time for one
+microphone (a windowed sinc, for fractions of a sample). The gain of each microphone is one number. A separable 1-D
+network then estimates a mask per beam, as in Conv-TasNet (Luo and Mesgarani, TASLP 2019). The model is written with
+Conv1d, as in torch. Sound from a beam's direction is off by 1.8e-03 before and after. That is not rounding, but the
+accuracy of a windowed sinc of 31 taps for sound below a quarter of the sampling rate.
 
-Rewritten: gains, delays and mix are one convolution of 31 taps from microphones to beams, exactly, since none of
-them is followed by an activation; BatchNormalizations fold. Then the whole region runs as 2-D convolutions of height
-one, because onnxruntime's fast blocked layout exists for 2-D only.
+Rewritten: gains, delays and mix become one convolution of 31 taps from microphones to beams. This is exact, because no
+activation follows any of them. BatchNormalizations fold. Then the whole region runs as 2-D convolutions of height one,
+because onnxruntime's fast blocked layout exists for 2-D only.
 
-Left alone: PReLU and Sigmoid are not linear, and the mask is multiplied with a signal that depends on the same input.
+Left alone: PReLU and Sigmoid are not linear, and the mask is multiplied by a signal that depends on the same input.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ MICROPHONES, BEAMS, TAPS, LENGTH, WIDTH, HIDDEN = 8, 4, 31, 1024, 64, 128
 
 
 def arrivals() -> np.ndarray:
-    """When a plane wave from each beam's direction reaches each microphone, in samples: (beams, microphones).
+    """The arrival time of a plane wave from each beam's direction at each microphone, in samples: (beams, microphones).
 
-    A linear array of 4 cm spacing at 16 kHz; sound covers 343 m in a second.
+    The array is linear with a spacing of 4 cm and samples at 16 kHz. Sound travels 343 m per second.
     """
     angles = np.deg2rad([-60, -20, 20, 60])
     places = 0.04 * (np.arange(MICROPHONES) - (MICROPHONES - 1) / 2)
@@ -39,13 +39,13 @@ def arrivals() -> np.ndarray:
 
 
 def shifted_sinc(by: np.ndarray) -> np.ndarray:
-    """A convolution kernel (…, taps) that delays by a fraction of samples: a sinc in a Hann window."""
+    """A convolution kernel (…, taps) that delays by a fraction of a sample: a sinc in a Hann window."""
     t = np.arange(TAPS) - TAPS // 2 + np.asarray(by)[..., None]  # ONNX correlates, so a delay looks back
     return np.asarray(np.sinc(t) * np.cos(np.pi * t / (TAPS + 13)) ** 2)
 
 
 def gains() -> np.ndarray:
-    """Calibration of each microphone."""
+    """The gain of each microphone."""
     return np.random.default_rng(20).uniform(0.8, 1.25, MICROPHONES)
 
 
@@ -77,9 +77,9 @@ def build() -> onnx.ModelProto:
 
 
 def distortion(session: Session) -> float:
-    """How far each beam is from a sound that comes from its direction, away from the ends, relative to the sound.
+    """The deviation of each beam from a sound from its direction, away from the ends, relative to the sound.
 
-    The sound has no power above a quarter of the sampling rate, where the windowed sinc is accurate.
+    The sound has no power above a quarter of the sampling rate. Below that, the windowed sinc is accurate.
     """
     rng, t, worst = np.random.default_rng(0), np.arange(LENGTH), 0.0
     tones = rng.uniform(0.02, 0.5, 12) * np.pi, rng.uniform(0, 2 * np.pi, 12)
@@ -104,7 +104,7 @@ SYSTEM = System(
     properties=(
         Law("sound from a beam's direction passes unchanged", distortion, 2e-3),
         Law(
-            "sound that comes later comes out later",
+            "delaying the sound delays the output",
             lambda s: translation(
                 function_of(s, output="enhanced"),
                 object_in(1, MICROPHONES, LENGTH, size=400, start=200),

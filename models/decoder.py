@@ -1,17 +1,18 @@
-"""Decoder: a coarse map enlarged step by step, each time by repeating its pixels and convolving them.
+"""Decoder: a coarse map, enlarged step by step by repeating its pixels and convolving them.
 
-Ronneberger, Fischer and Brox, "U-Net" (MICCAI 2015), with the upsampling that later decoders and generators settled on,
-since it leaves no checkerboard (Odena, Dumoulin and Olah, "Deconvolution and Checkerboard Artifacts", Distill 2016):
-nearest-neighbour by 2, concatenated with the encoder's map of that size, then a 3×3 convolution. Any image whose sides
-are multiples of 4. Beside the labels there are four small heads, each spelled in another way. As torch writes it.
+Ronneberger, Fischer and Brox, "U-Net" (MICCAI 2015), with the upsampling of later decoders and generators, which leaves
+no checkerboard pattern (Odena, Dumoulin and Olah, "Deconvolution and Checkerboard Artifacts", Distill 2016). Each step
+is nearest-neighbour upsampling by 2, a Concat with the encoder's map of that size, and a 3×3 convolution. The model
+accepts any image whose sides are multiples of 4. Besides the labels it has four small heads, each spelled in another
+way. As torch writes it.
 
-Rewritten: of nine taps on repeated pixels, several see the same one, so each of the four phases of the output (even and
-odd rows and columns) is a 2×2 convolution of the small map, and what is concatenated is read with a stride of 2: on the
-upsampled channels 16 multiply-adds instead of 36. The phases are put together at last.
+Rewritten: several of the nine taps read the same repeated pixel. So each of the four phases of the output (even and odd
+rows and columns) is a 2×2 convolution of the small map. The other map of the Concat is read with a stride of 2. On the
+upsampled channels, this takes 16 multiply-adds instead of 36. At the end, the phases are interleaved.
 
-Left alone: a head after bilinear upsampling, where no two pixels are equal; one that crops before it convolves, and so
-shifts what is repeated; one that enlarges to the size of another tensor, by a factor that nobody knows before it runs;
-and one whose enlarged map two convolutions read.
+Left alone: the four heads. The first follows bilinear upsampling, where no two pixels are equal. The second crops
+before it convolves, and so shifts the repeated pixels. The third enlarges to the size of another tensor, so the factor
+is unknown until the model runs. The enlarged map of the fourth is read by two convolutions.
 """
 
 from __future__ import annotations
@@ -82,8 +83,10 @@ SYSTEM = System(
     ),
     refusals=(
         Refusal("/smooth/Conv", "bilinear upsampling makes no two pixels equal"),
-        Refusal("/crop/Conv", "a crop by one pixel lies between"),
-        Refusal("/matched/Conv", "the factor follows from a size that is not known"),
-        Refusal("/first/Conv", "another convolution reads the enlarged map, which is made anyway", "has 2 consumers"),
+        Refusal("/crop/Conv", "a crop by one pixel lies in between"),
+        Refusal("/matched/Conv", "the factor depends on an unknown size"),
+        Refusal(
+            "/first/Conv", "another convolution reads the enlarged map too, so it is computed anyway", "has 2 consumers"
+        ),
     ),
 )

@@ -1,14 +1,14 @@
 """Distillation projector: a small student's features, mapped to the width of its teacher's.
 
-Romero et al., "FitNets: Hints for Thin Deep Nets" (ICLR 2015), compare a student's features with its teacher's through
-a learned regressor, since the widths differ; Hinton et al., "Distilling the Knowledge in a Neural Network" (2015), for
-the idea. A pointwise layer here is a change of basis between two networks, and models that were exported for
-evaluation keep it. As torch writes it: a convolutional student, its last Linear layer, the projector (another Linear),
-and the mean squared difference to the teacher's features, which come in as an input.
+Romero et al., "FitNets: Hints for Thin Deep Nets" (ICLR 2015), compare a student's features with those of its teacher.
+Their widths differ, so a learned regressor lies in between. The idea is from Hinton et al., "Distilling the Knowledge
+in a Neural Network" (2015). A pointwise layer here is a change of basis between two networks. Models that were exported
+for evaluation keep it. As torch writes it, the model has a convolutional student, its last Linear layer, the projector
+(another Linear), and the mean squared difference to the teacher's features, which are an input.
 
-Rewritten: the projector follows a linear layer, P(Wx + b) + p = (PW)x + (Pb + p), and one map 64→192 takes little more
-than a third of the multiply-adds of 64→128→192. The student's BatchNormalizations fold into its convolutions. The loss
-is a function of the projector's result, so it is the same.
+Rewritten: the projector follows a linear layer, P(Wx + b) + p = (PW)x + (Pb + p). One map 64→192 takes little more than
+a third of the multiply-adds of 64→128→192. The student's BatchNormalizations fold into its convolutions. The loss is a
+function of the projector's result, so it does not change.
 
 Left alone: the hint's regressor, a 1×1 convolution in the middle of the student, follows a ReLU.
 """
@@ -60,7 +60,7 @@ def build() -> onnx.ModelProto:
 
 
 def losses(session: Session) -> np.ndarray:
-    """Both losses of eight random images."""
+    """Compute both losses for eight random images."""
     shapes = {"image": (8, 3, SIZE, SIZE), "teacher": (8, TEACHER), "teacher_hint": (8, HINT, SIZE // 4, SIZE // 4)}
     found = outputs(session, **{name: normal(*shape, seed=i) for i, (name, shape) in enumerate(shapes.items())})
     return np.array([found["loss"], found["hint_loss"]])

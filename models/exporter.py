@@ -1,4 +1,4 @@
-"""A graph written node by node, spelled as the exporters of torch, TensorFlow and Paddle spell it."""
+"""Build graphs node by node, spelled as by the exporters of torch, TensorFlow and Paddle."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 @dataclass(frozen=True)
 class Spelling:
-    """How an exporter names a node and its output; {name} is the layer's, {op} the operator's, {n} counts each."""
+    """How an exporter names a node and its output: {name} is the layer, {op} the operator, {n} its running number."""
 
     node: str
     tensor: str
@@ -28,12 +28,12 @@ PADDLE = Spelling("p2o.{op}.{n}", "p2o.{op}.{n}.0")
 
 
 class Exporter:
-    """Collects nodes and seeded weights, then makes the model.
+    """Collects nodes and seeded weights, then builds the model.
 
     Parameters
     ----------
     seed : int
-        Of all random weights: the same seed gives the same file.
+        Seed of all random weights: the same seed gives the same file.
     spelling : Spelling
     """
 
@@ -45,14 +45,14 @@ class Exporter:
         self._count: Counter[str] = Counter()
 
     def constant(self, name: str, values: ArrayLike) -> str:
-        """An initializer: float32, or int64 for integers."""
+        """Add an initializer, as float32, or as int64 for integers, and return its name."""
         array = np.asarray(values)
         kept = array.astype(np.int64 if array.dtype.kind == "i" else np.float32)
         self.weights.append(numpy_helper.from_array(kept, name))
         return name
 
     def node(self, op: str, inputs: Sequence[str], name: str, output: str = "", **attrs: Any) -> str:
-        """One operator; returns its output, named as the exporter does unless `output` is given."""
+        """Add an operator and return its output, which the exporter names unless `output` is given."""
         called = self.spelling.node.format(name=name, op=op, n=self._count[op])
         output = output or self.spelling.tensor.format(name=name, op=op, n=self._count[op])
         self._count[op] += 1
@@ -75,7 +75,10 @@ class Exporter:
         gain: float = 1.0,
         output: str = "",
     ) -> str:
-        """A convolution of odd kernel k, padding k//2; weights of variance gain / fan-in, a bias of that deviation."""
+        """Add a convolution with odd kernel k and padding k//2.
+
+        Weights have the variance gain / fan-in. `bias` is the standard deviation of the bias.
+        """
         kernel = (k,) * rank
         fan = inn // groups * k**rank
         values = self.rng.normal(0, (gain / fan) ** 0.5, (out, inn // groups, *kernel)) if weight is None else weight
@@ -91,7 +94,7 @@ class Exporter:
         return self.node("Conv", inputs, name, output, **attrs)
 
     def norm(self, x: str, name: str, channels: int, epsilon: float = 1e-5, output: str = "") -> str:
-        """BatchNormalization with statistics as training leaves them."""
+        """Add a BatchNormalization with statistics such as training produces."""
         values = {
             "weight": self.rng.uniform(0.5, 1.5, channels),
             "bias": self.rng.normal(0, 0.1, channels),
@@ -102,7 +105,7 @@ class Exporter:
         return self.node("BatchNormalization", inputs, name, output, epsilon=epsilon, momentum=0.9)
 
     def resize(self, x: str, name: str, factor: int, *, mode: str, coordinates: str) -> str:
-        """torch's interpolate: both spatial axes by `factor`."""
+        """Add torch's interpolate, which enlarges both spatial axes by `factor`."""
         attrs: dict[str, Any] = {
             "coordinate_transformation_mode": coordinates,
             "cubic_coeff_a": -0.75,
@@ -113,7 +116,7 @@ class Exporter:
         return self.node("Resize", [x, "", scales], name, **attrs)
 
     def dense(self, x: str, name: str, inn: int, out: int, *, bias: bool = True, output: str = "") -> str:
-        """torch's Linear on more than two axes: a MatMul along the last one, and an Add."""
+        """Add torch's Linear on more than two axes: a MatMul along the last axis, and an Add."""
         held = self.constant(f"{name}.weight", self.rng.normal(0, inn**-0.5, (inn, out)))
         product = self.node("MatMul", [x, held], name, "" if bias else output)
         if not bias:
@@ -122,7 +125,7 @@ class Exporter:
         return self.node("Add", [shift, product], name, output)
 
     def gemm(self, x: str, name: str, inn: int, out: int, output: str = "") -> str:
-        """torch's Linear on two axes."""
+        """Add torch's Linear on two axes."""
         held = self.constant(f"{name}.weight", self.rng.normal(0, inn**-0.5, (out, inn)))
         shift = self.constant(f"{name}.bias", self.rng.normal(0, 0.05, out))
         return self.node("Gemm", [x, held, shift], name, output, alpha=1.0, beta=1.0, transB=1)
@@ -134,7 +137,7 @@ class Exporter:
         outputs: Mapping[str, Sequence[int | str]],
         integers: Sequence[str] = (),
     ) -> onnx.ModelProto:
-        """The model: inputs and outputs by name with their shapes, float32 but for `integers` (int64)."""
+        """Build the model. Inputs and outputs have names and shapes; they are float32, and int64 in `integers`."""
 
         def info(tensor: str, shape: Sequence[int | str]) -> onnx.ValueInfoProto:
             kind = TensorProto.INT64 if tensor in integers else TensorProto.FLOAT

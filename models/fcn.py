@@ -1,17 +1,17 @@
 """FCN classifier: dense features, brought to image size, and classified at every pixel.
 
-Long, Shelhamer and Darrell, "Fully Convolutional Networks for Semantic Segmentation" (CVPR 2015): the last layer of a
-classifier becomes a 1×1 convolution, which gives every pixel its scores. As torch writes it: a backbone of stride 8,
-the 3×3 layer of torchvision's FCN head, its features interpolated bilinearly (half_pixel) to the size of the image, and
-only there the 1×1 classifier with its bias.
+Long, Shelhamer and Darrell, "Fully Convolutional Networks for Semantic Segmentation" (CVPR 2015), turn the last layer
+of a classifier into a 1×1 convolution, which gives every pixel its scores. As torch writes it, the model has a backbone
+of stride 8 and the 3×3 layer of torchvision's FCN head. Its features are interpolated bilinearly (half_pixel) to the
+size of the image. Only then follows the 1×1 classifier with its bias.
 
-Rewritten: interpolation weights sum to one, so the classifier and the interpolation may change places, bias and all:
-P(Wx + b) = W(Px) + b. The classifier then sees 64 times fewer positions; "Hypercolumns" (Hariharan et al., CVPR 2015)
-are built this way round on purpose. BatchNormalizations fold.
+Rewritten: interpolation weights sum to one, so the classifier and the interpolation may change places, including the
+bias: P(Wx + b) = W(Px) + b. The classifier then sees 64 times fewer positions. "Hypercolumns" (Hariharan et al., CVPR
+2015) are built in this order on purpose. BatchNormalizations fold.
 
-Left alone: the ArgMax; its labels agree at every pixel of the test image (where two scores are equal to rounding, they
-need not). A Resize that extrapolates (tf_crop_and_resize) would keep the classifier behind it, since what it fills in
-is not the image of anything.
+Left alone: the ArgMax. Its labels agree at every pixel of the test image; they may differ where two scores are equal up
+to rounding. If the Resize extrapolated (tf_crop_and_resize), the classifier would stay behind it, because an
+extrapolated value is a constant that no map has produced.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def build() -> onnx.ModelProto:
 
 
 def labels(session: Session) -> np.ndarray:
-    """Of a smooth random image."""
+    """The labels of a smooth random image."""
     image = np.kron(normal(1, 3, SIZE // 8, SIZE // 8), np.ones((8, 8), np.float32)) + 0.3 * normal(1, 3, SIZE, SIZE)
     return outputs(session, image=image.astype(np.float32))["labels"]
 

@@ -1,16 +1,16 @@
 """Feature pyramid: coarse maps, upsampled and added to finer ones, and a detector's neck that concatenates.
 
-Lin et al., "Feature Pyramid Networks for Object Detection" (CVPR 2017): backbone levels of stride 4, 8 and 16; a 1×1
-lateral convolution brings each to a common width, so that nearest-neighbour upsampling can add the coarse one to the
-finer one; a 3×3 convolution against aliasing at every level. The backbone is mostly depthwise separable. The neck
-is spelled as in YOLOv3 (Redmon and Farhadi, 2018) and PANet (Liu et al., CVPR 2018): a reduced coarse map, upsampled,
-concatenated with the finer lateral map, then a 1×1 convolution. As torch writes it.
+Lin et al., "Feature Pyramid Networks for Object Detection" (CVPR 2017). The backbone has levels of stride 4, 8 and 16
+and is mostly depthwise separable. A 1×1 lateral convolution brings each level to a common width, so that the coarse
+level can be upsampled (nearest-neighbour) and added to the finer one. A 3×3 convolution at every level reduces
+aliasing. The neck is spelled as in YOLOv3 (Redmon and Farhadi, 2018) and PANet (Liu et al., CVPR 2018): a reduced
+coarse map is upsampled and concatenated with the finer lateral map, and a 1×1 convolution follows. As torch writes it.
 
-Rewritten: of the neck's convolution, W·concat(Pa, b) = P(Wₐa) + W_b·b, the part for the upsampled channels runs before
-the upsampling, at a quarter of the positions. BatchNormalizations fold.
+Rewritten: the neck's convolution splits into W·concat(Pa, b) = P(Wₐa) + W_b·b. The part for the upsampled channels runs
+before the upsampling, at a quarter of the positions. BatchNormalizations fold.
 
-Left alone: the laterals, which stand before the upsampling already; the 3×3 convolutions, which look at neighbours and
-so see the difference between a small map and an upsampled one.
+Left alone: the lateral convolutions, because they already run before the upsampling. The 3×3 convolutions, because they
+read neighbours, which differ between a small map and an upsampled one.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ SYSTEM = System(
         ),
     ),
     refusals=(
-        Refusal("/lateral3/Conv", "it stands before the upsampling already"),
-        Refusal("/smooth2/Conv", "a 3×3 convolution looks at neighbours, which upsampling changes"),
+        Refusal("/lateral3/Conv", "it already runs before the upsampling"),
+        Refusal("/smooth2/Conv", "a 3×3 convolution reads neighbours, which upsampling changes"),
     ),
 )

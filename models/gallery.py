@@ -1,4 +1,4 @@
-"""The eighteen systems, checked one by one: what was rewritten, what was not, and what holds before and after."""
+"""Check the eighteen systems: what was rewritten, what was not, and what holds before and after."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from pwopt.graph.files import as_file
 from pwopt.reporting.report import Latency, Report
 from pwopt.running.runtime import Session
 
-#: From the simplest on.
+#: The simplest come first.
 SYSTEMS: tuple[System, ...] = (
     linear_sequence.SYSTEM,
     network_in_network.SYSTEM,
@@ -64,13 +64,13 @@ class Row:
     ----------
     system : System
     report : Report
-        Of the rewrite that is the same on every machine.
+        Of the run without timing, which is the same on every machine.
     figures : tuple of Figure
-        Of its properties, before and after.
+        The properties before and after.
     faults : tuple of str
-        What is not as the system declares it; nothing, if all is well.
+        Deviations from the system's declaration; empty if there are none.
     raced : Report or None
-        Of a measured run as a user has it: what a clock kept on this machine.
+        Of a measured run with default passes on this machine.
     """
 
     system: System
@@ -90,8 +90,8 @@ class Row:
 
 
 def check(system: System, seconds: float = 0.0) -> Row:
-    """Build, optimise and compare a system; race it against the original for `seconds`, if any."""
-    faults = [] if reproduced(system) else [f"{system.path.name} is not what its builder makes"]
+    """Build, optimise and compare a system, and race it against the original for `seconds` unless that is 0."""
+    faults = [] if reproduced(system) else [f"{system.path.name} is not what its builder writes"]
     result = system.optimise()
     report = result.report
     if report.equivalence is None or not report.equivalence.passed:
@@ -120,23 +120,23 @@ def check(system: System, seconds: float = 0.0) -> Row:
 
 
 def reproduced(system: System) -> bool:
-    """Whether the committed file is, byte for byte, what its builder makes."""
+    """Whether the committed file is, byte for byte, what its builder writes."""
     return system.path.exists() and system.path.read_bytes() == serialised(system)
 
 
 def serialised(system: System) -> bytes:
-    """The model's file."""
+    """The content of the model's file."""
     data: bytes = system.build().SerializeToString(deterministic=True)
     return data
 
 
 def stays(refusal: Refusal, before: onnx.ModelProto, after: onnx.ModelProto) -> bool:
-    """Whether the node that must stay is there, before and after, as the same operator."""
+    """Whether the node that must stay exists before and after, with the same operator."""
     found = [[n.op_type for n in m.graph.node if n.name == refusal.node] for m in (before, after)]
     return len(found[0]) == 1 and found[0] == found[1]
 
 
 def _reasons(system: System, report: Report) -> list[str]:
-    """What passes said about the places that they left alone; those that need no clock also before the others ran."""
+    """The reasons of all refusals, in this run and in a run of only the passes that need no timing."""
     plain = pwopt.optimize(system.path, cost="analytic", shapes=system.shapes, verify=False, passes=UNMEASURED)
     return [s.reason for s in (*report.skips, *plain.report.skips)]

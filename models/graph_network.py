@@ -1,20 +1,19 @@
 """Graph network: features of nodes, mixed along a fixed graph.
 
-Kipf and Welling, "Semi-Supervised Classification with Graph Convolutional Networks" (ICLR 2017), write a layer as
-H' = Â·H·W: the weight W acts on the features of each node alone, which is a 1×1 convolution over nodes, and the
-adjacency Â mixes nodes, feature by feature. Where a graph has only self-loops, Â = I and the layer is node-wise, an
-"MLP". Wu et al., "Simplifying Graph Convolutional Networks" (ICML 2019), leave the activations between layers out.
-The model is a fixed sensor network, as for traffic (Yu et al., "STGCN", IJCAI 2018), spelled as torch exports
-GCNConv with a dense adjacency: an encoder with a ReLU, then one head with self-loops only and one with two graph
-layers.
+Kipf and Welling, "Semi-Supervised Classification with Graph Convolutional Networks" (ICLR 2017), write a layer as H' =
+Â·H·W. The weight W acts on the features of each node alone, which is a 1×1 convolution over nodes. The adjacency Â
+mixes nodes, feature by feature. If a graph has only self-loops, Â = I and the layer acts on each node alone, as an
+"MLP". Wu et al., "Simplifying Graph Convolutional Networks" (ICML 2019), omit the activations between layers. The model
+is a fixed sensor network, as for traffic (Yu et al., "STGCN", IJCAI 2018), spelled as torch exports GCNConv with a
+dense adjacency. It has an encoder with a ReLU, one head with self-loops only, and one head with two graph layers.
 
-Rewritten: the product with I goes. On the real graph, Â acts along the nodes and W along the features, so (ÂH)W = Â(HW)
-in either order: the second layer's W runs before both adjacencies, where it meets the first one's and becomes one
-narrow map, and each adjacency mixes 16 features instead of 96. The biases stay behind the adjacencies, the first one as
-b·W, since Â, whose rows do not sum to one, would change them.
+Rewritten: the product with I is removed. On the real graph, Â acts along the nodes and W along the features, so (ÂH)W =
+Â(HW) in either order. The second layer's W runs before both adjacencies. There it meets the first layer's W, and both
+become one narrow map. Each adjacency then mixes 16 features instead of 96. The biases stay behind the adjacencies, the
+first one as b·W, because the rows of Â do not sum to one, so Â would change a bias.
 
-Left alone: nothing folds across the encoder's ReLU. The products with Â stay two: the bias between them acts on the
-features, not on the nodes.
+Left alone: nothing folds across the encoder's ReLU. The two products with Â stay separate, because the bias between
+them acts on the features and not on the nodes.
 """
 
 from __future__ import annotations

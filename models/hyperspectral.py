@@ -1,17 +1,17 @@
 """Hyperspectral projection: 200 bands per pixel, normalised, whitened by PCA, and projected to 3 channels.
 
 A pixel of an imaging spectrometer is a spectrum, and a pointwise layer mixes its bands. Remote-sensing pipelines put
-three such steps in front of a network (Rodarmel and Shan, "Principal Component Analysis for Hyperspectral Image
-Classification", 2002): band normalisation (x − μ)/σ, whitening Λ^(−1/2)·Vᵀ on the leading 32 components, and here a
-learned 32→3 projection, followed by a ReLU and a classifier of every pixel.
+such steps in front of a network (Rodarmel and Shan, "Principal Component Analysis for Hyperspectral Image
+Classification", 2002). Here there are three: band normalisation (x − μ)/σ, whitening Λ^(−1/2)·Vᵀ on the leading 32
+components, and a learned 32→3 projection. A ReLU and a classifier of every pixel follow.
 
-Rewritten: all three steps are linear across bands, so they are one 200→3 convolution, P·Λ^(−1/2)·Vᵀ·diag(1/σ), with the
-mean in its bias. It equals the matrix product computed outside of pwopt, and the features explain the same variance.
-The deviation is larger than before, for a reason: the model used to subtract the mean from each band first, and now
-computes Wx and Wμ, which nearly cancel. The terms of Wx add up to 300 times as much, in absolute value, as what is
-left, and rounding goes with the terms. It is a rounding error of 4 in a million still.
+Rewritten: all three steps are linear across bands, so they become one 200→3 convolution, P·Λ^(−1/2)·Vᵀ·diag(1/σ), with
+the mean in its bias. It equals the matrix product computed outside pwopt, and the features explain the same variance.
+The deviation is larger than before, for a reason. The original model subtracts the mean from each band first. The new
+model computes Wx and Wμ, which nearly cancel. The absolute values of the terms of Wx add up to 300 times the result,
+and the rounding error is proportional to the terms. It is still only 4 in a million.
 
-Left alone: the classifier is linear too, but a ReLU lies between.
+Left alone: the classifier is linear too, but a ReLU lies in between.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ BANDS, COMPONENTS, CHANNELS, CLASSES = 200, 32, 3, 9
 
 
 class Parameters(NamedTuple):
-    """Of the projection: mean, std (bands,); whitening (components, bands); projection (channels, components)."""
+    """The projection: mean, std (bands,); whitening (components, bands); projection (channels, components)."""
 
     mean: np.ndarray
     std: np.ndarray
@@ -38,7 +38,7 @@ class Parameters(NamedTuple):
 
 
 def spectra(pixels: int = 4096, seed: int = 2) -> np.ndarray:
-    """Synthetic spectra (pixels, bands): smooth endmembers mixed linearly, with sensor noise."""
+    """Synthetic spectra (pixels, bands): linear mixtures of smooth endmembers, with sensor noise."""
     rng = np.random.default_rng(seed)
     wave = np.linspace(0, 1, BANDS)
     endmembers = [
@@ -51,7 +51,7 @@ def spectra(pixels: int = 4096, seed: int = 2) -> np.ndarray:
 def parameters() -> Parameters:
     """PCA of the synthetic spectra, and a seeded stand-in for the learned projection.
 
-    Kept to 14 bits, so that the file does not depend on how an eigensolver rounds.
+    All values are rounded to 14 bits, so that the file does not depend on the rounding of the eigensolver.
     """
     x = spectra()
     mean, std = x.mean(0), x.std(0)
@@ -85,13 +85,13 @@ def build() -> onnx.ModelProto:
 
 
 def features(session: Session) -> np.ndarray:
-    """Of 1024 spectra: (pixels, channels)."""
+    """The features of 1024 spectra: (pixels, channels)."""
     cube = spectra(1024).astype(np.float32).T.reshape(1, BANDS, 32, 32)
     return np.transpose(outputs(session, cube=cube)["features"].reshape(CHANNELS, -1))
 
 
 def deviation(session: Session) -> float:
-    """From the projection computed in float64, relative to it."""
+    """The relative deviation of the features from the projection computed in float64."""
     mean, std, whitening, projection = (v.astype(np.float64) for v in parameters())
     exact = (spectra(1024).astype(np.float32) - mean) / std @ (projection @ whitening).T
     return float(np.linalg.norm(features(session) - exact) / np.linalg.norm(exact))

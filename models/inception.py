@@ -1,18 +1,18 @@
-"""Inception module: four branches side by side, each squeezed by a 1×1 convolution before it looks around.
+"""Inception module: four parallel branches, each of which squeezes its channels by a 1×1 convolution.
 
-Szegedy et al., "Going Deeper with Convolutions" (CVPR 2015). The 1×1 convolutions of the branches read the same
-tensor, so a pointwise layer here means "choose a few mixtures of the channels before the expensive 3×3". The module is
-TF-slim's InceptionV1 Mixed_3b at half width, as tf2onnx writes it: channels-last input and output with a Transpose on
-either side, BatchNormalization of epsilon 0.001, names with slashes. The squeeze of the last 3×3 branch is linear,
-as in later linear bottlenecks.
+Szegedy et al., "Going Deeper with Convolutions" (CVPR 2015). The 1×1 convolutions of the branches read the same tensor.
+A pointwise layer here means "choose a few mixtures of the channels before the expensive 3×3". The module is TF-slim's
+InceptionV1 Mixed_3b at half width, as tf2onnx writes it: channels-last input and output with a Transpose on either
+side, BatchNormalization with epsilon 0.001, and names with slashes. The squeeze of the last 3×3 branch is linear, as in
+later linear bottlenecks.
 
-Rewritten: each BatchNormalization is a scale and a shift per channel, and folds into the convolution before it. The
-1×1 convolutions of three branches, which share their input, become one with the rows of all of them and a Split: every
-row is computed as before. Only a clock can tell whether one wide convolution and a Split run faster, so pwopt races
-this rewrite before it keeps it.
+Rewritten: each BatchNormalization is a scale and a shift per channel, and folds into the convolution before it. The 1×1
+convolutions of three branches share their input. They become one convolution, which has the rows of all of them, and a
+Split. Every row is computed as before. Only timing can tell whether one wide convolution and a Split run faster, so
+pwopt races this rewrite before it keeps it.
 
-Left alone: the linear squeeze before its 3×3 convolution could be multiplied into one 3×3 convolution of 96 channels,
-exactly, but that would take seven times the multiply-adds. No module ever gets more of them.
+Left alone: the linear squeeze and its 3×3 convolution could become one 3×3 convolution of 96 channels, exactly, but
+that would take seven times the multiply-adds. pwopt never increases the number of multiply-adds.
 """
 
 from __future__ import annotations

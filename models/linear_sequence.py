@@ -1,11 +1,11 @@
 """Linear sequence: 1×1 convolutions with nothing between them, 64→128→192→128→32.
 
-The smallest system: a pointwise convolution multiplies the channels of every pixel by one matrix, and a sequence of
-them by the product of their matrices. ExpandNets (Guo, Alvarez and Salzmann, NeurIPS 2020) train such expansions on
-purpose and contract them afterwards; exports that forgot to are what pwopt finds.
+This is the smallest system. A pointwise convolution multiplies the channels of every pixel by one matrix, so a sequence
+of them multiplies by the product of their matrices. ExpandNets (Guo, Alvarez and Salzmann, NeurIPS 2020) train such
+expansions on purpose and contract them afterwards. pwopt finds them in exports where the contraction was forgotten.
 
-Rewritten: W₄(W₃(W₂(W₁x + b₁) + b₂) + b₃) + b₄ is one convolution of 64·32 weights and 32 biases, multiplied in float64
-and rounded once.
+Rewritten: W₄(W₃(W₂(W₁x + b₁) + b₂) + b₃) + b₄ becomes one convolution of 64·32 weights and 32 biases, multiplied in
+float64 and rounded once.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
 """Network in Network: a small network of 1×1 convolutions, slid over the image.
 
-Lin, Chen and Yan, "Network In Network" (ICLR 2014), where 1×1 convolutions come from: a k×k convolution and two 1×1
-convolutions, each with a ReLU, are a multilayer perceptron applied to every patch; at the end the maps, one per class,
-are averaged over the image (100 of them, as for CIFAR-100). The last block's 1×1 layers are linear here, as in a
-bottleneck classifier, and end in a BatchNormalization.
+Lin, Chen and Yan, "Network In Network" (ICLR 2014), introduced 1×1 convolutions. A k×k convolution and two 1×1
+convolutions, each with a ReLU, form a multilayer perceptron that is applied to every patch. At the end, the maps, one
+per class, are averaged over the image (100 of them, as for CIFAR-100). Here the last block's 1×1 layers are linear, as
+in a bottleneck classifier, and end in a BatchNormalization.
 
-Rewritten: the BatchNormalizations and the last block's linear 1×1 layers become one 1×1 convolution, which then moves
-behind the average pooling: the average of W·x + b over all pixels is W·(average of x) + b, so it runs once, not 256
-times.
+Rewritten: the BatchNormalizations fold. The last block's linear 1×1 layers become one 1×1 convolution, which then moves
+behind the average pooling: the average of W·x + b over all pixels is W·(average of x) + b. So it runs once instead of
+256 times.
 
-Left alone: 1×1 layers with a ReLU between them are no product of matrices.
+Left alone: 1×1 layers with a ReLU between them are not a product of matrices.
 """
 
 from __future__ import annotations
@@ -62,5 +62,5 @@ SYSTEM = System(
             1e-5,
         ),
     ),
-    refusals=(Refusal("/block1.relu1/Relu", "ReLU is not linear: the layers on its sides stay two"),),
+    refusals=(Refusal("/block1.relu1/Relu", "ReLU is not linear: the layers before and after it stay separate"),),
 )

@@ -1,4 +1,4 @@
-"""The gallery as a table in the terminal and as README.md."""
+"""Show the gallery as a table in the terminal and as README.md."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from pwopt.graph.shapes import written
 from pwopt.rewriting.records import Rewrite
 from pwopt.rewriting.wording import counted
 
-#: Of lines in the file, as everywhere in this repository.
+#: Line width of the file, as everywhere in this repository.
 WIDTH = 120
-#: Of lines in a terminal that the table does not fit.
+#: Line width in a terminal that is too narrow for the table.
 NARROW = 80
-#: Columns of the table and their widths in a terminal of `WIDTH`, where the property has what is left.
+#: Columns of the table and their widths in a terminal of `WIDTH`; the property takes the remaining width.
 WIDTHS = {
     "system": 13,
     "rewrites": 19,
@@ -34,12 +34,12 @@ WIDTHS = {
     "after": 9,
     "verdict": 7,
 }
-#: Columns that have a line for each property.
+#: Columns with one line per property.
 PER_PROPERTY = ("property", "before", "after")
 
 
 def cells(row: Row) -> dict[str, str]:
-    """What the columns say of a system; several rewrites or properties on lines of their own."""
+    """The text of each column for a system; each rewrite and each property has its own line."""
     marks = {name: " *" if name in row.system.measured else "" for name in row.rewrites}
     before, after = row.report.before.macs, row.report.after.macs
     return {
@@ -60,7 +60,7 @@ def millions(count: int) -> str:
 
 
 def speed(row: Row) -> str:
-    """The measured speed-up and its interval; "" where nothing was raced."""
+    """The measured speed-up and its interval; "" if nothing was raced."""
     if row.raced is None:
         return ""
     if row.latency is None or not row.raced.rewrites:
@@ -70,12 +70,12 @@ def speed(row: Row) -> str:
 
 
 def columns(rows: Sequence[Row]) -> list[str]:
-    """Columns that have something to say."""
+    """The columns that are not empty."""
     return [name for name in WIDTHS if any(cells(r)[name] for r in rows)]
 
 
 def blocks(rows: Sequence[Row]) -> Text:
-    """For a terminal narrower than the table: a few lines per system."""
+    """A few lines per system, for a terminal narrower than the table."""
     result = Text()
     for row in rows:
         said = cells(row)
@@ -90,7 +90,7 @@ def blocks(rows: Sequence[Row]) -> Text:
 
 
 def table(rows: Sequence[Row]) -> Table:
-    """For a terminal of `WIDTH` and more: a row per system, one more for every further property."""
+    """A row per system, and one more for each further property, for a terminal of at least `WIDTH`."""
     shown = columns(rows)
     result = Table(box=box.SIMPLE_HEAD, pad_edge=False, expand=True)
     for name in shown:
@@ -106,7 +106,7 @@ def table(rows: Sequence[Row]) -> Table:
 
 
 def markdown(rows: Sequence[Row]) -> str:
-    """README.md: what the gallery is, the table, and a chapter per system."""
+    """The text of README.md: an introduction, the table, and a chapter per system."""
     title, _, introduction = inspect.cleandoc(models.__doc__ or "").partition("\n\n")
     shown = columns(rows)
     lines = [f"# {title.rstrip('.')}", "", introduction, ""]
@@ -122,27 +122,27 @@ def markdown(rows: Sequence[Row]) -> str:
 
 
 def anchor(row: Row) -> str:
-    """Where GitHub puts a heading."""
+    """The anchor that GitHub gives to a heading."""
     kept = "".join(c for c in row.system.title.lower() if c.isalnum() or c in " -_")
     return kept.replace(" ", "-")
 
 
 def _legend(rows: Sequence[Row]) -> str:
     text = (
-        "*rewrites*: passes (see [what each does](../docs/passes.md)) and how often they acted; \\* "
-        "marks what only a clock can judge, applied here without one, so that they are the same on every machine: "
-        "operators, multiply-adds, parameters and properties are those of the model with these rewrites. *refused*: "
-        "operators that must stay as they are, and did. *holds*: the committed file is what its builder makes, byte "
-        "for byte; onnxruntime finds both "
-        "models equivalent; exactly these passes acted; what must stay stayed; the properties hold before and after; "
-        "there are no more multiply-adds than before."
+        "*rewrites*: the passes that acted, and how often ([what each pass does](../docs/passes.md)). \\* marks a "
+        "rewrite that only timing can judge. It is applied here without timing, so that the table is the same on every "
+        "machine. Operators, multiply-adds, parameters and properties are those of the model with all these rewrites. "
+        "*refused*: the number of operators that had to stay unchanged, and did. *holds*: the committed file is byte "
+        "for byte what its builder writes; onnxruntime finds both models equivalent; exactly these passes acted; every "
+        "operator that had to stay is still there; the properties hold before and after; the number of multiply-adds "
+        "did not rise."
     )
     if any(r.raced for r in rows):
         text += (
-            " *speed-up*: the only figure of another run, that of `pwopt optimize` as a user has it: it raced each "
-            "marked rewrite and the result as a whole, and kept only what was faster (the chapters say which marked "
-            "ones). Median of interleaved runs of what it returned against the original, with its 95 % interval; "
-            "*1, original kept*: nothing was faster, so the original was returned."
+            " *speed-up*: this figure comes from another run, that of `pwopt optimize` with default passes. It raced "
+            "each marked rewrite and the result as a whole, and kept only what was faster; the chapters say which "
+            "marked rewrites it kept. The figure is the median of interleaved runs of its result against the original, "
+            "with its 95 % interval. *1, original kept*: nothing was faster, so the original was returned."
         )
     return textwrap.fill(text, WIDTH, break_on_hyphens=False)
 
@@ -156,7 +156,7 @@ def _how(rows: Sequence[Row]) -> str:
 
 
 def _nameless(rewrite: Rewrite) -> str:
-    """What a rewrite did, without the names of nodes, for counting."""
+    """The reason of a rewrite without node names, so that equal reasons can be counted."""
     reason = rewrite.reason
     for node in (*rewrite.removed, *rewrite.added):
         op, _, name = node.partition(" ")
@@ -165,7 +165,7 @@ def _nameless(rewrite: Rewrite) -> str:
 
 
 def _decided(row: Row) -> list[str]:
-    """What a clock on this machine said of the rewrites that only a clock can judge."""
+    """Whether the races on this machine kept the measured rewrites."""
     if row.raced is None:
         return []
     kept = {r.pass_name for r in row.raced.rewrites}
@@ -173,7 +173,7 @@ def _decided(row: Row) -> list[str]:
 
 
 def _chapter(row: Row) -> list[str]:
-    """One system: its builder's text, then what was seen."""
+    """The chapter of one system: its builder's text, then the results."""
     system, before, after = row.system, row.report.before, row.report.after
     _, _, text = system.text.partition("\n\n")
     for word in ("Rewritten:", "Left alone:"):
@@ -185,7 +185,7 @@ def _chapter(row: Row) -> list[str]:
         "",
         text,
         "",
-        f"[{system.name}.py]({system.name}.py) makes [{system.name}.onnx]({system.name}.onnx). For {sizes}:",
+        f"[{system.name}.py]({system.name}.py) writes [{system.name}.onnx]({system.name}.onnx). With input {sizes}:",
         "",
         f"* operators {before.nodes} → {after.nodes}, multiply-adds {before.macs:,} → {after.macs:,}, "
         f"parameters {before.params:,} → {after.params:,}",

@@ -1,18 +1,18 @@
 """Physics fields: a learned model of clouds that cannot lose water or energy.
 
-Beucler et al., "Enforcing Analytic Constraints in Neural Networks Emulating Physical Systems" (PRL 2021): channels are
-physical quantities of a grid cell (temperature, vapour, cloud water, ice, rain, snow, and tracers), and laws are rows
-of a matrix A that says what to sum: A·x is the water and the moist static energy of a cell. A pointwise layer is a
-process inside one cell, the same law everywhere. Here two linear processes with A·W = A (phase changes: what one
-quantity loses, others gain) and a network on normalised fields whose tendency goes through P = I − Aᵀ(AAᵀ)⁻¹A, so that
-A·P = 0: whatever the network says, it can only redistribute.
+Beucler et al., "Enforcing Analytic Constraints in Neural Networks Emulating Physical Systems" (PRL 2021). Channels are
+physical quantities of a grid cell: temperature, vapour, cloud water, ice, rain, snow, and tracers. Conservation laws
+are rows of a matrix A that says what to sum: A·x is the water and the moist static energy of a cell. A pointwise layer
+is a process inside one cell, the same everywhere. The model has two linear processes with A·W = A (phase changes: what
+one quantity loses, others gain). It also has a network on normalised fields. The network's tendency passes through P =
+I − Aᵀ(AAᵀ)⁻¹A, so that A·P = 0. Whatever the network computes, it can only redistribute.
 
-Rewritten: the two processes are one matrix, A·(W₂W₁) = A·W₁ = A. The normalisation folds into the network's first
-layer; its last layer, the denormalisation and P are one matrix M with A·M = 0 still. M has rank 10, since P takes two
-of twelve dimensions away, and is stored as two maps, 128→10→12, which take fewer multiply-adds than one. Folding
-multiplies exact laws with each other, so it keeps them to the rounding of the weights.
+Rewritten: the two processes become one matrix, A·(W₂W₁) = A·W₁ = A. The normalisation folds into the network's first
+layer. Its last layer, the denormalisation and P become one matrix M, and A·M = 0 still holds. P removes two of twelve
+dimensions, so M has rank 10. It is stored as two maps, 128→10→12, which take fewer multiply-adds than one. Folding
+multiplies exact laws, so they still hold up to the rounding of the weights.
 
-Left alone: the network's ReLUs; the law holds across them all the same, because P comes last.
+Left alone: the network's ReLUs. The law holds nevertheless, because P comes last.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def laws() -> np.ndarray:
 
 
 def projector() -> np.ndarray:
-    """I − Aᵀ(AAᵀ)⁻¹A, onto what no law forbids: (12, 12)."""
+    """I − Aᵀ(AAᵀ)⁻¹A, the projection onto the changes that no law forbids: (12, 12)."""
     a = laws()
     return np.asarray(np.eye(QUANTITIES) - a.T @ np.linalg.inv(a @ a.T) @ a)
 
@@ -69,7 +69,7 @@ def build() -> onnx.ModelProto:
 
 
 def residual(law: int) -> Law:
-    """Of one law: 0 is water, 1 is energy."""
+    """The conservation law of water (0) or energy (1)."""
     names = ("water", "moist energy")
     return Law(
         f"{names[law]} is conserved in every cell",

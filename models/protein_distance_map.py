@@ -1,16 +1,16 @@
 """Protein distance map: every pair of residues, as a pixel of an image.
 
-Yang et al., "Improved protein structure prediction using predicted interresidue orientations" (trRosetta, PNAS 2020):
-features of residue i and of residue j are laid out over rows and columns of an L×L map, joined with features of the
-pair, and a 1×1 convolution on that map is one and the same function applied to every pair. A residual network with
-InstanceNormalization and ELU follows; distances have no direction, so its features are averaged with their transpose,
-and pointwise layers classify each pair's distance into bins. As torch writes it: Unsqueeze and Expand for the layout.
+Yang et al., "Improved protein structure prediction using predicted interresidue orientations" (trRosetta, PNAS 2020),
+lay out the features of residues i and j over the rows and columns of an L×L map, and join them with features of the
+pair. A 1×1 convolution on that map applies one function to every pair. A residual network with InstanceNormalization
+and ELU follows. Distances have no direction, so its features are averaged with their transpose. Pointwise layers then
+classify the distance of each pair into bins. As torch writes it, Unsqueeze and Expand create the layout.
 
-Rewritten: of W·concat(sᵢ, sⱼ, pᵢⱼ) = Wₐsᵢ + W_b sⱼ + W_c pᵢⱼ, the first two parts are the same along a whole row or
-column, so they are computed for L residues, not for L² pairs, and laid out afterwards. Two linear layers after each
-other become one, at the beginning and at the end.
+Rewritten: in W·concat(sᵢ, sⱼ, pᵢⱼ) = Wₐsᵢ + W_b sⱼ + W_c pᵢⱼ, the first two terms are constant along a whole row or
+column. So they are computed for L residues instead of L² pairs, and laid out afterwards. At the beginning and at the
+end, two consecutive linear layers become one.
 
-Left alone: InstanceNormalization uses the statistics of the map itself and is no fixed map; ELU is not linear.
+Left alone: InstanceNormalization uses the statistics of the map itself, so it is not a fixed map. ELU is not linear.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def build() -> onnx.ModelProto:
 
 
 def asymmetry(session: Session) -> float:
-    """Of the distances of a random protein."""
+    """The asymmetry of the distances of a random protein."""
     pair = normal(1, PAIR, LENGTH, LENGTH)
     return symmetry(lambda x: outputs(session, single=x, pair=pair)["distances"], normal(1, SINGLE, LENGTH, seed=1))
 

@@ -1,17 +1,18 @@
 """ResNet projection shortcut: where a block changes width and stride, a 1×1 convolution carries the input over.
 
 He et al., "Deep Residual Learning for Image Recognition" (CVPR 2016), option B. The pointwise layer is a change of
-coordinates; if its columns are orthonormal, every pixel that it reads keeps its length. Two bottleneck blocks as Caffe,
-Detectron and Keras have them: the second one strides on its first 1×1 convolution and on its shortcut, so both look at
-every second pixel, along rows and columns, of the block before. A second shortcut carries the network's input past both
-blocks by two maps with orthonormal columns, a rotation and a strided projection to twice the width, and is an output.
+coordinates. If its columns are orthonormal, every pixel that it reads keeps its length. The model has two bottleneck
+blocks as Caffe, Detectron and Keras have them. The second block has its stride on its first 1×1 convolution and on its
+shortcut. Both therefore read only every second row and column of the first block's result. A second shortcut carries
+the network's input past both blocks by two maps with orthonormal columns: a rotation, and a strided projection to twice
+the width. It is an output.
 
-Rewritten: nobody looks at the odd pixels of the first block's result, so its 3×3 convolution takes the stride over, and
-its last 1×1 convolution, its sum and its ReLU compute every second pixel only: the same numbers, bit for bit, at a
-quarter of the positions. BatchNormalizations fold into convolutions. The rotation and the projection are linear
-neighbours and become one map, whose columns are orthonormal as well.
+Rewritten: nothing reads the odd pixels of the first block's result. So its 3×3 convolution takes over the stride, and
+its last 1×1 convolution, its sum and its ReLU compute every second pixel only. That gives the same numbers, bit for
+bit, at a quarter of the positions. BatchNormalizations fold into convolutions. The rotation and the projection are
+consecutive linear maps and become one map, whose columns are also orthonormal.
 
-Left alone: the first 1×1 convolution and its ReLU, since a 3×3 convolution looks at every pixel, whatever its stride.
+Left alone: the first 1×1 convolution and its ReLU, because a 3×3 convolution reads every pixel, whatever its stride.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ SYSTEM = System(
     rewrites=("fold-affine", "fold-chains", "hoist-stride"),
     properties=(
         Law(
-            "the orthogonal shortcut keeps the length of every pixel that it reads",
+            "the orthogonal shortcut preserves the length of every pixel that it reads",
             lambda s: isometry(function_of(s, output="shortcut"), normal(1, WIDTH, SIZE, SIZE), stride=2),
             1e-6,
         ),

@@ -1,17 +1,17 @@
-"""RGB-D fusion: colour and depth, two branches summed late, which are one convolution of both if both are linear.
+"""RGB-D fusion: two summed linear branches, for colour and depth, are one convolution of both.
 
-Hazirbas et al., "FuseNet" (ACCV 2016), sum the feature maps of a depth branch and a colour branch; Couprie et al.,
-"Indoor Semantic Segmentation using Depth Information" (ICLR 2013), give one network colour and depth together. A
-pointwise reading of both: late fusion of linear branches of one geometry is early fusion, W_c·c + W_d·d =
-(W_c W_d)·concat(c, d). As torch writes it, two heads: `scores` sums a 3×3 convolution and a BatchNormalization of each
-modality, then has a ReLU and 1×1 layers; `edges` does the same, but smooths the depth, which is the noisier of the two,
-with a 5×5 convolution.
+Hazirbas et al., "FuseNet" (ACCV 2016), sum the feature maps of a depth branch and a colour branch. Couprie et al.,
+"Indoor Semantic Segmentation using Depth Information" (ICLR 2013), give one network colour and depth together. In
+pointwise terms, late fusion of linear branches with the same geometry is early fusion: W_c·c + W_d·d = (W_c
+W_d)·concat(c, d). As torch writes it, the model has two heads. `scores` sums a 3×3 convolution and a BatchNormalization
+of each modality; a ReLU and 1×1 layers follow. `edges` does the same, but uses a 5×5 convolution to smooth the depth,
+which is noisier than the colour.
 
 Rewritten: the branches of `scores` become one 3×3 convolution of the concatenated image. It takes as many multiply-adds
-as the two, so only a clock can tell whether it pays. BatchNormalizations fold.
+as the two, so only timing can tell whether it pays. BatchNormalizations fold.
 
-Left alone: the branches of `edges`, whose filters differ in size. So would branches that are rectified or thresholded
-before the sum, as FuseNet's own are.
+Left alone: the branches of `edges`, because their filters differ in size. Branches with a ReLU or a threshold before
+the sum would stay as well, as in FuseNet itself.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def build() -> onnx.ModelProto:
 
 
 def scores(session: Session) -> np.ndarray:
-    """Of a random image."""
+    """The scores of a random image."""
     return outputs(session, rgb=normal(1, 3, SIZE, SIZE), depth=normal(1, 1, SIZE, SIZE, seed=1))["scores"]
 
 
@@ -59,7 +59,7 @@ SYSTEM = System(
     {"rgb": (1, 3, SIZE, SIZE), "depth": (1, 1, SIZE, SIZE)},
     rewrites=("fold-affine", "join-concat"),
     measured=("join-concat",),
-    properties=(Kept("the scores of late fusion, from early fusion", scores, 1e-5),),
+    properties=(Kept("early fusion gives the scores of late fusion", scores, 1e-5),),
     refusals=(
         Refusal("/edges.depth.conv/Conv", "its 5×5 filter differs from the colour branch's 3×3"),
         Refusal("/scores.fuse/Relu", "ReLU is not linear"),

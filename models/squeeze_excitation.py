@@ -1,15 +1,15 @@
 """Squeeze-and-excitation: an image decides for itself how much each of its channels counts.
 
-Hu, Shen and Sun, "Squeeze-and-Excitation Networks" (CVPR 2018), in the inverted residual of MobileNetV3 (Howard et
-al., ICCV 2019) as paddle2onnx spells it: hard-swish as Add, Clip, Mul and Div, the gate as two 1×1 convolutions on a
-pooled 1×1 map, HardSigmoid, and a Mul that broadcasts the gate. On a map of one pixel a 1×1 convolution is nothing but
-a matrix product.
+Hu, Shen and Sun, "Squeeze-and-Excitation Networks" (CVPR 2018), in the inverted residual of MobileNetV3 (Howard et al.,
+ICCV 2019), as paddle2onnx spells it. Hard-swish is written as Add, Clip, Mul and Div. The gate consists of two 1×1
+convolutions on a pooled 1×1 map, a HardSigmoid, and a Mul that broadcasts the gate. On a map of one pixel, a 1×1
+convolution is just a matrix product.
 
-Rewritten: BatchNormalizations fold; the four operators become HardSwish. The gate's two 1×1 convolutions become
-matrix products (Gemm), the same sums in another order, which pays at larger batches: a clock decides.
+Rewritten: BatchNormalizations fold, and the four operators become HardSwish. The gate's two 1×1 convolutions become
+matrix products (Gemm). They compute the same sums in another order, which pays for larger batches. Timing decides.
 
-Left alone: the product of the gate and the features. Both depend on the image, so there is no fixed matrix to fold it
-into, although for one image it would be a diagonal one.
+Left alone: the product of the gate and the features. Both depend on the image, so there is no constant matrix to fold.
+For a single image, the matrix would be diagonal.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ SYSTEM = System(
     measured=("lower-rank",),
     properties=(
         Law(
-            "moving the input moves the output, and the gate does not notice",
+            "moving the input moves the output, and does not change the gate",
             lambda s: translation(function_of(s), object_in(1, WIDTH, SIZE, SIZE, size=8, start=4), shift=3, margin=3),
             1e-5,
         ),

@@ -1,16 +1,16 @@
 """Style transfer: the style of an image is how its features vary together.
 
-Gatys, Ecker and Bethge, "Image Style Transfer Using Convolutional Neural Networks" (CVPR 2016): the Gram matrix
-G = F·Fᵀ of a layer's features, summed over all pixels, describes a style. A pointwise layer here is a palette: it mixes
-colours, or feature channels, alike in every pixel. The model, as torch writes it, has both: colours turned in an
-opponent space (three orthogonal 3×3 maps after each other: into the space, a rotation, and back), and the first
-layers of a VGG-like network whose features get a palette W before their Gram matrix.
+Gatys, Ecker and Bethge, "Image Style Transfer Using Convolutional Neural Networks" (CVPR 2016), describe a style by the
+Gram matrix G = F·Fᵀ of a layer's features, summed over all pixels. A pointwise layer here is a palette: it mixes
+colours, or feature channels, in the same way at every pixel. The model, as torch writes it, has both kinds. It rotates
+colours in an opponent space by three consecutive orthogonal 3×3 maps: into the space, a rotation, and back. It also
+applies a palette W to the features of the first layers of a VGG-like network, before their Gram matrix.
 
-Rewritten: the three colour maps become one 3→3 map, orthogonal like each of them. The palette moves behind the Gram
-matrix: (Wx)(Wx)ᵀ = W(xxᵀ)Wᵀ, so it multiplies two 64×64 matrices instead of 4,096 pixels. An orthogonal W never cancels
-anything, so rounding stays as small as it was; for weights that nearly cancel their input, pwopt refuses.
+Rewritten: the three colour maps become one 3→3 map, which is orthogonal like each of them. The palette moves behind the
+Gram matrix: (Wx)(Wx)ᵀ = W(xxᵀ)Wᵀ. So it multiplies two 64×64 matrices instead of 4,096 pixels. An orthogonal W never
+cancels its input, so rounding errors stay small. If weights nearly cancel their input, pwopt refuses this rewrite.
 
-Left alone: the features are an output themselves, and come from a ReLU, so the palette does not fold into the
+Left alone: the features are themselves an output and come from a ReLU, so the palette does not fold into the
 convolution before it.
 """
 
@@ -31,7 +31,7 @@ OPPONENT = np.array([[1, 1, 1], [1, -1, 0], [1, 1, -2]]) / np.sqrt([[3], [2], [6
 
 
 def palette() -> np.ndarray:
-    """Of the features: orthogonal, (64, 64)."""
+    """The orthogonal palette of the features: (64, 64)."""
     return orthogonal(np.random.default_rng(18), WIDTH, WIDTH)
 
 
@@ -75,7 +75,7 @@ SYSTEM = System(
     rewrites=("fold-affine", "fold-chains", "commute-gram"),
     properties=(
         Law(
-            "the orthogonal palette keeps the length of every colour",
+            "the orthogonal palette preserves the length of every colour",
             lambda s: isometry(function_of(s, output="recoloured"), normal(1, 3, SIZE, SIZE)),
             1e-6,
         ),

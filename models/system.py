@@ -1,4 +1,4 @@
-"""What every system of the gallery declares, and how a declaration is checked."""
+"""The declaration of a gallery system, and how it is checked."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ from pwopt.passes import PASSES
 from pwopt.running.runtime import Session
 
 FOLDER = Path(__file__).parent
-#: Passes that need no clock.
+#: Passes that need no timing.
 UNMEASURED = tuple(p.name for p in PASSES if p.policy != "measured")
-#: Numbers that are printed one by one.
+#: More numbers than this are not printed one by one.
 MAX_PRINTED = 3
 
 
 @dataclass(frozen=True)
 class Figure:
-    """A property before and after, as numbers to print, and whether it holds."""
+    """A property before and after, as text, and whether it holds."""
 
     claim: str
     before: str
@@ -35,7 +35,7 @@ class Figure:
 
 @dataclass(frozen=True)
 class Law:
-    """A property whose residual stays below a limit, before and after (see `pwopt.invariants`)."""
+    """A property whose residual must stay below a limit before and after (see `pwopt.invariants`)."""
 
     claim: str
     residual: Callable[[Session], float]
@@ -48,7 +48,7 @@ class Law:
 
 @dataclass(frozen=True)
 class Kept:
-    """A quantity that is the same before and after, to within a limit relative to its largest value."""
+    """A quantity that must not change, up to a limit relative to its largest value."""
 
     claim: str
     value: Callable[[Session], ArrayLike]
@@ -71,11 +71,11 @@ class Refusal:
     Attributes
     ----------
     node : str
-        Its name.
+        The operator's name.
     why : str
-        For readers.
+        The reason, for readers.
     said : str
-        A part of the reason that pwopt reports; "" where no pass is concerned with the place at all.
+        A part of the reason that pwopt reports; "" if no pass reports about the operator.
     """
 
     node: str
@@ -90,16 +90,16 @@ class System:
     Attributes
     ----------
     build : callable
-        Makes the model; its module's docstring is the system's paragraph in the gallery.
+        Builds the model; its module's docstring is the system's chapter in the gallery.
     shapes : mapping
-        Input sizes for figures.
+        Input sizes for all figures.
     rewrites : sequence of str
-        Passes that must change it, and no others.
+        The passes that must act, and no others.
     properties : sequence of Law or Kept
         What holds before and after.
     refusals : sequence of Refusal
     measured : sequence of str
-        Passes that only a clock can judge, and that this system is about: applied here without one.
+        Measured passes that this system demonstrates; they are applied here without timing.
     """
 
     build: Callable[[], onnx.ModelProto]
@@ -119,7 +119,7 @@ class System:
 
     @property
     def text(self) -> str:
-        """The builder's docstring: a title, a blank line, paragraphs."""
+        """The docstring of the builder's module: a title, a blank line, paragraphs."""
         return inspect.cleandoc(sys.modules[self.build.__module__].__doc__ or "")
 
     @property
@@ -128,11 +128,11 @@ class System:
 
     @property
     def passes(self) -> list[str]:
-        """What runs without a clock: the passes that need none, and those that the system is about."""
+        """The passes to run: those that need no timing, and those that the system demonstrates."""
         return [*UNMEASURED, *self.measured]
 
     def optimise(self) -> pwopt.Result:
-        """Rewritten, the same way on every machine, and verified with onnxruntime."""
+        """Optimise in the same way on every machine, and verify with onnxruntime."""
         return pwopt.optimize(self.path, cost="analytic", shapes=self.shapes, passes=self.passes)
 
 
@@ -141,7 +141,7 @@ def _off(residual: float) -> str:
 
 
 def outputs(session: Session, **feeds: np.ndarray) -> dict[str, np.ndarray]:
-    """A run's outputs by name."""
+    """Run the model and return its outputs by name."""
     return dict(zip(session.outputs, map(np.asarray, session.run(feeds)), strict=True))
 
 
@@ -151,7 +151,7 @@ def normal(*shape: int, seed: int = 0) -> np.ndarray:
 
 
 def object_in(*shape: int, size: int, start: int, seed: int = 0) -> np.ndarray:
-    """Noise in a cube of `size` positions along every spatial axis, from `start` on, with zeros around it."""
+    """Noise in a cube of `size` positions along every spatial axis, beginning at `start`, with zeros around it."""
     x = np.zeros(shape, np.float32)
     inside = (slice(None), slice(None), *(slice(start, start + size),) * (len(shape) - 2))
     x[inside] = normal(*x[inside].shape, seed=seed)

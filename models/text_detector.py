@@ -1,17 +1,17 @@
 """Text detector: the probability of text at every pixel, from maps of four sizes.
 
 Liao, Wan, Yao, Chen and Bai, "Real-time Scene Text Detection with Differentiable Binarization" (AAAI 2020), as
-PaddleOCR has it: a feature pyramid whose levels are reduced, repeated to the size of the finest (nearest-neighbour by
-2, 4 and 8), concatenated and mixed by a 3×3 convolution; then two transposed convolutions, each with a kernel of 2 and
-a stride of 2, that bring the map to image size. The thresholds have a head of their own, which ends in a transposed
-convolution of kernel 4. Names as Paddle spells them.
+PaddleOCR has it. The levels of a feature pyramid are reduced, repeated to the size of the finest (nearest-neighbour by
+2, 4 and 8), concatenated, and mixed by a 3×3 convolution. Two transposed convolutions, each with a kernel of 2 and a
+stride of 2, then bring the map to image size. The thresholds have their own head, which ends in a transposed
+convolution with a kernel of 4. Names are spelled as by Paddle.
 
-Rewritten: what three levels have in common is a repetition by 2, so the 3×3 convolution runs on them at half the size,
-a 2×2 for each phase. A transposed convolution that neither overlaps nor leaves gaps is a pointwise map to four phases;
-the next one and the activations between run on those phases, and all sixteen are put together at last.
+Rewritten: three levels have a repetition by 2 in common, so the 3×3 convolution runs on them at half the size, as a 2×2
+convolution for each phase. A transposed convolution without overlap or gaps is a pointwise map to four phases. The next
+one and the activations in between run on those phases. At the end, all sixteen phases are interleaved.
 
-Left alone: the transposed convolution of kernel 4, whose windows overlap; the one of kernel 2 before it takes part, but
-what is put together there stays put together.
+Left alone: the transposed convolution with a kernel of 4, because its windows overlap. The one before it, with a kernel
+of 2, is rewritten, but its phases are interleaved before the one with a kernel of 4.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def build() -> onnx.ModelProto:
 
 
 def mask(session: Session) -> np.ndarray:
-    """Where a smooth random image is called text."""
+    """The pixels of a smooth random image that are classified as text."""
     image = np.kron(normal(1, 3, SIZE // 8, SIZE // 8), np.ones((8, 8), np.float32))
     found = outputs(session, image=image)
     return found["probability"] > found["threshold"]

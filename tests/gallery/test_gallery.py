@@ -144,7 +144,7 @@ def test_a_changed_file_is_a_fault(monkeypatch: pytest.MonkeyPatch) -> None:
         return model
 
     build.__module__ = system.build.__module__
-    assert check(replace(system, build=build)).faults == ("hyperspectral.onnx is not what its builder makes",)
+    assert check(replace(system, build=build)).faults == ("hyperspectral.onnx is not what its builder writes",)
 
 
 def test_the_page_is_up_to_date(rows: dict[str, Row]) -> None:
