@@ -1,4 +1,4 @@
-"""Matrix products between Transposes run as 1×1 convolutions, without them."""
+"""Layout conversion (NHWC to NCHW): matrix products between two Transposes become 1×1 convolutions without them."""
 
 from __future__ import annotations
 
@@ -17,39 +17,31 @@ from pwopt.rewriting.steps import Step, activation, repeated
 
 from .channels_last import FIRST, LAST
 
-#: Types that onnxruntime's CPU provider convolves; it multiplies matrices of float64 too.
+#: Types for which onnxruntime's CPU provider has convolutions. It also multiplies float64 matrices.
 CONVOLVED = ("float16", "float32")
 
 
 class ChannelsFirst(Pass):
-    """Tᵀ(f((Tx)·W + b)) = f(Wᵀ·x + b) for T, which moves the channels to the end, and elementwise f.
+    """Tᵀ(f((Tx)·W + b)) = f(Wᵀ·x + b) where T moves the channels to the last axis and f is elementwise
 
-    Frameworks write Linear and Dense layers on feature maps so, with a Transpose on either side: mixers, ConvNeXt-like
-    blocks without a normalisation in between (Liu et al., 2022), exports from channels-last frameworks. As 1×1
-    convolutions they stay in the provider's blocked layout.
+    * A Transpose to channels-last, matrix products and activations, and a Transpose back follow each other.
+    * Nothing else reads the tensors between them, and no weight is shared.
+    * onnxruntime has convolutions of the element type, and the input is not known to be empty.
+
+    Frameworks write Linear and Dense layers on feature maps in this form: mixers, ConvNeXt-like blocks without a
+    normalisation (Liu et al., 2022), exports from channels-last frameworks. As 1×1 convolutions, the layers stay in
+    the provider's blocked layout.
     """
 
     name = "channels-first"
     policy = "measured"
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
-        if not _moves(rw, node, LAST):
+        chain = _find_chain(rw, node)
+        if chain is None:
             return None
-        found: list[Reading | Step] = []
-        tensor = node.outputs[0]
-        while True:
-            reader = rw.sole_reader(tensor)
-            if _moves(rw, reader, FIRST):
-                break
-            reading = forms.weighted(rw, reader)
-            behind = reading if reading is not None and reading.kind == "matmul" else activation(rw, tensor)
-            if behind is None:
-                return None
-            found.append(behind)
-            tensor = behind.output
-        maps = [f for f in found if isinstance(f, Reading)]
-        if not maps or reader is None:
-            return None
+        steps, back = chain
+        maps = [s for s in steps if isinstance(s, Reading)]
         widths = "→".join(map(str, (maps[0].geometry.in_channels, *(m.geometry.out_channels for m in maps))))
         dtype = str(rw.dtype(node.inputs[0]))
         if dtype not in CONVOLVED:
@@ -58,38 +50,62 @@ class ChannelsFirst(Pass):
             return Skip(f"{widths} between Transposes stays: onnxruntime does not convolve empty tensors")
         if not self.eager:
             return Skip(f"{widths} between Transposes could be 1×1 convolutions; only measuring can tell")
-        new: list[Node] = []
-        source, residual = node.inputs[0], 0.0
-        for i, step in enumerate(found):
-            last = i == len(found) - 1
-            result = reader.outputs[0] if last else rw.new_variable(f"{step.output.name}_first", step.output, _first)
-            if isinstance(step, Step):
-                new += repeated(rw, step, source, result)
-            else:
-                written = self._conv(rw, step, source, result)
-                if isinstance(written, Refusal):
-                    return Skip(written.reason)
-                new += written.nodes
-                residual = max(residual, written.residual)
-            source = result
-        old = [*(n for step in found for n in step.nodes), reader]
+        written = _write(rw, steps, node.inputs[0], back.outputs[0])
+        if isinstance(written, Refusal):
+            return Skip(written.reason)
+        old = [*(n for step in steps for n in step.nodes), back]
         size = rw.size_of(node.inputs[0])
-        done = rw.replace(old, new, f"{widths} runs as convolutions, without the Transposes around it", residual)
+        reason = f"{widths} runs as convolutions, without the Transposes around it"
+        done = rw.replace(old, written.nodes, reason, written.residual)
         return done.signed(f"products between Transposes: {widths} at {size}")
 
-    @staticmethod
-    def _conv(rw: Rewriter, reading: Reading, source: Tensor, output: Tensor) -> emit.Written | Refusal:
-        if rw.shared(reading.weight_input):
-            return Refusal(f"the weight {reading.weight_input.name!r} is shared")
-        linear = reading.load()
-        if isinstance(linear, Refusal):
-            return linear
-        return emit.write(rw, linear.at_rank(2), replace(reading, kind="conv"), source, output, 1, inherit=False)
+
+def _find_chain(rw: Rewriter, node: Node) -> tuple[list[Reading | Step], Node] | None:
+    """The matrix products and activations after a Transpose to channels-last, and the Transpose back."""
+    if not _is_transpose(rw, node, LAST):
+        return None
+    steps: list[Reading | Step] = []
+    tensor = node.outputs[0]
+    while True:
+        reader = rw.sole_reader(tensor)
+        if reader is not None and _is_transpose(rw, reader, FIRST):
+            return (steps, reader) if any(isinstance(s, Reading) for s in steps) else None
+        reading = forms.weighted(rw, reader)
+        step = reading if reading is not None and reading.kind == "matmul" else activation(rw, tensor)
+        if step is None:
+            return None
+        steps.append(step)
+        tensor = step.output
 
 
-def _moves(view: View, node: Node | None, perm: tuple[int, ...]) -> bool:
+def _is_transpose(view: View, node: Node, perm: tuple[int, ...]) -> bool:
     return view.is_a(node, "Transpose") and tuple(attributes.perm(view, node) or ()) == perm
 
 
-def _first(shape: Shape) -> Shape:
+def _write(rw: Rewriter, steps: list[Reading | Step], source: Tensor, output: Tensor) -> emit.Written | Refusal:
+    """The chain in channels-first layout, from `source` to `output`."""
+    new: list[Node] = []
+    residual = 0.0
+    for i, step in enumerate(steps):
+        last = i == len(steps) - 1
+        result = output if last else rw.new_variable(f"{step.output.name}_first", step.output, _move_channels_first)
+        if isinstance(step, Step):
+            new += repeated(rw, step, source, result)
+        else:
+            if rw.shared(step.weight_input):
+                return Refusal(f"the weight {step.weight_input.name!r} is shared")
+            linear = step.load()
+            if isinstance(linear, Refusal):
+                return linear
+            conv = replace(step, kind="conv")
+            written = emit.write(rw, linear.at_rank(2), conv, source, result, 1, inherit=False)
+            if isinstance(written, Refusal):
+                return written
+            new += written.nodes
+            residual = max(residual, written.residual)
+        source = result
+    return emit.Written(tuple(new), residual)
+
+
+def _move_channels_first(shape: Shape) -> Shape:
     return tuple(shape[a] for a in FIRST)

@@ -1,9 +1,9 @@
-"""Reductions and softmaxes over the channels, and what follows them, run channels-last."""
+"""Layout propagation (NCHW to NHWC): reductions and softmaxes over channels run along the last axis."""
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -22,7 +22,7 @@ from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.rewriting.wording import counted
 
-#: Channels to the end, and back, of feature maps.
+#: Permutations that move the channels of feature maps to the last axis, and back.
 LAST, FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 #: Operators that combine all channels at each position.
 SOFTMAXES = ("Softmax", "LogSoftmax", "Hardmax")
@@ -32,7 +32,7 @@ REDUCTIONS = tuple(op for op in BY_AXES if op.startswith("Reduce"))
 
 @dataclass(frozen=True)
 class Last:
-    """(N, C, *space) seen as (N, *space, C)."""
+    """The layout (N, *space, C) for tensors (N, C, *space)."""
 
     rank: int
     suffix = "_last"
@@ -63,22 +63,25 @@ class Last:
 
 @dataclass
 class Region:
-    """Operators that run channels-last together, and those among them that combine channels."""
+    """Connected operators that run channels-last, and those of them that combine channels (the anchors)."""
 
     members: list[Member[Last]] = field(default_factory=list)
     anchors: list[Node] = field(default_factory=list)
 
 
 class ChannelsLast(Pass):
-    """f(x, axis 1) = Tᵀ(f(Tx, axis −1)) for T, which moves the channels to the end, and regions f of operators.
+    """f(x, axis 1) = Tᵀ(f(Tx, axis −1)) where T moves the channels to the last axis and f is a region of operators
 
-    A reduction or a softmax across channels strides through memory; along the last axis it runs at full speed, and a
-    pointwise map is a matrix product there. What combines channels is carried over together with all that follows it
-    and can be (elementwise operators, pointwise maps, sums), with one T on each way in and one on each way out; a
-    Transpose that is there takes T over (`clean-up`). The distribution heads of YOLOv8, v9 and v11 take the expectation
-    of a softmax so (Li et al., "Generalized Focal Loss", 2020); normalisations over channels (Ba et al., "Layer
-    Normalization", 2016) on feature maps, in ConvNeXt, NAFNet and the neck of Segment Anything, are nine operators,
-    which providers fuse along the last axis only; segmentation heads end in a softmax or an ArgMax.
+    * Every region contains a reduction, softmax or ArgMax over several channels and over no other axis.
+    * The operators after it join the region if they only need another axis: elementwise operators, sums, Concat,
+      pointwise convolutions with their own weights (they become matrix products).
+    * One Transpose stands at each entry and at each exit. `join-views` and `clean-up` remove those that meet others.
+
+    A reduction over channels strides through memory; along the last axis it runs at full speed. The distribution heads
+    of YOLOv8, v9 and v11 take the expectation of a softmax over channels (Li et al., "Generalized Focal Loss", 2020).
+    Normalisations over the channels of feature maps, in ConvNeXt, NAFNet and the neck of Segment Anything, are nine
+    operators that providers fuse only along the last axis (Ba et al., "Layer Normalization", 2016). Segmentation heads
+    end in a softmax or an ArgMax.
     """
 
     name = "channels-last"
@@ -98,44 +101,44 @@ class ChannelsLast(Pass):
         kinds = ", ".join(f"{n} {op}" for op, n in sorted(Counter(rw.op(a) for a in region.anchors).items()))
         size = rw.size_of(region.anchors[0].inputs[0])
         others = counted(len(region.members) - len(region.anchors), "other")
-        done = carry(rw, region.members, partial(_written, rw), f"{what} and {others} run channels-last")
+        done = carry(rw, region.members, partial(_write, rw), f"{what} and {others} run channels-last")
         return done.signed(f"{kinds} over channels: with {others} at {size}")
 
 
 def _regions(rw: Rewriter) -> list[Region]:
-    """What combines channels, with all that follows it and can be carried over."""
+    """The operators that combine channels, with those after (and before) them that can run channels-last."""
     found: dict[Node, Member[Last]] = {}
-    anchors: dict[Node, None] = {}
+    anchors: set[Node] = set()
     made: set[Tensor] = set()
     nodes = rw.nodes()
     for node in nodes:
-        last = _last(rw, node)
+        last = _find_layout(rw, node)
         if last is None:
             continue
-        combines = _anchor(rw, node)
-        if not (combines or any(t in made for t in node.inputs)) or not _moves(rw, node, last):
+        combines = _combines_channels(rw, node)
+        if not (combines or any(t in made for t in node.inputs)) or not _can_run(rw, node, last):
             continue
         found[node] = (node, last)
         made.update(t for t in node.outputs if rw.rank(t) == last.rank)
         if combines:
-            anchors[node] = None
-    if not found:
-        return []
+            anchors.add(node)
     entered = {t for node, _ in found.values() for t in data(rw, node)}
-    for node in reversed(nodes):  # x² before its mean, where x itself comes in as well: one way in instead of two
-        last = _last(rw, node) if node not in found and rw.op(node) in BY_AXES else None
-        if last is None or not _moves(rw, node, last):
+    # An operator before the region joins it if the region reads its input too, such as x² before a mean where x is
+    # read as well. That saves one of two entries.
+    for node in reversed(nodes) if found else ():
+        last = _find_layout(rw, node) if node not in found and rw.op(node) in BY_AXES else None
+        if last is None or not _can_run(rw, node, last):
             continue
         readers = [r for t in node.outputs for r in rw.readers(t)]
         inside = readers and all(r in found for r in readers)
         if inside and any(t in entered for t in node.inputs):
             found[node] = (node, last)
-    return list(_connected(rw, [found[n] for n in nodes if n in found], anchors))
+    return _connect(rw, [found[n] for n in nodes if n in found], anchors)
 
 
-def _connected(rw: Rewriter, members: Iterable[Member[Last]], anchors: dict[Node, None]) -> Iterator[Region]:
-    """Members that share a tensor, in order."""
-    members, sets = list(members), Unions[Node | Tensor]()
+def _connect(rw: Rewriter, members: Sequence[Member[Last]], anchors: set[Node]) -> list[Region]:
+    """Group members that share a tensor, in order."""
+    sets = Unions[Node | Tensor]()
     for node, last in members:
         for t in (*data(rw, node), *node.outputs):
             if t.name and rw.rank(t) == last.rank:
@@ -145,18 +148,18 @@ def _connected(rw: Rewriter, members: Iterable[Member[Last]], anchors: dict[Node
         region = regions.setdefault(sets.root(node), Region())
         region.members.append((node, last))
         region.anchors += [node] if node in anchors else []
-    return iter(r for r in regions.values() if r.anchors)
+    return [r for r in regions.values() if r.anchors]
 
 
-def _last(rw: Rewriter, node: Node) -> Last | None:
-    """The view of what a node computes from; None if there are several ranks, or no space besides channels."""
+def _find_layout(rw: Rewriter, node: Node) -> Last | None:
+    """The layout for the inputs of a node; None if their ranks differ, or if they have no spatial axis."""
     ranks = {rw.rank(t) for t in data(rw, node)}
     rank = ranks.pop() if len(ranks) == 1 else None
     return Last(rank) if rank is not None and rank >= 3 else None
 
 
-def _anchor(rw: Rewriter, node: Node) -> bool:
-    """Whether an operator combines the channels, several of them, and nothing else."""
+def _combines_channels(rw: Rewriter, node: Node) -> bool:
+    """Whether an operator combines several channels, at each of several positions separately."""
     op, axes = rw.op(node), None
     if op in SOFTMAXES:
         axes = [node.attrs.get("axis", -1)]
@@ -170,32 +173,33 @@ def _anchor(rw: Rewriter, node: Node) -> bool:
     return isinstance(shape[1], int) and shape[1] > 1 and any(d != 1 for d in shape[2:])
 
 
-def _map(rw: Rewriter, node: Node) -> Reading | None:
-    """A convolution that becomes a matrix product."""
+def _read_pointwise(rw: Rewriter, node: Node) -> Reading | None:
+    """A convolution that becomes a matrix product; None for any other node."""
     reading = forms.linear(rw, node) if rw.is_a(node, "Conv") else None
     return reading if reading is not None and reading.geometry.pointwise and reading.geometry.groups == 1 else None
 
 
-def _moves(rw: Rewriter, node: Node, last: Last) -> bool:
-    """Whether an operator can be carried over: its outputs are seen as its inputs are, or have lost the channels."""
+def _can_run(rw: Rewriter, node: Node, last: Last) -> bool:
+    """Whether an operator can run in the layout: its outputs have the layout of its inputs, or have no channels."""
     op, ranks = rw.op(node), {rw.rank(t) if t.name else None for t in node.outputs}
-    if op in SOFTMAXES and rw.opset < 13:  # over all axes from there on
+    if op in SOFTMAXES and rw.opset < 13:  # they normalise over all axes from `axis` on
         return False
     if op in (*PICKS, *REDUCTIONS) and not node.attrs.get("keepdims", 1):
-        return _anchor(rw, node)
+        return _combines_channels(rw, node)
     if ranks != {last.rank}:
         return False
     if op == "Conv":
-        reading = _map(rw, node)
-        if reading is None or rw.shared(reading.weight_input) or rw.opset < 7:  # the bias of a product broadcasts
+        reading = _read_pointwise(rw, node)
+        if reading is None or rw.shared(reading.weight_input) or rw.opset < 7:  # its bias needs broadcasting
             return False
         return isinstance(reading.load(), LinearMap)
     return op in PICKS or (op in BY_AXES and BY_AXES[op](rw, last, node) is not None)
 
 
-def _written(rw: Rewriter, node: Node, last: Last, see: See, outputs: list[Tensor]) -> Sequence[Node]:
+def _write(rw: Rewriter, node: Node, last: Last, see: See, outputs: list[Tensor]) -> Sequence[Node]:
+    """The operators that compute `node` in the layout."""
     op, channels = rw.op(node), last.rank - 1
-    reading = _map(rw, node)
+    reading = _read_pointwise(rw, node)
     if reading is not None:
         linear, source = reading.load(), see(reading.source)
         assert isinstance(linear, LinearMap)
@@ -205,7 +209,7 @@ def _written(rw: Rewriter, node: Node, last: Last, see: See, outputs: list[Tenso
     if op in PICKS:
         attrs = {**node.attrs, "axis": last.axis(node.attrs.get("axis", 0))}
         return [Node(op, node.name, attrs, [see(node.inputs[0])], outputs)]
-    lost = not node.attrs.get("keepdims", 1)
-    arguments = along(rw, node, [channels]) if lost else BY_AXES[op](rw, last, node)
+    loses_channels = not node.attrs.get("keepdims", 1)
+    arguments = along(rw, node, [channels]) if loses_channels else BY_AXES[op](rw, last, node)
     assert arguments is not None
     return rewritten(rw, node, arguments, last, see, outputs)

@@ -1,4 +1,4 @@
-"""Remove what does nothing, and compute what never changes."""
+"""Canonicalisation, constant folding and dead code elimination."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from pwopt.graph.values import Entries, entries, extents
 from pwopt.maps import forms
 from pwopt.maps.scales import adds_nothing, subtracts_from_nothing
 from pwopt.maps.signed_zeros import told_apart
+from pwopt.rewriting.carry import reduces_since
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 
-#: Elements of the largest tensor that numpy can describe in 4 bytes each.
+#: Elements of the largest float32 tensor that numpy can describe.
 LARGEST = sys.maxsize // 4
-#: Ends of a Slice from here on mean "to the end", as exporters write it.
+#: Exporters write ends of a Slice from here on to mean "to the end".
 FAR = 2**31 - 1
 
 #: Deterministic operators whose result on constants is a constant.
@@ -36,87 +37,95 @@ FOLDABLE = frozenset(
 )
 
 
-#: Operators that store the same numbers otherwise.
+#: Operators that store the same numbers in another order, shape or type.
 REARRANGING = ("Transpose", "Cast", *attributes.VIEWS)
-#: Operators of the same result whether an operand is broadcast before them or by them.
+#: Operators with the same result whether an operand is broadcast before them or by them.
 BROADCASTING = frozenset(
     """Add And Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Or Pow Sub Sum Where
     Xor""".split()  # noqa: SIM905
 )
-#: Bytes of the largest Range that is written out: positions of 8,192 tokens.
+#: Bytes of the largest Range that is stored as a constant: the positions of 8,192 tokens.
 MAX_RANGE_BYTES = 1 << 16
-#: Elements of the largest weight that is compared with the identity: an adjacency of a thousand nodes.
+#: Elements of the largest weight that is compared with the identity: the adjacency matrix of a graph of 1,024 nodes.
 MAX_COMPARED = 1 << 20
-#: Operators that may begin a sum with +0: onnx says neither where a sum starts nor in which order it goes on.
+#: Operators whose sums may start from +0, which turns −0 into +0. ONNX does not specify where a sum starts.
 SUMS = frozenset({*forms.WEIGHTED_OPS, "AveragePool", "BatchNormalization", "ReduceMean", "ReduceSum"})
 
 
 class CleanUp(Pass):
-    """f(x) = x disappears; f(constant) becomes a constant; what nobody reads goes.
+    """f(x) = x is removed; f(constant) becomes a constant; an operator whose outputs nothing reads is removed
 
-    An operator does nothing if its constants say so (×1, +0, ·I, a full Slice) or its inferred shapes do (a
-    Reshape, Expand or Resize to the shape it has). Constants are computed by onnx's reference evaluator,
-    never larger than 1 MiB unless their inputs already are. Exporters leave both behind everywhere.
+    * Canonicalisation: an operator has no effect if its constants prove it (×1, +0, ·I, a full Slice), if its inferred
+      shapes do (a Reshape, Expand or Resize to the shape of its input), or if its readers broadcast anyway. An addition
+      of zero stays where a later division distinguishes −0 from +0.
+    * Constant folding: the operator is deterministic and its inputs are constants. The result takes at most 1 MiB, or
+      no more than its inputs. onnx's reference evaluator computes it.
+    * Dead code elimination: no operator and no graph output reads the results.
+
+    Exporters leave all three behind everywhere.
     """
 
     name = "clean-up"
 
     def __init__(self) -> None:
         self._growth = MAX_GROWTH_BYTES
-        self._told: dict[Tensor, str] | None = None
+        self._observers: dict[Tensor, str] | None = None
 
     def start(self, rw: Rewriter) -> None:
-        self._told = None
+        self._observers = None
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         op = rw.op(node)
         if not op:
             return None
         if not any(rw.readers(t) or rw.pinned(t) for t in node.outputs):
-            return rw.replace([node], [], "nobody reads its outputs")
+            return rw.replace([node], [], "nothing reads its outputs")
         if op == "Constant":
             return None
-        reason = does_nothing(rw, node, op)
+        reason = _explain_no_effect(rw, node, op)
         if reason:
             return self._bypass(node, rw, reason)
         if op == "Sub" and subtracts_from_nothing(rw, node):
-            return self._negated(node, rw)
+            return self._rewrite_as_negation(node, rw)
         if op in ("Expand", "Tile", "ConstantOfShape") and _only_broadcasts(rw, node, op):
-            return self._unbroadcast(node, rw, op)
+            return self._remove_broadcast(node, rw, op)
         if op in FOLDABLE:
             return self._fold(node, rw, op)
         return None
 
-    def _told_apart(self, rw: Rewriter) -> dict[Tensor, str]:
-        """Who tells −0 from +0, found when it is first asked for; what this pass does leaves that as it is."""
-        if self._told is None:
-            self._told = told_apart(rw)
-        return self._told
+    def _find_observers(self, rw: Rewriter) -> dict[Tensor, str]:
+        """Tensors whose zeros an operator distinguishes by sign, with that operator.
 
-    def _negated(self, node: Node, rw: Rewriter) -> Rewrite | Skip:
-        teller = self._told_apart(rw).get(node.outputs[0])
-        if teller:
-            return Skip(f"0 − x is +0 for both zeros, −x is not, and {teller} tells them apart")
+        Computed at the first call. The rewrites of this pass do not change it.
+        """
+        if self._observers is None:
+            self._observers = told_apart(rw)
+        return self._observers
+
+    def _rewrite_as_negation(self, node: Node, rw: Rewriter) -> Rewrite | Skip:
+        observer = self._find_observers(rw).get(node.outputs[0])
+        if observer:
+            return Skip(f"0 − x is +0 for x = +0, but −x is −0, and {observer} distinguishes them")
         new = Node("Neg", node.name, {}, [node.inputs[1]], list(node.outputs))
         return rw.replace([node], [new], "0 − x is −x")
 
     def _bypass(self, node: Node, rw: Rewriter, reason: str) -> Rewrite | Skip:
-        told, output = {} if _keeps_zeros(rw, node) else self._told_apart(rw), node.outputs[0]
-        teller = told.get(output)
-        if teller:
-            return Skip(f"{reason}, but may make +0 of −0, and {teller} tells them apart")
+        output = node.outputs[0]
+        observer = None if _keeps_zeros(rw, node) else self._find_observers(rw).get(output)
+        if observer:
+            return Skip(f"{reason}, but it may turn −0 into +0, and {observer} distinguishes them")
         source = (
             node.inputs[0]
             if rw.op(node) not in ("Mul", "Add", "MatMul")
             else next(t for t in node.inputs if rw.constant(t) is None)
         )
         done = rw.drop(node, source, reason)
-        if self._told and source in self._told:  # of the two, either may be the one that is left
-            self._told[output] = self._told[source]
-        return done or Skip(f"{reason}, but it joins two tensors that must both stay visible")
+        if self._observers and source in self._observers:  # either of the two tensors may be the one that remains
+            self._observers[output] = self._observers[source]
+        return done or Skip(f"{reason}, but its input and its output must both stay visible")
 
-    def _unbroadcast(self, node: Node, rw: Rewriter, op: str) -> Rewrite | Skip:
-        reason = f"what reads it broadcasts, so {op} need not"
+    def _remove_broadcast(self, node: Node, rw: Rewriter, op: str) -> Rewrite | Skip:
+        reason = f"{op} is not needed, because its readers broadcast"
         if op != "ConstantOfShape":
             return self._bypass(node, rw, reason)
         value = node.attrs.get("value")
@@ -139,8 +148,8 @@ class CleanUp(Pass):
         kept = [t.name for t in node.inputs if t.name in values and rw.shared(t)]
         twice = next((name for name in kept if op in REARRANGING and values[name].nbytes > NEGLIGIBLE_BYTES), None)
         if twice is not None:
-            return Skip(f"its value never changes, but {twice!r} is read elsewhere too, and would be stored twice")
-        growth = self._growth if op != "Range" else min(self._growth, _worth(rw, node))
+            return Skip(f"its value never changes, but other operators read {twice!r}, so it would be stored twice")
+        growth = self._growth if op != "Range" else min(self._growth, _limit_range(rw, node))
         outputs = evaluate(node, values, rw.opset, growth, kept)
         if isinstance(outputs, str):
             return Skip(outputs)
@@ -151,12 +160,12 @@ class CleanUp(Pass):
 
 
 def _only_broadcasts(rw: Rewriter, node: Node, op: str) -> bool:
-    """Whether every reader of an Expand, Tile or ConstantOfShape would broadcast what it repeats to the same shape.
+    """Whether every reader of an Expand, Tile or ConstantOfShape broadcasts its input to the same shape anyway.
 
-    Along each axis the repetition does nothing, or an operand beside it is as wide.
+    Along each axis, the operator repeats nothing, or another operand of the reader has the repeated size.
     """
     output = node.outputs[0]
-    wide, narrow = _repeated(rw, node, op)
+    wide, narrow = _find_repetition(rw, node, op)
     if rw.opset < 8 or rw.pinned(output) or not rw.readers(output) or wide is None or narrow is None:
         return False
     return all(
@@ -167,22 +176,22 @@ def _only_broadcasts(rw: Rewriter, node: Node, op: str) -> bool:
     )
 
 
-def _worth(rw: Rewriter, node: Node) -> int:
-    """How many bytes a Range may become: a few numbers stand for all of it, and counting takes no time.
+def _limit_range(rw: Rewriter, node: Node) -> int:
+    """How many bytes the constant for a Range may take.
 
-    Nothing at all where its readers broadcast it beside data, since nothing follows from its numbers there.
+    A Range is cheap to store as three numbers and cheap to compute. If all its readers combine it with computed
+    tensors, no further constant could follow from it, and the limit is 0.
     """
-    readers = rw.readers(node.outputs[0])
-    ends = all(rw.op(r) in BROADCASTING and any(rw.constant(t) is None for t in _beside(r, node)) for r in readers)
-    return 0 if ends else MAX_RANGE_BYTES
+
+    def combines(reader: Node) -> bool:
+        others = (t for t in reader.inputs if t.name and t is not node.outputs[0])
+        return rw.op(reader) in BROADCASTING and any(rw.constant(t) is None for t in others)
+
+    return 0 if all(map(combines, rw.readers(node.outputs[0]))) else MAX_RANGE_BYTES
 
 
-def _beside(reader: Node, node: Node) -> list[Tensor]:
-    return [t for t in reader.inputs if t.name and t is not node.outputs[0]]
-
-
-def _repeated(rw: Rewriter, node: Node, op: str) -> tuple[Entries | None, Entries | None]:
-    """The sizes after and before a repetition, as many of both; those before are 1 where nothing is."""
+def _find_repetition(rw: Rewriter, node: Node, op: str) -> tuple[Entries | None, Entries | None]:
+    """The shapes after and before a repetition, padded with leading ones to the same rank."""
     target = entries(rw, node.inputs[0 if op == "ConstantOfShape" else 1])
     before = () if op == "ConstantOfShape" else extents(rw, node.inputs[0])
     if before is None:
@@ -199,22 +208,22 @@ def _repeated(rw: Rewriter, node: Node, op: str) -> tuple[Entries | None, Entrie
 
 
 def _covers(other: Entries | None, wide: Entries, narrow: Entries) -> bool:
-    """Whether an operand is as wide as a repetition wherever that repeats."""
+    """Whether an operand has the repeated size along every axis that is repeated."""
     if other is None or len(other) < len(wide):
         return False
     pairs = zip(other[len(other) - len(wide) :], wide, narrow, strict=True)
     return all(w is not None and (w in (n, 1) or o == w) for o, w, n in pairs)
 
 
-def does_nothing(rw: Rewriter, node: Node, op: str) -> str:
-    """Why a node's first output equals its data input, else ""."""
+def _explain_no_effect(rw: Rewriter, node: Node, op: str) -> str:
+    """Why the first output of a node equals its data input; "" if it may differ."""
     if len([t for t in node.outputs if t.name]) > 1:
         return ""
     x, y = node.inputs[0] if node.inputs else None, node.outputs[0]
     if x is None:
         return ""
     if op == "Identity" or (op == "Dropout" and attributes.inactive_dropout(rw, node)):
-        return f"{op} passes its input on"
+        return f"{op} returns its input"
     if op in ("Add", "Sub"):
         return f"{op} by a constant that changes nothing" if adds_nothing(rw, node) else ""
     if op in ("Mul", "Div", "BatchNormalization"):
@@ -223,53 +232,52 @@ def does_nothing(rw: Rewriter, node: Node, op: str) -> str:
         same = isinstance(step, LinearMap) and np.all(step.scale == 1) and not step.geometry.biased
         return f"{op} by a constant that changes nothing" if same else ""
     if op in forms.WEIGHTED_OPS:
-        return f"{op} by the identity" if _identity(rw, node) else ""
+        return f"{op} by the identity" if _is_identity(rw, node) else ""
     if op in ("Concat", "Sum", "Max", "Min", "Mean") and len(node.inputs) == 1:
         return f"{op} of one tensor"
     if op == "Cast":
         to = onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]) if node.attrs.get("to") else None
-        return "Cast to the type it has" if to is not None and rw.dtype(x) == to else ""
+        return "Cast to the type of its input" if to is not None and rw.dtype(x) == to else ""
     if op == "Transpose":
         perm = attributes.perm(rw, node)
-        return "Transpose that keeps the order" if perm is not None and perm == sorted(perm) else ""
+        return "Transpose that keeps the order of the axes" if perm is not None and perm == sorted(perm) else ""
     if op == "Pad":
         found = attributes.pad_parameters(rw, node)
-        return "Pad by nothing" if found is not None and not any(found[0]) else ""
+        return "Pad by zero positions" if found is not None and not any(found[0]) else ""
     if op == "Slice":
-        return _full_slice(rw, node, x)
+        return _explain_full_slice(rw, node, x)
     if op in ("Resize", "Upsample"):
-        return _same_size(rw, node, x, y)
+        return _explain_same_size(rw, node, x, y)
     if op in ("AveragePool", "MaxPool"):
-        quiet = not any(node.attrs.get("pads", ())) and node.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
+        unpadded = not any(node.attrs.get("pads", ())) and node.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
         single = all(v == 1 for v in (*node.attrs["kernel_shape"], *node.attrs.get("strides", ())))
-        return f"{op} of single elements" if quiet and single else ""
+        return f"{op} of single elements" if unpadded and single else ""
     before, after = extents(rw, x), extents(rw, y)
     if before is None or after is None or len(before) != len(after):
         return ""
     if op in ("Reshape", "Flatten"):
-        return f"{op} to the shape it has" if attributes.same_shape(before, after) else ""
+        return f"{op} to the shape of its input" if attributes.same_shape(before, after) else ""
     if op in ("Expand", "Tile"):
-        return f"{op} to the shape it has" if before == after else ""
+        return f"{op} to the shape of its input" if before == after else ""
     if op in ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd"):
-        since = 13 if op == "ReduceSum" else 18
-        axes = attributes.axes_of(rw, node, since)
+        axes = attributes.axes_of(rw, node, reduces_since(node))
         single = axes is not None and bool(axes) and all(before[a] == 1 for a in axes)
         return f"{op} over axes of size 1" if single and node.attrs.get("keepdims", 1) else ""
     return ""
 
 
 def _keeps_zeros(rw: Rewriter, node: Node) -> bool:
-    """Whether a node that does nothing leaves even the sign of a zero alone: where it adds something, that is +0."""
-    found = adds_nothing(rw, node)
-    if found is not None:
-        return zeros.keeps(found[1])
+    """Whether a node without effect also keeps the sign of zeros."""
+    addition = adds_nothing(rw, node)
+    if addition is not None:
+        return zeros.keeps(addition[1])
     if rw.is_a(node, "Resize", "Upsample"):
         return node.attrs.get("mode", "nearest") in ("nearest", b"nearest")
     return not rw.is_a(node, *SUMS)
 
 
-def _identity(rw: Rewriter, node: Node) -> bool:
-    """Whether a convolution or product maps every channel to itself, as the adjacency of a graph of self-loops does."""
+def _is_identity(rw: Rewriter, node: Node) -> bool:
+    """Whether a convolution or product maps every channel to itself (the adjacency matrix of isolated nodes does)."""
     reading = forms.linear(rw, node)
     if reading is None or reading.geometry.weights > MAX_COMPARED or not reading.geometry.pointwise:
         return False
@@ -283,7 +291,7 @@ def _identity(rw: Rewriter, node: Node) -> bool:
     return bool(np.all(linear.weight.reshape(g.groups, width, width) == np.eye(width)))
 
 
-def _full_slice(rw: Rewriter, node: Node, x: Tensor) -> str:
+def _explain_full_slice(rw: Rewriter, node: Node, x: Tensor) -> str:
     parameters = attributes.slice_parameters(rw, node)
     if not parameters:
         return ""
@@ -296,11 +304,11 @@ def _full_slice(rw: Rewriter, node: Node, x: Tensor) -> str:
     return "Slice that keeps everything"
 
 
-def _same_size(rw: Rewriter, node: Node, x: Tensor, y: Tensor) -> str:
+def _explain_same_size(rw: Rewriter, node: Node, x: Tensor, y: Tensor) -> str:
     if node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
         return ""
     before, after = rw.shape(x), rw.shape(y)
     if attributes.resized_by_sizes(rw, node):
-        return f"{node.op} to the size it has" if known(before) is not None and before == after else ""
+        return f"{node.op} to the size of its input" if known(before) is not None and before == after else ""
     scales = attributes.resize_scales(rw, node)
     return f"{node.op} by a factor of 1" if scales is not None and all(s == 1 for s in scales.values()) else ""

@@ -1,10 +1,10 @@
-"""A pointwise map before a Gram matrix runs behind it, on two small matrices instead of every position."""
+"""Code motion: a pointwise map moves from before a Gram matrix to after it, where it acts on small matrices."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from pwopt.algebra import Array
+from pwopt.algebra import Values
 from pwopt.algebra.geometry import Refusal
 from pwopt.graph import attributes
 from pwopt.graph.ir import Node, Tensor
@@ -15,25 +15,29 @@ from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.rewriting.wording import dearer
 
-#: Largest ratio of singular values of W: (Wx)(Wx)ᵀ rounds relative to ‖W‖‖x‖·‖Wx‖, and W(x·xᵀ)Wᵀ to ‖W‖²‖x‖², which is
-#: at most this many times as much (Higham, "Accuracy and Stability of Numerical Algorithms", 2002, section 3.5).
+#: The largest condition number of W. The rounding error of (Wx)(Wx)ᵀ is proportional to ‖W‖‖x‖·‖Wx‖, and that of
+#: W(x·xᵀ)Wᵀ to ‖W‖²‖x‖², which is larger by at most the condition number (Higham, "Accuracy and Stability of Numerical
+#: Algorithms", 2002, section 3.5).
 MAX_CONDITION = 10.0
 
 
 class CommuteGram(Pass):
     """(Wx)(Wx)ᵀ = W(x·xᵀ)Wᵀ
 
-    For a pointwise W without bias, whose result only the Gram matrix reads, perhaps through a Reshape that joins the
-    positions. With P positions and W of n→m channels, m·n·P + m²·P multiply-adds become n²·P + m·n² + m²·n; done if
-    that is fewer. W must be well-conditioned: where it all but cancels its input, the right side would round worse.
-    Style transfer (Gatys, Ecker and Bethge, 2016) and covariance pooling have Gram matrices.
+    * W is pointwise and has no bias. Only the Gram matrix reads its result, directly or through a Reshape that joins
+      the positions.
+    * W is well-conditioned: if it almost cancelled its input, the right side would round worse.
+    * It takes fewer multiply-adds: with P positions and W from n to m channels, m·n·P + m²·P become
+      n²·P + m·n² + m²·n.
+
+    Style transfer (Gatys, Ecker and Bethge, 2016) and covariance pooling compute Gram matrices.
     """
 
     name = "commute-gram"
     policy = "if cheaper"
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
-        rows = _gram_of(rw, node)
+        rows = _find_factor(rw, node)
         if rows is None:
             return None
         maker = rw.producer(rows)
@@ -45,22 +49,23 @@ class CommuteGram(Pass):
         g = reading.geometry
         if not g.pointwise or g.groups > 1:
             return None
-        refusal = _refusal(rw, reading, node, mapped)
+        refusal = _find_obstacle(rw, reading, node, mapped)
         if refusal:
             return Skip(refusal)
         size = rw.size_of(rows)
         if size is None:
-            return Skip("the number of positions is not known; --shape tells it")
+            return Skip("the number of positions is not known; give the input sizes with --shape")
         m, n, places = g.out_channels, g.in_channels, size[-1]
         if not places:
             return None
         before, after = (m * n + m * m) * places, n * n * places + m * n * n + m * m * n
         if after >= before:
-            return Skip(f"behind the Gram matrix, {n}→{m} would cost {dearer(before, after)}")
+            return Skip(f"after the Gram matrix, {n}→{m} would cost {dearer(before, after)}")
         return _write(rw, node, reading, rows, flatten)
 
 
-def _refusal(rw: Rewriter, reading: Reading, node: Node, mapped: Tensor) -> str:
+def _find_obstacle(rw: Rewriter, reading: Reading, node: Node, mapped: Tensor) -> str:
+    """Why the map cannot move, else ""."""
     rows, columns = node.inputs
     if len(rw.readers(rows)) > 2:
         return f"{rows.name!r} is read by more than its Gram matrix"
@@ -72,12 +77,12 @@ def _refusal(rw: Rewriter, reading: Reading, node: Node, mapped: Tensor) -> str:
     if reading.geometry.biased:
         return "the map before the Gram matrix has a bias, and (Wx + b)(Wx + b)ᵀ is not W(x·xᵀ)Wᵀ"
     if str(rw.dtype(rows)) == "float16":
-        return "a sum of other numbers could overflow float16"
+        return "the Gram matrix of the input could overflow float16"
     return ""
 
 
-def _gram_of(rw: Rewriter, node: Node) -> Tensor | None:
-    """The matrix x of a product x·xᵀ."""
+def _find_factor(rw: Rewriter, node: Node) -> Tensor | None:
+    """The matrix x of a product x·xᵀ; None if the node is no such product."""
     if rw.op(node) != "MatMul":
         return None
     rows, transpose = node.inputs[0], rw.producer(node.inputs[1])
@@ -89,7 +94,7 @@ def _gram_of(rw: Rewriter, node: Node) -> Tensor | None:
 
 
 def _along_rows(rw: Rewriter, reading: Reading, flatten: Node | None) -> bool:
-    """Whether the channels of a map are the rows of the matrix, and all that follows them its columns."""
+    """Whether the channels of a map are the rows of the matrix, and all its positions the columns."""
     rank = rw.rank(reading.output) or 0
     if flatten is None:
         return reading.axis == rank - 2
@@ -100,36 +105,29 @@ def _along_rows(rw: Rewriter, reading: Reading, flatten: Node | None) -> bool:
 
 
 def _write(rw: Rewriter, node: Node, reading: Reading, rows: Tensor, flatten: Node | None) -> Rewrite | Skip:
-    g, output, linear = reading.geometry, node.outputs[0], reading.load()
-    dtype = rw.dtype(reading.weight_input)
-    if isinstance(linear, Refusal) or dtype is None:
-        return Skip(linear.reason if isinstance(linear, Refusal) else "the element type is not known")
-    matrix: Array = linear.weight.reshape(g.out_channels, g.in_channels)
-    condition = float(np.linalg.cond(matrix)) if g.out_channels >= g.in_channels else float("inf")
-    if not condition <= MAX_CONDITION:
-        return Skip(f"the weights have a condition number of {condition:.2g}, and a Gram matrix of x would square it")
-    low = emit.rounded(matrix, dtype)
-    if isinstance(low, Refusal):
-        return Skip(low.reason)
+    g, output, axis = reading.geometry, node.outputs[0], (rw.rank(rows) or 2) - 2
+    rounded = _round_matrix(rw, reading)
+    shape = None if flatten is None else rw.integers(flatten.inputs[1])
+    if isinstance(rounded, Refusal):
+        return Skip(rounded.reason)
+    if flatten is not None and shape is None:
+        return Skip("the shape of its Reshape is computed while the model runs; make the input sizes static (--static)")
+    low, residual = rounded
     transpose = rw.producer(node.inputs[1])
     assert transpose is not None
-    axis = (rw.rank(rows) or 2) - 2
+    new: list[Node] = []
+    narrow = reading.source
+    if flatten is not None and shape is not None:
+        target = flatten.inputs[1]
+        if shape[axis] == g.out_channels != g.in_channels:
+            sizes = [g.in_channels if a == axis else d for a, d in enumerate(shape)]
+            target = rw.new_constant(f"{rows.name}_shape", np.array(sizes, np.int64))
+        narrow = rw.new_variable(f"{rows.name}_before", rows, channels(axis, g.in_channels))
+        new.append(Node("Reshape", flatten.name, dict(flatten.attrs), [reading.source, target], [narrow]))
 
     def square(shape: Shape) -> Shape:
         return (*shape[:-2], g.in_channels, g.in_channels)
 
-    new: list[Node] = []
-    narrow = reading.source
-    if flatten is not None:
-        target = rw.integers(flatten.inputs[1])
-        if target is None:
-            return Skip("the shape of its Reshape is computed while the model runs; --static settles it")
-        held = flatten.inputs[1]
-        if target[axis] == g.out_channels != g.in_channels:
-            wanted = [g.in_channels if a == axis else d for a, d in enumerate(target)]
-            held = rw.new_constant(f"{rows.name}_shape", np.array(wanted, np.int64))
-        narrow = rw.new_variable(f"{rows.name}_before", rows, channels(axis, g.in_channels))
-        new.append(Node("Reshape", flatten.name, dict(flatten.attrs), [reading.source, held], [narrow]))
     flipped = rw.new_variable(f"{output.name}_transposed", node.inputs[1], channels(axis + 1, g.in_channels))
     inner = rw.new_variable(f"{output.name}_gram", output, square)
     half = rw.new_variable(f"{output.name}_half", output, channels(axis + 1, g.in_channels))
@@ -142,7 +140,22 @@ def _write(rw: Rewriter, node: Node, reading: Reading, rows: Tensor, flatten: No
         Node("MatMul", rw.node_name(node.name, "_right"), {}, [half, right], [output]),
     ]
     old = [*reading.nodes, *([flatten] if flatten is not None else []), transpose, node]
-    largest = float(np.max(np.abs(matrix), initial=0.0))
-    residual = float(np.max(np.abs(low.astype(np.float64) - matrix), initial=0.0)) / largest if largest else 0.0
-    reason = f"{reading.channels} runs behind the Gram matrix, on both sides of it, instead of at every position"
+    reason = f"{reading.channels} runs after the Gram matrix, on both sides of it, instead of at every position"
     return rw.replace(old, new, reason, residual)
+
+
+def _round_matrix(rw: Rewriter, reading: Reading) -> tuple[Values, float] | Refusal:
+    """W in the model's element type, and the largest relative rounding error."""
+    g, linear, dtype = reading.geometry, reading.load(), rw.dtype(reading.weight_input)
+    if isinstance(linear, Refusal):
+        return linear
+    matrix = linear.weight.reshape(g.out_channels, g.in_channels)
+    condition = float(np.linalg.cond(matrix)) if g.out_channels >= g.in_channels else float("inf")
+    if not condition <= MAX_CONDITION:
+        limit = f"the limit is {MAX_CONDITION:g}, because W(x·xᵀ)Wᵀ would round worse"
+        return Refusal(f"the weights have a condition number of {condition:.2g}; {limit}")
+    low = emit.rounded(matrix, dtype) if dtype is not None else Refusal("the element type is not known")
+    if isinstance(low, Refusal):
+        return low
+    largest = float(np.max(np.abs(matrix)))
+    return low, float(np.max(np.abs(low.astype(np.float64) - matrix))) / largest
