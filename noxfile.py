@@ -1,8 +1,8 @@
-"""The suite on every Python and on the oldest and newest libraries: `pip install nox`, then `nox`.
+"""Run the suite on every Python, and on the oldest and newest libraries: `pip install nox`, then `nox`.
 
-`nox -s oldest` tests the lower bounds of pyproject.toml themselves: each requirement ``name>=version`` is installed as
-``name==version``. `nox -s "newest-3.12"` runs on one Python; Pythons that are not installed are skipped. Arguments
-after ``--`` go to pytest: `nox -s oldest -- -x tests/maps/test_forms.py`.
+`nox -s oldest` tests the lower bounds of pyproject.toml: it installs each requirement ``name>=version`` as
+``name==version``. `nox -s "newest-3.12"` uses one Python. Pythons that are not installed are skipped. Arguments after
+``--`` go to pytest: `nox -s oldest -- -x tests/maps/test_forms.py`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from pathlib import Path
 import nox
 
 PYTHONS = ["3.10", "3.11", "3.12", "3.13"]
-#: What the lower bounds are tested on: the oldest Python.
+#: The lower bounds are tested on the oldest Python.
 OLDEST = PYTHONS[0]
 
 nox.options.default_venv_backend = "venv"
@@ -23,7 +23,7 @@ ENVIRONMENT = {"OMP_NUM_THREADS": "1"}
 
 
 def lower_bounds() -> list[str]:
-    """The dependencies, with the onnxruntime of the `cpu` extra, each at its lower bound."""
+    """Return all dependencies and the onnxruntime of the `cpu` extra, each at its lower bound."""
     project = nox.project.load_toml(Path(__file__).parent / "pyproject.toml")["project"]
     required = [*project["dependencies"], *project["optional-dependencies"]["cpu"]]
     return [r.replace(">=", "==") for r in required]
@@ -31,35 +31,35 @@ def lower_bounds() -> list[str]:
 
 @nox.session(python=PYTHONS)
 def newest(session: nox.Session) -> None:
-    """Every Python, with the newest libraries it has."""
+    """Test on every Python, with its newest libraries."""
     session.install("--upgrade", "-e", ".[cpu,report,test]")
     session.run("pytest", *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session(python=OLDEST)
 def oldest(session: nox.Session) -> None:
-    """The lower bounds of pyproject.toml."""
+    """Test the lower bounds of pyproject.toml."""
     session.install("-e", ".[cpu,test]", *lower_bounds())
     session.run("pytest", *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session
 def docs(session: nox.Session) -> None:
-    """The documentation's site, into ./site; any warning is an error."""
+    """Build the documentation site in ./site; every warning is an error."""
     session.install("-e", ".[cpu,docs,fleet]")
     session.run("mkdocs", "build", "--strict", "-d", *(session.posargs or ["site"]))
 
 
 @nox.session
 def client(session: nox.Session) -> None:
-    """docs/rapidocr.md with RapidOCR's wheel, which is large, so that the suite does not ask for it."""
+    """Test docs/rapidocr.md with RapidOCR's wheel, which is too large for the suite."""
     session.install("-e", ".[cpu,test]", "rapidocr-onnxruntime>=1.4")
     session.run("pytest", "tests/whole/test_client.py", *session.posargs, env=ENVIRONMENT)
 
 
 @nox.session
 def package(session: nox.Session) -> None:
-    """Wheel and source distribution: what they hold, and whether their descriptions can be shown."""
+    """Build the wheel and the source distribution, and check their contents and descriptions."""
     session.install("build", "twine", "check-wheel-contents")
     folder = Path(session.create_tmp()) / "dist"
     shutil.rmtree(folder, ignore_errors=True)
@@ -70,7 +70,7 @@ def package(session: nox.Session) -> None:
 
 @nox.session(venv_backend="none")
 def constraints(session: nox.Session) -> None:
-    """What .ci/run left in .venv, into constraints.txt; its comments stay."""
+    """Write the versions that .ci/run installed in .venv to constraints.txt, and keep its comments."""
     file = Path(__file__).parent / "constraints.txt"
     said = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
     command = (".venv/bin/pip", "freeze", "--all", "--exclude", "pip", "--exclude", "pwopt")
@@ -80,6 +80,6 @@ def constraints(session: nox.Session) -> None:
 
 @nox.session(python=OLDEST)
 def without_runtime(session: nox.Session) -> None:
-    """No onnxruntime: tests that need it are skipped, the algebra is not."""
+    """Test without onnxruntime: tests that need it are skipped, those of the algebra are not."""
     session.install("-e", ".[test]")
     session.run("pytest", *session.posargs, env=ENVIRONMENT)

@@ -1,4 +1,4 @@
-"""What the site makes of the source: a page of all passes with pictures, and links that lead out of docs/."""
+"""Adapt pages for the site: add all passes with pictures, and redirect links that lead out of docs/."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pwopt.rewriting import Pass, Rewrite
 from pwopt.selecting.snapshot import run_pipeline
 
 ROOT = Path(__file__).parent.parent
-#: Where files of the repository that are no pages are shown.
+#: The address of files in the repository that are not pages.
 REPOSITORY = "https://github.com/pwopt/pwopt/blob/main/"
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
-    """Fill in the passes, and lead links out of docs/ to the repository."""
+    """Insert the passes, and redirect links that lead out of docs/ to the repository."""
     if page.file.src_path == "passes.md":
         markdown = markdown.replace("<!-- passes -->", "\n\n".join(map(_section, pwopt.PASSES)))
     return re.sub(r"\]\(\.\./([\w./-]+(?:#[\w-]+)?)\)", rf"]({REPOSITORY}\1)", markdown)

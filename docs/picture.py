@@ -1,4 +1,4 @@
-"""The picture in README.md: `python docs/picture.py` draws a model of the gallery before and after pwopt."""
+"""Draw the picture in README.md, a gallery model before and after pwopt: `python docs/picture.py`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ import pwopt
 
 ROOT = Path(__file__).parent.parent
 PICTURE = ROOT / "docs" / "pictures" / "before_after.svg"
-#: A chain, so that it can be drawn in one line: normalisation, whitening, projection, classifier.
+#: A chain, which can be drawn in one line: normalisation, whitening, projection, classifier.
 MODEL = ROOT / "models" / "hyperspectral.onnx"
-#: Size of a box, of the arrow between two, of the margin, and of a line of text, in pixels.
+#: Width and height of a box, length of an arrow, margin, and height of a line of text, in pixels.
 WIDTH, HEIGHT, GAP, MARGIN, LINE = 104, 40, 34, 16, 20
-#: Ink, soft ink, paper, and the colours of what goes and of what stands for it, on white and on black.
+#: Text, secondary text, background, removed operators, new operators; for light and dark mode.
 LIGHT = ("#1b1f24", "#59636e", "#fff", "#6f7b87", "#0b62c4")
 DARK = ("#e7eaee", "#9da7b3", "#0d1117", "#7d8894", "#65aefc")
 STYLE = """text{{font:13px system-ui,-apple-system,"Segoe UI",sans-serif;fill:{0};text-anchor:middle}}
@@ -25,7 +25,7 @@ STYLE = """text{{font:13px system-ui,-apple-system,"Segoe UI",sans-serif;fill:{0
 
 
 def picture() -> str:
-    """The model before and after, as SVG; the same bytes wherever it is drawn."""
+    """Return the model before and after as SVG, with the same bytes on every machine."""
     before = onnx.shape_inference.infer_shapes(onnx.load(MODEL))
     result = pwopt.optimize(MODEL, cost="analytic", verify=False)
     after = onnx.shape_inference.infer_shapes(result.model)
@@ -53,13 +53,13 @@ def _width(nodes: Sequence[onnx.NodeProto]) -> int:
 
 
 def _channels(model: onnx.ModelProto) -> dict[str, str]:
-    """What stands above an arrow: the channels of a tensor."""
+    """The number above an arrow: the channels of each tensor."""
     values = (*model.graph.input, *model.graph.value_info, *model.graph.output)
     return {v.name: str(v.type.tensor_type.shape.dim[1].dim_value) for v in values}
 
 
 def _chain(model: onnx.ModelProto, kept: set[str], tone: str, top: int) -> str:
-    """Operators from left to right; those that are not in both models have the tone."""
+    """Draw operators from left to right; those that are not in both models get the class `tone`."""
     channels, drawn, nodes = _channels(model), "", model.graph.node
     middle = top + HEIGHT // 2
     flowing = [model.graph.input[0].name, *(n.output[0] for n in nodes)]
