@@ -106,6 +106,13 @@ def test_every_link_elsewhere_is_somewhere() -> None:
     assert set(itertools.chain.from_iterable(map(links, PAGES))) >= ELSEWHERE
 
 
+def test_the_api_reference_names_what_exists() -> None:
+    names = re.findall(r"^::: (\S+)", (ROOT / "docs" / "api.md").read_text(encoding="utf-8"), re.M)
+    assert len(names) > 10
+    for name in names:
+        assert pkgutil.resolve_name(name) is not None
+
+
 def test_readme_has_two_commands() -> None:
     """`.ci/run` takes them from there."""
     lines = (ROOT / "README.md").read_text(encoding="utf-8").splitlines()
