@@ -249,7 +249,7 @@ def table(record: Row) -> str:
     failed = [str(sum("error" in r["tools"].get(t, {}) for r in rows)) for t in tools]
     taken = [statistics.median([r["tools"][t]["seconds"] for r in rows if "seconds" in r["tools"][t]]) for t in tools]
     lines.append(f"| geometric mean | | {' | '.join(means)} |")
-    lines.append(f"| least | | {' | '.join(least)} |")
+    lines.append(f"| minimum | | {' | '.join(least)} |")
     lines.append(f"| failed or not equivalent | | {' | '.join(failed)} |")
     lines.append(f"| seconds taken, median | | {' | '.join(f'{s:.1f}' for s in taken)} |")
     return "\n".join(lines) + "\n"
@@ -281,11 +281,10 @@ def told(record: Row) -> str:
     ]
     broken = f" Failed: {'; '.join(failures)}." if failures else ""
     head = (
-        "The table shows how many times faster each tool makes a model than onnxruntime"
-        f" {machine['onnxruntime']} alone. The figures are medians of interleaved runs on one thread of an"
-        f" {machine['cpu']}, {record['date']}, with {named}. onnxruntime runs the models that the tools write; OpenVINO"
-        " runs the original itself. Bold marks the fastest tool, and every tool whose interval overlaps with that of the"
-        " fastest. A dash counts as 1."
+        f"The table shows speed-ups over onnxruntime {machine['onnxruntime']} on the original model. The figures are"
+        f" medians of interleaved runs, measured on {record['date']} on one thread ({machine['cpu']}) with {named}."
+        " onnxruntime runs the models that the tools write. OpenVINO runs the original by itself. Bold marks the fastest"
+        " tool, and every tool whose interval overlaps with that of the fastest. A dash counts as 1."
     )
     chart = f"![Speed-ups of {len(record['models'])} models by tool]({CHART.relative_to(ROOT).as_posix()})"
     paragraphs = (textwrap.fill(head, WIDTH), chart, table(record).rstrip(), textwrap.fill(f"{behind}{broken}", WIDTH))
