@@ -1,6 +1,6 @@
 """Random valid models over the operators that pwopt touches, aimed at every pass.
 
-A `Random` decides everything: hypothesis's, which it can shrink, or a seeded one (tests/benchmarks/fuzz.py).
+A `Random` decides everything: hypothesis's, which it can shrink, or a seeded one (benchmarks/fuzz.py).
 """
 
 from __future__ import annotations

@@ -142,8 +142,8 @@ def test_help_lists_what_there_is() -> None:
 
 
 def test_the_table_of_tools_is_the_recorded_one() -> None:
-    """`tests/benchmarks/peers.py --render` writes it; where others are ahead is told."""
-    peers = runpy.run_path(str(ROOT / "tests" / "benchmarks" / "peers.py"))
+    """`benchmarks/peers.py --render` writes it; where others are ahead is told."""
+    peers = runpy.run_path(str(ROOT / "benchmarks" / "peers.py"))
     record = json.loads(peers["RECORD"].read_text(encoding="utf-8"))
     shown = (ROOT / "README.md").read_text(encoding="utf-8").partition(peers["START"])[2].partition(peers["END"])[0]
     assert shown == peers["told"](record)

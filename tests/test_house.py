@@ -146,7 +146,7 @@ def test_every_pass_is_listed_tested_and_told() -> None:
 )
 def test_what_pages_name_is_there(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
-    named = re.findall(r"`((?:pwopt|passes|tests|models|docs)/[\w./-]*|[a-z]+/[a-z_]+\.py)`", text)
+    named = re.findall(r"`((?:pwopt|passes|tests|benchmarks|models|docs)/[\w./-]*|[a-z]+/[a-z_]+\.py)`", text)
     named += re.findall(r"\]\((?!https?:)([^)#]+)\)", text)
     for name in named:
         places = (ROOT / name, page.parent / name, ROOT / "pwopt" / name)

@@ -100,6 +100,8 @@ def test_a_clone_imports_its_own_passes(clone: Path, tmp_path: Path, place: str)
 
 
 def test_no_source_file_is_a_link() -> None:
-    found = [p for name in ("pwopt", "passes", "tests", "models", "docs") for p in (ROOT / name).rglob("*")]
+    found = [
+        p for name in ("pwopt", "passes", "tests", "benchmarks", "models", "docs") for p in (ROOT / name).rglob("*")
+    ]
     assert len(found) > 300
     assert not [p for p in found if p.is_symlink()]

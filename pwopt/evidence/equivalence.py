@@ -26,7 +26,7 @@ from pwopt.running.runtime import Session
 #: An output passes if its deviation is within this many times the original's noise floor or sensitivity.
 FLOOR_FACTOR = 4.0
 #: A tolerance that nobody asked for excuses no more than this many times those, or roundings of the largest value. Of
-#: 200 equivalent pairs none deviates by more than 2 times them (tests/benchmarks/error_rates.py), of 32 pairs of a real
+#: 200 equivalent pairs none deviates by more than 2 times them (benchmarks/error_rates.py), of 32 pairs of a real
 #: model and its optimised form (by pwopt or another) none by more than 3.1, and on constant or huge inputs by 8.
 EXCUSED = 32.0
 

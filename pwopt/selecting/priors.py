@@ -1,6 +1,6 @@
 """How often each kind of measured rewrite paid before: an order in which to ask, and a guess, never a decision.
 
-A table ships with the package, recorded by `tests/benchmarks/priors.py` on machines that it names; what this machine's
+A table ships with the package, recorded by `benchmarks/priors.py` on machines that it names; what this machine's
 cache holds is added to it.
 """
 

@@ -28,7 +28,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent.parent
 #: Where the checks find what they share with the suite.
-BESIDE = (ROOT / "tests", ROOT / "tests" / "benchmarks")
+BESIDE = (ROOT / "tests", ROOT / "benchmarks")
 #: Seconds kept back to write down what was found.
 RESERVE = 5.0
 

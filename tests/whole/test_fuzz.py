@@ -1,4 +1,4 @@
-"""A few random models of a fixed seed through every pass; tests/benchmarks/fuzz.py runs many."""
+"""A few random models of a fixed seed through every pass; benchmarks/fuzz.py runs many."""
 
 from __future__ import annotations
 

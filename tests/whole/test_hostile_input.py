@@ -163,7 +163,7 @@ DEEP: dict[str, Callable[[int], onnx.NodeProto]] = {
 
 @pytest.mark.parametrize("node", DEEP.values(), ids=DEEP)
 def test_deep_chains_do_not_recurse(node: Callable[[int], onnx.NodeProto]) -> None:
-    """Deeper than Python's recursion limit; tests/benchmarks/size.py goes to 100,000."""
+    """Deeper than Python's recursion limit; benchmarks/size.py goes to 100,000."""
     result = algebra(chain(1500, node))
     onnx.checker.check_model(result.model)
 

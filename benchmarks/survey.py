@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What is left in optimised models that is linear or does nothing, by kind, with the reason why it stays.
 
-    python tests/benchmarks/survey.py MODEL… [-o tests/benchmarks/results/survey.json]
+    python benchmarks/survey.py MODEL… [-o benchmarks/results/survey.json]
 
 Each model is optimised by what needs no clock (`--cost analytic`), and every operator that could still be one with
 another is listed: scales, shifts and normalisations (`pwopt.maps.forms` reads them as maps), changes of view and order,

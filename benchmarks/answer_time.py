@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """How long pwopt takes to answer, stage by stage, and what the answer is worth.
 
-    python tests/benchmarks/answer_time.py FOLDER... [-o RESULTS.json] [--save OUT] [--models a,b] [--analytic]
-    python tests/benchmarks/answer_time.py --race ORIGINALS BEFORE AFTER [-o RESULTS.json] [--seconds 8]
+    python benchmarks/answer_time.py FOLDER... [-o RESULTS.json] [--save OUT] [--models a,b] [--analytic]
+    python benchmarks/answer_time.py --race ORIGINALS BEFORE AFTER [-o RESULTS.json] [--seconds 8]
 
 The first form optimises every .onnx file in some folders, each in a process of its own, by default with no option but
 an empty cache, and says for each how much time passed (wall), and how much of the processors' it took (CPU), in total

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Models that rewrites make faster under one condition and slower under another: neither may come out slower.
 
-    python tests/benchmarks/conditions.py [-o RESULTS.json] [--seconds 6]
+    python benchmarks/conditions.py [-o RESULTS.json] [--seconds 6]
 
 Minimal filtering (`winograd`) trades multiply-adds for some sixty operators: it pays on large planes and costs time on
 small ones, and on one thread more than on several. The models are convolutions of 3×3 on open sizes. Each is forced first

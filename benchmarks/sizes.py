@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """A table of the sizes that dynamic models are run at: which, why, how long choosing took, and how much memory.
 
-    python tests/benchmarks/sizes.py [MODEL.onnx …] [-o RESULTS.json] [--table TABLE.md]
+    python benchmarks/sizes.py [MODEL.onnx …] [-o RESULTS.json] [--table TABLE.md]
 
 The models are those given, and the built ones of tests/dynamic.py: audio, tokens, images both ways, video, key-value
 caches, several inputs that share an axis, indices. Each is a process of its own; its memory is the peak that choosing
@@ -22,7 +22,7 @@ from typing import Any
 
 import onnx
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from dynamic import CASES
 

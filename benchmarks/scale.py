@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Time pwopt itself on graphs of growing size: near-linear, or it shows here.
 
-    python tests/benchmarks/scale.py [-o RESULTS.json] [--sizes 2000,4000,8000,16000]
+    python benchmarks/scale.py [-o RESULTS.json] [--sizes 2000,4000,8000,16000]
 
 Two families: one chain of linear 1×1 convolutions, and blocks of Conv, Mul, Add (by one scalar that all share) and
 Relu. Seconds are for reading the graph, all passes to their end, and writing it back.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """CSPDarknet-53 of 27 million weights: how much CPU it takes pwopt to find what could be raced in a wide model.
 
-    python tests/benchmarks/wide.py [FOLDER]
+    python benchmarks/wide.py [FOLDER]
 
 Wang et al., "CSPNet" (CVPR Workshops 2020); Bochkovskiy et al., "YOLOv4" (2020): each stage halves the plane, splits into
 two 1×1 convolutions, sends one through residual blocks of 1×1 and 3×3, and joins both. Writes the model into FOLDER and

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """Record how often each kind of measured rewrite pays on this machine, for the table that ships with pwopt.
 
-    python tests/benchmarks/answer_time.py FOLDER... --effort thorough --keep CACHES
-    python tests/benchmarks/priors.py CACHES [--provider cpu]
+    python benchmarks/answer_time.py FOLDER... --effort thorough --keep CACHES
+    python benchmarks/priors.py CACHES [--provider cpu]
 
 The first command optimises models with an empty cache each, and keeps the caches; the second counts what they hold into
 pwopt/selecting/priors.json, in the place of what this class of processors had there, and names the machine and the

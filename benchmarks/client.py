@@ -1,6 +1,6 @@
 """RapidOCR with its wheel's models and with optimised ones, in turn, on a drawn page.
 
-``python tests/benchmarks/client.py DIR`` optimises the three models into the folder, with default options, unless
+``python benchmarks/client.py DIR`` optimises the three models into the folder, with default options, unless
 they are there, and prints the median of the ratios of runs side by side with its 95 % confidence interval.
 """
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Whether decisions hold: beside a busy neighbour, and from one run to the next.
 
-    python tests/benchmarks/decisions.py MODEL... [--neighbour] [--again 3] [--budget SECONDS] [-o RESULTS.json]
+    python benchmarks/decisions.py MODEL... [--neighbour] [--again 3] [--budget SECONDS] [-o RESULTS.json]
 
 With `--neighbour`, every model is optimised on one core by itself, and then beside a process that keeps the same core
 busy, each with an empty cache: kinds of rewrites that were kept in one and not in the other are listed, with whether the

@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """What other tools make of the same models, and how fast that runs.
 
-    python tests/benchmarks/peers.py FOLDER... [-o RESULTS.json] [--seconds 15] [--tools a,b] [--models a,b]
-    python tests/benchmarks/peers.py --render [-o RESULTS.json]
+    python benchmarks/peers.py FOLDER... [-o RESULTS.json] [--seconds 15] [--tools a,b] [--models a,b]
+    python benchmarks/peers.py --render [-o RESULTS.json]
 
 onnxsim, OnnxSlim, onnxoptimizer, onnxscript's optimizer with its rewrite rules, and pwopt each make a model of every .onnx
 file in some folders, in a process of its own, with their defaults; pwopt's cache is empty. What they make is verified
@@ -10,7 +10,7 @@ against the original as anybody's would be, and raced on onnxruntime's CPU provi
 the original and with OpenVINO on the original (sizes fixed, float32). OpenVINO's outputs are compared to a thousandth
 of their scale. A tool that fails, or whose model is not equivalent, counts as the original: 1.
 
-The second form writes the table and the chart of a recorded run, `tests/benchmarks/results/peers.json`, into README.md
+The second form writes the table and the chart of a recorded run, `benchmarks/results/peers.json`, into README.md
 and docs/pictures. Needs `pip install onnxsim onnxslim onnxoptimizer onnxscript openvino`; tools that are missing are left
 out.
 """
@@ -36,8 +36,8 @@ from typing import Any
 
 import numpy as np
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-RECORD = ROOT / "tests" / "benchmarks" / "results" / "peers.json"
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = ROOT / "benchmarks" / "results" / "peers.json"
 CHART = ROOT / "docs" / "pictures" / "peers.svg"
 #: Where the table stands in README.md.
 START, END = "<!-- peers: start -->\n", "<!-- peers: end -->"

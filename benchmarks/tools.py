@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Verify what several optimisers make of real models, and keep the reports.
 
-    python tests/benchmarks/tools.py FOLDER OUT [--tools pwopt,onnxsim,onnxslim] [--models a,b]
+    python benchmarks/tools.py FOLDER OUT [--tools pwopt,onnxsim,onnxslim] [--models a,b]
 
 FOLDER holds .onnx files and may hold a shapes.json, {"model.onnx": {"input": [1, 3, 640, 640]}}. Every tool that is
 installed makes a model, which is compared with the original as anybody's would be; OUT gets a Markdown report of each

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write 3-D models to bench: chains of pointwise convolutions, and blocks like X3D's.
 
-    python tests/benchmarks/video.py FOLDER && python tests/benchmarks/run.py FOLDER
+    python benchmarks/video.py FOLDER && python benchmarks/run.py FOLDER
 
 Feichtenhofer, "X3D: Expanding Architectures for Efficient Video Recognition" (CVPR 2020): 1×1×1 expansion, depthwise
 3×3×3, squeeze-and-excitation, Swish, 1×1×1 projection, residual; stage 3 of X3D-S on 13 frames of 20×20.

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Run onnx's own backend tests through pwopt: rewritten models must give the outputs that the suite expects.
 
-    python tests/benchmarks/conformance.py [-o tests/benchmarks/results/conformance.json] [--kinds node,real,…] [--only PART]
+    python benchmarks/conformance.py [-o benchmarks/results/conformance.json] [--kinds node,real,…] [--only PART]
 
 The suite comes with the onnx wheel: a model for every operator and attribute, models converted from PyTorch, and light
 versions of well-known networks. Each case runs four times: as it is and with all inputs but the first as constants
@@ -32,7 +32,7 @@ from onnx import numpy_helper
 from onnx.backend.test.loader import load_model_tests
 from onnx.backend.test.runner import Runner
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from judge import runtime
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Race optimised models against onnxruntime alone on the originals.
 
-    python tests/benchmarks/run.py FOLDER [-o RESULTS.json] [--seconds 10] [--budget 60] [--threads 1] [--provider cpu]
+    python benchmarks/run.py FOLDER [-o RESULTS.json] [--seconds 10] [--budget 60] [--threads 1] [--provider cpu]
 
 FOLDER holds .onnx files and may hold a shapes.json, {"model.onnx": {"input": [1, 3, 640, 640]}}, for dynamic
 inputs. Nothing is downloaded and nothing is written into FOLDER. Both models run with all of onnxruntime's graph

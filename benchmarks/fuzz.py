@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Optimise random models by every pass alone and by all together, and compare with the originals.
 
-    python tests/benchmarks/fuzz.py [--graphs 20000] [--first 0] [--processes 2] [--minutes 60] [-o RESULTS.json]
+    python benchmarks/fuzz.py [--graphs 20000] [--first 0] [--processes 2] [--minutes 60] [-o RESULTS.json]
 
 Graph number n is made from seed n alone (tests/strategies.py), so a failure is reproduced by ``--first n --graphs 1``.
 With -o, a campaign that was interrupted goes on where it stopped. The judge (tests/judge.py) is onnxruntime without
@@ -26,7 +26,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 from judge import WrongError, choose, judge
 from strategies import random_sample

@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Many models one by one, and through a cluster of two workers of which one is killed half-way.
 
-    python tests/benchmarks/fleet.py FOLDER... [-o RESULTS.json] [--count 20] [--measured]
+    python benchmarks/fleet.py FOLDER... [-o RESULTS.json] [--count 20] [--measured]
 
 Takes the first .onnx files of some folders, as many times as it takes to have --count. Says how long each way takes,
 whether the results are the same byte by byte (decided from shapes, unless --measured), and how long it takes to do

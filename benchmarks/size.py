@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Memory and time of pwopt itself on models that grow: in gigabytes of weights, and in operators.
 
-    python tests/benchmarks/size.py [-o RESULTS.json] [--gigabytes 0.25,0.5,1,2.2] [--nodes 6250,12500,25000,50000]
+    python benchmarks/size.py [-o RESULTS.json] [--gigabytes 0.25,0.5,1,2.2] [--nodes 6250,12500,25000,50000]
 
 Each row is a process of its own, whose peak resident memory is read when it ends. The large models have external data,
 written piece by piece into a temporary folder (--folder, with room for twice the largest); some maps fold, most do not:

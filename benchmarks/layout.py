@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Write models whose widths and forms fall out of onnxruntime's blocked layout, to bench.
 
-    python tests/benchmarks/layout.py FOLDER && python tests/benchmarks/run.py FOLDER
+    python benchmarks/layout.py FOLDER && python benchmarks/run.py FOLDER
 
 * odd_widths: inverted residuals (Sandler et al., "MobileNetV2", 2018) of 27, 38, 50 and 61 channels, six times that
   inside, with squeeze-and-excitation and SiLU, as in scaled EfficientNets and ReXNet.

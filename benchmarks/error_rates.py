@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """How often the rule of equivalence errs: false alarms over equivalent pairs, misses over planted faults of known size.
 
-    python tests/benchmarks/error_rates.py [-o RESULTS.json] [--pairs 200]
+    python benchmarks/error_rates.py [-o RESULTS.json] [--pairs 200]
 
 Random networks of convolutions, normalisations and activations with a classifier, a softmax, a sigmoid map or a label
 at the end. An equivalent pair is a network and the same function computed otherwise: channels permuted, filters
