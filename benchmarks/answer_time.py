@@ -198,7 +198,7 @@ def raced(options: argparse.Namespace) -> list[dict[str, Any]]:
         proto = load(path).proto
         specs = input_specs(proto)
         feeds = make_feeds(specs, likely_sizes(specs, proto, path).sizes)
-        sessions = [Session(f, "cpu", 1) for f in files]
+        sessions = [Session(f) for f in files]
         race = timing.race(sessions, feeds, options.seconds)
         after = timing.Race(race.times[1:])
         row = {

@@ -194,7 +194,7 @@ def main() -> None:
             print(*(f"{k}: {v}" for k, v in rows[-1].items()), sep="  ", flush=True)
         print("  ".join(f"{name} {n}" for name, n in sorted(rewrites.items())), flush=True)
     if options.output:
-        content = {"environment": environment("cpu", 1), "table": rows, "failed": failed, "refused": refused}
+        content = {"environment": environment(), "table": rows, "failed": failed, "refused": refused}
         options.output.write_text(to_json(content))
     sys.exit(bool(failed))
 

@@ -281,7 +281,7 @@ def main() -> None:
             print(row, flush=True)
         missed = [row for size in SIZES for row in misses(options.pairs, Path(folder), size)]
     if options.output:
-        content = {"environment": environment("cpu", 1), "false alarms": alarms, "misses": missed}
+        content = {"environment": environment(), "false alarms": alarms, "misses": missed}
         options.output.write_text(to_json(content))
 
 

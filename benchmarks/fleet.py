@@ -80,7 +80,7 @@ def main() -> None:
             models[-1].parent.mkdir(exist_ok=True)
             shutil.copy(source, models[-1])
         request = pwopt.Request() if options.measured else pwopt.Request(cost="analytic")
-        result = {"environment": environment("cpu", 1), **measure(models, request, Path(folder))}
+        result = {"environment": environment(), **measure(models, request, Path(folder))}
     print(json.dumps(result, indent=1))
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")

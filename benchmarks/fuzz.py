@@ -136,7 +136,7 @@ def main() -> None:
                 running[pool.submit(found, following)] = following
             ran = sum(n for name, n in judges.items() if name != "nodes")
             content = {
-                "environment": environment("cpu", 1),
+                "environment": environment(),
                 "graphs": ran,
                 "judges": dict(judges),
                 "rewrites": {p.name: rewrites[p.name] for p in PASSES},

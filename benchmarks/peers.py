@@ -182,7 +182,7 @@ def measure(path: Path, tools: Iterable[str], seconds: float) -> Row:
     specs = input_specs(proto)
     sizes = likely_sizes(specs, proto, path).sizes
     feeds = make_feeds(specs, sizes)
-    racers: list[Any] = [Session(path, "cpu", 1)]
+    racers: list[Any] = [Session(path)]
     found: dict[str, Row] = {}
     with tempfile.TemporaryDirectory() as folder:
         entered = []
@@ -202,7 +202,7 @@ def measure(path: Path, tools: Iterable[str], seconds: float) -> Row:
                 row = make(tool, path, made)
                 reason = "" if "error" in row else verified(path, made)
                 if "error" not in row and not reason:
-                    row["nodes"], racer = len(load(made).proto.graph.node), Session(made, "cpu", 1)
+                    row["nodes"], racer = len(load(made).proto.graph.node), Session(made)
             found[tool] = row
             if reason:
                 row["error"] = reason
@@ -364,7 +364,7 @@ def run(options: argparse.Namespace) -> Row:
     versions = {t: importlib.metadata.version(packages[t]) for t in tools}
     return {
         "date": date.today().isoformat(),
-        "environment": environment("cpu", 1),
+        "environment": environment(),
         "versions": versions,
         "tools": tools,
         "models": rows,

@@ -17,7 +17,7 @@ import json
 import os
 from pathlib import Path
 
-from pwopt.running.providers import Provider
+from pwopt.running.providers import as_provider
 from pwopt.running.runtime import environment
 from pwopt.selecting import cache, priors
 
@@ -33,9 +33,11 @@ def main() -> None:
         entries += [e for e in cache.stored() if e.model]
     found = priors.counted(entries)
     content = priors.table()
-    key = f"{Provider.parse(options.provider).kind} {priors.processor()}"
+    key = f"{as_provider(options.provider).kind} {priors.processor()}"
     machine = {
-        k: v for k, v in environment(options.provider, 1).items() if k in ("pwopt", "onnxruntime", "cpu", "cores")
+        k: v
+        for k, v in environment(as_provider(options.provider)).items()
+        if k in ("pwopt", "onnxruntime", "cpu", "cores")
     }
     models = sorted({e.name for e in entries})
     content["machines"] = [m for m in content["machines"] if m["for"] != key]

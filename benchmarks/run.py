@@ -24,6 +24,7 @@ from rich.table import Table
 import pwopt
 from pwopt.optimizing.request import EFFORTS
 from pwopt.reporting.report import to_json
+from pwopt.running.providers import as_provider
 from pwopt.running.runtime import environment
 
 
@@ -99,7 +100,7 @@ def main() -> None:
         )
     console.print(table)
     if options.output:
-        content = {"environment": environment(options.provider, options.threads), "models": rows}
+        content = {"environment": environment(as_provider(options.provider), options.threads), "models": rows}
         options.output.write_text(to_json(content))
 
 

@@ -78,7 +78,7 @@ def main() -> None:
             })  # fmt: skip
             print(rows[-1], flush=True)
     if options.output:
-        options.output.write_text(to_json({"environment": environment("cpu", 1), "rows": rows}))
+        options.output.write_text(to_json({"environment": environment(), "rows": rows}))
 
 
 if __name__ == "__main__":

@@ -178,7 +178,7 @@ def main() -> None:
         rows += found
     print("growth:", slopes)
     if options.output:
-        options.output.write_text(to_json({"environment": environment("cpu", 1), "rows": rows, "growth": slopes}))
+        options.output.write_text(to_json({"environment": environment(), "rows": rows, "growth": slopes}))
 
 
 if __name__ == "__main__":

@@ -124,7 +124,7 @@ def main() -> None:
     bad = [r["model"] for r in rows if not r["within bounds"]]
     print(f"{len(rows)} models, {len(bad)} beyond {MOST_SECONDS:.0f} s or 1 GiB: {', '.join(bad) or 'none'}")
     if options.output:
-        options.output.write_text(to_json({"environment": runtime.environment("cpu", 1), "rows": rows}))
+        options.output.write_text(to_json({"environment": runtime.environment(), "rows": rows}))
     if options.table:
         options.table.write_text(markdown(rows))
 

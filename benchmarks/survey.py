@@ -124,7 +124,7 @@ def main() -> None:
         for why, count in list(entry["reasons"].items())[:6]:
             print(f"      {count:5} {why}")
     if options.output:
-        content = {"environment": environment("cpu", 1), "models": models, "kinds": ordered}
+        content = {"environment": environment(), "models": models, "kinds": ordered}
         options.output.write_text(to_json(content))
 
 

@@ -16,6 +16,7 @@ from numpy.typing import ArrayLike
 from pwopt.algebra import Array, Values
 from pwopt.errors import UsageError
 from pwopt.graph.files import Source, as_file
+from pwopt.running.providers import Provider, as_provider
 from pwopt.running.runtime import Session
 
 Function = Callable[[Values], Values]
@@ -29,7 +30,7 @@ def function_of(
     input: str | None = None,
     output: str | None = None,
     others: Mapping[str, Values] | None = None,
-    provider: str = "cpu",
+    provider: str | Provider = "cpu",
 ) -> Function:
     """One input of a model → one of its outputs, run by onnxruntime.
 
@@ -40,7 +41,7 @@ def function_of(
         Names; the first input and the first output by default.
     others : mapping, optional
         What the model's other inputs are held at.
-    provider : str
+    provider : str or Provider
         Execution provider, unless `model` is a session already.
 
     Raises
@@ -52,7 +53,7 @@ def function_of(
         session = model
     else:
         with as_file(model) as path:
-            session = Session(path, provider)
+            session = Session(path, as_provider(provider))
     chosen = input or session.inputs[0]
     wanted = output or session.outputs[0]
     for kind, name, names in (("input", chosen, session.inputs), ("output", wanted, session.outputs)):

@@ -32,7 +32,7 @@ def bench(
     from pwopt.running import runtime
     from pwopt.running.bench import benchmark
 
-    provider = options.parse_provider(provider, provider_option)
+    placed = options.parse_provider(provider, provider_option)
     check_report(report, *models)
     if report is not None and kind_of(report) != "json":
         raise UsageError(f"bench writes JSON reports only; name the file {str(report.with_suffix('.json'))!r}")
@@ -46,11 +46,11 @@ def bench(
         raise UsageError(f"--batch takes numbers separated by commas, such as 1,8,32, not {batch!r}") from error
     with show_progress(debug=debug, quiet=quiet, verbose=verbose) as progress:
         rows = benchmark(
-            models, provider=provider, threads=threads, shapes=options.parse_single_round(shape), batch=batches,
+            models, provider=placed, threads=threads, shapes=options.parse_single_round(shape), batch=batches,
             seconds=seconds, progress=progress,
         )  # fmt: skip
     render_benchmark(rows, open_console(quiet=quiet or json))
-    content = benchmark_json(rows, runtime.environment(provider, threads))
+    content = benchmark_json(rows, runtime.environment(placed, threads))
     write_text(report, content)
     if json:
         print_json(content)

@@ -51,8 +51,9 @@ def optimize(
     debug: options.Debug = False,
 ) -> None:
     """Optimise MODEL, compare the result with it, and write the result only if both are equivalent."""
+    placed = options.parse_provider(provider, provider_option)
     request = Request(
-        output, provider=options.parse_provider(provider, provider_option), cost=cost,
+        output, provider=placed.text, cost=cost,
         shapes=options.parse_rounds(shape), inputs=inputs or None,
         passes=None if passes is None else options.split_list(passes), deny=deny or (),
         threads=options.parse_thread_counts(threads), static=static, max_growth=max_growth, opset=opset, rtol=rtol,

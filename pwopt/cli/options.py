@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from pwopt.errors import UsageError
+
+if TYPE_CHECKING:
+    from pwopt.running.providers import Provider as ExecutionProvider
 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="The ONNX model.", show_default=False)]
 Original = Annotated[Path, typer.Argument(metavar="A", help="The original model.", show_default=False)]
@@ -250,17 +253,15 @@ DryRun = Annotated[
 ]
 
 
-def parse_provider(provider: str, given: Sequence[str] | None) -> str:
-    """Join a provider and its options to one string, and check it."""
-    from pwopt.running.providers import Provider, with_options
+def parse_provider(text: str, given: Sequence[str] | None) -> ExecutionProvider:
+    """Parse a provider, and add its options."""
+    from pwopt.running.providers import as_provider
 
-    pairs = [text.partition("=") for text in given or ()]
-    for text, (key, equals, _) in zip(given or (), pairs, strict=True):
+    pairs = [pair.partition("=") for pair in given or ()]
+    for pair, (key, equals, _) in zip(given or (), pairs, strict=True):
         if not key or not equals:
-            raise UsageError(f"the provider option {text!r} is not of the form KEY=VALUE")
-    named = with_options(provider, {key: value for key, _, value in pairs})
-    Provider.parse(named)
-    return named
+            raise UsageError(f"the provider option {pair!r} is not of the form KEY=VALUE")
+    return as_provider(text).with_options({key: value for key, _, value in pairs})
 
 
 def parse_single_round(given: Sequence[str] | None) -> dict[str, tuple[int, ...]]:

@@ -29,7 +29,7 @@ def profile(
     from pwopt.cli.output import check_report, open_console, plain, print_json, show_progress
     from pwopt.optimizing.record_tuning import profile as record
 
-    provider = options.parse_provider(provider, provider_option)
+    placed = options.parse_provider(provider, provider_option)
     shapes = options.parse_single_round(shape)
     cluster = connect_fleet(scheduler, target)
     if cluster is None:
@@ -37,12 +37,12 @@ def profile(
     with show_progress(debug=debug, quiet=quiet, verbose=verbose) as progress:
         if cluster is None:
             own = record(
-                models, provider=provider, threads=threads, shapes=shapes, budget=budget, plugins=plugin or (),
+                models, provider=placed, threads=threads, shapes=shapes, budget=budget, plugins=plugin or (),
                 progress=progress,
             )  # fmt: skip
             found = {output: own}
         else:
-            request = Request(provider=provider, threads=threads, shapes=shapes, budget=budget, plugins=plugin or ())
+            request = Request(provider=placed.text, threads=threads, shapes=shapes, budget=budget, plugins=plugin or ())
             named = cluster.profiles(models, request, progress)
             found = {output / f"{re.sub('[^A-Za-z0-9._-]+', '-', label)}.json": p for label, p in named.items()}
     console = open_console(wide=True, quiet=quiet or json)

@@ -40,7 +40,7 @@ def verify(
     from pwopt.reporting.report import Comparison, rewrites_from
     from pwopt.running import runtime
 
-    provider = options.parse_provider(provider, provider_option)
+    placed = options.parse_provider(provider, provider_option)
     check_report(report, original, candidate)
     check_available(report)
     records = () if rewrites is None else rewrites_from(rewrites)
@@ -48,16 +48,16 @@ def verify(
     console = open_console(quiet=quiet or json)
     with show_progress(debug=debug, quiet=quiet, verbose=verbose) as progress:
         equivalence = compared(
-            original, candidate, provider=provider, threads=threads, shapes=options.parse_rounds(shape),
+            original, candidate, provider=placed, threads=threads, shapes=options.parse_rounds(shape),
             inputs=inputs or None, samples=options.split_list(kinds),
             ranges=dict(map(samples.parse_range, ranges or ())),
             rtol=rtol, atol=atol, locate=not no_locate, rewrites=records, invariants=asked,
             progress=lambda stage: progress(stage, 0.0),
         )  # fmt: skip
     console.print("[green]equivalent[/green]" if equivalence.passed else "[red]not equivalent[/red]")
-    terminal.render_comparison(equivalence, provider, console, details)
-    environment = runtime.environment(provider, threads)
-    content = Comparison(str(original), str(candidate), provider, environment, equivalence, context.obj)
+    terminal.render_comparison(equivalence, placed, console, details)
+    environment = runtime.environment(placed, threads)
+    content = Comparison(str(original), str(candidate), placed.text, environment, equivalence, context.obj)
     write_document(report, content)
     if json:
         print_json(content.to_json())

@@ -16,6 +16,7 @@ from pwopt.evidence.equivalence import LawCheck
 from pwopt.graph.shapes import written
 from pwopt.inputs.samples import Sample
 from pwopt.invariants import INVARIANTS, function_of
+from pwopt.running.providers import Provider
 from pwopt.running.runtime import Session
 
 
@@ -84,7 +85,7 @@ def _value(key: str, text: str) -> Any:
 
 
 def measure(
-    laws: Sequence[Law], original: Path, candidate: Path, sample: Sample, provider: str, threads: int
+    laws: Sequence[Law], original: Path, candidate: Path, sample: Sample, provider: Provider, threads: int
 ) -> tuple[LawCheck, ...]:
     """The residual of each law in both models, on one sample.
 

@@ -23,6 +23,7 @@ from pwopt.graph.model import captured_names
 from pwopt.graph.shapes import infer, known
 from pwopt.inputs.samples import Sample
 from pwopt.rewriting.records import Rewrite
+from pwopt.running.providers import DEFAULT, Provider
 from pwopt.running.runtime import Session
 
 #: Tensors that are looked at in one run, and the elements that they may have together.
@@ -44,7 +45,7 @@ def localise(
     candidate: Path,
     failed: Equivalence,
     samples: Sequence[Sample],
-    provider: str = "cpu",
+    provider: Provider = DEFAULT,
     threads: int = 1,
     rewrites: Sequence[Rewrite] = (),
 ) -> Difference | None:
@@ -214,7 +215,7 @@ def _batches(tensors: Mapping[str, int], sizes: Mapping[str, Sequence[int]]) -> 
         yield batch
 
 
-def _checks(a: _Copy, b: _Copy, sample: Sample, provider: str, threads: int) -> dict[str, OutputCheck]:
+def _checks(a: _Copy, b: _Copy, sample: Sample, provider: Provider, threads: int) -> dict[str, OutputCheck]:
     """How every tensor agrees that both models have."""
     types = infer(a.proto, {name: value.shape for name, value in sample.feeds.items()})
     sizes = {name: size for name, (_, shape) in types.items() if (size := known(shape)) is not None}
@@ -225,7 +226,7 @@ def _checks(a: _Copy, b: _Copy, sample: Sample, provider: str, threads: int) -> 
 
 
 def _compared(
-    a: _Copy, b: _Copy, batch: Mapping[str, int], sample: Sample, provider: str, threads: int
+    a: _Copy, b: _Copy, batch: Mapping[str, int], sample: Sample, provider: Provider, threads: int
 ) -> dict[str, OutputCheck]:
     """How each tensor agrees; by halves where a tensor cannot be an output, and without it in the end."""
     ours, theirs = a.exposing(batch), b.exposing(batch)

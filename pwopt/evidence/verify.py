@@ -19,6 +19,7 @@ from pwopt.graph.sources import renamed
 from pwopt.inputs.samples import DEFAULT_KINDS, Feeds, Range, Sample, check_kinds, given_samples, random_samples
 from pwopt.inputs.specs import InputSpec, input_specs
 from pwopt.rewriting.records import Rewrite
+from pwopt.running.providers import DEFAULT, Provider, as_provider
 from pwopt.running.runtime import Session, check_settings, fallbacks
 from pwopt.running.size_trials import narrowed, rounds
 
@@ -37,7 +38,7 @@ def samples_for(
     specs: Sequence[InputSpec],
     model: onnx.ModelProto,
     path: str | os.PathLike[str],
-    provider: str = "cpu",
+    provider: Provider = DEFAULT,
     shapes: Shapes | None = None,
     inputs: Any = None,
     kinds: Sequence[str] = DEFAULT_KINDS,
@@ -57,11 +58,11 @@ def samples_for(
 
 @renamed(kinds="samples", laws="invariants")
 def verify(
-    original: Source, candidate: Source, *, provider: str = "cpu", threads: int = 1, shapes: Shapes | None = None,
-    inputs: str | os.PathLike[str] | Feeds | Sequence[Any] | None = None, samples: Sequence[str] = DEFAULT_KINDS,
-    ranges: Mapping[str, Range] | None = None, rtol: float | None = None, atol: float | None = None,
-    locate: bool = True, rewrites: Sequence[Rewrite] = (), invariants: Sequence[Law] = (),
-    progress: Callable[[str], None] = lambda _: None,
+    original: Source, candidate: Source, *, provider: str | Provider = "cpu", threads: int = 1,
+    shapes: Shapes | None = None, inputs: str | os.PathLike[str] | Feeds | Sequence[Any] | None = None,
+    samples: Sequence[str] = DEFAULT_KINDS, ranges: Mapping[str, Range] | None = None,
+    rtol: float | None = None, atol: float | None = None, locate: bool = True, rewrites: Sequence[Rewrite] = (),
+    invariants: Sequence[Law] = (), progress: Callable[[str], None] = lambda _: None,
 ) -> Equivalence:  # fmt: skip
     """Compare two models on the same inputs.
 
@@ -103,22 +104,28 @@ def verify(
     True
     """
     check_settings(threads, rtol, atol)
+    placed = as_provider(provider)
     first = load(original).proto
     specs = narrowed(input_specs(first), input_specs(load(candidate).proto))
     with as_file(original) as a, as_file(candidate) as b:
         progress("choosing inputs")
-        drawn = samples_for(specs, first, a, provider, shapes, inputs, samples, ranges, progress)
+        drawn = samples_for(specs, first, a, placed, shapes, inputs, samples, ranges, progress)
         progress("running both models")
-        result = compared(a, b, drawn, provider, threads, rtol, atol)
+        result = compared(a, b, drawn, placed, threads, rtol, atol)
         if locate and not result.passed:
             progress("looking for the first difference")
-            result = replace(result, difference=localise(a, b, result, drawn, provider, threads, rewrites))
+            result = replace(result, difference=localise(a, b, result, drawn, placed, threads, rewrites))
         progress("looking where operators ran")
-        return _attributed(result, {"original": a, "candidate": b}, drawn[0], provider, threads, invariants)
+        return _attributed(result, {"original": a, "candidate": b}, drawn[0], placed, threads, invariants)
 
 
 def _attributed(
-    result: Equivalence, models: Mapping[str, Path], sample: Sample, provider: str, threads: int, laws: Sequence[Law]
+    result: Equivalence,
+    models: Mapping[str, Path],
+    sample: Sample,
+    provider: Provider,
+    threads: int,
+    laws: Sequence[Law],
 ) -> Equivalence:
     """A comparison with what else is known of both models: their laws, and what ran elsewhere."""
     original, candidate = models.values()
@@ -130,7 +137,7 @@ def compared(
     original: Path,
     candidate: Path,
     samples: Sequence[Sample],
-    provider: str,
+    provider: Provider,
     threads: int,
     rtol: float | None = None,
     atol: float | None = None,
@@ -145,7 +152,7 @@ def compared(
 
 
 def placements(
-    models: Mapping[str, Path], provider: str, threads: int, sample: Sample
+    models: Mapping[str, Path], provider: Provider, threads: int, sample: Sample
 ) -> dict[str, dict[str, tuple[str, ...]]]:
     """Model → other provider → operators that ran there, for models where there are any."""
     found = {name: fallbacks(path, provider, threads, sample.feeds) for name, path in models.items()}

@@ -25,7 +25,6 @@ from pwopt.optimizing.request import Request
 from pwopt.reporting.report import Latency, Report, Timed
 from pwopt.rewriting.wording import counted
 from pwopt.running import bench, runtime, timing
-from pwopt.running.providers import Provider
 from pwopt.running.worker import UnusableError
 from pwopt.selecting.operator_matching import marked
 from pwopt.selecting.rewrite_selection import DEFECT, Compilation, Environment, Selection
@@ -119,7 +118,7 @@ def _unverified(done: Attempt, work: Compilation, request: Request) -> Attempt:
     why = "as asked" if runtime.available() or not request.verify else "onnxruntime is not installed"
     if request.output is not None and runtime.available() and done.report.rewrites:
         try:
-            runtime.Session(work.file(done.proto), request.provider)
+            runtime.Session(work.file(done.proto), request.execution_provider)
         except (ModelError, ProviderError) as error:
             return done.noted(f"Not verified ({why}). The result cannot be used: {error}.")
     return done.noted(f"Not verified ({why}).")
@@ -266,7 +265,7 @@ def _contradictions(latency: Latency, operators: Mapping[str, Mapping[str, float
 
 def _launches(report: Report, arena: Environment) -> Iterator[str]:
     """Whether a graphics card spent its time starting operators, which hides what they compute."""
-    if report.latency is None or Provider.parse(arena.provider).kind != "gpu" or not report.after.nodes:
+    if report.latency is None or arena.provider.kind != "gpu" or not report.after.nodes:
         return
     each = report.latency.after_ms * 1e3 / report.after.nodes
     if each < LAUNCH:

@@ -150,7 +150,10 @@ def _distinct(outputs: Iterable[Path]) -> None:
 def key(model: Path, request: Request) -> str:
     """Equal for the same model, options and versions; "" if there is no such file."""
     options = {f.name: repr(getattr(request, f.name)) for f in dataclasses.fields(request) if f.compare}
-    versions = (pwopt.__version__, runtime.environment(request.provider, request.first_threads)["onnxruntime"])
+    versions = (
+        pwopt.__version__,
+        runtime.environment(request.execution_provider, request.first_threads)["onnxruntime"],
+    )
     for name in ("output", "force", "inputs"):
         options.pop(name, None)
     passes = [(p.name, fingerprint(p)) for p in select_passes(request.passes, resolved(request.plugins, model))]

@@ -26,6 +26,7 @@ from pwopt.optimizing.record_tuning import profile
 from pwopt.optimizing.request import Request
 from pwopt.running import runtime, timing
 from pwopt.running.progress import Progress, silent
+from pwopt.running.providers import Provider
 from pwopt.selecting import cache
 from pwopt.selecting.tuning_database import TuningDatabase
 
@@ -199,7 +200,7 @@ def _received(future: Any, job: Job, request: Request) -> JobResult:
 
 
 def _hardware(client: Any, request: Request) -> list[Hardware]:
-    machines: dict[str, tuple[str, str]] = client.run(_machine, request.provider, request.first_threads)
+    machines: dict[str, tuple[str, str]] = client.run(_machine, request.execution_provider, request.first_threads)
     labels = _by_worker(client)
     kinds: dict[tuple[str, str], list[str]] = {}
     for address, (processor, place) in machines.items():
@@ -207,7 +208,7 @@ def _hardware(client: Any, request: Request) -> list[Hardware]:
     return [Hardware(label, place, tuple(sorted(a))) for (label, place), a in sorted(kinds.items())]
 
 
-def _machine(provider: str, threads: int) -> tuple[str, str]:
+def _machine(provider: Provider, threads: int) -> tuple[str, str]:
     """On a worker: its processor, and what decisions of races there are kept for."""
     return runtime.cpu_name(), cache.place(provider, threads)
 
@@ -296,7 +297,7 @@ def delivered(parcel: JobRequest, request: Request) -> JobResponse:
             here = Job(Path(parcel.model).resolve(), Path(parcel.output).resolve())
             done = carried_out(here, request, (parcel.model, parcel.output))
     learnt = tuple(set(cache.stored()) - before)
-    return JobResponse(done, files, learnt, cache.place(request.provider, request.first_threads))
+    return JobResponse(done, files, learnt, cache.place(request.execution_provider, request.first_threads))
 
 
 def recorded(models: Mapping[str, Mapping[str, bytes]], request: Request) -> TuningDatabase:

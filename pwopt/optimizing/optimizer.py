@@ -138,7 +138,7 @@ def optimized(model: Source, request: Request) -> Result:
             model="<model in memory>" if path is None else str(path),
             output=None if request.output is None else str(request.output),
             provider=request.provider,
-            environment=runtime.environment(request.provider, request.first_threads),
+            environment=runtime.environment(request.execution_provider, request.first_threads),
             shapes=subject.sizes,
             passes={p.name: p.identity() for p in select_passes(work.passes)},
         )
@@ -192,7 +192,7 @@ def choose(work: Compilation, subject: Problem, request: Request, allowance: Bud
     marks = {p.name: fingerprint(p) for p in chosen if not p.builtin}
     threads, name = request.first_threads, subject.original.name
     memory = (
-        CachedTuningRecords(request.provider, threads, work.digest(), marks, name)
+        CachedTuningRecords(request.execution_provider, threads, work.digest(), marks, name)
         if request.cache
         else NoTuningRecords()
     )

@@ -22,7 +22,6 @@ from pwopt.inputs.specs import check_shapes, input_specs
 from pwopt.optimizing.request import EFFORTS, Request
 from pwopt.rewriting.driver import Pass
 from pwopt.running import runtime
-from pwopt.running.providers import Provider
 from pwopt.running.size_trials import Chosen, Sizes, likely_sizes, rounds, told
 from pwopt.running.worker import Worker
 from pwopt.selecting.rewrite_selection import Compilation, Environment
@@ -168,12 +167,12 @@ def gather(source: Model, original: Path, request: Request) -> Problem:
     if samples:
         chosen = [Chosen({name: value.shape for name, value in samples[0].feeds.items()})]
     elif runs:
-        chosen = rounds(specs, source.proto, original, request.provider, given, request.progress)
+        chosen = rounds(specs, source.proto, original, request.execution_provider, given, request.progress)
         samples = random_samples(specs, [c.sizes for c in (chosen[:1] if request.static else chosen)])
     else:
         chosen = [likely_sizes(specs, source.proto, shapes=first)]
     guessed = not given and request.inputs is None and bool(specs)
-    arena = Environment(request.provider, request.first_threads, samples) if runs else None
+    arena = Environment(request.execution_provider, request.first_threads, samples) if runs else None
     return Problem(source, original, samples, chosen[0].sizes, guessed, tuple(told(chosen[0])), arena)
 
 
@@ -192,7 +191,7 @@ def plan(subject: Problem, request: Request, folder: Path) -> Compilation:
         target = from_proto(with_fixed_inputs(target.proto, subject.sizes), source.folder)
     passes = select_passes(request.passes, request.plugins)
     target = without_calls(target, passes, request.deny, subject.sizes)
-    kind = Provider.parse(request.provider).kind
+    kind = request.execution_provider.kind
     return Compilation(
         target, source, passes, request.deny, subject.sizes, folder, kind, request.max_growth,
         certifier=certify if request.verify else unchecked, thorough=request.effort == "thorough",

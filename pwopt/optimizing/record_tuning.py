@@ -15,6 +15,7 @@ from pwopt.optimizing.request import EFFORTS, Request
 from pwopt.rewriting.driver import Pass
 from pwopt.running import runtime
 from pwopt.running.progress import Progress, silent
+from pwopt.running.providers import Provider, as_provider
 from pwopt.selecting.cache import TuningRecord, place
 from pwopt.selecting.plugins import resolved
 from pwopt.selecting.rewrite_selection import NoTuningRecords, decide, entry
@@ -24,7 +25,7 @@ from pwopt.selecting.tuning_database import TuningDatabase
 def profile(
     models: Iterable[str | os.PathLike[str]],
     *,
-    provider: str = Request.provider,
+    provider: str | Provider = Request.provider,
     threads: int = 1,
     shapes: Mapping[str, Sequence[int]] | None = None,
     budget: float = EFFORTS["normal"],
@@ -37,7 +38,7 @@ def profile(
     ----------
     models : iterable of paths
         Models like those that are to be optimised for this machine elsewhere, best the same.
-    provider : str
+    provider : str or Provider
     threads : int
     shapes : mapping of input name to sizes, optional
         For dynamic inputs that have these names.
@@ -60,12 +61,13 @@ def profile(
     """
     runtime.check_settings(threads, None, None)
     found: dict[tuple[str, str], TuningRecord] = {}
-    where = place(provider, threads)
+    placed = as_provider(provider)
+    where = place(placed, threads)
     for path in map(Path, models):
         source = load(path)
         given = {s.name: tuple(shapes[s.name]) for s in input_specs(source.proto) if shapes and s.name in shapes}
         request = Request(
-            provider=provider, threads=threads, shapes=given, effort="thorough", budget=budget,
+            provider=placed.text, threads=threads, shapes=given, effort="thorough", budget=budget,
             plugins=resolved(plugins, path), progress=progress,
         )  # fmt: skip
         with as_file(path) as original, workspace(None) as folder, contextlib.ExitStack() as stack:
@@ -73,4 +75,4 @@ def profile(
             assert subject.arena is not None
             decisions = decide(plan(subject, request, folder), subject.arena, budget, NoTuningRecords(), progress)
         found |= {(d.group.pass_name, d.group.signature): entry(d, where) for d in decisions}
-    return TuningDatabase(runtime.environment(provider, threads), tuple(found.values()))
+    return TuningDatabase(runtime.environment(placed, threads), tuple(found.values()))

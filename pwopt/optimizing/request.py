@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from pwopt.running.progress import Progress, silent
+from pwopt.running.providers import Provider, as_provider
 
 if TYPE_CHECKING:
     from pwopt.inputs.samples import Feeds
@@ -118,6 +120,17 @@ class Request:
             object.__setattr__(self, name, _several(value))
         if self.target_profile is not None:  # a race on this machine says nothing about that one
             object.__setattr__(self, "cost", "analytic")
+
+    @functools.cached_property
+    def execution_provider(self) -> Provider:
+        """The provider, parsed.
+
+        Raises
+        ------
+        ProviderError, UsageError
+            As `pwopt.running.providers.Provider.parse`.
+        """
+        return as_provider(self.provider)
 
     @property
     def rounds(self) -> list[Mapping[str, Sequence[int]]]:

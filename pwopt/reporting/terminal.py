@@ -114,7 +114,7 @@ def render_sizes(shapes: Mapping[str, tuple[int, ...]], console: Console) -> Non
         console.print(f"[dim]figures are for {sizes}[/dim]", soft_wrap=True)
 
 
-def render_comparison(equivalence: Equivalence, provider: str, console: Console, details: bool = False) -> None:
+def render_comparison(equivalence: Equivalence, provider: Provider, console: Console, details: bool = False) -> None:
     """Print everything that `verify` found."""
     render_samples(equivalence, provider, console)
     render_equivalence(equivalence, console)
@@ -124,9 +124,9 @@ def render_comparison(equivalence: Equivalence, provider: str, console: Console,
     render_elsewhere(equivalence, console)
 
 
-def render_samples(equivalence: Equivalence, provider: str, console: Console) -> None:
+def render_samples(equivalence: Equivalence, provider: Provider, console: Console) -> None:
     """Print what the models were compared on, distributions of one size together."""
-    precise = ", with TF32 off" if Provider.parse(provider).name in NVIDIA else ""
+    precise = ", with TF32 off" if provider.name in NVIDIA else ""
     parts = (label.partition(", ") for label in equivalence.inputs)
     drawn = [
         (kind, sizes) if sizes and kind.split()[0] in KINDS else (kind + comma + sizes, "")
@@ -134,7 +134,7 @@ def render_samples(equivalence: Equivalence, provider: str, console: Console) ->
     ]
     rounds = [(sizes, [kind for kind, _ in group]) for sizes, group in groupby(drawn, lambda sample: sample[1])]
     samples = "; ".join(f"{sizes} ({', '.join(kinds)})" if sizes else "; ".join(kinds) for sizes, kinds in rounds)
-    console.print(f"[dim]compared on {plain(provider)}{precise}: {plain(samples)}[/dim]", soft_wrap=True)
+    console.print(f"[dim]compared on {plain(provider.text)}{precise}: {plain(samples)}[/dim]", soft_wrap=True)
 
 
 def render_figures(equivalence: Equivalence, console: Console, details: bool = False, most: int = 4) -> None:

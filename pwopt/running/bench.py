@@ -25,7 +25,7 @@ from pwopt.inputs.samples import Feeds, make_feeds
 from pwopt.inputs.specs import InputSpec, check_shapes, input_specs
 from pwopt.running import providers, runtime, timing
 from pwopt.running.progress import Progress, silent
-from pwopt.running.providers import Provider
+from pwopt.running.providers import Provider, as_provider
 from pwopt.running.runtime import NodeTime, Session
 from pwopt.running.size_trials import Sizes, likely_sizes
 
@@ -84,7 +84,7 @@ class Row:
 def benchmark(
     models: Sequence[str | os.PathLike[str]],
     *,
-    provider: str = "cpu",
+    provider: str | Provider = "cpu",
     threads: int = 1,
     shapes: Mapping[str, Sequence[int]] | None = None,
     batch: Sequence[int] = (),
@@ -96,7 +96,7 @@ def benchmark(
     Parameters
     ----------
     models : sequence of paths
-    provider : str
+    provider : str or Provider
         Never replaced by another.
     threads : int
     shapes : mapping of input name to sizes, optional
@@ -114,10 +114,8 @@ def benchmark(
 
     Raises
     ------
-    UsageError
-        If the models do not take the same inputs, or a batch size does not fit.
-    ModelError, ProviderError
-        See `pwopt.errors`.
+    UsageError, ModelError, ProviderError
+        If the models do not take the same inputs, or a batch size does not fit; see `pwopt.errors`.
 
     Examples
     --------
@@ -129,17 +127,17 @@ def benchmark(
     if not models:
         raise UsageError("there is no model to time; give one or more")
     runtime.check_settings(threads, None, None)
-    paths = [Path(m) for m in models]
+    paths, placed = [Path(m) for m in models], as_provider(provider)
     model = load(paths[0]).proto
     specs = _common_inputs(model, paths)
     rows: list[Row] = []
     for size in batch or (None,):
-        sizes = likely_sizes(specs, model, paths[0], provider, shapes, progress).sizes
+        sizes = likely_sizes(specs, model, paths[0], placed, shapes, progress).sizes
         if size is not None:
             batched = _batched(specs, sizes, size)
-            sizes = likely_sizes(specs, model, paths[0], provider, batched, progress).sizes
+            sizes = likely_sizes(specs, model, paths[0], placed, batched, progress).sizes
         told = progress if size is None else functools.partial(_at_batch, progress, size)
-        rows += _raced(paths, specs, sizes, provider, threads, seconds, told)
+        rows += _raced(paths, specs, sizes, placed, threads, seconds, told)
     return rows
 
 
@@ -151,7 +149,7 @@ def _raced(
     paths: Sequence[Path],
     specs: Sequence[InputSpec],
     sizes: Sizes,
-    provider: str,
+    provider: Provider,
     threads: int,
     seconds: float,
     progress: Progress,
@@ -192,7 +190,7 @@ def _row(
     path: Path,
     index: int,
     race: timing.Race,
-    provider: str,
+    provider: Provider,
     threads: int,
     sizes: dict[str, tuple[int, ...]],
     feeds: Feeds,
@@ -219,7 +217,7 @@ def _row(
 
 
 def node_times(
-    paths: Sequence[Path], provider: str, threads: int, feeds: Feeds, runs: int = PROFILED
+    paths: Sequence[Path], provider: Provider, threads: int, feeds: Feeds, runs: int = PROFILED
 ) -> list[list[NodeTime]]:
     """For each model: every node that ran under the profiler, with its time."""
     return [s.nodes() for s in _profiles(paths, provider, threads, feeds, runs)]
@@ -233,7 +231,9 @@ def by_operator(nodes: Iterable[NodeTime]) -> dict[str, float]:
     return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
-def _profiles(paths: Sequence[Path], provider: str, threads: int, feeds: Feeds, runs: int = PROFILED) -> list[Session]:
+def _profiles(
+    paths: Sequence[Path], provider: Provider, threads: int, feeds: Feeds, runs: int = PROFILED
+) -> list[Session]:
     """Models run under the profiler, in turn, so that slow spells hit all alike."""
     sessions = [Session(path, provider, threads, profile=True) for path in paths]
     for _ in range(runs):
@@ -242,10 +242,10 @@ def _profiles(paths: Sequence[Path], provider: str, threads: int, feeds: Feeds, 
     return sessions
 
 
-def _cold(path: Path, provider: str, threads: int, feeds: Feeds) -> dict[str, float]:
+def _cold(path: Path, provider: Provider, threads: int, feeds: Feeds) -> dict[str, float]:
     """Load and run a model once in a new process: seconds for each, and bytes that its peak grew by."""
     with _saved(feeds) as inputs:
-        command = [sys.executable, "-m", "pwopt.running.bench", str(path), provider, str(threads), str(inputs)]
+        command = [sys.executable, "-m", "pwopt.running.bench", str(path), provider.text, str(threads), str(inputs)]
         done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
@@ -286,12 +286,12 @@ def _child(path: str, provider: str, threads: str, inputs: str) -> None:
     runtime.silence()
     runtime.onnxruntime()
     feeds = dict(np.load(inputs))
-    placed = Provider.parse(provider)
+    placed = as_provider(provider)
     card = providers.card(placed)
     _forget_peak()
     before = _peak()
     start = time.perf_counter()
-    session = Session(path, provider, int(threads), tf32=True)
+    session = Session(path, placed, int(threads), tf32=True)
     loaded = time.perf_counter()
     session.run(feeds)
     ran = time.perf_counter()

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper
 
 from pwopt.errors import ProviderError, PwoptError
 from pwopt.running import providers, runtime
-from pwopt.running.providers import Provider
+from pwopt.running.providers import Provider, as_provider
 
 #: What pwopt rests on, besides onnxruntime.
 PACKAGES = ("pwopt", "onnx", "numpy", "onnx-graphsurgeon", "ml-dtypes")
@@ -47,12 +47,12 @@ class Finding:
     remedy: str = ""
 
 
-def examine(provider: str | None = None) -> list[Finding]:
+def examine(provider: str | Provider | None = None) -> list[Finding]:
     """Look at this installation.
 
     Parameters
     ----------
-    provider : str, optional
+    provider : str or Provider, optional
         The only provider to start; all that this onnxruntime has by default.
 
     Returns
@@ -65,15 +65,15 @@ def examine(provider: str | None = None) -> list[Finding]:
     UsageError
         If there is no such provider.
     """
-    wanted = None if provider is None else Provider.parse(provider)
+    wanted = None if provider is None else as_provider(provider)
     found = [_machine(), *_packages(), _wheels(), *_cards()]
     try:
         there = runtime.onnxruntime().get_available_providers()
     except ProviderError as error:
         return [*found, Finding("onnxruntime", False, str(error), "pip install 'pwopt[cpu]'")]
-    if wanted is not None and provider is not None:
-        return [*found, start(provider)]
-    return [*found, *(start(name) for name in there)]
+    if wanted is not None:
+        return [*found, start(wanted)]
+    return [*found, *(start(Provider(name, text=name)) for name in there)]
 
 
 def _machine() -> Finding:
@@ -107,25 +107,25 @@ def _cards() -> list[Finding]:
     ]
 
 
-def start(provider: str) -> Finding:
+def start(provider: Provider) -> Finding:
     """Start one provider on a small model, in a process of its own, since native code may crash."""
-    command = [sys.executable, "-m", "pwopt.running.doctor", provider]
+    command = [sys.executable, "-m", "pwopt.running.doctor", provider.text]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
-        return Finding(provider, False, f"did not start within {PATIENCE} seconds")
+        return Finding(provider.text, False, f"did not start within {PATIENCE} seconds")
     lines = done.stdout.splitlines()
     if done.returncode < 0 or not lines:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return Finding(provider, False, f"crashed while it started: {last}")
+        return Finding(provider.text, False, f"crashed while it started: {last}")
     error, elsewhere = json.loads(lines[-1])
     if elsewhere:
-        return Finding(provider, None, f"starts, but leaves the model to {', '.join(elsewhere)}")
-    detail, sep, remedy = error.removeprefix(f"{Provider.parse(provider).name} ").partition("; pip ")
-    return Finding(provider, not detail, detail or "starts, and runs a model", sep[2:] + remedy)
+        return Finding(provider.text, None, f"starts, but leaves the model to {', '.join(elsewhere)}")
+    detail, sep, remedy = error.removeprefix(f"{provider.name} ").partition("; pip ")
+    return Finding(provider.text, not detail, detail or "starts, and runs a model", sep[2:] + remedy)
 
 
-def _try(provider: str) -> tuple[str, list[str]]:
+def _try(provider: Provider) -> tuple[str, list[str]]:
     """Why a provider does not run a small model, else ""; and the providers that run it instead."""
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in "xy")
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "small", [x], [y])
@@ -145,4 +145,4 @@ def _try(provider: str) -> tuple[str, list[str]]:
 
 if __name__ == "__main__":
     runtime.silence()
-    sys.stdout.write("\n" + json.dumps(_try(sys.argv[1])) + "\n")
+    sys.stdout.write("\n" + json.dumps(_try(as_provider(sys.argv[1]))) + "\n")

@@ -10,7 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType
 
@@ -55,10 +55,13 @@ class Provider:
         onnxruntime's name of it.
     options : tuple of (str, str)
         As onnxruntime documents them for this provider; a device among them.
+    text : str
+        As the user wrote it, for reports.
     """
 
     name: str
     options: tuple[tuple[str, str], ...] = ()
+    text: str = field(default="", compare=False)
 
     @classmethod
     def parse(cls, text: str) -> Provider:
@@ -90,7 +93,12 @@ class Provider:
             options[key] = value
         if options and name == CPU:
             raise UsageError(f"{CPU} takes no options, and {', '.join(options)} was given")
-        return cls(name, tuple(options.items()))
+        return cls(name, tuple(options.items()), text)
+
+    def with_options(self, options: Mapping[str, str]) -> Provider:
+        """The same with more options; where it has one already, the new value counts."""
+        merged = {**dict(self.options), **options}
+        return self.parse(",".join((self.name, *(f"{k}={v}" for k, v in merged.items())))) if options else self
 
     @property
     def device(self) -> int:
@@ -130,11 +138,19 @@ class Provider:
         return chain if self.name == CPU else [*chain, (CPU, {})]
 
 
-def with_options(provider: str, options: Mapping[str, str]) -> str:
-    """The text of a provider with more options; of those that it has already, the new value counts."""
-    parsed = Provider.parse(provider)
-    merged = {**dict(parsed.options), **options}
-    return ",".join((parsed.name, *(f"{k}={v}" for k, v in merged.items()))) if options else provider
+#: onnxruntime's own provider, which runs every model.
+DEFAULT = Provider(CPU, text="cpu")
+
+
+def as_provider(provider: str | Provider) -> Provider:
+    """What a caller gave, parsed if it is text.
+
+    Raises
+    ------
+    ProviderError, UsageError
+        As `Provider.parse`.
+    """
+    return Provider.parse(provider) if isinstance(provider, str) else provider
 
 
 def out_of_memory(message: str) -> bool:

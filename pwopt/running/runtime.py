@@ -90,13 +90,13 @@ def available() -> bool:
     return True
 
 
-def environment(provider: str, threads: int) -> dict[str, Any]:
+def environment(provider: Provider = providers.DEFAULT, threads: int = 1) -> dict[str, Any]:
     """Versions and machine, for reports."""
     try:
         ort = onnxruntime().__version__
     except ProviderError:
         ort = None
-    card = providers.card(Provider.parse(provider))
+    card = providers.card(provider)
     return {
         "pwopt": pwopt.__version__,
         "onnxruntime": ort,
@@ -107,7 +107,7 @@ def environment(provider: str, threads: int) -> dict[str, Any]:
         "cpu": cpu_name(),
         "cores": os.cpu_count(),
         "threads": threads,
-        "provider": provider,
+        "provider": provider.text,
         "device": None if card is None else f"{card.name}, driver {card.driver}",
     }
 
@@ -142,8 +142,7 @@ class Session:
     ----------
     path : path
         The model file.
-    provider : str
-        As `pwopt.running.providers.Provider.parse` reads it: cuda, cuda:1, cuda:1,prefer_nhwc=1, or a full name.
+    provider : Provider
     threads : int
         Intra-operator threads; 1 is the least noisy.
     optimise : bool
@@ -164,16 +163,15 @@ class Session:
     def __init__(
         self,
         path: str | os.PathLike[str],
-        provider: str = "cpu",
+        provider: Provider = providers.DEFAULT,
         threads: int = 1,
         *,
         optimise: bool = True,
         tf32: bool = False,
         profile: bool = False,
     ) -> None:
-        self.placed = Provider.parse(provider)
-        self.provider = self.placed.name
-        ort = startable(self.placed)
+        self.provider = provider
+        ort = startable(provider)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -185,15 +183,15 @@ class Session:
             # onnxruntime adds the time, in which two sessions can start; the name must be each one's own
             own = f"pwopt_profile_{os.getpid()}_{next(PROFILES)}"
             options.profile_file_prefix = os.path.join(tempfile.gettempdir(), own)
-        chain = self.placed.chain(tf32)
+        chain = provider.chain(tf32)
         try:
             # Its Python fallback would go on with another provider, here or in a later run.
             self.session = ort.InferenceSession(os.fspath(path), options, providers=chain, enable_fallback=0)
         except Exception as error:
             raise self._blamed(error, path) from error
-        if self.provider not in self.session.get_providers():
-            why = "; ".join(providers.obstacles(ort, self.placed)) or "its libraries or its device are missing"
-            raise ProviderError(f"{self.provider} could not start: {why}; nothing was run")
+        if provider.name not in self.session.get_providers():
+            why = "; ".join(providers.obstacles(ort, provider)) or "its libraries or its device are missing"
+            raise ProviderError(f"{provider.name} could not start: {why}; nothing was run")
         self.inputs = [i.name for i in self.session.get_inputs()]
         self.outputs = [o.name for o in self.session.get_outputs()]
         self._binding: Any = None
@@ -201,52 +199,52 @@ class Session:
         #: What to time `step` by. On one thread of the CPU that is the time that this thread had, so that whatever else
         #: the machine does is no fault of the model; elsewhere, the time that passed, and so on Windows, which counts a
         #: thread's time in steps of 16 ms.
-        alone = self.provider == providers.CPU and threads == 1 and sys.platform != "win32"
+        alone = self.provider.name == providers.CPU and threads == 1 and sys.platform != "win32"
         self.clock: Callable[[], float] = time.thread_time if alone else time.perf_counter
         #: Whether threads of this session keep processors busy for a while after a run, where they disturb others.
-        self.spins = self.provider == providers.CPU and threads > 1
+        self.spins = self.provider.name == providers.CPU and threads > 1
 
     def _blamed(self, error: Exception, path: str | os.PathLike[str]) -> ProviderError | ModelError:
         """Whose fault it is that the model does not load."""
         reason = _first_line(error)
-        if self.provider == providers.CPU:
+        if self.provider.name == providers.CPU:
             return ModelError(f"onnxruntime does not load the model: {reason}")
-        missing = "; ".join(providers.obstacles(onnxruntime(), self.placed))
+        missing = "; ".join(providers.obstacles(onnxruntime(), self.provider))
         if missing:
-            return ProviderError(f"{self.provider} could not start: {missing}; nothing was run")
+            return ProviderError(f"{self.provider.name} could not start: {missing}; nothing was run")
         if providers.out_of_memory(reason):
-            return ProviderError(f"{self.placed} has no memory left to load this model: {reason}")
+            return ProviderError(f"{self.provider} has no memory left to load this model: {reason}")
         if _loads_on_cpu(path):
-            return ProviderError(f"{self.placed} does not run this model: {reason}")
+            return ProviderError(f"{self.provider} does not run this model: {reason}")
         return ModelError(f"onnxruntime does not load the model: {reason}")
 
     def run(self, feeds: Feeds, options: Any = None) -> list[Any]:
         """Outputs as arrays, in the model's order; `options` are onnxruntime's RunOptions."""
         try:
-            if not self.placed.captured:
+            if not self.provider.captured:
                 return list(self.session.run(None, feeds, options))
             self.bind(feeds)
             self.step()
             return list(self._binding.copy_outputs_to_cpu())
         except Exception as error:
             reason = _first_line(error)
-            if self.provider != providers.CPU and providers.out_of_memory(reason):
+            if self.provider.name != providers.CPU and providers.out_of_memory(reason):
                 hint = "give smaller sizes with --shape, or another device"
-                raise ProviderError(f"{self.placed} ran out of memory on these inputs ({reason}); {hint}") from error
+                raise ProviderError(f"{self.provider} ran out of memory on these inputs ({reason}); {hint}") from error
             raise ModelError(f"onnxruntime cannot run the model on these inputs: {reason}") from error
 
     def bind(self, feeds: Feeds) -> None:
         """Place inputs and outputs on the provider's device, so that timing measures no copies."""
         self._feeds = feeds
-        ort, place = onnxruntime(), self.placed.memory
-        if place[0] == "cpu" and not self.placed.captured:
+        ort, place = onnxruntime(), self.provider.memory
+        if place[0] == "cpu" and not self.provider.captured:
             return
         self._binding = self.session.io_binding()
         for name, value in feeds.items():
             self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value, *place))
         for name in self.outputs:
             self._binding.bind_output(name, *place)
-        if self.placed.captured:  # what is replayed writes to the same places: those of a first run
+        if self.provider.captured:  # what is replayed writes to the same places: those of a first run
             self.session.run_with_iobinding(self._binding)
             for name, value in zip(self.outputs, self._binding.get_outputs(), strict=True):
                 self._binding.bind_ortvalue_output(name, value)
@@ -371,23 +369,19 @@ def check_settings(threads: int, rtol: float | None, atol: float | None) -> None
             raise UsageError(f"a tolerance is a number from 0 on, and {name} is {value}")
 
 
-def provider_name(provider: str) -> str:
-    """onnxruntime's name of a provider."""
-    return Provider.parse(provider).name
-
-
-def elsewhere(placed: Mapping[str, list[str]], provider: str) -> dict[str, list[str]]:
+def elsewhere(placed: Mapping[str, list[str]], provider: Provider) -> dict[str, list[str]]:
     """The part of a placement that is not on `provider`."""
-    wanted = provider_name(provider)
-    return {name: nodes for name, nodes in placed.items() if name != wanted}
+    return {name: nodes for name, nodes in placed.items() if name != provider.name}
 
 
-def fallbacks(path: str | os.PathLike[str], provider: str, threads: int, feeds: Feeds) -> dict[str, tuple[str, ...]]:
+def fallbacks(
+    path: str | os.PathLike[str], provider: Provider, threads: int, feeds: Feeds
+) -> dict[str, tuple[str, ...]]:
     """Other provider → operators of the model, as "Op name", that `provider` left to it.
 
     From the profile of a run; the CPU provider leaves nothing to anybody, so nothing is run there.
     """
-    if provider_name(provider) == providers.CPU:
+    if provider.name == providers.CPU:
         return {}
     session = Session(path, provider, threads, profile=True)
     session.run(feeds)

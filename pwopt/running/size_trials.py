@@ -19,6 +19,7 @@ from pwopt.inputs.samples import make_feeds
 from pwopt.inputs.size_guesses import Trust
 from pwopt.inputs.specs import InputSpec, check_shapes
 from pwopt.running.progress import Progress, silent
+from pwopt.running.providers import DEFAULT, Provider
 from pwopt.running.runtime import Session
 from pwopt.running.timed_run import TooSlowError, seconds_of
 
@@ -95,7 +96,7 @@ def likely_sizes(
     specs: Sequence[InputSpec],
     model: onnx.ModelProto,
     path: str | os.PathLike[str] | None = None,
-    provider: str = "cpu",
+    provider: Provider = DEFAULT,
     shapes: Mapping[str, Sequence[int]] | None = None,
     progress: Progress = silent,
 ) -> Chosen:
@@ -194,7 +195,7 @@ def rounds(
     specs: Sequence[InputSpec],
     model: onnx.ModelProto,
     path: str | os.PathLike[str],
-    provider: str = "cpu",
+    provider: Provider = DEFAULT,
     given: Sequence[Mapping[str, Sequence[int]]] = (),
     progress: Progress = silent,
 ) -> list[Chosen]:

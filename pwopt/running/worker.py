@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from pwopt.errors import PwoptError
 from pwopt.inputs.samples import Feeds
 from pwopt.running import providers, runtime, timing
+from pwopt.running.providers import Provider
 from pwopt.running.runtime import NodeTime, Session
 from pwopt.running.timing import Race, Rules
 
@@ -62,7 +63,7 @@ class Worker:
     feeds : dict of arrays
     """
 
-    def __init__(self, original: Path, provider: str, threads: int, feeds: Feeds) -> None:
+    def __init__(self, original: Path, provider: Provider, threads: int, feeds: Feeds) -> None:
         self._original, self._setting = original, (provider, threads, feeds)
         self._process: subprocess.Popen[bytes] | None = None
         self._answers: queue.Queue[Any] = queue.Queue()
@@ -217,7 +218,7 @@ def _bound_memory() -> None:
 class _Track:
     """The sessions of a worker, of which the last few stay loaded."""
 
-    def __init__(self, provider: str, threads: int, feeds: Feeds) -> None:
+    def __init__(self, provider: Provider, threads: int, feeds: Feeds) -> None:
         self._provider, self._threads, self._feeds = provider, threads, feeds
         self._loaded: OrderedDict[tuple[str, int], Session] = OrderedDict()
 
@@ -272,7 +273,7 @@ def _main() -> None:
     runtime.silence()
     track = _Track(provider, threads, feeds)
     _send(answers, _answered(track, "tried", original))
-    if runtime.provider_name(provider) == providers.CPU:
+    if provider.name == providers.CPU:
         _bound_memory()
     while (question := _receive(sys.stdin.buffer)) is not None:
         _send(answers, _answered(track, *question))

@@ -89,13 +89,13 @@ def folder() -> Path:
     return Path(given) if given else user_cache_path("pwopt", appauthor=False) / "decisions"
 
 
-def place(provider: str, threads: int) -> str:
+def place(provider: Provider, threads: int) -> str:
     """Everything that a time depends on, but the model."""
     machine = runtime.environment(provider, threads)
     version, card = machine["onnxruntime"], machine["device"]
     sets = hashlib.sha256(features().encode()).hexdigest()[:12]
     processor = f"{runtime.cpu_name()} {sets}" + (f", {card}" if card else "")
-    return f"{Provider.parse(provider)}, onnxruntime {version}, {processor}, {threads} threads"
+    return f"{provider}, onnxruntime {version}, {processor}, {threads} threads"
 
 
 def features() -> str:

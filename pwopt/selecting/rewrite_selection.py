@@ -23,6 +23,7 @@ from pwopt.rewriting.records import Outcome, Rewrite, Skip
 from pwopt.rewriting.wording import counted
 from pwopt.running import timing
 from pwopt.running.progress import Progress
+from pwopt.running.providers import Provider
 from pwopt.running.runtime import Session
 from pwopt.running.worker import UnusableError, Worker
 from pwopt.selecting import autotuning as tune
@@ -48,7 +49,7 @@ MAX_REFUSALS = 8
 class Environment:
     """Where models run: a provider, threads, and inputs."""
 
-    provider: str
+    provider: Provider
     threads: int
     samples: list[Sample]
     #: Tries models first, where they can do no harm.
@@ -260,7 +261,7 @@ class NoTuningRecords:
 class CachedTuningRecords:
     """This machine's cache, for a provider, a number of threads and a model (its digest)."""
 
-    provider: str
+    provider: Provider
     threads: int
     model: str
     #: Pass name → what it is known by besides, for passes that may change while their names stay.

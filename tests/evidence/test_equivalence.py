@@ -19,6 +19,7 @@ from pwopt.evidence.metrics import Agreement
 from pwopt.evidence.verify import verify
 from pwopt.inputs.samples import Feeds, Sample
 from pwopt.running import runtime
+from pwopt.running.providers import Provider
 
 pytest.importorskip("onnxruntime")
 F = np.float32
@@ -183,9 +184,9 @@ def test_operators_that_ran_elsewhere_are_listed(tmp_path: Path, monkeypatch: py
             return []
 
     monkeypatch.setattr(runtime, "Session", Cuda)
-    assert runtime.fallbacks("m.onnx", "cpu", 1, {}) == {}
+    assert runtime.fallbacks("m.onnx", Provider.parse("cpu"), 1, {}) == {}
     assert profile.exists()
-    found = runtime.fallbacks("m.onnx", "cuda", 1, {})
+    found = runtime.fallbacks("m.onnx", Provider.parse("cuda"), 1, {})
     assert found == {"CPUExecutionProvider": ("NonMaxSuppression nms", "Shape")}
     assert not profile.exists()
 
@@ -202,8 +203,8 @@ def test_the_precision_of_cuda_is_not_lowered(monkeypatch: pytest.MonkeyPatch, t
 
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     monkeypatch.setattr(ort, "InferenceSession", session)
-    runtime.Session("m.onnx", "cuda")
-    runtime.Session("m.onnx", "cuda", tf32=True)
+    runtime.Session("m.onnx", Provider.parse("cuda"))
+    runtime.Session("m.onnx", Provider.parse("cuda"), tf32=True)
     assert asked == [
         ("CUDAExecutionProvider", {"use_tf32": "0"}),
         ("CUDAExecutionProvider", {"use_tf32": "1"}),

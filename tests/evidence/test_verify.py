@@ -17,6 +17,7 @@ from pwopt.graph.files import load
 from pwopt.inputs.samples import given_samples, make_feeds
 from pwopt.inputs.specs import check_shapes, input_specs, parse_shape
 from pwopt.running import runtime
+from pwopt.running.providers import Provider
 from pwopt.running.runtime import Session, elsewhere
 from pwopt.running.size_trials import likely_sizes
 from pwopt.running.timing import Race, race
@@ -138,9 +139,9 @@ def test_inputs_from_a_file(tmp_path: Path) -> None:
 
 def test_providers_are_strict() -> None:
     with pytest.raises(ProviderError, match="not in this onnxruntime"):
-        Session(MODELS / "linear_sequence.onnx", "cuda")
+        Session(MODELS / "linear_sequence.onnx", Provider.parse("cuda"))
     with pytest.raises(ProviderError, match="NoSuchProvider"):
-        Session(MODELS / "linear_sequence.onnx", "NoSuchProvider")
+        Session(MODELS / "linear_sequence.onnx", Provider.parse("NoSuchProvider"))
 
 
 def test_a_silent_fallback_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -154,7 +155,7 @@ def test_a_silent_fallback_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     monkeypatch.setattr(ort, "InferenceSession", falls_back)
     with pytest.raises(ProviderError, match=r"CUDAExecutionProvider could not start: .*nothing was run"):
-        Session(MODELS / "linear_sequence.onnx", "cuda")
+        Session(MODELS / "linear_sequence.onnx", Provider.parse("cuda"))
 
 
 def test_a_missing_onnxruntime_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,8 +171,8 @@ def test_placement_names_where_nodes_ran() -> None:
     placed = session.placement()
     assert list(placed) == ["CPUExecutionProvider"]
     assert len(placed["CPUExecutionProvider"]) == 4
-    assert not elsewhere(placed, "cpu")
-    assert elsewhere(placed, "cuda") == placed
+    assert not elsewhere(placed, Provider.parse("cpu"))
+    assert elsewhere(placed, Provider.parse("cuda")) == placed
 
 
 def test_a_race_runs_every_model_every_round() -> None:

@@ -26,7 +26,7 @@ from pwopt.inputs.samples import make_feeds
 from pwopt.inputs.specs import input_specs
 from pwopt.passes import PASSES, Winograd
 from pwopt.running import providers, runtime
-from pwopt.running.providers import Provider
+from pwopt.running.providers import as_provider
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 Found = dict[str, Any]
@@ -48,7 +48,7 @@ class Setting:
 
     @property
     def gpu(self) -> bool:
-        return Provider.parse(self.provider).kind == "gpu"
+        return as_provider(self.provider).kind == "gpu"
 
     def suite(self) -> dict[str, tuple[Path, str, tuple[int, ...]]]:
         return suite.collected(self.scratch / "models", self.models, self.wheels)
@@ -97,7 +97,7 @@ def doctor(setting: Setting) -> Found:
 
     found = examine(setting.provider)
     require(bool(found[-1].ok), f"{found[-1].subject} {found[-1].detail}")
-    environment = runtime.environment(setting.provider, 1)
+    environment = runtime.environment(as_provider(setting.provider))
     return {**environment, "findings": [dataclasses.asdict(f) for f in found]}
 
 
@@ -115,13 +115,15 @@ def strictness(setting: Setting) -> Found:
     found: Found = {}
     for name, (nodes, outputs) in kinds.items():
         path = suite.small(nodes, setting.scratch / f"{name}.onnx", outputs)
-        session = runtime.Session(path, setting.provider, profile=True)
+        session = runtime.Session(path, as_provider(setting.provider), profile=True)
         session.run(feeds)
         placed = session.placement()
         found[f"placed_{name}"] = placed
         copies = [n for nodes in placed.values() for n in nodes if n.startswith("Memcpy")]
         found[f"copies_{name}"] = len(copies)
-        found[f"elsewhere_{name}"] = sum(map(len, runtime.fallbacks(path, setting.provider, 1, feeds).values()))
+        found[f"elsewhere_{name}"] = sum(
+            map(len, runtime.fallbacks(path, as_provider(setting.provider), 1, feeds).values())
+        )
     require(found["elsewhere_all"] == 0, f"a Relu ran elsewhere: {found['placed_all']}")
     if setting.gpu:
         require(found["elsewhere_some"] >= 1, f"Unique is not told to run elsewhere: {found['placed_some']}")
@@ -153,7 +155,7 @@ def against_cpu(setting: Setting) -> Found:
     for name in ("mobileone", "generator"):
         path, shapes = setting.one(name)
         feeds = make_feeds(input_specs(load(path).proto), shapes)
-        theirs, ours = (runtime.Session(path, p).run(feeds)[0] for p in ("cpu", setting.provider))
+        theirs, ours = (runtime.Session(path, as_provider(p)).run(feeds)[0] for p in ("cpu", setting.provider))
         scale = float(np.max(np.abs(theirs)))
         found[name] = float(np.max(np.abs(ours - theirs))) / scale
         require(found[name] < 1e-3, f"{name} is {found[name]:.2g} of its largest value off the CPU's answer")
@@ -164,7 +166,7 @@ def against_cpu(setting: Setting) -> Found:
 def clock(setting: Setting) -> Found:
     """Synchronised single runs add up to what a wall clock says of many."""
     path, shapes = setting.one("resnet50_v1" if not setting.quick else "mobileone")
-    session = runtime.Session(path, setting.provider, tf32=True)
+    session = runtime.Session(path, as_provider(setting.provider), tf32=True)
     session.bind(make_feeds(input_specs(load(path).proto), shapes))
     for _ in range(5):
         session.step()
@@ -275,8 +277,8 @@ def graphs(setting: Setting) -> Found:
     found: Found = {"plain_ms": rows[0].median_ms, "memory_mb": rows[0].memory_mb}
     if rows[0].device_mb is not None:
         found["device_mb"] = rows[0].device_mb
-    if Provider.parse(setting.provider).name == providers.CUDA:
-        captured = providers.with_options(setting.provider, {"enable_cuda_graph": "1"})
+    if as_provider(setting.provider).name == providers.CUDA:
+        captured = as_provider(setting.provider).with_options({"enable_cuda_graph": "1"})
         found["captured_ms"] = pwopt.benchmark([path], provider=captured, shapes=shapes, seconds=seconds)[0].median_ms
     return found
 
@@ -295,7 +297,7 @@ def failures(setting: Setting) -> Found:
     out = setting.scratch / "never.onnx"
     base = ["optimize", str(path), "-o", str(out), "--cost", "analytic", "--shape", *sizes]
     found: Found = {}
-    if Provider.parse(setting.provider).name == providers.CUDA:
+    if as_provider(setting.provider).name == providers.CUDA:
         _exits(found, "no_such_card", 4, *base, "--provider", "cuda:99")
         _exits(found, "no_memory", 4, *base, "--provider", "cuda", "--provider-option", "gpu_mem_limit=1048576")
         hidden = "import onnxruntime\nonnxruntime.preload_dlls = lambda *a, **k: None"

@@ -18,6 +18,7 @@ from pwopt.graph.files import from_proto
 from pwopt.optimizing import attempt, bisection, preparation
 from pwopt.rewriting import Pass, Rewrite, Rewriter
 from pwopt.running import worker
+from pwopt.running.providers import DEFAULT
 from pwopt.running.timing import Race, Rules
 from pwopt.running.worker import UnusableError, Worker
 from pwopt.selecting import snapshot
@@ -174,11 +175,11 @@ def test_a_worker_is_replaced_and_knows_when_it_tells_nothing(tmp_path: Path, ab
     bad.graph.node[0].name = "aborts"
     onnx.save(bad, tmp_path / "bad.onnx")
     feeds = {"x": normal(1, 8, 16, 16, dtype=F)}
-    tried = Worker(tmp_path / "good.onnx", "cpu", 1, feeds)
+    tried = Worker(tmp_path / "good.onnx", DEFAULT, 1, feeds)
     found = [tried.fault(tmp_path / f"{name}.onnx") for name in ("good", "bad", "good")]
     tried.close()
     assert found == ["", "it crashes onnxruntime (SIGABRT)", ""]
-    useless = Worker(tmp_path / "bad.onnx", "cpu", 1, feeds)
+    useless = Worker(tmp_path / "bad.onnx", DEFAULT, 1, feeds)
     assert useless.fault(tmp_path / "bad.onnx") == ""
     useless.close()
 
@@ -192,7 +193,7 @@ def test_races_run_in_the_worker_and_what_fails_there_is_told(tmp_path: Path, ab
     bad.graph.node[0].name = "aborts"
     onnx.save(bad, paths[2])
     feeds, seen = {"x": normal(1, 8, 16, 16, dtype=F)}, list[float]()
-    tried = Worker(paths[0], "cpu", 1, feeds)
+    tried = Worker(paths[0], DEFAULT, 1, feeds)
     assert tried.ready
     assert min(tried.took) > 0
     race = tried.race(paths[:2], 1, feeds, 0.3, Rules(least=5), seen.append)

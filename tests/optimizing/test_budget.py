@@ -17,6 +17,7 @@ from pwopt.optimizing import budget
 from pwopt.optimizing.budget import Budget
 from pwopt.optimizing.preparation import Problem
 from pwopt.optimizing.request import Request
+from pwopt.running.providers import DEFAULT
 from pwopt.running.worker import Worker
 from pwopt.selecting.rewrite_selection import Environment
 
@@ -37,11 +38,11 @@ def subject(load: float, run: float, monkeypatch: pytest.MonkeyPatch) -> Problem
     """A model that takes so long to load and to run."""
     model = from_proto(parse("(float[1,4,5,6] x) => (float[N] y) { y = Relu(x) }"))
     samples = [Sample("normal", {"x": normal(1, 4, 5, 6, dtype=F)})] * 3
-    worker = Worker(Path("m.onnx"), "cpu", 1, samples[0].feeds)
+    worker = Worker(Path("m.onnx"), DEFAULT, 1, samples[0].feeds)
     worker.took = (load, run)
     monkeypatch.setattr(Worker, "ready", True)
     return Problem(
-        model, Path("m.onnx"), samples, {"x": (1, 4, 5, 6)}, False, (), Environment("cpu", 1, samples, worker)
+        model, Path("m.onnx"), samples, {"x": (1, 4, 5, 6)}, False, (), Environment(DEFAULT, 1, samples, worker)
     )
 
 

@@ -383,7 +383,7 @@ def test_sizes_follow_through_shape_arithmetic() -> None:
 
 
 def test_runtime_environment_names_the_machine() -> None:
-    found = runtime.environment("cpu", 1)
+    found = runtime.environment()
     assert found["cpu"]
     assert found["pwopt"] == pwopt.__version__
 

@@ -189,7 +189,7 @@ def test_a_failure_says_where_it_begins(tmp_path: Path) -> None:
     weight.CopyFrom(onnx.numpy_helper.from_array(values, name))
     equivalence = verify(model, wrong)
     assert not equivalence.passed
-    found = Comparison("a.onnx", "b.onnx", "cpu", environment("cpu", 1), equivalence)
+    found = Comparison("a.onnx", "b.onnx", "cpu", environment(), equivalence)
     text = " ".join(Elements(document(found, "html")).text.split())
     assert "Not equivalent" in text
     assert "Where they begin to differ" in text

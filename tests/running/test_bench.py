@@ -13,6 +13,7 @@ import pwopt
 from pwopt.cli import main
 from pwopt.running import runtime
 from pwopt.running.bench import LAYOUT, by_operator
+from pwopt.running.providers import DEFAULT
 
 pytest.importorskip("onnxruntime")
 
@@ -142,7 +143,7 @@ def test_operators_are_timed_as_the_race_is(
     session = object.__new__(runtime.Session)
     session._spent, session.clock = [], lambda: now[0]
     session.session = SimpleNamespace(end_profiling=lambda: str(path))
-    session.placed = runtime.Provider.parse("cpu")
+    session.provider = DEFAULT
     session.session.run = lambda *_: now.__setitem__(0, now[0] + spent * 1e-6) or []
     for _ in runs:
         session.profiled_run({})

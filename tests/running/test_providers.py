@@ -21,7 +21,7 @@ from pwopt.optimizing import attempt
 from pwopt.passes import PASSES, FillTensorCores, PadChannels
 from pwopt.reporting.report import Latency, Report
 from pwopt.running import doctor, providers, runtime
-from pwopt.running.providers import Card, Provider, with_options
+from pwopt.running.providers import Card, Provider
 from pwopt.selecting import cache
 from pwopt.selecting.rewrite_selection import Compilation, Environment
 
@@ -74,21 +74,21 @@ def test_what_a_session_is_given() -> None:
 
 
 def test_later_options_count() -> None:
-    assert with_options("cuda", {}) == "cuda"
-    assert Provider.parse(with_options("cuda:1,a=1", {"a": "2", "b": "3"})) == Provider(
-        CUDA, (("device_id", "1"), ("a", "2"), ("b", "3"))
-    )
+    assert Provider.parse("cuda").with_options({}).text == "cuda"
+    more = Provider.parse("cuda:1,a=1").with_options({"a": "2", "b": "3"})
+    assert more == Provider(CUDA, (("device_id", "1"), ("a", "2"), ("b", "3")))
+    assert more == Provider.parse(more.text)
 
 
 def test_decisions_hold_for_one_card_and_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(providers, "cards", lambda: [Card("H100", "580.1", 1.0, 2.0), Card("T4", "580.1", 1.0, 2.0)])
-    plain, other, option = (cache.place(p, 1) for p in ("cuda", "cuda:1", "cuda,prefer_nhwc=1"))
+    plain, other, option = (cache.place(Provider.parse(p), 1) for p in ("cuda", "cuda:1", "cuda,prefer_nhwc=1"))
     assert len({plain, other, option}) == 3
     assert "H100, driver 580.1" in plain
     assert "T4" in other
     assert "prefer_nhwc=1" in option
-    assert runtime.environment("cuda:1", 1)["device"] == "T4, driver 580.1"
-    assert runtime.environment("cpu", 1)["device"] is None
+    assert runtime.environment(Provider.parse("cuda:1"))["device"] == "T4, driver 580.1"
+    assert runtime.environment()["device"] is None
 
 
 class Driver:
@@ -159,7 +159,7 @@ def test_no_memory_on_a_card_is_no_fault_of_the_model(
     def fails(*_: Any) -> None:
         raise RuntimeError(message)
 
-    session.provider, session.placed = CUDA, Provider.parse("cuda")
+    session.provider = Provider.parse("cuda")
     session.session = SimpleNamespace(run=fails)
     with pytest.raises(kind, match=said):
         session.run({})
@@ -225,7 +225,7 @@ def test_padding_for_blocks_asks_for_other_multiples() -> None:
 def test_what_only_starts_operators_is_told(milliseconds: float, provider: str, told: bool) -> None:
     latency = Latency(1.0, milliseconds, 1.0, (0.9, 1.1), 1.0, milliseconds, 20)
     report = Report("m", None, provider, {}, {}, latency=latency, after=Cost(10, 0, 0, 0))
-    notes = list(attempt._launches(report, Environment(provider, 1, [])))
+    notes = list(attempt._launches(report, Environment(Provider.parse(provider), 1, [])))
     assert bool(notes) == told
     if told:
         assert notes[0].startswith("5.0 µs for each of 10 operators is what it takes to start them")

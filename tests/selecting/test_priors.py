@@ -15,6 +15,7 @@ from helpers import normal, parse, plant
 
 import pwopt
 from pwopt.passes import PASSES
+from pwopt.running.providers import DEFAULT
 from pwopt.running.timing import Race
 from pwopt.selecting import cache, priors
 from pwopt.selecting.cache import TuningRecord
@@ -102,6 +103,6 @@ def test_this_machine_s_own_decisions_count(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path))
     plant(monkeypatch, lambda *_, **__: Race((np.full(40, 2.0), np.full(40, 1.0))))
     known(monkeypatch, to_matmul=[50, 1, 0.001])
-    cache.store(replace(entry("to-matmul", 1.2, 1), place=cache.place("cpu", 1)))
+    cache.store(replace(entry("to-matmul", 1.2, 1), place=cache.place(DEFAULT, 1)))
     report = pwopt.optimize(siblings(), threads=1).report
     assert not any("not tried" in s.reason for s in report.skips)

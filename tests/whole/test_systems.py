@@ -30,6 +30,7 @@ from pwopt.inputs.specs import parse_shape
 from pwopt.optimizing import batch, fleet, other_conditions
 from pwopt.optimizing.request import Request
 from pwopt.running import bench, runtime, timing, worker
+from pwopt.running.providers import DEFAULT
 from pwopt.selecting import plugins
 
 ROOT = Path(__file__).parent.parent.parent
@@ -192,7 +193,7 @@ def test_a_worker_whose_pipe_is_invalid(monkeypatch: pytest.MonkeyPatch, tmp_pat
         raise OSError(errno.EINVAL, "Invalid argument")
 
     monkeypatch.setattr(worker, "_send", refuse)
-    asked = worker.Worker(tmp_path / "m.onnx", "cpu", 1, {})
+    asked = worker.Worker(tmp_path / "m.onnx", DEFAULT, 1, {})
     gone: queue.Queue[Any] = queue.Queue()
     gone.put(None)
     process: Any = SimpleNamespace(stdin=object(), stdout=None, wait=lambda: 0xC0000005, kill=lambda: None)
@@ -239,12 +240,12 @@ def test_the_processor_of_a_mac(mac: None, monkeypatch: pytest.MonkeyPatch) -> N
 def test_the_clock_of_windows(windows: None) -> None:
     """A thread's own time comes in steps of 16 ms there."""
     pytest.importorskip("onnxruntime")
-    assert runtime.Session(MODELS / "linear_sequence.onnx", "cpu", 1).clock is time.perf_counter
+    assert runtime.Session(MODELS / "linear_sequence.onnx").clock is time.perf_counter
 
 
 def test_the_clock_elsewhere(mac: None) -> None:
     pytest.importorskip("onnxruntime")
-    assert runtime.Session(MODELS / "linear_sequence.onnx", "cpu", 1).clock is time.thread_time
+    assert runtime.Session(MODELS / "linear_sequence.onnx").clock is time.thread_time
 
 
 def test_threads_where_nothing_tells_of_affinity(monkeypatch: pytest.MonkeyPatch) -> None:
