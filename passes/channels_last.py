@@ -14,10 +14,11 @@ from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.unions import Unions
 from pwopt.graph import attributes
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.operators import REDUCTIONS, SOFTMAXES
 from pwopt.graph.shapes import Shape
 from pwopt.maps import emit, forms
 from pwopt.maps.forms import Reading
-from pwopt.rewriting.carry import BY_AXES, Member, See, along, carry, data, reduces_since, rewritten
+from pwopt.rewriting.carry import BY_AXES, Member, See, along, carry, data, rewritten
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.rewriting.wording import counted
@@ -25,9 +26,7 @@ from pwopt.rewriting.wording import counted
 #: Permutations that move the channels of feature maps to the last axis, and back.
 LAST, FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
 #: Operators that combine all channels at each position.
-SOFTMAXES = ("Softmax", "LogSoftmax", "Hardmax")
 PICKS = ("ArgMax", "ArgMin")
-REDUCTIONS = tuple(op for op in BY_AXES if op.startswith("Reduce"))
 
 
 @dataclass(frozen=True)
@@ -166,7 +165,7 @@ def _combines_channels(rw: Rewriter, node: Node) -> bool:
     elif op in PICKS:
         axes = [node.attrs.get("axis", 0)]
     elif op in REDUCTIONS:
-        axes = attributes.axes_of(rw, node, reduces_since(node))
+        axes = attributes.axes_of(rw, node)
     shape = rw.shape(node.inputs[0]) or ()
     if [a % len(shape) for a in axes or ()] != [1]:
         return False

@@ -14,12 +14,12 @@ from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
 from pwopt.graph.constants import MAX_GROWTH_BYTES, NEGLIGIBLE_BYTES, evaluate
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.operators import BROADCASTS, FOLDABLE, SUMS, VIEWS, WEIGHTED_OPERATORS
 from pwopt.graph.shapes import known
 from pwopt.graph.values import Entries, entries, extents
 from pwopt.maps import forms
 from pwopt.maps.scales import adds_nothing, subtracts_from_nothing
 from pwopt.maps.signed_zeros import told_apart
-from pwopt.rewriting.carry import reduces_since
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 
@@ -28,28 +28,12 @@ LARGEST = sys.maxsize // 4
 #: Exporters write ends of a Slice from here on to mean "to the end".
 FAR = 2**31 - 1
 
-#: Deterministic operators whose result on constants is a constant.
-FOLDABLE = frozenset(
-    """Abs Add And Cast Ceil Concat ConstantOfShape Div Equal Exp Expand Flatten Floor Gather GatherElements
-    GatherND Greater GreaterOrEqual Less LessOrEqual Log Max Min Mod Mul Neg Not Or Pow Range Reciprocal
-    ReduceMax ReduceMin ReduceProd ReduceSum Reshape Shape Size Slice Split Sqrt Squeeze Sub Tile Transpose
-    Unsqueeze Where Xor""".split()  # noqa: SIM905
-)
-
-
 #: Operators that store the same numbers in another order, shape or type.
-REARRANGING = ("Transpose", "Cast", *attributes.VIEWS)
-#: Operators with the same result whether an operand is broadcast before them or by them.
-BROADCASTING = frozenset(
-    """Add And Div Equal Greater GreaterOrEqual Less LessOrEqual Max Mean Min Mod Mul Or Pow Sub Sum Where
-    Xor""".split()  # noqa: SIM905
-)
+REARRANGING = ("Transpose", "Cast", *VIEWS)
 #: Bytes of the largest Range that is stored as a constant: the positions of 8,192 tokens.
 MAX_RANGE_BYTES = 1 << 16
 #: Elements of the largest weight that is compared with the identity: the adjacency matrix of a graph of 1,024 nodes.
 MAX_COMPARED = 1 << 20
-#: Operators whose sums may start from +0, which turns −0 into +0. ONNX does not specify where a sum starts.
-SUMS = frozenset({*forms.WEIGHTED_OPS, "AveragePool", "BatchNormalization", "ReduceMean", "ReduceSum"})
 
 
 class CleanUp(Pass):
@@ -169,7 +153,7 @@ def _only_broadcasts(rw: Rewriter, node: Node, op: str) -> bool:
     if rw.opset < 8 or rw.pinned(output) or not rw.readers(output) or wide is None or narrow is None:
         return False
     return all(
-        rw.op(reader) in BROADCASTING
+        rw.op(reader) in BROADCASTS
         and sum(t is output for t in reader.inputs) == 1
         and any(_covers(extents(rw, t), wide, narrow) for t in reader.inputs if t is not output)
         for reader in rw.readers(output)
@@ -185,7 +169,7 @@ def _limit_range(rw: Rewriter, node: Node) -> int:
 
     def combines(reader: Node) -> bool:
         others = (t for t in reader.inputs if t.name and t is not node.outputs[0])
-        return rw.op(reader) in BROADCASTING and any(rw.constant(t) is None for t in others)
+        return rw.op(reader) in BROADCASTS and any(rw.constant(t) is None for t in others)
 
     return 0 if all(map(combines, rw.readers(node.outputs[0]))) else MAX_RANGE_BYTES
 
@@ -231,7 +215,7 @@ def _explain_no_effect(rw: Rewriter, node: Node, op: str) -> str:
         step = reading.load() if reading is not None and reading.kind == "diagonal" else None
         same = isinstance(step, LinearMap) and np.all(step.scale == 1) and not step.geometry.biased
         return f"{op} by a constant that changes nothing" if same else ""
-    if op in forms.WEIGHTED_OPS:
+    if op in WEIGHTED_OPERATORS:
         return f"{op} by the identity" if _is_identity(rw, node) else ""
     if op in ("Concat", "Sum", "Max", "Min", "Mean") and len(node.inputs) == 1:
         return f"{op} of one tensor"
@@ -260,7 +244,7 @@ def _explain_no_effect(rw: Rewriter, node: Node, op: str) -> str:
     if op in ("Expand", "Tile"):
         return f"{op} to the shape of its input" if before == after else ""
     if op in ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd"):
-        axes = attributes.axes_of(rw, node, reduces_since(node))
+        axes = attributes.axes_of(rw, node)
         single = axes is not None and bool(axes) and all(before[a] == 1 for a in axes)
         return f"{op} over axes of size 1" if single and node.attrs.get("keepdims", 1) else ""
     return ""

@@ -10,9 +10,9 @@ import numpy as np
 from pwopt.algebra import Values
 from pwopt.algebra.geometry import Refusal, compose_geometry
 from pwopt.algebra.linear import LinearMap, compose
-from pwopt.graph.attributes import VIEWS
 from pwopt.graph.dtypes import cancelling
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.operators import VIEWS, WEIGHTED_OPERATORS
 from pwopt.graph.provenance import credit
 from pwopt.maps import commute, emit, forms, idioms
 from pwopt.maps.commute import Affine
@@ -284,7 +284,7 @@ def _joins_views(rw: Rewriter, reading: Reading) -> bool:
 def _beside_a_map(rw: Rewriter, reading: Reading) -> bool:
     """Whether a convolution or matrix product feeds or reads it, so that a refusal is worth telling."""
     neighbours = [rw.producer(reading.source), *rw.readers(reading.output)]
-    return any(n is not None and rw.op(n) in forms.WEIGHTED_OPS for n in neighbours)
+    return any(n is not None and rw.op(n) in WEIGHTED_OPERATORS for n in neighbours)
 
 
 def _compose(rw: Rewriter, target: Reading, affine: Affine, *, after: bool) -> LinearMap | Refusal:

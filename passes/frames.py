@@ -12,6 +12,7 @@ from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.multirate import over_time
 from pwopt.algebra.unions import Unions
 from pwopt.graph.ir import Constant, Node, Tensor
+from pwopt.graph.operators import SOFTMAXES
 from pwopt.graph.shapes import Shape
 from pwopt.maps import emit
 from pwopt.maps.cost import macs
@@ -23,7 +24,7 @@ from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.rewriting.wording import counted
 
 #: Operators that know of no more than axes, and that are the same on frames.
-ALIKE = frozenset(BY_AXES) - {"Split", "Slice", "Softmax", "LogSoftmax", "Hardmax", "PRelu"}
+ALIKE = frozenset(BY_AXES) - SOFTMAXES - {"Split", "Slice", "PRelu"}
 
 
 @dataclass(frozen=True)

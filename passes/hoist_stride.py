@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, replace
 from pwopt.algebra.unions import Unions
 from pwopt.graph.ir import Node, Tensor
 from pwopt.maps.cost import ELEMENT, macs
-from pwopt.maps.positions import POOLS, Steps, every, pooling, positionwise, spread, stencil, subsample
+from pwopt.maps.positions import STRIDED_POOLS, Steps, every, pooling, positionwise, spread, stencil, subsample
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.rewriting.wording import counted
@@ -100,7 +100,7 @@ class HoistStride(Pass):
             reading = stencil(rw, node)
             per = reading.geometry.weights / reading.geometry.out_channels if reading is not None else ELEMENT
             saved += (elements - kept) * per
-            if reading is not None or rw.op(node) in POOLS:
+            if reading is not None or rw.op(node) in STRIDED_POOLS:
                 continue
             for t in node.inputs:
                 ratio = _ratio((1,) * len(step), step, self._steps.get(t, ()))
@@ -114,7 +114,11 @@ def _stride(rw: Rewriter, node: Node) -> Steps | None:
     reading = stencil(rw, node)
     if reading is not None:
         return reading.geometry.strides
-    return tuple(node.attrs.get("strides", (1,) * len(node.attrs["kernel_shape"]))) if rw.op(node) in POOLS else None
+    return (
+        tuple(node.attrs.get("strides", (1,) * len(node.attrs["kernel_shape"])))
+        if rw.op(node) in STRIDED_POOLS
+        else None
+    )
 
 
 def _with_stride(rw: Rewriter, node: Node, stride: Steps) -> Node:

@@ -8,8 +8,8 @@ import numpy as np
 
 from pwopt.algebra.geometry import Refusal
 from pwopt.graph import attributes, values
-from pwopt.graph.attributes import VIEWS
 from pwopt.graph.ir import Node
+from pwopt.graph.operators import VIEWS
 from pwopt.graph.values import Entries
 from pwopt.maps import forms
 from pwopt.rewriting.driver import Pass, Rewriter
@@ -53,7 +53,7 @@ def _picked(rw: Rewriter, gather: Node, node: Node) -> Rewrite | None:
     source, index = gather.inputs
     rank, at = rw.rank(source), rw.integers(index)
     held = rw.constant(index)
-    axes = attributes.axes_of(rw, node, 13)
+    axes = attributes.axes_of(rw, node)
     axis = int(gather.attrs.get("axis", 0))
     axis += rank if axis < 0 and rank is not None else 0
     if at is None or held is None or len(held.shape) or axes != [axis] or rank is None:

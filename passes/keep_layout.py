@@ -67,7 +67,7 @@ def _gate(rw: Rewriter, node: Node) -> tuple[list[Node], str] | Skip | None:
 
 
 def _mean(rw: Rewriter, node: Node) -> tuple[list[Node], str] | None:
-    axes = attributes.axes_of(rw, node, 18)
+    axes = attributes.axes_of(rw, node)
     if rw.rank(node.inputs[0]) != 4 or axes is None or sorted(axes) != [2, 3]:
         return None
     if str(rw.dtype(node.inputs[0])) != "float32" or 0 in (rw.shape(node.inputs[0]) or ()):

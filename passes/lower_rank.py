@@ -11,6 +11,7 @@ from pwopt.algebra import Values
 from pwopt.algebra.unions import Unions
 from pwopt.graph import attributes
 from pwopt.graph.ir import Constant, Node, Tensor
+from pwopt.graph.operators import POOLS, REDUCTIONS
 from pwopt.graph.shapes import Shape
 from pwopt.maps.cost import macs
 from pwopt.rewriting.carry import (
@@ -22,7 +23,6 @@ from pwopt.rewriting.carry import (
     array,
     carry,
     data,
-    reduces_since,
     registry,
     rewritten,
     turned,
@@ -258,7 +258,7 @@ def _product(rw: Rewriter, node: Node, weight: Constant) -> Arguments | None:
     return Arguments({"transB": 1}, {1: turned(rw, Lowering(4), weight)}, "Gemm")
 
 
-@converts("MaxPool", "AveragePool", "LpPool")
+@converts(*POOLS)
 def _pooling(_rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
     attrs = _window_attributes(low, node)
     if attrs is None or len(node.outputs) > 1:
@@ -287,9 +287,9 @@ def _per_channel(_rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
     return Arguments(dict(node.attrs)) if node.attrs.get("spatial", 1) else None
 
 
-@converts("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare")
+@converts(*REDUCTIONS)
 def _reduction(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
-    axes = attributes.axes_of(rw, node, reduces_since(node)) or ()
+    axes = attributes.axes_of(rw, node) or ()
     whole_plane = {3, 4} <= set(axes)
     return along(rw, node, sorted({min(a, 3) for a in axes})) if whole_plane else BY_AXES[node.op](rw, low, node)
 

@@ -9,14 +9,10 @@ import numpy as np
 from pwopt.algebra import Values
 from pwopt.graph.constants import NEGLIGIBLE_BYTES
 from pwopt.graph.ir import Constant, Node, Tensor
+from pwopt.graph.operators import RANDOM
 from pwopt.graph.provenance import credit
 from pwopt.rewriting.driver import Pass, Rewriter, describe
 from pwopt.rewriting.records import Rewrite, Skip
-
-#: Operators that give something else each time.
-RANDOM = frozenset(
-    ("RandomNormal", "RandomNormalLike", "RandomUniform", "RandomUniformLike", "Multinomial", "Bernoulli", "Dropout")
-)
 
 
 class MergeEqual(Pass):

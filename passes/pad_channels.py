@@ -14,9 +14,9 @@ import numpy as np
 from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.operators import ACTIVATIONS, WHOLE_BLOCKS
 from pwopt.maps import commute, forms
 from pwopt.maps.channels import Analysis, Channels, Flow
-from pwopt.maps.elementwise import ELEMENTWISE
 from pwopt.maps.scans import Unread
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.rechannel import Take, rechannel, runs
@@ -24,8 +24,6 @@ from pwopt.rewriting.records import Rewrite, Skip
 
 #: Channels per block of onnxruntime's CPU provider with AVX-512; a multiple of the 8 that it has with AVX2.
 BLOCK = 16
-#: Operators that stay in its blocked layout only for whole blocks.
-BY_BLOCKS = ("AveragePool", "Concat", "GlobalAveragePool", "GlobalMaxPool", "MaxPool", "ReduceMean")
 #: How the operators that join tensors channel by channel join two numbers; what Div makes of zeros is no number.
 PAIRS: dict[str, Callable[[float, float], float]] = {
     "Add": operator.add, "Sum": operator.add, "Sub": operator.sub, "Mul": operator.mul,
@@ -107,7 +105,7 @@ class FillBlocks(PadChannels):
     multiple = BLOCK
 
     def _asks(self, rw: Rewriter, node: Node) -> list[Tensor]:
-        blocked = [t for t in node.inputs if rw.rank(t) == 4] if rw.is_a(node, *BY_BLOCKS) else []
+        blocked = [t for t in node.inputs if rw.rank(t) == 4] if rw.is_a(node, *WHOLE_BLOCKS) else []
         return [t for t in blocked if isinstance(count := rw.dim(t, 1), int) and count % BLOCK]
 
 
@@ -176,7 +174,7 @@ def _held(rw: Rewriter, analysis: Analysis, flow: Flow, holds: Mapping[Tensor, s
         return {float(functools.reduce(PAIRS[op], values)) for values in itertools.product(*parts)}
     if len(parts) != 1:
         return None
-    if op in ELEMENTWISE:
+    if op in ACTIVATIONS:
         return {float(v) for v in analysis.evaluate(node, np.array(sorted(parts[0])))}
     rule = commute.rule(rw, node)
     return parts[0] if rule is not None and (rule.shift or parts[0] == {0.0}) else None

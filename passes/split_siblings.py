@@ -11,9 +11,9 @@ from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.operators import ACTIVATIONS, ARITHMETIC
 from pwopt.graph.shapes import channels
 from pwopt.maps import commute, emit, forms, selections
-from pwopt.maps.elementwise import ELEMENTWISE
 from pwopt.maps.forms import Reading, describe_map
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
@@ -106,7 +106,7 @@ def _by_rows(reading: Reading, count: int) -> bool:
 def _sources(rw: Rewriter, node: Node, axis: int) -> list[Tensor] | None:
     """The inputs of an operator that treats channels one by one and alike, with no number for each of them."""
     op, first = rw.op(node), node.inputs[:1]
-    if op in ("Add", "Sub", "Mul", "Div", "Sum") and rw.opset >= 7:
+    if op in ARITHMETIC and rw.opset >= 7:
         rank, whole = rw.rank(node.outputs[0]), all(rw.constant(t) is None for t in node.inputs)
         if whole and all(rw.rank(t) == rank for t in node.inputs):
             return list(node.inputs)
@@ -114,7 +114,7 @@ def _sources(rw: Rewriter, node: Node, axis: int) -> list[Tensor] | None:
         return moving if len(moving) == 1 and all(rw.elements(t) in (None, 1) for t in node.inputs) else None
     if len([t for t in node.outputs if t.name]) != 1 or not first:
         return None
-    if op in ELEMENTWISE:
+    if op in ACTIVATIONS:
         return list(first) if all(rw.elements(t) == 1 for t in node.inputs[1:] if t.name) else None
     rule = commute.rule(rw, node)
     kept = rule is not None and (rule.axes is None or rule.axes.get(axis) == axis)

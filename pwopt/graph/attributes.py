@@ -7,10 +7,8 @@ from typing import NamedTuple
 
 from pwopt.algebra.geometry import Refusal
 from pwopt.graph.ir import Node
+from pwopt.graph.operators import AXES_SINCE
 from pwopt.graph.view import View
-
-#: Operators that keep the order of the elements.
-VIEWS = ("Reshape", "Flatten", "Squeeze", "Unsqueeze")
 
 
 class Spatial(NamedTuple):
@@ -66,15 +64,15 @@ def inactive_dropout(view: View, node: Node) -> bool:
     return raw is not None and not raw.any()
 
 
-def axes_of(view: View, node: Node, since: int, index: int = 1) -> list[int] | None:
-    """The axes of a reduction, Squeeze or Unsqueeze: an attribute before opset `since`, an input from then on.
+def axes_of(view: View, node: Node) -> list[int] | None:
+    """The axes of a reduction, Squeeze or Unsqueeze: an attribute in older opsets, the second input in newer ones.
 
     Normalised to be non-negative where the input's rank is known; None if they are not constant or not given.
     """
-    if view.opset < since:
+    if view.opset < AXES_SINCE[node.op]:
         axes = node.attrs.get("axes")
     else:
-        tensor = view.optional(node, index)
+        tensor = view.optional(node, 1)
         axes = None if tensor is None else view.integers(tensor)
     rank = view.rank(node.inputs[0])
     return None if axes is None else [a + rank if a < 0 and rank is not None else a for a in axes]

@@ -11,6 +11,7 @@ from onnx import TensorProto, shape_inference
 from pwopt.graph.functions import expanded
 from pwopt.graph.limits import isolated
 from pwopt.graph.memo import remembered
+from pwopt.graph.operators import BOUNDED, POOLS
 
 Dim = int | str | None
 Shape = tuple[Dim, ...]
@@ -24,13 +25,6 @@ INFERENCE_MEMORY, INFERENCE_COPIES = 1 << 28, 64
 
 #: Elements of inputs, and that inference may write down, without a bound on its memory; axes of a tensor at most.
 SAFE, LONGEST = 1 << 22, 32
-#: Operators whose results are not larger than their inputs and weights make them.
-TAME = frozenset(
-    """Add AveragePool BatchNormalization Cast Clip Concat Constant Conv ConvTranspose Div Equal Erf Exp Flatten Gather
-    Gelu Gemm GlobalAveragePool HardSigmoid HardSwish Identity LayerNormalization LeakyRelu MatMul MaxPool Max Min Mul
-    Neg Pow PRelu ReduceMean ReduceSum Relu Reshape Shape Sigmoid Size Slice Softmax Split Sqrt Squeeze Sub Tanh
-    Transpose Unsqueeze Where""".split()  # noqa: SIM905
-)
 
 #: Initializers up to this many elements may be shapes, axes or sizes, whose values inference reads.
 SMALL = 1024
@@ -142,7 +136,7 @@ def _infer(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
         return types
     if _too_wide(light, types):
         return types
-    if _tame(light):
+    if _is_bounded(light):
         return _types(shape_inference.infer_shapes(light, data_prop=True))
     content = light.SerializeToString()
     found = isolated(
@@ -178,7 +172,7 @@ def _too_wide(light: onnx.ModelProto, types: Mapping[str, tuple[int, Shape | Non
     return any(size is not None and len(size) == 1 and size[0] > WIDEST for size in sizes)
 
 
-def _tame(light: onnx.ModelProto) -> bool:
+def _is_bounded(light: onnx.ModelProto) -> bool:
     """Whether following values cannot take much, so that it needs no bound.
 
     No operator makes a tensor as large as a value or an attribute says, none makes one row of a larger tensor, and
@@ -195,7 +189,7 @@ def _tame(light: onnx.ModelProto) -> bool:
         size = max((math.prod(a.t.dims) for a in node.attribute if a.HasField("t")), default=0)
         largest = max((max(map(abs, (a.i, *a.ints))) for a in node.attribute if a.type in (a.INT, a.INTS)), default=0)
         flat = node.op_type == "Reshape" and len(read) > 1 and node.input[1] not in planes
-        if node.domain or node.op_type not in TAME or flat or largest > WIDEST:
+        if node.domain or node.op_type not in BOUNDED or flat or largest > WIDEST:
             return False
         if node.op_type in ("Shape", "Size"):
             size = LONGEST
@@ -236,9 +230,6 @@ def objection(model: onnx.ModelProto) -> str:
     except Exception as error:  # both raise many types
         return " ".join(str(error).split())[:300]
     return ""
-
-
-POOLS = ("MaxPool", "AveragePool", "LpPool")
 
 
 def _ceil(node: onnx.NodeProto) -> bool:

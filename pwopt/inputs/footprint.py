@@ -8,11 +8,10 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 
+from pwopt.graph.operators import VIEWS, WEIGHTED_OPERATORS
 from pwopt.graph.shapes import known
 from pwopt.inputs.shape_constraints import Types
 
-#: Operators whose output is their first input in another shape: onnxruntime moves nothing.
-VIEWS = frozenset(["Reshape", "Squeeze", "Unsqueeze", "Flatten", "Identity"])
 #: Bytes of a string, as a guess.
 STRING = 32
 
@@ -49,7 +48,7 @@ def footprint(model: onnx.ModelProto, types: Types) -> Footprint:
     last: dict[str, int] = {}
     for position, node in enumerate(model.graph.node):
         for name in node.output:
-            view = node.op_type in VIEWS and node.input and node.input[0] in owner
+            view = (node.op_type in VIEWS or node.op_type == "Identity") and node.input and node.input[0] in owner
             owner[name] = owner[node.input[0]] if view else name
             if not view and name:
                 given = _bytes(types, name)
@@ -94,7 +93,7 @@ def _bytes(types: Types, name: str) -> int | None:
 
 def _macs(node: onnx.NodeProto, types: Types) -> int:
     """Of convolutions and matrix products; 0 for anything else, and where sizes are not known."""
-    if node.op_type not in ("Conv", "ConvTranspose", "MatMul", "Gemm") or len(node.input) < 2 or not node.output:
+    if node.op_type not in WEIGHTED_OPERATORS or len(node.input) < 2 or not node.output:
         return 0
     read, weights, made = (known(types.get(n, (0, None))[1]) for n in (*node.input[:2], node.output[0]))
     if not read or not weights or not made:

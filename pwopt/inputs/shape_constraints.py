@@ -10,21 +10,15 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from pwopt.graph import operators
+from pwopt.graph.operators import MOVES, SAME_SHAPE
 from pwopt.graph.shapes import SMALL, Dim, Shape, infer
 
 #: Element type (``onnx.TensorProto.DataType``) and shape by tensor, as `pwopt.graph.shapes.infer` gives them.
 Types = Mapping[str, tuple[int, Shape | None]]
 
-#: Operators whose outputs hold values of their first input, if not at the same places (Concat: of any input).
-MOVES = frozenset(
-    ["Cast", "Concat", "Expand", "Flatten", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Tile", "Transpose"]
-) | {"Unsqueeze"}
-#: Operators that keep the shape of their first input.
-KEEPS = frozenset(
-    ["Abs", "Cast", "Clip", "Dropout", "Elu", "Erf", "Exp", "Floor", "Gelu", "HardSigmoid", "HardSwish", "Identity"]
-) | {"LayerNormalization", "LeakyRelu", "Log", "Neg", "Relu", "Selu", "Sigmoid", "Softplus", "Sqrt", "Tanh"}
-#: Operators whose operands are broadcast to each other.
-BROADCASTS = frozenset(["Add", "Sub", "Mul", "Div", "Pow", "Max", "Min", "Where", "Mod", "PRelu"])
+#: Operators of which one operand at least is broadcast to another.
+BROADCASTS = operators.BROADCASTS | {"PRelu"}
 
 
 @dataclass(frozen=True)
@@ -152,7 +146,7 @@ def rank(model: onnx.ModelProto, name: str) -> tuple[int, str] | None:
     """How many axes an input has by the nodes that read it, and which one says so; None if none does."""
     constants = Constants(model)
     likely: tuple[int, str] | None = None
-    for node, index in uses(model, name, KEEPS | BROADCASTS):
+    for node, index in uses(model, name, SAME_SHAPE | BROADCASTS):
         count, certain = _rank(node, index, constants)
         if count and certain:
             return count, node.op_type
@@ -216,7 +210,7 @@ def largest_index(model: onnx.ModelProto, name: str, types: Types) -> int | None
 def reads_waveform(model: onnx.ModelProto, name: str) -> bool:
     """Whether what first looks at an input is a short-time Fourier transform, or a 1-D filter of one channel or two."""
     constants = Constants(model)
-    for node, index in uses(model, name, KEEPS | MOVES | BROADCASTS | {"Pad"}):
+    for node, index in uses(model, name, SAME_SHAPE | MOVES | BROADCASTS | {"Pad"}):
         weights = constants.shape(node.input[1]) if node.op_type == "Conv" and len(node.input) > 1 else None
         if weights is not None and index == 0:
             return len(weights) == 3 and weights[1] in (1, 2)

@@ -37,7 +37,7 @@ def read_average_pool(view: View, node: Node) -> Result:
 @reads("ReduceSum", "ReduceMean")
 def read_reduction(view: View, node: Node) -> Result:
     """A one-row matrix, when exactly the channel axis is reduced and kept."""
-    axes = attributes.axes_of(view, node, since=13 if node.op == "ReduceSum" else 18)
+    axes = attributes.axes_of(view, node)
     if axes is None or len(axes) != 1 or not node.attrs.get("keepdims", 1) or view.rank(node.inputs[0]) is None:
         return None
     channels = view.dim(node.inputs[0], axes[0])

@@ -23,9 +23,9 @@ from pwopt.algebra.unions import Unions
 from pwopt.graph import attributes
 from pwopt.graph.constants import evaluate
 from pwopt.graph.ir import Node, Tensor, Variable
+from pwopt.graph.operators import ACTIVATIONS, ARITHMETIC
 from pwopt.graph.view import View
 from pwopt.maps import commute, forms, selections
-from pwopt.maps.elementwise import ELEMENTWISE
 from pwopt.maps.forms import Reading
 from pwopt.maps.scans import LARGEST_INPUT, NEGLIGIBLE, Mask, Scanner, flushed, vanishing
 
@@ -130,7 +130,7 @@ class Analysis:
             return self._concat(node)
         if op == "Split":
             return self._split(node)
-        if op in ("Add", "Sub", "Mul", "Div", "Sum") and self.view.opset >= 7:
+        if op in ARITHMETIC and self.view.opset >= 7:
             return self._pair(node, op)
         return self._alone(node, op)
 
@@ -266,7 +266,7 @@ class Analysis:
         value: Array
         radius: Array
         constant = source.constant
-        if op in ELEMENTWISE:
+        if op in ACTIVATIONS:
             if any(self.view.elements(t) != 1 for t in node.inputs[1:] if t.name):
                 return Flow(node)
             value, axis = np.full(len(constant), np.nan), source.axis
@@ -302,7 +302,7 @@ class Analysis:
     def _lipschitz(node: Node, op: str) -> float:
         steepness = {"LeakyRelu": ("alpha", 0.01), "Elu": ("alpha", 1.0), "HardSigmoid": ("alpha", 0.2)}.get(op)
         slope = abs(float(node.attrs.get(*steepness))) if steepness else 0.0
-        return max(ELEMENTWISE[op], slope)
+        return max(ACTIVATIONS[op], slope)
 
     def _keeps(self, node: Node, op: str) -> bool:
         """Whether the operator still fits when channels are removed."""
@@ -311,7 +311,7 @@ class Analysis:
         if op in ("Resize", "Upsample"):
             return not attributes.resized_by_sizes(self.view, node)
         if op == "Squeeze":  # without axes, it would take a single channel along
-            return attributes.axes_of(self.view, node, 13) is not None
+            return attributes.axes_of(self.view, node) is not None
         return op != "Reshape" or (self.view.opset >= 5 and self.view.integers(node.inputs[1]) is not None)
 
     # Backward: which channels may go

@@ -17,12 +17,10 @@ from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
 from pwopt.graph.dtypes import cancelling
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.operators import ARITHMETIC, SUMS, VIEWS
 from pwopt.graph.values import Entries, extents
 from pwopt.graph.view import View
 from pwopt.maps import forms, selections
-
-#: Operators that join tensors element by element.
-PAIRS = ("Add", "Sub", "Sum", "Mul", "Div")
 
 
 @dataclass(frozen=True)
@@ -71,8 +69,6 @@ class Rule:
 
 #: Batch and channels, the axes that pooling leaves alone.
 CHANNELS: Mapping[int, int] = {0: 0, 1: 1}
-#: What sums many numbers: in float16, a scale moved past it may make the sum overflow.
-SUMS = ("AveragePool", "GlobalAveragePool", "ReduceMean", "ReduceSum")
 
 
 def rule(view: View, node: Node) -> Rule | None:
@@ -115,7 +111,7 @@ def rule(view: View, node: Node) -> Rule | None:
     if op == "Transpose":
         perm = attributes.perm(view, node)
         return None if perm is None else Rule(axes={a: i for i, a in enumerate(perm)})
-    if op in attributes.VIEWS:
+    if op in VIEWS:
         return Rule(axes=_kept_axes(view, node, op))
     if op == "Dropout":
         return Rule() if attributes.inactive_dropout(view, node) else None
@@ -158,7 +154,7 @@ def _unscaled_axes(view: View, node: Node) -> dict[int, int]:
 
 
 def _reduction(view: View, node: Node, op: str) -> Rule | None:
-    axes, rank = attributes.axes_of(view, node, 13 if op == "ReduceSum" else 18), view.rank(node.inputs[0])
+    axes, rank = attributes.axes_of(view, node), view.rank(node.inputs[0])
     if not axes or rank is None:  # no axes means all of them, or none: noop_with_empty_axes
         return None
     left = [a for a in range(rank) if a not in axes]
@@ -233,7 +229,7 @@ def sink(view: View, node: Node, tensor: Tensor, affine: Affine) -> Moves | Refu
         return _through_split(view, node, affine)
     if op == "Concat":
         return _through_concat(view, node, tensor, affine)
-    if op in PAIRS:
+    if op in ARITHMETIC:
         return _through_pair(view, node, tensor, affine, op)
     if tensor is not node.inputs[0]:
         return Refusal(f"a scale or shift does not pass through {node.op}")
@@ -314,7 +310,7 @@ def lift(view: View, node: Node, affine: Affine) -> list[Moves] | Refusal:
     op = view.op(node)
     if _empty(view, node):
         return Refusal(f"{node.op} has an empty tensor")
-    if op in ("Concat", *PAIRS) and len(set(node.inputs)) < len(node.inputs):
+    if op in ("Concat", *ARITHMETIC) and len(set(node.inputs)) < len(node.inputs):
         return Refusal(f"{op} reads one tensor twice")
     if op == "Concat":
         axis, parts = attributes.concat_axis(view, node), selections.read_concat(view, node)
@@ -331,7 +327,7 @@ def lift(view: View, node: Node, affine: Affine) -> list[Moves] | Refusal:
         ends = np.cumsum([p.geometry.in_channels for p in parts])[:-1]
         pieces = zip(np.split(affine.map.scale, ends), np.split(affine.map.bias, ends), strict=True)
         return [[(t, Affine(LinearMap.diagonal(s, b), axis)) for t, (s, b) in zip(node.inputs, pieces, strict=True)]]
-    if op in PAIRS:
+    if op in ARITHMETIC:
         return _lift_pair(view, node, affine, op)
     if op == "Gemm":
         return _lift_gemm(view, node, affine)

@@ -9,8 +9,9 @@ import numpy as np
 
 from pwopt.algebra.geometry import Geometry
 from pwopt.graph.ir import Node
+from pwopt.graph.operators import WEIGHTED_OPERATORS
 from pwopt.graph.view import View
-from pwopt.maps.forms import WEIGHTED_OPS, Reading
+from pwopt.maps.forms import Reading
 
 #: What reading or writing one element costs, in multiply-adds: 50 G of those per second on one core with AVX-512,
 #: against some 10 GB/s between core and memory.
@@ -64,7 +65,7 @@ def macs(view: View, node: Node) -> int | None:
     A convolution has (inputs per group · taps) per output element, a matrix product its inner size.
     """
     op = view.op(node)
-    if op not in WEIGHTED_OPS:
+    if op not in WEIGHTED_OPERATORS:
         return 0
     if op in ("Conv", "ConvTranspose"):
         weight = view.size_of(node.inputs[1])

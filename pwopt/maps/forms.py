@@ -16,7 +16,6 @@ from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.view import View
 
 #: Operators with a matrix of weights, and the kinds they are read as.
-WEIGHTED_OPS = ("Conv", "ConvTranspose", "Gemm", "MatMul")
 WEIGHTED = ("conv", "conv-transpose", "gemm", "matmul", "left-matmul")
 
 

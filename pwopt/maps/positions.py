@@ -5,16 +5,16 @@ from __future__ import annotations
 import numpy as np
 
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.operators import ACTIVATIONS
 from pwopt.graph.shapes import Change, Shape
 from pwopt.graph.view import View
 from pwopt.maps import forms
-from pwopt.maps.elementwise import ELEMENTWISE
 from pwopt.maps.forms import Reading
 
 #: A stride for each spatial axis.
 Steps = tuple[int, ...]
 #: Pooling that can skip positions as convolutions can.
-POOLS = ("MaxPool", "AveragePool")
+STRIDED_POOLS = ("MaxPool", "AveragePool")
 
 
 def stencil(view: View, node: Node | None) -> Reading | None:
@@ -27,7 +27,7 @@ def stencil(view: View, node: Node | None) -> Reading | None:
 def pooling(view: View, node: Node) -> bool:
     """Whether a node pools windows that all lie where its padding says."""
     plain = not node.attrs.get("ceil_mode", 0) and node.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
-    return view.op(node) in POOLS and plain and len([t for t in node.outputs if t.name]) == 1
+    return view.op(node) in STRIDED_POOLS and plain and len([t for t in node.outputs if t.name]) == 1
 
 
 def spread(view: View, tensor: Tensor, rank: int) -> bool:
@@ -48,7 +48,7 @@ def positionwise(view: View, node: Node) -> bool:
     reading = forms.linear(view, node)
     if reading is not None and reading.kind == "diagonal":
         return reading.axis in (1, None)
-    if op in ELEMENTWISE:
+    if op in ACTIVATIONS:
         return all(view.elements(t) == 1 for t in node.inputs[1:] if t.name)
     if op not in ("Add", "Sub", "Mul", "Div", "Sum", "Max", "Min", "Mean") or view.opset < 7:
         return False

@@ -17,9 +17,9 @@ from pwopt.algebra import Values
 from pwopt.algebra.geometry import Refusal
 from pwopt.graph import attributes
 from pwopt.graph.ir import Node, Tensor, Variable
+from pwopt.graph.operators import ACTIVATIONS
 from pwopt.graph.shapes import Dim, Shape, known
 from pwopt.graph.view import View
-from pwopt.maps.elementwise import ELEMENTWISE
 from pwopt.maps.forms import Reading
 
 #: Coordinates that depend on the size of an axis. Under any other convention, the coordinate of p + r is one more than
@@ -186,7 +186,7 @@ def _inner(view: View, node: Node | None, depth: int) -> list[tuple[Tensor, tupl
         return []
     if view.is_a(node, "Concat") and attributes.concat_axis(view, node) == 1:
         return [(t, ()) for t in node.inputs]
-    if view.is_a(node, *ELEMENTWISE) and all(view.elements(t) == 1 for t in node.inputs[1:] if t.name):
+    if view.is_a(node, *ACTIVATIONS) and all(view.elements(t) == 1 for t in node.inputs[1:] if t.name):
         return [(node.inputs[0], (node,))]
     return []
 

@@ -13,35 +13,8 @@ import numpy as np
 
 from pwopt.algebra import Array, zeros
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.operators import BIAS_INPUTS, FIRST_ZERO_KEEPING, ZERO_BLIND, ZERO_BLIND_INPUTS, ZERO_KEEPING
 from pwopt.graph.view import View
-
-#: Operators whose answer is the same number for both zeros, in whatever input: even functions, functions that are not
-#: zero there, comparisons, sums of squares and magnitudes.
-BLIND = frozenset(
-    """Abs Acos And ArgMax ArgMin Cos Cosh Equal Exp Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual Log LogSoftmax
-    NonZero Not Or ReduceL1 ReduceL2 ReduceLogSumExp ReduceSumSquare Shape Sigmoid Size Softmax Softplus
-    Xor""".split()  # noqa: SIM905
-)
-#: Operators that pass it on at most as the sign of a zero: moves, sums and products, odd functions, what takes the
-#: larger or smaller, normalisations (whose divisors are variances plus ε, or zero for both).
-PASSING = frozenset(
-    """Add Asin Asinh Atan Atanh AveragePool BatchNormalization Cast CastLike Ceil Celu Clip Concat Conv ConvTranspose
-    CumSum DepthToSpace Dropout Einsum Elu Erf Expand Flatten Floor Gather GatherElements GatherND Gelu Gemm
-    GlobalAveragePool GlobalMaxPool GroupNormalization GRU HardSigmoid HardSwish Identity InstanceNormalization LRN
-    LSTM LayerNormalization LeakyRelu LpNormalization MatMul Max MaxPool Mean MeanVarianceNormalization Min Mish Mul Neg
-    PRelu Pad RMSNormalization RNN ReduceMax ReduceMean ReduceMin ReduceSum Relu Reshape ReverseSequence Round
-    ScatterElements ScatterND Selu Sign Sin Sinh Slice Softsign SpaceToDepth Split Sqrt Squeeze Sub Sum Swish Tan Tanh
-    ThresholdedRelu Tile TopK Transpose Trilu Unsqueeze Where""".split()  # noqa: SIM905
-)
-#: Those that pass their first input on, and may do anything with others.
-FIRST = frozenset({"DequantizeLinear", "Div", "Resize", "Upsample"})
-#: Operators whose answer is the same number for both zeros in that input.
-BLIND_AT = {"Pow": 1, "QuantizeLinear": 0}
-#: Which input is added last.
-BIASES = {
-    "Conv": 2, "ConvTranspose": 2, "BatchNormalization": 2, "LayerNormalization": 2, "InstanceNormalization": 2,
-    "GroupNormalization": 2,
-}  # fmt: skip
 
 
 def told_apart(view: View) -> dict[Tensor, str]:
@@ -65,9 +38,9 @@ def told_apart(view: View) -> dict[Tensor, str]:
 def _teller(view: View, node: Node, index: int, behind: str) -> str:
     """Who tells zeros in input `index` apart, given who tells those in the outputs."""
     op = view.op(node)
-    if op in BLIND or BLIND_AT.get(op) == index or any(_numbers(view, node, op, index)):
+    if op in ZERO_BLIND or ZERO_BLIND_INPUTS.get(op) == index or any(_numbers(view, node, op, index)):
         return ""
-    if op in PASSING or (op in FIRST and index == 0) or (op == "Pow" and _positive(view, node)):
+    if op in ZERO_KEEPING or (op in FIRST_ZERO_KEEPING and index == 0) or (op == "Pow" and _positive(view, node)):
         return behind
     return f"{node.op} {node.name}".strip()
 
@@ -86,8 +59,8 @@ def _numbers(view: View, node: Node, op: str, index: int) -> Iterator[bool]:
         yield low > 0 or high < 0
     if op == "HardSigmoid":
         yield node.attrs.get("beta", 0.5) != 0
-    if op in BIASES and index == 0 and len(node.inputs) > BIASES[op]:
-        bias = view.value(node.inputs[BIASES[op]])
+    if op in BIAS_INPUTS and index == 0 and len(node.inputs) > BIAS_INPUTS[op]:
+        bias = view.value(node.inputs[BIAS_INPUTS[op]])
         yield bias is not None and zeros.joins(bias)
     if op == "Pow" and index == 0:
         exponent = view.value(node.inputs[1])

@@ -15,6 +15,7 @@ from pwopt.evidence.equivalence import Equivalence
 from pwopt.evidence.localise import localise
 from pwopt.evidence.verify import compared, placements
 from pwopt.graph.functions import functions
+from pwopt.graph.operators import QUANTISED
 from pwopt.graph.storage import total_bytes
 from pwopt.optimizing.bisection import alike, culprits
 from pwopt.optimizing.budget import PROFILING, Budget
@@ -43,8 +44,6 @@ LEAST, PRECISE = 5, 0.003
 PROFILED = 2, 10
 #: Figures of the profiler and of the race that are this far apart are explained.
 PROFILE_APART = 1.25
-#: Operators on integers that stand for reals, besides those called QLinear….
-QUANTISED = ("QuantizeLinear", "DequantizeLinear", "DynamicQuantizeLinear", "ConvInteger", "MatMulInteger")
 
 #: A model that grows by more than this fraction, and so many bytes, is told so.
 UNSAID_GROWTH, UNSAID_BYTES = 0.1, 1 << 16

@@ -11,9 +11,9 @@ import numpy as np
 from pwopt.algebra import Values
 from pwopt.graph import attributes
 from pwopt.graph.ir import Constant, Node, Tensor
+from pwopt.graph.operators import ARITHMETIC, AXES_SINCE, ELEMENTWISE, REDUCTIONS, SOFTMAXES
 from pwopt.graph.shapes import Shape
 from pwopt.graph.view import View
-from pwopt.maps.elementwise import ELEMENTWISE
 from pwopt.rewriting.driver import Rewriter
 from pwopt.rewriting.records import Rewrite
 
@@ -159,10 +159,7 @@ def _unchanged(rw: Rewriter, guise: Guise, node: Node) -> Arguments | None:
     return None if active else Arguments(dict(node.attrs))
 
 
-@converts(
-    *ELEMENTWISE, "Add", "Sub", "Mul", "Div", "Sum", "Max", "Min", "Mean", "Pow", "PRelu", "Floor", "Log", "Ceil",
-    "Sqrt", "Reciprocal", "Sin", "Cos",
-)  # fmt: skip
+@converts(*ELEMENTWISE, *ARITHMETIC, "Max", "Min", "Mean", "Pow", "PRelu")
 def _arithmetic(rw: Rewriter, guise: Guise, node: Node) -> Arguments | None:
     if rw.opset < 7 and len(node.inputs) > 1:
         return None  # broadcasting was an attribute
@@ -188,7 +185,7 @@ def turned(rw: Rewriter, guise: Guise, held: Tensor) -> Numbers:
     return numbers
 
 
-@converts("Concat", "Split", "Softmax", "LogSoftmax", "Hardmax")
+@converts("Concat", "Split", *SOFTMAXES)
 def _along_axis(rw: Rewriter, guise: Guise, node: Node) -> Arguments | None:
     if node.op == "Concat" and any(rw.constant(t) is not None for t in node.inputs):
         return None
@@ -197,9 +194,9 @@ def _along_axis(rw: Rewriter, guise: Guise, node: Node) -> Arguments | None:
     return None if axis is None else Arguments({**node.attrs, "axis": axis})
 
 
-@converts("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceL1", "ReduceL2", "ReduceSumSquare")
+@converts(*REDUCTIONS)
 def _reduction(rw: Rewriter, guise: Guise, node: Node) -> Arguments | None:
-    axes = attributes.axes_of(rw, node, reduces_since(node))
+    axes = attributes.axes_of(rw, node)
     found = [guise.axis(a) for a in axes or ()]
     mapped = sorted({a for a in found if a is not None})
     if not mapped or None in found:
@@ -207,14 +204,9 @@ def _reduction(rw: Rewriter, guise: Guise, node: Node) -> Arguments | None:
     return along(rw, node, mapped)
 
 
-def reduces_since(node: Node) -> int:
-    """The opset since which the axes of a reduction are an input."""
-    return 13 if node.op == "ReduceSum" else 18
-
-
 def along(rw: Rewriter, node: Node, axes: Sequence[int]) -> Arguments:
     """A reduction over other axes."""
-    if rw.opset < reduces_since(node):
+    if rw.opset < AXES_SINCE[node.op]:
         return Arguments({**node.attrs, "axes": list(axes)})
     return Arguments(dict(node.attrs), {1: array(axes, np.int64)})
 

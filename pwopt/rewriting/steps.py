@@ -7,8 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.operators import ACTIVATIONS
 from pwopt.graph.view import View
-from pwopt.maps.elementwise import ELEMENTWISE
 
 #: Functions f of which exporters write x·f(x) as two operators.
 GATES = ("Sigmoid", "HardSigmoid", "Tanh")
@@ -33,7 +33,7 @@ def activation(view: View, tensor: Tensor) -> Step | None:
         rest = [view.raw(t) if t.name else np.zeros(0) for t in node.inputs[1:]]
         numbers = [None if v is None else (v.shape, v.dtype.str, v.tobytes()) for v in rest if v is None or v.size <= 1]
         if (
-            view.op(node) not in ELEMENTWISE
+            view.op(node) not in ACTIVATIONS
             or node.inputs[0] is not tensor
             or len(numbers) < len(rest)
             or None in numbers

@@ -20,6 +20,7 @@ import onnx
 
 from pwopt.errors import UsageError
 from pwopt.graph.files import load
+from pwopt.graph.operators import VIEWS
 from pwopt.graph.sources import renamed
 from pwopt.inputs.samples import Feeds, make_feeds
 from pwopt.inputs.specs import InputSpec, check_shapes, input_specs
@@ -32,7 +33,7 @@ from pwopt.running.size_trials import Sizes, likely_sizes
 #: What Linux says of a process's memory (proc(5)).
 STATUS = Path("/proc/self/status")
 #: Operators that only change how a tensor lies in memory.
-LAYOUT = frozenset({"ReorderInput", "ReorderOutput", "Transpose", "Reshape", "Squeeze", "Unsqueeze", "Flatten"})
+LAYOUT = VIEWS | {"ReorderInput", "ReorderOutput", "Transpose"}
 #: Runs under the profiler.
 PROFILED = 10
 

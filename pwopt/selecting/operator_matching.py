@@ -11,6 +11,7 @@ import onnx
 
 from pwopt.algebra.unions import Unions
 from pwopt.graph.files import save
+from pwopt.graph.operators import WEIGHTED_OPERATORS
 from pwopt.graph.storage import locations_of
 from pwopt.rewriting.records import Rewrite
 from pwopt.running.runtime import NodeTime
@@ -18,7 +19,6 @@ from pwopt.running.runtime import NodeTime
 #: What a node is called while it is timed, so that onnxruntime's names of what it fuses tell where it came from.
 MARK = re.compile(r"@(\d+)@")
 #: Operators that nothing before them is fused into.
-BEGINNING = ("Conv", "ConvTranspose", "MatMul", "Gemm")
 #: What onnxruntime calls an operator in its blocked layout: the tensor that it makes, and this.
 BLOCKED = "_nchwc"
 
@@ -79,8 +79,8 @@ def fused(proto: onnx.ModelProto, times: Mapping[int, float]) -> list[int]:
     for i in range(len(nodes) - 1, -1, -1):
         if i not in times:
             after = [j for name in nodes[i].output for j in readers.get(name, ())]
-            ends = {owner[j] for j in after if nodes[j].op_type not in BEGINNING}
-            if len(ends) == 1 and all(nodes[j].op_type not in BEGINNING for j in after):
+            ends = {owner[j] for j in after if nodes[j].op_type not in WEIGHTED_OPERATORS}
+            if len(ends) == 1 and all(nodes[j].op_type not in WEIGHTED_OPERATORS for j in after):
                 owner[i] = ends.pop()
     for i, node in enumerate(nodes):
         if owner[i] == i and i not in times:

@@ -1,0 +1,234 @@
+"""What pwopt knows about each of ONNX's operators: one row per operator.
+
+Add a row to teach pwopt a new operator. An operator without a row has none of the traits, so no pass moves anything
+across it. `pwopt.evidence` deliberately keeps a table of its own: it must not rely on what it judges.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+#: The traits, and the numbers that a row may give.
+TRAITS = {
+    "elementwise": "a function of each element of its first input; other inputs hold parameters",
+    "slope": "elementwise, with this Lipschitz constant; passes move such functions across maps",
+    "same-shape": "the output has the shape of the first input, as that of every elementwise operator has",
+    "arithmetic": "adds, subtracts, multiplies or divides tensors element by element",
+    "broadcasts": "all operands are broadcast to each other",
+    "view": "keeps the elements and their order, and changes the shape",
+    "moves": "the output holds elements of the first input (Concat: of any input), as that of every view does",
+    "weighted": "a linear map whose weights are an input",
+    "sums": "adds many elements; it may start with +0, and in float16 the sum may overflow",
+    "pools": "reduces windows, whose last one `ceil_mode` may add",
+    "softmax": "normalises along the axis that the attribute `axis` gives",
+    "reduction": "reduces axes that are an attribute or an input",
+    "axes": "since this opset, the axes are an input and no longer an attribute",
+    "bias": "the index of the input that is added last",
+    "blind": "the result is the same number for −0 and +0, in every input",
+    "blind-input": "the result is the same number for −0 and +0 in the input with this index",
+    "keeps-zero": "at most the sign of a zero in the result depends on the sign of a zero in an input",
+    "keeps-first-zero": "the same, for the first input only",
+    "bounded": "no larger than its inputs and weights make it; every operator with a slope is bounded",
+    "foldable": "deterministic, and computed on constants by onnx's reference evaluator",
+    "random": "gives another result each time (Dropout: during training)",
+    "whole-blocks": "onnxruntime's CPU provider keeps it in the blocked layout only if all blocks of channels are full",
+    "quantised": "computes with quantised numbers",
+}
+
+_ROWS = """
+Abs                        slope=1 blind foldable
+Acos                       blind
+Add                        arithmetic broadcasts keeps-zero bounded foldable
+And                        broadcasts blind foldable
+ArgMax                     blind
+ArgMin                     blind
+Asin                       keeps-zero
+Asinh                      keeps-zero
+Atan                       keeps-zero
+Atanh                      keeps-zero
+AveragePool                pools sums keeps-zero bounded whole-blocks
+BatchNormalization         sums bias=2 keeps-zero bounded
+Bernoulli                  random
+Cast                       same-shape moves keeps-zero bounded foldable
+CastLike                   keeps-zero
+Ceil                       elementwise keeps-zero foldable
+Celu                       slope=1 keeps-zero
+Clip                       slope=1 keeps-zero
+Concat                     moves keeps-zero bounded foldable whole-blocks
+Constant                   bounded
+ConstantOfShape            foldable
+Conv                       weighted sums bias=2 keeps-zero bounded
+ConvInteger                quantised
+ConvTranspose              weighted sums bias=2 keeps-zero bounded
+Cos                        elementwise blind
+Cosh                       blind
+CumSum                     keeps-zero
+DepthToSpace               keeps-zero
+DequantizeLinear           keeps-first-zero quantised
+Div                        arithmetic broadcasts keeps-first-zero bounded foldable
+Dropout                    same-shape keeps-zero random
+DynamicQuantizeLinear      quantised
+Einsum                     keeps-zero
+Elu                        slope=1 keeps-zero
+Equal                      broadcasts blind bounded foldable
+Erf                        slope=1.13 keeps-zero
+Exp                        slope=inf blind foldable
+Expand                     moves keeps-zero foldable
+Flatten                    view keeps-zero bounded foldable
+Floor                      elementwise keeps-zero foldable
+GRU                        keeps-zero
+Gather                     keeps-zero bounded foldable
+GatherElements             keeps-zero foldable
+GatherND                   keeps-zero foldable
+Gelu                       slope=1.13 keeps-zero
+Gemm                       weighted sums keeps-zero bounded
+GlobalAveragePool          sums keeps-zero bounded whole-blocks
+GlobalMaxPool              keeps-zero whole-blocks
+Greater                    broadcasts blind foldable
+GreaterOrEqual             broadcasts blind foldable
+GroupNormalization         bias=2 keeps-zero
+HardSigmoid                slope=1 keeps-zero
+HardSwish                  slope=1.5 keeps-zero
+Hardmax                    softmax
+Identity                   same-shape moves keeps-zero bounded
+InstanceNormalization      bias=2 keeps-zero
+IsInf                      blind
+IsNaN                      blind
+LRN                        keeps-zero
+LSTM                       keeps-zero
+LayerNormalization         same-shape bias=2 keeps-zero bounded
+LeakyRelu                  slope=1 keeps-zero
+Less                       broadcasts blind foldable
+LessOrEqual                broadcasts blind foldable
+Log                        elementwise blind foldable
+LogSoftmax                 softmax blind
+LpNormalization            keeps-zero
+LpPool                     pools
+MatMul                     weighted sums keeps-zero bounded
+MatMulInteger              quantised
+Max                        broadcasts keeps-zero bounded foldable
+MaxPool                    pools keeps-zero bounded whole-blocks
+Mean                       broadcasts keeps-zero
+MeanVarianceNormalization  keeps-zero
+Min                        broadcasts keeps-zero bounded foldable
+Mish                       slope=1.1 keeps-zero
+Mod                        broadcasts foldable
+Mul                        arithmetic broadcasts keeps-zero bounded foldable
+Multinomial                random
+Neg                        slope=1 keeps-zero foldable
+NonZero                    blind
+Not                        blind foldable
+Or                         broadcasts blind foldable
+PRelu                      keeps-zero bounded
+Pad                        keeps-zero
+Pow                        broadcasts blind-input=1 bounded foldable
+QuantizeLinear             blind-input=0 quantised
+RMSNormalization           keeps-zero
+RNN                        keeps-zero
+RandomNormal               random
+RandomNormalLike           random
+RandomUniform              random
+RandomUniformLike          random
+Range                      foldable
+Reciprocal                 elementwise foldable
+ReduceL1                   reduction axes=18 blind
+ReduceL2                   reduction axes=18 blind
+ReduceLogSumExp            axes=18 blind
+ReduceMax                  reduction axes=18 keeps-zero foldable
+ReduceMean                 reduction axes=18 sums keeps-zero bounded whole-blocks
+ReduceMin                  reduction axes=18 keeps-zero foldable
+ReduceProd                 axes=18 foldable
+ReduceSum                  reduction axes=13 sums keeps-zero bounded foldable
+ReduceSumSquare            reduction axes=18 blind
+Relu                       slope=1 keeps-zero
+Reshape                    view keeps-zero bounded foldable
+Resize                     keeps-first-zero
+ReverseSequence            keeps-zero
+Round                      keeps-zero
+ScatterElements            keeps-zero
+ScatterND                  keeps-zero
+Selu                       slope=1.76 keeps-zero
+Shape                      blind bounded foldable
+Sigmoid                    slope=0.25 blind
+Sign                       keeps-zero
+Sin                        elementwise keeps-zero
+Sinh                       keeps-zero
+Size                       blind bounded foldable
+Slice                      moves keeps-zero bounded foldable
+Softmax                    softmax blind bounded
+Softplus                   slope=1 blind
+Softsign                   slope=1 keeps-zero
+SpaceToDepth               keeps-zero
+Split                      moves keeps-zero bounded foldable
+Sqrt                       elementwise keeps-zero bounded foldable
+Squeeze                    view axes=13 keeps-zero bounded foldable
+Sub                        arithmetic broadcasts keeps-zero bounded foldable
+Sum                        arithmetic broadcasts keeps-zero
+Swish                      slope=1.1 keeps-zero
+Tan                        keeps-zero
+Tanh                       slope=1 keeps-zero
+ThresholdedRelu            slope=inf keeps-zero
+Tile                       moves keeps-zero foldable
+TopK                       keeps-zero
+Transpose                  moves keeps-zero bounded foldable
+Trilu                      keeps-zero
+Unsqueeze                  view axes=13 keeps-zero bounded foldable
+Upsample                   keeps-first-zero
+Where                      broadcasts keeps-zero bounded foldable
+Xor                        broadcasts blind foldable
+"""
+
+
+def _parse(rows: str) -> dict[str, dict[str, float]]:
+    """Operator → trait → its number, 1 for a trait without one."""
+    table: dict[str, dict[str, float]] = {}
+    for row in filter(None, rows.splitlines()):
+        operator, *words = row.split()
+        pairs = [word.partition("=") for word in words]
+        unknown = {trait for trait, _, _ in pairs} - TRAITS.keys()
+        if unknown or operator in table:
+            raise ValueError(f"the row of {operator} is there twice, or has unknown traits: {', '.join(unknown)}")
+        table[operator] = {trait: float(number or 1) for trait, _, number in pairs}
+    return table
+
+
+_TABLE = _parse(_ROWS)
+
+
+def _having(*traits: str) -> frozenset[str]:
+    """The operators with at least one of these traits."""
+    assert TRAITS.keys() >= set(traits)
+    return frozenset(op for op, row in _TABLE.items() if not row.keys().isdisjoint(traits))
+
+
+def _numbers(trait: str) -> Mapping[str, int]:
+    """Operator → the whole number that its row gives for a trait."""
+    assert trait in TRAITS
+    return {op: int(row[trait]) for op, row in _TABLE.items() if trait in row}
+
+
+#: Elementwise functions that passes move across maps, each with its Lipschitz constant.
+ACTIVATIONS: Mapping[str, float] = {op: row["slope"] for op, row in _TABLE.items() if "slope" in row}
+ELEMENTWISE = _having("elementwise", "slope")
+SAME_SHAPE = _having("elementwise", "slope", "same-shape")
+ARITHMETIC = _having("arithmetic")
+BROADCASTS = _having("broadcasts")
+VIEWS = _having("view")
+MOVES = _having("moves", "view")
+WEIGHTED_OPERATORS = _having("weighted")
+SUMS = _having("sums")
+POOLS = _having("pools")
+SOFTMAXES = _having("softmax")
+REDUCTIONS = _having("reduction")
+#: The opset since which the axes are an input.
+AXES_SINCE = _numbers("axes")
+BIAS_INPUTS = _numbers("bias")
+ZERO_BLIND = _having("blind")
+ZERO_BLIND_INPUTS = _numbers("blind-input")
+ZERO_KEEPING = _having("keeps-zero")
+FIRST_ZERO_KEEPING = _having("keeps-first-zero")
+BOUNDED = _having("bounded", "slope")
+FOLDABLE = _having("foldable")
+RANDOM = _having("random")
+WHOLE_BLOCKS = _having("whole-blocks")
+QUANTISED = _having("quantised")
