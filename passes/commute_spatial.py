@@ -1,4 +1,4 @@
-"""Pointwise maps run where the feature map is smallest: behind pooling, before upsampling."""
+"""Code motion: pointwise maps move to where the feature map is smallest, after pooling and before upsampling."""
 
 from __future__ import annotations
 
@@ -16,9 +16,10 @@ from pwopt.maps.cost import ELEMENT
 from pwopt.maps.forms import Reading
 from pwopt.rewriting.driver import Pass, Rewriter, describe
 from pwopt.rewriting.records import Rewrite, Skip
+from pwopt.rewriting.wording import counted
 
-#: Operators that act on every channel alike, linearly, and change the number of positions; each with how many
-#: elements' worth of work it does per element it reads or writes.
+#: Linear operators that treat all channels alike and change the number of positions, with their work per element that
+#: they read or write, relative to copying it.
 SPATIAL = {
     "AveragePool": 2.0, "GlobalAveragePool": 1.0, "ReduceMean": 1.0, "ReduceSum": 1.0, "Slice": 1.0,
     "Resize": 3.0, "Upsample": 3.0, "Expand": 1.0, "Tile": 1.0, "Pad": 1.0, "MatMul": 1.0,
@@ -27,20 +28,20 @@ SPATIAL = {
 
 @dataclass(frozen=True)
 class Mover:
-    """A spatial operator, and what it means to move it.
+    """A spatial operator, and what its cost depends on.
 
     Attributes
     ----------
     node : Node
     data : int
-        The input that it moves; a MatMul's is the second one, its first is a constant matrix.
+        Index of its data input: 1 for a MatMul, whose first input is a constant matrix, else 0.
     rule : commute.Rule
     reads, writes : int
         Positions per channel.
     broadcasts : bool
-        Whether it only repeats one position.
+        Whether it only repeats a single position.
     terms : int
-        Multiply-adds per element that it writes, of a matrix.
+        Multiply-adds per element that a MatMul writes; 0 for other operators.
     """
 
     node: Node
@@ -52,10 +53,10 @@ class Mover:
     terms: int
 
     def work(self, count: int) -> float:
-        """In multiply-adds."""
+        """Cost on this many channels, in multiply-adds."""
         if self.terms:
             return float(count * self.writes * self.terms)
-        if self.node.op == "Slice":  # what it leaves out is not even read
+        if self.node.op == "Slice":  # it does not read what it leaves out
             return ELEMENT * count * 2.0 * self.writes
         return ELEMENT * SPATIAL[self.node.op] * count * (self.reads + self.writes)
 
@@ -65,12 +66,12 @@ class Mover:
 
     @property
     def shrinks(self) -> bool:
-        """Whether maps may be cheaper behind it; both sides of a matrix have to be compared."""
+        """Whether maps may be cheaper after it. Always true for a matrix."""
         return self.writes < self.reads or self.terms > 0
 
     @property
     def grows(self) -> bool:
-        """Whether maps may be cheaper before it."""
+        """Whether maps may be cheaper before it. Always true for a matrix."""
         return self.writes > self.reads or self.terms > 0
 
     @property
@@ -79,29 +80,34 @@ class Mover:
 
 
 class CommuteSpatial(Pass):
-    """P(Wx + b) = W(Px) + b for pointwise W and a spatial operator P that treats every channel alike, linearly.
+    """P(Wx + b) = W(Px) + b for pointwise W and a linear spatial operator P that treats all channels alike
 
-    With b ≠ 0 only if P keeps constants: average pooling that leaves its padding out, interpolation, cropping,
-    broadcasting; not zero padding. Through a Concat only what was upsampled moves: W·concat(Pa, b) = P(Wₐa) + W_b b. P
-    may be a constant matrix, M(xW) = (Mx)W, perhaps with a bias behind it, (Mx + c)W = M(xW) + cW: it mixes positions
-    or nodes where there are fewest channels, and keeps constants if its rows sum to one. Decided by multiply-adds and
-    by elements moved. DenseNet's transitions (Huang et al., 2017) pool after a map; feature pyramids (Lin et al.,
-    2017), U-Nets and YOLO's necks map what they just upsampled; graph networks (Kipf and Welling, 2017) have maps on
-    both sides of an adjacency.
+    * If b ≠ 0, P must keep constants. Interpolation, cropping, broadcasting, and average pooling that does not count
+      its padding do; zero padding does not. A matrix does if its rows sum to one.
+    * Nothing else reads the tensor between W and P, and the weight is not shared.
+    * The cost decreases, in multiply-adds and moved elements.
+
+    Three variants: through a Concat, only the upsampled part moves, W·concat(Pa, b) = P(Wₐa) + W_b b. P may be a
+    constant matrix that mixes positions, M(xW) = (Mx)W, and then runs where there are fewest channels. A bias may
+    follow the matrix, (Mx + c)W = M(xW) + cW.
+
+    DenseNet's transitions pool after a map (Huang et al., 2017). Feature pyramids (Lin et al., 2017), U-Nets and YOLO's
+    necks map what they have just upsampled. Graph networks have maps on both sides of an adjacency matrix (Kipf and
+    Welling, 2017).
     """
 
     name = "commute-spatial"
     policy = "if cheaper"
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
-        if rw.opset < 7:  # sums broadcast since
+        if rw.opset < 7:  # older sums do not broadcast
             return None
         done = self._sink(rw, node) if rw.op(node) in SPATIAL else None
-        return done if isinstance(done, Rewrite) else self._lift_above(rw, node) or done
+        return done if isinstance(done, Rewrite) else self._lift(rw, node) or done
 
-    def _lift_above(self, rw: Rewriter, node: Node) -> Rewrite | Skip | None:
-        """A map moves before what makes its input."""
-        reading = _pointwise(rw, node)
+    def _lift(self, rw: Rewriter, node: Node) -> Rewrite | Skip | None:
+        """Move a map before the operator that computes its input."""
+        reading = _read_pointwise(rw, node)
         if reading is None or reading.nodes[0] is not node:
             return None
         maker = rw.producer(reading.source)
@@ -109,144 +115,131 @@ class CommuteSpatial(Pass):
             return self._lift_parts(rw, reading, maker)
         if rw.is_a(maker, "Add") and reading.kind == "matmul":
             return self._lift_past_bias(rw, reading, maker)
-        return self._lift(rw, reading, maker) if maker is not None and rw.op(maker) in SPATIAL else None
+        return self._lift_past_spatial(rw, reading, maker) if maker is not None and rw.op(maker) in SPATIAL else None
 
     def _sink(self, rw: Rewriter, node: Node) -> Rewrite | Skip | None:
-        """P∘W becomes W∘P, where P leaves fewer positions."""
-        tensor = node.inputs[_data(rw, node)]
-        reading = _pointwise(rw, rw.producer(tensor))
+        """P(Wx) becomes W(Px) if P has fewer outputs than inputs."""
+        tensor = node.inputs[_data_index(rw, node)]
+        reading = _read_pointwise(rw, rw.producer(tensor))
         if reading is None or reading.output is not tensor:
             return None
-        mover = _mover(rw, node, reading.axis)
+        mover = _read_mover(rw, node, reading.axis)
         if mover is None or not mover.shrinks:
             return None
-        refusal = _refusal(rw, mover, reading, reading.output)
-        if refusal:
-            return Skip(refusal)
-        g = reading.geometry
-        before = g.weights * mover.reads + mover.work(g.out_channels)
-        after = g.weights * mover.writes + mover.work(g.in_channels)
-        if after >= before:
-            return Skip(_dearer("behind", mover, g.in_channels, g.out_channels))
-        moved = rw.new_variable(f"{mover.output.name}_input", mover.output, channels(reading.axis, g.in_channels))
-        return self._write(rw, mover, reading, (reading.source, moved), (moved, mover.output), "behind")
+        return self._exchange(rw, mover, reading, "after")
 
-    def _lift(self, rw: Rewriter, reading: Reading, node: Node) -> Rewrite | Skip | None:
-        """W∘P becomes P∘W, where P adds positions."""
-        mover = _mover(rw, node, reading.axis)
+    def _lift_past_spatial(self, rw: Rewriter, reading: Reading, node: Node) -> Rewrite | Skip | None:
+        """W(Px) becomes P(Wx) if P has more outputs than inputs."""
+        mover = _read_mover(rw, node, reading.axis)
         if mover is None or not mover.grows:
             return None
         product = forms.linear(rw, reading.nodes[0])
         if reading.geometry.biased and not mover.rule.shift and product is not None:
-            reading = product  # the Add that is a MatMul's bias stays behind
-        refusal = _refusal(rw, mover, reading, reading.source)
-        if refusal:
-            return Skip(refusal)
-        g = reading.geometry
-        before = g.weights * mover.writes + mover.work(g.in_channels)
-        after = g.weights * mover.reads + mover.work(g.out_channels)
-        if after >= before:
-            return Skip(_dearer("before", mover, g.out_channels, g.in_channels))
-        mapped = rw.new_variable(f"{reading.output.name}_small", mover.source, channels(reading.axis, g.out_channels))
-        return self._write(rw, mover, reading, (mapped, reading.output), (mover.source, mapped), "before")
+            reading = product  # the Add with the bias of a MatMul stays where it is
+        return self._exchange(rw, mover, reading, "before")
 
     @staticmethod
-    def _lift_past_bias(rw: Rewriter, reading: Reading, node: Node) -> Rewrite | Skip | None:
-        """W(Mx + c) becomes M(Wx) + Wc, for a matrix M: the next graph layer's map after this layer's bias."""
-        shift, product = forms.linear(rw, node), forms.linear(rw, reading.nodes[0])
-        if shift is None or product is None or shift.kind != "diagonal" or shift.axis != reading.axis:
-            return None
-        maker = rw.producer(shift.source)
-        mover = _mover(rw, maker, reading.axis) if rw.is_a(maker, "MatMul") else None
-        if mover is None:
-            return None
-        refusal = rw.crowd(product.source) or _refusal(rw, mover, product, shift.source)
+    def _exchange(rw: Rewriter, mover: Mover, reading: Reading, where: str) -> Rewrite | Skip:
+        """Run the map "after" or "before" the spatial operator, which is its neighbour."""
+        g, axis, sinks = reading.geometry, reading.axis or 0, where == "after"
+        refusal = _find_obstacle(rw, mover, reading, reading.output if sinks else reading.source)
         if refusal:
             return Skip(refusal)
-        g, dtype, linear, constant = product.geometry, rw.dtype(product.weight_input), product.load(), shift.load()
-        if g.weights * mover.reads + mover.work(g.out_channels) >= g.weights * mover.writes + mover.work(g.in_channels):
-            return Skip(_dearer("before", mover, g.out_channels, g.in_channels))
-        if isinstance(linear, Refusal) or isinstance(constant, Refusal) or dtype is None:
-            return None
-        bias = emit.rounded(linear.weight.reshape(g.out_channels, -1) @ constant.bias, dtype)
-        mapped = rw.new_variable(f"{product.output.name}_small", mover.source, channels(reading.axis, g.out_channels))
-        mixed = rw.new_variable(f"{product.output.name}_mixed", product.output)
-        moved = _copy(rw, mover.node, mapped, mixed, reading.axis or 0, g.in_channels, g.out_channels)
-        written = emit.write(rw, linear, product, mover.source, mapped, reading.axis)
-        if isinstance(written, Refusal) or isinstance(bias, Refusal) or moved is None:
-            return Skip(next(r.reason for r in (written, bias) if isinstance(r, Refusal)))
-        held = rw.new_constant(f"{product.output.name}_bias", bias)
-        add = Node("Add", node.name, {}, [mixed, held], [product.output])
-        reason = (
-            f"{product.channels} runs before a constant matrix and its bias, and {g.out_channels} channels are mixed"
-        )
-        old = [mover.node, node, *product.nodes]
-        return rw.replace(old, [*written.nodes, moved, add], f"{reason}, not {g.in_channels}", written.residual)
-
-    @staticmethod
-    def _write(
-        rw: Rewriter,
-        mover: Mover,
-        reading: Reading,
-        moves: tuple[Tensor, Tensor],
-        maps: tuple[Tensor, Tensor],
-        where: str,
-    ) -> Rewrite | Skip:
-        g = reading.geometry
-        counts = (g.out_channels, g.in_channels) if where == "behind" else (g.in_channels, g.out_channels)
-        spatial = _copy(rw, mover.node, *moves, reading.axis or 0, *counts)
-        linear = reading.load()
-        if spatial is None or isinstance(linear, Refusal):
-            return Skip(NOT_FITTING if spatial is None else getattr(linear, "reason", ""))
-        written = emit.write(rw, linear, reading, *maps, reading.axis)
+        places = (mover.reads, mover.writes) if sinks else (mover.writes, mover.reads)
+        counts = (g.out_channels, g.in_channels) if sinks else (g.in_channels, g.out_channels)
+        cost_before, cost_after = (g.weights * p + mover.work(c) for p, c in zip(places, counts, strict=True))
+        if cost_after >= cost_before:
+            return Skip(_explain_cost(where, mover, counts))
+        moves: tuple[Tensor, Tensor]
+        maps: tuple[Tensor, Tensor]
+        if sinks:
+            between = rw.new_variable(f"{mover.output.name}_input", mover.output, channels(axis, g.in_channels))
+            moves, maps = (reading.source, between), (between, mover.output)
+        else:
+            between = rw.new_variable(f"{reading.output.name}_small", mover.source, channels(axis, g.out_channels))
+            moves, maps = (between, reading.output), (mover.source, between)
+        spatial, linear = _copy(rw, mover.node, *moves, axis, *counts), reading.load()
+        if spatial is None:
+            return Skip(FIXED_SIZE)
+        written = linear if isinstance(linear, Refusal) else emit.write(rw, linear, reading, *maps, axis)
         if isinstance(written, Refusal):
             return Skip(written.reason)
-        small, large = sorted((mover.reads, mover.writes))
-        places = f"{small:,} positions" if small > 1 else "1 position"
-        reason = f"{reading.channels} runs {where} {mover.node.op}, at {places} instead of {large:,}"
+        reason = f"{reading.channels} runs {where} {mover.node.op}, at {counted(min(places), 'position')}"
+        reason += f" instead of {max(places):,}"
         if mover.terms:
             wide, narrow = counts
             reason = (
                 f"{reading.channels} runs {where} a constant matrix, which then mixes {narrow} channels, not {wide}"
             )
-        new = [spatial, *written.nodes] if where == "behind" else [*written.nodes, spatial]
-        old = [*reading.nodes, mover.node] if where == "behind" else [mover.node, *reading.nodes]
+        new = [spatial, *written.nodes] if sinks else [*written.nodes, spatial]
+        old = [*reading.nodes, mover.node] if sinks else [mover.node, *reading.nodes]
         return rw.replace(old, new, reason, written.residual)
+
+    @staticmethod
+    def _lift_past_bias(rw: Rewriter, reading: Reading, node: Node) -> Rewrite | Skip | None:
+        """W(Mx + c) becomes M(Wx) + Wc for a matrix M: a map of the next graph layer, after the bias of this layer."""
+        shift, product = forms.linear(rw, node), forms.linear(rw, reading.nodes[0])
+        if shift is None or product is None or shift.kind != "diagonal" or shift.axis != reading.axis:
+            return None
+        maker = rw.producer(shift.source)
+        mover = _read_mover(rw, maker, reading.axis) if rw.is_a(maker, "MatMul") else None
+        if mover is None:
+            return None
+        refusal = rw.crowd(product.source) or _find_obstacle(rw, mover, product, shift.source)
+        if refusal:
+            return Skip(refusal)
+        g, dtype, linear, constant = product.geometry, rw.dtype(product.weight_input), product.load(), shift.load()
+        if g.weights * mover.reads + mover.work(g.out_channels) >= g.weights * mover.writes + mover.work(g.in_channels):
+            return Skip(_explain_cost("before", mover, (g.in_channels, g.out_channels)))
+        if isinstance(linear, Refusal) or isinstance(constant, Refusal) or dtype is None:
+            return None
+        bias = emit.rounded(linear.weight.reshape(g.out_channels, -1) @ constant.bias, dtype)
+        mapped = rw.new_variable(f"{product.output.name}_small", mover.source, channels(reading.axis, g.out_channels))
+        mixed = rw.new_variable(f"{product.output.name}_mixed", product.output)
+        written = emit.write(rw, linear, product, mover.source, mapped, reading.axis)
+        if isinstance(written, Refusal) or isinstance(bias, Refusal):
+            return Skip(next(r.reason for r in (written, bias) if isinstance(r, Refusal)))
+        matrix = mover.node
+        mix = Node("MatMul", matrix.name, dict(matrix.attrs), [matrix.inputs[0], mapped], [mixed])
+        offset = rw.new_constant(f"{product.output.name}_bias", bias)
+        add = Node("Add", node.name, {}, [mixed, offset], [product.output])
+        mixes = f"which then mixes {g.out_channels} channels, not {g.in_channels}"
+        reason = f"{product.channels} runs before a constant matrix and its bias, {mixes}"
+        old = [matrix, node, *product.nodes]
+        return rw.replace(old, [*written.nodes, mix, add], reason, written.residual)
 
     def _lift_parts(self, rw: Rewriter, reading: Reading, concat: Node) -> Rewrite | Skip | None:
         """W·concat(Pa, b, …) becomes P(Wₐa) + W_b·concat(b, …)."""
         parts, g = selections.read_concat(rw, concat), reading.geometry
-        if parts is None or parts[0].axis != reading.axis or g.groups > 1:
-            return None
-        if len(set(concat.inputs)) < len(parts):
+        if parts is None or parts[0].axis != reading.axis or g.groups > 1 or len(set(concat.inputs)) < len(parts):
             return None
         movers = [
-            self._lifted(rw, reading, t, p.geometry.in_channels) for t, p in zip(concat.inputs, parts, strict=True)
+            self._find_mover(rw, reading, t, p.geometry.in_channels) for t, p in zip(concat.inputs, parts, strict=True)
         ]
         if not any(isinstance(m, Mover) for m in movers):
-            refused = [m for m in movers if isinstance(m, str) and m]
-            return Skip(refused[0]) if refused else None
+            reasons = [m for m in movers if isinstance(m, str) and m]
+            return Skip(reasons[0]) if reasons else None
         linear = forms.owned(rw, reading, reading.source)
         if isinstance(linear, Refusal):
             return Skip(linear.reason)
         return self._write_parts(rw, reading, concat, linear, movers)
 
     @staticmethod
-    def _lifted(rw: Rewriter, reading: Reading, tensor: Tensor, count: int) -> Mover | str:
-        """The upsampling that makes `tensor`, if a map before it is cheaper; else why not."""
+    def _find_mover(rw: Rewriter, reading: Reading, tensor: Tensor, count: int) -> Mover | str:
+        """The upsampling that computes `tensor`, if a map before it is cheaper, else why not."""
         node = rw.producer(tensor)
         if node is None or rw.op(node) not in SPATIAL:
             return ""
-        mover = _mover(rw, node, reading.axis)
+        mover = _read_mover(rw, node, reading.axis)
         if mover is None or mover.writes <= mover.reads:
             return ""
-        refusal = _refusal(rw, mover, reading, tensor)
+        refusal = _find_obstacle(rw, mover, reading, tensor)
         out = reading.geometry.out_channels
         saved = count * out * (mover.writes - mover.reads) + mover.work(count) + 2 * ELEMENT * count * mover.writes
         spent = (0.0 if mover.broadcasts else mover.work(out)) + 3 * ELEMENT * out * mover.writes
         if refusal or saved > spent:
             return refusal or mover
-        return f"mapping its {count} channels before {node.op} would not be cheaper than the sum that it takes"
+        return f"mapping its {count} channels before {node.op} would save less than the additional sum costs"
 
     def _write_parts(
         self, rw: Rewriter, reading: Reading, concat: Node, linear: LinearMap, movers: list[Mover | str]
@@ -281,53 +274,54 @@ class CommuteSpatial(Pass):
                 wide = rw.new_variable(f"{output.name}_large", output)
                 spatial = _copy(rw, mover.node, term, wide, axis, sizes[group[0]], out)
                 if spatial is None:
-                    return Skip(NOT_FITTING)
+                    return Skip(FIXED_SIZE)
                 new.append(spatial)
                 term = wide
             terms.append(term)
         total = terms[0]
         for i, term in enumerate(terms[1:], 2):
-            last = i == len(terms)
-            after = output if last else rw.new_variable(f"{output.name}_sum", output)
+            after = output if i == len(terms) else rw.new_variable(f"{output.name}_sum", output)
             new.append(Node("Add", rw.node_name(reading.node.name, "_sum"), {}, [total, term], [after]))
             total = after
-        gone = [m.node for m in movers if isinstance(m, Mover)]
-        names = " and ".join(describe(n) for n in gone)
+        spatial_nodes = [m.node for m in movers if isinstance(m, Mover)]
+        names = " and ".join(map(describe, spatial_nodes))
         reason = f"the part of a Concat that comes from {names} is mapped before it, {reading.channels} in parts"
-        return rw.replace([*gone, concat, *reading.nodes], new, reason, residual)
+        return rw.replace([*spatial_nodes, concat, *reading.nodes], new, reason, residual)
 
 
-NOT_FITTING = "its size is computed while the model runs, for the present number of channels; --static settles it"
+FIXED_SIZE = "its output size is computed while the model runs; make the input sizes static (--static)"
 
 
-def _pointwise(rw: Rewriter, node: Node | None) -> Reading | None:
-    """A convolution or product that acts on each position alone."""
+def _read_pointwise(rw: Rewriter, node: Node | None) -> Reading | None:
+    """A convolution or product that acts on each position separately; None for any other node."""
     reading = forms.weighted(rw, node)
     return reading if reading is not None and reading.geometry.pointwise and reading.kind != "gemm" else None
 
 
-def _places(rw: Rewriter, tensor: Tensor, axis: int) -> int | None:
+def _count_positions(rw: Rewriter, tensor: Tensor, axis: int) -> int | None:
     size = rw.size_of(tensor)
     return None if size is None or not 0 <= axis < len(size) or size[axis] == 0 else math.prod(size) // size[axis]
 
 
-def _dearer(where: str, mover: Mover, moved: int, now: int) -> str:
-    return f"{where} {mover.node.op} it would not be cheaper: {moved} channels to move, not {now}"
+def _explain_cost(where: str, mover: Mover, counts: tuple[int, int]) -> str:
+    now, then = counts
+    op = mover.node.op
+    return f"{where} {op} it would not be cheaper, because {op} would process {then} channels instead of {now}"
 
 
-def _data(rw: Rewriter, node: Node) -> int:
-    """The input of a spatial operator that it moves."""
+def _data_index(rw: Rewriter, node: Node) -> int:
+    """The index of a spatial operator's data input."""
     return 1 if rw.op(node) == "MatMul" else 0
 
 
-def _mover(rw: Rewriter, node: Node, axis: int | None) -> Mover | None:
-    """A spatial operator that leaves the channel axis alone."""
-    data, product = _data(rw, node), rw.op(node) == "MatMul"
+def _read_mover(rw: Rewriter, node: Node, axis: int | None) -> Mover | None:
+    """The spatial operator at `node`, if it keeps the channel axis."""
+    data, product = _data_index(rw, node), rw.op(node) == "MatMul"
     source, output = node.inputs[data], node.outputs[0]
     if axis is None or rw.rank(source) is None or rw.rank(source) != rw.rank(output):
         return None
     rule = commute.product_rule(rw, node) if product else commute.rule(rw, node)
-    reads, writes = _places(rw, source, axis), _places(rw, output, axis)
+    reads, writes = _count_positions(rw, source, axis), _count_positions(rw, output, axis)
     if rule is None or rule.axes is None or rule.axes.get(axis) != axis or not reads or not writes:
         return None
     shape = rw.shape(source) or ()
@@ -338,19 +332,20 @@ def _mover(rw: Rewriter, node: Node, axis: int | None) -> Mover | None:
     return Mover(node, data, rule, reads, writes, broadcasts, terms) if isinstance(terms, int) else None
 
 
-def _refusal(rw: Rewriter, mover: Mover, reading: Reading, between: Tensor) -> str:
+def _find_obstacle(rw: Rewriter, mover: Mover, reading: Reading, between: Tensor) -> str:
+    """Why a map and a spatial operator cannot exchange places, else ""."""
     if reading.geometry.biased and not mover.rule.shift:
         return f"{mover.node.op} does not keep constants, and the map has a bias"
     if mover.node.op in ("ReduceSum", "MatMul") and str(rw.dtype(between)) == "float16":
-        return "a sum of other numbers could overflow float16"
+        return f"{mover.node.op} would sum other numbers, which could overflow float16"
     crowd = rw.crowd(between)
     return crowd or (f"the weight {reading.weight_input.name!r} is shared" if rw.shared(reading.weight_input) else "")
 
 
 def _copy(rw: Rewriter, node: Node, source: Tensor, output: Tensor, axis: int, before: int, after: int) -> Node | None:
-    """The spatial operator on another number of channels; None if its arguments name the present one for good."""
+    """The spatial operator on another number of channels; None if its output size is not constant."""
     inputs = list(node.inputs)
-    inputs[_data(rw, node)] = source
+    inputs[_data_index(rw, node)] = source
     index = {"Expand": 1, "Resize": 3}.get(node.op)
     if index is not None and len(inputs) > index and inputs[index].name:
         sizes, rank = rw.integers(inputs[index]), rw.rank(node.inputs[0]) or 0

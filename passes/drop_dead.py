@@ -1,4 +1,4 @@
-"""Channels that are the same for every input, or that nobody needs, are removed: exact structured pruning."""
+"""Dead channel elimination: exact structured pruning of channels that are constant or that nothing needs."""
 
 from __future__ import annotations
 
@@ -12,25 +12,28 @@ from pwopt.maps.channels import ALIGNMENT, Analysis, Channels
 from pwopt.maps.forms import Reading
 from pwopt.maps.scans import LARGEST_INPUT, Scanner, flushed
 from pwopt.rewriting.driver import Pass, Rewriter, describe
-from pwopt.rewriting.rechannel import rechannel
+from pwopt.rewriting.rechannel import find_first_producer, rechannel
 from pwopt.rewriting.records import Rewrite, Skip
 
 
 class DropDead(Pass):
-    """W(x, v) + b = W′x + (W″v + b) for channels of constant value v; Wx = W′x for channels that meet zeros.
+    """W(x, v) + b = W′x + (W″v + b) for channels with a constant value v; Wx = W′x for channels with zero weights
 
-    Subnormal weights become zero (processors multiply them up to a hundred times slower). A filter of zeros, or one
-    too small to change a float32 sum, gives a channel that is the same for every input: it is followed through
-    activations, normalisations, depthwise convolutions, pooling, gates, sums and Concat (`pwopt.maps.channels`) to the
-    maps that read it, goes into their biases, and leaves every tensor on the way. So do channels that all their
-    readers multiply by zero. Weight decay leaves both behind; for the sets of channels that must go together see
-    Fang et al., "DepGraph" (2023). Channel counts stay multiples of 8 as far as they are, for the runtime; if the
-    pass is asked for by name, every dead channel goes.
+    * A channel is constant if its filter is zero, or too small to change a float32 sum, or scaled by zero. An analysis
+      follows it through activations, normalisations, depthwise convolutions, pooling, gates, sums and Concat
+      (`pwopt.maps.channels`) to the maps that read it. Their biases take its value over.
+    * A channel is unused if all its readers multiply it by zero.
+    * Channels that sums and Concat tie together are removed together (Fang et al., "DepGraph", 2023).
+    * A channel count that is a multiple of 8 stays one, for the runtime. If the pass is requested by name, it removes
+      every dead channel.
+
+    The pass also sets subnormal weights to zero, because processors multiply them up to a hundred times slower. Weight
+    decay leaves dead channels and subnormal weights behind.
     """
 
     name = "drop-dead"
     phase = "early"  # pad-channels adds channels of zeros on purpose
-    context = 16  # a channel may be known to be constant from far above
+    context = 16  # what proves a channel constant may be far above
 
     def __init__(self) -> None:
         self._scan = Scanner()
@@ -39,30 +42,28 @@ class DropDead(Pass):
         self._pending: dict[Tensor, tuple[list[Channels], Analysis]] = {}
         readings = [r for n in rw.nodes() if (r := forms.weighted(rw, n)) is not None and r.nodes[0] is n]
         scans = [self._scan(rw, r) for r in readings if not self._scan.sound(rw, r)]
-        zero_scale = any(_zero_scale(rw, n) for n in rw.nodes())
+        zero_scale = any(_has_zero_scale(rw, n) for n in rw.nodes())
         if not zero_scale and not any(s.dead for s in scans if s is not None):
             return
         analysis = Analysis(rw, self._scan, 1 if self.eager else ALIGNMENT)
         for component in ([c for c in found if c.gone.any()] for found in analysis.components()):
-            first = min(
-                (m for c in component if (m := rw.producer(c.tensor)) is not None), key=rw.position, default=None
-            )
+            first = find_first_producer(rw, component)
             if first is not None:
                 self._pending[first.outputs[0]] = (component, analysis)
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         reading = forms.weighted(rw, node)
-        flushed_now = self._flush(rw, node, reading) if reading is not None and reading.nodes[0] is node else None
-        if isinstance(flushed_now, Rewrite):
+        result = self._flush(rw, node, reading) if reading is not None and reading.nodes[0] is node else None
+        if isinstance(result, Rewrite):
             rw.enqueue_around(node)
-            return flushed_now
+            return result
         for tensor in node.outputs:
             if tensor in self._pending:
                 return self._prune(rw, *self._pending.pop(tensor))
-        return flushed_now
+        return result
 
     def _flush(self, rw: Rewriter, node: Node, reading: Reading) -> Rewrite | Skip | None:
-        """Subnormal weights become zero, for all readers of the weight."""
+        """Set subnormal weights to zero, for all readers of the weight."""
         scan = None if self._scan.sound(rw, reading) else self._scan(rw, reading)
         tensor = reading.weight_input
         raw = rw.raw(tensor)
@@ -91,11 +92,11 @@ class DropDead(Pass):
 
     def _prune(self, rw: Rewriter, component: list[Channels], analysis: Analysis) -> Rewrite | Skip:
         takes = {c.tensor: np.flatnonzero(~c.gone) for c in component}
-        done = rechannel(rw, analysis, component, takes, self._account(rw, component, analysis), "_pruned")
-        return Skip(f"channels could go, but {done.reason}") if isinstance(done, Refusal) else done
+        done = rechannel(rw, analysis, component, takes, self._describe(rw, component, analysis), "_pruned")
+        return Skip(f"dead channels could be removed, but {done.reason}") if isinstance(done, Refusal) else done
 
-    def _account(self, rw: Rewriter, component: list[Channels], analysis: Analysis) -> str:
-        """How many channels went where."""
+    def _describe(self, rw: Rewriter, component: list[Channels], analysis: Analysis) -> str:
+        """How many channels are removed where, and why."""
         gone = {c.tensor: c for c in component}
         made, ends = [], []
         for flow in analysis.flows_at(component):
@@ -108,25 +109,25 @@ class DropDead(Pass):
             if source is None or scan is None:
                 continue
             unread = source.gone & (scan.columns == 0)
-            zero, held = (source.gone & ~unread & (source.value == 0)), source.gone & ~unread & (source.value != 0)
+            zero, constant = (source.gone & ~unread & (source.value == 0)), source.gone & ~unread & (source.value != 0)
             radius = float(np.max(source.radius[source.gone & ~unread], initial=0.0))
             bound = f" (to within {radius:.1g} for inputs up to {LARGEST_INPUT:.1g})" if radius else ""
             parts = [
-                (unread, "meet only zeros"),
+                (unread, "are multiplied by zeros only"),
                 (zero, f"are zero{bound}"),
-                (held, f"are constant{bound}, in its bias now"),
+                (constant, f"are constant{bound} and now part of its bias"),
             ]
             ends += [f"of those that {name} reads, {int(m.sum())} {what}" for m, what in parts if m.any()]
-        return f"channels: {_few(made, ', ')}; {_few(ends, '; ') or 'nobody reads them'}"
+        return f"removed channels: {_shorten(made, ', ')}; {_shorten(ends, '; ') or 'nothing reads them'}"
 
 
-def _zero_scale(rw: Rewriter, node: Node) -> bool:
-    """Whether a normalisation or a factor makes a channel the same for every input."""
+def _has_zero_scale(rw: Rewriter, node: Node) -> bool:
+    """Whether a normalisation or a factor multiplies a channel by zero."""
     reading = forms.linear(rw, node) if rw.is_a(node, "BatchNormalization", "Mul") else None
     step = reading.load() if reading is not None and reading.kind == "diagonal" else None
     return isinstance(step, LinearMap) and bool(np.any(step.scale == 0))
 
 
-def _few(items: list[str], separator: str, most: int = 6) -> str:
+def _shorten(items: list[str], separator: str, most: int = 6) -> str:
     more = f"{separator}and {len(items) - most} more" if len(items) > most else ""
     return separator.join(items[:most]) + more

@@ -1,4 +1,4 @@
-"""A map of low rank becomes two thin ones."""
+"""Exact low-rank factorisation: a map of low rank becomes two thin maps."""
 
 from __future__ import annotations
 
@@ -12,37 +12,41 @@ from pwopt.maps import emit, forms
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 
-#: Matrices are factored up to this many rows or columns; a singular value decomposition takes long beyond.
+#: The largest number of rows or columns, because a singular value decomposition of more takes long.
 LARGEST = 4096
 
 
 class FactorRanks(Pass):
-    """W = UV, where U and V together have fewer weights than W, to within half a unit in W's last place.
+    """W = UV, where U and V together have fewer weights than W, to within half a unit in the last place of W
 
-    Low-rank adapters that were merged into nothing, compressed models that were multiplied out, and pruned ones
-    have such maps; trained ones rarely have. The factors come from a singular value decomposition (Eckart and
-    Young, 1936), which is computed only where a random sketch does not rule out a low rank (`ranks.low_rank`).
+    * The map is dense, is no transposed convolution, and does not share its weight.
+    * Its weights are float32 or float64: in coarser types, rounding noise could look like a low rank.
+
+    Compressed models whose factors were multiplied out, merged low-rank adapters and pruned models have such maps.
+    Trained maps rarely have a low rank. The factors come from a singular value decomposition (Eckart and Young, 1936).
+    It is computed only if a random sketch does not rule out a low rank (`ranks.low_rank`).
     """
 
     name = "factor-ranks"
     policy = "if cheaper"
 
     def __init__(self) -> None:
-        self._full: dict[int, object] = {}
+        #: Weights that were looked at, by id. Holding them keeps their ids from being reused.
+        self._visited: dict[int, object] = {}
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         reading = forms.weighted(rw, node)
         if reading is None or reading.nodes[0] is not node or reading.weight is None:
             return None
         content, g = rw.content(reading.weight), reading.geometry
-        if content is None or id(content) in self._full or g.groups > 1 or g.transposed:
+        if content is None or id(content) in self._visited or g.groups > 1 or g.transposed:
             return None
-        self._full[id(content)] = content
+        self._visited[id(content)] = content
         small = min(g.out_channels, g.weights // g.out_channels)
         if small < 4 or small > LARGEST or rw.shared(reading.weight_input):
             return None
         dtype = rw.dtype(reading.weight)
-        if str(dtype) not in ("float32", "float64"):  # coarser ones would call rounding noise a low rank
+        if str(dtype) not in ("float32", "float64"):
             return None
         linear, precision = reading.load(), epsilon(dtype) / 2
         if isinstance(linear, Refusal) or not low_rank(linear.weight.reshape(g.out_channels, -1), precision):
@@ -61,9 +65,11 @@ class FactorRanks(Pass):
         high = emit.write(rw, second, reading, middle, reading.output, reading.axis, inherit=False)
         for written in (low, high):
             if isinstance(written, Refusal):
-                return Skip(f"its weights have rank {rank} only, but {written.reason}")
+                return Skip(f"its weights have rank {rank}, but {written.reason}")
         assert isinstance(low, emit.Written)
         assert isinstance(high, emit.Written)
         g = reading.geometry
-        reason = f"its {g.out_channels}×{g.weights // g.out_channels} weights have rank {rank}"
+        reason = (
+            f"its {g.out_channels}×{g.weights // g.out_channels} weights have rank {rank}, so two thin maps replace it"
+        )
         return rw.replace(reading.nodes, [*low.nodes, *high.nodes], reason, max(low.residual, high.residual))

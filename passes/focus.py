@@ -1,4 +1,4 @@
-"""Convolutions of positions that were moved into channels run on the positions themselves."""
+"""Space-to-depth folding: a convolution after a space-to-depth rearrangement becomes one strided convolution."""
 
 from __future__ import annotations
 
@@ -17,12 +17,16 @@ from pwopt.rewriting.wording import counted
 
 
 class Focus(Pass):
-    """w ∗ concat(x[r·q + o₁], x[r·q + o₂], …) = w′ ∗ x of stride r: tap k of block j is tap r·d·k + oⱼ of w′.
+    """w ∗ concat(x[r·q + o₁], x[r·q + o₂], …) = w′ ∗ x with stride r: tap k of block j is tap r·d·k + oⱼ of w′
 
-    Slices, a Concat and a 3×3 convolution are one 6×6 convolution of stride 2, of as many multiply-adds; so are
-    SpaceToDepth and pixel unshuffling before a convolution, and patch merging is a 2×2 convolution of stride 2. Zeros
-    outside of a block are zeros outside of x (`algebra.multirate`). The Focus of YOLOv5 (Jocher, 2020, whose release 6
-    made this replacement by hand) and YOLOX (Ge et al., 2021). Decided by multiply-adds and elements moved.
+    * Strided Slices and a Concat, SpaceToDepth, or Reshape and Transpose move blocks of positions into channels. Only
+      the convolution reads the result, and its weight is not shared.
+    * Zero padding of the blocks must be zero padding of x (`algebra.multirate` has the proof).
+    * The cost decreases, in multiply-adds and moved elements.
+
+    Slices, a Concat and a 3×3 convolution become one 6×6 convolution of stride 2, with as many multiply-adds. Patch
+    merging becomes a 2×2 convolution of stride 2. The Focus layer of YOLOv5 (Jocher, 2020; release 6 made the same
+    replacement by hand) and YOLOX (Ge et al., 2021) has this form.
     """
 
     name = "focus"
@@ -35,7 +39,7 @@ class Focus(Pass):
         found = subsampling(rw, reading)
         if found is None:
             return None
-        crowd = _crowd(rw, [*found.nodes, node])
+        crowd = _find_other_uses(rw, [*found.nodes, node])
         if crowd or rw.shared(reading.weight_input):
             return Skip(crowd or f"the weight {reading.weight_input.name!r} is shared")
         linear = reading.load()
@@ -49,18 +53,20 @@ class Focus(Pass):
             return None
         blocks, more = len(found.offsets), price(whole.geometry, places) - price(reading.geometry, places)
         if more >= 4 * ELEMENT * math.prod(gathered):
-            return Skip(f"{counted(blocks, 'block')} of {found.steps} positions would be a sparse kernel")
+            return Skip(
+                f"{counted(blocks, 'block')} of {found.steps} positions would become a sparse kernel, which costs more"
+            )
         written = emit.write(rw, whole, reading, found.source, reading.output, 1)
         if isinstance(written, Refusal):
             return Skip(written.reason)
         kernel, steps = ("×".join(map(str, n)) for n in (whole.geometry.kernel, whole.geometry.strides))
-        reason = f"{counted(blocks, 'block')} of positions and a convolution are one {kernel} of stride {steps}"
+        reason = f"{counted(blocks, 'block')} of positions and a convolution become one {kernel} of stride {steps}"
         return rw.replace([*found.nodes, node], written.nodes, reason, written.residual)
 
 
-def _crowd(rw: Rewriter, nodes: list[Node]) -> str:
-    """Why others need what these operators make before the last of them, as a clause, else ""."""
+def _find_other_uses(rw: Rewriter, nodes: list[Node]) -> str:
+    """What else uses a result of these operators, except of the last one, as a clause; "" if nothing does."""
     inside = set(nodes)
-    made = [t for n in nodes[:-1] for t in n.outputs]
-    needed = [t for t in made if rw.pinned(t) or any(r not in inside for r in rw.readers(t))]
+    results = [t for n in nodes[:-1] for t in n.outputs]
+    needed = [t for t in results if rw.pinned(t) or any(r not in inside for r in rw.readers(t))]
     return rw.crowd(needed[0]) if needed else ""

@@ -19,7 +19,7 @@ from pwopt.maps import commute, forms
 from pwopt.maps.channels import Analysis, Channels, Flow
 from pwopt.maps.scans import Unread
 from pwopt.rewriting.driver import Pass, Rewriter
-from pwopt.rewriting.rechannel import Take, rechannel, runs
+from pwopt.rewriting.rechannel import Take, find_first_producer, rechannel, runs
 from pwopt.rewriting.records import Rewrite, Skip
 
 #: Channels per block of onnxruntime's CPU provider with AVX-512; a multiple of the 8 that it has with AVX2.
@@ -58,9 +58,7 @@ class PadChannels(Pass):
         analysis = Analysis(rw, Unread())
         for component in analysis.components():
             asked = asking.intersection(c.tensor for c in component)
-            first = min(
-                (m for c in component if (m := rw.producer(c.tensor)) is not None), key=rw.position, default=None
-            )
+            first = find_first_producer(rw, component)
             if asked and first is not None:
                 self._pending[first.outputs[0]] = (component, asked, analysis)
         self._lost = {i: t for i, t in self._asking.items() if i not in analysis.of}

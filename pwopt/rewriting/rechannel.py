@@ -68,6 +68,12 @@ def runs(analysis: Analysis, component: Sequence[Channels]) -> dict[Tensor, list
     }
 
 
+def find_first_producer(rw: Rewriter, component: Sequence[Channels]) -> Node | None:
+    """The first operator that computes one of these tensors; None if they are all graph inputs or constants."""
+    producers = (node for c in component if (node := rw.producer(c.tensor)) is not None)
+    return min(producers, key=rw.position, default=None)
+
+
 def _within(link: Link, tensors: Collection[Tensor]) -> bool:
     return link.a.tensor in tensors and link.b.tensor in tensors
 

@@ -356,7 +356,7 @@ def test_a_map_moves_past_the_bias_of_the_layer_before(biased: bool) -> None:
     )  # fmt: skip
     result, outcome, _ = run(model, CommuteSpatial(), FoldAffine())
     assert macs(model) - macs(result) == 2 * 9 * 9 * 3
-    assert "4 channels are mixed, not 7" in outcome.rewrites[0].reason
+    assert "then mixes 4 channels, not 7" in outcome.rewrites[0].reason
     assert ops(result) == ({"MatMul": 2, "Add": 1} if biased else {"MatMul": 2, "Add": 1, "Neg": 1})
     same(model, result, x=normal(2, 9, 7))
 

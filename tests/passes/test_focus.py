@@ -199,7 +199,7 @@ def test_one_block_is_read_by_a_stride() -> None:
     )
     result, outcome, _ = run(model, Focus())
     assert ops(result) == {"Conv": 1}
-    assert outcome.rewrites[0].reason == "1 block of positions and a convolution are one 3×3 of stride 2×2"
+    assert outcome.rewrites[0].reason == "1 block of positions and a convolution become one 3×3 of stride 2×2"
     same(model, result, x=X)
 
 
