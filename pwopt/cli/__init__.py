@@ -20,7 +20,6 @@ from typing import Annotated, Any, NoReturn
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-import pwopt
 from pwopt.cli.bench import bench
 from pwopt.cli.cache import cache
 from pwopt.cli.doctor import doctor
@@ -30,6 +29,7 @@ from pwopt.cli.passes import passes
 from pwopt.cli.profile import profile
 from pwopt.cli.verify import verify
 from pwopt.errors import PwoptError
+from pwopt.version import __version__
 
 #: Exit code for a defect of pwopt itself.
 INTERNAL_ERROR = 5
@@ -75,7 +75,7 @@ def _root(
     version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
 ) -> None:
     if version:
-        typer.echo(f"pwopt {pwopt.__version__}")
+        typer.echo(f"pwopt {__version__}")
         raise typer.Exit
 
 

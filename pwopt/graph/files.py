@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import graphlib
 import os
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -133,28 +134,21 @@ def _check(proto: onnx.ModelProto) -> None:
                 # onnx before 1.22 divides by them
                 at = node.name or (node.output[0] if node.output else node.op_type)
                 raise ModelError(f"node {at!r} has {attribute.name} below 1; export the model again")
-    stuck = _first_in_cycle(graph)
-    if stuck is not None:
-        raise ModelError(f"node {stuck!r} depends on its own output; export the model again")
+    name = _find_cycle(graph)
+    if name is not None:
+        raise ModelError(f"node {name!r} depends on its own output; export the model again")
 
 
-def _first_in_cycle(graph: onnx.GraphProto) -> str | None:
+def _find_cycle(graph: onnx.GraphProto) -> str | None:
+    """The name of a node that depends on its own output."""
     producer = {name: i for i, node in enumerate(graph.node) for name in node.output if name}
-    waiting = [0] * len(graph.node)
-    readers: dict[int, list[int]] = {}
-    for i, node in enumerate(graph.node):
-        for name in node.input:
-            if name in producer:
-                waiting[i] += 1
-                readers.setdefault(producer[name], []).append(i)
-    ready = [i for i, count in enumerate(waiting) if count == 0]
-    while ready:
-        for j in readers.get(ready.pop(), []):
-            waiting[j] -= 1
-            if waiting[j] == 0:
-                ready.append(j)
-    stuck = next((i for i, count in enumerate(waiting) if count > 0), None)
-    return None if stuck is None else graph.node[stuck].name or graph.node[stuck].output[0]
+    reads = {i: [producer[n] for n in node.input if n in producer] for i, node in enumerate(graph.node)}
+    try:
+        graphlib.TopologicalSorter(reads).prepare()
+    except graphlib.CycleError as error:
+        node: onnx.NodeProto = graph.node[min(error.args[1])]
+        return str(node.name or node.output[0])
+    return None
 
 
 def from_proto(proto: onnx.ModelProto, folder: Path | None = None) -> Model:

@@ -20,7 +20,6 @@ from typing import Any
 
 import onnx
 
-import pwopt
 from pwopt.errors import PwoptError, UsageError
 from pwopt.graph.storage import locations_of, replacing
 from pwopt.optimizing.optimizer import optimized
@@ -30,6 +29,7 @@ from pwopt.running import runtime, timing
 from pwopt.running.progress import Progress, silent
 from pwopt.selecting.plugins import fingerprint, resolved
 from pwopt.selecting.snapshot import select_passes
+from pwopt.version import __version__
 
 #: What a finished batch is listed in, and what the next one goes on from.
 INDEX = "index.json"
@@ -151,7 +151,7 @@ def key(model: Path, request: Request) -> str:
     """Equal for the same model, options and versions; "" if there is no such file."""
     options = {f.name: repr(getattr(request, f.name)) for f in dataclasses.fields(request) if f.compare}
     versions = (
-        pwopt.__version__,
+        __version__,
         runtime.environment(request.execution_provider, request.first_threads)["onnxruntime"],
     )
     for name in ("output", "force", "inputs"):
@@ -281,7 +281,7 @@ def _read(index: Path) -> dict[str, BatchRow]:
 
 def index_json(rows: Sequence[BatchRow]) -> str:
     """The list of all models, as JSON."""
-    return to_json({"schema": SCHEMA, "pwopt": pwopt.__version__, "rows": [asdict(r) for r in rows]})
+    return to_json({"schema": SCHEMA, "pwopt": __version__, "rows": [asdict(r) for r in rows]})
 
 
 def _write_index(where: Path, rows: Sequence[BatchRow], earlier: dict[str, BatchRow]) -> None:

@@ -22,11 +22,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import onnx
 
-import pwopt
 from pwopt.errors import ModelError, ProviderError, UsageError
 from pwopt.inputs.samples import Feeds
 from pwopt.running import providers
 from pwopt.running.providers import Provider
+from pwopt.version import __version__
 
 #: What Linux says of the processor.
 CPUINFO = Path("/proc/cpuinfo")
@@ -98,7 +98,7 @@ def environment(provider: Provider = providers.DEFAULT, threads: int = 1) -> dic
         ort = None
     card = providers.card(provider)
     return {
-        "pwopt": pwopt.__version__,
+        "pwopt": __version__,
         "onnxruntime": ort,
         "onnx": onnx.__version__,
         "numpy": np.__version__,

@@ -253,3 +253,21 @@ def test_new_initializers_of_old_files_are_listed_too() -> None:
 
 def test_public_api() -> None:
     assert {"optimize", "verify", "inspect", "load", "save"} <= set(pwopt.__all__)
+
+
+def test_a_cycle_is_reported_by_a_node_on_it() -> None:
+    """The first node only reads the cycle; it is not on it."""
+    model = parse("(float[N] x) => (float[N] y) { y = Relu(x) a = Add(x, x) b = Neg(a) c = Abs(b) }")
+    model.graph.node[0].input[0] = "c"
+    model.graph.node[1].input[1] = "b"
+    for node in model.graph.node:
+        node.name = f"makes {node.output[0]}"
+    with pytest.raises(ModelError, match="node 'makes a' depends on its own output"):
+        load(model)
+
+
+def test_a_node_that_reads_itself_is_a_cycle() -> None:
+    model = parse("(float[N] x) => (float[N] y) { a = Abs(x) y = Add(a, x) }")
+    model.graph.node[1].input[1] = "y"
+    with pytest.raises(ModelError, match="node 'y' depends on its own output"):
+        load(model)
