@@ -52,7 +52,7 @@ def verify(
             inputs=inputs or None, samples=options.split_list(kinds),
             ranges=dict(map(samples.parse_range, ranges or ())),
             rtol=rtol, atol=atol, locate=not no_locate, rewrites=records, invariants=asked,
-            progress=lambda stage: progress(stage, 0.0),
+            progress=progress,
         )  # fmt: skip
     console.print("[green]equivalent[/green]" if equivalence.passed else "[red]not equivalent[/red]")
     terminal.render_comparison(equivalence, placed, console, details)

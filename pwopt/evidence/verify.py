@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,7 @@ from pwopt.graph.sources import renamed
 from pwopt.inputs.samples import DEFAULT_KINDS, Feeds, Range, Sample, check_kinds, given_samples, random_samples
 from pwopt.inputs.specs import InputSpec, input_specs
 from pwopt.rewriting.records import Rewrite
+from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import DEFAULT, Provider, as_provider
 from pwopt.running.runtime import Session, check_settings, fallbacks
 from pwopt.running.size_trials import narrowed, rounds
@@ -43,7 +44,7 @@ def samples_for(
     inputs: Any = None,
     kinds: Sequence[str] = DEFAULT_KINDS,
     ranges: Mapping[str, Range] | None = None,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = ignore_progress,
 ) -> list[Sample]:
     """The given inputs, or random ones in every round of sizes; parameters as for `verify`."""
     check_kinds(kinds, specs, ranges or {})
@@ -51,7 +52,7 @@ def samples_for(
     if inputs is not None and len(given) > 1:
         raise UsageError("given inputs have their own sizes; rounds of --shape are for random ones")
     if inputs is None:
-        chosen = rounds(specs, model, path, provider, given, lambda stage, _: progress(stage))
+        chosen = rounds(specs, model, path, provider, given, progress)
         return random_samples(specs, [c.sizes for c in chosen], kinds, ranges)
     return given_samples(inputs, specs, given[0] if given else None)
 
@@ -62,7 +63,7 @@ def verify(
     shapes: Shapes | None = None, inputs: str | os.PathLike[str] | Feeds | Sequence[Any] | None = None,
     samples: Sequence[str] = DEFAULT_KINDS, ranges: Mapping[str, Range] | None = None,
     rtol: float | None = None, atol: float | None = None, locate: bool = True, rewrites: Sequence[Rewrite] = (),
-    invariants: Sequence[Law] = (), progress: Callable[[str], None] = lambda _: None,
+    invariants: Sequence[Law] = (), progress: Progress = ignore_progress,
 ) -> Equivalence:  # fmt: skip
     """Compare two models on the same inputs.
 
@@ -89,7 +90,7 @@ def verify(
     invariants : sequence of Law
         Laws to measure on both models, on the first sample; they leave the verdict alone.
     progress : callable, optional
-        Called with each stage.
+        Called with (stage, fraction done).
 
     Raises
     ------
@@ -108,14 +109,14 @@ def verify(
     first = load(original).proto
     specs = narrowed(input_specs(first), input_specs(load(candidate).proto))
     with as_file(original) as a, as_file(candidate) as b:
-        progress("choosing inputs")
+        progress("choosing inputs", 0.0)
         drawn = samples_for(specs, first, a, placed, shapes, inputs, samples, ranges, progress)
-        progress("running both models")
+        progress("running both models", 0.0)
         result = compared(a, b, drawn, placed, threads, rtol, atol)
         if locate and not result.passed:
-            progress("looking for the first difference")
+            progress("looking for the first difference", 0.0)
             result = replace(result, difference=localise(a, b, result, drawn, placed, threads, rewrites))
-        progress("looking where operators ran")
+        progress("looking where operators ran", 0.0)
         return _attributed(result, {"original": a, "candidate": b}, drawn[0], placed, threads, invariants)
 
 

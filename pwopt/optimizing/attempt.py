@@ -236,7 +236,7 @@ def raced(pair: Pair, report: Report, request: Request, protos: tuple[onnx.Model
     """The report with the latency of both models, and where it goes."""
     with timing.alone():
         race = pair.arena.race(
-            [pair.original, pair.candidate], request.race_seconds, lambda done: request.progress("racing", done),
+            [pair.original, pair.candidate], request.race_seconds, request.progress,
             timing.Rules(precise=PRECISE, least=LEAST),
         )  # fmt: skip
     LOG.info("the whole model: %.3f× [%.3f, %.3f] in %d rounds", race.speedup(), *race.interval(), race.rounds)

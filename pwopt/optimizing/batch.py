@@ -26,7 +26,7 @@ from pwopt.optimizing.optimizer import optimized
 from pwopt.optimizing.request import Request
 from pwopt.reporting.report import SCHEMA, Report, to_json
 from pwopt.running import runtime, timing
-from pwopt.running.progress import Progress, silent
+from pwopt.running.progress import Progress, ignore_progress
 from pwopt.selecting.plugins import fingerprint, resolved
 from pwopt.selecting.snapshot import select_passes
 from pwopt.version import __version__
@@ -181,7 +181,7 @@ def optimize_many(
     *,
     workers: int = 1,
     runner: Runner | None = None,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
     told: Callable[[BatchRow], None] = lambda _row: None,
 ) -> list[BatchRow]:
     """Optimise many models into a folder, with a report for each and an index over all.
@@ -356,7 +356,7 @@ class Processes:
         rounds = [(list(todo), self.workers)]
         while rounds:
             batch, size = rounds.pop(0)
-            for done in self._pooled(batch, replace(request, progress=silent), size):
+            for done in self._pooled(batch, replace(request, progress=ignore_progress), size):
                 left.pop(done.row.model)
                 progress(f"{len(todo) - len(left)} of {len(todo)} models", 1 - len(left) / len(todo))
                 yield done

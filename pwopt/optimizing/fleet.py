@@ -25,7 +25,7 @@ from pwopt.optimizing.batch import DEFECT, BatchRow, Job, JobResult, carried_out
 from pwopt.optimizing.record_tuning import profile
 from pwopt.optimizing.request import Request
 from pwopt.running import runtime, timing
-from pwopt.running.progress import Progress, silent
+from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider
 from pwopt.selecting import cache
 from pwopt.selecting.tuning_database import TuningDatabase
@@ -136,7 +136,7 @@ class Fleet:
         return None if self.target is None else {self.target: 1}
 
     def __call__(self, todo: Sequence[Job], request: Request, progress: Progress) -> Iterator[JobResult]:
-        plain = replace(request, progress=silent, output=None)
+        plain = replace(request, progress=ignore_progress, output=None)
         dask = distributed()
         with self.connected() as client:
             seen = _seen(client, todo)
@@ -160,7 +160,7 @@ class Fleet:
             return _hardware(client, request)
 
     def profiles(
-        self, models: Iterable[str | os.PathLike[str]], request: Request, progress: Progress = silent
+        self, models: Iterable[str | os.PathLike[str]], request: Request, progress: Progress = ignore_progress
     ) -> dict[str, TuningDatabase]:
         """A profile for each kind of machine, by its label; each races the models on one of its workers."""
         paths = [Path(m) for m in models]
@@ -169,8 +169,8 @@ class Fleet:
             packed = {p.name: _packed(p) for p in paths}
             waiting = {
                 client.submit(
-                    recorded, packed, replace(request, progress=silent), workers=list(k.workers), retries=RETRIES,
-                    pure=False,
+                    recorded, packed, replace(request, progress=ignore_progress), workers=list(k.workers),
+                    retries=RETRIES, pure=False,
                 ): k
                 for k in kinds
             }  # fmt: skip

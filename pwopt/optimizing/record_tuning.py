@@ -14,7 +14,7 @@ from pwopt.optimizing.preparation import gather, plan
 from pwopt.optimizing.request import EFFORTS, Request
 from pwopt.rewriting.driver import Pass
 from pwopt.running import runtime
-from pwopt.running.progress import Progress, silent
+from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider, as_provider
 from pwopt.selecting.cache import TuningRecord, place
 from pwopt.selecting.plugins import resolved
@@ -30,7 +30,7 @@ def profile(
     shapes: Mapping[str, Sequence[int]] | None = None,
     budget: float = EFFORTS["normal"],
     plugins: Sequence[str | type[Pass] | Pass] = (),
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> TuningDatabase:
     """Race every kind of measured rewrite in some models on this machine.
 

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from pwopt.running.progress import Progress, silent
+from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider, as_provider
 
 if TYPE_CHECKING:
@@ -113,7 +113,7 @@ class Request:
     name_nodes: bool = False
     force: bool = False
     dry_run: bool = False
-    progress: Progress = field(default=silent, repr=False, compare=False)
+    progress: Progress = field(default=ignore_progress, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, value in (("passes", self.passes), ("plugins", self.plugins or ()), ("deny", self.deny or ())):

@@ -25,7 +25,7 @@ from pwopt.graph.sources import renamed
 from pwopt.inputs.samples import Feeds, make_feeds
 from pwopt.inputs.specs import InputSpec, check_shapes, input_specs
 from pwopt.running import providers, runtime, timing
-from pwopt.running.progress import Progress, silent
+from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider, as_provider
 from pwopt.running.runtime import NodeTime, Session
 from pwopt.running.size_trials import Sizes, likely_sizes
@@ -90,7 +90,7 @@ def benchmark(
     shapes: Mapping[str, Sequence[int]] | None = None,
     batch: Sequence[int] = (),
     seconds: float = 8.0,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> list[Row]:
     """Time any models that take the same inputs against the first.
 
@@ -160,7 +160,7 @@ def _raced(
         check_shapes(input_specs(load(path).proto), sizes)
     feeds = make_feeds(specs, sizes)
     sessions = [Session(p, provider, threads, tf32=True) for p in paths]
-    race = timing.race(sessions, feeds, seconds, lambda done: progress("racing", done))
+    race = timing.race(sessions, feeds, seconds, progress)
     rows = []
     for i, path in enumerate(paths):
         progress(f"profiling {path.name}", i / len(paths))

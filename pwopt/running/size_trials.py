@@ -18,7 +18,7 @@ from pwopt.inputs.candidate_sizes import Candidate, Search
 from pwopt.inputs.samples import make_feeds
 from pwopt.inputs.size_guesses import Trust
 from pwopt.inputs.specs import InputSpec, check_shapes
-from pwopt.running.progress import Progress, silent
+from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import DEFAULT, Provider
 from pwopt.running.runtime import Session
 from pwopt.running.timed_run import TooSlowError, seconds_of
@@ -98,7 +98,7 @@ def likely_sizes(
     path: str | os.PathLike[str] | None = None,
     provider: Provider = DEFAULT,
     shapes: Mapping[str, Sequence[int]] | None = None,
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> Chosen:
     """Sizes for every input: the given ones, and the first likely ones on which the model runs.
 
@@ -197,7 +197,7 @@ def rounds(
     path: str | os.PathLike[str],
     provider: Provider = DEFAULT,
     given: Sequence[Mapping[str, Sequence[int]]] = (),
-    progress: Progress = silent,
+    progress: Progress = ignore_progress,
 ) -> list[Chosen]:
     """Sizes to compare two models on: the given ones, or the likeliest and other ones.
 

@@ -7,7 +7,7 @@ import functools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 
 from pwopt.algebra import Values
 from pwopt.inputs.samples import Feeds
+from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.runtime import Session
 
 #: Rounds before the first one that counts.
@@ -233,7 +234,7 @@ def race(
     sessions: Sequence[Session],
     feeds: Feeds,
     budget: float,
-    progress: Callable[[float], None] = lambda _: None,
+    progress: Progress = ignore_progress,
     rules: Rules = TO_THE_END,
 ) -> Race:
     """Time models against each other on the same inputs.
@@ -247,7 +248,7 @@ def race(
     budget : float
         Seconds to spend.
     progress : callable, optional
-        Called with the fraction done.
+        Called with (stage, fraction done).
     rules : Rules, optional
         What may end a race of two models early; `least` rounds are run in any case.
     """
@@ -271,7 +272,7 @@ def race(
             times[i].append(clock() - begin)
             passed += time.perf_counter() - wall
         spent = time.perf_counter() - start
-        progress(min(1.0, max(spent / budget if budget else 1.0, (done + 1) / MAX_ROUNDS)))
+        progress("racing", min(1.0, max(spent / budget if budget else 1.0, (done + 1) / MAX_ROUNDS)))
         seen = Race(tuple(np.array(t) for t in times), min(1.0, sum(map(sum, times)) / passed))
         if (done + 1 >= rules.least and spent >= budget) or rules.over(seen, spent):
             break

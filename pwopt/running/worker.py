@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from pwopt.errors import PwoptError
 from pwopt.inputs.samples import Feeds
 from pwopt.running import providers, runtime, timing
+from pwopt.running.progress import Progress
 from pwopt.running.providers import Provider
 from pwopt.running.runtime import NodeTime, Session
 from pwopt.running.timing import Race, Rules
@@ -41,8 +42,6 @@ HEADER = struct.Struct("<Q")
 
 
 _NOTHING: Any = object()
-#: Called with seconds.
-Told = Callable[[float], None]
 
 
 class UnusableError(PwoptError):
@@ -85,7 +84,7 @@ class Worker:
         return answer if isinstance(answer, str) else ""
 
     def race(
-        self, models: Sequence[Path], threads: int, feeds: Feeds, seconds: float, rules: Rules, progress: Told
+        self, models: Sequence[Path], threads: int, feeds: Feeds, seconds: float, rules: Rules, progress: Progress
     ) -> Race:
         """`timing.race` there; only of models that had no fault, when the worker is `ready`.
 
@@ -96,7 +95,9 @@ class Worker:
         """
         patience = self._limit + (len(models) + 1) * rules.least * self._limit / SLOWER + 4 * seconds
         question = ("raced", [str(m) for m in models], threads, feeds, seconds, rules)
-        answer = self._ask(question, patience, lambda spent: progress(min(1.0, spent / max(seconds, spent, 1e-9))))
+        answer = self._ask(
+            question, patience, lambda spent: progress("racing", min(1.0, spent / max(seconds, spent, 1e-9)))
+        )
         if isinstance(answer, Race):
             return answer
         raise UnusableError(str(answer))
@@ -136,7 +137,7 @@ class Worker:
             self.took = answer
         self._limit = max(PATIENCE, SLOWER * (time.perf_counter() - begin))
 
-    def _ask(self, question: Any, seconds: float, progress: Told = lambda _: None) -> Any:
+    def _ask(self, question: Any, seconds: float, waiting: Callable[[float], None] = lambda _: None) -> Any:
         """The answer, or a clause on what became of the worker, which is gone then."""
         process = self._process
         assert process is not None
@@ -146,7 +147,7 @@ class Worker:
         begin, answer = time.perf_counter(), _NOTHING
         while answer is _NOTHING:
             spent = time.perf_counter() - begin
-            progress(spent)
+            waiting(spent)
             try:
                 answer = self._answers.get(timeout=max(0.0, min(TICK, seconds - spent)))
             except queue.Empty:

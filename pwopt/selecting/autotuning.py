@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from pwopt.rewriting.records import Rewrite, Skip
-from pwopt.running.progress import Progress, silent
+from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.timing import HOPELESS, HOPELESS_ROUNDS, NOTHING, Evidence, Race
 
 LOG = logging.getLogger(__name__)
@@ -189,7 +189,9 @@ class Judge(Protocol):
         """What profiles say of groups on top of those that are kept; nothing of those that they cannot tell."""
 
 
-def choose(candidates: Sequence[Group], judge: Judge, budget: float, progress: Progress = silent) -> list[Decision]:
+def choose(
+    candidates: Sequence[Group], judge: Judge, budget: float, progress: Progress = ignore_progress
+) -> list[Decision]:
     """Race each group on top of those kept so far, unless it was decided before.
 
     Groups depend on each other: those that were in doubt before others were kept are raced again, on top of these, and

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -22,7 +22,7 @@ from pwopt.rewriting.driver import Certifier, Pass
 from pwopt.rewriting.records import Outcome, Rewrite, Skip
 from pwopt.rewriting.wording import counted
 from pwopt.running import timing
-from pwopt.running.progress import Progress
+from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider
 from pwopt.running.runtime import Session
 from pwopt.running.worker import UnusableError, Worker
@@ -63,7 +63,7 @@ class Environment:
         self,
         models: Sequence[Path],
         seconds: float,
-        progress: Callable[[float], None] = lambda _: None,
+        progress: Progress = ignore_progress,
         rules: timing.Rules = timing.TO_THE_END,
     ) -> timing.Race:
         """As users run them: on CUDA, that is with TF32."""
