@@ -237,7 +237,7 @@ Scheduler = Annotated[
     str | None,
     typer.Option(
         metavar="ADDRESS",
-        help="Run on the workers of this dask.distributed scheduler; needs pwopt[fleet].",
+        help="Run on the workers of this dask.distributed scheduler; needs the extra `fleet`.",
         show_default=False,
     ),
 ]
