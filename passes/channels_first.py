@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pwopt.algebra.geometry import Refusal
+from pwopt.algebra.geometry import RefusedError
 from pwopt.graph import attributes
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import Shape
@@ -51,8 +51,6 @@ class ChannelsFirst(Pass):
         if not self.eager:
             return Skip(f"{widths} between Transposes could be 1×1 convolutions; only measuring can tell")
         written = _write(rw, steps, node.inputs[0], back.outputs[0])
-        if isinstance(written, Refusal):
-            return Skip(written.reason)
         old = [*(n for step in steps for n in step.nodes), back]
         size = rw.size_of(node.inputs[0])
         reason = f"{widths} runs as convolutions, without the Transposes around it"
@@ -82,7 +80,7 @@ def _is_transpose(view: View, node: Node, perm: tuple[int, ...]) -> bool:
     return view.is_a(node, "Transpose") and tuple(attributes.perm(view, node) or ()) == perm
 
 
-def _write(rw: Rewriter, steps: list[Reading | Step], source: Tensor, output: Tensor) -> emit.Written | Refusal:
+def _write(rw: Rewriter, steps: list[Reading | Step], source: Tensor, output: Tensor) -> emit.Written:
     """The chain in channels-first layout, from `source` to `output`."""
     new: list[Node] = []
     residual = 0.0
@@ -93,14 +91,10 @@ def _write(rw: Rewriter, steps: list[Reading | Step], source: Tensor, output: Te
             new += repeated(rw, step, source, result)
         else:
             if rw.shared(step.weight_input):
-                return Refusal(f"the weight {step.weight_input.name!r} is shared")
+                raise RefusedError(f"the weight {step.weight_input.name!r} is shared")
             linear = step.load()
-            if isinstance(linear, Refusal):
-                return linear
             conv = replace(step, kind="conv")
             written = emit.write(rw, linear.at_rank(2), conv, source, result, 1, inherit=False)
-            if isinstance(written, Refusal):
-                return written
             new += written.nodes
             residual = max(residual, written.residual)
         source = result

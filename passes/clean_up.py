@@ -9,8 +9,6 @@ import numpy as np
 import onnx
 
 from pwopt.algebra import zeros
-from pwopt.algebra.geometry import Refusal
-from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
 from pwopt.graph.constants import MAX_GROWTH_BYTES, NEGLIGIBLE_BYTES, evaluate
 from pwopt.graph.ir import Node, Tensor
@@ -212,8 +210,8 @@ def _explain_no_effect(rw: Rewriter, node: Node, op: str) -> str:
         return f"{op} by a constant that changes nothing" if adds_nothing(rw, node) else ""
     if op in ("Mul", "Div", "BatchNormalization"):
         reading = forms.linear(rw, node)
-        step = reading.load() if reading is not None and reading.kind == "diagonal" else None
-        same = isinstance(step, LinearMap) and np.all(step.scale == 1) and not step.geometry.biased
+        step = reading.try_load() if reading is not None and reading.kind == "diagonal" else None
+        same = step is not None and np.all(step.scale == 1) and not step.geometry.biased
         return f"{op} by a constant that changes nothing" if same else ""
     if op in WEIGHTED_OPERATORS:
         return f"{op} by the identity" if _is_identity(rw, node) else ""
@@ -268,8 +266,8 @@ def _is_identity(rw: Rewriter, node: Node) -> bool:
     g = reading.geometry
     if g.biased or g.in_channels != g.out_channels:
         return False
-    linear = reading.load()
-    if isinstance(linear, Refusal):
+    linear = reading.try_load()
+    if linear is None:
         return False
     width = g.in_channels // g.groups
     return bool(np.all(linear.weight.reshape(g.groups, width, width) == np.eye(width)))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from pwopt.algebra import Values
-from pwopt.algebra.geometry import Refusal
+from pwopt.algebra.geometry import RefusedError
 from pwopt.graph import attributes
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import Shape, channels
@@ -106,13 +106,10 @@ def _along_rows(rw: Rewriter, reading: Reading, flatten: Node | None) -> bool:
 
 def _write(rw: Rewriter, node: Node, reading: Reading, rows: Tensor, flatten: Node | None) -> Rewrite | Skip:
     g, output, axis = reading.geometry, node.outputs[0], (rw.rank(rows) or 2) - 2
-    rounded = _round_matrix(rw, reading)
+    low, residual = _round_matrix(rw, reading)
     shape = None if flatten is None else rw.integers(flatten.inputs[1])
-    if isinstance(rounded, Refusal):
-        return Skip(rounded.reason)
     if flatten is not None and shape is None:
         return Skip("the shape of its Reshape is computed while the model runs; make the input sizes static (--static)")
-    low, residual = rounded
     transpose = rw.producer(node.inputs[1])
     assert transpose is not None
     new: list[Node] = []
@@ -144,18 +141,15 @@ def _write(rw: Rewriter, node: Node, reading: Reading, rows: Tensor, flatten: No
     return rw.replace(old, new, reason, residual)
 
 
-def _round_matrix(rw: Rewriter, reading: Reading) -> tuple[Values, float] | Refusal:
+def _round_matrix(rw: Rewriter, reading: Reading) -> tuple[Values, float]:
     """W in the model's element type, and the largest relative rounding error."""
     g, linear, dtype = reading.geometry, reading.load(), rw.dtype(reading.weight_input)
-    if isinstance(linear, Refusal):
-        return linear
+    if dtype is None:
+        raise RefusedError("the element type is not known")
     matrix = linear.weight.reshape(g.out_channels, g.in_channels)
     condition = float(np.linalg.cond(matrix)) if g.out_channels >= g.in_channels else float("inf")
     if not condition <= MAX_CONDITION:
         limit = f"the limit is {MAX_CONDITION:g}, because W(x·xᵀ)Wᵀ would round worse"
-        return Refusal(f"the weights have a condition number of {condition:.2g}; {limit}")
-    low = emit.rounded(matrix, dtype) if dtype is not None else Refusal("the element type is not known")
-    if isinstance(low, Refusal):
-        return low
-    largest = float(np.max(np.abs(matrix)))
-    return low, float(np.max(np.abs(low.astype(np.float64) - matrix))) / largest
+        raise RefusedError(f"the weights have a condition number of {condition:.2g}; {limit}")
+    low = emit.round_values(matrix, dtype)
+    return low, emit.relative_rounding(low, matrix)

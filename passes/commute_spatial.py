@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pwopt.algebra.geometry import Refusal, pointwise_geometry
+from pwopt.algebra.geometry import pointwise_geometry
 from pwopt.algebra.linear import LinearMap, split_inputs
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import channels
@@ -161,9 +161,7 @@ class CommuteSpatial(Pass):
         spatial, linear = _copy(rw, mover.node, *moves, axis, *counts), reading.load()
         if spatial is None:
             return Skip(FIXED_SIZE)
-        written = linear if isinstance(linear, Refusal) else emit.write(rw, linear, reading, *maps, axis)
-        if isinstance(written, Refusal):
-            return Skip(written.reason)
+        written = emit.write(rw, linear, reading, *maps, axis)
         reason = f"{reading.channels} runs {where} {mover.node.op}, at {counted(min(places), 'position')}"
         reason += f" instead of {max(places):,}"
         if mover.terms:
@@ -191,14 +189,12 @@ class CommuteSpatial(Pass):
         g, dtype, linear, constant = product.geometry, rw.dtype(product.weight_input), product.load(), shift.load()
         if g.weights * mover.reads + mover.work(g.out_channels) >= g.weights * mover.writes + mover.work(g.in_channels):
             return Skip(_explain_cost("before", mover, (g.in_channels, g.out_channels)))
-        if isinstance(linear, Refusal) or isinstance(constant, Refusal) or dtype is None:
+        if dtype is None:
             return None
-        bias = emit.rounded(linear.weight.reshape(g.out_channels, -1) @ constant.bias, dtype)
+        bias = emit.round_values(linear.weight.reshape(g.out_channels, -1) @ constant.bias, dtype)
         mapped = rw.new_variable(f"{product.output.name}_small", mover.source, channels(reading.axis, g.out_channels))
         mixed = rw.new_variable(f"{product.output.name}_mixed", product.output)
         written = emit.write(rw, linear, product, mover.source, mapped, reading.axis)
-        if isinstance(written, Refusal) or isinstance(bias, Refusal):
-            return Skip(next(r.reason for r in (written, bias) if isinstance(r, Refusal)))
         matrix = mover.node
         mix = Node("MatMul", matrix.name, dict(matrix.attrs), [matrix.inputs[0], mapped], [mixed])
         offset = rw.new_constant(f"{product.output.name}_bias", bias)
@@ -219,9 +215,7 @@ class CommuteSpatial(Pass):
         if not any(isinstance(m, Mover) for m in movers):
             reasons = [m for m in movers if isinstance(m, str) and m]
             return Skip(reasons[0]) if reasons else None
-        linear = forms.owned(rw, reading, reading.source)
-        if isinstance(linear, Refusal):
-            return Skip(linear.reason)
+        linear = forms.load_owned(rw, reading, reading.source)
         return self._write_parts(rw, reading, concat, linear, movers)
 
     @staticmethod
@@ -266,8 +260,6 @@ class CommuteSpatial(Pass):
                 rw, LinearMap.of(geometry, weight, biased), reading, source, term, axis, inherit=not terms
             )
             biased = np.zeros(out)
-            if isinstance(written, Refusal):
-                return Skip(written.reason)
             new += written.nodes
             residual = max(residual, written.residual)
             if isinstance(mover, Mover) and not (mover.broadcasts and terms):

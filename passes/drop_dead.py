@@ -5,7 +5,6 @@ from __future__ import annotations
 import numpy as np
 
 from pwopt.algebra.geometry import Refusal
-from pwopt.algebra.linear import LinearMap
 from pwopt.graph.ir import Node, Tensor
 from pwopt.maps import forms
 from pwopt.maps.channels import ALIGNMENT, Analysis, Channels
@@ -92,7 +91,8 @@ class DropDead(Pass):
 
     def _prune(self, rw: Rewriter, component: list[Channels], analysis: Analysis) -> Rewrite | Skip:
         takes = {c.tensor: np.flatnonzero(~c.gone) for c in component}
-        done = rechannel(rw, analysis, component, takes, self._describe(rw, component, analysis), "_pruned")
+        reason = self._describe(rw, component, analysis)
+        done = rw.attempt(rechannel, rw, analysis, component, takes, reason, "_pruned")
         return Skip(f"dead channels could be removed, but {done.reason}") if isinstance(done, Refusal) else done
 
     def _describe(self, rw: Rewriter, component: list[Channels], analysis: Analysis) -> str:
@@ -124,8 +124,8 @@ class DropDead(Pass):
 def _has_zero_scale(rw: Rewriter, node: Node) -> bool:
     """Whether a normalisation or a factor multiplies a channel by zero."""
     reading = forms.linear(rw, node) if rw.is_a(node, "BatchNormalization", "Mul") else None
-    step = reading.load() if reading is not None and reading.kind == "diagonal" else None
-    return isinstance(step, LinearMap) and bool(np.any(step.scale == 0))
+    step = reading.try_load() if reading is not None and reading.kind == "diagonal" else None
+    return step is not None and bool(np.any(step.scale == 0))
 
 
 def _shorten(items: list[str], separator: str, most: int = 6) -> str:

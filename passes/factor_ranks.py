@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pwopt.algebra.geometry import Refusal
+from pwopt.algebra.geometry import Refusal, attempt
 from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.ranks import factor, low_rank
 from pwopt.graph.dtypes import epsilon
@@ -48,26 +48,24 @@ class FactorRanks(Pass):
         dtype = rw.dtype(reading.weight)
         if str(dtype) not in ("float32", "float64"):
             return None
-        linear, precision = reading.load(), epsilon(dtype) / 2
-        if isinstance(linear, Refusal) or not low_rank(linear.weight.reshape(g.out_channels, -1), precision):
+        linear, precision = reading.try_load(), epsilon(dtype) / 2
+        if linear is None or not low_rank(linear.weight.reshape(g.out_channels, -1), precision):
             return None
-        parts = factor(linear, precision)
+        parts = attempt(factor, linear, precision)
         if isinstance(parts, Refusal):
             return None
-        return self._write(rw, reading, parts)
+        done = rw.attempt(self._write, rw, reading, parts)
+        if isinstance(done, Refusal):
+            return Skip(f"its weights have rank {parts[0].geometry.out_channels}, but {done.reason}")
+        return done
 
     @staticmethod
-    def _write(rw: Rewriter, reading: forms.Reading, parts: tuple[LinearMap, LinearMap]) -> Rewrite | Skip:
+    def _write(rw: Rewriter, reading: forms.Reading, parts: tuple[LinearMap, LinearMap]) -> Rewrite:
         first, second = parts
         rank = first.geometry.out_channels
         middle = rw.new_variable(f"{reading.output.name}_rank", reading.output, channels(reading.axis, rank))
         low = emit.write(rw, first, reading, reading.source, middle, reading.axis)
         high = emit.write(rw, second, reading, middle, reading.output, reading.axis, inherit=False)
-        for written in (low, high):
-            if isinstance(written, Refusal):
-                return Skip(f"its weights have rank {rank}, but {written.reason}")
-        assert isinstance(low, emit.Written)
-        assert isinstance(high, emit.Written)
         g = reading.geometry
         reason = (
             f"its {g.out_channels}×{g.weights // g.out_channels} weights have rank {rank}, so two thin maps replace it"

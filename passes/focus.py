@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.multirate import through_subsampling
 from pwopt.graph.ir import Node
 from pwopt.maps import emit
@@ -42,12 +41,7 @@ class Focus(Pass):
         crowd = _find_other_uses(rw, [*found.nodes, node])
         if crowd or rw.shared(reading.weight_input):
             return Skip(crowd or f"the weight {reading.weight_input.name!r} is shared")
-        linear = reading.load()
-        if isinstance(linear, Refusal):
-            return Skip(linear.reason)
-        whole = through_subsampling(linear, found.steps, found.offsets, found.order)
-        if isinstance(whole, Refusal):
-            return Skip(whole.reason)
+        whole = through_subsampling(reading.load(), found.steps, found.offsets, found.order)
         places, gathered = positions(rw, reading), rw.size_of(reading.source)
         if places is None or gathered is None:
             return None
@@ -57,8 +51,6 @@ class Focus(Pass):
                 f"{counted(blocks, 'block')} of {found.steps} positions would become a sparse kernel, which costs more"
             )
         written = emit.write(rw, whole, reading, found.source, reading.output, 1)
-        if isinstance(written, Refusal):
-            return Skip(written.reason)
         kernel, steps = ("×".join(map(str, n)) for n in (whole.geometry.kernel, whole.geometry.strides))
         reason = f"{counted(blocks, 'block')} of positions and a convolution become one {kernel} of stride {steps}"
         return rw.replace([*found.nodes, node], written.nodes, reason, written.residual)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
-import numpy as np
-
 from pwopt.algebra import Values
-from pwopt.algebra.geometry import Refusal, compose_geometry
+from pwopt.algebra.geometry import Refusal, RefusedError, compose_geometry
 from pwopt.algebra.linear import LinearMap, compose
 from pwopt.graph.dtypes import cancelling
 from pwopt.graph.ir import Node, Tensor
@@ -70,21 +68,18 @@ class FoldAffine(Pass):
             return None
         if node in self._fused:
             return Skip(f"it belongs to a {self._fused[node]} that onnxruntime runs as one operator")
-        diagonal = reading.load()
-        if isinstance(diagonal, Refusal):
-            return Skip(diagonal.reason)
-        affine = Affine(diagonal.at_rank(0), reading.axis)
+        affine = Affine(reading.load().at_rank(0), reading.axis)
         up, down = Plan(), Plan()
         alone = "there is a constant" if rw.constant(reading.source) is not None else rw.crowd(reading.source)
         up_refusal = alone or self._lift(rw, reading.source, affine, up)
         if not up_refusal:
-            done = self._apply(rw, reading, up)
+            done = rw.attempt(self._apply, rw, reading, up)
             if isinstance(done, Rewrite):
                 return done
             up_refusal = done.reason
         down_refusal = rw.pinned(reading.output) or self._sink(rw, reading.output, affine, down)
         if not down_refusal:
-            done = self._apply(rw, reading, down)
+            done = rw.attempt(self._apply, rw, reading, down)
             if isinstance(done, Rewrite):
                 return done
             down_refusal = done.reason
@@ -181,46 +176,37 @@ class FoldAffine(Pass):
         (plan.after if after else plan.before).append((reading, affine))
         return ""
 
-    def _copied(self, rw: Rewriter, reading: Reading, plan: Plan) -> int | Refusal:
-        """Bytes of the shared weights that a plan copies, or why that would cost more than it saves."""
+    def _copied(self, rw: Rewriter, reading: Reading, plan: Plan) -> int:
+        """Bytes of the shared weights that a plan copies; refused if that costs more than it saves."""
         weights = [r.weight_input for r in plan.maps() if r.weighted and rw.shared(r.weight_input)]
         if not weights:
             return 0
         listed, copies = ", ".join(sorted({repr(w.name) for w in weights})), sum(rw.elements(w) or 0 for w in weights)
         size, dtype = rw.size_of(reading.output), rw.dtype(reading.output)
         if size is None or dtype is None or copies > 2 * math.prod(size):
-            return Refusal(f"the weight {listed} is shared, and a copy would be more to read than is saved")
+            raise RefusedError(f"the weight {listed} is shared, and a copy would be more to read than is saved")
         if copies * dtype.itemsize > (self._spare or 0):
-            return Refusal(f"the weight {listed} is shared, and the model would grow by more than {UNSHARED:.0%}")
+            raise RefusedError(f"the weight {listed} is shared, and the model would grow by more than {UNSHARED:.0%}")
         return copies * dtype.itemsize
 
-    def _apply(self, rw: Rewriter, reading: Reading, plan: Plan) -> Rewrite | Refusal:
-        """Carry a plan out, or refuse without having changed anything."""
+    def _apply(self, rw: Rewriter, reading: Reading, plan: Plan) -> Rewrite:
+        """Carry a plan out, or refuse before anything is changed."""
         edits = []
         direct = len(plan.after) == 1 and plan.after[0][0].output is reading.source
         for side in (plan.after, plan.before):
             for target, affine in side:
                 composed = _compose(rw, target, affine, after=side is plan.after)
-                if isinstance(composed, Refusal):
-                    return composed
                 axis = target.axis if target.axis is not None else affine.axis
                 output = reading.output if direct else target.output
                 source = reading.source if target.source is reading.output else target.source
                 written = emit.write(rw, composed, target, source, output, axis)
-                if isinstance(written, Refusal):
-                    return written
                 edits.append((target, written))
-        copied = self._copied(rw, reading, plan)
-        if isinstance(copied, Refusal):
-            return copied
-        held = _held(rw, plan)
-        if isinstance(held, Refusal):
-            return held
+        copied, held = self._copied(rw, reading, plan), _held(rw, plan)
         spared = 1 + sum(len(t.nodes) for t, _ in edits) - sum(len(w.nodes) for _, w in edits)
         if spared < 1 - _joins_views(rw, reading):
-            return Refusal("merging them would not save an operator")
+            raise RefusedError("merging them would not save an operator")
         if not direct and not edits and not held:
-            return Refusal("nothing would take it over")
+            raise RefusedError("nothing would take it over")
         self._spare = (self._spare or 0) - copied
         takers = [*(describe(t.node) for t, _ in edits), *(f"the constant {t.name!r}" for t, *_ in held)]
         reason = f"{describe(reading.node)} folds into {' and '.join(takers[:3])}" + " and more" * (len(takers) > 3)
@@ -247,24 +233,21 @@ class FoldAffine(Pass):
         return replace(done, removed=(describe(reading.node), *done.removed), residual=residual)
 
 
-def _held(rw: Rewriter, plan: Plan) -> list[tuple[Tensor, Values, float]] | Refusal:
+def _held(rw: Rewriter, plan: Plan) -> list[tuple[Tensor, Values, float]]:
     """What constants hold once they have taken a scale and shift over, and by how much rounding changed that."""
     found = []
     for tensor, affine in plan.held:
         value, dtype = rw.value(tensor), rw.dtype(tensor)
         if value is None or dtype is None:
-            return Refusal(f"the constant {tensor.name!r} is not finite")
+            raise RefusedError(f"the constant {tensor.name!r} is not finite")
         along = (
             (1,) * value.ndim
             if affine.axis is None
             else tuple(-1 if a == affine.axis else 1 for a in range(value.ndim))
         )
         exact = value * affine.map.scale.reshape(along) + affine.map.bias.reshape(along)
-        low = emit.rounded(exact, dtype)
-        if isinstance(low, Refusal):
-            return low
-        largest = float(np.max(np.abs(exact), initial=0.0)) or 1.0
-        found.append((tensor, low, float(np.max(np.abs(low.astype(np.float64) - exact), initial=0.0)) / largest))
+        low = emit.round_values(exact, dtype)
+        found.append((tensor, low, emit.relative_rounding(low, exact)))
     return found
 
 
@@ -287,10 +270,8 @@ def _beside_a_map(rw: Rewriter, reading: Reading) -> bool:
     return any(n is not None and rw.op(n) in WEIGHTED_OPERATORS for n in neighbours)
 
 
-def _compose(rw: Rewriter, target: Reading, affine: Affine, *, after: bool) -> LinearMap | Refusal:
+def _compose(rw: Rewriter, target: Reading, affine: Affine, *, after: bool) -> LinearMap:
     linear = target.load()
-    if isinstance(linear, Refusal):
-        return linear
     precision = cancelling(rw.dtype(target.output))
     diagonal = affine.map
     return compose(diagonal, linear, precision) if after else compose(linear, diagonal, precision)

@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 
 from pwopt.algebra.geometry import Geometry, Refusal, compose_geometry, homogeneous_geometry
-from pwopt.algebra.linear import LinearMap
 from pwopt.graph.ir import Node
 from pwopt.graph.shapes import channels
 from pwopt.maps import emit, forms
@@ -65,15 +64,13 @@ class FoldBorders(Pass):
 
     @staticmethod
     def _fold(rw: Rewriter, before: Reading, reading: Reading, widths: str) -> Rewrite | Skip:
-        composed = _composed(reading, before)
-        if isinstance(composed, Refusal):
-            return Skip(composed.reason)
+        composed = reading.load() @ before.load().homogeneous()
         source, dtype = before.source, rw.dtype(before.source)
         rank = rw.rank(source)
         if rank is None or dtype is None or str(dtype) not in emit.NORMALISABLE:
             return Skip("the rank or the type of its input is not known")
         ones = rw.new_variable(f"{source.name}_ones", source, channels(1, composed.geometry.in_channels))
-        written = emit.write(rw, composed, reading, ones, reading.output, reading.axis)
+        written = rw.attempt(emit.write, rw, composed, reading, ones, reading.output, reading.axis)
         if isinstance(written, Refusal):
             return Skip(f"{widths} is cheaper as one map, but {written.reason}")
         ends = np.zeros(2 * rank, np.int64)
@@ -87,16 +84,6 @@ class FoldBorders(Pass):
         reason = f"{widths} is cheaper as one map, with the bias as a channel of ones"
         done = rw.replace([*before.nodes, *reading.nodes], [pad, *written.nodes], reason, written.residual)
         return done.signed(f"bias before padding: {forms.describe_map(rw, replace(reading, source=source), widths)}")
-
-
-def _composed(reading: Reading, before: Reading) -> LinearMap | Refusal:
-    """Both maps as one of (x, 1)."""
-    first = before.load()
-    wide = first if isinstance(first, Refusal) else first.homogeneous()
-    second = reading.load()
-    if isinstance(wide, Refusal):
-        return wide
-    return second if isinstance(second, Refusal) else second @ wide
 
 
 def _joined(second: Geometry, first: Geometry) -> Geometry | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from pwopt.algebra.geometry import Geometry, Refusal, compose_geometry
+from pwopt.algebra.geometry import Geometry, Refusal, RefusedError, compose_geometry
 from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.ranks import factor
 from pwopt.graph.dtypes import epsilon
@@ -120,50 +120,48 @@ class FoldChains(Pass):
         maps = chain.maps[first : last + 1]
         composed = maps[0].load()
         for r in maps[1:]:
-            if isinstance(composed, Refusal):
-                break
-            step = r.load()
-            composed = step if isinstance(step, Refusal) else step @ composed
-        if isinstance(composed, Refusal):
-            return Skip(composed.reason)
+            composed = r.load() @ composed
         formed = [r for r in maps if r.weighted]
         shape = next((r for r in formed if r.turned or not r.geometry.pointwise), formed[-1])
         target, source, output = formed[-1], maps[0].source, maps[-1].output
         widths = "→".join(str(r.geometry.in_channels) for r in maps) + f"→{maps[-1].geometry.out_channels}"
-        low = self._factored(rw, composed, shape, source, output, target)
-        if low is not None and _weights(rw, low) >= sum(r.geometry.weights for r in formed):
-            low = None  # they were of that rank already
-        written = low or emit.write(rw, composed, shape, source, output, target.axis)
+        weights = sum(r.geometry.weights for r in formed)
+        low = rw.attempt(self._factor, rw, composed, shape, source, output, target, weights)
+        written = low
+        if isinstance(written, Refusal):
+            written = rw.attempt(emit.write, rw, composed, shape, source, output, target.axis)
         if isinstance(written, Refusal):
             return Skip(f"{widths} is cheaper as one map, but {written.reason}")
         for r in chain.maps:
             self._chains.pop(r.node, None)
         old = [n for r in maps for n in r.nodes]
-        what = "one map" if low is None else "two maps of its rank"
+        what = "one map" if isinstance(low, Refusal) else "two maps of its rank"
         return rw.replace(old, written.nodes, f"{widths} is cheaper as {what}", written.residual)
 
-    def _factored(
-        self, rw: Rewriter, composed: LinearMap, shape: Reading, source: Tensor, output: Tensor, target: Reading
-    ) -> emit.Written | None:
-        """The composed map at its rank, if that takes fewer multiply-adds."""
+    @staticmethod
+    def _factor(
+        rw: Rewriter,
+        composed: LinearMap,
+        shape: Reading,
+        source: Tensor,
+        output: Tensor,
+        target: Reading,
+        most: int,
+    ) -> emit.Written:
+        """The composed map at its rank; refused unless that has fewer than `most` weights."""
         if min(composed.geometry.out_channels, composed.weight[0].size) > MAX_FACTORED:
-            return None
+            raise RefusedError("a singular value decomposition would take too long")
         dtype = rw.dtype(shape.weight if shape.weight is not None else source)
         # Every intermediate width bounds the rank, so a plan that beat all of them can only be beaten from below.
         parts = factor(composed, epsilon(dtype) / 2)
-        if isinstance(parts, Refusal):
-            return None
         middle = rw.new_variable(f"{output.name}_rank", output, channels(target.axis, parts[0].geometry.out_channels))
         first = emit.write(rw, parts[0], shape, source, middle, target.axis)
         plain = replace(target, turned=False)
         second = emit.write(rw, parts[1], plain, middle, output, target.axis, inherit=shape is not target)
-        if isinstance(first, Refusal) or isinstance(second, Refusal):
-            return None
-        return emit.Written((*first.nodes, *second.nodes), max(first.residual, second.residual))
-
-
-def _weights(rw: Rewriter, written: emit.Written) -> int:
-    return sum(rw.elements(t) or 0 for n in written.nodes for t in n.inputs[:2])
+        nodes = (*first.nodes, *second.nodes)
+        if sum(rw.elements(t) or 0 for n in nodes for t in n.inputs[:2]) >= most:
+            raise RefusedError("the maps were of that rank already")
+        return emit.Written(nodes, max(first.residual, second.residual))
 
 
 def _member(rw: Rewriter, node: Node | None) -> Reading | None:

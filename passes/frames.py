@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from pwopt.algebra import Values
-from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.multirate import over_time
 from pwopt.algebra.unions import Unions
 from pwopt.graph.ir import Constant, Node, Tensor
@@ -104,12 +103,11 @@ class Frames(Pass):
         what = counted(len(region.spatial), "3-D convolution")
         if not self.eager:
             return Skip(f"a region of {what} could run on frames; only measuring can tell")
-        residuals: list[float] = []
 
         def write(member: Node, images: Images, see: See, outputs: list[Tensor]) -> Sequence[Node]:
             reading = stencil(rw, member)
             if reading is not None:
-                return _Taps(rw, reading, residuals).write(see(reading.source), outputs[0])
+                return _Taps(rw, reading).write(see(reading.source), outputs[0])
             if member.op == "GlobalAveragePool":
                 return _pooled(rw, see(member.inputs[0]), outputs[0])
             arguments = _arguments(rw, images, member)
@@ -151,7 +149,7 @@ def _fits(rw: Rewriter, node: Node) -> bool:
         return False
     reading = stencil(rw, node)
     if reading is not None:
-        return not isinstance(reading.load(), Refusal)
+        return reading.try_load() is not None
     return node.op == "GlobalAveragePool" or _arguments(rw, Images(), node) is not None
 
 
@@ -189,12 +187,10 @@ class _Taps:
 
     rw: Rewriter
     reading: Reading
-    residuals: list[float]
     nodes: list[Node] = field(default_factory=list)
 
     def write(self, source: Tensor, output: Tensor) -> list[Node]:
         linear, g = self.reading.load(), self.reading.geometry
-        assert not isinstance(linear, Refusal)
         parts = over_time(linear)
         frames = self.rw.dim(output, 0)
         assert isinstance(frames, int)
@@ -206,10 +202,7 @@ class _Taps:
             last = j == len(parts) - 1
             term = output if len(parts) == 1 else self.rw.new_variable(f"{output.name}_tap{j}", output)
             written = emit.write(self.rw, part, self.reading, shifted, term, 1, inherit=False)
-            if isinstance(written, Refusal):
-                raise AssertionError(written.reason)  # its numbers are some of those of the model
             self.nodes += written.nodes
-            self.residuals.append(written.residual)
             if total is not None:
                 summed = output if last else self.rw.new_variable(f"{output.name}_sum{j}", output)
                 self._node("Add", [total, term], summed)

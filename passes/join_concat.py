@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from pwopt.algebra.geometry import Refusal
-from pwopt.algebra.linear import LinearMap, hcat
+from pwopt.algebra.linear import hcat
 from pwopt.graph.ir import Node
 from pwopt.graph.shapes import channels
 from pwopt.maps import emit, forms
@@ -40,16 +39,11 @@ class JoinConcat(Pass):
             crowd = rw.crowd(r.output)
             if crowd or rw.shared(r.weight_input):
                 return Skip(crowd or f"the weight {r.weight_input.name!r} is shared")
-        first, second = a.load(), b.load()
-        joined = hcat(first, second) if isinstance(first, LinearMap) and isinstance(second, LinearMap) else Refusal("")
-        if isinstance(joined, Refusal):
-            return Skip(joined.reason or forms.NOT_FINITE.reason)
+        joined = hcat(a.load(), b.load())
         both = rw.new_variable(
             f"{node.outputs[0].name}_inputs", a.source, channels(a.axis, joined.geometry.in_channels)
         )
         written = emit.write(rw, joined, a, both, node.outputs[0], a.axis)
-        if isinstance(written, Refusal):
-            return Skip(written.reason)
         concat = Node("Concat", rw.node_name(node.name, "_concat"), {"axis": a.axis}, [a.source, b.source], [both])
         reason = f"two maps that are summed, {a.channels} and {b.channels}, are one map of both inputs"
         done = rw.replace([*a.nodes, *b.nodes, node], [concat, *written.nodes], reason, written.residual)

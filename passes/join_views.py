@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from pwopt.algebra.geometry import Refusal
 from pwopt.graph import attributes, values
 from pwopt.graph.ir import Node
 from pwopt.graph.operators import VIEWS
@@ -136,9 +135,9 @@ def _shuffled(rw: Rewriter, node: Node) -> Rewrite | None:
     reading = forms.linear(rw, node)
     if reading is None or reading.kind != "selection" or len(reading.nodes) != 3 or reading.axis is None:
         return None
-    linear = reading.load()
+    linear = reading.try_load()
     views = (reading.nodes[0], reading.nodes[2])
-    if isinstance(linear, Refusal) or all(rw.constant(n.inputs[1]) is not None for n in views):
+    if linear is None or all(rw.constant(n.inputs[1]) is not None for n in views):
         return None
     picks = linear.weight.reshape(linear.geometry.out_channels, -1).argmax(1).astype(np.int64)
     index = rw.new_constant(f"{node.outputs[0].name}_index", picks)

@@ -7,8 +7,8 @@ from dataclasses import replace
 
 import numpy as np
 
-from pwopt.algebra.geometry import Geometry, Refusal
-from pwopt.algebra.linear import LinearMap, stack
+from pwopt.algebra.geometry import Geometry
+from pwopt.algebra.linear import stack
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import channels
 from pwopt.maps import emit, forms
@@ -56,16 +56,10 @@ class MergeSiblings(Pass):
             concat is None
         ) >= len(old):
             return Skip(f"{widths} as one map and a Split would not save an operator; only measuring can tell")
-        maps = [s.load() for s in siblings]
-        refused = next((m for m in maps if isinstance(m, Refusal)), None)
-        stacked = refused or stack(*(m for m in maps if isinstance(m, LinearMap)))
-        if isinstance(stacked, Refusal):
-            return Skip(stacked.reason)
+        stacked = stack(*(s.load() for s in siblings))
         wide = sum(s.geometry.out_channels for s in siblings)
         merged = rw.new_variable(f"{first.output.name}_siblings", first.output, channels(first.axis, wide))
         written = emit.write(rw, stacked, first, first.source, merged, first.axis)
-        if isinstance(written, Refusal):
-            return Skip(written.reason)
         new, became = (
             list(written.nodes),
             {s.output.name: merged.name for s, t in zip(siblings, tails, strict=True) if t},

@@ -11,8 +11,6 @@ from typing import ClassVar
 import ml_dtypes
 import numpy as np
 
-from pwopt.algebra.geometry import Refusal
-from pwopt.algebra.linear import LinearMap
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.operators import ACTIVATIONS, WHOLE_BLOCKS
 from pwopt.maps import commute, forms
@@ -93,7 +91,7 @@ class PadChannels(Pass):
             return Skip(f"{change} channels would be multiples of {self.multiple}, but {why}")
         reason = f"channels of zeros: {change} in {len(component)} tensors, for multiples of {self.multiple}"
         done = rechannel(rw, analysis, component, takes, reason, "_padded")
-        return Skip(done.reason) if isinstance(done, Refusal) else done.signed(f"more channels: {change}")
+        return done.signed(f"more channels: {change}")
 
 
 class FillBlocks(PadChannels):
@@ -157,9 +155,9 @@ def _held(rw: Rewriter, analysis: Analysis, flow: Flow, holds: Mapping[Tensor, s
     """What new channels hold behind an operator, from what they hold before it; None if that is not known."""
     node, reading = flow.node, flow.reading
     if reading is not None:
-        step = reading.load() if reading.kind == "diagonal" else None
+        step = reading.try_load() if reading.kind == "diagonal" else None
         known = analysis.of.get(reading.output)
-        if not isinstance(step, LinearMap) or known is None:
+        if step is None or known is None:
             return {0.0}
         if reading.axis is not None and len(step.weight) == len(known.value):  # which has numbers for new channels too
             return {0.0}

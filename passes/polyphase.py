@@ -68,8 +68,7 @@ class _Upsampled(Pass):
             return Skip(f"the weight {work.reading.weight_input.name!r} is shared")
         if not self.eager and saved <= self.sure * spent:
             return Skip(f"{work.what} could be computed from what was repeated; only measuring can tell")
-        linear = work.reading.load()
-        return Skip(linear.reason) if isinstance(linear, Refusal) else linear
+        return work.reading.load()
 
 
 class Polyphase(_Upsampled):
@@ -153,7 +152,6 @@ class _Resampling:
     found: Composition
     nodes: list[Node] = field(default_factory=list)
     residual: float = 0.0
-    refusal: Refusal | None = None
 
     @property
     def geometry(self) -> Geometry:
@@ -212,12 +210,9 @@ class _Resampling:
             tensor = made
         return tensor
 
-    def map(self, linear: LinearMap, source: Tensor, output: Tensor) -> Node | None:
-        """A convolution; None if its numbers do not fit the model's type."""
+    def map(self, linear: LinearMap, source: Tensor, output: Tensor) -> Node:
+        """A convolution."""
         written = emit.write(self.rw, linear, self.reading, source, output, 1, inherit=False)
-        if isinstance(written, Refusal):
-            self.refusal = written
-            return None
         self.nodes += written.nodes
         self.residual = max(self.residual, written.residual)
         return written.nodes[0]
@@ -226,9 +221,7 @@ class _Resampling:
         name = self.rw.node_name(str(output.name), f"_{op.lower()}")
         self.nodes.append(Node(op, name, attrs, list(inputs), [output]))
 
-    def done(self, reason: str, form: str, step: Step | None) -> Rewrite | Skip:
-        if self.refusal is not None:
-            return Skip(self.refusal.reason)
+    def done(self, reason: str, form: str, step: Step | None) -> Rewrite:
         near = self.channels(repeated=False)
         beside = f" ({near} of them beside it)" if near else ""
         kind = f"behind a repetition by {'×'.join(map(str, self.factors))} {form}"
@@ -292,8 +285,8 @@ class _Phases:
             if strided is not None:
                 terms = [together.phase(f"{role}{i}", work.geometry.out_channels) for role in ("far", "near")]
                 made = work.map(self.near[i].load(strided[0]), strided[1], terms[1])
-                if made is not None:  # the same numbers for each phase: just strides and padding differ
-                    made.inputs[1] = weight = made.inputs[1] if weight is None else weight
+                # The same numbers for each phase: just strides and padding differ.
+                made.inputs[1] = weight = made.inputs[1] if weight is None else weight
             work.map(moved_far.load(wide), source, terms[0])
             if len(terms) > 1:
                 work.node("Add", terms, result)

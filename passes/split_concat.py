@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import split_inputs
 from pwopt.graph import attributes
 from pwopt.graph.ir import Node, Tensor
@@ -35,9 +34,7 @@ class SplitConcat(Pass):
             return Skip(
                 "split into one map per input of its Concat it takes as many multiply-adds; only measuring can tell"
             )
-        linear = forms.owned(rw, reading, reading.source)
-        if isinstance(linear, Refusal):
-            return Skip(linear.reason)
+        linear = forms.load_owned(rw, reading, reading.source)
         sizes = [p.geometry.in_channels for p in parts]
         new: list[Node] = []
         total: Tensor | None = None
@@ -45,8 +42,6 @@ class SplitConcat(Pass):
         for i, (part, tensor) in enumerate(zip(split_inputs(linear, sizes), concat.inputs, strict=True)):
             product: Tensor = rw.new_variable(f"{output.name}_part", output)
             written = emit.write(rw, part, reading, tensor, product, reading.axis, inherit=False)
-            if isinstance(written, Refusal):
-                return Skip(written.reason)
             new += written.nodes
             residual = max(residual, written.residual)
             last = i == len(parts) - 1

@@ -7,7 +7,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
 from pwopt.graph.ir import Node, Tensor
@@ -60,11 +59,9 @@ class SplitSiblings(Pass):
             rows, start = slice(start, start + count), start + count
             if not rw.readers(output) and not rw.pinned(output):
                 continue
-            made = _part(rw, found, axis, rows, node.inputs[0], output)
-            if isinstance(made, Refusal):
-                return Skip(made.reason)
-            new += made[0]
-            residual = max(residual, made[1])
+            nodes, rounding = _part(rw, found, axis, rows, node.inputs[0], output)
+            new += nodes
+            residual = max(residual, rounding)
         old = [*(n for f in found for n in (f.nodes if isinstance(f, Reading) else (f,))), node]
         done = rw.replace(old, new, f"{widths} as maps of their own, instead of one and a Split", residual)
         kept = tuple((str(t.name), str(t.name)) for t in node.outputs if t.name)
@@ -129,7 +126,7 @@ def _part(
     rows: slice,
     whole: Tensor,
     output: Tensor,
-) -> tuple[list[Node], float] | Refusal:
+) -> tuple[list[Node], float]:
     """Nodes for some channels of `whole` as `output`, and what rounding did to their weights."""
     count, residual = rows.stop - rows.start, 0.0
     made: dict[Tensor, Tensor] = {whole: output}
@@ -144,15 +141,11 @@ def _part(
             nodes.append(Node(f.op, rw.node_name(f.name, "_part"), dict(f.attrs), inputs, [result]))
             continue
         linear = f.load()
-        if isinstance(linear, Refusal):
-            return linear
         g = replace(linear.geometry, out_channels=count)
         g = g if g.groups == 1 else replace(g, in_channels=count, groups=count)
         part = LinearMap.of(g, np.asarray(linear.weight)[rows], linear.bias[rows])
         source = f.source if g.groups == 1 and f.geometry.groups == 1 else made[f.source]
         written = emit.write(rw, part, f, source, result, f.axis, inherit=False)
-        if isinstance(written, Refusal):
-            return written
         nodes += written.nodes
         residual = max(residual, written.residual)
     return nodes, residual

@@ -88,8 +88,6 @@ class SubPixel(Pass):
             if stage.reading is None:
                 continue
             linear = stage.reading.load()
-            if isinstance(linear, Refusal):
-                return Skip(linear.reason)
             parts = [stage.row(linear, i) for i in range(math.prod(stage.counts[:-1]))]
             rows = [work.mapped(stage.reading, part, row, columns) for row in rows for part in parts]
             columns *= stage.counts[-1]
@@ -110,7 +108,6 @@ def _spreading(rw: Rewriter, node: Node | None) -> _Stage | None:
 
     def row(linear: LinearMap, index: int) -> LinearMap:
         whole = spread(linear)
-        assert isinstance(whole, LinearMap)  # as its geometry is
         width = linear.geometry.kernel[-1] * linear.geometry.out_channels
         return _outputs(whole, np.arange(index * width, (index + 1) * width))
 
@@ -188,7 +185,6 @@ class _Work:
         wide = on_phases(linear, columns) if columns > 1 else linear
         output = self.together.phase("phases", wide.geometry.out_channels)
         written = emit.write(self.rw, wide, like, row, output, 1, inherit=False)
-        assert isinstance(written, emit.Written)  # its numbers are those of the model
         self.nodes += written.nodes
         self.residual = max(self.residual, written.residual)
         return output

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
+import operator
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from pwopt.algebra.geometry import Geometry, Refusal, add_geometry
+from pwopt.algebra.geometry import Geometry, Refusal, RefusedError, add_geometry, attempt
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import Change, channels
@@ -88,7 +90,7 @@ class SumBranches(Pass):
     def _join(
         self, rw: Rewriter, sums: list[Node], terms: list[Term], shared: list[Term], axis: int
     ) -> Rewrite | Refusal:
-        maps = {t: t.path.compose(rw) for t in shared}
+        maps = {t: attempt(t.path.compose, rw) for t in shared}
         refused = [m for m in maps.values() if isinstance(m, Refusal)]
         exact = {k: m for k, m in maps.items() if isinstance(m, LinearMap)}
         wide = max((m.geometry.out_channels for m in exact.values()), default=1)
@@ -98,20 +100,15 @@ class SumBranches(Pass):
         if joined is None:
             return Refusal(refused[0].reason if refused and len(branches) < 2 else reason)
         signed = (_signed(exact[t], t.sign) for t in joined.terms)
-        total: LinearMap | Refusal = next(signed)
-        for linear in signed:
-            total = total + linear if isinstance(total, LinearMap) else total
-        if isinstance(total, Refusal):
-            return total
-        return self._write(rw, sums, terms, joined, total, axis)
+        return rw.attempt(self._write, rw, sums, terms, joined, functools.reduce(operator.add, signed), axis)
 
     def _write(
         self, rw: Rewriter, sums: list[Node], terms: list[Term], joined: Branch, total: LinearMap, axis: int
-    ) -> Rewrite | Refusal:
+    ) -> Rewrite:
         root, source = sums[-1], joined.terms[0].path.source
         readings = [r for t in joined.terms for r in t.path.readings if r.kind in emit.FORMS]
         if not readings:
-            return Refusal("no branch has weights")
+            raise RefusedError("no branch has weights")
         like = max(readings, key=lambda r: (r.kind.startswith("conv"), r.weighted, r.geometry.weights))
         rest = [t for t in terms if all(t is not j for j in joined.terms)]
         output = root.outputs[0]
@@ -119,12 +116,10 @@ class SumBranches(Pass):
         wide = total.geometry.out_channels
         partial = output if not rest else rw.new_variable(f"{output.name}_branches", alike, channels(axis, wide))
         written = emit.write(rw, total, like, source, partial, axis)
-        if isinstance(written, Refusal):
-            return written
         new = [*written.nodes, *_summed(rw, root, partial, rest)]
         old = [*(n for t in joined.terms for n in t.path.nodes), *sums]
         if len(new) >= len(old):
-            return Refusal("joining the branches would not save an operator")
+            raise RefusedError("joining the branches would not save an operator")
         names = ", ".join(describe(r.node) for t in joined.terms for r in t.path.readings[-1:]) or "identity"
         plain = sum(not t.path.readings for t in joined.terms)
         reason = f"{len(joined.terms)} branches of {source.name!r} are one map: {names}"

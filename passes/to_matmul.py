@@ -6,7 +6,6 @@ from dataclasses import replace
 
 import numpy as np
 
-from pwopt.algebra.geometry import Refusal
 from pwopt.graph.ir import Node
 from pwopt.maps import emit
 from pwopt.maps.positions import stencil
@@ -35,15 +34,11 @@ class ToMatMul(Pass):
         if rw.shared(reading.weight_input):
             return Skip(f"the weight {reading.weight_input.name!r} is shared")
         linear = reading.load()
-        if isinstance(linear, Refusal):
-            return Skip(linear.reason)
         source, output, places = reading.source, reading.output, height * width
         flat = rw.new_variable(f"{output.name}_flat", source, lambda s: (*s[:2], places))
         product = rw.new_variable(f"{output.name}_mapped", output, lambda s: (*s[:2], places))
         like = replace(reading, kind="left-matmul")
         written = emit.write(rw, linear.at_rank(0), like, flat, product, 1, inherit=False)
-        if isinstance(written, Refusal):
-            return Skip(written.reason)
         shapes = [
             rw.new_constant(f"{output.name}_{name}", np.array(shape, np.int64))
             for name, shape in (("positions", (0, g.in_channels, places)), ("map", (0, g.out_channels, height, width)))

@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import numpy as np
 
-from pwopt.algebra.geometry import Geometry, Refusal
+from pwopt.algebra.geometry import Geometry
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph.ir import Node, Tensor, Variable
 from pwopt.graph.shapes import Dim
@@ -79,15 +79,11 @@ class Winograd(Pass):
         if rw.shared(reading.weight_input):
             return Skip(f"the weight {reading.weight_input.name!r} is shared")
         linear, step = reading.load(), activation(rw, reading.output)
-        if isinstance(linear, Refusal):
-            return Skip(linear.reason)
         refusal = interleavable(rw, reading.output if step is None else step.output)
         if refusal is not None:
             return Skip(refusal.reason)
         filtering = _Filtering(rw, reading, linear, (size[0], size[1]), step)
-        refusal = filtering.write()
-        if refusal is not None:
-            return Skip(refusal.reason)
+        filtering.write()
         reason = f"{what} as 16 pointwise maps by minimal filtering"
         done = rw.replace(
             [node, *(step.nodes if step is not None else ())], filtering.nodes, reason, filtering.residual
@@ -116,7 +112,7 @@ class _Filtering:
     def output(self) -> Tensor:
         return self.reading.output if self.step is None else self.step.output
 
-    def write(self) -> Refusal | None:
+    def write(self) -> None:
         """Fill `nodes`; the last one makes the output of the convolution, or of the activation that follows it."""
         matrices = np.einsum("pa,oiab,qb->pqoi", G, self.linear.weight, G)
         products: list[list[Tensor]] = []
@@ -125,24 +121,18 @@ class _Filtering:
             linear = LinearMap.pointwise(matrices[p, q], bias, rank=2)
             around = self._neighbours(p, q)
             product = self._tensor(f"product{p}{q}", linear.geometry.out_channels)
-            refusal = self._map(linear, around, product)
-            if refusal is not None:
-                return refusal
+            self._map(linear, around, product)
             products += [[]] if q == 0 else []
             products[-1].append(product)
         columns = [list(self._pair([row[q] for row in products])) for q in range(4)]
         outputs = [t for p in range(TILE) for t in self._pair([column[p] for column in columns])]
         together = Interleaving(self.rw, self.output, (TILE, TILE), self.reading.source)
         self.nodes += together.write(outputs, self.step)
-        return None
 
-    def _map(self, linear: LinearMap, source: Tensor, output: Tensor) -> Refusal | None:
+    def _map(self, linear: LinearMap, source: Tensor, output: Tensor) -> None:
         written = emit.write(self.rw, linear, self.reading, source, output, 1, inherit=False)
-        if isinstance(written, Refusal):
-            return written
         self.nodes += written.nodes
         self.residual = max(self.residual, written.residual)
-        return None
 
     def _neighbours(self, p: int, q: int) -> Tensor:
         """Row p of Bᵀ over the rows of every tile, row q over its columns: a depthwise convolution of 2×2 taps."""

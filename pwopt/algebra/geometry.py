@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property, lru_cache
+from typing import ParamSpec, TypeVar
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 #: Geometries remembered by each function of them: a model has many maps and few kinds of them.
 MANY = 1024
@@ -13,9 +17,46 @@ MANY = 1024
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why an operation would not be exact, as a clause that completes a sentence."""
+    """Why an operation would not be exact, as a clause that completes a sentence. Planners get it as an answer."""
 
     reason: str
+
+
+class RefusedError(Exception):
+    """An operation on numbers was not carried out, because its result would not be exact.
+
+    The driver of the passes turns it into a `Skip` with this reason.
+
+    Parameters
+    ----------
+    reason : str
+        A clause that completes a sentence.
+    """
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+def attempt(operation: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | Refusal:
+    """The result of an operation, or why it raised `RefusedError`."""
+    try:
+        return operation(*args, **kwargs)
+    except RefusedError as error:
+        return Refusal(error.reason)
+
+
+def require(answer: T | Refusal) -> T:
+    """The answer to a planner's question.
+
+    Raises
+    ------
+    RefusedError
+        If the answer is a `Refusal`.
+    """
+    if isinstance(answer, Refusal):
+        raise RefusedError(answer.reason)
+    return answer
 
 
 @dataclass(frozen=True)

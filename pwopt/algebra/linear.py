@@ -7,7 +7,7 @@ A map reads ``x`` of shape (N, in_channels, *space) and gives ``y`` of shape (N,
 where x is zero outside its bounds (ONNX ``Conv``). A pointwise map has one tap. Everything here is
 float64 numpy and knows no ONNX. `Geometry` holds what a map looks like and *all exactness rules*, so
 that a combination can be priced before anything is multiplied; `LinearMap` adds the numbers. An
-operation that would not be exact for every input returns a `Refusal` with its reason.
+operation on numbers that would not be exact for every input raises `RefusedError` with its reason.
 """
 
 from __future__ import annotations
@@ -23,35 +23,20 @@ from numpy.typing import ArrayLike
 from pwopt.algebra import Array
 from pwopt.algebra.geometry import (
     Geometry,
-    Refusal,
+    RefusedError,
     add_geometry,
     align_geometry,
     compose_geometry,
     homogeneous_geometry,
     pointwise_geometry,
-)
-from pwopt.algebra.geometry import (
-    with_bias as with_bias,
+    require,
+    with_bias,
 )
 
 
 def _last(index: Sequence[int | slice]) -> tuple[Any, ...]:
     """An index into the last axes."""
     return (Ellipsis, *index)
-
-
-def _lattice(
-    tap: Sequence[int], dilations: Sequence[int], strides: Sequence[int], counts: Sequence[int]
-) -> tuple[Any, ...]:
-    """The positions dilation·tap + stride·p for p below `counts`, per spatial axis."""
-    parts = zip(tap, dilations, strides, counts, strict=True)
-    return _last([slice(t * d, t * d + s * (count - 1) + 1, s) for t, d, s, count in parts])
-
-
-def _contract(weight: Array, x: Array) -> Array:
-    """Σ_i weight[g, o, i]·x[n, g, i, …]"""
-    product: Array = np.einsum("goi,ngi...->ngo...", weight, x)
-    return product
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,11 +127,9 @@ class LinearMap:
         wide = pointwise_geometry(channels, channels, groups=channels, rank=g.rank, biased=g.biased)
         return LinearMap(wide, np.repeat(self.weight, channels, 0), np.repeat(self.bias, channels))
 
-    def homogeneous(self) -> LinearMap | Refusal:
+    def homogeneous(self) -> LinearMap:
         """The same map of (x, 1), without a bias; see `homogeneous_geometry`."""
-        geometry = homogeneous_geometry(self.geometry)
-        if isinstance(geometry, Refusal):
-            return geometry
+        geometry = require(homogeneous_geometry(self.geometry))
         bias = self.bias.reshape(-1, 1, *self.geometry.kernel)
         return LinearMap.of(geometry, np.concatenate([self.regrouped(1).weight, bias], axis=1))
 
@@ -162,11 +145,9 @@ class LinearMap:
             wide[:, j, :, j] = self.weight.reshape(groups, blocks, out, inn, *g.kernel)[:, j]
         return LinearMap.of(replace(g, groups=groups), wide, self.bias)
 
-    def __matmul__(self, first: LinearMap) -> LinearMap | Refusal:
+    def __matmul__(self, first: LinearMap) -> LinearMap:
         """``second @ first``: first, then second. Exact, or refused by `compose_geometry`."""
-        geometry = compose_geometry(self.geometry, first.geometry)
-        if isinstance(geometry, Refusal):
-            return geometry
+        geometry = require(compose_geometry(self.geometry, first.geometry))
         rank = geometry.rank
         second, first = self.at_rank(rank), first.at_rank(rank)
         g1, g2, groups = first.geometry, second.geometry, geometry.groups
@@ -213,50 +194,14 @@ class LinearMap:
         weight[_last(places)] = m.weight
         return weight
 
-    def __add__(self, other: LinearMap) -> LinearMap | Refusal:
+    def __add__(self, other: LinearMap) -> LinearMap:
         """Parallel maps of one input, outputs summed: kernels are aligned, so 3×3 + 1×1 + identity is one 3×3."""
-        stencil = add_geometry([self.geometry, other.geometry])
-        if isinstance(stencil, Refusal):
-            return stencil
+        stencil = require(add_geometry([self.geometry, other.geometry]))
         weight = self.regrouped(stencil.groups)._on(stencil) + other.regrouped(stencil.groups)._on(stencil)
         return LinearMap.of(stencil, weight, self.bias + other.bias)
 
-    def apply(self, x: ArrayLike) -> Array:
-        """Evaluate on x (N, in_channels, *space) in float64; gives (N, out_channels, *space').
 
-        The definition, written out; slow, for certificates and tests.
-        """
-        g, x = self.geometry, np.asarray(x, np.float64)
-        if g.rank != x.ndim - 2 and g.pointwise:
-            return self.at_rank(x.ndim - 2).apply(x)
-        if g.auto_pad:
-            raise ValueError("a map with automatic padding has no definite output size")
-        n, rank = x.shape[0], g.rank
-        begins, ends = g.pads[:rank], g.pads[rank:]
-        space = x.shape[2:]
-        grouped_in = (n, g.groups, g.in_channels // g.groups)
-        weight = self.weight.reshape(g.groups, -1, g.in_channels // g.groups, *g.kernel)
-        if g.transposed:
-            full = [
-                (s - 1) * g.strides[a] + (g.kernel[a] - 1) * g.dilations[a] + 1 + g.output_padding[a]
-                for a, s in enumerate(space)
-            ]
-            y = np.zeros((n, g.out_channels, *full))
-            for tap in itertools.product(*map(range, g.kernel)):
-                part = _contract(weight[_last(tap)], x.reshape(*grouped_in, *space))
-                y[_lattice(tap, g.dilations, g.strides, space)] += part.reshape(n, g.out_channels, *space)
-            y = y[_last([slice(b, size - e) for b, e, size in zip(begins, ends, full, strict=True)])]
-        else:
-            x = np.pad(x, [(0, 0), (0, 0), *zip(begins, ends, strict=True)])
-            out = [(x.shape[2 + a] - g.dilations[a] * (g.kernel[a] - 1) - 1) // g.strides[a] + 1 for a in range(rank)]
-            y = np.zeros((n, g.out_channels, *out))
-            for tap in itertools.product(*map(range, g.kernel)):
-                seen = x[_lattice(tap, g.dilations, g.strides, out)].reshape(*grouped_in, *out)
-                y += _contract(weight[_last(tap)], seen).reshape(n, g.out_channels, *out)
-        return y + self.bias.reshape(-1, *(1,) * rank)
-
-
-def compose(second: LinearMap, first: LinearMap, precision: float = 0.0) -> LinearMap | Refusal:
+def compose(second: LinearMap, first: LinearMap, precision: float = 0.0) -> LinearMap:
     """``second @ first`` for maps as models hold them.
 
     A diagonal map of one channel stands for any number of them. A bias that cancels to within `precision` of the
@@ -265,7 +210,7 @@ def compose(second: LinearMap, first: LinearMap, precision: float = 0.0) -> Line
     """
     second, first = second.spread(first.geometry.out_channels), first.spread(second.geometry.in_channels)
     composed = second @ first
-    if isinstance(composed, Refusal) or not precision or not composed.geometry.biased:
+    if not precision or not composed.geometry.biased:
         return composed
     g = second.geometry
     through = np.abs(second.weight.reshape(g.groups, -1, g.in_channels // g.groups, g.taps).sum(-1))
@@ -274,32 +219,28 @@ def compose(second: LinearMap, first: LinearMap, precision: float = 0.0) -> Line
     return LinearMap.of(composed.geometry, composed.weight, bias)
 
 
-def _aligned(maps: Sequence[LinearMap]) -> tuple[Geometry, list[Array]] | Refusal:
+def _align(maps: Sequence[LinearMap]) -> tuple[Geometry, list[Array]]:
     """The stencil that maps of one stride share, and their ungrouped weights on it."""
-    stencil = align_geometry([m.geometry for m in maps])
-    return stencil if isinstance(stencil, Refusal) else (stencil, [m.regrouped(1)._on(stencil) for m in maps])
+    stencil = require(align_geometry([m.geometry for m in maps]))
+    return stencil, [m.regrouped(1)._on(stencil) for m in maps]
 
 
-def stack(*maps: LinearMap) -> LinearMap | Refusal:
+def stack(*maps: LinearMap) -> LinearMap:
     """Maps of one input, outputs concatenated: (W₁; W₂; …)."""
     if len({m.geometry.in_channels for m in maps}) > 1:
-        return Refusal("the input channels differ")
-    aligned = _aligned(maps)
-    if isinstance(aligned, Refusal):
-        return aligned
-    weight, bias = np.concatenate(aligned[1]), np.concatenate([m.bias for m in maps])
-    return LinearMap.of(replace(aligned[0], groups=1, out_channels=len(weight)), weight, bias)
+        raise RefusedError("the input channels differ")
+    stencil, weights = _align(maps)
+    weight, bias = np.concatenate(weights), np.concatenate([m.bias for m in maps])
+    return LinearMap.of(replace(stencil, groups=1, out_channels=len(weight)), weight, bias)
 
 
-def hcat(*maps: LinearMap) -> LinearMap | Refusal:
+def hcat(*maps: LinearMap) -> LinearMap:
     """Inputs concatenated, outputs summed: (W₁ W₂ …)."""
     if len({m.geometry.out_channels for m in maps}) > 1:
-        return Refusal("the output channels differ")
-    aligned = _aligned(maps)
-    if isinstance(aligned, Refusal):
-        return aligned
-    weight, bias = np.concatenate(aligned[1], axis=1), np.sum([m.bias for m in maps], axis=0)
-    return LinearMap.of(replace(aligned[0], groups=1, in_channels=weight.shape[1]), weight, bias)
+        raise RefusedError("the output channels differ")
+    stencil, weights = _align(maps)
+    weight, bias = np.concatenate(weights, axis=1), np.sum([m.bias for m in maps], axis=0)
+    return LinearMap.of(replace(stencil, groups=1, in_channels=weight.shape[1]), weight, bias)
 
 
 def split_inputs(linear: LinearMap, sizes: Sequence[int]) -> list[LinearMap]:

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from pwopt.algebra.geometry import Geometry, Refusal, pointwise_geometry
+from pwopt.algebra.geometry import Geometry, Refusal, RefusedError, pointwise_geometry, require
 from pwopt.algebra.linear import LinearMap
 
 Index = tuple[Any, ...]
@@ -162,7 +162,7 @@ def fractional(geometry: Geometry, repeats: Sequence[int]) -> Moved | Refusal:
 
 def through_subsampling(
     linear: LinearMap, steps: Sequence[int], offsets: Sequence[Sequence[int]], order: Sequence[int]
-) -> LinearMap | Refusal:
+) -> LinearMap:
     """A stencil on the concatenation of z_j[q] = x[r·q + o_j], 0 ≤ o_j < r, as one stencil of stride r·s on x.
 
     z_j[q] = x[r·q + o_j] holds for every q, zeros included: r·q + o_j < 0 exactly where q < 0, and r·q + o_j ≥ N
@@ -184,9 +184,9 @@ def through_subsampling(
     """
     g, blocks = linear.geometry, len(offsets)
     if g.groups > 1 or g.in_channels % blocks:
-        return Refusal("its groups do not read all of the blocks")
+        raise RefusedError("its groups do not read all of the blocks")
     if g.auto_pad or g.transposed:
-        return Refusal("automatic padding depends on an input size that is not known")
+        raise RefusedError("automatic padding depends on an input size that is not known")
     rank, kernel, dilations, begins, places = g.rank, [], [], [], []
     for axis, r in enumerate(steps):
         taps = [[r * (g.dilations[axis] * t - g.pads[axis]) + o[axis] for t in range(g.kernel[axis])] for o in offsets]
@@ -223,12 +223,9 @@ def spread_geometry(geometry: Geometry) -> Geometry | Refusal:
     return pointwise_geometry(g.out_channels * g.taps, g.in_channels, rank=g.rank, biased=g.biased)
 
 
-def spread(linear: LinearMap) -> LinearMap | Refusal:
+def spread(linear: LinearMap) -> LinearMap:
     """The numbers of `spread_geometry`."""
-    geometry = spread_geometry(linear.geometry)
-    if isinstance(geometry, Refusal):
-        return geometry
-    g = linear.geometry
+    geometry, g = require(spread_geometry(linear.geometry)), linear.geometry
     weight = np.moveaxis(linear.weight.reshape(g.out_channels, g.in_channels, g.taps), 2, 0)
     return LinearMap.of(geometry, weight, np.tile(linear.bias, g.taps))
 

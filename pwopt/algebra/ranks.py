@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 
 from pwopt.algebra import Array
-from pwopt.algebra.geometry import Refusal
+from pwopt.algebra.geometry import RefusedError
 from pwopt.algebra.linear import LinearMap
 
 #: Sketches that must agree: one in ten of a large matrix is nearly singular by chance (Edelman, 1988).
@@ -52,7 +52,7 @@ def _count_sketch(matrix: Array, count: int, rng: np.random.Generator) -> Array:
     return sums
 
 
-def factor(linear: LinearMap, relative_error: float) -> tuple[LinearMap, LinearMap] | Refusal:
+def factor(linear: LinearMap, relative_error: float) -> tuple[LinearMap, LinearMap]:
     """Split an ungrouped map of low rank: ``linear = second @ first`` with rank(W) channels between.
 
     `first` keeps the stencil, `second` is pointwise with the bias. The rank is the smallest for which
@@ -63,16 +63,18 @@ def factor(linear: LinearMap, relative_error: float) -> tuple[LinearMap, LinearM
     """
     g = linear.geometry
     if g.groups != 1 or g.transposed:
-        return Refusal("only ungrouped maps are factored")
+        raise RefusedError("only ungrouped maps are factored")
     matrix = linear.weight.reshape(g.out_channels, -1)
     if not np.all(np.isfinite(matrix)):
-        return Refusal("the weights are not finite")
+        raise RefusedError("the weights are not finite")
     u, s, vt = np.linalg.svd(matrix, full_matrices=False)
     tail = np.sqrt(np.cumsum(s[::-1] ** 2)[::-1])
     least = math.sqrt(max(matrix.shape)) * float(np.finfo(np.float64).eps)
     rank = int(np.sum(tail > max(relative_error, least) * tail[0])) if tail.size else 0
     if rank * sum(matrix.shape) >= matrix.size or rank == 0:
-        return Refusal(f"the rank {rank} of {g.out_channels}×{matrix.shape[1]} weights is too high to save anything")
+        raise RefusedError(
+            f"the rank {rank} of {g.out_channels}×{matrix.shape[1]} weights is too high to save anything"
+        )
     root = np.sqrt(s[:rank])
     left, right = u[:, :rank] * root, root[:, None] * vt[:rank]
     left[~np.any(matrix, axis=1)], right[:, ~np.any(matrix, axis=0)] = 0, 0  # nothing stays nothing

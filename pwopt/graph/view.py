@@ -73,6 +73,8 @@ class View:
             self._link(node)
         self._outputs = set(graph.outputs)
         self.changed = False
+        #: How many edits were made.
+        self.edits = 0
         #: What `forms.read` found at a node; valid until the next edit.
         self.readings: dict[Node, Any] = {}
         #: Notes what each edit changes, while there is one.
@@ -273,6 +275,7 @@ class View:
 
     def _edited(self) -> None:
         self.changed = True
+        self.edits += 1
         self.readings.clear()
 
     def _note(self, node: Node | None) -> None:

@@ -11,8 +11,7 @@ from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
 from pwopt.graph.ir import Node
 from pwopt.graph.view import View
-from pwopt.maps.forms import Reading, Result, reads
-from pwopt.maps.forms import implied as implied
+from pwopt.maps.forms import Reading, Result, implied, reads
 
 
 @reads("AveragePool")

@@ -13,8 +13,7 @@ from pwopt.graph import attributes
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import known
 from pwopt.graph.view import View
-from pwopt.maps.forms import Reading, Result, reads
-from pwopt.maps.forms import implied as implied
+from pwopt.maps.forms import Reading, Result, implied, reads
 
 
 @reads("Pad")

@@ -17,8 +17,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pwopt.algebra import Array
-from pwopt.algebra.geometry import Refusal
-from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.unions import Unions
 from pwopt.graph import attributes
 from pwopt.graph.constants import evaluate
@@ -149,7 +147,6 @@ class Analysis:
         anchored = source is not None and bool(source.constant.any())
         if tiny.any() or anchored:
             linear = reading.load()
-            assert isinstance(linear, LinearMap)
             value[tiny], radius[tiny] = linear.bias[tiny], scan.rows[tiny] * LARGEST_INPUT
             if anchored and source is not None and g.groups == 1:
                 weight = flushed(linear.weight, self.view.dtype(reading.weight or reading.source))
@@ -180,8 +177,8 @@ class Analysis:
         return known if fits else None
 
     def _diagonal(self, node: Node, reading: Reading) -> Flow:
-        source, linear = self._input(reading.source, reading.axis), reading.load()
-        if source is None or isinstance(linear, Refusal):
+        source, linear = self._input(reading.source, reading.axis), reading.try_load()
+        if source is None or linear is None:
             return Flow(node)
         wide = linear.spread(len(source.value))
         if len(wide.scale) != len(source.value):
@@ -386,8 +383,8 @@ class Analysis:
     def _negligible(self, reading: Reading, source: Channels) -> Mask:
         """Channels that stay so near to their constants that no sum they enter can tell in float32."""
         loose = source.constant & (source.radius > 0)
-        linear = reading.load() if loose.any() else None
-        if not isinstance(linear, LinearMap):
+        linear = reading.try_load() if loose.any() else None
+        if linear is None:
             return ~loose
         size = np.abs(linear.weight).reshape(*linear.weight.shape[:2], -1).sum(-1)
         others = size @ np.where(source.constant, 0.0, source.size) + np.abs(linear.bias)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from pwopt.algebra import Array, Values
-from pwopt.algebra.geometry import Refusal
+from pwopt.algebra.geometry import RefusedError
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph.ir import Constant, Node, Tensor, Variable
 from pwopt.graph.view import View
@@ -38,18 +38,84 @@ class Written:
     residual: float
 
 
-def rounded(values: Array, dtype: np.dtype[Any]) -> Values | Refusal:
-    """`values` in the model's type, rounded once; refused if one overflows or a whole channel's weights vanish."""
+@dataclass(frozen=True)
+class Rounded:
+    """The numbers of a map in the model's type.
+
+    Attributes
+    ----------
+    weight, bias : array
+        Shaped as those of the `LinearMap`.
+    residual : float
+        max |rounded − exact| / max |exact|, the larger one of weight and bias.
+    """
+
+    weight: Values
+    bias: Values
+    residual: float
+
+
+def round_values(values: Array, dtype: np.dtype[Any]) -> Values:
+    """`values` in the model's type, rounded once.
+
+    Raises
+    ------
+    RefusedError
+        If one of them is not finite in that type.
+    """
     with np.errstate(over="ignore", under="ignore"):
         low = values.astype(dtype)
-    again = low.astype(np.float64)
-    if not np.isfinite(again).all():
-        return Refusal(f"the folded weights overflow {dtype}")
-    if values.ndim == 1 or again.all():  # biases and shifts: nothing is lost where a sum cannot notice
-        return low
-    rows = values.reshape(len(values), -1) if values.ndim else values.reshape(1, 1)
-    lost = rows.any(axis=1) & ~again.reshape(rows.shape).any(axis=1)
-    return Refusal(f"a folded channel underflows {dtype}") if lost.any() else low
+    if not np.isfinite(low.astype(np.float64)).all():
+        raise RefusedError(f"the folded weights overflow {dtype}")
+    return low
+
+
+def round_map(linear: LinearMap, dtype: np.dtype[Any]) -> Rounded:
+    """The numbers of a map, rounded once.
+
+    Raises
+    ------
+    RefusedError
+        If a number is not finite in that type, or all weights of an output channel become zero. Where some remain,
+        a sum cannot notice those that are lost; nor does it notice a bias that is.
+    """
+    weight, bias = round_values(linear.weight, dtype), round_values(linear.bias, dtype)
+    rows, exact = (v.reshape(linear.geometry.out_channels, -1) for v in (weight, linear.weight))
+    if (exact.any(axis=1) & ~rows.any(axis=1)).any():
+        raise RefusedError(f"a folded channel underflows {dtype}")
+    return Rounded(weight, bias, max(relative_rounding(weight, linear.weight), relative_rounding(bias, linear.bias)))
+
+
+def relative_rounding(low: Values, exact: Array) -> float:
+    """max |low − exact| / max |exact|; 0 if all are zero."""
+    largest = float(np.max(np.abs(exact), initial=0.0))
+    return float(np.max(np.abs(low.astype(np.float64) - exact))) / largest if largest else 0.0
+
+
+def check(view: View, linear: LinearMap, like: Reading, source: Tensor, axis: int | None) -> Rounded:
+    """The numbers that `write` would write with these arguments.
+
+    Raises
+    ------
+    RefusedError
+        If `write` would.
+    """
+    g, dtype = linear.geometry, _type_of(view, like, source)
+    if dtype is None:
+        raise RefusedError("the element type is not known")
+    if not g.pointwise and not like.kind.startswith("conv"):
+        raise RefusedError("only a convolution has strides, taps or padding")
+    if axis is not None and like.kind == "diagonal" and view.rank(source) is None:
+        raise RefusedError("the rank of its input is not known")
+    if view.opset < 7 and not like.kind.startswith("conv"):
+        raise RefusedError(f"operators of opset {view.opset} do not broadcast; --opset converts the model")
+    if g.transposed and g.auto_pad and like.kind != "conv-transpose":
+        raise RefusedError("the padding of a transposed convolution follows from its sizes")
+    return round_map(linear, dtype)
+
+
+def _type_of(view: View, like: Reading, source: Tensor) -> np.dtype[Any] | None:
+    return view.dtype(like.weight if like.weight is not None else source)
 
 
 def write(
@@ -61,7 +127,7 @@ def write(
     axis: int | None,
     *,
     inherit: bool = True,
-) -> Written | Refusal:
+) -> Written:
     """Nodes for `output = linear(source)` in the form and element type of `like`.
 
     Parameters
@@ -75,24 +141,17 @@ def write(
         The channel axis; None for a scalar scale and shift.
     inherit : bool
         Whether the node, and weights that nobody else reads, pass their names on.
+
+    Raises
+    ------
+    RefusedError
+        If the form cannot hold the map, or the type cannot hold its numbers. The graph is unchanged then.
     """
-    dtype = view.dtype(like.weight if like.weight is not None else source)
-    if dtype is None:
-        return Refusal("the element type is not known")
-    if not linear.geometry.pointwise and not like.kind.startswith("conv"):
-        return Refusal("only a convolution has strides, taps or padding")
-    if axis is not None and like.kind == "diagonal" and view.rank(source) is None:
-        return Refusal("the rank of its input is not known")
-    if view.opset < 7 and not like.kind.startswith("conv"):
-        return Refusal(f"operators of opset {view.opset} do not broadcast; --opset converts the model")
+    low = check(view, linear, like, source, axis)
     names = _inherited(view, like) if inherit else {}
     view.release(names.values())
-    writer = _Writer(view, linear, like, source, output, axis, dtype, names, like.nodes[0].name if inherit else "")
-    nodes = FORMS[like.kind](writer)
-    if writer.refusal is not None:
-        view.reserve(names.values())
-        return writer.refusal
-    return Written(tuple(nodes), writer.residual)
+    writer = _Writer(view, linear, low, like, source, output, axis, names, like.nodes[0].name if inherit else "")
+    return Written(tuple(FORMS[like.kind](writer)), low.residual)
 
 
 def _inherited(view: View, like: Reading) -> dict[str, str]:
@@ -111,25 +170,16 @@ def _inherited(view: View, like: Reading) -> dict[str, str]:
 class _Writer:
     view: View
     linear: LinearMap
+    low: Rounded
     like: Reading
     source: Tensor
     output: Tensor
     axis: int | None
-    dtype: np.dtype[Any]
     names: dict[str, str]
     node_name: str
-    residual: float = 0.0
-    refusal: Refusal | None = None
 
-    def constant(self, role: str, values: Array) -> Constant:
-        low = rounded(values, self.dtype)
-        if isinstance(low, Refusal):
-            self.refusal = low
-            low = np.zeros(values.shape, self.dtype)
-        largest = float(np.max(np.abs(values), initial=0.0))
-        if largest:
-            self.residual = max(self.residual, float(np.max(np.abs(low.astype(np.float64) - values))) / largest)
-        return self.view.new_constant(self.names.get(role, f"{self.output.name}_{role}"), low)
+    def constant(self, role: str, values: Values) -> Constant:
+        return self.view.new_constant(self.names.get(role, f"{self.output.name}_{role}"), values)
 
     def node(self, op: str, inputs: list[Tensor], output: Tensor, suffix: str = "", **attrs: Any) -> Node:
         name = self.view.node_name(self.node_name, suffix) if suffix else self.node_name
@@ -138,20 +188,18 @@ class _Writer:
     def middle(self) -> Variable:
         return self.view.new_variable(f"{self.output.name}_product", self.output)
 
-    def matrix(self) -> Array:
+    def matrix(self) -> Values:
         """The weight as (out, in)."""
-        return self.linear.weight.reshape(self.linear.geometry.out_channels, -1)
+        return self.low.weight.reshape(self.linear.geometry.out_channels, -1)
 
     def conv(self) -> list[Node]:
-        g, values = self.linear.geometry, self.linear.weight
+        g, values = self.linear.geometry, self.low.weight
         attrs: dict[str, Any] = {"dilations": list(g.dilations), "group": g.groups, "kernel_shape": list(g.kernel)}
         attrs |= {"auto_pad": g.auto_pad} if g.auto_pad else {"pads": list(g.pads)}
         attrs["strides"] = list(g.strides)
         if g.transposed and g.auto_pad:
             attrs.pop("auto_pad")
             attrs |= {k: v for k, v in self.like.nodes[0].attrs.items() if k in FROM_SIZES}
-            if self.like.kind != "conv-transpose":
-                self.refusal = Refusal("the padding of a transposed convolution follows from its sizes")
         if g.transposed:
             inn = g.in_channels // g.groups
             values = values.reshape(g.groups, -1, inn, *g.kernel).swapaxes(1, 2).reshape(g.in_channels, -1, *g.kernel)
@@ -159,7 +207,7 @@ class _Writer:
                 attrs["output_padding"] = list(g.output_padding)
         inputs = [self.source, self.constant("weight", values)]
         if g.biased:
-            inputs.append(self.constant("bias", self.linear.bias))
+            inputs.append(self.constant("bias", self.low.bias))
         return [self.node("ConvTranspose" if g.transposed else "Conv", inputs, self.output, **attrs)]
 
     def gemm(self) -> list[Node]:
@@ -167,7 +215,7 @@ class _Writer:
         flip = first.op == "Gemm" and bool(first.attrs.get("transB", 0))
         inputs = [self.source, self.constant("weight", self.matrix() if flip else self.matrix().T)]
         if self.linear.geometry.biased or self.view.opset < 11:  # the third input is optional from opset 11
-            inputs.append(self.constant("bias", self.linear.bias))
+            inputs.append(self.constant("bias", self.low.bias))
         attrs: dict[str, Any] = {name: 1 for name, wanted in (("transA", self.like.turned), ("transB", flip)) if wanted}
         return [self.node("Gemm", inputs, self.output, **attrs)]
 
@@ -179,20 +227,20 @@ class _Writer:
         inputs = [held, self.source] if left else [self.source, held]
         if not biased:
             return [self.node("MatMul", inputs, self.output)]
-        product, bias = self.middle(), self.linear.bias
+        product, bias = self.middle(), self.low.bias
         shift = self.constant("bias", bias[:, None] if left else bias)
         return [self.node("MatMul", inputs, product), self.node("Add", [product, shift], self.output, "_bias")]
 
     def affine(self) -> list[Node]:
         """A scale and a shift: one BatchNormalization where the channel axis is 1, else Mul and Add as needed."""
-        scale, shift = self.linear.scale, self.linear.bias
-        scales, shifts = bool(np.any(scale != 1.0)), self.linear.geometry.biased
+        scale, shift = self.matrix().reshape(-1), self.low.bias
+        scales, shifts = bool(np.any(self.linear.scale != 1.0)), self.linear.geometry.biased
         rank = self.view.rank(self.source) or 0
         channels = self.view.dim(self.source, 1) if rank >= 3 and self.axis in (1, None) else None
-        if scales and shifts and isinstance(channels, int) and channels > 0 and str(self.dtype) in NORMALISABLE:
-            wide = self.linear.spread(channels)
-            parts = {"scale": wide.scale, "shift": wide.bias, "mean": np.zeros(channels), "var": np.ones(channels)}
-            inputs = [self.source, *(self.constant(role, values) for role, values in parts.items())]
+        if scales and shifts and isinstance(channels, int) and channels > 0 and str(scale.dtype) in NORMALISABLE:
+            parts = {"scale": scale, "shift": shift, "mean": 0, "var": 1}
+            wide = {role: np.full(channels, values, scale.dtype) for role, values in parts.items()}
+            inputs = [self.source, *(self.constant(role, values) for role, values in wide.items())]
             return [self.node("BatchNormalization", inputs, self.output, epsilon=0.0)]
         shape = () if self.axis is None else (-1, *(1,) * (rank - 1 - self.axis))
         if not shifts:

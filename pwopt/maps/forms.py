@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from pwopt.algebra import Array
-from pwopt.algebra.geometry import Geometry, Refusal
+from pwopt.algebra.geometry import Geometry, Refusal, RefusedError, attempt
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.view import View
@@ -39,7 +39,7 @@ class Reading:
     weight : Tensor or None
         The tensor that holds its matrix; None where the numbers are few or implied.
     load : callable
-        Reads the numbers: a LinearMap, or a Refusal if they are not finite.
+        Reads the numbers; raises `RefusedError` if they are not finite, or too many to be written out.
     fill : array or None
         Of a border: what it holds, per channel, where that is not zero.
     turned : bool
@@ -53,7 +53,7 @@ class Reading:
     axis: int | None
     kind: str
     weight: Tensor | None
-    load: Callable[[], LinearMap | Refusal]
+    load: Callable[[], LinearMap]
     fill: Array | None = None
     turned: bool = False
 
@@ -78,6 +78,11 @@ class Reading:
     def weight_input(self) -> Tensor:
         """The input that leads to the weight of a weighted map."""
         return self.nodes[0].inputs[0 if self.kind == "left-matmul" else 1]
+
+    def try_load(self) -> LinearMap | None:
+        """The numbers, or None where `load` refuses."""
+        loaded = attempt(self.load)
+        return loaded if isinstance(loaded, LinearMap) else None
 
     @property
     def channels(self) -> str:
@@ -134,11 +139,17 @@ def weighted(view: View, node: Node | None) -> Reading | None:
     return wider if wider is not None and wider.nodes[0] is node else reading
 
 
-def owned(view: View, reading: Reading, between: Tensor) -> LinearMap | Refusal:
-    """The numbers of a map, if nobody else needs its weight, nor `between`, which a rewrite would do away with."""
+def load_owned(view: View, reading: Reading, between: Tensor) -> LinearMap:
+    """Load a map if nothing else needs its weight, nor the tensor `between`, which the rewrite removes.
+
+    Raises
+    ------
+    RefusedError
+        If something else needs one of them, or the numbers are refused.
+    """
     crowd = view.crowd(between)
     if crowd or view.shared(reading.weight_input):
-        return Refusal(crowd or f"the weight {reading.weight_input.name!r} is shared")
+        raise RefusedError(crowd or f"the weight {reading.weight_input.name!r} is shared")
     return reading.load()
 
 
@@ -157,7 +168,12 @@ NOT_CONSTANT = Refusal("its weight is not a constant (an input, an overridable i
 NOT_FINITE = Refusal("its weights are not finite")
 
 
-def implied(geometry: Geometry, make: Callable[[], LinearMap]) -> Callable[[], LinearMap | Refusal]:
-    """Loads numbers that follow from a few attributes, and could be any number of them."""
-    too_many = Refusal(f"written out, it has {geometry.weights:,} weights")
-    return lambda: make() if geometry.weights <= MAX_IMPLIED else too_many
+def implied(geometry: Geometry, make: Callable[[], LinearMap]) -> Callable[[], LinearMap]:
+    """A `load` for numbers that follow from a few attributes; it refuses more than `MAX_IMPLIED` of them."""
+
+    def load() -> LinearMap:
+        if geometry.weights > MAX_IMPLIED:
+            raise RefusedError(f"written out, it has {geometry.weights:,} weights")
+        return make()
+
+    return load

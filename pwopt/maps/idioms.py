@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from pwopt.algebra.geometry import Refusal
 from pwopt.graph.dtypes import epsilon
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.view import View
@@ -48,8 +47,8 @@ def peel(view: View, tensor: Tensor, *, into: bool = True) -> Peeled:
         reading = forms.linear(view, node) if node is not None else None
         if reading is None or reading.kind != "diagonal" or reading.axis is not None:
             break
-        step = reading.load()
-        if isinstance(step, Refusal):
+        step = reading.try_load()
+        if step is None:
             break
         shift += scale * float(step.bias[0])
         scale *= float(step.scale[0])

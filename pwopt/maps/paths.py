@@ -46,14 +46,12 @@ class Path:
     def nodes(self) -> list[Node]:
         return [n for r in self.readings for n in r.nodes]
 
-    def compose(self, view: View) -> LinearMap | Refusal:
+    def compose(self, view: View) -> LinearMap:
         """All maps as one; the identity of one channel if there are none."""
-        composed: LinearMap | Refusal = LinearMap.identity(1)
+        composed = LinearMap.identity(1)
         precision = cancelling(view.dtype(self.output))
         for step in (s for r in self.readings for s in steps(r)):
-            if isinstance(composed, Refusal):
-                break
-            composed = step if isinstance(step, Refusal) else compose(step, composed, precision)
+            composed = compose(step, composed, precision)
         return composed
 
     def price(self, view: View) -> float:
@@ -64,7 +62,7 @@ class Path:
         return total / (places[-1] or 1.0) if total else 0.0
 
 
-def steps(reading: Reading) -> Iterator[LinearMap | Refusal]:
+def steps(reading: Reading) -> Iterator[LinearMap]:
     """A reading as maps that pad with zeros only: padding with v is x − v, padded with zeros, plus v."""
     if reading.fill is not None:
         yield LinearMap.diagonal(np.ones_like(reading.fill), -reading.fill)

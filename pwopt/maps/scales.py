@@ -137,9 +137,9 @@ def _matmul_bias(view: View, node: Node, source: Tensor, value: Array, axis: int
         return None
     bias = np.broadcast_to(value, (product.geometry.out_channels,))
 
-    def load() -> LinearMap | Refusal:
+    def load() -> LinearMap:
         base = product.load()
-        return base if isinstance(base, Refusal) else LinearMap.of(base.geometry, base.weight, bias)
+        return LinearMap.of(base.geometry, base.weight, bias)
 
     geometry = replace(product.geometry, biased=bool(np.any(bias)))
     return replace(product, nodes=(*product.nodes, node), geometry=geometry, load=load)

@@ -8,7 +8,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pwopt.algebra import Array
-from pwopt.algebra.geometry import Refusal
 from pwopt.graph.view import View
 from pwopt.maps.forms import Reading
 
@@ -81,8 +80,8 @@ class Scanner:
 
     @staticmethod
     def _scan(reading: Reading, dtype: object) -> Scan | None:
-        linear = reading.load()
-        if isinstance(linear, Refusal):
+        linear = reading.try_load()
+        if linear is None:
             return None
         weight = flushed(linear.weight, dtype)
         magnitude = np.abs(weight).reshape(*weight.shape[:2], -1).sum(-1)

@@ -14,8 +14,7 @@ from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import known
 from pwopt.graph.values import extents
 from pwopt.graph.view import View
-from pwopt.maps.forms import Reading, Result, reads
-from pwopt.maps.forms import implied as implied
+from pwopt.maps.forms import Reading, Result, implied, reads
 
 
 def selection(node: Node, source: Tensor, picks: Sequence[int], channels: int, axis: int) -> Reading:

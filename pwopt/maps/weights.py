@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from pwopt.algebra import Array
-from pwopt.algebra.geometry import Geometry, Refusal, pointwise_geometry
+from pwopt.algebra.geometry import Geometry, Refusal, RefusedError, pointwise_geometry
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
 from pwopt.graph.dtypes import FLOATING
@@ -42,10 +42,12 @@ def _bias(view: View, node: Node, index: int, channels: int) -> Array | Refusal:
 
 def _loader(
     view: View, weight: Tensor, geometry: Geometry, bias: Array, arrange: Callable[[Array], Array]
-) -> Callable[[], LinearMap | Refusal]:
-    def load() -> LinearMap | Refusal:
+) -> Callable[[], LinearMap]:
+    def load() -> LinearMap:
         value = view.value(weight)
-        return NOT_FINITE if value is None else LinearMap.of(geometry, arrange(value), bias)
+        if value is None:
+            raise RefusedError(NOT_FINITE.reason)
+        return LinearMap.of(geometry, arrange(value), bias)
 
     return load
 

@@ -7,9 +7,10 @@ import functools
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, ClassVar, Literal, get_args
+from typing import TYPE_CHECKING, ClassVar, Literal, ParamSpec, TypeVar, get_args
 
 from pwopt.algebra import Values
+from pwopt.algebra.geometry import Refusal, attempt
 from pwopt.errors import UsageError
 from pwopt.graph.ir import Graph, Node, Tensor, adopt_node
 from pwopt.graph.journal import Journal
@@ -21,6 +22,9 @@ from pwopt.rewriting.records import Certificate, Outcome, Rewrite, Skip
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 #: Judges what a rewrite did to its region of the graph.
 Certifier = Callable[[Region, View], Certificate]
@@ -201,7 +205,7 @@ class Rewriter(View):
         nodes = self.nodes()
         self._queue.extend(nodes)
         self._queued.update(nodes)
-        answer = p.match_and_rewrite if p.builtin else functools.partial(_answer, p)
+        answer = functools.partial(_answer_builtin if p.builtin else _answer, p)
         while self._queue:
             node = self._queue.popleft()
             self._queued.discard(node)
@@ -221,8 +225,24 @@ class Rewriter(View):
                 rewrites.append(self._certified(told, p.context))
                 skips.pop(site, None)
             else:
-                skips[site] = replace(result, pass_name=p.name, site=site)
+                skips[site] = Skip(result.reason, p.name, site)
         return Outcome(tuple(rewrites), tuple(skips.values()))
+
+    def attempt(self, rewrite: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | Refusal:
+        """The result of a rewrite, or why it raised `RefusedError`.
+
+        Every refusal must come before the first edit, so that the graph is as it was.
+
+        Raises
+        ------
+        RuntimeError
+            If the graph was edited before the refusal.
+        """
+        edits = self.edits
+        result = attempt(rewrite, *args, **kwargs)
+        if isinstance(result, Refusal) and self.edits != edits:
+            raise RuntimeError(f"the graph was edited before a rewrite was refused because {result.reason}")
+        return result
 
     def _certified(self, rewrite: Rewrite, context: int) -> Rewrite:
         if self._certifier is None or self.journal is None:
@@ -318,17 +338,22 @@ def _named(node: Node) -> str:
     return str(first or next(filter(None, (t.name for t in node.outputs)), node.name))
 
 
-def _answer(p: Pass, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
+def _answer_builtin(p: Pass, node: Node, rw: Rewriter) -> Rewrite | Skip | Refusal | None:
+    """What a built-in pass says of a node."""
+    return rw.attempt(p.match_and_rewrite, node, rw)
+
+
+def _answer(p: Pass, node: Node, rw: Rewriter) -> Rewrite | Skip | Refusal | None:
     """What a pass from elsewhere says of a node; where it fails, the error is that pass's, not a defect of pwopt."""
     where = f"{type(p).__module__}.{type(p).__qualname__}"
     try:
-        result = p.match_and_rewrite(node, rw)
+        result = rw.attempt(p.match_and_rewrite, node, rw)
     except Exception as error:
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
         raise UsageError(
             f"the pass {p.name!r} ({where}) failed at {rw.site(node)!r} with {said}; mend it, or leave it out"
         ) from error
-    if result is not None and not isinstance(result, (Rewrite, Skip)):
+    if result is not None and not isinstance(result, (Rewrite, Skip, Refusal)):
         what = type(result).__name__
         raise UsageError(f"the pass {p.name!r} ({where}) returned {what}, not a Rewrite, a Skip or None; mend it")
     return result

@@ -6,17 +6,16 @@ import itertools
 from collections import deque
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from pwopt.algebra.geometry import Refusal
+from pwopt.algebra.geometry import RefusedError
 from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.unions import Unions
 from pwopt.graph.ir import Node, Tensor
-from pwopt.graph.shapes import Shape, channels
+from pwopt.graph.shapes import channels
 from pwopt.maps import emit, forms
 from pwopt.maps.channels import Analysis, Channels, Link
 from pwopt.maps.cost import macs
@@ -86,7 +85,7 @@ def rechannel(
     reason: str,
     suffix: str,
     but: Node | None = None,
-) -> Rewrite | Refusal:
+) -> Rewrite:
     """Give tensors other channels, and the maps that make or read them the weights for it.
 
     Parameters
@@ -107,26 +106,22 @@ def rechannel(
 
     Returns
     -------
-    Rewrite or Refusal
-        Nothing is changed if it is refused.
+    Rewrite
+
+    Raises
+    ------
+    RefusedError
+        If a map cannot take the change over. The graph is unchanged then.
     """
     edits = _edits(rw, component, analysis, takes, but)
-    if isinstance(edits, Refusal):
-        return edits
+    for reading, linear in edits:
+        emit.check(rw, linear, reading, reading.source, reading.axis)
     macs_before = sum(macs(rw, n) or 0 for r, _ in edits for n in r.nodes)
-    before = [(c.tensor, rw.shape(c.tensor), rw.sizes.get(str(c.tensor.name))) for c in component]
     for c in component:
         rw.reshape(c.tensor, channels(c.axis, len(takes[c.tensor])))
     written = []
     for reading, linear in edits:
         nodes = emit.write(rw, linear, reading, reading.source, reading.output, reading.axis)
-        if isinstance(nodes, Refusal):
-            for tensor, shape, size in before:
-                if shape is not None:
-                    rw.reshape(tensor, partial(_former, shape))
-                if size is not None:
-                    rw.sizes[str(tensor.name)] = size
-            return nodes
         written.append((reading, nodes))
     _resize(rw, component, analysis, takes)
     records = [rw.replace(r.nodes, w.nodes, "", w.residual) for r, w in written]
@@ -136,7 +131,7 @@ def rechannel(
 
 def _edits(
     rw: Rewriter, component: Sequence[Channels], analysis: Analysis, takes: Mapping[Tensor, Take], but: Node | None
-) -> list[tuple[Reading, LinearMap]] | Refusal:
+) -> list[tuple[Reading, LinearMap]]:
     """The maps that read or make one of the tensors, each with what it becomes."""
     edits: list[tuple[Reading, LinearMap]] = []
     for flow in analysis.flows_at(component):
@@ -146,17 +141,11 @@ def _edits(
             continue
         current = forms.linear(rw, rw.producer(reading.output))  # another component may have rewritten it
         if current is None or current.source is not reading.source:
-            return Refusal("its neighbourhood has changed; it is looked at again in the next round")
+            raise RefusedError("its neighbourhood has changed; it is looked at again in the next round")
         edited = _edited(rw, current, analysis, takes)
-        if isinstance(edited, Refusal):
-            return edited
         if edited is not None:
             edits.append((current, edited))
     return edits
-
-
-def _former(shape: Shape, _now: Shape) -> Shape:
-    return shape
 
 
 def _taken(values: NDArray[Any], take: Take, axis: int = 0) -> NDArray[Any]:
@@ -166,13 +155,9 @@ def _taken(values: NDArray[Any], take: Take, axis: int = 0) -> NDArray[Any]:
     )
 
 
-def _edited(
-    rw: Rewriter, reading: Reading, analysis: Analysis, takes: Mapping[Tensor, Take]
-) -> LinearMap | Refusal | None:
+def _edited(rw: Rewriter, reading: Reading, analysis: Analysis, takes: Mapping[Tensor, Take]) -> LinearMap | None:
     """The map between the new channels; None if it stays as it is."""
     linear = reading.load()
-    if isinstance(linear, Refusal):
-        return linear
     g, weight, bias = linear.geometry, linear.weight, linear.bias
     source, output = takes.get(reading.source), takes.get(reading.output)
     if reading.weighted and g.groups == 1:

@@ -9,7 +9,6 @@ from dataclasses import dataclass
 import numpy as np
 
 from pwopt.algebra import Array
-from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph.dtypes import epsilon
 from pwopt.graph.files import Source
@@ -120,8 +119,8 @@ def properties(
         reading = forms.linear(view, node)
         if reading is None or not reading.weighted or len(reading.nodes) > 1 or reading.geometry.taps != 1:
             continue
-        linear = reading.load()
-        if not isinstance(linear, Refusal):
+        linear = reading.try_load()
+        if linear is not None:
             found.append(_properties(view, reading, linear))
     return Properties(tuple(found), sizes)
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import operator
 
 import numpy as np
 import pytest
 from helpers import normal
 from hypothesis import assume, event, example, given, settings
 from hypothesis import strategies as st
+from linear_maps import apply
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from pwopt.algebra.geometry import Refusal, align_geometry, compose_geometry
+from pwopt.algebra.geometry import Refusal, RefusedError, align_geometry, attempt, compose_geometry
 from pwopt.algebra.linear import LinearMap, compose, hcat, split_inputs, stack
 from pwopt.algebra.ranks import factor
 
@@ -90,7 +92,7 @@ def padded_after_stencil() -> tuple[LinearMap, LinearMap, np.ndarray]:
 @example(padded_after_stencil())
 def test_a_composition_is_exact_or_refused(chain: tuple[LinearMap, LinearMap, np.ndarray]) -> None:
     first, second, x = chain
-    composed = second @ first
+    composed = attempt(operator.matmul, second, first)
     if isinstance(composed, Refusal):
         event("refused")
         return
@@ -102,14 +104,15 @@ def test_a_composition_is_exact_or_refused(chain: tuple[LinearMap, LinearMap, np
     found = on_onnx(composed, x)
     assert found.shape == expected.shape
     np.testing.assert_allclose(found, expected, atol=1e-9)
-    np.testing.assert_allclose(composed.apply(x), expected, atol=1e-9)
+    np.testing.assert_allclose(apply(composed, x), expected, atol=1e-9)
 
 
 @settings(max_examples=100, deadline=None)
 @given(chains())
 def test_a_composition_is_priced_without_its_numbers(chain: tuple[LinearMap, LinearMap, np.ndarray]) -> None:
     first, second, _ = chain
-    geometry, composed = compose_geometry(second.geometry, first.geometry), second @ first
+    geometry = compose_geometry(second.geometry, first.geometry)
+    composed = attempt(operator.matmul, second, first)
     assert isinstance(geometry, Refusal) == isinstance(composed, Refusal)
     if isinstance(composed, LinearMap) and not isinstance(geometry, Refusal):
         assert composed.weight.size == geometry.weights == composed.geometry.weights
@@ -118,9 +121,8 @@ def test_a_composition_is_priced_without_its_numbers(chain: tuple[LinearMap, Lin
 @pytest.mark.parametrize("chain", [padded_after_bias(), padded_after_stencil()])
 def test_what_padding_forbids_is_refused_with_its_reason(chain: tuple[LinearMap, LinearMap, np.ndarray]) -> None:
     first, second, _ = chain
-    refused = second @ first
-    assert isinstance(refused, Refusal)
-    assert "padding" in refused.reason
+    with pytest.raises(RefusedError, match="padding"):
+        second @ first
 
 
 def test_separable_stencils_compose_per_axis() -> None:
@@ -129,10 +131,9 @@ def test_separable_stencils_compose_per_axis() -> None:
     row = LinearMap.conv(rng.normal(size=(2, 2, 1, 3)), pads=(0, 1, 0, 1))
     column = LinearMap.conv(rng.normal(size=(2, 2, 3, 1)), rng.normal(size=2), pads=(1, 0, 1, 0))
     both = column @ row
-    assert isinstance(both, LinearMap)
     assert both.geometry.kernel == (3, 3)
     x = rng.normal(size=(1, 2, 6, 7))
-    np.testing.assert_allclose(both.apply(x), column.apply(row.apply(x)), atol=1e-12)
+    np.testing.assert_allclose(apply(both, x), apply(column, apply(row, x)), atol=1e-12)
 
 
 @st.composite
@@ -165,7 +166,7 @@ def branches(draw: st.DrawFn) -> tuple[LinearMap, LinearMap, np.ndarray]:
 @given(branches())
 def test_a_sum_is_exact_or_refused(pair: tuple[LinearMap, LinearMap, np.ndarray]) -> None:
     a, b, x = pair
-    total = a + b
+    total = attempt(operator.add, a, b)
     if isinstance(total, Refusal):
         event("refused")
         return
@@ -177,8 +178,8 @@ def test_a_sum_is_exact_or_refused(pair: tuple[LinearMap, LinearMap, np.ndarray]
 @given(branches())
 def test_stack_and_hcat_are_exact_or_refused(pair: tuple[LinearMap, LinearMap, np.ndarray]) -> None:
     a, b, x = pair
-    rows, columns = stack(a, b), hcat(a, b)
-    assert isinstance(rows, Refusal) == isinstance(columns, Refusal) == isinstance(a + b, Refusal)
+    rows, columns, total = (attempt(operation, a, b) for operation in (stack, hcat, operator.add))
+    assert isinstance(rows, Refusal) == isinstance(columns, Refusal) == isinstance(total, Refusal)
     if isinstance(rows, LinearMap) and isinstance(columns, LinearMap):
         ya, yb = on_onnx(a, x), on_onnx(b, x)
         np.testing.assert_allclose(on_onnx(rows, x), np.concatenate([ya, yb], 1), atol=1e-9)
@@ -191,12 +192,10 @@ def test_repvgg_block_is_one_convolution() -> None:
     k3 = LinearMap.conv(rng.normal(size=(4, 4, 3, 3)), pads=(1, 1, 1, 1))
     k1 = LinearMap.conv(rng.normal(size=(4, 4, 1, 1)))
     total = k3 + k1
-    assert isinstance(total, LinearMap)
     total = total + LinearMap.identity(4, rank=2)
-    assert isinstance(total, LinearMap)
     assert total.geometry.kernel == (3, 3)
     x = rng.normal(size=(1, 4, 5, 5))
-    np.testing.assert_allclose(total.apply(x), k3.apply(x) + k1.apply(x) + x, atol=1e-12)
+    np.testing.assert_allclose(apply(total, x), apply(k3, x) + apply(k1, x) + x, atol=1e-12)
 
 
 def test_depthwise_structure_is_kept() -> None:
@@ -204,7 +203,6 @@ def test_depthwise_structure_is_kept() -> None:
     depthwise = LinearMap.conv(rng.normal(size=(6, 1, 3, 3)), groups=6, pads=(1, 1, 1, 1))
     scale = LinearMap.diagonal(rng.normal(size=6), rank=2)
     for composed in (scale @ depthwise, depthwise @ scale, depthwise + LinearMap.identity(6, rank=2)):
-        assert isinstance(composed, LinearMap)
         assert composed.geometry.groups == 6
         assert composed.weight.size == 54
 
@@ -213,7 +211,6 @@ def test_grouped_structure_is_kept_through_a_diagonal() -> None:
     rng = np.random.default_rng(0)
     grouped = LinearMap.conv(rng.normal(size=(6, 2, 3)), groups=2)
     composed = grouped @ LinearMap.diagonal(rng.normal(size=4), rank=1)
-    assert isinstance(composed, LinearMap)
     assert composed.geometry.groups == 2
 
 
@@ -223,10 +220,9 @@ def test_every_pair_of_groupings(g1: int, g2: int) -> None:
     first = LinearMap.conv(rng.normal(size=(12, 12 // g1, 1)), groups=g1)
     second = LinearMap.conv(rng.normal(size=(12, 12 // g2, 1)), groups=g2)
     composed = second @ first
-    assert isinstance(composed, LinearMap)
     assert composed.geometry.groups == np.gcd(g1, g2)
     x = rng.normal(size=(1, 12, 3))
-    np.testing.assert_allclose(composed.apply(x), second.apply(first.apply(x)), atol=1e-9)
+    np.testing.assert_allclose(apply(composed, x), apply(second, apply(first, x)), atol=1e-9)
 
 
 @settings(max_examples=60, deadline=None)
@@ -254,27 +250,25 @@ def test_transposed_maps_compose_with_pointwise_ones(k: int, s: int, p: int, bef
         base.weight,
     )
     x = rng.normal(size=(2, 4, 4, 5))
-    np.testing.assert_allclose(up.apply(x), transposed(x), atol=1e-9)
+    np.testing.assert_allclose(apply(up, x), transposed(x), atol=1e-9)
     mix = LinearMap.pointwise(rng.normal(size=(4, 4) if before else (3, 6)), rank=2)
     composed = up @ mix if before else mix @ up
-    assert isinstance(composed, LinearMap)
-    expected = transposed(mix.apply(x)) if before else mix.apply(transposed(x))
-    np.testing.assert_allclose(composed.apply(x), expected, atol=1e-9)
+    expected = transposed(apply(mix, x)) if before else apply(mix, transposed(x))
+    np.testing.assert_allclose(apply(composed, x), expected, atol=1e-9)
 
 
 def test_a_bias_before_a_transposed_map_is_refused() -> None:
     base = LinearMap.conv(np.ones((2, 2, 2)))
     geometry = type(base.geometry)(2, 2, 1, (2,), (2,), (1,), (0, 0), transposed=True, output_padding=(0,))
-    refused = LinearMap.of(geometry, np.ones((2, 2, 2))) @ LinearMap.diagonal([1, 1], [1, 0], rank=1)
-    assert isinstance(refused, Refusal)
-    assert "bias" in refused.reason
+    with pytest.raises(RefusedError, match="bias"):
+        LinearMap.of(geometry, np.ones((2, 2, 2))) @ LinearMap.diagonal([1, 1], [1, 0], rank=1)
 
 
 def test_selection_and_spread() -> None:
     x = np.arange(8.0).reshape(1, 4, 2)
-    np.testing.assert_array_equal(LinearMap.selection([2, 0, -1], 4).apply(x)[0], [x[0, 2], x[0, 0], [0, 0]])
+    np.testing.assert_array_equal(apply(LinearMap.selection([2, 0, -1], 4), x)[0], [x[0, 2], x[0, 0], [0, 0]])
     wide = LinearMap.diagonal(2.0, 1.0).spread(4)
-    np.testing.assert_array_equal(wide.apply(x), 2 * x + 1)
+    np.testing.assert_array_equal(apply(wide, x), 2 * x + 1)
 
 
 def test_rank_and_factor() -> None:
@@ -282,19 +276,16 @@ def test_rank_and_factor() -> None:
     low = LinearMap.conv(
         (rng.normal(size=(32, 3)) @ rng.normal(size=(3, 36))).reshape(32, 4, 3, 3), rng.normal(size=32)
     )
-    parts = factor(low, 1e-12)
-    assert not isinstance(parts, Refusal)
-    first, second = parts
+    first, second = factor(low, 1e-12)
     assert first.geometry.out_channels == 3
     assert first.weight.size + second.weight.size == 3 * (32 + 36)
     x = rng.normal(size=(1, 4, 6, 6))
-    np.testing.assert_allclose(second.apply(first.apply(x)), low.apply(x), atol=1e-9)
+    np.testing.assert_allclose(apply(second, apply(first, x)), apply(low, x), atol=1e-9)
 
 
 def test_full_rank_is_not_factored() -> None:
-    refused = factor(LinearMap.pointwise(np.random.default_rng(0).normal(size=(8, 8))), 1e-12)
-    assert isinstance(refused, Refusal)
-    assert "too high" in refused.reason
+    with pytest.raises(RefusedError, match="too high"):
+        factor(LinearMap.pointwise(np.random.default_rng(0).normal(size=(8, 8))), 1e-12)
 
 
 def test_unequal_strides_and_sizes_are_not_aligned() -> None:
@@ -319,17 +310,14 @@ def test_a_bias_that_cancels_to_rounding_is_zero(precision: float) -> None:
     first = LinearMap.pointwise(normal(4, 3), bias)
     back = LinearMap.diagonal(np.ones(4), -bias.astype(np.float32).astype(np.float64))
     composed = compose(back, first, precision)
-    assert isinstance(composed, LinearMap)
     assert composed.geometry.biased == (precision == 0)
     off = compose(LinearMap.diagonal(np.ones(4), -bias * (1 + 1e-5)), first, precision)
-    assert isinstance(off, LinearMap)
     assert off.geometry.biased
 
 
 def test_split_inputs_is_the_inverse_of_hcat() -> None:
     linear = LinearMap.conv(normal(5, 9, 3, 3), normal(5), pads=[1, 1, 1, 1])
     joined = hcat(*split_inputs(linear, [2, 3, 4]))
-    assert isinstance(joined, LinearMap)
     np.testing.assert_array_equal(joined.weight, linear.weight)
     np.testing.assert_array_equal(joined.bias, linear.bias)
 
@@ -339,6 +327,5 @@ def test_paddings_add_up_around_one_tap(strides: tuple[int, int]) -> None:
     first = LinearMap.conv(normal(4, 3, 1, 1), pads=[1, 0, 2, 3], strides=strides)
     second = LinearMap.conv(normal(5, 4, 3, 3), normal(5), pads=[2, 1, 0, 1], dilations=[1, 2])
     composed = second @ first
-    assert isinstance(composed, LinearMap)
     x = normal(2, 3, 9, 11)
-    np.testing.assert_allclose(composed.apply(x), second.apply(first.apply(x)), atol=1e-12)
+    np.testing.assert_allclose(apply(composed, x), apply(second, apply(first, x)), atol=1e-12)
