@@ -20,6 +20,7 @@ from pwopt.errors import ModelError
 from pwopt.evidence.metrics import Agreement, Histogram, agreement, unsettled
 from pwopt.graph.dtypes import floating
 from pwopt.inputs.samples import Feeds, Sample
+from pwopt.rewriting.records import Site
 from pwopt.rewriting.wording import counted
 from pwopt.running.runtime import Session
 
@@ -119,7 +120,7 @@ class Difference:
         The candidate's operators between those and it: the fault is in one of them.
     check : OutputCheck
         How the tensor differs.
-    sites : tuple of str
+    sites : tuple of Site
         Rewrites that made something of the region, for ``--deny``; empty where no records are known.
     compared : int
         How many tensors were compared.
@@ -130,7 +131,7 @@ class Difference:
     agreeing: tuple[str, ...]
     region: tuple[str, ...]
     check: OutputCheck
-    sites: tuple[str, ...]
+    sites: tuple[Site, ...]
     compared: int
 
     def explain(self) -> str:
@@ -138,7 +139,8 @@ class Difference:
         said = f"the first tensor that differs is {self.tensor!r}, made by {self.node}; it {self.check.explain()}"
         if not self.sites:
             return said
-        return f"{said}; made by {', '.join(self.sites)}: try {' '.join(f'--deny {s!r}' for s in self.sites)}"
+        sites = [str(site) for site in self.sites]
+        return f"{said}; made by {', '.join(sites)}: try {' '.join(f'--deny {site!r}' for site in sites)}"
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from pwopt.graph.files import load, save
 from pwopt.graph.model import captured_names
 from pwopt.graph.shapes import infer, known
 from pwopt.inputs.samples import Sample
-from pwopt.rewriting.records import Rewrite
+from pwopt.rewriting.records import Rewrite, Site
 from pwopt.running.providers import DEFAULT, Provider
 from pwopt.running.runtime import Session
 
@@ -142,11 +142,11 @@ def _title(node: onnx.NodeProto) -> str:
     return f"{node.op_type} {node.name}".strip()
 
 
-def _sites(rewrites: Sequence[Rewrite], tensors: Collection[str]) -> tuple[str, ...]:
+def _sites(rewrites: Sequence[Rewrite], tensors: Collection[str]) -> tuple[Site, ...]:
     """Sites of the rewrites that made one of these tensors, followed through the rewrites after them."""
     found = []
     for i, rewrite in enumerate(rewrites):
-        names = {new for _, new in rewrite.became} | {rewrite.site.partition(":")[2]}
+        names = {new for _, new in rewrite.became} | {rewrite.site.tensor}
         for later in rewrites[i + 1 :]:
             became = dict(later.became)
             names = {became.get(name, name) for name in names}

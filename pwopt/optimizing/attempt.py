@@ -24,6 +24,7 @@ from pwopt.optimizing.other_conditions import as_latency, others, respecting, ti
 from pwopt.optimizing.preparation import Problem
 from pwopt.optimizing.request import Request
 from pwopt.reporting.report import Latency, Report, Timed
+from pwopt.rewriting.records import Site
 from pwopt.rewriting.wording import counted
 from pwopt.running import bench, runtime, timing
 from pwopt.running.worker import UnusableError
@@ -179,7 +180,7 @@ def rewritten(subject: Problem, work: Compilation, choice: Selection, request: R
     report = report.noted(*work.notes, *choice.notes)
     guessed = request.static and subject.guessed
     unseen = subject.guessed and subject.arena is None
-    report = report.noted(*_notes(report, subject.source.proto, request.deny, guessed, unseen))
+    report = report.noted(*_notes(report, subject.source.proto, request.denied, guessed, unseen))
     report = report.noted(*_inlined(subject.source.proto, proto), *_growth(report, subject.source.proto, proto))
     unfit = work.unfit() if request.measured else []
     if unfit:
@@ -293,7 +294,9 @@ def _unknown(report: Report, unseen: bool) -> Iterator[str]:
         yield f"In the result they leave out {counted(after, 'operator')}, so the two counts are not of the same work."
 
 
-def _notes(report: Report, proto: onnx.ModelProto, denied: Iterable[str], guessed: bool, unseen: bool) -> Iterator[str]:
+def _notes(
+    report: Report, proto: onnx.ModelProto, denied: Iterable[Site], guessed: bool, unseen: bool
+) -> Iterator[str]:
     """What a user should know of a rewritten model; `unseen` are sizes that were guessed, and on which nothing ran."""
     yield from _unknown(report, unseen)
     found = Counter(n.op_type for n in proto.graph.node if n.op_type in QUANTISED or n.op_type.startswith("QLinear"))
@@ -305,7 +308,7 @@ def _notes(report: Report, proto: onnx.ModelProto, denied: Iterable[str], guesse
     seen = {r.site for r in report.rewrites} | {s.site for s in report.skips}
     for site in denied:
         if site not in seen:
-            yield f"No place is called {site!r}; sites look like fold-chains:TENSOR and are listed by --details."
+            yield f"No place is called {str(site)!r}; sites look like fold-chains:TENSOR and are listed by --details."
 
 
 def _inlined(before: onnx.ModelProto, after: onnx.ModelProto) -> Iterator[str]:

@@ -85,9 +85,7 @@ def _best(tried: Attempt, always: Attempt, original: onnx.ModelProto) -> Attempt
     better = always.report.latency is not None and always.faster
     kept = always.report.rewrites if better else ()
     sites = {r.site for r in kept}
-    taken = tuple(
-        Skip(f"{reason}: {r.reason}", r.pass_name, r.site) for r in tried.report.rewrites if r.site not in sites
-    )
+    taken = tuple(Skip(f"{reason}: {r.reason}", r.site) for r in tried.report.rewrites if r.site not in sites)
     skips = (*tried.report.skips, *taken)
     told = f"The rewritten model was measured {which}{_within(latency)}"
     if better:

@@ -122,7 +122,7 @@ def optimized(model: Source, request: Request) -> Result:
     request.progress("reading", 0.0)
     source = load(model)
     renames = request.opset is not None or bool(source.proto.functions)
-    check_sites(request.deny, source.proto, renamed=renames, more=select_passes(request.passes, request.plugins))
+    check_sites(request.denied, source.proto, renamed=renames, more=select_passes(request.passes, request.plugins))
     with contextlib.ExitStack() as stack:
         stack.enter_context(blaming(source.proto))
         original = stack.enter_context(as_file(source if path is None else path))

@@ -21,6 +21,7 @@ from pwopt.inputs.samples import Sample, given_samples, random_samples
 from pwopt.inputs.specs import check_shapes, input_specs
 from pwopt.optimizing.request import EFFORTS, Request
 from pwopt.rewriting.driver import Pass
+from pwopt.rewriting.records import Site
 from pwopt.running import runtime
 from pwopt.running.size_trials import Chosen, Sizes, likely_sizes, rounds, told
 from pwopt.running.worker import Worker
@@ -100,13 +101,13 @@ def check_request(request: Request, path: Path | None) -> None:
         raise UsageError(f"the output {str(request.output)!r} is the input; choose another, or force it")
 
 
-def check_sites(sites: Iterable[str], proto: onnx.ModelProto, *, renamed: bool, more: Sequence[Pass] = ()) -> None:
+def check_sites(sites: Iterable[Site], proto: onnx.ModelProto, *, renamed: bool, more: Sequence[Pass] = ()) -> None:
     """Refuse places to leave alone that no pass could name, before any work is done.
 
     Parameters
     ----------
-    sites : iterable of str
-        PASS:TENSOR each, the tensor one that a node makes, or that a pass makes and calls by another tensor's name and
+    sites : iterable of Site
+        The tensor is one that a node makes, or that a pass makes and calls by another tensor's name and
         a suffix.
     proto : onnx.ModelProto
     renamed : bool
@@ -124,20 +125,15 @@ def check_sites(sites: Iterable[str], proto: onnx.ModelProto, *, renamed: bool, 
     named = (*tensors, *(t.name for t in (*proto.graph.input, *proto.graph.initializer)))
     made = tuple(f"{name}_" for name in named)
     for site in sites:
-        name, colon, tensor = site.partition(":")
-        if name in passes and colon and (renamed or tensor in tensors or tensor.startswith(made)):
+        name, tensor = site.pass_name, site.tensor
+        if name in passes and (renamed or tensor in tensors or tensor.startswith(made)):
             continue
-        if not colon:
-            wrong = "a site is a pass and a tensor, PASS:TENSOR"
-        elif name in passes:
-            wrong = f"no operator makes {tensor!r}"
-        else:
-            wrong = f"there is no pass {name!r}"
+        wrong = f"no operator makes {tensor!r}" if name in passes else f"there is no pass {name!r}"
         likely = [name] if name in passes else difflib.get_close_matches(name, passes, 1)
         near = [tensor] if tensor in tensors else difflib.get_close_matches(tensor, tensors, NEAR, 0.5)
         found = [repr(f"{p}:{t}") for p in likely for t in near]
         hint = f"did you mean {' or '.join(found)}?" if found else "--details lists the sites of a model"
-        raise UsageError(f"there is no place {site!r} to leave alone: {wrong}; {hint}")
+        raise UsageError(f"there is no place {str(site)!r} to leave alone: {wrong}; {hint}")
 
 
 def same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
@@ -190,9 +186,9 @@ def plan(subject: Problem, request: Request, folder: Path) -> Compilation:
     if request.static:
         target = from_proto(with_fixed_inputs(target.proto, subject.sizes), source.folder)
     passes = select_passes(request.passes, request.plugins)
-    target = without_calls(target, passes, request.deny, subject.sizes)
+    target = without_calls(target, passes, request.denied, subject.sizes)
     kind = request.execution_provider.kind
     return Compilation(
-        target, source, passes, request.deny, subject.sizes, folder, kind, request.max_growth,
+        target, source, passes, request.denied, subject.sizes, folder, kind, request.max_growth,
         certifier=certify if request.verify else unchecked, thorough=request.effort == "thorough",
     )  # fmt: skip

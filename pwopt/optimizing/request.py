@@ -14,6 +14,7 @@ from pwopt.running.providers import Provider, as_provider
 if TYPE_CHECKING:
     from pwopt.inputs.samples import Feeds
     from pwopt.rewriting.driver import Pass
+    from pwopt.rewriting.records import Site
 
 #: Seconds to race the result against the original.
 RACE_SECONDS = 4.0
@@ -97,7 +98,7 @@ class Request:
     inputs: str | os.PathLike[str] | Feeds | Sequence[Any] | None = None
     passes: Sequence[str | type[Pass] | Pass] | None = None
     plugins: Sequence[str | type[Pass] | Pass] = ()
-    deny: Iterable[str] = ()
+    deny: Iterable[str | Site] = ()
     threads: int | Sequence[int] = ()
     static: bool = False
     opset: int | None = None
@@ -131,6 +132,13 @@ class Request:
             As `pwopt.running.providers.Provider.parse`.
         """
         return as_provider(self.provider)
+
+    @property
+    def denied(self) -> tuple[Site, ...]:
+        """The places that must not be rewritten."""
+        from pwopt.rewriting.records import Site
+
+        return tuple(site if isinstance(site, Site) else Site.parse(site) for site in self.deny)
 
     @property
     def rounds(self) -> list[Mapping[str, Sequence[int]]]:

@@ -13,7 +13,7 @@ from pwopt.errors import UsageError
 from pwopt.evidence.equivalence import Equivalence
 from pwopt.graph.shapes import written
 from pwopt.maps.cost import NOTHING, Cost
-from pwopt.rewriting.records import Rewrite, Skip
+from pwopt.rewriting.records import Rewrite, Site, Skip
 from pwopt.rewriting.wording import counted
 from pwopt.running.bench import Row
 
@@ -169,7 +169,7 @@ class Report:
             "rewrites": [
                 {
                     "pass": r.pass_name,
-                    "site": r.site,
+                    "site": str(r.site),
                     "reason": r.reason,
                     "removed": list(r.removed),
                     "added": list(r.added),
@@ -183,9 +183,9 @@ class Report:
                 for r in self.rewrites
             ],
             "passes": self.passes,
-            "skips": [{"pass": s.pass_name, "site": s.site, "reason": s.reason} for s in self.skips],
+            "skips": [{"pass": s.pass_name, "site": str(s.site), "reason": s.reason} for s in self.skips],
             "cost": {"before": asdict(self.before), "after": asdict(self.after)},
-            "equivalence": None if self.equivalence is None else asdict(self.equivalence),
+            "equivalence": None if self.equivalence is None else _equivalence(self.equivalence),
             "latency": None if self.latency is None else asdict(self.latency),
             "conditions": [asdict(c) for c in self.conditions],
             "operators": self.operators,
@@ -224,10 +224,17 @@ class Comparison:
             "tf32": False,
             "shapes": self.equivalence.shapes,
             "environment": self.environment,
-            "equivalence": asdict(self.equivalence),
+            "equivalence": _equivalence(self.equivalence),
             "command": self.command,
         }
         return to_json(content)
+
+
+def _equivalence(found: Equivalence) -> dict[str, Any]:
+    content = asdict(found)
+    if found.difference is not None:
+        content["difference"]["sites"] = [str(site) for site in found.difference.sites]
+    return content
 
 
 def to_json(value: Any) -> str:
@@ -255,7 +262,7 @@ def rewrites_from(path: Path) -> tuple[Rewrite, ...]:
         return tuple(
             Rewrite(
                 r["reason"], tuple(r["removed"]), tuple(r["added"]), r["macs_before"], r["macs_after"],
-                float(r["residual"]), tuple((old, new) for old, new in r["became"]), "", r["pass"], r["site"],
+                float(r["residual"]), tuple((old, new) for old, new in r["became"]), site=Site.parse(r["site"]),
             )
             for r in json.loads(path.read_text(encoding="utf-8"))["rewrites"]
         )  # fmt: skip

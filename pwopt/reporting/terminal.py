@@ -67,9 +67,9 @@ def render(report: Report, console: Console, details: bool = False) -> None:
     _render_skips(report, console)
     if details:
         for r in report.rewrites:
-            console.print(f"[green]done[/green] {plain(r.site)}: {plain(r.reason)}", soft_wrap=True)
+            console.print(f"[green]done[/green] {plain(str(r.site))}: {plain(r.reason)}", soft_wrap=True)
         for s in report.skips:
-            console.print(f"[yellow]left[/yellow] {plain(s.site)}: {plain(s.reason)}", soft_wrap=True)
+            console.print(f"[yellow]left[/yellow] {plain(str(s.site))}: {plain(s.reason)}", soft_wrap=True)
     for note in report.notes:
         console.print(f"[bold]{plain(note)}[/bold]", soft_wrap=True)
 

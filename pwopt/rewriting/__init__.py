@@ -4,6 +4,6 @@ A pass is a subclass of `Pass`; it edits through a `Rewriter` and answers with a
 """
 
 from pwopt.rewriting.driver import CONTRACT, Pass, Rewriter, describe
-from pwopt.rewriting.records import Certificate, Outcome, Rewrite, Skip
+from pwopt.rewriting.records import Certificate, Outcome, Rewrite, Site, Skip
 
-__all__ = ["CONTRACT", "Certificate", "Outcome", "Pass", "Rewrite", "Rewriter", "Skip", "describe"]
+__all__ = ["CONTRACT", "Certificate", "Outcome", "Pass", "Rewrite", "Rewriter", "Site", "Skip", "describe"]

@@ -18,7 +18,7 @@ from pwopt.graph.provenance import inherit
 from pwopt.graph.regions import Region
 from pwopt.graph.view import View
 from pwopt.maps.cost import macs
-from pwopt.rewriting.records import Certificate, Outcome, Rewrite, Skip
+from pwopt.rewriting.records import Certificate, Outcome, Rewrite, Site, Skip
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -119,7 +119,7 @@ class Pass:
         self,
         graph: Graph,
         *,
-        denied: Iterable[str] = (),
+        denied: Iterable[Site] = (),
         sizes: Mapping[str, Sequence[int]] | None = None,
         reserved: Iterable[str] = (),
         certifier: Certifier | None = None,
@@ -130,7 +130,7 @@ class Pass:
         ----------
         graph : Graph
             Edited in place. `pwopt.load` gives one with inferred shapes.
-        denied : iterable of str
+        denied : iterable of Site
             Sites that must not be rewritten.
         sizes : mapping, optional
             Representative tensor sizes, for costs where shapes are dynamic.
@@ -167,7 +167,7 @@ class Rewriter(View):
     def __init__(
         self,
         graph: Graph,
-        denied: Iterable[str] = (),
+        denied: Iterable[Site] = (),
         sizes: Mapping[str, Sequence[int]] | None = None,
         reserved: Iterable[str] = (),
         certifier: Certifier | None = None,
@@ -179,28 +179,28 @@ class Rewriter(View):
         self._queue: deque[Node] = deque()
         self._queued: set[Node] = set()
 
-    def branch(self, graph: Graph, denied: Iterable[str] = (), certifier: Certifier | None = None) -> Self:
+    def branch(self, graph: Graph, denied: Iterable[Site] = (), certifier: Certifier | None = None) -> Self:
         """The same on a copy of the graph, where other sites may be denied and other eyes look on."""
         twin = super().branch(graph)
         twin._denied, twin._certifier = frozenset(denied), certifier
         twin._queue, twin._queued = deque(), set()
         return twin
 
-    def site(self, node: Node) -> str:
+    def site(self, node: Node) -> Site:
         """Stable identifier of a place: the pass that runs and the tensor that the node produces, by its first name."""
         return self._place(_named(node))
 
-    def _place(self, name: str) -> str:
-        return f"{self._owner}:{self.origin(name)}"
+    def _place(self, name: str) -> Site:
+        return Site(self._owner, self.origin(name))
 
     def denied(self, node: Node) -> bool:
         return bool(self._denied) and self.site(node) in self._denied
 
-    def apply(self, p: Pass, allowed: Collection[str] | None = None) -> Outcome:
+    def apply(self, p: Pass, allowed: Collection[Site] | None = None) -> Outcome:
         """Run one pass until nothing more applies; at the `allowed` sites only, if any are given."""
         self._owner = p.name
         rewrites: list[Rewrite] = []
-        skips: dict[str, Skip] = {}
+        skips: dict[Site, Skip] = {}
         p.start(self)
         nodes = self.nodes()
         self._queue.extend(nodes)
@@ -221,11 +221,11 @@ class Rewriter(View):
                 continue
             site = self._place(name)
             if isinstance(result, Rewrite):
-                told = replace(result, pass_name=p.name, site=site, growth=self.stored - stored)
+                told = replace(result, site=site, growth=self.stored - stored)
                 rewrites.append(self._certified(told, p.context))
                 skips.pop(site, None)
             else:
-                skips[site] = Skip(result.reason, p.name, site)
+                skips[site] = Skip(result.reason, site)
         return Outcome(tuple(rewrites), tuple(skips.values()))
 
     def attempt(self, rewrite: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | Refusal:
@@ -351,7 +351,7 @@ def _answer(p: Pass, node: Node, rw: Rewriter) -> Rewrite | Skip | Refusal | Non
     except Exception as error:
         said = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
         raise UsageError(
-            f"the pass {p.name!r} ({where}) failed at {rw.site(node)!r} with {said}; mend it, or leave it out"
+            f"the pass {p.name!r} ({where}) failed at {str(rw.site(node))!r} with {said}; mend it, or leave it out"
         ) from error
     if result is not None and not isinstance(result, (Rewrite, Skip, Refusal)):
         what = type(result).__name__

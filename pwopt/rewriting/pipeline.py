@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from pwopt.graph.ir import Graph
 from pwopt.rewriting.driver import Certifier, Pass, Rewriter
-from pwopt.rewriting.records import Outcome, Rewrite, Skip
+from pwopt.rewriting.records import Outcome, Rewrite, Site, Skip
 
 #: A pipeline repeats until nothing changes; real models need two or three rounds.
 MAX_ROUNDS = 8
@@ -34,7 +34,7 @@ class Settled:
     skips: Mapping[str, tuple[Skip, ...]]
     named: frozenset[str]
 
-    def branch(self, graph: Graph, denied: Iterable[str], certifier: Certifier | None) -> Settled:
+    def branch(self, graph: Graph, denied: Iterable[Site], certifier: Certifier | None) -> Settled:
         """The same on a copy of the graph."""
         return Settled(self.rw.branch(graph, denied, certifier), self.rewrites, self.skips, self.named)
 
@@ -53,8 +53,8 @@ class Pipeline:
         self,
         graph: Graph,
         *,
-        denied: Iterable[str] = (),
-        allowed: Collection[str] | None = None,
+        denied: Iterable[Site] = (),
+        allowed: Collection[Site] | None = None,
         sizes: Mapping[str, Sequence[int]] | None = None,
         reserved: Iterable[str] = (),
         certifier: Certifier | None = None,
@@ -76,7 +76,7 @@ class Pipeline:
         rw.close()
         return Settled(rw, tuple(rewrites), skips, named)
 
-    def finish(self, settled: Settled, allowed: Collection[str] | None = None) -> Outcome:
+    def finish(self, settled: Settled, allowed: Collection[Site] | None = None) -> Outcome:
         """Run the measured passes, and the others once more over what those made."""
         rw, rewrites, skips = settled.rw, list(settled.rewrites), dict(settled.skips)
         finished = len(rewrites)

@@ -5,7 +5,43 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from pwopt.errors import UsageError
 from pwopt.graph.regions import Operator
+
+
+@dataclass(frozen=True, order=True)
+class Site:
+    """A place in a model where a pass acts. It is the same in every run and is printed as "pass:tensor".
+
+    Attributes
+    ----------
+    pass_name : str
+    tensor : str
+        The first named output of the node, by the name that it had in the original model.
+    """
+
+    pass_name: str = ""
+    tensor: str = ""
+
+    @classmethod
+    def parse(cls, text: str) -> Site:
+        """Read a site as reports print it.
+
+        Raises
+        ------
+        UsageError
+            If there is no colon.
+        """
+        pass_name, colon, tensor = text.partition(":")
+        if not colon:
+            raise UsageError(
+                f"there is no place {text!r} to leave alone: a site is a pass and a tensor, PASS:TENSOR; "
+                "--details lists the sites of a model"
+            )
+        return cls(pass_name, tensor)
+
+    def __str__(self) -> str:
+        return f"{self.pass_name}:{self.tensor}"
 
 
 @dataclass(frozen=True)
@@ -56,8 +92,8 @@ class Rewrite:
         Outputs of the removed operators, each with the tensor that their replacement produces ("" if none).
     signature : str
         Of a measured rewrite: those that have it in common, up to a colon, are measured, kept or dropped together.
-    pass_name, site : str
-        Filled in by the driver. The site is stable across runs: pass name and output tensor.
+    site : Site
+        Where the pass acted; filled in by the driver.
     before, after : tuple of Operator
         The region that changed, filled in by the driver if it certifies.
     certificate : Certificate or None
@@ -73,12 +109,15 @@ class Rewrite:
     residual: float = 0.0
     became: tuple[tuple[str, str], ...] = ()
     signature: str = ""
-    pass_name: str = ""
-    site: str = ""
+    site: Site = Site()
     before: tuple[Operator, ...] = ()
     after: tuple[Operator, ...] = ()
     certificate: Certificate | None = None
     growth: int = 0
+
+    @property
+    def pass_name(self) -> str:
+        return self.site.pass_name
 
     @classmethod
     def of(cls, reason: str, records: Sequence[Rewrite], renamed: Mapping[str, str] | None = None) -> Rewrite:
@@ -103,13 +142,15 @@ class Skip:
     """Why a pass left a place alone that it is about: a sentence a user can act on."""
 
     reason: str
-    pass_name: str = ""
-    site: str = ""
+    site: Site = Site()
+
+    @property
+    def pass_name(self) -> str:
+        return self.site.pass_name
 
     @property
     def tensor(self) -> str:
-        """The output tensor of the place."""
-        return self.site.partition(":")[2]
+        return self.site.tensor
 
 
 @dataclass(frozen=True)

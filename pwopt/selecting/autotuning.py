@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from pwopt.rewriting.records import Rewrite, Skip
+from pwopt.rewriting.records import Rewrite, Site, Skip
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.timing import HOPELESS, HOPELESS_ROUNDS, NOTHING, Evidence, Race
 
@@ -42,14 +42,14 @@ class Group:
     Attributes
     ----------
     pass_name, signature : str
-    sites : tuple of str
+    sites : tuple of Site
     macs : int
         Multiply-adds that they touch.
     """
 
     pass_name: str
     signature: str
-    sites: tuple[str, ...]
+    sites: tuple[Site, ...]
     macs: int
 
 
@@ -114,7 +114,7 @@ class Decision:
 
     def skips(self) -> list[Skip]:
         """A record for each site, if the group was dropped."""
-        return [] if self.kept else [Skip(self.reason(), self.group.pass_name, site) for site in self.group.sites]
+        return [] if self.kept else [Skip(self.reason(), site) for site in self.group.sites]
 
 
 def clear(evidence: Evidence) -> bool:
@@ -173,7 +173,7 @@ class Estimate(NamedTuple):
 class Judge(Protocol):
     """What decides on groups: builds models, says whether they can be used, races them, and remembers."""
 
-    def build(self, sites: frozenset[str]) -> Path:
+    def build(self, sites: frozenset[Site]) -> Path:
         """Write the model in which the measured rewrites of just these sites were made; models alike may be one."""
 
     def fault(self, model: Path) -> str:
@@ -243,7 +243,7 @@ class _Contest:
         self.candidates, self.decided = candidates, dict[Group, Decision]()
         self._judge, self._progress = judge, progress
         self._budget, self._deadline = budget, time.perf_counter() + budget
-        self._files: dict[frozenset[str], Path] = {}
+        self._files: dict[frozenset[Site], Path] = {}
 
     def kept(self) -> list[Group]:
         return [g for g in self.candidates if g in self.decided and self.decided[g].kept]

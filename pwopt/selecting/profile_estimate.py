@@ -117,7 +117,7 @@ def _owners(groups: Sequence[Group], rewrites: Sequence[Rewrite]) -> dict[str, s
     owners: defaultdict[str, set[Group]] = defaultdict(set)
     for r in rewrites:
         if r.site in of:
-            for name in (*(old for old, _ in r.became), r.site.partition(":")[2]):
+            for name in (*(old for old, _ in r.became), r.site.tensor):
                 owners[name].add(of[r.site])
     return dict(owners)
 

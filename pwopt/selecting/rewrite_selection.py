@@ -19,7 +19,7 @@ from pwopt.graph.storage import total_bytes
 from pwopt.inputs.samples import Sample
 from pwopt.maps.cost import Cost
 from pwopt.rewriting.driver import Certifier, Pass
-from pwopt.rewriting.records import Outcome, Rewrite, Skip
+from pwopt.rewriting.records import Outcome, Rewrite, Site, Skip
 from pwopt.rewriting.wording import counted
 from pwopt.running import timing
 from pwopt.running.progress import Progress, ignore_progress
@@ -88,7 +88,7 @@ class Selection:
         What a user should know of the races.
     """
 
-    allowed: frozenset[str] | None = None
+    allowed: frozenset[Site] | None = None
     dropped: tuple[Skip, ...] = ()
     notes: tuple[str, ...] = ()
 
@@ -100,7 +100,7 @@ class Compilation:
     target: Model
     source: Model
     passes: Sequence[Wanted] | None
-    denied: Iterable[str]
+    denied: Iterable[Site]
     sizes: Mapping[str, Sequence[int]]
     folder: Path
     #: The kind of provider that it is for (`pwopt.running.providers.Provider.kind`).
@@ -112,15 +112,17 @@ class Compilation:
     #: Just the passes that need no cost to judge them.
     always_only: bool = False
     #: Sites that turned out not to be worth it, each with the reason.
-    refused: Mapping[str, Skip] = field(default_factory=dict)
+    refused: Mapping[Site, Skip] = field(default_factory=dict)
     #: Judges every rewrite that a result is made of.
     certifier: Certifier | None = None
     #: What the passes without a clock leave, by what is denied to them: shared by all versions of this work.
-    snapshots: dict[tuple[bool, frozenset[str]], Snapshot] = field(default_factory=dict, repr=False, compare=False)
+    snapshots: dict[tuple[bool, frozenset[Site]], Snapshot] = field(default_factory=dict, repr=False, compare=False)
     #: Sentences on those, for the user.
     notes: tuple[str, ...] = ()
 
-    def certified(self, allowed: frozenset[str] | None) -> tuple[Cost, Outcome, Cost, onnx.ModelProto, dict[str, Skip]]:
+    def certified(
+        self, allowed: frozenset[Site] | None
+    ) -> tuple[Cost, Outcome, Cost, onnx.ModelProto, dict[Site, Skip]]:
         """`rewrite`, again without the sites whose certificates fail or that grow too much; those last, by site."""
         refused = dict(self.refused)
         for _ in range(MAX_REFUSALS):
@@ -130,9 +132,9 @@ class Compilation:
             if not failed and not heavy:
                 return *done, refused
             mine = {p.name for p in select_passes(self.passes) if p.builtin}
-            refused.update((r.site, Skip(_refusal(r, r.pass_name in mine), r.pass_name, r.site)) for r in failed)
-            refused.update((r.site, Skip(_too_large(r), r.pass_name, r.site)) for r in heavy)
-        raise RuntimeError(f"certificates refuse rewrites at {', '.join(refused)}")
+            refused.update((r.site, Skip(_refusal(r, r.pass_name in mine), r.site)) for r in failed)
+            refused.update((r.site, Skip(_too_large(r), r.site)) for r in heavy)
+        raise RuntimeError(f"certificates refuse rewrites at {', '.join(map(str, refused))}")
 
     def _heavy(self, rewrites: Iterable[Rewrite], proto: onnx.ModelProto) -> list[Rewrite]:
         """The largest of what made the model grow too much."""
@@ -149,18 +151,18 @@ class Compilation:
         return found
 
     def rewrite(
-        self, allowed: frozenset[str] | None, certifier: Certifier | None = None, refused: Iterable[str] = ()
+        self, allowed: frozenset[Site] | None, certifier: Certifier | None = None, refused: Iterable[Site] = ()
     ) -> tuple[Cost, Outcome, Cost, onnx.ModelProto]:
         """The model with measured rewrites at the `allowed` sites; None for those that a shape alone decides."""
         denied = (*self.denied, *self.refused, *refused)
         branch = self.settled(denied).branch(denied, certifier, eager=allowed is not None)
         return *branch.finish(allowed), branch.model.to_proto()
 
-    def settled(self, denied: Collection[str]) -> Snapshot:
+    def settled(self, denied: Collection[Site]) -> Snapshot:
         """The model that all passes but the measured ones are done with; the same for the same denials of theirs."""
         passes = [p for p in self.candidates() if p.policy == "always" or not self.always_only]
         measured = {p.name for p in passes if p.policy == "measured"}
-        key = (self.always_only, frozenset(site for site in denied if site.partition(":")[0] not in measured))
+        key = (self.always_only, frozenset(site for site in denied if site.pass_name not in measured))
         if key not in self.snapshots:
             if len(self.snapshots) >= LATEST:
                 self.snapshots.clear()
@@ -170,7 +172,7 @@ class Compilation:
 
     def without(self, rewrites: Iterable[Rewrite], reason: str) -> Compilation:
         """The same, but for the sites of some rewrites; the reason is a clause."""
-        gone = {r.site: Skip(f"left out ({reason}): {r.reason}", r.pass_name, r.site) for r in rewrites}
+        gone = {r.site: Skip(f"left out ({reason}): {r.reason}", r.site) for r in rewrites}
         names = ", ".join(dict.fromkeys(s.pass_name for s in gone.values()))
         note = f"Left out: {names} at {counted(len(gone), 'place')}, {reason}."
         return replace(self, refused={**self.refused, **gone}, notes=(*self.notes, note))
@@ -313,7 +315,7 @@ def select(
     decisions = _decide(work, found, arena, budget, memory, progress)
     kept = frozenset(site for d in decisions if d.kept for site in d.group.sites)
     undecided = [
-        Skip(f"{g.signature}: {memory.undecided}", g.pass_name, site)
+        Skip(f"{g.signature}: {memory.undecided}", site)
         for g in tune.groups(found)
         if all(d.group != g for d in decisions)
         for site in g.sites
@@ -366,10 +368,10 @@ class Judge:
     memory: Memory
     #: Passes that are not worth a try on machines like this one, with what is known of them.
     vain: Mapping[str, Prior] = field(default_factory=dict)
-    _files: dict[tuple[str, ...], Path] = field(default_factory=dict)
-    _base: dict[frozenset[str], Numbered] = field(default_factory=dict)
+    _files: dict[tuple[Site, ...], Path] = field(default_factory=dict)
+    _base: dict[frozenset[Site], Numbered] = field(default_factory=dict)
 
-    def build(self, sites: frozenset[str]) -> Path:
+    def build(self, sites: frozenset[Site]) -> Path:
         _, outcome, _, proto = self.work.rewrite(sites)
         made = tuple(r.site for r in outcome.rewrites)
         if made not in self._files:
@@ -407,7 +409,7 @@ class Judge:
         seen = look(before, after, rewrites, groups, (runs[0], runs[1]))
         return {g: glance._replace(sure=own >= tune.BUSY) for g, glance in seen.items()}
 
-    def _numbered(self, sites: frozenset[str], name: str) -> Numbered:
+    def _numbered(self, sites: frozenset[Site], name: str) -> Numbered:
         """A model with the rewrites of these sites."""
         _, outcome, _, proto = self.work.rewrite(sites)
         return proto, outcome.rewrites, marked(proto, self.work.folder / name / "model.onnx")

@@ -21,7 +21,7 @@ from pwopt.maps.cost import Cost, measure
 from pwopt.passes import PASSES, CleanUp, SettleShapes
 from pwopt.rewriting.driver import Certifier, Pass, Rewriter, describe
 from pwopt.rewriting.pipeline import Pipeline, Settled
-from pwopt.rewriting.records import Outcome, Rewrite
+from pwopt.rewriting.records import Outcome, Rewrite, Site
 from pwopt.selecting import plugins
 
 #: A pass as it is asked for: its name, its class, or made already.
@@ -67,7 +67,7 @@ def _checked(p: type[Pass] | Pass) -> type[Pass] | Pass:
 
 def settle(
     model: Model,
-    deny: Iterable[str] = (),
+    deny: Iterable[Site] = (),
     certifier: Certifier | None = None,
     passes: Sequence[type[Pass]] = SETTLING,
     sizes: dict[str, tuple[int, ...]] | None = None,
@@ -99,7 +99,7 @@ def _open(model: Model) -> bool:
     return any(n.op == "If" for n in nodes) or any(known(t.shape) is None for n in nodes for t in n.outputs if t.name)
 
 
-def _take_branches(model: Model, denied: Collection[str]) -> list[Rewrite]:
+def _take_branches(model: Model, denied: Collection[Site]) -> list[Rewrite]:
     """Put the body in the place of every If whose condition is a constant."""
     view = View(model.graph)
     taken: dict[str, bool] = {}
@@ -111,7 +111,7 @@ def _take_branches(model: Model, denied: Collection[str]) -> list[Rewrite]:
             condition is None
             or len(condition) != 1
             or message is None
-            or f"{CleanUp.name}:{node.outputs[0].name}" in denied
+            or Site(CleanUp.name, node.outputs[0].name) in denied
         ):
             continue
         body = branch_taken(message, bool(condition[0]))
@@ -120,15 +120,15 @@ def _take_branches(model: Model, denied: Collection[str]) -> list[Rewrite]:
         taken[node.outputs[0].name] = bool(condition[0])
         reason = f"its condition is always {'true' if condition[0] else 'false'}"
         added = tuple(f"{n.op_type} {n.name}".strip() for n in body.node)
-        site = f"{CleanUp.name}:{node.outputs[0].name}"
-        rewrites.append(Rewrite(reason, (describe(node),), added, pass_name=CleanUp.name, site=site))
+        site = Site(CleanUp.name, node.outputs[0].name)
+        rewrites.append(Rewrite(reason, (describe(node),), added, site=site))
     if taken:
         model.become(from_proto(with_branches(model.to_proto(), taken), model.folder))
     return rewrites
 
 
 def without_calls(
-    model: Model, passes: Sequence[Pass], deny: Iterable[str], sizes: Mapping[str, Sequence[int]]
+    model: Model, passes: Sequence[Pass], deny: Iterable[Site], sizes: Mapping[str, Sequence[int]]
 ) -> Model:
     """The model with those functions inlined whose operators a rewrite changes then, and those that call them.
 
@@ -204,7 +204,7 @@ class Snapshot:
         cls,
         model: Model,
         passes: Sequence[Pass],
-        deny: Collection[str],
+        deny: Collection[Site],
         inputs: Mapping[str, Sequence[int]],
         certifier: Certifier | None = None,
     ) -> Snapshot:
@@ -222,7 +222,7 @@ class Snapshot:
         rw = Rewriter(model.graph, deny, sizes, model.names(), certifier)
         return cls(model, passes, Pipeline(passes).settle(rw), done, sizes, inputs, before)
 
-    def branch(self, deny: Iterable[str] = (), certifier: Certifier | None = None, *, eager: bool = False) -> Snapshot:
+    def branch(self, deny: Iterable[Site] = (), certifier: Certifier | None = None, *, eager: bool = False) -> Snapshot:
         """A copy to go on with; `eager` lets measured passes act wherever they may."""
         model, passes = self.model.copy(), [p.branch() for p in self.passes]
         for p in passes:
@@ -230,7 +230,7 @@ class Snapshot:
                 p.scope = "exact"
         return replace(self, model=model, passes=passes, settled=self.settled.branch(model.graph, deny, certifier))
 
-    def finish(self, allowed: Collection[str] | None = None) -> tuple[Cost, Outcome, Cost]:
+    def finish(self, allowed: Collection[Site] | None = None) -> tuple[Cost, Outcome, Cost]:
         """Run what is left, in place; see `run_pipeline`."""
         outcome, graph = Pipeline(self.passes).finish(self.settled, allowed), self.model.graph
         after = measure(View(graph, self.sizes))
@@ -246,9 +246,9 @@ class Snapshot:
 def run_pipeline(
     model: Model,
     passes: Sequence[Pass],
-    deny: Collection[str],
+    deny: Collection[Site],
     sizes: Mapping[str, Sequence[int]],
-    allowed: Collection[str] | None = None,
+    allowed: Collection[Site] | None = None,
     certifier: Certifier | None = None,
 ) -> tuple[Cost, Outcome, Cost]:
     """Run passes over a model in place; returns its cost before, what was done, and its cost after.

@@ -18,6 +18,7 @@ from pwopt.evidence.laws import parse_law
 from pwopt.evidence.metrics import Agreement
 from pwopt.evidence.verify import verify
 from pwopt.inputs.samples import Feeds, Sample
+from pwopt.rewriting.records import Site
 from pwopt.running import runtime
 from pwopt.running.providers import Provider
 
@@ -132,7 +133,7 @@ def test_an_output_that_is_left_out_as_a_whole_proves_nothing() -> None:
 
 def test_what_differs_reads_as_a_sentence() -> None:
     check = compared([1, 2, 3, 65504], plain=USUAL).outputs[0]
-    said = Difference("y", "Conv c", (), ("Conv c",), check, ("fold-affine:y",), 1).explain()
+    said = Difference("y", "Conv c", (), ("Conv c",), check, (Site("fold-affine", "y"),), 1).explain()
     assert said == (
         "the first tensor that differs is 'y', made by Conv c; it differs (NaN or infinity at different places); made by "
         "fold-affine:y: try --deny 'fold-affine:y'"

@@ -17,6 +17,7 @@ from pwopt.evidence.certify import unchecked
 from pwopt.graph.files import from_proto
 from pwopt.optimizing import attempt, bisection, preparation
 from pwopt.rewriting import Pass, Rewrite, Rewriter
+from pwopt.rewriting.records import Site
 from pwopt.running import worker
 from pwopt.running.providers import DEFAULT
 from pwopt.running.timing import Race, Rules
@@ -145,22 +146,22 @@ def test_a_quantised_model_that_onnxruntime_refuses_when_rewritten(tmp_path: Pat
 def test_the_rewrite_at_fault_is_found_by_halves(tmp_path: Path) -> None:
     model = from_proto(CHAIN)
     work = Compilation(model, model, None, (), {}, tmp_path)
-    rewrites = [Rewrite("r", pass_name=f"p{i % 3}", site=f"p{i % 3}:t{i}") for i in range(16)]
+    rewrites = [Rewrite("r", site=Site(f"p{i % 3}", f"t{i}")) for i in range(16)]
     asked: list[int] = []
 
     def fault(tried: Compilation) -> str:
         made = [r.site for r in rewrites if r.site not in tried.refused]
         asked.append(len(made))
-        return "it is broken" if {"p2:t5", "p1:t13"} & set(made) else ""
+        return "it is broken" if {Site("p2", "t5"), Site("p1", "t13")} & set(made) else ""
 
     first = bisection.culprits(work, rewrites, fault)
     reason = "the model with it cannot be used, since it is broken; a defect of pwopt or onnxruntime"
-    assert list(first.refused) == ["p2:t5"]
-    assert first.refused["p2:t5"].reason.startswith(f"left out ({reason}")
+    assert list(first.refused) == [Site("p2", "t5")]
+    assert first.refused[Site("p2", "t5")].reason.startswith(f"left out ({reason}")
     assert first.notes[0].startswith(f"Left out: p2 at 1 place, {reason}")
     assert len(asked) <= 2 + 4
     second = bisection.culprits(first, rewrites, fault)
-    assert list(second.refused) == ["p2:t5", "p1:t13"]
+    assert list(second.refused) == [Site("p2", "t5"), Site("p1", "t13")]
     assert bisection.culprits(second, rewrites, fault) is second
     again = bisection.alike(first, [rewrites[2]], rewrites)
     assert {r.site for r in again} == {r.site for r in rewrites if r.pass_name == "p2"}

@@ -18,6 +18,7 @@ from pwopt.graph.files import from_proto
 from pwopt.graph.view import View
 from pwopt.maps.cost import measure
 from pwopt.passes import DropDead
+from pwopt.rewriting.records import Site
 from pwopt.selecting.snapshot import concrete_sizes, run_pipeline
 
 F = np.float32
@@ -109,7 +110,7 @@ def test_what_the_record_says() -> None:
     model = build(SIDE + "{ [one] a = Conv(x, w, b) r = Relu(a) [two] y = Conv(r, v) }")
     _, outcome, _ = run(model, DropDead())
     (rewrite,) = outcome.rewrites
-    assert (rewrite.pass_name, rewrite.site) == ("drop-dead", "drop-dead:a")
+    assert (rewrite.pass_name, str(rewrite.site)) == ("drop-dead", "drop-dead:a")
     assert rewrite.removed == rewrite.added == ("Conv one", "Conv two")
     assert rewrite.became == (("a", "a_pruned"), ("y", "y"))
     assert rewrite.residual == 0.0
@@ -678,7 +679,7 @@ def test_subnormal_weights_become_zero() -> None:
     )
     result, outcome, _ = run(model, DropDead())
     (rewrite,) = outcome.rewrites
-    assert rewrite.site == "drop-dead:a"
+    assert str(rewrite.site) == "drop-dead:a"
     assert rewrite.reason == "3 of 28 weights are below the smallest normal float32, and become zero"
     assert rewrite.removed == rewrite.added == ("Conv one",)
     expected = np.where(np.abs(subnormal()) < np.finfo(F).tiny, F(0), subnormal())
@@ -891,20 +892,20 @@ def test_a_denied_site_is_left_alone() -> None:
     body = TWO + "{ a = Conv(x, w, b) y = Conv(a, v) e = Conv(x, w2, b2) z = Conv(e, o) }"
     model = build(body, o=normal(5, 7, 1, 1))
     _, free, _ = run(model, DropDead())
-    assert [r.site for r in free.rewrites] == ["drop-dead:a", "drop-dead:e"]
-    result, outcome, _ = run(model, DropDead(), denied=["drop-dead:a"])
-    assert [r.site for r in outcome.rewrites] == ["drop-dead:e"]
+    assert [str(r.site) for r in free.rewrites] == ["drop-dead:a", "drop-dead:e"]
+    result, outcome, _ = run(model, DropDead(), denied=[Site("drop-dead", "a")])
+    assert [str(r.site) for r in outcome.rewrites] == ["drop-dead:e"]
     assert "denied by the user" in reasons(outcome)
     np.testing.assert_array_equal(weight(result, "w"), W)
     np.testing.assert_array_equal(weight(result, "v"), V)
     assert weight(result, "w2").shape == (5, 4, 1, 1)
     same(model, result, x=X)
-    assert run(model, DropDead(), denied=["drop-dead:a", "drop-dead:e"])[0] is model
+    assert run(model, DropDead(), denied=[Site("drop-dead", "a"), Site("drop-dead", "e")])[0] is model
 
 
 def test_a_denied_subnormal_weight_is_left_alone() -> None:
     model = parse("(float[2,4,6,6] x) => (float[N] y) { a = Conv(x, w) y = Relu(a) }", w=subnormal())
-    assert run(model, DropDead(), denied=["drop-dead:a"])[0] is model
+    assert run(model, DropDead(), denied=[Site("drop-dead", "a")])[0] is model
 
 
 # The graph around it

@@ -9,7 +9,7 @@ import pytest
 from helpers import normal, ops, parse
 
 import pwopt
-from pwopt.rewriting.records import Rewrite
+from pwopt.rewriting.records import Rewrite, Site
 from pwopt.running.timing import Evidence, Race
 from pwopt.selecting.autotuning import Decision, Estimate, Group, choose, groups
 
@@ -17,12 +17,15 @@ pytest.importorskip("onnxruntime")
 
 
 def rewrite(signature: str, site: str, macs: int) -> Rewrite:
-    return Rewrite("", macs_before=macs, signature=signature, pass_name="merge-siblings", site=site)
+    return Rewrite("", macs_before=macs, signature=signature, site=Site("merge-siblings", site))
 
 
 def test_rewrites_that_look_alike_form_a_group_and_the_largest_comes_first() -> None:
     found = groups([rewrite("small", "s1", 1), rewrite("large", "l1", 5), rewrite("large", "l2", 5)])
-    assert found == [Group("merge-siblings", "large", ("l1", "l2"), 10), Group("merge-siblings", "small", ("s1",), 1)]
+    assert found == [
+        Group("merge-siblings", "large", (Site("merge-siblings", "l1"), Site("merge-siblings", "l2")), 10),
+        Group("merge-siblings", "small", (Site("merge-siblings", "s1"),), 1),
+    ]
 
 
 class Fake:
@@ -31,7 +34,7 @@ class Fake:
     def __init__(self, cost: Callable[[str], float], noise: float = 0.01, rounds: int = 40) -> None:
         self.cost, self.noise, self.rounds, self.rng = cost, noise, rounds, np.random.default_rng(0)
         self.seen: list[tuple[str, str]] = []
-        self.built: list[frozenset[str]] = []
+        self.built: list[frozenset[Site]] = []
         self.known: dict[Group, Decision] = {}
         self.looks: list[tuple[list[str], list[str]]] = []
         self.seen_by_look: dict[Group, Estimate] = {}
@@ -41,9 +44,9 @@ class Fake:
         """Each site takes or saves some time."""
         return cls(lambda name: 1.0 + sum(times[s] for s in name.split("+") if s))
 
-    def build(self, sites: frozenset[str]) -> Path:
+    def build(self, sites: frozenset[Site]) -> Path:
         self.built.append(sites)
-        return Path("+".join(sorted(sites)) or "+")
+        return Path("+".join(sorted(s.tensor for s in sites)) or "+")
 
     def fault(self, model: Path) -> str:
         return ""
@@ -56,12 +59,12 @@ class Fake:
         return self.known.get(group)
 
     def look(self, kept: Sequence[Group], groups: Sequence[Group]) -> Mapping[Group, Estimate]:
-        self.looks.append(([g.pass_name for g in kept], [g.sites[0] for g in groups]))
+        self.looks.append(([g.pass_name for g in kept], [g.sites[0].tensor for g in groups]))
         return {g: self.seen_by_look[g] for g in groups if g in self.seen_by_look}
 
 
 def listed(names: str) -> list[Group]:
-    return [Group("p", s.upper(), (s,), 1) for s in names]
+    return [Group("p", s.upper(), (Site("p", s),), 1) for s in names]
 
 
 def evidence(speedup: float, spread: float, rounds: int = 40) -> Evidence:
@@ -76,7 +79,7 @@ def test_groups_are_raced_on_top_of_those_kept() -> None:
     first, rest = fake.seen[:4], fake.seen[4:]
     assert first == [("+", "a"), ("a", "a+b"), ("a", "a+c"), ("a+c", "a+c+d")]
     assert rest == [("c", "a+c")]  # b was clearly slower, d came last: neither is raced again
-    assert [s.site for d in decisions for s in d.skips()] == ["b", "d"]
+    assert [s.tensor for d in decisions for s in d.skips()] == ["b", "d"]
     assert "measured" in decisions[1].skips()[0].reason
 
 
@@ -254,22 +257,21 @@ def test_the_pass_that_saves_most_is_raced_first() -> None:
     """Time may run out; what saves nothing, or costs multiply-adds, waits in its own order."""
     saves = [("a", 9, 9), ("b", 5, 8), ("c", 5, 3), ("d", 4, 2), ("d", 6, 3), ("a", 1, 1)]
     rewrites = [
-        Rewrite("", macs_before=before, macs_after=after, signature=str(i), pass_name=name, site=f"{name}{i}")
+        Rewrite("", macs_before=before, macs_after=after, signature=str(i), site=Site(name, str(i)))
         for i, (name, before, after) in enumerate(saves)
     ]
-    assert [g.sites[0] for g in groups(rewrites)] == ["d4", "d3", "c2", "a0", "a5", "b1"]
+    assert [str(g.sites[0]) for g in groups(rewrites)] == ["d:4", "d:3", "c:2", "a:0", "a:5", "b:1"]
 
 
 def test_of_two_that_act_on_one_place_the_first_is_raced_against_the_other() -> None:
     """The first takes the place where both are allowed, so the other has to be raced before, and then has no effect."""
     rewrites = [
-        Rewrite("", macs_before=9, macs_after=4, signature=name, pass_name=name, site=f"{name}:y")
-        for name in ("first", "second")
+        Rewrite("", macs_before=9, macs_after=4, signature=name, site=Site(name, "y")) for name in ("first", "second")
     ]
     found = groups(rewrites)
     assert [g.pass_name for g in found] == ["second", "first"]
     fake = Fake(lambda name: {"+": 1.0, "second": 0.9, "first": 0.8}[name], noise=0.001)
-    fake.build = lambda sites: Path("first" if "first:y" in sites else "second" if sites else "+")  # type: ignore[method-assign]
+    fake.build = lambda sites: Path("first" if Site("first", "y") in sites else "second" if sites else "+")  # type: ignore[method-assign]
     decisions = choose(found, fake, 60.0)
     assert fake.seen == [("+", "second"), ("second", "first")]
     assert [d.kept for d in decisions] == [False, True]

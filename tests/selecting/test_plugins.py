@@ -55,7 +55,7 @@ def test_a_class_is_run_certified_and_denied_like_ones_own() -> None:
     assert ops(result.model) == {"Conv": 1, "Relu": 1, "Abs": 1, "Pow": 1}
     (rewrite,) = result.report.rewrites
     assert rewrite.certificate is not None
-    assert (rewrite.pass_name, rewrite.site, rewrite.certificate.status) == ("drop-sign", "drop-sign:b", "tested")
+    assert (rewrite.pass_name, str(rewrite.site), rewrite.certificate.status) == ("drop-sign", "drop-sign:b", "tested")
     assert result.report.passes["drop-sign"] == "|−x| = |x|"
     denied = analytic(passes=[*pwopt.PASSES, DropSign], deny="drop-sign:b")
     assert ops(denied.model) == ops(signs())

@@ -10,6 +10,7 @@ import pytest
 from helpers import normal, parse
 
 from pwopt.rewriting import Rewrite
+from pwopt.rewriting.records import Site
 from pwopt.running.runtime import NodeTime
 from pwopt.selecting.autotuning import Estimate, Group
 from pwopt.selecting.profile_estimate import Run, look
@@ -18,10 +19,10 @@ F = np.float32
 #: Three convolutions in a row, of which the first two are rewritten into a product each.
 BEFORE = "(float[1,4,6,6] x) => (float[N] y) { a = Conv(x, u) r = Relu(a) b = Conv(r, v) s = Relu(b) y = Conv(s, w) }"
 AFTER = "(float[1,4,6,6] x) => (float[N] y) { p = Mul(x, k) a = Abs(p) r = Relu(a) q = Mul(r, k) b = Abs(q) s = Relu(b) y = Conv(s, w) }"
-A, B = Group("p", "first", ("p:a",), 1), Group("p", "second", ("p:b",), 1)
+A, B = Group("p", "first", (Site("p", "a"),), 1), Group("p", "second", (Site("p", "b"),), 1)
 REWRITES = [
-    Rewrite("", became=(("a", "a"),), pass_name="p", site="p:a"),
-    Rewrite("", became=(("b", "b"),), pass_name="p", site="p:b"),
+    Rewrite("", became=(("a", "a"),), site=Site("p", "a")),
+    Rewrite("", became=(("b", "b"),), site=Site("p", "b")),
 ]
 #: Milliseconds of the first model's operators, by number; activations take none.
 OLD = {0: 4.0, 1: 0.0, 2: 3.0, 3: 0.0, 4: 3.0}
@@ -93,8 +94,8 @@ def test_slow_spells_of_whole_runs_cancel() -> None:
 def test_nothing_is_said_of_what_was_not_made_or_is_not_alone() -> None:
     before, after = models()
     both = (runs(OLD), runs({0: 1.0, 1: 1.0, 2: 0.0, 3: 2.0, 4: 3.0, 5: 0.0, 6: 3.0}))
-    partly = Group("p", "third", ("p:b", "p:y"), 1)
+    partly = Group("p", "third", (Site("p", "b"), Site("p", "y")), 1)
     assert set(look(before, after, REWRITES, [A, partly], both)) == {A}
-    same = Group("q", "also first", ("q:a",), 1)
-    rewrites = [*REWRITES, Rewrite("", became=(("a", "a"),), pass_name="q", site="q:a")]
+    same = Group("q", "also first", (Site("q", "a"),), 1)
+    rewrites = [*REWRITES, Rewrite("", became=(("a", "a"),), site=Site("q", "a"))]
     assert set(look(before, after, rewrites, [A, B, same], both)) == {B}
