@@ -4,22 +4,22 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import numpy as np
 
 from pwopt.algebra import Values
-from pwopt.algebra.unions import Unions
 from pwopt.graph import attributes
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.operators import REDUCTIONS, SOFTMAXES
 from pwopt.graph.shapes import Shape
 from pwopt.maps import emit, forms
 from pwopt.maps.forms import Reading
-from pwopt.rewriting.carry import BY_AXES, Member, See, along, carry, data, rewritten
+from pwopt.rewriting.carry import BY_AXES, See, along, carry, data, rewritten
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
+from pwopt.rewriting.regions import Region, find_regions
 from pwopt.rewriting.wording import counted
 
 #: Permutations that move the channels of feature maps to the last axis, and back.
@@ -59,14 +59,6 @@ class Last:
         return [Node("Transpose", rw.node_name(str(output.name), "_transpose"), {"perm": perm}, [source], [output])]
 
 
-@dataclass
-class Region:
-    """Connected operators that run channels-last, and those of them that combine channels (the anchors)."""
-
-    members: list[Member[Last]] = field(default_factory=list)
-    anchors: list[Node] = field(default_factory=list)
-
-
 class ChannelsLast(Pass):
     """f(x, axis 1) = Tᵀ(f(Tx, axis −1)) where T moves the channels to the last axis and f is a region of operators
 
@@ -86,27 +78,32 @@ class ChannelsLast(Pass):
     policy = "measured"
 
     def start(self, rw: Rewriter) -> None:
-        self._roots = {r.members[0][0]: r for r in _regions(rw)}
+        self._layouts = _find_members(rw)
+        self._roots: dict[Node, tuple[Region, list[Node]]] = {}
+        for region in find_regions({n: _find_shared(rw, n, last) for n, last in self._layouts.items()}):
+            anchors = [n for n in region.nodes if _combines_channels(rw, n)]
+            if anchors:
+                self._roots[region.nodes[0]] = region, anchors
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
-        region = self._roots.pop(node, None)
-        if region is None:
+        if node not in self._roots:
             return None
-        what = counted(len(region.anchors), "operator") + " over channels"
+        region, anchors = self._roots.pop(node)
+        what = counted(len(anchors), "operator") + " over channels"
         if not self.eager:
             return Skip(f"{what} could run channels-last; only measuring can tell")
 
-        kinds = ", ".join(f"{n} {op}" for op, n in sorted(Counter(rw.op(a) for a in region.anchors).items()))
-        size = rw.size_of(region.anchors[0].inputs[0])
-        others = counted(len(region.members) - len(region.anchors), "other")
-        done = carry(rw, region.members, partial(_write, rw), f"{what} and {others} run channels-last")
+        kinds = ", ".join(f"{n} {op}" for op, n in sorted(Counter(rw.op(a) for a in anchors).items()))
+        size = rw.size_of(anchors[0].inputs[0])
+        others = counted(len(region.nodes) - len(anchors), "other")
+        members = [(n, self._layouts[n]) for n in region.nodes]
+        done = carry(rw, members, partial(_write, rw), f"{what} and {others} run channels-last")
         return done.signed(f"{kinds} over channels: with {others} at {size}")
 
 
-def _regions(rw: Rewriter) -> list[Region]:
+def _find_members(rw: Rewriter) -> dict[Node, Last]:
     """The operators that combine channels, with those after (and before) them that can run channels-last."""
-    found: dict[Node, Member[Last]] = {}
-    anchors: set[Node] = set()
+    found: dict[Node, Last] = {}
     made: set[Tensor] = set()
     nodes = rw.nodes()
     for node in nodes:
@@ -116,11 +113,9 @@ def _regions(rw: Rewriter) -> list[Region]:
         combines = _combines_channels(rw, node)
         if not (combines or any(t in made for t in node.inputs)) or not _can_run(rw, node, last):
             continue
-        found[node] = (node, last)
+        found[node] = last
         made.update(t for t in node.outputs if rw.rank(t) == last.rank)
-        if combines:
-            anchors.add(node)
-    entered = {t for node, _ in found.values() for t in data(rw, node)}
+    entered = {t for node in found for t in data(rw, node)}
     # An operator before the region joins it if the region reads its input too, such as x² before a mean where x is
     # read as well. That saves one of two entries.
     for node in reversed(nodes) if found else ():
@@ -130,23 +125,13 @@ def _regions(rw: Rewriter) -> list[Region]:
         readers = [r for t in node.outputs for r in rw.readers(t)]
         inside = readers and all(r in found for r in readers)
         if inside and any(t in entered for t in node.inputs):
-            found[node] = (node, last)
-    return _connect(rw, [found[n] for n in nodes if n in found], anchors)
+            found[node] = last
+    return {n: found[n] for n in nodes if n in found}
 
 
-def _connect(rw: Rewriter, members: Sequence[Member[Last]], anchors: set[Node]) -> list[Region]:
-    """Group members that share a tensor, in order."""
-    sets = Unions[Node | Tensor]()
-    for node, last in members:
-        for t in (*data(rw, node), *node.outputs):
-            if t.name and rw.rank(t) == last.rank:
-                sets.join(node, t)
-    regions: dict[Node | Tensor, Region] = {}
-    for node, last in members:
-        region = regions.setdefault(sets.root(node), Region())
-        region.members.append((node, last))
-        region.anchors += [node] if node in anchors else []
-    return [r for r in regions.values() if r.anchors]
+def _find_shared(rw: Rewriter, node: Node, last: Last) -> list[Tensor]:
+    """The tensors of an operator that the layout changes."""
+    return [t for t in (*data(rw, node), *node.outputs) if t.name and rw.rank(t) == last.rank]
 
 
 def _find_layout(rw: Rewriter, node: Node) -> Last | None:

@@ -9,7 +9,6 @@ import numpy as np
 
 from pwopt.algebra import Values
 from pwopt.algebra.multirate import over_time
-from pwopt.algebra.unions import Unions
 from pwopt.graph.ir import Constant, Node, Tensor
 from pwopt.graph.operators import SOFTMAXES
 from pwopt.graph.shapes import Shape
@@ -20,6 +19,7 @@ from pwopt.maps.positions import pooling, stencil
 from pwopt.rewriting.carry import BY_AXES, Arguments, See, carry, data, rewritten
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
+from pwopt.rewriting.regions import find_regions
 from pwopt.rewriting.wording import counted
 
 #: Operators that know of no more than axes, and that are the same on frames.
@@ -71,14 +71,6 @@ class Images:
         ]
 
 
-@dataclass
-class Region:
-    """Connected operators of one video."""
-
-    nodes: list[Node] = field(default_factory=list)
-    spatial: list[Node] = field(default_factory=list)
-
-
 class Frames(Pass):
     """y_t = Σ_j W_j ∗ x_{t + j}: a convolution over time and space is a sum, over its taps in time, of 2-D convolutions
     of shifted frames; all else that treats frames alike runs on them as a batch of images.
@@ -94,13 +86,16 @@ class Frames(Pass):
     pays_on = frozenset({"cpu", "other"})  # graphics cards have no blocked layout
 
     def start(self, rw: Rewriter) -> None:
-        self._roots = {r.spatial[0]: r for r in _regions(rw)} if rw.opset >= 13 else {}
+        members = {n: (*n.inputs, *n.outputs) for n in rw.nodes() if rw.opset >= 13 and _fits(rw, n)}
+        regions = find_regions({n: [t for t in ts if rw.producer(t) in members] for n, ts in members.items()})
+        found = [(r, [n for n in r.nodes if _is_spatial(rw, n)]) for r in regions]
+        self._roots = {spatial[0]: (region, spatial) for region, spatial in found if spatial}
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
-        region = self._roots.pop(node, None)
-        if region is None:
+        if node not in self._roots:
             return None
-        what = counted(len(region.spatial), "3-D convolution")
+        region, spatial = self._roots.pop(node)
+        what = counted(len(spatial), "3-D convolution")
         if not self.eager:
             return Skip(f"a region of {what} could run on frames; only measuring can tell")
 
@@ -114,30 +109,18 @@ class Frames(Pass):
             assert arguments is not None
             return rewritten(rw, member, arguments, images, see, outputs)
 
-        work, size = sum(macs(rw, n) or 0 for n in region.nodes), rw.size_of(region.spatial[0].outputs[0])
-        others = counted(len(region.nodes) - len(region.spatial), "other operator")
+        work, size = sum(macs(rw, n) or 0 for n in region.nodes), rw.size_of(spatial[0].outputs[0])
+        others = counted(len(region.nodes) - len(spatial), "other operator")
         done = carry(rw, [(n, Images()) for n in region.nodes], write, f"{what} and {others} around run on frames")
         return done.signed(
             f"{what} in a region of {len(region.nodes)} with {work:,} multiply-adds, the first at {size}"
         )
 
 
-def _regions(rw: Rewriter) -> list[Region]:
-    """Connected operators that are the same on frames, or sums of shifted ones."""
-    sets, members = Unions[Node](), {n: n for n in rw.nodes() if _fits(rw, n)}
-    for node in members.values():
-        for t in node.inputs:
-            maker = rw.producer(t)
-            if maker in members:
-                sets.join(node, maker)
-    regions: dict[Node, Region] = {}
-    for node in members.values():
-        region = regions.setdefault(sets.root(node), Region())
-        region.nodes.append(node)
-        reading = stencil(rw, node)
-        if reading is not None and any(k > 1 for k in reading.geometry.kernel[1:]):
-            region.spatial.append(node)
-    return [r for r in regions.values() if r.spatial]
+def _is_spatial(rw: Rewriter, node: Node) -> bool:
+    """Whether a node is a convolution whose kernel covers more than one position in the plane."""
+    reading = stencil(rw, node)
+    return reading is not None and any(k > 1 for k in reading.geometry.kernel[1:])
 
 
 def _fits(rw: Rewriter, node: Node) -> bool:

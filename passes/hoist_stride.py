@@ -4,23 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 
-from pwopt.algebra.unions import Unions
 from pwopt.graph.ir import Node, Tensor
 from pwopt.maps.cost import ELEMENT, macs
 from pwopt.maps.positions import STRIDED_POOLS, Steps, every, pooling, positionwise, spread, stencil, subsample
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
+from pwopt.rewriting.regions import Region, find_regions
 from pwopt.rewriting.wording import counted
-
-
-@dataclass
-class Region:
-    """Tensors of which only every s-th position is read, and the operators that make or read them."""
-
-    tensors: dict[Tensor, None] = field(default_factory=dict)
-    nodes: dict[Node, None] = field(default_factory=dict)
 
 
 class HoistStride(Pass):
@@ -38,7 +30,9 @@ class HoistStride(Pass):
 
     def start(self, rw: Rewriter) -> None:
         self._steps = _demands(rw)
-        self._roots = {min(r.nodes, key=rw.position): r for r in _regions(rw, self._steps) if r.nodes}
+        touched = {n: [t for t in (*n.inputs, *n.outputs) if t in self._steps] for n in rw.nodes()}
+        regions = find_regions({n: tensors for n, tensors in touched.items() if tensors})
+        self._roots = {r.nodes[0]: r for r in regions}
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         region = self._roots.pop(node, None)
@@ -48,7 +42,7 @@ class HoistStride(Pass):
         if rw.opset < 8:  # onnxruntime's MaxPool takes float32 only before
             return Skip(f"opset {rw.opset} cannot subsample every type; --opset converts the model")
         saved, spent = self._balance(rw, region)
-        name = next(iter(region.tensors)).name
+        name = region.tensors[0].name
         if saved <= spent:
             return Skip(f"only {self._of(region)} of {name!r} is read, but subsampling costs more than that saves")
         pools: dict[tuple[Tensor, Steps], Tensor] = {}
@@ -57,7 +51,7 @@ class HoistStride(Pass):
         before = sum(macs(rw, n) or 0 for n in region.nodes)
         for t in region.tensors:
             rw.reshape(t, every(self._steps[t]))
-        for node in sorted(region.nodes, key=rw.position):
+        for node in region.nodes:
             made: list[Node] = []
             step = self._steps.get(node.outputs[0], ())
             inputs, stride = list(node.inputs), _stride(rw, node)
@@ -173,21 +167,3 @@ def _wanted(rw: Rewriter, reader: Node, tensor: Tensor, rank: int, steps: dict[T
         return tuple(s * a for s, a in zip(stride, after, strict=True)) if len(stride) == rank else (1,) * rank
     passed = len(after) == rank and spread(rw, tensor, rank) and positionwise(rw, reader)
     return after if passed else (1,) * rank
-
-
-def _regions(rw: Rewriter, steps: dict[Tensor, Steps]) -> list[Region]:
-    """Connected sets of such tensors, with every operator that makes or reads one."""
-    sets = Unions[Tensor]()
-    touching = []
-    for node in rw.nodes():
-        mine = [t for t in (*node.inputs, *node.outputs) if t in steps]
-        for t in mine[1:]:
-            sets.join(t, mine[0])
-        if mine:
-            touching.append((node, mine))
-    regions: dict[Tensor, Region] = {}
-    for node, mine in touching:
-        region = regions.setdefault(sets.root(mine[0]), Region())
-        region.nodes[node] = None
-        region.tensors.update(dict.fromkeys(mine))
-    return list(regions.values())

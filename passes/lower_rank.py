@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from pwopt.algebra import Values
-from pwopt.algebra.unions import Unions
 from pwopt.graph import attributes
 from pwopt.graph.ir import Constant, Node, Tensor
 from pwopt.graph.operators import POOLS, REDUCTIONS
@@ -29,6 +28,7 @@ from pwopt.rewriting.carry import (
 )
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
+from pwopt.rewriting.regions import find_regions
 from pwopt.rewriting.wording import counted
 
 #: Without measuring, regions of fewer convolutions are left alone: the changes of shape around them cost too much.
@@ -114,18 +114,6 @@ class Lowering:
         return [Node(op, name, {}, [source, rw.new_constant(f"{output.name}_axes", axes)], [output])]
 
 
-@dataclass
-class Region:
-    """Connected operators, each with the way in which it is lowered."""
-
-    rank: int
-    nodes: list[tuple[Node, Lowering]] = field(default_factory=list)
-
-    @property
-    def convolutions(self) -> list[Node]:
-        return [n for n, _ in self.nodes if n.op in ("Conv", "ConvTranspose")]
-
-
 class LowerRank(Pass):
     """f(x) = squeeze(f₂(unsqueeze(x))): a region f on (N, C, L) runs as f₂ on (N, C, 1, L), one on (N, C, T, H, W)
     whose kernels are (k, 1, 1) on (N, C, T, H·W), one on (N, C, 1, 1) as matrix products on (N, C). The same sums
@@ -140,13 +128,17 @@ class LowerRank(Pass):
     policy = "measured"
 
     def start(self, rw: Rewriter) -> None:
-        self._roots = {r.convolutions[0]: r for r in _regions(rw)}
+        self._lowerings = _find_lowerings(rw)
+        tensors = {n: (*n.inputs, *n.outputs) for n in self._lowerings}
+        regions = find_regions({n: [t for t in ts if rw.producer(t) in tensors] for n, ts in tensors.items()})
+        found = [(r, [n for n in r.nodes if n.op in ("Conv", "ConvTranspose")]) for r in regions]
+        self._roots = {convolutions[0]: (region, convolutions) for region, convolutions in found if convolutions}
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
-        region = self._roots.pop(node, None)
-        if region is None:
+        if node not in self._roots:
             return None
-        count, rank = len(region.convolutions), region.rank - 2
+        region, convolutions = self._roots.pop(node)
+        count, rank = len(convolutions), self._lowerings[node].rank - 2
         if not self.eager and rank == 2:
             single = counted(count, "convolution")
             return Skip(f"{single} of single positions could run as matrix products; only measuring can tell")
@@ -155,13 +147,14 @@ class LowerRank(Pass):
                 f"a region of {counted(count, f'{rank}-D convolution')} may not repay its changes of shape; "
                 "only measuring can tell"
             )
-        return _lower(rw, region)
+        return _lower(rw, [(n, self._lowerings[n]) for n in region.nodes], convolutions)
 
 
-def _lower(rw: Rewriter, region: Region) -> Rewrite:
-    work, size = sum(macs(rw, n) or 0 for n, _ in region.nodes), rw.size_of(region.convolutions[0].outputs[0])
-    convolutions = counted(len(region.convolutions), f"{region.rank - 2}-D convolution")
-    signature = f"{convolutions} in a region of {len(region.nodes)}"
+def _lower(rw: Rewriter, members: Sequence[tuple[Node, Lowering]], convolutions: Sequence[Node]) -> Rewrite:
+    work, size = sum(macs(rw, n) or 0 for n, _ in members), rw.size_of(convolutions[0].outputs[0])
+    rank = members[0][1].rank
+    what = counted(len(convolutions), f"{rank - 2}-D convolution")
+    signature = f"{what} in a region of {len(members)}"
     signature += f" with {work:,} multiply-adds, the first at {size}"
 
     def write(node: Node, low: Lowering, see: See, outputs: list[Tensor]) -> list[Node]:
@@ -169,29 +162,16 @@ def _lower(rw: Rewriter, region: Region) -> Rewrite:
         assert arguments is not None
         return rewritten(rw, node, arguments, low, see, outputs)
 
-    where = "as matrix products" if region.rank == 4 else "in 2-D"
-    others = counted(len(region.nodes) - len(region.convolutions), "other operator")
-    reason = f"{convolutions} and {others} around them run {where}"
-    return carry(rw, region.nodes, write, reason).signed(signature)
+    where = "as matrix products" if rank == 4 else "in 2-D"
+    others = counted(len(members) - len(convolutions), "other operator")
+    reason = f"{what} and {others} around them run {where}"
+    return carry(rw, members, write, reason).signed(signature)
 
 
-def _regions(rw: Rewriter) -> list[Region]:
-    """Connected operators that can all be lowered, where at least one is a convolution."""
-    sets = Unions[Node]()
-    low: dict[Node, Lowering] = {}
-    for node in rw.nodes():
-        lowering = _lowering(rw, node)
-        if lowering is not None and _arguments(rw, lowering, node) is not None:
-            low[node] = lowering
-    for node, lowering in low.items():
-        for t in node.inputs:
-            maker = rw.producer(t)
-            if maker is not None and maker in low and low[maker].rank == lowering.rank:
-                sets.join(node, maker)
-    regions: dict[Node, Region] = {}
-    for node, lowering in low.items():
-        regions.setdefault(sets.root(node), Region(lowering.rank)).nodes.append((node, lowering))
-    return [r for r in regions.values() if r.convolutions]
+def _find_lowerings(rw: Rewriter) -> dict[Node, Lowering]:
+    """The operators that can be lowered, each with how."""
+    found = {node: _lowering(rw, node) for node in rw.nodes()}
+    return {n: low for n, low in found.items() if low is not None and _arguments(rw, low, n) is not None}
 
 
 def _lowering(rw: Rewriter, node: Node) -> Lowering | None:
