@@ -150,18 +150,16 @@ class CommuteSpatial(Pass):
         cost_before, cost_after = (g.weights * p + mover.work(c) for p, c in zip(places, counts, strict=True))
         if cost_after >= cost_before:
             return Skip(_explain_cost(where, mover, counts))
-        moves: tuple[Tensor, Tensor]
-        maps: tuple[Tensor, Tensor]
         if sinks:
             between = rw.new_variable(f"{mover.output.name}_input", mover.output, channels(axis, g.in_channels))
-            moves, maps = (reading.source, between), (between, mover.output)
         else:
             between = rw.new_variable(f"{reading.output.name}_small", mover.source, channels(axis, g.out_channels))
-            moves, maps = (between, reading.output), (mover.source, between)
-        spatial, linear = _copy(rw, mover.node, *moves, axis, *counts), reading.load()
+        ends = (reading.source, between) if sinks else (between, reading.output)
+        spatial, linear = _copy(rw, mover.node, ends[0], ends[1], axis, *counts), reading.load()
         if spatial is None:
             return Skip(FIXED_SIZE)
-        written = emit.write(rw, linear, reading, *maps, axis)
+        ends = (between, mover.output) if sinks else (mover.source, between)
+        written = emit.write(rw, linear, reading, ends[0], ends[1], axis)
         reason = f"{reading.channels} runs {where} {mover.node.op}, at {counted(min(places), 'position')}"
         reason += f" instead of {max(places):,}"
         if mover.terms:
