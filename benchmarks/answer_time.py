@@ -186,7 +186,7 @@ def raced(options: argparse.Namespace) -> list[dict[str, Any]]:
     from pwopt.inputs.samples import make_feeds
     from pwopt.inputs.specs import input_specs
     from pwopt.running import timing
-    from pwopt.running.runtime import Session
+    from pwopt.running.session import Session
     from pwopt.running.size_trials import likely_sizes
 
     originals, *versions = options.race

@@ -15,7 +15,7 @@ import typer
 from PIL import Image, ImageDraw, ImageFont
 
 import pwopt
-from pwopt.running.runtime import cpu_name
+from pwopt.running.installation import cpu_name
 from pwopt.running.timing import Race
 
 LINES = ["Invoice 2026-0417", "3 widgets, blue", "1 gear box", "Total: 169.70 EUR", "Thank you for your order!"]

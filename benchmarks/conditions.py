@@ -22,7 +22,7 @@ from builder import Builder
 
 import pwopt
 from pwopt.running import timing
-from pwopt.running.runtime import Session
+from pwopt.running.session import Session
 
 #: Name → channels, convolutions, planes to optimise for and to check, numbers of threads.
 CASES = {

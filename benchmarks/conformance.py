@@ -39,7 +39,7 @@ from judge import runtime
 import pwopt
 from pwopt.passes import PASSES
 from pwopt.reporting.report import to_json
-from pwopt.running.runtime import environment
+from pwopt.running.installation import describe_machine
 
 KINDS = ("node", "simple", "pytorch-operator", "pytorch-converted", "real")
 DATA = Path(onnx.backend.test.__file__).parent / "data"
@@ -194,7 +194,7 @@ def main() -> None:
             print(*(f"{k}: {v}" for k, v in rows[-1].items()), sep="  ", flush=True)
         print("  ".join(f"{name} {n}" for name, n in sorted(rewrites.items())), flush=True)
     if options.output:
-        content = {"environment": environment(), "table": rows, "failed": failed, "refused": refused}
+        content = {"environment": describe_machine(), "table": rows, "failed": failed, "refused": refused}
         options.output.write_text(to_json(content))
     sys.exit(bool(failed))
 

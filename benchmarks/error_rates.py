@@ -28,7 +28,7 @@ from pwopt.evidence.verify import verify
 from pwopt.graph.files import save
 from pwopt.optimizing.optimizer import optimize
 from pwopt.reporting.report import to_json
-from pwopt.running.runtime import environment, onnxruntime, silence
+from pwopt.running.installation import describe_machine, import_onnxruntime, silence_onnxruntime
 
 SIZES = (1e-2, 1e-3, 1e-4, 1e-5)
 ACTIVATIONS = ("Relu", "Sigmoid", "Tanh", "LeakyRelu", "")
@@ -184,7 +184,7 @@ def by_pwopt(net: Net, path: Path, rng: np.random.Generator) -> None:
 
 
 def by_onnxruntime(net: Net, path: Path, rng: np.random.Generator) -> None:
-    ort = onnxruntime()
+    ort = import_onnxruntime()
     options = ort.SessionOptions()
     level = ort.GraphOptimizationLevel
     options.graph_optimization_level = rng.choice([level.ORT_ENABLE_BASIC, level.ORT_ENABLE_EXTENDED])
@@ -274,14 +274,14 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--pairs", type=int, default=200, help="equivalent pairs, and faults per size")
     options = parser.parse_args()
-    silence()
+    silence_onnxruntime()
     with tempfile.TemporaryDirectory() as folder:
         alarms = false_alarms(options.pairs, Path(folder))
         for row in alarms:
             print(row, flush=True)
         missed = [row for size in SIZES for row in misses(options.pairs, Path(folder), size)]
     if options.output:
-        content = {"environment": environment(), "false alarms": alarms, "misses": missed}
+        content = {"environment": describe_machine(), "false alarms": alarms, "misses": missed}
         options.output.write_text(to_json(content))
 
 

@@ -27,7 +27,7 @@ from distributed import LocalCluster
 import pwopt
 from pwopt.optimizing.batch import BatchRow
 from pwopt.optimizing.fleet import Fleet
-from pwopt.running.runtime import environment
+from pwopt.running.installation import describe_machine
 
 
 def timed(run: Callable[[], list[BatchRow]]) -> tuple[list[BatchRow], float]:
@@ -80,7 +80,7 @@ def main() -> None:
             models[-1].parent.mkdir(exist_ok=True)
             shutil.copy(source, models[-1])
         request = pwopt.Request() if options.measured else pwopt.Request(cost="analytic")
-        result = {"environment": environment(), **measure(models, request, Path(folder))}
+        result = {"environment": describe_machine(), **measure(models, request, Path(folder))}
     print(json.dumps(result, indent=1))
     if options.output:
         options.output.write_text(json.dumps(result, indent=1) + "\n")

@@ -33,7 +33,7 @@ from strategies import random_sample
 
 from pwopt.passes import PASSES
 from pwopt.reporting.report import to_json
-from pwopt.running.runtime import environment
+from pwopt.running.installation import describe_machine
 
 #: Graphs that a process runs before its figures are written down.
 BATCH = 50
@@ -136,7 +136,7 @@ def main() -> None:
                 running[pool.submit(found, following)] = following
             ran = sum(n for name, n in judges.items() if name != "nodes")
             content = {
-                "environment": environment(),
+                "environment": describe_machine(),
                 "graphs": ran,
                 "judges": dict(judges),
                 "rewrites": {p.name: rewrites[p.name] for p in PASSES},

@@ -175,7 +175,7 @@ def measure(path: Path, tools: Iterable[str], seconds: float) -> Row:
     from pwopt.inputs.samples import make_feeds
     from pwopt.inputs.specs import input_specs
     from pwopt.running import timing
-    from pwopt.running.runtime import Session
+    from pwopt.running.session import Session
     from pwopt.running.size_trials import likely_sizes
 
     proto = load(path).proto
@@ -345,7 +345,7 @@ def render(record: Row) -> None:
 
 
 def run(options: argparse.Namespace) -> Row:
-    from pwopt.running.runtime import environment
+    from pwopt.running.installation import describe_machine
 
     packages = {**{tool: package for tool, (_, package) in TOOLS.items()}, RUNTIME: "openvino"}
     asked = options.tools.split(",")
@@ -364,7 +364,7 @@ def run(options: argparse.Namespace) -> Row:
     versions = {t: importlib.metadata.version(packages[t]) for t in tools}
     return {
         "date": date.today().isoformat(),
-        "environment": environment(),
+        "environment": describe_machine(),
         "versions": versions,
         "tools": tools,
         "models": rows,

@@ -17,8 +17,8 @@ import json
 import os
 from pathlib import Path
 
+from pwopt.running.installation import describe_machine
 from pwopt.running.providers import as_provider
-from pwopt.running.runtime import environment
 from pwopt.selecting import cache, priors
 
 
@@ -36,7 +36,7 @@ def main() -> None:
     key = f"{as_provider(options.provider).kind} {priors.processor()}"
     machine = {
         k: v
-        for k, v in environment(as_provider(options.provider)).items()
+        for k, v in describe_machine(as_provider(options.provider)).items()
         if k in ("pwopt", "onnxruntime", "cpu", "cores")
     }
     models = sorted({e.name for e in entries})

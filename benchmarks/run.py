@@ -24,8 +24,8 @@ from rich.table import Table
 import pwopt
 from pwopt.optimizing.request import EFFORTS
 from pwopt.reporting.report import to_json
+from pwopt.running.installation import describe_machine
 from pwopt.running.providers import as_provider
-from pwopt.running.runtime import environment
 
 
 def measure(path: Path, shapes: dict[str, list[int]], options: argparse.Namespace) -> dict[str, Any]:
@@ -100,7 +100,7 @@ def main() -> None:
         )
     console.print(table)
     if options.output:
-        content = {"environment": environment(as_provider(options.provider), options.threads), "models": rows}
+        content = {"environment": describe_machine(as_provider(options.provider), options.threads), "models": rows}
         options.output.write_text(to_json(content))
 
 

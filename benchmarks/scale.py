@@ -20,7 +20,7 @@ from onnx import TensorProto, helper, numpy_helper
 from pwopt.graph.files import from_proto
 from pwopt.passes import PASSES
 from pwopt.reporting.report import to_json
-from pwopt.running.runtime import environment
+from pwopt.running.installation import describe_machine
 from pwopt.selecting.snapshot import run_pipeline
 
 CHANNELS = 4
@@ -78,7 +78,7 @@ def main() -> None:
             })  # fmt: skip
             print(rows[-1], flush=True)
     if options.output:
-        options.output.write_text(to_json({"environment": environment(), "rows": rows}))
+        options.output.write_text(to_json({"environment": describe_machine(), "rows": rows}))
 
 
 if __name__ == "__main__":

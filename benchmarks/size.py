@@ -26,7 +26,7 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from pwopt.reporting.report import to_json
-from pwopt.running.runtime import environment
+from pwopt.running.installation import describe_machine
 
 #: Side of the large models' square weights: 64 MiB each in float32.
 WIDTH = 4096
@@ -178,7 +178,7 @@ def main() -> None:
         rows += found
     print("growth:", slopes)
     if options.output:
-        options.output.write_text(to_json({"environment": environment(), "rows": rows, "growth": slopes}))
+        options.output.write_text(to_json({"environment": describe_machine(), "rows": rows, "growth": slopes}))
 
 
 if __name__ == "__main__":

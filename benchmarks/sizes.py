@@ -30,7 +30,7 @@ from pwopt.graph.files import load
 from pwopt.graph.shapes import written
 from pwopt.inputs.specs import input_specs
 from pwopt.reporting.report import to_json
-from pwopt.running import runtime
+from pwopt.running import installation
 from pwopt.running.size_trials import rounds
 
 #: What choosing sizes may take: bytes and seconds.
@@ -45,7 +45,7 @@ def peak() -> int:
 
 def row(name: str, path: Path) -> dict[str, Any]:
     """One model's sizes, in this process."""
-    runtime.onnxruntime()
+    installation.import_onnxruntime()
     loaded = load(path)
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before, start, idle = peak(), time.perf_counter(), sum(os.times()[:4])
@@ -124,7 +124,7 @@ def main() -> None:
     bad = [r["model"] for r in rows if not r["within bounds"]]
     print(f"{len(rows)} models, {len(bad)} beyond {MOST_SECONDS:.0f} s or 1 GiB: {', '.join(bad) or 'none'}")
     if options.output:
-        options.output.write_text(to_json({"environment": runtime.environment(), "rows": rows}))
+        options.output.write_text(to_json({"environment": installation.describe_machine(), "rows": rows}))
     if options.table:
         options.table.write_text(markdown(rows))
 

@@ -25,7 +25,7 @@ from pwopt.graph.files import from_proto
 from pwopt.graph.view import View
 from pwopt.maps import forms
 from pwopt.reporting.report import to_json
-from pwopt.running.runtime import environment
+from pwopt.running.installation import describe_machine
 
 #: Operators that move, repeat or pick numbers and compute none.
 MOVING = (
@@ -124,7 +124,7 @@ def main() -> None:
         for why, count in list(entry["reasons"].items())[:6]:
             print(f"      {count:5} {why}")
     if options.output:
-        content = {"environment": environment(), "models": models, "kinds": ordered}
+        content = {"environment": describe_machine(), "models": models, "kinds": ordered}
         options.output.write_text(to_json(content))
 
 

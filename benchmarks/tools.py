@@ -28,7 +28,7 @@ from rich.table import Table
 import pwopt
 from pwopt.reporting.document import document
 from pwopt.reporting.report import Comparison, to_json
-from pwopt.running.runtime import environment
+from pwopt.running.installation import describe_machine
 
 
 def by_pwopt(path: Path, out: Path, shapes: dict[str, list[int]]) -> None:
@@ -85,7 +85,7 @@ def compare(path: Path, tool: str, shapes: dict[str, list[int]], out: Path) -> d
         except pwopt.PwoptError as error:
             return {"model": path.name, "tool": tool, "error": str(error)}
     worst = max(found.outputs, key=lambda o: (not o.passed, o.max_abs))
-    comparison = Comparison(path.name, made.name, "cpu", environment(), found)
+    comparison = Comparison(path.name, made.name, "cpu", describe_machine(), found)
     (out / f"{path.stem}.{tool}.md").write_text(document(comparison, "markdown"), encoding="utf-8")
     return {
         "model": path.name,
@@ -128,7 +128,7 @@ def main() -> None:
     before = json.loads(summary.read_text())["rows"] if summary.exists() else []
     done = {(r["model"], r["tool"]) for r in rows}
     kept = [r for r in before if (r["model"], r["tool"]) not in done]
-    content = {"environment": environment(), "rows": sorted(kept + rows, key=lambda r: (r["model"], r["tool"]))}
+    content = {"environment": describe_machine(), "rows": sorted(kept + rows, key=lambda r: (r["model"], r["tool"]))}
     summary.write_text(to_json(content), encoding="utf-8")
 
 

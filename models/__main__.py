@@ -13,7 +13,7 @@ from rich.progress import track
 from models import page
 from models.gallery import SYSTEMS, check, serialised
 from pwopt.errors import PwoptError
-from pwopt.running.runtime import silence
+from pwopt.running.installation import silence_onnxruntime
 
 app = typer.Typer(add_completion=False)
 
@@ -42,7 +42,7 @@ def main(
     complete = set(names or known) == set(known)
     if readme and not complete:
         raise typer.BadParameter("README.md covers all systems: name no system, or leave --readme out")
-    silence()
+    silence_onnxruntime()
     chosen = [known[name] for name in names or known]
     for system in chosen if build else ():
         system.path.write_bytes(serialised(system))

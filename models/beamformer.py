@@ -23,7 +23,7 @@ import onnx
 from models.exporter import Exporter
 from models.system import Law, Refusal, System, object_in
 from pwopt.invariants import function_of, translation
-from pwopt.running.runtime import Session
+from pwopt.running.session import Session
 
 MICROPHONES, BEAMS, TAPS, LENGTH, WIDTH, HIDDEN = 8, 4, 31, 1024, 64, 128
 

@@ -22,7 +22,7 @@ import onnx
 
 from models.exporter import Exporter
 from models.system import Kept, Refusal, System, normal, outputs
-from pwopt.running.runtime import Session
+from pwopt.running.session import Session
 
 SIZE, WIDTHS, EMBEDDING, TEACHER, HINT = 32, (3, 16, 32, 64), 128, 192, 48
 

@@ -23,7 +23,7 @@ import onnx
 
 from models.exporter import Exporter
 from models.system import Kept, Refusal, System, normal, outputs
-from pwopt.running.runtime import Session
+from pwopt.running.session import Session
 
 WIDTHS, CLASSES, STRIDE, SIZE = (3, 16, 32, 64), 21, 8, 64
 

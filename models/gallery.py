@@ -31,7 +31,7 @@ from models import (
 from models.system import UNMEASURED, Figure, Refusal, System
 from pwopt.graph.files import as_file
 from pwopt.reporting.report import Latency, Report
-from pwopt.running.runtime import Session
+from pwopt.running.session import Session
 
 #: The simplest come first.
 SYSTEMS: tuple[System, ...] = (

@@ -23,7 +23,7 @@ import onnx
 
 from models.exporter import Exporter
 from models.system import Kept, Law, Refusal, System, outputs
-from pwopt.running.runtime import Session
+from pwopt.running.session import Session
 
 BANDS, COMPONENTS, CHANNELS, CLASSES = 200, 32, 3, 9
 

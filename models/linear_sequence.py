@@ -18,7 +18,7 @@ import onnx
 from models.exporter import Exporter
 from models.system import Law, System, normal
 from pwopt.invariants import function_of
-from pwopt.running.runtime import Session
+from pwopt.running.session import Session
 
 WIDTHS = (64, 128, 192, 128, 32)
 

@@ -20,7 +20,7 @@ import onnx
 from models.exporter import Exporter
 from models.system import Law, Refusal, System, normal, outputs
 from pwopt.invariants import symmetry
-from pwopt.running.runtime import Session
+from pwopt.running.session import Session
 
 LENGTH, SINGLE, PAIR, EMBEDDED, WIDTH, HIDDEN, BINS = 48, 42, 24, 96, 32, 64, 37
 

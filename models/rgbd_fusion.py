@@ -21,7 +21,7 @@ import onnx
 
 from models.exporter import Exporter
 from models.system import Kept, Refusal, System, normal, outputs
-from pwopt.running.runtime import Session
+from pwopt.running.session import Session
 
 WIDTH, HIDDEN, CLASSES, SIZE = 32, 48, 13, 48
 

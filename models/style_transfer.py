@@ -22,7 +22,7 @@ import onnx
 from models.exporter import Exporter, orthogonal
 from models.system import Law, Refusal, System, normal, outputs
 from pwopt.invariants import function_of, isometry
-from pwopt.running.runtime import Session
+from pwopt.running.session import Session
 
 SIZE, WIDTH = 64, 64
 #: Luminance, red-green and blue-yellow, orthonormal (after Ruderman, Cronin and Chiao, "Statistics of cone responses to

@@ -14,7 +14,7 @@ from numpy.typing import ArrayLike
 
 import pwopt
 from pwopt.passes import PASSES
-from pwopt.running.runtime import Session
+from pwopt.running.session import Session
 
 FOLDER = Path(__file__).parent
 #: Passes that need no timing.

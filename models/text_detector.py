@@ -21,7 +21,7 @@ import onnx
 
 from models.exporter import PADDLE, Exporter
 from models.system import Kept, Refusal, System, normal, outputs
-from pwopt.running.runtime import Session
+from pwopt.running.session import Session
 
 STEM, LEVEL, WIDTH, SIZE = 24, 8, 16, 160
 

@@ -17,7 +17,7 @@ from pwopt.algebra import Array, Values
 from pwopt.errors import UsageError
 from pwopt.graph.files import Source, as_file
 from pwopt.running.providers import Provider, as_provider
-from pwopt.running.runtime import Session
+from pwopt.running.session import Session
 
 Function = Callable[[Values], Values]
 

@@ -29,7 +29,7 @@ def bench(
     from pwopt.reporting.document import check_available, kind_of, latencies
     from pwopt.reporting.report import benchmark_json
     from pwopt.reporting.terminal import render_benchmark
-    from pwopt.running import runtime
+    from pwopt.running import installation
     from pwopt.running.bench import benchmark
 
     placed = options.parse_provider(provider, provider_option)
@@ -50,7 +50,7 @@ def bench(
             seconds=seconds, progress=progress,
         )  # fmt: skip
     render_benchmark(rows, open_console(quiet=quiet or json))
-    content = benchmark_json(rows, runtime.environment(placed, threads))
+    content = benchmark_json(rows, installation.describe_machine(placed, threads))
     write_text(report, content)
     if json:
         print_json(content)

@@ -18,7 +18,7 @@ from pwopt.optimizing.preparation import same_file
 from pwopt.reporting.document import document, kind_of
 from pwopt.reporting.report import Comparison, Report
 from pwopt.reporting.text import plain
-from pwopt.running import runtime
+from pwopt.running import installation
 from pwopt.running.progress import Progress as ReportProgress
 
 __all__ = ["check_report", "open_console", "plain", "print_json", "show_progress", "write_document", "write_text"]
@@ -99,7 +99,7 @@ def show_progress(*, debug: bool = False, quiet: bool = False, verbose: bool = F
     With `verbose`, log records are printed as well. Without `debug`, onnxruntime's own log is silenced.
     """
     if not debug:
-        runtime.silence()
+        installation.silence_onnxruntime()
     terminal = open_console(stderr=True, quiet=quiet)
     log, handler = logging.getLogger("pwopt"), _LogHandler(terminal)
     if verbose:

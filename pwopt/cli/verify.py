@@ -38,7 +38,7 @@ def verify(
     from pwopt.reporting import terminal
     from pwopt.reporting.document import check_available
     from pwopt.reporting.report import Comparison, rewrites_from
-    from pwopt.running import runtime
+    from pwopt.running import installation
 
     placed = options.parse_provider(provider, provider_option)
     check_report(report, original, candidate)
@@ -56,7 +56,7 @@ def verify(
         )  # fmt: skip
     console.print("[green]equivalent[/green]" if equivalence.passed else "[red]not equivalent[/red]")
     terminal.render_comparison(equivalence, placed, console, details)
-    environment = runtime.environment(placed, threads)
+    environment = installation.describe_machine(placed, threads)
     content = Comparison(str(original), str(candidate), placed.text, environment, equivalence, context.obj)
     write_document(report, content)
     if json:

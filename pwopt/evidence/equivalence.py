@@ -22,7 +22,7 @@ from pwopt.graph.dtypes import floating
 from pwopt.inputs.samples import Feeds, Sample
 from pwopt.rewriting.records import Site
 from pwopt.rewriting.wording import counted
-from pwopt.running.runtime import Session
+from pwopt.running.session import Session
 
 #: An output passes if its deviation is within this many times the original's noise floor or sensitivity.
 FLOOR_FACTOR = 4.0

@@ -17,7 +17,7 @@ from pwopt.graph.shapes import written
 from pwopt.inputs.samples import Sample
 from pwopt.invariants import INVARIANTS, function_of
 from pwopt.running.providers import Provider
-from pwopt.running.runtime import Session
+from pwopt.running.session import Session
 
 
 @dataclass(frozen=True)

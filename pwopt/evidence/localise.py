@@ -24,7 +24,7 @@ from pwopt.graph.shapes import infer, known
 from pwopt.inputs.samples import Sample
 from pwopt.rewriting.records import Rewrite, Site
 from pwopt.running.providers import DEFAULT, Provider
-from pwopt.running.runtime import Session
+from pwopt.running.session import Session
 
 #: Tensors that are looked at in one run, and the elements that they may have together.
 TENSORS, ELEMENTS = 48, 1 << 25

@@ -21,7 +21,7 @@ from pwopt.inputs.specs import InputSpec, input_specs
 from pwopt.rewriting.records import Rewrite
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import DEFAULT, Provider, as_provider
-from pwopt.running.runtime import Session, check_settings, fallbacks
+from pwopt.running.session import Session, check_settings, find_fallbacks
 from pwopt.running.size_trials import narrowed, rounds
 
 #: Sizes by input name, for one round or for several.
@@ -156,5 +156,5 @@ def placements(
     models: Mapping[str, Path], provider: Provider, threads: int, sample: Sample
 ) -> dict[str, dict[str, tuple[str, ...]]]:
     """Model → other provider → operators that ran there, for models where there are any."""
-    found = {name: fallbacks(path, provider, threads, sample.feeds) for name, path in models.items()}
+    found = {name: find_fallbacks(path, provider, threads, sample.feeds) for name, path in models.items()}
     return {name: places for name, places in found.items() if places}

@@ -26,7 +26,8 @@ from pwopt.optimizing.request import Request
 from pwopt.reporting.report import Latency, Report, Timed
 from pwopt.rewriting.records import Site
 from pwopt.rewriting.wording import counted
-from pwopt.running import bench, runtime, timing
+from pwopt.running import bench, installation, timing
+from pwopt.running.session import Session
 from pwopt.running.worker import UnusableError
 from pwopt.selecting.operator_matching import marked
 from pwopt.selecting.rewrite_selection import DEFECT, Compilation, Environment, Selection
@@ -115,10 +116,10 @@ def _builder(choice: Selection) -> Callable[[Compilation], Path]:
 
 def _unverified(done: Attempt, work: Compilation, request: Request) -> Attempt:
     """An attempt that nothing was run for; whether it loads is said all the same, where that can be known."""
-    why = "as asked" if runtime.available() or not request.verify else "onnxruntime is not installed"
-    if request.output is not None and runtime.available() and done.report.rewrites:
+    why = "as asked" if installation.is_available() or not request.verify else "onnxruntime is not installed"
+    if request.output is not None and installation.is_available() and done.report.rewrites:
         try:
-            runtime.Session(work.file(done.proto), request.execution_provider)
+            Session(work.file(done.proto), request.execution_provider)
         except (ModelError, ProviderError) as error:
             return done.noted(f"Not verified ({why}). The result cannot be used: {error}.")
     return done.noted(f"Not verified ({why}).")

@@ -25,7 +25,7 @@ from pwopt.graph.storage import locations_of, replacing
 from pwopt.optimizing.optimizer import optimized
 from pwopt.optimizing.request import Request
 from pwopt.reporting.report import SCHEMA, Report, to_json
-from pwopt.running import runtime, timing
+from pwopt.running import installation, timing
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.selecting.plugins import fingerprint, resolved
 from pwopt.selecting.snapshot import select_passes
@@ -152,7 +152,7 @@ def key(model: Path, request: Request) -> str:
     options = {f.name: repr(getattr(request, f.name)) for f in dataclasses.fields(request) if f.compare}
     versions = (
         __version__,
-        runtime.environment(request.execution_provider, request.first_threads)["onnxruntime"],
+        installation.describe_machine(request.execution_provider, request.first_threads)["onnxruntime"],
     )
     for name in ("output", "force", "inputs"):
         options.pop(name, None)
@@ -383,5 +383,5 @@ class Processes:
 
 def _begin(lock: Any) -> None:
     """What every process of a pool starts with."""
-    runtime.silence()
+    installation.silence_onnxruntime()
     timing.share(lock)

@@ -24,7 +24,7 @@ from pwopt.graph.storage import locations_of, replacing
 from pwopt.optimizing.batch import DEFECT, BatchRow, Job, JobResult, carried_out, content
 from pwopt.optimizing.record_tuning import profile
 from pwopt.optimizing.request import Request
-from pwopt.running import runtime, timing
+from pwopt.running import installation, timing
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider
 from pwopt.selecting import cache
@@ -210,7 +210,7 @@ def _hardware(client: Any, request: Request) -> list[Hardware]:
 
 def _machine(provider: Provider, threads: int) -> tuple[str, str]:
     """On a worker: its processor, and what decisions of races there are kept for."""
-    return runtime.cpu_name(), cache.place(provider, threads)
+    return installation.cpu_name(), cache.place(provider, threads)
 
 
 def _by_worker(client: Any) -> dict[str, str]:
@@ -278,7 +278,7 @@ def _turn() -> Any:
 
 def delivered(parcel: JobRequest, request: Request) -> JobResponse:
     """On a worker: optimise one model."""
-    runtime.silence()
+    installation.silence_onnxruntime()
     timing.share(_turn())
     for entry in parcel.known:
         cache.store(entry)
@@ -302,7 +302,7 @@ def delivered(parcel: JobRequest, request: Request) -> JobResponse:
 
 def recorded(models: Mapping[str, Mapping[str, bytes]], request: Request) -> TuningDatabase:
     """On a worker: the profile of its machine."""
-    runtime.silence()
+    installation.silence_onnxruntime()
     timing.share(_turn())
     with tempfile.TemporaryDirectory(prefix="pwopt-", ignore_cleanup_errors=True) as name, timing.alone():
         paths = []

@@ -8,7 +8,7 @@ import onnx
 
 from pwopt.reporting.report import LAYOUT, Layer
 from pwopt.rewriting.records import Rewrite
-from pwopt.running.runtime import NodeTime
+from pwopt.running.session import NodeTime
 from pwopt.selecting.operator_matching import attributed, together
 
 

@@ -26,7 +26,7 @@ from pwopt.optimizing.request import Request
 from pwopt.reporting.brief import top
 from pwopt.reporting.report import Report
 from pwopt.rewriting.wording import counted
-from pwopt.running import runtime, timing
+from pwopt.running import installation, timing
 from pwopt.selecting.autotuning import groups
 from pwopt.selecting.plugins import fingerprint, resolved
 from pwopt.selecting.rewrite_selection import CachedTuningRecords, Compilation, NoTuningRecords, Selection, select
@@ -138,7 +138,7 @@ def optimized(model: Source, request: Request) -> Result:
             model="<model in memory>" if path is None else str(path),
             output=None if request.output is None else str(request.output),
             provider=request.provider,
-            environment=runtime.environment(request.execution_provider, request.first_threads),
+            environment=installation.describe_machine(request.execution_provider, request.first_threads),
             shapes=subject.sizes,
             passes={p.name: p.identity() for p in select_passes(work.passes)},
         )

@@ -22,7 +22,8 @@ from pwopt.inputs.specs import check_shapes, input_specs
 from pwopt.optimizing.request import EFFORTS, Request
 from pwopt.rewriting.driver import Pass
 from pwopt.rewriting.records import Site
-from pwopt.running import runtime
+from pwopt.running import installation
+from pwopt.running.session import check_settings
 from pwopt.running.size_trials import Chosen, Sizes, likely_sizes, rounds, told
 from pwopt.running.worker import Worker
 from pwopt.selecting.rewrite_selection import Compilation, Environment
@@ -91,7 +92,7 @@ def check_request(request: Request, path: Path | None) -> None:
     if request.output is not None and not isinstance(request.output, (str, os.PathLike)):
         raise UsageError(f"the output {request.output!r} is not a path")
     for threads in request.thread_counts or (1,):
-        runtime.check_settings(threads, request.rtol, request.atol)
+        check_settings(threads, request.rtol, request.atol)
     select_passes(request.passes, request.plugins)
     if request.seconds < 0:
         raise UsageError(f"nothing can be measured in {request.seconds:g} seconds; give 0 or more")
@@ -156,8 +157,8 @@ def gather(source: Model, original: Path, request: Request) -> Problem:
     if request.inputs is not None and len(given) > 1:
         raise UsageError("given inputs have their own sizes; several of --shape are for random ones")
     if request.verify and request.measured:
-        runtime.onnxruntime()
-    runs = request.verify and runtime.available()
+        installation.import_onnxruntime()
+    runs = request.verify and installation.is_available()
     samples = [] if request.inputs is None else given_samples(request.inputs, specs, first)
     request.progress("choosing inputs", 0.0)
     if samples:

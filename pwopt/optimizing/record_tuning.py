@@ -13,9 +13,10 @@ from pwopt.inputs.specs import input_specs
 from pwopt.optimizing.preparation import gather, plan
 from pwopt.optimizing.request import EFFORTS, Request
 from pwopt.rewriting.driver import Pass
-from pwopt.running import runtime
+from pwopt.running import installation
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider, as_provider
+from pwopt.running.session import check_settings
 from pwopt.selecting.cache import TuningRecord, place
 from pwopt.selecting.plugins import resolved
 from pwopt.selecting.rewrite_selection import NoTuningRecords, decide, entry
@@ -59,7 +60,7 @@ def profile(
     UsageError, ModelError, ProviderError
         See `pwopt.errors`.
     """
-    runtime.check_settings(threads, None, None)
+    check_settings(threads, None, None)
     found: dict[tuple[str, str], TuningRecord] = {}
     placed = as_provider(provider)
     where = place(placed, threads)
@@ -75,4 +76,4 @@ def profile(
             assert subject.arena is not None
             decisions = decide(plan(subject, request, folder), subject.arena, budget, NoTuningRecords(), progress)
         found |= {(d.group.pass_name, d.group.signature): entry(d, where) for d in decisions}
-    return TuningDatabase(runtime.environment(placed, threads), tuple(found.values()))
+    return TuningDatabase(installation.describe_machine(placed, threads), tuple(found.values()))

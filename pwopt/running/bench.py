@@ -24,10 +24,10 @@ from pwopt.graph.operators import VIEWS
 from pwopt.graph.sources import renamed
 from pwopt.inputs.samples import Feeds, make_feeds
 from pwopt.inputs.specs import InputSpec, check_shapes, input_specs
-from pwopt.running import providers, runtime, timing
+from pwopt.running import installation, providers, timing
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider, as_provider
-from pwopt.running.runtime import NodeTime, Session
+from pwopt.running.session import NodeTime, Session, check_settings, nodes_elsewhere
 from pwopt.running.size_trials import Sizes, likely_sizes
 
 #: What Linux says of a process's memory (proc(5)).
@@ -127,7 +127,7 @@ def benchmark(
     """
     if not models:
         raise UsageError("there is no model to time; give one or more")
-    runtime.check_settings(threads, None, None)
+    check_settings(threads, None, None)
     paths, placed = [Path(m) for m in models], as_provider(provider)
     model = load(paths[0]).proto
     specs = _common_inputs(model, paths)
@@ -213,7 +213,7 @@ def _row(
         cold.get("device"),
         operators,
         sum(ms for op, ms in operators.items() if op in LAYOUT) / total if total else 0.0,
-        sum(map(len, runtime.elsewhere(placed, provider).values())),
+        sum(map(len, nodes_elsewhere(placed, provider).values())),
     )
 
 
@@ -284,8 +284,8 @@ def _forget_peak() -> None:
 
 
 def _child(path: str, provider: str, threads: str, inputs: str) -> None:
-    runtime.silence()
-    runtime.onnxruntime()
+    installation.silence_onnxruntime()
+    installation.import_onnxruntime()
     feeds = dict(np.load(inputs))
     placed = as_provider(provider)
     card = providers.card(placed)

@@ -16,8 +16,9 @@ import onnx
 from onnx import TensorProto, helper
 
 from pwopt.errors import ProviderError, PwoptError
-from pwopt.running import providers, runtime
+from pwopt.running import installation, providers
 from pwopt.running.providers import Provider, as_provider
+from pwopt.running.session import Session, find_fallbacks
 
 #: What pwopt rests on, besides onnxruntime.
 PACKAGES = ("pwopt", "onnx", "numpy", "onnx-graphsurgeon", "ml-dtypes")
@@ -68,7 +69,7 @@ def examine(provider: str | Provider | None = None) -> list[Finding]:
     wanted = None if provider is None else as_provider(provider)
     found = [_machine(), *_packages(), _wheels(), *_cards()]
     try:
-        there = runtime.onnxruntime().get_available_providers()
+        there = installation.import_onnxruntime().get_available_providers()
     except ProviderError as error:
         return [*found, Finding("onnxruntime", False, str(error), "pip install 'pwopt[cpu]'")]
     if wanted is not None:
@@ -77,12 +78,13 @@ def examine(provider: str | Provider | None = None) -> list[Finding]:
 
 
 def _machine() -> Finding:
-    detail = f"Python {platform.python_version()}, {platform.platform()}, {runtime.cpu_name()}, {os.cpu_count()} cores"
+    system, processor = platform.platform(), installation.cpu_name()
+    detail = f"Python {platform.python_version()}, {system}, {processor}, {os.cpu_count()} cores"
     return Finding("machine", None, detail)
 
 
 def _packages() -> list[Finding]:
-    versions = runtime.installed()
+    versions = installation.find_distributions()
     own = ", ".join(f"{name} {versions.get(name, '(not installed)')}" for name in PACKAGES)
     cuda = [f"{name} {version}" for name, version in versions.items() if name.startswith(CUDA_WHEELS)]
     return [Finding("packages", None, own)] + ([Finding("CUDA's wheels", None, ", ".join(cuda))] if cuda else [])
@@ -90,7 +92,7 @@ def _packages() -> list[Finding]:
 
 def _wheels() -> Finding:
     """onnxruntime's wheels: one works, two overwrite each other."""
-    installed = runtime.wheels()
+    installed = installation.find_wheels()
     listed = ", ".join(f"{name} {version}" for name, version in installed.items())
     if len(installed) == 1:
         return Finding("onnxruntime", True, listed)
@@ -135,8 +137,8 @@ def _try(provider: Provider) -> tuple[str, list[str]]:
         onnx.save(model, path)
         try:
             feeds = {"x": np.array([[-1, 0, 1, 2]], np.float32)}
-            (found,) = runtime.Session(path, provider).run(feeds)
-            elsewhere = list(runtime.fallbacks(path, provider, 1, feeds))
+            (found,) = Session(path, provider).run(feeds)
+            elsewhere = list(find_fallbacks(path, provider, 1, feeds))
         except PwoptError as error:
             return str(error), []
     wrong = "" if np.array_equal(found, [[0, 0, 1, 2]]) else f"runs, but computes {found.tolist()} for max(x, 0)"
@@ -144,5 +146,5 @@ def _try(provider: Provider) -> tuple[str, list[str]]:
 
 
 if __name__ == "__main__":
-    runtime.silence()
+    installation.silence_onnxruntime()
     sys.stdout.write("\n" + json.dumps(_try(as_provider(sys.argv[1]))) + "\n")

@@ -20,7 +20,7 @@ from pwopt.inputs.size_guesses import Trust
 from pwopt.inputs.specs import InputSpec, check_shapes
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import DEFAULT, Provider
-from pwopt.running.runtime import Session
+from pwopt.running.session import Session
 from pwopt.running.timed_run import TooSlowError, seconds_of
 
 LOG = logging.getLogger(__name__)

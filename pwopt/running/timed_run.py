@@ -7,7 +7,8 @@ import time
 
 from pwopt.errors import ModelError
 from pwopt.inputs.samples import Feeds
-from pwopt.running.runtime import Session, onnxruntime
+from pwopt.running.installation import import_onnxruntime
+from pwopt.running.session import Session
 
 #: A run shorter than this is done again, since a first one also finds memory.
 SHORT = 0.05
@@ -31,7 +32,7 @@ def seconds_of(session: Session, feeds: Feeds, limit: float) -> float:
     TooSlowError
         If it took longer.
     ModelError, ProviderError
-        See `pwopt.running.runtime.Session.run`.
+        See `pwopt.running.session.Session.run`.
     """
     spent = [_timed(session, feeds, limit)]
     if spent[0] < SHORT:
@@ -40,7 +41,7 @@ def seconds_of(session: Session, feeds: Feeds, limit: float) -> float:
 
 
 def _timed(session: Session, feeds: Feeds, limit: float) -> float:
-    options = onnxruntime().RunOptions()
+    options = import_onnxruntime().RunOptions()
     options.log_severity_level = 4
     start, begin = time.perf_counter(), session.clock()
 

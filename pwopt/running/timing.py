@@ -16,7 +16,7 @@ import numpy as np
 from pwopt.algebra import Values
 from pwopt.inputs.samples import Feeds
 from pwopt.running.progress import Progress, ignore_progress
-from pwopt.running.runtime import Session
+from pwopt.running.session import Session
 
 #: Rounds before the first one that counts.
 WARM_UP = 3

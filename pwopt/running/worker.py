@@ -19,10 +19,10 @@ from typing import Any, BinaryIO
 
 from pwopt.errors import PwoptError
 from pwopt.inputs.samples import Feeds
-from pwopt.running import providers, runtime, timing
+from pwopt.running import installation, providers, timing
 from pwopt.running.progress import Progress
 from pwopt.running.providers import Provider
-from pwopt.running.runtime import NodeTime, Session
+from pwopt.running.session import NodeTime, Session
 from pwopt.running.timing import Race, Rules
 
 #: Seconds that a candidate may take to load and run once, at least; and as a multiple of what the original took.
@@ -271,7 +271,7 @@ def _main() -> None:
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing else may write where answers go
     provider, threads, feeds, original = _receive(sys.stdin.buffer)
-    runtime.silence()
+    installation.silence_onnxruntime()
     track = _Track(provider, threads, feeds)
     _send(answers, _answered(track, "tried", original))
     if provider.name == providers.CPU:

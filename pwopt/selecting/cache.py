@@ -15,7 +15,7 @@ from typing import Any
 from platformdirs import user_cache_path
 
 from pwopt.graph.storage import replacing
-from pwopt.running import runtime
+from pwopt.running import installation
 from pwopt.running.providers import Provider
 from pwopt.running.timing import Evidence
 from pwopt.selecting.autotuning import CONFIDENCE, clear
@@ -91,16 +91,16 @@ def folder() -> Path:
 
 def place(provider: Provider, threads: int) -> str:
     """Everything that a time depends on, but the model."""
-    machine = runtime.environment(provider, threads)
+    machine = installation.describe_machine(provider, threads)
     version, card = machine["onnxruntime"], machine["device"]
     sets = hashlib.sha256(features().encode()).hexdigest()[:12]
-    processor = f"{runtime.cpu_name()} {sets}" + (f", {card}" if card else "")
+    processor = f"{installation.cpu_name()} {sets}" + (f", {card}" if card else "")
     return f"{provider}, onnxruntime {version}, {processor}, {threads} threads"
 
 
 def features() -> str:
     """The instruction sets of the processor."""
-    info = runtime.CPUINFO
+    info = installation.CPUINFO
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 

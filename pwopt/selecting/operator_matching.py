@@ -14,7 +14,7 @@ from pwopt.graph.files import save
 from pwopt.graph.operators import WEIGHTED_OPERATORS
 from pwopt.graph.storage import locations_of
 from pwopt.rewriting.records import Rewrite
-from pwopt.running.runtime import NodeTime
+from pwopt.running.session import NodeTime
 
 #: What a node is called while it is timed, so that onnxruntime's names of what it fuses tell where it came from.
 MARK = re.compile(r"@(\d+)@")

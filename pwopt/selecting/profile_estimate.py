@@ -16,7 +16,7 @@ import onnx
 
 from pwopt.algebra import Array
 from pwopt.rewriting.records import Rewrite
-from pwopt.running.runtime import NodeTime
+from pwopt.running.session import NodeTime
 from pwopt.running.timing import Evidence, Race
 from pwopt.selecting.autotuning import Estimate, Group
 from pwopt.selecting.operator_matching import placed, together

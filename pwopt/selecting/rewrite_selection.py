@@ -24,7 +24,7 @@ from pwopt.rewriting.wording import counted
 from pwopt.running import timing
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider
-from pwopt.running.runtime import Session
+from pwopt.running.session import Session
 from pwopt.running.worker import UnusableError, Worker
 from pwopt.selecting import autotuning as tune
 from pwopt.selecting.cache import TuningRecord, look_up, place, store, stored

@@ -19,8 +19,9 @@ from pwopt.evidence.metrics import Agreement
 from pwopt.evidence.verify import verify
 from pwopt.inputs.samples import Feeds, Sample
 from pwopt.rewriting.records import Site
-from pwopt.running import runtime
+from pwopt.running import installation
 from pwopt.running.providers import Provider
+from pwopt.running.session import Session, find_fallbacks
 
 pytest.importorskip("onnxruntime")
 F = np.float32
@@ -176,7 +177,7 @@ def fake_profile(folder: Path) -> Path:
 def test_operators_that_ran_elsewhere_are_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     profile = fake_profile(tmp_path)
 
-    class Cuda(runtime.Session):
+    class Cuda(Session):
         def __init__(self, *arguments: object, profile: bool = False, **options: object) -> None:
             self.session = SimpleNamespace(end_profiling=lambda: str(tmp_path / "profile.json"))
             assert profile
@@ -184,17 +185,17 @@ def test_operators_that_ran_elsewhere_are_listed(tmp_path: Path, monkeypatch: py
         def run(self, feeds: Feeds) -> list[object]:
             return []
 
-    monkeypatch.setattr(runtime, "Session", Cuda)
-    assert runtime.fallbacks("m.onnx", Provider.parse("cpu"), 1, {}) == {}
+    monkeypatch.setattr("pwopt.running.session.Session", Cuda)
+    assert find_fallbacks("m.onnx", Provider.parse("cpu"), 1, {}) == {}
     assert profile.exists()
-    found = runtime.fallbacks("m.onnx", Provider.parse("cuda"), 1, {})
+    found = find_fallbacks("m.onnx", Provider.parse("cuda"), 1, {})
     assert found == {"CPUExecutionProvider": ("NonMaxSuppression nms", "Shape")}
     assert not profile.exists()
 
 
 def test_the_precision_of_cuda_is_not_lowered(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Sessions ask for TF32 to be off unless they are timed."""
-    ort = runtime.onnxruntime()
+    ort = installation.import_onnxruntime()
     asked: list[object] = []
 
     def session(path: str, options: object, providers: list[object], enable_fallback: int) -> object:
@@ -204,8 +205,8 @@ def test_the_precision_of_cuda_is_not_lowered(monkeypatch: pytest.MonkeyPatch, t
 
     monkeypatch.setattr(ort, "get_available_providers", lambda: ["CUDAExecutionProvider", "CPUExecutionProvider"])
     monkeypatch.setattr(ort, "InferenceSession", session)
-    runtime.Session("m.onnx", Provider.parse("cuda"))
-    runtime.Session("m.onnx", Provider.parse("cuda"), tf32=True)
+    Session("m.onnx", Provider.parse("cuda"))
+    Session("m.onnx", Provider.parse("cuda"), tf32=True)
     assert asked == [
         ("CUDAExecutionProvider", {"use_tf32": "0"}),
         ("CUDAExecutionProvider", {"use_tf32": "1"}),

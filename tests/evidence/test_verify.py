@@ -16,9 +16,9 @@ from pwopt.evidence.verify import verify
 from pwopt.graph.files import load
 from pwopt.inputs.samples import given_samples, make_feeds
 from pwopt.inputs.specs import check_shapes, input_specs, parse_shape
-from pwopt.running import runtime
+from pwopt.running import installation
 from pwopt.running.providers import Provider
-from pwopt.running.runtime import Session, elsewhere
+from pwopt.running.session import Session, nodes_elsewhere
 from pwopt.running.size_trials import likely_sizes
 from pwopt.running.timing import Race, race
 
@@ -146,7 +146,7 @@ def test_providers_are_strict() -> None:
 
 def test_a_silent_fallback_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """onnxruntime-gpu without a GPU lists CUDA, warns, and runs on the CPU."""
-    ort = runtime.onnxruntime()
+    ort = installation.import_onnxruntime()
     real = ort.InferenceSession
 
     def falls_back(path: str, options: object, providers: object, enable_fallback: int) -> object:
@@ -171,8 +171,8 @@ def test_placement_names_where_nodes_ran() -> None:
     placed = session.placement()
     assert list(placed) == ["CPUExecutionProvider"]
     assert len(placed["CPUExecutionProvider"]) == 4
-    assert not elsewhere(placed, Provider.parse("cpu"))
-    assert elsewhere(placed, Provider.parse("cuda")) == placed
+    assert not nodes_elsewhere(placed, Provider.parse("cpu"))
+    assert nodes_elsewhere(placed, Provider.parse("cuda")) == placed
 
 
 def test_a_race_runs_every_model_every_round() -> None:

@@ -17,7 +17,7 @@ from models.gallery import SYSTEMS, Row, check, serialised
 from models.system import FOLDER, Kept, Law, Refusal, System
 from pwopt.errors import ProviderError
 from pwopt.graph.files import as_file
-from pwopt.running.runtime import Session
+from pwopt.running.session import Session
 
 pytest.importorskip("onnxruntime")
 
@@ -227,7 +227,7 @@ def test_without_onnxruntime_nothing_is_claimed(
     def missing() -> None:
         raise ProviderError("onnxruntime cannot be imported; pip install 'pwopt[cpu]'")
 
-    monkeypatch.setattr("pwopt.running.runtime.onnxruntime", missing)
+    monkeypatch.setattr("pwopt.running.installation.import_onnxruntime", missing)
     with pytest.raises(SystemExit) as stop:
         app(["physics"])
     assert stop.value.code == 4

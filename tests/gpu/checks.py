@@ -25,8 +25,9 @@ from pwopt.graph.files import load
 from pwopt.inputs.samples import make_feeds
 from pwopt.inputs.specs import input_specs
 from pwopt.passes import PASSES, Winograd
-from pwopt.running import providers, runtime
+from pwopt.running import installation, providers
 from pwopt.running.providers import as_provider
+from pwopt.running.session import Session, find_fallbacks
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 Found = dict[str, Any]
@@ -97,7 +98,7 @@ def doctor(setting: Setting) -> Found:
 
     found = examine(setting.provider)
     require(bool(found[-1].ok), f"{found[-1].subject} {found[-1].detail}")
-    environment = runtime.environment(as_provider(setting.provider))
+    environment = installation.describe_machine(as_provider(setting.provider))
     return {**environment, "findings": [dataclasses.asdict(f) for f in found]}
 
 
@@ -115,14 +116,14 @@ def strictness(setting: Setting) -> Found:
     found: Found = {}
     for name, (nodes, outputs) in kinds.items():
         path = suite.small(nodes, setting.scratch / f"{name}.onnx", outputs)
-        session = runtime.Session(path, as_provider(setting.provider), profile=True)
+        session = Session(path, as_provider(setting.provider), profile=True)
         session.run(feeds)
         placed = session.placement()
         found[f"placed_{name}"] = placed
         copies = [n for nodes in placed.values() for n in nodes if n.startswith("Memcpy")]
         found[f"copies_{name}"] = len(copies)
         found[f"elsewhere_{name}"] = sum(
-            map(len, runtime.fallbacks(path, as_provider(setting.provider), 1, feeds).values())
+            map(len, find_fallbacks(path, as_provider(setting.provider), 1, feeds).values())
         )
     require(found["elsewhere_all"] == 0, f"a Relu ran elsewhere: {found['placed_all']}")
     if setting.gpu:
@@ -155,7 +156,7 @@ def against_cpu(setting: Setting) -> Found:
     for name in ("mobileone", "generator"):
         path, shapes = setting.one(name)
         feeds = make_feeds(input_specs(load(path).proto), shapes)
-        theirs, ours = (runtime.Session(path, as_provider(p)).run(feeds)[0] for p in ("cpu", setting.provider))
+        theirs, ours = (Session(path, as_provider(p)).run(feeds)[0] for p in ("cpu", setting.provider))
         scale = float(np.max(np.abs(theirs)))
         found[name] = float(np.max(np.abs(ours - theirs))) / scale
         require(found[name] < 1e-3, f"{name} is {found[name]:.2g} of its largest value off the CPU's answer")
@@ -166,7 +167,7 @@ def against_cpu(setting: Setting) -> Found:
 def clock(setting: Setting) -> Found:
     """Synchronised single runs add up to what a wall clock says of many."""
     path, shapes = setting.one("resnet50_v1" if not setting.quick else "mobileone")
-    session = runtime.Session(path, as_provider(setting.provider), tf32=True)
+    session = Session(path, as_provider(setting.provider), tf32=True)
     session.bind(make_feeds(input_specs(load(path).proto), shapes))
     for _ in range(5):
         session.step()
@@ -323,7 +324,7 @@ def main() -> None:
     if given.list:
         print("\n".join(ordered(given.quick)))
         return
-    runtime.silence()
+    installation.silence_onnxruntime()
     setting = Setting(given.provider, given.scratch, given.models, given.wheels, given.quick)
     try:
         require(given.name in CHECKS, f"there is no check {given.name!r}; there are {', '.join(CHECKS)}")

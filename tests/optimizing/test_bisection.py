@@ -140,7 +140,7 @@ def test_a_quantised_model_that_onnxruntime_refuses_when_rewritten(tmp_path: Pat
     )  # fmt: skip
     report = pwopt.optimize(model, tmp_path / "out.onnx", budget=5.0, race_seconds=0.2, cache=False).report
     assert report.equivalence is None or report.equivalence.passed
-    pwopt.running.runtime.Session(tmp_path / "out.onnx")
+    pwopt.running.session.Session(tmp_path / "out.onnx")
 
 
 def test_the_rewrite_at_fault_is_found_by_halves(tmp_path: Path) -> None:

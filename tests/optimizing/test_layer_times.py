@@ -13,7 +13,7 @@ import pwopt
 from pwopt.optimizing.layer_times import layers
 from pwopt.reporting.report import LAYOUT, Layer
 from pwopt.rewriting import Rewrite
-from pwopt.running.runtime import NodeTime
+from pwopt.running.session import NodeTime
 from pwopt.selecting.operator_matching import attributed, fused, marked
 
 BODY = """(float[1,4,6,6] x) => (float[N] y) {

@@ -26,7 +26,7 @@ from pwopt.reporting.report import Latency, Report
 from pwopt.reporting.terminal import render, render_benchmark
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Site
-from pwopt.running import runtime
+from pwopt.running import installation
 from pwopt.running.bench import Row
 from pwopt.running.timing import Race
 from pwopt.selecting import snapshot
@@ -383,7 +383,7 @@ def test_sizes_follow_through_shape_arithmetic() -> None:
 
 
 def test_runtime_environment_names_the_machine() -> None:
-    found = runtime.environment()
+    found = installation.describe_machine()
     assert found["cpu"]
     assert found["pwopt"] == pwopt.__version__
 

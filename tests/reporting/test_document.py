@@ -30,7 +30,7 @@ from pwopt.reporting.drawing import MOST, WIDTH, draw
 from pwopt.reporting.index import page as index_page
 from pwopt.reporting.report import LAYOUT, Comparison, Layer, Report, to_json
 from pwopt.reporting.verdicts import scientific
-from pwopt.running.runtime import environment
+from pwopt.running.installation import describe_machine
 from pwopt.selecting.weight_properties import properties
 
 pytest.importorskip("onnxruntime")
@@ -189,7 +189,7 @@ def test_a_failure_says_where_it_begins(tmp_path: Path) -> None:
     weight.CopyFrom(onnx.numpy_helper.from_array(values, name))
     equivalence = verify(model, wrong)
     assert not equivalence.passed
-    found = Comparison("a.onnx", "b.onnx", "cpu", environment(), equivalence)
+    found = Comparison("a.onnx", "b.onnx", "cpu", describe_machine(), equivalence)
     text = " ".join(Elements(document(found, "html")).text.split())
     assert "Not equivalent" in text
     assert "Where they begin to differ" in text

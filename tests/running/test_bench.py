@@ -11,9 +11,9 @@ from helpers import MODELS, normal, parse
 
 import pwopt
 from pwopt.cli import main
-from pwopt.running import runtime
 from pwopt.running.bench import LAYOUT, by_operator
 from pwopt.running.providers import DEFAULT
+from pwopt.running.session import Session, _events
 
 pytest.importorskip("onnxruntime")
 
@@ -107,7 +107,7 @@ def test_a_plot_of_the_latencies(tmp_path: Path) -> None:
 def test_a_profile_with_quotes_in_names() -> None:
     """Older versions of onnxruntime do not escape them: those events are lost, the others are not."""
     lines = ["[", '{"cat": "Node", "name": "a"},', '{"cat": "Node", "name": "b"c"},', '{"cat": "Session"}', "]", ""]
-    assert runtime._events("\n".join(lines)) == [{"cat": "Node", "name": "a"}, {"cat": "Session"}]
+    assert _events("\n".join(lines)) == [{"cat": "Node", "name": "a"}, {"cat": "Session"}]
 
 
 def profile_of(runs: list[list[tuple[str, str, int]]], folder: Path) -> Path:
@@ -140,7 +140,7 @@ def test_operators_are_timed_as_the_race_is(
 ) -> None:
     """In the thread's own time: what else the machine does is no operator's."""
     path, now = profile_of(runs, tmp_path), [0.0]
-    session = object.__new__(runtime.Session)
+    session = object.__new__(Session)
     session._spent, session.clock = [], lambda: now[0]
     session.session = SimpleNamespace(end_profiling=lambda: str(path))
     session.provider = DEFAULT

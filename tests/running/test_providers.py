@@ -20,8 +20,9 @@ from pwopt.maps.cost import Cost
 from pwopt.optimizing import attempt
 from pwopt.passes import PASSES, FillTensorCores, PadChannels
 from pwopt.reporting.report import Latency, Report
-from pwopt.running import doctor, providers, runtime
+from pwopt.running import doctor, installation, providers
 from pwopt.running.providers import Card, Provider
+from pwopt.running.session import Session
 from pwopt.selecting import cache
 from pwopt.selecting.rewrite_selection import Compilation, Environment
 
@@ -87,8 +88,8 @@ def test_decisions_hold_for_one_card_and_its_options(monkeypatch: pytest.MonkeyP
     assert "H100, driver 580.1" in plain
     assert "T4" in other
     assert "prefer_nhwc=1" in option
-    assert runtime.environment(Provider.parse("cuda:1"))["device"] == "T4, driver 580.1"
-    assert runtime.environment()["device"] is None
+    assert installation.describe_machine(Provider.parse("cuda:1"))["device"] == "T4, driver 580.1"
+    assert installation.describe_machine()["device"] is None
 
 
 class Driver:
@@ -154,7 +155,7 @@ def test_no_memory_on_a_card_is_no_fault_of_the_model(
     message: str, kind: type[Exception], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime")
-    session = runtime.Session(MODELS / "fcn.onnx")
+    session = Session(MODELS / "fcn.onnx")
 
     def fails(*_: Any) -> None:
         raise RuntimeError(message)
@@ -168,7 +169,7 @@ def test_no_memory_on_a_card_is_no_fault_of_the_model(
 def test_what_is_replayed_writes_to_the_same_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     onnx.save(parse("(float[N,4] x) => (float[N,4] y) { y = Relu(x) }"), tmp_path / "m.onnx")
-    session = runtime.Session(tmp_path / "m.onnx")
+    session = Session(tmp_path / "m.onnx")
     monkeypatch.setattr(Provider, "captured", True)
     x = normal(2, 4, dtype=np.float32)
     session.bind({"x": x})
@@ -244,7 +245,7 @@ def test_what_only_starts_operators_is_told(milliseconds: float, provider: str, 
 def test_wheels_are_told_apart(
     wheels: dict[str, str], ok: bool, detail: str, remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(runtime, "wheels", lambda: wheels)
+    monkeypatch.setattr("pwopt.running.installation.find_wheels", lambda: wheels)
     found = doctor._wheels()
     assert (found.ok, found.detail, found.remedy) == (ok, detail, remedy)
 

@@ -211,7 +211,7 @@ def test_a_run_that_takes_too_long_is_stopped_and_made_smaller(tmp_path: Path, m
 
 
 def test_onnxruntime_is_told_to_stop(tmp_path: Path) -> None:
-    from pwopt.running.runtime import Session
+    from pwopt.running.session import Session
     from pwopt.running.timed_run import TooSlowError, seconds_of
 
     products = " ".join(f"h{i} = MatMul(h{i - 1}, h0)" for i in range(1, 400))

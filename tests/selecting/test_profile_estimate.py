@@ -11,7 +11,7 @@ from helpers import normal, parse
 
 from pwopt.rewriting import Rewrite
 from pwopt.rewriting.records import Site
-from pwopt.running.runtime import NodeTime
+from pwopt.running.session import NodeTime
 from pwopt.selecting.autotuning import Estimate, Group
 from pwopt.selecting.profile_estimate import Run, look
 

@@ -29,8 +29,9 @@ from pwopt.graph import limits, storage
 from pwopt.inputs.specs import parse_shape
 from pwopt.optimizing import batch, fleet, other_conditions
 from pwopt.optimizing.request import Request
-from pwopt.running import bench, runtime, timing, worker
+from pwopt.running import bench, installation, timing, worker
 from pwopt.running.providers import DEFAULT
+from pwopt.running.session import Session
 from pwopt.selecting import plugins
 
 ROOT = Path(__file__).parent.parent.parent
@@ -222,30 +223,30 @@ def test_the_peak_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_processor_of_a_mac(mac: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(runtime, "CPUINFO", NOWHERE)
+    monkeypatch.setattr(installation, "CPUINFO", NOWHERE)
     monkeypatch.setattr(subprocess, "run", lambda *_, **__: SimpleNamespace(stdout="Apple M2\n"))
-    assert runtime.cpu_name() == "Apple M2"
+    assert installation.cpu_name() == "Apple M2"
 
     def missing(*_: object, **__: object) -> None:
         raise FileNotFoundError("sysctl")
 
     monkeypatch.setattr(subprocess, "run", missing)
     monkeypatch.setattr(platform, "processor", lambda: "arm")
-    assert runtime.cpu_name() == "arm"
+    assert installation.cpu_name() == "arm"
     monkeypatch.setattr(platform, "processor", lambda: "")
     monkeypatch.setattr(platform, "machine", lambda: "arm64")
-    assert runtime.cpu_name() == "arm64"
+    assert installation.cpu_name() == "arm64"
 
 
 def test_the_clock_of_windows(windows: None) -> None:
     """A thread's own time comes in steps of 16 ms there."""
     pytest.importorskip("onnxruntime")
-    assert runtime.Session(MODELS / "linear_sequence.onnx").clock is time.perf_counter
+    assert Session(MODELS / "linear_sequence.onnx").clock is time.perf_counter
 
 
 def test_the_clock_elsewhere(mac: None) -> None:
     pytest.importorskip("onnxruntime")
-    assert runtime.Session(MODELS / "linear_sequence.onnx").clock is time.thread_time
+    assert Session(MODELS / "linear_sequence.onnx").clock is time.thread_time
 
 
 def test_threads_where_nothing_tells_of_affinity(monkeypatch: pytest.MonkeyPatch) -> None:

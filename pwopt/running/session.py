@@ -6,125 +6,25 @@ import contextlib
 import itertools
 import json
 import os
-import platform
 import re
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from importlib import metadata
-from importlib.util import find_spec
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
 
 import numpy as np
-import onnx
 
 from pwopt.errors import ModelError, ProviderError, UsageError
 from pwopt.inputs.samples import Feeds
 from pwopt.running import providers
+from pwopt.running.installation import import_onnxruntime, suggest_wheel
 from pwopt.running.providers import Provider
-from pwopt.version import __version__
 
-#: What Linux says of the processor.
-CPUINFO = Path("/proc/cpuinfo")
 #: Numbers the profiles of this process.
 PROFILES = itertools.count()
-#: The wheels that onnxruntime comes in; all of them install into one folder.
-DISTRIBUTIONS = re.compile(r"onnxruntime(-gpu|-openvino|-directml|-rocm|-training|-qnn)?")
-
-
-def onnxruntime() -> ModuleType:
-    """The onnxruntime module.
-
-    Raises
-    ------
-    ProviderError
-        If none is installed.
-    """
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise ProviderError(
-            f"onnxruntime cannot be imported ({error}); pip install 'pwopt[cpu]' or 'pwopt[gpu]'"
-        ) from error
-    if not hasattr(ort, "InferenceSession"):  # two wheels overwrote each other
-        raise ProviderError(f"the onnxruntime installation is broken; {_one_wheel('pwopt[cpu]')}")
-    module: ModuleType = ort
-    return module
-
-
-def wheels() -> dict[str, str]:
-    """Wheels of onnxruntime where it is imported from, with their versions; more than one overwrite each other."""
-    spec = find_spec("onnxruntime")
-    where = [str(Path(spec.origin).parent.parent)] if spec is not None and spec.origin else sys.path
-    return {name: version for name, version in installed(where).items() if DISTRIBUTIONS.fullmatch(name)}
-
-
-def installed(where: Sequence[str] | None = None) -> dict[str, str]:
-    """Distributions in some folders, by default all that Python sees: normalised name (PEP 503) → version."""
-    found = metadata.distributions(path=list(sys.path if where is None else where))
-    named = ((d.metadata["Name"], d.version) for d in found if d.metadata["Name"])
-    return dict(sorted((re.sub(r"[-_.]+", "-", name).lower(), version) for name, version in named))
-
-
-def _one_wheel(wanted: str) -> str:
-    """How to come from whatever wheels are installed to one that works."""
-    installed = " ".join(wheels()) or "onnxruntime"
-    return f"pip uninstall {installed}, then pip install '{wanted}'"
-
-
-def silence() -> None:
-    """Keep onnxruntime's own log off the terminal; for programs, since it is a setting of the whole process."""
-    if available():
-        onnxruntime().set_default_logger_severity(4)
-
-
-def available() -> bool:
-    try:
-        onnxruntime()
-    except ProviderError:
-        return False
-    return True
-
-
-def environment(provider: Provider = providers.DEFAULT, threads: int = 1) -> dict[str, Any]:
-    """Versions and machine, for reports."""
-    try:
-        ort = onnxruntime().__version__
-    except ProviderError:
-        ort = None
-    card = providers.card(provider)
-    return {
-        "pwopt": __version__,
-        "onnxruntime": ort,
-        "onnx": onnx.__version__,
-        "numpy": np.__version__,
-        "python": platform.python_version(),
-        "os": platform.platform(),
-        "cpu": cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": threads,
-        "provider": provider.text,
-        "device": None if card is None else f"{card.name}, driver {card.driver}",
-    }
-
-
-def cpu_name() -> str:
-    """The processor, as its maker calls it where the system tells."""
-    if CPUINFO.exists():
-        for line in CPUINFO.read_text(encoding="utf-8").splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    if sys.platform == "darwin":  # where `platform.processor` is "arm" for all that Apple makes
-        with contextlib.suppress(OSError):
-            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
-            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
-            if done.stdout.strip():
-                return done.stdout.strip()
-    return platform.processor() or platform.machine()
 
 
 class NodeTime(NamedTuple):
@@ -209,7 +109,7 @@ class Session:
         reason = _first_line(error)
         if self.provider.name == providers.CPU:
             return ModelError(f"onnxruntime does not load the model: {reason}")
-        missing = "; ".join(providers.obstacles(onnxruntime(), self.provider))
+        missing = "; ".join(providers.obstacles(import_onnxruntime(), self.provider))
         if missing:
             return ProviderError(f"{self.provider.name} could not start: {missing}; nothing was run")
         if providers.out_of_memory(reason):
@@ -236,7 +136,7 @@ class Session:
     def bind(self, feeds: Feeds) -> None:
         """Place inputs and outputs on the provider's device, so that timing measures no copies."""
         self._feeds = feeds
-        ort, place = onnxruntime(), self.provider.memory
+        ort, place = import_onnxruntime(), self.provider.memory
         if place[0] == "cpu" and not self.provider.captured:
             return
         self._binding = self.session.io_binding()
@@ -336,11 +236,11 @@ def startable(provider: Provider) -> ModuleType:
     ------
     ProviderError
     """
-    ort = onnxruntime()
+    ort = import_onnxruntime()
     there = ort.get_available_providers()
     if provider.name not in there:
         wheel = providers.WHEELS.get(provider.name)
-        hint = f"; {_one_wheel(wheel)}" if wheel else ""
+        hint = f"; {suggest_wheel(wheel)}" if wheel else ""
         raise ProviderError(f"{provider.name} is not in this onnxruntime (it has {', '.join(there)}){hint}")
     if provider.name in providers.NVIDIA:
         providers.preload(ort)
@@ -350,7 +250,7 @@ def startable(provider: Provider) -> ModuleType:
 def _loads_on_cpu(path: str | os.PathLike[str]) -> bool:
     """Whether the model itself is in order, so that a failure is the provider's."""
     try:
-        onnxruntime().InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
+        import_onnxruntime().InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
     except Exception:
         return False
     return True
@@ -369,12 +269,12 @@ def check_settings(threads: int, rtol: float | None, atol: float | None) -> None
             raise UsageError(f"a tolerance is a number from 0 on, and {name} is {value}")
 
 
-def elsewhere(placed: Mapping[str, list[str]], provider: Provider) -> dict[str, list[str]]:
+def nodes_elsewhere(placed: Mapping[str, list[str]], provider: Provider) -> dict[str, list[str]]:
     """The part of a placement that is not on `provider`."""
     return {name: nodes for name, nodes in placed.items() if name != provider.name}
 
 
-def fallbacks(
+def find_fallbacks(
     path: str | os.PathLike[str], provider: Provider, threads: int, feeds: Feeds
 ) -> dict[str, tuple[str, ...]]:
     """Other provider → operators of the model, as "Op name", that `provider` left to it.
@@ -385,4 +285,4 @@ def fallbacks(
         return {}
     session = Session(path, provider, threads, profile=True)
     session.run(feeds)
-    return {name: tuple(nodes) for name, nodes in elsewhere(session.placement(), provider).items()}
+    return {name: tuple(nodes) for name, nodes in nodes_elsewhere(session.placement(), provider).items()}

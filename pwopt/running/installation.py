@@ -1,0 +1,120 @@
+"""What is installed: onnxruntime and its wheels, versions, and the machine."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib import metadata
+from importlib.util import find_spec
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import onnx
+
+from pwopt.errors import ProviderError
+from pwopt.running import providers
+from pwopt.running.providers import Provider
+from pwopt.version import __version__
+
+#: What Linux says of the processor.
+CPUINFO = Path("/proc/cpuinfo")
+#: The wheels that onnxruntime comes in; all of them install into one folder.
+DISTRIBUTIONS = re.compile(r"onnxruntime(-gpu|-openvino|-directml|-rocm|-training|-qnn)?")
+
+
+def import_onnxruntime() -> ModuleType:
+    """The onnxruntime module.
+
+    Raises
+    ------
+    ProviderError
+        If none is installed.
+    """
+    try:
+        import onnxruntime as ort
+    except ImportError as error:
+        raise ProviderError(
+            f"onnxruntime cannot be imported ({error}); pip install 'pwopt[cpu]' or 'pwopt[gpu]'"
+        ) from error
+    if not hasattr(ort, "InferenceSession"):  # two wheels overwrote each other
+        raise ProviderError(f"the onnxruntime installation is broken; {suggest_wheel('pwopt[cpu]')}")
+    module: ModuleType = ort
+    return module
+
+
+def find_wheels() -> dict[str, str]:
+    """Wheels of onnxruntime where it is imported from, with their versions; more than one overwrite each other."""
+    spec = find_spec("onnxruntime")
+    where = [str(Path(spec.origin).parent.parent)] if spec is not None and spec.origin else sys.path
+    return {name: version for name, version in find_distributions(where).items() if DISTRIBUTIONS.fullmatch(name)}
+
+
+def find_distributions(where: Sequence[str] | None = None) -> dict[str, str]:
+    """Distributions in some folders, by default all that Python sees: normalised name (PEP 503) → version."""
+    found = metadata.distributions(path=list(sys.path if where is None else where))
+    named = ((d.metadata["Name"], d.version) for d in found if d.metadata["Name"])
+    return dict(sorted((re.sub(r"[-_.]+", "-", name).lower(), version) for name, version in named))
+
+
+def suggest_wheel(wanted: str) -> str:
+    """How to come from whatever wheels are installed to one that works."""
+    installed = " ".join(find_wheels()) or "onnxruntime"
+    return f"pip uninstall {installed}, then pip install '{wanted}'"
+
+
+def silence_onnxruntime() -> None:
+    """Keep onnxruntime's own log off the terminal; for programs, since it is a setting of the whole process."""
+    if is_available():
+        import_onnxruntime().set_default_logger_severity(4)
+
+
+def is_available() -> bool:
+    try:
+        import_onnxruntime()
+    except ProviderError:
+        return False
+    return True
+
+
+def describe_machine(provider: Provider = providers.DEFAULT, threads: int = 1) -> dict[str, Any]:
+    """Versions and machine, for reports."""
+    try:
+        ort = import_onnxruntime().__version__
+    except ProviderError:
+        ort = None
+    card = providers.card(provider)
+    return {
+        "pwopt": __version__,
+        "onnxruntime": ort,
+        "onnx": onnx.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+        "os": platform.platform(),
+        "cpu": cpu_name(),
+        "cores": os.cpu_count(),
+        "threads": threads,
+        "provider": provider.text,
+        "device": None if card is None else f"{card.name}, driver {card.driver}",
+    }
+
+
+def cpu_name() -> str:
+    """The processor, as its maker calls it where the system tells."""
+    if CPUINFO.exists():
+        for line in CPUINFO.read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    if sys.platform == "darwin":  # where `platform.processor` is "arm" for all that Apple makes
+        with contextlib.suppress(OSError):
+            command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+            done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
+            if done.stdout.strip():
+                return done.stdout.strip()
+    return platform.processor() or platform.machine()
