@@ -86,7 +86,7 @@ def padded_after_stencil() -> tuple[LinearMap, LinearMap, np.ndarray]:
     return first, LinearMap.conv(rng.normal(size=(2, 2, 3)), pads=(1, 1)), rng.normal(size=(1, 2, 9))
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(chains())
 @example(padded_after_bias())
 @example(padded_after_stencil())
@@ -107,7 +107,7 @@ def test_a_composition_is_exact_or_refused(chain: tuple[LinearMap, LinearMap, np
     np.testing.assert_allclose(apply(composed, x), expected, atol=1e-9)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(chains())
 def test_a_composition_is_priced_without_its_numbers(chain: tuple[LinearMap, LinearMap, np.ndarray]) -> None:
     first, second, _ = chain
@@ -162,7 +162,7 @@ def branches(draw: st.DrawFn) -> tuple[LinearMap, LinearMap, np.ndarray]:
     return a, b, x
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=250)
 @given(branches())
 def test_a_sum_is_exact_or_refused(pair: tuple[LinearMap, LinearMap, np.ndarray]) -> None:
     a, b, x = pair
@@ -174,7 +174,7 @@ def test_a_sum_is_exact_or_refused(pair: tuple[LinearMap, LinearMap, np.ndarray]
     np.testing.assert_allclose(on_onnx(total, x), on_onnx(a, x) + on_onnx(b, x), atol=1e-9)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(branches())
 def test_stack_and_hcat_are_exact_or_refused(pair: tuple[LinearMap, LinearMap, np.ndarray]) -> None:
     a, b, x = pair
@@ -225,7 +225,7 @@ def test_every_pair_of_groupings(g1: int, g2: int) -> None:
     np.testing.assert_allclose(apply(composed, x), apply(second, apply(first, x)), atol=1e-9)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 3), st.integers(1, 2), st.integers(0, 1), st.booleans(), st.integers(0, 10_000))
 def test_transposed_maps_compose_with_pointwise_ones(k: int, s: int, p: int, before: bool, seed: int) -> None:
     rng = np.random.default_rng(seed)

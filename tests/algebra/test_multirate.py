@@ -65,7 +65,7 @@ def size_for(draw: st.DataObject, linear: LinearMap, factors: tuple[int, ...]) -
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_phases_of_a_stencil_on_repeated_positions(data: st.DataObject) -> None:
     linear = data.draw(stencils(strides=(1, 1, 1, 2, 4)))
     g = linear.geometry
@@ -85,7 +85,7 @@ def test_phases_of_a_stencil_on_repeated_positions(data: st.DataObject) -> None:
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_phases_of_a_stencil_on_what_is_as_long(data: st.DataObject) -> None:
     """Beside what was repeated lie positions that were not: their phases have strides."""
     linear = data.draw(stencils())
@@ -106,7 +106,7 @@ def test_phases_of_a_stencil_on_what_is_as_long(data: st.DataObject) -> None:
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_one_transposed_convolution(data: st.DataObject) -> None:
     linear = data.draw(stencils())
     g = linear.geometry
@@ -119,7 +119,7 @@ def test_one_transposed_convolution(data: st.DataObject) -> None:
 
 
 @given(st.data())
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 def test_a_stencil_on_subsampled_positions(data: st.DataObject) -> None:
     """For every length at which the blocks can be concatenated."""
     blocks = data.draw(st.integers(1, 4))

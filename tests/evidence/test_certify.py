@@ -102,7 +102,7 @@ def test_a_fold_is_certified_within_its_bound(dtype: type) -> None:
     assert 0 < found.probability < 1e-8
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     widths=st.lists(st.integers(2, 6), min_size=3, max_size=4), seed=st.integers(0, 99), place=st.integers(0, 999),
     bias=st.booleans(), error=st.sampled_from([1e-4, -1e-3, 0.1, -1.0, 10.0]), kernel=st.sampled_from([1, 3]),
@@ -118,7 +118,7 @@ def test_one_wrong_number_of_a_fold_is_refused(
     assert wrong[0].residual > wrong[0].bound
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(seed=st.integers(0, 99), place=st.integers(0, 99), index=st.sampled_from([1, 2]))
 def test_one_wrong_number_of_a_folded_normalisation_is_refused(seed: int, place: int, index: int) -> None:
     stats = {name: normal(5, seed=seed + i, dtype=np.float32) for i, name in enumerate("sbmv")}

@@ -60,7 +60,7 @@ def test_a_product_of_matrices_without_reshape() -> None:
     same(model, result, x=normal(2, 3, 4, 50))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(n=st.integers(1, 9), m=st.integers(1, 9), places=st.integers(1, 60))
 def test_never_more_multiply_adds(n: int, m: int, places: int) -> None:
     body = "h = MatMul(w, x) t = Transpose<perm=[1,0]>(h) y = MatMul(h, t)"

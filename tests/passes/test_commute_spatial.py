@@ -201,7 +201,7 @@ def test_dynamic_sizes_at_two_scales() -> None:
 STEP = st.sampled_from(["map", "relu", "mean", "up", "down", "concat", "add", "strided", "bias", "conv", "crop"])
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(STEP, min_size=2, max_size=8), st.integers(0, 9))
 def test_random_stacks(steps: list[str], seed: int) -> None:
     """Maps, pooling, resizing, strides, Concat and sums in any order: equal, and never more multiply-adds."""
@@ -407,7 +407,7 @@ def test_a_map_and_its_bias_between_a_matrix_and_a_map() -> None:
 LAYER = st.tuples(st.sampled_from(["map", "mix", "identity", "shift", "nodes' shift", "relu"]), st.integers(1, 9))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(LAYER, min_size=2, max_size=7))
 def test_random_graph_layers(layers: list[tuple[str, int]]) -> None:
     """Maps of features, matrices of nodes (every other one keeps constants), and shifts of both, by the whole pipeline."""

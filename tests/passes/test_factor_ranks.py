@@ -86,7 +86,7 @@ def test_a_shared_weight_is_left_alone() -> None:
     assert run(model, FactorRanks())[0] is model
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.integers(4, 60), st.integers(4, 60), st.data())
 def test_low_ranks_are_not_missed(rows: int, columns: int, data: st.DataObject) -> None:
     most = (rows * columns - 1) // (rows + columns)

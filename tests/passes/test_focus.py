@@ -236,7 +236,7 @@ def test_few_blocks_of_many_positions_stay() -> None:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_blocks(data: st.DataObject) -> None:
     rank = data.draw(st.integers(1, 3))
     steps = [data.draw(st.integers(1, 3)) for _ in range(rank)]

@@ -52,7 +52,7 @@ def weights_of(model: onnx.ModelProto) -> int:
     return sum(weight(model, n.input[1]).size for n in model.graph.node)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, 12), min_size=2, max_size=7))
 def test_the_cheapest_cut_is_found(widths: list[int]) -> None:
     model = chain(widths)

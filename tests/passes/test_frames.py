@@ -154,7 +154,7 @@ def test_no_settled_pass_undoes_it() -> None:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_convolution(data: st.DataObject) -> None:
     kernel = [data.draw(st.integers(1, 3)) for _ in range(3)]
     pads = [data.draw(st.integers(0, 2)) for _ in range(6)]

@@ -61,7 +61,7 @@ def test_a_crop_moves_all_the_way_up() -> None:
     same(model, result, x=X)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(
     kernel=st.sampled_from([1, 2, 3, 5]), stride=st.integers(1, 3), dilation=st.integers(1, 2),
     begin=st.integers(0, 4), end=st.integers(0, 4), first=st.integers(0, 11), length=st.integers(1, 12),

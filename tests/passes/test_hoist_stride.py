@@ -192,7 +192,7 @@ def test_dynamic_sizes() -> None:
 STEP = st.sampled_from(["relu", "conv1", "conv3", "strided", "pool1", "residual", "norm", "pool3"])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(STEP, min_size=2, max_size=7), st.integers(0, 3))
 def test_random_stacks(steps: list[str], seed: int) -> None:
     lines, numbers, before, t = [], {}, "x", "x"

@@ -160,7 +160,7 @@ STEPS = (
 )  # fmt: skip
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.sampled_from(STEPS), min_size=1, max_size=6), st.booleans())
 def test_any_way_through(steps: list[str], blocks: bool) -> None:
     names = [f"h{i}" for i in range(len(steps) + 1)]

@@ -5,7 +5,7 @@ import numpy as np
 import onnx
 import pytest
 from helpers import build, normal, ops, reasons, run, same
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pwopt.graph.files import from_proto
@@ -490,7 +490,7 @@ def convolutions(draw: st.DrawFn) -> tuple[str, dict[str, np.ndarray], dict[str,
 
 
 @given(convolutions(), st.sampled_from(BOTH))
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=150)
 def test_any_convolution(case: tuple[str, dict[str, np.ndarray], dict[str, np.ndarray]], kind: type[Pass]) -> None:
     """It stays what it was, whatever was done; and something is done wherever there are phases."""
     from pwopt.passes import CleanUp

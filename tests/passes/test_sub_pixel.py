@@ -184,7 +184,7 @@ def test_no_settled_pass_undoes_it() -> None:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_any_chain(data: st.DataObject) -> None:
     """Of transposed convolutions, pointwise maps and activations, over one or two axes."""
     rank, width, count = data.draw(st.integers(1, 2)), 3, data.draw(st.integers(1, 4))

@@ -966,7 +966,7 @@ def add_branch(net: Net, spec: dict[str, Any], seed: int) -> str:
     return tensor
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(st.lists(branches(), min_size=2, max_size=4), st.data())
 def test_every_sum_keeps_its_values_and_never_costs_more(specs: list[dict[str, Any]], data: st.DataObject) -> None:
     net = Net(1, 4, 5, 5)

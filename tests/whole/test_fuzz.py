@@ -28,7 +28,7 @@ def check(sample: Sample) -> Counter[str]:
 
 @seed(0)
 @settings(
-    max_examples=40, deadline=None, database=None, derandomize=False,
+    max_examples=40, database=None, derandomize=False,
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.filter_too_much],
 )  # fmt: skip
 @given(samples())

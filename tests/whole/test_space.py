@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from helpers import normal, parse
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 import pwopt
@@ -84,7 +84,7 @@ def _small(steps: list[tuple[str, int]]) -> bool:
     return sum(step == "up" for step, _ in steps) <= 3
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=30)
 @given(st.lists(STEP, min_size=2, max_size=8).filter(_small))
 def test_random_stacks_at_two_sizes(steps: list[tuple[str, int]]) -> None:
     pytest.importorskip("onnxruntime")
