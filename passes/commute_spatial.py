@@ -150,16 +150,19 @@ class CommuteSpatial(Pass):
         cost_before, cost_after = (g.weights * p + mover.work(c) for p, c in zip(places, counts, strict=True))
         if cost_after >= cost_before:
             return Skip(_explain_cost(where, mover, counts))
+        source: Tensor
+        output: Tensor
         if sinks:
             between = rw.new_variable(f"{mover.output.name}_input", mover.output, channels(axis, g.in_channels))
+            source, output = between, mover.output
+            spatial = _copy(rw, mover.node, reading.source, between, axis, *counts)
         else:
             between = rw.new_variable(f"{reading.output.name}_small", mover.source, channels(axis, g.out_channels))
-        ends = (reading.source, between) if sinks else (between, reading.output)
-        spatial, linear = _copy(rw, mover.node, ends[0], ends[1], axis, *counts), reading.load()
+            source, output = mover.source, between
+            spatial = _copy(rw, mover.node, between, reading.output, axis, *counts)
         if spatial is None:
             return Skip(FIXED_SIZE)
-        ends = (between, mover.output) if sinks else (mover.source, between)
-        written = emit.write(rw, linear, reading, ends[0], ends[1], axis)
+        written = emit.write(rw, reading.load(), reading, source, output, axis)
         reason = f"{reading.channels} runs {where} {mover.node.op}, at {counted(min(places), 'position')}"
         reason += f" instead of {max(places):,}"
         if mover.terms:

@@ -1,4 +1,4 @@
-"""Scales, shifts and normalisations fold into the linear maps before or after them."""
+"""Constant folding of scales, shifts and normalisations into the linear maps before or after them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,31 @@ from pwopt.maps.forms import Reading
 from pwopt.rewriting.driver import Pass, Rewriter, describe
 from pwopt.rewriting.records import Rewrite, Skip
 
-#: By what part of its constants a model may grow, since maps that share a weight get weights of their own.
+#: How much the constants of a model may grow, relative to their size, when maps get copies of shared weights.
 UNSHARED = 1 / 20
-#: How many operators one scale may travel past; real models need a handful.
+#: How many operators a scale may move past. Real models need a handful.
 MAX_REACH = 32
 
 
 @dataclass
 class Plan:
-    """Maps that take a scale and shift over, on their output or input side, constants that do, and what changes."""
+    """What absorbs a scale and shift.
+
+    Attributes
+    ----------
+    after, before : list of (Reading, Affine)
+        Maps that absorb it on their output side, or on their input side.
+    constants : list of (Tensor, Affine)
+        Constants that absorb it.
+    changed : list of Tensor
+        Tensors whose values change, so that they need new names.
+    steps : int
+        Operators visited so far.
+    """
 
     after: list[tuple[Reading, Affine]] = field(default_factory=list)
     before: list[tuple[Reading, Affine]] = field(default_factory=list)
-    held: list[tuple[Tensor, Affine]] = field(default_factory=list)
+    constants: list[tuple[Tensor, Affine]] = field(default_factory=list)
     changed: list[Tensor] = field(default_factory=list)
     steps: int = 0
 
@@ -38,22 +50,40 @@ class Plan:
         return [r for r, _ in (*self.after, *self.before)]
 
 
-class FoldAffine(Pass):
-    """A(Wx + b) = (AW)x + Ab and W(Ax + t) + b = (WA)x + (Wt + b) for diagonal A.
+@dataclass(frozen=True)
+class Edits:
+    """A plan in numbers: the new operators of each map, the new value of each constant, and bytes of copied weights."""
 
-    BatchNormalization, and Mul, Div, Add, Sub, Neg by a constant per channel, fold into the map that feeds
-    them, else into every map that reads them, through operators that let them pass (Concat, pooling,
-    Resize, Transpose…: `pwopt.maps.commute`). Constants on the way, such as tables of positions, take their part. A
-    shift in front of zero padding does not fold, a scale does. What neither side takes merges with its neighbour into
-    one BatchNormalization. Only if operators disappear. A weight that others read too is copied if that is less to
-    read than what the operator that goes reads and writes, and if the model grows little by it (heads that share
-    convolutions between levels, but not normalisations: Tan et al., "EfficientDet", 2020).
-    Ioffe and Szegedy, "Batch Normalization" (2015); bias fusion as in every compiler.
+    maps: tuple[tuple[Reading, emit.Written], ...]
+    constants: tuple[tuple[Tensor, Values, float], ...]
+    copied: int
+
+    @property
+    def residual(self) -> float:
+        """The largest relative rounding error."""
+        return max((*(w.residual for _, w in self.maps), *(error for *_, error in self.constants)), default=0.0)
+
+
+class FoldAffine(Pass):
+    """A(Wx + b) = (AW)x + Ab and W(Ax + t) + b = (WA)x + (Wt + b) for diagonal A
+
+    * A is a BatchNormalization, or a Mul, Div, Add, Sub or Neg by a constant per channel.
+    * It folds into the map before it, or else into every map that reads it. It moves through operators that commute
+      with it (Concat, pooling, Resize, Transpose, …: `pwopt.maps.commute`). Constants on the way, such as positional
+      tables, absorb their part.
+    * A shift does not fold forward through zero padding. A scale does.
+    * Two scales and shifts that meet no map become one BatchNormalization.
+    * The number of operators decreases. A shared weight is copied only if reading the copy costs less than the removed
+      operator, and if the model grows by at most 5 %.
+
+    Batch normalisation: Ioffe and Szegedy (2015). Every compiler has this fusion for single patterns. Heads that share
+    convolutions but not normalisations between levels need the copies (Tan et al., "EfficientDet", 2020).
     """
 
     name = "fold-affine"
 
     def __init__(self) -> None:
+        #: Bytes by which copies of shared weights may still enlarge the model; set at the first start.
         self._spare: int | None = None
 
     def start(self, rw: Rewriter) -> None:
@@ -70,69 +100,69 @@ class FoldAffine(Pass):
             return Skip(f"it belongs to a {self._fused[node]} that onnxruntime runs as one operator")
         affine = Affine(reading.load().at_rank(0), reading.axis)
         up, down = Plan(), Plan()
-        alone = "there is a constant" if rw.constant(reading.source) is not None else rw.crowd(reading.source)
-        up_refusal = alone or self._lift(rw, reading.source, affine, up)
-        if not up_refusal:
-            done = rw.attempt(self._apply, rw, reading, up)
+        obstacle = "there is a constant" if rw.constant(reading.source) is not None else rw.crowd(reading.source)
+        obstacle_before = obstacle or self._lift(rw, reading.source, affine, up)
+        if not obstacle_before:
+            done = rw.attempt(self._fold, rw, reading, up)
             if isinstance(done, Rewrite):
                 return done
-            up_refusal = done.reason
-        down_refusal = rw.pinned(reading.output) or self._sink(rw, reading.output, affine, down)
-        if not down_refusal:
-            done = rw.attempt(self._apply, rw, reading, down)
+            obstacle_before = done.reason
+        obstacle_after = rw.pinned(reading.output) or self._sink(rw, reading.output, affine, down)
+        if not obstacle_after:
+            done = rw.attempt(self._fold, rw, reading, down)
             if isinstance(done, Rewrite):
                 return done
-            down_refusal = done.reason
-        if node.op != "BatchNormalization" and not _beside_a_map(rw, reading):
+            obstacle_after = done.reason
+        if node.op != "BatchNormalization" and not _is_beside_map(rw, reading):
             return None
-        return Skip(f"before it, {up_refusal}; after it, {down_refusal}")
+        return Skip(f"before it, {obstacle_before}; after it, {obstacle_after}")
 
     def _lift(self, rw: Rewriter, tensor: Tensor, affine: Affine, plan: Plan) -> str:
-        """Plan for `affine` to be applied above `tensor`, which only one node reads; a reason if that fails."""
+        """Plan to apply `affine` above `tensor`, which has one reader; returns why not, or ""."""
         producer = rw.producer(tensor)
         plan.steps += 1
         if rw.constant(tensor) is not None:
-            return self._hold(rw, tensor, affine, plan)
+            return self._plan_constant(rw, tensor, affine, plan)
         if producer is None:
             return "there is no operator"
         if plan.steps > MAX_REACH:
             return f"more than {MAX_REACH} operators lie between"
         reading = forms.read(rw, producer)
         if isinstance(reading, Reading) and reading.kind in emit.FORMS and producer not in self._fused:
-            return self._take(rw, reading, affine, plan, after=True)
+            return self._plan_map(reading, affine, plan, after=True)
         alternatives = commute.lift(rw, producer, affine)
         if isinstance(alternatives, Refusal):
             if isinstance(reading, Refusal) and rw.is_a(producer, "Conv", "ConvTranspose", "MatMul"):
-                return f"{producer.op} cannot take it: {reading.reason}"
+                return f"{producer.op} cannot absorb it: {reading.reason}"
             return alternatives.reason
         reason = ""
         for moves in alternatives:
-            trial = Plan(list(plan.after), list(plan.before), [*plan.held], [*plan.changed], plan.steps)
+            trial = Plan([*plan.after], [*plan.before], [*plan.constants], [*plan.changed], plan.steps)
             reason = ""
             for source, moved in moves:
                 if moved.scales or moved.shifts:
                     trial.changed.append(source)
-                    reason = _crowd(rw, source) or self._lift(rw, source, moved, trial)
+                    reason = _find_other_uses(rw, source) or self._lift(rw, source, moved, trial)
                 plan.steps = trial.steps
                 if reason:
                     break
             if not reason:
                 plan.after, plan.before = trial.after, trial.before
-                plan.held, plan.changed = trial.held, trial.changed
+                plan.constants, plan.changed = trial.constants, trial.changed
                 return ""
         return reason
 
     @staticmethod
-    def _hold(rw: Rewriter, tensor: Tensor, affine: Affine, plan: Plan) -> str:
-        """Add a constant that only one operator reads to the plan; a reason if it cannot take `affine` over."""
+    def _plan_constant(rw: Rewriter, tensor: Tensor, affine: Affine, plan: Plan) -> str:
+        """Add a constant to the plan if it can absorb `affine`; returns why not, or ""."""
         if rw.shared(tensor):
             return f"the constant {tensor.name!r} is shared"
         plan.changed = [t for t in plan.changed if t is not tensor]
-        plan.held.append((tensor, affine))
+        plan.constants.append((tensor, affine))
         return ""
 
     def _sink(self, rw: Rewriter, tensor: Tensor, affine: Affine, plan: Plan) -> str:
-        """Plan for every reader of `tensor` to apply `affine` itself; a reason if one cannot."""
+        """Plan that every reader of `tensor` absorbs `affine`; returns why one cannot, or ""."""
         plan.steps += 1
         if plan.steps > MAX_REACH:
             return f"more than {MAX_REACH} operators lie between"
@@ -142,7 +172,7 @@ class FoldAffine(Pass):
         for reader in readers:
             reading = forms.linear(rw, reader, turned=True)
             if reading is not None and reading.source is tensor and reading.kind in emit.FORMS:
-                reason = self._take(rw, forms.weighted(rw, reader) or reading, affine, plan, after=False)
+                reason = self._plan_map(forms.weighted(rw, reader) or reading, affine, plan, after=False)
                 if reader in self._fused:
                     reason = f"{reader.op} belongs to a {self._fused[reader]}"
                 if reason:
@@ -160,15 +190,16 @@ class FoldAffine(Pass):
                     return reason
         return ""
 
-    def _take(self, rw: Rewriter, reading: Reading, affine: Affine, plan: Plan, *, after: bool) -> str:
-        """Add a map to the plan if it can take `affine` over exactly; a reason if not."""
+    @staticmethod
+    def _plan_map(reading: Reading, affine: Affine, plan: Plan, *, after: bool) -> str:
+        """Add a map to the plan if it can absorb `affine` exactly; returns why not, or ""."""
         axis = reading.axis if after else reading.source_axis
         if axis is not None and affine.axis is not None and axis != affine.axis:
             return f"{reading.node.op} acts on axis {axis}, not {affine.axis}"
         if any(reading.node is other.node for other in plan.maps()):
-            return f"{reading.node.op} would take it twice"
+            return f"{reading.node.op} would absorb it twice"
         g = reading.geometry
-        if not g.diagonal:  # two scales and shifts always make one
+        if not g.diagonal:  # two scales and shifts can always be merged
             wide = affine.map.spread(g.out_channels if after else g.in_channels).geometry
             composed = compose_geometry(wide, g) if after else compose_geometry(g, wide)
             if isinstance(composed, Refusal):
@@ -176,23 +207,29 @@ class FoldAffine(Pass):
         (plan.after if after else plan.before).append((reading, affine))
         return ""
 
-    def _copied(self, rw: Rewriter, reading: Reading, plan: Plan) -> int:
-        """Bytes of the shared weights that a plan copies; refused if that costs more than it saves."""
+    def _count_copied_bytes(self, rw: Rewriter, reading: Reading, plan: Plan) -> int:
+        """Bytes of the shared weights that a plan copies; refuses if copying does not pay."""
         weights = [r.weight_input for r in plan.maps() if r.weighted and rw.shared(r.weight_input)]
         if not weights:
             return 0
         listed, copies = ", ".join(sorted({repr(w.name) for w in weights})), sum(rw.elements(w) or 0 for w in weights)
         size, dtype = rw.size_of(reading.output), rw.dtype(reading.output)
         if size is None or dtype is None or copies > 2 * math.prod(size):
-            raise RefusedError(f"the weight {listed} is shared, and a copy would be more to read than is saved")
+            raise RefusedError(f"the weight {listed} is shared, and reading a copy would cost more than it saves")
         if copies * dtype.itemsize > (self._spare or 0):
             raise RefusedError(f"the weight {listed} is shared, and the model would grow by more than {UNSHARED:.0%}")
         return copies * dtype.itemsize
 
-    def _apply(self, rw: Rewriter, reading: Reading, plan: Plan) -> Rewrite:
-        """Carry a plan out, or refuse before anything is changed."""
-        edits = []
-        direct = len(plan.after) == 1 and plan.after[0][0].output is reading.source
+    def _fold(self, rw: Rewriter, reading: Reading, plan: Plan) -> Rewrite:
+        """Carry a plan out, or refuse before the first edit."""
+        edits = self._prepare(rw, reading, plan)
+        self._spare = (self._spare or 0) - edits.copied
+        return _apply(rw, reading, plan, edits)
+
+    def _prepare(self, rw: Rewriter, reading: Reading, plan: Plan) -> Edits:
+        """Compute the numbers of a plan; refuse if they do not fit the type or if the plan does not pay."""
+        direct = _is_direct(reading, plan)
+        maps: list[tuple[Reading, emit.Written]] = []
         for side in (plan.after, plan.before):
             for target, affine in side:
                 composed = _compose(rw, target, affine, after=side is plan.after)
@@ -200,72 +237,76 @@ class FoldAffine(Pass):
                 output = reading.output if direct else target.output
                 source = reading.source if target.source is reading.output else target.source
                 written = emit.write(rw, composed, target, source, output, axis)
-                edits.append((target, written))
-        copied, held = self._copied(rw, reading, plan), _held(rw, plan)
-        spared = 1 + sum(len(t.nodes) for t, _ in edits) - sum(len(w.nodes) for _, w in edits)
-        if spared < 1 - _joins_views(rw, reading):
+                maps.append((target, written))
+        copied, constants = self._count_copied_bytes(rw, reading, plan), _compose_constants(rw, plan)
+        removed = 1 + sum(len(t.nodes) for t, _ in maps) - sum(len(w.nodes) for _, w in maps)
+        if removed < 1 - _joins_views(rw, reading):
             raise RefusedError("merging them would not save an operator")
-        if not direct and not edits and not held:
-            raise RefusedError("nothing would take it over")
-        self._spare = (self._spare or 0) - copied
-        takers = [*(describe(t.node) for t, _ in edits), *(f"the constant {t.name!r}" for t, *_ in held)]
-        reason = f"{describe(reading.node)} folds into {' and '.join(takers[:3])}" + " and more" * (len(takers) > 3)
-        residual = max((*(w.residual for _, w in edits), *(lost for *_, lost in held)), default=0.0)
-        if direct:
-            ((target, written),) = edits
-            return rw.replace([*target.nodes, reading.node], written.nodes, reason, residual)
-        records = [rw.replace(target.nodes, written.nodes, reason) for target, written in edits]
-        for _, written in edits:
-            credit(written.nodes[-1], reading.nodes)
-        for tensor, values, _ in held:
-            (reader,) = rw.readers(tensor)
-            if rw.producer(tensor) is None:  # else somebody makes it yet
-                rw.release([tensor.name])
-            rw.reroute(tensor, rw.new_constant(tensor.name, values))
-            credit(reader, reading.nodes)
-            rw.enqueue_around(reader)
-        if reading.node in rw and (rw.readers(reading.output) or rw.pinned(reading.output)):
-            rw.bypass(reading.node, reading.source, keep_output=bool(plan.after or held))
-        elif reading.node in rw:
-            rw.remove(reading.node)
-        renamed = {tensor.name: rw.rename(tensor, "_unscaled") for tensor in plan.changed}
-        done = Rewrite.of(reason, records, renamed)
-        return replace(done, removed=(describe(reading.node), *done.removed), residual=residual)
+        if not maps and not constants:
+            raise RefusedError("there is no map or constant to absorb it")
+        return Edits(tuple(maps), tuple(constants), copied)
 
 
-def _held(rw: Rewriter, plan: Plan) -> list[tuple[Tensor, Values, float]]:
-    """What constants hold once they have taken a scale and shift over, and by how much rounding changed that."""
+def _is_direct(reading: Reading, plan: Plan) -> bool:
+    """Whether only the map right before the scale and shift absorbs it, on its output side."""
+    return len(plan.after) == 1 and plan.after[0][0].output is reading.source
+
+
+def _apply(rw: Rewriter, reading: Reading, plan: Plan, edits: Edits) -> Rewrite:
+    """Carry a plan out."""
+    absorbers = [*(describe(t.node) for t, _ in edits.maps), *(f"the constant {t.name!r}" for t, *_ in edits.constants)]
+    reason = f"{describe(reading.node)} folds into {' and '.join(absorbers[:3])}" + " and more" * (len(absorbers) > 3)
+    if _is_direct(reading, plan):
+        ((target, written),) = edits.maps
+        return rw.replace([*target.nodes, reading.node], written.nodes, reason, edits.residual)
+    records = [rw.replace(target.nodes, written.nodes, reason) for target, written in edits.maps]
+    for _, written in edits.maps:
+        credit(written.nodes[-1], reading.nodes)
+    for tensor, values, _ in edits.constants:
+        (reader,) = rw.readers(tensor)
+        if rw.producer(tensor) is None:  # the new constant may have the name of an initializer, not of a node's output
+            rw.release([tensor.name])
+        rw.reroute(tensor, rw.new_constant(tensor.name, values))
+        credit(reader, reading.nodes)
+        rw.enqueue_around(reader)
+    if reading.node in rw and (rw.readers(reading.output) or rw.pinned(reading.output)):
+        rw.bypass(reading.node, reading.source, keep_output=bool(plan.after or edits.constants))
+    elif reading.node in rw:
+        rw.remove(reading.node)
+    renamed = {tensor.name: rw.rename(tensor, "_unscaled") for tensor in plan.changed}
+    done = Rewrite.of(reason, records, renamed)
+    return replace(done, removed=(describe(reading.node), *done.removed), residual=edits.residual)
+
+
+def _compose_constants(rw: Rewriter, plan: Plan) -> list[tuple[Tensor, Values, float]]:
+    """The constants of a plan, with their new values and the largest relative rounding error."""
     found = []
-    for tensor, affine in plan.held:
+    for tensor, affine in plan.constants:
         value, dtype = rw.value(tensor), rw.dtype(tensor)
         if value is None or dtype is None:
             raise RefusedError(f"the constant {tensor.name!r} is not finite")
-        along = (
-            (1,) * value.ndim
-            if affine.axis is None
-            else tuple(-1 if a == affine.axis else 1 for a in range(value.ndim))
-        )
-        exact = value * affine.map.scale.reshape(along) + affine.map.bias.reshape(along)
+        shape = tuple(-1 if a == affine.axis else 1 for a in range(value.ndim))
+        exact = value * affine.map.scale.reshape(shape) + affine.map.bias.reshape(shape)
         low = emit.round_values(exact, dtype)
         found.append((tensor, low, emit.relative_rounding(low, exact)))
     return found
 
 
-def _crowd(rw: Rewriter, tensor: Tensor) -> str:
-    """`View.crowd`, but for those who only ask for its shape, which a scale or a shift leaves alone."""
-    numbers = [r for r in rw.readers(tensor) if not rw.is_a(r, "Shape", "Size")]
-    return rw.pinned(tensor) if len(numbers) == 1 else rw.crowd(tensor)
+def _find_other_uses(rw: Rewriter, tensor: Tensor) -> str:
+    """`View.crowd` without the operators that only read the shape, which a scale or a shift does not change."""
+    readers = [r for r in rw.readers(tensor) if not rw.is_a(r, "Shape", "Size")]
+    return rw.pinned(tensor) if len(readers) == 1 else rw.crowd(tensor)
 
 
 def _joins_views(rw: Rewriter, reading: Reading) -> bool:
-    """Whether two changes of view meet where a BatchNormalization goes: together they are one, or nothing (LeViT)."""
+    """Whether a BatchNormalization stands between two Reshapes or similar, which merge once it is removed (LeViT)."""
     before, after = rw.producer(reading.source), rw.sole_reader(reading.output)
-    inside = rw.is_a(before, *VIEWS) and rw.is_a(after, *VIEWS) and not _crowd(rw, before.inputs[0])
+    inside = rw.is_a(before, *VIEWS) and rw.is_a(after, *VIEWS) and not _find_other_uses(rw, before.inputs[0])
     return inside and reading.node.op == "BatchNormalization"
 
 
-def _beside_a_map(rw: Rewriter, reading: Reading) -> bool:
-    """Whether a convolution or matrix product feeds or reads it, so that a refusal is worth telling."""
+def _is_beside_map(rw: Rewriter, reading: Reading) -> bool:
+    """Whether a convolution or matrix product is its neighbour, so that a refusal is worth reporting."""
     neighbours = [rw.producer(reading.source), *rw.readers(reading.output)]
     return any(n is not None and rw.op(n) in WEIGHTED_OPERATORS for n in neighbours)
 

@@ -590,8 +590,8 @@ def levels(spare: int, size: str) -> onnx.ModelProto:
     [
         (4000, "4", 0, ""),  # a copy for one level; what is left is the other's own
         (1000, "4", 2, "grow by more than 5%"),
-        (4000, "1", 2, "more to read than is saved"),
-        (4000, "W", 2, "more to read than is saved"),
+        (4000, "1", 2, "would cost more than it saves"),
+        (4000, "W", 2, "would cost more than it saves"),
     ],
 )
 def test_a_shared_weight_is_copied_where_that_costs_less(spare: int, size: str, left: int, word: str) -> None:
