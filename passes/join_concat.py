@@ -1,4 +1,4 @@
-"""A sum of maps of different tensors becomes one map of their Concat."""
+"""Horizontal fusion: a sum of maps of different tensors becomes one map of their Concat."""
 
 from __future__ import annotations
 
@@ -15,7 +15,12 @@ from pwopt.rewriting.records import Rewrite, Skip
 class JoinConcat(Pass):
     """Wₐa + W_b b = (Wₐ W_b)·concat(a, b)
 
-    As many multiply-adds, no sum of results, but a copy of the inputs: measured.
+    * Both maps are dense and have the same geometry but for the channels.
+    * The shapes of a and b are known and differ in the channels only.
+    * Nothing else reads Wₐa or W_b b, and no weight is shared.
+
+    The number of multiply-adds stays the same. One addition goes, and a copy of the inputs comes, so only measuring can
+    tell. `split-concat` is the inverse.
     """
 
     name = "join-concat"
@@ -31,10 +36,10 @@ class JoinConcat(Pass):
         if len(maps) != 2 or maps[0].source is maps[1].source:
             return None
         a, b = maps
-        if (a.kind, a.axis, _form(a)) != (b.kind, b.axis, _form(b)) or not _fit(rw, a, b):
+        if (a.kind, a.axis, _ignore_inputs(a)) != (b.kind, b.axis, _ignore_inputs(b)) or not _can_concatenate(rw, a, b):
             return None
         if not self.eager:
-            return Skip("as one map of a Concat it takes as many multiply-adds; only measuring can tell")
+            return Skip("one map of a Concat would take as many multiply-adds; only measuring can tell")
         for r in maps:
             crowd = rw.crowd(r.output)
             if crowd or rw.shared(r.weight_input):
@@ -45,17 +50,18 @@ class JoinConcat(Pass):
         )
         written = emit.write(rw, joined, a, both, node.outputs[0], a.axis)
         concat = Node("Concat", rw.node_name(node.name, "_concat"), {"axis": a.axis}, [a.source, b.source], [both])
-        reason = f"two maps that are summed, {a.channels} and {b.channels}, are one map of both inputs"
+        reason = f"two maps that are summed, {a.channels} and {b.channels}, become one map of both inputs"
         done = rw.replace([*a.nodes, *b.nodes, node], [concat, *written.nodes], reason, written.residual)
         return done.signed(f"{a.kind} {a.channels} + {b.channels} at {rw.size_of(node.outputs[0])}")
 
 
-def _form(reading: forms.Reading) -> object:
+def _ignore_inputs(reading: forms.Reading) -> object:
+    """The geometry without what may differ between two maps of a sum."""
     return replace(reading.geometry, in_channels=0, biased=False)
 
 
-def _fit(rw: Rewriter, a: forms.Reading, b: forms.Reading) -> bool:
-    """Whether the inputs can be concatenated: known shapes that agree but for the channels."""
+def _can_concatenate(rw: Rewriter, a: forms.Reading, b: forms.Reading) -> bool:
+    """Whether the shapes of both inputs are known and differ in the channels only."""
     x, y = rw.shape(a.source), rw.shape(b.source)
     return (
         x is not None
