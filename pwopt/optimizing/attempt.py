@@ -40,8 +40,8 @@ MAX_ATTEMPTS = 8
 #: Microseconds to start an operator on a graphics card, from the framework's call to the kernel's first instruction; a
 #: launch alone takes 2 to 5 (NVIDIA, "Getting started with CUDA graphs", 2019).
 LAUNCH = 10.0
-#: Rounds of the final race, at least; it ends early when the ratio is known to this part of it.
-LEAST, PRECISE = 5, 0.003
+#: The final race ends early when the speed-up is known to this part of it.
+PRECISE = 0.005
 #: Runs under the profiler, at least and at most.
 PROFILED = 2, 10
 #: Figures of the profiler and of the race that are this far apart are explained.
@@ -61,7 +61,7 @@ class Attempt:
     @property
     def faster(self) -> bool:
         """Whether it was measured faster beyond doubt, and slower nowhere, or nothing was measured."""
-        faster = self.report.latency is None or self.report.latency.interval[0] > 1.0
+        faster = self.report.latency is None or self.report.latency.faster
         return faster and not any(c.slower for c in self.report.conditions)
 
     def noted(self, *notes: str) -> Attempt:
@@ -158,9 +158,9 @@ def _elsewhere(
     pair: Pair, report: Report, subject: Problem, request: Request
 ) -> tuple[Report, list[tuple[Environment, Timed]]]:
     """The report with the latency under all other conditions, and those under which the result is slower."""
-    if report.latency is None or (report.latency.interval[0] <= 1.0 and not request.insists):
+    if report.latency is None or (not report.latency.faster and not request.insists):
         return report, []  # which is not returned anyway
-    with timing.alone():
+    with timing.exclusive():
         found = [(arena, timed(pair.original, pair.candidate, arena, request)) for arena in others(subject, request)]
     return replace(report, conditions=tuple(t for _, t in found)), [(a, t) for a, t in found if t.slower]
 
@@ -236,12 +236,17 @@ def verified(pair: Pair, report: Report, request: Request) -> Report:
 
 def raced(pair: Pair, report: Report, request: Request, protos: tuple[onnx.ModelProto, onnx.ModelProto]) -> Report:
     """The report with the latency of both models, and where it goes."""
-    with timing.alone():
+    with timing.exclusive():
         race = pair.arena.race(
-            [pair.original, pair.candidate], request.race_seconds, request.progress,
-            timing.Rules(precise=PRECISE, least=LEAST),
+            [pair.original, pair.candidate, pair.original], request.race_seconds, request.progress,
+            timing.Rules(precise=PRECISE),
         )  # fmt: skip
-    LOG.info("the whole model: %.3f× [%.3f, %.3f] in %d rounds", race.speedup(), *race.interval(), race.rounds)
+    LOG.info(
+        "the whole model: %.3f× [%.3f, %.3f] over %d pairs of sessions",
+        race.speedup(),
+        *race.interval(),
+        len(race.pairs),
+    )
     latency = as_latency(race)
     request.progress("profiling", 1.0)
     report = pair.profiled(replace(report, latency=latency), protos)

@@ -384,4 +384,4 @@ class Processes:
 def _begin(lock: Any) -> None:
     """What every process of a pool starts with."""
     installation.silence_onnxruntime()
-    timing.share(lock)
+    timing.share_turn(lock)

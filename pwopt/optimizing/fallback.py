@@ -64,7 +64,7 @@ def _kept(done: Attempt, asked: str) -> Attempt:
     """What is not faster, and stays since it was asked for."""
     latency = done.report.latency
     assert latency is not None
-    slower = latency.interval[1] < 1.0
+    slower = latency.slower
     found = f"Measured slower ({latency.speedup:.2f}×)" if slower else f"Not faster beyond doubt{_within(latency)}"
     elsewhere = slower_somewhere(done.report)
     if elsewhere is not None:
@@ -77,7 +77,7 @@ def _best(tried: Attempt, always: Attempt, original: onnx.ModelProto) -> Attempt
     raced = tried.report.latency
     assert raced is not None
     latency = raced
-    which = "slower" if latency.interval[1] < 1.0 else "no faster beyond doubt"
+    which = "slower" if latency.slower else "no faster beyond doubt"
     elsewhere = slower_somewhere(tried.report)
     if elsewhere is not None:
         which, latency = f"slower with {elsewhere.label}", elsewhere.latency

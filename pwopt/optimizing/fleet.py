@@ -279,7 +279,7 @@ def _turn() -> Any:
 def delivered(parcel: JobRequest, request: Request) -> JobResponse:
     """On a worker: optimise one model."""
     installation.silence_onnxruntime()
-    timing.share(_turn())
+    timing.share_turn(_turn())
     for entry in parcel.known:
         cache.store(entry)
     before = set(cache.stored())
@@ -303,8 +303,8 @@ def delivered(parcel: JobRequest, request: Request) -> JobResponse:
 def recorded(models: Mapping[str, Mapping[str, bytes]], request: Request) -> TuningDatabase:
     """On a worker: the profile of its machine."""
     installation.silence_onnxruntime()
-    timing.share(_turn())
-    with tempfile.TemporaryDirectory(prefix="pwopt-", ignore_cleanup_errors=True) as name, timing.alone():
+    timing.share_turn(_turn())
+    with tempfile.TemporaryDirectory(prefix="pwopt-", ignore_cleanup_errors=True) as name, timing.exclusive():
         paths = []
         for i, (model, files) in enumerate(models.items()):
             folder = Path(name) / str(i)

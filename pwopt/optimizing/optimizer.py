@@ -200,5 +200,5 @@ def choose(work: Compilation, subject: Problem, request: Request, allowance: Bud
         "rewrites that only a clock can judge are raced in the whole model; all measuring has %g s", request.seconds
     )
     request.progress("waiting for the clock", 0.0)
-    with timing.alone():  # from the first race to the last, since waiting would use up the budget
+    with timing.exclusive():  # from the first race to the last, since waiting would use up the budget
         return select(work, subject.arena, allowance.for_choosing, memory, request.progress)

@@ -12,8 +12,7 @@ from pwopt.optimizing.request import Request
 from pwopt.reporting.report import Latency, Report, Timed
 from pwopt.rewriting.records import Rewrite
 from pwopt.rewriting.wording import counted
-from pwopt.running.timing import FIRST_LOOK, Race, Rules
-from pwopt.selecting.autotuning import CONFIDENCE
+from pwopt.running.timing import CONFIDENCE, Race, Rules
 from pwopt.selecting.rewrite_selection import Compilation, Environment
 
 #: Of the time for the final race, the part for each other condition.
@@ -44,10 +43,11 @@ def others(subject: Problem, request: Request) -> list[Environment]:
 
 
 def as_latency(race: Race) -> Latency:
-    """What a report says of a race of an original and a candidate."""
+    """What a report says of a race of an original and a candidate, and perhaps a copy of the original."""
+    control = (race.speedup(2), race.interval(2)) if len(race.pairs[0].times) > 2 else (None, None)
     return Latency(
         race.median(0) * 1e3, race.median(1) * 1e3, race.speedup(), race.interval(),
-        race.minimum(0) * 1e3, race.minimum(1) * 1e3, race.rounds,
+        race.minimum(0) * 1e3, race.minimum(1) * 1e3, race.rounds, len(race.pairs), *control,
     )  # fmt: skip
 
 
@@ -60,7 +60,7 @@ def timed(original: Path, candidate: Path, arena: Environment, request: Request)
 
 
 def _race(arena: Environment, a: Path, b: Path, request: Request) -> Race:
-    return arena.race([a, b], SHARE * request.race_seconds, rules=Rules(CONFIDENCE, least=FIRST_LOOK))
+    return arena.race([a, b], SHARE * request.race_seconds, rules=Rules(CONFIDENCE))
 
 
 def respecting(

@@ -30,11 +30,15 @@ class Latency:
     before_ms, after_ms : float
         Medians, milliseconds.
     speedup : float
-        before / after, the median over runs side by side.
+        before / after: the geometric mean over pairs of fresh sessions.
     interval : tuple of float
-        95 % bootstrap confidence interval of the speed-up.
+        99 % confidence interval of the speed-up, which the next session of each model should confirm.
     before_min_ms, after_min_ms : float
-    rounds : int
+    rounds, pairs : int
+        Runs of each model, and pairs of fresh sessions that they were made in.
+    control : float or None
+        What a copy of the original reached against the original: how far the clock can be trusted.
+    control_interval : tuple of float, or None
     """
 
     before_ms: float
@@ -44,6 +48,24 @@ class Latency:
     before_min_ms: float
     after_min_ms: float
     rounds: int
+    pairs: int = 0
+    control: float | None = None
+    control_interval: tuple[float, float] | None = None
+
+    @property
+    def noise(self) -> float:
+        """The ratio that a copy of the original reached, as a number from 1 on."""
+        return 1.0 if self.control is None else max(self.control, 1 / self.control)
+
+    @property
+    def faster(self) -> bool:
+        """Whether the speed-up is beyond doubt: its interval lies above 1 and above what a copy reached."""
+        return self.interval[0] > self.noise
+
+    @property
+    def slower(self) -> bool:
+        """Whether a slow-down is beyond doubt."""
+        return self.interval[1] < 1 / self.noise
 
     def unchanged(self) -> Latency:
         """That of the first model beside itself."""
@@ -60,7 +82,7 @@ def contradiction(before_ms: float, after_ms: float, ratio: float) -> str:
         return ""
     return (
         f"The medians ({before_ms:.3g} → {after_ms:.3g} ms) and the ratio ({ratio:.3f}×) point opposite ways: the "
-        "ratio is the median over runs side by side, which slow spells of the machine hit alike, and decides."
+        "ratio compares runs side by side, which slow spells of the machine hit alike, and decides."
     )
 
 

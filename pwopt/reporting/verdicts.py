@@ -43,7 +43,7 @@ def claims(equivalence: Equivalence | None, report: Report | None) -> list[tuple
     found = []
     if report is not None and report.latency is not None:
         t = report.latency
-        measured = f"as fast, 95 % interval {t.interval[0]:.2f} to {t.interval[1]:.2f}"
+        measured = f"as fast, 99 % interval {t.interval[0]:.2f} to {t.interval[1]:.2f}"
         found.append((f"{t.speedup:.2f}×", measured if report.candidate is None else "as fast: it is the original"))
     saved = report.before.change(report.after) if report is not None else None
     if saved is not None:

@@ -48,10 +48,10 @@ class Row:
     shapes : dict
         Input name → sizes.
     median_ms, minimum_ms : float
-        Of runs interleaved with those of the other models.
+        Of all runs, interleaved with those of the other models, over several fresh sessions.
     ratio : float
-        The first model's time over this one's, the median over runs side by side; `interval` is its 95 % confidence
-        interval.
+        The first model's time over this one's, the geometric mean over pairs of fresh sessions; `interval` is its 99 %
+        confidence interval.
     session_ms, first_run_ms : float
         Loading the model, and its first run, in a process of its own.
     memory_mb : float
@@ -159,8 +159,8 @@ def _raced(
     for path in paths[1:]:
         check_shapes(input_specs(load(path).proto), sizes)
     feeds = make_feeds(specs, sizes)
-    sessions = [Session(p, provider, threads, tf32=True) for p in paths]
-    race = timing.race(sessions, feeds, seconds, progress)
+    openers = [functools.partial(Session, p, provider, threads, tf32=True) for p in paths]
+    race = timing.race(openers, feeds, seconds, progress)
     rows = []
     for i, path in enumerate(paths):
         progress(f"profiling {path.name}", i / len(paths))

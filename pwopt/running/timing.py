@@ -1,9 +1,19 @@
-"""Interleaved timing of models, and what can be said from it."""
+"""Races: the time of one model against another's, as the next session of each will see it.
+
+Two sessions of one and the same model differ for as long as they live, by where their memory happens to lie, so no
+number of runs within one pair of sessions tells two models apart. A race therefore consists of several *pairs*: fresh
+sessions of all models, created in alternating order, with a few interleaved rounds of runs each. One pair gives one
+ratio. The interval is Student's over the pairs, so it includes what differs between sessions.
+
+Sources: Kalibera and Jones, "Rigorous benchmarking in reasonable time", ISMM 2013 (how many runs a session is worth);
+Curtsinger and Berger, "Stabilizer", ASPLOS 2013 (why the memory layout must be sampled).
+"""
 
 from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import math
 import statistics
 import time
@@ -18,113 +28,118 @@ from pwopt.inputs.samples import Feeds
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.session import Session
 
-#: Rounds before the first one that counts.
-WARM_UP = 3
-#: Never fewer rounds than this, whatever the budget, unless a race may end early; never more than that.
-MIN_ROUNDS, MAX_ROUNDS = 20, 400
-#: Bootstrap samples for the confidence interval (Efron, 1979).
-RESAMPLES = 2000
-#: Rounds, and seconds, before a race may be decided: fewer tell nothing, and shorter ones may lie in one slow spell.
-FIRST_LOOK, SHORTEST = 3, 0.1
-#: Rounds before a race may end because there is nothing to gain, and the confidence of that.
-HOPELESS_ROUNDS, HOPELESS = 8, 0.7
-#: Ratios that are further from their median than so many scaled median absolute deviations count as if they were no
-#: further (Huber, "Robust Estimation of a Location Parameter", 1964), from so many rounds on.
-HUBER, ROBUST = 1.5, 8
-
+#: Confidence of the intervals that users see, and of what is called faster or slower.
+CONFIDENCE = 0.99
+#: A race has at least so many pairs of sessions, unless they take `OVERDRAWN` times its budget; and at most so many.
+MIN_PAIRS, MAX_PAIRS, OVERDRAWN = 3, 60, 2.0
+#: Rounds of a pair: at least, at most, and in the first pair.
+MIN_ROUNDS, MAX_ROUNDS, FIRST_ROUNDS = 2, 40, 6
+#: By how much two sessions of one model are expected to differ: huge pages, idle machine (natural logarithm).
+BETWEEN_SESSIONS = 0.008
+#: A race is asked whether it is decided after so many pairs. Few questions cost little confidence.
+LOOKS = (3, 4, 5, 7, 9, 12, 16, 21, 28, 37, 48, 60)
+#: Pairs before a race may end because there is nothing to gain, and the confidence of that.
+HOPELESS_PAIRS, HOPELESS = 5, 0.7
+#: From so many ratios on, those further than so many scaled median absolute deviations from their median count as if
+#: they were no further (Huber, "Robust Estimation of a Location Parameter", 1964).
+ROBUST, HUBER = 8, 1.5
 
 _turn: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
 
 
-def share(turn: contextlib.AbstractContextManager[Any]) -> None:
-    """Let what several processes share, such as a lock, decide whose clocks run."""
+def share_turn(turn: contextlib.AbstractContextManager[Any]) -> None:
+    """Let what several processes share, such as a lock, decide which of them may measure."""
     global _turn
     _turn = turn
 
 
-def alone() -> contextlib.AbstractContextManager[Any]:
-    """The time in which no other process that shares this machine's turn runs its clocks."""
+def exclusive() -> contextlib.AbstractContextManager[Any]:
+    """A context in which no other process that shares this machine's turn measures."""
     return _turn
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What rounds of races said of one model against another, in sums, so that later rounds can be added.
+    """What races said of one model against another, in sums to which later races add.
 
     Attributes
     ----------
-    rounds : float
-        How many; those under load count for less than one.
+    pairs : float
+        How many pairs of sessions. On a busy machine each counts for less than one.
     total, squares : float
-        Sums over them of the logarithm of the ratio of times, and of its square.
-    runs : int
-        How many there really were, if that is known: as many as there are, their spread is known from.
+        Sums over the pairs of the natural logarithm of the speed-up, and of its square.
+    count : int
+        How many pairs there really were, where that is known. The spread is known from that many.
     """
 
-    rounds: float = 0.0
+    pairs: float = 0.0
     total: float = 0.0
     squares: float = 0.0
-    runs: int = 0
+    count: int = 0
 
     @classmethod
-    def of(cls, race: Race, i: int = 1) -> Evidence:
-        """Of model i against the first; a round counts as much as the machine let the models have its time.
+    def from_race(cls, race: Race, i: int = 1) -> Evidence:
+        """The evidence on model `i` against the first."""
+        return cls.from_logs(race.logs(i), race.own)
 
-        From `ROBUST` rounds on by one step of Huber's M-estimator, since slow spells hit single runs.
+    @classmethod
+    def from_logs(cls, logs: Values, own: float = 1.0) -> Evidence:
+        """The evidence of independent logarithms of a speed-up, measured with the part `own` of the machine's time.
+
+        From `ROBUST` values on by one step of Huber's M-estimator, since slow spells hit single pairs.
         """
-        logs = np.log(race.times[0] / race.times[i])
+        mean, spread = float(np.mean(logs)), float(np.std(logs))
         middle = float(np.median(logs))
         scale = 1.4826 * float(np.median(np.abs(logs - middle)))
-        mean, spread = float(np.mean(logs)), float(np.std(logs))
         if scale > 0 and len(logs) >= ROBUST:
             scores = (logs - middle) / scale
             clipped, near = np.clip(scores, -HUBER, HUBER), float(np.mean(np.abs(scores) < HUBER))
             mean = middle + scale * float(np.mean(clipped)) / near
             spread = scale * float(np.std(clipped)) / near
-        rounds = race.own * len(logs)
-        return cls(rounds, rounds * mean, rounds * (mean**2 + spread**2), len(logs))
+        pairs = own * len(logs)
+        return cls(pairs, pairs * mean, pairs * (mean**2 + spread**2), len(logs))
 
     def __add__(self, other: Evidence) -> Evidence:
-        sums = self.rounds + other.rounds, self.total + other.total, self.squares + other.squares
+        sums = self.pairs + other.pairs, self.total + other.total, self.squares + other.squares
         return Evidence(*sums, self._seen + other._seen)
 
     @property
     def _seen(self) -> int:
-        return self.runs or int(self.rounds)
+        return self.count or int(self.pairs)
 
     @property
     def speedup(self) -> float:
         """The geometric mean of the ratios."""
-        return math.exp(self.total / self.rounds) if self.rounds else 1.0
+        return math.exp(self.total / self.pairs) if self.pairs else 1.0
 
-    def interval(self, confidence: float) -> tuple[float, float]:
-        """Of the speed-up, by Student's distribution (1908): honest for few rounds as well."""
-        if self._seen < 2 or not self.rounds:
+    def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
+        """Confidence interval of the speed-up, by Student's distribution (1908)."""
+        if self._seen < 2 or not self.pairs:
             return 0.0, math.inf
-        mean = self.total / self.rounds
-        counted = self.rounds * (1 - 1 / self._seen)
-        variance = max(0.0, self.squares / self.rounds - mean**2) / counted
-        reach = student(self._seen - 1, confidence) * math.sqrt(variance)
-        return math.exp(mean - reach), math.exp(min(mean + reach, 700.0))
+        mean = self.total / self.pairs
+        counted = self.pairs * (1 - 1 / self._seen)
+        variance = max(0.0, self.squares / self.pairs - mean**2) / counted
+        reach = student_quantile(self._seen - 1, confidence) * math.sqrt(variance)
+        return math.exp(max(mean - reach, -700.0)), math.exp(min(mean + reach, 700.0))
 
 
-#: No rounds.
+#: No evidence.
 NOTHING = Evidence()
 
 
 @functools.lru_cache(maxsize=4096)
-def student(freedom: int, confidence: float) -> float:
-    """How many standard errors either side hold a mean with this confidence, for so many degrees of freedom."""
-    if freedom > MAX_ROUNDS:
+def student_quantile(freedom: int, confidence: float) -> float:
+    """How many standard errors around a mean hold it with this confidence, for so many degrees of freedom."""
+    if freedom > 400:
         return statistics.NormalDist().inv_cdf((1 + confidence) / 2)
     low, high = 0.0, 1e9
     for _ in range(100):
         middle = (low + high) / 2 if high - low < 1 or low > 0 else math.sqrt(max(high, 1.0))
-        low, high = (middle, high) if _within(middle, freedom) < confidence else (low, middle)
+        low, high = (middle, high) if _student_mass(middle, freedom) < confidence else (low, middle)
     return high
 
 
-def _within(t: float, freedom: int) -> float:
+def _student_mass(t: float, freedom: int) -> float:
     """The probability that a variable of Student's distribution lies between −t and t (Abramowitz and Stegun, 26.7)."""
     angle = math.atan(t / math.sqrt(freedom))
     cosine, odd = math.cos(angle), freedom % 2
@@ -136,144 +151,206 @@ def _within(t: float, freedom: int) -> float:
 
 
 @dataclass(frozen=True)
-class Race:
-    """Times of several models, run in turn.
+class Pair:
+    """One fresh session of each model.
 
     Attributes
     ----------
-    times : tuple of arrays
-        Seconds by `Session.clock`, one array per model; equal indices ran in the same round.
-    own : float
-        Which part of the time that passed the models had for themselves; 1 where nobody can say.
+    times : tuple of arrays of float64, shape (rounds,)
+        Seconds of each run by `Session.clock`, one array for each model. Equal indices ran in the same round.
+    creation, first_run : tuple of float
+        Seconds of processor time to create each session, and of its first run.
     """
 
     times: tuple[Values, ...]
+    creation: tuple[float, ...] = ()
+    first_run: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True)
+class Race:
+    """What several models took, in several pairs of fresh sessions.
+
+    Attributes
+    ----------
+    pairs : tuple of Pair
+    own : float
+        Which part of the time that passed the models had for themselves; 1 where that is not known.
+    """
+
+    pairs: tuple[Pair, ...]
     own: float = 1.0
 
     @property
     def rounds(self) -> int:
-        return len(self.times[0])
+        """Runs of each model."""
+        return sum(len(pair.times[0]) for pair in self.pairs)
+
+    def logs(self, i: int) -> Values:
+        """For each pair, the natural logarithm of the first model's time over that of model `i`."""
+        return np.array([float(np.median(np.log(pair.times[0] / pair.times[i]))) for pair in self.pairs])
 
     def median(self, i: int) -> float:
-        return float(np.median(self.times[i]))
+        """Seconds of a run of model `i`: the median over all sessions."""
+        return float(np.median(np.concatenate([pair.times[i] for pair in self.pairs])))
 
     def minimum(self, i: int) -> float:
-        return float(np.min(self.times[i]))
+        """Seconds of the fastest run of model `i`."""
+        return float(min(np.min(pair.times[i]) for pair in self.pairs))
+
+    def creation(self, i: int) -> float:
+        """Seconds of processor time to create a session of model `i`: the median over the pairs."""
+        return statistics.median(pair.creation[i] for pair in self.pairs)
+
+    def first_run(self, i: int) -> float:
+        """Seconds of processor time of the first run of model `i`: the median over the pairs."""
+        return statistics.median(pair.first_run[i] for pair in self.pairs)
 
     def speedup(self, i: int = 1) -> float:
-        """Median over the rounds of the time of the first model over that of model i: slow spells hit both alike.
+        """The time of the first model over that of model `i`: the geometric mean over the pairs."""
+        return Evidence.from_race(self, i).speedup
 
-        Of few rounds, the geometric mean, as for `interval`.
-        """
-        if self.rounds < MIN_ROUNDS:
-            return Evidence.of(self, i).speedup
-        return float(np.median(self.times[0] / self.times[i]))
-
-    def interval(self, i: int = 1, confidence: float = 0.95) -> tuple[float, float]:
-        """Confidence interval of `speedup`: by the bootstrap, resampling rounds, or of few rounds by `Evidence`."""
-        if self.rounds < MIN_ROUNDS:
-            return Evidence.of(self, i).interval(confidence)
-        rng = np.random.default_rng(0)
-        picks = rng.integers(0, self.rounds, (RESAMPLES, self.rounds))
-        ratios = np.median((self.times[0] / self.times[i])[picks], axis=1)
-        tail = (1 - confidence) / 2
-        low, high = np.quantile(ratios, [tail, 1 - tail])
-        return float(low), float(high)
+    def interval(self, i: int = 1, confidence: float = CONFIDENCE) -> tuple[float, float]:
+        """Confidence interval of `speedup`."""
+        return Evidence.from_race(self, i).interval(confidence)
 
 
 @dataclass(frozen=True)
 class Rules:
-    """When a race may end before its time is over, or must go on beyond it.
+    """When a race may end before its budget is spent.
 
     Attributes
     ----------
     decided : float or None
-        As soon as the second model is faster or slower at this confidence, however often that is asked.
+        As soon as the second model is faster or slower at this confidence, over all the times that this is asked.
     worth : float
-        As soon as the second model's speed-up is hardly this; not before `HOPELESS_ROUNDS`.
-    least : int
-        Not before so many rounds, whatever the time.
+        As soon as the second model's speed-up is hardly this; not before `HOPELESS_PAIRS`.
     known : Evidence
         Of earlier races.
     precise : float
-        As soon as the speed-up is known to this part of it, with 95 % confidence.
+        As soon as the speed-up is known to this part of it, at `CONFIDENCE`.
     """
 
     decided: float | None = None
     worth: float = 0.0
-    least: int = MIN_ROUNDS
     known: Evidence = NOTHING
     precise: float = 0.0
 
-    def over(self, race: Race, spent: float) -> bool:
-        """Whether what was seen so far is enough."""
-        if race.rounds < max(FIRST_LOOK, self.least) or spent < SHORTEST:
+    def ended_by(self, race: Race) -> bool:
+        """Whether what was measured so far is enough."""
+        count = len(race.pairs)
+        if count not in LOOKS or (self.decided is None and not self.precise):
             return False
-        if self.decided is None and not self.precise:
-            return False  # of a single model, nothing can be said
-        evidence = self.known + Evidence.of(race)
-        if self.precise and race.rounds >= MIN_ROUNDS:
-            low, high = evidence.interval(0.95)
+        evidence = self.known + Evidence.from_race(race)
+        look = LOOKS.index(count) + 1
+        spent = 6 / (math.pi * look) ** 2  # of the doubt, which adds up to all of it over any number of looks
+        if self.precise:
+            low, high = evidence.interval(1 - (1 - CONFIDENCE) * spent)
             if high < low * (1 + 2 * self.precise):
                 return True
         if self.decided is None:
             return False
-        looks = race.rounds - FIRST_LOOK + 1
-        doubt = (1 - self.decided) * 6 / (math.pi * looks) ** 2  # which adds up to 1 − decided over all looks
-        low, high = evidence.interval(1 - doubt)
+        low, high = evidence.interval(1 - (1 - self.decided) * spent)
         if low > 1.0 or high < 1.0:
             return True
-        return race.rounds >= HOPELESS_ROUNDS and evidence.interval(HOPELESS)[1] < self.worth
+        return count >= HOPELESS_PAIRS and evidence.interval(HOPELESS)[1] < self.worth
 
 
-#: All rounds that there is time for.
+#: All pairs that there is time for.
 TO_THE_END = Rules()
 
 
 def race(
-    sessions: Sequence[Session],
+    openers: Sequence[Callable[[], Session]],
     feeds: Feeds,
     budget: float,
     progress: Progress = ignore_progress,
     rules: Rules = TO_THE_END,
 ) -> Race:
-    """Time models against each other on the same inputs.
-
-    Every round runs each model once, in random order, so that drift and noise hit all alike.
+    """Time models against each other on the same inputs, in pairs of fresh sessions.
 
     Parameters
     ----------
-    sessions : sequence of Session
+    openers : sequence of callable
+        Each creates a fresh session of one model.
     feeds : dict of arrays
     budget : float
-        Seconds to spend.
+        Wall seconds to spend, the creation of sessions included.
     progress : callable, optional
         Called with (stage, fraction done).
     rules : Rules, optional
-        What may end a race of two models early; `least` rounds are run in any case.
+        What may end the race early.
     """
-    for session in sessions:
-        session.bind(feeds)
-        for _ in range(WARM_UP if budget > 0 else 1):
-            begin = time.perf_counter()
-            session.step()
-            if time.perf_counter() - begin > budget / MIN_ROUNDS:
-                break  # a slow model is warm after one run
     rng = np.random.default_rng(0)
-    times: list[list[float]] = [[] for _ in sessions]
-    start, passed = time.perf_counter(), 0.0
-    for done in range(MAX_ROUNDS):
-        for i in rng.permutation(len(sessions)):
+    pairs: list[Pair] = []
+    rounds, start, passed = FIRST_ROUNDS, time.perf_counter(), 0.0
+    for done in itertools.count(1):
+        order = range(len(openers)) if done % 2 else range(len(openers))[::-1]
+        deadline = start + budget if done > 1 else math.inf
+        pair, wall = _run_pair(openers, order, feeds, rounds, deadline, rng)
+        pairs.append(pair)
+        passed += wall
+        spent = time.perf_counter() - start
+        progress("racing", min(1.0, max(spent / budget if budget > 0 else 1.0, done / MAX_PAIRS)))
+        busy = sum(float(np.sum(times)) for p in pairs for times in p.times)
+        seen = Race(tuple(pairs), min(1.0, busy / passed) if passed else 1.0)
+        enough = done >= MIN_PAIRS or (done > 1 and spent > OVERDRAWN * budget > 0)
+        if (enough and spent >= budget) or done >= MAX_PAIRS or rules.ended_by(seen):
+            return seen
+        rounds = _rounds_worth(pairs, (budget - spent) / max(1, MIN_PAIRS - done))
+    raise AssertionError("itertools.count ends only by the return above")
+
+
+def _run_pair(
+    openers: Sequence[Callable[[], Session]],
+    order: Sequence[int],
+    feeds: Feeds,
+    rounds: int,
+    deadline: float,
+    rng: np.random.Generator,
+) -> tuple[Pair, float]:
+    """A pair, and the wall seconds of its timed runs. After the deadline, it ends with the round that it is in."""
+    padding = bytearray(int(rng.integers(1 << 12, 1 << 20)))  # so that sessions do not lie where the last ones lay
+    sessions: dict[int, Session] = {}
+    creation, first_run = [0.0] * len(openers), [0.0] * len(openers)
+    for i in order:
+        begin = time.process_time()
+        sessions[i] = openers[i]()
+        creation[i] = time.process_time() - begin
+        sessions[i].bind(feeds)
+        begin = time.process_time()
+        sessions[i].step()
+        first_run[i] = time.process_time() - begin
+    if time.perf_counter() < deadline:
+        for i in order:
+            sessions[i].step()
+    times: list[list[float]] = [[] for _ in openers]
+    passed = 0.0
+    for done in range(rounds):
+        if done >= 1 and time.perf_counter() > deadline:
+            break
+        for i in rng.permutation(len(openers)):
             clock = sessions[i].clock
             if sessions[i].spins:
                 sessions[i].step()
             begin, wall = clock(), time.perf_counter()
             sessions[i].step()
-            times[i].append(clock() - begin)
+            times[i].append(max(clock() - begin, 1e-9))
             passed += time.perf_counter() - wall
-        spent = time.perf_counter() - start
-        progress("racing", min(1.0, max(spent / budget if budget else 1.0, (done + 1) / MAX_ROUNDS)))
-        seen = Race(tuple(np.array(t) for t in times), min(1.0, sum(map(sum, times)) / passed))
-        if (done + 1 >= rules.least and spent >= budget) or rules.over(seen, spent):
-            break
-    return seen
+    del padding
+    return Pair(tuple(np.array(t) for t in times), tuple(creation), tuple(first_run)), passed
+
+
+def _rounds_worth(pairs: Sequence[Pair], seconds: float) -> int:
+    """How many rounds the next pair should have, within so many seconds.
+
+    √(cost of a pair's start ÷ cost of a round) · (spread of rounds ÷ spread of sessions) makes the interval as narrow
+    as it can be for the time (Kalibera and Jones, 2013, equation 1).
+    """
+    start = statistics.median(sum(p.creation) + 2 * sum(p.first_run) for p in pairs)
+    each = max(1e-6, statistics.median(sum(float(np.median(t)) for t in p.times) for p in pairs))
+    spreads = [float(np.std(np.log(p.times[0] / t))) for p in pairs for t in p.times[1:] if len(t) > 1]
+    spread = statistics.median(spreads) if spreads else BETWEEN_SESSIONS
+    wanted = math.sqrt(start / each) * spread / BETWEEN_SESSIONS
+    affordable = (seconds - start) / each
+    return int(max(MIN_ROUNDS, min(wanted, affordable, MAX_ROUNDS)))

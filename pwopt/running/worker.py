@@ -12,14 +12,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
 from pwopt.errors import PwoptError
 from pwopt.inputs.samples import Feeds
-from pwopt.running import installation, providers, timing
+from pwopt.running import huge_pages, installation, providers, timing
 from pwopt.running.progress import Progress
 from pwopt.running.providers import Provider
 from pwopt.running.session import NodeTime, Session
@@ -31,10 +31,8 @@ PATIENCE, SLOWER = 20.0, 20.0
 ROOM, LARGER = 2 << 30, 4.0
 #: What Linux says of a process's memory (proc(5)).
 STATUS = Path("/proc/self/status")
-#: Models that stay loaded: two that race, and the one that the next race will be against.
-LOADED = 3
-#: Runs under the profiler, at most.
-MOST = 12
+#: Runs under the profiler, at most, and in how many pairs of fresh sessions.
+MOST, PROFILED_PAIRS = 12, 2
 #: Seconds between two looks at how a race goes.
 TICK = 0.1
 #: Length of a message in front of it.
@@ -93,7 +91,7 @@ class Worker:
         UnusableError
             If one of them fails now.
         """
-        patience = self._limit + (len(models) + 1) * rules.least * self._limit / SLOWER + 4 * seconds
+        patience = self._limit + timing.MIN_PAIRS * (len(models) + 1) * self._limit / SLOWER + 4 * seconds
         question = ("raced", [str(m) for m in models], threads, feeds, seconds, rules)
         answer = self._ask(
             question, patience, lambda spent: progress("racing", min(1.0, spent / max(seconds, spent, 1e-9)))
@@ -120,7 +118,11 @@ class Worker:
         command = [sys.executable, "-m", "pwopt.running.worker"]
         try:
             self._process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=huge_pages.requesting(os.environ),
             )
         except OSError:
             self._usable = False
@@ -217,43 +219,43 @@ def _bound_memory() -> None:
 
 
 class _Track:
-    """The sessions of a worker, of which the last few stay loaded."""
+    """Answers the worker's questions, with a fresh session for each."""
 
     def __init__(self, provider: Provider, threads: int, feeds: Feeds) -> None:
         self._provider, self._threads, self._feeds = provider, threads, feeds
-        self._loaded: OrderedDict[tuple[str, int], Session] = OrderedDict()
-
-    def session(self, path: str, threads: int) -> Session:
-        key = (path, threads)
-        if key not in self._loaded:
-            while len(self._loaded) >= LOADED:
-                self._loaded.popitem(last=False)
-            self._loaded[key] = Session(path, self._provider, threads, tf32=True)  # as users run them
-        self._loaded.move_to_end(key)
-        return self._loaded[key]
 
     def tried(self, path: str) -> tuple[float, float]:
-        """What a model takes to load and to run."""
+        """Wall seconds that a model takes to load and to run."""
         begin = time.perf_counter()
-        session = self.session(path, self._threads)
+        session = Session(path, self._provider, self._threads, tf32=True)
         loaded = time.perf_counter()
         session.run(self._feeds)
         return loaded - begin, time.perf_counter() - loaded
 
     def profiled(self, paths: Sequence[str], seconds: float, least: int) -> tuple[list[list[list[NodeTime]]], float]:
         """See `Worker.profiles`."""
-        sessions = [Session(p, self._provider, self._threads, profile=True, tf32=True) for p in paths]
-        begin, done = time.perf_counter(), 0
-        while done <= least or (done <= MOST and time.perf_counter() - begin < seconds):
-            for session in sessions:
-                session.profiled_run(self._feeds)
-            done += 1
-        own = sum(session.spent for session in sessions) / (time.perf_counter() - begin)
-        return [session.runs() for session in sessions], own
+        runs: list[list[list[NodeTime]]] = [[] for _ in paths]
+        passed = spent = 0.0
+        for k in range(PROFILED_PAIRS):
+            order = range(len(paths)) if k % 2 == 0 else range(len(paths))[::-1]
+            sessions = {i: Session(paths[i], self._provider, self._threads, profile=True, tf32=True) for i in order}
+            begin, done = time.perf_counter(), 0
+            while done <= least / PROFILED_PAIRS or (
+                done <= MOST / PROFILED_PAIRS and time.perf_counter() - begin < seconds / PROFILED_PAIRS
+            ):
+                for session in sessions.values():
+                    session.profiled_run(self._feeds)
+                done += 1
+            passed += time.perf_counter() - begin
+            spent += sum(session.spent for session in sessions.values())
+            for i, session in sessions.items():
+                runs[i] += session.runs()
+        return runs, spent / passed
 
     def raced(self, paths: Sequence[str], threads: int, feeds: Feeds, seconds: float, rules: Rules) -> Race:
         """See `Worker.race`."""
-        return timing.race([self.session(p, threads) for p in paths], feeds, seconds, rules=rules)
+        openers = [partial(Session, p, self._provider, threads, tf32=True) for p in paths]  # as users run them
+        return timing.race(openers, feeds, seconds, rules=rules)
 
 
 def _answered(track: _Track, question: str, *arguments: Any) -> Any:

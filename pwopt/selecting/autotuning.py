@@ -17,12 +17,10 @@ from typing import NamedTuple, Protocol
 
 from pwopt.rewriting.records import Rewrite, Site, Skip
 from pwopt.running.progress import Progress, ignore_progress
-from pwopt.running.timing import HOPELESS, HOPELESS_ROUNDS, NOTHING, Evidence, Race
+from pwopt.running.timing import CONFIDENCE, HOPELESS, HOPELESS_PAIRS, NOTHING, Evidence, Race
 
 LOG = logging.getLogger(__name__)
 
-#: A group is kept if it is faster at this confidence; the race stops as soon as that, or the contrary, is clear.
-CONFIDENCE = 0.999
 #: Seconds for one group at most.
 LONGEST_RACE = 6.0
 #: The part of the time that may go into looking before races, and the confidence of what is seen: a race confirms it.
@@ -125,7 +123,7 @@ def clear(evidence: Evidence) -> bool:
 
 def hopeless(evidence: Evidence) -> bool:
     """Whether there is hardly anything to gain."""
-    return evidence.rounds >= HOPELESS_ROUNDS and evidence.interval(HOPELESS)[1] < WORTH
+    return evidence.pairs >= HOPELESS_PAIRS and evidence.interval(HOPELESS)[1] < WORTH
 
 
 def groups(rewrites: Iterable[Rewrite]) -> list[Group]:
@@ -281,7 +279,7 @@ class _Contest:
         if without == model or self._judge.fault(model):
             return
         result = self._judge.race(without, model, min(LONGEST_RACE, left / 2), NOTHING)
-        if isinstance(result, str) or not (confirmed := Evidence.of(result)).interval(CONFIDENCE)[0] > 1.0:
+        if isinstance(result, str) or not (confirmed := Evidence.from_race(result)).interval(CONFIDENCE)[0] > 1.0:
             return
         for group, evidence in groups.items():
             self.decided[group] = Decision(group, evidence, looked=True, confirmed=confirmed)
@@ -308,5 +306,5 @@ class _Contest:
         if isinstance(result, str):
             self.decided[group] = Decision(group, fault=result)
         else:
-            self.decided[group] = Decision(group, known + Evidence.of(result), own=result.own)
+            self.decided[group] = Decision(group, known + Evidence.from_race(result), own=result.own)
         LOG.info("%s", self.decided[group].explain())

@@ -17,8 +17,8 @@ from platformdirs import user_cache_path
 from pwopt.graph.storage import replacing
 from pwopt.running import installation
 from pwopt.running.providers import Provider
-from pwopt.running.timing import Evidence
-from pwopt.selecting.autotuning import CONFIDENCE, clear
+from pwopt.running.timing import CONFIDENCE, Evidence
+from pwopt.selecting.autotuning import clear
 
 #: Where decisions are kept instead of the user's cache folder, if set.
 FOLDER_VARIABLE = "PWOPT_CACHE"
@@ -34,7 +34,7 @@ class TuningRecord:
         The kind of rewrite.
     place : str
         Provider, onnxruntime version, processor with its features, and threads; a decision holds there only.
-    rounds, total, squares : float
+    pairs, total, squares : float
         What the races said, in sums that later ones add to (`pwopt.running.timing.Evidence`).
     model : str
         A digest of the model that was raced; "" for a decision that holds for others too.
@@ -47,7 +47,7 @@ class TuningRecord:
     pass_name: str
     signature: str
     place: str
-    rounds: float
+    pairs: float
     total: float
     squares: float
     model: str = ""
@@ -57,7 +57,7 @@ class TuningRecord:
 
     @property
     def evidence(self) -> Evidence:
-        return Evidence(self.rounds, self.total, self.squares)
+        return Evidence(self.pairs, self.total, self.squares)
 
     @property
     def speedup(self) -> float:
@@ -131,8 +131,8 @@ def _read(path: Path) -> TuningRecord | None:
         entry = TuningRecord(**content)
     except (OSError, ValueError, TypeError):
         return None
-    numbers = (entry.rounds, entry.total, entry.squares)
-    return entry if all(isinstance(v, float) for v in numbers) and entry.rounds >= 1 else None
+    numbers = (entry.pairs, entry.total, entry.squares)
+    return entry if all(isinstance(v, float) for v in numbers) and entry.pairs >= 1 else None
 
 
 def store(entry: TuningRecord) -> None:

@@ -17,7 +17,7 @@ import onnx
 from pwopt.algebra import Array
 from pwopt.rewriting.records import Rewrite
 from pwopt.running.session import NodeTime
-from pwopt.running.timing import Evidence, Race
+from pwopt.running.timing import Evidence
 from pwopt.selecting.autotuning import Estimate, Group
 from pwopt.selecting.operator_matching import placed, together
 
@@ -79,13 +79,13 @@ def look(
     credit = _unaccounted(spent, whole)
     found = {g: (_speedup(whole, gain), _speedup(whole, gain + credit)) for g, gain in gains.items() if g not in vague}
     if len(found) == 1 and len(groups) == 1:  # whatever changed is due to it
-        (group, (own, best)), total = next(iter(found.items())), Evidence.of(Race((totals[0], totals[1])))
+        (group, (own, best)), total = next(iter(found.items())), Evidence.from_logs(np.log(totals[0] / totals[1]))
         return {group: Estimate(own, max(best, total, key=lambda e: e.speedup))}
     return {g: Estimate(*evidence) for g, evidence in found.items()}
 
 
 def _speedup(whole: float, gain: Array) -> Evidence:
-    return Evidence.of(Race((np.full(len(gain), whole), np.maximum(whole - gain, 1e-9))))
+    return Evidence.from_logs(np.log(whole / np.maximum(whole - gain, 1e-9)))
 
 
 def _times(runs: Sequence[Mapping[Group | None, float]], group: Group | None) -> Array:

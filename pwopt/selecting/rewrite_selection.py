@@ -6,6 +6,7 @@ import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -70,8 +71,8 @@ class Environment:
         feeds = self.samples[0].feeds
         if self.worker is not None and self.worker.ready:
             return self.worker.race(models, self.threads, feeds, seconds, rules, progress)
-        sessions = [Session(m, self.provider, self.threads, tf32=True) for m in models]
-        return timing.race(sessions, feeds, seconds, progress, rules)
+        openers = [partial(Session, m, self.provider, self.threads, tf32=True) for m in models]
+        return timing.race(openers, feeds, seconds, progress, rules)
 
 
 @dataclass(frozen=True)
@@ -294,7 +295,7 @@ def entry(decision: tune.Decision, where: str) -> TuningRecord:
     """What is kept of a decision."""
     group, e = decision.group, decision.evidence
     return TuningRecord(
-        group.pass_name, group.signature, where, e.rounds, e.total, e.squares,
+        group.pass_name, group.signature, where, e.pairs, e.total, e.squares,
         profiled=("kept" if decision.kept else "dropped") if decision.looked else "",
     )  # fmt: skip
 
@@ -383,7 +384,7 @@ class Judge:
 
     def race(self, a: Path, b: Path, seconds: float, known: timing.Evidence) -> timing.Race | str:
         assert self.arena is not None
-        rules = timing.Rules(tune.CONFIDENCE, tune.WORTH, timing.FIRST_LOOK, known)
+        rules = timing.Rules(timing.CONFIDENCE, tune.WORTH, known)
         try:
             return self.arena.race([a, b], seconds, rules=rules)
         except UnusableError as error:

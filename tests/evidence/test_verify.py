@@ -1,12 +1,13 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
-from helpers import MODELS, normal, parse
+from helpers import MODELS, normal, parse, planted_race
 
 from pwopt.errors import ModelError, ProviderError, UsageError
 from pwopt.evidence.equivalence import nudge
@@ -20,7 +21,7 @@ from pwopt.running import installation
 from pwopt.running.providers import Provider
 from pwopt.running.session import Session, nodes_elsewhere
 from pwopt.running.size_trials import likely_sizes
-from pwopt.running.timing import Race, race
+from pwopt.running.timing import MIN_PAIRS, race
 
 pytest.importorskip("onnxruntime")
 F = np.float32
@@ -176,11 +177,12 @@ def test_placement_names_where_nodes_ran() -> None:
 
 
 def test_a_race_runs_every_model_every_round() -> None:
-    sessions = [Session(MODELS / "linear_sequence.onnx") for _ in range(2)]
+    openers = [partial(Session, MODELS / "linear_sequence.onnx")] * 2
     specs = input_specs(onnx.load(MODELS / "linear_sequence.onnx"))
-    result = race(sessions, make_feeds(specs, {"x": (1, 64, 4, 4)}), budget=0.0)
-    assert result.rounds == 20
-    assert all(t.min() > 0 for t in result.times)
+    result = race(openers, make_feeds(specs, {"x": (1, 64, 4, 4)}), budget=0.0)
+    assert len(result.pairs) == MIN_PAIRS
+    assert all(t.min() > 0 for pair in result.pairs for t in pair.times)
+    assert min(result.creation(0), result.first_run(1)) > 0
 
 
 def test_waiting_is_no_time_of_a_single_thread() -> None:
@@ -196,7 +198,7 @@ def test_waiting_is_no_time_of_a_single_thread() -> None:
 
 def test_statistics_of_a_race() -> None:
     noise = np.random.default_rng(0).normal(0, 0.01, (2, 200))
-    twice = Race((2.0 + noise[0], 1.0 + noise[1]))
+    twice = planted_race(2.0 + noise[0], 1.0 + noise[1])
     low, high = twice.interval()
     assert low < twice.speedup() < high
     assert low == pytest.approx(2, rel=0.02)
@@ -207,7 +209,7 @@ def test_statistics_of_a_race() -> None:
 def test_slow_spells_hit_both_models_of_a_race() -> None:
     """What slows whole rounds down is in neither the ratio nor its interval."""
     spells = np.random.default_rng(0).uniform(1, 3, 40)
-    race = Race((2.0 * spells, 1.0 * spells))
+    race = planted_race(2.0 * spells, 1.0 * spells)
     assert (race.speedup(), *race.interval()) == (2.0, 2.0, 2.0)
 
 

@@ -198,8 +198,8 @@ def test_races_run_in_the_worker_and_what_fails_there_is_told(tmp_path: Path, ab
     tried = Worker(paths[0], DEFAULT, 1, feeds)
     assert tried.ready
     assert min(tried.took) > 0
-    race = tried.race(paths[:2], 1, feeds, 0.3, Rules(least=5), lambda _, done: seen.append(done))
-    assert race.rounds >= 5
+    race = tried.race(paths[:2], 1, feeds, 0.3, Rules(), lambda _, done: seen.append(done))
+    assert len(race.pairs) >= 3
     assert 0.2 < race.speedup() < 5  # the same model
     assert seen[-1] <= 1.0
     (first, second), own = tried.profiles(paths[:2], 0.1, 3)
@@ -207,7 +207,7 @@ def test_races_run_in_the_worker_and_what_fails_there_is_told(tmp_path: Path, ab
     assert len(first) == len(second) >= 3
     assert {n.op for n in first[0]} >= {"Conv"}
     with pytest.raises(UnusableError, match="SIGABRT"):
-        tried.race([paths[0], paths[2]], 1, feeds, 0.1, Rules(least=3), lambda _, done: seen.append(done))
+        tried.race([paths[0], paths[2]], 1, feeds, 0.1, Rules(), lambda _, done: seen.append(done))
     assert tried.fault(paths[1]) == ""  # by a new one
     tried.close()
 

@@ -12,7 +12,7 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
-from helpers import MODELS, evaluate, normal, ops, parse, plant, weight
+from helpers import MODELS, evaluate, normal, ops, parse, plant, planted_race, weight
 from rich.console import Console
 
 import pwopt
@@ -28,7 +28,6 @@ from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Site
 from pwopt.running import installation
 from pwopt.running.bench import Row
-from pwopt.running.timing import Race
 from pwopt.selecting import snapshot
 
 F = np.float32
@@ -92,7 +91,7 @@ def test_a_wrong_rewrite_is_dropped_by_its_certificate(tmp_path: Path, monkeypat
 
 def test_a_slower_result_is_not_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
-    slow = Race((np.full(50, 1.0), np.full(50, 2.0)))
+    slow = planted_race(np.full(50, 1.0), np.full(50, 2.0))
     plant(monkeypatch, lambda *_, **__: slow)
     result = pwopt.optimize(MODELS / "linear_sequence.onnx", tmp_path / "out.onnx", shapes={"x": (1, 64, 4, 4)})
     assert "measured slower (0.500× [0.500, 0.500]): the original is returned" in result.report.notes[-1]
@@ -126,7 +125,7 @@ def test_what_is_not_faster_is_taken_back(
 ) -> None:
     """Folding the chain is judged by cost, removing the factor of 1 always pays."""
     pytest.importorskip("onnxruntime")
-    races = iter([Race((np.full(50, s), np.full(50, 1.0))) for s in speedups])
+    races = iter([planted_race(np.full(50, s), np.full(50, 1.0)) for s in speedups])
     plant(monkeypatch, lambda *_, **__: next(races))
     result = pwopt.optimize(CHAIN, budget=0.0, threads=1)
     assert ops(result.model) == left
@@ -145,7 +144,7 @@ def test_what_is_not_faster_is_taken_back(
 
 def test_what_is_shown_of_a_candidate_that_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
-    slow = Race((np.full(50, 1.0), np.full(50, 2.0)))
+    slow = planted_race(np.full(50, 1.0), np.full(50, 2.0))
     plant(monkeypatch, lambda *_, **__: slow)
     report = pwopt.optimize(CHAIN, budget=0.0).report
     assert report.latency is not None
@@ -176,17 +175,17 @@ def test_ratio_and_medians_that_point_opposite_ways(monkeypatch: pytest.MonkeyPa
     """Runs side by side: 10 ms against 11, 20 against 21, 31 against 30; the medians of each say 20 and 21."""
     pytest.importorskip("onnxruntime")
     times = np.tile(np.array([[10, 20, 31, 40, 50, 12, 14], [9, 21, 30, 39, 49, 11, 13]]) * 1e-3, 3)
-    race = Race((times[0], times[1]))
+    race = planted_race(times[0], times[1])
     assert race.median(0) < race.median(1)
     assert race.speedup() > 1
     plant(monkeypatch, lambda *_, **__: race)
     notes = " ".join(pwopt.optimize(CHAIN, passes=["fold-chains"]).report.notes)
-    assert "The medians (20 → 21 ms) and the ratio (1.033×) point opposite ways" in notes
+    assert f"The medians (20 → 21 ms) and the ratio ({race.speedup():.3f}×) point opposite ways" in notes
     blank = Row("a.onnx", {}, 20.0, 1.0, 1.0, (1.0, 1.0), 1.0, 1.0, 1.0, None, {}, 0.0, 0)
     console = Console(width=200, record=True, file=io.StringIO())
     render_benchmark([blank, replace(blank, model="b.onnx", median_ms=21.0, ratio=1.033)], console)
     assert "b.onnx: The medians (20 → 21 ms) and the ratio (1.033×) point opposite ways" in console.export_text()
-    alike = Race((times[0], times[0] * 0.9))
+    alike = planted_race(times[0], times[0] * 0.9)
     plant(monkeypatch, lambda *_, **__: alike)
     assert "opposite" not in " ".join(pwopt.optimize(CHAIN, passes=["fold-chains"]).report.notes)
 
@@ -234,7 +233,7 @@ def test_where_other_sizes_may_settle_what_is_unknown() -> None:
 
 def test_what_was_asked_for_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
-    slow = Race((np.full(50, 1.0), np.full(50, 2.0)))
+    slow = planted_race(np.full(50, 1.0), np.full(50, 2.0))
     plant(monkeypatch, lambda *_, **__: slow)
     result = pwopt.optimize(CHAIN, passes=["fold-chains"], threads=1)
     assert ops(result.model)["Conv"] == 2

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from helpers import normal, ops, parse, plant
+from helpers import normal, ops, parse, plant, planted_race
 
 import pwopt
 from pwopt.errors import UsageError
@@ -38,7 +38,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Speed], None]:
     def install(speed: Speed) -> None:
         def race(arena: rewrite_selection.Environment, models: list[Path], *_: Any, **__: Any) -> Race:
             width = arena.samples[0].feeds["x"].shape[-1]
-            return Race(tuple(np.full(20, speed(ops(onnx.load(m)), arena.threads, width)) for m in models))
+            return planted_race(*(np.full(20, speed(ops(onnx.load(m)), arena.threads, width)) for m in models))
 
         plant(monkeypatch, race)
         monkeypatch.setattr(other_conditions, "usual_threads", lambda: 4)

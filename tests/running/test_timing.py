@@ -1,4 +1,4 @@
-"""What races say, when they end, and what of them can be added up."""
+"""What races say, when they end, and what of them adds up."""
 
 from __future__ import annotations
 
@@ -7,166 +7,205 @@ from collections.abc import Iterator
 
 import numpy as np
 import pytest
+from helpers import planted_race
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pwopt.running import timing
-from pwopt.running.timing import HOPELESS_ROUNDS, NOTHING, Evidence, Race, Rules, student
+from pwopt.running.timing import HOPELESS_PAIRS, NOTHING, Evidence, Race, Rules, student_quantile
 
 RNG = np.random.default_rng(0)
 
 
-def drawn(speedup: float, spread: float, rounds: int, own: float = 1.0) -> Race:
-    """Rounds whose ratios are log-normal around a speed-up."""
-    return Race((np.exp(RNG.normal(math.log(speedup), spread, rounds)), np.ones(rounds)), own)
+def drawn(speedup: float, spread: float, pairs: int, own: float = 1.0) -> Race:
+    """Pairs whose ratios are log-normal around a speed-up."""
+    return planted_race(np.exp(RNG.normal(math.log(speedup), spread, pairs)), np.ones(pairs), own=own)
 
 
 @pytest.mark.parametrize(
     ("freedom", "confidence", "value"),
     [(1, 0.95, 12.7062), (2, 0.95, 4.3027), (3, 0.999, 12.9240), (10, 0.999, 4.5869), (30, 0.99, 2.7500), (500, 0.95, 1.96)],
 )  # fmt: skip
-def test_student_s_quantiles_are_those_of_tables(freedom: int, confidence: float, value: float) -> None:
-    assert student(freedom, confidence) == pytest.approx(value, rel=1e-4)
+def test_quantiles_of_students_distribution_are_those_of_tables(freedom: int, confidence: float, value: float) -> None:
+    assert student_quantile(freedom, confidence) == pytest.approx(value, rel=1e-4)
 
 
-@pytest.mark.parametrize("rounds", [3, 5, 12, 60])
-def test_intervals_hold_as_often_as_they_say(rounds: int) -> None:
-    """Also of few rounds, and of some that a slow spell hit."""
+@pytest.mark.parametrize("pairs", [3, 5, 12, 60])
+def test_intervals_hold_as_often_as_they_say(pairs: int) -> None:
+    """Also of few pairs, and of some that a slow spell hit."""
     held = 0
     for _ in range(400):
-        logs = RNG.normal(0.05, 0.03, rounds)
-        logs[RNG.random(rounds) < 0.05] += RNG.normal(0, 0.3)
-        low, high = Evidence.of(Race((np.exp(logs), np.ones(rounds)))).interval(0.95)
+        logs = RNG.normal(0.05, 0.03, pairs)
+        logs[RNG.random(pairs) < 0.05] += RNG.normal(0, 0.3)
+        low, high = Evidence.from_logs(logs).interval(0.95)
         held += low <= math.exp(0.05) <= high
     assert held / 400 > 0.87
 
 
-def test_later_rounds_add_to_earlier_ones() -> None:
-    parts = [Evidence.of(drawn(1.1, 0.05, 50)) for _ in range(4)]
+def test_what_differs_between_sessions_is_in_the_interval() -> None:
+    """A hundred rounds of two sessions that differ by their memory are no evidence that the models differ."""
+    wrong = 0
+    for _ in range(300):
+        between = RNG.normal(0, 0.05, 5)
+        runs = [np.exp(RNG.normal(0, 0.002, (2, 100))) for _ in between]
+        pairs = [timing.Pair((np.exp(b) * a, c)) for b, (a, c) in zip(between, runs, strict=True)]
+        low, high = Race(tuple(pairs)).interval(confidence=0.99)
+        wrong += low > 1 or high < 1
+    assert wrong <= 9
+
+
+def test_later_pairs_add_to_earlier_ones() -> None:
+    parts = [Evidence.from_race(drawn(1.1, 0.05, 50)) for _ in range(4)]
     total = sum(parts, NOTHING)
-    assert total.rounds == 200
+    assert total.pairs == 200
     assert total.speedup == pytest.approx(math.exp(np.mean([math.log(p.speedup) for p in parts])))
     widths = [high - low for low, high in (sum(parts[:k], NOTHING).interval(0.999) for k in (1, 2, 4))]
     assert widths[0] > widths[1] > widths[2]
 
 
 @given(st.integers(2, 40), st.floats(0.0, 0.5))
-def test_a_speedup_lies_within_its_interval(rounds: int, spread: float) -> None:
-    race = drawn(1.5, spread, rounds)
+def test_a_speedup_lies_within_its_interval(pairs: int, spread: float) -> None:
+    race = drawn(1.5, spread, pairs)
     low, high = race.interval()
     assert low <= race.speedup() * (1 + 1e-12)
     assert race.speedup() <= high * (1 + 1e-12)
 
 
-def test_rounds_under_load_count_for_less() -> None:
+def test_pairs_under_load_count_for_less() -> None:
     quiet, busy = drawn(1.1, 0.05, 100), drawn(1.1, 0.05, 100, own=0.4)
-    assert Evidence.of(busy).rounds == pytest.approx(40)
-    width = [e.interval(0.999)[1] - e.interval(0.999)[0] for e in (Evidence.of(quiet), Evidence.of(busy))]
+    assert Evidence.from_race(busy).pairs == pytest.approx(40)
+    width = [e.interval(0.999)[1] - e.interval(0.999)[0] for e in (Evidence.from_race(quiet), Evidence.from_race(busy))]
     assert width[1] > 1.3 * width[0]
 
 
-def test_a_few_rounds_under_load_that_agree_are_believed() -> None:
-    """A slow model on a busy machine is run five times, and has a third of the time."""
+def test_a_few_pairs_under_load_that_agree_are_believed() -> None:
+    """A slow model on a busy machine is run in five pairs, and has a third of the time."""
     ratios = np.array([2.1, 2.3, 2.2, 2.25, 2.15])
-    low, high = Evidence.of(Race((ratios, np.ones(5)), own=0.3)).interval(0.95)
+    low, high = planted_race(ratios, np.ones(5), own=0.3).interval(confidence=0.95)
     assert 1.9 < low < 2.2 < high < 2.6
-    quiet = Evidence.of(Race((ratios, np.ones(5)))).interval(0.95)
+    quiet = planted_race(ratios, np.ones(5)).interval(confidence=0.95)
     assert low < quiet[0] < quiet[1] < high
-    assert Evidence.of(Race((ratios[:1], np.ones(1)), own=0.3)).interval(0.95) == (0.0, math.inf)
+    assert planted_race(ratios[:1], np.ones(1), own=0.3).interval() == (0.0, math.inf)
 
 
 def test_slow_spells_hardly_move_the_ratio() -> None:
     logs = RNG.normal(0.1, 0.02, 100)
     logs[:10] += 2.0
-    assert Evidence.of(Race((np.exp(logs), np.ones(100)))).speedup == pytest.approx(math.exp(0.1), rel=0.01)
+    assert Evidence.from_logs(logs).speedup == pytest.approx(math.exp(0.1), rel=0.01)
 
 
 @given(st.integers(1, 40), st.floats(0.0, 0.3))
-def test_no_rounds_say_nothing_and_one_hardly_more(rounds: int, spread: float) -> None:
-    low, high = Evidence.of(drawn(1.0, spread, rounds)).interval(0.99)
+def test_no_pairs_say_nothing_and_one_hardly_more(pairs: int, spread: float) -> None:
+    low, high = Evidence.from_race(drawn(1.0, spread, pairs)).interval(0.99)
     assert low <= high
     assert NOTHING.interval(0.99) == (0.0, math.inf)
-    assert rounds > 1 or (low, high) == (0.0, math.inf)
+    assert pairs > 1 or (low, high) == (0.0, math.inf)
 
 
 class Planted:
-    """A session that takes as long as it is told, by a clock of its own."""
+    """Sessions that take as long as they are told, by a clock of their own."""
 
     now, spins = 0.0, False
+    opened: list[float]
 
-    def __init__(self, times: Iterator[float]) -> None:
-        self.times = times
+    def __init__(self, seconds: float, spread: float, between: float = 0.0, start: float = 0.0) -> None:
+        Planted.now += start
+        Planted.opened.append(seconds)
+        self.seconds, self.spread = seconds * math.exp(RNG.normal(0, between)), spread
         self.clock = lambda: Planted.now
 
     def bind(self, _feeds: object) -> None:
         pass
 
     def step(self) -> None:
-        Planted.now += next(self.times)
+        Planted.now += self.seconds * math.exp(RNG.normal(0, self.spread))
 
 
-@pytest.fixture
-def planted(monkeypatch: pytest.MonkeyPatch) -> type[Planted]:
+@pytest.fixture(autouse=True)
+def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(Planted, "opened", [], raising=False)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: Planted.now)
-    return Planted
+    monkeypatch.setattr(timing.time, "process_time", lambda: Planted.now)
+    return iter(())
 
 
-def taking(seconds: float, spread: float) -> Iterator[float]:
-    while True:
-        yield seconds * math.exp(RNG.normal(0, spread))
+def raced(speedup: float, spread: float, budget: float, rules: Rules, **session: float) -> Race:
+    """A race of two models, the first of which takes `speedup` times as long; `each` is the second's time."""
+    each = session.pop("each", 0.1)
+    openers = [lambda s=s: Planted(each * s, spread, **session) for s in (speedup, 1.0)]
+    return timing.race(openers, {}, budget, rules=rules)  # type: ignore[arg-type]
 
 
-def raced(
-    planted: type[Planted], speedup: float, spread: float, budget: float, rules: Rules, each: float = 0.1
-) -> Race:
-    sessions = [planted(taking(each * speedup, spread)), planted(taking(each, spread))]
-    return timing.race(sessions, {}, budget, rules=rules)  # type: ignore[arg-type]
-
-
-def test_a_single_model_is_run_for_as_long_as_there_is_time(planted: type[Planted]) -> None:
-    done = timing.race([planted(taking(0.1, 0.01))], {}, 5.0)  # type: ignore[list-item]
-    assert 45 <= done.rounds <= 55
+def test_a_single_model_is_run_for_as_long_as_there_is_time() -> None:
+    done = timing.race([lambda: Planted(0.1, 0.01)], {}, 5.0)  # type: ignore[list-item, return-value]
+    assert Planted.now > 5.0
+    assert 10 <= done.rounds <= 50
     assert done.median(0) == pytest.approx(0.1, rel=0.02)
 
 
-def test_few_rounds_of_a_slow_model_decide(planted: type[Planted]) -> None:
-    """Nobody waits for twenty rounds where five say it all."""
-    done = raced(planted, 0.8, 0.005, 60.0, Rules(0.999, least=3), each=1.0)
-    assert 3 <= done.rounds <= 6
-    assert Evidence.of(done).interval(0.999)[1] < 1.0
+def test_every_pair_has_fresh_sessions_in_alternating_order() -> None:
+    done = raced(2.0, 0.01, 10.0, Rules())
+    assert Planted.opened[:6] == [0.2, 0.1, 0.1, 0.2, 0.2, 0.1]
+    assert len(Planted.opened) == 2 * len(done.pairs)
 
 
-def test_a_race_ends_where_there_is_nothing_to_gain(planted: type[Planted]) -> None:
-    done = raced(planted, 1.0, 0.002, 600.0, Rules(0.999, worth=1.005, least=3))
-    assert HOPELESS_ROUNDS <= done.rounds <= 20
+def test_few_pairs_of_a_slow_model_decide() -> None:
+    done = raced(0.8, 0.005, 60.0, Rules(0.99), each=1.0)
+    assert 3 <= len(done.pairs) <= 5
+    assert done.interval()[1] < 1.0
 
 
-def test_chance_decides_no_race(planted: type[Planted]) -> None:
-    """A question that is asked after every round must not be answered by its being asked often."""
+def test_a_race_ends_where_there_is_nothing_to_gain() -> None:
+    done = raced(1.0, 0.002, 600.0, Rules(0.99, worth=1.005))
+    assert HOPELESS_PAIRS <= len(done.pairs) <= 20
+
+
+def test_chance_decides_no_race() -> None:
+    """Asking often whether a race is decided must not decide it; nor must the memory of its sessions."""
     wrong = 0
     for _ in range(60):
-        done = raced(planted, 1.0, 0.05, 1e9, Rules(0.99, least=3))
-        low, high = Evidence.of(done).interval(0.999)
-        wrong += done.rounds < timing.MAX_ROUNDS and (low > 1.0 or high < 1.0)
+        done = raced(1.0, 0.05, 1e9, Rules(0.99), between=0.03)
+        wrong += len(done.pairs) < timing.MAX_PAIRS
     assert wrong <= 2
 
 
-def test_a_race_ends_when_its_time_is_over(planted: type[Planted]) -> None:
-    assert raced(planted, 1.01, 0.01, 1.9, Rules(0.999, least=3)).rounds == 10
-    assert raced(planted, 1.01, 0.01, 0.5, Rules(least=20)).rounds == 20
+def test_a_race_ends_when_its_time_is_over_and_has_three_pairs_at_least() -> None:
+    begin = Planted.now
+    assert len(raced(1.01, 0.01, 2.0, Rules(0.99)).pairs) == timing.MIN_PAIRS
+    assert 2.0 < Planted.now - begin < 6.0
+    begin = Planted.now
+    assert len(raced(1.01, 0.01, 100.0, Rules()).pairs) > 10
+    assert 100.0 <= Planted.now - begin < 110.0
 
 
-def test_what_is_known_already_shortens_a_race(planted: type[Planted]) -> None:
-    known = Evidence.of(drawn(1.05, 0.1, 150))
-    fresh = raced(planted, 1.05, 0.1, 1e9, Rules(0.999, least=3))
-    more = raced(planted, 1.05, 0.1, 1e9, Rules(0.999, least=3, known=known))
-    assert more.rounds < fresh.rounds
+def test_a_model_too_slow_for_its_time_has_two_pairs() -> None:
+    assert len(raced(1.01, 0.01, 1.0, Rules(), each=5.0).pairs) == 2
 
 
-def test_the_last_race_ends_when_the_ratio_is_known(planted: type[Planted]) -> None:
-    done = raced(planted, 1.3, 0.002, 600.0, Rules(precise=0.003, least=5))
-    assert done.rounds == timing.MIN_ROUNDS
-    assert raced(planted, 1.3, 0.1, 20.0, Rules(precise=0.003, least=5)).rounds > 50
+def test_sessions_that_are_slow_to_start_have_more_rounds_each() -> None:
+    """(Kalibera and Jones, 2013)."""
+    quick, slow = (raced(1.0, 0.05, 60.0, Rules(), start=start, each=0.01) for start in (0.001, 1.0))
+    assert slow.rounds / len(slow.pairs) > 3 * quick.rounds / len(quick.pairs)
+
+
+def test_what_is_known_already_shortens_a_race() -> None:
+    known = Evidence.from_race(drawn(1.05, 0.05, 40))
+    fresh = raced(1.05, 0.05, 1e9, Rules(0.99), between=0.05)
+    more = raced(1.05, 0.05, 1e9, Rules(0.99, known=known), between=0.05)
+    assert len(more.pairs) <= len(fresh.pairs)
+    assert len(more.pairs) <= 5
+
+
+def test_the_last_race_ends_when_the_ratio_is_known() -> None:
+    assert len(raced(1.3, 0.002, 600.0, Rules(precise=0.01)).pairs) <= 5
+    assert len(raced(1.3, 0.1, 600.0, Rules(precise=0.01), between=0.1).pairs) > 20
+
+
+def test_a_race_tells_what_sessions_take_to_start() -> None:
+    done = raced(2.0, 0.0, 20.0, Rules(), start=0.7)
+    assert done.creation(0) == pytest.approx(0.7)
+    assert done.first_run(0) == pytest.approx(0.2)
+    assert done.first_run(1) == pytest.approx(0.1)
 
 
 class Spinning(Planted):
@@ -182,11 +221,10 @@ class Spinning(Planted):
 
 @pytest.mark.parametrize(("spins", "seconds"), [(True, 0.1), (False, 0.5)])
 def test_threads_that_wait_actively_are_left_to_calm_down(
-    spins: bool, seconds: float, planted: type[Planted], monkeypatch: pytest.MonkeyPatch
+    spins: bool, seconds: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first run after another session's is not timed."""
     monkeypatch.setattr(Spinning, "spins", spins)
-    sessions = [Spinning(iter(())), Spinning(iter(()))]
-    done = timing.race(sessions, {}, 0.0, rules=Rules(least=9))  # type: ignore[arg-type]
-    assert np.median(done.times) == pytest.approx(seconds)
-    assert not spins or np.max(done.times) == pytest.approx(seconds)
+    done = timing.race([lambda: Spinning(0.1, 0.0)] * 2, {}, 9.0)  # type: ignore[list-item, return-value]
+    assert done.median(0) == pytest.approx(seconds)
+    assert not spins or max(np.max(p.times[0]) for p in done.pairs) == pytest.approx(seconds)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from helpers import normal, ops, parse, plant
+from helpers import normal, ops, parse, plant, planted_race
 
 import pwopt
 from pwopt.rewriting.records import Rewrite, Site
@@ -53,7 +53,7 @@ class Fake:
 
     def race(self, a: Path, b: Path, _seconds: float, _known: Evidence) -> Race | str:
         self.seen.append((a.name, b.name))
-        return Race(tuple(self.cost(p.name) * (1 + self.noise * self.rng.random(self.rounds)) for p in (a, b)))
+        return planted_race(*(self.cost(p.name) * (1 + self.noise * self.rng.random(self.rounds)) for p in (a, b)))
 
     def remembered(self, group: Group) -> Decision | None:
         return self.known.get(group)
@@ -69,7 +69,7 @@ def listed(names: str) -> list[Group]:
 
 def evidence(speedup: float, spread: float, rounds: int = 40) -> Evidence:
     """So many rounds whose ratios lie around a speed-up."""
-    return Evidence.of(Race((speedup * np.exp(spread * np.linspace(-1, 1, rounds)), np.ones(rounds))))
+    return Evidence.from_race(planted_race(speedup * np.exp(spread * np.linspace(-1, 1, rounds)), np.ones(rounds)))
 
 
 def test_groups_are_raced_on_top_of_those_kept() -> None:
@@ -126,7 +126,7 @@ def test_a_doubtful_race_goes_on_where_it_ended() -> None:
     assert decision.kept
     assert len(widths) > 2
     assert all(a > b for a, b in itertools.pairwise(widths))
-    assert decision.evidence.rounds > 15 * (len(widths) - 0.5)
+    assert decision.evidence.pairs > 15 * (len(widths) - 0.5)
 
 
 @pytest.mark.parametrize(
@@ -136,7 +136,7 @@ def test_a_doubtful_race_goes_on_where_it_ended() -> None:
         (0.95, 0.02, 40, True, False),
         (1.058, 0.4, 40, False, False),
         (1.0, 0.005, 40, True, False),  # hardly anything to gain
-        (1.0, 0.005, 5, False, False),  # too few rounds to say so
+        (1.0, 0.005, 4, False, False),  # too few pairs to say so
         (1.02, 0.0001, 3, True, True),  # few rounds of a slow model say as much as many of a fast one
     ],
 )

@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from helpers import normal, parse, plant
+from helpers import normal, parse, plant, planted_race
 
 import pwopt
 from pwopt.cli import main
@@ -61,7 +61,7 @@ def test_a_doubtful_decision_is_its_model_s_own() -> None:
         "{",
         "[]",
         '{"speedup": 1}',
-        '{"pass_name": "x", "signature": "", "place": "", "rounds": "many", "total": 1.0, "squares": 1.0}',
+        '{"pass_name": "x", "signature": "", "place": "", "pairs": "many", "total": 1.0, "squares": 1.0}',
         '{"pass_name": "x", "signature": "", "place": "", "speedup": 1.2, "low": 1.1, "high": 1.3}',  # an older pwopt's
     ],
 )
@@ -103,7 +103,7 @@ def test_a_second_run_decides_alike_without_racing(monkeypatch: pytest.MonkeyPat
 
     def counted(_arena: object, *_args: object, rules: Rules = TO_THE_END, **_options: object) -> Race:
         races.append(rules.worth or None)
-        return Race((np.full(40, 2.0), np.full(40, 1.0)))  # whatever is tried is faster
+        return planted_race(np.full(40, 2.0), np.full(40, 1.0))  # whatever is tried is faster
 
     plant(monkeypatch, counted)
     first = pwopt.optimize(siblings(), race_seconds=0.01, budget=600.0, threads=1)

@@ -13,13 +13,12 @@ import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
-from helpers import normal, ops, parse, plant, reasons
+from helpers import normal, ops, parse, plant, planted_race, reasons
 
 import pwopt
 from pwopt.errors import UsageError
 from pwopt.passes import PASSES, CleanUp, FoldChains
 from pwopt.rewriting import Pass, Rewrite, Rewriter
-from pwopt.running.timing import Race
 from pwopt.selecting import cache, plugins
 from pwopt.selecting.snapshot import select_passes
 
@@ -65,7 +64,7 @@ def test_a_class_is_run_certified_and_denied_like_ones_own() -> None:
 def test_a_measured_class_is_raced_and_a_name_is_believed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path))
-    kept = iter([Race((np.full(50, 2.0), np.full(50, 1.0)))] * 2)
+    kept = iter([planted_race(np.full(50, 2.0), np.full(50, 1.0))] * 2)
     plant(monkeypatch, lambda *_, **__: next(kept))
     result = pwopt.optimize(signs(), passes=[CleanUp, Square], threads=1)
     assert ops(result.model)["Mul"] == 1

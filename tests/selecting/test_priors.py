@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from helpers import normal, parse, plant
+from helpers import normal, parse, plant, planted_race
 
 import pwopt
 from pwopt.passes import PASSES
@@ -71,7 +71,7 @@ def known(monkeypatch: pytest.MonkeyPatch, **found: list[float]) -> None:
 
 def test_kinds_that_never_paid_are_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
-    plant(monkeypatch, lambda *_, **__: Race((np.full(40, 2.0), np.full(40, 1.0))))
+    plant(monkeypatch, lambda *_, **__: planted_race(np.full(40, 2.0), np.full(40, 1.0)))
     known(monkeypatch, to_matmul=[50, 1, 0.001])
     report = pwopt.optimize(siblings(), threads=1, cache=False).report
     assert "to-matmul" not in {r.pass_name for r in report.rewrites}
@@ -89,7 +89,7 @@ def test_what_paid_most_is_raced_first(first: str, monkeypatch: pytest.MonkeyPat
 
     def race(_arena: object, models: list[Path], *_: object, **__: object) -> Race:
         raced.append({n.op_type for n in onnx.load(models[1]).graph.node})
-        return Race((np.full(40, 2.0), np.full(40, 1.0)))
+        return planted_race(np.full(40, 2.0), np.full(40, 1.0))
 
     plant(monkeypatch, race)
     known(monkeypatch, **{first.replace("-", "_"): [10, 9, 3.0]})
@@ -101,7 +101,7 @@ def test_this_machine_s_own_decisions_count(tmp_path: Path, monkeypatch: pytest.
     """A kind that paid here once is tried, whatever the table says."""
     pytest.importorskip("onnxruntime")
     monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path))
-    plant(monkeypatch, lambda *_, **__: Race((np.full(40, 2.0), np.full(40, 1.0))))
+    plant(monkeypatch, lambda *_, **__: planted_race(np.full(40, 2.0), np.full(40, 1.0)))
     known(monkeypatch, to_matmul=[50, 1, 0.001])
     cache.store(replace(entry("to-matmul", 1.2, 1), place=cache.place(DEFAULT, 1)))
     report = pwopt.optimize(siblings(), threads=1).report

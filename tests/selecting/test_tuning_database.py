@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import onnx
 import pytest
-from helpers import normal, ops, parse, plant
+from helpers import normal, ops, parse, plant, planted_race
 
 import pwopt
 from pwopt.cli import main
@@ -34,7 +34,7 @@ def recorded(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
 
     def race(_arena: object, models: list[Path], *_: object, **__: object) -> Race:
         found = [ops(onnx.load(m)) for m in models]
-        return Race(tuple(np.full(40, 1.0 + f["Split"] + f["Resize"]) for f in found))
+        return planted_race(*(np.full(40, 1.0 + f["Split"] + f["Resize"]) for f in found))
 
     plant(monkeypatch, race)
     pwopt.profile([model]).save(tmp_path / "target.json")
