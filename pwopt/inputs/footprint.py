@@ -1,4 +1,4 @@
-"""What a run would take, before it runs: bytes of activations by liveness, and multiply-adds, from shapes alone."""
+"""Estimate the memory and the multiply-adds of a run from shapes alone: activations by liveness analysis."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pwopt.graph.operators import VIEWS, WEIGHTED_OPERATORS
 from pwopt.graph.shapes import known
 from pwopt.inputs.shape_constraints import Types
 
-#: Bytes of a string, as a guess.
+#: Assumed bytes of a string.
 STRING = 32
 
 
@@ -23,7 +23,7 @@ class Footprint:
     Attributes
     ----------
     bytes : int
-        The most that inputs and activations take at once, each freed after its last reader.
+        The peak of inputs and activations; each tensor is freed after its last reader.
     macs : int
         Multiply-adds of convolutions and matrix products.
     """
@@ -32,15 +32,15 @@ class Footprint:
     macs: int
 
 
-def footprint(model: onnx.ModelProto, types: Types) -> Footprint:
-    """What one run takes at sizes that inference knows.
+def estimate_footprint(model: onnx.ModelProto, types: Types) -> Footprint:
+    """Estimate the footprint of one run.
 
     Parameters
     ----------
     model : onnx.ModelProto
-        Its nodes in topological order. Bodies of loops and branches are left out.
+        Its nodes in topological order. Bodies of loops and branches are not counted.
     types : mapping of tensor name to (element type, shape)
-        As `pwopt.graph.shapes.infer` gives them. A tensor of unknown shape counts like the largest that it is made of.
+        As `pwopt.graph.shapes.infer` gives them. A tensor of unknown shape counts as its node's largest operand.
     """
     weights = {t.name for t in model.graph.initializer}
     size: dict[str, int] = {v.name: _bytes(types, v.name) or 0 for v in model.graph.input if v.name not in weights}
@@ -92,7 +92,7 @@ def _bytes(types: Types, name: str) -> int | None:
 
 
 def _macs(node: onnx.NodeProto, types: Types) -> int:
-    """Of convolutions and matrix products; 0 for anything else, and where sizes are not known."""
+    """Count the multiply-adds of a convolution or matrix product; 0 for other operators and for unknown sizes."""
     if node.op_type not in WEIGHTED_OPERATORS or len(node.input) < 2 or not node.output:
         return 0
     read, weights, made = (known(types.get(n, (0, None))[1]) for n in (*node.input[:2], node.output[0]))

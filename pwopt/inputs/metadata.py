@@ -1,4 +1,4 @@
-"""What a model's metadata say of its inputs, under the keys that exporters and model hubs use."""
+"""Sizes of inputs in a model's metadata, under the keys that exporters and model hubs use."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ IMAGE = ("imgsz", "image_size", "img_size", "input_size", "crop_size", "input_sh
 HEIGHT, WIDTH = ("image_height", "input_height", "img_height", "height"), ("image_width", "input_width", "width")
 #: A U-Net's latents (diffusers).
 LATENT = ("sample_size",)
-#: Exact lengths, and the longest that there may be (Hugging Face).
+#: Exact lengths, and maximal lengths (Hugging Face).
 LENGTH = ("sequence_length", "seq_length", "seq_len", "max_length", "max_seq_length", "max_seq_len")
 LONGEST = ("max_position_embeddings", "model_max_length", "n_positions", "n_ctx", "max_target_positions")
 #: Samples per second of audio.
@@ -25,7 +25,7 @@ STRIDE, BATCH, CHANNELS = ("stride",), ("batch", "batch_size"), ("num_channels",
 
 
 class Metadata:
-    """Numbers in a model's metadata, by key in lower case; nested JSON counts as if it were not."""
+    """The values in a model's metadata, by key in lower case. Keys inside nested JSON count like outer keys."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.values: dict[str, Any] = {}
@@ -34,7 +34,7 @@ class Metadata:
                 self.values.setdefault(key, value)
 
     def number(self, keys: tuple[str, ...], low: int = 1, high: int = 1 << 20) -> tuple[int, str] | None:
-        """The first sensible whole number under one of some keys, and the key."""
+        """The first whole number between `low` and `high` under one of some keys, and the key."""
         for key in keys:
             value = self.values.get(key)
             value = value[0] if isinstance(value, list) and len(value) == 1 else value
@@ -43,7 +43,7 @@ class Metadata:
         return None
 
     def image(self, keys: tuple[str, ...] = IMAGE) -> tuple[tuple[int, int], str] | None:
-        """Height and width, and the key that says so."""
+        """Height and width of an image, and the key that gives them."""
         for key in keys:
             value = self.values.get(key)
             if isinstance(value, Mapping):
@@ -63,7 +63,7 @@ class Metadata:
 
 
 def _read(text: str) -> Any:
-    """A number, list or mapping that is written as JSON, as Python or as 320x320; else the text."""
+    """Parse a number, list or mapping that is written as JSON, as Python or as 320x320; return other text as it is."""
     if len(text) > 1 << 16:
         return text
     if re.fullmatch(r"\d+([x×]\d+)+", text.strip()):

@@ -1,4 +1,4 @@
-"""What the nodes of a graph demand of its inputs: sizes that weights and tables settle, and values that are indices."""
+"""Shape constraints: sizes and ranks of inputs that follow from the weights and other constants of a graph."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ from pwopt.graph.shapes import SMALL, Dim, Shape, infer
 #: Element type (``onnx.TensorProto.DataType``) and shape by tensor, as `pwopt.graph.shapes.infer` gives them.
 Types = Mapping[str, tuple[int, Shape | None]]
 
-#: Operators of which one operand at least is broadcast to another.
+#: Operators that broadcast at least one operand to another.
 BROADCASTS = operators.BROADCASTS | {"PRelu"}
 
 
 @dataclass(frozen=True)
-class Demand:
-    """A size that a node demands.
+class ShapeConstraint:
+    """A size that a node requires of a tensor.
 
     Attributes
     ----------
     tensor : str
     axis : int or None
-        None for the number of elements.
+        None if `size` is the number of elements.
     size : int
-    exactly : bool
-        Whether nothing else will do; else 1 does as well, since it is broadcast.
-    by : str
-        What demands it, in words.
+    exact : bool
+        Whether only this size is valid. Otherwise 1 is valid too, since it is broadcast.
+    source : str
+        Which part of the graph requires it, for reports.
     """
 
     tensor: str
     axis: int | None
     size: int
-    exactly: bool
-    by: str
+    exact: bool
+    source: str
 
-    def found(self, types: Types) -> Dim:
-        """The size there; None if it is not known."""
+    def current_size(self, types: Types) -> Dim:
+        """The size of the tensor there, or None if it is unknown."""
         shape = types.get(self.tensor, (0, None))[1]
         if shape is None:
             return None
@@ -57,14 +57,14 @@ class Demand:
             count *= d
         return count
 
-    def broken(self, types: Types) -> bool:
-        """Whether it is certain that the size is another one."""
-        found = self.found(types)
-        return isinstance(found, int) and found != self.size and (self.exactly or found != 1)
+    def is_violated(self, types: Types) -> bool:
+        """Whether the size is known, and not valid."""
+        found = self.current_size(types)
+        return isinstance(found, int) and found != self.size and (self.exact or found != 1)
 
 
 class Constants:
-    """Values of small constants, and shapes of all."""
+    """The constants of a graph: shapes of all of them, values of the small ones."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
         self.tensors = {t.name: t for t in model.graph.initializer}
@@ -86,38 +86,42 @@ class Constants:
             return None
         try:
             values = numpy_helper.to_array(tensor)
-        except (ValueError, TypeError):  # not as many as it says, or of no type
+        except (ValueError, TypeError):  # it holds fewer values than its shape says, or its type is invalid
             return None
         return values.reshape(-1).tolist() if values.dtype.kind in "iu" else None
 
 
-def demands(model: onnx.ModelProto) -> list[Demand]:
-    """Every demand that nodes of the main graph make through their constants, in the graph's order."""
+def find_shape_constraints(model: onnx.ModelProto) -> list[ShapeConstraint]:
+    """Find the shape constraints that nodes of the main graph impose through constants, in the graph's order."""
     constants = Constants(model)
-    found: list[Demand] = []
+    found: list[ShapeConstraint] = []
     for node in model.graph.node:
         if node.domain in ("", "ai.onnx") and node.input:
-            found += _of(node, constants)
+            found += _constrain(node, constants)
     return found
 
 
-def _of(node: onnx.NodeProto, constants: Constants) -> Iterator[Demand]:
-    settings = _settings(node)
+def _constrain(node: onnx.NodeProto, constants: Constants) -> Iterator[ShapeConstraint]:
+    attributes = _integer_attributes(node)
     x, weights = node.input[0], constants.shape(node.input[1]) if len(node.input) > 1 else None
-    by = f"the weights of {node.op_type}"
+    source = f"the weights of {node.op_type}"
     if node.op_type in ("Conv", "ConvTranspose") and weights is not None and len(weights) > 2:
-        yield Demand(x, 1, weights[1] * settings.get("group", 1) if node.op_type == "Conv" else weights[0], True, by)
+        yield ShapeConstraint(
+            x, 1, weights[1] * attributes.get("group", 1) if node.op_type == "Conv" else weights[0], True, source
+        )
     elif node.op_type == "Gemm" and weights is not None and len(weights) == 2:
-        yield Demand(x, 0 if settings.get("transA") else 1, weights[1 if settings.get("transB") else 0], True, by)
+        yield ShapeConstraint(
+            x, 0 if attributes.get("transA") else 1, weights[1 if attributes.get("transB") else 0], True, source
+        )
     elif node.op_type == "MatMul":
         if weights:
-            yield Demand(x, -1, weights[-2] if len(weights) > 1 else weights[0], True, by)
+            yield ShapeConstraint(x, -1, weights[-2] if len(weights) > 1 else weights[0], True, source)
         elif len(node.input) > 1 and (left := constants.shape(x)):
-            yield Demand(node.input[1], -2 if len(left) > 1 else 0, left[-1], True, by)
+            yield ShapeConstraint(node.input[1], -2 if len(left) > 1 else 0, left[-1], True, source)
     elif node.op_type in ("LSTM", "GRU", "RNN") and weights is not None and len(weights) == 3:
-        yield Demand(x, 2, weights[2], True, by)
+        yield ShapeConstraint(x, 2, weights[2], True, source)
     elif node.op_type in ("BatchNormalization", "InstanceNormalization") and weights:
-        yield Demand(x, 1, weights[0], True, by)
+        yield ShapeConstraint(x, 1, weights[0], True, source)
     elif node.op_type in BROADCASTS:
         for other in node.input:
             for tensor in node.input:
@@ -125,29 +129,31 @@ def _of(node: onnx.NodeProto, constants: Constants) -> Iterator[Demand]:
                 if tensor not in constants.tensors:
                     for axis, size in enumerate(table):
                         if size != 1:
-                            yield Demand(tensor, axis - len(table), size, False, f"the table that {node.op_type} takes")
-    elif node.op_type == "Reshape" and len(node.input) > 1 and not settings.get("allowzero"):
+                            yield ShapeConstraint(
+                                tensor, axis - len(table), size, False, f"the table that {node.op_type} takes"
+                            )
+    elif node.op_type == "Reshape" and len(node.input) > 1 and not attributes.get("allowzero"):
         target = constants.integers(node.input[1])
         if target and min(target) > 0:
-            yield Demand(x, None, int(np.prod(target)), True, "the target of a Reshape")
+            yield ShapeConstraint(x, None, int(np.prod(target)), True, "the target of a Reshape")
     elif node.op_type == "Squeeze":
-        axes = constants.integers(node.input[1]) if len(node.input) > 1 else settings.get("axes")
+        axes = constants.integers(node.input[1]) if len(node.input) > 1 else attributes.get("axes")
         for axis in axes or ():
-            yield Demand(x, axis, 1, True, "a Squeeze")
+            yield ShapeConstraint(x, axis, 1, True, "a Squeeze")
 
 
-def _settings(node: onnx.NodeProto) -> dict[str, Any]:
-    """Attributes that are integers, or several."""
+def _integer_attributes(node: onnx.NodeProto) -> dict[str, Any]:
+    """Attributes that are integers or lists of integers."""
     several = {a.name: list(a.ints) for a in node.attribute if a.type == onnx.AttributeProto.INTS}
     return {**several, **{a.name: a.i for a in node.attribute if a.type == onnx.AttributeProto.INT}}
 
 
-def rank(model: onnx.ModelProto, name: str) -> tuple[int, str] | None:
-    """How many axes an input has by the nodes that read it, and which one says so; None if none does."""
+def find_rank(model: onnx.ModelProto, name: str) -> tuple[int, str] | None:
+    """Find how many axes an input has, by the nodes that read it, and the operator that says so; None if none does."""
     constants = Constants(model)
     likely: tuple[int, str] | None = None
-    for node, index in uses(model, name, SAME_SHAPE | BROADCASTS):
-        count, certain = _rank(node, index, constants)
+    for node, index in find_uses(model, name, SAME_SHAPE | BROADCASTS):
+        count, certain = _rank_from(node, index, constants)
         if count and certain:
             return count, node.op_type
         if count and likely is None:
@@ -155,16 +161,16 @@ def rank(model: onnx.ModelProto, name: str) -> tuple[int, str] | None:
     return likely
 
 
-def _rank(node: onnx.NodeProto, index: int, constants: Constants) -> tuple[int, bool]:
-    """The rank of what a node reads at some place, 0 if it does not say; and whether it must be that."""
-    settings = _settings(node)
+def _rank_from(node: onnx.NodeProto, index: int, constants: Constants) -> tuple[int, bool]:
+    """The rank of an operand by the node that reads it (0 if unknown), and whether no other rank is valid."""
+    attributes = _integer_attributes(node)
     weights = constants.shape(node.input[1]) if len(node.input) > 1 else None
     if index == 0 and node.op_type in ("Conv", "ConvTranspose") and weights:
         return len(weights), True
-    if index == 0 and "kernel_shape" in settings:
-        return 2 + len(settings["kernel_shape"]), True
-    if index == 0 and "perm" in settings:
-        return len(settings["perm"]), True
+    if index == 0 and "kernel_shape" in attributes:
+        return 2 + len(attributes["kernel_shape"]), True
+    if index == 0 and "perm" in attributes:
+        return len(attributes["perm"]), True
     if index == 0 and node.op_type == "Pad" and weights and len(node.input) < 4:
         return weights[0] // 2, True
     if node.op_type in ("LSTM", "GRU", "RNN") and index == 0:
@@ -176,10 +182,10 @@ def _rank(node: onnx.NodeProto, index: int, constants: Constants) -> tuple[int, 
     return 0, False
 
 
-def uses(model: onnx.ModelProto, name: str, through: frozenset[str]) -> Iterator[tuple[onnx.NodeProto, int]]:
-    """Nodes that read a tensor, also behind operators that it goes through; each with the index of its operand."""
+def find_uses(model: onnx.ModelProto, name: str, through: frozenset[str]) -> Iterator[tuple[onnx.NodeProto, int]]:
+    """Find the nodes that read a tensor, directly or behind operators in `through`, each with the operand's index."""
     reached = {name}
-    for node in model.graph.node:  # in the file's order, so producers come first
+    for node in model.graph.node:  # producers precede consumers
         for index, tensor in enumerate(node.input):
             if tensor not in reached:
                 continue
@@ -188,15 +194,15 @@ def uses(model: onnx.ModelProto, name: str, through: frozenset[str]) -> Iterator
                 reached.update(node.output)
 
 
-def largest_index(model: onnx.ModelProto, name: str, types: Types) -> int | None:
-    """The largest value of an input that indexes the shortest table it is used on; None if it is no index."""
+def find_largest_index(model: onnx.ModelProto, name: str, types: Types) -> int | None:
+    """The largest valid value of an input that indexes tables, by the shortest of them; None if it indexes none."""
     lengths = []
-    for node, index in uses(model, name, MOVES):
+    for node, index in find_uses(model, name, MOVES):
         length: Dim = None
-        settings = _settings(node)
+        attributes = _integer_attributes(node)
         if node.op_type in ("Gather", "GatherElements") and index == 1:
             table = types.get(node.input[0], (0, None))[1]
-            axis = settings.get("axis", 0)
+            axis = attributes.get("axis", 0)
             length = table[axis] if table and -len(table) <= axis < len(table) else None
         elif node.op_type == "EmbedLayerNormalization" and index < 2:
             place = 2 + 2 * index  # word_embedding or segment_embedding
@@ -208,9 +214,9 @@ def largest_index(model: onnx.ModelProto, name: str, types: Types) -> int | None
 
 
 def reads_waveform(model: onnx.ModelProto, name: str) -> bool:
-    """Whether what first looks at an input is a short-time Fourier transform, or a 1-D filter of one channel or two."""
+    """Whether the first operator on an input is a Fourier transform, or a 1-D convolution of one or two channels."""
     constants = Constants(model)
-    for node, index in uses(model, name, SAME_SHAPE | MOVES | BROADCASTS | {"Pad"}):
+    for node, index in find_uses(model, name, SAME_SHAPE | MOVES | BROADCASTS | {"Pad"}):
         weights = constants.shape(node.input[1]) if node.op_type == "Conv" and len(node.input) > 1 else None
         if weights is not None and index == 0:
             return len(weights) == 3 and weights[1] in (1, 2)
@@ -219,26 +225,29 @@ def reads_waveform(model: onnx.ModelProto, name: str) -> bool:
     return False
 
 
-def solve(count: Callable[[int], Dim], size: int, prefer: Sequence[int], largest: int) -> int | None:
-    """An argument for which a function that never falls is `size`, as far as it is known: the first preferred one.
+def solve_size(count: Callable[[int], Dim], size: int, prefer: Sequence[int], largest: int) -> int | None:
+    """Find an argument for which a monotonically increasing function has the value `size`, by bisection.
 
     Parameters
     ----------
     count : callable
+        It may return None where its value is unknown.
+    size : int
     prefer : sequence of int
+        If several arguments solve the equation, the first of these is returned, or else a multiple of a power of 2.
     largest : int
-        Arguments beyond are not looked at.
+        The largest argument to try.
     """
 
     def first(wanted: int) -> int:
-        """The smallest argument with at least that many."""
+        """The smallest argument with at least that value."""
         low, high = 1, largest + 1
         while low < high:
             middle = (low + high) // 2
             found = count(middle)
             if isinstance(found, int) and found >= wanted:
                 high = middle
-            else:  # too small for some window counts as too few
+            else:  # an argument too small for some window counts as too small
                 low = middle + 1
         return low
 
@@ -250,8 +259,8 @@ def solve(count: Callable[[int], Dim], size: int, prefer: Sequence[int], largest
     return inside[0] if inside else (high - 1) // step * step
 
 
-def submodel(model: onnx.ModelProto, tensor: str) -> onnx.ModelProto:
-    """The part of a model, as a skeleton for inference, that makes one tensor."""
+def extract_submodel(model: onnx.ModelProto, tensor: str) -> onnx.ModelProto:
+    """Extract the nodes that compute one tensor, as a model for shape inference."""
     part = onnx.ModelProto()
     part.CopyFrom(model)
     del part.graph.node[:], part.graph.output[:]
@@ -265,21 +274,21 @@ def submodel(model: onnx.ModelProto, tensor: str) -> onnx.ModelProto:
     return part
 
 
-def symbols(name: str, shape: Shape) -> tuple[int | str, ...]:
-    """A shape with a name for each open axis: its own, or one that says where it is."""
+def name_open_axes(name: str, shape: Shape) -> tuple[int | str, ...]:
+    """Give each open axis of a shape a name: its symbol, or a phrase that says where it is."""
     return tuple(
         d if isinstance(d, int) and d > 0 else d if isinstance(d, str) and d != "?" else f"axis {axis} of {name!r}"
         for axis, d in enumerate(shape)
     )
 
 
-def settled(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> dict[str, tuple[int, str]]:
-    """Open axes, as `symbols` names them, whose size the graph leaves no choice of; each with what settles it."""
-    types = infer(model, {name: symbols(name, shape) for name, shape in shapes.items()})
-    open_axes = {d for name, shape in shapes.items() for d in symbols(name, shape) if isinstance(d, str)}
+def find_fixed_sizes(model: onnx.ModelProto, shapes: Mapping[str, Shape]) -> dict[str, tuple[int, str]]:
+    """Find the open axes with only one valid size. Returns axis (see `name_open_axes`) → size and its source."""
+    types = infer(model, {name: name_open_axes(name, shape) for name, shape in shapes.items()})
+    open_axes = {d for name, shape in shapes.items() for d in name_open_axes(name, shape) if isinstance(d, str)}
     found: dict[str, tuple[int, str]] = {}
-    for demand in demands(model):
-        where = demand.found(types)
-        if demand.exactly and demand.axis is not None and isinstance(where, str) and where in open_axes:
-            found.setdefault(where, (demand.size, demand.by))
+    for constraint in find_shape_constraints(model):
+        where = constraint.current_size(types)
+        if constraint.exact and constraint.axis is not None and isinstance(where, str) and where in open_axes:
+            found.setdefault(where, (constraint.size, constraint.source))
     return found

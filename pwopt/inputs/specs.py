@@ -1,4 +1,4 @@
-"""What a model takes: names, types and shapes of its inputs, as declared and as its graph settles them."""
+"""Specifications of a model's inputs: names, types and shapes, as declared or as the graph determines them."""
 
 from __future__ import annotations
 
@@ -24,11 +24,12 @@ class InputSpec:
     name : str
     dtype : numpy.dtype
     shape : tuple or None
-        As declared, and where the declaration is silent, as the graph leaves no choice; None if neither says anything.
+        As declared. Axes that the declaration leaves open have the size that the graph requires, if it allows only one.
+        None if neither says anything.
     largest : int or None
-        For indices: the largest that the table has which they index; None for what indexes nothing.
+        For indices, the largest valid one; None if the input indexes no table.
     facts : tuple of str
-        What the graph settled, in words.
+        What the graph determined, for reports.
     """
 
     name: str
@@ -39,14 +40,14 @@ class InputSpec:
 
 
 def input_specs(model: onnx.ModelProto) -> list[InputSpec]:
-    """Inputs a caller must give: those without an initializer.
+    """Find the inputs that a caller must give: those without an initializer.
 
     Raises
     ------
     UsageError
-        If one is not a tensor.
+        If an input is not a tensor.
     ModelError
-        If one has no valid type.
+        If an input has no valid type.
     """
     initialized = {t.name for t in model.graph.initializer} | {s.values.name for s in model.graph.sparse_initializer}
     specs = []
@@ -60,24 +61,24 @@ def input_specs(model: onnx.ModelProto) -> list[InputSpec]:
         except KeyError:
             raise ModelError(f"input {value.name!r} has no valid type; export the model again") from None
         specs.append(InputSpec(value.name, np.dtype(dtype), dims(value.type)))
-    return _learned(specs, model)
+    return _complete(specs, model)
 
 
-def _learned(specs: Sequence[InputSpec], model: onnx.ModelProto) -> list[InputSpec]:
-    """The inputs with what their declarations leave open and the graph does not."""
-    learned = []
+def _complete(specs: Sequence[InputSpec], model: onnx.ModelProto) -> list[InputSpec]:
+    """Complete declarations by what the graph determines: ranks, sizes of open axes, and ranges of indices."""
+    completed = []
     for spec in specs:
-        found = shape_constraints.rank(model, spec.name) if spec.shape is None else None
+        found = shape_constraints.find_rank(model, spec.name) if spec.shape is None else None
         if found is not None:
             fact = f"{spec.name!r} has {found[0]} axes, as {found[1]} takes it"
             spec = replace(spec, shape=(None,) * found[0], facts=(fact,))
-        learned.append(spec)
-    opened = {s.name: s.shape for s in learned if s.shape is not None and not known(s.shape)}
-    settled = shape_constraints.settled(model, opened) if opened else {}
-    for i, spec in enumerate(learned):
+        completed.append(spec)
+    opened = {s.name: s.shape for s in completed if s.shape is not None and not known(s.shape)}
+    fixed = shape_constraints.find_fixed_sizes(model, opened) if opened else {}
+    for i, spec in enumerate(completed):
         if spec.name in opened:
-            names = shape_constraints.symbols(spec.name, opened[spec.name])
-            found_here = {d: settled[d] for d in names if isinstance(d, str) and d in settled}
+            names = shape_constraints.name_open_axes(spec.name, opened[spec.name])
+            found_here = {d: fixed[d] for d in names if isinstance(d, str) and d in fixed}
             shape = tuple(
                 found_here[d][0] if isinstance(d, str) and d in found_here else given
                 for d, given in zip(names, opened[spec.name], strict=True)
@@ -85,13 +86,13 @@ def _learned(specs: Sequence[InputSpec], model: onnx.ModelProto) -> list[InputSp
             facts = tuple(f"{axis} is {size}, by {by}" for axis, (size, by) in found_here.items())
             spec = replace(spec, shape=shape, facts=(*spec.facts, *facts))
         if spec.dtype.kind in "iu":
-            spec = replace(spec, largest=shape_constraints.largest_index(model, spec.name, infer(model)))
-        learned[i] = spec
-    return learned
+            spec = replace(spec, largest=shape_constraints.find_largest_index(model, spec.name, infer(model)))
+        completed[i] = spec
+    return completed
 
 
 def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
-    """``NAME=1x3x640x640`` → name and sizes; a scalar is ``NAME=``."""
+    """Parse ``NAME=1x3x640x640`` to a name and sizes; a scalar is ``NAME=``."""
     name, sep, sizes = text.rpartition("=")
     if not sep or not name or not re.fullmatch(r"(\d+([x,]\d+)*)?", sizes):
         raise UsageError(f"the shape {text!r} is not of the form NAME=1x3x640x640")
@@ -99,7 +100,12 @@ def parse_shape(text: str) -> tuple[str, tuple[int, ...]]:
 
 
 def check_shapes(specs: Sequence[InputSpec], shapes: Mapping[str, Sequence[int]]) -> None:
-    """Refuse shapes that do not fit the declared inputs."""
+    """Refuse shapes that do not fit the declared inputs.
+
+    Raises
+    ------
+    UsageError
+    """
     if not isinstance(shapes, Mapping):
         raise UsageError(f"the shapes {shapes!r} are not a mapping of names to sizes like {{'x': (1, 3, 640, 640)}}")
     known = {s.name: s for s in specs}

@@ -24,7 +24,7 @@ from pwopt.rewriting.driver import Pass
 from pwopt.rewriting.records import Site
 from pwopt.running import installation
 from pwopt.running.session import check_settings
-from pwopt.running.size_trials import Chosen, Sizes, likely_sizes, rounds, told
+from pwopt.running.size_trials import ChosenSizes, Sizes, likely_sizes, rounds, told
 from pwopt.running.worker import Worker
 from pwopt.selecting.rewrite_selection import Compilation, Environment
 from pwopt.selecting.snapshot import select_passes, without_calls
@@ -162,7 +162,7 @@ def gather(source: Model, original: Path, request: Request) -> Problem:
     samples = [] if request.inputs is None else given_samples(request.inputs, specs, first)
     request.progress("choosing inputs", 0.0)
     if samples:
-        chosen = [Chosen({name: value.shape for name, value in samples[0].feeds.items()})]
+        chosen = [ChosenSizes({name: value.shape for name, value in samples[0].feeds.items()})]
     elif runs:
         chosen = rounds(specs, source.proto, original, request.execution_provider, given, request.progress)
         samples = random_samples(specs, [c.sizes for c in (chosen[:1] if request.static else chosen)])

@@ -14,7 +14,7 @@ import onnx
 
 from pwopt.errors import ModelError, UsageError
 from pwopt.graph.shapes import written
-from pwopt.inputs.candidate_sizes import Candidate, Search
+from pwopt.inputs.candidate_sizes import CandidateSizes, SizeSearch
 from pwopt.inputs.samples import make_feeds
 from pwopt.inputs.size_guesses import Trust
 from pwopt.inputs.specs import InputSpec, check_shapes
@@ -38,7 +38,7 @@ GROWTH = 4
 
 
 @dataclass(frozen=True)
-class Chosen:
+class ChosenSizes:
     """Sizes of every input.
 
     Attributes
@@ -58,7 +58,7 @@ class Chosen:
     seconds: float | None = None
 
 
-class Trials:
+class SizeTrials:
     """Runs of a model at sizes, in a time of their own.
 
     Parameters
@@ -99,7 +99,7 @@ def likely_sizes(
     provider: Provider = DEFAULT,
     shapes: Mapping[str, Sequence[int]] | None = None,
     progress: Progress = ignore_progress,
-) -> Chosen:
+) -> ChosenSizes:
     """Sizes for every input: the given ones, and the first likely ones on which the model runs.
 
     Parameters
@@ -119,34 +119,34 @@ def likely_sizes(
         If it does not load.
     """
     check_shapes(specs, shapes or {})
-    search = Search(specs, model, shapes)
+    search = SizeSearch(specs, model, shapes)
     if path is None:
         chosen = _as_chosen(search.likeliest())
     else:
-        chosen = _tried(search, Trials(specs, Session(path, provider, optimise=False), SECONDS, progress))
+        chosen = _tried(search, SizeTrials(specs, Session(path, provider, optimise=False), SECONDS, progress))
     return _logged(chosen)
 
 
-def _tried(search: Search, trials: Trials) -> Chosen:
+def _tried(search: SizeSearch, trials: SizeTrials) -> ChosenSizes:
     """The first candidate that runs, grown until a run says something."""
     failure: ModelError | None = None
-    for candidate in itertools.takewhile(lambda _: trials.left > 0, search.candidates()):
-        current: Candidate | None = candidate
+    for candidate in itertools.takewhile(lambda _: trials.left > 0, search.generate()):
+        current: CandidateSizes | None = candidate
         while current is not None:
             try:
                 spent = trials.seconds(current.sizes)
             except TooSlowError as error:
                 LOG.info("sizes %s: %s", _said(current.sizes), error)
-                if search.settled:
+                if search.is_fixed:
                     return _as_chosen(current)
-                failure, current = failure or error, search.smaller(current) if trials.left > 0 else None
+                failure, current = failure or error, search.reduce(current) if trials.left > 0 else None
             except ModelError as error:
                 LOG.info("sizes %s: %s", _said(current.sizes), error)
                 failure, current = failure or error, None
             else:
                 LOG.info("sizes %s: the model runs", _said(current.sizes))
                 return _grown(search, trials, current, spent)
-    if search.settled:
+    if search.is_fixed:
         raise UsageError(f"the model does not run at its sizes: {failure}; give others, or --input FILE.npz")
     names = " ".join(f"--shape {name}=…" for name in search.open_inputs)
     raise UsageError(f"no likely size runs ({failure}); give {names} or --input FILE.npz")
@@ -156,11 +156,11 @@ def _said(sizes: Sizes) -> str:
     return ", ".join(f"{name} {written(shape)}" for name, shape in sizes.items()) or "of no input"
 
 
-def _grown(search: Search, trials: Trials, found: Candidate, spent: float) -> Chosen:
+def _grown(search: SizeSearch, trials: SizeTrials, found: CandidateSizes, spent: float) -> ChosenSizes:
     """A candidate that runs, with lengths that rest on nothing but their place grown until a run says something."""
     growing = any(g.trust == Trust.PLACE for g in found.guesses)
     while growing and spent < TELLING and trials.left > 0:
-        larger = search.larger(found, GROWN, LONGEST)
+        larger = search.grow(found, GROWN, LONGEST)
         if larger is None:
             break
         try:
@@ -171,16 +171,16 @@ def _grown(search: Search, trials: Trials, found: Candidate, spent: float) -> Ch
     return replace(_as_chosen(found), seconds=spent)
 
 
-def _as_chosen(candidate: Candidate) -> Chosen:
-    return Chosen(candidate.sizes, candidate.why, candidate.bytes)
+def _as_chosen(candidate: CandidateSizes) -> ChosenSizes:
+    return ChosenSizes(candidate.sizes, candidate.why, candidate.bytes)
 
 
-def _other(search: Search, trials: Trials, first: Chosen) -> Chosen | None:
+def _other(search: SizeSearch, trials: SizeTrials, first: ChosenSizes) -> ChosenSizes | None:
     """Sizes on which the model runs as well as on the first, with as many open axes changed as possible.
 
     None if every size is fixed, or no other likely ones of up to `GROWTH` times the elements run.
     """
-    for candidate in search.others(first.sizes, GROWTH * _elements(first.sizes)):
+    for candidate in search.generate_others(first.sizes, GROWTH * _elements(first.sizes)):
         if trials.left <= 0:
             break
         try:
@@ -198,7 +198,7 @@ def rounds(
     provider: Provider = DEFAULT,
     given: Sequence[Mapping[str, Sequence[int]]] = (),
     progress: Progress = ignore_progress,
-) -> list[Chosen]:
+) -> list[ChosenSizes]:
     """Sizes to compare two models on: the given ones, or the likeliest and other ones.
 
     Raises
@@ -210,9 +210,9 @@ def rounds(
         check_shapes(specs, shapes)
     if any(given):
         return [likely_sizes(specs, model, path, provider, shapes, progress) for shapes in given]
-    search, session = Search(specs, model), Session(path, provider, optimise=False)
-    first = _logged(_tried(search, Trials(specs, session, SECONDS, progress)))
-    second = _other(search, Trials(specs, session, SECONDS / 2, progress), first)
+    search, session = SizeSearch(specs, model), Session(path, provider, optimise=False)
+    first = _logged(_tried(search, SizeTrials(specs, session, SECONDS, progress)))
+    second = _other(search, SizeTrials(specs, session, SECONDS / 2, progress), first)
     return [first] if second is None else [first, second]
 
 
@@ -224,13 +224,13 @@ def _named(sizes: Mapping[str, Sequence[int]]) -> str:
     return " ".join(f"{name} {written(shape)}" for name, shape in sizes.items())
 
 
-def _logged(chosen: Chosen) -> Chosen:
+def _logged(chosen: ChosenSizes) -> ChosenSizes:
     for line in told(chosen):
         LOG.info("%s", line)
     return chosen
 
 
-def told(chosen: Chosen) -> Iterator[str]:
+def told(chosen: ChosenSizes) -> Iterator[str]:
     """For a report: why these sizes."""
     if chosen.why:
         yield f"Sizes that nobody gave: {'; '.join(chosen.why)}. --shape chooses others."

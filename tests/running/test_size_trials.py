@@ -13,16 +13,16 @@ from helpers import parse
 
 from pwopt.errors import UsageError
 from pwopt.graph.shapes import infer
-from pwopt.inputs.footprint import footprint
+from pwopt.inputs.footprint import estimate_footprint
 from pwopt.inputs.metadata import Metadata
 from pwopt.inputs.samples import make_feeds
 from pwopt.inputs.specs import InputSpec, input_specs
-from pwopt.running.size_trials import Chosen, likely_sizes, rounds
+from pwopt.running.size_trials import ChosenSizes, likely_sizes, rounds
 
 pytest.importorskip("onnxruntime")
 
 
-def chosen(model: onnx.ModelProto, folder: Path | None = None, **given: tuple[int, ...]) -> Chosen:
+def chosen(model: onnx.ModelProto, folder: Path | None = None, **given: tuple[int, ...]) -> ChosenSizes:
     """Sizes of a model, tried if there is a folder to write it to."""
     path = None if folder is None else folder / "m.onnx"
     if path is not None:
@@ -153,20 +153,20 @@ def test_the_footprint_is_what_is_alive_at_once() -> None:
         "(float[10,100] x) => (float[a,b] y) { p = Relu(x) q = Relu(p) v = Reshape(q, s) r = Neg(v) y = Sigmoid(r) }",
         s=np.array([100, 10]),
     )
-    assert footprint(model, infer(model)).bytes == 2 * 4000
+    assert estimate_footprint(model, infer(model)).bytes == 2 * 4000
     both = parse("(float[10,100] x) => (float[a,b] y) { p = Relu(x) q = Relu(p) r = Neg(q) y = Add(r, p) }")
-    assert footprint(both, infer(both)).bytes == 4 * 4000 - 4000
+    assert estimate_footprint(both, infer(both)).bytes == 4 * 4000 - 4000
     product = parse("(float[2,5,7] x) => (float[a] y) { y = MatMul(x, k) }", k=np.zeros((7, 3), np.float32))
-    assert footprint(product, infer(product)).macs == 2 * 5 * 7 * 3
+    assert estimate_footprint(product, infer(product)).macs == 2 * 5 * 7 * 3
     conv = image("[1,3,32,32]")
-    assert footprint(conv, infer(conv)).macs == 8 * 8 * 8 * 3 * 4 * 4
+    assert estimate_footprint(conv, infer(conv)).macs == 8 * 8 * 8 * 3 * 4 * 4
 
 
 def test_attention_is_made_small_before_it_runs() -> None:
     model = attention()
     found = chosen(model)
     assert found.bytes <= 1 << 30
-    assert footprint(model, infer(model, {"x": (1, 3, 224, 224)})).bytes > 9 << 30
+    assert estimate_footprint(model, infer(model, {"x": (1, 3, 224, 224)})).bytes > 9 << 30
     side = found.sizes["x"][2]
     assert side == found.sizes["x"][3]
     assert found.bytes >= 2 * 4 * side**4
