@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -110,7 +110,8 @@ class SumBranches(Pass):
         if not readings:
             raise RefusedError("no branch has weights")
         like = max(readings, key=lambda r: (r.kind.startswith("conv"), r.weighted, r.geometry.weights))
-        rest = [t for t in terms if all(t is not j for j in joined.terms)]
+        inside = set(joined.terms)
+        rest = [t for t in terms if t not in inside]
         output = root.outputs[0]
         alike = next((t.path.output for t in joined.terms if t.path.readings), source)
         wide = total.geometry.out_channels
@@ -169,30 +170,91 @@ def _operands(node: Node, sign: float) -> list[tuple[Tensor, float, bool]]:
     return [(t, -sign if minus and i == 1 else sign, counts[t] == 1) for i, t in enumerate(node.inputs)]
 
 
+class _Pool:
+    """Branches of one sum, in order, by their kinds: equal geometries of equal cost are joined alike.
+
+    So a sum of n branches of k kinds takes n·k² steps, and k² calls of `add_geometry`.
+    """
+
+    def __init__(self, branches: Sequence[Branch]) -> None:
+        self._branches: dict[int, Branch] = {}
+        self._kinds: dict[tuple[Geometry, float], deque[int]] = {}
+        self._geometries: dict[tuple[Geometry, Geometry], Geometry | Refusal] = {}
+        self._count = 0
+        for branch in branches:
+            self.add(branch)
+
+    def add(self, branch: Branch) -> None:
+        """Add a branch as the last one."""
+        self._branches[self._count] = branch
+        self._kinds.setdefault((branch.geometry, branch.together), deque()).append(self._count)
+        self._count += 1
+
+    def __len__(self) -> int:
+        return len(self._branches)
+
+    def __iter__(self) -> Iterator[Branch]:
+        return iter(self._branches.values())
+
+    def _add_geometry(self, first: Geometry, second: Geometry) -> Geometry | Refusal:
+        pair = (first, second)
+        if pair not in self._geometries:
+            self._geometries[pair] = add_geometry(pair)
+        return self._geometries[pair]
+
+    def join(self) -> str:
+        """Join the first of the pairs that save most; the reason why not if none saves, which is that of the last."""
+        best: tuple[float, int, int] | None = None
+        for (a, cost_a), (b, cost_b), first, second in self._pairs():
+            geometry = self._add_geometry(a, b)
+            if isinstance(geometry, Refusal):
+                continue
+            saved = cost_a + cost_b - price(geometry, 1)
+            if saved >= 0 and (best is None or (-saved, second, first) < (-best[0], best[2], best[1])):
+                best = (saved, first, second)
+        if best is None:
+            return self._explain()
+        one, other = self._take(best[1]), self._take(best[2])
+        joined = self._add_geometry(one.geometry, other.geometry)
+        assert isinstance(joined, Geometry)
+        self.add(Branch((*one.terms, *other.terms), joined, one.separate + other.separate))
+        return ""
+
+    def _pairs(self) -> Iterator[tuple[tuple[Geometry, float], tuple[Geometry, float], int, int]]:
+        """Two kinds, and the places of the first branches of these kinds."""
+        kinds = [(kind, places) for kind, places in self._kinds.items() if places]
+        for i, (a, places_a) in enumerate(kinds):
+            if len(places_a) > 1:
+                yield a, a, places_a[0], places_a[1]
+            for b, places_b in kinds[:i]:
+                first, second = sorted([(places_a[0], a), (places_b[0], b)], key=lambda kind: kind[0])
+                yield first[1], second[1], first[0], second[0]
+
+    def _take(self, place: int) -> Branch:
+        """Remove a branch, one of the first two of its kind."""
+        branch = self._branches.pop(place)
+        self._kinds[branch.geometry, branch.together].remove(place)
+        return branch
+
+    def _explain(self) -> str:
+        """Why the last two branches are not joined."""
+        first, second = list(self._branches.values())[-2:]
+        geometry = self._add_geometry(first.geometry, second.geometry)
+        if isinstance(geometry, Refusal):
+            return f"the branches do not sum: {geometry.reason}"
+        return f"joining the branches would cost {dearer(first.together + second.together, price(geometry, 1))}"
+
+
 def _cheapest(branches: Sequence[Branch]) -> tuple[Branch | None, str]:
     """The best set of branches to join, or why there is none: the pair that saves most, until none saves.
 
     A pair that costs as much as before is joined as well: it saves an operator.
     """
-    pool, reason = list(branches), "the branches are not linear maps with constant numbers"
-    while True:
-        best: tuple[float, int, int, Branch] | None = None
-        for i, a in enumerate(pool):
-            for j, b in enumerate(pool[:i]):
-                geometry = add_geometry([b.geometry, a.geometry])
-                if isinstance(geometry, Refusal):
-                    reason = f"the branches do not sum: {geometry.reason}"
-                    continue
-                pair = Branch((*b.terms, *a.terms), geometry, a.separate + b.separate)
-                saved = a.together + b.together - pair.together
-                if saved < 0:
-                    reason = f"joining the branches would cost {dearer(a.together + b.together, pair.together)}"
-                elif best is None or saved > best[0]:
-                    best = (saved, i, j, pair)
-        if best is None:
-            break
-        _, i, j, pair = best
-        pool = [p for k, p in enumerate(pool) if k not in (i, j)] + [pair]
+    if len(branches) < 2:
+        return None, "the branches are not linear maps with constant numbers"
+    pool, reason = _Pool(branches), ""
+    while len(pool) > 1 and not reason:
+        reason = pool.join()
     joined = [b for b in pool if len(b.terms) > 1]
     return (joined[0], "") if joined else (None, reason)
 

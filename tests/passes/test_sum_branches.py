@@ -13,17 +13,20 @@ from hypothesis import strategies as st
 from linear_maps import apply
 from onnx import TensorProto, helper, numpy_helper
 
-from pwopt.algebra.geometry import Refusal
+from pwopt.algebra.geometry import Geometry, Refusal, add_geometry
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph.files import from_proto
+from pwopt.graph.ir import Variable
 from pwopt.graph.view import View
 from pwopt.maps import forms
 from pwopt.maps.cost import Cost, measure
 from pwopt.maps.forms import Reading
 from pwopt.maps.paths import Path, relative_places, trace
-from pwopt.passes import CleanUp, FoldAffine, FoldChains, SumBranches
+from pwopt.passes import CleanUp, FoldAffine, FoldChains, SumBranches, sum_branches
+from pwopt.passes.sum_branches import Branch, Term, _cheapest
 from pwopt.rewriting.driver import Pass
 from pwopt.rewriting.records import Site
+from pwopt.rewriting.wording import dearer
 from pwopt.selecting.snapshot import run_pipeline
 
 X = normal(2, 4, 6, 6)
@@ -987,3 +990,62 @@ def test_every_sum_keeps_its_values_and_never_costs_more(specs: list[dict[str, A
     plain = all(s["kind"] in ("conv", "identity") and s["dilation"] == 1 for s in specs)
     if plain and any(s["group"] == 1 and s["kernel"] == max(c["kernel"] for c in convs) for s in convs):
         assert ops(result)["Conv"] == 1  # a dense one has a tap for every other's
+
+
+def _branch(kernel: int, groups: int, stride: int, biased: bool, separate: float) -> Branch:
+    pads = (kernel // 2,) * 2
+    geometry = Geometry(4, 4, groups, (kernel,), (stride,), (1,), pads, biased=biased)
+    tensor = Variable("x")
+    return Branch((Term(Path(tensor, tensor, (), None, ""), 1.0),), geometry, separate)
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(
+        st.builds(
+            _branch,
+            st.sampled_from([1, 3, 5]),
+            st.sampled_from([1, 2, 4]),
+            st.sampled_from([1, 1, 1, 2]),
+            st.booleans(),
+            st.sampled_from([0.0, 16.0, 48.0, 80.0, 1000.0]),
+        ),
+        max_size=9,
+    )
+)
+def test_branches_are_joined_as_if_every_pair_were_tried(branches: list[Branch]) -> None:
+    assert _cheapest(branches) == cheapest_by_trying_all(branches)
+
+
+def test_the_work_of_joining_grows_with_the_kinds_of_branches(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(sum_branches, "add_geometry", lambda maps: calls.append(maps) or add_geometry(maps))
+    joined, _ = _cheapest([_branch(1, 1, 1, False, 16.0) for _ in range(200)])
+    assert joined is not None
+    assert len(joined.terms) == 200
+    assert len(calls) < 10
+
+
+def cheapest_by_trying_all(branches: Sequence[Branch]) -> tuple[Branch | None, str]:
+    """The definition of what `_cheapest` finds: every pair is tried in every step."""
+    pool, reason = list(branches), "the branches are not linear maps with constant numbers"
+    while True:
+        best: tuple[float, int, int, Branch] | None = None
+        for i, a in enumerate(pool):
+            for j, b in enumerate(pool[:i]):
+                geometry = add_geometry([b.geometry, a.geometry])
+                if isinstance(geometry, Refusal):
+                    reason = f"the branches do not sum: {geometry.reason}"
+                    continue
+                pair = Branch((*b.terms, *a.terms), geometry, a.separate + b.separate)
+                saved = a.together + b.together - pair.together
+                if saved < 0:
+                    reason = f"joining the branches would cost {dearer(a.together + b.together, pair.together)}"
+                elif best is None or saved > best[0]:
+                    best = (saved, i, j, pair)
+        if best is None:
+            break
+        _, i, j, pair = best
+        pool = [p for k, p in enumerate(pool) if k not in (i, j)] + [pair]
+    joined = [b for b in pool if len(b.terms) > 1]
+    return (joined[0], "") if joined else (None, reason)
