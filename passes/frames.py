@@ -1,4 +1,4 @@
-"""Convolutions over time as sums of convolutions of shifted frames."""
+"""Lowering 3-D convolutions to 2-D: a convolution over time is a sum of convolutions of shifted frames."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.rewriting.regions import find_regions
 from pwopt.rewriting.wording import counted
 
-#: Operators that know of no more than axes, and that are the same on frames.
+#: Operators that compute the same on frames if only their axes change.
 ALIKE = frozenset(BY_AXES) - SOFTMAXES - {"Split", "Slice", "PRelu"}
 
 
 @dataclass(frozen=True)
 class Images:
-    """(1, C, T, H, W) seen as T images (T, C, H, W)."""
+    """The layout (T, C, H, W), a batch of T images, for tensors (1, C, T, H, W)."""
 
     rank: int = 5
     suffix = "_frames"
@@ -37,7 +37,7 @@ class Images:
         return {1: 1, 2: 0, 3: 2, 4: 3}.get(axis % 5)
 
     def operand(self, shape: Sequence[int]) -> tuple[int, ...]:
-        """For one video: an operand of several would make several of it."""
+        """The shape of a constant for one video. (The first axis of a constant is 1, as that of the outputs is.)"""
         if len(shape) < 3:
             return tuple(shape)
         full = (*(1,) * (5 - len(shape)), *shape)
@@ -51,34 +51,32 @@ class Images:
         return (shape[2], shape[1], *shape[3:])
 
     def change(self, rw: Rewriter, source: Tensor, output: Tensor, *, enter: bool) -> list[Node]:
-        """The axis of one entry goes after, or comes before, channels and time change places."""
-        whole = source if enter else output
-        wide = rw.new_variable(
-            f"{output.name}_wide", whole, (lambda s: (s[0], s[2], s[1], *s[3:])) if enter else (lambda s: s[1:])
+        """Swap channels and time; remove the first axis after that, or add it."""
+        video = source if enter else output
+        between = rw.new_variable(
+            f"{output.name}_wide", video, (lambda s: (s[0], s[2], s[1], *s[3:])) if enter else (lambda s: s[1:])
         )
         swap = {"perm": [0, 2, 1, 3, 4] if enter else [1, 0, 2, 3]}
         axes = rw.new_constant(f"{output.name}_axes", np.array([0]))
         names = [rw.node_name(str(output.name), f"_{role}") for role in ("transpose", "axis")]
-        first, second = (source, wide) if enter else (wide, output)
-        if not enter:
-            return [
-                Node("Transpose", names[0], swap, [source], [wide]),
-                Node("Unsqueeze", names[1], {}, [first, axes], [second]),
-            ]
         return [
-            Node("Transpose", names[0], swap, [first], [second]),
-            Node("Squeeze", names[1], {}, [wide, axes], [output]),
+            Node("Transpose", names[0], swap, [source], [between]),
+            Node("Squeeze" if enter else "Unsqueeze", names[1], {}, [between, axes], [output]),
         ]
 
 
 class Frames(Pass):
-    """y_t = Σ_j W_j ∗ x_{t + j}: a convolution over time and space is a sum, over its taps in time, of 2-D convolutions
-    of shifted frames; all else that treats frames alike runs on them as a batch of images.
+    """y_t = Σ_j W_j ∗ x_{t + j}: a convolution over time and space is a sum of 2-D convolutions of shifted frames
 
-    For one video at a time, (1, C, T, H, W) seen as (T, C, H, W). onnxruntime's CPU provider has its blocked layout for
-    2-D convolutions only: its depthwise 3-D ones run at 2 G multiply-adds per second, its 2-D ones at 6 to 15. X3D
-    (Feichtenhofer, 2020), (2+1)-D and inflated 2-D networks (Tran et al., 2018; Carreira and Zisserman, 2017). What
-    `lower-rank` can do without shifts, kernels of one position in the plane, is left to it.
+    * Tensors are single videos of known size, (1, C, T, H, W). They become batches of T images, (T, C, H, W).
+    * A region contains at least one convolution with a kernel of several positions in the plane. `lower-rank` handles
+      regions without such kernels.
+    * The operators around it join the region if they treat all frames alike: elementwise operators, normalisations,
+      pooling in the plane, sums, Concat.
+
+    onnxruntime's CPU provider has its blocked layout for 2-D convolutions only. Its depthwise 3-D convolutions run at
+    2 G multiply-adds per second, its 2-D ones at 6 to 15. Examples are X3D (Feichtenhofer, 2020), (2+1)-D networks
+    (Tran et al., 2018) and inflated 2-D networks (Carreira and Zisserman, 2017).
     """
 
     name = "frames"
@@ -104,14 +102,14 @@ class Frames(Pass):
             if reading is not None:
                 return _Taps(rw, reading).write(see(reading.source), outputs[0])
             if member.op == "GlobalAveragePool":
-                return _pooled(rw, see(member.inputs[0]), outputs[0])
+                return _pool_globally(rw, see(member.inputs[0]), outputs[0])
             arguments = _arguments(rw, images, member)
             assert arguments is not None
             return rewritten(rw, member, arguments, images, see, outputs)
 
         work, size = sum(macs(rw, n) or 0 for n in region.nodes), rw.size_of(spatial[0].outputs[0])
         others = counted(len(region.nodes) - len(spatial), "other operator")
-        done = carry(rw, [(n, Images()) for n in region.nodes], write, f"{what} and {others} around run on frames")
+        done = carry(rw, [(n, Images()) for n in region.nodes], write, f"{what} and {others} around it run on frames")
         return done.signed(
             f"{what} in a region of {len(region.nodes)} with {work:,} multiply-adds, the first at {size}"
         )
@@ -124,7 +122,7 @@ def _is_spatial(rw: Rewriter, node: Node) -> bool:
 
 
 def _fits(rw: Rewriter, node: Node) -> bool:
-    """Whether an operator computes single videos of known size from such."""
+    """Whether an operator can run on frames: its inputs and outputs are single videos of known size."""
     read = data(rw, node)
     tensors = [*read, *(t for t in node.outputs if t.name)]
     sizes = [rw.shape(t) or () for t in tensors]
@@ -137,7 +135,7 @@ def _fits(rw: Rewriter, node: Node) -> bool:
 
 
 def _arguments(rw: Rewriter, images: Images, node: Node) -> Arguments | None:
-    """What an operator says on frames; None if it cannot run on them."""
+    """The arguments of an operator on frames; None if it cannot run on them."""
     op = rw.op(node)
     if op in ALIKE:
         return BY_AXES[op](rw, images, node)
@@ -145,16 +143,16 @@ def _arguments(rw: Rewriter, images: Images, node: Node) -> Arguments | None:
         return Arguments(dict(node.attrs))
     if pooling(rw, node):
         attrs = dict(node.attrs)
-        told = {key: list(attrs[key]) for key in ("kernel_shape", "strides", "dilations") if key in attrs}
+        windows = {key: list(attrs[key]) for key in ("kernel_shape", "strides", "dilations") if key in attrs}
         pads = list(attrs.get("pads", [0] * 6))
-        if any(v[0] != 1 for v in told.values()) or pads[0] or pads[3]:
+        if any(v[0] != 1 for v in windows.values()) or pads[0] or pads[3]:
             return None
-        return Arguments({**attrs, **{k: v[1:] for k, v in told.items()}, "pads": [*pads[1:3], *pads[4:]]})
+        return Arguments({**attrs, **{k: v[1:] for k, v in windows.items()}, "pads": [*pads[1:3], *pads[4:]]})
     return None
 
 
-def _pooled(rw: Rewriter, source: Tensor, output: Tensor) -> list[Node]:
-    """The mean over space, then over frames."""
+def _pool_globally(rw: Rewriter, source: Tensor, output: Tensor) -> list[Node]:
+    """Global average pooling of a video: the mean over space, then over frames."""
     each = rw.new_variable(f"{output.name}_each", source, lambda s: (*s[:2], 1, 1))
     pool = Node("GlobalAveragePool", rw.node_name(str(output.name), "_pool"), {}, [source], [each])
     name = rw.node_name(str(output.name), "_mean")
@@ -177,45 +175,45 @@ class _Taps:
         parts = over_time(linear)
         frames = self.rw.dim(output, 0)
         assert isinstance(frames, int)
-        padded = self._padded(source, g.pads[0], g.pads[g.rank])
+        padded = self._pad(source, g.pads[0], g.pads[g.rank])
         total: Tensor | None = None
         for j, part in enumerate(parts):
             begin = g.dilations[0] * j
-            shifted = source if self._still(begin, frames, source) else self._shifted(padded, begin, frames)
+            shifted = source if self._is_aligned(begin, frames, source) else self._shift(padded, begin, frames)
             last = j == len(parts) - 1
             term = output if len(parts) == 1 else self.rw.new_variable(f"{output.name}_tap{j}", output)
             written = emit.write(self.rw, part, self.reading, shifted, term, 1, inherit=False)
             self.nodes += written.nodes
             if total is not None:
-                summed = output if last else self.rw.new_variable(f"{output.name}_sum{j}", output)
-                self._node("Add", [total, term], summed)
-                term = summed
+                after = output if last else self.rw.new_variable(f"{output.name}_sum{j}", output)
+                self._add_node("Add", [total, term], after)
+                term = after
             total = term
         return self.nodes
 
-    def _still(self, begin: int, frames: int, source: Tensor) -> bool:
-        """Whether a tap sees all frames where they are."""
+    def _is_aligned(self, begin: int, frames: int, source: Tensor) -> bool:
+        """Whether a tap reads all frames without a shift."""
         g = self.reading.geometry
         return begin == g.pads[0] and g.strides[0] == 1 and frames == self.rw.dim(source, 0)
 
-    def _padded(self, source: Tensor, before: int, after: int) -> Tensor:
+    def _pad(self, source: Tensor, before: int, after: int) -> Tensor:
         if not before and not after:
             return source
         frames = self.rw.dim(source, 0)
         assert isinstance(frames, int)
-        made = self.rw.new_variable(f"{source.name}_padded", source, lambda s: (frames + before + after, *s[1:]))
-        self._node("Pad", [source, self._constant(made, "pads", [before, 0, 0, 0, after, 0, 0, 0])], made)
-        return made
+        padded = self.rw.new_variable(f"{source.name}_padded", source, lambda s: (frames + before + after, *s[1:]))
+        self._add_node("Pad", [source, self._constant(padded, "pads", [before, 0, 0, 0, after, 0, 0, 0])], padded)
+        return padded
 
-    def _shifted(self, padded: Tensor, begin: int, frames: int) -> Tensor:
+    def _shift(self, padded: Tensor, begin: int, frames: int) -> Tensor:
         step = self.reading.geometry.strides[0]
-        made = self.rw.new_variable(f"{padded.name}_shifted", padded, lambda s: (frames, *s[1:]))
+        shifted = self.rw.new_variable(f"{padded.name}_shifted", padded, lambda s: (frames, *s[1:]))
         limits = {"starts": begin, "ends": begin + (frames - 1) * step + 1, "axes": 0, "steps": step}
-        self._node("Slice", [padded, *(self._constant(made, k, [v]) for k, v in limits.items())], made)
-        return made
+        self._add_node("Slice", [padded, *(self._constant(shifted, k, [v]) for k, v in limits.items())], shifted)
+        return shifted
 
     def _constant(self, tensor: Tensor, role: str, values: Sequence[int]) -> Constant:
         return self.rw.new_constant(f"{tensor.name}_{role}", np.array(values, np.int64))
 
-    def _node(self, op: str, inputs: Sequence[Tensor], output: Tensor) -> None:
+    def _add_node(self, op: str, inputs: Sequence[Tensor], output: Tensor) -> None:
         self.nodes.append(Node(op, self.rw.node_name(str(output.name), f"_{op.lower()}"), {}, list(inputs), [output]))

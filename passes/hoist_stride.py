@@ -1,4 +1,4 @@
-"""Positions that every reader skips are not computed."""
+"""Code motion: a stride moves before the operators that compute the positions it skips."""
 
 from __future__ import annotations
 
@@ -16,20 +16,23 @@ from pwopt.rewriting.wording import counted
 
 
 class HoistStride(Pass):
-    """S(f(x)) = f(Sx) for elementwise f, S(Wx) = (SW)x: if all readers of a tensor read every s-th position only,
-    the operators before them compute only those.
+    """S(f(x)) = f(Sx) for elementwise f; S(Wx) = (SW)x, where S keeps every s-th position
 
-    A convolution gets s times its stride; elementwise operators, sums, Concat and normalisations run on what is left;
-    an input that others need whole is subsampled by MaxPool with a kernel of 1. Bit for bit the same numbers.
-    ResNets with the stride on a block's 1×1 map throw three quarters of the block before away (He et al., 2016, as
-    Caffe, Keras and Detectron have it).
+    * Every reader of a tensor reads only every s-th position: 1×1 convolutions and poolings with a stride, or
+      operators whose own results are read so.
+    * A convolution or pooling before it gets s times its stride. Elementwise operators, sums, Concat and
+      normalisations run on the remaining positions.
+    * An input that others need completely is subsampled by a MaxPool with a kernel of 1. This costs less than it saves.
+
+    The result is bit-identical. ResNets with the stride on the first 1×1 map of a block discard three quarters of the
+    block before it (He et al., 2016, as implemented in Caffe, Keras and Detectron).
     """
 
     name = "hoist-stride"
     policy = "if cheaper"
 
     def start(self, rw: Rewriter) -> None:
-        self._steps = _demands(rw)
+        self._steps = _find_steps(rw)
         touched = {n: [t for t in (*n.inputs, *n.outputs) if t in self._steps] for n in rw.nodes()}
         regions = find_regions({n: tensors for n, tensors in touched.items() if tensors})
         self._roots = {r.nodes[0]: r for r in regions}
@@ -39,12 +42,14 @@ class HoistStride(Pass):
         return None if region is None else self._rewrite(rw, region)
 
     def _rewrite(self, rw: Rewriter, region: Region) -> Rewrite | Skip | None:
-        if rw.opset < 8:  # onnxruntime's MaxPool takes float32 only before
-            return Skip(f"opset {rw.opset} cannot subsample every type; --opset converts the model")
+        if rw.opset < 8:  # onnxruntime's MaxPool of older opsets takes float32 only
+            return Skip(f"opset {rw.opset} cannot subsample every type; convert the model with --opset 8 or later")
         saved, spent = self._balance(rw, region)
         name = region.tensors[0].name
         if saved <= spent:
-            return Skip(f"only {self._of(region)} of {name!r} is read, but subsampling costs more than that saves")
+            return Skip(
+                f"only {self._describe(region)} of {name!r} is read, but subsampling would cost more than it saves"
+            )
         pools: dict[tuple[Tensor, Steps], Tensor] = {}
         old: list[Node] = []
         new: list[tuple[Node, list[Node]]] = []
@@ -54,13 +59,13 @@ class HoistStride(Pass):
         for node in region.nodes:
             made: list[Node] = []
             step = self._steps.get(node.outputs[0], ())
-            inputs, stride = list(node.inputs), _stride(rw, node)
+            inputs, stride = list(node.inputs), _read_stride(rw, node)
             if stride is not None:
-                made.append(_with_stride(rw, node, _ratio(stride, step, self._steps.get(node.inputs[0], ()))))
+                made.append(_set_stride(rw, node, _divide(stride, step, self._steps.get(node.inputs[0], ()))))
             else:
                 for i, t in enumerate(inputs):
-                    ratio = _ratio((1,) * len(step), step, self._steps.get(t, ()))
-                    if rw.constant(t) is None and any(r > 1 for r in ratio) and spread(rw, t, len(step)):
+                    ratio = self._find_ratio(rw, t, step)
+                    if ratio is not None:
                         key = (t, ratio)
                         if key not in pools:
                             pools[key] = rw.new_variable(f"{t.name}_every", t, every(ratio))
@@ -73,17 +78,17 @@ class HoistStride(Pass):
         renamed = {str(t.name): rw.rename(t, "_strided") for t in region.tensors}
         subsampled = f", {counted(len(pools), 'input')} subsampled" if pools else ""
         reason = (
-            f"{self._of(region)} of {name!r} is read, so no other is computed"
+            f"only {self._describe(region)} of {name!r} is read, so the others are not computed"
             f" ({counted(len(old), 'operator')}{subsampled})"
         )
         return replace(Rewrite.of(reason, records, renamed), macs_before=before)
 
-    def _of(self, region: Region) -> str:
+    def _describe(self, region: Region) -> str:
         steps = {self._steps[t] for t in region.tensors}
         return f"one in {' or '.join('×'.join(map(str, s)) for s in sorted(steps))} positions"
 
     def _balance(self, rw: Rewriter, region: Region) -> tuple[float, float]:
-        """Multiply-adds saved in the region, and those that subsampling its inputs is worth."""
+        """The cost that a region saves, and the cost of subsampling its inputs, in multiply-adds."""
         saved = spent = 0.0
         for node in region.nodes:
             out = node.outputs[0]
@@ -96,15 +101,18 @@ class HoistStride(Pass):
             saved += (elements - kept) * per
             if reading is not None or rw.op(node) in STRIDED_POOLS:
                 continue
-            for t in node.inputs:
-                ratio = _ratio((1,) * len(step), step, self._steps.get(t, ()))
-                if rw.constant(t) is None and any(r > 1 for r in ratio) and spread(rw, t, len(step)):
-                    spent += kept * 2 * ELEMENT
+            spent += kept * 2 * ELEMENT * sum(self._find_ratio(rw, t, step) is not None for t in node.inputs)
         return saved, spent
 
+    def _find_ratio(self, rw: Rewriter, tensor: Tensor, step: Steps) -> Steps | None:
+        """By which steps to subsample an input of an elementwise operator; None if it needs no subsampling."""
+        ratio = _divide((1,) * len(step), step, self._steps.get(tensor, ()))
+        needed = rw.constant(tensor) is None and any(r > 1 for r in ratio) and spread(rw, tensor, len(step))
+        return ratio if needed else None
 
-def _stride(rw: Rewriter, node: Node) -> Steps | None:
-    """The stride of a convolution or pooling."""
+
+def _read_stride(rw: Rewriter, node: Node) -> Steps | None:
+    """The stride of a convolution or pooling; None for any other node."""
     reading = stencil(rw, node)
     if reading is not None:
         return reading.geometry.strides
@@ -115,8 +123,8 @@ def _stride(rw: Rewriter, node: Node) -> Steps | None:
     )
 
 
-def _with_stride(rw: Rewriter, node: Node, stride: Steps) -> Node:
-    """The same convolution or pooling with another stride; padding that follows from the stride is spelled out."""
+def _set_stride(rw: Rewriter, node: Node, stride: Steps) -> Node:
+    """The same convolution or pooling with another stride; padding that depends on the stride becomes explicit."""
     attrs, reading = {**node.attrs, "strides": list(stride)}, stencil(rw, node)
     if reading is not None:
         attrs.pop("auto_pad", None)
@@ -124,15 +132,14 @@ def _with_stride(rw: Rewriter, node: Node, stride: Steps) -> Node:
     return Node(node.op, node.name, attrs, list(node.inputs), list(node.outputs), domain=node.domain)
 
 
-def _ratio(strides: Sequence[int], step: Sequence[int], have: Sequence[int]) -> Steps:
-    """The stride that is left for a reader of every (stride · step)-th position, where every `have`-th exists."""
-    rank = len(strides)
-    step, have = step or (1,) * rank, have or (1,) * rank
-    return tuple(s * t // h for s, t, h in zip(strides, step, have, strict=True))
+def _divide(strides: Sequence[int], step: Sequence[int], kept: Sequence[int]) -> Steps:
+    """The stride of a reader of every (stride · step)-th position, if only every `kept`-th position is computed."""
+    ones = (1,) * len(strides)
+    return tuple(s * t // k for s, t, k in zip(strides, step or ones, kept or ones, strict=True))
 
 
-def _single_tap(rw: Rewriter, node: Node) -> Steps | None:
-    """The stride of an operator that reads single positions, every stride-th from the first."""
+def _read_pointwise_stride(rw: Rewriter, node: Node) -> Steps | None:
+    """The stride of a convolution or pooling whose kernel has one position; None for any other node."""
     if pooling(rw, node) and not any(node.attrs.get("pads", ())) and math.prod(node.attrs["kernel_shape"]) == 1:
         return tuple(node.attrs.get("strides", (1,) * len(node.attrs["kernel_shape"])))
     reading = stencil(rw, node)
@@ -140,8 +147,8 @@ def _single_tap(rw: Rewriter, node: Node) -> Steps | None:
     return g.strides if g is not None and g.taps == 1 and not g.padded else None
 
 
-def _demands(rw: Rewriter) -> dict[Tensor, Steps]:
-    """Tensors of which no reader looks at more than every s-th position, with s for each spatial axis."""
+def _find_steps(rw: Rewriter) -> dict[Tensor, Steps]:
+    """Tensors of which all readers read only every s-th position, with s for each spatial axis."""
     steps: dict[Tensor, Steps] = {}
     nodes = rw.nodes()
     for node in reversed(nodes):
@@ -152,18 +159,18 @@ def _demands(rw: Rewriter) -> dict[Tensor, Steps]:
         absorbs = stencil(rw, node) is not None or pooling(rw, node)
         if rank < 1 or not (absorbs or positionwise(rw, node)) or not rw.readers(out):
             continue
-        wanted = [_wanted(rw, reader, out, rank, steps) for reader in rw.readers(out)]
-        step = tuple(math.gcd(*(w[a] for w in wanted)) for a in range(rank))
+        distances = [_find_step(rw, reader, out, rank, steps) for reader in rw.readers(out)]
+        step = tuple(math.gcd(*(d[a] for d in distances)) for a in range(rank))
         if any(s > 1 for s in step):
             steps[out] = step
     return steps
 
 
-def _wanted(rw: Rewriter, reader: Node, tensor: Tensor, rank: int, steps: dict[Tensor, Steps]) -> Steps:
-    """How far apart the positions are that `reader` looks at."""
+def _find_step(rw: Rewriter, reader: Node, tensor: Tensor, rank: int, steps: dict[Tensor, Steps]) -> Steps:
+    """The distance between the positions that `reader` reads."""
     after = steps.get(reader.outputs[0], (1,) * rank) if len(reader.outputs) == 1 else (1,) * rank
-    stride = _single_tap(rw, reader)
+    stride = _read_pointwise_stride(rw, reader)
     if stride is not None and reader.inputs[0] is tensor and sum(t is tensor for t in reader.inputs) == 1:
         return tuple(s * a for s, a in zip(stride, after, strict=True)) if len(stride) == rank else (1,) * rank
-    passed = len(after) == rank and spread(rw, tensor, rank) and positionwise(rw, reader)
-    return after if passed else (1,) * rank
+    passes_on = len(after) == rank and spread(rw, tensor, rank) and positionwise(rw, reader)
+    return after if passes_on else (1,) * rank

@@ -38,7 +38,7 @@ def test_a_block_of_x3d_runs_on_frames() -> None:
     assert found["Pad"] == found["ReduceMean"] == 1
     assert found["Transpose"] == found["Squeeze"] + found["Unsqueeze"] == 2
     (rewrite,) = outcome.rewrites
-    assert rewrite.reason == "1 3-D convolution and 10 other operators around run on frames"
+    assert rewrite.reason == "1 3-D convolution and 10 other operators around it run on frames"
     assert rewrite.macs_before == rewrite.macs_after
     same(model, result, x=X)
 
