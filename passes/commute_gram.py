@@ -69,9 +69,9 @@ def _find_obstacle(rw: Rewriter, reading: Reading, node: Node, mapped: Tensor) -
     rows, columns = node.inputs
     if len(rw.readers(rows)) > 2:
         return f"{rows.name!r} is read by more than its Gram matrix"
-    crowd = rw.pinned(rows) or rw.crowd(columns) or (rw.crowd(mapped) if mapped is not rows else "")
-    if crowd:
-        return crowd
+    other_uses = rw.pinned(rows) or rw.other_uses(columns) or (rw.other_uses(mapped) if mapped is not rows else "")
+    if other_uses:
+        return other_uses
     if rw.shared(reading.weight_input):
         return f"the weight {reading.weight_input.name!r} is shared"
     if reading.geometry.biased:

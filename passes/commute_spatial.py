@@ -184,7 +184,7 @@ class CommuteSpatial(Pass):
         mover = _read_mover(rw, maker, reading.axis) if rw.is_a(maker, "MatMul") else None
         if mover is None:
             return None
-        refusal = rw.crowd(product.source) or _find_obstacle(rw, mover, product, shift.source)
+        refusal = rw.other_uses(product.source) or _find_obstacle(rw, mover, product, shift.source)
         if refusal:
             return Skip(refusal)
         g, dtype, linear, constant = product.geometry, rw.dtype(product.weight_input), product.load(), shift.load()
@@ -331,8 +331,10 @@ def _find_obstacle(rw: Rewriter, mover: Mover, reading: Reading, between: Tensor
         return f"{mover.node.op} does not keep constants, and the map has a bias"
     if mover.node.op in ("ReduceSum", "MatMul") and str(rw.dtype(between)) == "float16":
         return f"{mover.node.op} would sum other numbers, which could overflow float16"
-    crowd = rw.crowd(between)
-    return crowd or (f"the weight {reading.weight_input.name!r} is shared" if rw.shared(reading.weight_input) else "")
+    other_uses = rw.other_uses(between)
+    return other_uses or (
+        f"the weight {reading.weight_input.name!r} is shared" if rw.shared(reading.weight_input) else ""
+    )
 
 
 def _copy(rw: Rewriter, node: Node, source: Tensor, output: Tensor, axis: int, before: int, after: int) -> Node | None:

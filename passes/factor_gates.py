@@ -26,7 +26,7 @@ class FactorGates(Pass):
             return None
         for x, product in (node.inputs, node.inputs[::-1]):
             mul = rw.producer(product)
-            if not rw.is_a(mul, "Mul") or rw.crowd(product):
+            if not rw.is_a(mul, "Mul") or rw.other_uses(product):
                 continue
             gate = next((g for f, g in (mul.inputs, list(mul.inputs)[::-1]) if f is x and g is not x), None)
             if gate is None or not _is_smaller(rw, gate, x):

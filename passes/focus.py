@@ -38,9 +38,9 @@ class Focus(Pass):
         found = subsampling(rw, reading)
         if found is None:
             return None
-        crowd = _find_other_uses(rw, [*found.nodes, node])
-        if crowd or rw.shared(reading.weight_input):
-            return Skip(crowd or f"the weight {reading.weight_input.name!r} is shared")
+        other_uses = _find_other_uses(rw, [*found.nodes, node])
+        if other_uses or rw.shared(reading.weight_input):
+            return Skip(other_uses or f"the weight {reading.weight_input.name!r} is shared")
         whole = through_subsampling(reading.load(), found.steps, found.offsets, found.order)
         places, gathered = positions(rw, reading), rw.size_of(reading.source)
         if places is None or gathered is None:
@@ -61,4 +61,4 @@ def _find_other_uses(rw: Rewriter, nodes: list[Node]) -> str:
     inside = set(nodes)
     results = [t for n in nodes[:-1] for t in n.outputs]
     needed = [t for t in results if rw.pinned(t) or any(r not in inside for r in rw.readers(t))]
-    return rw.crowd(needed[0]) if needed else ""
+    return rw.other_uses(needed[0]) if needed else ""

@@ -100,7 +100,7 @@ class FoldAffine(Pass):
             return Skip(f"it belongs to a {self._fused[node]} that onnxruntime runs as one operator")
         affine = Affine(reading.load().at_rank(0), reading.axis)
         up, down = Plan(), Plan()
-        obstacle = "there is a constant" if rw.constant(reading.source) is not None else rw.crowd(reading.source)
+        obstacle = "there is a constant" if rw.constant(reading.source) is not None else rw.other_uses(reading.source)
         obstacle_before = obstacle or self._lift(rw, reading.source, affine, up)
         if not obstacle_before:
             done = rw.attempt(self._fold, rw, reading, up)
@@ -293,9 +293,9 @@ def _compose_constants(rw: Rewriter, plan: Plan) -> list[tuple[Tensor, Values, f
 
 
 def _find_other_uses(rw: Rewriter, tensor: Tensor) -> str:
-    """`View.crowd` without the operators that only read the shape, which a scale or a shift does not change."""
+    """`View.other_uses` without the operators that only read the shape, which a scale or a shift does not change."""
     readers = [r for r in rw.readers(tensor) if not rw.is_a(r, "Shape", "Size")]
-    return rw.pinned(tensor) if len(readers) == 1 else rw.crowd(tensor)
+    return rw.pinned(tensor) if len(readers) == 1 else rw.other_uses(tensor)
 
 
 def _joins_views(rw: Rewriter, reading: Reading) -> bool:

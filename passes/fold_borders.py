@@ -48,7 +48,7 @@ class FoldBorders(Pass):
         if reading is None or before is None or before.output is not reading.source or reading.axis != before.axis:
             return None
         joined = _join_geometries(reading.geometry, before.geometry)
-        if joined is None or rw.opset < PAD_TAKES_WIDTHS or rw.crowd(reading.source):
+        if joined is None or rw.opset < PAD_TAKES_WIDTHS or rw.other_uses(reading.source):
             return None
         shared = next((r.weight_input.name for r in (before, reading) if rw.shared(r.weight_input)), None)
         if shared is not None:

@@ -102,11 +102,11 @@ class FoldChains(Pass):
         before = _read_member(rw, rw.producer(reading.source)) if not reading.turned else None
         if before is None or before.output is not reading.source:
             return None, ""
-        crowd = rw.crowd(reading.source)
-        if crowd:
+        other_uses = rw.other_uses(reading.source)
+        if other_uses:
             composable = isinstance(compose_geometry(reading.geometry, before.geometry), Geometry)
             pair = [before, reading]
-            return None, f"{crowd}; {_compare_cost(pair, relative_places(rw, pair))}" if composable else crowd
+            return None, f"{other_uses}; {_compare_cost(pair, relative_places(rw, pair))}" if composable else other_uses
         if before.axis != reading.axis:
             return None, f"they act on different axes ({before.axis} and {reading.axis})"
         for r in (before, reading):

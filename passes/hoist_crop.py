@@ -39,9 +39,9 @@ class HoistCrop(Pass):
         has_windows = pooling(rw, maker) or (reading is not None and not reading.geometry.pointwise)
         if not has_windows and not positionwise(rw, maker):
             return None
-        crowd = rw.crowd(node.inputs[0])
-        if crowd:
-            return Skip(f"its input is needed uncropped: {crowd}")
+        other_uses = rw.other_uses(node.inputs[0])
+        if other_uses:
+            return Skip(f"its input is needed uncropped: {other_uses}")
         hoist = _hoist_past_windows if has_windows else _hoist_past_elementwise
         return hoist(rw, node, maker, window)
 

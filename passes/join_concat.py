@@ -41,9 +41,9 @@ class JoinConcat(Pass):
         if not self.eager:
             return Skip("one map of a Concat would take as many multiply-adds; only measuring can tell")
         for r in maps:
-            crowd = rw.crowd(r.output)
-            if crowd or rw.shared(r.weight_input):
-                return Skip(crowd or f"the weight {r.weight_input.name!r} is shared")
+            other_uses = rw.other_uses(r.output)
+            if other_uses or rw.shared(r.weight_input):
+                return Skip(other_uses or f"the weight {r.weight_input.name!r} is shared")
         joined = hcat(a.load(), b.load())
         both = rw.new_variable(
             f"{node.outputs[0].name}_inputs", a.source, channels(a.axis, joined.geometry.in_channels)

@@ -36,7 +36,7 @@ class JoinViews(Pass):
         if op == "Gemm":
             return _turned_before_gemm(rw, node)
         before = rw.producer(node.inputs[0]) if op in ("Transpose", *VIEWS) else None
-        if before is None or rw.crowd(node.inputs[0]):
+        if before is None or rw.other_uses(node.inputs[0]):
             return None
         if op == "Unsqueeze" and rw.is_a(before, "Gather"):
             return _picked(rw, before, node)
@@ -104,7 +104,7 @@ def _turned_before_gemm(rw: Rewriter, node: Node) -> Rewrite | None:
     for index, name in enumerate(("transA", "transB")):
         operand = node.inputs[index]
         turn = rw.producer(operand)
-        alone = not rw.crowd(operand) and sum(t is operand for t in node.inputs) == 1
+        alone = not rw.other_uses(operand) and sum(t is operand for t in node.inputs) == 1
         if alone and rw.is_a(turn, "Transpose") and attributes.perm(rw, turn) == [1, 0]:
             attrs = {**node.attrs, name: 1 - bool(node.attrs.get(name, 0))}
             inputs = [turn.inputs[0] if t is operand else t for t in node.inputs]
@@ -115,7 +115,7 @@ def _turned_before_gemm(rw: Rewriter, node: Node) -> Rewrite | None:
 def _turned_inside(rw: Rewriter, turn: Node, node: Node) -> Rewrite | None:
     """Reshape → Transpose → Reshape as one Transpose of what comes in."""
     joint, perm = rw.producer(turn.inputs[0]), attributes.perm(rw, turn)
-    if not rw.is_a(joint, *VIEWS) or rw.crowd(turn.inputs[0]) or perm is None:
+    if not rw.is_a(joint, *VIEWS) or rw.other_uses(turn.inputs[0]) or perm is None:
         return None
     source = joint.inputs[0]
     outside, inside = values.extents(rw, source), _after(rw, joint)

@@ -123,7 +123,7 @@ def _outputs(linear: LinearMap, picked: Values) -> LinearMap:
 
 def _shuffle(rw: Rewriter, node: Node) -> list[_Stage] | None:
     """A convolution, perhaps an activation, and a pixel shuffle."""
-    if not rw.is_a(node, "DepthToSpace") or rw.crowd(node.inputs[0]):
+    if not rw.is_a(node, "DepthToSpace") or rw.other_uses(node.inputs[0]):
         return None
     maker, step = rw.producer(node.inputs[0]), None
     reading = stencil(rw, maker)

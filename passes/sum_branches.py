@@ -156,7 +156,7 @@ def _summands(rw: Rewriter, root: Node, inner: list[Node]) -> Iterator[tuple[Ten
     while pending:
         tensor, sign, once = pending.pop()
         maker = rw.producer(tensor) if once else None
-        if maker is None or not _adds(rw, maker) or rw.crowd(tensor) or len(pending) + len(inner) >= MAX_TERMS:
+        if maker is None or not _adds(rw, maker) or rw.other_uses(tensor) or len(pending) + len(inner) >= MAX_TERMS:
             yield tensor, sign
             continue
         inner.insert(0, maker)

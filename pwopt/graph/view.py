@@ -155,7 +155,7 @@ class View:
         readers = self._readers.get(tensor, {})
         return next(iter(readers)) if len(readers) == 1 and not self.pinned(tensor) else None
 
-    def crowd(self, tensor: Tensor) -> str:
+    def other_uses(self, tensor: Tensor) -> str:
         """Why `tensor` has other observers than one node, as a clause, else ""."""
         count = len(self._readers.get(tensor, {}))
         return self.pinned(tensor) or (f"the intermediate {tensor.name!r} has {count} consumers" if count > 1 else "")

@@ -71,7 +71,7 @@ def read_overwritten_border(view: View, node: Node) -> Result:
     while view.op(chain[-1]) != "Pad":
         scatters += view.op(chain[-1]) == "ScatterND"
         before = view.producer(chain[-1].inputs[0])
-        if not view.is_a(before, "Pad", "ScatterND", "Transpose", "Identity") or view.crowd(chain[-1].inputs[0]):
+        if not view.is_a(before, "Pad", "ScatterND", "Transpose", "Identity") or view.other_uses(chain[-1].inputs[0]):
             return None
         if len(chain) > 16:
             return None

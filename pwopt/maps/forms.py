@@ -147,9 +147,9 @@ def load_owned(view: View, reading: Reading, between: Tensor) -> LinearMap:
     RefusedError
         If something else needs one of them, or the numbers are refused.
     """
-    crowd = view.crowd(between)
-    if crowd or view.shared(reading.weight_input):
-        raise RefusedError(crowd or f"the weight {reading.weight_input.name!r} is shared")
+    other_uses = view.other_uses(between)
+    if other_uses or view.shared(reading.weight_input):
+        raise RefusedError(other_uses or f"the weight {reading.weight_input.name!r} is shared")
     return reading.load()
 
 

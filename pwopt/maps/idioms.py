@@ -119,7 +119,7 @@ def _clip(view: View, tensor: Tensor) -> tuple[Tensor, float, tuple[Node, ...]] 
     if found is None:
         return None
     inner, high = found
-    if high <= 0 or view.crowd(inner):
+    if high <= 0 or view.other_uses(inner):
         return None
     floor = view.producer(inner)
     if floor is None:

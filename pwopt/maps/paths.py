@@ -80,7 +80,7 @@ def trace(view: View, tensor: Tensor, fused: Collection[Node] = ()) -> Path:
         node = view.producer(start)
         if node is None:
             break
-        obstacle = view.crowd(start)
+        obstacle = view.other_uses(start)
         if obstacle:
             break
         reading = forms.read(view, node)

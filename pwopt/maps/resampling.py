@@ -176,8 +176,8 @@ def _composed(view: View, tensor: Tensor, steps: tuple[Node, ...], depth: int) -
         assert node is not None  # which they are parts of
         nodes = (*(n for c in joined for n in c.nodes), node)
         own = Composition(tuple(p for c in joined for p in c.parts), nodes)
-    crowd = view.crowd(tensor)
-    return Refusal(crowd) if crowd else own
+    other_uses = view.other_uses(tensor)
+    return Refusal(other_uses) if other_uses else own
 
 
 def _inner(view: View, node: Node | None, depth: int) -> list[tuple[Tensor, tuple[Node, ...]]]:

@@ -84,10 +84,10 @@ def read_concat(view: View, node: Node) -> list[Reading] | None:
 def read_shuffle(view: View, node: Node) -> Result:
     """Channel shuffle: Reshape (N, g, C/g, …) → Transpose (swap g and C/g) → Reshape back is a permutation."""
     transpose = view.producer(node.inputs[0])
-    if transpose is None or view.op(transpose) != "Transpose" or view.crowd(node.inputs[0]):
+    if transpose is None or view.op(transpose) != "Transpose" or view.other_uses(node.inputs[0]):
         return None
     split = view.producer(transpose.inputs[0])
-    if split is None or view.op(split) != "Reshape" or view.crowd(transpose.inputs[0]):
+    if split is None or view.op(split) != "Reshape" or view.other_uses(transpose.inputs[0]):
         return None
     source = split.inputs[0]
     before, inner, after = (extents(view, t) for t in (source, split.outputs[0], node.outputs[0]))

@@ -21,9 +21,9 @@ class DropSign(Pass):
         negation = rw.producer(node.inputs[0]) if rw.op(node) == "Abs" else None
         if negation is None or rw.op(negation) != "Neg":
             return None
-        crowd = rw.crowd(node.inputs[0])
-        if crowd:
-            return Skip(f"{crowd}, so the sign is computed anyway")
+        other_uses = rw.other_uses(node.inputs[0])
+        if other_uses:
+            return Skip(f"{other_uses}, so the sign is computed anyway")
         new = gs.Node("Abs", node.name, {}, [negation.inputs[0]], [node.outputs[0]])
         return rw.replace([negation, node], [new], "the sign has no effect on an absolute value")
 
