@@ -72,7 +72,7 @@ def reason(view: View, node: gs.Node, told: dict[str, str]) -> str:
     data = next((t for t in node.inputs if t.name and view.constant(t) is None), None)
     before = view.op(view.producer(data)) if data is not None else ""
     after = sorted({view.op(r) or "?" for r in view.readers(output)})
-    pinned = view.pinned(output)
+    pinned = view.must_keep(output)
     ends = "an output" if pinned else " and ".join(after[:3])
     return f"between {before or 'an input'} and {ends}"
 

@@ -60,7 +60,7 @@ class CleanUp(Pass):
         op = rw.op(node)
         if not op:
             return None
-        if not any(rw.readers(t) or rw.pinned(t) for t in node.outputs):
+        if not any(rw.readers(t) or rw.must_keep(t) for t in node.outputs):
             return rw.replace([node], [], "nothing reads its outputs")
         if op == "Constant":
             return None
@@ -125,7 +125,7 @@ class CleanUp(Pass):
             values = {t.name: v for t in node.inputs if t.name and (v := rw.raw(t)) is not None}
         else:
             return None
-        if any(rw.pinned(t) for t in node.outputs) or any(v.dtype.kind not in "fiub" for v in values.values()):
+        if any(rw.must_keep(t) for t in node.outputs) or any(v.dtype.kind not in "fiub" for v in values.values()):
             return None
         kept = [t.name for t in node.inputs if t.name in values and rw.shared(t)]
         twice = next((name for name in kept if op in REARRANGING and values[name].nbytes > NEGLIGIBLE_BYTES), None)
@@ -148,7 +148,7 @@ def _only_broadcasts(rw: Rewriter, node: Node, op: str) -> bool:
     """
     output = node.outputs[0]
     wide, narrow = _find_repetition(rw, node, op)
-    if rw.opset < 8 or rw.pinned(output) or not rw.readers(output) or wide is None or narrow is None:
+    if rw.opset < 8 or rw.must_keep(output) or not rw.readers(output) or wide is None or narrow is None:
         return False
     return all(
         rw.op(reader) in BROADCASTS

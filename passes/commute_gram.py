@@ -69,7 +69,7 @@ def _find_obstacle(rw: Rewriter, reading: Reading, node: Node, mapped: Tensor) -
     rows, columns = node.inputs
     if len(rw.readers(rows)) > 2:
         return f"{rows.name!r} is read by more than its Gram matrix"
-    other_uses = rw.pinned(rows) or rw.other_uses(columns) or (rw.other_uses(mapped) if mapped is not rows else "")
+    other_uses = rw.must_keep(rows) or rw.other_uses(columns) or (rw.other_uses(mapped) if mapped is not rows else "")
     if other_uses:
         return other_uses
     if rw.shared(reading.weight_input):

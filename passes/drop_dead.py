@@ -71,8 +71,8 @@ class DropDead(Pass):
         low = flushed(raw.astype(np.float64), raw.dtype).astype(raw.dtype)
         if np.array_equal(low, raw):
             return None
-        if rw.pinned(tensor):
-            return Skip(f"{scan.subnormal:,} weights are subnormal, but {rw.pinned(tensor)}")
+        if rw.must_keep(tensor):
+            return Skip(f"{scan.subnormal:,} weights are subnormal, but {rw.must_keep(tensor)}")
         maps = [(n, forms.weighted(rw, n)) for n in rw.readers(tensor)]
         readers = [n for n, r in maps if r is not None and r.weight_input is tensor]
         if len(readers) < len(rw.readers(tensor)):

@@ -60,5 +60,5 @@ def _find_other_uses(rw: Rewriter, nodes: list[Node]) -> str:
     """What else uses a result of these operators, except of the last one, as a clause; "" if nothing does."""
     inside = set(nodes)
     results = [t for n in nodes[:-1] for t in n.outputs]
-    needed = [t for t in results if rw.pinned(t) or any(r not in inside for r in rw.readers(t))]
+    needed = [t for t in results if rw.must_keep(t) or any(r not in inside for r in rw.readers(t))]
     return rw.other_uses(needed[0]) if needed else ""

@@ -107,7 +107,7 @@ class FoldAffine(Pass):
             if isinstance(done, Rewrite):
                 return done
             obstacle_before = done.reason
-        obstacle_after = rw.pinned(reading.output) or self._sink(rw, reading.output, affine, down)
+        obstacle_after = rw.must_keep(reading.output) or self._sink(rw, reading.output, affine, down)
         if not obstacle_after:
             done = rw.attempt(self._fold, rw, reading, down)
             if isinstance(done, Rewrite):
@@ -185,7 +185,7 @@ class FoldAffine(Pass):
                 if not moved.scales and not moved.shifts:
                     continue
                 plan.changed.append(output)
-                reason = rw.pinned(output) or self._sink(rw, output, moved, plan)
+                reason = rw.must_keep(output) or self._sink(rw, output, moved, plan)
                 if reason:
                     return reason
         return ""
@@ -269,7 +269,7 @@ def _apply(rw: Rewriter, reading: Reading, plan: Plan, edits: Edits) -> Rewrite:
         rw.reroute(tensor, rw.new_constant(tensor.name, values))
         credit(reader, reading.nodes)
         rw.enqueue_around(reader)
-    if reading.node in rw and (rw.readers(reading.output) or rw.pinned(reading.output)):
+    if reading.node in rw and (rw.readers(reading.output) or rw.must_keep(reading.output)):
         rw.bypass(reading.node, reading.source, keep_output=bool(plan.after or edits.constants))
     elif reading.node in rw:
         rw.remove(reading.node)
@@ -295,7 +295,7 @@ def _compose_constants(rw: Rewriter, plan: Plan) -> list[tuple[Tensor, Values, f
 def _find_other_uses(rw: Rewriter, tensor: Tensor) -> str:
     """`View.other_uses` without the operators that only read the shape, which a scale or a shift does not change."""
     readers = [r for r in rw.readers(tensor) if not rw.is_a(r, "Shape", "Size")]
-    return rw.pinned(tensor) if len(readers) == 1 else rw.other_uses(tensor)
+    return rw.must_keep(tensor) if len(readers) == 1 else rw.other_uses(tensor)
 
 
 def _joins_views(rw: Rewriter, reading: Reading) -> bool:

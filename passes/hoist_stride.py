@@ -152,7 +152,7 @@ def _find_steps(rw: Rewriter) -> dict[Tensor, Steps]:
     steps: dict[Tensor, Steps] = {}
     nodes = rw.nodes()
     for node in reversed(nodes):
-        if len(node.outputs) != 1 or rw.pinned(node.outputs[0]):
+        if len(node.outputs) != 1 or rw.must_keep(node.outputs[0]):
             continue
         out = node.outputs[0]
         rank = (rw.rank(out) or 0) - 2

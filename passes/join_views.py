@@ -59,7 +59,7 @@ def _picked(rw: Rewriter, gather: Node, node: Node) -> Rewrite | None:
         return None
     reason, output = "Gather and Unsqueeze are one Gather", node.outputs[0]
     if rw.dim(source, axis) == 1 and at[0] in (0, -1):
-        ends = rw.pinned(output) and (rw.producer(source) is None or rw.pinned(source))
+        ends = rw.must_keep(output) and (rw.producer(source) is None or rw.must_keep(source))
         return None if ends else rw.bypass_all([gather, node], source, "Gather takes the only entry")
     entry = rw.new_constant(f"{output.name}_index", np.array(at, np.int64))
     new = Node("Gather", node.name, {"axis": axis}, [source, entry], [output])
@@ -73,7 +73,7 @@ def _seen_twice(rw: Rewriter, before: Node, node: Node) -> Rewrite | None:
     after = None if inside is None else _after(rw, node, inside)
     if outside is not None and after is not None and _restored(outside, after):
         maker = rw.producer(source)
-        if rw.pinned(output) and (maker is None or rw.pinned(source)):
+        if rw.must_keep(output) and (maker is None or rw.must_keep(source)):
             return None
         return rw.bypass_all([before, node], source, f"{node.op} undoes {before.op}")
     given = rw.integers(node.inputs[1]) if node.op == "Reshape" and len(node.inputs) > 1 else None

@@ -80,7 +80,7 @@ def _frozen(node: Node) -> Hashable | None:
 def _merge(rw: Rewriter, first: Node, second: Node) -> Rewrite | Skip:
     reason = f"{describe(first)} computes the same"
     pairs = [(a, b) for a, b in zip(first.outputs, second.outputs, strict=True) if a.name]
-    if any(rw.pinned(b) for _, b in pairs) and (len(pairs) > 1 or rw.pinned(pairs[0][0])):
+    if any(rw.must_keep(b) for _, b in pairs) and (len(pairs) > 1 or rw.must_keep(pairs[0][0])):
         return Skip(f"{reason}, but both results must stay visible")
     removed, around = (describe(second),), [r for _, b in pairs for r in rw.readers(b)]
     credit(first, [second])
@@ -113,7 +113,7 @@ class ShareConstants(Pass):
         shared = []
         for tensor in dict.fromkeys(t for t in node.inputs if isinstance(t, Constant)):
             raw = rw.raw(tensor)
-            if raw is None or raw.nbytes <= NEGLIGIBLE_BYTES or raw.dtype.kind == "O" or rw.pinned(tensor):
+            if raw is None or raw.nbytes <= NEGLIGIBLE_BYTES or raw.dtype.kind == "O" or rw.must_keep(tensor):
                 continue
             key = (str(raw.dtype), raw.shape, hash(raw.tobytes()))
             first = self._first.setdefault(key, tensor)

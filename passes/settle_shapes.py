@@ -31,7 +31,7 @@ class SettleShapes(Pass):
             return None
         output = node.outputs[0]
         dtype, rank, found = rw.dtype(output), rw.rank(output), values.whole(values.entries(rw, output))
-        if found is None or dtype is None or rank is None or rw.pinned(output) or rw.constant(output) is not None:
+        if found is None or dtype is None or rank is None or rw.must_keep(output) or rw.constant(output) is not None:
             return None
         array = np.array(found, dtype).reshape(() if rank == 0 else -1)
         return rw.freeze(node, [array], "the sizes that it depends on are fixed")

@@ -46,7 +46,7 @@ class SplitSiblings(Pass):
         widths = f"{maps[0].geometry.in_channels}→({', '.join(map(str, counts))})"
         for f in found:
             tensor = f.output if isinstance(f, Reading) else f.outputs[0]
-            if rw.pinned(tensor) or any(n not in inside for n in rw.readers(tensor)):
+            if rw.must_keep(tensor) or any(n not in inside for n in rw.readers(tensor)):
                 return None
         shared = [m.weight_input.name for m in maps if rw.shared(m.weight_input)]
         if shared:
@@ -57,7 +57,7 @@ class SplitSiblings(Pass):
         residual, start = 0.0, 0
         for output, count in zip(node.outputs, counts, strict=True):
             rows, start = slice(start, start + count), start + count
-            if not rw.readers(output) and not rw.pinned(output):
+            if not rw.readers(output) and not rw.must_keep(output):
                 continue
             nodes, rounding = _part(rw, found, axis, rows, node.inputs[0], output)
             new += nodes

@@ -106,7 +106,7 @@ class Region:
         """A tensor that is still needed, and that nothing makes any more."""
         made = {t for s in self.after for t in s.outputs}
         gone = (t for s in self.before for t in s.outputs if t.name and t not in made)
-        return next((t for t in gone if view.producer(t) is None and (view.readers(t) or view.pinned(t))), None)
+        return next((t for t in gone if view.producer(t) is None and (view.readers(t) or view.must_keep(t))), None)
 
     def drawings(self, view: View) -> tuple[tuple[Operator, ...], tuple[Operator, ...]]:
         """Both sides for people to see, constants left out."""

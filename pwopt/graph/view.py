@@ -140,7 +140,7 @@ class View:
         found = self._readers.get(tensor, {})
         return sorted(found, key=self.position) if len(found) > 1 else list(found)
 
-    def pinned(self, tensor: Tensor) -> str:
+    def must_keep(self, tensor: Tensor) -> str:
         """Why this tensor's value must stay observable, else ""."""
         if tensor in self._outputs:
             return f"{tensor.name!r} is a graph output"
@@ -153,17 +153,19 @@ class View:
     def sole_reader(self, tensor: Tensor) -> Node | None:
         """The only observer of `tensor`, if there is just one and it is a node."""
         readers = self._readers.get(tensor, {})
-        return next(iter(readers)) if len(readers) == 1 and not self.pinned(tensor) else None
+        return next(iter(readers)) if len(readers) == 1 and not self.must_keep(tensor) else None
 
     def other_uses(self, tensor: Tensor) -> str:
         """Why `tensor` has other observers than one node, as a clause, else ""."""
         count = len(self._readers.get(tensor, {}))
-        return self.pinned(tensor) or (f"the intermediate {tensor.name!r} has {count} consumers" if count > 1 else "")
+        return self.must_keep(tensor) or (
+            f"the intermediate {tensor.name!r} has {count} consumers" if count > 1 else ""
+        )
 
     def shared(self, tensor: Tensor) -> bool:
         """Whether a constant has several readers, at any step of its way through Identity nodes."""
         while True:
-            if len(self._readers.get(tensor, {})) > 1 or self.pinned(tensor):
+            if len(self._readers.get(tensor, {})) > 1 or self.must_keep(tensor):
                 return True
             node = self.producer(tensor)
             if node is None or self.op(node) != "Identity":
@@ -385,7 +387,7 @@ class View:
             for t in node.inputs:
                 self._leaves(node, t)
                 maker = self._producer.get(t)
-                if maker is not None and all(not self._readers.get(o) and not self.pinned(o) for o in maker.outputs):
+                if maker is not None and all(not self._readers.get(o) and not self.must_keep(o) for o in maker.outputs):
                     pending.append(maker)
         self._edited()
 
@@ -419,9 +421,9 @@ class View:
         Of the two names, the source's stays, unless the output's must: it is observed, or `keep_output`.
         """
         output = node.outputs[0]
-        if keep_output or self.pinned(output):
+        if keep_output or self.must_keep(output):
             maker = self.producer(source)
-            if maker is None or self.pinned(source) or isinstance(source, Constant):
+            if maker is None or self.must_keep(source) or isinstance(source, Constant):
                 return False
             self._note(maker)
             self._note(node)

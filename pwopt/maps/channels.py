@@ -323,8 +323,8 @@ class Analysis:
                     at.setdefault(end.tensor, []).append(flow)
                     linked.add((end.tensor, flow.node))
         for known in self.of.values():
-            if view.pinned(known.tensor):
-                self.fixed[known.tensor] = view.pinned(known.tensor)
+            if view.must_keep(known.tensor):
+                self.fixed[known.tensor] = view.must_keep(known.tensor)
         read: list[tuple[Reading, Channels]] = []
         for flow in self.flows:
             through = flow.reading if flow.dense else None

@@ -75,7 +75,7 @@ def carry(rw: Rewriter, members: Sequence[Member[G]], write: Writer[G], reason: 
         left = [
             change
             for t in node.outputs
-            if t in made and (rw.pinned(t) or any(r not in inside for r in rw.readers(t)))
+            if t in made and (rw.must_keep(t) or any(r not in inside for r in rw.readers(t)))
             for change in guise.change(rw, made[t], t, enter=False)
         ]
         records.append((node, [*seen.entered, *nodes, *left]))

@@ -26,7 +26,7 @@ class Step:
 def activation(view: View, tensor: Tensor) -> Step | None:
     """The elementwise operator, or x·f(x), that alone reads `tensor`."""
     readers = view.readers(tensor)
-    if view.pinned(tensor) or not readers or len(readers) > 2:
+    if view.must_keep(tensor) or not readers or len(readers) > 2:
         return None
     node = readers[0]
     if len(readers) == 1:
