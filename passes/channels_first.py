@@ -90,7 +90,7 @@ def _write(rw: Rewriter, steps: list[Reading | Step], source: Tensor, output: Te
         if isinstance(step, Step):
             new += repeated(rw, step, source, result)
         else:
-            if rw.shared(step.weight_input):
+            if rw.is_shared(step.weight_input):
                 raise RefusedError(f"the weight {step.weight_input.name!r} is shared")
             linear = step.load()
             conv = replace(step, kind="conv")

@@ -173,7 +173,7 @@ def _can_run(rw: Rewriter, node: Node, last: Last) -> bool:
         return False
     if op == "Conv":
         reading = _read_pointwise(rw, node)
-        if reading is None or rw.shared(reading.weight_input) or rw.opset < 7:  # its bias needs broadcasting
+        if reading is None or rw.is_shared(reading.weight_input) or rw.opset < 7:  # its bias needs broadcasting
             return False
         return reading.try_load() is not None
     return op in PICKS or (op in BY_AXES and BY_AXES[op](rw, last, node) is not None)

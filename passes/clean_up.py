@@ -127,7 +127,7 @@ class CleanUp(Pass):
             return None
         if any(rw.must_keep(t) for t in node.outputs) or any(v.dtype.kind not in "fiub" for v in values.values()):
             return None
-        kept = [t.name for t in node.inputs if t.name in values and rw.shared(t)]
+        kept = [t.name for t in node.inputs if t.name in values and rw.is_shared(t)]
         twice = next((name for name in kept if op in REARRANGING and values[name].nbytes > NEGLIGIBLE_BYTES), None)
         if twice is not None:
             return Skip(f"its value never changes, but other operators read {twice!r}, so it would be stored twice")

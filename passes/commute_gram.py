@@ -72,7 +72,7 @@ def _find_obstacle(rw: Rewriter, reading: Reading, node: Node, mapped: Tensor) -
     other_uses = rw.must_keep(rows) or rw.other_uses(columns) or (rw.other_uses(mapped) if mapped is not rows else "")
     if other_uses:
         return other_uses
-    if rw.shared(reading.weight_input):
+    if rw.is_shared(reading.weight_input):
         return f"the weight {reading.weight_input.name!r} is shared"
     if reading.geometry.biased:
         return "the map before the Gram matrix has a bias, and (Wx + b)(Wx + b)ᵀ is not W(x·xᵀ)Wᵀ"

@@ -333,7 +333,7 @@ def _find_obstacle(rw: Rewriter, mover: Mover, reading: Reading, between: Tensor
         return f"{mover.node.op} would sum other numbers, which could overflow float16"
     other_uses = rw.other_uses(between)
     return other_uses or (
-        f"the weight {reading.weight_input.name!r} is shared" if rw.shared(reading.weight_input) else ""
+        f"the weight {reading.weight_input.name!r} is shared" if rw.is_shared(reading.weight_input) else ""
     )
 
 

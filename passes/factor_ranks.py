@@ -43,7 +43,7 @@ class FactorRanks(Pass):
             return None
         self._visited[id(content)] = content
         small = min(g.out_channels, g.weights // g.out_channels)
-        if small < 4 or small > LARGEST or rw.shared(reading.weight_input):
+        if small < 4 or small > LARGEST or rw.is_shared(reading.weight_input):
             return None
         dtype = rw.dtype(reading.weight)
         if str(dtype) not in ("float32", "float64"):

@@ -39,7 +39,7 @@ class Focus(Pass):
         if found is None:
             return None
         other_uses = _find_other_uses(rw, [*found.nodes, node])
-        if other_uses or rw.shared(reading.weight_input):
+        if other_uses or rw.is_shared(reading.weight_input):
             return Skip(other_uses or f"the weight {reading.weight_input.name!r} is shared")
         whole = through_subsampling(reading.load(), found.steps, found.offsets, found.order)
         places, gathered = positions(rw, reading), rw.size_of(reading.source)

@@ -155,7 +155,7 @@ class FoldAffine(Pass):
     @staticmethod
     def _plan_constant(rw: Rewriter, tensor: Tensor, affine: Affine, plan: Plan) -> str:
         """Add a constant to the plan if it can absorb `affine`; returns why not, or ""."""
-        if rw.shared(tensor):
+        if rw.is_shared(tensor):
             return f"the constant {tensor.name!r} is shared"
         plan.changed = [t for t in plan.changed if t is not tensor]
         plan.constants.append((tensor, affine))
@@ -209,7 +209,7 @@ class FoldAffine(Pass):
 
     def _count_copied_bytes(self, rw: Rewriter, reading: Reading, plan: Plan) -> int:
         """Bytes of the shared weights that a plan copies; refuses if copying does not pay."""
-        weights = [r.weight_input for r in plan.maps() if r.weighted and rw.shared(r.weight_input)]
+        weights = [r.weight_input for r in plan.maps() if r.weighted and rw.is_shared(r.weight_input)]
         if not weights:
             return 0
         listed, copies = ", ".join(sorted({repr(w.name) for w in weights})), sum(rw.elements(w) or 0 for w in weights)

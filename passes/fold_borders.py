@@ -50,7 +50,7 @@ class FoldBorders(Pass):
         joined = _join_geometries(reading.geometry, before.geometry)
         if joined is None or rw.opset < PAD_TAKES_WIDTHS or rw.other_uses(reading.source):
             return None
-        shared = next((r.weight_input.name for r in (before, reading) if rw.shared(r.weight_input)), None)
+        shared = next((r.weight_input.name for r in (before, reading) if rw.is_shared(r.weight_input)), None)
         if shared is not None:
             return Skip(f"the weight {shared!r} is shared")
         g = before.geometry

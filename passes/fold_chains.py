@@ -110,7 +110,7 @@ class FoldChains(Pass):
         if before.axis != reading.axis:
             return None, f"they act on different axes ({before.axis} and {reading.axis})"
         for r in (before, reading):
-            if r.weighted and rw.shared(r.weight_input):
+            if r.weighted and rw.is_shared(r.weight_input):
                 return None, f"the weight {r.weight_input.name!r} is shared"
         composed = compose_geometry(reading.geometry, before.geometry)
         if isinstance(composed, Refusal):
@@ -227,7 +227,7 @@ def _plan(rw: Rewriter, maps: list[Reading]) -> Chain:
                     break
                 transposed_at = j if geometries[j].transposed else transposed_at
                 has_weights = has_weights or weighted[j]
-                if rw.denied(maps[j].node) or not has_weights:
+                if rw.is_denied(maps[j].node) or not has_weights:
                     continue
             over = places[transposed_at] if transposed_at is not None else places[j]
             assert isinstance(composed, Geometry)

@@ -42,7 +42,7 @@ class JoinConcat(Pass):
             return Skip("one map of a Concat would take as many multiply-adds; only measuring can tell")
         for r in maps:
             other_uses = rw.other_uses(r.output)
-            if other_uses or rw.shared(r.weight_input):
+            if other_uses or rw.is_shared(r.weight_input):
                 return Skip(other_uses or f"the weight {r.weight_input.name!r} is shared")
         joined = hcat(a.load(), b.load())
         both = rw.new_variable(

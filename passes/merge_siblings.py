@@ -37,7 +37,7 @@ class MergeSiblings(Pass):
         siblings = [s for n in rw.readers(reading.source) if (s := _sibling(rw, n, reading)) is not None]
         if len(siblings) < 2 or siblings[0].nodes[0] is not node:
             return None
-        shared = [s for s in siblings if rw.shared(s.weight_input)]
+        shared = [s for s in siblings if rw.is_shared(s.weight_input)]
         if shared:
             return Skip(f"the weight {shared[0].weight_input.name!r} is shared")
         return self._merge(rw, siblings)

@@ -64,7 +64,7 @@ class _Upsampled(Pass):
         saved = (macs(rw, work.reading.node) or 0) - after
         if saved <= self.least * spent:
             return None
-        if rw.shared(work.reading.weight_input):
+        if rw.is_shared(work.reading.weight_input):
             return Skip(f"the weight {work.reading.weight_input.name!r} is shared")
         if not self.eager and saved <= self.sure * spent:
             return Skip(f"{work.what} could be computed from what was repeated; only measuring can tell")

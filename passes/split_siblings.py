@@ -48,7 +48,7 @@ class SplitSiblings(Pass):
             tensor = f.output if isinstance(f, Reading) else f.outputs[0]
             if rw.must_keep(tensor) or any(n not in inside for n in rw.readers(tensor)):
                 return None
-        shared = [m.weight_input.name for m in maps if rw.shared(m.weight_input)]
+        shared = [m.weight_input.name for m in maps if rw.is_shared(m.weight_input)]
         if shared:
             return Skip(f"{widths}: the weight {shared[0]!r} is shared")
         if not self.eager:

@@ -79,7 +79,7 @@ class SubPixel(Pass):
             return Skip(f"{what} could be put together at last; only measuring can tell")
         work = _Work(rw, Interleaving(rw, output, counts))
         for reading in maps:
-            if rw.shared(reading.weight_input):
+            if rw.is_shared(reading.weight_input):
                 return Skip(f"the weight {reading.weight_input.name!r} is shared")
         rows, columns = [maps[0].source], 1
         for stage in stages:

@@ -31,7 +31,7 @@ class ToMatMul(Pass):
         height, width = rw.dim(reading.source, 2), rw.dim(reading.source, 3)
         if not isinstance(height, int) or not isinstance(width, int) or height * width < 2 or not self.eager:
             return None
-        if rw.shared(reading.weight_input):
+        if rw.is_shared(reading.weight_input):
             return Skip(f"the weight {reading.weight_input.name!r} is shared")
         linear = reading.load()
         source, output, places = reading.source, reading.output, height * width

@@ -76,7 +76,7 @@ class Winograd(Pass):
             return None
         if not self.eager:
             return Skip(f"{what} could be 16 pointwise maps; only measuring can tell")
-        if rw.shared(reading.weight_input):
+        if rw.is_shared(reading.weight_input):
             return Skip(f"the weight {reading.weight_input.name!r} is shared")
         linear, step = reading.load(), activation(rw, reading.output)
         refusal = interleavable(rw, reading.output if step is None else step.output)

@@ -42,7 +42,7 @@ def extents(view: View, tensor: Tensor) -> Entries | None:
     shape = view.shape(tensor)
     if shape is None:
         return None
-    named = (d if isinstance(d, int) or (d is not None and view.unambiguous(d)) else None for d in shape)
+    named = (d if isinstance(d, int) or (d is not None and view.is_unambiguous(d)) else None for d in shape)
     return tuple((tensor, axis) if d is None else d for axis, d in enumerate(named))
 
 

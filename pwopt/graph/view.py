@@ -144,9 +144,9 @@ class View:
         """Why this tensor's value must stay observable, else ""."""
         if tensor in self._outputs:
             return f"{tensor.name!r} is a graph output"
-        return f"{tensor.name!r} is read inside a control-flow body" if self.captured(tensor) else ""
+        return f"{tensor.name!r} is read inside a control-flow body" if self.is_captured(tensor) else ""
 
-    def captured(self, tensor: Tensor) -> bool:
+    def is_captured(self, tensor: Tensor) -> bool:
         """Whether a control-flow body reads this tensor."""
         return tensor.name in self._captured
 
@@ -162,7 +162,7 @@ class View:
             f"the intermediate {tensor.name!r} has {count} consumers" if count > 1 else ""
         )
 
-    def shared(self, tensor: Tensor) -> bool:
+    def is_shared(self, tensor: Tensor) -> bool:
         """Whether a constant has several readers, at any step of its way through Identity nodes."""
         while True:
             if len(self._readers.get(tensor, {})) > 1 or self.must_keep(tensor):
@@ -184,7 +184,7 @@ class View:
         shape = self.shape(tensor)
         return shape[axis] if shape is not None and -len(shape) <= axis < len(shape) else None
 
-    def unambiguous(self, size: str) -> bool:
+    def is_unambiguous(self, size: str) -> bool:
         """Whether all axes of this name have one size: callers may give inputs that share a name different ones."""
         return size not in self._doubtful and not self._functions
 

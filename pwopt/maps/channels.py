@@ -138,7 +138,7 @@ class Analysis:
 
     def _map(self, node: Node, reading: Reading) -> Flow:
         g, scan = reading.geometry, self.scan(self.view, reading)
-        if scan is None or reading.axis is None or self.view.shared(reading.weight_input):
+        if scan is None or reading.axis is None or self.view.is_shared(reading.weight_input):
             return Flow(node)
         source = self._input(reading.source, reading.axis, g.in_channels)
         value: Array = np.full(g.out_channels, np.nan)

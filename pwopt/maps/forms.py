@@ -148,7 +148,7 @@ def load_owned(view: View, reading: Reading, between: Tensor) -> LinearMap:
         If something else needs one of them, or the numbers are refused.
     """
     other_uses = view.other_uses(between)
-    if other_uses or view.shared(reading.weight_input):
+    if other_uses or view.is_shared(reading.weight_input):
         raise RefusedError(other_uses or f"the weight {reading.weight_input.name!r} is shared")
     return reading.load()
 

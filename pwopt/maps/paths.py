@@ -96,7 +96,7 @@ def trace(view: View, tensor: Tensor, fused: Collection[Node] = ()) -> Path:
         if any(n in fused for n in reading.nodes):
             obstacle = f"{node.op} belongs to a larger operator that onnxruntime runs as one"
             break
-        if reading.weighted and view.shared(reading.weight_input):
+        if reading.weighted and view.is_shared(reading.weight_input):
             obstacle = f"the weight {reading.weight_input.name!r} is shared"
             break
         if None not in (axis, reading.axis) and axis != reading.axis:

@@ -26,7 +26,7 @@ def told_apart(view: View) -> dict[Tensor, str]:
     found: dict[Tensor, str] = {}
     for node in reversed(view.nodes()):
         behind = next((found[t] for t in node.outputs if t in found), "")
-        captured = next((t.name for t in node.outputs if t.name and view.captured(t)), "")
+        captured = next((t.name for t in node.outputs if t.name and view.is_captured(t)), "")
         behind = behind or (f"a control-flow body that reads {captured!r}" if captured else "")
         for i, tensor in enumerate(node.inputs):
             teller = _teller(view, node, i, behind)

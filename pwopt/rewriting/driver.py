@@ -193,7 +193,7 @@ class Rewriter(View):
     def _place(self, name: str) -> Site:
         return Site(self._owner, self.origin(name))
 
-    def denied(self, node: Node) -> bool:
+    def is_denied(self, node: Node) -> bool:
         return bool(self._denied) and self.site(node) in self._denied
 
     def apply(self, p: Pass, allowed: Collection[Site] | None = None) -> Outcome:
@@ -216,7 +216,7 @@ class Rewriter(View):
                 continue
             if self._certifier is not None and (self.journal is None or self.journal.states or self.journal.changed):
                 self.journal = Journal()
-            result = Skip("denied by the user") if self.denied(node) else answer(node, self)
+            result = Skip("denied by the user") if self.is_denied(node) else answer(node, self)
             if result is None:
                 continue
             site = self._place(name)
