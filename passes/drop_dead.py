@@ -77,7 +77,7 @@ class DropDead(Pass):
         readers = [n for n, r in maps if r is not None and r.weight_input is tensor]
         if len(readers) < len(rw.readers(tensor)):
             return Skip(f"{scan.subnormal:,} weights are subnormal, but other operators read {tensor.name!r} too")
-        rw.release([tensor.name])
+        rw.release_names([tensor.name])
         clean = rw.new_constant(tensor.name, low)
         maker = rw.producer(tensor)
         rw.reroute(tensor, clean, readers)

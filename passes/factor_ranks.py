@@ -38,7 +38,7 @@ class FactorRanks(Pass):
         reading = forms.weighted(rw, node)
         if reading is None or reading.nodes[0] is not node or reading.weight is None:
             return None
-        content, g = rw.content(reading.weight), reading.geometry
+        content, g = rw.stored_value(reading.weight), reading.geometry
         if content is None or id(content) in self._visited or g.groups > 1 or g.transposed:
             return None
         self._visited[id(content)] = content

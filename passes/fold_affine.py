@@ -265,7 +265,7 @@ def _apply(rw: Rewriter, reading: Reading, plan: Plan, edits: Edits) -> Rewrite:
     for tensor, values, _ in edits.constants:
         (reader,) = rw.readers(tensor)
         if rw.producer(tensor) is None:  # the new constant may have the name of an initializer, not of a node's output
-            rw.release([tensor.name])
+            rw.release_names([tensor.name])
         rw.reroute(tensor, rw.new_constant(tensor.name, values))
         credit(reader, reading.nodes)
         rw.enqueue_around(reader)

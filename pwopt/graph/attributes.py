@@ -57,7 +57,7 @@ def inactive_dropout(view: View, node: Node) -> bool:
     """Whether a Dropout passes its input on: always at inference, whatever the ratio says."""
     if view.opset < 7:
         return bool(node.attrs.get("is_test", 0))
-    mode = view.optional(node, 2)
+    mode = view.optional_input(node, 2)
     if mode is None:
         return True
     raw = view.raw(mode)
@@ -72,7 +72,7 @@ def axes_of(view: View, node: Node) -> list[int] | None:
     if view.opset < AXES_SINCE[node.op]:
         axes = node.attrs.get("axes")
     else:
-        tensor = view.optional(node, 1)
+        tensor = view.optional_input(node, 1)
         axes = None if tensor is None else view.integers(tensor)
     rank = view.rank(node.inputs[0])
     return None if axes is None else [a + rank if a < 0 and rank is not None else a for a in axes]
@@ -85,7 +85,7 @@ def slice_parameters(view: View, node: Node) -> list[tuple[int, int, int, int]] 
         starts, ends = node.attrs.get("starts"), node.attrs.get("ends")
         axes, steps = node.attrs.get("axes"), None
     else:
-        given = [view.optional(node, i) for i in range(1, 5)]
+        given = [view.optional_input(node, i) for i in range(1, 5)]
         starts, ends, axes, steps = (None if t is None else view.integers(t) for t in given)
         if any(t is not None and v is None for t, v in zip(given, (starts, ends, axes, steps), strict=True)):
             return None
@@ -115,7 +115,7 @@ def pad_parameters(view: View, node: Node) -> tuple[list[int], str, float | None
         pads = node.attrs.get("pads", node.attrs.get("paddings"))
         return None if pads is None else (list(pads), mode, float(node.attrs.get("value", 0.0)))
     pads = view.integers(node.inputs[1])
-    value, axes = view.optional(node, 2), view.optional(node, 3)
+    value, axes = view.optional_input(node, 2), view.optional_input(node, 3)
     if pads is None or rank is None:
         return None
     if axes is not None:
@@ -131,7 +131,7 @@ def pad_parameters(view: View, node: Node) -> tuple[list[int], str, float | None
 
 def resized_by_sizes(view: View, node: Node) -> bool:
     """Whether a Resize is given sizes; its factor is then exactly their ratio."""
-    return node.op == "Resize" and view.opset >= 11 and view.optional(node, 3) is not None
+    return node.op == "Resize" and view.opset >= 11 and view.optional_input(node, 3) is not None
 
 
 def resize_scales(view: View, node: Node) -> dict[int, float] | None:
@@ -140,7 +140,7 @@ def resize_scales(view: View, node: Node) -> dict[int, float] | None:
     if node.op == "Upsample" and view.opset < 9:
         scales = node.attrs.get("scales")
     else:
-        given = view.optional(node, 1 if node.op == "Upsample" or view.opset < 11 else 2)
+        given = view.optional_input(node, 1 if node.op == "Upsample" or view.opset < 11 else 2)
         value = None if given is None else view.value(given)
         scales = None if value is None or value.size == 0 else value.tolist()
     axes = node.attrs.get("axes", range(len(scales)) if scales is not None else ())

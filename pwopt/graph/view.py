@@ -219,7 +219,7 @@ class View:
             tensor = node.inputs[0]
         return None
 
-    def content(self, tensor: Tensor) -> object:
+    def stored_value(self, tensor: Tensor) -> object:
         """What holds the numbers of a constant: the same object in every copy of the graph; None if not constant."""
         return getattr(self.constant(tensor), "_values", None)
 
@@ -269,7 +269,7 @@ class View:
         first = float(value.flat[0])
         return first if np.all(value == first) else None
 
-    def optional(self, node: Node, index: int) -> Tensor | None:
+    def optional_input(self, node: Node, index: int) -> Tensor | None:
         """Input `index`, or None if it is left out or given as ""."""
         return node.inputs[index] if len(node.inputs) > index and node.inputs[index].name else None
 
@@ -297,7 +297,7 @@ class View:
         for key in [k for k, v in attrs.items() if v is None]:
             del node.attrs[key]
 
-    def unique(self, name: str) -> str:
+    def unique_name(self, name: str) -> str:
         """`name`, or the first of name_1, name_2, … that no tensor has."""
         candidate, k = name, 0
         while candidate in self._names:
@@ -316,19 +316,16 @@ class View:
         return candidate if base else ""
 
     def new_constant(self, name: str, values: Values) -> Constant:
-        return Constant(self.unique(name), np.asarray(values, order="C"))
+        return Constant(self.unique_name(name), np.asarray(values, order="C"))
 
-    def release(self, names: Iterable[str]) -> None:
+    def release_names(self, names: Iterable[str]) -> None:
         """Let the next tensors have these names: their holders are about to go."""
         self._names.difference_update(names)
-
-    def reserve(self, names: Iterable[str]) -> None:
-        self._names.update(names)
 
     def new_variable(self, name: str, like: Tensor, change: Change = lambda shape: shape) -> Variable:
         """A tensor of the type of `like`, and of its shape and representative size after `change`."""
         shape, size = self.shape(like), self.size_of(like)
-        made = Variable(self.unique(name), dtype=like.dtype, shape=None if shape is None else change(shape))
+        made = Variable(self.unique_name(name), dtype=like.dtype, shape=None if shape is None else change(shape))
         numbers = None if size is None else known(change(size))
         if numbers is not None:
             self.sizes[made.name] = numbers
@@ -344,7 +341,7 @@ class View:
         if numbers is not None:
             self.sizes[tensor.name] = numbers
 
-    def origin(self, name: str) -> str:
+    def original_name(self, name: str) -> str:
         """What a tensor was called before it was renamed."""
         return self._origin.get(name, name)
 
@@ -353,8 +350,8 @@ class View:
         self._note_around(tensor)
         if self.journal is not None:
             self.journal.changed[tensor] = None
-        old, first = tensor.name, self.origin(tensor.name)
-        tensor.name = self.unique(f"{first}{suffix}")
+        old, first = tensor.name, self.original_name(tensor.name)
+        tensor.name = self.unique_name(f"{first}{suffix}")
         self._origin[tensor.name] = first
         if old in self.sizes:
             self.sizes[tensor.name] = self.sizes[old]

@@ -345,7 +345,7 @@ def lift(view: View, node: Node, affine: Affine) -> list[Moves] | Refusal:
 
 def _lift_gemm(view: View, node: Node, affine: Affine) -> list[Moves] | Refusal:
     """(αAB + βC)s + t = αA(Bs) + β(Cs + t/β) for one number per column."""
-    flip, summand = bool(node.attrs.get("transB", 0)), view.optional(node, 2)
+    flip, summand = bool(node.attrs.get("transB", 0)), view.optional_input(node, 2)
     beta, output = node.attrs.get("beta", 1.0) if summand is not None else 0.0, node.outputs[0]
     if affine.axis == 0 or view.opset < 7:
         return Refusal(

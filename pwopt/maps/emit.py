@@ -149,7 +149,7 @@ def write(
     """
     low = check(view, linear, like, source, axis)
     names = _inherited(view, like) if inherit else {}
-    view.release(names.values())
+    view.release_names(names.values())
     writer = _Writer(view, linear, low, like, source, output, axis, names, like.nodes[0].name if inherit else "")
     return Written(tuple(FORMS[like.kind](writer)), low.residual)
 
@@ -160,7 +160,7 @@ def _inherited(view: View, like: Reading) -> dict[str, str]:
     slots = {"weight": 0 if like.kind == "left-matmul" else 1, "bias": 2 if node.op != "MatMul" else None}
     names = {}
     for role, index in slots.items():
-        tensor = view.optional(node, index) if index is not None and like.kind != "diagonal" else None
+        tensor = view.optional_input(node, index) if index is not None and like.kind != "diagonal" else None
         if tensor is not None and view.sole_reader(tensor) is node:
             names[role] = str(tensor.name)
     return names

@@ -110,7 +110,7 @@ def _clip(view: View, tensor: Tensor) -> tuple[Tensor, float, tuple[Node, ...]] 
         if view.opset < 11:
             low, high = node.attrs.get("min"), node.attrs.get("max")
         else:
-            bounds = [view.optional(node, i) for i in (1, 2)]
+            bounds = [view.optional_input(node, i) for i in (1, 2)]
             low, high = (None if t is None else view.uniform(t) for t in bounds)
         return (node.inputs[0], float(high), (node,)) if low == 0 and high is not None and high > 0 else None
     if op != "Min":

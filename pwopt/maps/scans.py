@@ -58,7 +58,7 @@ class Scanner:
         """Whether no weight is small beside the largest, so that no row or column can be dead: a glance, no scan."""
         if reading.weight is None:
             return True
-        content = view.content(reading.weight)
+        content = view.stored_value(reading.weight)
         raw = None if content is None or id(content) in self._sound else view.raw(reading.weight)
         if raw is None:
             return True

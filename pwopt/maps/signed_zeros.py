@@ -71,7 +71,7 @@ def _bounds(view: View, node: Node) -> tuple[float, float]:
     """What a Clip keeps its input between; infinite where that is not known."""
     bounds = [node.attrs.get("min"), node.attrs.get("max")]
     if view.opset >= 11:
-        held = [view.optional(node, i) for i in (1, 2)]
+        held = [view.optional_input(node, i) for i in (1, 2)]
         bounds = [None if t is None else view.uniform(t) for t in held]
     return (-np.inf if bounds[0] is None else bounds[0]), (np.inf if bounds[1] is None else bounds[1])
 

@@ -21,13 +21,13 @@ MAX_BIAS = 1 << 20
 
 def _weight(view: View, node: Node, index: int) -> Constant | None:
     """The holder of a constant floating-point weight, or None."""
-    tensor = view.optional(node, index)
+    tensor = view.optional_input(node, index)
     held = None if tensor is None else view.constant(tensor)
     return held if held is not None and held.dtype in FLOATING else None
 
 
 def _bias(view: View, node: Node, index: int, channels: int) -> Array | Refusal:
-    tensor = view.optional(node, index)
+    tensor = view.optional_input(node, index)
     if tensor is None:
         return np.zeros(channels)
     value = view.value(tensor)
@@ -122,7 +122,7 @@ def read_gemm(view: View, node: Node) -> Result:
     flip = bool(node.attrs.get("transB", 0))
     inn, out = reversed(weight.shape) if flip else weight.shape
     alpha, beta = node.attrs.get("alpha", 1.0), node.attrs.get("beta", 1.0)
-    held = view.optional(node, 2)
+    held = view.optional_input(node, 2)
     if held is not None and (held.shape is None or len(held.shape) > 2):
         return Refusal("its bias differs between rows")
     shape = () if held is None or held.shape is None else tuple(held.shape)

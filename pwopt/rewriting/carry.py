@@ -117,7 +117,7 @@ def rewritten(
         elif i in arguments.constants:
             values = arguments.constants[i]()
             names = [t.name] if t.name and rw.sole_reader(t) is node else []
-            rw.release(names)
+            rw.release_names(names)
             name = t.name if names else f"{node.outputs[0].name}_argument{i}"
             inputs.append(constants.setdefault(t, rw.new_constant(name, values)))
         elif t.name and rw.constant(t) is None and rw.rank(t) == guise.rank:

@@ -191,7 +191,7 @@ class Rewriter(View):
         return self._place(_named(node))
 
     def _place(self, name: str) -> Site:
-        return Site(self._owner, self.origin(name))
+        return Site(self._owner, self.original_name(name))
 
     def is_denied(self, node: Node) -> bool:
         return bool(self._denied) and self.site(node) in self._denied
@@ -324,7 +324,7 @@ class Rewriter(View):
         removed = (describe(node),)
         for tensor, value in zip(list(node.outputs), values, strict=True):
             readers = self.readers(tensor)
-            self.release([tensor.name])
+            self.release_names([tensor.name])
             self.reroute(tensor, self.new_constant(tensor.name, value))
             for reader in readers:
                 self.enqueue_around(reader)

@@ -138,7 +138,7 @@ class Interleaving:
         if sizes is not None:
             ends: Tensor = self._constant("ends", sizes)
         else:
-            ends = Variable(self.rw.unique(f"{self.output.name}_size"), np.dtype(np.int64), (rank,))
+            ends = Variable(self.rw.unique_name(f"{self.output.name}_size"), np.dtype(np.int64), (rank,))
             self._node("Shape", [self.sized], ends, start=2, end=2 + rank)
         cut = self._made("cut", lambda s: (*s, self.channels))
         starts, axes = self._constant("starts", [0] * rank), self._constant("axes", range(1, rank + 1))

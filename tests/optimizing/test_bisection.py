@@ -57,7 +57,7 @@ class Harmful(Pass):
     def harm(self, rw: Rewriter, x: gs.Tensor, made: gs.Tensor) -> list[gs.Node]:
         if self.kind == "takes all memory":
             size = rw.new_constant("size", np.array([1 << 33], np.int64))
-            large = gs.Variable(rw.unique("large"))
+            large = gs.Variable(rw.unique_name("large"))
             return [
                 gs.Node("ConstantOfShape", "", {}, [size], [large]),
                 gs.Node("ReduceSum", "", {"keepdims": 0}, [large], [made]),
