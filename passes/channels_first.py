@@ -55,7 +55,7 @@ class ChannelsFirst(Pass):
         size = rw.size_of(node.inputs[0])
         reason = f"{widths} runs as convolutions, without the Transposes around it"
         done = rw.replace(old, written.nodes, reason, written.residual)
-        return done.signed(f"products between Transposes: {widths} at {size}")
+        return done.with_signature(f"products between Transposes: {widths} at {size}")
 
 
 def _find_chain(rw: Rewriter, node: Node) -> tuple[list[Reading | Step], Node] | None:

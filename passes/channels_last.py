@@ -98,7 +98,7 @@ class ChannelsLast(Pass):
         others = counted(len(region.nodes) - len(anchors), "other")
         members = [(n, self._layouts[n]) for n in region.nodes]
         done = carry(rw, members, partial(_write, rw), f"{what} and {others} run channels-last")
-        return done.signed(f"{kinds} over channels: with {others} at {size}")
+        return done.with_signature(f"{kinds} over channels: with {others} at {size}")
 
 
 def _find_members(rw: Rewriter) -> dict[Node, Last]:

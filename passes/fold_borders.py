@@ -87,7 +87,9 @@ class FoldBorders(Pass):
         pad = Node("Pad", rw.node_name(before.nodes[0].name, "_ones"), {}, inputs, [ones])
         reason = f"{widths} is cheaper as one map, with the bias as a channel of ones"
         done = rw.replace([*before.nodes, *reading.nodes], [pad, *written.nodes], reason, written.residual)
-        return done.signed(f"bias before padding: {forms.describe_map(rw, replace(reading, source=source), widths)}")
+        return done.with_signature(
+            f"bias before padding: {forms.describe_map(rw, replace(reading, source=source), widths)}"
+        )
 
 
 def _join_geometries(second: Geometry, first: Geometry) -> Geometry | None:

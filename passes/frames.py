@@ -110,7 +110,7 @@ class Frames(Pass):
         work, size = sum(macs(rw, n) or 0 for n in region.nodes), rw.size_of(spatial[0].outputs[0])
         others = counted(len(region.nodes) - len(spatial), "other operator")
         done = carry(rw, [(n, Images()) for n in region.nodes], write, f"{what} and {others} around it run on frames")
-        return done.signed(
+        return done.with_signature(
             f"{what} in a region of {len(region.nodes)} with {work:,} multiply-adds, the first at {size}"
         )
 

@@ -52,7 +52,7 @@ class JoinConcat(Pass):
         concat = Node("Concat", rw.node_name(node.name, "_concat"), {"axis": a.axis}, [a.source, b.source], [both])
         reason = f"two maps that are summed, {a.channels} and {b.channels}, become one map of both inputs"
         done = rw.replace([*a.nodes, *b.nodes, node], [concat, *written.nodes], reason, written.residual)
-        return done.signed(f"{a.kind} {a.channels} + {b.channels} at {rw.size_of(node.outputs[0])}")
+        return done.with_signature(f"{a.kind} {a.channels} + {b.channels} at {rw.size_of(node.outputs[0])}")
 
 
 def _ignore_inputs(reading: forms.Reading) -> object:

@@ -38,7 +38,9 @@ class KeepLayout(Pass):
             return Skip(MEASURE)
         new, signature = found
         size = "×".join(map(str, rw.size_of(node.outputs[0]) or ("?",)))
-        return rw.replace([node], new, f"{node.op} in the blocked layout").signed(f"{signature}: {node.op} {size}")
+        return rw.replace([node], new, f"{node.op} in the blocked layout").with_signature(
+            f"{signature}: {node.op} {size}"
+        )
 
 
 def _gate(rw: Rewriter, node: Node) -> tuple[list[Node], str] | Skip | None:

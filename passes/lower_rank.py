@@ -165,7 +165,7 @@ def _lower(rw: Rewriter, members: Sequence[tuple[Node, Lowering]], convolutions:
     where = "as matrix products" if rank == 4 else "in 2-D"
     others = counted(len(members) - len(convolutions), "other operator")
     reason = f"{what} and {others} around them run {where}"
-    return carry(rw, members, write, reason).signed(signature)
+    return carry(rw, members, write, reason).with_signature(signature)
 
 
 def _find_lowerings(rw: Rewriter) -> dict[Node, Lowering]:

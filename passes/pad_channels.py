@@ -91,7 +91,7 @@ class PadChannels(Pass):
             return Skip(f"{change} channels would be multiples of {self.multiple}, but {why}")
         reason = f"channels of zeros: {change} in {len(component)} tensors, for multiples of {self.multiple}"
         done = rechannel(rw, analysis, component, takes, reason, "_padded")
-        return done.signed(f"more channels: {change}")
+        return done.with_signature(f"more channels: {change}")
 
 
 class FillBlocks(PadChannels):

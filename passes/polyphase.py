@@ -227,7 +227,7 @@ class _Resampling:
         kind = f"behind a repetition by {'×'.join(map(str, self.factors))} {form}"
         signature = f"{kind}: {self.what}{beside} at {self.rw.size_of(self.reading.source)}"
         old = [*self.found.nodes, self.reading.node, *(step.nodes if step is not None else ())]
-        return self.rw.replace(old, self.nodes, reason, self.residual).signed(signature)
+        return self.rw.replace(old, self.nodes, reason, self.residual).with_signature(signature)
 
 
 @dataclass(frozen=True)

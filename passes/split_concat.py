@@ -53,4 +53,4 @@ class SplitConcat(Pass):
         widths = " + ".join(map(str, sizes))
         reason = f"{widths} channels are mapped one by one and summed, instead of joined and mapped"
         done = rw.replace([concat, *reading.nodes], new, reason, residual)
-        return done.signed(f"{reading.kind} ({widths})→{reading.geometry.out_channels} at {rw.size_of(output)}")
+        return done.with_signature(f"{reading.kind} ({widths})→{reading.geometry.out_channels} at {rw.size_of(output)}")

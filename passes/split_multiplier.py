@@ -69,7 +69,7 @@ class SplitMultiplier(Pass):
         split = self._split(rw, reading, linear)
         parts = len(split.added) - 1
         done = Rewrite.of(f"{what} as {parts} of {reading.geometry.groups} channels", [moved, split])
-        return done.signed(f"{what} at {rw.size_of(reading.output)}")
+        return done.with_signature(f"{what} at {rw.size_of(reading.output)}")
 
     def _split(self, rw: Rewriter, reading: Reading, linear: LinearMap) -> Rewrite:
         g, output = linear.geometry, reading.output

@@ -65,7 +65,7 @@ class SplitSiblings(Pass):
         old = [*(n for f in found for n in (f.nodes if isinstance(f, Reading) else (f,))), node]
         done = rw.replace(old, new, f"{widths} as maps of their own, instead of one and a Split", residual)
         kept = tuple((str(t.name), str(t.name)) for t in node.outputs if t.name)
-        return replace(done, became=kept).signed(f"split results: {describe_map(rw, maps[0], widths)}")
+        return replace(done, became=kept).with_signature(f"split results: {describe_map(rw, maps[0], widths)}")
 
 
 def _above(rw: Rewriter, tensor: Tensor, axis: int, count: int) -> list[Reading | Node] | None:

@@ -95,7 +95,9 @@ class SubPixel(Pass):
         widths = "→".join(map(str, (maps[0].geometry.in_channels, *(m.geometry.out_channels for m in maps))))
         old = [n for s in stages for n in s.nodes]
         done = rw.replace(old, nodes, f"{what} ({widths}) are put together at last", work.residual)
-        return done.signed(f"{what} of {widths} channels, {len(stages)} stages, at {rw.size_of(maps[0].source)}")
+        return done.with_signature(
+            f"{what} of {widths} channels, {len(stages)} stages, at {rw.size_of(maps[0].source)}"
+        )
 
 
 def _spreading(rw: Rewriter, node: Node | None) -> _Stage | None:

@@ -49,4 +49,4 @@ class ToMatMul(Pass):
             Node("Reshape", rw.node_name(node.name, "_map"), {}, [product, shapes[1]], [output]),
         ]
         done = rw.replace([node], new, f"{reading.channels} runs as a matrix product", written.residual)
-        return done.signed(f"products at {height}×{width}: {reading.channels}")
+        return done.with_signature(f"products at {height}×{width}: {reading.channels}")

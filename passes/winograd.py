@@ -88,7 +88,7 @@ class Winograd(Pass):
         done = rw.replace(
             [node, *(step.nodes if step is not None else ())], filtering.nodes, reason, filtering.residual
         )
-        return done.signed(f"minimal filtering of {what} at {rw.size_of(reading.source)}")
+        return done.with_signature(f"minimal filtering of {what} at {rw.size_of(reading.source)}")
 
 
 def _tiles(size: Dim) -> int | None:

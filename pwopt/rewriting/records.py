@@ -133,7 +133,7 @@ class Rewrite:
             tuple((old, names.get(new, new)) for r in records for old, new in r.became),
         )
 
-    def signed(self, signature: str) -> Rewrite:
+    def with_signature(self, signature: str) -> Rewrite:
         return replace(self, signature=signature)
 
 

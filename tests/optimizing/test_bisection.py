@@ -52,7 +52,7 @@ class Harmful(Pass):
         made, total = rw.new_variable("harm", x), rw.new_variable("total", x)
         nodes = [*self.harm(rw, x, made), gs.Node("Add", "", {}, [x, made], [total])]
         new = [*nodes, gs.Node("Abs", node.name, {}, [total], list(node.outputs))]
-        return rw.replace([node], new, "harm").signed("harm")
+        return rw.replace([node], new, "harm").with_signature("harm")
 
     def harm(self, rw: Rewriter, x: gs.Tensor, made: gs.Tensor) -> list[gs.Node]:
         if self.kind == "takes all memory":

@@ -252,7 +252,7 @@ class Detour(Pass):
         steps = [*(rw.new_variable(f"{y.name}_detour", y) for _ in range(40)), y]
         first = gs.Node("Relu", node.name, {}, list(node.inputs), [steps[0]])
         detour = [gs.Node("Abs", "", {}, [a], [b]) for a, b in itertools.pairwise(steps)]
-        return rw.replace([node], [first, *detour], "a detour").signed("detour")
+        return rw.replace([node], [first, *detour], "a detour").with_signature("detour")
 
 
 @pytest.mark.parametrize("policy", ["always", "measured"])

@@ -45,4 +45,4 @@ class Square(Pass):
         if not self.eager:
             return Skip("only measured or asked for: a product instead of a power")
         new = gs.Node("Mul", node.name, {}, [node.inputs[0], node.inputs[0]], [node.outputs[0]])
-        return rw.replace([node], [new], "a product instead of a power").signed("squares")
+        return rw.replace([node], [new], "a product instead of a power").with_signature("squares")
