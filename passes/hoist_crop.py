@@ -8,7 +8,7 @@ import numpy as np
 
 from pwopt.graph import attributes
 from pwopt.graph.ir import Node, Tensor
-from pwopt.graph.shapes import Change
+from pwopt.graph.shapes import ShapeChange
 from pwopt.maps.positions import pooling, positionwise, spread, stencil
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
@@ -113,7 +113,7 @@ def _read_window(rw: Rewriter, node: Node) -> Window | None:
     return window or None
 
 
-def _crop_shape(window: Window) -> Change:
+def _crop_shape(window: Window) -> ShapeChange:
     return lambda shape: tuple(window[a][1] - window[a][0] + 1 if a in window else d for a, d in enumerate(shape))
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pwopt.algebra.geometry import Geometry, Refusal, RefusedError, add_geometry, attempt
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph.ir import Node, Tensor
-from pwopt.graph.shapes import Change, channels
+from pwopt.graph.shapes import ShapeChange, channels
 from pwopt.maps import emit, idioms
 from pwopt.maps.cost import price
 from pwopt.maps.paths import Path, trace
@@ -135,7 +135,7 @@ def _summed(rw: Rewriter, root: Node, first: Tensor, rest: Sequence[Term]) -> li
     new: list[Node] = []
     for i, term in enumerate(rest):
         last, same = i == len(rest) - 1, rw.shape(first) == rw.shape(term.path.output)
-        change: Change = (lambda shape: shape) if same else (lambda _shape: None)
+        change: ShapeChange = (lambda shape: shape) if same else (lambda _shape: None)
         after = output if last else rw.new_variable(f"{output.name}_sum", first, change)
         name = root.name if last else rw.node_name(root.name, "_sum")
         new.append(Node("Add" if term.sign > 0 else "Sub", name, {}, [first, term.path.output], [after]))

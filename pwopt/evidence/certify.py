@@ -19,10 +19,10 @@ import numpy as np
 
 from pwopt.algebra import Array, Values
 from pwopt.evidence.evaluation import MAX_WORK, NUMBERS, SMALLEST, Side, Tensors, TooLargeError, UnfitError
+from pwopt.graph.changes import Change
 from pwopt.graph.dtypes import FLOATS, epsilon
 from pwopt.graph.ir import Tensor
 from pwopt.graph.journal import State
-from pwopt.graph.regions import Region
 from pwopt.graph.view import View
 from pwopt.rewriting.records import Certificate
 from pwopt.rewriting.wording import counted
@@ -79,12 +79,12 @@ FULL = Trials(3, (0.01, 1.0, 30.0, 1000.0), 2, MAX_WORK)
 FEW = Trials(1, (1.0,), 1, 3 * MAX_WORK)
 
 
-def unchecked(_region: Region, _view: View) -> Certificate:
+def unchecked(_region: Change, _view: View) -> Certificate:
     """No evaluation, where none is wanted."""
     return Certificate("none", "not verified, as asked")
 
 
-def certify(region: Region, view: View) -> Certificate:
+def certify(region: Change, view: View) -> Certificate:
     """Evaluate a region before and after a rewrite, and compare.
 
     Small spatial extents are tried first, large enough for every window; where they do not fit, or do not agree, the
@@ -93,7 +93,7 @@ def certify(region: Region, view: View) -> Certificate:
 
     Parameters
     ----------
-    region : Region
+    region : Change
     view : View
         The graph after the rewrite.
 
@@ -117,7 +117,7 @@ def certify(region: Region, view: View) -> Certificate:
     return result
 
 
-def _evaluated(region: Region, view: View) -> Certificate:
+def _evaluated(region: Change, view: View) -> Certificate:
     """The first agreement at any sizes; else the first disagreement; else why there is neither."""
     if len(region.before) + len(region.after) > MAX_OPERATORS:
         return Certificate("none", f"too large: more than {MAX_OPERATORS} operators")
@@ -151,7 +151,7 @@ def _evaluated(region: Region, view: View) -> Certificate:
     return failed or Certificate("none", unfit)
 
 
-def _whole(region: Region, view: View) -> Sizes | None:
+def _whole(region: Change, view: View) -> Sizes | None:
     """The model's own size of every tensor that comes from outside."""
     whole: Sizes = {}
     for t in region.sources():
@@ -215,7 +215,7 @@ def _divided(whole: Sizes, least: int) -> Sizes | None:
     }
 
 
-def _compared(region: Region, view: View, sides: tuple[Side, Side], sizes: Sizes, trials: Trials) -> Certificate:
+def _compared(region: Change, view: View, sides: tuple[Side, Side], sizes: Sizes, trials: Trials) -> Certificate:
     states = (*region.before, *region.after)
     reckoned = {t for s in states if s.op not in ("Shape", "Size") for t in s.inputs}
     reckoned |= {t for pair in region.claims() for t in pair}
@@ -242,7 +242,7 @@ def _kind(view: View, tensor: Tensor) -> str:
 
 
 def _certified(
-    region: Region, view: View, sides: tuple[Side, Side], inputs: Sequence[Tensor], sizes: Sizes, trials: Trials
+    region: Change, view: View, sides: tuple[Side, Side], inputs: Sequence[Tensor], sizes: Sizes, trials: Trials
 ) -> Certificate:
     """Affine regions: |after − before| ≤ bound · M at every element, on a basis or random probes."""
     count = sum(math.prod(sizes[t]) for t in inputs)
@@ -288,7 +288,7 @@ def _certified(
 
 
 def _tested(
-    region: Region, view: View, sides: tuple[Side, Side], inputs: Sequence[Tensor], sizes: Sizes, trials: Trials
+    region: Change, view: View, sides: tuple[Side, Side], inputs: Sequence[Tensor], sizes: Sizes, trials: Trials
 ) -> Certificate:
     """Other regions: |after − before| within what storing the weights once more does to either side."""
     unit = max(DOUBLE, *(side.unit() for side in sides))

@@ -16,7 +16,7 @@ from pwopt.graph.operators import BOUNDED, POOLS
 Dim = int | str | None
 Shape = tuple[Dim, ...]
 #: How a shape becomes another; None where that is not known.
-Change = Callable[[Shape], Shape | None]
+ShapeChange = Callable[[Shape], Shape | None]
 
 #: The longest one-dimensional tensor whose elements inference may follow one by one.
 WIDEST = 1 << 16
@@ -40,7 +40,7 @@ def dims(value: onnx.TypeProto) -> Shape | None:
     )
 
 
-def channels(axis: int | None, count: int) -> Change:
+def channels(axis: int | None, count: int) -> ShapeChange:
     """The change of a shape to another number of channels."""
     return lambda shape: tuple(count if a == axis else d for a, d in enumerate(shape))
 

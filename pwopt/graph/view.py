@@ -21,7 +21,7 @@ from pwopt.graph.ir import Constant, Graph, Node, Tensor, Variable, adopt, adopt
 from pwopt.graph.journal import Journal
 from pwopt.graph.links import put, relink, stored_bytes
 from pwopt.graph.model import StoredValues
-from pwopt.graph.shapes import Change, Dim, Shape, known
+from pwopt.graph.shapes import Dim, Shape, ShapeChange, known
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -322,7 +322,7 @@ class View:
         """Let the next tensors have these names: their holders are about to go."""
         self._names.difference_update(names)
 
-    def new_variable(self, name: str, like: Tensor, change: Change = lambda shape: shape) -> Variable:
+    def new_variable(self, name: str, like: Tensor, change: ShapeChange = lambda shape: shape) -> Variable:
         """A tensor of the type of `like`, and of its shape and representative size after `change`."""
         shape, size = self.shape(like), self.size_of(like)
         made = Variable(self.unique_name(name), dtype=like.dtype, shape=None if shape is None else change(shape))
@@ -331,7 +331,7 @@ class View:
             self.sizes[made.name] = numbers
         return made
 
-    def reshape(self, tensor: Tensor, change: Change) -> None:
+    def reshape(self, tensor: Tensor, change: ShapeChange) -> None:
         """Let a tensor have another shape and representative size."""
         self._note_around(tensor)
         self._edited()

@@ -6,7 +6,7 @@ import numpy as np
 
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.operators import ACTIVATIONS
-from pwopt.graph.shapes import Change, Shape
+from pwopt.graph.shapes import Shape, ShapeChange
 from pwopt.graph.view import View
 from pwopt.maps import forms
 from pwopt.maps.forms import Reading
@@ -66,7 +66,7 @@ def _fits(view: View, tensor: Tensor, out: Shape) -> bool:
     return same or all(d == 1 for d in shape[2:])
 
 
-def every(steps: Steps) -> Change:
+def every(steps: Steps) -> ShapeChange:
     """How a shape changes where only every so-many-th position is kept."""
 
     def change(shape: Shape) -> Shape:

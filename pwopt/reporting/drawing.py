@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from pwopt.graph.regions import Operator
+from pwopt.graph.changes import Operator
 
 #: Size of a box and the space around it, in pixels.
 WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 146, 38, 14, 26, 6

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, ClassVar, Literal, ParamSpec, TypeVar, get_arg
 from pwopt.algebra import Values
 from pwopt.algebra.geometry import Refusal, attempt
 from pwopt.errors import UsageError
+from pwopt.graph.changes import Change
 from pwopt.graph.ir import Graph, Node, Tensor, adopt_node
 from pwopt.graph.journal import Journal
 from pwopt.graph.provenance import inherit
-from pwopt.graph.regions import Region
 from pwopt.graph.view import View
 from pwopt.maps.cost import macs
 from pwopt.rewriting.records import Certificate, Outcome, Rewrite, Site, Skip
@@ -27,7 +27,7 @@ P = ParamSpec("P")
 T = TypeVar("T")
 
 #: Judges what a rewrite did to its region of the graph.
-Certifier = Callable[[Region, View], Certificate]
+Certifier = Callable[[Change, View], Certificate]
 #: The version of the contract between pwopt and a pass. It increases whenever a pass that met it may no longer do so.
 CONTRACT = 2
 #: When a rewrite is kept.
@@ -247,7 +247,7 @@ class Rewriter(View):
     def _certified(self, rewrite: Rewrite, context: int) -> Rewrite:
         if self._certifier is None or self.journal is None:
             return rewrite
-        region = Region.of(self, self.journal, context)
+        region = Change.of(self, self.journal, context)
         before, after = region.drawings(self)
         return replace(rewrite, before=before, after=after, certificate=self._certifier(region, self))
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from pwopt.errors import UsageError
-from pwopt.graph.regions import Operator
+from pwopt.graph.changes import Operator
 
 
 @dataclass(frozen=True, order=True)

@@ -18,9 +18,9 @@ from hypothesis import strategies as st
 from pwopt.evidence import certify as certification
 from pwopt.evidence.certify import certify
 from pwopt.evidence.evaluation import Side
+from pwopt.graph.changes import Change
 from pwopt.graph.files import from_proto
 from pwopt.graph.journal import State
-from pwopt.graph.regions import Region
 from pwopt.graph.view import View
 from pwopt.optimizing.optimizer import optimize
 from pwopt.passes import (
@@ -315,7 +315,7 @@ def test_small_planes_stand_for_large_ones() -> None:
 
 
 def test_refused_rewrites_are_dropped_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
-    def distrustful(region: Region, view: View) -> Certificate:
+    def distrustful(region: Change, view: View) -> Certificate:
         wrong = any(t.name == "y" for s in region.after for t in s.outputs)
         return Certificate("failed", "planted", 1.0, 0.0) if wrong else certify(region, view)
 
@@ -347,7 +347,7 @@ def test_no_constant_of_any_rewrite_of_real_models_may_be_wrong(name: str) -> No
     wrong: list[Certificate] = []
     rng = np.random.default_rng(0)
 
-    def doubtful(region: Region, view: View) -> Certificate:
+    def doubtful(region: Change, view: View) -> Certificate:
         old = {t for s in region.before for t in s.inputs}
         for t in [t for s in region.after for t in s.inputs if isinstance(t, gs.Constant) and t not in old]:
             values = t.values

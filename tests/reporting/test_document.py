@@ -22,7 +22,7 @@ from helpers import MODELS, normal, parse
 
 from pwopt.errors import UsageError
 from pwopt.evidence.verify import verify
-from pwopt.graph.regions import Operator
+from pwopt.graph.changes import Operator
 from pwopt.optimizing.batch import BatchRow
 from pwopt.optimizing.optimizer import Result, optimize
 from pwopt.reporting.document import SCRIPT, clipped, document, gained, in_markdown, kind_of, spectra

@@ -24,7 +24,7 @@ class Operator:
 
 
 @dataclass(frozen=True)
-class Region:
+class Change:
     """Operators before and after a rewrite, in an order in which they can run.
 
     Attributes
@@ -45,7 +45,7 @@ class Region:
     context: int = 0
 
     @classmethod
-    def of(cls, view: View, journal: Journal, context: int = 0) -> Region:
+    def of(cls, view: View, journal: Journal, context: int = 0) -> Change:
         """The region of everything that a journal saw change."""
         renamed = dict(journal.changed)
         before: dict[Node, State] = {}
@@ -70,19 +70,19 @@ class Region:
         sides = _ordered(view, before.values()), _ordered(view, after.values())
         return cls(*sides, renamed, tuple(rerouted.values()), context)
 
-    def with_rerouted(self, view: View) -> Region:
+    def with_rerouted(self, view: View) -> Change:
         """The region with the operators that only read something else since."""
         old, new = [a for a, _ in self.rerouted], [b for _, b in self.rerouted]
         sides = _ordered(view, (*self.before, *old)), _ordered(view, (*self.after, *new))
-        return Region(*sides, self.renamed, (), self.context)
+        return Change(*sides, self.renamed, (), self.context)
 
-    def widened(self, view: View) -> Region:
+    def widened(self, view: View) -> Change:
         """The region with the operators that feed it."""
         inside = {s.node for s in (*self.before, *self.after)}
         feeding = dict.fromkeys(n for t in self.sources() if (n := view.producer(t)) is not None and n not in inside)
         more = [State.of(n) for n in feeding]
         sides = _ordered(view, (*self.before, *more)), _ordered(view, (*self.after, *more))
-        return Region(*sides, self.renamed, self.rerouted, self.context - 1 if feeding else 0)
+        return Change(*sides, self.renamed, self.rerouted, self.context - 1 if feeding else 0)
 
     def sources(self) -> list[Tensor]:
         """Tensors that come from outside."""
