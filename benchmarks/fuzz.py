@@ -3,7 +3,7 @@
 
     python benchmarks/fuzz.py [--graphs 20000] [--first 0] [--processes 2] [--minutes 60] [-o RESULTS.json]
 
-Graph number n is made from seed n alone (tests/strategies.py), so a failure is reproduced by ``--first n --graphs 1``.
+Graph number n is made from seed n alone (tests/strategies), so a failure is reproduced by ``--first n --graphs 1``.
 With -o, a campaign that was interrupted goes on where it stopped. The judge (tests/judge.py) is onnxruntime without
 graph optimisation, on the sizes that a graph was made for and on others of its dynamic dimensions. Every fifty graphs
 run in a process of their own, which onnxruntime takes down with it where it aborts; the graph at fault is found, and
