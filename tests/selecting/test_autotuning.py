@@ -231,7 +231,7 @@ def test_every_measured_rewrite_is_kept_or_reported(
     speedup: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime")
-    plant(monkeypatch, lambda *_, **__: Race((np.full(40, speedup), np.full(40, 1.0))))
+    plant(monkeypatch, lambda *_, **__: planted_race(np.full(40, speedup), np.full(40, 1.0)))
     result = pwopt.optimize(three(tmp_path / "m.onnx"), budget=600.0, threads=1, cache=False)
     kept = [r for r in result.report.rewrites if r.pass_name == "merge-siblings"]
     dropped = [s for s in result.report.skips if s.pass_name == "merge-siblings"]

@@ -8,7 +8,7 @@ from random import Random
 import numpy as np
 import onnx
 import pytest
-from helpers import MODELS, normal, parse, plant
+from helpers import MODELS, normal, parse, plant, planted_race
 from strategies import random_sample
 
 import pwopt
@@ -16,7 +16,6 @@ from pwopt.evidence.certify import certify
 from pwopt.graph.files import from_proto, load
 from pwopt.inputs.specs import input_specs
 from pwopt.rewriting.records import Outcome
-from pwopt.running.timing import Race
 from pwopt.selecting import rewrite_selection, snapshot
 from pwopt.selecting.rewrite_selection import Compilation
 from pwopt.selecting.snapshot import Snapshot, run_pipeline, select_passes
@@ -99,7 +98,7 @@ def test_metadata_and_bodies_survive_in_a_branch() -> None:
 def test_one_optimisation_takes_one_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
     """Races are planted: a real one under load may find no speed-up, and then other passes are tried as well."""
     pytest.importorskip("onnxruntime")
-    plant(monkeypatch, lambda *_, **__: Race((np.full(40, 2.0), np.full(40, 1.0))))
+    plant(monkeypatch, lambda *_, **__: planted_race(np.full(40, 2.0), np.full(40, 1.0)))
     settled: list[object] = []
     real = Snapshot.of.__func__  # type: ignore[attr-defined]
 

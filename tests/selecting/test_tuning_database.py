@@ -93,7 +93,7 @@ def test_from_the_command_line(model: Path, tmp_path: Path, capsys: pytest.Captu
             main(arguments)
         assert code.value.code == 0, capsys.readouterr()
     assert out.exists()
-    assert "kinds of rewrites pay on" in capsys.readouterr().out
+    assert "kinds of rewrites are faster on" in capsys.readouterr().out
     with pytest.raises(SystemExit) as code:
         main(["profile", str(model), "-o", str(model)])
     assert code.value.code == 2
