@@ -16,8 +16,8 @@ from pwopt.graph.operators import REDUCTIONS, SOFTMAXES
 from pwopt.graph.shapes import Shape
 from pwopt.maps import emit, forms
 from pwopt.maps.forms import Reading
-from pwopt.rewriting.carry import BY_AXES, See, along, carry, data, rewritten
 from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.layouts import BY_AXES, InLayout, data_inputs, propagate_layout, reduce_axes, rewrite_operator
 from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.rewriting.regions import Region, find_regions
 from pwopt.rewriting.wording import counted
@@ -42,19 +42,19 @@ class Last:
     def axis(self, axis: int) -> int:
         return self.perm.index(axis % self.rank)
 
-    def operand(self, shape: Sequence[int]) -> tuple[int, ...]:
+    def operand_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         full = (*(1,) * (self.rank - len(shape)), *shape)
         moved = [full[a] for a in self.perm]
         return tuple(moved[next((i for i, d in enumerate(moved) if d != 1), self.rank) :])
 
-    def turned(self, values: Values) -> Values:
+    def convert(self, values: Values) -> Values:
         full = values.reshape((1,) * (self.rank - values.ndim) + values.shape)
-        return np.ascontiguousarray(full.transpose(self.perm)).reshape(self.operand(values.shape))
+        return np.ascontiguousarray(full.transpose(self.perm)).reshape(self.operand_shape(values.shape))
 
     def shape(self, shape: Shape) -> Shape:
         return tuple(shape[a] for a in self.perm)
 
-    def change(self, rw: Rewriter, source: Tensor, output: Tensor, *, enter: bool) -> list[Node]:
+    def write_conversion(self, rw: Rewriter, source: Tensor, output: Tensor, *, enter: bool) -> list[Node]:
         perm = self.perm if enter else [self.perm.index(a) for a in range(self.rank)]
         return [Node("Transpose", rw.node_name(str(output.name), "_transpose"), {"perm": perm}, [source], [output])]
 
@@ -97,7 +97,7 @@ class ChannelsLast(Pass):
         size = rw.size_of(anchors[0].inputs[0])
         others = counted(len(region.nodes) - len(anchors), "other")
         members = [(n, self._layouts[n]) for n in region.nodes]
-        done = carry(rw, members, partial(_write, rw), f"{what} and {others} run channels-last")
+        done = propagate_layout(rw, members, partial(_write, rw), f"{what} and {others} run channels-last")
         return done.with_signature(f"{kinds} over channels: with {others} at {size}")
 
 
@@ -115,7 +115,7 @@ def _find_members(rw: Rewriter) -> dict[Node, Last]:
             continue
         found[node] = last
         made.update(t for t in node.outputs if rw.rank(t) == last.rank)
-    entered = {t for node in found for t in data(rw, node)}
+    entered = {t for node in found for t in data_inputs(rw, node)}
     # An operator before the region joins it if the region reads its input too, such as x² before a mean where x is
     # read as well. That saves one of two entries.
     for node in reversed(nodes) if found else ():
@@ -131,12 +131,12 @@ def _find_members(rw: Rewriter) -> dict[Node, Last]:
 
 def _find_shared(rw: Rewriter, node: Node, last: Last) -> list[Tensor]:
     """The tensors of an operator that the layout changes."""
-    return [t for t in (*data(rw, node), *node.outputs) if t.name and rw.rank(t) == last.rank]
+    return [t for t in (*data_inputs(rw, node), *node.outputs) if t.name and rw.rank(t) == last.rank]
 
 
 def _find_layout(rw: Rewriter, node: Node) -> Last | None:
     """The layout for the inputs of a node; None if their ranks differ, or if they have no spatial axis."""
-    ranks = {rw.rank(t) for t in data(rw, node)}
+    ranks = {rw.rank(t) for t in data_inputs(rw, node)}
     rank = ranks.pop() if len(ranks) == 1 else None
     return Last(rank) if rank is not None and rank >= 3 else None
 
@@ -179,18 +179,18 @@ def _can_run(rw: Rewriter, node: Node, last: Last) -> bool:
     return op in PICKS or (op in BY_AXES and BY_AXES[op](rw, last, node) is not None)
 
 
-def _write(rw: Rewriter, node: Node, last: Last, see: See, outputs: list[Tensor]) -> Sequence[Node]:
+def _write(rw: Rewriter, node: Node, last: Last, in_layout: InLayout, outputs: list[Tensor]) -> Sequence[Node]:
     """The operators that compute `node` in the layout."""
     op, channels = rw.op(node), last.rank - 1
     reading = _read_pointwise(rw, node)
     if reading is not None:
-        linear, source = reading.load(), see(reading.source)
+        linear, source = reading.load(), in_layout(reading.source)
         written = emit.write(rw, linear.at_rank(0), replace(reading, kind="matmul"), source, outputs[0], channels)
         return written.nodes
     if op in PICKS:
         attrs = {**node.attrs, "axis": last.axis(node.attrs.get("axis", 0))}
-        return [Node(op, node.name, attrs, [see(node.inputs[0])], outputs)]
+        return [Node(op, node.name, attrs, [in_layout(node.inputs[0])], outputs)]
     loses_channels = not node.attrs.get("keepdims", 1)
-    arguments = along(rw, node, [channels]) if loses_channels else BY_AXES[op](rw, last, node)
+    arguments = reduce_axes(rw, node, [channels]) if loses_channels else BY_AXES[op](rw, last, node)
     assert arguments is not None
-    return rewritten(rw, node, arguments, last, see, outputs)
+    return rewrite_operator(rw, node, arguments, last, in_layout, outputs)

@@ -16,8 +16,8 @@ from pwopt.maps import emit
 from pwopt.maps.cost import macs
 from pwopt.maps.forms import Reading
 from pwopt.maps.positions import pooling, stencil
-from pwopt.rewriting.carry import BY_AXES, Arguments, See, carry, data, rewritten
 from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.layouts import BY_AXES, Arguments, InLayout, data_inputs, propagate_layout, rewrite_operator
 from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.rewriting.regions import find_regions
 from pwopt.rewriting.wording import counted
@@ -36,21 +36,21 @@ class Images:
     def axis(self, axis: int) -> int | None:
         return {1: 1, 2: 0, 3: 2, 4: 3}.get(axis % 5)
 
-    def operand(self, shape: Sequence[int]) -> tuple[int, ...]:
+    def operand_shape(self, shape: Sequence[int]) -> tuple[int, ...]:
         """The shape of a constant for one video. (The first axis of a constant is 1, as that of the outputs is.)"""
         if len(shape) < 3:
             return tuple(shape)
         full = (*(1,) * (5 - len(shape)), *shape)
         return (full[2], full[1], *full[3:]) if full[2] != 1 else (full[1], *full[3:])
 
-    def turned(self, values: Values) -> Values:
+    def convert(self, values: Values) -> Values:
         full = values.reshape((1,) * (5 - values.ndim) + values.shape)
-        return np.ascontiguousarray(full[0].swapaxes(0, 1)).reshape(self.operand(values.shape))
+        return np.ascontiguousarray(full[0].swapaxes(0, 1)).reshape(self.operand_shape(values.shape))
 
     def shape(self, shape: Shape) -> Shape:
         return (shape[2], shape[1], *shape[3:])
 
-    def change(self, rw: Rewriter, source: Tensor, output: Tensor, *, enter: bool) -> list[Node]:
+    def write_conversion(self, rw: Rewriter, source: Tensor, output: Tensor, *, enter: bool) -> list[Node]:
         """Swap channels and time; remove the first axis after that, or add it."""
         video = source if enter else output
         between = rw.new_variable(
@@ -97,19 +97,21 @@ class Frames(Pass):
         if not self.eager:
             return Skip(f"a region of {what} could run on frames; only measuring can tell")
 
-        def write(member: Node, images: Images, see: See, outputs: list[Tensor]) -> Sequence[Node]:
+        def write(member: Node, images: Images, in_layout: InLayout, outputs: list[Tensor]) -> Sequence[Node]:
             reading = stencil(rw, member)
             if reading is not None:
-                return _Taps(rw, reading).write(see(reading.source), outputs[0])
+                return _Taps(rw, reading).write(in_layout(reading.source), outputs[0])
             if member.op == "GlobalAveragePool":
-                return _pool_globally(rw, see(member.inputs[0]), outputs[0])
+                return _pool_globally(rw, in_layout(member.inputs[0]), outputs[0])
             arguments = _arguments(rw, images, member)
             assert arguments is not None
-            return rewritten(rw, member, arguments, images, see, outputs)
+            return rewrite_operator(rw, member, arguments, images, in_layout, outputs)
 
         work, size = sum(macs(rw, n) or 0 for n in region.nodes), rw.size_of(spatial[0].outputs[0])
         others = counted(len(region.nodes) - len(spatial), "other operator")
-        done = carry(rw, [(n, Images()) for n in region.nodes], write, f"{what} and {others} around it run on frames")
+        done = propagate_layout(
+            rw, [(n, Images()) for n in region.nodes], write, f"{what} and {others} around it run on frames"
+        )
         return done.with_signature(
             f"{what} in a region of {len(region.nodes)} with {work:,} multiply-adds, the first at {size}"
         )
@@ -123,7 +125,7 @@ def _is_spatial(rw: Rewriter, node: Node) -> bool:
 
 def _fits(rw: Rewriter, node: Node) -> bool:
     """Whether an operator can run on frames: its inputs and outputs are single videos of known size."""
-    read = data(rw, node)
+    read = data_inputs(rw, node)
     tensors = [*read, *(t for t in node.outputs if t.name)]
     sizes = [rw.shape(t) or () for t in tensors]
     if not read or any(len(s) != 5 or s[0] != 1 or not all(isinstance(d, int) and d > 0 for d in s) for s in sizes):

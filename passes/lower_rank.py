@@ -13,20 +13,20 @@ from pwopt.graph.ir import Constant, Node, Tensor
 from pwopt.graph.operators import POOLS, REDUCTIONS
 from pwopt.graph.shapes import Shape
 from pwopt.maps.cost import macs
-from pwopt.rewriting.carry import (
+from pwopt.rewriting.driver import Pass, Rewriter
+from pwopt.rewriting.layouts import (
     BY_AXES,
     Arguments,
     Converter,
-    See,
-    along,
-    array,
-    carry,
-    data,
-    registry,
-    rewritten,
-    turned,
+    InLayout,
+    convert_constant,
+    data_inputs,
+    lazy_array,
+    propagate_layout,
+    reduce_axes,
+    register_in,
+    rewrite_operator,
 )
-from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.rewriting.regions import find_regions
 from pwopt.rewriting.wording import counted
@@ -55,7 +55,7 @@ class Lowering:
         return {3: {0: 0, 1: 1, 2: 3}, 4: {0: 0, 1: 1}, 5: {0: 0, 1: 1, 2: 2}}[self.rank].get(axis)
 
     def spatial(self, values: Sequence[int], neutral: int) -> list[int] | None:
-        """Numbers per spatial axis; None if the plane is not left alone."""
+        """LoadValues per spatial axis; None if the plane is not left alone."""
         if self.rank == 4:
             return None
         if self.rank == 3:
@@ -68,14 +68,14 @@ class Lowering:
         return None if begins is None or ends is None else [*begins, *ends]
 
     def every(self, values: Sequence[float], neutral: float) -> list[float] | None:
-        """Numbers for every axis of the tensor."""
+        """LoadValues for every axis of the tensor."""
         if self.rank == 4:
             return None
         if self.rank == 3:
             return [*values[:2], neutral, values[2]]
         return [*values[:3], neutral] if all(v == neutral for v in values[3:]) else None
 
-    def operand(self, shape: Sequence[int]) -> tuple[int, ...] | None:
+    def operand_shape(self, shape: Sequence[int]) -> tuple[int, ...] | None:
         """The shape in which a constant broadcasts as before."""
         if self.rank == 3:
             return tuple(shape) if len(shape) < 2 else (*shape[:-1], 1, shape[-1])
@@ -86,8 +86,8 @@ class Lowering:
         whole = tuple(shape[-2:])
         return (*shape[:-2], whole[0] * whole[1]) if whole in ((1, 1), self.plane) else None
 
-    def turned(self, values: Values) -> Values:
-        shape = self.operand(values.shape)
+    def convert(self, values: Values) -> Values:
+        shape = self.operand_shape(values.shape)
         assert shape is not None
         return values.reshape(shape)
 
@@ -99,7 +99,7 @@ class Lowering:
         h, w = shape[3:]
         return (*shape[:3], h * w if isinstance(h, int) and isinstance(w, int) else None)
 
-    def change(self, rw: Rewriter, source: Tensor, output: Tensor, *, enter: bool) -> list[Node]:
+    def write_conversion(self, rw: Rewriter, source: Tensor, output: Tensor, *, enter: bool) -> list[Node]:
         axes = np.array([2, 3] if self.rank == 4 else [2], np.int64)
         if self.rank == 5:
             whole = source if enter else output
@@ -157,15 +157,15 @@ def _lower(rw: Rewriter, members: Sequence[tuple[Node, Lowering]], convolutions:
     signature = f"{what} in a region of {len(members)}"
     signature += f" with {work:,} multiply-adds, the first at {size}"
 
-    def write(node: Node, low: Lowering, see: See, outputs: list[Tensor]) -> list[Node]:
+    def write(node: Node, low: Lowering, in_layout: InLayout, outputs: list[Tensor]) -> list[Node]:
         arguments = _arguments(rw, low, node)
         assert arguments is not None
-        return rewritten(rw, node, arguments, low, see, outputs)
+        return rewrite_operator(rw, node, arguments, low, in_layout, outputs)
 
     where = "as matrix products" if rank == 4 else "in 2-D"
     others = counted(len(members) - len(convolutions), "other operator")
     reason = f"{what} and {others} around them run {where}"
-    return carry(rw, members, write, reason).with_signature(signature)
+    return propagate_layout(rw, members, write, reason).with_signature(signature)
 
 
 def _find_lowerings(rw: Rewriter) -> dict[Node, Lowering]:
@@ -176,7 +176,7 @@ def _find_lowerings(rw: Rewriter) -> dict[Node, Lowering]:
 
 def _lowering(rw: Rewriter, node: Node) -> Lowering | None:
     """The rank of what a node computes from and to, and the plane it must keep; None if it reads constants only."""
-    read = data(rw, node)
+    read = data_inputs(rw, node)
     tensors = [*read, *(t for t in node.outputs if t.name)]
     ranks = {rw.rank(t) for t in tensors}
     if len(ranks) != 1 or not read:
@@ -200,7 +200,7 @@ def _flat(rw: Rewriter, tensors: Iterable[Tensor]) -> bool:
 
 
 CONVERTERS: dict[str, Converter[Lowering]] = dict(BY_AXES)
-converts = registry(CONVERTERS)
+converts = register_in(CONVERTERS)
 
 
 def _arguments(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
@@ -235,7 +235,7 @@ def _product(rw: Rewriter, node: Node, weight: Constant) -> Arguments | None:
     plain = node.op == "Conv" and node.attrs.get("group", 1) == 1
     if not plain or any(k != 1 for k in weight.shape[2:]) or rw.opset < 11:  # Gemm needs a bias before
         return None
-    return Arguments({"transB": 1}, {1: turned(rw, Lowering(4), weight)}, "Gemm")
+    return Arguments({"transB": 1}, {1: convert_constant(rw, Lowering(4), weight)}, "Gemm")
 
 
 @converts(*POOLS)
@@ -271,7 +271,7 @@ def _per_channel(_rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
 def _reduction(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
     axes = attributes.axes_of(rw, node) or ()
     whole_plane = {3, 4} <= set(axes)
-    return along(rw, node, sorted({min(a, 3) for a in axes})) if whole_plane else BY_AXES[node.op](rw, low, node)
+    return reduce_axes(rw, node, sorted({min(a, 3) for a in axes})) if whole_plane else BY_AXES[node.op](rw, low, node)
 
 
 @converts("Resize", "Upsample")
@@ -282,11 +282,11 @@ def _resize(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
     if attributes.resized_by_sizes(rw, node):
         sizes = rw.integers(node.inputs[3])
         mapped = None if sizes is None or low.rank == 5 else low.every(sizes, 1)
-        return None if mapped is None else Arguments(dict(node.attrs), {3: array(mapped, np.int64)})
+        return None if mapped is None else Arguments(dict(node.attrs), {3: lazy_array(mapped, np.int64)})
     index = 1 if node.op == "Upsample" or rw.opset < 11 else 2
     scales = rw.value(node.inputs[index]) if len(node.inputs) > index else None
     mapped = None if scales is None or scales.size != low.rank else low.every(scales.tolist(), 1.0)
-    return None if mapped is None else Arguments(dict(node.attrs), {index: array(mapped, np.float32)})
+    return None if mapped is None else Arguments(dict(node.attrs), {index: lazy_array(mapped, np.float32)})
 
 
 @converts("Pad")
@@ -300,4 +300,4 @@ def _pad(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
         return None
     if rw.opset < 11:
         return Arguments({**node.attrs, "pads": [*begins, *ends]})
-    return Arguments(dict(node.attrs), {1: array([*begins, *ends], np.int64)})
+    return Arguments(dict(node.attrs), {1: lazy_array([*begins, *ends], np.int64)})
