@@ -183,11 +183,11 @@ def tabulated(rows: list[dict[str, Any]]) -> Table:
 def raced(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The models of two versions against the originals and each other."""
     from pwopt.graph.files import load
-    from pwopt.inputs.samples import make_feeds
+    from pwopt.inputs.samples import draw_feeds
     from pwopt.inputs.specs import input_specs
     from pwopt.running import timing
     from pwopt.running.session import Session
-    from pwopt.running.size_trials import likely_sizes
+    from pwopt.running.size_trials import choose_sizes
 
     originals, *versions = options.race
     rows = []
@@ -197,7 +197,7 @@ def raced(options: argparse.Namespace) -> list[dict[str, Any]]:
             continue
         proto = load(path).proto
         specs = input_specs(proto)
-        feeds = make_feeds(specs, likely_sizes(specs, proto, path).sizes)
+        feeds = draw_feeds(specs, choose_sizes(specs, proto, path).sizes)
         sessions = [Session(f) for f in files]
         race = timing.race(sessions, feeds, options.seconds)
         after = timing.Race(race.times[1:])

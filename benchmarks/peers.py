@@ -172,16 +172,16 @@ def compared(wanted: list[Any], got: list[Any]) -> str:
 def measure(path: Path, tools: Iterable[str], seconds: float) -> Row:
     """All that was made of one model, verified, and raced side by side."""
     from pwopt.graph.files import load
-    from pwopt.inputs.samples import make_feeds
+    from pwopt.inputs.samples import draw_feeds
     from pwopt.inputs.specs import input_specs
     from pwopt.running import timing
     from pwopt.running.session import Session
-    from pwopt.running.size_trials import likely_sizes
+    from pwopt.running.size_trials import choose_sizes
 
     proto = load(path).proto
     specs = input_specs(proto)
-    sizes = likely_sizes(specs, proto, path).sizes
-    feeds = make_feeds(specs, sizes)
+    sizes = choose_sizes(specs, proto, path).sizes
+    feeds = draw_feeds(specs, sizes)
     racers: list[Any] = [Session(path)]
     found: dict[str, Row] = {}
     with tempfile.TemporaryDirectory() as folder:

@@ -31,7 +31,7 @@ from pwopt.graph.shapes import written
 from pwopt.inputs.specs import input_specs
 from pwopt.reporting.report import to_json
 from pwopt.running import installation
-from pwopt.running.size_trials import rounds
+from pwopt.running.size_trials import choose_rounds
 
 #: What choosing sizes may take: bytes and seconds.
 MOST_BYTES, MOST_SECONDS = 1 << 30, 10.0
@@ -50,7 +50,7 @@ def row(name: str, path: Path) -> dict[str, Any]:
     Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
     before, start, idle = peak(), time.perf_counter(), sum(os.times()[:4])
     specs = input_specs(loaded.proto)
-    chosen = rounds(specs, loaded.proto, path)
+    chosen = choose_rounds(specs, loaded.proto, path)
     spent, busy = time.perf_counter() - start, sum(os.times()[:4]) - idle
     return {
         "model": name,

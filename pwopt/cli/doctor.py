@@ -20,10 +20,10 @@ def doctor(
     from pwopt.errors import ProviderError
     from pwopt.reporting.report import to_json
     from pwopt.reporting.terminal import render_findings
-    from pwopt.running.doctor import examine
+    from pwopt.running.doctor import check_installation
 
     wanted = None if provider is None else options.parse_provider(provider, provider_option)
-    found = examine(wanted)
+    found = check_installation(wanted)
     if json:
         print_json(to_json([asdict(f) for f in found]))
     else:

@@ -16,13 +16,13 @@ from pwopt.evidence.laws import Law, measure
 from pwopt.evidence.localise import localise
 from pwopt.graph.files import Source, as_file, load
 from pwopt.graph.sources import renamed
-from pwopt.inputs.samples import DEFAULT_KINDS, Feeds, Range, Sample, check_kinds, given_samples, random_samples
+from pwopt.inputs.samples import DEFAULT_KINDS, Feeds, Range, Sample, check_kinds, draw_samples, read_samples
 from pwopt.inputs.specs import InputSpec, input_specs
 from pwopt.rewriting.records import Rewrite
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import DEFAULT, Provider, as_provider
 from pwopt.running.session import Session, check_settings, find_fallbacks
-from pwopt.running.size_trials import narrowed, rounds
+from pwopt.running.size_trials import choose_rounds, narrow_specs
 
 #: Sizes by input name, for one round or for several.
 Shapes = Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]]
@@ -52,9 +52,9 @@ def samples_for(
     if inputs is not None and len(given) > 1:
         raise UsageError("given inputs have their own sizes; rounds of --shape are for random ones")
     if inputs is None:
-        chosen = rounds(specs, model, path, provider, given, progress)
-        return random_samples(specs, [c.sizes for c in chosen], kinds, ranges)
-    return given_samples(inputs, specs, given[0] if given else None)
+        chosen = choose_rounds(specs, model, path, provider, given, progress)
+        return draw_samples(specs, [c.sizes for c in chosen], kinds, ranges)
+    return read_samples(inputs, specs, given[0] if given else None)
 
 
 @renamed(kinds="samples", laws="invariants")
@@ -76,7 +76,7 @@ def verify(
     shapes : mapping of input name to sizes, or a sequence of those, optional
         For dynamic dimensions; several are rounds. Without any, two likely ones are tried.
     inputs : path, dict of arrays, or a sequence of those, optional
-        Instead of random inputs; files and folders as for `pwopt.inputs.samples.given_samples`.
+        Instead of random inputs; files and folders as for `pwopt.inputs.samples.read_samples`.
     samples : sequence of str
         Distributions of random inputs, of `pwopt.inputs.samples.KINDS`.
     ranges : mapping of input name to (low, high), optional
@@ -107,7 +107,7 @@ def verify(
     check_settings(threads, rtol, atol)
     placed = as_provider(provider)
     first = load(original).proto
-    specs = narrowed(input_specs(first), input_specs(load(candidate).proto))
+    specs = narrow_specs(input_specs(first), input_specs(load(candidate).proto))
     with as_file(original) as a, as_file(candidate) as b:
         progress("choosing inputs", 0.0)
         drawn = samples_for(specs, first, a, placed, shapes, inputs, samples, ranges, progress)

@@ -1,1 +1,1 @@
-"""What models take: their inputs, sizes for open axes, and values, found without running anything."""
+"""Inputs of models: specifications, sizes for open axes, and values. Nothing here runs a model."""

@@ -1,4 +1,4 @@
-"""Values for a model's inputs: random, or from files."""
+"""Values for a model's inputs: drawn at random, or read from files."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from pwopt.graph.dtypes import floating
 from pwopt.graph.shapes import written
 from pwopt.inputs.specs import InputSpec, check_shapes
 
-#: Distributions that floating-point inputs can be drawn from, each with what it holds.
+#: Distributions of floating-point inputs, each with a description.
 KINDS = {
     "normal": "standard normal",
     "uniform": "uniform on [0, 1)",
     "zeros": "zeros",
     "large": "normal with a standard deviation of 1000",
 }
-#: What every comparison runs on if nothing else is asked for; a kind that comes twice is drawn twice.
+#: Distributions of every comparison by default; one that is listed twice is drawn twice.
 DEFAULT_KINDS = ("normal", "uniform", "normal")
 #: Standard deviation of "large" inputs: beyond raw 8-bit pixels, far from the largest float16.
 LARGE = 1000.0
@@ -40,14 +40,14 @@ Range = tuple[float, float]
 
 @dataclass(frozen=True)
 class Sample:
-    """One set of inputs, and what to call it in a report."""
+    """One set of inputs, with a label for reports."""
 
     label: str
     feeds: Feeds
 
 
 def parse_range(text: str) -> tuple[str, Range]:
-    """``NAME=0:255`` → name, smallest and largest value."""
+    """Parse ``NAME=0:255`` to a name, a smallest and a largest value."""
     number = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
     found = re.fullmatch(rf"(.+)=({number}):({number})", text)
     if found is None or float(found[2]) > float(found[3]):
@@ -56,7 +56,12 @@ def parse_range(text: str) -> tuple[str, Range]:
 
 
 def check_kinds(kinds: Sequence[str], specs: Sequence[InputSpec], ranges: Mapping[str, Range]) -> None:
-    """Refuse distributions that do not exist, and ranges of inputs that do not."""
+    """Refuse unknown distributions, and ranges of unknown inputs.
+
+    Raises
+    ------
+    UsageError
+    """
     for kind in kinds:
         if kind not in KINDS:
             raise UsageError(f"there is no distribution {kind!r}; there are {', '.join(KINDS)}")
@@ -68,14 +73,14 @@ def check_kinds(kinds: Sequence[str], specs: Sequence[InputSpec], ranges: Mappin
             raise UsageError(f"there is no numeric input {name!r}; the model has {', '.join(map(repr, names))}")
 
 
-def make_feeds(
+def draw_feeds(
     specs: Sequence[InputSpec],
     shapes: Mapping[str, Sequence[int]],
     kind: str = "normal",
     seed: int = 0,
     ranges: Mapping[str, Range] | None = None,
 ) -> Feeds:
-    """Random inputs, reproducible.
+    """Draw random inputs, reproducibly.
 
     Parameters
     ----------
@@ -84,7 +89,7 @@ def make_feeds(
         are 0 and 1, which mean something in most models. All are 0 for "zeros".
     seed : int
     ranges : mapping of input name to (low, high), optional
-        Those are uniform there instead, whatever the kind; integers with both ends.
+        These inputs are uniform there instead, whatever the kind; for integers, both ends are included.
     """
     rng = np.random.default_rng(seed)
     return {s.name: _draw(s, tuple(shapes[s.name]), kind, rng, (ranges or {}).get(s.name)) for s in specs}
@@ -109,41 +114,41 @@ def _draw(spec: InputSpec, shape: tuple[int, ...], kind: str, rng: np.random.Gen
     return np.asarray(rng.integers(int(np.ceil(low)), int(np.floor(high)), shape, endpoint=True)).astype(spec.dtype)
 
 
-def random_samples(
+def draw_samples(
     specs: Sequence[InputSpec],
     rounds: Sequence[Mapping[str, Sequence[int]]],
     kinds: Sequence[str] = DEFAULT_KINDS,
     ranges: Mapping[str, Range] | None = None,
 ) -> list[Sample]:
-    """Each distribution in each round of sizes."""
+    """Draw each distribution at each round of sizes."""
     names = [kind if kind not in kinds[:i] else f"{kind} {kinds[:i].count(kind) + 1}" for i, kind in enumerate(kinds)]
     return [
-        Sample(f"{names[seed]}, {_sizes(sizes)}", make_feeds(specs, sizes, kind, seed, ranges))
+        Sample(f"{names[seed]}, {_format_sizes(sizes)}", draw_feeds(specs, sizes, kind, seed, ranges))
         for sizes in rounds
         for seed, kind in enumerate(kinds)
     ]
 
 
-def _sizes(sizes: Mapping[str, Sequence[int]]) -> str:
+def _format_sizes(sizes: Mapping[str, Sequence[int]]) -> str:
     return " ".join(f"{name} {written(shape)}" for name, shape in sizes.items())
 
 
-def given_samples(
+def read_samples(
     given: str | os.PathLike[str] | Mapping[str, Any] | Sequence[Any],
     specs: Sequence[InputSpec],
     shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> list[Sample]:
-    """Inputs from memory or from files.
+    """Read inputs from memory or from files.
 
     Parameters
     ----------
     given : mapping of input name to array, path, or a sequence of those
-        A path is an .npz with one array per input; an .npy or .pb for the only input; a folder of .npz; a folder with
-        one .npy per input, named after it (or any .npy, for the only input); a folder with ``input_0.pb``,
-        ``input_1.pb``… in the order of the inputs; or a folder of such folders (``test_data_set_0``…), as ONNX
-        models are published with.
+        A path is one of these: an .npz with one array per input; an .npy or .pb, if the model has one input; a folder
+        of .npz files; a folder with one .npy per input, named after it (or any .npy files, if the model has one input);
+        a folder with ``input_0.pb``, ``input_1.pb``… in the order of the inputs; a folder of such folders
+        (``test_data_set_0``…), as published beside ONNX models.
     shapes : mapping of input name to sizes, optional
-        What they must have.
+        Sizes that the inputs must have.
 
     Raises
     ------
@@ -151,28 +156,28 @@ def given_samples(
         If an input is missing or cannot be read, or one does not fit the model or the given shapes.
     """
     if isinstance(given, Mapping):
-        return [Sample("given", as_feeds(given, specs, shapes))]
+        return [Sample("given", check_feeds(given, specs, shapes))]
     if not isinstance(given, (str, os.PathLike)):
-        return [sample for one in given for sample in given_samples(one, specs, shapes)]
-    found = list(_sets(Path(given), specs))
+        return [sample for one in given for sample in read_samples(one, specs, shapes)]
+    found = list(_read_sets(Path(given), specs))
     if not found:
         raise UsageError(f"there are no inputs in the folder {str(given)!r}; it needs .npz, .npy or input_0.pb files")
-    return [Sample(str(path), as_feeds(arrays, specs, shapes, repr(str(path)))) for path, arrays in found]
+    return [Sample(str(path), check_feeds(arrays, specs, shapes, repr(str(path)))) for path, arrays in found]
 
 
-def _sets(path: Path, specs: Sequence[InputSpec]) -> list[tuple[Path, dict[str, Values]]]:
-    """Every set of inputs that a path leads to."""
+def _read_sets(path: Path, specs: Sequence[InputSpec]) -> list[tuple[Path, dict[str, Values]]]:
+    """Read every set of inputs under a path."""
     if not path.is_dir():
         return [(path, _read(path, specs))]
     protos = sorted(path.glob("input_*.pb"), key=lambda p: (len(p.stem), p.stem))
     if protos:
-        named = [_tensor(p) for p in protos]
+        named = [_read_tensor(p) for p in protos]
         names = {s.name for s in specs}
         if all(t.name in names for t in named):
-            return [(path, {t.name: _values(t, p) for t, p in zip(named, protos, strict=True)})]
+            return [(path, {t.name: _to_array(t, p) for t, p in zip(named, protos, strict=True)})]
         if len(protos) != len(specs):
             raise UsageError(f"{str(path)!r} has {len(protos)} inputs, and the model {len(specs)}")
-        return [(path, {s.name: _values(t, p) for s, t, p in zip(specs, named, protos, strict=True)})]
+        return [(path, {s.name: _to_array(t, p) for s, t, p in zip(specs, named, protos, strict=True)})]
     arrays = sorted(path.glob("*.npy"))
     if arrays and {s.name for s in specs} <= {p.stem for p in arrays}:
         return [(path, {s.name: _load(path / f"{s.name}.npy") for s in specs})]
@@ -180,19 +185,19 @@ def _sets(path: Path, specs: Sequence[InputSpec]) -> list[tuple[Path, dict[str, 
     if files:
         return [(p, _read(p, specs)) for p in files]
     folders = sorted((p for p in path.iterdir() if p.is_dir()), key=lambda p: (len(p.name), p.name))
-    return [s for folder in folders for s in _sets(folder, specs)]
+    return [s for folder in folders for s in _read_sets(folder, specs)]
 
 
 def _read(path: Path, specs: Sequence[InputSpec]) -> dict[str, Values]:
     if path.suffix == ".pb":
-        alone = _values(_tensor(path), path)
+        alone = _to_array(_read_tensor(path), path)
     else:
         loaded = _load(path)
         if not isinstance(loaded, np.ndarray):
             try:
                 return {name: loaded[name] for name in loaded.files}
             except ValueError as error:
-                raise _unreadable(path, error) from error
+                raise _read_error(path, error) from error
         alone = loaded
     if len(specs) != 1:
         names = ", ".join(repr(s.name) for s in specs)
@@ -204,14 +209,14 @@ def _load(path: Path) -> Any:
     try:
         return np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:
-        raise _unreadable(path, error) from error
+        raise _read_error(path, error) from error
 
 
-def _unreadable(path: Path, error: Exception) -> UsageError:
+def _read_error(path: Path, error: Exception) -> UsageError:
     return UsageError(f"{str(path)!r} cannot be read as .npz ({error}); save one with numpy.savez")
 
 
-def _tensor(path: Path) -> onnx.TensorProto:
+def _read_tensor(path: Path) -> onnx.TensorProto:
     tensor = onnx.TensorProto()
     try:
         tensor.ParseFromString(path.read_bytes())
@@ -220,20 +225,20 @@ def _tensor(path: Path) -> onnx.TensorProto:
     return tensor
 
 
-def _values(tensor: onnx.TensorProto, path: Path) -> Values:
+def _to_array(tensor: onnx.TensorProto, path: Path) -> Values:
     try:
         return np.asarray(numpy_helper.to_array(tensor))
     except (ValueError, TypeError) as error:
         raise UsageError(f"{str(path)!r} does not hold a tensor ({error})") from error
 
 
-def as_feeds(
+def check_feeds(
     given: Mapping[str, Any],
     specs: Sequence[InputSpec],
     shapes: Mapping[str, Sequence[int]] | None = None,
     where: str = "the given inputs",
 ) -> Feeds:
-    """Arrays in the model's types, checked.
+    """Check arrays, and convert them to the model's types.
 
     Raises
     ------

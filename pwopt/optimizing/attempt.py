@@ -212,8 +212,8 @@ class Pair:
         fewest, most = PROFILED
         each = (report.latency.before_ms + report.latency.after_ms) / 1e3 if report.latency is not None else PROFILING
         runs = max(fewest, min(most, int(PROFILING / each)))
-        before, after = bench.node_times(files, provider, threads, feeds, runs)
-        operators = {"before": bench.by_operator(before), "after": bench.by_operator(after)}
+        before, after = bench.time_nodes(files, provider, threads, feeds, runs)
+        operators = {"before": bench.sum_by_operator(before), "after": bench.sum_by_operator(after)}
         listed = layers(*protos, report.rewrites, (before, after)) if all(copies) else None
         return replace(report, operators=operators, layers=listed)
 

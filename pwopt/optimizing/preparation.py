@@ -17,14 +17,14 @@ from pwopt.evidence.certify import certify, unchecked
 from pwopt.graph.files import from_proto, with_fixed_inputs
 from pwopt.graph.model import Model
 from pwopt.graph.opset import convert_opset
-from pwopt.inputs.samples import Sample, given_samples, random_samples
+from pwopt.inputs.samples import Sample, draw_samples, read_samples
 from pwopt.inputs.specs import check_shapes, input_specs
 from pwopt.optimizing.request import EFFORTS, Request
 from pwopt.rewriting.driver import Pass
 from pwopt.rewriting.records import Site
 from pwopt.running import installation
 from pwopt.running.session import check_settings
-from pwopt.running.size_trials import ChosenSizes, Sizes, likely_sizes, rounds, told
+from pwopt.running.size_trials import ChosenSizes, Sizes, choose_rounds, choose_sizes, explain_sizes
 from pwopt.running.worker import Worker
 from pwopt.selecting.rewrite_selection import Compilation, Environment
 from pwopt.selecting.snapshot import select_passes, without_calls
@@ -159,18 +159,18 @@ def gather(source: Model, original: Path, request: Request) -> Problem:
     if request.verify and request.measured:
         installation.import_onnxruntime()
     runs = request.verify and installation.is_available()
-    samples = [] if request.inputs is None else given_samples(request.inputs, specs, first)
+    samples = [] if request.inputs is None else read_samples(request.inputs, specs, first)
     request.progress("choosing inputs", 0.0)
     if samples:
         chosen = [ChosenSizes({name: value.shape for name, value in samples[0].feeds.items()})]
     elif runs:
-        chosen = rounds(specs, source.proto, original, request.execution_provider, given, request.progress)
-        samples = random_samples(specs, [c.sizes for c in (chosen[:1] if request.static else chosen)])
+        chosen = choose_rounds(specs, source.proto, original, request.execution_provider, given, request.progress)
+        samples = draw_samples(specs, [c.sizes for c in (chosen[:1] if request.static else chosen)])
     else:
-        chosen = [likely_sizes(specs, source.proto, shapes=first)]
+        chosen = [choose_sizes(specs, source.proto, shapes=first)]
     guessed = not given and request.inputs is None and bool(specs)
     arena = Environment(request.execution_provider, request.first_threads, samples) if runs else None
-    return Problem(source, original, samples, chosen[0].sizes, guessed, tuple(told(chosen[0])), arena)
+    return Problem(source, original, samples, chosen[0].sizes, guessed, tuple(explain_sizes(chosen[0])), arena)
 
 
 def plan(subject: Problem, request: Request, folder: Path) -> Compilation:

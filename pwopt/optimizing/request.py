@@ -42,7 +42,7 @@ class Request:
         are what is optimised for; at none of the others may the result be slower.
     inputs : path, dict of arrays, or a sequence of those, optional
         Inputs to verify on, and to time on the first of, instead of random ones; see
-        `pwopt.inputs.samples.given_samples`.
+        `pwopt.inputs.samples.read_samples`.
     passes : sequence of str, pass classes and passes, optional
         Passes to run, in order; by default pwopt's own, then those of installed packages, then `plugins`. Measured
         passes that are named are not raced, but applied wherever they are exact; classes and instances are treated as

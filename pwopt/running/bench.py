@@ -1,4 +1,4 @@
-"""Models side by side: latency with its interval, cold start, memory, and where the time goes."""
+"""Benchmark models side by side: latency with its interval, cold start, memory, and time per operator."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ from pwopt.errors import UsageError
 from pwopt.graph.files import load
 from pwopt.graph.operators import VIEWS
 from pwopt.graph.sources import renamed
-from pwopt.inputs.samples import Feeds, make_feeds
+from pwopt.inputs.samples import Feeds, draw_feeds
 from pwopt.inputs.specs import InputSpec, check_shapes, input_specs
 from pwopt.running import installation, providers, timing
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider, as_provider
 from pwopt.running.session import NodeTime, Session, check_settings, nodes_elsewhere
-from pwopt.running.size_trials import Sizes, likely_sizes
+from pwopt.running.size_trials import Sizes, choose_sizes
 
-#: What Linux says of a process's memory (proc(5)).
+#: Linux's description of a process's memory (proc(5)).
 STATUS = Path("/proc/self/status")
-#: Operators that only change how a tensor lies in memory.
+#: Operators that only change the layout of a tensor in memory.
 LAYOUT = VIEWS | {"ReorderInput", "ReorderOutput", "Transpose"}
-#: Runs under the profiler.
+#: Number of runs under the profiler.
 PROFILED = 10
 
 
@@ -55,15 +55,15 @@ class Row:
     session_ms, first_run_ms : float
         Loading the model, and its first run, in a process of its own.
     memory_mb : float
-        What loading and the first run added to that process's peak.
+        By how much loading and the first run increase the peak memory of that process.
     device_mb : float or None
-        What they added to the memory in use on the graphics card, which onnxruntime keeps; None where there is none.
+        By how much they increase the memory in use on the graphics card; None without a card.
     operators : dict
         Operator → milliseconds per run under the profiler, the slowest first.
     layout_share : float
-        The part of that time that goes into changes of layout.
+        The fraction of that time in `LAYOUT` operators.
     elsewhere : int
-        How many nodes the provider left to another one.
+        How many nodes ran on another provider.
     """
 
     model: str
@@ -130,23 +130,23 @@ def benchmark(
     check_settings(threads, None, None)
     paths, placed = [Path(m) for m in models], as_provider(provider)
     model = load(paths[0]).proto
-    specs = _common_inputs(model, paths)
+    specs = _check_common_inputs(model, paths)
     rows: list[Row] = []
     for size in batch or (None,):
-        sizes = likely_sizes(specs, model, paths[0], placed, shapes, progress).sizes
+        sizes = choose_sizes(specs, model, paths[0], placed, shapes, progress).sizes
         if size is not None:
-            batched = _batched(specs, sizes, size)
-            sizes = likely_sizes(specs, model, paths[0], placed, batched, progress).sizes
-        told = progress if size is None else functools.partial(_at_batch, progress, size)
-        rows += _raced(paths, specs, sizes, placed, threads, seconds, told)
+            batched = _set_batch(specs, sizes, size)
+            sizes = choose_sizes(specs, model, paths[0], placed, batched, progress).sizes
+        report = progress if size is None else functools.partial(_report_batch, progress, size)
+        rows += _race_models(paths, specs, sizes, placed, threads, seconds, report)
     return rows
 
 
-def _at_batch(progress: Progress, batch: int, stage: str, done: float) -> None:
+def _report_batch(progress: Progress, batch: int, stage: str, done: float) -> None:
     progress(f"{stage} at batch {batch}", done)
 
 
-def _raced(
+def _race_models(
     paths: Sequence[Path],
     specs: Sequence[InputSpec],
     sizes: Sizes,
@@ -155,21 +155,21 @@ def _raced(
     seconds: float,
     progress: Progress,
 ) -> list[Row]:
-    """A row for each model, all raced at the same sizes."""
+    """Race all models at the same sizes; returns one row per model."""
     for path in paths[1:]:
         check_shapes(input_specs(load(path).proto), sizes)
-    feeds = make_feeds(specs, sizes)
+    feeds = draw_feeds(specs, sizes)
     openers = [functools.partial(Session, p, provider, threads, tf32=True) for p in paths]
     race = timing.race(openers, feeds, seconds, progress)
     rows = []
     for i, path in enumerate(paths):
         progress(f"profiling {path.name}", i / len(paths))
-        rows.append(_row(path, i, race, provider, threads, sizes, feeds))
+        rows.append(_measure_model(path, i, race, provider, threads, sizes, feeds))
     return rows
 
 
-def _common_inputs(first: onnx.ModelProto, paths: Sequence[Path]) -> list[InputSpec]:
-    """The inputs that all of some models take, of which the first is loaded."""
+def _check_common_inputs(first: onnx.ModelProto, paths: Sequence[Path]) -> list[InputSpec]:
+    """Read the inputs of the first model, and check that the others have the same."""
     specs = input_specs(first)
     for path in paths[1:]:
         theirs = [(s.name, s.dtype) for s in input_specs(load(path).proto)]
@@ -178,7 +178,9 @@ def _common_inputs(first: onnx.ModelProto, paths: Sequence[Path]) -> list[InputS
     return specs
 
 
-def _batched(specs: Sequence[InputSpec], sizes: Mapping[str, Sequence[int]], batch: int) -> dict[str, tuple[int, ...]]:
+def _set_batch(
+    specs: Sequence[InputSpec], sizes: Mapping[str, Sequence[int]], batch: int
+) -> dict[str, tuple[int, ...]]:
     if batch < 1:
         raise UsageError(f"a batch has 1 or more samples, not {batch}")
     dynamic = {s.name for s in specs if s.shape and not isinstance(s.shape[0], int)}
@@ -187,7 +189,7 @@ def _batched(specs: Sequence[InputSpec], sizes: Mapping[str, Sequence[int]], bat
     return {name: (batch, *size[1:]) if name in dynamic else tuple(size) for name, size in sizes.items()}
 
 
-def _row(
+def _measure_model(
     path: Path,
     index: int,
     race: timing.Race,
@@ -196,9 +198,9 @@ def _row(
     sizes: dict[str, tuple[int, ...]],
     feeds: Feeds,
 ) -> Row:
-    cold = _cold(path, provider, threads, feeds)
-    operators = by_operator(node_times([path], provider, threads, feeds)[0])
-    placed = _profiles([path], provider, threads, feeds)[0].placement()
+    cold = _measure_cold_start(path, provider, threads, feeds)
+    operators = sum_by_operator(time_nodes([path], provider, threads, feeds)[0])
+    placed = _profile([path], provider, threads, feeds)[0].placement()
     total = sum(operators.values())
     return Row(
         str(path),
@@ -217,25 +219,25 @@ def _row(
     )
 
 
-def node_times(
+def time_nodes(
     paths: Sequence[Path], provider: Provider, threads: int, feeds: Feeds, runs: int = PROFILED
 ) -> list[list[NodeTime]]:
-    """For each model: every node that ran under the profiler, with its time."""
-    return [s.nodes() for s in _profiles(paths, provider, threads, feeds, runs)]
+    """Profile models; returns the nodes of each, with their times."""
+    return [s.nodes() for s in _profile(paths, provider, threads, feeds, runs)]
 
 
-def by_operator(nodes: Iterable[NodeTime]) -> dict[str, float]:
-    """Operator → milliseconds per run, the slowest first."""
+def sum_by_operator(nodes: Iterable[NodeTime]) -> dict[str, float]:
+    """Sum node times by operator, in milliseconds per run, the slowest first."""
     total: dict[str, float] = {}
     for node in nodes:
         total[node.op] = total.get(node.op, 0.0) + node.seconds * 1e3
     return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
-def _profiles(
+def _profile(
     paths: Sequence[Path], provider: Provider, threads: int, feeds: Feeds, runs: int = PROFILED
 ) -> list[Session]:
-    """Models run under the profiler, in turn, so that slow spells hit all alike."""
+    """Run models under the profiler in turn, so that a slow period affects all of them."""
     sessions = [Session(path, provider, threads, profile=True) for path in paths]
     for _ in range(runs):
         for session in sessions:
@@ -243,9 +245,9 @@ def _profiles(
     return sessions
 
 
-def _cold(path: Path, provider: Provider, threads: int, feeds: Feeds) -> dict[str, float]:
-    """Load and run a model once in a new process: seconds for each, and bytes that its peak grew by."""
-    with _saved(feeds) as inputs:
+def _measure_cold_start(path: Path, provider: Provider, threads: int, feeds: Feeds) -> dict[str, float]:
+    """Load and run a model once in a new process; returns seconds of both, and the increase of memory in bytes."""
+    with _save_inputs(feeds) as inputs:
         command = [sys.executable, "-m", "pwopt.running.bench", str(path), provider.text, str(threads), str(inputs)]
         done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode:
@@ -256,7 +258,7 @@ def _cold(path: Path, provider: Provider, threads: int, feeds: Feeds) -> dict[st
 
 
 @contextlib.contextmanager
-def _saved(feeds: Feeds) -> Iterator[Path]:
+def _save_inputs(feeds: Feeds) -> Iterator[Path]:
     with tempfile.TemporaryDirectory(prefix="pwopt-", ignore_cleanup_errors=True) as folder:
         path = Path(folder) / "inputs.npz"
         arrays: dict[str, Any] = {name: value for name, value in feeds.items() if isinstance(value, np.ndarray)}
@@ -264,8 +266,8 @@ def _saved(feeds: Feeds) -> Iterator[Path]:
         yield path
 
 
-def _peak() -> float:
-    """The most memory that this process has held since the last `_forget_peak`, in bytes; 0 if the system hides it."""
+def _read_peak() -> float:
+    """Read the peak memory of this process since the last `_reset_peak`, in bytes; 0 if the system does not say."""
     if STATUS.exists():
         lines = STATUS.read_text(encoding="utf-8").splitlines()
         return next((float(line.split()[1]) * 1024 for line in lines if line.startswith("VmHWM:")), 0.0)
@@ -277,31 +279,31 @@ def _peak() -> float:
     return most * (1.0 if sys.platform == "darwin" else 1024.0)
 
 
-def _forget_peak() -> None:
-    """Start `_peak` anew (Linux, proc(5))."""
+def _reset_peak() -> None:
+    """Reset the peak memory of this process (Linux, proc(5))."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
-def _child(path: str, provider: str, threads: str, inputs: str) -> None:
+def _run_child(path: str, provider: str, threads: str, inputs: str) -> None:
     installation.silence_onnxruntime()
     installation.import_onnxruntime()
     feeds = dict(np.load(inputs))
     placed = as_provider(provider)
-    card = providers.card(placed)
-    _forget_peak()
-    before = _peak()
+    card = providers.find_card(placed)
+    _reset_peak()
+    before = _read_peak()
     start = time.perf_counter()
     session = Session(path, placed, int(threads), tf32=True)
     loaded = time.perf_counter()
     session.run(feeds)
     ran = time.perf_counter()
-    measured = {"session": loaded - start, "first": ran - loaded, "memory": _peak() - before}
-    since = providers.card(placed)
+    measured = {"session": loaded - start, "first": ran - loaded, "memory": _read_peak() - before}
+    since = providers.find_card(placed)
     if card is not None and since is not None:
         measured["device"] = (since.used - card.used) * 1.048576
     sys.stdout.write(json.dumps(measured) + "\n")
 
 
 if __name__ == "__main__":
-    _child(*sys.argv[1:])
+    _run_child(*sys.argv[1:])

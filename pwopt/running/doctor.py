@@ -1,4 +1,4 @@
-"""What is installed here, which execution providers really start, why others do not, and what would mend it."""
+"""Check the installation: versions, execution providers that start, and remedies for those that do not."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from pwopt.running import installation, providers
 from pwopt.running.providers import Provider, as_provider
 from pwopt.running.session import Session, find_fallbacks
 
-#: What pwopt rests on, besides onnxruntime.
+#: pwopt's dependencies whose versions are listed, besides onnxruntime.
 PACKAGES = ("pwopt", "onnx", "numpy", "onnx-graphsurgeon", "ml-dtypes")
-#: Wheels that hold what CUDA's provider loads.
+#: Wheels with the libraries that the CUDA provider loads.
 CUDA_WHEELS = ("nvidia-cuda-runtime", "nvidia-cublas", "nvidia-cufft", "nvidia-curand", "nvidia-cudnn")
 #: Seconds that a provider may take to start; TensorRT builds an engine.
 PATIENCE = 120
@@ -30,16 +30,16 @@ PATIENCE = 120
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes
     ----------
     subject : str
     ok : bool or None
-        None for what is neither good nor bad.
+        None for information that is neither good nor bad.
     detail : str
     remedy : str
-        What would mend it, or "".
+        What to do, or "".
     """
 
     subject: str
@@ -48,18 +48,18 @@ class Finding:
     remedy: str = ""
 
 
-def examine(provider: str | Provider | None = None) -> list[Finding]:
-    """Look at this installation.
+def check_installation(provider: str | Provider | None = None) -> list[Finding]:
+    """Check this installation.
 
     Parameters
     ----------
     provider : str or Provider, optional
-        The only provider to start; all that this onnxruntime has by default.
+        The only provider to check. By default, all providers of this onnxruntime are started.
 
     Returns
     -------
     list of Finding
-        Those on providers last, each started on a small model in a process of its own.
+        Those on providers come last. Each provider runs a small model in a process of its own.
 
     Raises
     ------
@@ -67,31 +67,31 @@ def examine(provider: str | Provider | None = None) -> list[Finding]:
         If there is no such provider.
     """
     wanted = None if provider is None else as_provider(provider)
-    found = [_machine(), *_packages(), _wheels(), *_cards()]
+    found = [_check_machine(), *_check_packages(), _check_wheels(), *_list_cards()]
     try:
         there = installation.import_onnxruntime().get_available_providers()
     except ProviderError as error:
         return [*found, Finding("onnxruntime", False, str(error), "pip install 'pwopt[cpu]'")]
     if wanted is not None:
-        return [*found, start(wanted)]
-    return [*found, *(start(Provider(name, text=name)) for name in there)]
+        return [*found, check_provider(wanted)]
+    return [*found, *(check_provider(Provider(name, text=name)) for name in there)]
 
 
-def _machine() -> Finding:
+def _check_machine() -> Finding:
     system, processor = platform.platform(), installation.cpu_name()
     detail = f"Python {platform.python_version()}, {system}, {processor}, {os.cpu_count()} cores"
     return Finding("machine", None, detail)
 
 
-def _packages() -> list[Finding]:
+def _check_packages() -> list[Finding]:
     versions = installation.find_distributions()
     own = ", ".join(f"{name} {versions.get(name, '(not installed)')}" for name in PACKAGES)
     cuda = [f"{name} {version}" for name, version in versions.items() if name.startswith(CUDA_WHEELS)]
     return [Finding("packages", None, own)] + ([Finding("CUDA's wheels", None, ", ".join(cuda))] if cuda else [])
 
 
-def _wheels() -> Finding:
-    """onnxruntime's wheels: one works, two overwrite each other."""
+def _check_wheels() -> Finding:
+    """Check onnxruntime's wheels: one works, two overwrite each other."""
     installed = installation.find_wheels()
     listed = ", ".join(f"{name} {version}" for name, version in installed.items())
     if len(installed) == 1:
@@ -102,15 +102,15 @@ def _wheels() -> Finding:
     return Finding("onnxruntime", False, f"{listed}: they install into one folder, over each other", remedy)
 
 
-def _cards() -> list[Finding]:
+def _list_cards() -> list[Finding]:
     return [
         Finding(f"card {i}", None, f"{c.name}, driver {c.driver}, {c.used:,.0f} of {c.total:,.0f} MiB in use")
-        for i, c in enumerate(providers.cards())
+        for i, c in enumerate(providers.list_cards())
     ]
 
 
-def start(provider: Provider) -> Finding:
-    """Start one provider on a small model, in a process of its own, since native code may crash."""
+def check_provider(provider: Provider) -> Finding:
+    """Run a small model on one provider, in a process of its own, since native code may crash."""
     command = [sys.executable, "-m", "pwopt.running.doctor", provider.text]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
@@ -127,8 +127,8 @@ def start(provider: Provider) -> Finding:
     return Finding(provider.text, not detail, detail or "starts, and runs a model", sep[2:] + remedy)
 
 
-def _try(provider: Provider) -> tuple[str, list[str]]:
-    """Why a provider does not run a small model, else ""; and the providers that run it instead."""
+def _run_small_model(provider: Provider) -> tuple[str, list[str]]:
+    """Run a small model on a provider. Returns why that fails (else ""), and the providers that ran it instead."""
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in "xy")
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "small", [x], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
@@ -147,4 +147,4 @@ def _try(provider: Provider) -> tuple[str, list[str]]:
 
 if __name__ == "__main__":
     installation.silence_onnxruntime()
-    sys.stdout.write("\n" + json.dumps(_try(as_provider(sys.argv[1]))) + "\n")
+    sys.stdout.write("\n" + json.dumps(_run_small_model(as_provider(sys.argv[1]))) + "\n")

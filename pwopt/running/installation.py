@@ -1,4 +1,4 @@
-"""What is installed: onnxruntime and its wheels, versions, and the machine."""
+"""The installation: onnxruntime and its wheels, versions of packages, and the machine."""
 
 from __future__ import annotations
 
@@ -23,19 +23,19 @@ from pwopt.running import providers
 from pwopt.running.providers import Provider
 from pwopt.version import __version__
 
-#: What Linux says of the processor.
+#: Linux's description of the processor.
 CPUINFO = Path("/proc/cpuinfo")
-#: The wheels that onnxruntime comes in; all of them install into one folder.
+#: Wheels of onnxruntime; all of them install into one folder.
 DISTRIBUTIONS = re.compile(r"onnxruntime(-gpu|-openvino|-directml|-rocm|-training|-qnn)?")
 
 
 def import_onnxruntime() -> ModuleType:
-    """The onnxruntime module.
+    """Import onnxruntime.
 
     Raises
     ------
     ProviderError
-        If none is installed.
+        If it is not installed, or its installation is broken.
     """
     try:
         import onnxruntime as ort
@@ -50,27 +50,27 @@ def import_onnxruntime() -> ModuleType:
 
 
 def find_wheels() -> dict[str, str]:
-    """Wheels of onnxruntime where it is imported from, with their versions; more than one overwrite each other."""
+    """Find the wheels of onnxruntime in the folder of the imported one. Several overwrite each other."""
     spec = find_spec("onnxruntime")
     where = [str(Path(spec.origin).parent.parent)] if spec is not None and spec.origin else sys.path
     return {name: version for name, version in find_distributions(where).items() if DISTRIBUTIONS.fullmatch(name)}
 
 
 def find_distributions(where: Sequence[str] | None = None) -> dict[str, str]:
-    """Distributions in some folders, by default all that Python sees: normalised name (PEP 503) → version."""
+    """Find distributions in some folders, by default on sys.path. Returns normalised name (PEP 503) → version."""
     found = metadata.distributions(path=list(sys.path if where is None else where))
     named = ((d.metadata["Name"], d.version) for d in found if d.metadata["Name"])
     return dict(sorted((re.sub(r"[-_.]+", "-", name).lower(), version) for name, version in named))
 
 
 def suggest_wheel(wanted: str) -> str:
-    """How to come from whatever wheels are installed to one that works."""
+    """Say how to replace the installed wheels by one that works."""
     installed = " ".join(find_wheels()) or "onnxruntime"
     return f"pip uninstall {installed}, then pip install '{wanted}'"
 
 
 def silence_onnxruntime() -> None:
-    """Keep onnxruntime's own log off the terminal; for programs, since it is a setting of the whole process."""
+    """Silence onnxruntime's log. This is a setting of the whole process, so only programs call it."""
     if is_available():
         import_onnxruntime().set_default_logger_severity(4)
 
@@ -84,12 +84,12 @@ def is_available() -> bool:
 
 
 def describe_machine(provider: Provider = providers.DEFAULT, threads: int = 1) -> dict[str, Any]:
-    """Versions and machine, for reports."""
+    """Collect versions, the machine and the settings, for reports."""
     try:
         ort = import_onnxruntime().__version__
     except ProviderError:
         ort = None
-    card = providers.card(provider)
+    card = providers.find_card(provider)
     return {
         "pwopt": __version__,
         "onnxruntime": ort,
@@ -106,7 +106,7 @@ def describe_machine(provider: Provider = providers.DEFAULT, threads: int = 1) -
 
 
 def cpu_name() -> str:
-    """The processor, as its maker calls it where the system tells."""
+    """The processor's name, as detailed as the system gives it."""
     if CPUINFO.exists():
         for line in CPUINFO.read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

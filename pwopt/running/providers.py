@@ -1,4 +1,4 @@
-"""Execution providers: what they are called, which options they take, and why one does not start here."""
+"""Execution providers: their names and options, and why one does not start on this machine."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from types import ModuleType
 
 from pwopt.errors import ProviderError, UsageError
 
-#: Short names of execution providers; any other is taken literally.
+#: Short name → onnxruntime's name of an execution provider; other names are taken literally.
 PROVIDERS = {
     "cpu": "CPUExecutionProvider",
     "cuda": "CUDAExecutionProvider",
@@ -27,15 +27,15 @@ PROVIDERS = {
     "rocm": "ROCMExecutionProvider",
 }
 CPU, CUDA, TENSORRT = PROVIDERS["cpu"], PROVIDERS["cuda"], PROVIDERS["tensorrt"]
-#: What to install when a provider is missing.
+#: The package to install when a provider is missing.
 WHEELS = {CPU: "pwopt[cpu]", CUDA: "pwopt[gpu]", TENSORRT: "pwopt[gpu]", PROVIDERS["openvino"]: "onnxruntime-openvino"}
-#: Providers on NVIDIA's cards, each with the library in onnxruntime's wheel that it lies in.
+#: Providers for NVIDIA's cards, each with its library in onnxruntime's wheel.
 NVIDIA = {CUDA: "onnxruntime_providers_cuda", TENSORRT: "onnxruntime_providers_tensorrt"}
-#: Providers on any graphics card.
+#: Providers for any graphics card.
 GPUS = (*NVIDIA, PROVIDERS["dml"], PROVIDERS["rocm"])
-#: The option by which each is told its device, the number or name after a colon.
+#: The option of each that holds the device, which the user gives after a colon.
 DEVICE_OPTION = dict.fromkeys(GPUS, "device_id") | {PROVIDERS["openvino"]: "device_type"}
-#: What onnxruntime says when memory on a device runs out (BFCArena, CUDA error 2, cuDNN, cuBLAS).
+#: Parts of onnxruntime's messages when a device runs out of memory (BFCArena, CUDA error 2, cuDNN, cuBLAS).
 EXHAUSTED = (
     "out of memory",
     "failed to allocate memory",
@@ -47,14 +47,14 @@ EXHAUSTED = (
 
 @dataclass(frozen=True)
 class Provider:
-    """Where models run.
+    """An execution provider of onnxruntime, with its options.
 
     Attributes
     ----------
     name : str
-        onnxruntime's name of it.
+        onnxruntime's name.
     options : tuple of (str, str)
-        As onnxruntime documents them for this provider; a device among them.
+        As onnxruntime documents them for this provider, including the device.
     text : str
         As the user wrote it, for reports.
     """
@@ -65,14 +65,14 @@ class Provider:
 
     @classmethod
     def parse(cls, text: str) -> Provider:
-        """``NAME[:DEVICE][,KEY=VALUE…]``, such as ``cuda``, ``cuda:1`` or ``cuda:1,prefer_nhwc=1``.
+        """Parse ``NAME[:DEVICE][,KEY=VALUE…]``, such as ``cuda``, ``cuda:1`` or ``cuda:1,prefer_nhwc=1``.
 
         Raises
         ------
         ProviderError
             If there is no such provider.
         UsageError
-            If it is of another form, or names a device of a provider that has none.
+            If the text has another form, or names a device of a provider that has none.
         """
         head, *pairs = text.split(",")
         short, colon, device = head.partition(":")
@@ -96,29 +96,29 @@ class Provider:
         return cls(name, tuple(options.items()), text)
 
     def with_options(self, options: Mapping[str, str]) -> Provider:
-        """The same with more options; where it has one already, the new value counts."""
+        """Add options; a new value replaces an old one."""
         merged = {**dict(self.options), **options}
         return self.parse(",".join((self.name, *(f"{k}={v}" for k, v in merged.items())))) if options else self
 
     @property
     def device(self) -> int:
-        """The number of the card, on a provider that has several."""
+        """The number of the card; 0 unless the options say otherwise."""
         number = dict(self.options).get("device_id", "0")
         return int(number) if number.isdecimal() else 0
 
     @property
     def memory(self) -> tuple[str, int]:
-        """Where its tensors lie, as onnxruntime's bindings name it."""
+        """The device of its tensors, as onnxruntime's bindings name it."""
         return ("cuda", self.device) if self.name in NVIDIA else ("cpu", 0)
 
     @property
     def kind(self) -> str:
-        """What rewrites may pay on it: "cpu" (onnxruntime's own, with its blocked layout), "gpu", or "other"."""
+        """The kind of provider, for passes that pay on some kinds only: "cpu" (onnxruntime's own), "gpu" or "other"."""
         return "cpu" if self.name == CPU else "gpu" if self.name in GPUS else "other"
 
     @property
     def captured(self) -> bool:
-        """Whether a run is captured once and replayed, from and to the same places in memory."""
+        """Whether a run is captured once as a graph and replayed, with inputs and outputs at fixed addresses."""
         on = ("1", "true")
         return any(key in ("enable_cuda_graph", "trt_cuda_graph_enable") and v.lower() in on for key, v in self.options)
 
@@ -126,9 +126,9 @@ class Provider:
         return " ".join((self.name, *(f"{key}={value}" for key, value in self.options)))
 
     def chain(self, tf32: bool) -> list[tuple[str, dict[str, str]]]:
-        """What a session is given: this provider with its options, and those that run what it cannot.
+        """List the providers of a session: this one with its options, then those for operators that it lacks.
 
-        `tf32` says whether CUDA may round float32 products to 10 bits, if no option says so.
+        `tf32` says whether CUDA may round float32 products to 10 bits, unless an option does.
         """
         precision = {"use_tf32": str(int(tf32))}
         own = precision if self.name == CUDA else {}
@@ -143,7 +143,7 @@ DEFAULT = Provider(CPU, text="cpu")
 
 
 def as_provider(provider: str | Provider) -> Provider:
-    """What a caller gave, parsed if it is text.
+    """Parse a provider if it is given as text.
 
     Raises
     ------
@@ -153,25 +153,25 @@ def as_provider(provider: str | Provider) -> Provider:
     return Provider.parse(provider) if isinstance(provider, str) else provider
 
 
-def out_of_memory(message: str) -> bool:
+def is_out_of_memory(message: str) -> bool:
     """Whether onnxruntime's message says that a device has no memory left."""
     return any(sign in message.lower() for sign in EXHAUSTED)
 
 
 @functools.cache
 def preload(ort: ModuleType) -> None:
-    """Load CUDA's and cuDNN's libraries from their own wheels, once, before the first session that needs them."""
+    """Load CUDA's and cuDNN's libraries from their wheels, once, before the first session that needs them."""
     if hasattr(ort, "preload_dlls"):
-        with contextlib.redirect_stdout(io.StringIO()):  # it prints what it does not find; `obstacles` says it
+        with contextlib.redirect_stdout(io.StringIO()):  # it prints what is missing; `find_obstacles` reports that
             ort.preload_dlls()
 
 
-def obstacles(ort: ModuleType, provider: Provider) -> Iterator[str]:
-    """Why a provider on NVIDIA's cards does not start here: each thing that is missing, as a clause."""
+def find_obstacles(ort: ModuleType, provider: Provider) -> Iterator[str]:
+    """Find out why a provider for NVIDIA's cards does not start: one clause for each missing thing."""
     library = NVIDIA.get(provider.name)
     if library is None or sys.platform == "darwin":
         return
-    yield from _driver_obstacles(provider.device)
+    yield from _find_driver_obstacles(provider.device)
     folder, windows = Path(str(ort.__file__)).parent / "capi", sys.platform == "win32"
     named = ("{}.dll" if windows else "lib{}.so").format
     preload(ort)
@@ -184,8 +184,8 @@ def obstacles(ort: ModuleType, provider: Provider) -> Iterator[str]:
         yield f"{named(library)} cannot be loaded, since dlopen fails on {missing} ({brings})"
 
 
-def _driver_obstacles(device: int) -> Iterator[str]:
-    """What NVIDIA's driver lacks (CUDA driver API: cuInit, cuDeviceGetCount)."""
+def _find_driver_obstacles(device: int) -> Iterator[str]:
+    """Check NVIDIA's driver (CUDA driver API: cuInit, cuDeviceGetCount)."""
     name = "nvcuda.dll" if sys.platform == "win32" else "libcuda.so.1"
     try:
         driver = ctypes.CDLL(name)
@@ -209,8 +209,8 @@ class Card:
     total: float
 
 
-def cards() -> list[Card]:
-    """The cards that NVIDIA's driver knows, in its order, by its own tool; none where there is no driver."""
+def list_cards() -> list[Card]:
+    """List NVIDIA's cards in the driver's order, by nvidia-smi; none without a driver."""
     tool = shutil.which("nvidia-smi")
     if tool is None:
         return []
@@ -227,7 +227,7 @@ def _number(text: str) -> float:
     return float(text) if text.replace(".", "", 1).isdecimal() else 0.0
 
 
-def card(provider: Provider) -> Card | None:
-    """The card that a provider runs on; None if it is none of NVIDIA's, or nothing is known of it."""
-    found = cards() if provider.name in NVIDIA else []
+def find_card(provider: Provider) -> Card | None:
+    """Find the card of a provider; None if it is not NVIDIA's, or is unknown."""
+    found = list_cards() if provider.name in NVIDIA else []
     return found[provider.device] if provider.device < len(found) else None

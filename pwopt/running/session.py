@@ -1,4 +1,4 @@
-"""onnxruntime sessions that run where they were asked to."""
+"""onnxruntime sessions that run on the requested provider, or fail."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ from pwopt.running import providers
 from pwopt.running.installation import import_onnxruntime, suggest_wheel
 from pwopt.running.providers import Provider
 
-#: Numbers the profiles of this process.
+#: Counter for the names of profiles in this process.
 PROFILES = itertools.count()
 
 
 class NodeTime(NamedTuple):
-    """A node as onnxruntime ran it: its operator and name after fusion, and seconds per run."""
+    """The time of a node: its operator and name after onnxruntime's fusions, and seconds per run."""
 
     op: str
     name: str
@@ -46,18 +46,18 @@ class Session:
     threads : int
         Intra-operator threads; 1 is the least noisy.
     optimise : bool
-        All graph optimisations, as users run it; or none, to see rounding.
+        Use all graph optimisations, as users do; or none, to see the effect of rounding.
     tf32 : bool
-        Whether CUDA may round float32 products to 10 bits, as it does by default. Off unless timing.
+        Whether CUDA may round float32 products to 10 bits, as it does by default. Used for timing only.
     profile : bool
-        Record where each node ran; see `placement`.
+        Record where each node runs, and its time; see `placement` and `nodes`.
 
     Raises
     ------
     ProviderError
-        If the provider is not available, has no memory left, or onnxruntime fell back from it without saying so.
+        If the provider is not available, has no memory left, or onnxruntime silently replaced it.
     ModelError
-        If onnxruntime does not load the model.
+        If onnxruntime cannot load the model.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class Session:
         profile: bool = False,
     ) -> None:
         self.provider = provider
-        ort = startable(provider)
+        ort = load_provider(provider)
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -80,46 +80,45 @@ class Session:
         options.graph_optimization_level = level.ORT_ENABLE_ALL if optimise else level.ORT_DISABLE_ALL
         if profile:
             options.enable_profiling = True
-            # onnxruntime adds the time, in which two sessions can start; the name must be each one's own
+            # onnxruntime adds the second only; the name must be unique
             own = f"pwopt_profile_{os.getpid()}_{next(PROFILES)}"
             options.profile_file_prefix = os.path.join(tempfile.gettempdir(), own)
         chain = provider.chain(tf32)
         try:
-            # Its Python fallback would go on with another provider, here or in a later run.
+            # The fallback would replace the provider, now or in a later run.
             self.session = ort.InferenceSession(os.fspath(path), options, providers=chain, enable_fallback=0)
         except Exception as error:
-            raise self._blamed(error, path) from error
+            raise self._explain_failure(error, path) from error
         if provider.name not in self.session.get_providers():
-            why = "; ".join(providers.obstacles(ort, provider)) or "its libraries or its device are missing"
+            why = "; ".join(providers.find_obstacles(ort, provider)) or "its libraries or its device are missing"
             raise ProviderError(f"{provider.name} could not start: {why}; nothing was run")
         self.inputs = [i.name for i in self.session.get_inputs()]
         self.outputs = [o.name for o in self.session.get_outputs()]
         self._binding: Any = None
         self._spent: list[float] = []
-        #: What to time `step` by. On one thread of the CPU that is the time that this thread had, so that whatever else
-        #: the machine does is no fault of the model; elsewhere, the time that passed, and so on Windows, which counts a
-        #: thread's time in steps of 16 ms.
+        #: The clock for `step`. On one thread of the CPU it counts the time of this thread, so that other load on the
+        #: machine does not count. Otherwise it is wall-clock time; so on Windows, whose thread time has steps of 16 ms.
         alone = self.provider.name == providers.CPU and threads == 1 and sys.platform != "win32"
         self.clock: Callable[[], float] = time.thread_time if alone else time.perf_counter
-        #: Whether threads of this session keep processors busy for a while after a run, where they disturb others.
+        #: Whether threads of this session spin for a while after a run, and so disturb the next one.
         self.spins = self.provider.name == providers.CPU and threads > 1
 
-    def _blamed(self, error: Exception, path: str | os.PathLike[str]) -> ProviderError | ModelError:
-        """Whose fault it is that the model does not load."""
+    def _explain_failure(self, error: Exception, path: str | os.PathLike[str]) -> ProviderError | ModelError:
+        """Decide whether the model or the provider is at fault when a model does not load."""
         reason = _first_line(error)
         if self.provider.name == providers.CPU:
             return ModelError(f"onnxruntime does not load the model: {reason}")
-        missing = "; ".join(providers.obstacles(import_onnxruntime(), self.provider))
+        missing = "; ".join(providers.find_obstacles(import_onnxruntime(), self.provider))
         if missing:
             return ProviderError(f"{self.provider.name} could not start: {missing}; nothing was run")
-        if providers.out_of_memory(reason):
+        if providers.is_out_of_memory(reason):
             return ProviderError(f"{self.provider} has no memory left to load this model: {reason}")
         if _loads_on_cpu(path):
             return ProviderError(f"{self.provider} does not run this model: {reason}")
         return ModelError(f"onnxruntime does not load the model: {reason}")
 
     def run(self, feeds: Feeds, options: Any = None) -> list[Any]:
-        """Outputs as arrays, in the model's order; `options` are onnxruntime's RunOptions."""
+        """Run the model; returns its outputs in the model's order. `options` are onnxruntime's RunOptions."""
         try:
             if not self.provider.captured:
                 return list(self.session.run(None, feeds, options))
@@ -128,13 +127,13 @@ class Session:
             return list(self._binding.copy_outputs_to_cpu())
         except Exception as error:
             reason = _first_line(error)
-            if self.provider.name != providers.CPU and providers.out_of_memory(reason):
+            if self.provider.name != providers.CPU and providers.is_out_of_memory(reason):
                 hint = "give smaller sizes with --shape, or another device"
                 raise ProviderError(f"{self.provider} ran out of memory on these inputs ({reason}); {hint}") from error
             raise ModelError(f"onnxruntime cannot run the model on these inputs: {reason}") from error
 
     def bind(self, feeds: Feeds) -> None:
-        """Place inputs and outputs on the provider's device, so that timing measures no copies."""
+        """Place inputs and outputs on the provider's device, so that timing does not include copies."""
         self._feeds = feeds
         ort, place = import_onnxruntime(), self.provider.memory
         if place[0] == "cpu" and not self.provider.captured:
@@ -144,13 +143,13 @@ class Session:
             self._binding.bind_ortvalue_input(name, ort.OrtValue.ortvalue_from_numpy(value, *place))
         for name in self.outputs:
             self._binding.bind_output(name, *place)
-        if self.provider.captured:  # what is replayed writes to the same places: those of a first run
+        if self.provider.captured:  # a replay writes to the addresses of the first run
             self.session.run_with_iobinding(self._binding)
             for name, value in zip(self.outputs, self._binding.get_outputs(), strict=True):
                 self._binding.bind_ortvalue_output(name, value)
 
     def step(self) -> None:
-        """One synchronised run on the bound inputs."""
+        """Run once on the bound inputs, and wait for the result."""
         if self._binding is None:
             self.session.run(None, self._feeds)
         else:
@@ -158,32 +157,32 @@ class Session:
             self._binding.synchronize_outputs()
 
     def placement(self) -> dict[str, list[str]]:
-        """Provider → nodes that ran on it, as "Op name", from a profiled session; ends the profile."""
+        """List the nodes that ran on each provider, as "Op name", from a profiled session; ends the profile."""
         placed: dict[str, dict[str, None]] = {}
-        for _, name, arguments, _ in self._profiled():
+        for _, name, arguments, _ in self._read_profile():
             title = f"{arguments.get('op_name', 'unknown')} {name}".strip()
             placed.setdefault(arguments.get("provider", "unknown"), {})[title] = None
         return {provider: list(names) for provider, names in placed.items()}
 
     def profiled_run(self, feeds: Feeds) -> None:
-        """Run once, and note how long it took by `clock`."""
+        """Run once, and record its time by `clock`."""
         begin = self.clock()
         self.run(feeds)
         self._spent.append(self.clock() - begin)
 
     @property
     def spent(self) -> float:
-        """Seconds of all `profiled_run` so far, by `clock`."""
+        """Seconds of all profiled runs so far, by `clock`."""
         return sum(self._spent)
 
     def nodes(self) -> list[NodeTime]:
-        """Every node that ran, with the median of its times over `profiled_run`; ends the profile.
+        """List the nodes with the median of their times over all profiled runs; ends the profile.
 
-        onnxruntime's profiler takes the time that passes. Where those medians add up to more than a run takes by
-        `clock`, other load on the machine kept nodes waiting, and all are scaled down to that.
+        onnxruntime's profiler uses wall-clock time. If the medians add up to more than the time of a run by `clock`,
+        other load on the machine delayed nodes, so all times are scaled down to it.
         """
         times: dict[tuple[str, str], dict[int, float]] = {}
-        for run, name, arguments, seconds in self._profiled():
+        for run, name, arguments, seconds in self._read_profile():
             seen = times.setdefault((arguments.get("op_name", "unknown"), name), {})
             seen[run] = seen.get(run, 0.0) + seconds
         found = [NodeTime(op, name, float(np.median(list(seen.values())))) for (op, name), seen in times.items()]
@@ -192,9 +191,9 @@ class Session:
         return [NodeTime(node.op, node.name, own * node.seconds) for node in found]
 
     def runs(self) -> list[list[NodeTime]]:
-        """What every node took in each `profiled_run` but the first, scaled down as by `nodes`; ends the profile."""
+        """List the times of all nodes in each profiled run except the first, scaled as in `nodes`; ends the profile."""
         seen: dict[int, list[NodeTime]] = {}
-        for run, name, arguments, seconds in self._profiled():
+        for run, name, arguments, seconds in self._read_profile():
             seen.setdefault(run, []).append(NodeTime(arguments.get("op_name", "unknown"), name, seconds))
         found = []
         for nodes, spent in list(zip(seen.values(), self._spent, strict=False))[1:]:
@@ -203,38 +202,39 @@ class Session:
             found.append([NodeTime(node.op, node.name, own * node.seconds) for node in nodes])
         return found
 
-    def _profiled(self) -> Iterator[tuple[int, str, dict[str, Any], float]]:
-        """Each time that a node ran: in which run, its name, what the profiler knows of it, and seconds."""
+    def _read_profile(self) -> Iterator[tuple[int, str, dict[str, Any], float]]:
+        """Generate an entry for each node of each run: the run, the node's name, the profiler's arguments, seconds."""
         path = Path(self.session.end_profiling())
         text = path.read_text(encoding="utf-8", errors="replace")
         with contextlib.suppress(PermissionError):  # Windows, while a virus scanner has it open
             path.unlink(missing_ok=True)
         run = 0
-        for event in _events(text):
+        for event in _parse_events(text):
             if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
                 yield run, event["name"].removesuffix("_kernel_time"), event["args"], event["dur"] / 1e6
-            run += event.get("cat") == "Session" and event["name"] == "model_run"  # written when a run has ended
+            run += event.get("cat") == "Session" and event["name"] == "model_run"  # written at the end of a run
 
 
-def _events(profile: str) -> list[dict[str, Any]]:
-    """The events of a profile; without those in whose names an older onnxruntime left quotes as they are."""
+def _parse_events(profile: str) -> list[dict[str, Any]]:
+    """Parse the events of a profile; skip those whose names contain quotes that an older onnxruntime did not escape."""
     with contextlib.suppress(json.JSONDecodeError):
         whole: list[dict[str, Any]] = json.loads(profile)
         return whole
     events: list[dict[str, Any]] = []
-    for line in profile.splitlines():  # an event each, between brackets
+    for line in profile.splitlines():  # one event per line, between brackets
         with contextlib.suppress(json.JSONDecodeError):
             event = json.loads(line.strip().rstrip(","))
             events += [event] if isinstance(event, dict) else []
     return events
 
 
-def startable(provider: Provider) -> ModuleType:
-    """onnxruntime, if it has the provider, with the provider's libraries loaded.
+def load_provider(provider: Provider) -> ModuleType:
+    """Import onnxruntime and load the libraries of a provider.
 
     Raises
     ------
     ProviderError
+        If onnxruntime lacks the provider.
     """
     ort = import_onnxruntime()
     there = ort.get_available_providers()
@@ -248,7 +248,7 @@ def startable(provider: Provider) -> ModuleType:
 
 
 def _loads_on_cpu(path: str | os.PathLike[str]) -> bool:
-    """Whether the model itself is in order, so that a failure is the provider's."""
+    """Whether the CPU loads the model, so that a failure is the provider's."""
     try:
         import_onnxruntime().InferenceSession(os.fspath(path), providers=["CPUExecutionProvider"])
     except Exception:
@@ -261,7 +261,12 @@ def _first_line(error: BaseException) -> str:
 
 
 def check_settings(threads: int, rtol: float | None, atol: float | None) -> None:
-    """Refuse numbers that make no sense."""
+    """Refuse invalid numbers of threads and tolerances.
+
+    Raises
+    ------
+    UsageError
+    """
     if threads < 1:
         raise UsageError(f"{threads} threads cannot run anything; give 1 or more")
     for name, value in (("rtol", rtol), ("atol", atol)):
@@ -270,16 +275,16 @@ def check_settings(threads: int, rtol: float | None, atol: float | None) -> None
 
 
 def nodes_elsewhere(placed: Mapping[str, list[str]], provider: Provider) -> dict[str, list[str]]:
-    """The part of a placement that is not on `provider`."""
+    """Select the part of a placement that is not on `provider`."""
     return {name: nodes for name, nodes in placed.items() if name != provider.name}
 
 
 def find_fallbacks(
     path: str | os.PathLike[str], provider: Provider, threads: int, feeds: Feeds
 ) -> dict[str, tuple[str, ...]]:
-    """Other provider → operators of the model, as "Op name", that `provider` left to it.
+    """Run a model under the profiler to find nodes that other providers ran, as provider → "Op name".
 
-    From the profile of a run; the CPU provider leaves nothing to anybody, so nothing is run there.
+    The CPU provider runs every node, so the model is not run there.
     """
     if provider.name == providers.CPU:
         return {}

@@ -1,4 +1,4 @@
-"""Sizes for the open axes of a model's inputs: guessed, ruled out by inference, and tried by running."""
+"""Choose sizes for the open axes of a model's inputs: run the model at candidate sizes, the likeliest first."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ import onnx
 from pwopt.errors import ModelError, UsageError
 from pwopt.graph.shapes import written
 from pwopt.inputs.candidate_sizes import CandidateSizes, SizeSearch
-from pwopt.inputs.samples import make_feeds
+from pwopt.inputs.samples import draw_feeds
 from pwopt.inputs.size_guesses import Trust
 from pwopt.inputs.specs import InputSpec, check_shapes
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import DEFAULT, Provider
 from pwopt.running.session import Session
-from pwopt.running.timed_run import TooSlowError, seconds_of
+from pwopt.running.timed_run import TooSlowError, time_run
 
 LOG = logging.getLogger(__name__)
 
 Sizes = dict[str, tuple[int, ...]]
 
-#: Seconds for one run while sizes are looked for, and for all of them together.
+#: Time limits in seconds: for one trial run, and for all trial runs together.
 RUN_SECONDS, SECONDS = 4.0, 8.0
-#: A run that takes this long says something; lengths that rest on nothing are grown until then, by this factor.
+#: Lengths that rest on their position only grow by this factor until a run takes this many seconds.
 TELLING, GROWN = 0.005, 4
-#: The longest that they become.
+#: The largest length that growing reaches.
 LONGEST = 16_384
-#: Sizes that are tried besides may have this many times the elements of the first ones.
+#: The second round of sizes may have this many times the elements of the first.
 GROWTH = 4
 
 
@@ -45,11 +45,11 @@ class ChosenSizes:
     ----------
     sizes : mapping of input name to sizes
     why : tuple of str
-        For each open axis that nobody gave, what it was given and why; and what was made smaller.
+        For each open axis that the user did not give: its size and the reason; and which sizes were reduced.
     bytes : int
-        The most that a run's activations take at once, as an estimate; 0 if it was not asked for.
+        The estimated peak of activations; 0 if it was not estimated.
     seconds : float or None
-        What a run took without graph optimisation; None if there was none.
+        The time of a run without graph optimisation; None if there was no run.
     """
 
     sizes: Sizes
@@ -59,16 +59,16 @@ class ChosenSizes:
 
 
 class SizeTrials:
-    """Runs of a model at sizes, in a time of their own.
+    """Trial runs of a model, within a time limit.
 
     Parameters
     ----------
     specs : sequence of InputSpec
     session : Session
     seconds : float
-        For all runs together; other work does not count.
+        The limit for all runs together; time between them does not count.
     progress : callable
-        Told what is tried.
+        Called with the sizes of each run and the fraction of the time that is used.
     """
 
     def __init__(self, specs: Sequence[InputSpec], session: Session, seconds: float, progress: Progress) -> None:
@@ -76,23 +76,23 @@ class SizeTrials:
         self.left = seconds
 
     def seconds(self, sizes: Sizes, most: float = RUN_SECONDS) -> float:
-        """How long a run takes.
+        """Run the model, and measure the seconds.
 
         Raises
         ------
         ModelError
-            If it fails, or takes too long.
+            If the run fails or takes too long.
         """
-        self.progress(f"trying {_named(sizes)}", 1 - max(0.0, self.left) / self.limit)
-        feeds = make_feeds(self.specs, sizes)
+        self.progress(f"trying {_format_sizes(sizes)}", 1 - max(0.0, self.left) / self.limit)
+        feeds = draw_feeds(self.specs, sizes)
         start = time.perf_counter()
         try:
-            return seconds_of(self.session, feeds, max(0.1, min(most, self.left)))
+            return time_run(self.session, feeds, max(0.1, min(most, self.left)))
         finally:
             self.left -= time.perf_counter() - start
 
 
-def likely_sizes(
+def choose_sizes(
     specs: Sequence[InputSpec],
     model: onnx.ModelProto,
     path: str | os.PathLike[str] | None = None,
@@ -100,35 +100,35 @@ def likely_sizes(
     shapes: Mapping[str, Sequence[int]] | None = None,
     progress: Progress = ignore_progress,
 ) -> ChosenSizes:
-    """Sizes for every input: the given ones, and the first likely ones on which the model runs.
+    """Choose sizes for every input: the given ones, and otherwise the first likely ones at which the model runs.
 
     Parameters
     ----------
     model : onnx.ModelProto
-        What its metadata, axes and constants say.
+        Its metadata, axes and constants suggest sizes.
     path : path, optional
-        Its file. Nothing is run without it: then the likeliest sizes are taken that inference has nothing against.
+        Its file. Without it nothing is run: the result is the likeliest sizes that shape inference accepts.
     progress : callable, optional
-        Told what is tried.
+        Called with each trial.
 
     Raises
     ------
     UsageError
-        If an input declares no shape and the graph gives none; if the model runs on none of the sizes.
+        If the rank of an input is unknown, or the model runs at none of the sizes.
     ModelError, ProviderError
-        If it does not load.
+        If the model does not load.
     """
     check_shapes(specs, shapes or {})
     search = SizeSearch(specs, model, shapes)
     if path is None:
-        chosen = _as_chosen(search.likeliest())
+        chosen = _to_chosen(search.likeliest())
     else:
-        chosen = _tried(search, SizeTrials(specs, Session(path, provider, optimise=False), SECONDS, progress))
-    return _logged(chosen)
+        chosen = _find_running(search, SizeTrials(specs, Session(path, provider, optimise=False), SECONDS, progress))
+    return _log(chosen)
 
 
-def _tried(search: SizeSearch, trials: SizeTrials) -> ChosenSizes:
-    """The first candidate that runs, grown until a run says something."""
+def _find_running(search: SizeSearch, trials: SizeTrials) -> ChosenSizes:
+    """Find the first candidate that runs, and grow it until a run takes a measurable time."""
     failure: ModelError | None = None
     for candidate in itertools.takewhile(lambda _: trials.left > 0, search.generate()):
         current: CandidateSizes | None = candidate
@@ -136,28 +136,28 @@ def _tried(search: SizeSearch, trials: SizeTrials) -> ChosenSizes:
             try:
                 spent = trials.seconds(current.sizes)
             except TooSlowError as error:
-                LOG.info("sizes %s: %s", _said(current.sizes), error)
+                LOG.info("sizes %s: %s", _describe(current.sizes), error)
                 if search.is_fixed:
-                    return _as_chosen(current)
+                    return _to_chosen(current)
                 failure, current = failure or error, search.reduce(current) if trials.left > 0 else None
             except ModelError as error:
-                LOG.info("sizes %s: %s", _said(current.sizes), error)
+                LOG.info("sizes %s: %s", _describe(current.sizes), error)
                 failure, current = failure or error, None
             else:
-                LOG.info("sizes %s: the model runs", _said(current.sizes))
-                return _grown(search, trials, current, spent)
+                LOG.info("sizes %s: the model runs", _describe(current.sizes))
+                return _grow(search, trials, current, spent)
     if search.is_fixed:
         raise UsageError(f"the model does not run at its sizes: {failure}; give others, or --input FILE.npz")
     names = " ".join(f"--shape {name}=…" for name in search.open_inputs)
     raise UsageError(f"no likely size runs ({failure}); give {names} or --input FILE.npz")
 
 
-def _said(sizes: Sizes) -> str:
+def _describe(sizes: Sizes) -> str:
     return ", ".join(f"{name} {written(shape)}" for name, shape in sizes.items()) or "of no input"
 
 
-def _grown(search: SizeSearch, trials: SizeTrials, found: CandidateSizes, spent: float) -> ChosenSizes:
-    """A candidate that runs, with lengths that rest on nothing but their place grown until a run says something."""
+def _grow(search: SizeSearch, trials: SizeTrials, found: CandidateSizes, spent: float) -> ChosenSizes:
+    """Grow the lengths of a candidate that rest on their position only, until a run takes a measurable time."""
     growing = any(g.trust == Trust.PLACE for g in found.guesses)
     while growing and spent < TELLING and trials.left > 0:
         larger = search.grow(found, GROWN, LONGEST)
@@ -168,17 +168,17 @@ def _grown(search: SizeSearch, trials: SizeTrials, found: CandidateSizes, spent:
         except ModelError:
             break
         found = larger
-    return replace(_as_chosen(found), seconds=spent)
+    return replace(_to_chosen(found), seconds=spent)
 
 
-def _as_chosen(candidate: CandidateSizes) -> ChosenSizes:
+def _to_chosen(candidate: CandidateSizes) -> ChosenSizes:
     return ChosenSizes(candidate.sizes, candidate.why, candidate.bytes)
 
 
-def _other(search: SizeSearch, trials: SizeTrials, first: ChosenSizes) -> ChosenSizes | None:
-    """Sizes on which the model runs as well as on the first, with as many open axes changed as possible.
+def _find_other(search: SizeSearch, trials: SizeTrials, first: ChosenSizes) -> ChosenSizes | None:
+    """Find other sizes at which the model runs, with as many open axes changed as possible.
 
-    None if every size is fixed, or no other likely ones of up to `GROWTH` times the elements run.
+    None if every size is fixed, or the model runs at no other likely sizes of up to `GROWTH` times the elements.
     """
     for candidate in search.generate_others(first.sizes, GROWTH * _elements(first.sizes)):
         if trials.left <= 0:
@@ -187,11 +187,11 @@ def _other(search: SizeSearch, trials: SizeTrials, first: ChosenSizes) -> Chosen
             spent = trials.seconds(candidate.sizes)
         except ModelError:
             continue
-        return replace(_as_chosen(candidate), seconds=spent)
+        return replace(_to_chosen(candidate), seconds=spent)
     return None
 
 
-def rounds(
+def choose_rounds(
     specs: Sequence[InputSpec],
     model: onnx.ModelProto,
     path: str | os.PathLike[str],
@@ -199,20 +199,20 @@ def rounds(
     given: Sequence[Mapping[str, Sequence[int]]] = (),
     progress: Progress = ignore_progress,
 ) -> list[ChosenSizes]:
-    """Sizes to compare two models on: the given ones, or the likeliest and other ones.
+    """Choose the sizes at which two models are compared: the given ones, or two different likely ones.
 
     Raises
     ------
     UsageError
-        If sizes do not fit the inputs, or the model does not run on them.
+        If sizes do not fit the inputs, or the model does not run at them.
     """
     for shapes in given:
         check_shapes(specs, shapes)
     if any(given):
-        return [likely_sizes(specs, model, path, provider, shapes, progress) for shapes in given]
+        return [choose_sizes(specs, model, path, provider, shapes, progress) for shapes in given]
     search, session = SizeSearch(specs, model), Session(path, provider, optimise=False)
-    first = _logged(_tried(search, SizeTrials(specs, session, SECONDS, progress)))
-    second = _other(search, SizeTrials(specs, session, SECONDS / 2, progress), first)
+    first = _log(_find_running(search, SizeTrials(specs, session, SECONDS, progress)))
+    second = _find_other(search, SizeTrials(specs, session, SECONDS / 2, progress), first)
     return [first] if second is None else [first, second]
 
 
@@ -220,24 +220,24 @@ def _elements(sizes: Mapping[str, Sequence[int]]) -> int:
     return sum(math.prod(shape) for shape in sizes.values())
 
 
-def _named(sizes: Mapping[str, Sequence[int]]) -> str:
+def _format_sizes(sizes: Mapping[str, Sequence[int]]) -> str:
     return " ".join(f"{name} {written(shape)}" for name, shape in sizes.items())
 
 
-def _logged(chosen: ChosenSizes) -> ChosenSizes:
-    for line in told(chosen):
+def _log(chosen: ChosenSizes) -> ChosenSizes:
+    for line in explain_sizes(chosen):
         LOG.info("%s", line)
     return chosen
 
 
-def told(chosen: ChosenSizes) -> Iterator[str]:
-    """For a report: why these sizes."""
+def explain_sizes(chosen: ChosenSizes) -> Iterator[str]:
+    """Explain in a report how sizes were chosen."""
     if chosen.why:
         yield f"Sizes that nobody gave: {'; '.join(chosen.why)}. --shape chooses others."
 
 
-def narrowed(specs: Sequence[InputSpec], other: Sequence[InputSpec]) -> list[InputSpec]:
-    """Inputs with the sizes that either of two models fixes, for comparing a model with its fixed variant."""
+def narrow_specs(specs: Sequence[InputSpec], other: Sequence[InputSpec]) -> list[InputSpec]:
+    """Fix each size that either of two models fixes, to compare a model with its static variant."""
     fixed = {s.name: s.shape for s in other}
 
     def narrow(spec: InputSpec) -> InputSpec:

@@ -1,4 +1,4 @@
-"""A run that ends: onnxruntime is told to stop when the time is over."""
+"""Run a model with a time limit, after which onnxruntime stops."""
 
 from __future__ import annotations
 
@@ -10,37 +10,37 @@ from pwopt.inputs.samples import Feeds
 from pwopt.running.installation import import_onnxruntime
 from pwopt.running.session import Session
 
-#: A run shorter than this is done again, since a first one also finds memory.
+#: A run shorter than this many seconds is repeated, since the first one also allocates memory.
 SHORT = 0.05
 
 
 class TooSlowError(ModelError):
-    """A run that did not end in its time."""
+    """A run exceeded its time limit."""
 
 
-def seconds_of(session: Session, feeds: Feeds, limit: float) -> float:
-    """How long a run takes, by the session's own clock.
+def time_run(session: Session, feeds: Feeds, limit: float) -> float:
+    """Measure the seconds of a run by the session's own clock.
 
     Parameters
     ----------
     limit : float
-        Seconds after which onnxruntime stops between two operators (``RunOptions.terminate``); a provider that records
-        its launches runs to the end.
+        Seconds after which onnxruntime stops between two operators (``RunOptions.terminate``). A provider that replays
+        a captured graph runs to the end.
 
     Raises
     ------
     TooSlowError
-        If it took longer.
+        If the run took longer.
     ModelError, ProviderError
         See `pwopt.running.session.Session.run`.
     """
-    spent = [_timed(session, feeds, limit)]
+    spent = [_time_once(session, feeds, limit)]
     if spent[0] < SHORT:
-        spent.append(_timed(session, feeds, limit))
+        spent.append(_time_once(session, feeds, limit))
     return min(spent)
 
 
-def _timed(session: Session, feeds: Feeds, limit: float) -> float:
+def _time_once(session: Session, feeds: Feeds, limit: float) -> float:
     options = import_onnxruntime().RunOptions()
     options.log_severity_level = 4
     start, begin = time.perf_counter(), session.clock()

@@ -9,7 +9,7 @@ from typing import Generic, TypeVar
 from pwopt.graph.files import Source, load
 from pwopt.graph.model import Model
 from pwopt.inputs.specs import input_specs
-from pwopt.running.size_trials import Sizes, likely_sizes
+from pwopt.running.size_trials import Sizes, choose_sizes
 
 T = TypeVar("T")
 
@@ -38,4 +38,4 @@ def sized(model: Source, shapes: Mapping[str, Sequence[int]] | None) -> tuple[Mo
     """
     original = load(model)
     specs = input_specs(original.proto)
-    return original, likely_sizes(specs, original.proto, shapes=shapes).sizes
+    return original, choose_sizes(specs, original.proto, shapes=shapes).sizes

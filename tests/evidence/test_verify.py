@@ -15,12 +15,12 @@ from pwopt.evidence.laws import parse_law
 from pwopt.evidence.metrics import agreement
 from pwopt.evidence.verify import verify
 from pwopt.graph.files import load
-from pwopt.inputs.samples import given_samples, make_feeds
+from pwopt.inputs.samples import draw_feeds, read_samples
 from pwopt.inputs.specs import check_shapes, input_specs, parse_shape
 from pwopt.running import installation
 from pwopt.running.providers import Provider
 from pwopt.running.session import Session, nodes_elsewhere
-from pwopt.running.size_trials import likely_sizes
+from pwopt.running.size_trials import choose_sizes
 from pwopt.running.timing import MIN_PAIRS, race
 
 pytest.importorskip("onnxruntime")
@@ -120,22 +120,22 @@ def test_shapes_are_parsed_and_checked() -> None:
 def test_equal_names_get_equal_sizes() -> None:
     model = parse("(float[B,S] x, int64[B,S] m, bool[S] k, string[B] t) => (float[N] y) { y = Neg(x) }")
     specs = input_specs(model)
-    shapes = likely_sizes(specs, model, shapes={"x": (3, 5)}).sizes
+    shapes = choose_sizes(specs, model, shapes={"x": (3, 5)}).sizes
     assert shapes == {"x": (3, 5), "m": (3, 5), "k": (5,), "t": (3,)}
-    feeds = make_feeds(specs, shapes)
+    feeds = draw_feeds(specs, shapes)
     assert {n: v.dtype.kind for n, v in feeds.items()} == {"x": "f", "m": "i", "k": "b", "t": "O"}
 
 
 def test_inputs_from_a_file(tmp_path: Path) -> None:
     specs = input_specs(parse("(float[N,3] x) => (float[N] y) { y = Neg(x) }"))
     np.savez(tmp_path / "in.npz", x=np.ones((2, 3)))
-    assert given_samples(tmp_path / "in.npz", specs)[0].feeds["x"].dtype == np.float32
+    assert read_samples(tmp_path / "in.npz", specs)[0].feeds["x"].dtype == np.float32
     np.savez(tmp_path / "other.npz", z=np.ones((2, 3)))
     with pytest.raises(UsageError, match="lacks the inputs 'x'"):
-        given_samples(tmp_path / "other.npz", specs)
+        read_samples(tmp_path / "other.npz", specs)
     (tmp_path / "bad.npz").write_bytes(b"nothing")
     with pytest.raises(UsageError, match="cannot be read"):
-        given_samples(tmp_path / "bad.npz", specs)
+        read_samples(tmp_path / "bad.npz", specs)
 
 
 def test_providers_are_strict() -> None:
@@ -168,7 +168,7 @@ def test_a_missing_onnxruntime_says_what_to_install(monkeypatch: pytest.MonkeyPa
 def test_placement_names_where_nodes_ran() -> None:
     session = Session(MODELS / "linear_sequence.onnx", profile=True, optimise=False)
     specs = input_specs(onnx.load(MODELS / "linear_sequence.onnx"))
-    session.run(make_feeds(specs, {"x": (1, 64, 4, 4)}))
+    session.run(draw_feeds(specs, {"x": (1, 64, 4, 4)}))
     placed = session.placement()
     assert list(placed) == ["CPUExecutionProvider"]
     assert len(placed["CPUExecutionProvider"]) == 4
@@ -179,7 +179,7 @@ def test_placement_names_where_nodes_ran() -> None:
 def test_a_race_runs_every_model_every_round() -> None:
     openers = [partial(Session, MODELS / "linear_sequence.onnx")] * 2
     specs = input_specs(onnx.load(MODELS / "linear_sequence.onnx"))
-    result = race(openers, make_feeds(specs, {"x": (1, 64, 4, 4)}), budget=0.0)
+    result = race(openers, draw_feeds(specs, {"x": (1, 64, 4, 4)}), budget=0.0)
     assert len(result.pairs) == MIN_PAIRS
     assert all(t.min() > 0 for pair in result.pairs for t in pair.times)
     assert min(result.creation(0), result.first_run(1)) > 0

@@ -22,7 +22,7 @@ from onnx import TensorProto, helper
 
 import pwopt
 from pwopt.graph.files import load
-from pwopt.inputs.samples import make_feeds
+from pwopt.inputs.samples import draw_feeds
 from pwopt.inputs.specs import input_specs
 from pwopt.passes import PASSES, Winograd
 from pwopt.running import installation, providers
@@ -94,9 +94,9 @@ def command(*arguments: str, setup: str = "", **environment: str) -> tuple[int, 
 @check
 def doctor(setting: Setting) -> Found:
     """The provider starts, and the machine is known."""
-    from pwopt.running.doctor import examine
+    from pwopt.running.doctor import check_installation
 
-    found = examine(setting.provider)
+    found = check_installation(setting.provider)
     require(bool(found[-1].ok), f"{found[-1].subject} {found[-1].detail}")
     environment = installation.describe_machine(as_provider(setting.provider))
     return {**environment, "findings": [dataclasses.asdict(f) for f in found]}
@@ -155,7 +155,7 @@ def against_cpu(setting: Setting) -> Found:
     found: Found = {}
     for name in ("mobileone", "generator"):
         path, shapes = setting.one(name)
-        feeds = make_feeds(input_specs(load(path).proto), shapes)
+        feeds = draw_feeds(input_specs(load(path).proto), shapes)
         theirs, ours = (Session(path, as_provider(p)).run(feeds)[0] for p in ("cpu", setting.provider))
         scale = float(np.max(np.abs(theirs)))
         found[name] = float(np.max(np.abs(ours - theirs))) / scale
@@ -168,7 +168,7 @@ def clock(setting: Setting) -> Found:
     """Synchronised single runs add up to what a wall clock says of many."""
     path, shapes = setting.one("resnet50_v1" if not setting.quick else "mobileone")
     session = Session(path, as_provider(setting.provider), tf32=True)
-    session.bind(make_feeds(input_specs(load(path).proto), shapes))
+    session.bind(draw_feeds(input_specs(load(path).proto), shapes))
     for _ in range(5):
         session.step()
     count, single = 20 if setting.quick else 100, []

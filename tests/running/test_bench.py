@@ -11,9 +11,9 @@ from helpers import MODELS, normal, parse
 
 import pwopt
 from pwopt.cli import main
-from pwopt.running.bench import LAYOUT, by_operator
+from pwopt.running.bench import LAYOUT, sum_by_operator
 from pwopt.running.providers import DEFAULT
-from pwopt.running.session import Session, _events
+from pwopt.running.session import Session, _parse_events
 
 pytest.importorskip("onnxruntime")
 
@@ -107,7 +107,7 @@ def test_a_plot_of_the_latencies(tmp_path: Path) -> None:
 def test_a_profile_with_quotes_in_names() -> None:
     """Older versions of onnxruntime do not escape them: those events are lost, the others are not."""
     lines = ["[", '{"cat": "Node", "name": "a"},', '{"cat": "Node", "name": "b"c"},', '{"cat": "Session"}', "]", ""]
-    assert _events("\n".join(lines)) == [{"cat": "Node", "name": "a"}, {"cat": "Session"}]
+    assert _parse_events("\n".join(lines)) == [{"cat": "Node", "name": "a"}, {"cat": "Session"}]
 
 
 def profile_of(runs: list[list[tuple[str, str, int]]], folder: Path) -> Path:
@@ -147,7 +147,7 @@ def test_operators_are_timed_as_the_race_is(
     session.session.run = lambda *_: now.__setitem__(0, now[0] + spent * 1e-6) or []
     for _ in runs:
         session.profiled_run({})
-    found = by_operator(session.nodes())
+    found = sum_by_operator(session.nodes())
     assert list(found) == ["Conv", "Relu"]
     assert found == pytest.approx({"Conv": conv * 1e-3, "Relu": relu * 1e-3})
     assert not path.exists()

@@ -82,7 +82,9 @@ def test_later_options_count() -> None:
 
 
 def test_decisions_hold_for_one_card_and_its_options(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(providers, "cards", lambda: [Card("H100", "580.1", 1.0, 2.0), Card("T4", "580.1", 1.0, 2.0)])
+    monkeypatch.setattr(
+        providers, "list_cards", lambda: [Card("H100", "580.1", 1.0, 2.0), Card("T4", "580.1", 1.0, 2.0)]
+    )
     plain, other, option = (cache.place(Provider.parse(p), 1) for p in ("cuda", "cuda:1", "cuda,prefer_nhwc=1"))
     assert len({plain, other, option}) == 3
     assert "H100, driver 580.1" in plain
@@ -134,7 +136,7 @@ def test_what_is_missing_is_named(
     monkeypatch.setattr(providers.sys, "platform", "linux")
     ort = ModuleType("onnxruntime")
     ort.__file__ = "/site/onnxruntime/__init__.py"
-    found = list(providers.obstacles(ort, Provider.parse(text)))
+    found = list(providers.find_obstacles(ort, Provider.parse(text)))
     assert len(found) == len(told)
     assert all(f.startswith(t) for f, t in zip(found, told, strict=True))
 
@@ -246,7 +248,7 @@ def test_wheels_are_told_apart(
     wheels: dict[str, str], ok: bool, detail: str, remedy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pwopt.running.installation.find_wheels", lambda: wheels)
-    found = doctor._wheels()
+    found = doctor._check_wheels()
     assert (found.ok, found.detail, found.remedy) == (ok, detail, remedy)
 
 

@@ -15,9 +15,9 @@ from pwopt.errors import UsageError
 from pwopt.graph.shapes import infer
 from pwopt.inputs.footprint import estimate_footprint
 from pwopt.inputs.metadata import Metadata
-from pwopt.inputs.samples import make_feeds
+from pwopt.inputs.samples import draw_feeds
 from pwopt.inputs.specs import InputSpec, input_specs
-from pwopt.running.size_trials import ChosenSizes, likely_sizes, rounds
+from pwopt.running.size_trials import ChosenSizes, choose_rounds, choose_sizes
 
 pytest.importorskip("onnxruntime")
 
@@ -27,7 +27,7 @@ def chosen(model: onnx.ModelProto, folder: Path | None = None, **given: tuple[in
     path = None if folder is None else folder / "m.onnx"
     if path is not None:
         path.write_bytes(model.SerializeToString())
-    return likely_sizes(input_specs(model), model, path, shapes=given)
+    return choose_sizes(input_specs(model), model, path, shapes=given)
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -134,12 +134,12 @@ def test_metadata_are_read_however_they_are_written() -> None:
 def test_indices_stay_inside_their_table(tmp_path: Path) -> None:
     """Any row of a table, since a wrong row must be seen; masks and other integers stay 0 and 1."""
     specs = input_specs(encoder())
-    feeds = make_feeds(specs, dict.fromkeys(("ids", "kinds", "mask"), (4, 500)))
+    feeds = draw_feeds(specs, dict.fromkeys(("ids", "kinds", "mask"), (4, 500)))
     assert 900 < feeds["ids"].max() <= 999
     assert set(feeds["kinds"].reshape(-1)) == set(feeds["mask"].reshape(-1)) == {0, 1}
-    assert not np.any(make_feeds(specs, dict.fromkeys(("ids", "kinds", "mask"), (4, 5)), "zeros")["ids"])
+    assert not np.any(draw_feeds(specs, dict.fromkeys(("ids", "kinds", "mask"), (4, 5)), "zeros")["ids"])
     small = InputSpec("i", np.dtype(np.uint8), (None,), largest=70_000)
-    assert make_feeds([small], {"i": (1000,)})["i"].max() > 250
+    assert draw_feeds([small], {"i": (1000,)})["i"].max() > 250
     shorter = parse(
         "(int64[N] i) => (float[a,b] y) { p = Gather(t, i) q = GatherElements(u, i) y = Add(p, q) }",
         t=np.zeros(9, np.float32), u=np.zeros(5, np.float32),
@@ -177,7 +177,7 @@ def test_a_second_round_differs_and_fits(tmp_path: Path) -> None:
     for name in ("Ultralytics", "waveform of one channel", "tokens, a segment and a mask", "key-value cache by name"):
         model = CASES[name].build()
         (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
-        first, second = rounds(input_specs(model), model, tmp_path / "m.onnx")
+        first, second = choose_rounds(input_specs(model), model, tmp_path / "m.onnx")
         assert first.sizes == CASES[name].sizes
         opened = [
             (a, b)
@@ -195,7 +195,7 @@ def test_a_run_that_takes_too_long_is_stopped_and_made_smaller(tmp_path: Path, m
     from pwopt.running import size_trials, timed_run
 
     tried = []
-    real = timed_run.seconds_of
+    real = timed_run.time_run
 
     def slow(session: object, feeds: dict[str, np.ndarray], limit: float) -> float:
         tried.append(feeds["x"].shape)
@@ -203,7 +203,7 @@ def test_a_run_that_takes_too_long_is_stopped_and_made_smaller(tmp_path: Path, m
             raise timed_run.TooSlowError("a run takes longer than 4 seconds")
         return real(session, feeds, limit)
 
-    monkeypatch.setattr(size_trials, "seconds_of", slow)
+    monkeypatch.setattr(size_trials, "time_run", slow)
     found = chosen(image(), tmp_path)
     assert found.sizes == {"x": (1, 3, 96, 96)}
     assert [shape[-1] for shape in tried] == [224, 160, 96]
@@ -212,20 +212,20 @@ def test_a_run_that_takes_too_long_is_stopped_and_made_smaller(tmp_path: Path, m
 
 def test_onnxruntime_is_told_to_stop(tmp_path: Path) -> None:
     from pwopt.running.session import Session
-    from pwopt.running.timed_run import TooSlowError, seconds_of
+    from pwopt.running.timed_run import TooSlowError, time_run
 
     products = " ".join(f"h{i} = MatMul(h{i - 1}, h0)" for i in range(1, 400))
     model = parse(f"(float[1500,1500] x) => (float[a,b] y) {{ h0 = Relu(x) {products} y = Relu(h399) }}")
     (tmp_path / "long.onnx").write_bytes(model.SerializeToString())
     session = Session(tmp_path / "long.onnx", optimise=False)
     with pytest.raises(TooSlowError, match="longer than"):
-        seconds_of(session, {"x": np.zeros((1500, 1500), np.float32)}, 0.2)
+        time_run(session, {"x": np.zeros((1500, 1500), np.float32)}, 0.2)
 
 
 def test_what_is_tried_is_told(tmp_path: Path) -> None:
     (tmp_path / "m.onnx").write_bytes(image().SerializeToString())
     told: list[str] = []
-    likely_sizes(input_specs(image()), image(), tmp_path / "m.onnx", progress=lambda stage, _: told.append(stage))
+    choose_sizes(input_specs(image()), image(), tmp_path / "m.onnx", progress=lambda stage, _: told.append(stage))
     assert told == ["trying x 1×3×224×224"]
     for declared, sizes in (("[b,t]", (1, 16_000)), ("[?,2,?]", (1, 2, 16_000))):
         model = (
