@@ -1,4 +1,4 @@
-"""What cannot be folded is written in the form that stays in the provider's blocked layout."""
+"""Layout preservation: operators take the form that stays in the provider's blocked layout."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 
 Form = Callable[[Rewriter, Node], "tuple[list[Node], str] | Skip | None"]
-MEASURE = "it would stay in the blocked layout in another form; only measuring can tell"
+MEASURE = "another form would stay in the blocked layout; only measuring can tell"
 
 
 class KeepLayout(Pass):
-    """x·g = x·resize(g) for a gate g; the mean over space is a global average pooling; W(Sx) = (WS)x for a stride S.
+    """x·g = x·resize(g) for a gate g; ReduceMean over space = GlobalAveragePool; (WS)x = W(Sx) for a stride S
 
-    onnxruntime's CPU provider keeps feature maps in blocks of channels, but leaves that layout, and comes back, for a
-    product of tensors of different shapes (squeeze-and-excitation's gates), for ReduceMean, and runs strided 1×1
-    convolutions slowly. Nearest upsampling of a single position gives it everywhere, exactly; so does subsampling
-    before a 1×1 convolution instead of within it.
+    * Products and sums with a gate of one position: nearest upsampling first repeats the gate at every position.
+    * Means over space: a GlobalAveragePool computes them.
+    * Strided 1×1 convolutions: a subsampling takes the stride over.
+
+    onnxruntime's CPU provider keeps feature maps in blocks of channels. It leaves this layout, and returns to it, for
+    products of tensors of different shapes (the gates of squeeze-and-excitation) and for ReduceMean. It runs strided
+    1×1 convolutions slowly.
     """
 
     name = "keep-layout"
@@ -43,7 +46,8 @@ class KeepLayout(Pass):
         )
 
 
-def _gate(rw: Rewriter, node: Node) -> tuple[list[Node], str] | Skip | None:
+def _expand_gate(rw: Rewriter, node: Node) -> tuple[list[Node], str] | Skip | None:
+    """Upsample a gate before a product or a sum."""
     shapes = [rw.shape(t) for t in node.inputs]
     if len(shapes) != 2 or any(rw.constant(t) is not None for t in node.inputs):
         return None
@@ -56,9 +60,9 @@ def _gate(rw: Rewriter, node: Node) -> tuple[list[Node], str] | Skip | None:
     if 0 in whole or str(rw.dtype(gate)) != "float32":
         return None
     if not all(isinstance(d, int) for d in whole[1:]):
-        return Skip("its gate cannot be spread over positions whose number is not known; --static fixes the inputs")
+        return Skip("its gate cannot be upsampled to an unknown size; make the input sizes static (--static)")
     if rw.opset < 11:
-        return Skip("its gate could stay in the blocked layout from opset 11; --opset converts the model")
+        return Skip("its gate could stay in the blocked layout from opset 11 on; convert the model with --opset")
     over = rw.new_variable(f"{gate.name}_over", gate, lambda s: (*s[:2], *whole[2:]))
     scales = rw.new_constant(f"{over.name}_scales", np.array([1, 1, *whole[2:]], np.float32))
     attrs = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
@@ -68,12 +72,13 @@ def _gate(rw: Rewriter, node: Node) -> tuple[list[Node], str] | Skip | None:
     return [spread, Node(node.op, node.name, {}, inputs, list(node.outputs))], "gates and means over space"
 
 
-def _mean(rw: Rewriter, node: Node) -> tuple[list[Node], str] | None:
+def _pool_globally(rw: Rewriter, node: Node) -> tuple[list[Node], str] | None:
+    """Compute a mean over space by a GlobalAveragePool."""
     axes = attributes.axes_of(rw, node)
     if rw.rank(node.inputs[0]) != 4 or axes is None or sorted(axes) != [2, 3]:
         return None
     if str(rw.dtype(node.inputs[0])) != "float32" or 0 in (rw.shape(node.inputs[0]) or ()):
-        return None  # providers pool few other types, and no empty tensors
+        return None  # few providers pool other types, and none pools empty tensors
     source, output = node.inputs[0], node.outputs[0]
     if node.attrs.get("keepdims", 1):
         return [Node("GlobalAveragePool", node.name, {}, [source], [output])], "gates and means over space"
@@ -82,7 +87,8 @@ def _mean(rw: Rewriter, node: Node) -> tuple[list[Node], str] | None:
     return [Node("GlobalAveragePool", node.name, {}, [source], [pooled]), flat], "gates and means over space"
 
 
-def _strided(rw: Rewriter, node: Node) -> tuple[list[Node], str] | None:
+def _subsample_first(rw: Rewriter, node: Node) -> tuple[list[Node], str] | None:
+    """Subsample before a strided 1×1 convolution."""
     reading = stencil(rw, node)
     g = None if reading is None else reading.geometry
     if reading is None or g is None or g.taps > 1 or g.groups > 1 or g.padded or len(g.kernel) != 2:
@@ -95,4 +101,9 @@ def _strided(rw: Rewriter, node: Node) -> tuple[list[Node], str] | None:
     return [subsample(rw, reading.source, kept, g.strides), conv], "1×1 convolutions with a stride"
 
 
-FORMS: dict[str, Form] = {"Mul": _gate, "Add": _gate, "ReduceMean": _mean, "Conv": _strided}
+FORMS: dict[str, Form] = {
+    "Mul": _expand_gate,
+    "Add": _expand_gate,
+    "ReduceMean": _pool_globally,
+    "Conv": _subsample_first,
+}

@@ -1,4 +1,4 @@
-"""Shape arithmetic on sizes that are known is computed, also where others are open."""
+"""Shape folding: shape arithmetic on static axes becomes constants, even if other axes are dynamic."""
 
 from __future__ import annotations
 
@@ -12,21 +12,25 @@ from pwopt.rewriting.records import Rewrite, Skip
 
 
 class SettleShapes(Pass):
-    """Shape(x)[k] = n where axis k has n entries; Reshape(x, (…, Shape(x)[k], …)) = Reshape(x, (…, 0, …)).
+    """Shape(x)[k] = n if axis k has n entries; Reshape(x, (…, Shape(x)[k], …)) = Reshape(x, (…, 0, …))
 
-    Exporters write out shapes in full in a dynamic model, though most of what they compute depends on fixed sizes: the
-    channel split of CSP blocks, attention's scale and heads. What is known is followed entry by entry
-    (`pwopt.graph.values`). In a Reshape, a size that stays where it is becomes a 0. One size more may be left to a −1
-    if all others are numbers: onnxruntime refuses a −1 beside an axis that turns out to be empty.
+    Constant folding of shapes, entry by entry (`pwopt.graph.values`).
+
+    * A result becomes a constant if all its entries depend on static axes only.
+    * In the target of a Reshape, a size that stays at its axis becomes a 0. One other size may become a −1, if all
+      remaining entries are positive numbers. (onnxruntime refuses a −1 if another axis turns out to be empty.)
+
+    Exporters write dynamic models with complete shape arithmetic, but most of it depends on static sizes: the channel
+    split of CSP blocks, the scale and the heads of attention.
     """
 
     name = "settle-shapes"
-    context = 8  # operators between a Shape and what is settled
+    context = 8  # operators between a Shape and the folded result
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         op = rw.op(node)
         if op == "Reshape" and len(node.inputs) > 1:
-            return _restated(rw, node) if rw.constant(node.inputs[1]) is None else None
+            return _copy_input_sizes(rw, node) if rw.constant(node.inputs[1]) is None else None
         if op not in values.RULES or len(node.outputs) != 1 or not node.inputs:
             return None
         output = node.outputs[0]
@@ -34,36 +38,38 @@ class SettleShapes(Pass):
         if found is None or dtype is None or rank is None or rw.must_keep(output) or rw.constant(output) is not None:
             return None
         array = np.array(found, dtype).reshape(() if rank == 0 else -1)
-        return rw.freeze(node, [array], "the sizes that it depends on are fixed")
+        return rw.freeze(node, [array], "the sizes that it depends on are static")
 
 
-def _restated(rw: Rewriter, node: Node) -> Rewrite | None:
-    """A Reshape whose target is a constant but for sizes of its input that stay where they are, and one other."""
+def _copy_input_sizes(rw: Rewriter, node: Node) -> Rewrite | None:
+    """Give a Reshape a constant target, if its entries are numbers, sizes of its input, and at most one other size."""
     source, target = node.inputs
-    found, before = values.entries(rw, target), values.extents(rw, source)
-    written = None if found is None or before is None else copied(found, before, bool(node.attrs.get("allowzero", 0)))
-    dtype = rw.dtype(target)
-    if written is None or dtype is None:
+    found, before, dtype = values.entries(rw, target), values.extents(rw, source), rw.dtype(target)
+    if found is None or before is None or dtype is None:
         return None
-    shape = rw.new_constant(f"{node.outputs[0].name}_shape", np.array(written, dtype))
+    sizes = copy_sizes(found, before, bool(node.attrs.get("allowzero", 0)))
+    if sizes is None:
+        return None
+    shape = rw.new_constant(f"{node.outputs[0].name}_shape", np.array(sizes, dtype))
     attrs = {k: v for k, v in node.attrs.items() if k != "allowzero"}
     new = Node("Reshape", node.name, attrs, [source, shape], list(node.outputs))
-    return rw.replace([node], [new], "its shape restates sizes of its input")
+    return rw.replace([node], [new], "its target shape repeats sizes of its input")
 
 
-def copied(target: Entries, before: Entries, allowzero: bool) -> list[int] | None:
-    """A Reshape's target in numbers: 0 for a size that stays in its place, −1 for one other; None if that is not all.
+def copy_sizes(target: Entries, before: Entries, allowzero: bool) -> list[int] | None:
+    """The target of a Reshape in numbers: 0 for a size that stays at its axis, −1 for at most one other size.
 
-    `allowzero` says that a 0 in the target is a size; there is none then, if there is a result.
+    Returns None if the target has more unknown sizes. With `allowzero`, a 0 in the target means an empty axis, so that
+    sizes cannot be copied.
     """
-    written: list[int | None] = []
+    sizes: list[int | None] = []
     for axis, entry in enumerate(target):
         stays = not isinstance(entry, int) and entry is not None and before[axis : axis + 1] == (entry,)
-        written.append(0 if stays else entry if isinstance(entry, int) else None)
-    numbers = [w for w in written if w is not None]
+        sizes.append(0 if stays else entry if isinstance(entry, int) else None)
+    numbers = [size for size in sizes if size is not None]
     if allowzero and any(entry == 0 for entry in target):
         return None
-    left = len(written) - len(numbers)
-    if left > 1 or (left and min(numbers, default=1) < 1):
+    unknown = len(sizes) - len(numbers)
+    if unknown > 1 or (unknown and min(numbers, default=1) < 1):
         return None
-    return [-1 if w is None else w for w in written]
+    return [-1 if size is None else size for size in sizes]

@@ -13,7 +13,7 @@ def test_reshapes_in_a_row_are_one() -> None:
     model = parse(body, p=np.array([2, 3, 4]), q=np.array([6, 4]))
     result, outcome, _ = run(model, JoinViews(), CleanUp())
     assert ops(result) == {"Reshape": 1, "Neg": 1}
-    assert [r.reason for r in outcome.rewrites] == ["Reshape and Reshape are one Reshape"]
+    assert [r.reason for r in outcome.rewrites] == ["Reshape and Reshape become one Reshape"]
 
 
 @pytest.mark.parametrize(
@@ -60,7 +60,7 @@ def test_the_keys_of_attention_as_the_dynamo_exporter_turns_them(inputs: str) ->
     assert ops(result) == {"Neg": 2, "Transpose": 1}
     assert (
         next(r.reason for r in outcome.rewrites if r.pass_name == "join-views")
-        == "Reshape, Transpose and Reshape are one Transpose"
+        == "Reshape, Transpose and Reshape become one Transpose"
     )
     for size in ((2, 4, 3, 16), (1, 4, 5, 16)):
         if "2,4,3" not in inputs or size == (2, 4, 3, 16):
