@@ -1,4 +1,4 @@
-"""Passes in turn, until nothing changes."""
+"""Run passes in turn until nothing changes."""
 
 from __future__ import annotations
 
@@ -10,23 +10,24 @@ from pwopt.graph.ir import Graph
 from pwopt.rewriting.driver import Certifier, Pass, Rewriter
 from pwopt.rewriting.records import Outcome, Rewrite, Site, Skip
 
-#: A pipeline repeats until nothing changes; real models need two or three rounds.
+#: The largest number of rounds. Real models need two or three.
 MAX_ROUNDS = 8
 
 
 @dataclass(frozen=True)
-class Settled:
-    """What is known when all passes but the measured ones have nothing left to do.
+class Fixpoint:
+    """The state in which no pass changes anything any more, measured and late passes excepted.
 
     Attributes
     ----------
     rw : Rewriter
-        On the graph that they left.
+        Of the rewritten graph.
     rewrites : tuple of Rewrite
+        Those that led here.
     skips : dict
-        Pass name → its refusals, when it last ran.
+        Pass name → its refusals in its last run.
     named : frozenset of str
-        The tensors and nodes of the graph before.
+        The tensors and nodes of the original graph.
     """
 
     rw: Rewriter
@@ -34,17 +35,17 @@ class Settled:
     skips: Mapping[str, tuple[Skip, ...]]
     named: frozenset[str]
 
-    def branch(self, graph: Graph, denied: Iterable[Site], certifier: Certifier | None) -> Settled:
-        """The same on a copy of the graph."""
-        return Settled(self.rw.branch(graph, denied, certifier), self.rewrites, self.skips, self.named)
+    def branch(self, graph: Graph, denied: Iterable[Site], certifier: Certifier | None) -> Fixpoint:
+        """Continue with a copy of the graph."""
+        return Fixpoint(self.rw.branch(graph, denied, certifier), self.rewrites, self.skips, self.named)
 
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Passes in turn, until every one has nothing left to do; measured ones once, when the others have finished.
+    """Runs passes until none of them changes anything, then each measured pass once, then the others again.
 
-    A pure function of the graph, the denied sites and the allowed ones: the same inputs give the same graph, byte
-    for byte.
+    The result depends only on the graph, the denied sites and the allowed sites: the same inputs give the same graph,
+    byte for byte.
     """
 
     passes: Sequence[Pass]
@@ -59,51 +60,60 @@ class Pipeline:
         reserved: Iterable[str] = (),
         certifier: Certifier | None = None,
     ) -> Outcome:
-        """Edit `graph` in place; parameters as for `Pass.run`. Refusals are those of each pass's last run.
+        """Edit `graph` in place.
 
-        `allowed` lists the sites where measured passes may act that nobody asked for by name; None for all. Refusals
-        are of tensors that the graph had to begin with: nobody asked for what becomes of those that a rewrite made.
+        Parameters
+        ----------
+        allowed : collection of Site, optional
+            The sites where measured passes may act if the user did not ask for them by name. Default: everywhere.
+        graph, denied, sizes, reserved, certifier
+            As for `Pass.run`.
+
+        Returns
+        -------
+        Outcome
+            Its refusals come from the last run of each pass, and concern tensors of the original graph only.
         """
         rw = Rewriter(graph, denied, sizes, reserved, certifier)
-        return self.finish(self.settle(rw), allowed)
+        return self.finish(self.run_to_fixpoint(rw), allowed)
 
-    def settle(self, rw: Rewriter) -> Settled:
-        """Run all passes but the measured ones; leaves a graph that may be copied."""
+    def run_to_fixpoint(self, rw: Rewriter) -> Fixpoint:
+        """Run all passes but the measured and the late ones. Afterwards the graph may be copied."""
         named = frozenset(t.name or n.name for n in rw.graph.nodes for t in n.outputs)
         rewrites: list[Rewrite] = []
         skips: dict[str, tuple[Skip, ...]] = {}
-        _repeat(rw, self._settling(), rewrites, skips)
+        _repeat(rw, self._unmeasured(), rewrites, skips)
         rw.close()
-        return Settled(rw, tuple(rewrites), skips, named)
+        return Fixpoint(rw, tuple(rewrites), skips, named)
 
-    def finish(self, settled: Settled, allowed: Collection[Site] | None = None) -> Outcome:
-        """Run the measured passes, and the others once more over what those made."""
-        rw, rewrites, skips = settled.rw, list(settled.rewrites), dict(settled.skips)
+    def finish(self, fixpoint: Fixpoint, allowed: Collection[Site] | None = None) -> Outcome:
+        """Run the measured passes, then the others again if those changed anything, then the late ones."""
+        rw, rewrites, skips = fixpoint.rw, list(fixpoint.rewrites), dict(fixpoint.skips)
         finished = len(rewrites)
         for p in self._measured():
             outcome = rw.apply(p, None if p.requested else allowed)
             rewrites.extend(outcome.rewrites)
             skips[p.name] = outcome.skips
         if len(rewrites) > finished:
-            _repeat(rw, [p for p in self._settling() if p.phase != "early"], rewrites, skips)
+            _repeat(rw, [p for p in self._unmeasured() if p.phase != "early"], rewrites, skips)
         for p in self.passes:
             if p.phase == "late":
                 rewrites.extend(rw.apply(p).rewrites)
         rw.close()
         listed = itertools.chain.from_iterable(skips.values())
-        return Outcome(tuple(rewrites), tuple(s for s in listed if s.tensor in settled.named))
+        return Outcome(tuple(rewrites), tuple(s for s in listed if s.tensor in fixpoint.named))
 
-    def could(self, settled: Settled, name: str) -> Outcome:
-        """What the measured pass of this name does by itself, beside those that were asked for."""
+    def try_pass(self, fixpoint: Fixpoint, name: str) -> Outcome:
+        """Run one measured pass, after the measured passes before it that the user asked for."""
         outcome = Outcome((), ())
         for p in self._measured():
             if p.requested or p.name == name:
-                outcome = settled.rw.apply(p)
+                outcome = fixpoint.rw.apply(p)
             if p.name == name:
                 break
-        return Outcome(outcome.rewrites, tuple(s for s in outcome.skips if s.tensor in settled.named))
+        return Outcome(outcome.rewrites, tuple(s for s in outcome.skips if s.tensor in fixpoint.named))
 
-    def _settling(self) -> list[Pass]:
+    def _unmeasured(self) -> list[Pass]:
         return [p for p in self.passes if p.policy != "measured" and p.phase != "late"]
 
     def _measured(self) -> list[Pass]:
@@ -111,6 +121,7 @@ class Pipeline:
 
 
 def _repeat(rw: Rewriter, passes: Sequence[Pass], rewrites: list[Rewrite], skips: dict[str, tuple[Skip, ...]]) -> None:
+    """Run passes in turn until a whole round changes nothing; append to `rewrites`, and update `skips`."""
     idle = 0
     for p in itertools.islice(itertools.cycle(passes), MAX_ROUNDS * len(passes)):
         outcome = rw.apply(p)

@@ -20,7 +20,7 @@ from pwopt.graph.view import View
 from pwopt.maps.cost import Cost, measure
 from pwopt.passes import PASSES, CleanUp, SettleShapes
 from pwopt.rewriting.driver import Certifier, Pass, Rewriter, describe
-from pwopt.rewriting.pipeline import Pipeline, Settled
+from pwopt.rewriting.pipeline import Fixpoint, Pipeline
 from pwopt.rewriting.records import Outcome, Rewrite, Site
 from pwopt.selecting import plugins
 
@@ -180,7 +180,7 @@ class Snapshot:
     ----------
     model : Model
     passes : sequence of Pass
-    settled : Settled
+    fixpoint : Fixpoint
         On the model's graph.
     done : tuple of Rewrite
         What settled its shapes, before.
@@ -193,7 +193,7 @@ class Snapshot:
 
     model: Model
     passes: Sequence[Pass]
-    settled: Settled
+    fixpoint: Fixpoint
     done: tuple[Rewrite, ...]
     sizes: Mapping[str, Sequence[int]]
     inputs: Mapping[str, Sequence[int]]
@@ -220,7 +220,7 @@ class Snapshot:
             before = measure(View(model.graph, sizes))
             done = settle(model, deny, certifier, settling)
         rw = Rewriter(model.graph, deny, sizes, model.names(), certifier)
-        return cls(model, passes, Pipeline(passes).settle(rw), done, sizes, inputs, before)
+        return cls(model, passes, Pipeline(passes).run_to_fixpoint(rw), done, sizes, inputs, before)
 
     def branch(self, deny: Iterable[Site] = (), certifier: Certifier | None = None, *, eager: bool = False) -> Snapshot:
         """A copy to go on with; `eager` lets measured passes act wherever they may."""
@@ -228,11 +228,11 @@ class Snapshot:
         for p in passes:
             if eager and p.policy == "measured" and not p.eager:
                 p.scope = "exact"
-        return replace(self, model=model, passes=passes, settled=self.settled.branch(model.graph, deny, certifier))
+        return replace(self, model=model, passes=passes, fixpoint=self.fixpoint.branch(model.graph, deny, certifier))
 
     def finish(self, allowed: Collection[Site] | None = None) -> tuple[Cost, Outcome, Cost]:
         """Run what is left, in place; see `run_pipeline`."""
-        outcome, graph = Pipeline(self.passes).finish(self.settled, allowed), self.model.graph
+        outcome, graph = Pipeline(self.passes).finish(self.fixpoint, allowed), self.model.graph
         after = measure(View(graph, self.sizes))
         if after.unknown > self.before.unknown:  # tensors that passes made
             after = measure(View(graph, concrete_sizes(self.model.to_proto(), self.inputs)))
@@ -240,7 +240,7 @@ class Snapshot:
 
     def could(self, name: str) -> Outcome:
         """What a measured pass does by itself, in place."""
-        return Pipeline(self.passes).could(self.settled, name)
+        return Pipeline(self.passes).try_pass(self.fixpoint, name)
 
 
 def run_pipeline(
