@@ -9,7 +9,7 @@ from hypothesis import HealthCheck, settings
 # No outcome may depend on how busy the machine is.
 settings.register_profile("untimed", deadline=None, suppress_health_check=[HealthCheck.too_slow], print_blob=True)
 settings.load_profile("untimed")
-pytest.register_assert_rewrite("helpers", "judge")
+pytest.register_assert_rewrite("helpers", "judge", "pruning", "branching")
 os.environ.setdefault("COLUMNS", "120")
 #: Decisions of races in tests stay out of the user's cache.
 _CACHE = tempfile.TemporaryDirectory(prefix="pwopt-cache-")
