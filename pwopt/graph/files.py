@@ -179,7 +179,7 @@ def from_proto(proto: onnx.ModelProto, folder: Path | None = None) -> Model:
     model = Model(graph, proto, folder)
     for node, message in zip(graph.nodes, proto.graph.node, strict=True):
         if node.op == "Constant" and isinstance(node.attrs.get("value"), Constant):
-            node.attrs["value"]._values = StoredValues(message.attribute[0].t, folder)  # which knows every type
+            node.attrs["value"].stored = StoredValues(message.attribute[0].t, folder)  # which knows every type
         model._nodes[node] = (message, snapshot(node.attrs))
     tensors = {t.name: t for node in graph.nodes for t in (*node.inputs, *node.outputs)}
     tensors.update({t.name: t for t in (*graph.inputs, *graph.outputs)})

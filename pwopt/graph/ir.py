@@ -165,7 +165,7 @@ class Constant(Tensor, _Constant):
     Attributes
     ----------
     values : array
-        Loaded when they are asked for.
+        Loaded when it is first read.
     """
 
     if TYPE_CHECKING:
@@ -175,6 +175,15 @@ class Constant(Tensor, _Constant):
         data_location: int | None
         _export_dtype: Any
         _values: Values | LazyValues
+
+    @property
+    def stored(self) -> Values | LazyValues:
+        """The array, or what loads it."""
+        return self._values
+
+    @stored.setter
+    def stored(self, values: Values | LazyValues) -> None:
+        self._values = values
 
     def copy(self) -> Constant:
         return Constant(self.name, self._values, export_dtype=self._export_dtype)

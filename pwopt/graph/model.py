@@ -171,7 +171,7 @@ class Model:
         pairs = zip(self.graph.nodes, self.proto.graph.node, strict=True)
         same = all(_same_edges(node, proto) and self._original(node) is proto for node, proto in pairs)
         held = all(
-            name in self._constants and self._constants[name][0] is c and isinstance(c._values, StoredValues)
+            name in self._constants and self._constants[name][0] is c and isinstance(c.stored, StoredValues)
             for name, c in self._constant_tensors().items()
         )
         return same and held
@@ -218,7 +218,7 @@ class Model:
     def _constant_proto(self, constant: Constant) -> TensorProto:
         held, proto = self._constants.get(constant.name, (None, TensorProto()))
         if held is constant:
-            if isinstance(constant._values, StoredValues):
+            if isinstance(constant.stored, StoredValues):
                 return proto
             if np.array_equal(StoredValues(proto, self.folder).load(), constant.values):
                 return proto

@@ -205,7 +205,10 @@ class View:
     def constant(self, tensor: Tensor) -> Constant | None:
         """The tensor that holds `tensor`'s value for good: an initializer or a Constant node's, through Identity."""
         for _ in range(16):
-            if is_constant(tensor):
+            if isinstance(tensor, Constant):
+                return tensor
+            if is_constant(tensor):  # a pass has just made it of onnx-graphsurgeon's class
+                adopt_tensors([tensor])
                 return tensor
             node = self.producer(tensor)
             op = self.op(node)
@@ -221,7 +224,8 @@ class View:
 
     def stored_value(self, tensor: Tensor) -> object:
         """What holds the numbers of a constant: the same object in every copy of the graph; None if not constant."""
-        return getattr(self.constant(tensor), "_values", None)
+        held = self.constant(tensor)
+        return None if held is None else held.stored
 
     def elements(self, tensor: Tensor) -> int | None:
         """Number of elements of a constant, without reading it; None if not constant."""
@@ -233,7 +237,7 @@ class View:
         held = self.constant(tensor)
         if held is None:
             return None
-        values = held._values
+        values = held.stored
         if isinstance(values, StoredValues):
             return values.load()
         if isinstance(values, np.ndarray):
