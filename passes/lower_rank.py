@@ -1,4 +1,4 @@
-"""Regions of 1-D and 3-D convolutions run as 2-D ones, those on single positions as matrix products."""
+"""Lowering to another rank: 1-D and 3-D convolutions run as 2-D ones, those on single positions as matrix products."""
 
 from __future__ import annotations
 
@@ -31,19 +31,23 @@ from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.rewriting.regions import find_regions
 from pwopt.rewriting.wording import counted
 
-#: Without measuring, regions of fewer convolutions are left alone: the changes of shape around them cost too much.
+#: The smallest number of convolutions in a region that is lowered without measuring. In smaller ones, the changes of
+#: shape may cost more than they save.
 ENOUGH = 3
 
 
 @dataclass(frozen=True)
 class Lowering:
-    """How tensors are seen: (N, C, L) as (N, C, 1, L), (N, C, T, H, W) as (N, C, T, H·W), (N, C, 1, 1) as (N, C).
+    """A layout of another rank.
+
+    (N, C, L) becomes (N, C, 1, L). (N, C, T, H, W) becomes (N, C, T, H·W). (N, C, 1, 1) becomes (N, C).
 
     Attributes
     ----------
     rank : int
+        Before the lowering.
     plane : tuple of int
-        H and W, which the operator does not change; empty for rank 3, or where all planes are single elements.
+        H and W for rank 5, unless all planes are single positions; else empty. The operator must not change them.
     """
 
     rank: int
@@ -55,7 +59,7 @@ class Lowering:
         return {3: {0: 0, 1: 1, 2: 3}, 4: {0: 0, 1: 1}, 5: {0: 0, 1: 1, 2: 2}}[self.rank].get(axis)
 
     def spatial(self, values: Sequence[int], neutral: int) -> list[int] | None:
-        """LoadValues per spatial axis; None if the plane is not left alone."""
+        """Numbers for each spatial axis, such as strides; None if they are not neutral in the plane."""
         if self.rank == 4:
             return None
         if self.rank == 3:
@@ -68,7 +72,7 @@ class Lowering:
         return None if begins is None or ends is None else [*begins, *ends]
 
     def every(self, values: Sequence[float], neutral: float) -> list[float] | None:
-        """LoadValues for every axis of the tensor."""
+        """Numbers for each axis of the tensor; None if they are not neutral in the plane."""
         if self.rank == 4:
             return None
         if self.rank == 3:
@@ -76,15 +80,15 @@ class Lowering:
         return [*values[:3], neutral] if all(v == neutral for v in values[3:]) else None
 
     def operand_shape(self, shape: Sequence[int]) -> tuple[int, ...] | None:
-        """The shape in which a constant broadcasts as before."""
+        """The shape in which a constant broadcasts as before; None if there is none."""
         if self.rank == 3:
             return tuple(shape) if len(shape) < 2 else (*shape[:-1], 1, shape[-1])
         if len(shape) < 2:
             return tuple(shape) if all(d == 1 for d in shape) else None
         if self.rank == 4:
             return tuple(shape[:-2]) if tuple(shape[-2:]) == (1, 1) else None
-        whole = tuple(shape[-2:])
-        return (*shape[:-2], whole[0] * whole[1]) if whole in ((1, 1), self.plane) else None
+        plane = tuple(shape[-2:])
+        return (*shape[:-2], plane[0] * plane[1]) if plane in ((1, 1), self.plane) else None
 
     def convert(self, values: Values) -> Values:
         shape = self.operand_shape(values.shape)
@@ -102,8 +106,8 @@ class Lowering:
     def write_conversion(self, rw: Rewriter, source: Tensor, output: Tensor, *, enter: bool) -> list[Node]:
         axes = np.array([2, 3] if self.rank == 4 else [2], np.int64)
         if self.rank == 5:
-            whole = source if enter else output
-            h, w = (d for d in (rw.dim(whole, 3), rw.dim(whole, 4)) if isinstance(d, int))
+            video = source if enter else output
+            h, w = (d for d in (rw.dim(video, 3), rw.dim(video, 4)) if isinstance(d, int))
             shape = np.array([0, 0, 0, h * w] if enter else [0, 0, 0, h, w], np.int64)
             name = rw.node_name(str(output.name), "_reshape")
             return [Node("Reshape", name, {}, [source, rw.new_constant(f"{output.name}_shape", shape)], [output])]
@@ -115,13 +119,16 @@ class Lowering:
 
 
 class LowerRank(Pass):
-    """f(x) = squeeze(f₂(unsqueeze(x))): a region f on (N, C, L) runs as f₂ on (N, C, 1, L), one on (N, C, T, H, W)
-    whose kernels are (k, 1, 1) on (N, C, T, H·W), one on (N, C, 1, 1) as matrix products on (N, C). The same sums
-    over the same numbers.
+    """f(x) = squeeze(f₂(unsqueeze(x))) where f₂ computes f on tensors of another rank
 
-    onnxruntime's CPU provider has its blocked layout for 2-D convolutions only. One Unsqueeze or Reshape at each
-    entry, one at each exit; everything between is carried along. Audio networks (Kriman et al., "QuartzNet", 2020)
-    and the pointwise parts of video networks (Feichtenhofer, "X3D", 2020).
+    * A region of 1-D convolutions on (N, C, L) runs on (N, C, 1, L).
+    * A region of 3-D convolutions with kernels (k, 1, 1) on (N, C, T, H, W) runs on (N, C, T, H·W).
+    * A region of 1×1 convolutions on (N, C, 1, 1) runs as matrix products on (N, C).
+    * A region contains at least one convolution. One Unsqueeze, Squeeze or Reshape stands at each entry and each exit.
+
+    The sums and their numbers stay the same. onnxruntime's CPU provider has its blocked layout for 2-D convolutions
+    only. Examples are audio networks (Kriman et al., "QuartzNet", 2020) and the pointwise parts of video networks
+    (Feichtenhofer, "X3D", 2020).
     """
 
     name = "lower-rank"
@@ -144,7 +151,7 @@ class LowerRank(Pass):
             return Skip(f"{single} of single positions could run as matrix products; only measuring can tell")
         if not self.eager and count < ENOUGH:
             return Skip(
-                f"a region of {counted(count, f'{rank}-D convolution')} may not repay its changes of shape; "
+                f"a region of {counted(count, f'{rank}-D convolution')} may save less than its changes of shape cost; "
                 "only measuring can tell"
             )
         return _lower(rw, [(n, self._lowerings[n]) for n in region.nodes], convolutions)
@@ -169,13 +176,13 @@ def _lower(rw: Rewriter, members: Sequence[tuple[Node, Lowering]], convolutions:
 
 
 def _find_lowerings(rw: Rewriter) -> dict[Node, Lowering]:
-    """The operators that can be lowered, each with how."""
-    found = {node: _lowering(rw, node) for node in rw.nodes()}
+    """The operators that can be lowered, each with its layout."""
+    found = {node: _find_lowering(rw, node) for node in rw.nodes()}
     return {n: low for n, low in found.items() if low is not None and _arguments(rw, low, n) is not None}
 
 
-def _lowering(rw: Rewriter, node: Node) -> Lowering | None:
-    """The rank of what a node computes from and to, and the plane it must keep; None if it reads constants only."""
+def _find_lowering(rw: Rewriter, node: Node) -> Lowering | None:
+    """The layout for the inputs and outputs of a node; None if their ranks differ or have no lowering."""
     read = data_inputs(rw, node)
     tensors = [*read, *(t for t in node.outputs if t.name)]
     ranks = {rw.rank(t) for t in tensors}
@@ -185,18 +192,17 @@ def _lowering(rw: Rewriter, node: Node) -> Lowering | None:
     if rank == 3:
         return Lowering(3)
     if rank == 4:
-        single = all((rw.dim(t, 2), rw.dim(t, 3)) == (1, 1) for t in tensors)
-        return Lowering(4) if single else None
+        return Lowering(4) if _have_one_position(rw, tensors) else None
     if rank != 5:
         return None
     planes = {tuple(rw.dim(t, a) for a in (3, 4)) for t in tensors} - {(1, 1)}
     plane = tuple(d for d in (planes.pop() if len(planes) == 1 else ()) if isinstance(d, int) and d > 0)
-    return Lowering(5, plane) if len(plane) != 1 and (plane or _flat(rw, tensors)) else None
+    return Lowering(5, plane) if len(plane) != 1 and (plane or _have_one_position(rw, tensors)) else None
 
 
-def _flat(rw: Rewriter, tensors: Iterable[Tensor]) -> bool:
-    """Whether the planes of all tensors are single elements."""
-    return all((rw.dim(t, 3), rw.dim(t, 4)) == (1, 1) for t in tensors)
+def _have_one_position(rw: Rewriter, tensors: Iterable[Tensor]) -> bool:
+    """Whether the last two axes of all tensors have size 1."""
+    return all((rw.dim(t, -2), rw.dim(t, -1)) == (1, 1) for t in tensors)
 
 
 CONVERTERS: dict[str, Converter[Lowering]] = dict(BY_AXES)
@@ -204,50 +210,51 @@ converts = register_in(CONVERTERS)
 
 
 def _arguments(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
-    """The operator's arguments at rank 4; None if it cannot be lowered."""
+    """The arguments of an operator in a layout; None if it cannot run in it."""
     converter = CONVERTERS.get(rw.op(node))
     return None if converter is None else converter(rw, low, node)
 
 
 @converts("Conv", "ConvTranspose")
-def _convolution(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
+def _convert_convolution(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
     weight = rw.constant(node.inputs[1])
     if weight is None or "output_shape" in node.attrs:
         return None
     if low.rank == 4:
-        return _product(rw, node, weight)
+        return _convert_to_product(rw, node, weight)
     shape = low.spatial(list(weight.shape[2:]), 1)
-    attrs = _window_attributes(low, node)
+    attrs = _convert_window(low, node)
     if shape is None or attrs is None:
         return None
     attrs["kernel_shape"] = shape
 
-    def reshaped() -> Values:
+    def load() -> Values:
         raw = rw.raw(weight)
         assert raw is not None
         return raw.reshape(*raw.shape[:2], *shape)
 
-    return Arguments(attrs, {1: reshaped})
+    return Arguments(attrs, {1: load})
 
 
-def _product(rw: Rewriter, node: Node, weight: Constant) -> Arguments | None:
-    """A convolution that reads one position: y = x·Wᵀ + b."""
+def _convert_to_product(rw: Rewriter, node: Node, weight: Constant) -> Arguments | None:
+    """A convolution of a single position as a Gemm, y = x·Wᵀ + b."""
     plain = node.op == "Conv" and node.attrs.get("group", 1) == 1
-    if not plain or any(k != 1 for k in weight.shape[2:]) or rw.opset < 11:  # Gemm needs a bias before
+    if not plain or any(k != 1 for k in weight.shape[2:]) or rw.opset < 11:  # an older Gemm needs a bias
         return None
     return Arguments({"transB": 1}, {1: convert_constant(rw, Lowering(4), weight)}, "Gemm")
 
 
 @converts(*POOLS)
-def _pooling(_rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
-    attrs = _window_attributes(low, node)
+def _convert_pooling(_rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
+    attrs = _convert_window(low, node)
     if attrs is None or len(node.outputs) > 1:
         return None
     kernel = low.spatial(node.attrs["kernel_shape"], 1)
     return None if kernel is None else Arguments({**attrs, "kernel_shape": kernel})
 
 
-def _window_attributes(low: Lowering, node: Node) -> dict[str, object] | None:
+def _convert_window(low: Lowering, node: Node) -> dict[str, object] | None:
+    """The attributes of a convolution or pooling in a layout; None if its windows extend into the plane."""
     attrs: dict[str, object] = dict(node.attrs)
     for key, neutral in (("strides", 1), ("dilations", 1), ("output_padding", 0)):
         if key in node.attrs:
@@ -261,21 +268,21 @@ def _window_attributes(low: Lowering, node: Node) -> dict[str, object] | None:
     "BatchNormalization", "InstanceNormalization", "GroupNormalization", "GlobalAveragePool", "GlobalMaxPool",
     "GlobalLpPool",
 )  # fmt: skip
-def _per_channel(_rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
+def _convert_per_channel(_rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
     if low.rank == 4 and node.op != "BatchNormalization":
         return None
     return Arguments(dict(node.attrs)) if node.attrs.get("spatial", 1) else None
 
 
 @converts(*REDUCTIONS)
-def _reduction(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
+def _convert_reduction(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
     axes = attributes.axes_of(rw, node) or ()
     whole_plane = {3, 4} <= set(axes)
     return reduce_axes(rw, node, sorted({min(a, 3) for a in axes})) if whole_plane else BY_AXES[node.op](rw, low, node)
 
 
 @converts("Resize", "Upsample")
-def _resize(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
+def _convert_resize(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
     odd = node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize" or "axes" in node.attrs
     if odd or node.attrs.get("mode", "nearest") == "cubic":
         return None
@@ -290,7 +297,7 @@ def _resize(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
 
 
 @converts("Pad")
-def _pad(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
+def _convert_pad(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
     found = attributes.pad_parameters(rw, node)
     if found is None or len(node.inputs) > 3:
         return None

@@ -1,4 +1,4 @@
-"""What a model computes twice, or stores twice, is there once."""
+"""Common subexpression elimination and constant deduplication."""
 
 from __future__ import annotations
 
@@ -16,15 +16,20 @@ from pwopt.rewriting.records import Rewrite, Skip
 
 
 class MergeEqual(Pass):
-    """f(x), f(x) = f(x) read twice: common subexpressions
+    """f(x), f(x) = f(x) read twice
 
-    For operators of ONNX's own that are not random, with the same attributes and the same inputs; small constants are
-    the same if their values are. Exporters write Shape and Gather anew at each place, and code calls the same layer
-    twice on the same tensor. (onnx_ir has such a pass; docs/architecture.md says why it is not this one.)
+    Common subexpression elimination.
+
+    * The operators belong to ONNX itself, are not random, and have the same attributes and inputs. Two small constants
+      are the same input if their values are equal.
+    * At most one of the two results must stay visible.
+
+    Exporters write the same Shape and Gather anew at each place, and code calls the same layer twice on a tensor.
+    docs/architecture.md says why pwopt does not use the pass of onnx_ir.
     """
 
     name = "merge-equal"
-    context = 1  # the operator that stays is no part of what changes
+    context = 1  # the operator that remains is not part of the change
 
     def start(self, rw: Rewriter) -> None:
         self._first: dict[Hashable, Node] = {}
@@ -33,26 +38,25 @@ class MergeEqual(Pass):
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         op = rw.op(node)
         inputs = [self._identity(rw, t) for t in node.inputs]
-        attrs = _frozen(node)
+        attrs = _freeze_attributes(node)
         if not op or op in RANDOM or op == "Constant" or not inputs or attrs is None:
             return None
-        given = tuple(bool(t.name) for t in node.outputs)
-        key = (op, attrs, tuple(inputs), given)
+        key = (op, attrs, tuple(inputs), tuple(bool(t.name) for t in node.outputs))
         other = self._first.get(key)
-        if other is None or other is node or other not in rw or self._changed(rw, other, key):
+        if other is None or other is node or other not in rw or self._has_changed(rw, other, key):
             self._first[key] = node
             return None
         first, second = sorted((other, node), key=rw.position)
         self._first[key] = first
         return _merge(rw, first, second)
 
-    def _changed(self, rw: Rewriter, other: Node, key: tuple[Hashable, ...]) -> bool:
-        """Whether a node that was noted under a key is another one since."""
+    def _has_changed(self, rw: Rewriter, other: Node, key: tuple[Hashable, ...]) -> bool:
+        """Whether a node has changed since it was recorded under a key."""
         inputs = tuple(self._identity(rw, t) for t in other.inputs)
-        return (rw.op(other), _frozen(other), inputs, tuple(bool(t.name) for t in other.outputs)) != key
+        return (rw.op(other), _freeze_attributes(other), inputs, tuple(bool(t.name) for t in other.outputs)) != key
 
     def _identity(self, rw: Rewriter, tensor: Tensor) -> Hashable:
-        """Equal for tensors of the same value."""
+        """A key that is equal for tensors with equal values."""
         held = rw.constant(tensor) if tensor.name else None
         if held is None:
             return tensor if tensor.name else None
@@ -63,8 +67,8 @@ class MergeEqual(Pass):
         return self._small[id(held)]
 
 
-def _frozen(node: Node) -> Hashable | None:
-    """A node's attributes as something to compare; None if there is a tensor or a graph among them."""
+def _freeze_attributes(node: Node) -> Hashable | None:
+    """The attributes of a node in hashable form; None if one is a graph or a large tensor."""
     frozen = []
     for name, value in sorted(node.attrs.items()):
         if isinstance(value, Constant) and value.values.nbytes <= NEGLIGIBLE_BYTES:
@@ -96,9 +100,9 @@ def _merge(rw: Rewriter, first: Node, second: Node) -> Rewrite | Skip:
 
 
 class ShareConstants(Pass):
-    """w, w = w read twice: equal initializers
+    """w, w = w read twice
 
-    Last of all, since a weight that is shared folds nowhere; what folds has gone into others by then.
+    Constant deduplication: equal weights are stored once. It runs last, because no pass folds a shared weight.
     """
 
     name = "share-constants"
@@ -117,13 +121,13 @@ class ShareConstants(Pass):
                 continue
             key = (str(raw.dtype), raw.shape, hash(raw.tobytes()))
             first = self._first.setdefault(key, tensor)
-            if first is not tensor and np.array_equal(_bits(rw.raw(first)), _bits(raw)):
+            if first is not tensor and np.array_equal(_view_as_bytes(rw.raw(first)), _view_as_bytes(raw)):
                 rw.reroute(tensor, first, [node])
                 shared.append(first.name)
-        return Rewrite(f"it reads {', '.join(map(repr, shared))}, which holds the same") if shared else None
+        return Rewrite(f"it reads {', '.join(map(repr, shared))}, which holds equal values") if shared else None
 
 
-def _bits(values: Values | None) -> Values:
-    """Values as they are stored: zeros have signs, and no NaN equals itself."""
+def _view_as_bytes(values: Values | None) -> Values:
+    """The stored bytes. Comparing them distinguishes the signs of zeros, and finds NaNs equal to themselves."""
     assert values is not None
     return np.frombuffer(values.tobytes(), np.uint8)
