@@ -27,6 +27,7 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
         "optimizing.request": ["Request"],
         "passes": ["PASSES"],
         "running.bench": ["benchmark"],
+        "running.huge_pages": ["HugePages", "use_huge_pages"],
         "selecting.inspection": ["inspect"],
         "selecting.weight_properties": ["properties"],
         "selecting.tuning_database": ["TuningDatabase"],
@@ -53,6 +54,8 @@ if TYPE_CHECKING:
     from pwopt.optimizing.request import Request as Request
     from pwopt.passes import PASSES as PASSES
     from pwopt.running.bench import benchmark as benchmark
+    from pwopt.running.huge_pages import HugePages as HugePages
+    from pwopt.running.huge_pages import use_huge_pages as use_huge_pages
     from pwopt.selecting.inspection import inspect as inspect
     from pwopt.selecting.tuning_database import TuningDatabase as TuningDatabase
     from pwopt.selecting.weight_properties import properties as properties

@@ -299,7 +299,7 @@ def _memory(row: Row) -> str:
 
 def render_benchmark(rows: Sequence[Row], console: Console) -> None:
     """Models side by side, one row each, then what loading costs, and where each one's time goes."""
-    times = _table("model", "input", "median", "minimum", "ratio [95 %]")
+    times = _table("model", "input", "median", "minimum", "ratio [99 %]")
     costs = _table("model", "input", "load", "first run", "memory", "layout changes")
     for row in rows:
         low, high = row.interval
@@ -317,7 +317,30 @@ def render_benchmark(rows: Sequence[Row], console: Console) -> None:
         console.print(f"{plain(Path(row.model).name)}, {shapes}: {slowest}", style="dim", soft_wrap=True)
         base = next(r for r in rows if r.shapes == row.shapes)
         opposed = contradiction(base.median_ms, row.median_ms, row.ratio)
-        if opposed:
+        if opposed and not row.interval[0] <= 1 <= row.interval[1]:
             console.print(f"{plain(Path(row.model).name)}: {opposed}", soft_wrap=True)
+        if row is base:
+            console.print(_control_line(row), style="dim", soft_wrap=True)
+        if row.huge_pages is not None:
+            console.print(_huge_pages_line(row.huge_pages), soft_wrap=True)
         if row.elsewhere:
             console.print(f"[yellow]{plain(row.model)}: {row.elsewhere} nodes ran on another provider[/yellow]")
+
+
+def _control_line(row: Row) -> str:
+    """How far the clock could be trusted."""
+    ratio, low, high = row.control
+    return escape(
+        f"A copy of {Path(row.model).name} in the same race: {ratio:.3f} [{low:.3f}, {high:.3f}]. "
+        "A ratio closer to 1 than that is noise."
+    )
+
+
+def _huge_pages_line(gain: tuple[float, float, float]) -> str:
+    """What huge pages bring, and how to get them."""
+    ratio, low, high = gain
+    found = f"{ratio:.2f}× as fast [{low:.2f}, {high:.2f}]" if low > 1 else f"no clear gain [{low:.2f}, {high:.2f}]"
+    return escape(
+        f"Huge pages: {found}. GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment, or pwopt.use_huge_pages() "
+        "after the first run, switches them on."
+    )

@@ -5,30 +5,32 @@ from __future__ import annotations
 import contextlib
 import functools
 import json
+import math
 import os
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import onnx
 
-from pwopt.errors import UsageError
+from pwopt.errors import ModelError, UsageError
 from pwopt.graph.files import load
 from pwopt.graph.operators import VIEWS
 from pwopt.graph.sources import renamed
 from pwopt.inputs.samples import Feeds, draw_feeds
 from pwopt.inputs.specs import InputSpec, check_shapes, input_specs
-from pwopt.running import installation, providers, timing
+from pwopt.running import huge_pages, installation, providers, timing
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider, as_provider
 from pwopt.running.session import NodeTime, Session, check_settings, nodes_elsewhere
 from pwopt.running.size_trials import Sizes, choose_sizes
+from pwopt.running.worker import UnusableError, Worker
 
 #: Linux's description of a process's memory (proc(5)).
 STATUS = Path("/proc/self/status")
@@ -36,6 +38,8 @@ STATUS = Path("/proc/self/status")
 LAYOUT = VIEWS | {"ReorderInput", "ReorderOutput", "Transpose"}
 #: Number of runs under the profiler.
 PROFILED = 10
+#: How often processes with and without huge pages are timed in turn.
+HUGE_PAGES_PAIRS = 5
 
 
 @dataclass(frozen=True)
@@ -64,6 +68,11 @@ class Row:
         The fraction of that time in `LAYOUT` operators.
     elsewhere : int
         How many nodes ran on another provider.
+    control : tuple of float
+        What a copy of the first model reached in the same race: its ratio, and both ends of the interval.
+    huge_pages : tuple of float, or None
+        Of a single model: its time with pages of 4 KiB over its time with huge pages, and both ends of the interval.
+        None where the system gives none, and on other providers than the CPU.
     """
 
     model: str
@@ -79,6 +88,8 @@ class Row:
     operators: dict[str, float]
     layout_share: float
     elsewhere: int
+    control: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    huge_pages: tuple[float, float, float] | None = None
 
 
 @renamed(batches="batch")
@@ -159,13 +170,61 @@ def _race_models(
     for path in paths[1:]:
         check_shapes(input_specs(load(path).proto), sizes)
     feeds = draw_feeds(specs, sizes)
-    openers = [functools.partial(Session, p, provider, threads, tf32=True) for p in paths]
-    race = timing.race(openers, feeds, seconds, progress)
+    with timing.exclusive(), contextlib.closing(Worker(paths[0], provider, threads, feeds)) as worker:
+        race = _race_in(worker, [*paths, paths[0]], provider, threads, feeds, seconds, progress)
     rows = []
     for i, path in enumerate(paths):
         progress(f"profiling {path.name}", i / len(paths))
         rows.append(_measure_model(path, i, race, provider, threads, sizes, feeds))
+    if len(rows) == 1:
+        rows = [replace(rows[0], huge_pages=_huge_pages_gain(paths[0], provider, threads, feeds, seconds, progress))]
     return rows
+
+
+def _race_in(
+    worker: Worker, paths: Sequence[Path], provider: Provider, threads: int, feeds: Feeds, seconds: float,
+    progress: Progress,
+) -> timing.Race:  # fmt: skip
+    """A race in a process with huge pages, or in this one where no other can be started."""
+    if not worker.ready:
+        openers = [functools.partial(Session, p, provider, threads, tf32=True) for p in paths]
+        return timing.race(openers, feeds, seconds, progress)
+    for path in dict.fromkeys(paths):
+        fault = worker.fault(path)
+        if fault:
+            raise ModelError(f"{str(path)!r} cannot be timed: {fault}")
+    try:
+        return worker.race(paths, threads, feeds, seconds, timing.TO_THE_END, progress)
+    except UnusableError as error:
+        raise ModelError(f"a model failed while it was timed: {error}") from error
+
+
+def _huge_pages_gain(
+    path: Path, provider: Provider, threads: int, feeds: Feeds, seconds: float, progress: Progress
+) -> tuple[float, float, float] | None:
+    """The time of a model with pages of 4 KiB over its time with huge pages, with the interval.
+
+    Two processes, one with huge pages and one without, time the model in turn, in fresh sessions.
+    """
+    if provider.kind != "cpu" or huge_pages.system_mode() != "madvise":
+        return None
+    logs: list[float] = []
+    with timing.exclusive(), contextlib.ExitStack() as stack:
+        workers = [
+            stack.enter_context(contextlib.closing(Worker(path, provider, threads, feeds, huge=huge)))
+            for huge in (False, True)
+        ]
+        if not all(worker.ready for worker in workers):
+            return None
+        for k in range(HUGE_PAGES_PAIRS):
+            progress("comparing with huge pages", k / HUGE_PAGES_PAIRS)
+            took = [0.0, 0.0]
+            for i in (0, 1) if k % 2 else (1, 0):
+                each = seconds / (4 * HUGE_PAGES_PAIRS)
+                took[i] = workers[i].race([path], threads, feeds, each, timing.TO_THE_END, ignore_progress).median(0)
+            logs.append(math.log(took[0] / took[1]))
+    evidence = timing.Evidence.from_logs(np.array(logs))
+    return evidence.speedup, *evidence.interval()
 
 
 def _check_common_inputs(first: onnx.ModelProto, paths: Sequence[Path]) -> list[InputSpec]:
@@ -208,7 +267,7 @@ def _measure_model(
         race.median(index) * 1e3,
         race.minimum(index) * 1e3,
         race.speedup(index),
-        race.interval(index),
+        race.interval(index) if index else (1.0, 1.0),
         cold["session"] * 1e3,
         cold["first"] * 1e3,
         cold["memory"] / 1e6,
@@ -216,6 +275,7 @@ def _measure_model(
         operators,
         sum(ms for op, ms in operators.items() if op in LAYOUT) / total if total else 0.0,
         sum(map(len, nodes_elsewhere(placed, provider).values())),
+        (race.speedup(-1), *race.interval(-1)),
     )
 
 

@@ -33,7 +33,7 @@ CONFIDENCE = 0.99
 #: A race has at least so many pairs of sessions, unless they take `OVERDRAWN` times its budget; and at most so many.
 MIN_PAIRS, MAX_PAIRS, OVERDRAWN = 3, 60, 2.0
 #: Rounds of a pair: at least, at most, and in the first pair.
-MIN_ROUNDS, MAX_ROUNDS, FIRST_ROUNDS = 2, 40, 6
+MIN_ROUNDS, MAX_ROUNDS, FIRST_ROUNDS = 2, 40, 3
 #: By how much two sessions of one model are expected to differ: huge pages, idle machine (natural logarithm).
 BETWEEN_SESSIONS = 0.008
 #: A race is asked whether it is decided after so many pairs. Few questions cost little confidence.

@@ -58,10 +58,13 @@ class Worker:
     provider, threads
         As for `Session`.
     feeds : dict of arrays
+    huge : bool
+        Whether the process asks for huge pages (`pwopt.running.huge_pages`).
     """
 
-    def __init__(self, original: Path, provider: Provider, threads: int, feeds: Feeds) -> None:
+    def __init__(self, original: Path, provider: Provider, threads: int, feeds: Feeds, *, huge: bool = True) -> None:
         self._original, self._setting = original, (provider, threads, feeds)
+        self._environ = (huge_pages.requesting if huge else huge_pages.refusing)(os.environ)
         self._process: subprocess.Popen[bytes] | None = None
         self._answers: queue.Queue[Any] = queue.Queue()
         self._limit = PATIENCE
@@ -122,7 +125,7 @@ class Worker:
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                env=huge_pages.requesting(os.environ),
+                env=self._environ,
             )
         except OSError:
             self._usable = False

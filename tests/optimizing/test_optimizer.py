@@ -181,7 +181,7 @@ def test_ratio_and_medians_that_point_opposite_ways(monkeypatch: pytest.MonkeyPa
     plant(monkeypatch, lambda *_, **__: race)
     notes = " ".join(pwopt.optimize(CHAIN, passes=["fold-chains"]).report.notes)
     assert f"The medians (20 → 21 ms) and the ratio ({race.speedup():.3f}×) point opposite ways" in notes
-    blank = Row("a.onnx", {}, 20.0, 1.0, 1.0, (1.0, 1.0), 1.0, 1.0, 1.0, None, {}, 0.0, 0)
+    blank = Row("a.onnx", {}, 20.0, 1.0, 1.0, (1.01, 1.05), 1.0, 1.0, 1.0, None, {}, 0.0, 0)
     console = Console(width=200, record=True, file=io.StringIO())
     render_benchmark([blank, replace(blank, model="b.onnx", median_ms=21.0, ratio=1.033)], console)
     assert "b.onnx: The medians (20 → 21 ms) and the ratio (1.033×) point opposite ways" in console.export_text()

@@ -197,7 +197,7 @@ def test_what_is_known_already_shortens_a_race() -> None:
 
 
 def test_the_last_race_ends_when_the_ratio_is_known() -> None:
-    assert len(raced(1.3, 0.002, 600.0, Rules(precise=0.01)).pairs) <= 5
+    assert len(raced(1.3, 0.002, 600.0, Rules(precise=0.01)).pairs) <= 9
     assert len(raced(1.3, 0.1, 600.0, Rules(precise=0.01), between=0.1).pairs) > 20
 
 
