@@ -1,4 +1,4 @@
-"""Channels of zeros fill a tensor's channel count up to what the execution provider's layout asks for."""
+"""Channel padding: channels of zeros fill channel counts up to a multiple that the execution provider runs fast."""
 
 from __future__ import annotations
 
@@ -20,60 +20,64 @@ from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.rechannel import Take, find_first_producer, rechannel, runs
 from pwopt.rewriting.records import Rewrite, Skip
 
-#: Channels per block of onnxruntime's CPU provider with AVX-512; a multiple of the 8 that it has with AVX2.
+#: Channels per block of onnxruntime's CPU provider with AVX-512. With AVX2, it has 8.
 BLOCK = 16
-#: How the operators that join tensors channel by channel join two numbers; what Div makes of zeros is no number.
+#: What operators that combine tensors elementwise do to two numbers. (Div is missing, because 0/0 is NaN.)
 PAIRS: dict[str, Callable[[float, float], float]] = {
     "Add": operator.add, "Sum": operator.add, "Sub": operator.sub, "Mul": operator.mul,
 }  # fmt: skip
-#: Types that tensor cores multiply.
+#: The types that tensor cores multiply.
 HALVES = frozenset((np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)))
-#: A new channel may hold this at most, far from what any type overflows at.
+#: The largest value that a new channel may hold, far below the overflow of any type.
 LARGEST = 2.0**12
 
 
 class PadChannels(Pass):
-    """Wx = (W 0)·(x, 0): a channel of zeros that meets weights of zero changes nothing.
+    """Wx = (W 0)·(x, 0): a channel of zeros with weights of zero has no effect
+
+    * Filters of zeros compute the new channels. They pass activations, normalisations, depthwise convolutions, pooling,
+      gates, residual sums and Concat (`pwopt.maps.channels`), up to the maps that multiply them by zero.
+    * A new channel must stay small on its way, because infinity times a weight of zero is NaN.
+    * All tensors are inside the model, so that the shapes of inputs and outputs stay.
 
     onnxruntime's CPU provider runs a convolution in its blocked layout only if it reads a multiple of 4 channels. Inner
-    widths such as 27 or 162 get a few channels more, made by filters of zeros, through activations, normalisations,
-    depthwise convolutions, pooling, gates, residual sums and Concat, up to the maps that multiply them by zero.
+    widths such as 27 or 162 get a few channels more.
     """
 
     name = "pad-channels"
     policy = "measured"
     pays_on = frozenset({"cpu", "other"})  # graphics cards have no blocked layout
-    #: What channel counts become multiples of.
+    #: Channel counts become multiples of this number.
     multiple: ClassVar[int] = 4
 
     def start(self, rw: Rewriter) -> None:
         self._pending: dict[Tensor, tuple[list[Channels], set[Tensor], Analysis]] = {}
-        self._lost: dict[Tensor, Tensor] = {}
-        self._asking = {t: t for n in rw.nodes() for t in self._asks(rw, n) if rw.producer(t) is not None}
-        asking = set(self._asking)
-        if not asking or not self.eager:
+        self._unfollowed: dict[Tensor, Tensor] = {}
+        self._uneven = {t: t for n in rw.nodes() for t in self._find_uneven(rw, n) if rw.producer(t) is not None}
+        uneven = set(self._uneven)
+        if not uneven or not self.eager:
             return
         analysis = Analysis(rw, Unread())
         for component in analysis.components():
-            asked = asking.intersection(c.tensor for c in component)
+            asking = uneven.intersection(c.tensor for c in component)
             first = find_first_producer(rw, component)
-            if asked and first is not None:
-                self._pending[first.outputs[0]] = (component, asked, analysis)
-        self._lost = {i: t for i, t in self._asking.items() if i not in analysis.of}
+            if asking and first is not None:
+                self._pending[first.outputs[0]] = (component, asking, analysis)
+        self._unfollowed = {i: t for i, t in self._uneven.items() if i not in analysis.of}
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         for t in node.outputs:
             if t in self._pending:
                 return self._pad(rw, *self._pending.pop(t))
-            asked = f"{rw.dim(t, 1)} channels would be a multiple of {self.multiple}"
-            if t in self._lost:
-                return Skip(f"{asked}, but what {node.op} {node.name!r} does to channels is not followed")
-            if t in self._asking and not self.eager:
-                return Skip(f"{asked}; only measuring can tell")
+            what = f"{rw.dim(t, 1)} channels could be padded to a multiple of {self.multiple}"
+            if t in self._unfollowed:
+                return Skip(f"{what}, but pwopt cannot follow channels through {node.op} {node.name!r}")
+            if t in self._uneven and not self.eager:
+                return Skip(f"{what}; only measuring can tell")
         return None
 
-    def _asks(self, rw: Rewriter, node: Node) -> list[Tensor]:
-        """The inputs of which this operator could do with more channels."""
+    def _find_uneven(self, rw: Rewriter, node: Node) -> list[Tensor]:
+        """The inputs of an operator that would run faster with more channels."""
         reading = forms.linear(rw, node) if rw.is_a(node, "Conv") else None
         if reading is None or len(reading.geometry.kernel) != 2 or reading.geometry.in_channels % self.multiple == 0:
             return []
@@ -83,40 +87,45 @@ class PadChannels(Pass):
     def _pad(
         self, rw: Rewriter, component: list[Channels], asking: Collection[Tensor], analysis: Analysis
     ) -> Rewrite | Skip:
-        why = analysis.held(component) or _harmful(rw, analysis, component)
-        takes = _takes(analysis, component, asking, self.multiple)
+        obstacle = analysis.held(component) or _find_overflow(rw, analysis, component)
+        takes = _add_zeros(analysis, component, asking, self.multiple)
         widths = sorted({(len(c.value), len(takes[c.tensor])) for c in component})
         change = ", ".join(f"{old}→{new}" for old, new in widths if old != new)
-        if why:
-            return Skip(f"{change} channels would be multiples of {self.multiple}, but {why}")
-        reason = f"channels of zeros: {change} in {len(component)} tensors, for multiples of {self.multiple}"
+        if obstacle:
+            return Skip(f"{change} channels could be padded to multiples of {self.multiple}, but {obstacle}")
+        reason = f"channels of zeros added: {change} in {len(component)} tensors, for multiples of {self.multiple}"
         done = rechannel(rw, analysis, component, takes, reason, "_padded")
         return done.with_signature(f"more channels: {change}")
 
 
 class FillBlocks(PadChannels):
-    """Wx = (W 0)·(x, 0), for whole blocks of 16 channels where a pooling or a Concat needs them to stay blocked."""
+    """Wx = (W 0)·(x, 0), for multiples of 16 channels
+
+    As `pad-channels`, for poolings and Concats: onnxruntime's CPU provider runs them in its blocked layout only if all
+    blocks of 16 channels are full.
+    """
 
     name = "fill-blocks"
     multiple = BLOCK
 
-    def _asks(self, rw: Rewriter, node: Node) -> list[Tensor]:
+    def _find_uneven(self, rw: Rewriter, node: Node) -> list[Tensor]:
         blocked = [t for t in node.inputs if rw.rank(t) == 4] if rw.is_a(node, *WHOLE_BLOCKS) else []
         return [t for t in blocked if isinstance(count := rw.dim(t, 1), int) and count % BLOCK]
 
 
 class FillTensorCores(PadChannels):
-    """Wx = (W 0)·(x, 0), for float16 convolutions of multiples of 8 channels, which run on NVIDIA's tensor cores.
+    """Wx = (W 0)·(x, 0), for multiples of 8 channels in float16
 
-    Others run on slower units, or are padded at every run (NVIDIA Deep Learning Performance documentation,
-    "Convolutional layers user's guide", on channels in and out).
+    As `pad-channels`, for convolutions on NVIDIA's tensor cores. With other channel counts, they run on slower units or
+    are padded at every run (NVIDIA Deep Learning Performance documentation, "Convolutional layers user's guide", on
+    channels in and out).
     """
 
     name = "fill-tensor-cores"
     pays_on = frozenset({"gpu"})
     multiple = 8
 
-    def _asks(self, rw: Rewriter, node: Node) -> list[Tensor]:
+    def _find_uneven(self, rw: Rewriter, node: Node) -> list[Tensor]:
         reading = forms.linear(rw, node) if rw.is_a(node, "Conv") else None
         if reading is None or len(reading.geometry.kernel) != 2 or rw.dtype(reading.output) not in HALVES:
             return []
@@ -125,41 +134,43 @@ class FillTensorCores(PadChannels):
         return [reading.source] if uneven else []
 
 
-def _takes(
+def _add_zeros(
     analysis: Analysis, component: Sequence[Channels], asking: Collection[Tensor], multiple: int
 ) -> dict[Tensor, Take]:
-    """Zeros behind every run of channels of the tensors that ask for a multiple."""
+    """The new channels of each tensor: zeros after every run of channels that some tensor needs as a multiple."""
     found = runs(analysis, component)
-    asked = {run.kind for tensor in asking for run in found[tensor]}
+    kinds = {run.kind for tensor in asking for run in found[tensor]}
     return {
         tensor: np.concatenate(
-            [np.r_[r.start : r.stop, [-1] * (-(r.stop - r.start) % multiple * (r.kind in asked))] for r in parts]
+            [np.r_[r.start : r.stop, [-1] * (-(r.stop - r.start) % multiple * (r.kind in kinds))] for r in parts]
         ).astype(np.intp)
         for tensor, parts in found.items()
     }
 
 
-def _harmful(rw: Rewriter, analysis: Analysis, component: Sequence[Channels]) -> str:
-    """Why a new channel might not stay small on its way, since infinity times a weight of zero is NaN; else ""."""
+def _find_overflow(rw: Rewriter, analysis: Analysis, component: Sequence[Channels]) -> str:
+    """Why a new channel may not stay small on its way, else ""."""
     holds: dict[Tensor, set[float]] = {}
     for flow in analysis.flows_at(component):
-        values = _held(rw, analysis, flow, holds)
+        values = _find_values(rw, analysis, flow, holds)
         if values is None or any(not abs(v) <= LARGEST for v in values):
-            return f"{flow.node.op} {flow.node.name!r} does not keep zeros small"
+            return f"{flow.node.op} {flow.node.name!r} may turn zeros into large values"
         for t in flow.reading.nodes[-1].outputs if flow.reading is not None else flow.node.outputs:
             holds[t] = values
     return ""
 
 
-def _held(rw: Rewriter, analysis: Analysis, flow: Flow, holds: Mapping[Tensor, set[float]]) -> set[float] | None:
-    """What new channels hold behind an operator, from what they hold before it; None if that is not known."""
+def _find_values(rw: Rewriter, analysis: Analysis, flow: Flow, holds: Mapping[Tensor, set[float]]) -> set[float] | None:
+    """The values of new channels after an operator, from those before it; None if they are not known."""
     node, reading = flow.node, flow.reading
     if reading is not None:
         step = reading.try_load() if reading.kind == "diagonal" else None
         known = analysis.of.get(reading.output)
         if step is None or known is None:
             return {0.0}
-        if reading.axis is not None and len(step.weight) == len(known.value):  # which has numbers for new channels too
+        if reading.axis is not None and len(step.weight) == len(
+            known.value
+        ):  # new channels get a scale and shift of zero
             return {0.0}
         return {float(step.scale[0] * v + step.bias[0]) for v in holds[reading.source]}
     parts = [holds[t] for t in node.inputs if t in holds]

@@ -102,12 +102,12 @@ def test_a_transposed_convolution_makes_the_channels() -> None:
         ("(double[2,3,6,6] x) => (double[N] y, double[N] a) { a = Conv(x, w) y = Conv(a, v) }", "'a' is a graph output"),
         ("{ a = Conv(x, w) m = Softmax<axis=1>(a) y = Conv(m, v) }", ""),
         ("{ a = Conv(x, w) s = Softmax<axis=1>(a) r = ReduceSum(s) m = Conv(a, v) y = Add(m, r) }", "Softmax '' holds the channels of 'a'"),
-        ("{ a = Conv(x, w) c = Conv(x, w2) m = Div(a, c) y = Conv(m, v) }", "does not keep zeros small"),
-        ("{ a = Conv(x, w) m = Resize<mode=\"nearest\">(a, , , size) y = Conv(m, v) }", "what Resize '' does to channels is not followed"),
+        ("{ a = Conv(x, w) c = Conv(x, w2) m = Div(a, c) y = Conv(m, v) }", "may turn zeros into large values"),
+        ("{ a = Conv(x, w) m = Resize<mode=\"nearest\">(a, , , size) y = Conv(m, v) }", "cannot follow channels through Resize ''"),
         ("{ a = Conv(x, w) m = Conv<group=2>(a, grouped) y = Conv(m, v) }", "holds the channels"),
         ("{ a = Conv(x, w) c = Conv(x, w) r = Relu(c) m = Add(a, r) y = Conv(m, v) }", ""),
-        ("{ a = Conv(x, w) m = Exp(a) n = Mul(m, big) r = Exp(n) y = Conv(r, v) }", "does not keep zeros small"),
-        ("{ a = Conv(x, w) m = Sigmoid(a) q = ReduceSum<keepdims=1>(m, axes) y = Conv(q, v1) }", "does not keep zeros small"),
+        ("{ a = Conv(x, w) m = Exp(a) n = Mul(m, big) r = Exp(n) y = Conv(r, v) }", "may turn zeros into large values"),
+        ("{ a = Conv(x, w) m = Sigmoid(a) q = ReduceSum<keepdims=1>(m, axes) y = Conv(q, v1) }", "may turn zeros into large values"),
     ],
 )  # fmt: skip
 def test_refusals(body: str, why: str) -> None:
@@ -136,7 +136,7 @@ def test_only_measuring_can_tell() -> None:
     model = build("{ a = Conv(x, w) y = Conv(a, v) }")
     result, outcome, _ = run(model, PadChannels())
     assert result is model
-    assert reasons(outcome) == ["18 channels would be a multiple of 4; only measuring can tell"]
+    assert reasons(outcome) == ["18 channels could be padded to a multiple of 4; only measuring can tell"]
 
 
 def test_pruning_does_not_undo_it() -> None:
@@ -232,7 +232,7 @@ def test_new_channels_have_numbers_of_their_own() -> None:
     alike = build("{ a = Conv(x, w) m = Add(a, far) y = Conv(m, v) }", far=np.float64(1e6))
     result, outcome, _ = run(alike, eager(PadChannels))
     assert result is alike
-    assert "does not keep zeros small" in reasons(outcome)[0]
+    assert "may turn zeros into large values" in reasons(outcome)[0]
 
 
 def test_one_number_is_for_new_channels_too_even_where_there_was_one_channel() -> None:
@@ -241,4 +241,4 @@ def test_one_number_is_for_new_channels_too_even_where_there_was_one_channel() -
     model = build(body, **numbers)
     result, outcome, _ = run(model, eager(PadChannels))
     assert result is model
-    assert "does not keep zeros small" in reasons(outcome)[0]
+    assert "may turn zeros into large values" in reasons(outcome)[0]
