@@ -6,7 +6,6 @@ what they need when they run, so `pwopt --help` stays fast.
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import os
@@ -28,11 +27,14 @@ from pwopt.cli.optimize import optimize
 from pwopt.cli.passes import passes
 from pwopt.cli.profile import profile
 from pwopt.cli.verify import verify
-from pwopt.errors import PwoptError
+from pwopt.errors import PwoptError, UsageError
+from pwopt.running.child import received_signal, signals_interrupt
 from pwopt.version import __version__
 
 #: Exit code for a defect of pwopt itself.
 INTERNAL_ERROR = 5
+#: What the system says when a disk is full.
+NO_SPACE = tuple(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name))
 #: Exit codes for the signals SIGINT and SIGPIPE, as shells number them.
 INTERRUPTED, CLOSED_PIPE = 130, 141
 
@@ -64,7 +66,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Optimise exported ONNX models: fold linear operators exactly, verify the result, measure the speed-up.",
     epilog="Exit codes: 0 success; 1 not equivalent, no model written; 2 usage error; 3 model unreadable or invalid; "
-    "4 execution provider unavailable; 5 internal error; 130 interrupted.",
+    "4 execution provider unavailable; 5 internal error; 130 interrupted; 143 terminated.",
 )
 for command in (optimize, verify, inspect, passes, bench, profile, cache, doctor):
     app.command(command.__name__, cls=_Command)(command)
@@ -83,20 +85,49 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Run the command line. Errors print one sentence on stderr and set the exit code; --debug adds a traceback."""
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     debug = "--debug" in arguments
+    _open_closed_streams()
     for stream in (sys.stdout, sys.stderr):  # replace characters that the encoding cannot represent
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     try:
-        _run(arguments)
+        with signals_interrupt():
+            _run(arguments)
     except BrokenPipeError:
         _leave_pipe()
     except KeyboardInterrupt:
-        _fail("interrupted", INTERRUPTED, debug)
+        number = received_signal()
+        _fail(*(("interrupted", INTERRUPTED) if number is None else ("terminated", 128 + number)), debug)
     except PwoptError as error:
         _fail(str(error), error.exit_code, debug)
+    except OSError as error:
+        if error.errno not in NO_SPACE:
+            _report_defect(error, debug)
+        _fail_to_write(error, debug)
     except Exception as error:
-        text = f"internal error ({type(error).__name__}: {error}); please report it with the output of --debug"
-        _fail(text, INTERNAL_ERROR, debug)
+        _report_defect(error, debug)
+
+
+def _report_defect(error: Exception, debug: bool) -> NoReturn:
+    text = f"internal error ({type(error).__name__}: {error}); please report it with the output of --debug"
+    _fail(text, INTERNAL_ERROR, debug)
+
+
+def _fail_to_write(error: OSError, debug: bool) -> NoReturn:
+    from pwopt.cli.output import discard
+
+    discard(sys.stdout)
+    _fail(f"the output cannot be written: {error.strerror}; free some space", UsageError.exit_code, debug)
+
+
+def _open_closed_streams() -> None:
+    """Connect standard streams that are closed to the null device, so that no file gets their numbers."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
 
 
 def _run(arguments: Sequence[str]) -> None:
@@ -118,16 +149,17 @@ def _run(arguments: Sequence[str]) -> None:
 
 
 def _leave_pipe() -> NoReturn:
-    """Exit silently because the reader of stdout has closed it; redirect stdout so that the final flush succeeds."""
-    with contextlib.suppress(OSError):  # if stdout is not a file, nothing is flushed
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    """Exit silently because the reader of stdout has closed it."""
+    from pwopt.cli.output import discard
+
+    discard(sys.stdout)
     raise SystemExit(CLOSED_PIPE)
 
 
 def _fail(sentence: str, code: int, debug: bool) -> NoReturn:
-    from pwopt.cli.output import open_console, plain
+    from pwopt.cli.output import open_console, plain, print_status
 
     if debug:
         traceback.print_exc()
-    open_console(stderr=True).print(f"[red]pwopt:[/red] {plain(sentence)}", soft_wrap=True)
+    print_status(open_console(stderr=True), f"[red]pwopt:[/red] {plain(sentence)}")
     raise SystemExit(code)

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
@@ -21,7 +23,17 @@ from pwopt.reporting.text import plain
 from pwopt.running import installation
 from pwopt.running.progress import Progress as ReportProgress
 
-__all__ = ["check_report", "open_console", "plain", "print_json", "show_progress", "write_document", "write_text"]
+__all__ = [
+    "check_report",
+    "discard",
+    "open_console",
+    "plain",
+    "print_json",
+    "print_status",
+    "show_progress",
+    "write_document",
+    "write_text",
+]
 
 
 def open_console(*, stderr: bool = False, wide: bool = False, quiet: bool = False) -> Console:
@@ -37,6 +49,22 @@ def print_json(content: str) -> None:
     """Print JSON on stdout."""
     sys.stdout.write(content)
     sys.stdout.flush()
+
+
+def print_status(terminal: Console, text: str) -> None:
+    """Print a line on stderr. If stderr cannot be written, such as on a full disk, nothing more is printed there."""
+    try:
+        terminal.print(text, soft_wrap=True)
+    except BrokenPipeError:
+        raise
+    except OSError:
+        discard(sys.stderr)
+
+
+def discard(stream: TextIO) -> None:
+    """Redirect a stream that cannot be written to the null device, so that the final flush succeeds."""
+    with contextlib.suppress(OSError):  # a stream that is not a file needs no flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def write_text(path: Path | None, content: str) -> None:
@@ -89,7 +117,7 @@ class _LogHandler(logging.Handler):
         self.terminal = terminal
 
     def emit(self, record: logging.LogRecord) -> None:
-        self.terminal.print(f"[dim]          {plain(record.getMessage())}[/dim]", soft_wrap=True)
+        print_status(self.terminal, f"[dim]          {plain(record.getMessage())}[/dim]")
 
 
 @contextlib.contextmanager
@@ -126,4 +154,4 @@ class _ProgressLines:
     def __call__(self, stage: str, _done: float) -> None:
         if stage != self.stage:
             self.stage = stage
-            self.terminal.print(f"{time.perf_counter() - self.start:7.1f} s {plain(stage)}", soft_wrap=True)
+            print_status(self.terminal, f"{time.perf_counter() - self.start:7.1f} s {plain(stage)}")

@@ -9,7 +9,6 @@ only as far back as the tensors that agree.
 from __future__ import annotations
 
 import math
-import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from pwopt.evidence.equivalence import FLOOR_FACTOR, Difference, Equivalence, Ou
 from pwopt.graph.files import load, save
 from pwopt.graph.model import captured_names
 from pwopt.graph.shapes import infer, known
+from pwopt.graph.temporary import temporary_folder
 from pwopt.inputs.samples import Sample
 from pwopt.rewriting.records import Rewrite, Site
 from pwopt.running.providers import DEFAULT, Provider
@@ -74,9 +74,9 @@ def localise(
     if failing is None or sample is None:
         return None
     wrong = {o.name: o for o in failed.outputs if not o.passed and o.sample == failing.sample}
-    with tempfile.TemporaryDirectory(prefix="pwopt-", ignore_cleanup_errors=True) as folder:
+    with temporary_folder() as folder:
         try:
-            a, b = _Copy.of(original, Path(folder) / "original"), _Copy.of(candidate, Path(folder) / "candidate")
+            a, b = _Copy.of(original, folder / "original"), _Copy.of(candidate, folder / "candidate")
             checks = _checks(a, b, sample, provider, threads)
         except (ModelError, OSError):
             return None

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import graphlib
 import os
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from pwopt.graph.shapes import Shape, infer, known, objection
 from pwopt.graph.sources import Source as Source
 from pwopt.graph.sources import handed
 from pwopt.graph.storage import check_external, data_files_of, externalise, locations_of, replacing
+from pwopt.graph.temporary import temporary_folder
 
 #: Since this IR version a model names its opsets; before, it is opset 1.
 OPSETS_SINCE_IR = 3
@@ -286,7 +286,7 @@ def as_file(model: Source) -> Iterator[Path]:
     if isinstance(given, Path):
         yield given
         return
-    with tempfile.TemporaryDirectory(prefix="pwopt-", ignore_cleanup_errors=True) as folder:
-        path = Path(folder) / "model.onnx"
+    with temporary_folder() as folder:
+        path = folder / "model.onnx"
         save(given, path)
         yield path

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -26,16 +25,17 @@ def remembered(function: Callable[[onnx.ModelProto], T]) -> Callable[[onnx.Model
 
     A model is rewritten again and again while its rewrites are chosen, each time from the same beginning.
     """
-    known: OrderedDict[str, T] = OrderedDict()
+    known: dict[str, tuple[T]] = {}
 
     @functools.wraps(function)
     def remembering(model: onnx.ModelProto) -> T:
+        # Each step on `known` is atomic, so threads need no lock, which a forked process might inherit locked.
         key = digest(model)
-        if key not in known:
-            known[key] = function(model)
-            if len(known) > LATEST:
-                known.popitem(last=False)
-        known.move_to_end(key)
-        return known[key]
+        found = known.get(key) or (function(model),)
+        known.pop(key, None)
+        known[key] = found
+        for old in list(known)[:-LATEST]:
+            known.pop(old, None)
+        return found[0]
 
     return remembering

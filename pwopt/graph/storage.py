@@ -8,7 +8,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -25,6 +24,7 @@ from onnx.external_data_helper import (
 )
 
 from pwopt.errors import ModelError, UsageError
+from pwopt.graph.temporary import create_file, temporary_folder
 
 #: Seconds to wait before a file that another program has open is tried again (Windows).
 WAITS = (0.05, 0.1, 0.2, 0.4, 0.8)
@@ -215,16 +215,13 @@ def replacing(path: Path, *, lasting: bool = True) -> Iterator[IO[bytes]]:
     path = path.resolve()
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it exists and is not a regular file")
-    umask = os.umask(0)
-    os.umask(umask)
-    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    handle, name = create_file(path.parent)
     try:
         with os.fdopen(handle, "wb") as stream:
             yield stream
             stream.flush()
             if lasting:
                 os.fsync(stream.fileno())
-        os.chmod(name, 0o666 & ~umask)
         _moved(name, path)
     except BaseException:
         with contextlib.suppress(OSError):
@@ -232,7 +229,7 @@ def replacing(path: Path, *, lasting: bool = True) -> Iterator[IO[bytes]]:
         raise
 
 
-def _moved(name: str, path: Path) -> None:
+def _moved(name: Path, path: Path) -> None:
     """Let a file take another's place. Windows refuses that while anybody has the other one open, often for moments."""
     for seconds in WAITS if sys.platform == "win32" else ():
         with contextlib.suppress(PermissionError):
@@ -251,10 +248,9 @@ def _moved(name: str, path: Path) -> None:
 def workspace(output: str | os.PathLike[str] | None) -> Iterator[Path]:
     """A folder for the candidate, gone afterwards; beside the output, if there is one, where space is needed."""
     where = None if output is None else Path(output).resolve().parent
-    try:
-        # what a session still maps cannot be deleted on Windows, which is no reason to fail
-        folder = tempfile.TemporaryDirectory(prefix=".pwopt-", dir=where, ignore_cleanup_errors=True)
-    except OSError as error:
-        raise UsageError(f"nothing can be written in {str(where)!r}: {error.strerror}") from error
-    with folder:
-        yield Path(folder.name)
+    with contextlib.ExitStack() as stack:
+        try:
+            folder = stack.enter_context(temporary_folder(where))
+        except OSError as error:
+            raise UsageError(f"nothing can be written in {str(where)!r}: {error.strerror}") from error
+        yield folder

@@ -21,6 +21,7 @@ import onnx
 
 from pwopt.errors import PwoptError, UsageError
 from pwopt.graph.storage import locations_of, replacing
+from pwopt.graph.temporary import temporary_folder
 from pwopt.optimizing.batch import DEFECT, BatchRow, Job, JobResult, carried_out, content
 from pwopt.optimizing.record_tuning import profile
 from pwopt.optimizing.request import Request
@@ -229,7 +230,7 @@ def _seen(client: Any, todo: Sequence[Job]) -> set[Path]:
     if not todo:
         return set()
     folder = Path(os.path.commonpath([job.output.resolve().parent for job in todo]))
-    with tempfile.NamedTemporaryFile(prefix=".pwopt-", dir=folder) as marker:
+    with tempfile.NamedTemporaryFile(prefix=".marker-", dir=folder) as marker:
         models = [os.fspath(job.model.resolve()) for job in todo]
         answers = client.run(_contents, models, marker.name).values()
     here = {job.model: content(job.model) for job in todo if job.model.is_file()}
@@ -283,10 +284,10 @@ def delivered(parcel: JobRequest, request: Request) -> JobResponse:
     for entry in parcel.known:
         cache.store(entry)
     before = set(cache.stored())
-    with tempfile.TemporaryDirectory(prefix="pwopt-", ignore_cleanup_errors=True) as name:
+    with temporary_folder() as name:
         files = dict[str, bytes]()
         if parcel.files:
-            source, target = Path(name) / "source", Path(name) / "target"
+            source, target = name / "source", name / "target"
             source.mkdir()
             target.mkdir()
             _unpacked(parcel.files, source)
@@ -304,10 +305,10 @@ def recorded(models: Mapping[str, Mapping[str, bytes]], request: Request) -> Tun
     """On a worker: the profile of its machine."""
     installation.silence_onnxruntime()
     timing.share_turn(_turn())
-    with tempfile.TemporaryDirectory(prefix="pwopt-", ignore_cleanup_errors=True) as name, timing.exclusive():
+    with temporary_folder() as name, timing.exclusive():
         paths = []
         for i, (model, files) in enumerate(models.items()):
-            folder = Path(name) / str(i)
+            folder = name / str(i)
             _unpacked(files, folder)
             paths.append(folder / model)
         try:

@@ -9,7 +9,6 @@ import math
 import os
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -23,9 +22,11 @@ from pwopt.errors import ModelError, UsageError
 from pwopt.graph.files import load
 from pwopt.graph.operators import VIEWS
 from pwopt.graph.sources import renamed
+from pwopt.graph.temporary import temporary_folder
 from pwopt.inputs.samples import Feeds, draw_feeds
 from pwopt.inputs.specs import InputSpec, check_shapes, input_specs
 from pwopt.running import huge_pages, installation, providers, timing
+from pwopt.running.child import child_command
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider, as_provider
 from pwopt.running.session import NodeTime, Session, check_settings, nodes_elsewhere
@@ -308,7 +309,7 @@ def _profile(
 def _measure_cold_start(path: Path, provider: Provider, threads: int, feeds: Feeds) -> dict[str, float]:
     """Load and run a model once in a new process; returns seconds of both, and the increase of memory in bytes."""
     with _save_inputs(feeds) as inputs:
-        command = [sys.executable, "-m", "pwopt.running.bench", str(path), provider.text, str(threads), str(inputs)]
+        command = child_command(_run_child, str(path), provider.text, str(threads), str(inputs))
         done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
@@ -319,8 +320,8 @@ def _measure_cold_start(path: Path, provider: Provider, threads: int, feeds: Fee
 
 @contextlib.contextmanager
 def _save_inputs(feeds: Feeds) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="pwopt-", ignore_cleanup_errors=True) as folder:
-        path = Path(folder) / "inputs.npz"
+    with temporary_folder() as folder:
+        path = folder / "inputs.npz"
         arrays: dict[str, Any] = {name: value for name, value in feeds.items() if isinstance(value, np.ndarray)}
         np.savez(path, **arrays)
         yield path
@@ -363,7 +364,3 @@ def _run_child(path: str, provider: str, threads: str, inputs: str) -> None:
     if card is not None and since is not None:
         measured["device"] = (since.used - card.used) * 1.048576
     sys.stdout.write(json.dumps(measured) + "\n")
-
-
-if __name__ == "__main__":
-    _run_child(*sys.argv[1:])

@@ -7,16 +7,16 @@ import os
 import platform
 import subprocess
 import sys
-import tempfile
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
 from pwopt.errors import ProviderError, PwoptError
+from pwopt.graph.temporary import temporary_folder
 from pwopt.running import installation, providers
+from pwopt.running.child import child_command
 from pwopt.running.providers import Provider, as_provider
 from pwopt.running.session import Session, find_fallbacks
 
@@ -111,7 +111,7 @@ def _list_cards() -> list[Finding]:
 
 def check_provider(provider: Provider) -> Finding:
     """Run a small model on one provider, in a process of its own, since native code may crash."""
-    command = [sys.executable, "-m", "pwopt.running.doctor", provider.text]
+    command = child_command(_answer, provider.text)
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
     except subprocess.TimeoutExpired:
@@ -132,8 +132,8 @@ def _run_small_model(provider: Provider) -> tuple[str, list[str]]:
     x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in "xy")
     graph = helper.make_graph([helper.make_node("Relu", ["x"], ["y"])], "small", [x], [y])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
-    with tempfile.TemporaryDirectory(prefix="pwopt-", ignore_cleanup_errors=True) as folder:
-        path = Path(folder) / "small.onnx"
+    with temporary_folder() as folder:
+        path = folder / "small.onnx"
         onnx.save(model, path)
         try:
             feeds = {"x": np.array([[-1, 0, 1, 2]], np.float32)}
@@ -145,6 +145,7 @@ def _run_small_model(provider: Provider) -> tuple[str, list[str]]:
     return wrong, elsewhere
 
 
-if __name__ == "__main__":
+def _answer(provider: str) -> None:
+    """In the child: print the result of `_run_small_model`."""
     installation.silence_onnxruntime()
-    sys.stdout.write("\n" + json.dumps(_run_small_model(as_provider(sys.argv[1]))) + "\n")
+    sys.stdout.write("\n" + json.dumps(_run_small_model(as_provider(provider))) + "\n")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import itertools
 import json
 import os
 import re
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -18,6 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pwopt.errors import ModelError, ProviderError, UsageError
+from pwopt.graph.temporary import temporary_folder
 from pwopt.inputs.samples import Feeds
 from pwopt.running import providers
 from pwopt.running.installation import import_onnxruntime, suggest_wheel
@@ -81,8 +83,7 @@ class Session:
         if profile:
             options.enable_profiling = True
             # onnxruntime adds the second only; the name must be unique
-            own = f"pwopt_profile_{os.getpid()}_{next(PROFILES)}"
-            options.profile_file_prefix = os.path.join(tempfile.gettempdir(), own)
+            options.profile_file_prefix = os.fspath(_profile_folder() / f"profile_{next(PROFILES)}")
         chain = provider.chain(tf32)
         try:
             # The fallback would replace the provider, now or in a later run.
@@ -213,6 +214,14 @@ class Session:
             if event.get("cat") == "Node" and event["name"].endswith("_kernel_time"):
                 yield run, event["name"].removesuffix("_kernel_time"), event["args"], event["dur"] / 1e6
             run += event.get("cat") == "Session" and event["name"] == "model_run"  # written at the end of a run
+
+
+@functools.cache
+def _profile_folder() -> Path:
+    """Create the folder for profiles of this process."""
+    stack = contextlib.ExitStack()
+    atexit.register(stack.close)
+    return stack.enter_context(temporary_folder())
 
 
 def _parse_events(profile: str) -> list[dict[str, Any]]:

@@ -20,6 +20,7 @@ from typing import Any, BinaryIO
 from pwopt.errors import PwoptError
 from pwopt.inputs.samples import Feeds
 from pwopt.running import huge_pages, installation, providers, timing
+from pwopt.running.child import child_command
 from pwopt.running.progress import Progress
 from pwopt.running.providers import Provider
 from pwopt.running.session import NodeTime, Session
@@ -118,7 +119,7 @@ class Worker:
         raise UnusableError(str(answer))
 
     def _start(self) -> None:
-        command = [sys.executable, "-m", "pwopt.running.worker"]
+        command = child_command(serve)
         try:
             self._process = subprocess.Popen(
                 command,
@@ -271,7 +272,7 @@ def _answered(track: _Track, question: str, *arguments: Any) -> Any:
         return "it takes more memory than the original by far"
 
 
-def _main() -> None:
+def serve() -> None:
     """Answer questions until there are no more."""
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # nothing else may write where answers go
@@ -283,7 +284,3 @@ def _main() -> None:
         _bound_memory()
     while (question := _receive(sys.stdin.buffer)) is not None:
         _send(answers, _answered(track, *question))
-
-
-if __name__ == "__main__":
-    _main()
