@@ -85,10 +85,10 @@ class PadChannels(Pass):
         return [reading.source] if g.groups > 1 or g.in_channels > BLOCK else []
 
     def _pad(
-        self, rw: Rewriter, component: list[Channels], asking: Collection[Tensor], analysis: Analysis
+        self, rw: Rewriter, component: list[Channels], uneven: Collection[Tensor], analysis: Analysis
     ) -> Rewrite | Skip:
         obstacle = analysis.held(component) or _find_overflow(rw, analysis, component)
-        takes = _add_zeros(analysis, component, asking, self.multiple)
+        takes = _add_zeros(analysis, component, uneven, self.multiple)
         widths = sorted({(len(c.value), len(takes[c.tensor])) for c in component})
         change = ", ".join(f"{old}→{new}" for old, new in widths if old != new)
         if obstacle:
@@ -135,11 +135,11 @@ class FillTensorCores(PadChannels):
 
 
 def _add_zeros(
-    analysis: Analysis, component: Sequence[Channels], asking: Collection[Tensor], multiple: int
+    analysis: Analysis, component: Sequence[Channels], uneven: Collection[Tensor], multiple: int
 ) -> dict[Tensor, Take]:
     """The new channels of each tensor: zeros after every run of channels that some tensor needs as a multiple."""
     found = runs(analysis, component)
-    kinds = {run.kind for tensor in asking for run in found[tensor]}
+    kinds = {run.kind for tensor in uneven for run in found[tensor]}
     return {
         tensor: np.concatenate(
             [np.r_[r.start : r.stop, [-1] * (-(r.stop - r.start) % multiple * (r.kind in kinds))] for r in parts]

@@ -55,8 +55,8 @@ class Winograd(Pass):
     name = "winograd"
     policy = "measured"
     pays_on = frozenset({"cpu", "other"})  # graphics cards have no blocked layout
-    #: What must be saved, relative to what it costs, to be worth a race.
-    least: ClassVar[float] = 1.0
+    #: The smallest ratio of saved to additional cost for a race.
+    min_gain: ClassVar[float] = 1.0
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         reading = stencil(rw, node)
@@ -68,7 +68,7 @@ class Winograd(Pass):
         tiles = math.prod(_tiles(d) or 1 for d in (rw.size_of(reading.source) or ())[2:])
         saved = (TILE**2 * 9 - 16) * g.in_channels * g.out_channels * tiles
         moved = ELEMENT * (MOVED_IN * g.in_channels + MOVED_OUT * g.out_channels) * tiles
-        if saved <= self.least * (moved + OPERATORS):
+        if saved <= self.min_gain * (moved + OPERATORS):
             return None
         size = [d if isinstance(d := rw.dim(reading.source, axis), int) else None for axis in (2, 3)]
         what, even = f"3×3 {reading.channels}", all(d is not None and d % TILE == 0 for d in size)

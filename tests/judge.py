@@ -160,7 +160,7 @@ def optimised(sample: Sample, passes: Sequence[str] | None) -> tuple[onnx.ModelP
     small = ((Winograd, 0.0), (Polyphase, -1e9), (FractionalStride, -1e9))  # on small models too
     with contextlib.ExitStack() as stack:
         for p, least in small:
-            stack.enter_context(mock.patch.object(p, "least", least))
+            stack.enter_context(mock.patch.object(p, "min_gain", least))
         return _optimised(sample, passes)
 
 

@@ -245,7 +245,7 @@ def passes(setting: Setting) -> Found:
     models: list[tuple[Any, Any]] = [(path, None) for path in gallery[: 6 if setting.quick else None]]
     models += [(sample.model, sample.feeds[0]) for sample in drawn]
     models.append((suite.uneven_half(setting.scratch / "uneven.onnx"), None))
-    Winograd.least = 0.0  # on small models too
+    Winograd.min_gain = 0.0  # on small models too
     found: Found = {}
     wrong: list[str] = []
     for p in PASSES:

@@ -32,7 +32,7 @@ X, Z = normal(2, 4, 5, 7), normal(2, 3, 10, 14, seed=1)
 def eager(kind: type[Pass] = Polyphase) -> Pass:
     """The pass on maps of any size, whatever they save."""
     p = helpers.eager(kind)
-    p.least = -1e9  # type: ignore[attr-defined]
+    p.min_gain = -1e9  # type: ignore[attr-defined]
     return p
 
 
@@ -49,7 +49,7 @@ def test_four_phases_of_a_decoder() -> None:
     (rewrite,) = outcome.rewrites
     assert rewrite.certificate is not None
     assert rewrite.certificate.status == "tested"
-    assert rewrite.reason == "3×3 4→6 behind a repetition by 2×2 is 4 smaller convolutions of what was repeated"
+    assert rewrite.reason == "3×3 4→6 after nearest upsampling by 2×2 becomes 4 smaller convolutions before it"
     same(model, result, x=X)
 
 
@@ -122,7 +122,7 @@ def test_a_stride_of_the_factor_leaves_one_convolution() -> None:
     model = build(HEAD + f"{{ {UP} c = Conv<pads=[1,1,1,1], strides=[2,2]>(u, w, b) y = Relu(c) }}", CONSTANTS)
     result, outcome, _ = run(model, eager())
     assert ops(result) == {"Conv": 1, "Relu": 1}
-    assert "1 smaller convolution of" in outcome.rewrites[0].reason
+    assert "1 smaller convolution before" in outcome.rewrites[0].reason
     same(model, result, x=X)
 
 
@@ -411,7 +411,9 @@ def test_many_phases_are_left_to_one_transposed_convolution() -> None:
     model = build(body, CONSTANTS | {"s": np.array([1, 1, 8, 8], np.float32)})
     result, outcome, _ = run(model, eager())
     assert result is model
-    assert reasons(outcome) == ["3×3 4→6 behind a repetition by 8×8 would be 64 convolutions"]
+    assert reasons(outcome) == [
+        "3×3 4→6 after nearest upsampling by 8×8 would become 64 convolutions (the limit is 16)"
+    ]
     assert ops(run(model, eager(FractionalStride))[0]) == {"ConvTranspose": 1}
 
 

@@ -17,7 +17,7 @@ WIDE = 48
 def eager() -> Pass:
     """The pass on maps of any size."""
     p = helpers.eager(Winograd)
-    p.least = 0.0  # type: ignore[attr-defined]
+    p.min_gain = 0.0  # type: ignore[attr-defined]
     return p
 
 
@@ -167,7 +167,7 @@ def test_few_channels_and_small_maps_are_not_worth_a_race(channels: int, size: i
 def test_not_without_measuring() -> None:
     model = parse(side() + "{ y = Conv<pads=[1,1,1,1]>(x, w) }", w=normal(WIDE, WIDE, 3, 3))
     waiting = Winograd()
-    waiting.least = 0.0
+    waiting.min_gain = 0.0
     result, outcome, _ = run(model, waiting)
     assert result is model
     assert "only measuring" in reasons(outcome)[0]
