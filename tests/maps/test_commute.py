@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 
 import numpy as np
 import onnx
 import pytest
 from helpers import build, evaluate, normal, ops, parse, run, same
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap
@@ -194,6 +197,118 @@ def test_what_passes_through_means_the_same(call: str) -> None:
                 changed = evaluate(model, x=along(found[0][0][1], X))[0]
                 np.testing.assert_allclose(changed, along(Affine(linear, axis), y), atol=1e-9)
     assert passed == PASSES_THROUGH[call]
+
+
+@st.composite
+def operators(draw: st.DrawFn) -> tuple[str, tuple[int, ...], dict[str, np.ndarray]]:
+    """A call of one operator with random attributes, the shape of its input `x`, and its other inputs."""
+    shape = tuple(draw(st.lists(st.integers(2, 5), min_size=3, max_size=4)))
+    rank, space = len(shape), len(shape) - 2
+
+    def each(low: int, high: int, count: int = space) -> list[int]:
+        return draw(st.lists(st.integers(low, high), min_size=count, max_size=count))
+
+    axis = draw(st.integers(0, rank - 1))
+    kind = draw(st.sampled_from(["pool", "reduce", "pad", "resize", "slice", "move", "repeat", "activate", "join"]))
+    if kind == "pool":
+        shape = (*shape[:2], *each(3, 5))
+        kernel = each(1, 3)
+        attributes = f"kernel_shape={kernel}, strides={each(1, 2)}"
+        padded = f"{attributes}, pads={[k // 3 for k in kernel] * 2}, count_include_pad={draw(st.integers(0, 1))}"
+        # the reference evaluator is wrong about padded maxima, and about global ones of sequences
+        calls = [f"AveragePool<{attributes}>", f"AveragePool<{padded}>", f"MaxPool<{attributes}>", "GlobalAveragePool"]
+        return f"{draw(st.sampled_from(calls))}(x)", shape, {}
+    if kind == "reduce":
+        axes = draw(st.lists(st.integers(0, rank - 1), min_size=1, max_size=rank, unique=True))
+        op, keep = draw(st.sampled_from(["ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin"])), draw(st.integers(0, 1))
+        return f"{op}<keepdims={keep}>(x, axes)", shape, {"axes": np.array(axes)}
+    if kind == "pad":
+        mode = draw(st.sampled_from(["constant", "edge", "reflect"]))
+        value = {"value": np.float64(draw(st.integers(0, 2)))} if mode == "constant" else {}
+        call = f'Pad<mode="{mode}">(x, pads{", value" if value else ""})'
+        return call, shape, {"pads": np.array(each(0, 1, 2 * rank)), **value}
+    if kind == "resize":
+        mode = draw(st.sampled_from(["nearest", "linear"]))
+        sizes = [d * draw(st.sampled_from([1, 1, 2])) for d in shape]
+        return f'Resize<mode="{mode}">(x, , , sizes)', shape, {"sizes": np.array(sizes)}
+    if kind == "slice":
+        begin, step = draw(st.integers(0, shape[axis] - 1)), draw(st.integers(1, 2))
+        bounds = {"s": begin, "e": draw(st.integers(begin + 1, 6)), "a": axis, "t": step}
+        return "Slice(x, s, e, a, t)", shape, {k: np.array([v]) for k, v in bounds.items()}
+    if kind == "move":
+        factors = [[d, 1] if draw(st.booleans()) else [d] for d in shape]
+        target = [d for part in factors for d in part]
+        joined = [*shape[:axis], math.prod(shape[axis : axis + 2]), *shape[axis + 2 :]]
+        call = draw(st.sampled_from([
+            f"Transpose<perm={draw(st.permutations(range(rank)))}>(x)", "Reshape(x, split)", "Reshape(x, joined)",
+            f"Flatten<axis={axis}>(x)", "Unsqueeze(x, at)",
+        ]))  # fmt: skip
+        constants = {"split": target, "joined": joined, "at": [axis]}
+        return call, shape, {k: np.array(v) for k, v in constants.items()}
+    if kind == "repeat":
+        shape = tuple(1 if a == axis and draw(st.booleans()) else d for a, d in enumerate(shape))
+        repeats = [1 + (a == axis) for a in range(rank)]
+        larger = [3 if d == 1 else d for d in shape]
+        return (
+            draw(st.sampled_from(["Tile(x, n)", "Expand(x, larger)"])),
+            shape,
+            {"n": np.array(repeats), "larger": np.array(larger)},
+        )
+    if kind == "activate":
+        return (
+            draw(
+                st.sampled_from(
+                    [
+                        "Relu(x)",
+                        "LeakyRelu<alpha=0.3>(x)",
+                        "Abs(x)",
+                        "Neg(x)",
+                        "Tanh(x)",
+                        "Sign(x)",
+                        f"Softmax<axis={axis}>(x)",
+                    ]
+                )
+            ),
+            shape,
+            {},
+        )
+    other = draw(
+        st.sampled_from([shape, shape[1:], shape[axis:], tuple(1 if a == axis else d for a, d in enumerate(shape))])
+    )
+    op, order = draw(st.sampled_from(["Add", "Sub", "Mul", "Div", "Max"])), draw(st.sampled_from(["x, z", "z, x"]))
+    return f"{op}({order})", shape, {"z": np.abs(normal(*other, seed=3)) + 0.5}
+
+
+@settings(max_examples=400)
+@given(operators(), st.data())
+def test_a_moved_scale_or_shift_equals_the_original(
+    case: tuple[str, tuple[int, ...], dict[str, np.ndarray]], data: st.DataObject
+) -> None:
+    """f(sx + t) = s'f(x) + t', whatever the operator, the axis, and the scale or the shift."""
+    call, shape, others = case
+    feeds = {"x": np.abs(normal(*shape)) + 0.5} | {k: v for k, v in others.items() if k == "z"}
+    inputs = ", ".join(f"double[{','.join(map(str, v.shape))}] {k}" for k, v in feeds.items())
+    constants = {k: v for k, v in others.items() if k != "z"}
+    model = build(f"({inputs}) => (double[N] y) {{ y = {call} }}", constants, opset=18)
+    graph = from_proto(model).graph
+    view, node = View(graph), graph.nodes[-1]
+    (y,) = evaluate(model, **feeds)
+
+    def affine(values: np.ndarray) -> Affine:
+        axis = data.draw(st.none() | st.integers(0, values.ndim - 1)) if values.ndim else None
+        kind = data.draw(st.sampled_from([SCALE, POSITIVE, SHIFT]))
+        return Affine(dict(kinds(1 if axis is None else values.shape[axis]))[kind], axis)
+
+    before = affine(feeds["x"])
+    moves = sink(view, node, next(t for t in node.inputs if t.name == "x"), before)
+    if not isinstance(moves, Refusal):
+        changed = evaluate(model, **feeds | {"x": along(before, feeds["x"])})[0]
+        np.testing.assert_allclose(changed, along(moves[0][1], y), atol=1e-9)
+    after = affine(y)
+    found = lift(view, node, after)
+    for way in [] if isinstance(found, Refusal) else found:
+        moved = {t.name: along(a, feeds[t.name]) for t, a in way}
+        np.testing.assert_allclose(evaluate(model, **feeds | moved)[0], along(after, y), atol=1e-9)
 
 
 #: What passes from the first input on the channel axis.
