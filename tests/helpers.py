@@ -20,7 +20,7 @@ from pwopt.graph.model import Model
 from pwopt.rewriting.driver import Pass
 from pwopt.rewriting.pipeline import Pipeline
 from pwopt.rewriting.records import Outcome
-from pwopt.running.timing import Pair, Race
+from pwopt.running.timing import Race, SessionPair
 
 MODELS = Path(__file__).parent.parent / "models"
 
@@ -114,4 +114,4 @@ def weight(model: onnx.ModelProto, name: str) -> np.ndarray:
 
 def planted_race(*times: np.ndarray, own: float = 1.0) -> Race:
     """A race in which each pair of sessions had one round; `times` holds the seconds of each model."""
-    return Race(tuple(Pair(tuple(np.atleast_1d(t) for t in row)) for row in zip(*times, strict=True)), own)
+    return Race(tuple(SessionPair(tuple(np.atleast_1d(t) for t in row)) for row in zip(*times, strict=True)), own)

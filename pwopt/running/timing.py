@@ -151,7 +151,7 @@ def _student_mass(t: float, freedom: int) -> float:
 
 
 @dataclass(frozen=True)
-class Pair:
+class SessionPair:
     """One fresh session of each model.
 
     Attributes
@@ -173,12 +173,12 @@ class Race:
 
     Attributes
     ----------
-    pairs : tuple of Pair
+    pairs : tuple of SessionPair
     own : float
         Which part of the time that passed the models had for themselves; 1 where that is not known.
     """
 
-    pairs: tuple[Pair, ...]
+    pairs: tuple[SessionPair, ...]
     own: float = 1.0
 
     @property
@@ -282,7 +282,7 @@ def race(
         What may end the race early.
     """
     rng = np.random.default_rng(0)
-    pairs: list[Pair] = []
+    pairs: list[SessionPair] = []
     rounds, start, passed = FIRST_ROUNDS, time.perf_counter(), 0.0
     for done in itertools.count(1):
         order = range(len(openers)) if done % 2 else range(len(openers))[::-1]
@@ -308,7 +308,7 @@ def _run_pair(
     rounds: int,
     deadline: float,
     rng: np.random.Generator,
-) -> tuple[Pair, float]:
+) -> tuple[SessionPair, float]:
     """A pair, and the wall seconds of its timed runs. After the deadline, it ends with the round that it is in."""
     padding = bytearray(int(rng.integers(1 << 12, 1 << 20)))  # so that sessions do not lie where the last ones lay
     sessions: dict[int, Session] = {}
@@ -338,10 +338,10 @@ def _run_pair(
             times[i].append(max(clock() - begin, 1e-9))
             passed += time.perf_counter() - wall
     del padding
-    return Pair(tuple(np.array(t) for t in times), tuple(creation), tuple(first_run)), passed
+    return SessionPair(tuple(np.array(t) for t in times), tuple(creation), tuple(first_run)), passed
 
 
-def _rounds_worth(pairs: Sequence[Pair], seconds: float) -> int:
+def _rounds_worth(pairs: Sequence[SessionPair], seconds: float) -> int:
     """How many rounds the next pair should have, within so many seconds.
 
     √(cost of a pair's start ÷ cost of a round) · (spread of rounds ÷ spread of sessions) makes the interval as narrow

@@ -48,7 +48,7 @@ def test_what_differs_between_sessions_is_in_the_interval() -> None:
     for _ in range(300):
         between = RNG.normal(0, 0.05, 5)
         runs = [np.exp(RNG.normal(0, 0.002, (2, 100))) for _ in between]
-        pairs = [timing.Pair((np.exp(b) * a, c)) for b, (a, c) in zip(between, runs, strict=True)]
+        pairs = [timing.SessionPair((np.exp(b) * a, c)) for b, (a, c) in zip(between, runs, strict=True)]
         low, high = Race(tuple(pairs)).interval(confidence=0.99)
         wrong += low > 1 or high < 1
     assert wrong <= 9
