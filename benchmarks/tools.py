@@ -26,7 +26,7 @@ from rich.console import Console
 from rich.table import Table
 
 import pwopt
-from pwopt.reporting.document import document
+from pwopt.reporting.document import render_document
 from pwopt.reporting.report import Comparison, to_json
 from pwopt.running.installation import describe_machine
 
@@ -86,7 +86,7 @@ def compare(path: Path, tool: str, shapes: dict[str, list[int]], out: Path) -> d
             return {"model": path.name, "tool": tool, "error": str(error)}
     worst = max(found.outputs, key=lambda o: (not o.passed, o.max_abs))
     comparison = Comparison(path.name, made.name, "cpu", describe_machine(), found)
-    (out / f"{path.stem}.{tool}.md").write_text(document(comparison, "markdown"), encoding="utf-8")
+    (out / f"{path.stem}.{tool}.md").write_text(render_document(comparison, "markdown"), encoding="utf-8")
     return {
         "model": path.name,
         "tool": tool,

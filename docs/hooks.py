@@ -10,7 +10,7 @@ from typing import Any
 
 import pwopt
 from pwopt.evidence.certify import unchecked
-from pwopt.reporting.drawing import HEIGHT, WIDTH, draw, path
+from pwopt.reporting.drawing import BOX_HEIGHT, BOX_WIDTH, draw, format_path
 from pwopt.rewriting import Pass, Rewrite
 from pwopt.selecting.snapshot import run_pipeline
 
@@ -56,12 +56,13 @@ def _picture(rewrite: Rewrite) -> str:
 def _svg(name: str, operators: Any) -> str:
     d = draw(operators)
     ink = "currentColor"
-    lines = "".join(f'<path d="{path(line)}" fill="none" stroke="{ink}" opacity=".6"/>' for line in d.lines)
+    lines = "".join(f'<path d="{format_path(line)}" fill="none" stroke="{ink}" opacity=".6"/>' for line in d.lines)
     boxes = ""
     for b in d.boxes:
-        middle = b.x + WIDTH // 2
+        middle = b.x + BOX_WIDTH // 2
         if b.op:
-            boxes += f'<rect x="{b.x}" y="{b.y}" width="{WIDTH}" height="{HEIGHT}" rx="6" fill="none" stroke="{ink}"/>'
+            boxes += f'<rect x="{b.x}" y="{b.y}" width="{BOX_WIDTH}" height="{BOX_HEIGHT}" rx="6" '
+            boxes += f'fill="none" stroke="{ink}"/>'
         size, y = (12, b.y + 24) if b.op else (10, b.y + b.height - 3)
         boxes += f'<text x="{middle}" y="{y}" font-size="{size}" text-anchor="middle" fill="{ink}">'
         boxes += f"{escape((b.op or b.name)[-20:])}</text>"

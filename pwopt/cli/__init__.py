@@ -157,9 +157,9 @@ def _leave_pipe() -> NoReturn:
 
 
 def _fail(sentence: str, code: int, debug: bool) -> NoReturn:
-    from pwopt.cli.output import open_console, plain, print_status
+    from pwopt.cli.output import escape_text, open_console, print_status
 
     if debug:
         traceback.print_exc()
-    print_status(open_console(stderr=True), f"[red]pwopt:[/red] {plain(sentence)}")
+    print_status(open_console(stderr=True), f"[red]pwopt:[/red] {escape_text(sentence)}")
     raise SystemExit(code)

@@ -26,15 +26,15 @@ def bench(
 ) -> None:
     """Time models side by side: latency, loading, memory, and time per operator."""
     from pwopt.cli.output import check_report, open_console, print_json, show_progress, write_text
-    from pwopt.reporting.document import check_available, kind_of, latencies
-    from pwopt.reporting.report import benchmark_json
+    from pwopt.reporting.document import check_available, parse_format, render_latencies
+    from pwopt.reporting.report import format_benchmark_json
     from pwopt.reporting.terminal import render_benchmark
     from pwopt.running import installation
     from pwopt.running.bench import benchmark
 
     placed = options.parse_provider(provider, provider_option)
     check_report(report, *models)
-    if report is not None and kind_of(report) != "json":
+    if report is not None and parse_format(report) != "json":
         raise UsageError(f"bench writes JSON reports only; name the file {str(report.with_suffix('.json'))!r}")
     check_report(plot, *models, suffix="" if plot is None else plot.suffix.lower())
     if plot is not None and plot.suffix.lower() != ".svg":
@@ -50,9 +50,9 @@ def bench(
             seconds=seconds, progress=progress,
         )  # fmt: skip
     render_benchmark(rows, open_console(quiet=quiet or json))
-    content = benchmark_json(rows, installation.describe_machine(placed, threads))
+    content = format_benchmark_json(rows, installation.describe_machine(placed, threads))
     write_text(report, content)
     if json:
         print_json(content)
     if plot is not None:
-        write_text(plot, latencies(rows))
+        write_text(plot, render_latencies(rows))

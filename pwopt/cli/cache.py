@@ -8,7 +8,7 @@ from pwopt.errors import UsageError
 
 def cache(action: options.Action = "show", json: options.Json = False, debug: options.Debug = False) -> None:
     """Show or clear the decisions of earlier races on this machine: which measured rewrites are faster."""
-    from pwopt.cli.output import open_console, plain, print_json
+    from pwopt.cli.output import escape_text, open_console, print_json
     from pwopt.reporting.report import to_json
     from pwopt.reporting.terminal import render_decisions
     from pwopt.rewriting.wording import counted
@@ -29,4 +29,4 @@ def cache(action: options.Action = "show", json: options.Json = False, debug: op
         print_json(to_json({"folder": str(decisions.folder()), "decisions": [e.told() for e in found]}))
         return
     render_decisions(found, open_console())
-    console.print(f"{counted(len(found), 'decision')} in {plain(str(decisions.folder()))}")
+    console.print(f"{counted(len(found), 'decision')} in {escape_text(str(decisions.folder()))}")

@@ -23,7 +23,7 @@ def inspect(
     """List the pointwise maps of MODEL: size, chain, which rewrites apply, and why others do not."""
     from pwopt.cli.output import check_report, open_console, print_json, show_progress, write_text
     from pwopt.reporting import terminal
-    from pwopt.reporting.document import check_available, kind_of, spectra
+    from pwopt.reporting.document import check_available, parse_format, render_properties_page
     from pwopt.reporting.report import to_json
     from pwopt.selecting.inspection import Inspection
     from pwopt.selecting.inspection import inspect as decisions
@@ -42,7 +42,7 @@ def inspect(
         found = found.pointwise()
     records = to_json([asdict(m) for m in found])
     if isinstance(found, Properties) and report is not None:
-        write_text(report, spectra(found, model) if kind_of(report) == "html" else records)
+        write_text(report, render_properties_page(found, model) if parse_format(report) == "html" else records)
     if json:
         print_json(records)
     elif isinstance(found, Properties):

@@ -59,7 +59,7 @@ def optimize_folder(
     typer.Exit
         At the end, with the largest exit code of all models.
     """
-    from pwopt.cli.output import open_console, plain, print_json, show_progress
+    from pwopt.cli.output import escape_text, open_console, print_json, show_progress
     from pwopt.optimizing.batch import index_json, jobs, optimize_many
 
     for given, name in ((request.output, "-o"), (report, "--report")):
@@ -68,7 +68,7 @@ def optimize_folder(
     console = open_console(quiet=verbosity.quiet or verbosity.json)
     if request.dry_run:
         for job in jobs(models, folder, request):
-            console.print(f"{plain(str(job.model))} → {plain(str(job.output))}", soft_wrap=True)
+            console.print(f"{escape_text(str(job.model))} → {escape_text(str(job.output))}", soft_wrap=True)
         return
     with show_progress(debug=verbosity.debug, quiet=verbosity.quiet, verbose=verbosity.verbose) as progress:
 
@@ -82,17 +82,17 @@ def optimize_folder(
     if verbosity.json:
         print_json(index_json(rows))
     done = [r for r in rows if r.status != "failed"]
-    console.print(f"{len(done)} of {len(rows)} models in {plain(str(folder))}", soft_wrap=True)
+    console.print(f"{len(done)} of {len(rows)} models in {escape_text(str(folder))}", soft_wrap=True)
     raise typer.Exit(max(r.code for r in rows))
 
 
 def _print_row(row: BatchRow, console: Console) -> None:
     """Print the result of one model on one line."""
-    from pwopt.reporting.text import plain
+    from pwopt.reporting.text import escape_text
 
-    name = plain(Path(row.model).name)
+    name = escape_text(Path(row.model).name)
     if row.status == "failed":
-        console.print(f"[red]failed[/red]     {name}: {plain(row.sentence)}", soft_wrap=True)
+        console.print(f"[red]failed[/red]     {name}: {escape_text(row.sentence)}", soft_wrap=True)
         return
     faster = "           " if row.speedup is None else f"{row.speedup:5.2f}× [dim]±{_half_interval(row):4.2f}[/dim]"
     nodes = f"{row.nodes[0]:>6,} → {row.nodes[1]:<6,}"

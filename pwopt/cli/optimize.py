@@ -74,7 +74,7 @@ def optimize(
 
 def _optimize_one(model: Path, request: Request, report: Path | None, verbosity: Verbosity, command: str) -> None:
     """Optimise one model and report the result."""
-    from pwopt.cli.output import check_report, open_console, plain, print_json, show_progress, write_document
+    from pwopt.cli.output import check_report, escape_text, open_console, print_json, show_progress, write_document
     from pwopt.optimizing.optimizer import optimized
     from pwopt.optimizing.preparation import same_file
     from pwopt.reporting import terminal
@@ -104,4 +104,4 @@ def _optimize_one(model: Path, request: Request, report: Path | None, verbosity:
         print_json(final.to_json())
     written = [str(p) for p in (None if request.dry_run else out, report) if p is not None]
     if written:
-        console.print(f"wrote {plain(' and '.join(written))}", soft_wrap=True)
+        console.print(f"wrote {escape_text(' and '.join(written))}", soft_wrap=True)

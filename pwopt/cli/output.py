@@ -17,17 +17,17 @@ from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
 from pwopt.errors import UsageError
 from pwopt.graph.storage import replacing
 from pwopt.optimizing.preparation import same_file
-from pwopt.reporting.document import document, kind_of
+from pwopt.reporting.document import parse_format, render_document
 from pwopt.reporting.report import Comparison, Report
-from pwopt.reporting.text import plain
+from pwopt.reporting.text import escape_text
 from pwopt.running import installation
 from pwopt.running.progress import Progress as ReportProgress
 
 __all__ = [
     "check_report",
     "discard",
+    "escape_text",
     "open_console",
-    "plain",
     "print_json",
     "print_status",
     "show_progress",
@@ -81,7 +81,7 @@ def write_text(path: Path | None, content: str) -> None:
 def write_document(path: Path | None, content: Report | Comparison) -> None:
     """Write a report in the format given by the file name's suffix."""
     if path is not None:
-        write_text(path, document(content, kind_of(path)))
+        write_text(path, render_document(content, parse_format(path)))
 
 
 def check_report(path: Path | None, *others: Path, suffix: str = "") -> None:
@@ -106,7 +106,7 @@ def check_report(path: Path | None, *others: Path, suffix: str = "") -> None:
     if not path.resolve().parent.is_dir():
         raise UsageError(f"the report {str(path)!r} cannot be written: there is no such folder")
     if not suffix or path.suffix.lower() != suffix:
-        kind_of(path)
+        parse_format(path)
 
 
 class _LogHandler(logging.Handler):
@@ -117,7 +117,7 @@ class _LogHandler(logging.Handler):
         self.terminal = terminal
 
     def emit(self, record: logging.LogRecord) -> None:
-        print_status(self.terminal, f"[dim]          {plain(record.getMessage())}[/dim]")
+        print_status(self.terminal, f"[dim]          {escape_text(record.getMessage())}[/dim]")
 
 
 @contextlib.contextmanager
@@ -138,7 +138,7 @@ def show_progress(*, debug: bool = False, quiet: bool = False, verbose: bool = F
             columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
             with Progress(*columns, console=terminal, transient=True) as bar:
                 task = bar.add_task("", total=1.0)
-                yield lambda stage, done: bar.update(task, description=plain(stage), completed=done)
+                yield lambda stage, done: bar.update(task, description=escape_text(stage), completed=done)
         else:
             yield _ProgressLines(terminal)
     finally:
@@ -154,4 +154,4 @@ class _ProgressLines:
     def __call__(self, stage: str, _done: float) -> None:
         if stage != self.stage:
             self.stage = stage
-            print_status(self.terminal, f"{time.perf_counter() - self.start:7.1f} s {plain(stage)}")
+            print_status(self.terminal, f"{time.perf_counter() - self.start:7.1f} s {escape_text(stage)}")

@@ -22,7 +22,7 @@ def passes(
     debug: options.Debug = False,
 ) -> None:
     """List all passes: what each one rewrites, and when. With NAME, print the documentation of one pass."""
-    from pwopt.cli.output import open_console, plain, print_json
+    from pwopt.cli.output import escape_text, open_console, print_json
     from pwopt.reporting.report import to_json
     from pwopt.selecting.plugins import origin
     from pwopt.selecting.snapshot import select_passes
@@ -40,12 +40,12 @@ def passes(
     console = open_console()
     for p in found:
         where = "" if len(p.pays_on) == PROVIDER_KINDS else f", on {' and '.join(sorted(p.pays_on))} providers"
-        source = "" if p.builtin else f", from {plain(origin(p))}"
+        source = "" if p.builtin else f", from {escape_text(origin(p))}"
         console.print(f"[bold]{p.name}[/bold]  [dim]({p.policy}{where}{source})[/dim]", soft_wrap=True)
-        console.print(f"  {plain(p.identity())}", soft_wrap=False)
+        console.print(f"  {escape_text(p.identity())}", soft_wrap=False)
         if name is not None:
             rest = (inspect.getdoc(type(p)) or "").partition("\n\n")[2]
-            console.print("\n" + "\n".join(map(plain, rest.splitlines())), soft_wrap=True)
+            console.print("\n" + "\n".join(map(escape_text, rest.splitlines())), soft_wrap=True)
     if name is None:
         console.print("[dim]pwopt passes NAME prints the documentation of one pass[/dim]")
 

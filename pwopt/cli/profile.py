@@ -26,7 +26,7 @@ def profile(
     debug: options.Debug = False,
 ) -> None:
     """Record which measured rewrites are faster on this machine, for `optimize --target-profile` on another one."""
-    from pwopt.cli.output import check_report, open_console, plain, print_json, show_progress
+    from pwopt.cli.output import check_report, escape_text, open_console, print_json, show_progress
     from pwopt.optimizing.record_tuning import profile as record
 
     placed = options.parse_provider(provider, provider_option)
@@ -50,9 +50,9 @@ def profile(
         path.parent.mkdir(parents=True, exist_ok=True)
         each.save(path)
         paying = sum(e.interval[0] > 1 for e in each.entries)
-        where = plain(str(each.environment["cpu"]))
+        where = escape_text(str(each.environment["cpu"]))
         console.print(
-            f"{paying} of {len(each.entries)} kinds of rewrites are faster on {where}; wrote {plain(str(path))}"
+            f"{paying} of {len(each.entries)} kinds of rewrites are faster on {where}; wrote {escape_text(str(path))}"
         )
     if json:
         texts = [each.to_json() for each in found.values()]

@@ -37,13 +37,13 @@ def verify(
     from pwopt.inputs import samples
     from pwopt.reporting import terminal
     from pwopt.reporting.document import check_available
-    from pwopt.reporting.report import Comparison, rewrites_from
+    from pwopt.reporting.report import Comparison, read_rewrites
     from pwopt.running import installation
 
     placed = options.parse_provider(provider, provider_option)
     check_report(report, original, candidate)
     check_available(report)
-    records = () if rewrites is None else rewrites_from(rewrites)
+    records = () if rewrites is None else read_rewrites(rewrites)
     asked = [parse_law(text) for text in invariants or ()]
     console = open_console(quiet=quiet or json)
     with show_progress(debug=debug, quiet=quiet, verbose=verbose) as progress:

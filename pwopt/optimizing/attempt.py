@@ -23,7 +23,7 @@ from pwopt.optimizing.layer_times import layers
 from pwopt.optimizing.other_conditions import as_latency, others, respecting, timed
 from pwopt.optimizing.preparation import Problem
 from pwopt.optimizing.request import Request
-from pwopt.reporting.report import Latency, Report, Timed
+from pwopt.reporting.report import ConditionLatency, Latency, Report
 from pwopt.rewriting.records import Site
 from pwopt.rewriting.wording import counted
 from pwopt.running import bench, installation, timing
@@ -92,7 +92,7 @@ def attempt(subject: Problem, work: Compilation, choice: Selection, allowance: B
         if better is work:
             report = verified(pair, done.report, request)
             better = _equivalent(report, work, left)
-        slow: list[tuple[Environment, Timed]] = []
+        slow: list[tuple[Environment, ConditionLatency]] = []
         if better is work and request.measured:
             try:
                 report = raced(pair, report, request, (subject.source.proto, done.proto))
@@ -156,7 +156,7 @@ def _equivalent(report: Report, work: Compilation, left: int) -> Compilation:
 
 def _elsewhere(
     pair: Pair, report: Report, subject: Problem, request: Request
-) -> tuple[Report, list[tuple[Environment, Timed]]]:
+) -> tuple[Report, list[tuple[Environment, ConditionLatency]]]:
     """The report with the latency under all other conditions, and those under which the result is slower."""
     if report.latency is None or (not report.latency.faster and not request.insists):
         return report, []  # which is not returned anyway

@@ -24,7 +24,7 @@ from pwopt.errors import PwoptError, UsageError
 from pwopt.graph.storage import locations_of, replacing
 from pwopt.optimizing.optimizer import optimized
 from pwopt.optimizing.request import Request
-from pwopt.reporting.report import SCHEMA, Report, to_json
+from pwopt.reporting.report import REPORT_SCHEMA, Report, to_json
 from pwopt.running import installation, timing
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.selecting.plugins import fingerprint, resolved
@@ -281,7 +281,7 @@ def _read(index: Path) -> dict[str, BatchRow]:
 
 def index_json(rows: Sequence[BatchRow]) -> str:
     """The list of all models, as JSON."""
-    return to_json({"schema": SCHEMA, "pwopt": __version__, "rows": [asdict(r) for r in rows]})
+    return to_json({"schema": REPORT_SCHEMA, "pwopt": __version__, "rows": [asdict(r) for r in rows]})
 
 
 def _write_index(where: Path, rows: Sequence[BatchRow], earlier: dict[str, BatchRow]) -> None:
@@ -291,10 +291,10 @@ def _write_index(where: Path, rows: Sequence[BatchRow], earlier: dict[str, Batch
     with replacing(where / INDEX) as stream:
         stream.write(index_json(everything).encode())
     with contextlib.suppress(ImportError):
-        from pwopt.reporting.index import page
+        from pwopt.reporting.index import render_index
 
         with replacing(where / "index.html") as stream:
-            stream.write(page(everything, where).encode())
+            stream.write(render_index(everything, where).encode())
 
 
 def carried_out(job: Job, request: Request, called: tuple[PurePath, PurePath] | None = None) -> JobResult:
@@ -329,9 +329,9 @@ def summary(row: BatchRow, report: Report) -> BatchRow:
 def page_of(report: Report) -> str:
     """A report as HTML; "" without the extra that it needs."""
     try:
-        from pwopt.reporting.document import document
+        from pwopt.reporting.document import render_document
 
-        return document(report, "html")
+        return render_document(report, "html")
     except ImportError:
         return ""
 

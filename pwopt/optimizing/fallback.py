@@ -12,7 +12,7 @@ from pwopt.optimizing.attempt import Attempt
 from pwopt.optimizing.budget import Budget
 from pwopt.optimizing.other_conditions import slower_somewhere
 from pwopt.optimizing.request import Request
-from pwopt.reporting.report import Candidate, Latency, Report
+from pwopt.reporting.report import Latency, RejectedCandidate, Report
 from pwopt.rewriting.records import Skip
 from pwopt.selecting.snapshot import select_passes
 
@@ -92,7 +92,7 @@ def _best(tried: Attempt, always: Attempt, original: onnx.ModelProto) -> Attempt
         only = Attempt(always.proto, replace(always.report, skips=skips))
         return only.noted(f"{told}: only the rewrites that always pay were kept.")
     r = tried.report
-    candidate = Candidate(r.after, raced, r.conditions, r.operators)
+    candidate = RejectedCandidate(r.after, raced, r.conditions, r.operators)
     report = replace(
         r, rewrites=(), skips=skips, after=r.before, latency=raced.unchanged(), operators=None, candidate=candidate,
         conditions=tuple(c.unchanged() for c in r.conditions), layers=None,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 
 import onnx
 
-from pwopt.reporting.report import LAYOUT, Layer
+from pwopt.reporting.report import LAYOUT_CHANGES, Layer
 from pwopt.rewriting.records import Rewrite
 from pwopt.running.session import NodeTime
 from pwopt.selecting.operator_matching import attributed, together
@@ -32,7 +32,9 @@ def layers(
         spent = sum(old_times.get(i, 0.0) for i in a), sum(new_times.get(j, 0.0) for j in b)
         found.append(Layer(_said(before, a), _said(after, b), *spent))
     if old_rest or new_rest:
-        found.append(Layer((LAYOUT,) if old_rest else (), (LAYOUT,) if new_rest else (), old_rest, new_rest))
+        found.append(
+            Layer((LAYOUT_CHANGES,) if old_rest else (), (LAYOUT_CHANGES,) if new_rest else (), old_rest, new_rest)
+        )
     return tuple(sorted(found, key=lambda layer: layer.after_ms - layer.before_ms))
 
 

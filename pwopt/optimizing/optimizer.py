@@ -23,7 +23,7 @@ from pwopt.optimizing.budget import Budget
 from pwopt.optimizing.fallback import returned
 from pwopt.optimizing.preparation import Problem, check_request, check_sites, gather, plan
 from pwopt.optimizing.request import Request
-from pwopt.reporting.brief import top
+from pwopt.reporting.brief import render_summary
 from pwopt.reporting.report import Report
 from pwopt.rewriting.wording import counted
 from pwopt.running import installation, timing
@@ -53,7 +53,7 @@ class Result:
 
     def _repr_html_(self) -> str:
         """The top of the report, for notebooks."""
-        return top(self.report)
+        return render_summary(self.report)
 
 
 def _taking(

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pwopt.optimizing.preparation import Problem
 from pwopt.optimizing.request import Request
-from pwopt.reporting.report import Latency, Report, Timed
+from pwopt.reporting.report import ConditionLatency, Latency, Report
 from pwopt.rewriting.records import Rewrite
 from pwopt.rewriting.wording import counted
 from pwopt.running.timing import CONFIDENCE, Race, Rules
@@ -51,12 +51,12 @@ def as_latency(race: Race) -> Latency:
     )  # fmt: skip
 
 
-def timed(original: Path, candidate: Path, arena: Environment, request: Request) -> Timed:
+def timed(original: Path, candidate: Path, arena: Environment, request: Request) -> ConditionLatency:
     """Race both models under one condition, for a short while."""
     request.progress(f"racing with {counted(arena.threads, 'thread')}, {arena.samples[0].label}", 0.0)
     race = _race(arena, original, candidate, request)
     shapes = {name: value.shape for name, value in arena.samples[0].feeds.items()}
-    return Timed(arena.threads, shapes, as_latency(race), race.interval(confidence=CONFIDENCE)[1] < 1.0)
+    return ConditionLatency(arena.threads, shapes, as_latency(race), race.interval(confidence=CONFIDENCE)[1] < 1.0)
 
 
 def _race(arena: Environment, a: Path, b: Path, request: Request) -> Race:
@@ -64,7 +64,7 @@ def _race(arena: Environment, a: Path, b: Path, request: Request) -> Race:
 
 
 def respecting(
-    slow: Sequence[tuple[Environment, Timed]], original: Path, candidate: Path, work: Compilation,
+    slow: Sequence[tuple[Environment, ConditionLatency]], original: Path, candidate: Path, work: Compilation,
     rewrites: Sequence[Rewrite], build: Callable[[Compilation], Path], request: Request,
 ) -> Compilation:  # fmt: skip
     """The work without the kinds of rewrites that make a result slower under some conditions.
@@ -74,7 +74,7 @@ def respecting(
 
     Parameters
     ----------
-    slow : sequence of (Environment, Timed)
+    slow : sequence of (Environment, ConditionLatency)
         Conditions under which the result is slower, with what was measured.
     build : callable
         Writes the model of a work.
@@ -97,6 +97,6 @@ def respecting(
     return work
 
 
-def slower_somewhere(report: Report) -> Timed | None:
+def slower_somewhere(report: Report) -> ConditionLatency | None:
     """The condition under which a result is slowest, if it is slower beyond doubt."""
     return min((c for c in report.conditions if c.slower), key=lambda c: c.latency.speedup, default=None)

@@ -1,1 +1,1 @@
-"""One report, and several ways to read it."""
+"""The report, and its output as text, HTML, Markdown and JSON."""

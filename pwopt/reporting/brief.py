@@ -1,4 +1,4 @@
-"""The top of a report for notebooks, which bring their own style: verdict, figures, notes. Needs no extra."""
+"""A short report for notebooks: verdict, main figures, notes. Needs no optional dependency."""
 
 from __future__ import annotations
 
@@ -6,22 +6,22 @@ from html import escape
 from pathlib import Path
 
 from pwopt.reporting.report import Report
-from pwopt.reporting.text import harmless
-from pwopt.reporting.verdicts import claims, costs, verdict
+from pwopt.reporting.text import sanitize
+from pwopt.reporting.verdicts import format_verdict, list_claims, list_costs
 
 
-def top(report: Report) -> str:
-    """A report's verdict, its few figures, sizes before and after, and notes, as HTML."""
-    _, said = verdict(report.equivalence, report)
-    shown = [(f"<b>{_text(figure)}</b>", _text(what)) for figure, what in claims(report.equivalence, report)]
+def render_summary(report: Report) -> str:
+    """Render the verdict, the main figures, sizes before and after, and notes as HTML."""
+    _, title = format_verdict(report.equivalence, report)
+    shown = [(f"<b>{_escape(figure)}</b>", _escape(what)) for figure, what in list_claims(report.equivalence, report)]
     figures = "".join(f"<li>{figure} {what}</li>" for figure, what in shown)
-    cells = [(label, "".join(f"<td>{_text(v)}</td>" for v in values)) for label, *values in costs(report)]
-    rows = "".join(f"<tr><th scope='row'>{_text(label)}</th>{values}</tr>" for label, values in cells)
+    cells = [(label, "".join(f"<td>{_escape(v)}</td>" for v in values)) for label, *values in list_costs(report)]
+    rows = "".join(f"<tr><th scope='row'>{_escape(label)}</th>{values}</tr>" for label, values in cells)
     head = "<tr><td></td><th scope='col'>before</th><th scope='col'>after</th><th scope='col'>change</th></tr>"
-    notes = "".join(f"<p>{_text(note)}</p>" for note in report.notes)
-    name = _text(Path(report.model).name)
-    return f"<div><h4>{name}: {_text(said)}</h4><ul>{figures}</ul><table>{head}{rows}</table>{notes}</div>"
+    notes = "".join(f"<p>{_escape(note)}</p>" for note in report.notes)
+    name = _escape(Path(report.model).name)
+    return f"<div><h4>{name}: {_escape(title)}</h4><ul>{figures}</ul><table>{head}{rows}</table>{notes}</div>"
 
 
-def _text(value: str) -> str:
-    return escape(harmless(value))
+def _escape(value: str) -> str:
+    return escape(sanitize(value))

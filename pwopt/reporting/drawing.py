@@ -1,4 +1,4 @@
-"""Small drawings of a few operators: who reads whom, from top to bottom."""
+"""Small drawings of graphs: operators from top to bottom, connected by their tensors."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from dataclasses import dataclass, replace
 from pwopt.graph.changes import Operator
 
 #: Size of a box and the space around it, in pixels.
-WIDTH, HEIGHT, GAP_X, GAP_Y, MARGIN = 146, 38, 14, 26, 6
-#: Height of a tensor's name.
-LINE = 14
-#: Operators in one drawing; of larger regions, the first are drawn.
-MOST = 14
-#: Boxes beside each other, so that a drawing fits a page.
-MOST_BESIDE = 6
+BOX_WIDTH, BOX_HEIGHT, GAP_X, GAP_Y, MARGIN = 146, 38, 14, 26, 6
+#: Height of a tensor's name, in pixels.
+LABEL_HEIGHT = 14
+#: Maximum number of operators in one drawing; further ones are left out.
+MAX_BOXES = 14
+#: Maximum number of boxes side by side, so that a drawing fits on a page.
+MAX_BOXES_PER_ROW = 6
 
-#: Points that a line goes through.
+#: Points along a line, in pixels.
 Line = tuple[tuple[int, int], ...]
 
 
 @dataclass(frozen=True)
 class Box:
-    """An operator, or (with no operator) a tensor that comes from outside; `x` and `y` are its upper left corner."""
+    """An operator, or (if `op` is empty) an input tensor. `x` and `y` are the upper left corner, in pixels."""
 
     op: str
     name: str
@@ -32,12 +32,12 @@ class Box:
 
     @property
     def height(self) -> int:
-        return HEIGHT if self.op else LINE
+        return BOX_HEIGHT if self.op else LABEL_HEIGHT
 
 
 @dataclass(frozen=True)
 class Drawing:
-    """Boxes, lines between them as points, and how many operators were left out."""
+    """Boxes, lines between them, and the number of operators left out."""
 
     width: int
     height: int
@@ -47,14 +47,14 @@ class Drawing:
 
 
 def draw(operators: Sequence[Operator]) -> Drawing:
-    """Lay operators out in layers, each below everything it reads.
+    """Lay out operators in layers; each operator is below its inputs.
 
     Parameters
     ----------
     operators : sequence of Operator
-        In an order in which they can run.
+        In topological order.
     """
-    shown = operators[:MOST]
+    shown = operators[:MAX_BOXES]
     made = {name for o in shown for name in o.outputs}
     layer: dict[str, int] = {}
     rows: dict[int, list[tuple[str, str, tuple[str, ...], tuple[str, ...]]]] = {}
@@ -65,16 +65,18 @@ def draw(operators: Sequence[Operator]) -> Drawing:
         deep = 1 + max((layer.get(n, 0) for n in o.inputs if n), default=0)
         layer.update((n, deep) for n in o.outputs)
         rows.setdefault(deep, []).append((o.op, o.name, o.inputs, o.outputs))
-    lines_of = [row[i : i + MOST_BESIDE] for _, row in sorted(rows.items()) for i in range(0, len(row), MOST_BESIDE)]
+    lines_of = [
+        row[i : i + MAX_BOXES_PER_ROW] for _, row in sorted(rows.items()) for i in range(0, len(row), MAX_BOXES_PER_ROW)
+    ]
     widest = max((len(row) for row in lines_of), default=1)
-    width = 2 * MARGIN + widest * WIDTH + (widest - 1) * GAP_X
+    width = 2 * MARGIN + widest * BOX_WIDTH + (widest - 1) * GAP_X
     placed: list[list[Box]] = []
     reads: list[tuple[str, int, Box]] = []
     place: dict[str, tuple[int, Box]] = {}
     top = MARGIN
     for level, row in enumerate(lines_of):
-        left = (width - len(row) * WIDTH - (len(row) - 1) * GAP_X) // 2
-        placed.append([Box(op, name, left + i * (WIDTH + GAP_X), top) for i, (op, name, _, _) in enumerate(row)])
+        left = (width - len(row) * BOX_WIDTH - (len(row) - 1) * GAP_X) // 2
+        placed.append([Box(op, name, left + i * (BOX_WIDTH + GAP_X), top) for i, (op, name, _, _) in enumerate(row)])
         for box, (_, _, inputs, outputs) in zip(placed[-1], row, strict=True):
             reads += [(n, level, box) for n in dict.fromkeys(inputs) if n in place]
             place.update((n, (level, box)) for n in outputs)
@@ -89,20 +91,20 @@ def draw(operators: Sequence[Operator]) -> Drawing:
 
 
 def _route(start: int, above: Box, end: int, below: Box, placed: Sequence[Sequence[Box]]) -> Line:
-    """Points from one box to another, through gaps between the boxes of the layers in between."""
-    x, goal = above.x + WIDTH // 2, below.x + WIDTH // 2
+    """Route a line from one box to another through the gaps between boxes of the layers in between."""
+    x, goal = above.x + BOX_WIDTH // 2, below.x + BOX_WIDTH // 2
     points = [(x, above.y + above.height)]
     for level in range(start + 1, end):
         row = placed[level]
-        gaps = [row[0].x - GAP_X // 2, *(b.x + WIDTH + GAP_X // 2 for b in row)]
+        gaps = [row[0].x - GAP_X // 2, *(b.x + BOX_WIDTH + GAP_X // 2 for b in row)]
         straight = x + (goal - x) // (end - level + 1)
         x = min(gaps, key=lambda gap: abs(gap - straight))
         points += [(x, row[0].y), (x, row[0].y + max(b.height for b in row))]
     return (*points, (goal, below.y))
 
 
-def path(line: Line) -> str:
-    """A line as an SVG path: curves from layer to layer, straight where it passes boxes."""
+def format_path(line: Line) -> str:
+    """Convert a line to an SVG path: curved between layers, straight where it passes boxes."""
     drawn = f"M{line[0][0]} {line[0][1]}"
     for k, ((x1, y1), (x2, y2)) in enumerate(itertools.pairwise(line)):
         bend = min(13, (y2 - y1) // 2)

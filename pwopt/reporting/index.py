@@ -1,4 +1,4 @@
-"""An index over the reports of many models, as one page. Needs the extra `pwopt[report]`."""
+"""An HTML index of the reports of many models. Needs the extra `pwopt[report]`."""
 
 from __future__ import annotations
 
@@ -9,23 +9,23 @@ from math import exp, log
 from pathlib import Path
 from typing import Any
 
-from pwopt.reporting.document import templates
+from pwopt.reporting.document import load_templates
 
 
-def page(rows: Sequence[Any], folder: Path) -> str:
-    """The index of a folder of results as HTML.
+def render_index(rows: Sequence[Any], folder: Path) -> str:
+    """Render the index of a folder of results as HTML.
 
     Parameters
     ----------
     rows : sequence of pwopt.optimizing.batch.BatchRow
     folder : Path
-        Where the index stands; reports that exist there are linked.
+        Folder of the index. Reports that exist there are linked.
     """
     shown = sorted((r for r in rows if r.status != "failed"), key=lambda r: -(r.speedup or 0.0))
     measured = [r.speedup for r in rows if r.speedup is not None]
-    links = {r.output: found for r in rows if (found := _report(folder, r.output))}
+    links = {r.output: found for r in rows if (found := _find_report(folder, r.output))}
     text: str = (
-        templates("html")
+        load_templates("html")
         .get_template("index.html.j2")
         .render(
             rows=shown,
@@ -40,6 +40,6 @@ def page(rows: Sequence[Any], folder: Path) -> str:
     return text
 
 
-def _report(folder: Path, output: str) -> str:
+def _find_report(folder: Path, output: str) -> str:
     path = Path(output).with_suffix(".report.html")
     return path.as_posix() if os.path.exists(folder / path) else ""

@@ -1,4 +1,4 @@
-"""Plots as SVG to stand inside a page: text stays text, colours are the page's own."""
+"""Plots as SVG for HTML pages. Text stays text, and colours come from the style of the page."""
 
 from __future__ import annotations
 
@@ -20,36 +20,36 @@ from pwopt.reporting.report import Latency
 from pwopt.reporting.text import SUPERSCRIPTS
 from pwopt.running.bench import Row
 
-#: Stand-ins for the page's colours, so that dark mode reaches into plots.
+#: Placeholder colours, replaced by variables of the page's style so that plots follow dark mode.
 COLOURS = {"#010101": "var(--ink)", "#020202": "var(--line)", "#030303": "var(--after)", "#040404": "var(--before)"}
-INK, LINE, AFTER, BEFORE = COLOURS
-#: Those colours in a file of its own.
-ALONE = {INK: "#24292f", LINE: "#d0d7de", AFTER: "#0b6bcb", BEFORE: "#8a939c"}
-#: Counts up to this read best on a linear scale; points up to this, as large dots.
-FEW = 20
+INK, GRID, AFTER, BEFORE = COLOURS
+#: The same colours for a separate SVG file.
+FILE_COLOURS = {INK: "#24292f", GRID: "#d0d7de", AFTER: "#0b6bcb", BEFORE: "#8a939c"}
+#: Up to this many elements, counts use a linear scale and points are drawn large.
+FEW_POINTS = 20
 SETTINGS: Any = {
     "svg.fonttype": "none", "svg.hashsalt": "pwopt", "font.family": "sans-serif", "font.size": 9,
-    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": LINE, "xtick.color": INK, "ytick.color": INK,
-    "grid.color": LINE, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
+    "text.color": INK, "axes.labelcolor": INK, "axes.edgecolor": GRID, "xtick.color": INK, "ytick.color": INK,
+    "grid.color": GRID, "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True,
     "axes.axisbelow": True, "grid.linewidth": 0.6, "legend.frameon": False, "text.parse_math": False,
 }  # fmt: skip
 
 
-def _power(value: float, _place: int) -> str:
-    """A power of ten as people write it, with no need of a formula."""
+def _format_power(value: float, _place: int) -> str:
+    """Format a power of ten with superscripts."""
     exponent = round(np.log10(value)) if value > 0 else 0
     return "0" if value <= 0 else "1" if exponent == 0 else "10" + str(exponent).translate(SUPERSCRIPTS)
 
 
 @contextmanager
-def _axes(width: float, height: float) -> Iterator[Any]:
+def _open_axes(width: float, height: float) -> Iterator[Any]:
     with mpl.rc_context(SETTINGS):
         figure = Figure(figsize=(width, height), layout="constrained")
         yield figure.subplots()
 
 
-def _svg(axes: Any, title: str) -> str:
-    """The figure as an SVG element that scales with the page, `title` for those who do not see it."""
+def _to_svg(axes: Any, title: str) -> str:
+    """Convert a figure to an SVG element that scales with the page; `title` is for screen readers."""
     target = io.StringIO()
     axes.figure.patch.set_alpha(0)
     axes.patch.set_alpha(0)
@@ -63,10 +63,10 @@ def _svg(axes: Any, title: str) -> str:
     return text
 
 
-def latencies(rows: Sequence[Row]) -> str:
-    """Median latency of each model, with its minimum and its ratio to the first, by input shapes; a whole SVG file."""
+def draw_latencies(rows: Sequence[Row]) -> str:
+    """Plot median, minimum and ratio to the first model for each model, by input shapes; return an SVG file."""
     cases = list(dict.fromkeys(tuple(row.shapes.items()) for row in rows))
-    with _axes(6.4, 0.8 + 0.42 * len(rows) + 0.3 * len(cases)) as axes:
+    with _open_axes(6.4, 0.8 + 0.42 * len(rows) + 0.3 * len(cases)) as axes:
         place, ticks = 0.0, []
         for case in cases:
             axes.text(0, place, ", ".join(f"{n} {written(s)}" for n, s in case), va="center", fontsize=8)
@@ -91,54 +91,54 @@ def latencies(rows: Sequence[Row]) -> str:
         axes.figure.patch.set_facecolor("white")
         axes.figure.savefig(target, format="svg", metadata={"Date": None, "Creator": None, "Title": "Latency"})
         text = target.getvalue()
-        for colour, real in ALONE.items():
+        for colour, real in FILE_COLOURS.items():
             text = text.replace(colour, real)
         return text
 
 
-def errors(found: Histogram, noise: Histogram, discrete: bool = False) -> str:
-    """Absolute errors of an output, and the original's own."""
-    with _axes(4.8, 2.5) as axes:
+def draw_errors(found: Histogram, noise: Histogram, discrete: bool = False) -> str:
+    """Plot histograms of the absolute errors of an output and of its noise floor."""
+    with _open_axes(4.8, 2.5) as axes:
         used = [i for i, (a, b) in enumerate(zip(found.counts, noise.counts, strict=True)) if a or b]
         first, last = (max(0, used[0] - 1), min(len(found.counts), used[-1] + 2)) if used else (12, 24)
         edges = found.edges[first : last + 1]
         axes.stairs(noise.counts[first:last], edges, fill=True, color=BEFORE, alpha=0.35, label="noise floor")
         axes.stairs(found.counts[first:last], edges, color=AFTER, linewidth=1.6, label="candidate")
-        if max(*found.counts, *noise.counts) > FEW:
+        if max(*found.counts, *noise.counts) > FEW_POINTS:
             axes.set_yscale("symlog", linthresh=1)
-            axes.yaxis.set_major_formatter(FuncFormatter(_power))
+            axes.yaxis.set_major_formatter(FuncFormatter(_format_power))
         else:
             axes.yaxis.set_major_locator(MaxNLocator(4, integer=True))
         axes.set_xlabel("log₁₀ of the absolute error")
         axes.set_ylabel("elements")
         axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8)
-        return _svg(axes, "Histogram of absolute errors")
+        return _to_svg(axes, "Histogram of absolute errors")
 
 
-def scatter(pairs: Sequence[tuple[float, float]]) -> str:
-    """Values of the original against those of the candidate."""
-    with _axes(4.8, 2.8) as axes:
+def draw_scatter(pairs: Sequence[tuple[float, float]]) -> str:
+    """Plot values of the candidate over values of the original."""
+    with _open_axes(4.8, 2.8) as axes:
         xs, ys = zip(*pairs, strict=True)
         low, high = min(*xs, *ys), max(*xs, *ys)
-        axes.plot([low, high], [low, high], color=LINE, linewidth=1)
+        axes.plot([low, high], [low, high], color=GRID, linewidth=1)
         axes.plot(
             xs,
             ys,
             linestyle="",
             marker="o",
-            markersize=5 if len(pairs) <= FEW else 2.2,
+            markersize=5 if len(pairs) <= FEW_POINTS else 2.2,
             color=AFTER,
             alpha=0.6,
             markeredgewidth=0,
         )
         axes.set_xlabel("original")
         axes.set_ylabel("candidate")
-        return _svg(axes, "Values of both models")
+        return _to_svg(axes, "Values of both models")
 
 
-def speed(latency: Latency) -> str:
-    """The speed-up and its interval beside 1."""
-    with _axes(4.8, 0.95) as axes:
+def draw_speed(latency: Latency) -> str:
+    """Plot the speed-up and its interval next to 1."""
+    with _open_axes(4.8, 0.95) as axes:
         low, high = latency.interval
         axes.plot([low, high], [0, 0], color=AFTER, linewidth=6, solid_capstyle="round", alpha=0.45)
         axes.plot([latency.speedup], [0], marker="o", color=AFTER, markersize=7)
@@ -147,13 +147,13 @@ def speed(latency: Latency) -> str:
         axes.set_xlim(min(0.9, low - 0.1), max(1.1, high + 0.1))
         axes.set_yticks([])
         axes.spines["left"].set_visible(False)
-        axes.set_xlabel("times as fast (1 = the original)")
-        return _svg(axes, "Speed-up with its interval")
+        axes.set_xlabel("speed-up (1 = original)")
+        return _to_svg(axes, "Speed-up with its interval")
 
 
-def operators(rows: Sequence[tuple[str, float, float]], after: str = "after") -> str:
-    """Milliseconds per run by operator: its name, before and after; `after` is what the latter is called."""
-    with _axes(5.2, 0.7 + 0.25 * len(rows)) as axes:
+def draw_operators(rows: Sequence[tuple[str, float, float]], after: str = "after") -> str:
+    """Plot milliseconds per run by operator. Rows are name, before and after; `after` is the label of the last."""
+    with _open_axes(5.2, 0.7 + 0.25 * len(rows)) as axes:
         places = range(len(rows))
         axes.barh([p - 0.2 for p in places], [b for _, b, _ in rows], 0.38, color=BEFORE, label="before")
         axes.barh([p + 0.2 for p in places], [a for _, _, a in rows], 0.38, color=AFTER, label=after)
@@ -162,12 +162,12 @@ def operators(rows: Sequence[tuple[str, float, float]], after: str = "after") ->
         axes.grid(axis="y", visible=False)
         axes.set_xlabel("milliseconds per run, under the profiler")
         axes.legend(loc="lower right", fontsize=8)
-        return _svg(axes, "Time by operator")
+        return _to_svg(axes, "Time by operator")
 
 
-def spectrum(values: Sequence[float], rank: int | None) -> str:
-    """Singular values, largest first, and where the rank ends."""
-    with _axes(4.8, 2.2) as axes:
+def draw_spectrum(values: Sequence[float], rank: int | None) -> str:
+    """Plot singular values in descending order, and mark the rank."""
+    with _open_axes(4.8, 2.2) as axes:
         axes.plot(
             range(1, len(values) + 1),
             values,
@@ -179,7 +179,7 @@ def spectrum(values: Sequence[float], rank: int | None) -> str:
         positive = [v for v in values if v > 0]
         if positive and max(positive) > 100 * min(values):
             axes.set_yscale("log")
-            axes.yaxis.set_major_formatter(FuncFormatter(_power))
+            axes.yaxis.set_major_formatter(FuncFormatter(_format_power))
             axes.yaxis.set_minor_formatter(NullFormatter())
         else:
             axes.set_ylim(bottom=0)
@@ -187,4 +187,4 @@ def spectrum(values: Sequence[float], rank: int | None) -> str:
             axes.axvline(rank + 0.5, color=INK, linewidth=1, linestyle="--")
         axes.set_xlabel("index")
         axes.set_ylabel("singular value")
-        return _svg(axes, "Spectrum")
+        return _to_svg(axes, "Spectrum")

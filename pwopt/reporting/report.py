@@ -1,4 +1,4 @@
-"""One report object, and how it reads in a terminal and as JSON."""
+"""The report of an optimisation or a comparison, and its JSON layout."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from pwopt.rewriting.records import Rewrite, Site, Skip
 from pwopt.rewriting.wording import counted
 from pwopt.running.bench import Row
 
-#: Version of the JSON layout; grows when a field changes its meaning.
-SCHEMA = 2
+#: Version of the JSON layout; it increases when a field changes its meaning.
+REPORT_SCHEMA = 2
 
 
 @dataclass(frozen=True)
 class Latency:
-    """Time per run of both models, interleaved.
+    """Time per run of both models, measured in interleaved rounds.
 
     Attributes
     ----------
@@ -68,16 +68,16 @@ class Latency:
         return self.interval[1] < 1 / self.noise
 
     def unchanged(self) -> Latency:
-        """That of the first model beside itself."""
+        """The same for the first model compared with itself."""
         return replace(self, after_ms=self.before_ms, after_min_ms=self.before_min_ms, speedup=1.0, interval=(1.0, 1.0))
 
     def contradiction(self) -> str:
-        """What to say where the medians point one way and the ratio the other, else ""."""
+        """Explain a speed-up that contradicts the medians; "" if they agree."""
         return contradiction(self.before_ms, self.after_ms, self.speedup)
 
 
 def contradiction(before_ms: float, after_ms: float, ratio: float) -> str:
-    """What to say where medians of two models point one way and their ratio the other, else ""."""
+    """Explain a ratio of two models that contradicts their medians; "" if they agree."""
     if (ratio - 1) * (before_ms - after_ms) >= 0:
         return ""
     return (
@@ -87,18 +87,18 @@ def contradiction(before_ms: float, after_ms: float, ratio: float) -> str:
 
 
 @dataclass(frozen=True)
-class Candidate:
-    """A rewritten model that was raced against the original and is not returned."""
+class RejectedCandidate:
+    """A rewritten model that was timed against the original and not returned."""
 
     cost: Cost
     latency: Latency
-    conditions: tuple[Timed, ...] = ()
+    conditions: tuple[ConditionLatency, ...] = ()
     operators: dict[str, dict[str, float]] | None = None
 
 
 @dataclass(frozen=True)
-class Timed:
-    """Time per run of both models under another condition than the first.
+class ConditionLatency:
+    """Time per run of both models with other threads or input sizes than the first condition.
 
     Attributes
     ----------
@@ -107,7 +107,7 @@ class Timed:
         Input name → sizes.
     latency : Latency
     slower : bool
-        Whether the result is slower there beyond doubt (99.9 %).
+        Whether the result is slower with 99.9 % confidence.
     """
 
     threads: int
@@ -115,8 +115,8 @@ class Timed:
     latency: Latency
     slower: bool = False
 
-    def unchanged(self) -> Timed:
-        """That of the first model beside itself."""
+    def unchanged(self) -> ConditionLatency:
+        """The same for the first model compared with itself."""
         return replace(self, latency=self.latency.unchanged(), slower=False)
 
     @property
@@ -125,13 +125,13 @@ class Timed:
         return f"{counted(self.threads, 'thread')}, {sizes}"
 
 
-#: The layer of what onnxruntime adds by itself.
-LAYOUT = "changes of layout"
+#: Name of the layer of operators that onnxruntime inserts to change the memory layout.
+LAYOUT_CHANGES = "changes of layout"
 
 
 @dataclass(frozen=True)
 class Layer:
-    """Operators of the original ("Op name"), what stands for them now, and milliseconds per run of both."""
+    """Operators of the original ("Op name"), the operators that replace them, and milliseconds per run of both."""
 
     before: tuple[str, ...]
     after: tuple[str, ...]
@@ -141,12 +141,38 @@ class Layer:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything one optimisation did, declined, and measured.
+    """Result of one optimisation: rewrites, skipped sites, and measurements.
 
-    `after`, `latency` and `operators` (where the time goes, "before" and "after") are the output's, which is the
-    original where that was returned; what was raced against it is the `candidate` then, which `equivalence` is about.
-    `equivalence`, `latency` and `operators` are None if not run. `command` is how to repeat it, if it came from the
-    command line.
+    Attributes
+    ----------
+    model, output : str
+        Files of the original and of the result.
+    provider, environment
+        Where both models ran.
+    shapes : dict
+        Input name → sizes of all figures.
+    rewrites, skips
+        What was rewritten, and what was not, with the reason.
+    before, after : Cost
+        Sizes of the original and of the returned model.
+    equivalence : Equivalence or None
+        Comparison of the rewritten model with the original; None if it was not run.
+    latency : Latency or None
+        Of the returned model; None if it was not measured.
+    conditions : tuple of ConditionLatency
+        Times with other threads or input sizes.
+    operators : dict or None
+        Milliseconds by operator, "before" and "after"; None if not measured.
+    candidate : RejectedCandidate or None
+        The rewritten model if the original was returned instead.
+    command : str or None
+        The command line that repeats the run.
+    notes : tuple of str
+        Sentences about the result.
+    layers : tuple of Layer or None
+        Time by groups of operators that onnxruntime runs as one; None if not measured.
+    passes : dict
+        Name → identity of every pass that took part.
     """
 
     model: str
@@ -160,29 +186,27 @@ class Report:
     after: Cost = NOTHING
     equivalence: Equivalence | None = None
     latency: Latency | None = None
-    conditions: tuple[Timed, ...] = ()
+    conditions: tuple[ConditionLatency, ...] = ()
     operators: dict[str, dict[str, float]] | None = None
-    candidate: Candidate | None = None
+    candidate: RejectedCandidate | None = None
     command: str | None = None
     notes: tuple[str, ...] = ()
-    #: Where the time goes, operators together that onnxruntime runs as one; None if not measured.
     layers: tuple[Layer, ...] | None = None
-    #: The identity of every pass that took part, by name.
     passes: dict[str, str] = field(default_factory=dict)
 
     @property
     def result(self) -> str | None:
-        """The file that the model was compared with, or that was written."""
+        """The file of the result."""
         return self.output
 
     def noted(self, *notes: str) -> Report:
-        """The same with more notes."""
+        """Return a copy with more notes."""
         return replace(self, notes=(*self.notes, *notes))
 
     def to_dict(self) -> dict[str, Any]:
         """The documented JSON layout (docs/report.md)."""
         return {
-            "schema": SCHEMA,
+            "schema": REPORT_SCHEMA,
             "model": self.model,
             "output": self.output,
             "provider": self.provider,
@@ -223,7 +247,7 @@ class Report:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two models side by side, whoever made the second."""
+    """A comparison of two models."""
 
     model: str
     candidate: str
@@ -239,7 +263,7 @@ class Comparison:
     def to_json(self) -> str:
         """The documented JSON layout (docs/report.md)."""
         content = {
-            "schema": SCHEMA,
+            "schema": REPORT_SCHEMA,
             "model": self.model,
             "candidate": self.candidate,
             "provider": self.provider,
@@ -260,7 +284,7 @@ def _equivalence(found: Equivalence) -> dict[str, Any]:
 
 
 def to_json(value: Any) -> str:
-    """Strict JSON: infinities and NaN become strings, since JSON has none."""
+    """Convert to strict JSON: infinities and NaN become strings, because JSON has no such numbers."""
 
     def strict(v: Any) -> Any:
         if isinstance(v, dict):
@@ -272,13 +296,13 @@ def to_json(value: Any) -> str:
     return json.dumps(strict(value), indent=2, ensure_ascii=True, allow_nan=False) + "\n"
 
 
-def rewrites_from(path: Path) -> tuple[Rewrite, ...]:
-    """Records of the rewrites in a report that `optimize` wrote.
+def read_rewrites(path: Path) -> tuple[Rewrite, ...]:
+    """Read the rewrites from a JSON report of `optimize`.
 
     Raises
     ------
     UsageError
-        If the file is no such report.
+        If the file is not such a report.
     """
     try:
         return tuple(
@@ -289,9 +313,9 @@ def rewrites_from(path: Path) -> tuple[Rewrite, ...]:
             for r in json.loads(path.read_text(encoding="utf-8"))["rewrites"]
         )  # fmt: skip
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{str(path)!r} is not a report of pwopt optimize ({error!r})") from error
+        raise UsageError(f"{str(path)!r} is not a JSON report of pwopt optimize ({error!r})") from error
 
 
-def benchmark_json(rows: Sequence[Row], environment: Mapping[str, Any]) -> str:
-    """What `pwopt bench --report` writes."""
-    return to_json({"schema": SCHEMA, "environment": environment, "rows": [asdict(r) for r in rows]})
+def format_benchmark_json(rows: Sequence[Row], environment: Mapping[str, Any]) -> str:
+    """Format the JSON that `pwopt bench --report` writes."""
+    return to_json({"schema": REPORT_SCHEMA, "environment": environment, "rows": [asdict(r) for r in rows]})

@@ -1,4 +1,4 @@
-"""How a report reads in a terminal."""
+"""Print reports on the terminal."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from pwopt.evidence.equivalence import Equivalence
 from pwopt.graph.shapes import written
 from pwopt.inputs.samples import KINDS
 from pwopt.maps.cost import Cost
-from pwopt.reporting.report import Latency, Report, Timed, contradiction
-from pwopt.reporting.text import ELEMENTWISE, FIGURES, LEGEND, figures, general, plain
+from pwopt.reporting.report import ConditionLatency, Latency, Report, contradiction
+from pwopt.reporting.text import ELEMENTWISE_FIGURES, FIGURE_LABELS, LEGEND, escape_text, format_figures, generalize
 from pwopt.rewriting.wording import counted
 from pwopt.running.bench import Row
 from pwopt.running.doctor import Finding
@@ -27,11 +27,11 @@ from pwopt.selecting.cache import TuningRecord
 from pwopt.selecting.inspection import Inspection
 from pwopt.selecting.weight_properties import Properties
 
-#: Colours of what races decided.
+#: Colours of decisions.
 VERDICTS = {"kept": "green", "dropped": "yellow", "in doubt": "dim"}
-#: An interval that reaches this far says nothing.
+#: An upper bound from which on an interval carries no information.
 VAGUE = 100.0
-#: Columns of a terminal that any table fits.
+#: A terminal width that every table fits in.
 UNLIMITED = 1 << 16
 
 
@@ -45,20 +45,20 @@ def _table(*columns: str, title: str = "") -> Table:
 
 
 def _show(table: Table, console: Console) -> None:
-    """Print a table, or a block for each of its rows where the terminal is too narrow: no figure is ever cut."""
+    """Print a table. If the terminal is too narrow, print a block for each row, so that no figure is cut off."""
     unlimited = console.options.update(max_width=UNLIMITED)
     if console.measure(table, options=unlimited).minimum <= console.width:
         console.print(table)
         return
     for name, *values in zip(*(column.cells for column in table.columns), strict=True):
         labels = (str(column.header) for column in table.columns[1:])
-        said = "; ".join(f"{label} {value}" for label, value in zip(labels, values, strict=True) if value)
+        line = "; ".join(f"{label} {value}" for label, value in zip(labels, values, strict=True) if value)
         console.print(f"[bold]{name}[/bold]", soft_wrap=True)
-        console.print(Padding(said, (0, 0, 0, 4)))
+        console.print(Padding(line, (0, 0, 0, 4)))
 
 
 def render(report: Report, console: Console, details: bool = False) -> None:
-    """Print the summary; with `details`, also every rewrite and refusal."""
+    """Print the summary; with `details`, also every rewrite and every skipped site."""
     _show(_cost_table(report), console)
     render_sizes(report.shapes, console)
     if report.equivalence is not None:
@@ -67,17 +67,17 @@ def render(report: Report, console: Console, details: bool = False) -> None:
     _render_skips(report, console)
     if details:
         for r in report.rewrites:
-            console.print(f"[green]done[/green] {plain(str(r.site))}: {plain(r.reason)}", soft_wrap=True)
+            console.print(f"[green]done[/green] {escape_text(str(r.site))}: {escape_text(r.reason)}", soft_wrap=True)
         for s in report.skips:
-            console.print(f"[yellow]left[/yellow] {plain(str(s.site))}: {plain(s.reason)}", soft_wrap=True)
+            console.print(f"[yellow]left[/yellow] {escape_text(str(s.site))}: {escape_text(s.reason)}", soft_wrap=True)
     for note in report.notes:
-        console.print(f"[bold]{plain(note)}[/bold]", soft_wrap=True)
+        console.print(f"[bold]{escape_text(note)}[/bold]", soft_wrap=True)
 
 
 def _cost_table(report: Report) -> Table:
     table = _table("", "before", "after", "change")
     threads = counted(report.environment["threads"], "thread")
-    where = f"latency ({plain(report.provider)}, {threads})"
+    where = f"latency ({escape_text(report.provider)}, {threads})"
     _cost_rows(table, report.before, report.after, report.latency, report.conditions, "", where)
     if report.candidate is not None:
         of = ", candidate (not returned)"
@@ -87,9 +87,15 @@ def _cost_table(report: Report) -> Table:
 
 
 def _cost_rows(
-    table: Table, before: Cost, after: Cost, latency: Latency | None, conditions: Sequence[Timed], of: str, where: str
+    table: Table,
+    before: Cost,
+    after: Cost,
+    latency: Latency | None,
+    conditions: Sequence[ConditionLatency],
+    of: str,
+    where: str,
 ) -> None:
-    """Rows for the original beside another model."""
+    """Add rows that compare the original with another model."""
 
     def relative(a: int, b: int) -> float | None:
         return (b - a) / a if a else None
@@ -101,21 +107,21 @@ def _cost_rows(
     ):
         table.add_row(f"{label}{of}", f"{a:,}", f"{b:,}", "" if change is None else f"{change:+.1%}")
     times = [] if latency is None else [(where, latency)]
-    for label, t in (*times, *((f"… {plain(c.label)}", c.latency) for c in conditions)):
+    for label, t in (*times, *((f"… {escape_text(c.label)}", c.latency) for c in conditions)):
         low, high = t.interval
         ratio = f"{t.speedup:.2f}×" + (f" [{low:.2f}, {high:.2f}]" if low != high else "")
         table.add_row(f"{label}{of}", f"{t.before_ms:.2f} ms", f"{t.after_ms:.2f} ms", ratio)
 
 
 def render_sizes(shapes: Mapping[str, tuple[int, ...]], console: Console) -> None:
-    """Print the input sizes that all figures are for."""
+    """Print the input sizes of all figures."""
     if shapes:
-        sizes = ", ".join(f"{plain(name)} {written(shape)}" for name, shape in shapes.items())
-        console.print(f"[dim]figures are for {sizes}[/dim]", soft_wrap=True)
+        sizes = ", ".join(f"{escape_text(name)} {written(shape)}" for name, shape in shapes.items())
+        console.print(f"[dim]measured with {sizes}[/dim]", soft_wrap=True)
 
 
 def render_comparison(equivalence: Equivalence, provider: Provider, console: Console, details: bool = False) -> None:
-    """Print everything that `verify` found."""
+    """Print the result of `verify`."""
     render_samples(equivalence, provider, console)
     render_equivalence(equivalence, console)
     render_figures(equivalence, console, details)
@@ -125,7 +131,7 @@ def render_comparison(equivalence: Equivalence, provider: Provider, console: Con
 
 
 def render_samples(equivalence: Equivalence, provider: Provider, console: Console) -> None:
-    """Print what the models were compared on, distributions of one size together."""
+    """Print the inputs of the comparison, grouped by size."""
     precise = ", with TF32 off" if provider.name in NVIDIA else ""
     parts = (label.partition(", ") for label in equivalence.inputs)
     drawn = [
@@ -134,21 +140,23 @@ def render_samples(equivalence: Equivalence, provider: Provider, console: Consol
     ]
     rounds = [(sizes, [kind for kind, _ in group]) for sizes, group in groupby(drawn, lambda sample: sample[1])]
     samples = "; ".join(f"{sizes} ({', '.join(kinds)})" if sizes else "; ".join(kinds) for sizes, kinds in rounds)
-    console.print(f"[dim]compared on {plain(provider.text)}{precise}: {plain(samples)}[/dim]", soft_wrap=True)
+    console.print(
+        f"[dim]compared on {escape_text(provider.text)}{precise}: {escape_text(samples)}[/dim]", soft_wrap=True
+    )
 
 
 def render_figures(equivalence: Equivalence, console: Console, details: bool = False, most: int = 4) -> None:
-    """Print figures of the worst outputs, and beside them the same of the original against itself.
+    """Print the figures of the worst outputs next to their noise floor.
 
-    With `details`, every figure of every output, those too that elements close to zero dominate.
+    With `details`, print all figures of all outputs, including those that elements close to zero dominate.
     """
     console.print(f"[dim]{LEGEND}[/dim]")
     ranked = sorted(equivalence.outputs, key=lambda o: (o.passed, -o.max_abs))
     most = len(ranked) if details else most
     for o in ranked[:most]:
-        table = _table(plain(o.name), "candidate", "noise floor")
-        for label, mine, own in zip(FIGURES, figures(o), figures(o.noise), strict=True):
-            if mine is not None and (details or label not in ELEMENTWISE):
+        table = _table(escape_text(o.name), "candidate", "noise floor")
+        for label, mine, own in zip(FIGURE_LABELS, format_figures(o), format_figures(o.noise), strict=True):
+            if mine is not None and (details or label not in ELEMENTWISE_FIGURES):
                 table.add_row(label, mine, own or "–")
         _show(table, console)
     if ranked[most:]:
@@ -156,58 +164,62 @@ def render_figures(equivalence: Equivalence, console: Console, details: bool = F
 
 
 def render_laws(equivalence: Equivalence, console: Console) -> None:
-    """Print the residual of every invariant in both models."""
+    """Print the residual of every invariant for both models."""
     if not equivalence.laws:
         return
     table = _table("invariant", "original", "candidate")
     for law in equivalence.laws:
-        table.add_row(f"{plain(law.law)}: {plain(law.formula)}", f"{law.original:.2g}", f"{law.candidate:.2g}")
+        table.add_row(
+            f"{escape_text(law.law)}: {escape_text(law.formula)}", f"{law.original:.2g}", f"{law.candidate:.2g}"
+        )
     _show(table, console)
 
 
 def render_difference(equivalence: Equivalence | None, console: Console, most: int = 8) -> None:
-    """Print where a candidate that did not pass begins to differ."""
+    """Print the first tensor that differs."""
     if equivalence is None or equivalence.difference is None:
         return
     d = equivalence.difference
-    console.print(f"[bold]{plain(d.explain())}[/bold]", soft_wrap=True)
-    region = ", ".join(map(plain, d.region[:most])) + (f" and {len(d.region) - most} more" if d.region[most:] else "")
+    console.print(f"[bold]{escape_text(d.explain())}[/bold]", soft_wrap=True)
+    region = ", ".join(map(escape_text, d.region[:most])) + (
+        f" and {len(d.region) - most} more" if d.region[most:] else ""
+    )
     agree = "agree" if len(d.agreeing) > 1 else "agrees"
-    agreeing = f"{plain(', '.join(d.agreeing[:most]))} still {agree}; " if d.agreeing else ""
+    agreeing = f"{escape_text(', '.join(d.agreeing[:most]))} still {agree}; " if d.agreeing else ""
     compared = counted(d.compared, "tensor")
-    console.print(f"[dim]{agreeing}the fault lies in {region}; {compared} compared[/dim]", soft_wrap=True)
+    console.print(f"[dim]{agreeing}the cause is in {region}; {compared} compared[/dim]", soft_wrap=True)
 
 
 def render_elsewhere(equivalence: Equivalence, console: Console) -> None:
-    """Print the operators that ran on another provider than the one asked for."""
+    """Print the operators that ran on another provider than the selected one."""
     for model, places in equivalence.elsewhere.items():
         for provider, nodes in places.items():
-            listed = plain(", ".join(nodes))
+            listed = escape_text(", ".join(nodes))
             console.print(
                 f"[yellow]{counted(len(nodes), 'operator')} of the {model} ran on {provider}: {listed}[/yellow]"
             )
 
 
 def render_equivalence(equivalence: Equivalence, console: Console) -> None:
-    """Print the verdict per output."""
+    """Print the verdict for each output."""
     table = _table("output", "max deviation", "noise floor", "sensitivity", "verdict")
     for o in equivalence.outputs:
         colour = "green" if o.passed else "red"
         table.add_row(
-            plain(o.name),
+            escape_text(o.name),
             f"{o.max_abs:.2g}",
             f"{o.floor:.2g}",
             f"{o.sensitivity:.2g}",
-            f"[{colour}]{'identical' if o.identical else plain(o.reason)}[/{colour}]",
+            f"[{colour}]{'identical' if o.identical else escape_text(o.reason)}[/{colour}]",
         )
     _show(table, console)
     for remark in equivalence.remarks():
-        console.print(plain(remark), soft_wrap=True)
+        console.print(escape_text(remark), soft_wrap=True)
 
 
 def _render_rewrites(report: Report, console: Console) -> None:
     if not report.rewrites:
-        console.print("No rewrite was made: the output is a copy of the input.")
+        console.print("No rewrite was applied: the output is a copy of the input.")
         return
     table = _table("rewrites", "count", "multiply-adds", "rounding", "certified", "tested", "none")
     for name, count in Counter(r.pass_name for r in report.rewrites).items():
@@ -222,10 +234,10 @@ def _render_rewrites(report: Report, console: Console) -> None:
 def _render_skips(report: Report, console: Console, most: int = 8) -> None:
     if not report.skips:
         return
-    groups = Counter((s.pass_name, general(s)) for s in report.skips)
-    table = _table("left alone, because", "count")
+    groups = Counter((s.pass_name, generalize(s)) for s in report.skips)
+    table = _table("skipped because", "count")
     for (name, reason), count in groups.most_common(most):
-        table.add_row(f"{name}: {plain(reason)}", str(count))
+        table.add_row(f"{name}: {escape_text(reason)}", str(count))
     _show(table, console)
     if len(groups) > most:
         console.print(
@@ -234,27 +246,27 @@ def _render_skips(report: Report, console: Console, most: int = 8) -> None:
 
 
 def render_maps(maps: Inspection, console: Console) -> None:
-    """Print every map: its size, its chain, what would be done with it."""
+    """Print every map: its size, its chain, and the rewrites that apply."""
     for m in maps:
         kernel = "×".join(map(str, m.kernel)) or "pointwise"
         space = written(m.space) if m.space is not None else "?"
         work = f"{m.macs:,} multiply-adds" if m.macs is not None else "size not known"
         chain = f"  [cyan]chain {m.chain}[/cyan]" if m.chain is not None else ""
-        console.print(f"[bold]{plain(m.tensor)}[/bold]  {m.op} {m.channels}  {kernel}  at {space}  {work}{chain}")
-        alone = "nothing to do: no linear map feeds or reads it directly"
+        console.print(f"[bold]{escape_text(m.tensor)}[/bold]  {m.op} {m.channels}  {kernel}  at {space}  {work}{chain}")
+        alone = "no rewrite: no linear map is directly before or after it"
         for line in m.decisions or (alone if m.chain is None else "first of its chain",):
-            console.print(f"    {plain(line)}", style="dim")
+            console.print(f"    {escape_text(line)}", style="dim")
     render_sizes(maps.shapes, console)
     console.print(counted(len(maps), "map"))
 
 
 def render_properties(found: Properties, console: Console) -> None:
-    """Print what the weights of every pointwise map are."""
+    """Print the properties of the weights of every pointwise map."""
     table = _table("map", "size", "kind", "rank", "effective", "condition", "WᵀW − I", "Σ columns", "dead", "flop/byte")
     for m in found:
         sums = m.column_sums
         table.add_row(
-            plain(m.tensor),
+            escape_text(m.tensor),
             f"{m.columns}→{m.rows}" + (f" /{m.groups}" if m.groups > 1 else ""),
             m.kind,
             "–" if m.rank is None else str(m.rank),
@@ -271,28 +283,28 @@ def render_properties(found: Properties, console: Console) -> None:
 
 
 def render_findings(findings: Sequence[Finding], console: Console) -> None:
-    """Print what `doctor` found, each with what would mend it."""
+    """Print the findings of `doctor`, each with a remedy."""
     marks = {True: "[green]ok[/green]  ", False: "[red]no[/red]  ", None: "    "}
     for f in findings:
-        console.print(f"{marks[f.ok]}[bold]{plain(f.subject)}[/bold]: {plain(f.detail)}", soft_wrap=True)
+        console.print(f"{marks[f.ok]}[bold]{escape_text(f.subject)}[/bold]: {escape_text(f.detail)}", soft_wrap=True)
         if f.remedy:
-            console.print(f"      {plain(f.remedy)}", soft_wrap=True)
+            console.print(f"      {escape_text(f.remedy)}", soft_wrap=True)
 
 
 def render_decisions(found: Sequence[TuningRecord], console: Console) -> None:
-    """Print what races on this machine decided, a table for each place."""
+    """Print the decisions of races on this machine, with one table for each environment."""
     for where, entries in groupby(found, lambda e: e.place):
-        table = _table("rewrite", "decision", "speed-up", "interval", "model", "date", title=plain(where))
+        table = _table("rewrite", "decision", "speed-up", "interval", "model", "date", title=escape_text(where))
         for e in entries:
             verdict = f"[{VERDICTS[e.verdict]}]{e.verdict}[/{VERDICTS[e.verdict]}]"
-            name = f"{e.pass_name}: {plain(e.signature)}"
+            name = f"{e.pass_name}: {escape_text(e.signature)}"
             low, high = e.interval
-            interval = escape(f"[{low:.3f}, {high:.3f}]" if high < VAGUE else "nothing yet")
-            table.add_row(name, verdict, f"{e.speedup:.3f}×", interval, plain(e.name) or "–", e.date[:10] or "–")
+            interval = escape(f"[{low:.3f}, {high:.3f}]" if high < VAGUE else "no result yet")
+            table.add_row(name, verdict, f"{e.speedup:.3f}×", interval, escape_text(e.name) or "–", e.date[:10] or "–")
         _show(table, console)
 
 
-def _memory(row: Row) -> str:
+def _format_memory(row: Row) -> str:
     device = "" if row.device_mb is None else f" + {row.device_mb:.0f} MB on the card"
     return f"{row.memory_mb:.0f} MB{device}" if row.memory_mb else f"–{device}"  # some systems hide it
 
@@ -303,28 +315,28 @@ def render_benchmark(rows: Sequence[Row], console: Console) -> None:
     costs = _table("model", "input", "load", "first run", "memory", "layout changes")
     for row in rows:
         low, high = row.interval
-        name = plain(Path(row.model).name)
-        shapes = " ".join(f"{plain(x)} {written(shape)}" for x, shape in row.shapes.items())
+        name = escape_text(Path(row.model).name)
+        shapes = " ".join(f"{escape_text(x)} {written(shape)}" for x, shape in row.shapes.items())
         ratio = escape(f"{row.ratio:.3f} [{low:.3f}, {high:.3f}]")
         times.add_row(name, shapes, f"{row.median_ms:.2f} ms", f"{row.minimum_ms:.2f} ms", ratio)
         load, first = f"{row.session_ms:.0f} ms", f"{row.first_run_ms:.1f} ms"
-        costs.add_row(name, shapes, load, first, _memory(row), f"{row.layout_share:.1%}")
+        costs.add_row(name, shapes, load, first, _format_memory(row), f"{row.layout_share:.1%}")
     _show(times, console)
     _show(costs, console)
     for row in rows:
-        slowest = ", ".join(f"{plain(op)} {ms:.2f} ms" for op, ms in list(row.operators.items())[:6])
-        shapes = " ".join(f"{plain(x)} {written(shape)}" for x, shape in row.shapes.items())
-        console.print(f"{plain(Path(row.model).name)}, {shapes}: {slowest}", style="dim", soft_wrap=True)
+        slowest = ", ".join(f"{escape_text(op)} {ms:.2f} ms" for op, ms in list(row.operators.items())[:6])
+        shapes = " ".join(f"{escape_text(x)} {written(shape)}" for x, shape in row.shapes.items())
+        console.print(f"{escape_text(Path(row.model).name)}, {shapes}: {slowest}", style="dim", soft_wrap=True)
         base = next(r for r in rows if r.shapes == row.shapes)
-        opposed = contradiction(base.median_ms, row.median_ms, row.ratio)
-        if opposed and not row.interval[0] <= 1 <= row.interval[1]:
-            console.print(f"{plain(Path(row.model).name)}: {opposed}", soft_wrap=True)
+        explanation = contradiction(base.median_ms, row.median_ms, row.ratio)
+        if explanation and not row.interval[0] <= 1 <= row.interval[1]:
+            console.print(f"{escape_text(Path(row.model).name)}: {explanation}", soft_wrap=True)
         if row is base:
             console.print(_control_line(row), style="dim", soft_wrap=True)
         if row.huge_pages is not None:
             console.print(_huge_pages_line(row.huge_pages), soft_wrap=True)
         if row.elsewhere:
-            console.print(f"[yellow]{plain(row.model)}: {row.elsewhere} nodes ran on another provider[/yellow]")
+            console.print(f"[yellow]{escape_text(row.model)}: {row.elsewhere} nodes ran on another provider[/yellow]")
 
 
 def _control_line(row: Row) -> str:

@@ -1,4 +1,4 @@
-"""How names, figures and refusals read, wherever they are shown."""
+"""Formatting of names, figures and reasons for every kind of report."""
 
 from __future__ import annotations
 
@@ -9,31 +9,32 @@ from pwopt.evidence.metrics import Agreement
 from pwopt.rewriting.records import Skip
 
 
-def harmless(text: str) -> str:
-    """Text from a model without control or direction characters."""
+def sanitize(text: str) -> str:
+    """Replace control and direction characters in text from a model."""
     return "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in text)
 
 
-def plain(text: str) -> str:
-    """Text from a model, harmless in a terminal: no markup besides."""
-    return escape(harmless(text))
+def escape_text(text: str) -> str:
+    """Sanitize text from a model for the terminal, and escape rich markup."""
+    return escape(sanitize(text))
 
 
-#: What the columns of the outputs are, once.
+#: Explanation of the columns of the table of outputs.
 LEGEND = (
-    "noise floor: how far the original is from itself without graph optimisation; sensitivity: from itself with inputs "
-    "moved by one unit in the last place. The documentation, “How it is verified”, has the rule."
+    "noise floor: deviation of the original from itself without graph optimisation; sensitivity: deviation of the "
+    "original when its inputs move by one unit in the last place. The documentation explains the rule under “How it is "
+    "verified”."
 )
-FIGURES = (
+FIGURE_LABELS = (
     "largest error / largest value", "mean error", "relative error", "units in the last place", "… of 99 % of elements",
     "1 − cosine", "signal to noise", "same largest entry", "same five largest", "unequal elements",
 )  # fmt: skip
-#: Figures that are large wherever a single element is close to zero, and say little of the whole.
-ELEMENTWISE = ("relative error", "units in the last place", "… of 99 % of elements")
+#: Figures that a single element close to zero makes large; they do not describe the output as a whole.
+ELEMENTWISE_FIGURES = ("relative error", "units in the last place", "… of 99 % of elements")
 
 
-def figures(of: OutputCheck | Agreement) -> list[str | None]:
-    """What `FIGURES` are, None where they are meaningless."""
+def format_figures(of: OutputCheck | Agreement) -> list[str | None]:
+    """Format the figures that `FIGURE_LABELS` names; None for a figure that is not defined."""
     cosine = None if of.cosine is None else 1 - of.cosine
     relative = of.max_abs / of.scale if of.scale else None
     patterns = ("{:.2g}", "{:.2g}", "{:.2g}", "{:,.0f}", "{:,.0f}", "{:.1g}", "{:.0f} dB", "{:.2%}", "{:.2%}", "{:.2%}")
@@ -41,8 +42,8 @@ def figures(of: OutputCheck | Agreement) -> list[str | None]:
     return [None if v is None else p.format(v) for p, v in zip(patterns, values, strict=True)]
 
 
-def general(skip: Skip) -> str:
-    """A refusal without the names that differ from place to place, for counting."""
+def generalize(skip: Skip) -> str:
+    """Return the reason of a skip without quoted names, so that skips for the same reason are counted together."""
     words = skip.reason.split("'")
     return "…".join(words[::2]) if len(words) % 2 else skip.reason
 

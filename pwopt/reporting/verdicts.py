@@ -1,4 +1,4 @@
-"""What a report says first: the verdict, the figures beside it, and how figures read."""
+"""The head of a report: verdict, main figures, and table of sizes."""
 
 from __future__ import annotations
 
@@ -12,56 +12,60 @@ from pwopt.reporting.report import Report
 from pwopt.reporting.text import SUPERSCRIPTS
 
 
-def scientific(text: str) -> str:
-    """A number like 6e-08 as 6×10⁻⁸, which lines do not break."""
+def format_scientific(text: str) -> str:
+    """Format a number such as 6e-08 as 6×10⁻⁸, without a possible line break."""
     mantissa, sign, exponent = text.partition("e")
     shown = f"{mantissa}×10{str(int(exponent)).translate(SUPERSCRIPTS)}" if sign else text
     return shown.replace("-", "−")
 
 
-def percent(change: float) -> str:
+def format_percent(change: float) -> str:
     return f"{change:+.1%}".replace("-", "−")
 
 
-def count(value: float) -> str:
-    """A count of four digits, and the unit that it is in."""
+def format_count(value: float) -> str:
+    """Format a count with four digits and a unit."""
     for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
         if abs(value) >= limit:
             return f"{value / (1e3 if unit == 'k' else limit):.4g} {unit}"
     return f"{value:,.0f}"
 
 
-def verdict(equivalence: Equivalence | None, report: Report | None) -> tuple[str, str]:
+def format_verdict(equivalence: Equivalence | None, report: Report | None) -> tuple[str, str]:
     if equivalence is None:
         untouched = report is not None and not report.rewrites
         return "neutral", "Unchanged" if untouched else "Not verified"
     return ("good", "Equivalent") if equivalence.passed else ("bad", "Not equivalent")
 
 
-def claims(equivalence: Equivalence | None, report: Report | None) -> list[tuple[str, str]]:
-    """The few figures that stand beside the verdict, each with what it is."""
+def list_claims(equivalence: Equivalence | None, report: Report | None) -> list[tuple[str, str]]:
+    """List the main figures, each with its description."""
     found = []
     if report is not None and report.latency is not None:
         t = report.latency
         measured = f"as fast, 99 % interval {t.interval[0]:.2f} to {t.interval[1]:.2f}"
-        found.append((f"{t.speedup:.2f}×", measured if report.candidate is None else "as fast: it is the original"))
+        found.append(
+            (f"{t.speedup:.2f}×", measured if report.candidate is None else "as fast, because the original is returned")
+        )
     saved = report.before.change(report.after) if report is not None else None
     if saved is not None:
-        found.append((percent(saved), "multiply-adds"))
+        found.append((format_percent(saved), "multiply-adds"))
     if report is not None and report.rewrites:
         held = Counter(r.certificate.status for r in report.rewrites if r.certificate is not None)
         found.append((f"{held['certified']} of {len(report.rewrites)}", "rewrites certified for every input"))
     worst = equivalence.worst() if equivalence is not None else None
     if worst is not None and np.isfinite(worst.max_abs):
-        noise = scientific(f"{worst.floor:.2g}")
-        found.append((scientific(f"{worst.max_abs:.2g}"), f"largest deviation; the original’s own noise is {noise}"))
+        noise = format_scientific(f"{worst.floor:.2g}")
+        found.append(
+            (format_scientific(f"{worst.max_abs:.2g}"), f"largest deviation; noise floor of the original: {noise}")
+        )
     return found
 
 
-def costs(report: Report) -> list[tuple[str, str, str, str]]:
+def list_costs(report: Report) -> list[tuple[str, str, str, str]]:
     def row(label: str, before: float, after: float, known: bool = True) -> tuple[str, str, str, str]:
-        change = percent((after - before) / before) if before and known else ""
-        return label, count(before), count(after), change
+        change = format_percent((after - before) / before) if before and known else ""
+        return label, format_count(before), format_count(after), change
 
     def rows(after: Cost, of: str = "") -> list[tuple[str, str, str, str]]:
         a = report.before

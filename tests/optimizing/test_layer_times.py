@@ -11,7 +11,7 @@ from helpers import normal, parse
 
 import pwopt
 from pwopt.optimizing.layer_times import layers
-from pwopt.reporting.report import LAYOUT, Layer
+from pwopt.reporting.report import LAYOUT_CHANGES, Layer
 from pwopt.rewriting import Rewrite
 from pwopt.running.session import NodeTime
 from pwopt.selecting.operator_matching import attributed, fused, marked
@@ -54,7 +54,7 @@ def test_what_became_of_an_operator_stands_beside_it() -> None:
     found = layers(before, after, rewrites, (every[0], every[1]))
     assert [(x.before, x.after, round(x.before_ms), round(x.after_ms)) for x in found] == [
         (("Conv a", "BatchNormalization b"), ("Conv b",), 2, 1),
-        ((LAYOUT,), (), 1, 0),
+        ((LAYOUT_CHANGES,), (), 1, 0),
         (("Relu r",), ("Relu r",), 1, 1),
         (("Conv c", "Mul q"), ("Conv g", "Neg n"), 2, 2),
         (("Add y",), ("Add y",), 1, 1),
@@ -74,7 +74,7 @@ def test_every_operator_is_in_one_layer_and_no_time_is_lost() -> None:
     report = pwopt.optimize(model(), passes=["fold-affine"], race_seconds=0.1).report
     assert report.layers is not None
     assert report.operators is not None
-    listed = [o for x in report.layers for o in x.before if o != LAYOUT]
+    listed = [o for x in report.layers for o in x.before if o != LAYOUT_CHANGES]
     assert sorted(listed) == sorted(f"{n.op_type} {n.output[0]}" for n in model().graph.node)
     for side, key in (("before", "before_ms"), ("after", "after_ms")):
         total = sum(getattr(x, key) for x in report.layers)

@@ -25,11 +25,19 @@ from pwopt.evidence.verify import verify
 from pwopt.graph.changes import Operator
 from pwopt.optimizing.batch import BatchRow
 from pwopt.optimizing.optimizer import Result, optimize
-from pwopt.reporting.document import SCRIPT, clipped, document, gained, in_markdown, kind_of, spectra
-from pwopt.reporting.drawing import MOST, WIDTH, draw
-from pwopt.reporting.index import page as index_page
-from pwopt.reporting.report import LAYOUT, Comparison, Layer, Report, to_json
-from pwopt.reporting.verdicts import scientific
+from pwopt.reporting.document import (
+    SCRIPT,
+    clip,
+    escape_markdown,
+    format_gain,
+    parse_format,
+    render_document,
+    render_properties_page,
+)
+from pwopt.reporting.drawing import BOX_WIDTH, MAX_BOXES, draw
+from pwopt.reporting.index import render_index as index_page
+from pwopt.reporting.report import LAYOUT_CHANGES, Comparison, Layer, Report, to_json
+from pwopt.reporting.verdicts import format_scientific
 from pwopt.running.installation import describe_machine
 from pwopt.selecting.weight_properties import properties
 
@@ -73,7 +81,7 @@ def report() -> Report:
 
 @pytest.fixture(scope="module")
 def page(report: Report) -> str:
-    return document(report, "html")
+    return render_document(report, "html")
 
 
 class Elements(html.parser.HTMLParser):
@@ -139,12 +147,12 @@ def test_plots_take_the_pages_colours(page: str) -> None:
 
 
 def test_documents_are_the_same_each_time(report: Report, page: str) -> None:
-    assert document(report, "html") == page
-    assert document(report, "markdown") == document(report, "markdown")
+    assert render_document(report, "html") == page
+    assert render_document(report, "markdown") == render_document(report, "markdown")
 
 
 def test_markdown_shows_names_as_text(report: Report) -> None:
-    text = document(report, "markdown")
+    text = render_document(report, "markdown")
     assert "<script" not in text
     assert "&lt;script&gt;" in text
     for table in re.findall(r"(?:^\|.*\n)+", text, re.M):
@@ -159,23 +167,23 @@ def test_markdown_shows_names_as_text(report: Report) -> None:
     [("a|b", "a\\|b"), ("<b>", "&lt;b&gt;"), ("x_y*z", "x\\_y\\*z"), ("a\nb", "a b"), ("`r`", "\\`r\\`"), (7, "7")],
 )
 def test_in_markdown(given: Any, shown: str) -> None:
-    assert in_markdown(given) == shown
+    assert escape_markdown(given) == shown
 
 
 def test_numbers_and_names_are_short() -> None:
-    assert scientific("6e-08") == "6×10⁻⁸"
-    assert scientific("1.5") == "1.5"
-    assert scientific("inf") == "inf"
-    assert clipped("layers/block1/conv", 8) == "…k1/conv"
-    assert len(clipped("x" * 50)) == 20
+    assert format_scientific("6e-08") == "6×10⁻⁸"
+    assert format_scientific("1.5") == "1.5"
+    assert format_scientific("inf") == "inf"
+    assert clip("layers/block1/conv", 8) == "…k1/conv"
+    assert len(clip("x" * 50)) == 20
 
 
 def test_a_file_name_chooses_the_format() -> None:
-    kinds = [kind_of(Path(name)) for name in ("a.html", "a.HTM", "a.md", "a.json")]
+    kinds = [parse_format(Path(name)) for name in ("a.html", "a.HTM", "a.md", "a.json")]
     assert kinds == ["html", "html", "markdown", "json"]
     for name in ("a.txt", "a"):
-        with pytest.raises(UsageError, match=r"ends in \.html, \.md or \.json"):
-            kind_of(Path(name))
+        with pytest.raises(UsageError, match=r"use the suffix .html, .md or .json"):
+            parse_format(Path(name))
 
 
 def test_a_failure_says_where_it_begins(tmp_path: Path) -> None:
@@ -190,17 +198,17 @@ def test_a_failure_says_where_it_begins(tmp_path: Path) -> None:
     equivalence = verify(model, wrong)
     assert not equivalence.passed
     found = Comparison("a.onnx", "b.onnx", "cpu", describe_machine(), equivalence)
-    text = " ".join(Elements(document(found, "html")).text.split())
+    text = " ".join(Elements(render_document(found, "html")).text.split())
     assert "Not equivalent" in text
-    assert "Where they begin to differ" in text
-    assert "Not equivalent" in document(found, "markdown")
+    assert "First difference" in text
+    assert "Not equivalent" in render_document(found, "markdown")
 
 
 def test_a_report_of_nothing_done() -> None:
     model = parse("(float[1,4] x) => (float[N] y) { y = Exp(x) }")
     report = optimize(model, cost="analytic", verify=False).report
-    assert "Unchanged" in document(report, "html")
-    assert "Unchanged" in document(report, "markdown")
+    assert "Unchanged" in render_document(report, "html")
+    assert "Unchanged" in render_document(report, "markdown")
 
 
 def test_many_outputs_and_rewrites_are_collapsed() -> None:
@@ -208,12 +216,12 @@ def test_many_outputs_and_rewrites_are_collapsed() -> None:
     outputs = ", ".join(f"float[N] y{i}" for i in range(12))
     k, c = np.float32(2), normal(4, 1, 1, dtype=np.float32)
     report = optimize(parse(f"(float[1,4,3,3] x) => ({outputs}) {{{pairs} }}", k=k, c=c), cost="analytic").report
-    assert "4 more outputs" in document(report, "html")
+    assert "4 more outputs" in render_document(report, "html")
 
 
 def test_spectra_are_drawn() -> None:
     path = MODELS / "linear_sequence.onnx"
-    text = spectra(properties(path), path)
+    text = render_properties_page(properties(path), path)
     assert Elements(text).tags.count("svg") == 4
     assert "linear_sequence.onnx" in text
 
@@ -233,12 +241,12 @@ def test_a_drawing_has_each_operator_below_what_it_reads() -> None:
         for (x1, y1), (x2, y2) in itertools.pairwise(line):
             assert y1 < y2
             middle = (x1 + x2) / 2, (y1 + y2) / 2
-            assert not any(b.x < middle[0] < b.x + WIDTH and b.y < middle[1] < b.y + b.height for b in found.boxes)
+            assert not any(b.x < middle[0] < b.x + BOX_WIDTH and b.y < middle[1] < b.y + b.height for b in found.boxes)
     assert all(b.x >= 0 and b.x < found.width and b.y + b.height <= found.height for b in found.boxes)
 
 
 def test_large_drawings_leave_operators_out() -> None:
-    many = [Operator("Relu", str(i), (f"t{i}",), (f"t{i + 1}",)) for i in range(MOST + 5)]
+    many = [Operator("Relu", str(i), (f"t{i}",), (f"t{i + 1}",)) for i in range(MAX_BOXES + 5)]
     assert draw(many).left_out == 5
     assert draw([]).boxes == ()
 
@@ -343,7 +351,7 @@ def test_a_report_of_a_thousand_operators_is_small(report: Report) -> None:
     named = [f"{n.op_type} {n.name}" for n in model.graph.node]
     many = tuple(Layer((a, b), (a,), 0.3, 0.2) for a, b in zip(named[::2], named[1::2], strict=True))
     many += tuple(Layer((n,), (n,), 0.3, 0.3) for n in named[::2])  # as many rows as operators
-    text = document(replace(found, layers=many, latency=report.latency, operators=report.operators), "html")
+    text = render_document(replace(found, layers=many, latency=report.latency, operators=report.operators), "html")
     assert len(text.encode()) < 2_000_000
     assert Elements(text).tags.count("tr") > 1000
     assert named[0].split()[1] in text
@@ -354,20 +362,20 @@ def test_figures_of_single_elements_are_folded_and_explained(report: Report) -> 
     assert report.equivalence is not None
     (output,) = report.equivalence.outputs
     large = replace(output, max_rel=0.033, ulp=786432.0, ulp_p99=128.0)
-    text = document(replace(report, equivalence=replace(report.equivalence, outputs=(large,))), "html")
+    text = render_document(replace(report, equivalence=replace(report.equivalence, outputs=(large,))), "html")
     folded = re.findall(r'<details class="more"><summary>Element by element</summary>.*?</details>', text, re.S)
     assert len(folded) == 1
     assert "large wherever the original is close to zero" in folded[0]
     assert "786,432" in folded[0]
     assert "786,432" not in text.replace(folded[0], "")
     none = replace(output, max_rel=None, ulp=None, ulp_p99=None)
-    text = document(replace(report, equivalence=replace(report.equivalence, outputs=(none,))), "html")
+    text = render_document(replace(report, equivalence=replace(report.equivalence, outputs=(none,))), "html")
     assert "Element by element" not in text
 
 
 @pytest.mark.parametrize(("change", "said"), [(0.0004, "0.000"), (-0.0004, "0.000"), (0.01, "+0.010"), (-1, "−1.000")])
 def test_what_rounds_to_nothing_has_no_sign(change: float, said: str) -> None:
-    assert gained(change) == said
+    assert format_gain(change) == said
 
 
 def pages(report: Report, tmp_path: Path) -> list[str]:
@@ -376,8 +384,14 @@ def pages(report: Report, tmp_path: Path) -> list[str]:
         BatchRow("a.onnx", "a.onnx", "done", "", 0, 1.02, 1.0, 1.04, (2, 1), (2, 1)),
         BatchRow("b", "b", "failed", "no", 3),
     ]
-    layered = replace(report, layers=(Layer(("Conv a", "Relu b"), ("Conv a",), 0.3, 0.2), Layer((LAYOUT,), (), 1, 0)))
-    return [document(layered, "html"), index_page(rows, tmp_path), spectra(properties(model), model)]
+    layered = replace(
+        report, layers=(Layer(("Conv a", "Relu b"), ("Conv a",), 0.3, 0.2), Layer((LAYOUT_CHANGES,), (), 1, 0))
+    )
+    return [
+        render_document(layered, "html"),
+        index_page(rows, tmp_path),
+        render_properties_page(properties(model), model),
+    ]
 
 
 def test_headings_are_in_order_and_pictures_have_words(report: Report, tmp_path: Path) -> None:

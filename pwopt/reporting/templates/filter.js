@@ -1,5 +1,5 @@
 (() => {
-  const field = document.querySelector(".filter input"), said = document.querySelector(".filter output");
+  const field = document.querySelector(".filter input"), output = document.querySelector(".filter output");
   const rows = [...document.querySelectorAll("#layer-table tbody tr")];
   const texts = rows.map(row => [...row.cells].slice(0, 2).map(c => c.textContent + " " + [...c.querySelectorAll("[title]")].map(e => e.title).join(" ")).join(" ").toLowerCase());
   field.closest(".filter").hidden = false;
@@ -7,6 +7,6 @@
     const words = field.value.toLowerCase().split(/\s+/).filter(Boolean);
     let count = 0;
     rows.forEach((row, i) => { const on = words.every(w => texts[i].includes(w)); row.hidden = !on; count += on; });
-    said.textContent = words.length ? count + " of " + rows.length : "";
+    output.textContent = words.length ? count + " of " + rows.length : "";
   });
 })();
