@@ -14,6 +14,11 @@ class PwoptError(Exception):
     exit_code = 1
 
 
+def summarize(error: BaseException) -> str:
+    """The type and the message of an error, in one line of at most 200 characters."""
+    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
+
+
 class NotEquivalentError(PwoptError):
     """The rewritten model does not give the original's answers; nothing was written.
 

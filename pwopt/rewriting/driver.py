@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import copy
-import functools
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal, ParamSpec, TypeVar, get_args
 
 from pwopt.algebra import Values
 from pwopt.algebra.geometry import Refusal, attempt
-from pwopt.errors import UsageError
+from pwopt.errors import UsageError, summarize
 from pwopt.graph.changes import Change
 from pwopt.graph.ir import Graph, Node, Tensor, adopt_node
 from pwopt.graph.journal import Journal
 from pwopt.graph.provenance import inherit
 from pwopt.graph.view import View
 from pwopt.maps.cost import macs
+from pwopt.rewriting.contract import MAX_REWRITES_PER_NODE, GraphRecord
 from pwopt.rewriting.records import Certificate, Outcome, Rewrite, Site, Skip
 
 if TYPE_CHECKING:
@@ -197,15 +197,28 @@ class Rewriter(View):
         return bool(self._denied) and self.site(node) in self._denied
 
     def apply(self, p: Pass, allowed: Collection[Site] | None = None) -> Outcome:
-        """Run one pass until nothing more applies; at the `allowed` sites only, if any are given."""
+        """Run one pass until nothing more applies.
+
+        Parameters
+        ----------
+        p : Pass
+        allowed : collection of Site, optional
+            The sites where it may act. Default: everywhere.
+
+        Raises
+        ------
+        UsageError
+            If a third-party pass raises, does not end, or changes the graph outside its rewrites.
+        """
         self._owner = p.name
         rewrites: list[Rewrite] = []
         skips: dict[Site, Skip] = {}
-        p.start(self)
+        record = None if p.builtin else GraphRecord(self)
+        self._start(p)
         nodes = self.nodes()
         self._queue.extend(nodes)
         self._queued.update(nodes)
-        answer = functools.partial(_answer_builtin if p.builtin else _answer, p)
+        counts: Counter[Site] = Counter()
         while self._queue:
             node = self._queue.popleft()
             self._queued.discard(node)
@@ -214,19 +227,73 @@ class Rewriter(View):
             name, stored = _named(node), self.stored
             if allowed is not None and self._place(name) not in allowed:
                 continue
-            if self._certifier is not None and (self.journal is None or self.journal.states or self.journal.changed):
-                self.journal = Journal()
-            result = Skip("denied by the user") if self.is_denied(node) else answer(node, self)
+            self._renew_journal(needed=self._certifier is not None or record is not None)
+            result = Skip("denied by the user") if self.is_denied(node) else self._offer(p, node, record)
             if result is None:
                 continue
             site = self._place(name)
-            if isinstance(result, Rewrite):
-                told = replace(result, site=site, growth=self.stored - stored)
-                rewrites.append(self._certified(told, p.context))
-                skips.pop(site, None)
-            else:
+            if not isinstance(result, Rewrite):
                 skips[site] = Skip(result.reason, site)
+                continue
+            rewrites.append(self._certified(replace(result, site=site, growth=self.stored - stored), p.context))
+            skips.pop(site, None)
+            counts[site] += 1
+            if counts[site] > MAX_REWRITES_PER_NODE or len(rewrites) > MAX_REWRITES_PER_NODE * (1 + len(nodes)):
+                raise _breach(p, f"does not end: it rewrites {str(site)!r} again and again; leave it out")
+        if record is not None:
+            self._check_unchanged(p, record.find_change())
         return Outcome(tuple(rewrites), tuple(skips.values()))
+
+    def _renew_journal(self, *, needed: bool) -> None:
+        """Begin a new journal for the next node, unless the present one is empty."""
+        if not needed:
+            self.journal = None
+        elif self.journal is None or self.journal.states or self.journal.changed:
+            self.journal = Journal()
+
+    @staticmethod
+    def _check_unchanged(p: Pass, changed: str) -> None:
+        if changed:
+            raise _breach(p, f"changed {changed} directly; it must make every change through its Rewriter")
+
+    def _start(self, p: Pass) -> None:
+        """Let a pass look at the graph; a third-party pass must not raise or edit."""
+        if p.builtin:
+            p.start(self)
+            return
+        edits = self.edits
+        try:
+            p.start(self)
+        except Exception as error:
+            raise _breach(p, f"failed in start with {summarize(error)}; correct it or leave it out") from error
+        if self.edits != edits:
+            raise _breach(p, "edited the graph in start; only match_and_rewrite may do that")
+
+    def _offer(self, p: Pass, node: Node, record: GraphRecord | None) -> Rewrite | Skip | Refusal | None:
+        """Offer a node to a pass; a third-party pass must return a Rewrite exactly if it edits the graph.
+
+        Raises
+        ------
+        UsageError
+            If a third-party pass raises, or breaks its contract.
+        """
+        if record is None:
+            return self.attempt(p.match_and_rewrite, node, self)
+        site, edits = str(self.site(node)), self.edits
+        try:
+            result = self.attempt(p.match_and_rewrite, node, self)
+        except Exception as error:
+            raise _breach(p, f"failed at {site!r} with {summarize(error)}; correct it or leave it out") from error
+        if result is not None and not isinstance(result, (Rewrite, Skip, Refusal)):
+            raise _breach(p, f"returned {type(result).__name__}, not a Rewrite, a Skip or None; correct it")
+        if isinstance(result, Rewrite):
+            assert self.journal is not None
+            if self.edits == edits and not record.find_change():
+                return Skip("an error of the pass: it returned a Rewrite, but changed nothing")
+            self._check_unchanged(p, record.accept(self, self.journal))
+        elif self.edits != edits:
+            raise _breach(p, f"edited the graph at {site!r} without returning a Rewrite")
+        return result
 
     def attempt(self, rewrite: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | Refusal:
         """The result of a rewrite, or why it raised `RefusedError`.
@@ -338,25 +405,9 @@ def _named(node: Node) -> str:
     return str(first or next(filter(None, (t.name for t in node.outputs)), node.name))
 
 
-def _answer_builtin(p: Pass, node: Node, rw: Rewriter) -> Rewrite | Skip | Refusal | None:
-    """What a built-in pass says of a node."""
-    return rw.attempt(p.match_and_rewrite, node, rw)
-
-
-def _answer(p: Pass, node: Node, rw: Rewriter) -> Rewrite | Skip | Refusal | None:
-    """What a pass from elsewhere says of a node; where it fails, the error is that pass's, not a defect of pwopt."""
-    where = f"{type(p).__module__}.{type(p).__qualname__}"
-    try:
-        result = rw.attempt(p.match_and_rewrite, node, rw)
-    except Exception as error:
-        said = f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]
-        raise UsageError(
-            f"the pass {p.name!r} ({where}) failed at {str(rw.site(node))!r} with {said}; mend it, or leave it out"
-        ) from error
-    if result is not None and not isinstance(result, (Rewrite, Skip, Refusal)):
-        what = type(result).__name__
-        raise UsageError(f"the pass {p.name!r} ({where}) returned {what}, not a Rewrite, a Skip or None; mend it")
-    return result
+def _breach(p: Pass, what: str) -> UsageError:
+    """The error for a pass that breaks its contract; `what` follows its name."""
+    return UsageError(f"the pass {p.name!r} ({type(p).__module__}.{type(p).__qualname__}) {what}")
 
 
 def describe(node: Node) -> str:

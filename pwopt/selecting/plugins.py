@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from importlib.metadata import entry_points
 from pathlib import Path
 
-from pwopt.errors import UsageError
+from pwopt.errors import UsageError, summarize
 from pwopt.rewriting.driver import CONTRACT, PHASES, POLICIES, Pass
 
 #: The entry point group under which packages offer passes; each entry point is a class.
@@ -37,7 +37,7 @@ def installed() -> dict[type[Pass], str]:
         try:
             offered = point.load()
         except Exception as error:
-            raise UsageError(f"the pass {point.value!r} of {owner} cannot be imported ({_said(error)})") from error
+            raise UsageError(f"the pass {point.value!r} of {owner} cannot be imported ({summarize(error)})") from error
         found[checked(offered, f"{point.value!r} of {owner}")] = owner
     return found
 
@@ -78,9 +78,9 @@ def named(text: str, folders: Sequence[Path] = ()) -> type[Pass]:
         loaded = importlib.import_module(module) if file is None else _loaded(file)
         offered = getattr(loaded, name)
     except AttributeError as error:
-        raise UsageError(f"the plugin {text!r} has no class {name!r} ({_said(error)})") from error
+        raise UsageError(f"the plugin {text!r} has no class {name!r} ({summarize(error)})") from error
     except Exception as error:
-        raise UsageError(f"the plugin {text!r} cannot be imported ({_said(error)})") from error
+        raise UsageError(f"the plugin {text!r} cannot be imported ({summarize(error)})") from error
     return checked(offered, repr(text))
 
 
@@ -125,6 +125,22 @@ def checked(offered: object, where: str) -> type[Pass]:
     return offered
 
 
+def construct(kind: type[Pass]) -> Pass:
+    """Make a pass without arguments.
+
+    Raises
+    ------
+    UsageError
+        If its constructor fails.
+    """
+    try:
+        return kind()
+    except Exception as error:
+        where = f"{kind.__module__}.{kind.__qualname__}"
+        why = f"cannot be made without arguments ({summarize(error)}); correct it or leave it out"
+        raise UsageError(f"the pass {kind.name!r} ({where}) {why}") from error
+
+
 def origin(p: Pass) -> str:
     """Where a pass comes from: pwopt, an installed package, or a module."""
     return "pwopt" if p.builtin else installed().get(type(p), type(p).__module__)
@@ -144,7 +160,3 @@ def fingerprint(p: Pass) -> str:
         source = b""
     text = f"{type(p).__qualname__} {settings!r}".encode()
     return hashlib.sha256(source + text).hexdigest()[:8]
-
-
-def _said(error: BaseException) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())}"[:200]

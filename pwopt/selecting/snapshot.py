@@ -51,7 +51,7 @@ def select_passes(wanted: Sequence[Wanted] | None, beside: Sequence[Wanted] = ()
         if isinstance(want, str) and want not in available:
             raise UsageError(f"there is no pass {want!r}; there are {', '.join(available)}")
         kind = available[want] if isinstance(want, str) else _checked(want)
-        made = kind() if isinstance(kind, type) else copy.copy(kind)
+        made = plugins.construct(kind) if isinstance(kind, type) else copy.copy(kind)
         if made.eager or isinstance(want, str):
             made.scope = "requested"
         if chosen.setdefault(made.name, (want, made))[0] != want:

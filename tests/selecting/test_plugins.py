@@ -136,7 +136,7 @@ class Chatty(Wrong):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"passes": [Wrong]}, r"the pass 'wrong' \(.*Wrong\) failed at 'wrong:c' with KeyError: 'w'; mend it"),
+        ({"passes": [Wrong]}, r"the pass 'wrong' \(.*Wrong\) failed at 'wrong:c' with KeyError: 'w'; correct it"),
         ({"passes": [Chatty]}, "returned str, not a Rewrite"),
         ({"passes": [Outdated]}, "written for contract 1, and this pwopt keeps contract 2"),
         ({"passes": [Shouting]}, "is called 'Wrong!'"),
