@@ -1,4 +1,4 @@
-"""A map of a Concat becomes a sum of maps of its inputs."""
+"""Concat splitting: a map of a Concat becomes a sum of maps of its inputs."""
 
 from __future__ import annotations
 
@@ -13,8 +13,11 @@ from pwopt.rewriting.records import Rewrite, Skip
 class SplitConcat(Pass):
     """W·concat(a, b, …) = Wₐa + W_b b + …
 
-    As many multiply-adds, no copy of the inputs, but sums of the results: measured. Other rewrites need the parts,
-    to run those that were upsampled or broadcast before that happened.
+    * The map is dense, nothing else reads the Concat, and the weight is not shared.
+    * The Concat joins channels, and no tensor twice.
+
+    The number of multiply-adds stays the same. The copy of the inputs goes, and additions come, so only measuring can
+    tell. `join-concat` is the inverse.
     """
 
     name = "split-concat"
@@ -31,9 +34,7 @@ class SplitConcat(Pass):
         if parts is None or len(parts) < 2 or reading.geometry.groups > 1 or len(set(concat.inputs)) < len(parts):
             return None
         if not self.eager:
-            return Skip(
-                "split into one map per input of its Concat it takes as many multiply-adds; only measuring can tell"
-            )
+            return Skip("one map per input of its Concat would take as many multiply-adds; only measuring can tell")
         linear = forms.load_owned(rw, reading, reading.source)
         sizes = [p.geometry.in_channels for p in parts]
         new: list[Node] = []
@@ -51,6 +52,6 @@ class SplitConcat(Pass):
                 product = after
             total = product
         widths = " + ".join(map(str, sizes))
-        reason = f"{widths} channels are mapped one by one and summed, instead of joined and mapped"
+        reason = f"{widths} channels are mapped separately and summed, instead of joined and mapped"
         done = rw.replace([concat, *reading.nodes], new, reason, residual)
         return done.with_signature(f"{reading.kind} ({widths})→{reading.geometry.out_channels} at {rw.size_of(output)}")

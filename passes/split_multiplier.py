@@ -1,4 +1,4 @@
-"""A depthwise convolution with a channel multiplier becomes as many plain depthwise ones."""
+"""Splitting of channel multipliers: one depthwise convolution with m filters per channel becomes m plain ones."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from pwopt.rewriting.records import Rewrite, Skip
 
 
 class SplitMultiplier(Pass):
-    """W * x = P·concat(W₁ * x, …, Wₘ * x) for the j-th filter Wⱼ of each channel; the maps behind it read P away.
+    """W ∗ x = P·concat(W₁ ∗ x, …, Wₘ ∗ x) where Wⱼ holds the j-th filter of each channel
 
-    Execution providers have fast kernels for as many filters as channels; patch embeddings and downsampling layers
-    with m filters per channel fall back to slow ones. The permutation P goes through everything that acts on channels
-    one by one, into the columns of the next dense maps.
+    * The permutation P of channels moves through operators that act on channels one by one, into the columns of the
+      next dense maps (`pwopt.maps.channels`).
+    * No operator on this way splits the channels or sums only some of them. No weight is shared.
+
+    Execution providers have fast kernels for depthwise convolutions with one filter per channel. Patch embeddings and
+    downsampling layers with m filters per channel run on slow ones.
     """
 
     name = "split-multiplier"
@@ -32,14 +35,14 @@ class SplitMultiplier(Pass):
 
     def start(self, rw: Rewriter) -> None:
         self._places: dict[Tensor, tuple[list[Channels], Analysis]] = {}
-        if not any(_reading(rw, n) for n in rw.nodes()):
+        if not any(_read_multiplier(rw, n) for n in rw.nodes()):
             return
         analysis = Analysis(rw, Unread())
         for component in analysis.components():
             self._places.update({c.tensor: (component, analysis) for c in component})
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
-        reading = _reading(rw, node)
+        reading = _read_multiplier(rw, node)
         if reading is None:
             return None
         what = f"{reading.channels} depthwise"
@@ -48,13 +51,12 @@ class SplitMultiplier(Pass):
         component, analysis = self._places[reading.output]
         places = runs(analysis, component)
         first, count = places[reading.output][0], reading.geometry.out_channels
-        why = analysis.held(component, but=reading.output)
-        if why or first.stop < count:
-            return Skip(
-                f"{what}: its channels cannot change places, since {why or 'they are split or summed in parts'}"
-            )
+        obstacle = analysis.held(component, but=reading.output)
+        if obstacle or first.stop < count:
+            obstacle = obstacle or "they are split, or some of them are summed"
+            return Skip(f"{what}: its channels cannot be reordered, because {obstacle}")
         if not self.eager:
-            return Skip(f"{what} could be several depthwise convolutions; only measuring can tell")
+            return Skip(f"{what} could be several plain depthwise convolutions; only measuring can tell")
         linear = reading.load()
         order = np.arange(count).reshape(reading.geometry.groups, -1).T.reshape(-1)
         takes = {
@@ -63,12 +65,12 @@ class SplitMultiplier(Pass):
             )
             for t, parts in places.items()
         }
-        moved = rechannel(rw, analysis, component, takes, "", "_reordered", but=node)
+        reordered = rechannel(rw, analysis, component, takes, "", "_reordered", but=node)
         for c in component:
             self._places.pop(c.tensor)
         split = self._split(rw, reading, linear)
         parts = len(split.added) - 1
-        done = Rewrite.of(f"{what} as {parts} of {reading.geometry.groups} channels", [moved, split])
+        done = Rewrite.of(f"{what} runs as {parts} with {reading.geometry.groups} channels each", [reordered, split])
         return done.with_signature(f"{what} at {rw.size_of(reading.output)}")
 
     def _split(self, rw: Rewriter, reading: Reading, linear: LinearMap) -> Rewrite:
@@ -86,6 +88,7 @@ class SplitMultiplier(Pass):
         return rw.replace(reading.nodes, [*parts, joined], "", residual)
 
 
-def _reading(rw: Rewriter, node: Node) -> Reading | None:
+def _read_multiplier(rw: Rewriter, node: Node) -> Reading | None:
+    """A depthwise convolution with a channel multiplier; None for any other node."""
     reading = forms.linear(rw, node) if rw.is_a(node, "Conv") else None
     return reading if reading is not None and multiplies(reading) else None

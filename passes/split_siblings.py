@@ -1,4 +1,4 @@
-"""A map whose result is split becomes several maps."""
+"""Horizontal splitting: a map whose result is split becomes several maps."""
 
 from __future__ import annotations
 
@@ -17,17 +17,20 @@ from pwopt.maps.forms import Reading, describe_map
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 
-#: Operators between the maps and the Split, at most: each is repeated for every part.
+#: The largest number of operators between the maps and the Split. Each is repeated for every part.
 MAX_BETWEEN = 32
 
 
 class SplitSiblings(Pass):
-    """split(f((W₁; W₂; …)x)) = (f(W₁x), f(W₂x), …) for any f that acts on channels one by one.
+    """split(f((W₁; W₂; …)x)) = (f(W₁x), f(W₂x), …) for any f that acts on channels one by one
 
-    That is merge-siblings backwards. A Split takes its input out of the provider's blocked layout, and with it the
-    Concat that so often follows: the blocks of CSPNet (Wang et al., 2020), C2f and C3k2 of YOLOv8 and v11, split what a
-    1×1 convolution makes, work on one half, and join all again. f may be activations, sums of several maps, pooling and
-    upsampling.
+    * Dense maps compute everything that reaches the Split, and f consists of activations, sums of several maps, pooling
+      and upsampling.
+    * Nothing else reads the tensors between them, and no weight is shared.
+
+    This is the inverse of `merge-siblings`. A Split leaves the provider's blocked layout, and so does the Concat that
+    often follows. The blocks of CSPNet (Wang et al., 2020), and C2f and C3k2 of YOLOv8 and v11, split the result of a
+    1×1 convolution, work on one half, and join all parts again.
     """
 
     name = "split-siblings"
@@ -38,7 +41,7 @@ class SplitSiblings(Pass):
         if parts is None or parts[0].axis is None:
             return None
         axis, counts = parts[0].axis, [p.geometry.out_channels for p in parts]
-        found = _above(rw, node.inputs[0], axis, sum(counts))
+        found = _find_sources(rw, node.inputs[0], axis, sum(counts))
         if found is None:
             return None
         maps = [f for f in found if isinstance(f, Reading) and f.geometry.groups == 1 and f.weighted]
@@ -52,24 +55,24 @@ class SplitSiblings(Pass):
         if shared:
             return Skip(f"{widths}: the weight {shared[0]!r} is shared")
         if not self.eager:
-            return Skip(f"{widths} could be maps of their own, instead of one and a Split; only measuring can tell")
+            return Skip(f"{widths} could be separate maps, without the Split; only measuring can tell")
         new: list[Node] = []
         residual, start = 0.0, 0
         for output, count in zip(node.outputs, counts, strict=True):
             rows, start = slice(start, start + count), start + count
             if not rw.readers(output) and not rw.must_keep(output):
                 continue
-            nodes, rounding = _part(rw, found, axis, rows, node.inputs[0], output)
+            nodes, rounding = _write_part(rw, found, axis, rows, node.inputs[0], output)
             new += nodes
             residual = max(residual, rounding)
         old = [*(n for f in found for n in (f.nodes if isinstance(f, Reading) else (f,))), node]
-        done = rw.replace(old, new, f"{widths} as maps of their own, instead of one and a Split", residual)
+        done = rw.replace(old, new, f"{widths} runs as separate maps, without the Split", residual)
         kept = tuple((str(t.name), str(t.name)) for t in node.outputs if t.name)
         return replace(done, became=kept).with_signature(f"split results: {describe_map(rw, maps[0], widths)}")
 
 
-def _above(rw: Rewriter, tensor: Tensor, axis: int, count: int) -> list[Reading | Node] | None:
-    """Everything between some dense maps and a tensor, the maps included, in order; None if other things make it."""
+def _find_sources(rw: Rewriter, tensor: Tensor, axis: int, count: int) -> list[Reading | Node] | None:
+    """The dense maps from which a tensor is computed and all operators after them, in order; None if others are."""
     found: dict[Node, Reading | Node] = {}
     pending = [tensor]
     while pending:
@@ -80,11 +83,11 @@ def _above(rw: Rewriter, tensor: Tensor, axis: int, count: int) -> list[Reading 
         if maker in found:
             continue
         reading = forms.linear(rw, maker)
-        if reading is not None and reading.output is t and reading.axis == axis and _by_rows(reading, count):
+        if reading is not None and reading.output is t and reading.axis == axis and _has_separate_rows(reading, count):
             found[maker] = reading
             pending += [] if reading.geometry.groups == 1 else [reading.source]
             continue
-        sources = _sources(rw, maker, axis)
+        sources = _find_operands(rw, maker, axis)
         if sources is None:
             return None
         found[maker] = maker
@@ -92,23 +95,22 @@ def _above(rw: Rewriter, tensor: Tensor, axis: int, count: int) -> list[Reading 
     return sorted(found.values(), key=lambda f: rw.position(f.node if isinstance(f, Reading) else f))
 
 
-def _by_rows(reading: Reading, count: int) -> bool:
-    """Whether a map's weights can be taken row by row: dense, or one channel from each."""
+def _has_separate_rows(reading: Reading, count: int) -> bool:
+    """Whether the outputs of a map can be computed separately: it is dense, or acts on channels one by one."""
     g = reading.geometry
     dense = reading.weighted and g.groups == 1
     single = reading.kind in emit.FORMS and g.groups == g.in_channels == count > 1
     return dense or single
 
 
-def _sources(rw: Rewriter, node: Node, axis: int) -> list[Tensor] | None:
-    """The inputs of an operator that treats channels one by one and alike, with no number for each of them."""
+def _find_operands(rw: Rewriter, node: Node, axis: int) -> list[Tensor] | None:
+    """The data inputs of an operator that treats all channels alike, one by one; None for any other node."""
     op, first = rw.op(node), node.inputs[:1]
     if op in ARITHMETIC and rw.opset >= 7:
-        rank, whole = rw.rank(node.outputs[0]), all(rw.constant(t) is None for t in node.inputs)
-        if whole and all(rw.rank(t) == rank for t in node.inputs):
+        rank, computed = rw.rank(node.outputs[0]), [t for t in node.inputs if rw.constant(t) is None]
+        if len(computed) == len(node.inputs) and all(rw.rank(t) == rank for t in node.inputs):
             return list(node.inputs)
-        moving = [t for t in node.inputs if rw.constant(t) is None]
-        return moving if len(moving) == 1 and all(rw.elements(t) in (None, 1) for t in node.inputs) else None
+        return computed if len(computed) == 1 and all(rw.elements(t) in (None, 1) for t in node.inputs) else None
     if len([t for t in node.outputs if t.name]) != 1 or not first:
         return None
     if op in ACTIVATIONS:
@@ -119,7 +121,7 @@ def _sources(rw: Rewriter, node: Node, axis: int) -> list[Tensor] | None:
     return list(first) if kept and not named and not attributes.resized_by_sizes(rw, node) else None
 
 
-def _part(
+def _write_part(
     rw: Rewriter,
     found: Sequence[Reading | Node],
     axis: int,
@@ -127,7 +129,7 @@ def _part(
     whole: Tensor,
     output: Tensor,
 ) -> tuple[list[Node], float]:
-    """Nodes for some channels of `whole` as `output`, and what rounding did to their weights."""
+    """The operators that compute some channels of `whole` as `output`, and the largest relative rounding error."""
     count, residual = rows.stop - rows.start, 0.0
     made: dict[Tensor, Tensor] = {whole: output}
     nodes: list[Node] = []

@@ -1,4 +1,4 @@
-"""Maps behind an interleaving of phases run on the phases, which are put together at last."""
+"""Sub-pixel convolution: maps after an interleaving of phases run on the phases, which are interleaved at the end."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.rewriting.steps import Step, activation, repeated
 from pwopt.rewriting.wording import counted
 
-#: How far a chain is followed.
+#: The largest number of operators after the first map.
 MAX_LENGTH = 16
-#: The most positions that one becomes.
+#: The largest number of positions that one position becomes.
 MAX_PHASES = 64
 
-#: The map to one row of phases, its columns side by side: of a map, and the number of the row.
+#: Takes a map to phases and the number of a row of phases; returns the map to that row, with its columns side by side.
 Row = Callable[[LinearMap, int], LinearMap]
 
 
 @dataclass(frozen=True)
 class _Stage:
-    """A map to phases, or to as many positions as before, or an activation."""
+    """A map to phases, a pointwise map (one phase), or an activation."""
 
     counts: tuple[int, ...]
     nodes: tuple[Node, ...]
@@ -44,16 +44,17 @@ class _Stage:
 
 
 class SubPixel(Pass):
-    """W·D(x) = D((I ⊗ W)x) and f(D(x)) = D(f(x)), where D puts phases together, and I ⊗ W is W on each of them.
+    """W·D(x) = D((I ⊗ W)x) and f(D(x)) = D(f(x)), where D interleaves phases and I ⊗ W is W on each phase
 
-    A pixel shuffle (DepthToSpace) after a convolution, and a transposed convolution whose kernel is its stride, are
-    maps to phases that are put together at last. What follows and reads every position alone, activations, pointwise
-    maps and further such transposed convolutions, runs on the phases before that, where they lie side by side as
-    channels: one interleaving for all of them, in the form that onnxruntime's blocked layout has, which DepthToSpace is
-    not.
+    * The first map computes phases: a convolution before a pixel shuffle (DepthToSpace), or a transposed convolution
+      whose kernel equals its stride.
+    * The operators after it read each position separately: activations, pointwise maps, further transposed convolutions
+      without overlap. Nothing else reads the tensors between them, and no weight is shared.
+    * One position becomes at most 64.
 
-    Sub-pixel convolution (Shi et al., 2016), super-resolution (Lim et al., "EDSR", 2017), text detection (Liao et al.,
-    "DBNet", 2020).
+    The phases stay side by side as channels until the end. One interleaving then suffices, in a form that onnxruntime's
+    blocked layout supports, unlike DepthToSpace. Examples are sub-pixel convolution (Shi et al., 2016),
+    super-resolution (Lim et al., "EDSR", 2017) and text detection (Liao et al., "DBNet", 2020).
     """
 
     name = "sub-pixel"
@@ -61,11 +62,11 @@ class SubPixel(Pass):
     pays_on = frozenset({"cpu", "other"})  # graphics cards have no blocked layout
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
-        first = _spreading(rw, node)
-        stages = _shuffle(rw, node) if first is None else [first]
+        first = _read_transposed(rw, node)
+        stages = _read_shuffle(rw, node) if first is None else [first]
         if stages is None:
             return None
-        stages += _followers(rw, stages[-1].nodes[-1].outputs[0], len(stages[-1].counts))
+        stages += _find_followers(rw, stages[-1].nodes[-1].outputs[0], len(stages[-1].counts))
         counts = tuple(math.prod(s) for s in zip(*(s.counts for s in stages), strict=True))
         output = stages[-1].nodes[-1].outputs[0]
         maps = [s.reading for s in stages if s.reading is not None]
@@ -74,34 +75,34 @@ class SubPixel(Pass):
         if refusal is not None:
             return Skip(refusal.reason)
         if math.prod(counts) > MAX_PHASES:
-            return Skip(f"{what} are too many")
+            return Skip(f"{what} are too many (the limit is {MAX_PHASES})")
         if not self.eager:
-            return Skip(f"{what} could be put together at last; only measuring can tell")
-        work = _Work(rw, Interleaving(rw, output, counts))
+            return Skip(f"{what} could be interleaved at the end; only measuring can tell")
         for reading in maps:
             if rw.is_shared(reading.weight_input):
                 return Skip(f"the weight {reading.weight_input.name!r} is shared")
+        writer = _RowWriter(rw, Interleaving(rw, output, counts))
         rows, columns = [maps[0].source], 1
         for stage in stages:
             if stage.step is not None:
-                rows = [work.active(stage.step, row) for row in rows]
+                rows = [writer.activate(stage.step, row) for row in rows]
             if stage.reading is None:
                 continue
             linear = stage.reading.load()
             parts = [stage.row(linear, i) for i in range(math.prod(stage.counts[:-1]))]
-            rows = [work.mapped(stage.reading, part, row, columns) for row in rows for part in parts]
+            rows = [writer.apply(stage.reading, part, row, columns) for row in rows for part in parts]
             columns *= stage.counts[-1]
-        nodes = [*work.nodes, *work.together.write_rows(rows)]
+        nodes = [*writer.nodes, *writer.interleaving.write_rows(rows)]
         widths = "→".join(map(str, (maps[0].geometry.in_channels, *(m.geometry.out_channels for m in maps))))
         old = [n for s in stages for n in s.nodes]
-        done = rw.replace(old, nodes, f"{what} ({widths}) are put together at last", work.residual)
+        done = rw.replace(old, nodes, f"{what} ({widths}) are interleaved at the end", writer.residual)
         return done.with_signature(
             f"{what} of {widths} channels, {len(stages)} stages, at {rw.size_of(maps[0].source)}"
         )
 
 
-def _spreading(rw: Rewriter, node: Node | None) -> _Stage | None:
-    """A transposed convolution whose kernel is its stride; each row of its taps is a pointwise map."""
+def _read_transposed(rw: Rewriter, node: Node | None) -> _Stage | None:
+    """A transposed convolution whose kernel equals its stride; each row of its taps is a pointwise map."""
     reading = forms.linear(rw, node)
     if reading is None or reading.geometry.rank not in (1, 2):
         return None
@@ -111,20 +112,20 @@ def _spreading(rw: Rewriter, node: Node | None) -> _Stage | None:
     def row(linear: LinearMap, index: int) -> LinearMap:
         whole = spread(linear)
         width = linear.geometry.kernel[-1] * linear.geometry.out_channels
-        return _outputs(whole, np.arange(index * width, (index + 1) * width))
+        return _select_outputs(whole, np.arange(index * width, (index + 1) * width))
 
     return _Stage(reading.geometry.kernel, reading.nodes, reading, row)
 
 
-def _outputs(linear: LinearMap, picked: Values) -> LinearMap:
+def _select_outputs(linear: LinearMap, selected: Values) -> LinearMap:
     """Some of the outputs of an ungrouped map."""
     g = linear.geometry
-    geometry = Geometry(len(picked), g.in_channels, 1, g.kernel, g.strides, g.dilations, g.pads)
-    return LinearMap.of(geometry, linear.weight[picked], linear.bias[picked])
+    geometry = Geometry(len(selected), g.in_channels, 1, g.kernel, g.strides, g.dilations, g.pads)
+    return LinearMap.of(geometry, linear.weight[selected], linear.bias[selected])
 
 
-def _shuffle(rw: Rewriter, node: Node) -> list[_Stage] | None:
-    """A convolution, perhaps an activation, and a pixel shuffle."""
+def _read_shuffle(rw: Rewriter, node: Node) -> list[_Stage] | None:
+    """A convolution, perhaps an activation, and a pixel shuffle; None for any other node."""
     if not rw.is_a(node, "DepthToSpace") or rw.other_uses(node.inputs[0]):
         return None
     maker, step = rw.producer(node.inputs[0]), None
@@ -138,17 +139,17 @@ def _shuffle(rw: Rewriter, node: Node) -> list[_Stage] | None:
     if found is None:
         return None
     counts, order = found
-    stage = _Stage(counts, reading.nodes, reading, lambda m, i: _outputs(m, order[i].reshape(-1)))
+    stage = _Stage(counts, reading.nodes, reading, lambda m, i: _select_outputs(m, order[i].reshape(-1)))
     stages = [stage, *([_Stage((1, 1), step.nodes, step=step)] if step is not None else [])]
     return [*stages, _Stage((1, 1), (node,))]
 
 
-def _followers(rw: Rewriter, tensor: Tensor, rank: int) -> list[_Stage]:
-    """What reads every position alone, one after the other."""
+def _find_followers(rw: Rewriter, tensor: Tensor, rank: int) -> list[_Stage]:
+    """The sequence of operators after a tensor that read each position separately."""
     stages: list[_Stage] = []
     while len(stages) < MAX_LENGTH:
         step, reader = activation(rw, tensor), rw.sole_reader(tensor)
-        stage = _spreading(rw, reader) or _pointwise(rw, reader)
+        stage = _read_transposed(rw, reader) or _read_pointwise(rw, reader)
         if step is not None:
             stage = _Stage((1,) * rank, step.nodes, step=step)
         if stage is None:
@@ -158,7 +159,7 @@ def _followers(rw: Rewriter, tensor: Tensor, rank: int) -> list[_Stage]:
     return stages
 
 
-def _pointwise(rw: Rewriter, node: Node | None) -> _Stage | None:
+def _read_pointwise(rw: Rewriter, node: Node | None) -> _Stage | None:
     reading = stencil(rw, node)
     if reading is None or not reading.geometry.pointwise or reading.geometry.groups > 1:
         return None
@@ -166,26 +167,26 @@ def _pointwise(rw: Rewriter, node: Node | None) -> _Stage | None:
 
 
 @dataclass
-class _Work:
-    """The operators that come, for phases row by row."""
+class _RowWriter:
+    """Writes operators for rows of phases."""
 
     rw: Rewriter
-    together: Interleaving
+    interleaving: Interleaving
     nodes: list[Node] = field(default_factory=list)
     residual: float = 0.0
 
-    def active(self, step: Step, row: Tensor) -> Tensor:
-        """An activation of one row."""
+    def activate(self, step: Step, row: Tensor) -> Tensor:
+        """Add an activation of one row."""
         width = self.rw.dim(row, 1)
         assert isinstance(width, int)
-        active = self.together.phase("active", width)
+        active = self.interleaving.phase("active", width)
         self.nodes += repeated(self.rw, step, row, active)
         return active
 
-    def mapped(self, like: Reading, linear: LinearMap, row: Tensor, columns: int) -> Tensor:
-        """A map on each column of a row, which lie side by side."""
+    def apply(self, like: Reading, linear: LinearMap, row: Tensor, columns: int) -> Tensor:
+        """Add a map of each column of a row; the columns lie side by side as channels."""
         wide = on_phases(linear, columns) if columns > 1 else linear
-        output = self.together.phase("phases", wide.geometry.out_channels)
+        output = self.interleaving.phase("phases", wide.geometry.out_channels)
         written = emit.write(self.rw, wide, like, row, output, 1, inherit=False)
         self.nodes += written.nodes
         self.residual = max(self.residual, written.residual)

@@ -1,4 +1,4 @@
-"""Parallel branches that are linear and meet in a sum become one map."""
+"""Parallel branch merging: linear branches that meet in a sum become one map."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from pwopt.rewriting.driver import Pass, Rewriter, describe
 from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.rewriting.wording import dearer
 
-#: Sums of more terms are summed in pieces.
+#: The largest number of terms that are considered at once.
 MAX_TERMS = 32
-#: How far above an obstacle a common origin is looked for, to explain a refusal.
+#: How many operators above an obstacle are searched for a common origin, to explain a refusal.
 MAX_BEYOND = 16
 
 
 @dataclass(frozen=True, eq=False)
 class Term:
-    """One summand: where it comes from, and its sign."""
+    """One summand: the path of maps that computes it, and its sign."""
 
     path: Path
     sign: float
@@ -35,7 +35,7 @@ class Term:
 
 @dataclass(frozen=True)
 class Branch:
-    """Terms of one sum as one map, and what they cost per output position before and after."""
+    """Terms of one sum, their geometry as one map, and their cost per output position, separately and together."""
 
     terms: tuple[Term, ...]
     geometry: Geometry
@@ -47,12 +47,16 @@ class Branch:
 
 
 class SumBranches(Pass):
-    """W₁x + W₂x + … = (W₁ + W₂ + …)x, kernels aligned at their centres; x + Wx = (I + W)x.
+    """W₁x + W₂x + … = (W₁ + W₂ + …)x with kernels aligned at their centres; x + Wx = (I + W)x
 
-    A branch is any path of linear maps from the common input: convolutions, normalisations, scales, pooling,
-    paddings, nothing at all. Of a sum's branches, those are joined that take no more multiply-adds together.
-    Networks that train with branches and are exported without their author's fusing step have nothing else:
-    Ding et al., "RepVGG" and "Diverse Branch Block" (2021); Vasu et al., "MobileOne" (2023); Hu et al., "LoRA" (2021).
+    * A branch is any path of linear maps from the common input: convolutions, normalisations, scales, pooling,
+      paddings, or the input itself.
+    * Nothing else reads the tensors on these paths, and no weight is shared.
+    * Those branches are merged that take no more multiply-adds together. The number of operators decreases.
+
+    Re-parameterised networks train with branches, and many are exported without their authors' fusing step: Ding et
+    al., "RepVGG" and "Diverse Branch Block" (2021); Vasu et al., "MobileOne" (2023). Low-rank adapters are branches as
+    well: Hu et al., "LoRA" (2021).
     """
 
     name = "sum-branches"
@@ -62,12 +66,12 @@ class SumBranches(Pass):
         self._fused = idioms.fused_by_runtime(rw)
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
-        if not _adds(rw, node) or _adds(rw, rw.sole_reader(node.outputs[0])):
+        if not _is_sum(rw, node) or _is_sum(rw, rw.sole_reader(node.outputs[0])):
             return None
         inner: list[Node] = []
-        summands = list(_summands(rw, node, inner))
+        summands = list(_find_summands(rw, node, inner))
         counts = Counter(t for t, _ in summands)
-        terms = [  # what is summed twice has two readers, though one node
+        terms = [  # a tensor that is summed twice is read twice, so its branch cannot be merged
             Term(trace(rw, t, self._fused) if counts[t] == 1 else Path(t, t, (), None, ""), sign)
             for t, sign in summands
         ]
@@ -84,7 +88,7 @@ class SumBranches(Pass):
             if isinstance(done, Rewrite):
                 return done
             reason = reason or done.reason
-        reason = reason or _obstacle(rw, terms)
+        reason = reason or _find_obstacle(rw, terms)
         return Skip(reason) if reason else None
 
     def _join(
@@ -96,10 +100,10 @@ class SumBranches(Pass):
         wide = max((m.geometry.out_channels for m in exact.values()), default=1)
         exact = {k: m.spread(wide) for k, m in exact.items()}
         branches = [Branch((t,), exact[t].geometry, t.path.price(rw)) for t in shared if t in exact]
-        joined, reason = _cheapest(branches)
+        joined, reason = _find_cheapest(branches)
         if joined is None:
             return Refusal(refused[0].reason if refused and len(branches) < 2 else reason)
-        signed = (_signed(exact[t], t.sign) for t in joined.terms)
+        signed = (_apply_sign(exact[t], t.sign) for t in joined.terms)
         return rw.attempt(self._write, rw, sums, terms, joined, functools.reduce(operator.add, signed), axis)
 
     def _write(
@@ -117,18 +121,18 @@ class SumBranches(Pass):
         wide = total.geometry.out_channels
         partial = output if not rest else rw.new_variable(f"{output.name}_branches", alike, channels(axis, wide))
         written = emit.write(rw, total, like, source, partial, axis)
-        new = [*written.nodes, *_summed(rw, root, partial, rest)]
+        new = [*written.nodes, *_add_terms(rw, root, partial, rest)]
         old = [*(n for t in joined.terms for n in t.path.nodes), *sums]
         if len(new) >= len(old):
-            raise RefusedError("joining the branches would not save an operator")
+            raise RefusedError("merging the branches would not save an operator")
         names = ", ".join(describe(r.node) for t in joined.terms for r in t.path.readings[-1:]) or "identity"
         plain = sum(not t.path.readings for t in joined.terms)
-        reason = f"{len(joined.terms)} branches of {source.name!r} are one map: {names}"
+        reason = f"{len(joined.terms)} branches of {source.name!r} become one map: {names}"
         return rw.replace(old, new, reason + (" and the input itself" if plain else ""), written.residual)
 
 
-def _summed(rw: Rewriter, root: Node, first: Tensor, rest: Sequence[Term]) -> list[Node]:
-    """Operators for the output of `root`, `first` plus the other terms: one Sum, or Add and Sub if signs differ."""
+def _add_terms(rw: Rewriter, root: Node, first: Tensor, rest: Sequence[Term]) -> list[Node]:
+    """The operators that add the other terms to `first`, with the output of `root`: one Sum, or Adds and Subs."""
     output = root.outputs[0]
     if root.op == "Sum" and len(rest) > 1 and rw.opset >= 8 and all(t.sign > 0 for t in rest):
         return [Node("Sum", root.name, {}, [first, *(t.path.output for t in rest)], [output])]
@@ -143,28 +147,28 @@ def _summed(rw: Rewriter, root: Node, first: Tensor, rest: Sequence[Term]) -> li
     return new
 
 
-def _adds(rw: Rewriter, node: Node | None) -> bool:
+def _is_sum(rw: Rewriter, node: Node | None) -> bool:
     """Whether a node sums several computed tensors."""
-    if not rw.is_a(node, "Add", "Sub", "Sum") or rw.opset < 7:  # before, broadcasting was an attribute
+    if not rw.is_a(node, "Add", "Sub", "Sum") or rw.opset < 7:  # older sums broadcast by an attribute
         return False
     return sum(rw.constant(t) is None for t in node.inputs) >= 2
 
 
-def _summands(rw: Rewriter, root: Node, inner: list[Node]) -> Iterator[tuple[Tensor, float]]:
-    """Tensors and signs that `root` sums, through sums that serve nothing else; those are added to `inner`."""
-    pending = _operands(root, 1.0)[::-1]
+def _find_summands(rw: Rewriter, root: Node, inner: list[Node]) -> Iterator[tuple[Tensor, float]]:
+    """The tensors that `root` sums, with signs, also through inner sums without other uses, which join `inner`."""
+    pending = _read_operands(root, 1.0)[::-1]
     while pending:
         tensor, sign, once = pending.pop()
         maker = rw.producer(tensor) if once else None
-        if maker is None or not _adds(rw, maker) or rw.other_uses(tensor) or len(pending) + len(inner) >= MAX_TERMS:
+        if maker is None or not _is_sum(rw, maker) or rw.other_uses(tensor) or len(pending) + len(inner) >= MAX_TERMS:
             yield tensor, sign
             continue
         inner.insert(0, maker)
-        pending += _operands(maker, sign)[::-1]
+        pending += _read_operands(maker, sign)[::-1]
 
 
-def _operands(node: Node, sign: float) -> list[tuple[Tensor, float, bool]]:
-    """What a sum reads, with its sign, and whether it reads that once."""
+def _read_operands(node: Node, sign: float) -> list[tuple[Tensor, float, bool]]:
+    """The operands of a sum, their signs, and whether each occurs once."""
     counts = Counter(node.inputs)
     minus = node.op == "Sub"
     return [(t, -sign if minus and i == 1 else sign, counts[t] == 1) for i, t in enumerate(node.inputs)]
@@ -241,14 +245,15 @@ class _Pool:
         first, second = list(self._branches.values())[-2:]
         geometry = self._add_geometry(first.geometry, second.geometry)
         if isinstance(geometry, Refusal):
-            return f"the branches do not sum: {geometry.reason}"
-        return f"joining the branches would cost {dearer(first.together + second.together, price(geometry, 1))}"
+            return f"the branches cannot be merged: {geometry.reason}"
+        return f"merging the branches would cost {dearer(first.together + second.together, price(geometry, 1))}"
 
 
-def _cheapest(branches: Sequence[Branch]) -> tuple[Branch | None, str]:
-    """The best set of branches to join, or why there is none: the pair that saves most, until none saves.
+def _find_cheapest(branches: Sequence[Branch]) -> tuple[Branch | None, str]:
+    """The best set of branches to merge, or why there is none.
 
-    A pair that costs as much as before is joined as well: it saves an operator.
+    Merges the pair that saves most until no pair saves anything. A pair that costs as much as before is merged, too,
+    because that saves an operator.
     """
     if len(branches) < 2:
         return None, "the branches are not linear maps with constant numbers"
@@ -259,12 +264,12 @@ def _cheapest(branches: Sequence[Branch]) -> tuple[Branch | None, str]:
     return (joined[0], "") if joined else (None, reason)
 
 
-def _signed(linear: LinearMap, sign: float) -> LinearMap:
+def _apply_sign(linear: LinearMap, sign: float) -> LinearMap:
     return linear if sign > 0 else LinearMap.of(linear.geometry, -linear.weight, -linear.bias)
 
 
-def _obstacle(rw: Rewriter, terms: list[Term]) -> str:
-    """Why branches that come from one tensor were not joined; "" if there are none."""
+def _find_obstacle(rw: Rewriter, terms: list[Term]) -> str:
+    """Why branches with a common origin were not merged; "" if there are none."""
     reached: dict[Tensor, list[tuple[Tensor, Term]]] = {}
     for term in terms:
         tensors, tensor = {term.path.source: term.path.source}, term.path.source

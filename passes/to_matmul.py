@@ -1,4 +1,4 @@
-"""Pointwise convolutions run as matrix products over flattened positions."""
+"""Lowering of convolutions: pointwise convolutions run as matrix products over flattened positions."""
 
 from __future__ import annotations
 
@@ -14,10 +14,13 @@ from pwopt.rewriting.records import Rewrite, Skip
 
 
 class ToMatMul(Pass):
-    """conv₁ₓ₁(x) = reshape(W · reshape(x)): a pointwise convolution is a product of (out, in) and (in, positions).
+    """conv₁ₓ₁(x) = reshape(W · reshape(x)): a pointwise convolution is a product of (out, in) and (in, positions)
 
-    Tools that write every 1×1 convolution so make most models slower on onnxruntime's CPU provider, whose blocked
-    layout the product leaves; other providers, and odd sizes, may differ. Maps of one position are lower-rank's.
+    * The convolution is dense and 2-D, the size of its input is known, and the weight is not shared.
+    * There are several positions. `lower-rank` handles single ones.
+
+    This makes most models slower on onnxruntime's CPU provider, because the product leaves its blocked layout. On other
+    providers, or with odd sizes, it may pay.
     """
 
     name = "to-matmul"

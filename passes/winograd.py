@@ -1,4 +1,4 @@
-"""3×3 convolutions as pointwise maps between sums of neighbours, in fewer multiply-adds."""
+"""Winograd minimal filtering: a 3×3 convolution becomes pointwise maps between sums of neighbours."""
 
 from __future__ import annotations
 
@@ -24,32 +24,38 @@ from pwopt.rewriting.steps import Step, activation
 
 #: The filter transform.
 G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
-#: The rows of Bᵀ, with two taps each: the first one's place in a tile, the second's behind it, and their signs.
+#: The rows of Bᵀ, with two taps each: the place of the first in a tile, the distance of the second, and their signs.
 ROWS = ((0, 2, (1, -1)), (1, 1, (1, 1)), (1, 1, (-1, 1)), (1, 2, (1, -1)))
-#: Outputs per axis of a tile; it reads two inputs more.
+#: Outputs of a tile along each axis. It reads two more inputs.
 TILE = 2
-#: Elements read and written per tile for each input channel, and for each output channel: 16 sums of neighbours go out
-#: and in again, 16 products go in and out of 24 sums and 6 changes of sign; then the tile is put together.
+#: Elements read and written per tile, for each input channel and for each output channel. 16 sums of neighbours are
+#: written and read. 16 products go through 24 sums and 6 changes of sign, and then the tile is interleaved.
 MOVED_IN, MOVED_OUT = 32, 64
-#: What some 65 operators cost by themselves, in multiply-adds: 5 µs each, at 50 G of those per second.
+#: The fixed cost of about 65 operators in multiply-adds: 5 µs each, at 50 G multiply-adds per second.
 OPERATORS = 65 * 250_000
-#: Types that providers convolve; coarser ones would notice that the sums are larger than what they are sums of.
+#: Types with convolutions that are fine enough for sums of neighbours, which are larger than the neighbours.
 FINE = ("float32", "float64")
 
 
 class Winograd(Pass):
-    """w ∗ x = Aᵀ((G·w·Gᵀ) ⊙ (Bᵀ·x·B))A on tiles of 4×4 inputs and 2×2 outputs, where ⊙ is a pointwise map for each of
-    the 16 places: 16 multiply-adds per four outputs and pair of channels instead of 36.
+    """w ∗ x = Aᵀ((G·w·Gᵀ) ⊙ (Bᵀ·x·B))A on tiles of 4×4 inputs and 2×2 outputs
+
+    F(2×2, 3×3): ⊙ is a pointwise map for each of the 16 places of a tile. It takes 16 multiply-adds per four outputs
+    and pair of channels instead of 36.
 
         Bᵀ = | 1  0 −1  0 |    G = | 1    0    0  |    Aᵀ = | 1  1  1  0 |
              | 0  1  1  0 |        | 1/2  1/2 1/2 |         | 0  1 −1 −1 |
              | 0 −1  1  0 |        | 1/2 −1/2 1/2 |
              | 0  1  0 −1 |        | 0    0    1  |
 
-    Exact, since it is a polynomial identity (Winograd, "Arithmetic Complexity of Computations", 1980; Lavin and Gray,
-    "Fast Algorithms for Convolutional Neural Networks", 2016), and hardly less accurate, since A and B only add: G·w·Gᵀ
-    is computed in float64. Bᵀ·x·B is 16 depthwise convolutions of four taps and stride two, Aᵀ·m·A is sums, and all of
-    them stay in the provider's blocked layout. It pays from some hundred channels on.
+    * The convolution is dense, 3×3, with stride 1, dilation 1 and padding 1. Its weight is not shared.
+    * The type is float32 or float64.
+    * It saves more multiply-adds than the additional operators cost, which needs about a hundred channels.
+
+    The identity is polynomial, and therefore exact (Winograd, "Arithmetic Complexity of Computations", 1980; Lavin and
+    Gray, "Fast Algorithms for Convolutional Neural Networks", 2016). It is hardly less accurate, because G·w·Gᵀ is
+    computed in float64, and A and B only add. Bᵀ·x·B is 16 depthwise convolutions with four taps and stride 2, and
+    Aᵀ·m·A consists of sums. All of them stay in the provider's blocked layout.
     """
 
     name = "winograd"
@@ -65,14 +71,16 @@ class Winograd(Pass):
             return None
         if g.strides != (1, 1) or g.dilations != (1, 1) or g.pads != (1, 1, 1, 1):
             return None
-        tiles = math.prod(_tiles(d) or 1 for d in (rw.size_of(reading.source) or ())[2:])
+        tiles = math.prod(_count_tiles(d) or 1 for d in (rw.size_of(reading.source) or ())[2:])
         saved = (TILE**2 * 9 - 16) * g.in_channels * g.out_channels * tiles
         moved = ELEMENT * (MOVED_IN * g.in_channels + MOVED_OUT * g.out_channels) * tiles
         if saved <= self.min_gain * (moved + OPERATORS):
             return None
         size = [d if isinstance(d := rw.dim(reading.source, axis), int) else None for axis in (2, 3)]
         what, even = f"3×3 {reading.channels}", all(d is not None and d % TILE == 0 for d in size)
-        if str(rw.dtype(reading.source)) not in FINE or 0 in size or (not even and rw.opset < 15):  # Shape has a start
+        if (
+            str(rw.dtype(reading.source)) not in FINE or 0 in size or (not even and rw.opset < 15)
+        ):  # older Shapes have no start
             return None
         if not self.eager:
             return Skip(f"{what} could be 16 pointwise maps; only measuring can tell")
@@ -84,15 +92,15 @@ class Winograd(Pass):
             return Skip(refusal.reason)
         filtering = _Filtering(rw, reading, linear, (size[0], size[1]), step)
         filtering.write()
-        reason = f"{what} as 16 pointwise maps by minimal filtering"
+        reason = f"{what} runs as 16 pointwise maps, by Winograd's minimal filtering"
         done = rw.replace(
             [node, *(step.nodes if step is not None else ())], filtering.nodes, reason, filtering.residual
         )
         return done.with_signature(f"minimal filtering of {what} at {rw.size_of(reading.source)}")
 
 
-def _tiles(size: Dim) -> int | None:
-    """How many tiles there are along an axis; None where that is not known."""
+def _count_tiles(size: Dim) -> int | None:
+    """The number of tiles along an axis; None if it is not known."""
     return -(-size // TILE) if isinstance(size, int) else None
 
 
@@ -117,30 +125,30 @@ class _Filtering:
         matrices = np.einsum("pa,oiab,qb->pqoi", G, self.linear.weight, G)
         products: list[list[Tensor]] = []
         for p, q in np.ndindex(4, 4):
-            bias = self.linear.bias if p == q == 1 else None  # in all four outputs, once
+            bias = self.linear.bias if p == q == 1 else None  # this place is in all four outputs, once
             linear = LinearMap.pointwise(matrices[p, q], bias, rank=2)
-            around = self._neighbours(p, q)
-            product = self._tensor(f"product{p}{q}", linear.geometry.out_channels)
-            self._map(linear, around, product)
+            around = self._sum_neighbours(p, q)
+            product = self._new_tensor(f"product{p}{q}", linear.geometry.out_channels)
+            self._apply(linear, around, product)
             products += [[]] if q == 0 else []
             products[-1].append(product)
-        columns = [list(self._pair([row[q] for row in products])) for q in range(4)]
-        outputs = [t for p in range(TILE) for t in self._pair([column[p] for column in columns])]
+        columns = [list(self._transform_output([row[q] for row in products])) for q in range(4)]
+        outputs = [t for p in range(TILE) for t in self._transform_output([column[p] for column in columns])]
         together = Interleaving(self.rw, self.output, (TILE, TILE), self.reading.source)
         self.nodes += together.write(outputs, self.step)
 
-    def _map(self, linear: LinearMap, source: Tensor, output: Tensor) -> None:
+    def _apply(self, linear: LinearMap, source: Tensor, output: Tensor) -> None:
         written = emit.write(self.rw, linear, self.reading, source, output, 1, inherit=False)
         self.nodes += written.nodes
         self.residual = max(self.residual, written.residual)
 
-    def _neighbours(self, p: int, q: int) -> Tensor:
-        """Row p of Bᵀ over the rows of every tile, row q over its columns: a depthwise convolution of 2×2 taps."""
+    def _sum_neighbours(self, p: int, q: int) -> Tensor:
+        """Apply row p of Bᵀ to the rows of every tile and row q to its columns, by a depthwise 2×2 convolution."""
         channels = self.linear.geometry.in_channels
         begins, ends, dilations = [], [], []
         for row, size in zip((ROWS[p], ROWS[q]), self.size, strict=True):
             first, second, _ = row
-            odd = size is None or size % TILE  # the padding of an odd size gives an even one no further tile
+            odd = size is None or size % TILE  # the padding of odd sizes adds no tile to even ones
             begins.append(1 - first)  # a tile begins one before its outputs
             ends.append(first + second - (1 if odd else 2))
             dilations.append(second)
@@ -148,33 +156,35 @@ class _Filtering:
         geometry = Geometry(
             channels, channels, channels, (2, 2), (TILE, TILE), (dilations[0], dilations[1]), (*begins, *ends)
         )
-        around = self._tensor(f"neighbours{p}{q}", channels)
-        self._map(LinearMap.of(geometry, np.tile(taps, (channels, 1, 1))), self.reading.source, around)
+        around = self._new_tensor(f"neighbours{p}{q}", channels)
+        self._apply(LinearMap.of(geometry, np.tile(taps, (channels, 1, 1))), self.reading.source, around)
         return around
 
-    def _pair(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
-        """Aᵀ along one axis of a tile: the sums of the first three, and of the second less the third and the fourth."""
-        yield self._sum(self._sum(parts[0], parts[1]), parts[2])
-        yield self._sum(parts[1], self._negative(self._sum(parts[2], parts[3])))
+    def _transform_output(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
+        """Aᵀ along one axis of a tile: a + b + c and b − (c + d) of the four parts a, b, c, d."""
+        yield self._add(self._add(parts[0], parts[1]), parts[2])
+        yield self._add(parts[1], self._negate(self._add(parts[2], parts[3])))
 
-    def _sum(self, a: Tensor, b: Tensor) -> Tensor:
-        total = self._tensor("sum", self.linear.geometry.out_channels)
-        self._node("Add", [a, b], total)
+    def _add(self, a: Tensor, b: Tensor) -> Tensor:
+        total = self._new_tensor("sum", self.linear.geometry.out_channels)
+        self._add_node("Add", [a, b], total)
         return total
 
-    def _negative(self, tensor: Tensor) -> Tensor:
-        """As a depthwise convolution, which the blocked layout has, as it has no Neg and no Sub."""
+    def _negate(self, tensor: Tensor) -> Tensor:
+        """Change the sign by a depthwise convolution, because the blocked layout has no Neg and no Sub."""
         channels = self.linear.geometry.out_channels
-        negative = self._tensor("negative", channels)
-        self._map(LinearMap.diagonal(-np.ones(channels), rank=2), tensor, negative)
+        negative = self._new_tensor("negative", channels)
+        self._apply(LinearMap.diagonal(-np.ones(channels), rank=2), tensor, negative)
         return negative
 
-    def _tensor(self, role: str, channels: int) -> Variable:
-        """One element for each tile."""
+    def _new_tensor(self, role: str, channels: int) -> Variable:
+        """A tensor with one element for each tile."""
         return self.rw.new_variable(
-            f"{self.output.name}_{role}", self.output, lambda s: (s[0], channels, _tiles(s[2]), _tiles(s[3]))
+            f"{self.output.name}_{role}",
+            self.output,
+            lambda s: (s[0], channels, _count_tiles(s[2]), _count_tiles(s[3])),
         )
 
-    def _node(self, op: str, inputs: list[Tensor], output: Tensor, **attrs: object) -> None:
+    def _add_node(self, op: str, inputs: list[Tensor], output: Tensor, **attrs: object) -> None:
         name = self.rw.node_name(str(output.name), f"_{op.lower()}")
         self.nodes.append(Node(op, name, attrs, inputs, [output]))

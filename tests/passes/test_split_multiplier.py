@@ -42,7 +42,7 @@ def test_as_many_depthwise_convolutions(body: str, parts: int, others: int) -> N
         ("(double[2,3,7,6] x) => (double[N] y, double[N] a) { a = Conv<group=3>(x, w) y = Conv(a, v) }", "'a' is a graph output"),
         ("{ y = Conv<group=3>(x, w) }", "'y' is a graph output"),
         ("{ a = Conv<group=3>(x, w) s = Softmax<axis=1>(a) y = Conv(s, v) }", "Softmax"),
-        ("{ a = Conv<group=3>(x, w) p, q = Split<axis=1>(a, parts) s = Conv(p, u2) t = Conv(q, u4) y = Add(s, t) }", "in parts"),
+        ("{ a = Conv<group=3>(x, w) p, q = Split<axis=1>(a, parts) s = Conv(p, u2) t = Conv(q, u4) y = Add(s, t) }", "they are split, or some of them are summed"),
         ("{ a = Conv<group=3>(x, w) c = Conv<group=3>(x, w) s = Add(a, c) y = Conv(s, v) }", "shared"),
         ("{ a = Conv<group=3>(x, w) y = Conv<group=2>(a, grouped) }", "holds the channels"),
     ],

@@ -32,7 +32,7 @@ def test_a_text_detectors_head_is_put_together_at_last() -> None:
     assert ops(result) == {"Conv": 6, "Relu": 2, "Sigmoid": 4, "Transpose": 5, "Reshape": 5, "Concat": 1}
     (rewrite,) = outcome.rewrites
     assert rewrite.macs_after == rewrite.macs_before
-    assert rewrite.reason == "2 maps to 4×4 phases (3→4→1) are put together at last"
+    assert rewrite.reason == "2 maps to 4×4 phases (3→4→1) are interleaved at the end"
     same(model, result, x=X)
 
 
@@ -146,7 +146,10 @@ def test_groups_stay() -> None:
             "t = Relu(x) y = ConvTranspose<strides=[2,2]>(x, u) z = ConvTranspose<strides=[2,2]>(t, u)",
             "the weight 'u' is shared",
         ),
-        ("m = ConvTranspose<strides=[16,16]>(x, f) y = Relu(m) z = Relu(x)", "1 map to 16×16 phases are too many"),
+        (
+            "m = ConvTranspose<strides=[16,16]>(x, f) y = Relu(m) z = Relu(x)",
+            "1 map to 16×16 phases are too many (the limit is 64)",
+        ),
         ("m = ConvTranspose<strides=[2,2]>(x, u) y = Conv(m, i) z = Relu(x)", "its weights are not finite"),
     ],
 )

@@ -36,7 +36,7 @@ from pwopt.graph.ir import Variable
 from pwopt.maps.cost import Cost
 from pwopt.maps.paths import Path
 from pwopt.passes import FoldAffine, FoldChains, SumBranches, sum_branches
-from pwopt.passes.sum_branches import Branch, Term, _cheapest
+from pwopt.passes.sum_branches import Branch, Term, _find_cheapest
 from pwopt.rewriting.wording import dearer
 from pwopt.selecting.snapshot import run_pipeline
 
@@ -116,7 +116,7 @@ def test_nodes_that_are_added_have_names_of_their_own() -> None:
     assert len(names) == len(set(names)) == 5
     assert all(names)
     assert outcome.rewrites[0].removed == ("Conv node0", "Conv node1", "Add node4", "Sub node5", "Add node6")
-    assert outcome.rewrites[0].reason == "2 branches of 'x' are one map: Conv node0, Conv node1"
+    assert outcome.rewrites[0].reason == "2 branches of 'x' become one map: Conv node0, Conv node1"
 
 
 @pytest.mark.parametrize("sums", ["p = Sum(a, d, e) y = Add(b, p)", "p = Add(a, d) q = Sub(b, e) y = Add(p, q)"])
@@ -339,20 +339,20 @@ def _branch(kernel: int, groups: int, stride: int, biased: bool, separate: float
     )
 )
 def test_branches_are_joined_as_if_every_pair_were_tried(branches: list[Branch]) -> None:
-    assert _cheapest(branches) == cheapest_by_trying_all(branches)
+    assert _find_cheapest(branches) == cheapest_by_trying_all(branches)
 
 
 def test_the_work_of_joining_grows_with_the_kinds_of_branches(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(sum_branches, "add_geometry", lambda maps: calls.append(maps) or add_geometry(maps))
-    joined, _ = _cheapest([_branch(1, 1, 1, False, 16.0) for _ in range(200)])
+    joined, _ = _find_cheapest([_branch(1, 1, 1, False, 16.0) for _ in range(200)])
     assert joined is not None
     assert len(joined.terms) == 200
     assert len(calls) < 10
 
 
 def cheapest_by_trying_all(branches: Sequence[Branch]) -> tuple[Branch | None, str]:
-    """The definition of what `_cheapest` finds: every pair is tried in every step."""
+    """The definition of what `_find_cheapest` finds: every pair is tried in every step."""
     pool, reason = list(branches), "the branches are not linear maps with constant numbers"
     while True:
         best: tuple[float, int, int, Branch] | None = None
@@ -360,12 +360,12 @@ def cheapest_by_trying_all(branches: Sequence[Branch]) -> tuple[Branch | None, s
             for j, b in enumerate(pool[:i]):
                 geometry = add_geometry([b.geometry, a.geometry])
                 if isinstance(geometry, Refusal):
-                    reason = f"the branches do not sum: {geometry.reason}"
+                    reason = f"the branches cannot be merged: {geometry.reason}"
                     continue
                 pair = Branch((*b.terms, *a.terms), geometry, a.separate + b.separate)
                 saved = a.together + b.together - pair.together
                 if saved < 0:
-                    reason = f"joining the branches would cost {dearer(a.together + b.together, pair.together)}"
+                    reason = f"merging the branches would cost {dearer(a.together + b.together, pair.together)}"
                 elif best is None or saved > best[0]:
                     best = (saved, i, j, pair)
         if best is None:

@@ -48,7 +48,7 @@ def test_groups(pair: tuple[int, int], expected: int) -> None:
 def test_coprime_groups_are_joined_if_that_is_not_dearer() -> None:
     side = "(double[2,6,5,5] x) => (double[N] y) { a = Conv<group=2>(x, k) b = Conv<group=3>(x, m) "
     weights = {"k": normal(6, 3, 1, 1), "m": normal(6, 2, 1, 1), "n": normal(6, 3, 1, 1, seed=1)}
-    untouched(side + "y = Add(a, b) }", "joining the branches would cost 1.20× the multiply-adds", **weights)
+    untouched(side + "y = Add(a, b) }", "merging the branches would cost 1.20× the multiply-adds", **weights)
     body = side + "d = Conv<group=2>(x, n) y = Sum(a, b, d) }"
     result = check(body, {"Conv": 2, "Add": 1}, x=normal(2, 6, 5, 5), **weights)
     assert groups(result) == [2, 3]
@@ -56,11 +56,11 @@ def test_coprime_groups_are_joined_if_that_is_not_dearer() -> None:
 
 def test_what_is_refused_by_price() -> None:
     """Depthwise 3×3 + dense 1×1 (36 + 16 → 144 multiply-adds), 3×3 + dilated 3×3 (2·9 → 25 taps), 1×1 + pooling."""
-    dearer = "joining the branches would cost {:.2f}× the multiply-adds"
+    dearer = "merging the branches would cost {:.2f}× the multiply-adds"
     untouched(added("y = Add(f, g)"), dearer.format(144 / 52))
     untouched(added("e = Conv<pads=[2,2,2,2], dilations=[2,2]>(x, u3) y = Add(a, e)"), dearer.format(25 / 18))
     untouched(added(f"p = {POOL} y = Add(p, b)"), dearer.format(9))
-    untouched(added("y = Sum(b, x, r)"), "joining the branches would not save an operator")
+    untouched(added("y = Sum(b, x, r)"), "merging the branches would not save an operator")
 
 
 POOL = "AveragePool<kernel_shape=[3,3], pads=[1,1,1,1], count_include_pad=1>(x)"
