@@ -7,7 +7,7 @@ from helpers import build, normal, ops, outside, reasons, run, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pwopt.passes import PASSES, Frames
+from pwopt.passes import Frames
 
 HEAD = "(double[1,4,5,6,7] x) => (double[N] y) "
 SAME = "pads=[1,1,1,1,1,1]"
@@ -144,13 +144,6 @@ def test_not_without_measuring() -> None:
     result, outcome, _ = run(model, Frames())
     assert result is model
     assert "only measuring" in reasons(outcome)[0]
-
-
-def test_no_settled_pass_undoes_it() -> None:
-    model = build(HEAD + f"{{ z = Conv<{SAME}, group=4>(x, d, b) y = Relu(z) }}", CONSTANTS)
-    result, outcome, _ = run(model, *(p() for p in PASSES if p.policy != "measured"), eager())
-    assert [r.pass_name for r in outcome.rewrites] == ["frames"]
-    same(model, result, x=X)
 
 
 @given(st.data())

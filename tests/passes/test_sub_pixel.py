@@ -7,7 +7,7 @@ from helpers import build, normal, ops, reasons, run, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pwopt.passes import PASSES, SubPixel
+from pwopt.passes import SubPixel
 
 HEAD = "(double[2,3,5,7] x) => (double[N] y) "
 T = "ConvTranspose<strides=[2,2]>"
@@ -177,13 +177,6 @@ def test_not_without_measuring() -> None:
     result, outcome, _ = run(model, SubPixel())
     assert result is model
     assert "only measuring" in reasons(outcome)[0]
-
-
-def test_no_settled_pass_undoes_it() -> None:
-    model = build(HEAD + f"{{ h1 = {T}(x, u, a) r = Relu(h1) h2 = {T}(r, v, b) y = Sigmoid(h2) }}", CONSTANTS)
-    result, outcome, _ = run(model, *(p() for p in PASSES if p.policy != "measured"), eager())
-    assert [r.pass_name for r in outcome.rewrites] == ["sub-pixel"]
-    same(model, result, x=X)
 
 
 @given(st.data())

@@ -77,3 +77,20 @@ def test_written_files_agree(folder: Path, tmp_path: Path) -> None:
         pwopt.optimize(path, tmp_path / name, cost="analytic")
         contents.add((tmp_path / name).read_bytes())
     assert len(contents) == 1
+
+
+def test_the_same_input_gives_the_same_bytes_whatever_the_hash_seed(tmp_path: Path) -> None:
+    script = (
+        "import sys, pwopt; r = pwopt.optimize(sys.argv[1], cost='analytic', verify=False);"
+        "sys.stdout.buffer.write(r.model.SerializeToString(deterministic=True) + r.report.to_json().encode())"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", script, str(MODELS / "network_in_network.onnx")],
+            env={"PYTHONHASHSEED": seed, "PATH": "/usr/bin"},
+            capture_output=True,
+            check=True,
+        ).stdout
+        for seed in ("0", "1", "2")
+    }
+    assert len(outputs) == 1
