@@ -99,10 +99,12 @@ class Session:
         self._spent: list[float] = []
         #: The clock for `step`. On one thread of the CPU it counts the time of this thread, so that other load on the
         #: machine does not count. Otherwise it is wall-clock time; so on Windows, whose thread time has steps of 16 ms.
-        alone = self.provider.name == providers.CPU and threads == 1 and sys.platform != "win32"
+        #: Whether it is onnxruntime's own CPU provider that runs the model.
+        self.on_cpu = self.provider.name == providers.CPU
+        alone = self.on_cpu and threads == 1 and sys.platform != "win32"
         self.clock: Callable[[], float] = time.thread_time if alone else time.perf_counter
         #: Whether threads of this session spin for a while after a run, and so disturb the next one.
-        self.spins = self.provider.name == providers.CPU and threads > 1
+        self.spins = self.on_cpu and threads > 1
 
     def _explain_failure(self, error: Exception, path: str | os.PathLike[str]) -> ProviderError | ModelError:
         """Decide whether the model or the provider is at fault when a model does not load."""

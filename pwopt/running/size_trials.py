@@ -21,13 +21,14 @@ from pwopt.inputs.specs import InputSpec, check_shapes
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import DEFAULT, Provider
 from pwopt.running.session import Session
+from pwopt.running.stopwatch import Stopwatch
 from pwopt.running.timed_run import TooSlowError, time_run
 
 LOG = logging.getLogger(__name__)
 
 Sizes = dict[str, tuple[int, ...]]
 
-#: Time limits in seconds: for one trial run, and for all trial runs together.
+#: Limits in seconds of work (`pwopt.running.stopwatch.Stopwatch`): for one trial run, and for all trial runs together.
 RUN_SECONDS, SECONDS = 4.0, 8.0
 #: Lengths that rest on their position only grow by this factor until a run takes this many seconds.
 TELLING, GROWN = 0.005, 4
@@ -85,11 +86,11 @@ class SizeTrials:
         """
         self.progress(f"trying {_format_sizes(sizes)}", 1 - max(0.0, self.left) / self.limit)
         feeds = draw_feeds(self.specs, sizes)
-        start = time.perf_counter()
+        watch = Stopwatch(time.process_time if self.session.on_cpu else None)
         try:
             return time_run(self.session, feeds, max(0.1, min(most, self.left)))
         finally:
-            self.left -= time.perf_counter() - start
+            self.left -= watch.elapsed()
 
 
 def choose_sizes(

@@ -9,9 +9,12 @@ from pwopt.errors import ModelError
 from pwopt.inputs.samples import Feeds
 from pwopt.running.installation import import_onnxruntime
 from pwopt.running.session import Session
+from pwopt.running.stopwatch import Stopwatch
 
 #: A run shorter than this many seconds is repeated, since the first one also allocates memory.
 SHORT = 0.05
+#: Seconds between two looks at the time of a run.
+TICK = 0.05
 
 
 class TooSlowError(ModelError):
@@ -24,8 +27,8 @@ def time_run(session: Session, feeds: Feeds, limit: float) -> float:
     Parameters
     ----------
     limit : float
-        Seconds after which onnxruntime stops between two operators (``RunOptions.terminate``). A provider that replays
-        a captured graph runs to the end.
+        Seconds of work (`pwopt.running.stopwatch.Stopwatch`) after which onnxruntime stops between two operators
+        (``RunOptions.terminate``). A provider that replays a captured graph runs to the end.
 
     Raises
     ------
@@ -43,20 +46,21 @@ def time_run(session: Session, feeds: Feeds, limit: float) -> float:
 def _time_once(session: Session, feeds: Feeds, limit: float) -> float:
     options = import_onnxruntime().RunOptions()
     options.log_severity_level = 4
-    start, begin = time.perf_counter(), session.clock()
+    watch, begin = Stopwatch(time.process_time if session.on_cpu else None), session.clock()
+    ended = threading.Event()
 
-    def stop() -> None:
-        options.terminate = True
+    def stop_in_time() -> None:
+        while not ended.wait(TICK):
+            if watch.elapsed() >= limit:
+                options.terminate = True
 
-    timer = threading.Timer(limit, stop)
-    timer.daemon = True
-    timer.start()
+    threading.Thread(target=stop_in_time, daemon=True).start()
     try:
         session.run(feeds, options)
     except ModelError:
-        if time.perf_counter() - start < limit:
+        if watch.elapsed() < limit:
             raise
         raise TooSlowError(f"a run takes longer than {limit:.0f} seconds") from None
     finally:
-        timer.cancel()
+        ended.set()
     return session.clock() - begin

@@ -24,9 +24,11 @@ from pwopt.running.child import child_command
 from pwopt.running.progress import Progress
 from pwopt.running.providers import Provider
 from pwopt.running.session import NodeTime, Session
+from pwopt.running.stopwatch import Stopwatch, processor_time_of
 from pwopt.running.timing import Race, Rules
 
-#: Seconds that a candidate may take to load and run once, at least; and as a multiple of what the original took.
+#: Seconds of work (`pwopt.running.stopwatch.Stopwatch`) that a candidate may take to load and run once: at least, and
+#: as a multiple of what the original took.
 PATIENCE, SLOWER = 20.0, 20.0
 #: Bytes of address space that a candidate may take beyond what the original took, and as a multiple of that (Linux).
 ROOM, LARGER = 2 << 30, 4.0
@@ -134,14 +136,14 @@ class Worker:
         self._answers = queue.Queue()
         assert self._process.stdout is not None
         threading.Thread(target=_listen, args=(self._process.stdout, self._answers), daemon=True).start()
-        begin = time.perf_counter()
+        watch = Stopwatch(processor_time_of(self._process.pid))
         answer = self._ask((*self._setting, str(self._original)), 3600.0)
         if isinstance(answer, str):  # the original does not survive either: this tells nothing of candidates
             self.close()
             self._usable = False
         else:
             self.took = answer
-        self._limit = max(PATIENCE, SLOWER * (time.perf_counter() - begin))
+        self._limit = max(PATIENCE, SLOWER * watch.elapsed())
 
     def _ask(self, question: Any, seconds: float, waiting: Callable[[float], None] = lambda _: None) -> Any:
         """The answer, or a clause on what became of the worker, which is gone then."""
@@ -150,14 +152,13 @@ class Worker:
         assert process.stdin is not None
         with contextlib.suppress(OSError):  # a broken pipe, which Windows calls an invalid argument
             _send(process.stdin, question)
-        begin, answer = time.perf_counter(), _NOTHING
+        begin, watch, answer = time.perf_counter(), Stopwatch(processor_time_of(process.pid)), _NOTHING
         while answer is _NOTHING:
-            spent = time.perf_counter() - begin
-            waiting(spent)
+            waiting(time.perf_counter() - begin)
             try:
-                answer = self._answers.get(timeout=max(0.0, min(TICK, seconds - spent)))
+                answer = self._answers.get(timeout=TICK)
             except queue.Empty:
-                if spent >= seconds:
+                if watch.elapsed() >= seconds:
                     self.close()
                     return f"it did not finish within {seconds:.0f} seconds"
         if answer is None:
