@@ -9,6 +9,7 @@ import numpy as np
 
 from pwopt.algebra.geometry import pointwise_geometry
 from pwopt.algebra.linear import LinearMap, split_inputs
+from pwopt.graph.dtypes import range_of
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import channels
 from pwopt.maps import commute, emit, forms, selections
@@ -177,33 +178,35 @@ class CommuteSpatial(Pass):
     @staticmethod
     def _lift_past_bias(rw: Rewriter, reading: Reading, node: Node) -> Rewrite | Skip | None:
         """W(Mx + c) becomes M(Wx) + Wc for a matrix M: a map of the next graph layer, after the bias of this layer."""
-        shift, product = forms.linear(rw, node), forms.linear(rw, reading.nodes[0])
-        if shift is None or product is None or shift.kind != "diagonal" or shift.axis != reading.axis:
+        add, product = forms.linear(rw, node), forms.linear(rw, reading.nodes[0])
+        if add is None or product is None or add.kind != "diagonal" or add.axis != reading.axis:
             return None
-        maker = rw.producer(shift.source)
+        maker = rw.producer(add.source)
         mover = _read_mover(rw, maker, reading.axis) if rw.is_a(maker, "MatMul") else None
         if mover is None:
             return None
-        refusal = rw.other_uses(product.source) or _find_obstacle(rw, mover, product, shift.source)
+        refusal = rw.other_uses(product.source) or _find_obstacle(rw, mover, product, add.source)
         if refusal:
             return Skip(refusal)
-        g, dtype, linear, constant = product.geometry, rw.dtype(product.weight_input), product.load(), shift.load()
+        g, dtype, linear, constant = product.geometry, rw.dtype(product.weight_input), product.load(), add.load()
         if g.weights * mover.reads + mover.work(g.out_channels) >= g.weights * mover.writes + mover.work(g.in_channels):
             return Skip(_explain_cost("before", mover, (g.in_channels, g.out_channels)))
         if dtype is None:
             return None
-        bias = emit.round_values(linear.weight.reshape(g.out_channels, -1) @ constant.bias, dtype)
+        shift = linear.weight.reshape(g.out_channels, -1) @ constant.bias
+        range_of(dtype).require_shift(shift)
+        bias = emit.round_values(shift, dtype)
         mapped = rw.new_variable(f"{product.output.name}_small", mover.source, channels(reading.axis, g.out_channels))
         mixed = rw.new_variable(f"{product.output.name}_mixed", product.output)
         written = emit.write(rw, linear, product, mover.source, mapped, reading.axis)
         matrix = mover.node
         mix = Node("MatMul", matrix.name, dict(matrix.attrs), [matrix.inputs[0], mapped], [mixed])
         offset = rw.new_constant(f"{product.output.name}_bias", bias)
-        add = Node("Add", node.name, {}, [mixed, offset], [product.output])
+        last = Node("Add", node.name, {}, [mixed, offset], [product.output])
         mixes = f"which then mixes {g.out_channels} channels, not {g.in_channels}"
         reason = f"{product.channels} runs before a constant matrix and its bias, {mixes}"
         old = [matrix, node, *product.nodes]
-        return rw.replace(old, [*written.nodes, mix, add], reason, written.residual)
+        return rw.replace(old, [*written.nodes, mix, last], reason, written.residual)
 
     def _lift_parts(self, rw: Rewriter, reading: Reading, concat: Node) -> Rewrite | Skip | None:
         """W·concat(Pa, b, …) becomes P(Wₐa) + W_b·concat(b, …)."""

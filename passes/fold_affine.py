@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field, replace
 
+import numpy as np
+
 from pwopt.algebra import Values
 from pwopt.algebra.geometry import Refusal, RefusedError, compose_geometry
 from pwopt.algebra.linear import LinearMap, compose
-from pwopt.graph.dtypes import cancelling
+from pwopt.graph.dtypes import cancelling, range_of
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.operators import VIEWS, WEIGHTED_OPERATORS
 from pwopt.graph.provenance import credit
@@ -287,6 +289,8 @@ def _compose_constants(rw: Rewriter, plan: Plan) -> list[tuple[Tensor, Values, f
             raise RefusedError(f"the constant {tensor.name!r} is not finite")
         shape = tuple(-1 if a == affine.axis else 1 for a in range(value.ndim))
         exact = value * affine.map.scale.reshape(shape) + affine.map.bias.reshape(shape)
+        grows = np.abs(affine.map.scale) > 1
+        range_of(dtype).require_shift(value * np.where(grows, affine.map.scale, 0.0).reshape(shape))
         low = emit.round_values(exact, dtype)
         found.append((tensor, low, emit.relative_rounding(low, exact)))
     return found

@@ -103,7 +103,7 @@ class SumBranches(Pass):
         joined, reason = _find_cheapest(branches)
         if joined is None:
             return Refusal(refused[0].reason if refused and len(branches) < 2 else reason)
-        signed = (_apply_sign(exact[t], t.sign) for t in joined.terms)
+        signed = (exact[t] if t.sign > 0 else -exact[t] for t in joined.terms)
         return rw.attempt(self._write, rw, sums, terms, joined, functools.reduce(operator.add, signed), axis)
 
     def _write(
@@ -262,10 +262,6 @@ def _find_cheapest(branches: Sequence[Branch]) -> tuple[Branch | None, str]:
         reason = pool.join()
     joined = [b for b in pool if len(b.terms) > 1]
     return (joined[0], "") if joined else (None, reason)
-
-
-def _apply_sign(linear: LinearMap, sign: float) -> LinearMap:
-    return linear if sign > 0 else LinearMap.of(linear.geometry, -linear.weight, -linear.bias)
 
 
 def _find_obstacle(rw: Rewriter, terms: list[Term]) -> str:

@@ -71,7 +71,7 @@ class Geometry:
     pads : tuple of int
         Zeros added: all begins, then all ends. Never negative.
     auto_pad : str
-        "SAME_UPPER" or "SAME_LOWER" when the pads follow from an input size that is not known;
+        "SAME_UPPER" or "SAME_LOWER" where the pads follow from an input size that is not known, or would be negative;
         `pads` is then meaningless. Otherwise "".
     transposed : bool
         The adjoint form (ONNX ``ConvTranspose``): zeros are inserted between inputs instead.

@@ -41,14 +41,27 @@ def _last(index: Sequence[int | slice]) -> tuple[Any, ...]:
 
 @dataclass(frozen=True, eq=False)
 class LinearMap:
-    """A linear map across channels: geometry, weight (out, in / groups, *kernel) and bias (out,), float64."""
+    """A linear map across channels.
+
+    Attributes
+    ----------
+    geometry : Geometry
+    weight : array (out, in / groups, *kernel), float64
+    bias : array (out,), float64
+    moved : array (out,), float64, or None
+        By how much its products may exceed the results of the maps it is combined from (`pwopt.algebra.overflow`);
+        None for a map that was read.
+    """
 
     geometry: Geometry
     weight: Array
     bias: Array
+    moved: Array | None = None
 
     @classmethod
-    def of(cls, geometry: Geometry, weight: ArrayLike, bias: ArrayLike | None = None) -> LinearMap:
+    def of(
+        cls, geometry: Geometry, weight: ArrayLike, bias: ArrayLike | None = None, moved: Array | None = None
+    ) -> LinearMap:
         """Build a map; `weight` is reshaped to the geometry, a missing bias is zero.
 
         Raises
@@ -61,7 +74,7 @@ class LinearMap:
             raise ValueError(f"{g.groups} groups do not divide {g.in_channels} inputs and {g.out_channels} outputs")
         w = np.asarray(weight, np.float64).reshape(g.out_channels, g.in_channels // g.groups, *g.kernel)
         b = np.zeros(g.out_channels) if bias is None else np.asarray(bias, np.float64).reshape(g.out_channels)
-        return cls(with_bias(g, bool(b.any())), w, b)
+        return cls(with_bias(g, bool(b.any())), w, b, moved)
 
     @classmethod
     def conv(
@@ -109,6 +122,9 @@ class LinearMap:
         matrix[rows, picks[rows]] = 1.0
         return cls.pointwise(matrix, rank=rank)
 
+    def __neg__(self) -> LinearMap:
+        return LinearMap(self.geometry, -self.weight, -self.bias, self.moved)
+
     @property
     def scale(self) -> Array:
         """The diagonal of a diagonal map, shape (channels,)."""
@@ -117,7 +133,7 @@ class LinearMap:
     def at_rank(self, rank: int) -> LinearMap:
         """The same pointwise map over `rank` spatial axes."""
         same = rank == self.geometry.rank
-        return self if same else LinearMap.of(self.geometry.at_rank(rank), self.weight, self.bias)
+        return self if same else LinearMap.of(self.geometry.at_rank(rank), self.weight, self.bias, self.moved)
 
     def spread(self, channels: int) -> LinearMap:
         """A diagonal map with one channel, for every one of `channels`; any other map unchanged."""
@@ -125,7 +141,8 @@ class LinearMap:
         if not g.diagonal or g.out_channels != 1:
             return self
         wide = pointwise_geometry(channels, channels, groups=channels, rank=g.rank, biased=g.biased)
-        return LinearMap(wide, np.repeat(self.weight, channels, 0), np.repeat(self.bias, channels))
+        moved = None if self.moved is None else np.repeat(self.moved, channels)
+        return LinearMap(wide, np.repeat(self.weight, channels, 0), np.repeat(self.bias, channels), moved)
 
     def homogeneous(self) -> LinearMap:
         """The same map of (x, 1), without a bias; see `homogeneous_geometry`."""
@@ -143,7 +160,7 @@ class LinearMap:
         wide = np.zeros((groups, blocks, out, blocks, inn, *g.kernel))
         for j in range(blocks):
             wide[:, j, :, j] = self.weight.reshape(groups, blocks, out, inn, *g.kernel)[:, j]
-        return LinearMap.of(replace(g, groups=groups), wide, self.bias)
+        return LinearMap.of(replace(g, groups=groups), wide, self.bias, self.moved)
 
     def __matmul__(self, first: LinearMap) -> LinearMap:
         """``second @ first``: first, then second. Exact, or refused by `compose_geometry`."""
@@ -178,8 +195,10 @@ class LinearMap:
         if blocks1 > 1:
             weight = weight.swapaxes(1, 2)
         through = second.weight.reshape(g2.groups, -1, g2.in_channels // g2.groups, g2.taps).sum(-1)
-        bias = second.bias + (through @ first.bias.reshape(g2.groups, -1, 1)).reshape(-1)
-        return LinearMap.of(geometry, weight, bias)
+        with np.errstate(over="ignore", invalid="ignore"):
+            shift = (through @ first.bias.reshape(g2.groups, -1, 1)).reshape(-1)
+            moved = np.abs(shift) + (0.0 if second.moved is None else second.moved)
+            return LinearMap.of(geometry, weight, second.bias + shift, moved)
 
     def _on(self, stencil: Geometry) -> Array:
         """The weight (out, in / groups, *stencil.kernel) on a wider stencil from `align_geometry`."""
@@ -198,7 +217,8 @@ class LinearMap:
         """Parallel maps of one input, outputs summed: kernels are aligned, so 3×3 + 1×1 + identity is one 3×3."""
         stencil = require(add_geometry([self.geometry, other.geometry]))
         weight = self.regrouped(stencil.groups)._on(stencil) + other.regrouped(stencil.groups)._on(stencil)
-        return LinearMap.of(stencil, weight, self.bias + other.bias)
+        bias = self.bias + other.bias
+        return LinearMap.of(stencil, weight, bias, np.abs(bias))
 
 
 def compose(second: LinearMap, first: LinearMap, precision: float = 0.0) -> LinearMap:
@@ -216,7 +236,7 @@ def compose(second: LinearMap, first: LinearMap, precision: float = 0.0) -> Line
     through = np.abs(second.weight.reshape(g.groups, -1, g.in_channels // g.groups, g.taps).sum(-1))
     parts = np.abs(second.bias) + (through @ np.abs(first.bias).reshape(g.groups, -1, 1)).reshape(-1)
     bias = np.where(np.abs(composed.bias) <= precision * parts, 0.0, composed.bias)
-    return LinearMap.of(composed.geometry, composed.weight, bias)
+    return LinearMap.of(composed.geometry, composed.weight, bias, composed.moved)
 
 
 def _align(maps: Sequence[LinearMap]) -> tuple[Geometry, list[Array]]:
@@ -231,7 +251,10 @@ def stack(*maps: LinearMap) -> LinearMap:
         raise RefusedError("the input channels differ")
     stencil, weights = _align(maps)
     weight, bias = np.concatenate(weights), np.concatenate([m.bias for m in maps])
-    return LinearMap.of(replace(stencil, groups=1, out_channels=len(weight)), weight, bias)
+    moved = np.concatenate([np.zeros_like(m.bias) if m.moved is None else m.moved for m in maps])
+    combined = any(m.moved is not None for m in maps)
+    geometry = replace(stencil, groups=1, out_channels=len(weight))
+    return LinearMap.of(geometry, weight, bias, moved if combined else None)
 
 
 def hcat(*maps: LinearMap) -> LinearMap:
@@ -240,7 +263,7 @@ def hcat(*maps: LinearMap) -> LinearMap:
         raise RefusedError("the output channels differ")
     stencil, weights = _align(maps)
     weight, bias = np.concatenate(weights, axis=1), np.sum([m.bias for m in maps], axis=0)
-    return LinearMap.of(replace(stencil, groups=1, in_channels=weight.shape[1]), weight, bias)
+    return LinearMap.of(replace(stencil, groups=1, in_channels=weight.shape[1]), weight, bias, np.abs(bias))
 
 
 def split_inputs(linear: LinearMap, sizes: Sequence[int]) -> list[LinearMap]:

@@ -53,7 +53,7 @@ class Moved:
             where: Index = (..., *(slice(p, p + n) for p, n in zip(begins, self.width, strict=True)))
             seen: Index = (..., *(slice(t, t + 1) for t in tap))
             weight[where] += linear.weight[seen]
-        return LinearMap.of(replace(self.geometry, in_channels=g.in_channels), weight, linear.bias)
+        return LinearMap.of(replace(self.geometry, in_channels=g.in_channels), weight, linear.bias, linear.moved)
 
 
 def phase_counts(geometry: Geometry, repeats: Sequence[int]) -> tuple[int, ...] | Refusal:
@@ -206,7 +206,7 @@ def through_subsampling(
     ends = [r * e for r, e in zip(steps, g.pads[rank:], strict=True)]
     strides = tuple(r * s for r, s in zip(steps, g.strides, strict=True))
     geometry = Geometry(g.out_channels, inn, 1, tuple(kernel), strides, tuple(dilations), (*begins, *ends))
-    return LinearMap.of(geometry, weight, linear.bias)
+    return LinearMap.of(geometry, weight, linear.bias, linear.moved)
 
 
 def spread_geometry(geometry: Geometry) -> Geometry | Refusal:

@@ -78,6 +78,6 @@ def factor(linear: LinearMap, relative_error: float) -> tuple[LinearMap, LinearM
     root = np.sqrt(s[:rank])
     left, right = u[:, :rank] * root, root[:, None] * vt[:rank]
     left[~np.any(matrix, axis=1)], right[:, ~np.any(matrix, axis=0)] = 0, 0  # nothing stays nothing
-    first = LinearMap.of(replace(g, out_channels=rank, biased=False), right)
+    first = LinearMap.of(replace(g, out_channels=rank, biased=False), right, moved=np.zeros(rank))
     second = LinearMap.pointwise(left, linear.bias, rank=g.rank)
-    return first, second
+    return first, replace(second, moved=linear.moved)

@@ -23,7 +23,9 @@ class Spatial(NamedTuple):
 def spatial_attributes(view: View, node: Node, kernel: tuple[int, ...]) -> Spatial | Refusal:
     """Strides, dilations and pads of a convolution or pooling, with ONNX's defaults.
 
-    SAME padding is resolved where the stride is 1 (it does not depend on the size then) or the size is known.
+    SAME padding is resolved where the stride is 1 (it does not depend on the size then) or the size is known. It stays
+    automatic where the stride reaches beyond the kernel, so that the padding is negative: it crops the input, and
+    runtimes do not agree on which side they crop more.
     """
     rank, attrs = len(kernel), node.attrs
     strides = tuple(attrs.get("strides", (1,) * rank))
@@ -41,13 +43,13 @@ def spatial_attributes(view: View, node: Node, kernel: tuple[int, ...]) -> Spati
     begins, ends = [], []
     for axis in range(rank):
         size = view.dim(node.inputs[0], axis + 2)
-        reach = dilations[axis] * (kernel[axis] - 1)
-        if strides[axis] == 1:
-            total = reach
-        elif isinstance(size, int):
-            total = max(0, (-(-size // strides[axis]) - 1) * strides[axis] + reach + 1 - size)
-        else:
-            return Spatial(strides, dilations, (0, 0) * rank, auto)
+        total = dilations[axis] * (kernel[axis] - 1)
+        if strides[axis] > 1:
+            if not isinstance(size, int):
+                return Spatial(strides, dilations, (0, 0) * rank, auto)
+            total += (-(-size // strides[axis]) - 1) * strides[axis] + 1 - size
+            if total < 0:
+                return Spatial(strides, dilations, (0, 0) * rank, auto)
         begins.append(total // 2 if auto == "SAME_UPPER" else total - total // 2)
         ends.append(total - begins[-1])
     return Spatial(strides, dilations, (*begins, *ends), "")

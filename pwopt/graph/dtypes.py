@@ -10,6 +10,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from pwopt.algebra.overflow import Range
+
 FLOATS = ("float16", "bfloat16", "float32", "float64")
 #: The same as numpy's types, to look one up without spelling it out.
 FLOATING = frozenset(np.dtype(getattr(ml_dtypes, name, name)) for name in FLOATS)
@@ -32,6 +34,13 @@ def cancelling(dtype: np.dtype[Any] | None) -> float:
     None of the half types: there, 4 units in the last place are a number to reckon with.
     """
     return 4 * epsilon(dtype) if dtype in WIDE else 0.0
+
+
+@cache
+def range_of(dtype: np.dtype[Any]) -> Range:
+    """Largest number and precision of a floating-point type."""
+    info: Any = ml_dtypes.finfo(dtype)  # type: ignore[no-untyped-call]
+    return Range(str(dtype), float(info.max), float(info.eps))
 
 
 def floating(dtype: np.dtype[Any]) -> bool:

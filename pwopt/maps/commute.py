@@ -15,7 +15,7 @@ import numpy as np
 from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
-from pwopt.graph.dtypes import cancelling
+from pwopt.graph.dtypes import FLOATING, cancelling, range_of
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.operators import ARITHMETIC, SUMS, VIEWS
 from pwopt.graph.values import Entries, extents
@@ -67,6 +67,8 @@ class Rule:
     axes: Mapping[int, int] | None = None
 
 
+#: Operators whose results may be smaller than their inputs, beside those that sum.
+MIXES = frozenset({"LeakyRelu", "PRelu", "Resize", "Upsample"})
 #: Batch and channels, the axes that pooling leaves alone.
 CHANNELS: Mapping[int, int] = {0: 0, 1: 1}
 
@@ -203,13 +205,24 @@ def _checked(view: View, affine: Affine, node: Node) -> Rule | Refusal:
     name, found = node.op, rule(view, node)
     if found is None:
         return Refusal(f"a scale or shift does not pass through {name}")
-    if affine.scales and name in SUMS and str(view.dtype(node.inputs[0])) == "float16":
-        return Refusal(f"a scale moved past {name} could overflow float16")
     if affine.shifts and not found.shift:
         return Refusal(f"a shift does not pass through {name}")
     if found.scale == "positive" and not np.all(affine.map.scale > 0):
         return Refusal(f"only a positive scale passes through {name}")
-    return found
+    return (_find_overflow(view, affine, node) if name in SUMS or name in MIXES else None) or found
+
+
+def _find_overflow(view: View, affine: Affine, node: Node) -> Refusal | None:
+    """Why results may overflow that an operator has once `affine` is moved past it, if they may."""
+    dtype = view.dtype(node.outputs[0]) or view.dtype(node.inputs[0])
+    if dtype not in FLOATING:
+        return None
+    limits = range_of(dtype)
+    if not limits.allows_scale(affine.map.scale):
+        return Refusal(f"a scale moved past {node.op} could overflow {dtype}")
+    if not limits.allows_shift(affine.map.bias):
+        return Refusal(f"a shift moved past {node.op} could overflow {dtype}")
+    return None
 
 
 def sink(view: View, node: Node, tensor: Tensor, affine: Affine) -> Moves | Refusal:
@@ -291,9 +304,12 @@ def _through_pair(view: View, node: Node, tensor: Tensor, affine: Affine, op: st
     if op in ("Mul", "Div"):
         if affine.shifts or (op == "Div" and not first):
             return Refusal(f"a shift does not pass through {op}" if affine.shifts else "it is a divisor")
-        return [(node.outputs[0], affine)]
+        return _find_overflow(view, affine, node) or [(node.outputs[0], affine)]
     if affine.scales:
         return Refusal(f"a scale of one operand does not pass through {op}")
+    overflow = _find_overflow(view, affine, node)
+    if overflow is not None:
+        return overflow
     if op == "Sub" and not first:
         affine = Affine(LinearMap.diagonal(np.ones_like(affine.map.bias), -affine.map.bias), affine.axis)
     return [(node.outputs[0], affine)]
@@ -353,7 +369,9 @@ def _lift_gemm(view: View, node: Node, affine: Affine) -> list[Moves] | Refusal:
         )
     if len(set(node.inputs)) < len(node.inputs):
         return Refusal("Gemm reads one tensor twice")
-    scaled = affine.scale_only()
+    scaled, overflow = affine.scale_only(), _find_overflow(view, affine, node)
+    if overflow is not None and any(view.constant(t) is None for t in node.inputs[1:] if t.name):
+        return overflow
     moves = [(node.inputs[1], scaled.moved(None if affine.axis is None else 0 if flip else 1))] if affine.scales else []
     if beta == 0.0 or summand is None:
         return Refusal("Gemm adds nothing that could be shifted") if affine.shifts else [moves]
@@ -365,15 +383,22 @@ def _lift_gemm(view: View, node: Node, affine: Affine) -> list[Moves] | Refusal:
 
 def _lift_pair(view: View, node: Node, affine: Affine, op: str) -> list[Moves] | Refusal:
     operands = list(node.inputs)
+    overflow = _find_overflow(view, affine, node)
+    constant = [view.constant(t) is not None for t in operands]
     fits = [_same_channels(view, affine, t, node.outputs[0]) for t in operands]
     if op in ("Mul", "Div"):
         if affine.shifts:
             return Refusal(f"a shift does not pass through {op}")
-        useful = operands if op == "Mul" else operands[:1]
-        return [[(t, affine)] for t, ok in zip(useful, fits, strict=False) if ok] or Refusal(f"{op} broadcasts it")
+        useful = zip(operands if op == "Mul" else operands[:1], fits, constant, strict=False)
+        moves = [(t, held) for t, fit, held in useful if fit]
+        safe = [[(t, affine)] for t, held in moves if held or overflow is None]
+        return safe or (overflow if moves and overflow is not None else Refusal(f"{op} broadcasts it"))
     if not all(fits):
         return Refusal(f"{op} broadcasts it")
     if not affine.scales:
-        return [[(t, affine)] for t in (operands[:1] if op == "Sub" else operands)]
+        moves = list(zip(operands[:1] if op == "Sub" else operands, constant, strict=False))
+        return [[(t, affine)] for t, held in moves if held or overflow is None] or overflow or []
+    if overflow is not None and constant.count(False) > 1:
+        return overflow
     rest = affine.scale_only()
     return [[(t, affine if i == 0 else rest) for i, t in enumerate(operands)]]

@@ -10,6 +10,7 @@ import numpy as np
 from pwopt.algebra import Array, Values
 from pwopt.algebra.geometry import RefusedError
 from pwopt.algebra.linear import LinearMap
+from pwopt.graph.dtypes import range_of
 from pwopt.graph.ir import Constant, Node, Tensor, Variable
 from pwopt.graph.view import View
 from pwopt.maps.forms import Reading
@@ -76,9 +77,11 @@ def round_map(linear: LinearMap, dtype: np.dtype[Any]) -> Rounded:
     Raises
     ------
     RefusedError
-        If a number is not finite in that type, or all weights of an output channel become zero. Where some remain,
-        a sum cannot notice those that are lost; nor does it notice a bias that is.
+        If a number is not finite in that type, if the map may overflow where the original does not
+        (`pwopt.algebra.overflow`), or if all weights of an output channel become zero. Where some remain, a sum cannot
+        notice those that are lost; nor does it notice a bias that is.
     """
+    range_of(dtype).check(linear)
     weight, bias = round_values(linear.weight, dtype), round_values(linear.bias, dtype)
     rows, exact = (v.reshape(linear.geometry.out_channels, -1) for v in (weight, linear.weight))
     if (exact.any(axis=1) & ~rows.any(axis=1)).any():

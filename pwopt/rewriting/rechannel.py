@@ -159,6 +159,7 @@ def _edited(rw: Rewriter, reading: Reading, analysis: Analysis, takes: Mapping[T
     """The map between the new channels; None if it stays as it is."""
     linear = reading.load()
     g, weight, bias = linear.geometry, linear.weight, linear.bias
+    moved = np.zeros_like(bias)
     source, output = takes.get(reading.source), takes.get(reading.output)
     if reading.weighted and g.groups == 1:
         weight = flushed(weight, rw.dtype(reading.weight or reading.source))
@@ -166,11 +167,12 @@ def _edited(rw: Rewriter, reading: Reading, analysis: Analysis, takes: Mapping[T
             value = np.nan_to_num(analysis.of[reading.source].value)
             value[source[source >= 0]] = 0.0
             through = weight.reshape(*weight.shape[:2], -1).sum(-1)
-            bias, weight = bias + through @ value, _taken(weight, source, 1)
+            shift = through @ value
+            bias, moved, weight = bias + shift, np.abs(shift), _taken(weight, source, 1)
         if output is not None:
-            bias, weight = _taken(bias, output), _taken(weight, output)
+            bias, moved, weight = _taken(bias, output), _taken(moved, output), _taken(weight, output)
         g = replace(g, out_channels=weight.shape[0], in_channels=weight.shape[1])
-        return LinearMap.of(g, weight, bias)
+        return LinearMap.of(g, weight, bias, moved)
     if output is None or reading.axis is None or len(weight) != len(analysis.of[reading.output].value):
         return None  # a scale and a shift for all channels alike
     count = len(output)

@@ -178,6 +178,24 @@ def test_same_padding_of_unknown_size_stays_automatic() -> None:
     assert reading.geometry.padded
 
 
+@pytest.mark.parametrize("mode", ["SAME_UPPER", "SAME_LOWER"])
+@pytest.mark.parametrize(
+    ("kernel", "stride", "size", "pads"),
+    [(1, 2, 4, None), (1, 2, 5, 0), (1, 4, 12, None), (2, 5, 15, None), (2, 3, 7, 1), (3, 3, 6, 0), (3, 2, 6, 1)],
+)
+def test_same_padding_that_crops_stays_automatic(
+    mode: str, kernel: int, stride: int, size: int, pads: int | None
+) -> None:
+    """Runtimes differ in which side they crop more: `pads` of None for padding below zero, of so many zeros in all."""
+    body = f'(double[N,4,{size}] x) => (double[N] y) {{ y = Conv<auto_pad="{mode}", strides=[{stride}]>(x, w) }}'
+    _, reading = last(parse(body, w=normal(6, 4, kernel)))
+    assert isinstance(reading, forms.Reading)
+    assert (reading.geometry.auto_pad or None) == (mode if pads is None else None)
+    if pads is not None:
+        ends = (pads // 2, pads - pads // 2)
+        assert reading.geometry.pads == (ends if mode == "SAME_UPPER" else ends[::-1])
+
+
 def test_optional_bias_given_as_empty_name() -> None:
     model = parse(CONV % ("", ", b"), w=normal(6, 4, 1, 1))
     model.graph.node[0].input[2] = ""
