@@ -41,7 +41,7 @@ def test_padding_of_sequences_and_volumes() -> None:
         "Pad(x, nothing)", "Pad(x, p, infinite)", "Pad(x, computed)", "Pad(x, p, number)",
     ],
 )  # fmt: skip
-def test_other_paddings_are_no_borders(pad: str) -> None:
+def test_other_paddings_are_not_borders(pad: str) -> None:
     weights = {
         "p": AROUND, "nothing": 0 * AROUND, "infinite": np.float64(-np.inf),
         "negative": np.array([0, 0, -1, 1, 0, 0, 1, 1]), "channels": np.array([0, 1, 1, 0, 0, 0, 0, 0]),
@@ -60,7 +60,7 @@ def test_an_overwritten_border(fill: np.ndarray) -> None:
     assert fill.tolist() == ([0] * 4 if reading.fill is None else reading.fill.tolist())
 
 
-def test_a_border_of_which_a_part_is_overwritten() -> None:
+def test_a_partly_overwritten_border() -> None:
     """Padded with 2, then overwritten with 2 in one column."""
     net = Net(2, 4, 6, 6)
     y = net("Transpose", net("Pad", "x", np.array([0, 0, 1, 1, 0, 0, 0, 0]), np.asarray(2.0)), perm=[3, 1, 2, 0])
@@ -86,7 +86,7 @@ def test_a_border_overwritten_position_by_position() -> None:
 @pytest.mark.parametrize(
     "change", ["spoiled", "gap", "inside", "reader", "output", "updates", "indices", "added", "order", "size", "edge"]
 )
-def test_what_is_no_overwritten_border(change: str) -> None:
+def test_other_overwrites_are_not_borders(change: str) -> None:
     net = Net(2, 4, 6, "W" if change == "size" else 6)
     top = {"gap": [1], "inside": [0, 1]}.get(change, [0])
     outputs = [scatter_border(net, "x", B, 1e-9 if change == "spoiled" else 0.0, top)]

@@ -1,4 +1,4 @@
-"""Where a scale or a shift must not pass. Each case is wrong if its one precondition is dropped."""
+"""What a scale or a shift passes through. Each refused case would be wrong if its one precondition were dropped."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ WEIGHTS = {
 
 
 @pytest.mark.parametrize("body", STAYS.values(), ids=STAYS)
-def test_it_stays(body: str) -> None:
+def test_a_scale_or_shift_does_not_pass(body: str) -> None:
     used = {k: v for k, v in WEIGHTS.items() if f", {k})" in body or f" {k}," in body}
     model = parse(body, **used)
     result, outcome, _ = run(model, FoldAffine())
@@ -157,8 +157,8 @@ def kinds(count: int) -> Iterator[tuple[str, LinearMap]]:
 
 
 @pytest.mark.parametrize("call", PASSES_THROUGH)
-def test_what_passes_through_means_the_same(call: str) -> None:
-    """f(sx + t) = s'f(x) + t' for what is said to pass, either way, on any axis; on channels, just what should does."""
+def test_what_passes_through_equals_the_original(call: str) -> None:
+    """f(sx + t) = s'f(x) + t' in both directions, on any axis. On channels, exactly the listed kinds pass."""
     opset = 19 if "dilations" in call else 17
     model = build(f"(double[2,4,6,6] x) => (double[N] y) {{ y = {call} }}", ARGUMENTS, opset=opset)
     graph = from_proto(model).graph
@@ -317,7 +317,7 @@ SHAPES = {"x": (2, 4, 6, 6), "z": (2, 4, 6, 6), "g": (2, 4, 1, 1), "h": (2, 1, 6
 
 
 @pytest.mark.parametrize("call", JOINED)
-def test_what_passes_through_what_joins_tensors_means_the_same(call: str) -> None:
+def test_what_passes_through_operators_of_two_tensors_equals_the_original(call: str) -> None:
     inputs = ", ".join(f"double[{','.join(map(str, shape))}] {name}" for name, shape in SHAPES.items())
     model = build(f"({inputs}) => (double[N] y) {{ y = {call} }}", {})
     graph = from_proto(model).graph
@@ -347,7 +347,7 @@ def test_what_passes_through_what_joins_tensors_means_the_same(call: str) -> Non
 
 
 @pytest.mark.parametrize("axis", [1, 2])
-def test_what_passes_through_a_split_means_the_same(axis: int) -> None:
+def test_what_passes_through_a_split_equals_the_original(axis: int) -> None:
     model = parse(f"(double[2,4,6,6] x) => (double[N] y, double[M] z) {{ y, z = Split<axis={axis}>(x, n) }}",
                   n=np.array([1, 3]) if axis == 1 else np.array([4, 2]))  # fmt: skip
     graph = from_proto(model).graph

@@ -22,7 +22,7 @@ def composed(view: View, path: Path) -> LinearMap:
     return path.compose(view)
 
 
-def test_a_path_is_followed_to_what_others_read() -> None:
+def test_a_path_ends_at_a_tensor_with_other_readers() -> None:
     side = "(double[2,4,6,6] x) => (double[N] y, double[N] z) "
     view, path = path_to(side + "{ z = Conv(x, w1) a = Conv(z, u1) b = Mul(a, s) e = Add(b, sc) }")
     assert path.source.name == "z"
@@ -39,7 +39,7 @@ def test_a_path_of_scalars_has_no_axis() -> None:
     assert composed(view, path).scale.tolist() == [-0.7]
 
 
-def test_a_path_of_nothing_is_the_identity() -> None:
+def test_an_empty_path_is_the_identity() -> None:
     view, path = path_to(SIDE + "{ e = Relu(x) }")
     assert path.readings == ()
     assert path.source is path.output
@@ -64,7 +64,7 @@ def test_where_a_path_begins(body: str, source: str, obstacle: str) -> None:
     assert obstacle in path.obstacle
 
 
-def test_a_path_stops_at_what_the_runtime_fuses() -> None:
+def test_a_path_ends_at_operators_that_the_runtime_fuses() -> None:
     view, path = path_to(SIDE + "{ a = Mul(x, s) e = Conv(a, w1) }")
     assert path.source.name == "x"
     blocked = trace(view, path.output, {path.nodes[0]})
@@ -73,7 +73,7 @@ def test_a_path_stops_at_what_the_runtime_fuses() -> None:
 
 
 @pytest.mark.parametrize(("size", "places"), [("6,6", [72, 18]), ("H,W", [1, 0.25])])
-def test_the_price_is_per_position_of_the_end(size: str, places: list[float]) -> None:
+def test_the_price_is_per_position_of_the_output(size: str, places: list[float]) -> None:
     """4·4 weights at four times as many positions as 4·4·9 weights; scales and pooling are free."""
     side = f"(double[2,4,{size}] x) => (double[N] y) "
     view, path = path_to(side + f"{{ a = Conv(x, w1) b = Conv<{P1}, strides=[2,2]>(a, w3) e = Mul(b, s) }}")

@@ -17,7 +17,7 @@ from pwopt.selecting.snapshot import concrete_sizes, run_pipeline
 # Constant channels
 
 
-def test_what_the_record_says() -> None:
+def test_the_rewrite_record() -> None:
     model = build(SIDE + "{ [one] a = Conv(x, w, b) r = Relu(a) [two] y = Conv(r, v) }")
     _, outcome, _ = run(model, DropDead())
     (rewrite,) = outcome.rewrites
@@ -27,14 +27,14 @@ def test_what_the_record_says() -> None:
     assert rewrite.residual == 0.0
 
 
-def test_multiply_adds_on_the_record() -> None:
+def test_the_record_counts_multiply_adds() -> None:
     model = build(SIDE + "{ a = Conv(x, w, b) r = Relu(a) y = Conv(r, v) }")
     (rewrite,) = run(model, DropDead())[1].rewrites
     assert rewrite.macs_after == 2 * 36 * (4 * 5 + 5 * 5)
     assert rewrite.macs_before == 2 * 36 * (4 * 7 + 7 * 5)
 
 
-def test_multiply_adds_on_the_record_for_representative_sizes() -> None:
+def test_the_record_counts_multiply_adds_at_representative_sizes() -> None:
     model = build("(double[N,4,H,W] x) => (double[N] y) { a = Conv(x, w, b) r = Relu(a) y = Conv(r, v) }")
     sizes = concrete_sizes(model, {"x": X.shape})
     (rewrite,) = run(model, DropDead(), sizes=sizes)[1].rewrites
@@ -43,7 +43,7 @@ def test_multiply_adds_on_the_record_for_representative_sizes() -> None:
 
 
 @pytest.mark.parametrize("shape", ["2,4,6,6", "N,4,H,W"])
-def test_the_cost_of_the_whole_is_known_afterwards(shape: str) -> None:
+def test_the_cost_of_the_result_is_known(shape: str) -> None:
     model = build(f"(double[{shape}] x) => (double[N] y) {{ a = Conv(x, w, b) r = Relu(a) y = Conv(r, v) }}")
     before, _, after = run_pipeline(from_proto(model), [DropDead()], (), {"x": X.shape})
     assert (before.macs, before.unknown) == (2 * 36 * (4 * 7 + 7 * 5), 0)
@@ -53,7 +53,7 @@ def test_the_cost_of_the_whole_is_known_afterwards(shape: str) -> None:
 # Channels nobody reads
 
 
-def test_what_all_readers_multiply_by_zero_goes() -> None:
+def test_channels_that_all_readers_multiply_by_zero_are_removed() -> None:
     body = TWO + "{ [one] a = Conv(x, f) r = Softplus(a) [two] y = Conv<pads=[1,1,1,1]>(r, v) z = Conv(r, o) }"
     weights = {
         "f": normal(7, 4, 1, 1),
@@ -66,13 +66,13 @@ def test_what_all_readers_multiply_by_zero_goes() -> None:
     untouched(body, **{**weights, "o": normal(2, 7, 1, 1)})
 
 
-def test_what_nobody_reads_goes_from_both_operands() -> None:
+def test_unread_channels_are_removed_from_both_operands() -> None:
     body = SIDE + "{ a = Conv(x, f) e = Conv(x, o) q = Add(a, e) r = Exp(q) y = Conv(r, v) }"
     weights = {"f": normal(7, 4, 1, 1), "o": normal(7, 4, 1, 1, seed=1), "v": dead(V, columns=(2, 3))}
     pruned(body, {"f": (5, 4, 1, 1), "o": (5, 4, 1, 1), "v": (5, 5, 1, 1)}, **weights)
 
 
-def test_a_part_that_nobody_reads_keeps_a_channel() -> None:
+def test_an_unread_part_of_a_split_keeps_one_channel() -> None:
     body = SIDE + "{ a = Conv(x, f) s, t = Split<axis=1>(a, parts) y = Conv(s, v) }"
     weights = {
         "f": dead(normal(9, 4, 1, 1), (0,)),
@@ -105,7 +105,7 @@ OBSERVED = {
 
 
 @pytest.mark.parametrize("body", OBSERVED.values(), ids=OBSERVED)
-def test_what_is_observed_stays(body: str) -> None:
+def test_observed_channels_are_kept(body: str) -> None:
     more = {
         "v2": normal(5, 7, 1, 1),
         "v11": normal(5, 11, 1, 1),
@@ -135,7 +135,7 @@ def test_groups_keep_their_channels() -> None:
 # Matrix products
 
 
-def test_products_along_the_last_axis() -> None:
+def test_matmul_along_the_last_axis() -> None:
     body = "(double[2,3,4] x) => (double[N] y) { a = MatMul(x, n) t = Add(a, c9) r = Sigmoid(t) e = MatMul(r, o) y = Add(bias5, e) }"
     weights = {"n": dead(normal(4, 9), columns=(1, 4, 6)), "c9": normal(9), "o": dead(normal(9, 5), rows=(2,))}
     result, reason = pruned(body, {"n": (4, 5), "o": (5, 5)}, x=normal(2, 3, 4), **weights)
@@ -145,7 +145,7 @@ def test_products_along_the_last_axis() -> None:
     assert "1 are multiplied by zeros only" in reason
 
 
-def test_a_product_gets_the_bias_it_did_not_have() -> None:
+def test_a_matmul_without_bias_gets_one() -> None:
     weights = {"n": dead(normal(4, 7), columns=(1, 4)), "o": normal(7, 5)}
     result, _ = pruned(
         "(double[2,3,4] x) => (double[N] y) { a = MatMul(x, n) r = Sigmoid(a) y = MatMul(r, o) }",
@@ -172,7 +172,7 @@ def test_gemm(flip: int) -> None:
     assert weight(result, "o").shape == (5, 5)
 
 
-def test_products_from_the_left() -> None:
+def test_matmul_with_weights_on_the_left() -> None:
     body = "(double[2,4,3] x) => (double[N] y) { a = MatMul(n, x) e = Add(a, c1) r = Sigmoid(e) y = MatMul(flat, r) }"
     weights = {"n": dead(normal(7, 4), rows=(1, 4)), "c1": normal(7, 1)}
     pruned(body, {"n": (5, 4), "flat": (5, 5)}, x=normal(2, 4, 3), **weights)
@@ -185,20 +185,20 @@ def test_products_from_the_left() -> None:
     ("channels", "idle", "left"),
     [(7, 2, 5), (7, 7, 1), (16, 9, 8), (24, 9, 16), (12, 9, 4), (12, 7, 8), (10, 3, 8), (40, 40, 8)],
 )
-def test_counts_stay_multiples_of_what_processors_like(channels: int, idle: int, left: int) -> None:
-    """Of gcd(count, 8), so that 16 becomes 8 rather than 7; the channels that stay with the others are right as well."""
+def test_channel_counts_stay_multiples_of_eight_where_they_were(channels: int, idle: int, left: int) -> None:
+    """The new count is a multiple of gcd(count, 8): 16 becomes 8, not 7. Dead channels that are kept still give the right values."""
     weights = {"w": dead(normal(channels, 4, 1, 1), range(idle)), "b": normal(channels), "v": normal(5, channels, 1, 1)}
     body = SIDE + "{ a = Conv(x, w, b) r = Sigmoid(a) y = Conv(r, v) }"
     pruned(body, {"w": (left, 4, 1, 1), "b": (left,), "v": (5, left, 1, 1)}, **weights)
 
 
-def test_less_than_a_block_stays() -> None:
+def test_fewer_dead_channels_than_a_block_are_kept() -> None:
     weights = {"w": dead(normal(16, 4, 1, 1), range(7)), "v": normal(5, 16, 1, 1)}
     untouched(SIDE + "{ a = Conv(x, w) r = Sigmoid(a) y = Conv(r, v) }", **weights)
 
 
-def test_the_parts_of_a_concat_stay_multiples_and_so_does_the_whole() -> None:
-    """7 + 9 channels, of which one goes each: 6 + 8 would do for the parts, 14 would not for 16."""
+def test_the_parts_and_the_whole_of_a_concat_stay_multiples() -> None:
+    """One of 7 and one of 9 channels are dead. 6 and 8 would suit the parts, but the whole would fall from 16 to 14."""
     weights = {"f": dead(normal(7, 4, 1, 1), (0,)), "o": dead(normal(9, 4, 1, 1), (0,)), "v": normal(5, 16, 1, 1)}
     untouched(SIDE + "{ a = Conv(x, f) e = Conv(x, o) t = Concat<axis=1>(a, e) y = Conv(t, v) }", **weights)
 
@@ -206,7 +206,7 @@ def test_the_parts_of_a_concat_stay_multiples_and_so_does_the_whole() -> None:
 # The graph around it
 
 
-def test_declared_shapes_follow() -> None:
+def test_declared_shapes_are_updated() -> None:
     model = build(
         SIDE + "{ a = Conv(x, w, b) r = Sigmoid(a) p = GlobalAveragePool(r) q = Reshape(p, shape) y = MatMul(q, mat) }",
         shape=np.array([2, 7]),
@@ -230,7 +230,7 @@ def build_without_shapes(model: onnx.ModelProto) -> onnx.ModelProto:
     return bare
 
 
-def test_declared_shapes_of_weights_follow() -> None:
+def test_declared_shapes_of_weights_are_updated() -> None:
     """Inference declares the shapes of what Constant nodes hold as well."""
     model = build(SIDE + "{ a = Conv(x, w, b) r = Relu(a) y = Conv(r, v) }")
     for name in ("w", "v"):
@@ -244,15 +244,15 @@ def test_declared_shapes_of_weights_follow() -> None:
     same(model, result, x=X)
 
 
-def test_new_names_are_new() -> None:
+def test_new_names_are_unused() -> None:
     model = build(TWO.replace("z", "a_pruned") + "{ a = Conv(x, w, b) r = Relu(a) y = Conv(r, v) a_pruned = Neg(x) }")
     result, outcome, _ = run(model, DropDead())
     assert outcome.rewrites
     same(model, result, x=X)
 
 
-def test_one_run_is_enough() -> None:
-    """Each map of a chain loses filters, and reads channels that go with another's."""
+def test_one_run_reaches_the_fixpoint() -> None:
+    """Each map of a chain loses filters, and also reads channels that the map before it loses."""
     weights = {f"w{i}": dead(normal(7, 7, 1, 1, seed=i), (i,)) for i in range(4)}
     nodes = " ".join(f"a{i} = Conv({f'r{i - 1}' if i else 'e'}, w{i}) r{i} = Relu(a{i})" for i in range(4))
     model = build(SIDE + f"{{ e = Conv(x, f) {nodes} y = Conv(r3, v) }}", **weights, f=normal(7, 4, 1, 1))

@@ -14,7 +14,7 @@ from pruning import CONSTANTS, SIDE, TWO, V, W, X, build, dead, holding, pruned,
 from pwopt.passes import DropDead
 
 
-def test_filters_of_zero_go_and_what_their_bias_gives_moves_on() -> None:
+def test_zero_filters_are_removed_and_their_bias_is_folded_into_the_next_map() -> None:
     bias = holding(0.7)
     bias[4] = -0.3  # this one does not survive the Relu
     body = SIDE + "{ [one] a = Conv(x, w, b) r = Relu(a) [two] y = Conv(r, v, bias5) }"
@@ -29,7 +29,7 @@ def test_filters_of_zero_go_and_what_their_bias_gives_moves_on() -> None:
     assert "that Conv two reads, 1 are constant and now part of its bias" in reason
 
 
-def test_a_bias_where_there_was_none() -> None:
+def test_a_map_without_bias_gets_one() -> None:
     result, _ = pruned(SIDE + "{ a = Conv(x, w, b) r = Relu(a) y = Conv(r, v) }", {"v": (5, 5, 1, 1)})
     np.testing.assert_allclose(
         weight(result, result.graph.node[-1].input[2]), 0.7 * V[:, [1, 4], 0, 0].sum(1), rtol=1e-15
@@ -96,7 +96,9 @@ GAPS = {
 
 @pytest.mark.parametrize("value", [0.7, 0.0])
 @pytest.mark.parametrize(("gap", "passes"), GAPS.items())
-def test_a_constant_passes_what_acts_on_channels_one_by_one(gap: str, passes: tuple[bool, bool], value: float) -> None:
+def test_a_constant_channel_is_followed_through_channelwise_operators(
+    gap: str, passes: tuple[bool, bool], value: float
+) -> None:
     width = 14 if "d7" in gap else 7
     extra = {"wide": normal(7, 6, 6), "d7": normal(14, 1, 1, 1), "v": normal(5, width, 1, 1, seed=9)}
     model = build(SIDE + f"{{ a = Conv(x, w, b) q = {gap} y = Conv(q, v) }}", b=holding(value), **extra)
@@ -109,8 +111,8 @@ def test_a_constant_passes_what_acts_on_channels_one_by_one(gap: str, passes: tu
         assert result is model, outcome.rewrites
 
 
-def test_a_window_of_a_maximum_may_miss_the_input() -> None:
-    """Then it gives the lowest number, not the constant."""
+def test_a_maximum_whose_window_lies_in_the_padding() -> None:
+    """Such a window gives the lowest number, not the constant."""
     body = """(double[2,4,1,1] x) => (double[N] y) {
         a = Conv(x, w, b) q = MaxPool<kernel_shape=[2,2], dilations=[2,2], pads=[1,1,1,1]>(a) r = Clip(q, low, high) y = Conv(r, v)
     }"""
@@ -119,7 +121,7 @@ def test_a_window_of_a_maximum_may_miss_the_input() -> None:
     same(model, result, x=normal(2, 4, 1, 1))
 
 
-def test_a_window_of_an_average_may_reach_over_the_edge() -> None:
+def test_an_average_whose_window_reaches_over_the_edge() -> None:
     body = (
         SIDE
         + "{ a = Conv(x, w, b) q = AveragePool<kernel_shape=[4,4], strides=[3,3], ceil_mode=1%s>(a) y = Conv(q, v) }"
@@ -159,14 +161,14 @@ SHAPES = {
 
 
 @pytest.mark.parametrize("nodes", CHANGES_OF_SHAPE.values(), ids=CHANGES_OF_SHAPE)
-def test_channels_keep_their_place_when_the_shape_changes(nodes: str) -> None:
+def test_constant_channels_are_followed_through_changes_of_shape(nodes: str) -> None:
     words = set(re.findall(r"\w+", nodes))
     reader = {"mat": (5, 5), "flat": (5, 5), "v": (5, 5, 1, 1)}
     shapes = {"w": (5, 4, 1, 1)} | {k: v for k, v in reader.items() if k in words}
     pruned(SIDE + f"{{ a = Conv(x, w, b) {nodes} }}", shapes, **SHAPES)
 
 
-def test_channels_that_merge_with_space_stay() -> None:
+def test_channels_that_merge_with_positions_are_kept() -> None:
     untouched(SIDE + "{ a = Conv(x, w, b) q = Reshape(a, two_rest) y = MatMul(q, mat) }", **SHAPES, mat=normal(252, 5))
     untouched(
         SIDE + "{ a = Conv(x, w, b) q = DepthToSpace<blocksize=2>(a) y = Conv(q, v) }",
@@ -176,7 +178,7 @@ def test_channels_that_merge_with_space_stay() -> None:
     )
 
 
-def test_a_shape_that_is_shared_stays_for_the_others() -> None:
+def test_a_shared_shape_constant_is_kept_for_its_other_readers() -> None:
     body = (
         TWO
         + "{ a = Conv(x, w, b) p = Reshape(a, shape) q = Transpose<perm=[0,2,1]>(p) y = MatMul(q, mat) e = Conv(x, f) z = Reshape(e, shape) }"
@@ -214,7 +216,7 @@ def test_through_concat() -> None:
     assert "2 are constant" in reason
 
 
-def test_what_a_concat_takes_from_elsewhere_stays() -> None:
+def test_other_inputs_of_a_concat_are_kept() -> None:
     body = SIDE + "{ a = Conv(x, w, b) c = Concat<axis=1>(x, a) y = Conv(c, v) }"
     pruned(body, {"w": (5, 4, 1, 1), "v": (5, 9, 1, 1)}, v=normal(5, 11, 1, 1))
     unread = dead(normal(5, 11, 1, 1), columns=(0, 2, 6))  # two of the input's channels, one of the map's
@@ -258,14 +260,14 @@ GATE = "p = GlobalAveragePool(r) q = Conv(p, f, c3) s = Relu(q) t = Conv(s, o, i
 GATED = {"f": normal(3, 7, 1, 1), "c3": normal(3), "o": normal(7, 3, 1, 1), "i": normal(7, seed=1)}
 
 
-def test_through_a_gate_a_channel_of_zero_goes() -> None:
+def test_a_zero_channel_is_removed_through_a_gate() -> None:
     body = SIDE + f"{{ a = Conv(x, w, b) r = Relu(a) {GATE.format('Sigmoid(t)')} y = Conv(j, v) }}"
     shapes = {"w": (5, 4, 1, 1), "f": (3, 5, 1, 1), "o": (5, 3, 1, 1), "v": (5, 5, 1, 1)}
     pruned(body, shapes, **GATED, b=holding(-0.7))
     untouched(body, **GATED, b=holding(0.7))
 
 
-def test_a_closed_gate_takes_its_channel_along() -> None:
+def test_a_gate_of_zero_removes_its_channel() -> None:
     body = SIDE + f"{{ r = Conv(x, w) {GATE.format('HardSigmoid(t)').replace('(r)', '(x)')} y = Conv(j, v) }}"
     closed = {"w": normal(7, 4, 1, 1), "f": normal(3, 4, 1, 1), "o": dead(GATED["o"], (1, 4)), "i": holding(-9.0)}
     pruned(body, {"w": (5, 4, 1, 1), "o": (5, 3, 1, 1), "v": (5, 5, 1, 1)}, **{**GATED, **closed})
@@ -278,7 +280,7 @@ def test_a_constant_gate_on_a_constant_channel() -> None:
 
 
 @pytest.mark.parametrize("op", ["Add(a, e)", "Sub(a, e)", "Sum(a, e)", "Mul(a, e)"])
-def test_of_two_operands_both_must_be_constant(op: str) -> None:
+def test_both_operands_must_be_constant(op: str) -> None:
     """Channel 1 is constant in both; 3 and 4 in one each."""
     body = SIDE + f"{{ a = Conv(x, w, b) e = Conv(x, w2, b2) q = {op} y = Conv(q, v) }}"
     pruned(body, {"w": (6, 4, 1, 1), "w2": (6, 4, 1, 1), "v": (5, 6, 1, 1)})
@@ -288,7 +290,7 @@ def test_a_divisor_is_not_followed() -> None:
     untouched(SIDE + "{ a = Conv(x, w, b) e = Conv(x, w2, b2) q = Div(a, e) y = Conv(q, v) }")
 
 
-def test_an_operand_of_another_rank_stays() -> None:
+def test_an_operand_of_another_rank_is_kept() -> None:
     """Its channels lie on the height of the sum, which happens to be seven."""
     body = """(double[2,4,7,6] x, double[1,4,6] k) => (double[N] y) {
         a = Conv(x, w, b) e = Conv(k, f, b2) q = Add(a, e) y = Conv(q, v)
@@ -296,11 +298,11 @@ def test_an_operand_of_another_rank_stays() -> None:
     untouched(body, f=W[..., 0], b2=holding(0.3))
 
 
-def test_an_operand_that_is_used_twice_stays() -> None:
+def test_an_operand_that_is_read_twice_is_kept() -> None:
     untouched(SIDE + "{ a = Conv(x, w, b) q = Add(a, a) y = Conv(q, v) }")
 
 
-def test_along_a_chain_of_residual_blocks() -> None:
+def test_a_chain_of_residual_blocks() -> None:
     body = """{
         a = Conv(x, w, b) p = Conv(a, f) q = HardSwish(p) r = Conv(q, o, i) s = Add(a, r) t = Conv(s, f2, c9) u = Relu(t)
         n = Conv(u, o2) k = Add(n, s) y = Conv(k, v)
@@ -320,7 +322,7 @@ def test_along_a_chain_of_residual_blocks() -> None:
     pruned(SIDE + body, shapes, **weights)
 
 
-def test_a_constant_that_a_padded_convolution_reads_stays_unless_it_is_zero() -> None:
+def test_a_padded_convolution_keeps_constant_inputs_other_than_zero() -> None:
     body = SIDE + "{ a = Conv(x, w, b) r = Relu(a) y = Conv<pads=[1,1,1,1]>(r, v) }"
     untouched(body, v=normal(5, 7, 3, 3))
     pruned(body, {"w": (5, 4, 1, 1), "v": (5, 5, 3, 3)}, v=normal(5, 7, 3, 3), b=holding(-0.7))
@@ -349,7 +351,7 @@ def test_transposed_convolutions() -> None:
     untouched(body, **{**weights, "b": holding(0.7)})
 
 
-def test_a_filter_that_reads_only_constants_is_one() -> None:
+def test_a_filter_that_reads_only_constants_is_constant() -> None:
     """Filter 2 of the second map reads channels 1 and 4 only, which are constant."""
     second = dead(normal(9, 7, 1, 1))
     second[2] = 0
@@ -358,8 +360,8 @@ def test_a_filter_that_reads_only_constants_is_one() -> None:
     pruned(body, {"w": (5, 4, 1, 1), "f": (8, 5, 1, 1), "o": (5, 8, 1, 1)}, f=second, o=normal(5, 9, 1, 1))
 
 
-def test_a_padded_filter_that_reads_only_constants_is_none() -> None:
-    """At the border it reads zeros as well."""
+def test_a_padded_filter_that_reads_only_constants_is_not_constant() -> None:
+    """At the border, the filter reads zeros as well."""
     second = normal(9, 7, 3, 3)
     second[2] = 0
     second[2, [1, 4]] = 1.0
@@ -380,7 +382,7 @@ def test_another_axis_of_the_same_size(rest: str) -> None:
     same(model, result, x=normal(2, 4, 6, 7))
 
 
-def test_a_dead_stencil_takes_its_channel_along() -> None:
+def test_a_depthwise_filter_of_zero_removes_its_channel() -> None:
     body = (
         SIDE
         + "{ a = Conv(x, f) r = Relu(a) q = Conv<group=7, pads=[1,1,1,1]>(r, stencil, bias7) t = HardSwish(q) y = Conv(t, v) }"
@@ -393,7 +395,7 @@ def test_a_dead_stencil_takes_its_channel_along() -> None:
     )
 
 
-def test_a_normalisation_by_zero_takes_its_channel_along() -> None:
+def test_a_normalisation_with_scale_zero_removes_its_channel() -> None:
     """As training with a penalty on the scales leaves it (Liu et al., "Network slimming", 2017)."""
     gamma = normal(7)
     gamma[[0, 2]] = 0

@@ -78,8 +78,8 @@ def test_signs_and_nesting(sums: str) -> None:
         "p = Sum(r, b) y = Sub(a, p)",
     ],
 )
-def test_what_can_be_joined_is_joined(sums: str) -> None:
-    """Beside an activation: one convolution, one sum."""
+def test_linear_branches_are_joined_beside_an_activation(sums: str) -> None:
+    """One convolution and one sum are left."""
     model = build(added(sums))
     result, _, _ = run(model, SumBranches())
     assert ops(result) in ({"Conv": 1, "Relu": 1, "Add": 1}, {"Conv": 1, "Relu": 1, "Sub": 1})
@@ -89,8 +89,8 @@ def test_what_can_be_joined_is_joined(sums: str) -> None:
 @pytest.mark.parametrize(
     "sums", ["y = Sum(a, r, b, t)", "p = Sum(t, a, r) y = Add(p, b)", "p = Add(a, t) q = Add(r, b) y = Sub(q, p)"]
 )
-def test_beside_several_that_cannot_be(sums: str) -> None:
-    """In one Sum of many terms as well as in sums of two."""
+def test_linear_branches_are_joined_beside_several_activations(sums: str) -> None:
+    """The terms stand in one Sum, or in Adds of two."""
     model = build(added(sums))
     result, outcome, _ = run(model, SumBranches())
     assert ops(result)["Conv"] == 1, reasons(outcome)
@@ -98,15 +98,15 @@ def test_beside_several_that_cannot_be(sums: str) -> None:
     same(model, result, x=X)
 
 
-def test_an_inner_sum_that_something_else_reads_stays() -> None:
-    """Its own branches may be joined, but no others with them."""
+def test_an_inner_sum_with_another_reader_is_kept() -> None:
+    """Its own branches may be joined, but not with branches of the outer sum."""
     observed = SIDE.replace(" y)", " y, double[N] o)")
     check(added("p = Add(a, b) o = Abs(p) y = Add(p, g)", observed), {"Conv": 2, "Add": 1, "Abs": 1})
     check(added("p = Add(a, r) o = Abs(p) y = Add(p, b)", observed), {"Conv": 2, "Add": 2, "Abs": 1, "Relu": 1})
     check(added("o = Add(a, r) y = Add(o, b)", observed), {"Conv": 2, "Add": 2, "Relu": 1})
 
 
-def test_nodes_that_are_added_have_names_of_their_own() -> None:
+def test_added_nodes_have_unique_names() -> None:
     model = build(added("p = Add(a, r) q = Sub(p, b) y = Add(q, t)"))
     for i, node in enumerate(model.graph.node):
         node.name = f"node{i}"
@@ -152,7 +152,7 @@ def test_scalars_of_every_shape(shape: tuple[int, ...]) -> None:
     check(added("p = Mul(x, s) q = Sub(s, p) y = Sub(q, a)"), {"Conv": 1}, s=np.full(shape, 0.7))
 
 
-def test_sums_that_broadcast_are_no_sums_of_maps() -> None:
+def test_broadcasting_sums_are_not_joined() -> None:
     """A scalar that adds an axis; one output channel, added to all four of the input, and the other way round."""
     untouched(added("p = Mul(x, s) y = Add(p, a)"), "Mul is not a linear map", s=np.full((1, 1, 1, 1, 1), 0.7))
     untouched(SIDE + "{ a = Conv(x, k) y = Add(a, x) }", "channels differ", k=W1[:1])
@@ -208,7 +208,7 @@ def test_a_partial_sum_of_dynamic_size_is_counted() -> None:
 @pytest.mark.parametrize("term", ["b", "r"])
 @pytest.mark.parametrize("depth", [1, 2, 3, 8, 15, 16, 17, 30])
 def test_a_sum_added_to_itself(depth: int, term: str) -> None:
-    """s + s, again and again."""
+    """s + s, repeated."""
     doubled = " ".join(f"s{i + 1} = Add(s{i}, s{i})" for i in range(depth))
     model = build(added(f"s0 = Add(a, {term}) {doubled} y = Neg(s{depth})"))
     result, _, _ = run(model, SumBranches())

@@ -46,7 +46,7 @@ def forced(kind: type[Pass]) -> Pass:
 
 
 @pytest.mark.parametrize("kind", MEASURED, ids=lambda k: k.name)
-def test_no_pass_undoes_what_a_measured_one_made(kind: type[Pass]) -> None:
+def test_no_pass_undoes_a_measured_rewrite(kind: type[Pass]) -> None:
     body, weights = MEASURED[kind]
     model = parse(body, **weights)
     result, outcome, _ = run(model, *(p() for p in PASSES if p.policy != "measured"), forced(kind))
@@ -86,7 +86,7 @@ def test_a_constant_graph_output_is_kept() -> None:
     onnx.checker.check_model(result, full_check=True)
 
 
-def test_sites_are_unique_and_skips_do_not_contradict_rewrites() -> None:
+def test_skipped_sites_are_unique() -> None:
     model = from_proto(onnx.load(MODELS / "network_in_network.onnx"))
     outcome = Pipeline([p() for p in PASSES]).run(model.graph)
     sites = [str(s.site) for s in outcome.skips]
@@ -101,7 +101,7 @@ def test_every_pass_states_its_identity() -> None:
         assert p.policy in ("always", "if cheaper", "measured")
 
 
-def test_graphsurgeon_links_are_whole_after_a_pass() -> None:
+def test_links_between_nodes_and_tensors_are_consistent_after_all_passes() -> None:
     model = from_proto(onnx.load(MODELS / "network_in_network.onnx"))
     Pipeline([p() for p in PASSES]).run(model.graph)
     for node in model.graph.nodes:
@@ -120,8 +120,8 @@ class Forgetful(dict[int, object]):
 
 
 @pytest.mark.parametrize("start", range(0, 60, 15))
-def test_what_was_read_of_a_graph_is_never_stale(start: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Readings are remembered until the next edit: without that, every model comes out the same, byte for byte."""
+def test_cached_readings_are_never_stale(start: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Readings are cached until the next edit. Without the cache, every result is the same, byte for byte."""
     construct = View.__init__
 
     def forgetful(view: View, *arguments: object, **options: object) -> None:
