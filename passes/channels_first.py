@@ -9,11 +9,12 @@ from pwopt.graph import attributes
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import Shape
 from pwopt.graph.view import View
-from pwopt.maps import emit, forms
+from pwopt.maps import forms
 from pwopt.maps.forms import Reading
+from pwopt.rewriting.builder import Builder
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
-from pwopt.rewriting.steps import Step, activation, repeated
+from pwopt.rewriting.steps import Step, activation
 
 from .channels_last import FIRST, LAST
 
@@ -50,11 +51,11 @@ class ChannelsFirst(Pass):
             return Skip(f"{widths} between Transposes stays: onnxruntime does not convolve empty tensors")
         if not self.eager:
             return Skip(f"{widths} between Transposes could be 1×1 convolutions; only measuring can tell")
-        written = _write(rw, steps, node.inputs[0], back.outputs[0])
+        builder = _write(rw, steps, node.inputs[0], back.outputs[0])
         old = [*(n for step in steps for n in step.nodes), back]
         size = rw.size_of(node.inputs[0])
         reason = f"{widths} runs as convolutions, without the Transposes around it"
-        done = rw.replace(old, written.nodes, reason, written.residual)
+        done = rw.replace(old, builder.nodes, reason, builder.residual)
         return done.with_signature(f"products between Transposes: {widths} at {size}")
 
 
@@ -80,25 +81,20 @@ def _is_transpose(view: View, node: Node, perm: tuple[int, ...]) -> bool:
     return view.is_a(node, "Transpose") and tuple(attributes.perm(view, node) or ()) == perm
 
 
-def _write(rw: Rewriter, steps: list[Reading | Step], source: Tensor, output: Tensor) -> emit.Written:
+def _write(rw: Rewriter, steps: list[Reading | Step], source: Tensor, output: Tensor) -> Builder:
     """The chain in channels-first layout, from `source` to `output`."""
-    new: list[Node] = []
-    residual = 0.0
+    builder = Builder(rw)
     for i, step in enumerate(steps):
         last = i == len(steps) - 1
         result = output if last else rw.new_variable(f"{step.output.name}_first", step.output, _move_channels_first)
         if isinstance(step, Step):
-            new += repeated(rw, step, source, result)
+            builder.add_step(step, source, result)
         else:
             if rw.is_shared(step.weight_input):
                 raise RefusedError(f"the weight {step.weight_input.name!r} is shared")
-            linear = step.load()
-            conv = replace(step, kind="conv")
-            written = emit.write(rw, linear.at_rank(2), conv, source, result, 1, inherit=False)
-            new += written.nodes
-            residual = max(residual, written.residual)
+            builder.add_map(step.load().at_rank(2), replace(step, kind="conv"), source, result)
         source = result
-    return emit.Written(tuple(new), residual)
+    return builder
 
 
 def _move_channels_first(shape: Shape) -> Shape:

@@ -15,6 +15,7 @@ from pwopt.graph.shapes import channels
 from pwopt.maps import commute, emit, forms, selections
 from pwopt.maps.cost import ELEMENT
 from pwopt.maps.forms import Reading
+from pwopt.rewriting.builder import Builder
 from pwopt.rewriting.driver import Pass, Rewriter, describe
 from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.rewriting.wording import counted
@@ -246,9 +247,7 @@ class CommuteSpatial(Pass):
         sizes = [n for n in (rw.dim(t, axis) for t in concat.inputs) if isinstance(n, int)]
         pieces = split_inputs(LinearMap.of(linear.geometry, linear.weight), sizes)
         stay = [i for i, m in enumerate(movers) if not isinstance(m, Mover)]
-        new: list[Node] = []
-        terms: list[Tensor] = []
-        residual, biased = 0.0, linear.bias
+        builder, terms, bias = Builder(rw), list[Tensor](), linear.bias
         groups = [stay, *([i] for i in range(len(movers)) if i not in stay)]
         for group in (g for g in groups if g):
             mover = movers[group[0]]
@@ -257,32 +256,29 @@ class CommuteSpatial(Pass):
             source = mover.source if isinstance(mover, Mover) else inputs[0]
             if len(group) > 1:
                 source = rw.new_variable(f"{output.name}_inputs", inputs[0], channels(axis, weight.shape[1]))
-                new.append(Node("Concat", concat.name, dict(concat.attrs), inputs, [source]))
+                builder.nodes.append(Node("Concat", concat.name, dict(concat.attrs), inputs, [source]))
             term: Tensor = rw.new_variable(f"{output.name}_part", source, channels(axis, out))
             geometry = pointwise_geometry(out, weight.shape[1], rank=linear.geometry.rank)
-            written = emit.write(
-                rw, LinearMap.of(geometry, weight, biased), reading, source, term, axis, inherit=not terms
-            )
-            biased = np.zeros(out)
-            new += written.nodes
-            residual = max(residual, written.residual)
+            part = LinearMap.of(geometry, weight, bias)
+            builder.add_map(part, reading, source, term, axis, inherit=not terms)
+            bias = np.zeros(out)
             if isinstance(mover, Mover) and not (mover.broadcasts and terms):
                 wide = rw.new_variable(f"{output.name}_large", output)
                 spatial = _copy(rw, mover.node, term, wide, axis, sizes[group[0]], out)
                 if spatial is None:
                     return Skip(FIXED_SIZE)
-                new.append(spatial)
+                builder.nodes.append(spatial)
                 term = wide
             terms.append(term)
         total = terms[0]
         for i, term in enumerate(terms[1:], 2):
             after = output if i == len(terms) else rw.new_variable(f"{output.name}_sum", output)
-            new.append(Node("Add", rw.node_name(reading.node.name, "_sum"), {}, [total, term], [after]))
+            builder.nodes.append(Node("Add", rw.node_name(reading.node.name, "_sum"), {}, [total, term], [after]))
             total = after
         spatial_nodes = [m.node for m in movers if isinstance(m, Mover)]
         names = " and ".join(map(describe, spatial_nodes))
         reason = f"the part of a Concat that comes from {names} is mapped before it, {reading.channels} in parts"
-        return rw.replace([*spatial_nodes, concat, *reading.nodes], new, reason, residual)
+        return rw.replace([*spatial_nodes, concat, *reading.nodes], builder.nodes, reason, builder.residual)
 
 
 FIXED_SIZE = "its output size is computed while the model runs; make the input sizes static (--static)"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -12,10 +12,10 @@ from pwopt.algebra.multirate import over_time
 from pwopt.graph.ir import Constant, Node, Tensor
 from pwopt.graph.operators import SOFTMAXES
 from pwopt.graph.shapes import Shape
-from pwopt.maps import emit
 from pwopt.maps.cost import macs
 from pwopt.maps.forms import Reading
 from pwopt.maps.positions import pooling, stencil
+from pwopt.rewriting.builder import Builder
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.layouts import BY_AXES, Arguments, InLayout, data_inputs, propagate_layout, rewrite_operator
 from pwopt.rewriting.records import Rewrite, Skip
@@ -165,12 +165,10 @@ def _pool_globally(rw: Rewriter, source: Tensor, output: Tensor) -> list[Node]:
 
 
 @dataclass
-class _Taps:
+class _Taps(Builder):
     """A convolution as a sum over its taps in time."""
 
-    rw: Rewriter
     reading: Reading
-    nodes: list[Node] = field(default_factory=list)
 
     def write(self, source: Tensor, output: Tensor) -> list[Node]:
         linear, g = self.reading.load(), self.reading.geometry
@@ -184,11 +182,10 @@ class _Taps:
             shifted = source if self._is_aligned(begin, frames, source) else self._shift(padded, begin, frames)
             last = j == len(parts) - 1
             term = output if len(parts) == 1 else self.rw.new_variable(f"{output.name}_tap{j}", output)
-            written = emit.write(self.rw, part, self.reading, shifted, term, 1, inherit=False)
-            self.nodes += written.nodes
+            self.add_map(part, self.reading, shifted, term)
             if total is not None:
                 after = output if last else self.rw.new_variable(f"{output.name}_sum{j}", output)
-                self._add_node("Add", [total, term], after)
+                self.add_node("Add", [total, term], after)
                 term = after
             total = term
         return self.nodes
@@ -204,18 +201,15 @@ class _Taps:
         frames = self.rw.dim(source, 0)
         assert isinstance(frames, int)
         padded = self.rw.new_variable(f"{source.name}_padded", source, lambda s: (frames + before + after, *s[1:]))
-        self._add_node("Pad", [source, self._constant(padded, "pads", [before, 0, 0, 0, after, 0, 0, 0])], padded)
+        self.add_node("Pad", [source, self._constant(padded, "pads", [before, 0, 0, 0, after, 0, 0, 0])], padded)
         return padded
 
     def _shift(self, padded: Tensor, begin: int, frames: int) -> Tensor:
         step = self.reading.geometry.strides[0]
         shifted = self.rw.new_variable(f"{padded.name}_shifted", padded, lambda s: (frames, *s[1:]))
         limits = {"starts": begin, "ends": begin + (frames - 1) * step + 1, "axes": 0, "steps": step}
-        self._add_node("Slice", [padded, *(self._constant(shifted, k, [v]) for k, v in limits.items())], shifted)
+        self.add_node("Slice", [padded, *(self._constant(shifted, k, [v]) for k, v in limits.items())], shifted)
         return shifted
 
     def _constant(self, tensor: Tensor, role: str, values: Sequence[int]) -> Constant:
         return self.rw.new_constant(f"{tensor.name}_{role}", np.array(values, np.int64))
-
-    def _add_node(self, op: str, inputs: Sequence[Tensor], output: Tensor) -> None:
-        self.nodes.append(Node(op, self.rw.node_name(str(output.name), f"_{op.lower()}"), {}, list(inputs), [output]))

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 import numpy as np
@@ -15,15 +14,15 @@ from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.multirate import Moved, fractional, phase, phase_counts
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import channels
-from pwopt.maps import emit
 from pwopt.maps.cost import ELEMENT, macs
 from pwopt.maps.forms import Reading
 from pwopt.maps.positions import stencil
 from pwopt.maps.resampling import Composition, Part, composition, repeated_less
+from pwopt.rewriting.builder import Builder
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.interleaving import Interleaving, interleavable, moved
 from pwopt.rewriting.records import Rewrite, Skip
-from pwopt.rewriting.steps import Step, activation, repeated
+from pwopt.rewriting.steps import Step, activation
 from pwopt.rewriting.wording import counted
 
 #: The fixed cost of an operator in multiply-adds: 5 µs, at 50 G multiply-adds per second.
@@ -145,9 +144,9 @@ class FractionalStride(_AfterUpsampling):
         output = resampling.reading.output
         terms = [output] if beside is None else [rw.new_variable(f"{output.name}_{i}", output) for i in ("far", "near")]
         assert upsampled is not None
-        resampling.add_map(form.load(upsampled), resampling.find_source(repeated=True), terms[0])
+        resampling.add_map(form.load(upsampled), resampling.reading, resampling.find_source(repeated=True), terms[0])
         if beside is not None:
-            resampling.add_map(beside, resampling.find_source(repeated=False), terms[1])
+            resampling.add_map(beside, resampling.reading, resampling.find_source(repeated=False), terms[1])
             resampling.add_node("Add", terms, output)
         return resampling.finish(
             f"{resampling.what} becomes one transposed convolution", "as one transposed convolution", None
@@ -155,14 +154,11 @@ class FractionalStride(_AfterUpsampling):
 
 
 @dataclass
-class _Resampling:
+class _Resampling(Builder):
     """A convolution, the composition of its input, and the operators that replace it."""
 
-    rw: Rewriter
     reading: Reading
     found: Composition
-    nodes: list[Node] = field(default_factory=list)
-    residual: float = 0.0
 
     @property
     def geometry(self) -> Geometry:
@@ -218,20 +214,9 @@ class _Resampling:
                 tensor = self.nodes[-1].outputs[0]
         for node in reversed(part.steps):
             result = self.rw.new_variable(f"{node.outputs[0].name}_part", tensor)
-            self.nodes += repeated(self.rw, Step((node,), node.outputs[0], ()), tensor, result)
+            self.add_step(Step((node,), node.outputs[0], ()), tensor, result)
             tensor = result
         return tensor
-
-    def add_map(self, linear: LinearMap, source: Tensor, output: Tensor) -> Node:
-        """Add a convolution."""
-        written = emit.write(self.rw, linear, self.reading, source, output, 1, inherit=False)
-        self.nodes += written.nodes
-        self.residual = max(self.residual, written.residual)
-        return written.nodes[0]
-
-    def add_node(self, op: str, inputs: Sequence[Tensor], output: Tensor, **attrs: object) -> None:
-        name = self.rw.node_name(str(output.name), f"_{op.lower()}")
-        self.nodes.append(Node(op, name, attrs, list(inputs), [output]))
 
     def finish(self, reason: str, form: str, step: Step | None) -> Rewrite:
         near = self.channels(repeated=False)
@@ -301,16 +286,16 @@ class _Phases:
             terms = [result]
             if strided is not None:
                 terms = [together.phase(f"{role}{i}", resampling.geometry.out_channels) for role in ("far", "near")]
-                conv = resampling.add_map(self.beside[i].load(strided[0]), strided[1], terms[1])
+                conv = resampling.add_map(self.beside[i].load(strided[0]), resampling.reading, strided[1], terms[1])
                 # All phases have the same weight; only their padding differs.
                 conv.inputs[1] = weight = conv.inputs[1] if weight is None else weight
-            resampling.add_map(moved_map.load(upsampled), source, terms[0])
+            resampling.add_map(moved_map.load(upsampled), resampling.reading, source, terms[0])
             if len(terms) > 1:
                 resampling.add_node("Add", terms, result)
             results.append(result)
             if step is not None and late is None:
                 results[-1] = together.phase(f"active{i}", resampling.geometry.out_channels)
-                resampling.nodes += repeated(rw, step, result, results[-1])
+                resampling.add_step(step, result, results[-1])
         if self.several:
             resampling.nodes += together.write(results)
         if late is not None:
@@ -320,8 +305,8 @@ class _Phases:
         """Add one convolution of the other channels, the sum, and the activation."""
         resampling, rw = self.resampling, self.resampling.rw
         near = rw.new_variable(f"{resampling.reading.output.name}_near", resampling.reading.output)
-        resampling.add_map(beside, other, near)
+        resampling.add_map(beside, resampling.reading, other, near)
         total = output if step is None else rw.new_variable(f"{output.name}_sum", output)
         resampling.add_node("Add", [near, inner], total)
         if step is not None:
-            resampling.nodes += repeated(rw, step, total, output)
+            resampling.add_step(step, total, output)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pwopt.algebra.linear import split_inputs
 from pwopt.graph import attributes
 from pwopt.graph.ir import Node, Tensor
-from pwopt.maps import emit, forms, selections
+from pwopt.maps import forms, selections
+from pwopt.rewriting.builder import Builder
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 
@@ -37,21 +38,18 @@ class SplitConcat(Pass):
             return Skip("one map per input of its Concat would take as many multiply-adds; only measuring can tell")
         linear = forms.load_owned(rw, reading, reading.source)
         sizes = [p.geometry.in_channels for p in parts]
-        new: list[Node] = []
+        builder, output = Builder(rw), reading.output
         total: Tensor | None = None
-        residual, output = 0.0, reading.output
         for i, (part, tensor) in enumerate(zip(split_inputs(linear, sizes), concat.inputs, strict=True)):
             product: Tensor = rw.new_variable(f"{output.name}_part", output)
-            written = emit.write(rw, part, reading, tensor, product, reading.axis, inherit=False)
-            new += written.nodes
-            residual = max(residual, written.residual)
+            builder.add_map(part, reading, tensor, product, reading.axis)
             last = i == len(parts) - 1
             if total is not None:
                 after = output if last else rw.new_variable(f"{output.name}_sum", output)
-                new.append(Node("Add", reading.node.name if last else "", {}, [total, product], [after]))
+                builder.nodes.append(Node("Add", reading.node.name if last else "", {}, [total, product], [after]))
                 product = after
             total = product
         widths = " + ".join(map(str, sizes))
         reason = f"{widths} channels are mapped separately and summed, instead of joined and mapped"
-        done = rw.replace([concat, *reading.nodes], new, reason, residual)
+        done = rw.replace([concat, *reading.nodes], builder.nodes, reason, builder.residual)
         return done.with_signature(f"{reading.kind} ({widths})→{reading.geometry.out_channels} at {rw.size_of(output)}")

@@ -9,10 +9,11 @@ import numpy as np
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import channels
-from pwopt.maps import emit, forms
+from pwopt.maps import forms
 from pwopt.maps.channels import Analysis, Channels, multiplies
 from pwopt.maps.forms import Reading
 from pwopt.maps.scans import Unread
+from pwopt.rewriting.builder import Builder
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.rechannel import rechannel, runs
 from pwopt.rewriting.records import Rewrite, Skip
@@ -76,16 +77,14 @@ class SplitMultiplier(Pass):
     def _split(self, rw: Rewriter, reading: Reading, linear: LinearMap) -> Rewrite:
         g, output = linear.geometry, reading.output
         multiplier, narrow = g.out_channels // g.groups, replace(g, out_channels=g.groups)
-        parts: list[Node] = []
-        residual = 0.0
+        builder = Builder(rw)
         for j in range(multiplier):
             part = rw.new_variable(f"{output.name}_part", output, channels(1, g.groups))
             one = LinearMap.of(narrow, linear.weight[j::multiplier], linear.bias[j::multiplier])
-            written = emit.write(rw, one, reading, reading.source, part, 1, inherit=False)
-            parts += written.nodes
-            residual = max(residual, written.residual)
-        joined = Node("Concat", reading.node.name, {"axis": 1}, [n.outputs[0] for n in parts], [output])
-        return rw.replace(reading.nodes, [*parts, joined], "", residual)
+            builder.add_map(one, reading, reading.source, part)
+        parts = [n.outputs[0] for n in builder.nodes]
+        builder.nodes.append(Node("Concat", reading.node.name, {"axis": 1}, parts, [output]))
+        return rw.replace(reading.nodes, builder.nodes, "", builder.residual)
 
 
 def _read_multiplier(rw: Rewriter, node: Node) -> Reading | None:

@@ -14,6 +14,7 @@ from pwopt.graph.operators import ACTIVATIONS, ARITHMETIC
 from pwopt.graph.shapes import channels
 from pwopt.maps import commute, emit, forms, selections
 from pwopt.maps.forms import Reading, describe_map
+from pwopt.rewriting.builder import Builder
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 
@@ -56,17 +57,14 @@ class SplitSiblings(Pass):
             return Skip(f"{widths}: the weight {shared[0]!r} is shared")
         if not self.eager:
             return Skip(f"{widths} could be separate maps, without the Split; only measuring can tell")
-        new: list[Node] = []
-        residual, start = 0.0, 0
+        builder, start = Builder(rw), 0
         for output, count in zip(node.outputs, counts, strict=True):
             rows, start = slice(start, start + count), start + count
             if not rw.readers(output) and not rw.must_keep(output):
                 continue
-            nodes, rounding = _write_part(rw, found, axis, rows, node.inputs[0], output)
-            new += nodes
-            residual = max(residual, rounding)
+            _add_part(builder, found, axis, rows, node.inputs[0], output)
         old = [*(n for f in found for n in (f.nodes if isinstance(f, Reading) else (f,))), node]
-        done = rw.replace(old, new, f"{widths} runs as separate maps, without the Split", residual)
+        done = rw.replace(old, builder.nodes, f"{widths} runs as separate maps, without the Split", builder.residual)
         kept = tuple((str(t.name), str(t.name)) for t in node.outputs if t.name)
         return replace(done, became=kept).with_signature(f"split results: {describe_map(rw, maps[0], widths)}")
 
@@ -121,33 +119,29 @@ def _find_operands(rw: Rewriter, node: Node, axis: int) -> list[Tensor] | None:
     return list(first) if kept and not named and not attributes.resized_by_sizes(rw, node) else None
 
 
-def _write_part(
-    rw: Rewriter,
+def _add_part(
+    builder: Builder,
     found: Sequence[Reading | Node],
     axis: int,
     rows: slice,
-    whole: Tensor,
+    split: Tensor,
     output: Tensor,
-) -> tuple[list[Node], float]:
-    """The operators that compute some channels of `whole` as `output`, and the largest relative rounding error."""
-    count, residual = rows.stop - rows.start, 0.0
-    made: dict[Tensor, Tensor] = {whole: output}
-    nodes: list[Node] = []
+) -> None:
+    """Add the operators that compute some channels of the input of a Split as one of its outputs."""
+    rw, count = builder.rw, rows.stop - rows.start
+    parts: dict[Tensor, Tensor] = {split: output}
     for f in found:
         tensor = f.output if isinstance(f, Reading) else f.outputs[0]
-        if tensor not in made:
-            made[tensor] = rw.new_variable(f"{tensor.name}_part", tensor, channels(axis, count))
-        result = made[tensor]
+        if tensor not in parts:
+            parts[tensor] = rw.new_variable(f"{tensor.name}_part", tensor, channels(axis, count))
+        result = parts[tensor]
         if isinstance(f, Node):
-            inputs = [made.get(t, t) for t in f.inputs]
-            nodes.append(Node(f.op, rw.node_name(f.name, "_part"), dict(f.attrs), inputs, [result]))
+            inputs = [parts.get(t, t) for t in f.inputs]
+            builder.nodes.append(Node(f.op, rw.node_name(f.name, "_part"), dict(f.attrs), inputs, [result]))
             continue
         linear = f.load()
         g = replace(linear.geometry, out_channels=count)
         g = g if g.groups == 1 else replace(g, in_channels=count, groups=count)
         part = LinearMap.of(g, np.asarray(linear.weight)[rows], linear.bias[rows])
-        source = f.source if g.groups == 1 and f.geometry.groups == 1 else made[f.source]
-        written = emit.write(rw, part, f, source, result, f.axis, inherit=False)
-        nodes += written.nodes
-        residual = max(residual, written.residual)
-    return nodes, residual
+        source = f.source if g.groups == 1 and f.geometry.groups == 1 else parts[f.source]
+        builder.add_map(part, f, source, result, f.axis)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -13,14 +13,15 @@ from pwopt.algebra.geometry import Geometry, Refusal
 from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.multirate import on_phases, spread, spread_geometry
 from pwopt.graph.ir import Node, Tensor
-from pwopt.maps import emit, forms
+from pwopt.maps import forms
 from pwopt.maps.forms import Reading
 from pwopt.maps.positions import stencil
 from pwopt.maps.resampling import shuffled
+from pwopt.rewriting.builder import Builder
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.interleaving import Interleaving, interleavable
 from pwopt.rewriting.records import Rewrite, Skip
-from pwopt.rewriting.steps import Step, activation, repeated
+from pwopt.rewriting.steps import Step, activation
 from pwopt.rewriting.wording import counted
 
 #: The largest number of operators after the first map.
@@ -167,27 +168,22 @@ def _read_pointwise(rw: Rewriter, node: Node | None) -> _Stage | None:
 
 
 @dataclass
-class _RowWriter:
+class _RowWriter(Builder):
     """Writes operators for rows of phases."""
 
-    rw: Rewriter
     interleaving: Interleaving
-    nodes: list[Node] = field(default_factory=list)
-    residual: float = 0.0
 
     def activate(self, step: Step, row: Tensor) -> Tensor:
         """Add an activation of one row."""
         width = self.rw.dim(row, 1)
         assert isinstance(width, int)
         active = self.interleaving.phase("active", width)
-        self.nodes += repeated(self.rw, step, row, active)
+        self.add_step(step, row, active)
         return active
 
     def apply(self, like: Reading, linear: LinearMap, row: Tensor, columns: int) -> Tensor:
         """Add a map of each column of a row; the columns lie side by side as channels."""
         wide = on_phases(linear, columns) if columns > 1 else linear
         output = self.interleaving.phase("phases", wide.geometry.out_channels)
-        written = emit.write(self.rw, wide, like, row, output, 1, inherit=False)
-        self.nodes += written.nodes
-        self.residual = max(self.residual, written.residual)
+        self.add_map(wide, like, row, output)
         return output

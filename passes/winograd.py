@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
@@ -13,10 +13,10 @@ from pwopt.algebra.geometry import Geometry
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph.ir import Node, Tensor, Variable
 from pwopt.graph.shapes import Dim
-from pwopt.maps import emit
 from pwopt.maps.cost import ELEMENT
 from pwopt.maps.forms import Reading
 from pwopt.maps.positions import stencil
+from pwopt.rewriting.builder import Builder
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.interleaving import Interleaving, interleavable
 from pwopt.rewriting.records import Rewrite, Skip
@@ -78,9 +78,8 @@ class Winograd(Pass):
             return None
         size = [d if isinstance(d := rw.dim(reading.source, axis), int) else None for axis in (2, 3)]
         what, even = f"3×3 {reading.channels}", all(d is not None and d % TILE == 0 for d in size)
-        if (
-            str(rw.dtype(reading.source)) not in FINE or 0 in size or (not even and rw.opset < 15)
-        ):  # older Shapes have no start
+        sized = even or rw.opset >= 15  # older Shapes have no start
+        if str(rw.dtype(reading.source)) not in FINE or 0 in size or not sized:
             return None
         if not self.eager:
             return Skip(f"{what} could be 16 pointwise maps; only measuring can tell")
@@ -105,16 +104,13 @@ def _count_tiles(size: Dim) -> int | None:
 
 
 @dataclass
-class _Filtering:
+class _Filtering(Builder):
     """The operators that replace one convolution."""
 
-    rw: Rewriter
     reading: Reading
     linear: LinearMap
     size: tuple[int | None, int | None]
     step: Step | None
-    nodes: list[Node] = field(default_factory=list)
-    residual: float = 0.0
 
     @property
     def output(self) -> Tensor:
@@ -129,18 +125,13 @@ class _Filtering:
             linear = LinearMap.pointwise(matrices[p, q], bias, rank=2)
             around = self._sum_neighbours(p, q)
             product = self._new_tensor(f"product{p}{q}", linear.geometry.out_channels)
-            self._apply(linear, around, product)
+            self.add_map(linear, self.reading, around, product)
             products += [[]] if q == 0 else []
             products[-1].append(product)
         columns = [list(self._transform_output([row[q] for row in products])) for q in range(4)]
         outputs = [t for p in range(TILE) for t in self._transform_output([column[p] for column in columns])]
         together = Interleaving(self.rw, self.output, (TILE, TILE), self.reading.source)
         self.nodes += together.write(outputs, self.step)
-
-    def _apply(self, linear: LinearMap, source: Tensor, output: Tensor) -> None:
-        written = emit.write(self.rw, linear, self.reading, source, output, 1, inherit=False)
-        self.nodes += written.nodes
-        self.residual = max(self.residual, written.residual)
 
     def _sum_neighbours(self, p: int, q: int) -> Tensor:
         """Apply row p of Bᵀ to the rows of every tile and row q to its columns, by a depthwise 2×2 convolution."""
@@ -157,7 +148,7 @@ class _Filtering:
             channels, channels, channels, (2, 2), (TILE, TILE), (dilations[0], dilations[1]), (*begins, *ends)
         )
         around = self._new_tensor(f"neighbours{p}{q}", channels)
-        self._apply(LinearMap.of(geometry, np.tile(taps, (channels, 1, 1))), self.reading.source, around)
+        self.add_map(LinearMap.of(geometry, np.tile(taps, (channels, 1, 1))), self.reading, self.reading.source, around)
         return around
 
     def _transform_output(self, parts: Sequence[Tensor]) -> Iterator[Tensor]:
@@ -167,14 +158,14 @@ class _Filtering:
 
     def _add(self, a: Tensor, b: Tensor) -> Tensor:
         total = self._new_tensor("sum", self.linear.geometry.out_channels)
-        self._add_node("Add", [a, b], total)
+        self.add_node("Add", [a, b], total)
         return total
 
     def _negate(self, tensor: Tensor) -> Tensor:
         """Change the sign by a depthwise convolution, because the blocked layout has no Neg and no Sub."""
         channels = self.linear.geometry.out_channels
         negative = self._new_tensor("negative", channels)
-        self._apply(LinearMap.diagonal(-np.ones(channels), rank=2), tensor, negative)
+        self.add_map(LinearMap.diagonal(-np.ones(channels), rank=2), self.reading, tensor, negative)
         return negative
 
     def _new_tensor(self, role: str, channels: int) -> Variable:
@@ -184,7 +175,3 @@ class _Filtering:
             self.output,
             lambda s: (s[0], channels, _count_tiles(s[2]), _count_tiles(s[3])),
         )
-
-    def _add_node(self, op: str, inputs: list[Tensor], output: Tensor, **attrs: object) -> None:
-        name = self.rw.node_name(str(output.name), f"_{op.lower()}")
-        self.nodes.append(Node(op, name, attrs, inputs, [output]))

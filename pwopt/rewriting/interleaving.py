@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
 from pwopt.algebra.geometry import Refusal
 from pwopt.graph.ir import Constant, Node, Tensor, Variable
 from pwopt.graph.shapes import Dim, Shape, known
+from pwopt.rewriting.builder import Builder
 from pwopt.rewriting.driver import Rewriter
-from pwopt.rewriting.steps import Step, repeated
+from pwopt.rewriting.steps import Step
 
 
 def interleavable(rw: Rewriter, output: Tensor) -> Refusal | None:
@@ -26,7 +27,7 @@ def interleavable(rw: Rewriter, output: Tensor) -> Refusal | None:
 
 
 @dataclass
-class Interleaving:
+class Interleaving(Builder):
     """y[R·q + j] = phase_j[q] along every spatial axis, for phases in row-major order of j.
 
     The channels go last, where whole rows of them are copied: onnxruntime's blocked layout comes and goes in one step
@@ -44,11 +45,9 @@ class Interleaving:
         The last one makes the output, once `write` was called.
     """
 
-    rw: Rewriter
     output: Tensor
     counts: Sequence[int]
     sized: Tensor | None = None
-    nodes: list[Node] = field(default_factory=list)
 
     @property
     def channels(self) -> int:
@@ -68,10 +67,10 @@ class Interleaving:
             row = phases[start]
             if last > 1:
                 row = self.phase(f"row{index}", last * self.channels)
-                self._node("Concat", phases[start : start + last], row, axis=1)
+                self.add_node("Concat", phases[start : start + last], row, axis=1)
             if step is not None:
                 active = self.phase(f"active{index}", last * self.channels)
-                self.nodes += repeated(self.rw, step, row, active)
+                self.add_step(step, row, active)
                 row = active
             rows.append(row)
         return self.write_rows(rows)
@@ -83,7 +82,7 @@ class Interleaving:
         for axis in range(rank - 2, -1, -1):
             count = self.counts[axis]
             placed = [self._merged(placed[i : i + count], axis) for i in range(0, len(placed), count)]
-        self._node("Transpose", [self._cut(placed[0])], self.output, perm=[0, rank + 1, *range(1, rank + 1)])
+        self.add_node("Transpose", [self._cut(placed[0])], self.output, perm=[0, rank + 1, *range(1, rank + 1)])
         return self.nodes
 
     def _short(self, space: Sequence[Dim]) -> list[Dim]:
@@ -96,7 +95,7 @@ class Interleaving:
         """Phases side by side along the last axis: (N, S₀, …, 1, L, C)."""
         rank, width = len(self.counts), self.counts[-1] * self.channels
         last = self._made(f"last{index}", lambda s: (*self._short(s), width))
-        self._node("Transpose", [row], last, perm=[0, *range(2, rank + 2), 1])
+        self.add_node("Transpose", [row], last, perm=[0, *range(2, rank + 2), 1])
         if rank == 1:
             row = self._made("whole", lambda s: (*self._long(s), self.channels))
             return self._reshaped(last, [0, -1, self.channels], row)
@@ -111,7 +110,7 @@ class Interleaving:
                 "rows",
                 lambda s: (*self._short(s)[: axis + 1], len(rows), *self._long(s)[axis + 1 :], self.channels),
             )
-            self._node("Concat", rows, joined, axis=axis + 2)
+            self.add_node("Concat", rows, joined, axis=axis + 2)
         if axis:
             made = self._made("plane", lambda s: (*self._short(s)[:axis], 1, *self._long(s)[axis:], self.channels))
             return self._reshaped(joined, [*[0] * (axis + 1), 1, -1, *[0] * (rank - 1 - axis), self.channels], made)
@@ -123,9 +122,9 @@ class Interleaving:
         flat = self._made("flat", lambda s: (self._long(s)[0], 1, *self._long(s)[1:], self.channels))
         self._reshaped(joined, [0, -1, 1, *[0] * (rank - 1), self.channels], flat)
         if self.rw.opset < 13:
-            self._node("Squeeze", [flat], whole, axes=[2])
+            self.add_node("Squeeze", [flat], whole, axes=[2])
         else:
-            self._node("Squeeze", [flat, self._constant("axis", [2])], whole)
+            self.add_node("Squeeze", [flat, self._constant("axis", [2])], whole)
         return whole
 
     def _cut(self, whole: Tensor) -> Tensor:
@@ -139,14 +138,14 @@ class Interleaving:
             ends: Tensor = self._constant("ends", sizes)
         else:
             ends = Variable(self.rw.unique_name(f"{self.output.name}_size"), np.dtype(np.int64), (rank,))
-            self._node("Shape", [self.sized], ends, start=2, end=2 + rank)
+            self.add_node("Shape", [self.sized], ends, start=2, end=2 + rank)
         cut = self._made("cut", lambda s: (*s, self.channels))
         starts, axes = self._constant("starts", [0] * rank), self._constant("axes", range(1, rank + 1))
-        self._node("Slice", [whole, starts, ends, axes], cut)
+        self.add_node("Slice", [whole, starts, ends, axes], cut)
         return cut
 
     def _reshaped(self, source: Tensor, shape: Sequence[int], output: Variable) -> Variable:
-        self._node("Reshape", [source, self._constant("shape", shape)], output)
+        self.add_node("Reshape", [source, self._constant("shape", shape)], output)
         return output
 
     def _made(self, role: str, sizes: Callable[[Shape], tuple[Dim, ...]]) -> Variable:
@@ -155,10 +154,6 @@ class Interleaving:
 
     def _constant(self, role: str, values: Sequence[int]) -> Constant:
         return self.rw.new_constant(f"{self.output.name}_{role}", np.array(values, np.int64))
-
-    def _node(self, op: str, inputs: Sequence[Tensor], output: Tensor, **attrs: object) -> None:
-        name = self.rw.node_name(str(output.name), f"_{op.lower()}")
-        self.nodes.append(Node(op, name, attrs, list(inputs), [output]))
 
 
 def moved(size: Sequence[int]) -> int:
