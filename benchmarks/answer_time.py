@@ -27,6 +27,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -198,14 +199,15 @@ def raced(options: argparse.Namespace) -> list[dict[str, Any]]:
         proto = load(path).proto
         specs = input_specs(proto)
         feeds = draw_feeds(specs, choose_sizes(specs, proto, path).sizes)
-        sessions = [Session(f) for f in files]
-        race = timing.race(sessions, feeds, options.seconds)
-        after = timing.Race(race.times[1:])
+        openers = [partial(Session, f) for f in (*files, path)]
+        race = timing.race(openers, feeds, options.seconds)
+        after = timing.Evidence.from_logs(race.logs(2, base=1), race.own)
         row = {
             "model": path.name,
             "before": [race.speedup(1), *race.interval(1)],
             "after": [race.speedup(2), *race.interval(2)],
-            "after/before": [after.speedup(1), *after.interval(1)],
+            "after/before": [after.speedup, *after.interval()],
+            "copy": [race.speedup(3), *race.interval(3)],
         }
         rows.append(row)
         print(

@@ -1,7 +1,7 @@
 """RapidOCR with its wheel's models and with optimised ones, in turn, on a drawn page.
 
 ``python benchmarks/client.py DIR`` optimises the three models into the folder, with default options, unless
-they are there, and prints the median of the ratios of runs side by side with its 95 % confidence interval.
+they are there, and prints the median of the ratios of runs side by side with its 99 % confidence interval.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 import pwopt
 from pwopt.running.installation import cpu_name
-from pwopt.running.timing import Race
+from pwopt.running.timing import Race, SessionPair
 
 LINES = ["Invoice 2026-0417", "3 widgets, blue", "1 gear box", "Total: 169.70 EUR", "Thank you for your order!"]
 
@@ -42,7 +42,7 @@ def main(folder: Path, rounds: int = 40, threads: int = 1) -> None:
             begin = time.perf_counter()
             readers[i](page)
             taken[i].append(time.perf_counter() - begin)
-    race = Race(tuple(map(np.array, taken)))
+    race = Race(tuple(SessionPair((np.array([a]), np.array([b]))) for a, b in zip(*taken, strict=True)))
     low, high = race.interval()
     print(f"{cpu_name()}, {threads} threads: {race.median(0) * 1e3:.1f} → {race.median(1) * 1e3:.1f} ms,")
     print(f"{race.speedup():.3f}× [{low:.3f}, {high:.3f}] over {rounds} rounds")

@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ def measured(case: str, folder: Path, seconds: float) -> dict[str, Any]:
             feeds = {"x": np.random.default_rng(0).normal(size=shape["x"]).astype(np.float32)}
             row: dict[str, Any] = {"plane": shape["x"][-1], "threads": count}
             for name, other in (("forced", forced), ("optimised", out)):  # waiting threads of a third would disturb
-                race = timing.race([Session(p, threads=count) for p in (path, other)], feeds, seconds)
+                race = timing.race([partial(Session, p, threads=count) for p in (path, other)], feeds, seconds)
                 row[name] = [race.speedup(), *race.interval()]
             found.append(row)
             print(case, json.dumps(row), flush=True)

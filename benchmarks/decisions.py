@@ -25,7 +25,7 @@ import json, sys
 import pwopt
 from pwopt.selecting import cache
 report = pwopt.optimize(sys.argv[1], threads=1, **json.loads(sys.argv[2])).report
-known = {f"{e.pass_name}: {e.signature}": [e.verdict, e.rounds, e.speedup, *e.interval] for e in cache.stored() if e.model}
+known = {f"{e.pass_name}: {e.signature}": [e.verdict, e.pairs, e.speedup, *e.interval] for e in cache.stored() if e.model}
 print(json.dumps({"known": known, "notes": report.notes, "kept": sorted({str(r.site) for r in report.rewrites}),
                   "speedup": report.latency.speedup}))
 """

@@ -31,6 +31,7 @@ import textwrap
 import time
 from collections.abc import Callable, Iterable
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +183,7 @@ def measure(path: Path, tools: Iterable[str], seconds: float) -> Row:
     specs = input_specs(proto)
     sizes = choose_sizes(specs, proto, path).sizes
     feeds = draw_feeds(specs, sizes)
-    racers: list[Any] = [Session(path)]
+    racers: list[Any] = [partial(Session, path)]
     found: dict[str, Row] = {}
     with tempfile.TemporaryDirectory() as folder:
         entered = []
@@ -191,30 +192,35 @@ def measure(path: Path, tools: Iterable[str], seconds: float) -> Row:
             if tool == RUNTIME:
                 start = time.perf_counter()
                 try:
-                    racer: Any = OpenVino(path, sizes)
+                    racer: Any = partial(OpenVino, path, sizes)
+                    loaded = racer()
                     row: Row = {"seconds": time.perf_counter() - start}
-                    racer.bind(feeds)
-                    racer.step()
-                    reason = compared(racers[0].run(feeds), racer.outputs())
+                    loaded.bind(feeds)
+                    loaded.step()
+                    reason = compared(Session(path).run(feeds), loaded.outputs())
                 except Exception as error:
                     row, reason = {"error": (str(error).strip().splitlines() or ["?"])[-1][:300]}, ""
             else:
                 row = make(tool, path, made)
                 reason = "" if "error" in row else verified(path, made)
                 if "error" not in row and not reason:
-                    row["nodes"], racer = len(load(made).proto.graph.node), Session(made)
+                    row["nodes"], racer = len(load(made).proto.graph.node), partial(Session, made)
             found[tool] = row
             if reason:
                 row["error"] = reason
             if "error" not in row:
                 entered.append(tool)
                 racers.append(racer)
-        race = timing.race(racers, feeds, seconds)
+        race = timing.race([*racers, partial(Session, path)], feeds, seconds)
     for i, tool in enumerate(entered, 1):
         found[tool]["speedup"] = [race.speedup(i), *race.interval(i)]
+        found[tool]["start"] = race.creation(0) / race.creation(i)
     shapes = {name: list(shape) for name, shape in sizes.items()}
     nodes = len(proto.graph.node)
-    return {"model": path.stem, "shapes": shapes, "nodes": nodes, "ms": 1e3 * race.median(0), "tools": found}
+    copy = [race.speedup(-1), *race.interval(-1)]
+    start_ms = 1e3 * race.creation(0)
+    row = {"model": path.stem, "shapes": shapes, "nodes": nodes, "ms": 1e3 * race.median(0), "start_ms": start_ms}
+    return {**row, "copy": copy, "tools": found}
 
 
 def speedup(row: Row, tool: str) -> float:

@@ -5,7 +5,7 @@
 
 FOLDER holds .onnx files and may hold a shapes.json, {"model.onnx": {"input": [1, 3, 640, 640]}}, for dynamic
 inputs. Nothing is downloaded and nothing is written into FOLDER. Both models run with all of onnxruntime's graph
-optimisations, interleaved in random order; the ratio is the median of those of runs side by side, with a 95 % bootstrap
+optimisations, in pairs of fresh sessions; the ratio is the geometric mean over the pairs, with a 99 % confidence
 interval, and that of minima.
 """
 

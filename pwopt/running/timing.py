@@ -186,9 +186,9 @@ class Race:
         """Runs of each model."""
         return sum(len(pair.times[0]) for pair in self.pairs)
 
-    def logs(self, i: int) -> Values:
-        """For each pair, the natural logarithm of the first model's time over that of model `i`."""
-        return np.array([float(np.median(np.log(pair.times[0] / pair.times[i]))) for pair in self.pairs])
+    def logs(self, i: int, base: int = 0) -> Values:
+        """For each pair, the natural logarithm of the time of model `base` over that of model `i`."""
+        return np.array([float(np.median(np.log(pair.times[base] / pair.times[i]))) for pair in self.pairs])
 
     def median(self, i: int) -> float:
         """Seconds of a run of model `i`: the median over all sessions."""
