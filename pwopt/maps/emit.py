@@ -81,8 +81,8 @@ def round_map(linear: LinearMap, dtype: np.dtype[Any]) -> Rounded:
         (`pwopt.algebra.overflow`), or if all weights of an output channel become zero. Where some remain, a sum cannot
         notice those that are lost; nor does it notice a bias that is.
     """
-    range_of(dtype).check(linear)
     weight, bias = round_values(linear.weight, dtype), round_values(linear.bias, dtype)
+    range_of(dtype).check(linear)
     rows, exact = (v.reshape(linear.geometry.out_channels, -1) for v in (weight, linear.weight))
     if (exact.any(axis=1) & ~rows.any(axis=1)).any():
         raise RefusedError(f"a folded channel underflows {dtype}")
