@@ -17,7 +17,7 @@ from pwopt.graph.shapes import known
 from pwopt.graph.values import Entries, entries, extents
 from pwopt.maps import forms
 from pwopt.maps.scales import adds_nothing, subtracts_from_nothing
-from pwopt.maps.signed_zeros import told_apart
+from pwopt.maps.signed_zeros import find_zero_sensitive
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 
@@ -81,7 +81,7 @@ class CleanUp(Pass):
         Computed at the first call. The rewrites of this pass do not change it.
         """
         if self._observers is None:
-            self._observers = told_apart(rw)
+            self._observers = find_zero_sensitive(rw)
         return self._observers
 
     def _rewrite_as_negation(self, node: Node, rw: Rewriter) -> Rewrite | Skip:

@@ -9,7 +9,7 @@ import numpy as np
 from pwopt.graph import attributes
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import ShapeChange
-from pwopt.maps.positions import pooling, positionwise, spread, stencil
+from pwopt.maps.positions import has_positions, pooling, positionwise, stencil
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 
@@ -49,7 +49,7 @@ class HoistCrop(Pass):
 def _hoist_past_elementwise(rw: Rewriter, node: Node, maker: Node, window: Window) -> Rewrite | Skip:
     """Crop every input that has positions instead, if that costs less than it saves."""
     rank = (rw.rank(node.outputs[0]) or 2) - 2
-    spatial = [t for t in maker.inputs if rw.constant(t) is None and spread(rw, t, rank)]
+    spatial = [t for t in maker.inputs if rw.constant(t) is None and has_positions(rw, t, rank)]
     small, large = (math.prod(rw.size_of(t) or (0,)) for t in (node.outputs[0], node.inputs[0]))
     if (len(spatial) - 1) * 2 * small >= (len(spatial) + 1) * (large - small):
         return Skip(f"cropping the {len(spatial)} inputs of {maker.op} would cost more than it saves")

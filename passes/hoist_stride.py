@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from pwopt.graph.ir import Node, Tensor
 from pwopt.maps.cost import ELEMENT, macs
-from pwopt.maps.positions import STRIDED_POOLS, Steps, every, pooling, positionwise, spread, stencil, subsample
+from pwopt.maps.positions import STRIDED_POOLS, Steps, every, has_positions, pooling, positionwise, stencil, subsample
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.rewriting.regions import Region, find_regions
@@ -107,7 +107,7 @@ class HoistStride(Pass):
     def _find_ratio(self, rw: Rewriter, tensor: Tensor, step: Steps) -> Steps | None:
         """By which steps to subsample an input of an elementwise operator; None if it needs no subsampling."""
         ratio = _divide((1,) * len(step), step, self._steps.get(tensor, ()))
-        needed = rw.constant(tensor) is None and any(r > 1 for r in ratio) and spread(rw, tensor, len(step))
+        needed = rw.constant(tensor) is None and any(r > 1 for r in ratio) and has_positions(rw, tensor, len(step))
         return ratio if needed else None
 
 
@@ -172,5 +172,5 @@ def _find_step(rw: Rewriter, reader: Node, tensor: Tensor, rank: int, steps: dic
     stride = _read_pointwise_stride(rw, reader)
     if stride is not None and reader.inputs[0] is tensor and sum(t is tensor for t in reader.inputs) == 1:
         return tuple(s * a for s, a in zip(stride, after, strict=True)) if len(stride) == rank else (1,) * rank
-    passes_on = len(after) == rank and spread(rw, tensor, rank) and positionwise(rw, reader)
+    passes_on = len(after) == rank and has_positions(rw, tensor, rank) and positionwise(rw, reader)
     return after if passes_on else (1,) * rank

@@ -17,7 +17,7 @@ from pwopt.graph.shapes import channels
 from pwopt.maps.cost import ELEMENT, macs
 from pwopt.maps.forms import Reading
 from pwopt.maps.positions import stencil
-from pwopt.maps.resampling import Composition, Part, composition, repeated_less
+from pwopt.maps.resampling import Composition, Part, composition, repeat_less
 from pwopt.rewriting.builder import Builder
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.interleaving import Interleaving, interleavable, moved
@@ -210,7 +210,7 @@ class _Resampling(Builder):
             tensor = part.repeated.source
             remaining = tuple(a // b for a, b in zip(part.repeated.repeats, self.factors, strict=True))
             if any(f > 1 for f in remaining):
-                self.nodes.append(repeated_less(self.rw, part.repeated, tensor, remaining))
+                self.nodes.append(repeat_less(self.rw, part.repeated, tensor, remaining))
                 tensor = self.nodes[-1].outputs[0]
         for node in reversed(part.steps):
             result = self.rw.new_variable(f"{node.outputs[0].name}_part", tensor)

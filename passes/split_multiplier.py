@@ -10,7 +10,7 @@ from pwopt.algebra.linear import LinearMap
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import channels
 from pwopt.maps import forms
-from pwopt.maps.channels import Analysis, Channels, multiplies
+from pwopt.maps.channels import Analysis, Channels, has_multiplier
 from pwopt.maps.forms import Reading
 from pwopt.maps.scans import Unread
 from pwopt.rewriting.builder import Builder
@@ -90,4 +90,4 @@ class SplitMultiplier(Pass):
 def _read_multiplier(rw: Rewriter, node: Node) -> Reading | None:
     """A depthwise convolution with a channel multiplier; None for any other node."""
     reading = forms.linear(rw, node) if rw.is_a(node, "Conv") else None
-    return reading if reading is not None and multiplies(reading) else None
+    return reading if reading is not None and has_multiplier(reading) else None

@@ -11,7 +11,7 @@ import numpy as np
 from pwopt.algebra import Values
 from pwopt.algebra.geometry import Geometry, Refusal
 from pwopt.algebra.linear import LinearMap
-from pwopt.algebra.multirate import on_phases, spread, spread_geometry
+from pwopt.algebra.multirate import on_phases, phases_geometry, to_phases
 from pwopt.graph.ir import Node, Tensor
 from pwopt.maps import forms
 from pwopt.maps.forms import Reading
@@ -107,11 +107,11 @@ def _read_transposed(rw: Rewriter, node: Node | None) -> _Stage | None:
     reading = forms.linear(rw, node)
     if reading is None or reading.geometry.rank not in (1, 2):
         return None
-    if isinstance(spread_geometry(reading.geometry), Refusal):
+    if isinstance(phases_geometry(reading.geometry), Refusal):
         return None
 
     def row(linear: LinearMap, index: int) -> LinearMap:
-        whole = spread(linear)
+        whole = to_phases(linear)
         width = linear.geometry.kernel[-1] * linear.geometry.out_channels
         return _select_outputs(whole, np.arange(index * width, (index + 1) * width))
 

@@ -98,7 +98,7 @@ class SumBranches(Pass):
         refused = [m for m in maps.values() if isinstance(m, Refusal)]
         exact = {k: m for k, m in maps.items() if isinstance(m, LinearMap)}
         wide = max((m.geometry.out_channels for m in exact.values()), default=1)
-        exact = {k: m.spread(wide) for k, m in exact.items()}
+        exact = {k: m.broadcast(wide) for k, m in exact.items()}
         branches = [Branch((t,), exact[t].geometry, t.path.price(rw)) for t in shared if t in exact]
         joined, reason = _find_cheapest(branches)
         if joined is None:

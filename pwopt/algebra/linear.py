@@ -135,7 +135,7 @@ class LinearMap:
         same = rank == self.geometry.rank
         return self if same else LinearMap.of(self.geometry.at_rank(rank), self.weight, self.bias, self.moved)
 
-    def spread(self, channels: int) -> LinearMap:
+    def broadcast(self, channels: int) -> LinearMap:
         """A diagonal map with one channel, for every one of `channels`; any other map unchanged."""
         g = self.geometry
         if not g.diagonal or g.out_channels != 1:
@@ -228,7 +228,7 @@ def compose(second: LinearMap, first: LinearMap, precision: float = 0.0) -> Line
     parts it is the sum of is zero: all that is left of it is the rounding of those parts, which the model rounds
     to its own type as well. It decides whether a zero padding may follow (`compose_geometry`).
     """
-    second, first = second.spread(first.geometry.out_channels), first.spread(second.geometry.in_channels)
+    second, first = second.broadcast(first.geometry.out_channels), first.broadcast(second.geometry.in_channels)
     composed = second @ first
     if not precision or not composed.geometry.biased:
         return composed

@@ -209,7 +209,7 @@ def through_subsampling(
     return LinearMap.of(geometry, weight, linear.bias, linear.moved)
 
 
-def spread_geometry(geometry: Geometry) -> Geometry | Refusal:
+def phases_geometry(geometry: Geometry) -> Geometry | Refusal:
     """A transposed convolution whose windows neither overlap nor leave gaps, as a pointwise map to all phases.
 
     y[k·p + t] = W_t·x[p] + b where the kernel is as large as the stride: channel t·C + c of the pointwise map is
@@ -223,9 +223,9 @@ def spread_geometry(geometry: Geometry) -> Geometry | Refusal:
     return pointwise_geometry(g.out_channels * g.taps, g.in_channels, rank=g.rank, biased=g.biased)
 
 
-def spread(linear: LinearMap) -> LinearMap:
-    """The numbers of `spread_geometry`."""
-    geometry, g = require(spread_geometry(linear.geometry)), linear.geometry
+def to_phases(linear: LinearMap) -> LinearMap:
+    """The numbers of `phases_geometry`."""
+    geometry, g = require(phases_geometry(linear.geometry)), linear.geometry
     weight = np.moveaxis(linear.weight.reshape(g.out_channels, g.in_channels, g.taps), 2, 0)
     return LinearMap.of(geometry, weight, np.tile(linear.bias, g.taps))
 

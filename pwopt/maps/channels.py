@@ -180,7 +180,7 @@ class Analysis:
         source, linear = self._input(reading.source, reading.axis), reading.try_load()
         if source is None or linear is None:
             return Flow(node)
-        wide = linear.spread(len(source.value))
+        wide = linear.broadcast(len(source.value))
         if len(wide.scale) != len(source.value):
             return Flow(node)
         value = np.where(wide.scale == 0, wide.bias, wide.scale * source.value + wide.bias)
@@ -334,7 +334,7 @@ class Analysis:
                     continue
                 if through is not None and t is through.source and self._enters(through, side):
                     read.append((through, side))
-                elif flow.reading is not None and t is flow.reading.output and multiplies(flow.reading):
+                elif flow.reading is not None and t is flow.reading.output and has_multiplier(flow.reading):
                     self.multiplied[t] = flow.reading
                 else:
                     self.fixed.setdefault(t, f"{flow.node.op} {flow.node.name!r} holds the channels of {t.name!r}")
@@ -420,7 +420,7 @@ class Analysis:
         yield from groups.values()
 
 
-def multiplies(reading: Reading) -> bool:
+def has_multiplier(reading: Reading) -> bool:
     """Whether it is a depthwise convolution with a channel multiplier."""
     g = reading.geometry
     return reading.kind == "conv" and 1 < g.groups == g.in_channels < g.out_channels

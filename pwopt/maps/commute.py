@@ -283,7 +283,7 @@ def _through_concat(view: View, node: Node, tensor: Tensor, affine: Affine) -> M
     if axis is None or not all(isinstance(w, int) for w in widths) or affine.axis not in (axis, None):
         return Refusal("the other inputs of a Concat are not scaled")
     sizes = [w for w in widths if isinstance(w, int)]
-    own = affine.map.spread(sizes[next(i for i, t in enumerate(node.inputs) if t is tensor)])
+    own = affine.map.broadcast(sizes[next(i for i, t in enumerate(node.inputs) if t is tensor)])
     scale = np.concatenate([own.scale if t is tensor else np.ones(w) for t, w in zip(node.inputs, sizes, strict=True)])
     shift = np.concatenate([own.bias if t is tensor else np.zeros(w) for t, w in zip(node.inputs, sizes, strict=True)])
     return [(node.outputs[0], Affine(LinearMap.diagonal(scale, shift), axis))]

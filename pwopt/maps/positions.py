@@ -30,7 +30,7 @@ def pooling(view: View, node: Node) -> bool:
     return view.op(node) in STRIDED_POOLS and plain and len([t for t in node.outputs if t.name]) == 1
 
 
-def spread(view: View, tensor: Tensor, rank: int) -> bool:
+def has_positions(view: View, tensor: Tensor, rank: int) -> bool:
     """Whether a tensor has positions, not one value for all of them."""
     shape = view.shape(tensor)
     return shape is not None and len(shape) == rank + 2 and any(d != 1 for d in shape[2:])

@@ -191,7 +191,7 @@ def _inner(view: View, node: Node | None, depth: int) -> list[tuple[Tensor, tupl
     return []
 
 
-def repeated_less(view: View, found: Repetition, source: Tensor, factors: tuple[int, ...]) -> Node:
+def repeat_less(view: View, found: Repetition, source: Tensor, factors: tuple[int, ...]) -> Node:
     """The repetition of `source` by other factors, in the form of an operator that every opset has."""
     output = view.new_variable(f"{found.node.outputs[0].name}_less", source, lambda s: _grown(s, factors))
     values = [1.0, 1.0, *map(float, factors)]

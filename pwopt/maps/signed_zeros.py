@@ -17,7 +17,7 @@ from pwopt.graph.operators import BIAS_INPUTS, FIRST_ZERO_KEEPING, ZERO_BLIND, Z
 from pwopt.graph.view import View
 
 
-def told_apart(view: View) -> dict[Tensor, str]:
+def find_zero_sensitive(view: View) -> dict[Tensor, str]:
     """Tensors in which −0 instead of +0 could change a number, by id, each with the operator that tells them apart.
 
     One walk from the end to the beginning. What is not known here, operators of other domains and bodies of control
@@ -29,13 +29,13 @@ def told_apart(view: View) -> dict[Tensor, str]:
         captured = next((t.name for t in node.outputs if t.name and view.is_captured(t)), "")
         behind = behind or (f"a control-flow body that reads {captured!r}" if captured else "")
         for i, tensor in enumerate(node.inputs):
-            teller = _teller(view, node, i, behind)
+            teller = _find_sensitive(view, node, i, behind)
             if teller:
                 found.setdefault(tensor, teller)
     return found
 
 
-def _teller(view: View, node: Node, index: int, behind: str) -> str:
+def _find_sensitive(view: View, node: Node, index: int, behind: str) -> str:
     """Who tells zeros in input `index` apart, given who tells those in the outputs."""
     op = view.op(node)
     if op in ZERO_BLIND or ZERO_BLIND_INPUTS.get(op) == index or any(_numbers(view, node, op, index)):

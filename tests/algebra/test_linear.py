@@ -267,7 +267,7 @@ def test_a_bias_before_a_transposed_map_is_refused() -> None:
 def test_selection_and_spread() -> None:
     x = np.arange(8.0).reshape(1, 4, 2)
     np.testing.assert_array_equal(apply(LinearMap.selection([2, 0, -1], 4), x)[0], [x[0, 2], x[0, 0], [0, 0]])
-    wide = LinearMap.diagonal(2.0, 1.0).spread(4)
+    wide = LinearMap.diagonal(2.0, 1.0).broadcast(4)
     np.testing.assert_array_equal(apply(wide, x), 2 * x + 1)
 
 

@@ -19,9 +19,9 @@ from pwopt.algebra.multirate import (
     on_phases,
     phase,
     phase_counts,
-    spread,
-    spread_geometry,
+    phases_geometry,
     through_subsampling,
+    to_phases,
 )
 
 
@@ -152,7 +152,7 @@ def transposed(kernel: tuple[int, ...], **changes: object) -> LinearMap:
 def test_windows_side_by_side_are_a_pointwise_map_to_phases(kernel: tuple[int, ...]) -> None:
     linear = transposed(kernel)
     x = np.random.default_rng(1).normal(size=(2, 4, 3, 4, 2)[: 2 + len(kernel)])
-    wide = spread(linear)
+    wide = to_phases(linear)
     assert wide.geometry.pointwise
     parts = np.split(apply(wide, x), int(np.prod(kernel)), axis=1)
     np.testing.assert_allclose(interleave(parts, kernel), apply(linear, x), rtol=1e-12, atol=1e-12)
@@ -170,13 +170,13 @@ def test_windows_side_by_side_are_a_pointwise_map_to_phases(kernel: tuple[int, .
 )
 def test_windows_that_overlap_or_are_cut_are_refused(changes: dict[str, object]) -> None:
     with pytest.raises(RefusedError, match="its windows overlap, or are cut"):
-        spread(transposed((2, 2), **changes))
+        to_phases(transposed((2, 2), **changes))
 
 
 def test_a_single_tap_has_no_dilation() -> None:
     plain = transposed((1, 2)).geometry
-    assert spread_geometry(replace(plain, dilations=(3, 1))) == spread_geometry(plain)
-    assert not isinstance(spread_geometry(plain), Refusal)
+    assert phases_geometry(replace(plain, dilations=(3, 1))) == phases_geometry(plain)
+    assert not isinstance(phases_geometry(plain), Refusal)
 
 
 def test_kernels_have_no_taps_that_are_always_zero() -> None:
@@ -192,13 +192,13 @@ def test_an_ordinary_convolution_spreads_nothing() -> None:
     """It gathers, though its kernel is its stride as well."""
     g = replace(transposed((2, 2)).geometry, transposed=False)
     with pytest.raises(RefusedError, match="its windows overlap, or are cut"):
-        spread(LinearMap.of(g, np.ones((g.out_channels, g.in_channels, 2, 2))))
+        to_phases(LinearMap.of(g, np.ones((g.out_channels, g.in_channels, 2, 2))))
 
 
 def test_groups_of_windows_are_refused() -> None:
     g = replace(transposed((2, 2)).geometry, out_channels=4, groups=2)
     with pytest.raises(RefusedError, match="its windows overlap, or are cut"):
-        spread(LinearMap.of(g, np.ones((4, 2, 2, 2))))
+        to_phases(LinearMap.of(g, np.ones((4, 2, 2, 2))))
 
 
 @pytest.mark.parametrize("groups", [1, 2])

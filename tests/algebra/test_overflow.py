@@ -48,7 +48,7 @@ def test_the_range_of_a_type(name: str) -> None:
         (lambda: (scale(3) @ shift(5)).at_rank(2), 15),
         (lambda: compose(scale(3), shift(5), 2.0**-22), 15),
         (lambda: hcat(shift(5), shift(2)), 7),
-        (lambda: (scale(3) @ shift(5)).spread(1), 15),
+        (lambda: (scale(3) @ shift(5)).broadcast(1), 15),
     ],
 )
 def test_what_is_moved(combine: Callable[[], LinearMap], moved: float) -> None:

@@ -145,7 +145,7 @@ ARGUMENTS = {
 def along(affine: Affine, values: np.ndarray) -> np.ndarray:
     """A scale and a shift of one axis."""
     shape = [-1 if a == affine.axis else 1 for a in range(values.ndim)]
-    linear = affine.map if affine.axis is not None else affine.map.spread(1)
+    linear = affine.map if affine.axis is not None else affine.map.broadcast(1)
     return values * linear.scale.reshape(shape) + linear.bias.reshape(shape)
 
 

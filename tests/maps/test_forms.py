@@ -28,7 +28,7 @@ def last(model: onnx.ModelProto) -> tuple[View, forms.Reading | Refusal | None]:
 def on_axis(linear: LinearMap, x: np.ndarray, axis: int | None) -> np.ndarray:
     """Evaluate a map whose channels lie on `axis`."""
     if axis is None:
-        return apply(linear.spread(1), x.reshape(1, 1, -1)).reshape(x.shape)
+        return apply(linear.broadcast(1), x.reshape(1, 1, -1)).reshape(x.shape)
     moved = np.moveaxis(x, axis, 0)
     y = apply(linear, moved.reshape(1, moved.shape[0], -1))[0]
     return np.moveaxis(y.reshape(-1, *moved.shape[1:]), 0, axis)

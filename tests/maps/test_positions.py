@@ -7,7 +7,7 @@ from helpers import build, normal
 
 from pwopt.graph.files import from_proto
 from pwopt.graph.view import View
-from pwopt.maps.positions import pooling, positionwise, spread, stencil
+from pwopt.maps.positions import has_positions, pooling, positionwise, stencil
 
 HEAD = "(double[2,4,7,8] x, double[2,4,7,8] z, double[2,4,1,1] g, double[2,4,1,8] h, double[7,8] u, double s) => (double[N] y) "
 CONSTANTS = {
@@ -91,4 +91,4 @@ def test_a_stencil_has_a_known_padding() -> None:
 def test_spread(name: str, expected: bool) -> None:
     view, _ = last("{ y = Relu(x) }")
     tensor = next(t for t in view.graph.inputs if t.name == name)
-    assert spread(view, tensor, 2) == expected
+    assert has_positions(view, tensor, 2) == expected
