@@ -289,8 +289,9 @@ def told(record: Row) -> str:
     head = (
         f"The table shows speed-ups over onnxruntime {machine['onnxruntime']} on the original model. The figures are"
         f" medians of interleaved runs, measured on {record['date']} on one thread ({machine['cpu']}) with {named}."
-        " onnxruntime runs the models that the tools write. OpenVINO runs the original by itself. Bold marks the fastest"
-        " tool, and every tool whose interval overlaps with that of the fastest. A dash counts as 1."
+        " onnxruntime runs the models that the tools write. OpenVINO runs the original model in its own runtime. Bold"
+        " marks the fastest tool, and every tool whose interval overlaps with that of the fastest. A dash marks a result"
+        " that failed or was not equivalent. It counts as 1 in the geometric mean and in the minimum."
     )
     chart = f"![Speed-ups of {len(record['models'])} models by tool]({CHART.relative_to(ROOT).as_posix()})"
     paragraphs = (textwrap.fill(head, WIDTH), chart, table(record).rstrip(), textwrap.fill(f"{behind}{broken}", WIDTH))
