@@ -5,6 +5,14 @@ from __future__ import annotations
 import typer
 
 from pwopt.cli import options
+from pwopt.errors import ModelError, NotEquivalentError
+
+#: Colour and exit code of each verdict.
+VERDICT_STYLES = {
+    "equivalent": ("green", 0),
+    "not equivalent": ("red", NotEquivalentError.exit_code),
+    "not comparable": ("yellow", ModelError.exit_code),
+}
 
 
 def verify(
@@ -54,11 +62,12 @@ def verify(
             rtol=rtol, atol=atol, locate=not no_locate, rewrites=records, invariants=asked,
             progress=progress,
         )  # fmt: skip
-    console.print("[green]equivalent[/green]" if equivalence.passed else "[red]not equivalent[/red]")
+    colour, code = VERDICT_STYLES[equivalence.verdict]
+    console.print(f"[{colour}]{equivalence.verdict}[/{colour}]")
     terminal.render_comparison(equivalence, placed, console, details)
     environment = installation.describe_machine(placed, threads)
     content = Comparison(str(original), str(candidate), placed.text, environment, equivalence, context.obj)
     write_document(report, content)
     if json:
         print_json(content.to_json())
-    raise typer.Exit(0 if equivalence.passed else 1)
+    raise typer.Exit(code)

@@ -16,7 +16,8 @@ from pathlib import Path
 import onnx
 
 from pwopt.errors import ModelError
-from pwopt.evidence.equivalence import FLOOR_FACTOR, Difference, Equivalence, OutputCheck, compare
+from pwopt.evidence.comparison import compare
+from pwopt.evidence.equivalence import FLOOR_FACTOR, Difference, Equivalence, OutputCheck
 from pwopt.graph.files import load, save
 from pwopt.graph.model import captured_names
 from pwopt.graph.shapes import infer, known
@@ -69,11 +70,11 @@ def localise(
         if the difference grows from tensor to tensor without a step, as rounding does; or if there is no room for the
         copies.
     """
-    failing = next((o for o in failed.outputs if not o.passed), None)
+    failing = next((o for o in failed.outputs if o.comparable and not o.passed), None)
     sample = next((s for s in samples if failing is not None and s.label == failing.sample), None)
     if failing is None or sample is None:
         return None
-    wrong = {o.name: o for o in failed.outputs if not o.passed and o.sample == failing.sample}
+    wrong = {o.name: o for o in failed.outputs if o.comparable and not o.passed and o.sample == failing.sample}
     with temporary_folder() as folder:
         try:
             a, b = _Copy.of(original, folder / "original"), _Copy.of(candidate, folder / "candidate")
@@ -248,4 +249,4 @@ def _compared(
             for part in (names[:half], names[half:])
             for name, check in _compared(a, b, {n: batch[n] for n in part}, sample, provider, threads).items()
         }
-    return {o.name: o for o in result.outputs if o.compared}
+    return {o.name: o for o in result.outputs if o.comparable and o.compared}

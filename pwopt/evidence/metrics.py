@@ -31,6 +31,14 @@ ELSEWHERE = "NaN or infinity at different places"
 
 
 @dataclass(frozen=True)
+class Tolerance:
+    """A deviation is within the tolerance if it is at most atol + rtol · |reference|."""
+
+    rtol: float
+    atol: float
+
+
+@dataclass(frozen=True)
 class Histogram:
     """Counts of log₁₀ of the absolute error between `edges`, those beyond in the outer bins; `zero` are exact."""
 
@@ -82,7 +90,7 @@ class Agreement:
     note : str
         Why they cannot be compared at all, or "".
     size, compared, left_out : int
-        Number of elements, of those that are finite, and of those that are no evidence (see `unsettled`).
+        Number of elements, of those that are finite, and of those that are no evidence (see `find_unsettled`).
     """
 
     max_abs: float = 0.0
@@ -139,25 +147,26 @@ def _either(choose: Callable[[float, float], float], a: float | None, b: float |
     return b if a is None else a if b is None else choose(a, b)
 
 
-def unsettled(reference: Any, *others: Any) -> Values | None:
-    """Where runs of one model disagree about NaN and infinities: these places are no evidence against another model.
+def find_unsettled(reference: Values, *others: Values) -> Values | None:
+    """Find elements at which runs of one model disagree about NaN and infinities.
 
-    Such as sums at the edge of float16, which one order of summation takes beyond 65,504 and another does not.
+    They are no evidence against another model. An example are sums near the largest number of float16, 65,504, which
+    overflow with one order of summation and not with another.
 
     Parameters
     ----------
-    reference, others : array, or what else onnxruntime returns
-        One output of each run; one of another shape or type is left out of account.
+    reference, others : array
+        One output of each run. Others of a different shape or type are ignored.
 
     Returns
     -------
     array of bool or None
         Of the shape of `reference`; None if they agree everywhere.
     """
-    if not isinstance(reference, np.ndarray) or not floating(reference.dtype):
+    if not floating(reference.dtype):
         return None
     form = reference.shape, reference.dtype
-    alike = [o for o in others if isinstance(o, np.ndarray) and (o.shape, o.dtype) == form]
+    alike = [o for o in others if (o.shape, o.dtype) == form]
     apart = np.zeros(reference.size, bool)
     for i, pieces in enumerate(_pieces(reference, *alike)):
         first, *rest = (_special(p.astype(np.float64)) for p in pieces)
@@ -173,33 +182,30 @@ def _special(x: Array) -> Array:
 
 
 def agreement(
-    reference: Any,
-    value: Any,
+    reference: Values,
+    value: Values,
     rtol: float | None = None,
     atol: float | None = None,
     *,
     brief: bool = False,
     without: Values | None = None,
+    kind: np.dtype[Any] | None = None,
 ) -> Agreement:
     """Compare two outputs.
 
     Parameters
     ----------
-    reference, value : array, or what else onnxruntime returns
-        Sequences and maps are equal or not.
+    reference, value : array
     rtol, atol : float, optional
         |deviation| ≤ atol · s + rtol · |reference| is within the tolerance; by default those of `TOLERANCES`, and s the
         root mean square of the reference or 1 if that is smaller. A given `atol` is taken as it is, s = 1.
     brief : bool
-        Leave out what no verdict needs: rounding steps, rankings, histogram and scatter.
+        Omit what the verdict does not need: units in the last place, rankings, histogram and scatter.
     without : array of bool, optional
-        Elements to leave out, as `unsettled` finds them.
+        Elements to leave out, as `find_unsettled` finds them.
+    kind : dtype, optional
+        The floating-point type whose tolerance and precision apply; by default that of the reference.
     """
-    if not isinstance(reference, np.ndarray) or not isinstance(value, np.ndarray):
-        same = _plain(reference) == _plain(value)
-        return Agreement(
-            mismatch=float(not same), within=same, note="" if same else "the values differ", size=1, compared=1
-        )
     if reference.shape != value.shape or reference.dtype != value.dtype:
         became = f"{value.dtype}{list(value.shape)}"
         return Agreement.none(f"{reference.dtype}{list(reference.shape)} became {became}")
@@ -207,15 +213,43 @@ def agreement(
         return Agreement()
     if not floating(reference.dtype):
         return _discrete(reference, value)
-    return _continuous(reference, value, rtol, atol, brief, without)
+    arrays = (reference, value) if without is None else (reference, value, without)
+    return _continuous(arrays, rtol, atol, brief, reference.dtype if kind is None else kind)
 
 
-def _plain(value: Any) -> Any:
-    if isinstance(value, np.ndarray):
-        return value.tolist()
-    if isinstance(value, dict):
-        return {k: _plain(v) for k, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+def finite_pieces(reference: Values, value: Values, without: Values | None) -> Iterator[tuple[Array, Array]]:
+    """Yield the finite elements of two arrays in float64, piece by piece.
+
+    Raises
+    ------
+    ValueError
+        If NaN or infinities are at different places.
+    """
+    arrays = (reference, value) if without is None else (reference, value, without)
+    for x, y, *_ in map(_finite, _pieces(*arrays)):
+        yield x, y
+
+
+def find_tolerance(
+    reference: Values,
+    without: Values | None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    kind: np.dtype[Any] | None = None,
+) -> Tolerance:
+    """Return the tolerance for one output; parameters as for `agreement`."""
+    squares, compared, reach = 0.0, 0, 0.0
+    for x, _ in finite_pieces(reference, reference, without):
+        reach, compared = max(reach, float(np.max(np.abs(x), initial=0.0))), compared + x.size
+    unit = reach or 1.0  # squares of float64's largest numbers would overflow
+    for x, _ in finite_pieces(reference, reference, without):
+        squares += float(np.sum((x / unit) ** 2))
+    return _tolerance(rtol, atol, kind or reference.dtype, unit * math.sqrt(squares / max(1, compared)))
+
+
+def _tolerance(rtol: float | None, atol: float | None, kind: np.dtype[Any], mean_square: float) -> Tolerance:
+    default = TOLERANCES.get(str(kind), TOLERANCES["float32"])
+    return Tolerance(default[0] if rtol is None else rtol, default[1] * min(1.0, mean_square) if atol is None else atol)
 
 
 def _pieces(*arrays: Values) -> Iterator[tuple[Values, ...]]:
@@ -263,10 +297,10 @@ def _finite(pieces: Sequence[Values]) -> tuple[Array, Array, Values, Values]:
 
 
 def _continuous(
-    reference: Values, value: Values, rtol: float | None, atol: float | None, brief: bool, without: Values | None
+    arrays: tuple[Values, ...], rtol: float | None, atol: float | None, brief: bool, kind: np.dtype[Any]
 ) -> Agreement:
-    arrays = (reference, value) if without is None else (reference, value, without)
-    left_out = 0 if without is None else int(np.sum(without))
+    reference, value = arrays[:2]
+    left_out = int(np.sum(arrays[2])) if len(arrays) > 2 else 0
     scale, reach, squares, compared = 0.0, 0.0, 0.0, 0
     try:
         for x, y, *_ in map(_finite, _pieces(*arrays)):
@@ -280,9 +314,7 @@ def _continuous(
     unit = reach or 1.0  # squares of float64's largest numbers would overflow
     for x, *_ in map(_finite, _pieces(*arrays)):
         squares += float(np.sum((x / unit) ** 2))
-    default = TOLERANCES.get(str(reference.dtype), TOLERANCES["float32"])
-    rtol = default[0] if rtol is None else rtol
-    atol = default[1] * min(1.0, unit * math.sqrt(squares / compared)) if atol is None else atol
+    tolerance = _tolerance(rtol, atol, kind, unit * math.sqrt(squares / compared))
 
     worst, relative, total, unequal, steps = 0.0, 0.0, 0.0, 0, 0.0
     product, others, noise, within = 0.0, 0.0, 0.0, True
@@ -295,7 +327,7 @@ def _continuous(
         worst, total = max(worst, float(error.max())), total + float(error.sum())
         relative = max(relative, float(np.max(error / np.maximum(np.abs(x), np.finfo(np.float32).tiny))))
         unequal, zero = unequal + wrong.size, zero + error.size - wrong.size
-        within = within and bool(np.all(error <= atol + rtol * np.abs(x)))
+        within = within and bool(np.all(error <= tolerance.atol + tolerance.rtol * np.abs(x)))
         product += float(np.sum(x / unit * (y / unit)))
         others += float(np.sum((y / unit) ** 2))
         noise += float(np.sum((error / unit) ** 2))
@@ -304,7 +336,7 @@ def _continuous(
             bins += np.histogram(np.clip(np.log10(wrong), EDGES[0], EDGES[-1]), EDGES)[0]
     found = Agreement(
         max_abs=worst, mean_abs=total / compared, max_rel=relative, mismatch=unequal / reference.size, scale=scale,
-        resolution=scale * epsilon(reference.dtype), cosine=_cosine(product, squares, others),
+        resolution=scale * epsilon(kind), cosine=_cosine(product, squares, others),
         snr_db=_decibels(squares, noise), within=within, size=reference.size, compared=compared,
         left_out=left_out,
     )  # fmt: skip

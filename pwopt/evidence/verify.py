@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -11,9 +12,11 @@ from typing import Any
 import onnx
 
 from pwopt.errors import UsageError
-from pwopt.evidence.equivalence import Equivalence, compare
+from pwopt.evidence.comparison import compare
+from pwopt.evidence.equivalence import Equivalence
 from pwopt.evidence.laws import Law, measure
 from pwopt.evidence.localise import localise
+from pwopt.evidence.precision import find_coarsest_types
 from pwopt.graph.files import Source, as_file, load
 from pwopt.graph.sources import renamed
 from pwopt.inputs.samples import DEFAULT_KINDS, Feeds, Range, Sample, check_kinds, draw_samples, read_samples
@@ -113,7 +116,7 @@ def verify(
         drawn = samples_for(specs, first, a, placed, shapes, inputs, samples, ranges, progress)
         progress("running both models", 0.0)
         result = compared(a, b, drawn, placed, threads, rtol, atol)
-        if locate and not result.passed:
+        if locate and result.verdict == "not equivalent":
             progress("looking for the first difference", 0.0)
             result = replace(result, difference=localise(a, b, result, drawn, placed, threads, rewrites))
         progress("looking where operators ran", 0.0)
@@ -143,13 +146,14 @@ def compared(
     rtol: float | None = None,
     atol: float | None = None,
 ) -> Equivalence:
-    """How the answers of two models agree, and how far the original is from itself without graph optimisation."""
+    """Compare the outputs of two models on samples."""
     sessions = (
         Session(original, provider, threads),
         Session(original, provider, threads, optimise=False),
         Session(candidate, provider, threads),
     )
-    return compare(*sessions, samples, rtol, atol)
+    coarsest = functools.cache(lambda: find_coarsest_types(load(original).proto))
+    return compare(*sessions, samples, rtol, atol, coarsest=coarsest)
 
 
 def placements(

@@ -91,7 +91,7 @@ def attempt(subject: Problem, work: Compilation, choice: Selection, allowance: B
         better = _usable(pair, done, work, choice, left)
         if better is work:
             report = verified(pair, done.report, request)
-            better = _equivalent(report, work, left)
+            better = _equivalent(pair, report, work, choice, left, request)
         slow: list[tuple[Environment, ConditionLatency]] = []
         if better is work and request.measured:
             try:
@@ -134,24 +134,45 @@ def _usable(pair: Pair, done: Attempt, work: Compilation, choice: Selection, lef
     return work.without(done.report.rewrites, "the model cannot be used with some of them") if found is work else found
 
 
-def _equivalent(report: Report, work: Compilation, left: int) -> Compilation:
-    """The work without rewrites that make the answers differ; itself if they do not.
+def _equivalent(
+    pair: Pair, report: Report, work: Compilation, choice: Selection, left: int, request: Request
+) -> Compilation:
+    """Leave out the rewrites that make the outputs differ, or all if the outputs cannot be compared.
+
+    The first tensor that differs names the rewrites. If it does not, bisection finds them.
 
     Raises
     ------
     NotEquivalentError
-        If nobody knows which those are.
+        If the rewrites at fault are not found.
     """
     equivalence = report.equivalence
     if equivalence is None or equivalence.passed:
         return work
+    worst = equivalence.worst()
+    what = f"output {worst.name!r} {worst.explain()}" if worst is not None else ""
+    if equivalence.verdict == "not comparable":
+        return work.without(report.rewrites, f"{what}; --no-verify rewrites the model without a comparison")
     sites = equivalence.difference.sites if equivalence.difference is not None else ()
     guilty = [r for r in report.rewrites if r.site in sites]
-    if not left or not guilty:
+    if left and guilty:
+        reason = f"{what}; {DEFECT}" if what else DEFECT
+        return work.without(alike(work, guilty, report.rewrites), reason)
+    build = _builder(choice)
+    arena, tolerances = pair.arena, (request.rtol, request.atol)
+
+    def deviates(tried: Compilation) -> str:
+        try:
+            found = compared(pair.original, build(tried), arena.samples, arena.provider, arena.threads, *tolerances)
+        except ModelError as error:
+            return str(error)
+        worst = found.worst()
+        return "" if found.passed or worst is None else f"output {worst.name!r} {worst.explain()}"
+
+    fewer = culprits(work, report.rewrites, deviates) if left > 1 else work
+    if fewer is work:
         raise _not_equivalent(report)
-    worst = equivalence.worst()
-    reason = f"output {worst.name!r} {worst.explain()}; {DEFECT}" if worst is not None else DEFECT
-    return work.without(alike(work, guilty, report.rewrites), reason)
+    return fewer
 
 
 def _elsewhere(

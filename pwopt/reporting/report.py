@@ -81,8 +81,8 @@ def contradiction(before_ms: float, after_ms: float, ratio: float) -> str:
     if (ratio - 1) * (before_ms - after_ms) >= 0:
         return ""
     return (
-        f"The medians ({before_ms:.3g} → {after_ms:.3g} ms) and the ratio ({ratio:.3f}×) point opposite ways: the "
-        "ratio compares runs side by side, which slow spells of the machine hit alike, and decides."
+        f"The medians ({before_ms:.3g} → {after_ms:.3g} ms) and the ratio ({ratio:.3f}×) point opposite ways. "
+        "The ratio decides: it compares adjacent runs, which slow phases of the machine affect equally."
     )
 
 

@@ -204,7 +204,7 @@ def render_equivalence(equivalence: Equivalence, console: Console) -> None:
     """Print the verdict for each output."""
     table = _table("output", "max deviation", "noise floor", "sensitivity", "verdict")
     for o in equivalence.outputs:
-        colour = "green" if o.passed else "red"
+        colour = "green" if o.passed else "red" if o.comparable else "yellow"
         table.add_row(
             escape_text(o.name),
             f"{o.max_abs:.2g}",

@@ -35,7 +35,8 @@ def format_verdict(equivalence: Equivalence | None, report: Report | None) -> tu
     if equivalence is None:
         untouched = report is not None and not report.rewrites
         return "neutral", "Unchanged" if untouched else "Not verified"
-    return ("good", "Equivalent") if equivalence.passed else ("bad", "Not equivalent")
+    tones = {"equivalent": "good", "not equivalent": "bad", "not comparable": "neutral"}
+    return tones[equivalence.verdict], equivalence.verdict.capitalize()
 
 
 def list_claims(equivalence: Equivalence | None, report: Report | None) -> list[tuple[str, str]]:

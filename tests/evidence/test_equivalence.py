@@ -13,7 +13,8 @@ import pytest
 from helpers import normal, parse
 
 from pwopt.errors import UsageError
-from pwopt.evidence.equivalence import EXCUSED, FLOOR_FACTOR, Difference, Equivalence, compare, judge
+from pwopt.evidence.comparison import compare
+from pwopt.evidence.equivalence import EXCUSED, FLOOR_FACTOR, Difference, Equivalence, judge
 from pwopt.evidence.laws import parse_law
 from pwopt.evidence.metrics import Agreement
 from pwopt.evidence.verify import verify

@@ -10,7 +10,7 @@ import pytest
 from helpers import MODELS, normal, parse, planted_race
 
 from pwopt.errors import ModelError, ProviderError, UsageError
-from pwopt.evidence.equivalence import nudge
+from pwopt.evidence.comparison import nudge
 from pwopt.evidence.laws import parse_law
 from pwopt.evidence.metrics import agreement
 from pwopt.evidence.verify import verify
