@@ -69,7 +69,7 @@ def inactive_dropout(view: View, node: Node) -> bool:
 def axes_of(view: View, node: Node) -> list[int] | None:
     """The axes of a reduction, Squeeze or Unsqueeze: an attribute in older opsets, the second input in newer ones.
 
-    Normalised to be non-negative where the input's rank is known; None if they are not constant or not given.
+    Non-negative where the rank of the input is known; None if they are not constant, not given or an empty list.
     """
     if view.opset < AXES_SINCE[node.op]:
         axes = node.attrs.get("axes")
@@ -77,7 +77,7 @@ def axes_of(view: View, node: Node) -> list[int] | None:
         tensor = view.optional_input(node, 1)
         axes = None if tensor is None else view.integers(tensor)
     rank = view.rank(node.inputs[0])
-    return None if axes is None else [a + rank if a < 0 and rank is not None else a for a in axes]
+    return [a + rank if a < 0 and rank is not None else a for a in axes] if axes else None
 
 
 def slice_parameters(view: View, node: Node) -> list[tuple[int, int, int, int]] | None:

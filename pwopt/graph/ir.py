@@ -8,6 +8,7 @@ of onnx-graphsurgeon's classes into one of these, in place.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
@@ -256,5 +257,22 @@ def adopt_tensors(tensors: Iterable[Tensor | gs.Tensor]) -> None:
 
 def as_message(node: Node) -> onnx.NodeProto:
     """The node as ONNX stores it."""
-    message: onnx.NodeProto = OnnxExporter.export_node(node)
+    empty = [key for key, value in node.attrs.items() if isinstance(value, (list, tuple)) and not value]
+    filled = {key: value for key, value in node.attrs.items() if key not in empty}
+    same = Node(node.op, node.name, filled, domain=node.domain) if empty else node
+    message: onnx.NodeProto = OnnxExporter.export_node(same)
+    if empty:  # onnx-graphsurgeon finds the type of a list from its entries
+        message.input.extend(t.name for t in node.inputs)
+        message.output.extend(t.name for t in node.outputs)
+        message.attribute.extend(onnx.AttributeProto(name=key, type=_list_type(node, key)) for key in empty)
     return message
+
+
+def _list_type(node: Node, key: str) -> onnx.AttributeProto.AttributeType:
+    """The type of an attribute that is a list, in the newest version of the operator that has it; else integers."""
+    for version in range(onnx.defs.onnx_opset_version(), 0, -1):
+        with contextlib.suppress(onnx.defs.SchemaError):
+            attribute = onnx.defs.get_schema(node.op, version, node.domain or "").attributes.get(key)
+            if attribute is not None:
+                return cast(onnx.AttributeProto.AttributeType, cast(Any, attribute.type).value)
+    return onnx.AttributeProto.INTS

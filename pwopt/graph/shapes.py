@@ -26,6 +26,8 @@ INFERENCE_MEMORY, INFERENCE_COPIES = 1 << 28, 64
 #: Elements of inputs, and that inference may write down, without a bound on its memory; axes of a tensor at most.
 SAFE, LONGEST = 1 << 22, 32
 
+#: The domain of operators whose shapes inference must not guess.
+UNKNOWN = "pwopt.unknown"
 #: Initializers up to this many elements may be shapes, axes or sizes, whose values inference reads.
 SMALL = 1024
 
@@ -97,7 +99,36 @@ def skeleton(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim]] | None 
         if value.type.HasField("tensor_type"):
             graph.output[-1].type.tensor_type.ClearField("shape")
     graph.node.extend(model.graph.node)
+    _correct_axes(light)
     return light
+
+
+def _correct_axes(light: onnx.ModelProto) -> None:
+    """Change Squeezes and Unsqueezes where inference disagrees with onnxruntime.
+
+    * onnxruntime takes an empty list of axes of a Squeeze as if none were given.
+    * Before opset 11, inference expects ascending axes, and ignores negative ones. Those operators become unknown ones,
+      so that the shapes after them are unknown.
+    """
+    graph = light.graph
+    nodes = [n for n in graph.node if n.op_type in ("Squeeze", "Unsqueeze") and n.domain in ("", "ai.onnx")]
+    if not nodes:
+        return
+    old = all(o.version < 11 for o in light.opset_import if o.domain in ("", "ai.onnx"))
+    empty = {t.name for t in graph.initializer if 0 in t.dims}
+    empty.update(n.output[0] for n in graph.node if n.op_type == "Constant" and 0 in n.attribute[0].t.dims)
+    for node in nodes:
+        if node.op_type == "Squeeze" and len(node.input) > 1 and node.input[1] in empty:
+            del node.input[1:]
+        for attribute in [a for a in node.attribute if a.name == "axes"]:
+            if node.op_type == "Squeeze" and not attribute.ints:
+                node.attribute.remove(attribute)
+            elif old and min(attribute.ints, default=0) < 0:
+                node.op_type, node.domain = "Unknown", UNKNOWN
+            elif old:
+                attribute.ints[:] = sorted(attribute.ints)
+    if any(n.domain == UNKNOWN for n in nodes):
+        light.opset_import.add(domain=UNKNOWN, version=1)
 
 
 def infer(
