@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterator
 
 import numpy as np
@@ -123,6 +124,7 @@ class Planted:
 
 @pytest.fixture(autouse=True)
 def clock(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setattr(sys.modules[__name__], "RNG", np.random.default_rng(0))  # whatever ran before
     monkeypatch.setattr(Planted, "opened", [], raising=False)
     monkeypatch.setattr(timing.time, "perf_counter", lambda: Planted.now)
     monkeypatch.setattr(timing.time, "process_time", lambda: Planted.now)
