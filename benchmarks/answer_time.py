@@ -37,21 +37,21 @@ from rich.table import Table
 #: Stage → functions whose own time it is; those that a version of pwopt does not have are passed over.
 STAGES = {
     "read": ["pwopt.optimizing.optimizer:load", "pwopt.optimizing.optimizer:check_sites"],
-    "sizes": ["pwopt.optimizing.optimizer:gather"],
-    "settle": ["pwopt.optimizing.optimizer:plan", "pwopt.selecting.rewrite_selection:Compilation.settled"],
-    "search": ["pwopt.selecting.rewrite_selection:Compilation.opportunities"],
-    "look": ["pwopt.selecting.rewrite_selection:Judge.look"],
+    "sizes": ["pwopt.optimizing.optimizer:define_problem"],
+    "settle": ["pwopt.optimizing.optimizer:start_compilation", "pwopt.selecting.compilation:Compilation.snapshot"],
+    "search": ["pwopt.selecting.compilation:Compilation.find_opportunities"],
+    "look": ["pwopt.selecting.rewrite_selection:RacingEvaluator.estimate"],
     "candidates": [
-        "pwopt.selecting.rewrite_selection:Compilation.file",
-        "pwopt.selecting.rewrite_selection:Compilation.rewrite",
-        "pwopt.selecting.rewrite_selection:Environment.fault",
-        "pwopt.selecting.rewrite_selection:Environment.session",
+        "pwopt.selecting.compilation:Compilation.write_file",
+        "pwopt.selecting.compilation:Compilation.rewrite",
+        "pwopt.selecting.environment:Environment.fault",
+        "pwopt.selecting.environment:Environment.session",
         "pwopt.optimizing.optimizer:Budget",
     ],
-    "races": ["pwopt.selecting.rewrite_selection:Environment.race", "pwopt.running.timing:race"],
-    "certificates": ["pwopt.selecting.rewrite_selection:Compilation.certified"],
-    "verify": ["pwopt.optimizing.attempt:verified"],
-    "profile": ["pwopt.optimizing.attempt:Pair.profiled"],
+    "races": ["pwopt.selecting.environment:Environment.race", "pwopt.running.timing:race"],
+    "certificates": ["pwopt.selecting.compilation:Compilation.rewrite_certified"],
+    "verify": ["pwopt.optimizing.attempt:Attempts.verify"],
+    "profile": ["pwopt.optimizing.attempt:Pair.profile"],
     "write": ["pwopt.optimizing.optimizer:save"],
 }
 

@@ -21,7 +21,7 @@ from pwopt.graph.files import from_proto
 from pwopt.passes import PASSES
 from pwopt.reporting.report import to_json
 from pwopt.running.installation import describe_machine
-from pwopt.selecting.snapshot import run_pipeline
+from pwopt.selecting.snapshot import run_passes
 
 CHANNELS = 4
 
@@ -68,7 +68,7 @@ def main() -> None:
             proto = build(size)
             start = time.perf_counter()
             model = from_proto(proto)
-            _, outcome, _ = run_pipeline(model, [p() for p in PASSES], (), {})
+            outcome = run_passes(model, [p() for p in PASSES], (), {})
             result = model.to_proto()
             seconds = time.perf_counter() - start
             rows.append({

@@ -22,7 +22,8 @@ from builder import Builder
 
 from pwopt.evidence.certify import certify
 from pwopt.graph.files import load
-from pwopt.selecting.rewrite_selection import Compilation
+from pwopt.selecting.compilation import Compilation
+from pwopt.selecting.pass_list import resolve_passes
 
 #: Channels and residual blocks of each stage.
 STAGES = ((64, 1), (128, 2), (256, 8), (512, 8), (1024, 4))
@@ -60,13 +61,13 @@ def main() -> None:
 
         for _ in range(5):
             shapes = {"x": (1, 3, 224, 224)}
-            work = Compilation(source, source, None, (), shapes, Path(temporary))
-            timed("settle", lambda work=work: work.settled(()))  # type: ignore[misc]
-            timed("search", work.opportunities)
-            sites = frozenset(r.site for r in work.opportunities()[0])
+            work = Compilation(source, source, resolve_passes(), (), shapes, Path(temporary))
+            timed("settle", lambda work=work: work.snapshot(()))  # type: ignore[misc]
+            timed("search", work.find_opportunities)
+            sites = frozenset(r.site for r in work.find_opportunities()[0])
             timed("candidate", lambda work=work, sites=sites: work.rewrite(sites))  # type: ignore[misc]
-            judged = Compilation(source, source, None, (), shapes, Path(temporary), certifier=certify)
-            timed("settle with certificates", lambda judged=judged: judged.settled(()))  # type: ignore[misc]
+            judged = Compilation(source, source, resolve_passes(), (), shapes, Path(temporary), certifier=certify)
+            timed("settle with certificates", lambda judged=judged: judged.snapshot(()))  # type: ignore[misc]
         for name, seconds in spent.items():
             print(f"{name}: {statistics.median(seconds):.2f} s of CPU")
 

@@ -12,7 +12,7 @@ import pwopt
 from pwopt.evidence.certify import unchecked
 from pwopt.reporting.drawing import BOX_HEIGHT, BOX_WIDTH, draw, format_path
 from pwopt.rewriting import Pass, Rewrite
-from pwopt.selecting.snapshot import run_pipeline
+from pwopt.selecting.snapshot import run_passes
 
 ROOT = Path(__file__).parent.parent
 #: The address of files in the repository that are not pages.
@@ -40,7 +40,7 @@ def _example(kind: type[Pass]) -> Rewrite | None:
     for file in sorted(p for p in (ROOT / "models").glob("*.onnx") if ".pwopt" not in p.name):
         p = kind()
         p.scope = "requested"
-        _, outcome, _ = run_pipeline(pwopt.load(file), [p], (), {}, None, unchecked)
+        outcome = run_passes(pwopt.load(file), [p], (), {}, None, unchecked)
         found += [r for r in outcome.rewrites if r.before and r.after and len(r.before) + len(r.after) < 14]
     return min(found, key=lambda r: len(r.before) + len(r.after), default=None)
 

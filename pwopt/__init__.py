@@ -18,14 +18,19 @@ __getattr__, __dir__, __all__ = lazy_loader.attach(
     submodules={"errors", "invariants", "passes"},
     submod_attrs={
         "errors": ["ModelError", "NotEquivalentError", "ProviderError", "PwoptError", "UsageError"],
+        "evidence.equivalence": ["Equivalence"],
+        "evidence.laws": ["Law"],
         "evidence.verify": ["verify"],
         "graph.files": ["load", "save"],
         "graph.model": ["Model"],
         "optimizing.batch": ["optimize_many"],
         "optimizing.optimizer": ["Result", "optimize"],
         "optimizing.record_tuning": ["profile"],
-        "optimizing.request": ["Request"],
+        "optimizing.request": ["Limits", "Measuring", "Request", "Writing"],
         "passes": ["PASSES"],
+        "reporting.report": ["Report"],
+        "rewriting.driver": ["Pass"],
+        "rewriting.records": ["Rewrite", "Site", "Skip"],
         "running.bench": ["benchmark"],
         "running.huge_pages": ["HugePages", "use_huge_pages"],
         "selecting.inspection": ["inspect"],
@@ -43,6 +48,8 @@ if TYPE_CHECKING:
     from pwopt.errors import ProviderError as ProviderError
     from pwopt.errors import PwoptError as PwoptError
     from pwopt.errors import UsageError as UsageError
+    from pwopt.evidence.equivalence import Equivalence as Equivalence
+    from pwopt.evidence.laws import Law as Law
     from pwopt.evidence.verify import verify as verify
     from pwopt.graph.files import load as load
     from pwopt.graph.files import save as save
@@ -51,8 +58,16 @@ if TYPE_CHECKING:
     from pwopt.optimizing.optimizer import Result as Result
     from pwopt.optimizing.optimizer import optimize as optimize
     from pwopt.optimizing.record_tuning import profile as profile
+    from pwopt.optimizing.request import Limits as Limits
+    from pwopt.optimizing.request import Measuring as Measuring
     from pwopt.optimizing.request import Request as Request
+    from pwopt.optimizing.request import Writing as Writing
     from pwopt.passes import PASSES as PASSES
+    from pwopt.reporting.report import Report as Report
+    from pwopt.rewriting.driver import Pass as Pass
+    from pwopt.rewriting.records import Rewrite as Rewrite
+    from pwopt.rewriting.records import Site as Site
+    from pwopt.rewriting.records import Skip as Skip
     from pwopt.running.bench import benchmark as benchmark
     from pwopt.running.huge_pages import HugePages as HugePages
     from pwopt.running.huge_pages import use_huge_pages as use_huge_pages

@@ -78,10 +78,11 @@ def run(model: onnx.ModelProto, *passes: Pass, **options: object) -> tuple[onnx.
 
 def plant(monkeypatch: pytest.MonkeyPatch, race: Callable[..., object]) -> None:
     """Let a function say what races say, of (arena, models, …), and profiles say nothing."""
-    from pwopt.selecting import rewrite_selection
+    from pwopt.selecting.environment import Environment
+    from pwopt.selecting.rewrite_selection import RacingEvaluator
 
-    monkeypatch.setattr(rewrite_selection.Environment, "race", race)
-    monkeypatch.setattr(rewrite_selection.Judge, "look", lambda *_: {})
+    monkeypatch.setattr(Environment, "race", race)
+    monkeypatch.setattr(RacingEvaluator, "estimate", lambda *_: {})
 
 
 def ops(model: onnx.ModelProto) -> Counter[str]:

@@ -19,7 +19,8 @@ import pwopt
 from pwopt.graph.files import from_proto
 from pwopt.passes import FractionalStride, Polyphase, Winograd
 from pwopt.rewriting.records import Rewrite
-from pwopt.selecting.rewrite_selection import Compilation
+from pwopt.selecting.compilation import Compilation
+from pwopt.selecting.pass_list import resolve_passes
 
 Feeds = dict[str, np.ndarray]
 Runner = Callable[[Feeds], list[np.ndarray]]
@@ -170,8 +171,8 @@ def _optimised(sample: Sample, passes: Sequence[str] | None) -> tuple[onnx.Model
         result = pwopt.optimize(sample.model, cost="analytic", verify=False, shapes=shapes)
         return result.model, result.report.rewrites
     source = from_proto(sample.model)
-    _, outcome, _, model = Compilation(source, source, tuple(passes), (), shapes, Path()).rewrite(None)
-    return model, outcome.rewrites
+    done = Compilation(source, source, resolve_passes(passes), (), shapes, Path()).rewrite(None)
+    return done.proto, done.rewrites
 
 
 def judge(

@@ -66,7 +66,7 @@ def optimize_folder(
         if given is not None:
             raise UsageError(f"{name} applies to a single model; with -d, results and reports go into the folder")
     console = open_console(quiet=verbosity.quiet or verbosity.json)
-    if request.dry_run:
+    if request.writing.dry_run:
         for job in jobs(models, folder, request):
             console.print(f"{escape_text(str(job.model))} → {escape_text(str(job.output))}", soft_wrap=True)
         return

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import cast
 
 import typer
 
 from pwopt.cli import options
 from pwopt.cli.many import Verbosity, connect_fleet, optimize_folder
 from pwopt.errors import NotEquivalentError, UsageError
-from pwopt.optimizing.request import Request
+from pwopt.optimizing.request import CostModel, Effort, Limits, Measuring, Request, Writing
 
 
 def optimize(
@@ -27,20 +28,20 @@ def optimize(
     plugin: options.Plugins = None,
     deny: options.Deny = None,
     threads: options.ThreadCounts = None,
-    effort: options.Effort = Request.effort,
-    budget: options.Budget = Request.budget,
-    no_cache: options.NoCache = not Request.cache,
+    effort: options.Effort = Measuring.effort,
+    budget: options.Budget = Measuring.budget,
+    no_cache: options.NoCache = not Measuring.cache,
     target_profile: options.TargetProfile = None,
     max_growth: options.MaxGrowth = None,
     static: options.Static = Request.static,
     opset: options.Opset = None,
-    name_nodes: options.NameNodes = Request.name_nodes,
+    name_nodes: options.NameNodes = Writing.name_nodes,
     report: options.Document = None,
     rtol: options.Rtol = None,
     atol: options.Atol = None,
     no_verify: options.NoVerify = not Request.verify,
-    force: options.Force = Request.force,
-    dry_run: options.DryRun = Request.dry_run,
+    force: options.Force = Writing.force,
+    dry_run: options.DryRun = Writing.dry_run,
     workers: options.Workers = 1,
     scheduler: options.Scheduler = None,
     target: options.Target = None,
@@ -53,12 +54,12 @@ def optimize(
     """Optimise MODEL, compare the result with it, and write the result only if both are equivalent."""
     placed = options.parse_provider(provider, provider_option)
     request = Request(
-        output, provider=placed.text, cost=cost,
-        shapes=options.parse_rounds(shape), inputs=inputs or None,
-        passes=None if passes is None else options.split_list(passes), deny=deny or (),
-        threads=options.parse_thread_counts(threads), static=static, max_growth=max_growth, opset=opset, rtol=rtol,
-        atol=atol, verify=not no_verify, effort=effort, budget=budget, cache=not no_cache,
-        target_profile=target_profile, force=force, plugins=plugin or (), dry_run=dry_run, name_nodes=name_nodes,
+        output, provider=placed.text, cost=cast(CostModel, cost), shapes=options.parse_rounds(shape),
+        inputs=inputs or None, passes=None if passes is None else options.split_list(passes), plugins=plugin or (),
+        deny=deny or (), threads=options.parse_thread_counts(threads), static=static, opset=opset,
+        verify=not no_verify,
+        measuring=Measuring(cast(Effort, effort), budget, cache=not no_cache, target_profile=target_profile),
+        limits=Limits(rtol, atol, max_growth), writing=Writing(force, name_nodes, dry_run),
     )  # fmt: skip
     verbosity = Verbosity(details, json, quiet, verbose, debug)
     if directory is not None:
@@ -75,20 +76,20 @@ def optimize(
 def _optimize_one(model: Path, request: Request, report: Path | None, verbosity: Verbosity, command: str) -> None:
     """Optimise one model and report the result."""
     from pwopt.cli.output import check_report, escape_text, open_console, print_json, show_progress, write_document
-    from pwopt.optimizing.optimizer import optimized
+    from pwopt.optimizing.optimizer import run_request
     from pwopt.optimizing.preparation import same_file
     from pwopt.reporting import terminal
     from pwopt.reporting.document import check_available
 
     out = model.parent / f"{model.stem}.pwopt.onnx" if request.output is None else Path(request.output)
-    if not request.force and same_file(out, model):
+    if not request.writing.force and same_file(out, model):
         raise UsageError(f"the output {str(out)!r} is the input file; choose another file with -o, or pass --force")
     check_report(report, model, out)
     check_available(report)
     console = open_console(quiet=verbosity.quiet or verbosity.json)
     try:
         with show_progress(debug=verbosity.debug, quiet=verbosity.quiet, verbose=verbosity.verbose) as progress:
-            result = optimized(model, replace(request, output=out, progress=progress))
+            result = run_request(model, replace(request, output=out, progress=progress))
     except NotEquivalentError as error:
         terminal.render_equivalence(error.report.equivalence, console)
         terminal.render_difference(error.report.equivalence, console)
@@ -102,6 +103,6 @@ def _optimize_one(model: Path, request: Request, report: Path | None, verbosity:
     write_document(report, final)
     if verbosity.json:
         print_json(final.to_json())
-    written = [str(p) for p in (None if request.dry_run else out, report) if p is not None]
+    written = [str(p) for p in (None if request.writing.dry_run else out, report) if p is not None]
     if written:
         console.print(f"wrote {escape_text(' and '.join(written))}", soft_wrap=True)

@@ -24,10 +24,10 @@ def passes(
     """List all passes: what each one rewrites, and when. With NAME, print the documentation of one pass."""
     from pwopt.cli.output import escape_text, open_console, print_json
     from pwopt.reporting.report import to_json
+    from pwopt.selecting.pass_list import resolve_passes
     from pwopt.selecting.plugins import origin
-    from pwopt.selecting.snapshot import select_passes
 
-    found = select_passes(None, plugin or ())
+    found = list(resolve_passes(None, plugin or ()))
     if name is not None:
         known = ", ".join(p.name for p in found)
         found = [p for p in found if p.name == name]

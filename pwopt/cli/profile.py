@@ -6,7 +6,7 @@ import re
 
 from pwopt.cli import options
 from pwopt.cli.many import connect_fleet
-from pwopt.optimizing.request import EFFORTS, Request
+from pwopt.optimizing.request import EFFORTS, Measuring, Request
 
 
 def profile(
@@ -42,7 +42,13 @@ def profile(
             )  # fmt: skip
             found = {output: own}
         else:
-            request = Request(provider=placed.text, threads=threads, shapes=shapes, budget=budget, plugins=plugin or ())
+            request = Request(
+                provider=placed.text,
+                threads=threads,
+                shapes=shapes,
+                measuring=Measuring(budget=budget),
+                plugins=plugin or (),
+            )
             named = cluster.profiles(models, request, progress)
             found = {output / f"{re.sub('[^A-Za-z0-9._-]+', '-', label)}.json": p for label, p in named.items()}
     console = open_console(wide=True, quiet=quiet or json)

@@ -18,7 +18,6 @@ from pwopt.evidence.laws import Law, measure
 from pwopt.evidence.localise import localise
 from pwopt.evidence.precision import find_coarsest_types
 from pwopt.graph.files import Source, as_file, load
-from pwopt.graph.sources import renamed
 from pwopt.inputs.samples import DEFAULT_KINDS, Feeds, Range, Sample, check_kinds, draw_samples, read_samples
 from pwopt.inputs.specs import InputSpec, input_specs
 from pwopt.rewriting.records import Rewrite
@@ -60,7 +59,6 @@ def samples_for(
     return read_samples(inputs, specs, given[0] if given else None)
 
 
-@renamed(kinds="samples", laws="invariants")
 def verify(
     original: Source, candidate: Source, *, provider: str | Provider = "cpu", threads: int = 1,
     shapes: Shapes | None = None, inputs: str | os.PathLike[str] | Feeds | Sequence[Any] | None = None,

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 import os
 import sys
-import warnings
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, ParamSpec, TypeVar
+from typing import Any
 
 import onnx
 from google.protobuf.message import DecodeError
@@ -18,9 +15,6 @@ from pwopt.graph.model import Model
 
 #: A path, an `onnx.ModelProto` or its bytes, a `Model`, a `torch.onnx.ONNXProgram` or an `onnx_ir.Model`.
 Source = str | os.PathLike[str] | bytes | onnx.ModelProto | Model | Any
-
-P = ParamSpec("P")
-R = TypeVar("R")
 
 
 def handed(source: Source) -> Path | onnx.ModelProto | Model:
@@ -56,21 +50,3 @@ def handed(source: Source) -> Path | onnx.ModelProto | Model:
     what = f"{type(source).__module__}.{type(source).__qualname__}".removeprefix("builtins.")
     kinds = "a path, bytes, an onnx.ModelProto, a torch.onnx.ONNXProgram or an onnx_ir.Model"
     raise UsageError(f"the model is of type {what}; give {kinds}")
-
-
-def renamed(**old: str) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Let a function take parameters by their old names too, with a warning: ``renamed(cost_model="cost")``."""
-
-    def decorate(function: Callable[P, R]) -> Callable[P, R]:
-        @functools.wraps(function)
-        def taking(*args: P.args, **kwargs: P.kwargs) -> R:
-            for name in set(old).intersection(kwargs):
-                if old[name] in kwargs:
-                    raise UsageError(f"{name!r} is the old name of {old[name]!r}; give one of them")
-                warnings.warn(f"{name!r} is called {old[name]!r} now", FutureWarning, stacklevel=2)
-                kwargs[old[name]] = kwargs.pop(name)
-            return function(*args, **kwargs)
-
-        return taking
-
-    return decorate

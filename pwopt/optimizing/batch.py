@@ -22,13 +22,13 @@ import onnx
 
 from pwopt.errors import PwoptError, UsageError
 from pwopt.graph.storage import locations_of, replacing
-from pwopt.optimizing.optimizer import optimized
+from pwopt.optimizing.optimizer import run_request
+from pwopt.optimizing.preparation import resolve
 from pwopt.optimizing.request import Request
 from pwopt.reporting.report import REPORT_SCHEMA, Report, to_json
 from pwopt.running import installation, timing
 from pwopt.running.progress import Progress, ignore_progress
-from pwopt.selecting.plugins import fingerprint, resolved
-from pwopt.selecting.snapshot import select_passes
+from pwopt.selecting.plugins import fingerprint
 from pwopt.version import __version__
 
 #: What a finished batch is listed in, and what the next one goes on from.
@@ -148,18 +148,16 @@ def _distinct(outputs: Iterable[Path]) -> None:
 
 
 def key(model: Path, request: Request) -> str:
-    """Equal for the same model, options and versions; "" if there is no such file."""
+    """A digest that is equal for the same model, options and versions; "" if there is no such file."""
+    request = replace(request, output=None, inputs=None, writing=replace(request.writing, force=False))
     options = {f.name: repr(getattr(request, f.name)) for f in dataclasses.fields(request) if f.compare}
-    versions = (
-        __version__,
-        installation.describe_machine(request.execution_provider, request.first_threads)["onnxruntime"],
-    )
-    for name in ("output", "force", "inputs"):
-        options.pop(name, None)
-    passes = [(p.name, fingerprint(p)) for p in select_passes(request.passes, resolved(request.plugins, model))]
+    machine = installation.describe_machine(request.execution_provider, request.first_threads)
+    versions = (__version__, machine["onnxruntime"])
+    passes = [(p.name, fingerprint(p)) for p in resolve(request, model)]
+    profile = request.measuring.target_profile
     with contextlib.suppress(OSError):
-        profile = b"" if request.target_profile is None else Path(request.target_profile).read_bytes()
-        return hashlib.sha256(f"{options} {versions} {passes} {profile!r} {content(model)}".encode()).hexdigest()
+        database = b"" if profile is None else Path(profile).read_bytes()
+        return hashlib.sha256(f"{options} {versions} {passes} {database!r} {content(model)}".encode()).hexdigest()
     return ""
 
 
@@ -305,7 +303,7 @@ def carried_out(job: Job, request: Request, called: tuple[PurePath, PurePath] | 
     report: Report | None = None
     try:
         job.output.parent.mkdir(parents=True, exist_ok=True)
-        report = optimized(job.model, replace(request, output=job.output)).report
+        report = run_request(job.model, replace(request, output=job.output)).report
         row = replace(summary(row, report), status="done")
     except PwoptError as error:
         report = getattr(error, "report", None)

@@ -1,81 +1,77 @@
-"""How the seconds that may go into measuring are spent: races of rewrites first, as much as the rest leaves them."""
+"""Divide the time for measurements: races of rewrites get what verification and the final race leave."""
 
 from __future__ import annotations
 
 import contextlib
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 
-from pwopt.optimizing.other_conditions import SHARE, others
+from pwopt.optimizing.other_conditions import CONDITION_SHARE
 from pwopt.optimizing.preparation import Problem
-from pwopt.optimizing.request import Request
+from pwopt.optimizing.request import Measuring
 
-#: The final race takes this part of the budget at most.
-FINAL = 0.15
-#: Models that are loaded to verify and to profile: the original with and without graph optimisation, the result, both
-#: once more under the profiler; and two for each further condition.
-LOADS, LOADS_ELSEWHERE = 5, 2
-#: Runs of each sample to verify it: the original twice, the result.
-RUNS = 3
+#: The greatest share of the budget for the final race.
+FINAL_SHARE = 0.15
+#: Models that are loaded to verify and to profile: the original with and without graph optimisation, the result, and
+#: both once more under the profiler. Two more are loaded for each other condition.
+LOADS, LOADS_PER_CONDITION = 5, 2
+#: Runs of each sample to verify: two of the original, one of the result.
+VERIFYING_RUNS = 3
 #: Seconds for all runs under the profiler.
-PROFILING = 1.0
-#: What is kept back for all that, at most: the first load of a provider may take long, and later ones do not.
-MOST = 0.5
+PROFILING_SECONDS = 1.0
+#: The greatest share of the budget that is reserved for all this, because the first load on a provider may take much
+#: longer than later ones.
+MAX_RESERVED = 0.5
 
 
 class Budget:
-    """The wall seconds for all measuring of one optimisation, from the moment when it is made.
+    """The seconds for all measurements of one optimisation. They begin when the object is created.
 
     Parameters
     ----------
-    subject : Problem
-    request : Request
+    problem : Problem
+    measuring : Measuring
+    conditions : int
+        The number of other conditions under which the result is raced.
     """
 
-    def __init__(self, subject: Problem, request: Request) -> None:
-        self._end = time.perf_counter() + request.seconds
-        self.request = request
-        self._elsewhere = max(0, len(others(subject, request)))
-        worker = subject.arena.worker if subject.arena is not None else None
+    def __init__(self, problem: Problem, measuring: Measuring, conditions: int) -> None:
+        self._end = time.perf_counter() + measuring.seconds
+        self._seconds, self._race_seconds = measuring.seconds, measuring.race_seconds
+        worker = problem.environment.worker if problem.environment is not None else None
         load, run = worker.took if worker is not None and worker.ready else (0.0, 0.0)
-        loads = (LOADS + LOADS_ELSEWHERE * self._elsewhere) * load
-        fixed = loads + RUNS * len(subject.samples) * run + PROFILING
-        self._fixed = min(fixed, MOST * request.seconds)
+        loads = (LOADS + LOADS_PER_CONDITION * conditions) * load
+        reserved = loads + VERIFYING_RUNS * len(problem.samples) * run + PROFILING_SECONDS
+        self._reserved = min(reserved, MAX_RESERVED * self._seconds)
+        #: How many final races all conditions take together.
+        self._races = 1 + CONDITION_SHARE * conditions
 
     @property
     def left(self) -> float:
+        """Seconds that are left."""
         return max(0.0, self._end - time.perf_counter())
 
     @property
-    def again(self) -> bool:
-        """Whether there is time to verify and to race another result."""
-        return self.request.seconds <= 0 or self.left > self._fixed + self._races * self._final
+    def allows_retry(self) -> bool:
+        """Whether there is time to verify and race another result."""
+        return self._seconds <= 0 or self.left > self._reserved + self._final_races()
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """The time for what is no measuring."""
+        """Do not count the time in this context."""
         begin = time.perf_counter()
         yield
         self._end += time.perf_counter() - begin
 
-    @property
-    def for_choosing(self) -> float:
-        """Seconds for races of rewrites, if the final race is to be as long as it may."""
-        return max(0.0, self.left - self._fixed - self._races * self._final)
+    def for_selection(self) -> float:
+        """Seconds for races of rewrites, if the final race takes its full share."""
+        return max(0.0, self.left - self._reserved - self._final_races())
 
-    @property
-    def _races(self) -> float:
-        """How many final races all conditions together take."""
-        return 1 + SHARE * self._elsewhere
+    def for_final_race(self) -> float:
+        """Seconds for the final race under the first condition."""
+        if self._seconds <= 0:
+            return self._race_seconds
+        return min(self._race_seconds, max(0.0, self.left - self._reserved) / self._races)
 
-    @property
-    def _final(self) -> float:
-        return min(self.request.race_seconds, FINAL * self.request.seconds)
-
-    def rest(self) -> Request:
-        """The request with what is left for the final race."""
-        if self.request.seconds <= 0:
-            return self.request
-        left = max(0.0, self.left - self._fixed) / self._races
-        return replace(self.request, race_seconds=min(self.request.race_seconds, left))
+    def _final_races(self) -> float:
+        return self._races * min(self._race_seconds, FINAL_SHARE * self._seconds)

@@ -141,7 +141,7 @@ class Fleet:
         dask = distributed()
         with self.connected() as client:
             seen = _seen(client, todo)
-            known = tuple(cache.stored()) if request.cache else ()
+            known = tuple(cache.stored()) if request.measuring.cache else ()
             jobs: dict[Any, Job] = {}
             for job in todo:
                 files = {} if job.model in seen else _packed(job.model)
@@ -194,7 +194,7 @@ def _received(future: Any, job: Job, request: Request) -> JobResult:
         lost = type(error).__name__ == "KilledWorker"
         sentence = f"it killed {RETRIES + 1} workers; try it alone" if lost else f"{type(error).__name__}: {error}"
         return JobResult(BatchRow(os.fspath(job.model), os.fspath(job.output), "failed", sentence, DEFECT))
-    if request.cache:
+    if request.measuring.cache:
         for entry in delivery.learnt:
             cache.store(entry)
     return delivery.done
@@ -315,7 +315,7 @@ def recorded(models: Mapping[str, Mapping[str, bytes]], request: Request) -> Tun
             return profile(
                 paths, provider=request.provider, threads=request.first_threads,
                 shapes=request.rounds[0] if request.rounds else None,
-                budget=request.seconds, plugins=request.plugins,
+                budget=request.measuring.seconds, plugins=request.plugins,
             )  # fmt: skip
         except PwoptError as error:
             raise RuntimeError(str(error)) from error

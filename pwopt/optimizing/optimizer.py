@@ -1,39 +1,45 @@
-"""A model goes in, a faster verified one comes out."""
+"""`pwopt.optimize`: optimise, verify and measure a model."""
 
 from __future__ import annotations
 
 import contextlib
-import functools
-import inspect
 import logging
-from collections.abc import Callable, Iterator
+import os
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Concatenate, ParamSpec
+from typing import Any
 
 import onnx
 
 from pwopt.graph.files import Source, as_file, blaming, load, save
 from pwopt.graph.names import with_named_nodes
 from pwopt.graph.shapes import written
-from pwopt.graph.sources import handed, renamed
+from pwopt.graph.sources import handed
 from pwopt.graph.storage import workspace
-from pwopt.optimizing.attempt import Attempt, attempt
+from pwopt.inputs.samples import Feeds
+from pwopt.optimizing.attempt import Attempt, Attempts
 from pwopt.optimizing.budget import Budget
-from pwopt.optimizing.fallback import returned
-from pwopt.optimizing.preparation import Problem, check_request, check_sites, gather, plan
-from pwopt.optimizing.request import Request
+from pwopt.optimizing.denied_sites import check_sites
+from pwopt.optimizing.fallback import choose_result
+from pwopt.optimizing.other_conditions import other_environments
+from pwopt.optimizing.preparation import Problem, check_output, define_problem, resolve, start_compilation
+from pwopt.optimizing.request import CostModel, Limits, Measuring, Request, Writing
+from pwopt.passes import PASSES
+from pwopt.reporting import notes
 from pwopt.reporting.brief import render_summary
 from pwopt.reporting.report import Report
+from pwopt.rewriting.driver import Pass
+from pwopt.rewriting.records import Site
 from pwopt.rewriting.wording import counted
 from pwopt.running import installation, timing
-from pwopt.selecting.autotuning import groups
-from pwopt.selecting.plugins import fingerprint, resolved
-from pwopt.selecting.rewrite_selection import CachedTuningRecords, Compilation, NoTuningRecords, Selection, select
-from pwopt.selecting.snapshot import select_passes
+from pwopt.running.progress import Progress, ignore_progress
+from pwopt.selecting.compilation import Compilation
+from pwopt.selecting.plugins import fingerprint, installed
+from pwopt.selecting.rewrite_selection import Selection, decide, find_candidates
 from pwopt.selecting.tuning_database import TuningDatabase
+from pwopt.selecting.tuning_records import CachedTuningRecords, NoTuningRecords, TuningRecords
 
-Options = ParamSpec("Options")
 LOG = logging.getLogger(__name__)
 
 
@@ -56,39 +62,29 @@ class Result:
         return render_summary(self.report)
 
 
-def _taking(
-    request: Callable[Options, Request],
-) -> Callable[[Callable[[Source, Request], Result]], Callable[Concatenate[Source, Options], Result]]:
-    """Let a function of a request take its options as arguments: they are written once, in `Request`."""
-
-    def decorate(run: Callable[[Source, Request], Result]) -> Callable[Concatenate[Source, Options], Result]:
-        model, options = inspect.signature(run).parameters["model"], inspect.signature(request).parameters
-        signature = inspect.Signature([model, *options.values()], return_annotation=Result)
-
-        @functools.wraps(run)
-        def taking(*args: object, **kwargs: object) -> Result:
-            given = signature.bind(*args, **kwargs).arguments  # says which option there is not
-            return run(given.pop("model"), Request(**given))
-
-        taking.__signature__ = signature  # type: ignore[attr-defined]
-        described = (inspect.getdoc(request) or "").partition("----------\n")[2]
-        before, _, rest = (inspect.getdoc(run) or "").partition("request : Request\n")
-        taking.__doc__ = f"{before}{described.rstrip()}\n\n{rest.partition(chr(10) * 2)[2]}"
-        return taking
-
-    return decorate
-
-
-@renamed(cost_model="cost", check="verify")
-@_taking(Request)
-def optimize(model: Source, request: Request) -> Result:
-    """Optimise a model, verify it against the original, measure both.
+def optimize(
+    model: Source, output: str | os.PathLike[str] | None = None, *, provider: str = "cpu",
+    cost: CostModel = "measured",
+    shapes: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]] | None = None,
+    inputs: str | os.PathLike[str] | Feeds | Sequence[Any] | None = None,
+    passes: Sequence[str | type[Pass] | Pass] | None = None, plugins: Sequence[str | type[Pass] | Pass] = (),
+    deny: Iterable[str | Site] = (), threads: int | Sequence[int] = (), static: bool = False,
+    opset: int | None = None, verify: bool = True, measuring: Measuring = Request.measuring,
+    limits: Limits = Request.limits, writing: Writing = Request.writing, progress: Progress = ignore_progress,
+) -> Result:  # fmt: skip
+    """Optimise a model, verify it against the original, and measure both.
 
     Parameters
     ----------
     model : path, bytes, onnx.ModelProto, torch.onnx.ONNXProgram, onnx_ir.Model or Model
-    request : Request
-        Its fields, each as an argument of its own: `optimize(model, output="fast.onnx", cost="analytic")`.
+    output, provider, cost, shapes, inputs, passes, plugins, deny, threads, static, opset, verify, progress
+        See the attributes of `Request`.
+    measuring : Measuring
+        How long to measure, and which earlier measurements to use.
+    limits : Limits
+        By how much the result may differ from the original and grow.
+    writing : Writing
+        How the result is written.
 
     Returns
     -------
@@ -108,48 +104,47 @@ def optimize(model: Source, request: Request) -> Result:
     >>> result.report.before.nodes, result.report.after.nodes
     (4, 1)
     """
-    return optimized(model, request)
+    request = Request(
+        output, provider=provider, cost=cost, shapes=shapes, inputs=inputs, passes=passes, plugins=plugins, deny=deny,
+        threads=threads, static=static, opset=opset, verify=verify, measuring=measuring, limits=limits,
+        writing=writing, progress=progress,
+    )  # fmt: skip
+    return run_request(model, request)
 
 
-def optimized(model: Source, request: Request) -> Result:
-    """What `optimize` returns, for a request that is written already."""
+def run_request(model: Source, request: Request) -> Result:
+    """Optimise a model as `optimize` does, for a request."""
     model = handed(model)
     path = model if isinstance(model, Path) else None
-    request = replace(request, plugins=resolved(request.plugins, path))
-    check_request(request, path)
-    if request.dry_run:
+    check_output(request, path)
+    passes = resolve(request, path)
+    dry_run = request.writing.dry_run
+    if dry_run:
         request = replace(request, output=None, cost="analytic", verify=False)
     request.progress("reading", 0.0)
     source = load(model)
-    renames = request.opset is not None or bool(source.proto.functions)
-    check_sites(request.denied, source.proto, renamed=renames, more=select_passes(request.passes, request.plugins))
+    renamed = request.opset is not None or bool(source.proto.functions)
+    names = dict.fromkeys([*(p.name for p in (*PASSES, *installed())), *(p.name for p in passes)])
+    check_sites(request.denied, source.proto, tuple(names), renamed=renamed)
     with contextlib.ExitStack() as stack:
         stack.enter_context(blaming(source.proto))
         original = stack.enter_context(as_file(source if path is None else path))
-        subject = gather(source, original, request)
-        subject = subject.guarded(stack)
-        LOG.info("%s", _on_what(subject, request))
-        work = plan(subject, request, stack.enter_context(workspace(request.output)))
+        problem = define_problem(source, original, request).start_worker(stack)
+        LOG.info("%s", _describe_problem(problem, request))
+        compilation = start_compilation(problem, passes, request, stack.enter_context(workspace(request.output)))
         request.progress("rewriting", 0.0)
-        work.settled(tuple(work.denied))
-        allowance = Budget(subject, request)
-        choice = choose(work, subject, request, allowance)
-        blank = Report(
-            model="<model in memory>" if path is None else str(path),
-            output=None if request.output is None else str(request.output),
-            provider=request.provider,
-            environment=installation.describe_machine(request.execution_provider, request.first_threads),
-            shapes=subject.sizes,
-            passes={p.name: p.identity() for p in select_passes(work.passes)},
-        )
-
-        def tried(always_only: bool) -> Attempt:
-            return attempt(subject, replace(work, always_only=always_only), choice, allowance, blank)
-
-        done = returned(tried, source.proto, request, allowance).noted(*subject.why)
-        if request.dry_run:
-            done = done.noted(*_outlook(work, request.target_profile is None))
-        if request.name_nodes:
+        compilation.snapshot(tuple(compilation.denied))
+        conditions = len(other_environments(problem.environment, request.thread_counts))
+        budget = Budget(problem, request.measuring, conditions)
+        selection = select_rewrites(compilation, problem, request, budget)
+        blank = _begin_report(path, problem, passes, request)
+        attempts = Attempts(problem, selection, budget, request, blank)
+        done = _finish(attempts, compilation)
+        if dry_run:
+            candidates = find_candidates(compilation, NoTuningRecords())
+            races = request.measuring.target_profile is None
+            done = done.noted(*notes.describe_dry_run(candidates.groups, races=races))
+        if request.writing.name_nodes:
             done = replace(done, proto=with_named_nodes(done.proto))
         if request.output is not None:
             request.progress("writing", 1.0)
@@ -157,48 +152,67 @@ def optimized(model: Source, request: Request) -> Result:
     return Result(done.proto, done.report)
 
 
-def _on_what(subject: Problem, request: Request) -> str:
-    """What the model will be judged on, and why."""
-    sizes = ", ".join(f"{name} {written(shape)}" for name, shape in subject.sizes.items())
-    given = "likely ones, since none were given" if subject.guessed else "the model's own, or given"
-    if subject.arena is None:
+def _begin_report(path: Path | None, problem: Problem, passes: Sequence[Pass], request: Request) -> Report:
+    return Report(
+        model="<model in memory>" if path is None else str(path),
+        output=None if request.output is None else str(request.output),
+        provider=request.provider,
+        environment=installation.describe_machine(request.execution_provider, request.first_threads),
+        shapes=problem.sizes,
+        passes={p.name: p.identity() for p in passes},
+    )
+
+
+def _finish(attempts: Attempts, compilation: Compilation) -> Attempt:
+    """Run the attempts, and choose what is returned."""
+    policies = {p.name: p.policy for p in compilation.passes}
+    done = attempts.run(compilation)
+
+    def try_always_only() -> Attempt | None:
+        more = any(policies.get(r.pass_name) != "always" for r in done.report.rewrites)
+        return attempts.run(replace(compilation, always_only=True)) if more and attempts.budget.allows_retry else None
+
+    result = choose_result(done, try_always_only, attempts.problem.source.proto, attempts.request.insists)
+    return result.noted(*attempts.problem.why)
+
+
+def _describe_problem(problem: Problem, request: Request) -> str:
+    """Say what the model will be judged on, and why."""
+    sizes = ", ".join(f"{name} {written(shape)}" for name, shape in problem.sizes.items())
+    given = "likely ones, since none were given" if problem.guessed else "the model's own, or given"
+    if problem.environment is None:
         return f"sizes for costs: {sizes} ({given}); nothing is run"
     held = "the inputs given" if request.inputs is not None else "random inputs"
-    count = counted(len(subject.samples), "sample")
+    count = counted(len(problem.samples), "sample")
     return f"sizes for costs, verification and timing: {sizes} ({given}); {count} of {held}"
 
 
-def _outlook(work: Compilation, races: bool) -> Iterator[str]:
-    """What a dry run says of the races that it leaves out."""
-    yield "A dry run: nothing was raced, verified or written."
-    waiting = groups(work.opportunities()[0])
-    if waiting:
-        how = "raced, unless earlier races said enough" if races else "decided by the profile"
-        listed = "; ".join(f"{g.pass_name}: {g.signature}" for g in waiting)
-        yield f"{counted(len(waiting), 'kind')} of rewrites would be {how}: {listed}."
-
-
-def choose(work: Compilation, subject: Problem, request: Request, allowance: Budget) -> Selection:
-    """Which measured rewrites are made: those that a profile, or a race here, says pay."""
-    chosen = work.candidates()
+def select_rewrites(compilation: Compilation, problem: Problem, request: Request, budget: Budget) -> Selection:
+    """Select the measured rewrites: those that pay by a tuning database, or by races here."""
+    measuring, chosen = request.measuring, compilation.candidates()
     if not any(p.needs_measuring for p in chosen):
         return Selection()
-    if request.target_profile is not None:
-        return select(work, None, 0.0, TuningDatabase.load(request.target_profile), request.progress)
-    if subject.arena is None or not request.measured:
+    if measuring.target_profile is not None:
+        database = TuningDatabase.load(measuring.target_profile)
+        return _decide(compilation, replace(problem, environment=None), database, request, 0.0)
+    if problem.environment is None or not request.measured:
         return Selection()
-    if request.seconds <= 0:
+    if measuring.seconds <= 0:
         return Selection(frozenset())
     marks = {p.name: fingerprint(p) for p in chosen if not p.builtin}
-    threads, name = request.first_threads, subject.original.name
-    memory = (
-        CachedTuningRecords(request.execution_provider, threads, work.digest(), marks, name)
-        if request.cache
-        else NoTuningRecords()
-    )
-    LOG.info(
-        "rewrites that only a clock can judge are raced in the whole model; all measuring has %g s", request.seconds
-    )
+    provider, threads, name = request.execution_provider, request.first_threads, problem.original.name
+    cached = CachedTuningRecords(provider, threads, compilation.digest(), marks, name)
+    LOG.info("measured rewrites are raced in the whole model; all measurements have %g s", measuring.seconds)
     request.progress("waiting for the clock", 0.0)
     with timing.exclusive():  # from the first race to the last, since waiting would use up the budget
-        return select(work, subject.arena, allowance.for_choosing, memory, request.progress)
+        records = cached if measuring.cache else NoTuningRecords()
+        return _decide(compilation, problem, records, request, budget.for_selection())
+
+
+def _decide(
+    compilation: Compilation, problem: Problem, records: TuningRecords, request: Request, seconds: float
+) -> Selection:
+    request.progress("looking for rewrites to measure", 0.0)
+    candidates = find_candidates(compilation, records, thorough=request.measuring.effort == "thorough")
+    decisions = decide(compilation, candidates, problem.environment, seconds, records, request.progress)
+    return Selection.from_decisions(candidates, decisions, records)

@@ -1,4 +1,4 @@
-"""Races on this machine, recorded to decide for another."""
+"""`pwopt.profile`: record which measured rewrites pay on this machine, in a tuning database for another one."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from pathlib import Path
 from pwopt.graph.files import as_file, load
 from pwopt.graph.storage import workspace
 from pwopt.inputs.specs import input_specs
-from pwopt.optimizing.preparation import gather, plan
-from pwopt.optimizing.request import EFFORTS, Request
+from pwopt.optimizing.preparation import define_problem, resolve, start_compilation
+from pwopt.optimizing.request import EFFORTS, Measuring, Request
 from pwopt.rewriting.driver import Pass
 from pwopt.running import installation
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider, as_provider
 from pwopt.running.session import check_settings
 from pwopt.selecting.cache import TuningRecord, place
-from pwopt.selecting.plugins import resolved
-from pwopt.selecting.rewrite_selection import NoTuningRecords, decide, entry
+from pwopt.selecting.rewrite_selection import decide, find_candidates
 from pwopt.selecting.tuning_database import TuningDatabase
+from pwopt.selecting.tuning_records import NoTuningRecords, record_decision
 
 
 def profile(
@@ -62,18 +62,20 @@ def profile(
     """
     check_settings(threads, None, None)
     found: dict[tuple[str, str], TuningRecord] = {}
+    records = NoTuningRecords()
     placed = as_provider(provider)
     where = place(placed, threads)
     for path in map(Path, models):
         source = load(path)
         given = {s.name: tuple(shapes[s.name]) for s in input_specs(source.proto) if shapes and s.name in shapes}
         request = Request(
-            provider=placed.text, threads=threads, shapes=given, effort="thorough", budget=budget,
-            plugins=resolved(plugins, path), progress=progress,
+            provider=placed.text, threads=threads, shapes=given, plugins=plugins, progress=progress,
+            measuring=Measuring(effort="thorough", budget=budget),
         )  # fmt: skip
         with as_file(path) as original, workspace(None) as folder, contextlib.ExitStack() as stack:
-            subject = gather(source, original, request).guarded(stack)
-            assert subject.arena is not None
-            decisions = decide(plan(subject, request, folder), subject.arena, budget, NoTuningRecords(), progress)
-        found |= {(d.group.pass_name, d.group.signature): entry(d, where) for d in decisions}
+            problem = define_problem(source, original, request).start_worker(stack)
+            compilation = start_compilation(problem, resolve(request, path), request, folder)
+            candidates = find_candidates(compilation, records, thorough=True)
+            decisions = decide(compilation, candidates, problem.environment, budget, records, progress)
+        found |= {(d.group.pass_name, d.group.signature): record_decision(d, where) for d in decisions}
     return TuningDatabase(installation.describe_machine(placed, threads), tuple(found.values()))

@@ -1,4 +1,4 @@
-"""What is asked of pwopt: one record that the command line, Python, `profile` and the gallery fill in."""
+"""What is asked of pwopt: the records that the command line and the Python interface fill in."""
 
 from __future__ import annotations
 
@@ -6,8 +6,10 @@ import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, field
-from typing import TYPE_CHECKING, Any
+from numbers import Integral, Real
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
+from pwopt.errors import UsageError
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider, as_provider
 
@@ -16,84 +18,179 @@ if TYPE_CHECKING:
     from pwopt.rewriting.driver import Pass
     from pwopt.rewriting.records import Site
 
+CostModel = Literal["measured", "analytic"]
+Effort = Literal["quick", "normal", "thorough"]
 #: Seconds to race the result against the original.
 RACE_SECONDS = 4.0
-#: Seconds for everything that is measured, by how much effort is asked for.
-EFFORTS = {"quick": 10.0, "normal": 40.0, "thorough": 180.0}
+#: Seconds for all measurements, by effort.
+EFFORTS: dict[Effort, float] = {"quick": 10.0, "normal": 40.0, "thorough": 180.0}
+
+
+def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
+    if value not in choices:
+        raise UsageError(f"the {name} {value!r} is not one of: {', '.join(choices)}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if value is not None and not isinstance(value, Real):
+        raise UsageError(f"{name} is {value!r}; give a number")
+
+
+def _as_tuple(given: Any) -> tuple[Any, ...] | None:
+    """Accept one thing as a list of one."""
+    if given is None:
+        return None
+    return tuple(given) if isinstance(given, Iterable) and not isinstance(given, (str, type)) else (given,)
+
+
+@dataclass(frozen=True)
+class Measuring:
+    """How long to measure, and which earlier measurements to use.
+
+    Attributes
+    ----------
+    effort : {"quick", "normal", "thorough"}
+        Measure for 10, 40 or 180 seconds at most.
+    budget : float, optional
+        Seconds at most for all measurements, instead of `effort`: races of rewrites, verification, the final race and
+        the profile. A short budget is spent on the last three; 0 leaves measured rewrites out.
+    race_seconds : float
+        Seconds at most for the final race.
+    cache : bool
+        Use the decisions of earlier races on this machine, and store those of this one.
+    target_profile : path, optional
+        The tuning database that `pwopt.profile` recorded on the machine that will run the model. It decides on measured
+        rewrites, and nothing is timed here.
+
+    Raises
+    ------
+    UsageError
+        If a value makes no sense.
+    """
+
+    effort: Effort = "normal"
+    budget: float | None = None
+    race_seconds: float = RACE_SECONDS
+    cache: bool = True
+    target_profile: str | os.PathLike[str] | None = None
+
+    def __post_init__(self) -> None:
+        _check_choice("effort", self.effort, get_args(Effort))
+        _check_number("budget", self.budget)
+        if not self.seconds >= 0:
+            raise UsageError(f"nothing can be measured in {self.seconds:g} seconds; give 0 or more")
+
+    @property
+    def seconds(self) -> float:
+        """Seconds for all measurements."""
+        return EFFORTS[self.effort] if self.budget is None else self.budget
+
+
+@dataclass(frozen=True)
+class Limits:
+    """By how much a result may differ from the original and grow.
+
+    Attributes
+    ----------
+    rtol, atol : float, optional
+        Tolerances instead of the defaults for each type.
+    max_growth : float, optional
+        The fraction of its size by which the model may grow, data files included: 0.1 for a tenth. The rewrites that
+        grow most are left out. Without a limit, a growth of more than a tenth is noted.
+
+    Raises
+    ------
+    UsageError
+        If a value makes no sense.
+    """
+
+    rtol: float | None = None
+    atol: float | None = None
+    max_growth: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < float("inf"):
+                raise UsageError(f"a tolerance is a number from 0 on, and {name} is {value}")
+        _check_number("max_growth", self.max_growth)
+        if self.max_growth is not None and not 0 <= self.max_growth < float("inf"):
+            raise UsageError(f"a model cannot grow by {self.max_growth:g} of its size at most; give 0, 0.1 or more")
+
+
+@dataclass(frozen=True)
+class Writing:
+    """How the result is written.
+
+    Attributes
+    ----------
+    force : bool
+        Allow the output to be the file that the model came from.
+    name_nodes : bool
+        Name every operator of the result that has no name after its type and its output: ``Conv_y``.
+    dry_run : bool
+        Only report what would be rewritten and raced: race, verify and write nothing.
+    """
+
+    force: bool = False
+    name_nodes: bool = False
+    dry_run: bool = False
 
 
 @dataclass(frozen=True)
 class Request:
-    """An optimisation, as it is asked for.
+    """One optimisation, as it is asked for; the options of `pwopt.optimize`.
 
-    Parameters
+    Attributes
     ----------
     output : path, optional
         Where to write the result, atomically; never if verification fails. Nothing is written without it.
     provider : str
         Execution provider: cpu, cuda, openvino…, or onnxruntime's full name. Never replaced by another.
     cost : {"measured", "analytic"}
-        "measured" races the result against the original, and returns the original if that is faster; rewrites
-        that only a clock can judge are raced one kind after another, and kept where they are clearly faster.
-        "analytic" decides from shapes alone and is deterministic. It verifies if it finds an onnxruntime,
-        and says in the report's notes if it does not.
+        "measured" races the result against the original, and returns the original if that is faster. Rewrites that only
+        measurements can judge are raced one kind after another and kept where they are clearly faster. "analytic"
+        decides from shapes alone and is deterministic. It verifies if onnxruntime is installed; the report says if not.
     shapes : mapping of input name to sizes, or a sequence of those, optional
-        Sizes for dynamic inputs, for costs, verification and timing; the model stays dynamic. Of several, the first
-        are what is optimised for; at none of the others may the result be slower.
+        Sizes of dynamic inputs, for costs, verification and timing; the model stays dynamic. Of several, the model is
+        optimised for the first; at none of the others may the result be slower.
     inputs : path, dict of arrays, or a sequence of those, optional
-        Inputs to verify on, and to time on the first of, instead of random ones; see
-        `pwopt.inputs.samples.read_samples`.
+        Inputs to verify on, instead of random ones; the first one is timed. See `pwopt.inputs.samples.read_samples`.
     passes : sequence of str, pass classes and passes, optional
         Passes to run, in order; by default pwopt's own, then those of installed packages, then `plugins`. Measured
-        passes that are named are not raced, but applied wherever they are exact; classes and instances are treated as
-        their policy says, such as in ``passes=[*pwopt.PASSES, Mine]``.
+        passes that are named are not raced, but applied wherever they are exact. Classes and instances follow their
+        policy, as in ``passes=[*pwopt.PASSES, Mine]``.
     plugins : sequence of str, pass classes and passes, optional
-        Passes beside pwopt's own: ``module:Class``, where a file ``module.py`` may lie beside the model, or
+        Passes besides pwopt's own: ``module:Class``, where a file ``module.py`` may lie beside the model, or
         ``path/to/module.py:Class``.
-    deny : iterable of str
+    deny : iterable of str or Site
         Sites (from a report) that must not be rewritten.
     threads : int, or a sequence of those
-        Intra-operator threads for verification and timing: the first number is what is optimised for, with none of the
-        others may the result be slower. By default 1, and as many as onnxruntime takes by itself.
+        Intra-operator threads for verification and timing. The model is optimised for the first number; with none of
+        the others may the result be slower. By default 1, and as many as onnxruntime uses by default.
     static : bool
-        Fix the inputs to their shapes in the result, which settles shape arithmetic. There is no going back to
-        the original then: a slower result is returned with a note.
+        Fix the inputs to their shapes in the result, so that shape arithmetic is folded. A slower result is returned
+        with a note, because the original has other inputs.
     opset : int, optional
-        Convert to this opset first; as with `static`, a slower result is returned with a note.
-    rtol, atol : float, optional
-        Tolerances instead of the defaults for each type.
+        Convert to this opset first. As with `static`, a slower result is returned with a note.
     verify : bool
-        Compare with the original, and measure. Without, nothing is run, and the result is what the algebra says.
-    race_seconds : float
-        Time to spend on the final race, at most.
-    effort : {"quick", "normal", "thorough"}
-        How long to measure: 10, 40 or 180 seconds at most.
-    budget : float, optional
-        Seconds at most for all measuring instead: races of rewrites, verification, the final race and the profile. What
-        is short is spent on the latter; 0 leaves measured rewrites out.
-    cache : bool
-        Use the decisions of earlier races on this machine (`pwopt.selecting.cache`), and remember those of this one.
-    max_growth : float, optional
-        By what fraction of its size the model may grow, data files included: 0.1 for a tenth. What grows most is
-        left out. Without it, more than a tenth is noted.
-    target_profile : path, optional
-        What `pwopt.profile` recorded on the machine that the model is for: it decides on measured rewrites, and nothing
-        is timed here.
-    name_nodes : bool
-        Give every operator of the result that has no name one, made of what it is and what it makes: ``Conv_y``. By
-        default, nodes without a name stay without.
-    force : bool
-        Allow `output` to be the file that the model came from.
-    dry_run : bool
-        Say in the report what would be rewritten and raced: nothing is raced, verified or written.
+        Compare with the original, and measure. Without it, nothing is run.
+    measuring : Measuring
+    limits : Limits
+    writing : Writing
     progress : callable, optional
         Called with (stage, fraction done).
+
+    Raises
+    ------
+    UsageError
+        If a value makes no sense.
     """
 
     output: str | os.PathLike[str] | None = None
     _: KW_ONLY
     provider: str = "cpu"
-    cost: str = "measured"
+    cost: CostModel = "measured"
     shapes: Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]] | None = None
     inputs: str | os.PathLike[str] | Feeds | Sequence[Any] | None = None
     passes: Sequence[str | type[Pass] | Pass] | None = None
@@ -102,25 +199,29 @@ class Request:
     threads: int | Sequence[int] = ()
     static: bool = False
     opset: int | None = None
-    rtol: float | None = None
-    atol: float | None = None
     verify: bool = True
-    race_seconds: float = RACE_SECONDS
-    effort: str = "normal"
-    budget: float | None = None
-    cache: bool = True
-    max_growth: float | None = None
-    target_profile: str | os.PathLike[str] | None = None
-    name_nodes: bool = False
-    force: bool = False
-    dry_run: bool = False
+    measuring: Measuring = Measuring()
+    limits: Limits = Limits()
+    writing: Writing = Writing()
     progress: Progress = field(default=ignore_progress, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         for name, value in (("passes", self.passes), ("plugins", self.plugins or ()), ("deny", self.deny or ())):
-            object.__setattr__(self, name, _several(value))
-        if self.target_profile is not None:  # a race on this machine says nothing about that one
+            object.__setattr__(self, name, _as_tuple(value))
+        for name, kind in (("measuring", Measuring), ("limits", Limits), ("writing", Writing)):
+            if not isinstance(getattr(self, name), kind):
+                raise UsageError(f"{name} is {getattr(self, name)!r}; give pwopt.{kind.__name__}(…)")
+        _check_choice("cost model", self.cost, get_args(CostModel))
+        if self.measuring.target_profile is not None:  # races on this machine say nothing about the target
             object.__setattr__(self, "cost", "analytic")
+        _check_number("opset", self.opset)
+        for threads in self.thread_counts:
+            if not isinstance(threads, Integral):
+                raise UsageError(f"threads is {self.threads!r}; give a whole number, or several")
+            if threads < 1:
+                raise UsageError(f"{threads} threads cannot run anything; give 1 or more")
+        if self.output is not None and not isinstance(self.output, (str, os.PathLike)):
+            raise UsageError(f"the output {self.output!r} is not a path")
 
     @functools.cached_property
     def execution_provider(self) -> Provider:
@@ -133,49 +234,43 @@ class Request:
         """
         return as_provider(self.provider)
 
-    @property
+    @functools.cached_property
     def denied(self) -> tuple[Site, ...]:
-        """The places that must not be rewritten."""
+        """The sites that must not be rewritten.
+
+        Raises
+        ------
+        UsageError
+            If a text is no site.
+        """
         from pwopt.rewriting.records import Site
 
         return tuple(site if isinstance(site, Site) else Site.parse(site) for site in self.deny)
 
     @property
     def rounds(self) -> list[Mapping[str, Sequence[int]]]:
-        """Sizes of every condition that was asked for, the first to be optimised for."""
+        """The sizes of every condition that was asked for; the model is optimised for the first."""
         given = [self.shapes] if isinstance(self.shapes, (Mapping, str)) else list(self.shapes or ())
         return [shapes for shapes in given if shapes]
 
     @property
     def thread_counts(self) -> tuple[int, ...]:
-        """Threads of every condition that was asked for, the first to be optimised for; none if nothing was."""
+        """The threads of every condition that was asked for, the first to optimise for; empty by default."""
         return (self.threads,) if isinstance(self.threads, int) else tuple(self.threads)
 
     @property
     def first_threads(self) -> int:
-        """What is optimised for."""
+        """The number of threads that the model is optimised for."""
         return next(iter(self.thread_counts), 1)
 
     @property
-    def seconds(self) -> float:
-        """For all measuring."""
-        return EFFORTS[self.effort] if self.budget is None else self.budget
-
-    @property
     def measured(self) -> bool:
-        """Whether clocks decide."""
+        """Whether measurements decide."""
         return self.cost == "measured"
 
     @property
     def insists(self) -> str:
-        """The option that makes a result worth having though it is not faster, else ""."""
+        """The option because of which a result is returned though it is not faster, else ""."""
         opset = f"--opset {self.opset}" if self.opset is not None else ""
         passes = "--passes" if any(isinstance(p, str) for p in self.passes or ()) else ""
         return opset or ("--static" if self.static else "") or passes
-
-
-def _several(given: Any) -> tuple[Any, ...] | None:
-    """One thing is a list of one."""
-    if given is None:
-        return None
-    return tuple(given) if isinstance(given, Iterable) and not isinstance(given, (str, type)) else (given,)

@@ -16,6 +16,7 @@ from pwopt.maps.cost import NOTHING, Cost
 from pwopt.rewriting.records import Rewrite, Site, Skip
 from pwopt.rewriting.wording import counted
 from pwopt.running.bench import Row
+from pwopt.running.timing import Race
 
 #: Version of the JSON layout; it increases when a field changes its meaning.
 REPORT_SCHEMA = 2
@@ -51,6 +52,15 @@ class Latency:
     pairs: int = 0
     control: float | None = None
     control_interval: tuple[float, float] | None = None
+
+    @classmethod
+    def from_race(cls, race: Race) -> Latency:
+        """The latency of a race of an original, a candidate, and perhaps a copy of the original."""
+        control = (race.speedup(2), race.interval(2)) if len(race.pairs[0].times) > 2 else (None, None)
+        return cls(
+            race.median(0) * 1e3, race.median(1) * 1e3, race.speedup(), race.interval(),
+            race.minimum(0) * 1e3, race.minimum(1) * 1e3, race.rounds, len(race.pairs), *control,
+        )  # fmt: skip
 
     @property
     def noise(self) -> float:
@@ -198,6 +208,11 @@ class Report:
     def result(self) -> str | None:
         """The file of the result."""
         return self.output
+
+    @property
+    def slowest_condition(self) -> ConditionLatency | None:
+        """The condition under which the result is slowest, if it is slower beyond doubt."""
+        return min((c for c in self.conditions if c.slower), key=lambda c: c.latency.speedup, default=None)
 
     def noted(self, *notes: str) -> Report:
         """Return a copy with more notes."""

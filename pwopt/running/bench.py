@@ -21,7 +21,6 @@ import onnx
 from pwopt.errors import ModelError, UsageError
 from pwopt.graph.files import load
 from pwopt.graph.operators import VIEWS
-from pwopt.graph.sources import renamed
 from pwopt.graph.temporary import temporary_folder
 from pwopt.inputs.samples import Feeds, draw_feeds
 from pwopt.inputs.specs import InputSpec, check_shapes, input_specs
@@ -93,7 +92,6 @@ class Row:
     huge_pages: tuple[float, float, float] | None = None
 
 
-@renamed(batches="batch")
 def benchmark(
     models: Sequence[str | os.PathLike[str]],
     *,

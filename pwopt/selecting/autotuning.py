@@ -24,9 +24,9 @@ LOG = logging.getLogger(__name__)
 #: Seconds for one group at most.
 LONGEST_RACE = 6.0
 #: The part of the time that may go into looking before races, and the confidence of what is seen: a race confirms it.
-LOOKING, LOOKED = 0.5, 0.9
+ESTIMATING_SHARE, ESTIMATE_CONFIDENCE = 0.5, 0.9
 #: A speed-up that profiles must allow for to be raced: sessions of one model differ by more than races tell below it.
-LITTLE = 1.01
+SMALLEST_RACED = 1.01
 #: A speed-up that is worth a race to its end.
 WORTH = 1.005
 #: Below this part of the time for themselves, models raced on a busy machine.
@@ -59,10 +59,10 @@ class Decision:
     evidence: Evidence = NOTHING
     remembered: bool = False
     #: Whether it is profiles that the evidence is from; what the race of all that pay by them said, if it did confirm.
-    looked: bool = False
+    estimated: bool = False
     confirmed: Evidence | None = None
     #: Why there was no race, as a clause ("the model with it cannot be used, since …"); else "".
-    settled: str = ""
+    not_raced: str = ""
     #: Why the model with the group cannot be used at all, as a clause; else "".
     fault: str = ""
     #: Which part of the time the models of the last race had for themselves.
@@ -78,28 +78,28 @@ class Decision:
 
     @property
     def raced(self) -> bool:
-        return not self.settled and not self.fault
+        return not self.not_raced and not self.fault
 
     @property
     def kept(self) -> bool:
-        if self.looked:
+        if self.estimated:
             return self.confirmed is not None
         return self.raced and self.interval[0] > 1.0
 
     @property
     def clear(self) -> bool:
         """Whether more races would not change it: it pays, or it does not, or hardly."""
-        return not self.raced or self.looked or clear(self.evidence)
+        return not self.raced or self.estimated or clear(self.evidence)
 
     def reason(self) -> str:
         """The group, and what decided."""
-        if self.settled:
-            return f"{self.group.signature}: {self.settled}"
+        if self.not_raced:
+            return f"{self.group.signature}: {self.not_raced}"
         if self.fault:
             return f"{self.group.signature}: the model with it cannot be used, since {self.fault}"
         low, high = self.interval
         figures = f"{self.speedup:.3f}× [{low:.3f}, {high:.3f}]"
-        if self.looked:
+        if self.estimated:
             raced = "" if self.confirmed is None else f", {self.confirmed.speedup:.3f}× in a race of all that pay so"
             return f"{self.group.signature}: measured {figures} in the whole model by profiles of its operators{raced}"
         when = " by an earlier run" if self.remembered else "" if self.own >= BUSY else " on a busy machine"
@@ -126,7 +126,7 @@ def hopeless(evidence: Evidence) -> bool:
     return evidence.pairs >= HOPELESS_PAIRS and evidence.interval(HOPELESS)[1] < WORTH
 
 
-def groups(rewrites: Iterable[Rewrite]) -> list[Group]:
+def group_rewrites(rewrites: Iterable[Rewrite]) -> list[Group]:
     """Measured rewrites by signature: those of one pass together, the largest first.
 
     The pass that saves most multiply-adds comes first, since time may run out before the last; others come in their own
@@ -138,7 +138,7 @@ def groups(rewrites: Iterable[Rewrite]) -> list[Group]:
     for r in rewrites:
         found.setdefault((r.pass_name, r.signature.partition(": ")[0]), []).append(r)
     listed = [
-        Group(name, _joint(rs), tuple(r.site for r in rs), sum(r.macs_before for r in rs))
+        Group(name, _join_signatures(rs), tuple(r.site for r in rs), sum(r.macs_before for r in rs))
         for (name, _), rs in found.items()
     ]
     saved = Counter[str]()
@@ -149,7 +149,7 @@ def groups(rewrites: Iterable[Rewrite]) -> list[Group]:
     return sorted(listed, key=lambda g: (order.index(g.pass_name), -g.macs))
 
 
-def _joint(rewrites: Sequence[Rewrite]) -> str:
+def _join_signatures(rewrites: Sequence[Rewrite]) -> str:
     """The signature of a group: what its members have in common, and how often they differ in what."""
     kind, _, details = rewrites[0].signature.partition(": ")
     counted = Counter(r.signature.partition(": ")[2] for r in rewrites)
@@ -168,7 +168,7 @@ class Estimate(NamedTuple):
     sure: bool = True
 
 
-class Judge(Protocol):
+class CandidateEvaluator(Protocol):
     """What decides on groups: builds models, says whether they can be used, races them, and remembers."""
 
     def build(self, sites: frozenset[Site]) -> Path:
@@ -180,15 +180,15 @@ class Judge(Protocol):
     def race(self, a: Path, b: Path, seconds: float, known: Evidence) -> Race | str:
         """Race two models for at most so many seconds, on top of what is known; or why one of them fails now."""
 
-    def remembered(self, group: Group) -> Decision | None:
-        """What is known of a group already, decided or not."""
+    def recall(self, group: Group) -> Decision | None:
+        """Return what is known of a group already, decided or not."""
 
-    def look(self, kept: Sequence[Group], groups: Sequence[Group]) -> Mapping[Group, Estimate]:
+    def estimate(self, kept: Sequence[Group], groups: Sequence[Group]) -> Mapping[Group, Estimate]:
         """What profiles say of groups on top of those that are kept; nothing of those that they cannot tell."""
 
 
-def choose(
-    candidates: Sequence[Group], judge: Judge, budget: float, progress: Progress = ignore_progress
+def race_groups(
+    candidates: Sequence[Group], evaluator: CandidateEvaluator, budget: float, progress: Progress = ignore_progress
 ) -> list[Decision]:
     """Race each group on top of those kept so far, unless it was decided before.
 
@@ -199,7 +199,7 @@ def choose(
     ----------
     candidates : sequence of Group
         In the order in which they are raced.
-    judge : Judge
+    evaluator : CandidateEvaluator
     budget : float
         Seconds for everything; groups that it leaves no time for are not decided.
     progress : callable, optional
@@ -209,14 +209,14 @@ def choose(
     -------
     list of Decision
     """
-    contest = _Contest(candidates, judge, budget, progress)
+    contest = _Contest(candidates, evaluator, budget, progress)
     for group in candidates:
-        earlier = judge.remembered(group)
+        earlier = evaluator.recall(group)
         if earlier is not None:
             contest.decided[group] = earlier
             LOG.info("%s", earlier.explain())
     waiting = [g for g in candidates if g not in contest.decided or not contest.decided[g].clear]
-    promising = contest.look([g for g in waiting if g not in contest.decided])
+    promising = contest.estimate([g for g in waiting if g not in contest.decided])
     if len(promising) > 1:  # one is raced by itself anyway
         contest.confirm(promising)
     waiting = [g for g in waiting if g not in contest.decided or not contest.decided[g].clear]
@@ -228,7 +228,7 @@ def choose(
     again = [g for g in candidates[:last] if g in decided and not decided[g].clear and not decided[g].remembered]
     for i, group in enumerate(again):
         contest.decide(group, len(again) - i + len(kept), anew=True)
-    doubted = [g for g in contest.kept()[:-1] if not decided[g].remembered and not decided[g].looked]
+    doubted = [g for g in contest.kept()[:-1] if not decided[g].remembered and not decided[g].estimated]
     for i, group in enumerate(doubted):
         contest.decide(group, len(doubted) - i, anew=True)
     return [decided[g] for g in candidates if g in decided]
@@ -237,9 +237,11 @@ def choose(
 class _Contest:
     """Races of groups of rewrites, and what they have decided so far."""
 
-    def __init__(self, candidates: Sequence[Group], judge: Judge, budget: float, progress: Progress) -> None:
+    def __init__(
+        self, candidates: Sequence[Group], evaluator: CandidateEvaluator, budget: float, progress: Progress
+    ) -> None:
         self.candidates, self.decided = candidates, dict[Group, Decision]()
-        self._judge, self._progress = judge, progress
+        self._evaluator, self._progress = evaluator, progress
         self._budget, self._deadline = budget, time.perf_counter() + budget
         self._files: dict[frozenset[Site], Path] = {}
 
@@ -249,24 +251,26 @@ class _Contest:
     def _model(self, groups: Iterable[Group]) -> Path:
         sites = frozenset(site for g in groups for site in g.sites)
         if sites not in self._files:
-            self._files[sites] = self._judge.build(sites)
+            self._files[sites] = self._evaluator.build(sites)
         return self._files[sites]
 
-    def look(self, groups: Sequence[Group]) -> dict[Group, Evidence]:
+    def estimate(self, groups: Sequence[Group]) -> dict[Group, Evidence]:
         """What pays by profiles, the best first; what does not is decided, and what they do not tell is neither."""
         seen: dict[Group, Estimate] = {}
         for name in dict.fromkeys(g.pass_name for g in groups):
-            if time.perf_counter() > self._deadline - (1 - LOOKING) * self._budget:
+            if time.perf_counter() > self._deadline - (1 - ESTIMATING_SHARE) * self._budget:
                 break
-            self._progress(f"looking at {name}", 1 - (self._deadline - time.perf_counter()) / self._budget)
-            seen.update(self._judge.look(self.kept(), [g for g in groups if g.pass_name == name]))
-        promised = {g: e.own for g, e in seen.items() if e.own.interval(LOOKED)[0] > 1.0 and e.own.speedup >= WORTH}
+            self._progress(f"profiling {name}", 1 - (self._deadline - time.perf_counter()) / self._budget)
+            seen.update(self._evaluator.estimate(self.kept(), [g for g in groups if g.pass_name == name]))
+        promised = {
+            g: e.own for g, e in seen.items() if e.own.interval(ESTIMATE_CONFIDENCE)[0] > 1.0 and e.own.speedup >= WORTH
+        }
         paying = {g: own for g, own in promised.items() if seen[g].sure}
-        for group, glance in seen.items():
-            figures = glance.own.speedup, *glance.own.interval(LOOKED)
+        for group, estimate in seen.items():
+            figures = estimate.own.speedup, *estimate.own.interval(ESTIMATE_CONFIDENCE)
             LOG.info("profiled %s: %s: %.3f× [%.3f, %.3f]", group.pass_name, group.signature, *figures)
-            if glance.best.interval(LOOKED)[1] < LITTLE and group not in promised:
-                self.decided[group] = Decision(group, glance.own, looked=True)
+            if estimate.best.interval(ESTIMATE_CONFIDENCE)[1] < SMALLEST_RACED and group not in promised:
+                self.decided[group] = Decision(group, estimate.own, estimated=True)
         return dict(sorted(paying.items(), key=lambda found: -found[1].speedup))
 
     def confirm(self, groups: Mapping[Group, Evidence]) -> None:
@@ -276,13 +280,13 @@ class _Contest:
             return
         self._progress(f"racing {', '.join(dict.fromkeys(g.pass_name for g in groups))}", 1 - left / self._budget)
         without, model = self._model(self.kept()), self._model([*self.kept(), *groups])
-        if without == model or self._judge.fault(model):
+        if without == model or self._evaluator.fault(model):
             return
-        result = self._judge.race(without, model, min(LONGEST_RACE, left / 2), NOTHING)
+        result = self._evaluator.race(without, model, min(LONGEST_RACE, left / 2), NOTHING)
         if isinstance(result, str) or not (confirmed := Evidence.from_race(result)).interval(CONFIDENCE)[0] > 1.0:
             return
         for group, evidence in groups.items():
-            self.decided[group] = Decision(group, evidence, looked=True, confirmed=confirmed)
+            self.decided[group] = Decision(group, evidence, estimated=True, confirmed=confirmed)
         LOG.info("kept %s: %.3f× together", ", ".join(g.signature for g in groups), confirmed.speedup)
 
     def decide(self, group: Group, races: int, *, anew: bool = False) -> None:
@@ -297,12 +301,12 @@ class _Contest:
         others = [g for g in self.kept() if g is not group]
         without, model = self._model(others), self._model([*others, group])
         if without == model:
-            self.decided[group] = Decision(group, settled="another rewrite that was kept takes its place")
+            self.decided[group] = Decision(group, not_raced="another rewrite that was kept takes its place")
             return
         known = NOTHING if anew or group not in self.decided else self.decided[group].evidence
-        fault = self._judge.fault(model)
+        fault = self._evaluator.fault(model)
         left = self._deadline - time.perf_counter()
-        result = fault or self._judge.race(without, model, min(LONGEST_RACE, max(0.0, left) / races), known)
+        result = fault or self._evaluator.race(without, model, min(LONGEST_RACE, max(0.0, left) / races), known)
         if isinstance(result, str):
             self.decided[group] = Decision(group, fault=result)
         else:

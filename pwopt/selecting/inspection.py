@@ -1,4 +1,4 @@
-"""Every linear map of a model: its size, its chain, what pwopt would do with it and what not."""
+"""`pwopt.inspect`: list every linear map of a model, what would be done with it, and why not more."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from pwopt.maps import forms
 from pwopt.maps.cost import macs
 from pwopt.passes import FoldChains
 from pwopt.rewriting.driver import Pass
-from pwopt.rewriting.records import Outcome
 from pwopt.running.size_trials import Sizes
 from pwopt.selecting.map_list import Listing, sized
-from pwopt.selecting.plugins import resolved
-from pwopt.selecting.snapshot import concrete_sizes, run_pipeline, select_passes
+from pwopt.selecting.pass_list import resolve_passes
+from pwopt.selecting.shape_folding import concrete_sizes
+from pwopt.selecting.snapshot import RewriteResult, run_passes
 
 
 @dataclass(frozen=True)
@@ -102,16 +102,13 @@ def inspect(
     """
     original, sizes = sized(model, shapes)
     with blaming(original.proto):
-        beside = resolved(plugins, Path(model) if isinstance(model, (str, os.PathLike)) else None)
-        return _inspected(original, load(model), load(model), sizes, beside)
+        path = Path(model) if isinstance(model, (str, os.PathLike)) else None
+        return _describe_maps(original, load(model), load(model), sizes, resolve_passes(None, plugins, path))
 
 
-def _inspected(
-    original: Model, edited: Model, affine: Model, sizes: Sizes, plugins: Sequence[type[Pass] | Pass]
-) -> Inspection:
-    passes = select_passes(None, plugins)
-    _, outcome, _ = run_pipeline(edited, passes, (), sizes)
-    _, folded, _ = run_pipeline(affine, [p for p in passes if not isinstance(p, FoldChains)], (), sizes)
+def _describe_maps(original: Model, edited: Model, affine: Model, sizes: Sizes, passes: Sequence[Pass]) -> Inspection:
+    result = run_passes(edited, passes, (), sizes)
+    folded = run_passes(affine, [p for p in passes if not isinstance(p, FoldChains)], (), sizes)
     chains = _chains(View(affine.graph))
     view = View(original.graph, concrete_sizes(original.proto, sizes))
     maps = []
@@ -119,15 +116,15 @@ def _inspected(
         reading = forms.linear(view, node)
         if reading is not None and reading.weighted and len(reading.nodes) == 1:
             chain = chains.get(_follow(reading.output.name, folded)[0])
-            maps.append(_describe(view, reading, outcome, chain))
+            maps.append(_describe(view, reading, result, chain))
     return Inspection(tuple(maps), sizes)
 
 
-def _describe(view: View, reading: forms.Reading, outcome: Outcome, chain: int | None) -> MapInfo:
+def _describe(view: View, reading: forms.Reading, result: RewriteResult, chain: int | None) -> MapInfo:
     g, size = reading.geometry, view.size_of(reading.output)
-    tensor, decisions = _follow(reading.output.name, outcome)
+    tensor, decisions = _follow(reading.output.name, result)
     decisions += [
-        f"{s.pass_name}: {s.reason}" for s in outcome.skips if s.tensor == tensor and s.pass_name == "fold-chains"
+        f"{s.pass_name}: {s.reason}" for s in result.skips if s.tensor == tensor and s.pass_name == "fold-chains"
     ]
     return MapInfo(
         reading.output.name,
@@ -142,10 +139,10 @@ def _describe(view: View, reading: forms.Reading, outcome: Outcome, chain: int |
     )
 
 
-def _follow(tensor: str, outcome: Outcome) -> tuple[str, list[str]]:
-    """The tensor that a map's successor produces, and what was done on the way."""
+def _follow(tensor: str, result: RewriteResult) -> tuple[str, list[str]]:
+    """Follow a map's output through the rewrites: the tensor it became, and what was done on the way."""
     decisions: list[str] = []
-    for r in outcome.rewrites:
+    for r in result.rewrites:
         became = dict(r.became).get(tensor)
         if became is None:
             continue

@@ -47,7 +47,7 @@ class Prior:
         return (self.gain + 0.04) / (self.asked + 2)
 
     @property
-    def vain(self) -> bool:
+    def unprofitable(self) -> bool:
         """Whether it was asked for often, and hardly ever paid."""
         return self.asked >= ENOUGH and self.expected < LEAST
 

@@ -30,7 +30,7 @@ CONTROL = 0.2
 Run = Iterable[NodeTime]
 
 
-def look(
+def estimate(
     before: onnx.ModelProto,
     after: onnx.ModelProto,
     rewrites: Sequence[Rewrite],

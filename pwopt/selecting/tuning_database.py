@@ -10,7 +10,7 @@ from typing import Any
 
 from pwopt.errors import UsageError
 from pwopt.graph.storage import replacing
-from pwopt.selecting import autotuning
+from pwopt.selecting.autotuning import Decision
 from pwopt.selecting.cache import TuningRecord
 from pwopt.selecting.priors import Prior
 
@@ -72,5 +72,5 @@ class TuningDatabase:
         """None: the profile decides."""
         return {}
 
-    def keep(self, decision: autotuning.Decision) -> None:
+    def store(self, decision: Decision) -> None:
         """A profile is not changed by those who use it."""

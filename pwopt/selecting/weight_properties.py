@@ -17,7 +17,7 @@ from pwopt.maps import forms
 from pwopt.maps.cost import macs
 from pwopt.maps.scans import flushed
 from pwopt.selecting.map_list import Listing, sized
-from pwopt.selecting.snapshot import concrete_sizes
+from pwopt.selecting.shape_folding import concrete_sizes
 
 #: Blocks of up to so many weights get a spectrum: a singular value decomposition of 2048×2048 takes a few seconds.
 LARGEST = 1 << 22

@@ -442,7 +442,7 @@ def die(*arguments):
         os.kill(os.getpid(), signal.SIGKILL)
     return real(*arguments)
 setattr(os, moment, die)
-pwopt.optimize(source, output, cost="analytic", verify=False, force=True)
+pwopt.optimize(source, output, cost="analytic", verify=False, writing=pwopt.Writing(force=True))
 """
 
 
@@ -469,14 +469,16 @@ def test_killed_while_it_writes(tmp_path: Path, moment: str, count: int, same: b
     x = normal(1, 64, 2, 2, dtype=F)
     np.testing.assert_array_equal(evaluate(onnx.load(out), x=x)[0], evaluate(onnx.load(path), x=x)[0])
     expected = evaluate(onnx.load(path), x=x)[0]
-    pwopt.optimize(path, out, cost="analytic", force=True)  # and what it left behind is in nobody's way
+    pwopt.optimize(
+        path, out, cost="analytic", writing=pwopt.Writing(force=True)
+    )  # and what it left behind is in nobody's way
     np.testing.assert_allclose(evaluate(onnx.load(out), x=x)[0], expected, rtol=1e-4, atol=1e-5)
 
 
 def test_a_budget_below_nothing_and_shapes_in_words() -> None:
     model = parse("(float[2,3] x) => (float[2,3] y) { y = Relu(x) }")
     with pytest.raises(pwopt.UsageError, match="nothing can be measured in -1 seconds; give 0 or more"):
-        pwopt.optimize(model, budget=-1.0)
+        pwopt.optimize(model, measuring=pwopt.Measuring(budget=-1.0))
     with pytest.raises(pwopt.UsageError, match="threads is '1'; give a whole number, or several"):
         pwopt.optimize(model, threads="1")  # type: ignore[arg-type]
     for wrong in ({"opset": "a"}, {"max_growth": "a"}, {"budget": "1"}):

@@ -479,12 +479,3 @@ def test_an_interrupt_says_so(model: Path) -> None:
     assert (done.returncode, out) == (130, "")
     assert err.splitlines()[-1] == "pwopt: interrupted"
     assert sorted(p.name for p in model.parent.iterdir()) == ["seq.onnx"]
-
-
-def test_old_words_are_understood() -> None:
-    import pwopt
-
-    with pytest.warns(FutureWarning, match="'cost_model' is called 'cost' now"):
-        pwopt.optimize(MODELS / "linear_sequence.onnx", cost_model="analytic", verify=False)
-    with pytest.raises(pwopt.UsageError, match="give one of them"):
-        pwopt.optimize(MODELS / "linear_sequence.onnx", cost_model="analytic", cost="analytic")

@@ -36,7 +36,8 @@ from pwopt.passes import (
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.pipeline import Pipeline
 from pwopt.rewriting.records import Certificate, Rewrite, Skip
-from pwopt.selecting.snapshot import run_pipeline, select_passes
+from pwopt.selecting.pass_list import resolve_passes
+from pwopt.selecting.snapshot import run_passes
 
 Fault = Callable[[gs.Node], bool]
 
@@ -336,7 +337,7 @@ def test_without_verification_there_are_no_certificates() -> None:
 @pytest.mark.parametrize("name", ["fcn", "fpn", "network_in_network", "rgbd_fusion"])
 def test_every_rewrite_of_real_models_is_certified(name: str) -> None:
     model = from_proto(onnx.load(MODELS / f"{name}.onnx"))
-    _, outcome, _ = run_pipeline(model, select_passes(None), (), {}, None, certify)
+    outcome = run_passes(model, resolve_passes(), (), {}, None, certify)
     assert outcome.rewrites
     assert {r.certificate.status for r in outcome.rewrites if r.certificate} <= {"certified", "tested"}
 
@@ -361,7 +362,7 @@ def test_no_constant_of_any_rewrite_of_real_models_may_be_wrong(name: str) -> No
         return certify(region, view)
 
     model = from_proto(onnx.load(MODELS / f"{name}.onnx"))
-    _, outcome, _ = run_pipeline(model, select_passes(None), (), {}, None, doubtful)
+    outcome = run_passes(model, resolve_passes(), (), {}, None, doubtful)
     assert all(r.certificate is not None and r.certificate.passed for r in outcome.rewrites)
     assert len(wrong) > 3
     assert {c.status for c in wrong} == {"failed"}

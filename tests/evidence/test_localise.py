@@ -21,7 +21,7 @@ from pwopt.inputs.samples import Sample
 from pwopt.inputs.specs import input_specs
 from pwopt.optimizing import attempt
 from pwopt.rewriting.records import Rewrite, Site
-from pwopt.selecting import rewrite_selection
+from pwopt.selecting.snapshot import Snapshot
 
 ort = pytest.importorskip("onnxruntime")
 F = np.float32
@@ -242,16 +242,16 @@ def test_a_fault_that_noise_drowns_is_traced_back_from_where_it_shows() -> None:
 
 def test_the_rewrite_at_fault_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """A rewrite that went wrong: optimize leaves it out, and says where the answers began to differ."""
-    real = rewrite_selection.Snapshot.finish
+    real = Snapshot.finish
 
-    def faulty(snapshot: rewrite_selection.Snapshot, allowed: frozenset[str] | None = None) -> object:
+    def faulty(snapshot: Snapshot, allowed: frozenset[str] | None = None) -> object:
         result = real(snapshot, allowed)
         for node in snapshot.model.graph.nodes:
             if node.op == "Conv" and node.outputs[0].name == "n":  # into which the normalisation was folded
                 node.inputs[1].values = node.inputs[1].values * F(1.001)
         return result
 
-    monkeypatch.setattr(rewrite_selection.Snapshot, "finish", faulty)
+    monkeypatch.setattr(Snapshot, "finish", faulty)
     report = pwopt.optimize(net(), tmp_path / "out.onnx", cost="analytic", passes=["fold-affine"]).report
     assert report.rewrites == ()
     (left,) = (s for s in report.skips if str(s.site) == "fold-affine:n")

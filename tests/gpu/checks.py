@@ -195,7 +195,7 @@ def _optimise(name: str, batch: int) -> Check:
         seconds, budget = (0.5, 3.0) if setting.quick else (3.0, 25.0)
         out = setting.scratch / f"{name}_{batch}_fast.onnx"
         done = pwopt.optimize(
-            path, out, provider=setting.provider, shapes={x: (batch, *size)}, race_seconds=seconds, budget=budget,
+            path, out, provider=setting.provider, shapes={x: (batch, *size)}, measuring=pwopt.Measuring(race_seconds=seconds, budget=budget),
         ).report  # fmt: skip
         worst = done.equivalence.worst() if done.equivalence else None
         kept: dict[str, int] = {}

@@ -9,7 +9,8 @@ from onnx import TensorProto, helper, numpy_helper
 import pwopt
 from pwopt.graph.calls import inlined
 from pwopt.graph.functions import MOST, expanded, functions
-from pwopt.selecting.snapshot import select_passes, without_calls
+from pwopt.selecting.inlining import inline_functions
+from pwopt.selecting.pass_list import resolve_passes
 
 BRANCHES = """If (k) <then_branch = a () => (float[N,4] z) { p = Mul(h, two) q = Add(p, w) z = Relu(q) },
                        else_branch = b () => (float[N,4] z) { z = Identity(h) }>"""
@@ -177,7 +178,7 @@ def test_a_tower_of_functions_is_not_inlined() -> None:
     model.graph.output[0].name = "h1"
     assert expanded(model) is None
     loaded = pwopt.load(model)  # infers shapes
-    assert without_calls(loaded, select_passes(None), (), {}) is loaded
+    assert inline_functions(loaded, resolve_passes(), (), {}) is loaded
 
 
 def test_functions_that_call_themselves_are_left_to_the_runtime() -> None:

@@ -50,7 +50,7 @@ def test_every_operator_gets_a_name_of_its_own() -> None:
 def test_names_on_request(wanted: bool, tmp_path: Path) -> None:
     body = "(float[1,4,6,6] x) => (float[N] y, float[M] z) { a = Conv(x, w) b = Mul(a, s) y = Relu(b) z = Exp(b) }"
     model = parse(body, w=normal(4, 4, 1, 1, dtype=np.float32), s=np.float32(2))
-    result = pwopt.optimize(model, tmp_path / "b.onnx", cost="analytic", name_nodes=wanted).model
+    result = pwopt.optimize(model, tmp_path / "b.onnx", cost="analytic", writing=pwopt.Writing(name_nodes=wanted)).model
     assert ops(result) == {"Conv": 1, "Relu": 1, "Exp": 1}
     assert set(names(result)) == ({"Conv_b", "Relu_y", "Exp_z"} if wanted else {""})
     assert onnx.load(tmp_path / "b.onnx").SerializeToString() == result.SerializeToString()

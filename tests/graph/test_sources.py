@@ -10,7 +10,7 @@ from helpers import MODELS
 
 import pwopt
 from pwopt.errors import ModelError, UsageError
-from pwopt.graph.sources import handed, renamed
+from pwopt.graph.sources import handed
 
 PATH = MODELS / "linear_sequence.onnx"
 
@@ -58,15 +58,3 @@ def test_bytes_that_are_no_model(content: bytes) -> None:
 def test_shapes_that_are_no_mapping(shapes: object) -> None:
     with pytest.raises(UsageError, match=r"shape.* is not a sequence of sizes|are not a mapping"):
         pwopt.optimize(PATH, shapes=shapes, verify=False)  # type: ignore[arg-type]
-
-
-def test_old_names_are_understood_with_a_warning() -> None:
-    @renamed(old="new")
-    def function(new: int = 0) -> int:
-        return new
-
-    assert function(new=1) == 1
-    with pytest.warns(FutureWarning, match="'old' is called 'new' now"):
-        assert function(old=2) == 2  # type: ignore[call-arg]
-    with pytest.raises(UsageError, match="give one of them"):
-        function(old=1, new=2)  # type: ignore[call-arg]

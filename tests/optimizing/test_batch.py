@@ -121,7 +121,9 @@ def test_a_process_that_dies_costs_its_own_model_only(tmp_path: Path) -> None:
 
 def test_processes_share_one_clock(tmp_path: Path) -> None:
     models = written(tmp_path / "in", 2)
-    rows = optimize_many(models, tmp_path / "out", Request(race_seconds=0.2, budget=0.5), workers=2)
+    rows = optimize_many(
+        models, tmp_path / "out", Request(measuring=pwopt.Measuring(race_seconds=0.2, budget=0.5)), workers=2
+    )
     assert {r.status for r in rows} == {"done"}
     assert all(r.speedup is not None for r in rows)
 
@@ -232,12 +234,15 @@ def test_decisions_and_profiles_come_home(cluster: Any, tmp_path: Path, monkeypa
         path.unlink()
     fleet = Fleet(cluster.scheduler_address)
     (row,) = optimize_many(
-        [model], tmp_path / "out", Request(race_seconds=0.1, effort="thorough", budget=20.0), runner=fleet
+        [model],
+        tmp_path / "out",
+        Request(measuring=pwopt.Measuring(race_seconds=0.1, effort="thorough", budget=20.0)),
+        runner=fleet,
     )
     assert row.status == "done", row.sentence
     learnt = {e.pass_name for e in cache.entries()}
     assert learnt
-    profiles = fleet.profiles([model], Request(budget=20.0))
+    profiles = fleet.profiles([model], Request(measuring=pwopt.Measuring(budget=20.0)))
     assert {e.pass_name for e in profiles["small"].entries} & learnt  # which races there are is up to the clock
 
 

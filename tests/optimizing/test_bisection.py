@@ -22,8 +22,10 @@ from pwopt.running import worker
 from pwopt.running.providers import DEFAULT
 from pwopt.running.timing import Race, Rules
 from pwopt.running.worker import UnusableError, Worker
-from pwopt.selecting import snapshot
-from pwopt.selecting.rewrite_selection import Compilation, Judge
+from pwopt.selecting import pass_list
+from pwopt.selecting.compilation import Compilation
+from pwopt.selecting.pass_list import resolve_passes
+from pwopt.selecting.rewrite_selection import RacingEvaluator
 
 F = np.float32
 CHAIN = parse(
@@ -110,17 +112,19 @@ def test_what_cannot_be_used_is_left_out(
     pytest.importorskip("onnxruntime")
     if kind == "crashes":
         request.getfixturevalue("aborting")
-    monkeypatch.setattr(Judge, "look", lambda *_: {})  # at a copy whose nodes have other names
+    monkeypatch.setattr(RacingEvaluator, "estimate", lambda *_: {})  # at a copy whose nodes have other names
     monkeypatch.setattr(Harmful, "kind", kind)
     monkeypatch.setattr(Harmful, "policy", policy)
-    others = (p for p in snapshot.PASSES if p.policy != "measured")  # whose races would take the time
-    monkeypatch.setattr(snapshot, "PASSES", (*others, Harmful))
+    others = (p for p in pass_list.PASSES if p.policy != "measured")  # whose races would take the time
+    monkeypatch.setattr(pass_list, "PASSES", (*others, Harmful))
     monkeypatch.setattr(preparation, "certify", unchecked)
     if kind == "runs forever":  # the others end by themselves, however busy the machine is
         monkeypatch.setattr(worker, "PATIENCE", 3.0)
         monkeypatch.setattr(worker, "SLOWER", 3.0)
     out = tmp_path / "out.onnx"
-    report = pwopt.optimize(CHAIN, out, race_seconds=0.1, budget=600.0, threads=1, cache=False).report
+    report = pwopt.optimize(
+        CHAIN, out, measuring=pwopt.Measuring(race_seconds=0.1, budget=600.0, cache=False), threads=1
+    ).report
     (left,) = (s for s in report.skips if s.pass_name == "harmful")
     assert reason in left.reason
     assert "the model with it cannot be used, since " in left.reason
@@ -139,14 +143,16 @@ def test_a_quantised_model_that_onnxruntime_refuses_when_rewritten(tmp_path: Pat
         "(float[1,32,40,40] x) => (float[N] y) { q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) c = Conv(d, w) y = Relu(c) }",
         21, 10, s=scale, z=zero, w=normal(32, 32, 1, 1, dtype=F),
     )  # fmt: skip
-    report = pwopt.optimize(model, tmp_path / "out.onnx", budget=5.0, race_seconds=0.2, cache=False).report
+    report = pwopt.optimize(
+        model, tmp_path / "out.onnx", measuring=pwopt.Measuring(budget=5.0, race_seconds=0.2, cache=False)
+    ).report
     assert report.equivalence is None or report.equivalence.passed
     pwopt.running.session.Session(tmp_path / "out.onnx")
 
 
 def test_the_rewrite_at_fault_is_found_by_halves(tmp_path: Path) -> None:
     model = from_proto(CHAIN)
-    work = Compilation(model, model, None, (), {}, tmp_path)
+    work = Compilation(model, model, resolve_passes(), (), {}, tmp_path)
     rewrites = [Rewrite("r", site=Site(f"p{i % 3}", f"t{i}")) for i in range(16)]
     asked: list[int] = []
 
@@ -155,19 +161,19 @@ def test_the_rewrite_at_fault_is_found_by_halves(tmp_path: Path) -> None:
         asked.append(len(made))
         return "it is broken" if {Site("p2", "t5"), Site("p1", "t13")} & set(made) else ""
 
-    first = bisection.culprits(work, rewrites, fault)
+    first = bisection.leave_out_faulty(work, rewrites, fault)
     reason = "the model with it cannot be used, since it is broken; a defect of pwopt or onnxruntime"
     assert list(first.refused) == [Site("p2", "t5")]
     assert first.refused[Site("p2", "t5")].reason.startswith(f"left out ({reason}")
     assert first.notes[0].startswith(f"Left out: p2 at 1 place, {reason}")
     assert len(asked) <= 2 + 4
-    second = bisection.culprits(first, rewrites, fault)
+    second = bisection.leave_out_faulty(first, rewrites, fault)
     assert list(second.refused) == [Site("p2", "t5"), Site("p1", "t13")]
-    assert bisection.culprits(second, rewrites, fault) is second
-    again = bisection.alike(first, [rewrites[2]], rewrites)
+    assert bisection.leave_out_faulty(second, rewrites, fault) is second
+    again = bisection.add_repeated(first, [rewrites[2]], rewrites)
     assert {r.site for r in again} == {r.site for r in rewrites if r.pass_name == "p2"}
-    assert bisection.culprits(work, rewrites, lambda _: "always") is work
-    assert bisection.culprits(work, rewrites, lambda _: "") is work
+    assert bisection.leave_out_faulty(work, rewrites, lambda _: "always") is work
+    assert bisection.leave_out_faulty(work, rewrites, lambda _: "") is work
 
 
 def test_a_worker_is_replaced_and_knows_when_it_tells_nothing(tmp_path: Path, aborting: None) -> None:
@@ -220,7 +226,7 @@ def test_a_candidate_that_fails_when_it_is_timed_ends_nothing(tmp_path: Path, mo
 
     monkeypatch.setattr(Worker, "race", race)
     monkeypatch.setattr(Worker, "profiles", race)
-    report = pwopt.optimize(CHAIN, tmp_path / "out.onnx", threads=1, cache=False).report
+    report = pwopt.optimize(CHAIN, tmp_path / "out.onnx", threads=1, measuring=pwopt.Measuring(cache=False)).report
     assert report.rewrites == ()
     assert any("fails when it is timed: it crashes onnxruntime (SIGSEGV)" in s.reason for s in report.skips)
     assert any("SIGSEGV" in s.reason for s in report.skips if s.pass_name == "to-matmul")
@@ -231,7 +237,7 @@ def test_without_verification_a_result_that_does_not_load_is_told(
 ) -> None:
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(Harmful, "kind", "does not load")
-    monkeypatch.setattr(snapshot, "PASSES", (Harmful,))
+    monkeypatch.setattr(pass_list, "PASSES", (Harmful,))
     done = pwopt.optimize(CHAIN, tmp_path / "out.onnx", verify=False)
     assert done.report.notes[-1].startswith(
         "Not verified (as asked). The result cannot be used: onnxruntime does not load the model: "
@@ -244,7 +250,7 @@ def test_the_original_is_returned_when_attempts_run_out(tmp_path: Path, monkeypa
     """Never a model that was not verified."""
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(Harmful, "kind", "does not load")
-    monkeypatch.setattr(snapshot, "PASSES", (Harmful,))
+    monkeypatch.setattr(pass_list, "PASSES", (Harmful,))
     monkeypatch.setattr(preparation, "certify", unchecked)
     monkeypatch.setattr(attempt, "MAX_ATTEMPTS", 1)
     done = pwopt.optimize(CHAIN, tmp_path / "out.onnx", threads=1)

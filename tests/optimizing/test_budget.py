@@ -16,10 +16,9 @@ from pwopt.inputs.samples import Sample
 from pwopt.optimizing import budget
 from pwopt.optimizing.budget import Budget
 from pwopt.optimizing.preparation import Problem
-from pwopt.optimizing.request import Request
 from pwopt.running.providers import DEFAULT
 from pwopt.running.worker import Worker
-from pwopt.selecting.rewrite_selection import Environment
+from pwopt.selecting.environment import Environment
 
 F = np.float32
 
@@ -47,51 +46,55 @@ def subject(load: float, run: float, monkeypatch: pytest.MonkeyPatch) -> Problem
 
 
 def test_what_is_needed_in_the_end_is_kept_back(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
-    given = Budget(subject(0.5, 0.1, monkeypatch), Request(threads=1, budget=40.0))
-    fixed = 5 * 0.5 + 3 * 3 * 0.1 + budget.PROFILING
-    assert given.for_choosing == pytest.approx(40 - fixed - 4)
+    given = Budget(subject(0.5, 0.1, monkeypatch), pwopt.Measuring(budget=40.0), 0)
+    fixed = 5 * 0.5 + 3 * 3 * 0.1 + budget.PROFILING_SECONDS
+    assert given.for_selection() == pytest.approx(40 - fixed - 4)
     clock.now += 20
-    assert given.for_choosing == pytest.approx(20 - fixed - 4)
-    assert given.again
-    assert given.rest().race_seconds == 4
+    assert given.for_selection() == pytest.approx(20 - fixed - 4)
+    assert given.allows_retry
+    assert given.for_final_race() == 4
     clock.now += 16
-    assert given.rest().race_seconds == 0
-    assert given.for_choosing == 0
-    assert not given.again
+    assert given.for_final_race() == 0
+    assert given.for_selection() == 0
+    assert not given.allows_retry
 
 
 def test_other_conditions_want_their_share(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two more models to load under each, and a quarter of the final race."""
-    one, three = (Budget(subject(0.5, 0.1, monkeypatch), Request(threads=t, budget=40.0)) for t in (1, (1, 2, 4)))
-    assert one.for_choosing - three.for_choosing == pytest.approx(2 * (2 * 0.5 + 0.25 * 4))
+    one, three = (Budget(subject(0.5, 0.1, monkeypatch), pwopt.Measuring(budget=40.0), others) for others in (0, 2))
+    assert one.for_selection() - three.for_selection() == pytest.approx(2 * (2 * 0.5 + 0.25 * 4))
 
 
 def test_a_small_budget_shortens_the_final_race(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
-    given = Budget(subject(0.0, 0.0, monkeypatch), Request(threads=1, budget=2.0))
-    assert given.for_choosing == pytest.approx(2 - budget.PROFILING - 0.15 * 2)
+    given = Budget(subject(0.0, 0.0, monkeypatch), pwopt.Measuring(budget=2.0), 0)
+    assert given.for_selection() == pytest.approx(2 - budget.PROFILING_SECONDS - 0.15 * 2)
 
 
 def test_a_slow_first_load_leaves_half(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a graphics card's libraries."""
-    given = Budget(subject(20.0, 0.1, monkeypatch), Request(threads=1, budget=40.0))
-    assert given.for_choosing == pytest.approx(20 - 4)
+    given = Budget(subject(20.0, 0.1, monkeypatch), pwopt.Measuring(budget=40.0), 0)
+    assert given.for_selection() == pytest.approx(20 - 4)
 
 
 def test_what_is_no_measuring_costs_nothing(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
-    given = Budget(subject(0.0, 0.0, monkeypatch), Request(threads=1, budget=10.0))
+    given = Budget(subject(0.0, 0.0, monkeypatch), pwopt.Measuring(budget=10.0), 0)
     with given.paused():
         clock.now += 7
     assert given.left == pytest.approx(10)
 
 
 def test_words_for_it() -> None:
-    assert [Request(effort=e).seconds for e in ("quick", "normal", "thorough")] == [10, 40, 180]
-    assert Request(effort="quick", budget=7.0).seconds == 7
+    assert [pwopt.Measuring(effort=e).seconds for e in ("quick", "normal", "thorough")] == [
+        10,
+        40,
+        180,
+    ]
+    assert pwopt.Measuring(effort="quick", budget=7.0).seconds == 7
     with pytest.raises(UsageError, match="quick, normal, thorough"):
-        pwopt.optimize(parse("(float[1] x) => (float[N] y) { y = Relu(x) }"), effort="hard")
+        pwopt.optimize(parse("(float[1] x) => (float[N] y) { y = Relu(x) }"), measuring=pwopt.Measuring(effort="hard"))
 
 
 def test_without_a_budget_the_final_race_is_as_long_as_asked(monkeypatch: pytest.MonkeyPatch) -> None:
-    given = Budget(subject(0.0, 0.0, monkeypatch), Request(threads=1, budget=0.0, race_seconds=3.0))
-    assert given.rest().race_seconds == 3
-    assert given.again
+    given = Budget(subject(0.0, 0.0, monkeypatch), pwopt.Measuring(budget=0.0, race_seconds=3.0), 0)
+    assert given.for_final_race() == 3
+    assert given.allows_retry

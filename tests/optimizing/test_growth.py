@@ -31,7 +31,7 @@ def test_growth_is_told() -> None:
 @pytest.mark.parametrize("allowed", [0.0, 0.1, 1000.0])
 def test_growth_is_bounded(allowed: float) -> None:
     model = broad()
-    result = pwopt.optimize(model, cost="analytic", verify=False, max_growth=allowed)
+    result = pwopt.optimize(model, cost="analytic", verify=False, limits=pwopt.Limits(max_growth=allowed))
     assert ops(result.model)["MatMul"] == 1
     assert total_bytes(result.model) <= (1 + allowed) * total_bytes(model) + 1
     refused = [s for s in result.report.skips if "--max-growth" in s.reason]
@@ -42,7 +42,7 @@ def test_growth_is_bounded(allowed: float) -> None:
 @pytest.mark.parametrize("wrong", [-0.1, float("nan"), float("inf")])
 def test_no_other_bounds(wrong: float) -> None:
     with pytest.raises(pwopt.UsageError, match="grow"):
-        pwopt.optimize(broad(), max_growth=wrong)
+        pwopt.optimize(broad(), limits=pwopt.Limits(max_growth=wrong))
 
 
 def test_a_measured_pass_is_bounded_too() -> None:
@@ -54,7 +54,9 @@ def test_a_measured_pass_is_bounded_too() -> None:
     passes = [p.name for p in PASSES if p.name == "winograd"]
     grown = pwopt.optimize(model, cost="analytic", verify=False, passes=passes)
     if grown.report.rewrites:  # not on models that are too small for it
-        bounded = pwopt.optimize(model, cost="analytic", verify=False, passes=passes, max_growth=0.1)
+        bounded = pwopt.optimize(
+            model, cost="analytic", verify=False, passes=passes, limits=pwopt.Limits(max_growth=0.1)
+        )
         assert total_bytes(bounded.model) <= 1.1 * total_bytes(model)
 
 

@@ -71,7 +71,7 @@ def test_external_data_is_not_copied(tmp_path: Path) -> None:
 
 def test_every_operator_is_in_one_layer_and_no_time_is_lost() -> None:
     pytest.importorskip("onnxruntime")
-    report = pwopt.optimize(model(), passes=["fold-affine"], race_seconds=0.1).report
+    report = pwopt.optimize(model(), passes=["fold-affine"], measuring=pwopt.Measuring(race_seconds=0.1)).report
     assert report.layers is not None
     assert report.operators is not None
     listed = [o for x in report.layers for o in x.before if o != LAYOUT_CHANGES]

@@ -21,6 +21,7 @@ from pwopt.evidence.certify import unchecked
 from pwopt.graph.files import load
 from pwopt.maps.cost import Cost
 from pwopt.optimizing import attempt, preparation
+from pwopt.reporting import notes
 from pwopt.reporting.document import render_document
 from pwopt.reporting.report import Latency, Report
 from pwopt.reporting.terminal import render, render_benchmark
@@ -28,7 +29,7 @@ from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Site
 from pwopt.running import installation
 from pwopt.running.bench import Row
-from pwopt.selecting import snapshot
+from pwopt.selecting import pass_list, snapshot
 
 F = np.float32
 
@@ -52,7 +53,7 @@ class Planted(Pass):
 def test_a_wrong_rewrite_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Not by its certificate: by the answers of the whole model, and what they are traced back to."""
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(snapshot, "PASSES", (*snapshot.PASSES, Planted))
+    monkeypatch.setattr(pass_list, "PASSES", (*pass_list.PASSES, Planted))
     monkeypatch.setattr(preparation, "certify", unchecked)
     path = MODELS / "network_in_network.onnx"
     report = pwopt.optimize(path, tmp_path / "out.onnx", cost="analytic").report
@@ -67,7 +68,7 @@ def test_a_wrong_rewrite_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 def test_a_wrong_result_of_unknown_cause_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(snapshot, "PASSES", (Planted,))
+    monkeypatch.setattr(pass_list, "PASSES", (Planted,))
     monkeypatch.setattr(preparation, "certify", unchecked)
     monkeypatch.setattr(attempt, "localise", lambda *_: None)
     monkeypatch.setattr(attempt, "culprits", lambda work, *_: work)
@@ -80,7 +81,7 @@ def test_a_wrong_result_of_unknown_cause_is_not_written(tmp_path: Path, monkeypa
 def test_bisection_finds_wrong_rewrites_that_no_tensor_names(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refusing the whole model is the last resort."""
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(snapshot, "PASSES", (Planted,))
+    monkeypatch.setattr(pass_list, "PASSES", (Planted,))
     monkeypatch.setattr(preparation, "certify", unchecked)
     monkeypatch.setattr(attempt, "localise", lambda *_: None)
     report = pwopt.optimize(MODELS / "network_in_network.onnx", cost="analytic").report
@@ -91,7 +92,7 @@ def test_bisection_finds_wrong_rewrites_that_no_tensor_names(monkeypatch: pytest
 
 def test_a_wrong_rewrite_is_dropped_by_its_certificate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(snapshot, "PASSES", (Planted,))
+    monkeypatch.setattr(pass_list, "PASSES", (Planted,))
     path = MODELS / "network_in_network.onnx"
     report = pwopt.optimize(path, tmp_path / "out.onnx", cost="analytic").report
     assert report.rewrites == ()
@@ -140,7 +141,7 @@ def test_what_is_not_faster_is_taken_back(
     pytest.importorskip("onnxruntime")
     races = iter([planted_race(np.full(50, s), np.full(50, 1.0)) for s in speedups])
     plant(monkeypatch, lambda *_, **__: next(races))
-    result = pwopt.optimize(CHAIN, budget=0.0, threads=1)
+    result = pwopt.optimize(CHAIN, measuring=pwopt.Measuring(budget=0.0), threads=1)
     assert ops(result.model) == left
     assert note in " ".join(result.report.notes)
     assert next(races, None) is None
@@ -159,7 +160,7 @@ def test_what_is_shown_of_a_candidate_that_is_not_returned(monkeypatch: pytest.M
     pytest.importorskip("onnxruntime")
     slow = planted_race(np.full(50, 1.0), np.full(50, 2.0))
     plant(monkeypatch, lambda *_, **__: slow)
-    report = pwopt.optimize(CHAIN, budget=0.0).report
+    report = pwopt.optimize(CHAIN, measuring=pwopt.Measuring(budget=0.0)).report
     assert report.latency is not None
     assert (report.latency.after_ms, report.latency.speedup, report.latency.interval) == (1e3, 1.0, (1.0, 1.0))
     assert report.operators is None
@@ -179,7 +180,7 @@ def test_what_is_shown_of_a_candidate_that_is_not_returned(monkeypatch: pytest.M
     for kind in ("html", "markdown"):
         text = render_document(report, kind)
         assert "1.00×" in text
-        assert "as fast, because the original is returned" in text
+        assert "as fast: it is the original" in text
         assert "0.50× [0.50, 0.50]" in text or kind == "markdown"
         assert "candidate (not returned)" in text or "candidate \\(not returned\\)" in text
 
@@ -206,13 +207,15 @@ def test_ratio_and_medians_that_point_opposite_ways(monkeypatch: pytest.MonkeyPa
 def test_a_profile_that_does_not_go_with_the_latency_is_explained() -> None:
     latency = Latency(38.0, 35.0, 38 / 35, (1.05, 1.1), 37.0, 34.0, 50)
     apart = {"before": {"Conv": 61.0, "Relu": 1.0}, "after": {"Conv": 30.0}}
-    (note,) = attempt._contradictions(latency, apart)
+    (note,) = notes.explain_contradictions(latency, apart)
     assert note.startswith("The operators' times add up to 62 → 30 ms, and runs take 38 → 35 ms: ")
-    assert not list(attempt._contradictions(latency, {"before": {"Conv": 36.0}, "after": {"Conv": 33.0, "Relu": 0.5}}))
+    assert not list(
+        notes.explain_contradictions(latency, {"before": {"Conv": 36.0}, "after": {"Conv": 33.0, "Relu": 0.5}})
+    )
     assert list(
-        attempt._contradictions(latency, {"before": {"Conv": 50.0}, "after": {"Conv": 46.0}})
+        notes.explain_contradictions(latency, {"before": {"Conv": 50.0}, "after": {"Conv": 46.0}})
     )  # the runs take less
-    assert not list(attempt._contradictions(latency, None))
+    assert not list(notes.explain_contradictions(latency, None))
 
 
 def test_multiply_adds_that_become_known_are_no_rise() -> None:
@@ -225,7 +228,7 @@ def test_multiply_adds_that_become_known_are_no_rise() -> None:
     render(report, console)
     assert re.search(r"multiply-adds +100 +300 *\n", console.export_text())
     assert "200.0%" not in render_document(report, "html") + render_document(report, "markdown")
-    noted = " ".join(attempt._unknown(report, unseen=False))
+    noted = " ".join(notes.describe_unknown_sizes(report, unseen=False))
     assert "leave out 1 operator whose sizes are not known, whatever the inputs' sizes" in noted
     assert "In the result they leave out 0 operators, so the two counts are not of the same work." in noted
 
@@ -273,8 +276,8 @@ def test_a_slow_rewrite_is_raced_out(policy: str, tmp_path: Path, monkeypatch: p
     """For real: forty passes over memory are slower than none, whatever the machine."""
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(Detour, "policy", policy)
-    monkeypatch.setattr(snapshot, "PASSES", (*snapshot.PASSES, Detour))
-    result = pwopt.optimize(CHAIN, tmp_path / "out.onnx", race_seconds=0.5, cache=False)
+    monkeypatch.setattr(pass_list, "PASSES", (*pass_list.PASSES, Detour))
+    result = pwopt.optimize(CHAIN, tmp_path / "out.onnx", measuring=pwopt.Measuring(race_seconds=0.5, cache=False))
     assert ops(onnx.load(tmp_path / "out.onnx"))["Abs"] == 1
     (dropped,) = (s for s in result.report.skips if s.pass_name == "detour")
     assert "in the whole model" in dropped.reason
@@ -284,7 +287,9 @@ def test_a_slow_rewrite_is_raced_out(policy: str, tmp_path: Path, monkeypatch: p
 def test_measured(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     out = tmp_path / "out.onnx"
-    result = pwopt.optimize(MODELS / "linear_sequence.onnx", out, shapes={"x": (1, 64, 8, 8)}, race_seconds=0.5)
+    result = pwopt.optimize(
+        MODELS / "linear_sequence.onnx", out, shapes={"x": (1, 64, 8, 8)}, measuring=pwopt.Measuring(race_seconds=0.5)
+    )
     assert ops(onnx.load(out)) == {"Conv": 1}
     assert onnx.load(out) == result.model
     report = result.report.to_dict()
@@ -388,7 +393,7 @@ def test_sizes_follow_through_shape_arithmetic() -> None:
         y = MatMul(h, w)
     }"""
     model = parse(body, i=np.array([0]), j=np.array([1]), k=np.array([0]), m=np.array([-1, 4]), w=normal(4, 8, dtype=F))
-    before, _, _ = snapshot.run_pipeline(load(model), [], (), {"x": (2, 4, 6)})
+    before = snapshot.run_passes(load(model), [], (), {"x": (2, 4, 6)}).before
     assert before.unknown == 0
     assert before.macs == 2 * 6 * 4 * 8
     assert evaluate(model, x=normal(2, 4, 6, dtype=F))[0].shape == (2, 6, 8)
@@ -405,7 +410,7 @@ def test_the_input_is_not_overwritten_unless_forced(tmp_path: Path) -> None:
     path.write_bytes((MODELS / "linear_sequence.onnx").read_bytes())
     with pytest.raises(UsageError, match="is the input"):
         pwopt.optimize(path, path, verify=False)
-    pwopt.optimize(path, path, verify=False, force=True)
+    pwopt.optimize(path, path, verify=False, writing=pwopt.Writing(force=True))
     assert ops(onnx.load(path)) == {"Conv": 1}
 
 

@@ -16,7 +16,7 @@ from pwopt.errors import UsageError
 from pwopt.optimizing import other_conditions
 from pwopt.optimizing.request import Request
 from pwopt.running.timing import Race
-from pwopt.selecting import rewrite_selection
+from pwopt.selecting.environment import Environment
 
 F = np.float32
 #: Its chain is folded where that is cheaper, its factor of one always goes.
@@ -36,7 +36,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Speed], None]:
     pytest.importorskip("onnxruntime")
 
     def install(speed: Speed) -> None:
-        def race(arena: rewrite_selection.Environment, models: list[Path], *_: Any, **__: Any) -> Race:
+        def race(arena: Environment, models: list[Path], *_: Any, **__: Any) -> Race:
             width = arena.samples[0].feeds["x"].shape[-1]
             return planted_race(*(np.full(20, speed(ops(onnx.load(m)), arena.threads, width)) for m in models))
 
@@ -71,7 +71,9 @@ def test_what_is_slower_elsewhere_is_not_done(
     where: Callable[[int, int], bool], label: str, clock: Callable[[Speed], None]
 ) -> None:
     clock(faster_but(where))
-    done = pwopt.optimize(CHAIN, shapes=[SMALL, LARGE], threads=(1, 4), budget=0.0, race_seconds=0.1)
+    done = pwopt.optimize(
+        CHAIN, shapes=[SMALL, LARGE], threads=(1, 4), measuring=pwopt.Measuring(budget=0.0, race_seconds=0.1)
+    )
     assert ops(done.model) == {"Conv": 3, "Relu": 1, "Abs": 1}
     assert {r.pass_name for r in done.report.rewrites} == {"clean-up"}
     (left,) = (s for s in done.report.skips if s.pass_name == "fold-chains" and s.reason.startswith("left out"))
@@ -85,7 +87,7 @@ def test_what_is_slower_elsewhere_is_not_done(
 
 def test_what_is_faster_everywhere_stays(clock: Callable[[Speed], None]) -> None:
     clock(faster_but(lambda threads, width: False))
-    done = pwopt.optimize(CHAIN, shapes=[SMALL, LARGE], budget=0.0, race_seconds=0.1)
+    done = pwopt.optimize(CHAIN, shapes=[SMALL, LARGE], measuring=pwopt.Measuring(budget=0.0, race_seconds=0.1))
     assert ops(done.model) == {"Conv": 2, "Relu": 1, "Abs": 1}
     assert [(c.threads, c.shapes["x"][-1]) for c in done.report.conditions] == [(4, 16), (1, 64), (4, 64)]
     content = done.report.to_dict()["conditions"]
@@ -99,7 +101,7 @@ def test_the_original_is_returned_if_nothing_alone_is_at_fault(clock: Callable[[
         return (2.0 if threads > 1 else 0.5) if changed else 1.0
 
     clock(speed)
-    done = pwopt.optimize(CHAIN, shapes=SMALL, threads=(1, 4), budget=0.0, race_seconds=0.1)
+    done = pwopt.optimize(CHAIN, shapes=SMALL, threads=(1, 4), measuring=pwopt.Measuring(budget=0.0, race_seconds=0.1))
     assert ops(done.model) == ops(CHAIN)
     assert done.report.notes[-1].startswith(
         "The rewritten model was measured slower with 4 threads, x 1×8×16×16 (0.500×"
@@ -108,7 +110,9 @@ def test_the_original_is_returned_if_nothing_alone_is_at_fault(clock: Callable[[
 
 def test_what_was_asked_for_is_kept_though_slower_elsewhere(clock: Callable[[Speed], None]) -> None:
     clock(faster_but(lambda threads, width: threads > 1))
-    done = pwopt.optimize(CHAIN, shapes=SMALL, threads=(1, 4), passes=["fold-chains"], race_seconds=0.1)
+    done = pwopt.optimize(
+        CHAIN, shapes=SMALL, threads=(1, 4), passes=["fold-chains"], measuring=pwopt.Measuring(race_seconds=0.1)
+    )
     assert ops(done.model)["Conv"] == 2
     assert "Measured slower with 4 threads, x 1×8×16×16" in done.report.notes[-1]
     assert done.report.notes[-1].endswith("and kept since --passes was asked for.")

@@ -12,7 +12,8 @@ from pruning import SIDE, TWO, V, X, build, dead, holding, pruned, untouched
 
 from pwopt.graph.files import from_proto
 from pwopt.passes import DropDead
-from pwopt.selecting.snapshot import concrete_sizes, run_pipeline
+from pwopt.selecting.shape_folding import concrete_sizes
+from pwopt.selecting.snapshot import run_passes
 
 # Constant channels
 
@@ -45,9 +46,9 @@ def test_the_record_counts_multiply_adds_at_representative_sizes() -> None:
 @pytest.mark.parametrize("shape", ["2,4,6,6", "N,4,H,W"])
 def test_the_cost_of_the_result_is_known(shape: str) -> None:
     model = build(f"(double[{shape}] x) => (double[N] y) {{ a = Conv(x, w, b) r = Relu(a) y = Conv(r, v) }}")
-    before, _, after = run_pipeline(from_proto(model), [DropDead()], (), {"x": X.shape})
-    assert (before.macs, before.unknown) == (2 * 36 * (4 * 7 + 7 * 5), 0)
-    assert (after.macs, after.unknown) == (2 * 36 * (4 * 5 + 5 * 5), 0)
+    result = run_passes(from_proto(model), [DropDead()], (), {"x": X.shape})
+    assert (result.before.macs, result.before.unknown) == (2 * 36 * (4 * 7 + 7 * 5), 0)
+    assert (result.after.macs, result.after.unknown) == (2 * 36 * (4 * 5 + 5 * 5), 0)
 
 
 # Channels nobody reads

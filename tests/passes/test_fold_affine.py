@@ -606,7 +606,10 @@ def test_a_shared_weight_is_copied_where_that_costs_less(spare: int, size: str, 
 
 def test_no_copy_where_the_model_must_not_grow() -> None:
     model = levels(4000, "4")
-    free, bound = (pwopt.optimize(model, cost="analytic", verify=False, max_growth=g).model for g in (None, 0.0))
+    free, bound = (
+        pwopt.optimize(model, cost="analytic", verify=False, limits=pwopt.Limits(max_growth=g)).model
+        for g in (None, 0.0)
+    )
     assert [ops(m).get("BatchNormalization", 0) for m in (free, bound)] == [0, 2]
     assert total_bytes(bound) <= total_bytes(model)
 

@@ -15,7 +15,7 @@ from pwopt.graph.files import from_proto
 from pwopt.passes import FoldChains
 from pwopt.rewriting.records import Site
 from pwopt.rewriting.wording import dearer
-from pwopt.selecting.snapshot import run_pipeline
+from pwopt.selecting.snapshot import run_passes
 
 X = normal(2, 4, 6, 6)
 SIDE = "(double[2,4,6,6] x) => (double[N] y) "
@@ -87,7 +87,7 @@ def test_a_bottleneck_stays_with_the_price_of_folding_it() -> None:
 
 def test_the_price_in_multiply_adds_where_sizes_are_known() -> None:
     model = from_proto(chain([96, 16, 96]))
-    _, outcome, _ = run_pipeline(model, [FoldChains()], (), {"t0": (1, 96, 10, 10)})
+    outcome = run_passes(model, [FoldChains()], (), {"t0": (1, 96, 10, 10)})
     assert "(307,200 → 921,600)" in outcome.skips[0].reason
 
 
@@ -257,9 +257,9 @@ def test_multiply_adds_never_rise() -> None:
     for seed in range(20):
         widths = np.random.default_rng(seed).integers(1, 40, 8).tolist()
         model = from_proto(chain(widths))
-        before, outcome, after = run_pipeline(model, [FoldChains()], (), {"t0": (1, widths[0], 3, 3)})
-        assert after.macs <= before.macs
-        assert sum(r.macs_before - r.macs_after for r in outcome.rewrites) == before.macs - after.macs
+        outcome = run_passes(model, [FoldChains()], (), {"t0": (1, widths[0], 3, 3)})
+        assert outcome.after.macs <= outcome.before.macs
+        assert sum(r.macs_before - r.macs_after for r in outcome.rewrites) == outcome.before.macs - outcome.after.macs
 
 
 GROUPED = "(double[2,8,5,7] x) => (double[N] y) "

@@ -437,12 +437,12 @@ def test_what_saves_little_is_not_worth_a_race(channels: int, size: int, done: i
 
 def test_the_phases_win_where_both_may_act() -> None:
     """The other one is raced first, so that the phases are raced against it."""
-    from pwopt.selecting.autotuning import groups
+    from pwopt.selecting.autotuning import group_rewrites
 
     result, _, _ = run(wide(128, 14), *(helpers.eager(k) for k in BOTH), certifier=None)
     assert ops(result)["ConvTranspose"] == 0
     alone = [run(wide(128, 14), helpers.eager(k), certifier=None)[1].rewrites[0] for k in BOTH]
-    assert [g.pass_name for g in groups(alone)] == ["fractional-stride", "polyphase"]
+    assert [g.pass_name for g in group_rewrites(alone)] == ["fractional-stride", "polyphase"]
 
 
 @st.composite

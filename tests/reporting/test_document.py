@@ -20,6 +20,7 @@ import onnx
 import pytest
 from helpers import MODELS, normal, parse
 
+import pwopt
 from pwopt.errors import UsageError
 from pwopt.evidence.verify import verify
 from pwopt.graph.changes import Operator
@@ -75,7 +76,7 @@ def evil_model() -> onnx.ModelProto:
 @pytest.fixture(scope="module")
 def report() -> Report:
     kept = ["fold-affine", "fold-chains"]  # what is asked for by name is kept, however fast it is
-    result = optimize(evil_model(), race_seconds=0.1, passes=kept)
+    result = optimize(evil_model(), measuring=pwopt.Measuring(race_seconds=0.1), passes=kept)
     return replace(result.report, command="pwopt optimize 'a <b>.onnx'")
 
 

@@ -17,14 +17,15 @@ from pwopt.cli import main
 from pwopt.errors import ModelError, ProviderError, UsageError
 from pwopt.graph.files import from_proto
 from pwopt.maps.cost import Cost
-from pwopt.optimizing import attempt
 from pwopt.passes import PASSES, FillTensorCores, PadChannels
+from pwopt.reporting import notes
 from pwopt.reporting.report import Latency, Report
 from pwopt.running import doctor, installation, providers
 from pwopt.running.providers import Card, Provider
 from pwopt.running.session import Session
 from pwopt.selecting import cache
-from pwopt.selecting.rewrite_selection import Compilation, Environment
+from pwopt.selecting.compilation import Compilation
+from pwopt.selecting.pass_list import resolve_passes
 
 CUDA, CPU = "CUDAExecutionProvider", "CPUExecutionProvider"
 
@@ -186,7 +187,7 @@ def test_passes_say_where_they_may_pay(tmp_path: Path) -> None:
     model = from_proto(parse("(float[N,4] x) => (float[N,4] y) { y = Relu(x) }"))
 
     def names(kind: str, passes: list[str] | None = None) -> set[str]:
-        return {p.name for p in Compilation(model, model, passes, (), {}, tmp_path, kind).candidates()}
+        return {p.name for p in Compilation(model, model, resolve_passes(passes), (), {}, tmp_path, kind).candidates()}
 
     blocked = {"pad-channels", "fill-blocks", "keep-layout", "split-multiplier", "winograd", "sub-pixel", "frames"}
     everything = {p.name for p in PASSES}
@@ -194,8 +195,8 @@ def test_passes_say_where_they_may_pay(tmp_path: Path) -> None:
     assert names("other") == names("cpu") - {"name-activations"}
     assert names("gpu") == everything - blocked
     assert names("gpu", ["winograd"]) == {"winograd"}
-    assert set(Compilation(model, model, None, (), {}, tmp_path, "gpu").unfit()) == blocked
-    assert Compilation(model, model, None, (), {}, tmp_path, "cpu").unfit() == []
+    assert set(Compilation(model, model, resolve_passes(), (), {}, tmp_path, "gpu").unfit()) == blocked
+    assert Compilation(model, model, resolve_passes(), (), {}, tmp_path, "cpu").unfit() == []
 
 
 @pytest.mark.parametrize(("dtype", "wanted"), [("float16", [16, 16]), ("float", [12, 12])])
@@ -228,10 +229,10 @@ def test_padding_for_blocks_asks_for_other_multiples() -> None:
 def test_what_only_starts_operators_is_told(milliseconds: float, provider: str, told: bool) -> None:
     latency = Latency(1.0, milliseconds, 1.0, (0.9, 1.1), 1.0, milliseconds, 20)
     report = Report("m", None, provider, {}, {}, latency=latency, after=Cost(10, 0, 0, 0))
-    notes = list(attempt._launches(report, Environment(Provider.parse(provider), 1, [])))
-    assert bool(notes) == told
+    found = list(notes.explain_launches(report, Provider.parse(provider).kind))
+    assert bool(found) == told
     if told:
-        assert notes[0].startswith("5.0 µs for each of 10 operators is what it takes to start them")
+        assert found[0].startswith("5.0 µs for each of 10 operators is what it takes to start them")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from helpers import normal, ops, parse, plant, planted_race
 import pwopt
 from pwopt.rewriting.records import Rewrite, Site
 from pwopt.running.timing import Evidence, Race
-from pwopt.selecting.autotuning import Decision, Estimate, Group, choose, groups
+from pwopt.selecting.autotuning import Decision, Estimate, Group, group_rewrites, race_groups
 
 pytest.importorskip("onnxruntime")
 
@@ -21,7 +21,7 @@ def rewrite(signature: str, site: str, macs: int) -> Rewrite:
 
 
 def test_rewrites_that_look_alike_form_a_group_and_the_largest_comes_first() -> None:
-    found = groups([rewrite("small", "s1", 1), rewrite("large", "l1", 5), rewrite("large", "l2", 5)])
+    found = group_rewrites([rewrite("small", "s1", 1), rewrite("large", "l1", 5), rewrite("large", "l2", 5)])
     assert found == [
         Group("merge-siblings", "large", (Site("merge-siblings", "l1"), Site("merge-siblings", "l2")), 10),
         Group("merge-siblings", "small", (Site("merge-siblings", "s1"),), 1),
@@ -36,8 +36,8 @@ class Fake:
         self.seen: list[tuple[str, str]] = []
         self.built: list[frozenset[Site]] = []
         self.known: dict[Group, Decision] = {}
-        self.looks: list[tuple[list[str], list[str]]] = []
-        self.seen_by_look: dict[Group, Estimate] = {}
+        self.estimated_groups: list[tuple[list[str], list[str]]] = []
+        self.estimates: dict[Group, Estimate] = {}
 
     @classmethod
     def adding(cls, times: dict[str, float]) -> Fake:
@@ -55,12 +55,12 @@ class Fake:
         self.seen.append((a.name, b.name))
         return planted_race(*(self.cost(p.name) * (1 + self.noise * self.rng.random(self.rounds)) for p in (a, b)))
 
-    def remembered(self, group: Group) -> Decision | None:
+    def recall(self, group: Group) -> Decision | None:
         return self.known.get(group)
 
-    def look(self, kept: Sequence[Group], groups: Sequence[Group]) -> Mapping[Group, Estimate]:
-        self.looks.append(([g.pass_name for g in kept], [g.sites[0].tensor for g in groups]))
-        return {g: self.seen_by_look[g] for g in groups if g in self.seen_by_look}
+    def estimate(self, kept: Sequence[Group], groups: Sequence[Group]) -> Mapping[Group, Estimate]:
+        self.estimated_groups.append(([g.pass_name for g in kept], [g.sites[0].tensor for g in groups]))
+        return {g: self.estimates[g] for g in groups if g in self.estimates}
 
 
 def listed(names: str) -> list[Group]:
@@ -74,7 +74,7 @@ def evidence(speedup: float, spread: float, rounds: int = 40) -> Evidence:
 
 def test_groups_are_raced_on_top_of_those_kept() -> None:
     fake = Fake.adding({"a": -0.2, "b": 0.1, "c": -0.1, "d": 0.0})
-    decisions = choose(listed("abcd"), fake, 60.0)
+    decisions = race_groups(listed("abcd"), fake, 60.0)
     assert [d.kept for d in decisions] == [True, False, True, False]
     first, rest = fake.seen[:4], fake.seen[4:]
     assert first == [("+", "a"), ("a", "a+b"), ("a", "a+c"), ("a+c", "a+c+d")]
@@ -86,7 +86,7 @@ def test_groups_are_raced_on_top_of_those_kept() -> None:
 def test_what_pays_only_with_others_is_raced_again() -> None:
     """b makes a worth it, of which nothing was clear before."""
     fake = Fake(lambda name: {"+": 1.0, "a": 0.99, "b": 0.9, "a+b": 0.8}[name], noise=0.2, rounds=200)
-    decisions = choose(listed("ab"), fake, 60.0)
+    decisions = race_groups(listed("ab"), fake, 60.0)
     assert [d.kept for d in decisions] == [True, True]
     assert ("b", "a+b") in fake.seen
 
@@ -94,12 +94,12 @@ def test_what_pays_only_with_others_is_raced_again() -> None:
 def test_what_no_longer_pays_is_dropped_in_the_end() -> None:
     """b does all that a does, and more."""
     fake = Fake(lambda name: {"+": 1.0, "a": 0.9, "b": 0.7, "a+b": 0.71}[name], noise=0.001)
-    assert [d.kept for d in choose(listed("ab"), fake, 60.0)] == [False, True]
+    assert [d.kept for d in race_groups(listed("ab"), fake, 60.0)] == [False, True]
 
 
 def test_each_model_is_built_once() -> None:
     fake = Fake.adding({"a": -0.2, "b": 0.1, "c": -0.1})
-    choose(listed("abc"), fake, 60.0)
+    race_groups(listed("abc"), fake, 60.0)
     assert len(fake.built) == len(set(fake.built))
 
 
@@ -107,7 +107,7 @@ def test_remembered_groups_are_not_raced_if_they_are_clear() -> None:
     fake = Fake.adding({"a": -0.2, "b": -0.1})
     a, b = listed("ab")
     fake.known[a] = Decision(a, evidence(1.2, 0.01), remembered=True)
-    assert [d.kept for d in choose([a, b], fake, 60.0)] == [True, True]
+    assert [d.kept for d in race_groups([a, b], fake, 60.0)] == [True, True]
     assert fake.seen == [("a", "a+b")]
 
 
@@ -117,7 +117,7 @@ def test_a_doubtful_race_goes_on_where_it_ended() -> None:
     fake = Fake(lambda name: 1.0 if name == "+" else 0.98, noise=0.15, rounds=15)
     widths, decision = [], Decision(group)
     for _ in range(20):
-        (decision,) = choose([group], fake, 60.0)
+        (decision,) = race_groups([group], fake, 60.0)
         widths.append(decision.interval[1] - decision.interval[0])
         if decision.clear:
             break
@@ -148,7 +148,7 @@ def test_when_races_have_decided(speedup: float, spread: float, rounds: int, cle
 def test_a_model_that_fails_in_a_race_is_dropped() -> None:
     fake = Fake.adding({"a": -0.5})
     fake.race = lambda *_: "it crashes onnxruntime (SIGSEGV)"  # type: ignore[method-assign]
-    (decision,) = choose(listed("a"), fake, 60.0)
+    (decision,) = race_groups(listed("a"), fake, 60.0)
     assert not decision.kept
     assert "SIGSEGV" in decision.reason()
 
@@ -161,14 +161,14 @@ def test_what_profiles_rule_out_is_not_raced_and_what_pays_is_raced_at_once() ->
     """a and c pay, b costs, of d nothing is known, and e might pay by what others gain."""
     fake = Fake.adding({"a": -0.1, "b": 0.1, "c": -0.05, "d": -0.02, "e": 0.02})
     groups = listed("abcde")
-    fake.seen_by_look = dict(zip(groups, (glance(1.11), glance(0.9), glance(1.05)), strict=False))
-    fake.seen_by_look[groups[4]] = glance(0.98, 1.03)
-    decisions = choose(groups, fake, 60.0)
-    assert fake.looks == [([], ["a", "b", "c", "d", "e"])]
+    fake.estimates = dict(zip(groups, (glance(1.11), glance(0.9), glance(1.05)), strict=False))
+    fake.estimates[groups[4]] = glance(0.98, 1.03)
+    decisions = race_groups(groups, fake, 60.0)
+    assert fake.estimated_groups == [([], ["a", "b", "c", "d", "e"])]
     assert fake.seen[0] == ("+", "a+c")
     assert all("b" not in name.split("+") for race in fake.seen for name in race)
     assert [d.kept for d in decisions] == [True, False, True, True, False]
-    assert [d.looked for d in decisions] == [True, True, True, False, False]
+    assert [d.estimated for d in decisions] == [True, True, True, False, False]
     assert "by profiles of its operators" in decisions[1].reason()
     assert "in a race of all that pay so" in decisions[0].reason()
     assert decisions[0].speedup == pytest.approx(1.11)
@@ -178,42 +178,42 @@ def test_profiles_alone_keep_nothing() -> None:
     """They promise what the whole model does not hold: each is then raced by itself."""
     fake = Fake.adding({"a": 0.1, "b": -0.01})
     groups = listed("ab")
-    fake.seen_by_look = {g: glance(1.1) for g in groups}
-    decisions = choose(groups, fake, 60.0)
+    fake.estimates = {g: glance(1.1) for g in groups}
+    decisions = race_groups(groups, fake, 60.0)
     assert fake.seen[:3] == [("+", "a+b"), ("+", "a"), ("+", "b")]
     assert [d.kept for d in decisions] == [False, True]
-    assert not any(d.looked for d in decisions)
+    assert not any(d.estimated for d in decisions)
 
 
 def test_on_a_busy_machine_profiles_rule_out_and_promise_nothing() -> None:
     fake = Fake.adding({"a": -0.1, "b": 0.1, "c": -0.1})
     groups = listed("abc")
-    fake.seen_by_look = {g: glance(s)._replace(sure=False) for g, s in zip(groups, (1.1, 0.9, 1.1), strict=True)}
-    decisions = choose(groups, fake, 60.0)
+    fake.estimates = {g: glance(s)._replace(sure=False) for g, s in zip(groups, (1.1, 0.9, 1.1), strict=True)}
+    decisions = race_groups(groups, fake, 60.0)
     assert fake.seen[0] == ("+", "a")
-    assert [d.looked for d in decisions] == [False, True, False]
+    assert [d.estimated for d in decisions] == [False, True, False]
     assert [d.kept for d in decisions] == [True, False, True]
 
 
 def test_hardly_anything_is_no_reason_to_race() -> None:
     fake = Fake.adding({"a": 0.0, "b": 0.0})
     groups = listed("ab")
-    fake.seen_by_look = {groups[0]: glance(1.001), groups[1]: glance(1.004, 1.007)}
-    assert [d.kept for d in choose(groups, fake, 60.0)] == [False, False]
+    fake.estimates = {groups[0]: glance(1.001), groups[1]: glance(1.004, 1.007)}
+    assert [d.kept for d in race_groups(groups, fake, 60.0)] == [False, False]
     assert not fake.seen
 
 
-def test_what_is_known_is_not_looked_at() -> None:
+def test_what_is_known_is_not_estimated() -> None:
     fake = Fake.adding({"a": -0.1, "b": 0.1})
     a, b = listed("ab")
     fake.known[a] = Decision(a, evidence(1.1, 0.01), remembered=True)
-    choose([a, b], fake, 60.0)
-    assert fake.looks == [(["p"], ["b"])]
+    race_groups([a, b], fake, 60.0)
+    assert fake.estimated_groups == [(["p"], ["b"])]
 
 
 def test_without_time_nothing_is_decided() -> None:
     fake = Fake.adding({"a": -0.5})
-    assert choose(listed("a"), fake, 0.0) == []
+    assert race_groups(listed("a"), fake, 0.0) == []
     assert not fake.seen
 
 
@@ -232,7 +232,7 @@ def test_every_measured_rewrite_is_kept_or_reported(
 ) -> None:
     pytest.importorskip("onnxruntime")
     plant(monkeypatch, lambda *_, **__: planted_race(np.full(40, speedup), np.full(40, 1.0)))
-    result = pwopt.optimize(three(tmp_path / "m.onnx"), budget=600.0, threads=1, cache=False)
+    result = pwopt.optimize(three(tmp_path / "m.onnx"), measuring=pwopt.Measuring(budget=600.0, cache=False), threads=1)
     kept = [r for r in result.report.rewrites if r.pass_name == "merge-siblings"]
     dropped = [s for s in result.report.skips if s.pass_name == "merge-siblings"]
     assert (len(kept) >= 1, len(dropped) >= 1) == (speedup > 1, speedup <= 1)
@@ -240,7 +240,7 @@ def test_every_measured_rewrite_is_kept_or_reported(
 
 
 def test_without_a_budget_measured_rewrites_are_left_out(tmp_path: Path) -> None:
-    result = pwopt.optimize(three(tmp_path / "m.onnx"), race_seconds=0.05, budget=0.0)
+    result = pwopt.optimize(three(tmp_path / "m.onnx"), measuring=pwopt.Measuring(race_seconds=0.05, budget=0.0))
     assert ops(result.model) == {"Conv": 3}
 
 
@@ -265,7 +265,7 @@ def test_the_pass_that_saves_most_is_raced_first() -> None:
         Rewrite("", macs_before=before, macs_after=after, signature=str(i), site=Site(name, str(i)))
         for i, (name, before, after) in enumerate(saves)
     ]
-    assert [str(g.sites[0]) for g in groups(rewrites)] == ["d:4", "d:3", "c:2", "a:0", "a:5", "b:1"]
+    assert [str(g.sites[0]) for g in group_rewrites(rewrites)] == ["d:4", "d:3", "c:2", "a:0", "a:5", "b:1"]
 
 
 def test_of_two_that_act_on_one_place_the_first_is_raced_against_the_other() -> None:
@@ -273,11 +273,11 @@ def test_of_two_that_act_on_one_place_the_first_is_raced_against_the_other() -> 
     rewrites = [
         Rewrite("", macs_before=9, macs_after=4, signature=name, site=Site(name, "y")) for name in ("first", "second")
     ]
-    found = groups(rewrites)
+    found = group_rewrites(rewrites)
     assert [g.pass_name for g in found] == ["second", "first"]
     fake = Fake(lambda name: {"+": 1.0, "second": 0.9, "first": 0.8}[name], noise=0.001)
     fake.build = lambda sites: Path("first" if Site("first", "y") in sites else "second" if sites else "+")  # type: ignore[method-assign]
-    decisions = choose(found, fake, 60.0)
+    decisions = race_groups(found, fake, 60.0)
     assert fake.seen == [("+", "second"), ("second", "first")]
     assert [d.kept for d in decisions] == [False, True]
     assert not decisions[0].raced

@@ -106,18 +106,18 @@ def test_a_second_run_decides_alike_without_racing(monkeypatch: pytest.MonkeyPat
         return planted_race(np.full(40, 2.0), np.full(40, 1.0))  # whatever is tried is faster
 
     plant(monkeypatch, counted)
-    first = pwopt.optimize(siblings(), race_seconds=0.01, budget=600.0, threads=1)
+    first = pwopt.optimize(siblings(), measuring=pwopt.Measuring(race_seconds=0.01, budget=600.0), threads=1)
     tuned = sum(r is not None for r in races)
     assert tuned > 0
     assert len(list(cache.entries())) > 0
-    second = pwopt.optimize(siblings(), race_seconds=0.01, budget=600.0, threads=1)
+    second = pwopt.optimize(siblings(), measuring=pwopt.Measuring(race_seconds=0.01, budget=600.0), threads=1)
     assert sum(r is not None for r in races) == tuned
 
     def kinds(result: pwopt.Result) -> set[str]:
         return {r.site for r in result.report.rewrites if r.signature}
 
     assert kinds(first) == kinds(second) != set()
-    pwopt.optimize(siblings(), race_seconds=0.01, budget=600.0, threads=1, cache=False)
+    pwopt.optimize(siblings(), measuring=pwopt.Measuring(race_seconds=0.01, budget=600.0, cache=False), threads=1)
     assert sum(r is not None for r in races) == 2 * tuned
 
 

@@ -20,7 +20,7 @@ from pwopt.errors import UsageError
 from pwopt.passes import PASSES, CleanUp, FoldChains
 from pwopt.rewriting import Pass, Rewrite, Rewriter
 from pwopt.selecting import cache, plugins
-from pwopt.selecting.snapshot import select_passes
+from pwopt.selecting.pass_list import resolve_passes
 
 PACKAGE = Path(__file__).parent.parent / "plugin_package"
 DropSign = plugins.named(f"{PACKAGE / 'pwopt_signs.py'}:DropSign")
@@ -39,13 +39,13 @@ def analytic(**options: object) -> pwopt.Result:
 
 
 def test_names_classes_and_instances_in_order() -> None:
-    chosen = select_passes(["fold-chains", DropSign, CleanUp()])
+    chosen = resolve_passes(["fold-chains", DropSign, CleanUp()])
     assert [p.name for p in chosen] == ["fold-chains", "drop-sign", "clean-up"]
     assert [p.requested for p in chosen] == [True, False, False]
-    assert [p.name for p in select_passes([*PASSES, DropSign])][-2:] == [PASSES[-1].name, "drop-sign"]
-    assert [p.name for p in select_passes(["drop-sign"], [DropSign])] == ["drop-sign"]
+    assert [p.name for p in resolve_passes([*PASSES, DropSign])][-2:] == [PASSES[-1].name, "drop-sign"]
+    assert [p.name for p in resolve_passes(["drop-sign"], [DropSign])] == ["drop-sign"]
     given = FoldChains()
-    assert select_passes([given])[0] is not given  # a run leaves no traces in what was handed over
+    assert resolve_passes([given])[0] is not given  # a run leaves no traces in what was handed over
 
 
 def test_a_class_is_run_certified_and_denied_like_ones_own() -> None:

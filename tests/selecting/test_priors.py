@@ -43,10 +43,10 @@ def test_decisions_are_counted_by_kind() -> None:
 
 
 def test_in_vain_is_said_late_and_taken_back_at_once() -> None:
-    assert not Prior(ENOUGH - 1).vain
-    assert Prior(2 * ENOUGH).vain
-    assert Prior(4 * ENOUGH, 1, 0.01).vain
-    assert not (Prior(2 * ENOUGH) + Prior(1, 1, 0.05)).vain
+    assert not Prior(ENOUGH - 1).unprofitable
+    assert Prior(2 * ENOUGH).unprofitable
+    assert Prior(4 * ENOUGH, 1, 0.01).unprofitable
+    assert not (Prior(2 * ENOUGH) + Prior(1, 1, 0.05)).unprofitable
 
 
 def test_what_ships_names_its_machines_and_passes_that_there_are() -> None:
@@ -73,11 +73,11 @@ def test_kinds_that_never_paid_are_left_out_and_told(monkeypatch: pytest.MonkeyP
     pytest.importorskip("onnxruntime")
     plant(monkeypatch, lambda *_, **__: planted_race(np.full(40, 2.0), np.full(40, 1.0)))
     known(monkeypatch, to_matmul=[50, 1, 0.001])
-    report = pwopt.optimize(siblings(), threads=1, cache=False).report
+    report = pwopt.optimize(siblings(), threads=1, measuring=pwopt.Measuring(cache=False)).report
     assert "to-matmul" not in {r.pass_name for r in report.rewrites}
     (reason,) = {s.reason for s in report.skips if s.pass_name == "to-matmul"}
     assert "not tried, since it paid in 1 of 50 cases on processors like this; --effort thorough does" in reason
-    thorough = pwopt.optimize(siblings(), threads=1, cache=False, effort="thorough").report
+    thorough = pwopt.optimize(siblings(), threads=1, measuring=pwopt.Measuring(cache=False, effort="thorough")).report
     assert {r.pass_name for r in thorough.rewrites} & {"to-matmul", "merge-siblings"}
     assert not any("not tried" in s.reason for s in thorough.skips)
 
@@ -93,7 +93,7 @@ def test_what_paid_most_is_raced_first(first: str, monkeypatch: pytest.MonkeyPat
 
     plant(monkeypatch, race)
     known(monkeypatch, **{first.replace("-", "_"): [10, 9, 3.0]})
-    pwopt.optimize(siblings(), threads=1, cache=False)
+    pwopt.optimize(siblings(), threads=1, measuring=pwopt.Measuring(cache=False))
     assert ("MatMul" in raced[0]) == (first == "to-matmul")
 
 

@@ -13,7 +13,7 @@ from pwopt.rewriting import Rewrite
 from pwopt.rewriting.records import Site
 from pwopt.running.session import NodeTime
 from pwopt.selecting.autotuning import Estimate, Group
-from pwopt.selecting.profile_estimate import Run, look
+from pwopt.selecting.profile_estimate import Run, estimate
 
 F = np.float32
 #: Three convolutions in a row, of which the first two are rewritten into a product each.
@@ -48,7 +48,7 @@ def runs(times: Mapping[int | str, float], spread: float = 0.0, pace: float = 0.
 
 def seen(new: Mapping[int | str, float], spread: float = 0.0, pace: float = 0.0) -> dict[Group, Estimate]:
     before, after = models()
-    return look(before, after, REWRITES, [A, B], (runs(OLD, spread, pace), runs(new, spread, pace, seed=1)))
+    return estimate(before, after, REWRITES, [A, B], (runs(OLD, spread, pace), runs(new, spread, pace, seed=1)))
 
 
 def test_each_group_is_told_what_its_own_operators_gain() -> None:
@@ -77,7 +77,7 @@ def test_what_others_gain_is_held_in_favour_of_each() -> None:
 def test_a_single_group_may_be_behind_all_that_changed() -> None:
     before, after = models()
     times = {0: 2.0, 1: 3.0, 2: 0.0, 3: 1.0, 4: 2.0, 5: 0.0, 6: 1.0}
-    found = look(before, after, REWRITES[:1], [A], (runs(OLD), runs(times)))
+    found = estimate(before, after, REWRITES[:1], [A], (runs(OLD), runs(times)))
     assert found[A].best.speedup == pytest.approx(10 / 9)
     assert found[A].own.speedup < 1.0
 
@@ -95,7 +95,7 @@ def test_nothing_is_said_of_what_was_not_made_or_is_not_alone() -> None:
     before, after = models()
     both = (runs(OLD), runs({0: 1.0, 1: 1.0, 2: 0.0, 3: 2.0, 4: 3.0, 5: 0.0, 6: 3.0}))
     partly = Group("p", "third", (Site("p", "b"), Site("p", "y")), 1)
-    assert set(look(before, after, REWRITES, [A, partly], both)) == {A}
+    assert set(estimate(before, after, REWRITES, [A, partly], both)) == {A}
     same = Group("q", "also first", (Site("q", "a"),), 1)
     rewrites = [*REWRITES, Rewrite("", became=(("a", "a"),), site=Site("q", "a"))]
-    assert set(look(before, after, rewrites, [A, B, same], both)) == {B}
+    assert set(estimate(before, after, rewrites, [A, B, same], both)) == {B}

@@ -15,10 +15,11 @@ import pwopt
 from pwopt.evidence.certify import certify
 from pwopt.graph.files import from_proto, load
 from pwopt.inputs.specs import input_specs
-from pwopt.rewriting.records import Outcome
-from pwopt.selecting import rewrite_selection, snapshot
-from pwopt.selecting.rewrite_selection import Compilation
-from pwopt.selecting.snapshot import Snapshot, run_pipeline, select_passes
+from pwopt.rewriting.records import Rewrite, Site, Skip
+from pwopt.selecting import compilation
+from pwopt.selecting.compilation import Compilation
+from pwopt.selecting.pass_list import resolve_passes
+from pwopt.selecting.snapshot import Snapshot, run_passes
 
 F = np.float32
 #: A chain that folds, siblings that may be merged, and an activation by name.
@@ -30,29 +31,36 @@ def sizes(proto: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     return {s.name: tuple(d if isinstance(d, int) else 4 for d in s.shape or ()) for s in input_specs(proto)}
 
 
-def apart(proto: onnx.ModelProto, folder: Path | None, allowed: frozenset[str] | None) -> tuple[bytes, Outcome]:
+Records = tuple[tuple[Rewrite, ...], tuple[Skip, ...]]
+
+
+def apart(proto: onnx.ModelProto, folder: Path | None, allowed: frozenset[Site] | None) -> tuple[bytes, Records]:
     """A run from the original to the end, on one graph."""
-    model, passes = from_proto(proto, folder), select_passes(None)
+    model, passes = from_proto(proto, folder), resolve_passes()
     for p in passes:
         if p.policy == "measured" and allowed is not None:
             p.scope = "exact"
-    _, outcome, _ = run_pipeline(model, passes, (), sizes(proto), allowed)
-    return model.to_proto().SerializeToString(deterministic=True), outcome
+    done = run_passes(model, passes, (), sizes(proto), allowed)
+    return done.proto.SerializeToString(deterministic=True), (done.rewrites, done.skips)
 
 
-def every(proto: onnx.ModelProto, work: Compilation) -> list[tuple[onnx.ModelProto, frozenset[str]]]:
+def every(proto: onnx.ModelProto, work: Compilation) -> list[tuple[onnx.ModelProto, frozenset[Site]]]:
     """A model with no measured rewrite, with each kind by itself, with all, and with none again."""
-    sites: dict[str, list[str]] = {}
-    for r in work.opportunities()[0]:
+    sites: dict[str, list[Site]] = {}
+    for r in work.find_opportunities()[0]:
         sites.setdefault(r.pass_name, []).append(r.site)
-    asked = [frozenset[str](), *map(frozenset, sites.values()), frozenset(s for found in sites.values() for s in found)]
-    return [(work.rewrite(allowed)[3], allowed) for allowed in (*asked, frozenset[str]())]
+    asked = [
+        frozenset[Site](),
+        *map(frozenset, sites.values()),
+        frozenset(s for found in sites.values() for s in found),
+    ]
+    return [(work.rewrite(allowed).proto, allowed) for allowed in (*asked, frozenset[Site]())]
 
 
 @pytest.mark.parametrize("path", sorted(MODELS.glob("*.onnx")), ids=lambda p: p.stem)
 def test_candidates_of_one_snapshot_are_what_runs_of_their_own_make(path: Path) -> None:
     source = load(path)
-    work = Compilation(source, source, None, (), sizes(source.proto), Path())
+    work = Compilation(source, source, resolve_passes(), (), sizes(source.proto), Path())
     for proto, allowed in every(source.proto, work):
         assert proto.SerializeToString(deterministic=True) == apart(source.proto, source.folder, allowed)[0]
 
@@ -60,17 +68,17 @@ def test_candidates_of_one_snapshot_are_what_runs_of_their_own_make(path: Path) 
 def test_so_are_those_of_random_models() -> None:
     for number in range(60):
         source = from_proto(random_sample(Random(number)).model)
-        work = Compilation(source, source, None, (), sizes(source.proto), Path())
-        for allowed in (frozenset[str](), frozenset(r.site for r in work.opportunities()[0])):
-            _, outcome, _, proto = work.rewrite(allowed)
+        work = Compilation(source, source, resolve_passes(), (), sizes(source.proto), Path())
+        for allowed in (frozenset[Site](), frozenset(r.site for r in work.find_opportunities()[0])):
+            done = work.rewrite(allowed)
             wanted, records = apart(source.proto, None, allowed)
-            assert proto.SerializeToString(deterministic=True) == wanted
-            assert outcome == records
+            assert done.proto.SerializeToString(deterministic=True) == wanted
+            assert (done.rewrites, done.skips) == records
 
 
 def test_a_branch_leaves_the_snapshot_alone() -> None:
     proto = parse(BODY, **WEIGHTS)
-    snapshot = Snapshot.of(from_proto(proto), select_passes(None), (), {})
+    snapshot = Snapshot.from_model(from_proto(proto), resolve_passes(), (), {})
     before = snapshot.model.to_proto().SerializeToString(deterministic=True)
     first = snapshot.branch(eager=True)
     first.finish()
@@ -88,8 +96,8 @@ def test_metadata_and_bodies_survive_in_a_branch() -> None:
     proto = parse(body, s=WEIGHTS["s"], v=WEIGHTS["v"])
     for node in proto.graph.node:
         node.doc_string = f"was {node.op_type}"
-    work = Compilation(from_proto(proto), from_proto(proto), None, (), sizes(proto), Path())
-    made = work.rewrite(frozenset())[3]
+    work = Compilation(from_proto(proto), from_proto(proto), resolve_passes(), (), sizes(proto), Path())
+    made = work.rewrite(frozenset()).proto
     conv, branch = made.graph.node
     assert conv.doc_string == "was Conv"
     assert branch == proto.graph.node[-1]
@@ -100,27 +108,27 @@ def test_one_optimisation_takes_one_snapshot(monkeypatch: pytest.MonkeyPatch) ->
     pytest.importorskip("onnxruntime")
     plant(monkeypatch, lambda *_, **__: planted_race(np.full(40, 2.0), np.full(40, 1.0)))
     settled: list[object] = []
-    real = Snapshot.of.__func__  # type: ignore[attr-defined]
+    real = Snapshot.from_model.__func__  # type: ignore[attr-defined]
 
     def counted(cls: type[Snapshot], *arguments: object, **options: object) -> Snapshot:
         settled.append(arguments)
         return real(cls, *arguments, **options)
 
-    monkeypatch.setattr(Snapshot, "of", classmethod(counted))
-    monkeypatch.setattr(rewrite_selection, "LATEST", 4)
-    pwopt.optimize(parse(BODY, **WEIGHTS), budget=600.0, threads=1, cache=False)
+    monkeypatch.setattr(Snapshot, "from_model", classmethod(counted))
+    monkeypatch.setattr(compilation, "LATEST", 4)
+    pwopt.optimize(parse(BODY, **WEIGHTS), measuring=pwopt.Measuring(budget=600.0, cache=False), threads=1)
     assert len(settled) == 1
 
 
 def test_what_is_denied_to_a_measured_pass_settles_nothing_anew() -> None:
     source = from_proto(parse(BODY, **WEIGHTS))
-    work = Compilation(source, source, None, (), {}, Path(), certifier=certify)
-    (merge,) = (r for r in work.opportunities()[0] if r.pass_name == "merge-siblings")
+    work = Compilation(source, source, resolve_passes(), (), {}, Path(), certifier=certify)
+    (merge,) = (r for r in work.find_opportunities()[0] if r.pass_name == "merge-siblings")
     without = work.without([merge], "it is slow")
-    (fold,) = (r for r in work.rewrite(frozenset())[1].rewrites if r.pass_name == "fold-chains")
-    assert without.rewrite(frozenset({merge.site}))[1].rewrites == work.rewrite(frozenset())[1].rewrites
+    (fold,) = (r for r in work.rewrite(frozenset()).rewrites if r.pass_name == "fold-chains")
+    assert without.rewrite(frozenset({merge.site})).rewrites == work.rewrite(frozenset()).rewrites
     assert len(work.snapshots) == 1
-    assert ops_of(without.without([fold], "it is wrong").rewrite(frozenset())[3]) == 4
+    assert ops_of(without.without([fold], "it is wrong").rewrite(frozenset()).proto) == 4
     assert len(work.snapshots) == 2
     assert fold.certificate is not None
     assert fold.certificate.passed
@@ -132,9 +140,9 @@ def ops_of(proto: onnx.ModelProto) -> int:
 
 def test_a_pass_that_keeps_lists_is_copied_with_them() -> None:
     """What a pass notes while one candidate is made is not known where the next begins."""
-    p = select_passes(["factor-ranks"])[0]
+    p = resolve_passes(["factor-ranks"])[0]
     p.seen = [1]  # type: ignore[attr-defined]
     twin = p.branch()
     twin.seen.append(2)  # type: ignore[attr-defined]
     assert p.seen == [1]  # type: ignore[attr-defined]
-    assert snapshot.select_passes(None)[0] is not p
+    assert resolve_passes()[0] is not p

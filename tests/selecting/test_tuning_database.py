@@ -47,21 +47,21 @@ def test_a_profile_decides_without_a_race(model: Path, recorded: Path, monkeypat
         raise AssertionError("a race on this machine")
 
     plant(monkeypatch, never)
-    result = pwopt.optimize(model, target_profile=recorded)
+    result = pwopt.optimize(model, measuring=pwopt.Measuring(target_profile=recorded))
     assert ops(result.model) == {"Conv": 2, "Mul": 1}
     assert result.report.equivalence is not None
     assert result.report.latency is None
     dropped = {s.pass_name: s.reason for s in result.report.skips}
     assert "measured 0.500×" in dropped["keep-layout"]
     assert "by an earlier run" in dropped["keep-layout"]
-    assert result.model == pwopt.optimize(model, target_profile=recorded).model
+    assert result.model == pwopt.optimize(model, measuring=pwopt.Measuring(target_profile=recorded)).model
 
 
 def test_what_it_does_not_know_is_left_out(model: Path, recorded: Path) -> None:
     content = json.loads(recorded.read_text(encoding="utf-8"))
     content["decisions"] = []
     recorded.write_text(json.dumps(content), encoding="utf-8")
-    result = pwopt.optimize(model, target_profile=recorded)
+    result = pwopt.optimize(model, measuring=pwopt.Measuring(target_profile=recorded))
     assert ops(result.model) == {"Conv": 1, "Split": 1, "Mul": 1}
     assert any("the target's profile does not know it" in s.reason for s in result.report.skips)
 
@@ -80,7 +80,7 @@ def test_a_profile_comes_back_as_it_was(recorded: Path, tmp_path: Path) -> None:
 def test_other_files_are_refused(model: Path, tmp_path: Path, content: str) -> None:
     (tmp_path / "p.json").write_text(content)
     with pytest.raises(UsageError, match=r"profile|layout"):
-        pwopt.optimize(model, target_profile=tmp_path / "p.json")
+        pwopt.optimize(model, measuring=pwopt.Measuring(target_profile=tmp_path / "p.json"))
 
 
 def test_from_the_command_line(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,0 +1,199 @@
+"""Notes of a report: one sentence for each thing that a user should know."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+
+import onnx
+
+from pwopt.evidence.equivalence import Equivalence
+from pwopt.graph.functions import functions
+from pwopt.graph.operators import QUANTISED
+from pwopt.graph.storage import total_bytes
+from pwopt.reporting.report import ConditionLatency, Latency, Report
+from pwopt.rewriting.records import Rewrite, Site
+from pwopt.rewriting.wording import counted
+from pwopt.selecting.autotuning import BUSY, Decision, Group
+from pwopt.selecting.compilation import CERTIFICATE_DEFECT
+
+#: Microseconds to start an operator on a graphics card, from the framework's call to the kernel's first instruction; a
+#: launch alone takes 2 to 5 (NVIDIA, "Getting started with CUDA graphs", 2019).
+LAUNCH_MICROSECONDS = 10.0
+#: Profile times and race times that differ by more than this factor are explained.
+PROFILE_APART = 1.25
+#: A model that grows by more than this fraction, and so many bytes, is mentioned.
+MENTIONED_GROWTH, MENTIONED_BYTES = 0.1, 1 << 16
+
+
+def explain_contradictions(latency: Latency, operators: Mapping[str, Mapping[str, float]] | None) -> Iterator[str]:
+    """Explain figures of the race that seem to contradict each other."""
+    if latency.contradiction():
+        yield latency.contradiction()
+    before, after = (sum(operators[which].values()) for which in ("before", "after")) if operators else (0.0, 0.0)
+    if not before or not after:
+        return
+    ratio = before / after / latency.speedup
+    if max(ratio, 1 / ratio, before / latency.before_ms, after / latency.after_ms) > PROFILE_APART:
+        yield (
+            f"The operators' times add up to {before:.3g} → {after:.3g} ms, and runs take {latency.before_ms:.3g} → "
+            f"{latency.after_ms:.3g} ms: the former are medians of a few other runs, under onnxruntime's "
+            "profiler, which costs time at every operator. They say where the time goes, the latter how much less."
+        )
+
+
+def explain_launches(report: Report, provider_kind: str) -> Iterator[str]:
+    """Say if a graphics card spent its time on starting operators, which hides what they compute."""
+    if report.latency is None or provider_kind != "gpu" or not report.after.nodes:
+        return
+    each = report.latency.after_ms * 1e3 / report.after.nodes
+    if each < LAUNCH_MICROSECONDS:
+        yield (
+            f"{each:.1f} µs for each of {report.after.nodes} operators is what it takes to start them: at these sizes "
+            "the ratio says little of their arithmetic. Give a larger batch with --shape, or "
+            "--provider-option enable_cuda_graph=1."
+        )
+
+
+def list_fallbacks(equivalence: Equivalence, provider: str) -> Iterator[str]:
+    """List the operators that ran on another provider than the requested one."""
+    for places in equivalence.elsewhere.values():
+        for other, names in places.items():
+            some = ", ".join(names[:5]) + (" and more" if len(names) > 5 else "")
+            yield f"{len(names)} operators ran on {other}, not on {provider}: {some}."
+
+
+def describe_unknown_sizes(report: Report, unseen: bool) -> Iterator[str]:
+    """Say which operators the count of multiply-adds leaves out, and whether other sizes would change that."""
+    before, after = report.before.unknown, report.after.unknown
+    if before:
+        why = "; --shape may settle them" if unseen else ", whatever the inputs' sizes: they follow from values"
+        yield f"Multiply-adds leave out {counted(before, 'operator')} whose sizes are not known{why}."
+    if after != before:
+        yield f"In the result they leave out {counted(after, 'operator')}, so the two counts are not of the same work."
+
+
+def describe_rewriting(
+    report: Report, proto: onnx.ModelProto, denied: Iterable[Site], guessed: bool, unseen: bool
+) -> Iterator[str]:
+    """Describe a rewritten model: unknown sizes, quantised operators, guessed sizes, denied places without effect.
+
+    Parameters
+    ----------
+    report : Report
+    proto : onnx.ModelProto
+        The original.
+    denied : iterable of Site
+    guessed : bool
+        Whether the inputs were fixed to sizes that nobody gave.
+    unseen : bool
+        Whether sizes were guessed and no model ran on them.
+    """
+    yield from describe_unknown_sizes(report, unseen)
+    found = Counter(n.op_type for n in proto.graph.node if n.op_type in QUANTISED or n.op_type.startswith("QLinear"))
+    if found:
+        listed = ", ".join(f"{count} {op}" for op, count in found.most_common())
+        yield f"Not touched, since folding would round integers once more: {listed}, and the weights that they hold."
+    if guessed:
+        yield "Inputs fixed to likely sizes, since none were given; --shape chooses them."
+    seen = {r.site for r in report.rewrites} | {s.site for s in report.skips}
+    for site in denied:
+        if site not in seen:
+            yield f"No place is called {str(site)!r}; sites look like fold-chains:TENSOR and are listed by --details."
+
+
+def list_inlined(before: onnx.ModelProto, after: onnx.ModelProto) -> Iterator[str]:
+    """List the functions that were inlined."""
+    gone = [f"{domain}:{name}" for domain, name in functions(before) if (domain, name) not in functions(after)]
+    if gone:
+        names = ", ".join(gone[:5]) + (" and more" if len(gone) > 5 else "")
+        yield f"Functions inlined, since rewrites reach into them: {names}."
+
+
+def describe_growth(report: Report, before: onnx.ModelProto, after: onnx.ModelProto) -> Iterator[str]:
+    """Say by how much the model grew and why, if it grew considerably."""
+    sizes = total_bytes(before), total_bytes(after)
+    if sizes[1] - sizes[0] <= max(MENTIONED_GROWTH * sizes[0], MENTIONED_BYTES):
+        return
+    grown: Counter[str] = Counter()
+    for r in report.rewrites:
+        grown[r.pass_name] += r.growth
+    parts = ", ".join(f"{name} {size / 1e6:.2g} MB" for name, size in grown.most_common(3) if size > 0)
+    grew = f"The model grows by {sizes[1] / sizes[0] - 1:.0%}, from {sizes[0] / 1e6:.3g} to {sizes[1] / 1e6:.3g} MB"
+    yield f"{grew}{f' ({parts})' if parts else ''}; --max-growth bounds that."
+
+
+def describe_failures(failed: Sequence[Rewrite], builtin: Iterable[str]) -> Iterator[str]:
+    """Say how many rewrites were refused by their certificates, and whose fault that is.
+
+    Parameters
+    ----------
+    failed : sequence of Rewrite
+    builtin : iterable of str
+        Names of pwopt's own passes.
+    """
+    if failed:
+        others = sorted({r.pass_name for r in failed}.difference(builtin))
+        whose = f"the fault of {', '.join(others)}" if others else CERTIFICATE_DEFECT
+        yield f"{counted(len(failed), 'rewrite')} refused by certificates: {whose}."
+
+
+def describe_races(decisions: Sequence[Decision], hint: str) -> Iterator[str]:
+    """Say which races ended in doubt, with a hint on what to do, and whether the machine was busy."""
+    doubtful = [d for d in decisions if not d.clear]
+    if doubtful:
+        figures = [f"{d.speedup:.3f}× [{d.interval[0]:.3f}, {d.interval[1]:.3f}]" for d in doubtful]
+        listed = "; ".join(f"{d.group.pass_name} {f}" for d, f in zip(doubtful, figures, strict=True))
+        yield f"Left out in doubt: {listed}. {hint}"
+    busy = min((d.own for d in decisions if d.raced), default=1.0)
+    if busy < BUSY:
+        yield f"The machine was busy: models had {busy:.0%} of the time that passed in a race, so that counts less."
+
+
+def describe_dry_run(groups: Sequence[Group], *, races: bool) -> Iterator[str]:
+    """Say what a dry run leaves out; without `races`, a tuning database decides on the groups."""
+    yield "A dry run: nothing was raced, verified or written."
+    if groups:
+        how = "raced, unless earlier races said enough" if races else "decided by the profile"
+        listed = "; ".join(f"{g.pass_name}: {g.signature}" for g in groups)
+        yield f"{counted(len(groups), 'kind')} of rewrites would be {how}: {listed}."
+
+
+def explain_not_equivalent(equivalence: Equivalence | None) -> str:
+    """Say which output differs, where the difference begins, and what to do."""
+    worst = equivalence.worst() if equivalence is not None else None
+    where = equivalence.difference if equivalence is not None else None
+    what = f"output {worst.name!r} {worst.explain()}; " if worst is not None else ""
+    what += f"{where.explain()}; " if where is not None else ""
+    return what + "nothing was written; leave rewrites out with --deny, or allow more with --rtol and --atol"
+
+
+def explain_small_gain(report: Report) -> str:
+    """Say in one sentence why there is little to gain."""
+    change = report.before.change(report.after)
+    if change is not None and change < 0:
+        return f"Multiply-adds fell by {-change:.1%}, but the rest of the model takes the time."
+    folded = report.before.nodes - report.after.nodes
+    removed = f"most of the {folded} operators that went are ones that onnxruntime fuses itself"
+    return f"The multiply-adds are all needed, and {removed if folded else 'there was nothing to fold'}."
+
+
+def explain_kept(latency: Latency, elsewhere: ConditionLatency | None, option: str) -> str:
+    """Say why a result that is not faster is returned: an option asked for it."""
+    found = (
+        f"Measured slower ({latency.speedup:.2f}×)" if latency.slower else f"Not faster beyond doubt{within(latency)}"
+    )
+    if elsewhere is not None:
+        found = f"Measured slower with {elsewhere.label}{within(elsewhere.latency)}"
+    return f"{found}, and kept since {option} was asked for."
+
+
+def compare_with_original(latency: Latency, elsewhere: ConditionLatency | None) -> tuple[str, str]:
+    """Say how a result that is not faster compares: "slower", and its speed-up with the interval."""
+    if elsewhere is not None:
+        return f"slower with {elsewhere.label}", within(elsewhere.latency)
+    return ("slower" if latency.slower else "no faster beyond doubt"), within(latency)
+
+
+def within(latency: Latency) -> str:
+    return f" ({latency.speedup:.3f}× [{latency.interval[0]:.3f}, {latency.interval[1]:.3f}])"

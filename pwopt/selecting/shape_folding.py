@@ -1,0 +1,119 @@
+"""Fold shape arithmetic and infer shapes in turn, until neither finds anything new."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+
+import onnx
+
+from pwopt.graph import values
+from pwopt.graph.calls import branch_taken, with_branches
+from pwopt.graph.files import annotate, from_proto
+from pwopt.graph.memo import remembered
+from pwopt.graph.model import Model
+from pwopt.graph.shapes import Shape, infer, known, skeleton
+from pwopt.graph.view import View
+from pwopt.passes import CleanUp, SettleShapes
+from pwopt.rewriting.driver import Certifier, Pass, describe
+from pwopt.rewriting.pipeline import Pipeline
+from pwopt.rewriting.records import Rewrite, Site
+
+#: The passes that fold shape arithmetic.
+SHAPE_PASSES: tuple[type[Pass], ...] = (CleanUp, SettleShapes)
+
+
+def fold_shapes(
+    model: Model,
+    deny: Iterable[Site] = (),
+    certifier: Certifier | None = None,
+    passes: Sequence[type[Pass]] = SHAPE_PASSES,
+    sizes: dict[str, tuple[int, ...]] | None = None,
+) -> tuple[Rewrite, ...]:
+    """Fold constants and infer shapes in turn, while shapes are unknown and either finds something new.
+
+    A new constant may determine a shape, a shape a constant, and both the condition of an If. Such an If is replaced by
+    the branch that it runs.
+
+    Parameters
+    ----------
+    model : Model
+        Edited in place.
+    deny : iterable of Site
+    certifier : callable, optional
+    passes : sequence of pass classes
+    sizes : dict, optional
+        Receives every shape that becomes known on the way.
+    """
+    if sizes is not None:
+        sizes.update(_known_sizes(infer(model.proto)))
+    rewrites: list[Rewrite] = []
+    pipeline = Pipeline([p() for p in passes])
+    while _has_unknowns(model):
+        taken = _inline_branches(model, frozenset(deny)) if CleanUp in passes else []
+        done = pipeline.run(model.graph, denied=deny, reserved=model.names(), certifier=certifier).rewrites
+        if not done and not taken:
+            break
+        rewrites += [*taken, *done]
+        types = infer(model.to_proto())
+        annotate(model, types)
+        if sizes is not None:
+            sizes.update(_known_sizes(types))
+    return tuple(rewrites)
+
+
+def _has_unknowns(model: Model) -> bool:
+    """Whether a shape is unknown, or there is an If whose condition may turn out to be constant."""
+    nodes = model.graph.nodes
+    return any(n.op == "If" for n in nodes) or any(known(t.shape) is None for n in nodes for t in n.outputs if t.name)
+
+
+def _inline_branches(model: Model, denied: Collection[Site]) -> list[Rewrite]:
+    """Replace every If whose condition is constant by the branch that it runs."""
+    view = View(model.graph)
+    taken: dict[str, bool] = {}
+    rewrites = []
+    for node in model.graph.nodes:
+        condition = values.whole(values.entries(view, node.inputs[0])) if view.op(node) == "If" else None
+        message = model.message(node)
+        if (
+            condition is None
+            or len(condition) != 1
+            or message is None
+            or Site(CleanUp.name, node.outputs[0].name) in denied
+        ):
+            continue
+        body = branch_taken(message, bool(condition[0]))
+        if body is None:
+            continue
+        taken[node.outputs[0].name] = bool(condition[0])
+        reason = f"its condition is always {'true' if condition[0] else 'false'}"
+        added = tuple(f"{n.op_type} {n.name}".strip() for n in body.node)
+        site = Site(CleanUp.name, node.outputs[0].name)
+        rewrites.append(Rewrite(reason, (describe(node),), added, site=site))
+    if taken:
+        model.become(from_proto(with_branches(model.to_proto(), taken), model.folder))
+    return rewrites
+
+
+def concrete_sizes(proto: onnx.ModelProto, sizes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+    """The shapes of all tensors for inputs of the given sizes, as far as inference finds them."""
+    return dict(_infer_sizes(skeleton(proto, sizes)))
+
+
+@remembered
+def _infer_sizes(light: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+    types = infer(light)
+    found = _known_sizes(types)
+    if all(name in found for node in light.graph.node for name in node.output if name):
+        return found
+    model = from_proto(light)
+    pipeline = Pipeline([p() for p in SHAPE_PASSES])
+    while pipeline.run(model.graph).rewrites:
+        types = infer(model.to_proto())
+        annotate(model, types)
+        found.update(_known_sizes(types))
+    return found
+
+
+def _known_sizes(types: Mapping[str, tuple[int, Shape | None]]) -> dict[str, tuple[int, ...]]:
+    return {name: numbers for name, (_, shape) in types.items() if (numbers := known(shape)) is not None}

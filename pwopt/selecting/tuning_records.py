@@ -1,0 +1,101 @@
+"""Recall and store what races decided: in the cache of this machine, or nowhere."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from datetime import datetime, timezone
+from typing import Protocol
+
+from pwopt.running.providers import Provider
+from pwopt.selecting import cache
+from pwopt.selecting.autotuning import Decision
+from pwopt.selecting.cache import TuningRecord
+from pwopt.selecting.priors import Prior, priors
+
+
+class TuningRecords(Protocol):
+    """What earlier races decided on kinds of rewrites."""
+
+    @property
+    def undecided(self) -> str:
+        """The reason for leaving out a kind of rewrite that was not decided."""
+
+    @property
+    def doubtful(self) -> str:
+        """What to do where races ended in doubt, as a sentence."""
+
+    def recall(self, pass_name: str, signature: str) -> TuningRecord | None:
+        """Return the record on one kind, or None."""
+
+    def store(self, decision: Decision) -> None:
+        """Store a decision."""
+
+    def priors(self, kind: str) -> Mapping[str, Prior]:
+        """Return how often each pass paid on a kind of provider, whatever the model."""
+
+
+class NoTuningRecords:
+    """No records: nothing is recalled and nothing is stored."""
+
+    undecided = "no time was left to measure it; --effort or --budget give more"
+    doubtful = "More of --budget decides."
+
+    def recall(self, pass_name: str, signature: str) -> TuningRecord | None:
+        return None
+
+    def store(self, decision: Decision) -> None:
+        pass
+
+    def priors(self, kind: str) -> Mapping[str, Prior]:
+        return priors(kind, ())
+
+
+@dataclass(frozen=True)
+class CachedTuningRecords:
+    """The records in this machine's cache, for a provider, a number of threads and a model.
+
+    Attributes
+    ----------
+    provider : Provider
+    threads : int
+    model : str
+        The model's digest.
+    marks : mapping of str to str
+        Pass name → the fingerprint of its code, for passes that may change while their names stay.
+    name : str
+        The name of the model in listings.
+    """
+
+    provider: Provider
+    threads: int
+    model: str
+    marks: Mapping[str, str] = field(default_factory=dict)
+    name: str = ""
+    undecided: str = NoTuningRecords.undecided
+    doubtful: str = "The next run of this model goes on where these races ended."
+
+    def _mark(self, pass_name: str) -> str:
+        return f"{pass_name} {self.marks.get(pass_name, '')}".strip()
+
+    def recall(self, pass_name: str, signature: str) -> TuningRecord | None:
+        return cache.look_up(self._mark(pass_name), signature, cache.place(self.provider, self.threads), self.model)
+
+    def store(self, decision: Decision) -> None:
+        made = record_decision(decision, cache.place(self.provider, self.threads))
+        date = datetime.now(timezone.utc).isoformat(timespec="seconds")
+        marked = self._mark(made.pass_name)
+        cache.store(replace(made, pass_name=marked, model=self.model, name=self.name, date=date))
+
+    def priors(self, kind: str) -> Mapping[str, Prior]:
+        where = cache.place(self.provider, self.threads)
+        return priors(kind, (e for e in cache.stored() if e.place == where and e.model))
+
+
+def record_decision(decision: Decision, where: str) -> TuningRecord:
+    """Convert a decision into a record for a place (`cache.place`)."""
+    group, e = decision.group, decision.evidence
+    return TuningRecord(
+        group.pass_name, group.signature, where, e.pairs, e.total, e.squares,
+        profiled=("kept" if decision.kept else "dropped") if decision.estimated else "",
+    )  # fmt: skip
