@@ -1,9 +1,9 @@
 """Branches and functions in place of the If or the call that leads to them.
 
 Functions are inlined by onnx's own inliner: it keeps the names of the graph's tensors and what its nodes are
-documented with, but knows no bound (16 functions that call each other twice become 32,768 operators) and drops what
-the call was documented with, so both are seen to here. onnx_ir's refuses models whose functions have another opset, and
-what it reads and writes loses sparse initializers and quantisation annotations.
+documented with. It knows no bound (16 functions that call each other twice become 32,768 operators), it drops the
+documentation of the call, and it drops the defaults of attributes; this module makes up for all three. The inliner of
+onnx_ir refuses models whose functions have another opset, and loses sparse initializers and quantisation annotations.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections.abc import Collection, Mapping
 import onnx
 from onnx import inliner
 
-from pwopt.graph.functions import Function, bodies_of, callers, functions
+from pwopt.graph.functions import Function, bodies_of, callers, functions, nodes_within
 from pwopt.graph.model import captured_names
 from pwopt.graph.provenance import documented
 from pwopt.graph.storage import copy_fields
@@ -23,12 +23,26 @@ TAG = "pwopt.function"
 
 
 def inlined(proto: onnx.ModelProto, chosen: Collection[Function], *, tagged: bool = False) -> onnx.ModelProto:
-    """The model with some of its functions inlined; `tagged` lets each operator say of which function it was."""
+    """Inline some functions of a model.
+
+    Parameters
+    ----------
+    proto : onnx.ModelProto
+    chosen : collection of Function
+    tagged : bool
+        Whether each operator from a function gets a property with the name of that function.
+
+    Raises
+    ------
+    ValueError
+        If the inliner refuses the model, or the default of an attribute cannot be kept.
+    """
     source = onnx.ModelProto()
     copy_fields(proto, source, skip={"graph"})
     copy_fields(proto.graph, source.graph, skip={"initializer"})
     for tensor in proto.graph.initializer:  # the inliner needs their names; it takes less than 2 GB
         source.graph.initializer.add(name=tensor.name, data_type=tensor.data_type, dims=tensor.dims)
+    _spell_out_defaults(source, frozenset(chosen))
     for key, function in functions(source).items():
         for node in function.node if tagged else ():
             node.metadata_props.add(key=TAG, value=":".join(key))
@@ -43,6 +57,43 @@ def inlined(proto: onnx.ModelProto, chosen: Collection[Function], *, tagged: boo
                 own.CopyFrom(node)
                 documented(node, own, [own, call])
     return result
+
+
+def _spell_out_defaults(model: onnx.ModelProto, chosen: Collection[Function]) -> None:
+    """Give each call of the chosen functions the attributes that it leaves to their defaults, in place.
+
+    A call inside a function may pass on an attribute of that function, which has no default and may be missing. Then
+    the attribute gets the same default there, if nothing else in the function uses it.
+    """
+    found = functions(model)
+    pending = list(found.values())
+    while pending:
+        function = pending.pop()
+        nodes = list(nodes_within(function.node))
+        for node in nodes:
+            callee = found.get((node.domain, node.op_type))
+            if callee is None or (node.domain, node.op_type) not in chosen:
+                continue
+            _add_defaults(node, callee)
+            defaults = {a.name: a for a in callee.attribute_proto}
+            passed = [a for a in node.attribute if a.name in defaults and a.ref_attr_name in function.attribute]
+            for attribute in passed:
+                name = attribute.ref_attr_name
+                if sum(a.ref_attr_name == name for n in nodes for a in n.attribute) > 1:
+                    raise ValueError(f"the attribute {name!r} of {function.name!r} has several defaults")
+                function.attribute.remove(name)
+                function.attribute_proto.add().CopyFrom(defaults[attribute.name])
+                function.attribute_proto[-1].name = name
+                pending = list(found.values())
+    for node in nodes_within(model.graph.node):
+        callee = found.get((node.domain, node.op_type))
+        if callee is not None and (node.domain, node.op_type) in chosen:
+            _add_defaults(node, callee)
+
+
+def _add_defaults(call: onnx.NodeProto, function: onnx.FunctionProto) -> None:
+    given = {a.name for a in call.attribute}
+    call.attribute.extend(a for a in function.attribute_proto if a.name not in given)
 
 
 def touched(

@@ -197,3 +197,89 @@ def test_weights_are_not_copied_by_the_inliner() -> None:
 def test_a_model_without_functions_is_as_it_was() -> None:
     model = parse("(float[2] x) => (float[N] y) { y = Exp(x) }")
     assert optimised(model) is model
+
+
+def leaky(name: str, reference: str, default: float | None) -> onnx.FunctionProto:
+    """A function of a LeakyRelu whose slope is an attribute, with a default or without."""
+    node = helper.make_node("LeakyRelu", ["x"], ["y"])
+    node.attribute.add(name="alpha", ref_attr_name=reference, type=onnx.AttributeProto.FLOAT)
+    defaults = [] if default is None else [helper.make_attribute(reference, default)]
+    attributes = [reference] if default is None else []
+    return helper.make_function(
+        "my",
+        name,
+        ["x"],
+        ["y"],
+        [node],
+        [helper.make_opsetid("", 17)],
+        attributes=attributes,
+        attribute_protos=defaults,
+    )
+
+
+def passing(references: int) -> onnx.FunctionProto:
+    """A function that calls the one with a default, and passes on an attribute of its own."""
+    call = helper.make_node("Leaky", ["x"], ["z"], domain="my")
+    call.attribute.add(name="slope", ref_attr_name="outer", type=onnx.AttributeProto.FLOAT)
+    other = helper.make_node("Elu", ["z"], ["y"])
+    if references > 1:
+        other.attribute.add(name="alpha", ref_attr_name="outer", type=onnx.AttributeProto.FLOAT)
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("my", 1)]
+    return helper.make_function("my", "Passing", ["x"], ["y"], [call, other], opsets, attributes=["outer"])
+
+
+def calling(call: onnx.NodeProto, *defined: onnx.FunctionProto) -> onnx.ModelProto:
+    graph = helper.make_graph(
+        [call],
+        "calling",
+        [helper.make_tensor_value_info("x", TensorProto.FLOAT, [2, 4])],
+        [helper.make_tensor_value_info("y", TensorProto.FLOAT, [2, 4])],
+    )
+    opsets = [helper.make_opsetid("", 17), helper.make_opsetid("my", 1)]
+    return helper.make_model(graph, opset_imports=opsets, functions=defined, ir_version=9)
+
+
+def slope_of(model: onnx.ModelProto) -> float:
+    (node,) = (n for n in model.graph.node if n.op_type == "LeakyRelu")
+    return float(next((a.f for a in node.attribute if a.name == "alpha"), 0.01))
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, 0.3), ({"slope": 0.5}, 0.5)])
+def test_a_call_without_an_attribute_gets_its_default(given: dict[str, float], expected: float) -> None:
+    model = calling(helper.make_node("Leaky", ["x"], ["y"], domain="my", **given), leaky("Leaky", "slope", 0.3))
+    result = inlined(model, functions(model).keys())
+    assert slope_of(result) == pytest.approx(expected)
+    assert not model.graph.node[0].attribute or given  # the original stays as it was
+
+
+def test_an_attribute_without_a_default_stays_absent() -> None:
+    model = calling(helper.make_node("Leaky", ["x"], ["y"], domain="my"), leaky("Leaky", "slope", None))
+    assert slope_of(inlined(model, functions(model).keys())) == pytest.approx(0.01)
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, 0.3), ({"outer": 0.5}, 0.5)])
+def test_a_default_reaches_through_a_function_that_passes_the_attribute_on(
+    given: dict[str, float], expected: float
+) -> None:
+    call = helper.make_node("Passing", ["x"], ["y"], domain="my", **given)
+    model = calling(call, leaky("Leaky", "slope", 0.3), passing(1))
+    assert slope_of(inlined(model, functions(model).keys())) == pytest.approx(expected)
+
+
+def test_a_function_whose_attribute_has_several_defaults_stays() -> None:
+    call = helper.make_node("Passing", ["x"], ["y"], domain="my")
+    model = calling(call, leaky("Leaky", "slope", 0.3), passing(2))
+    with pytest.raises(ValueError, match="'outer' of 'Passing' has several defaults"):
+        inlined(model, functions(model).keys())
+    result = pwopt.optimize(model, cost="analytic", verify=False).model
+    assert [n.op_type for n in result.graph.node] == ["Passing"]
+
+
+def test_a_default_is_kept_where_a_rewrite_reaches_into_the_function() -> None:
+    inner = leaky("Leaky", "slope", 0.3)
+    inner.node[0].input[0] = "a"
+    inner.node.insert(0, helper.make_node("Identity", ["x"], ["a"]))
+    model = calling(helper.make_node("Leaky", ["x"], ["y"], domain="my"), inner)
+    result = pwopt.optimize(model, cost="analytic", verify=False).model
+    assert [n.op_type for n in result.graph.node] == ["LeakyRelu"]
+    assert slope_of(result) == pytest.approx(0.3)
