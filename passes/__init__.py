@@ -1,4 +1,4 @@
-"""The rewrites: one file each, its identity in its docstring, tests/passes/test_<file>.py beside it in name."""
+"""The rewrites, one file each. A docstring begins with the identity; tests/passes/test_<file>.py tests the file."""
 
 from __future__ import annotations
 

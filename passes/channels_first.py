@@ -1,4 +1,4 @@
-"""Layout conversion (NHWC to NCHW): matrix products between two Transposes become 1×1 convolutions without them."""
+"""Channels-first layout: matrix products between two Transposes become 1×1 convolutions, without the Transposes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Layout propagation (NCHW to NHWC): reductions and softmaxes over channels run along the last axis."""
+"""Channels-last layout: reductions and softmaxes over channels run along the last axis (layout propagation)."""
 
 from __future__ import annotations
 
@@ -104,17 +104,17 @@ class ChannelsLast(Pass):
 def _find_members(rw: Rewriter) -> dict[Node, Last]:
     """The operators that combine channels, with those after (and before) them that can run channels-last."""
     found: dict[Node, Last] = {}
-    made: set[Tensor] = set()
+    results: set[Tensor] = set()
     nodes = rw.nodes()
     for node in nodes:
         last = _find_layout(rw, node)
         if last is None:
             continue
         combines = _combines_channels(rw, node)
-        if not (combines or any(t in made for t in node.inputs)) or not _can_run(rw, node, last):
+        if not (combines or any(t in results for t in node.inputs)) or not _can_run(rw, node, last):
             continue
         found[node] = last
-        made.update(t for t in node.outputs if rw.rank(t) == last.rank)
+        results.update(t for t in node.outputs if rw.rank(t) == last.rank)
     entered = {t for node in found for t in data_inputs(rw, node)}
     # An operator before the region joins it if the region reads its input too, such as x² before a mean where x is
     # read as well. That saves one of two entries.

@@ -118,10 +118,10 @@ class CleanUp(Pass):
         shape = rw.shape(node.inputs[0]) if node.inputs else None
         sizes = known(shape)
         sizes = sizes if sizes is not None and math.prod(sizes) < LARGEST else None
-        inputs = [rw.constant(t) for t in node.inputs if t.name]
+        constants = [rw.constant(t) for t in node.inputs if t.name]
         if op in ("Shape", "Size") and sizes is not None:
             values = {node.inputs[0].name: np.broadcast_to(np.float32(0), sizes)}
-        elif inputs and all(held is not None for held in inputs):
+        elif constants and all(c is not None for c in constants):
             values = {t.name: v for t in node.inputs if t.name and (v := rw.raw(t)) is not None}
         else:
             return None
@@ -135,9 +135,9 @@ class CleanUp(Pass):
         outputs = evaluate(node, values, rw.opset, growth, kept)
         if isinstance(outputs, str):
             return Skip(outputs)
-        made = sum(v.nbytes for v in outputs)
-        if made > NEGLIGIBLE_BYTES:
-            self._growth -= max(0, made - sum(v.nbytes for name, v in values.items() if name not in kept))
+        size = sum(v.nbytes for v in outputs)
+        if size > NEGLIGIBLE_BYTES:
+            self._growth -= max(0, size - sum(v.nbytes for name, v in values.items() if name not in kept))
         return rw.freeze(node, outputs, "its value is the same for every input")
 
 

@@ -1,4 +1,4 @@
-"""Code motion: a pointwise map moves from before a Gram matrix to after it, where it acts on small matrices."""
+"""Commuting with a Gram matrix (code motion): a map moves from every position to small matrices after it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Code motion: pointwise maps move to where the feature map is smallest, after pooling and before upsampling."""
+"""Commuting with spatial operators (code motion): pointwise maps move to where there are fewest positions."""
 
 from __future__ import annotations
 

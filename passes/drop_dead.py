@@ -98,13 +98,13 @@ class DropDead(Pass):
     def _describe(self, rw: Rewriter, component: list[Channels], analysis: Analysis) -> str:
         """How many channels are removed where, and why."""
         gone = {c.tensor: c for c in component}
-        made, ends = [], []
+        changes, causes = [], []
         for flow in analysis.flows_at(component):
             if flow.reading is None or not flow.dense:
                 continue
             name, output = describe(flow.reading.node), gone.get(flow.reading.output)
             if output is not None:
-                made.append(f"{name} {len(output.gone)} → {int((~output.gone).sum())}")
+                changes.append(f"{name} {len(output.gone)} → {int((~output.gone).sum())}")
             source, scan = gone.get(flow.reading.source), self._scan(rw, flow.reading)
             if source is None or scan is None:
                 continue
@@ -117,8 +117,8 @@ class DropDead(Pass):
                 (zero, f"are zero{bound}"),
                 (constant, f"are constant{bound} and now part of its bias"),
             ]
-            ends += [f"of those that {name} reads, {int(m.sum())} {what}" for m, what in parts if m.any()]
-        return f"removed channels: {_shorten(made, ', ')}; {_shorten(ends, '; ') or 'nothing reads them'}"
+            causes += [f"of those that {name} reads, {int(m.sum())} {what}" for m, what in parts if m.any()]
+        return f"removed channels: {_shorten(changes, ', ')}; {_shorten(causes, '; ') or 'nothing reads them'}"
 
 
 def _has_zero_scale(rw: Rewriter, node: Node) -> bool:

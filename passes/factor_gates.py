@@ -1,4 +1,4 @@
-"""Factoring (distributive law): a residual connection around a gate becomes part of the gate."""
+"""Gate factoring (distributive law): a residual connection around a gate becomes part of the gate."""
 
 from __future__ import annotations
 

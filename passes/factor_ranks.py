@@ -1,4 +1,4 @@
-"""Exact low-rank factorisation: a map of low rank becomes two thin maps."""
+"""Low-rank factorisation: a map whose weights have a low rank becomes two thin maps."""
 
 from __future__ import annotations
 

@@ -41,17 +41,17 @@ class Focus(Pass):
         other_uses = _find_other_uses(rw, [*found.nodes, node])
         if other_uses or rw.is_shared(reading.weight_input):
             return Skip(other_uses or f"the weight {reading.weight_input.name!r} is shared")
-        whole = through_subsampling(reading.load(), found.steps, found.offsets, found.order)
+        strided = through_subsampling(reading.load(), found.steps, found.offsets, found.order)
         places, gathered = positions(rw, reading), rw.size_of(reading.source)
         if places is None or gathered is None:
             return None
-        blocks, more = len(found.offsets), price(whole.geometry, places) - price(reading.geometry, places)
+        blocks, more = len(found.offsets), price(strided.geometry, places) - price(reading.geometry, places)
         if more >= 4 * ELEMENT * math.prod(gathered):
             return Skip(
                 f"{counted(blocks, 'block')} of {found.steps} positions would become a sparse kernel, which costs more"
             )
-        written = emit.write(rw, whole, reading, found.source, reading.output, 1)
-        kernel, steps = ("×".join(map(str, n)) for n in (whole.geometry.kernel, whole.geometry.strides))
+        written = emit.write(rw, strided, reading, found.source, reading.output, 1)
+        kernel, steps = ("×".join(map(str, n)) for n in (strided.geometry.kernel, strided.geometry.strides))
         reason = f"{counted(blocks, 'block')} of positions and a convolution become one {kernel} of stride {steps}"
         return rw.replace([*found.nodes, node], written.nodes, reason, written.residual)
 

@@ -1,4 +1,4 @@
-"""Constant folding of scales, shifts and normalisations into the linear maps before or after them."""
+"""Scale, bias and normalisation folding: they become part of the linear maps before or after them."""
 
 from __future__ import annotations
 

@@ -220,8 +220,8 @@ def _plan(rw: Rewriter, maps: list[Reading]) -> Chain:
                 assert isinstance(composed, Geometry)
                 pair = (geometries[j], composed)
                 if pair not in pairs:
-                    made = compose_geometry(geometries[j], composed)
-                    pairs[pair] = made if isinstance(made, Refusal) else known.setdefault(made, made)
+                    result = compose_geometry(geometries[j], composed)
+                    pairs[pair] = result if isinstance(result, Refusal) else known.setdefault(result, result)
                 composed = pairs[pair]
                 if isinstance(composed, Refusal):
                     break

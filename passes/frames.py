@@ -1,4 +1,4 @@
-"""Lowering 3-D convolutions to 2-D: a convolution over time is a sum of convolutions of shifted frames."""
+"""3-D convolutions as 2-D: a convolution over time becomes a sum of convolutions of shifted frames."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Code motion: a crop moves before the operators that compute the positions it discards."""
+"""Crop hoisting (code motion): a crop moves before the operators that compute the positions it discards."""
 
 from __future__ import annotations
 

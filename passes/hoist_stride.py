@@ -1,4 +1,4 @@
-"""Code motion: a stride moves before the operators that compute the positions it skips."""
+"""Stride hoisting (code motion): a stride moves before the operators that compute the positions it skips."""
 
 from __future__ import annotations
 
@@ -57,11 +57,11 @@ class HoistStride(Pass):
         for t in region.tensors:
             rw.reshape(t, every(self._steps[t]))
         for node in region.nodes:
-            made: list[Node] = []
+            added: list[Node] = []
             step = self._steps.get(node.outputs[0], ())
             inputs, stride = list(node.inputs), _read_stride(rw, node)
             if stride is not None:
-                made.append(_set_stride(rw, node, _divide(stride, step, self._steps.get(node.inputs[0], ()))))
+                added.append(_set_stride(rw, node, _divide(stride, step, self._steps.get(node.inputs[0], ()))))
             else:
                 for i, t in enumerate(inputs):
                     ratio = self._find_ratio(rw, t, step)
@@ -69,12 +69,12 @@ class HoistStride(Pass):
                         key = (t, ratio)
                         if key not in pools:
                             pools[key] = rw.new_variable(f"{t.name}_every", t, every(ratio))
-                            made.append(subsample(rw, t, pools[key], ratio))
+                            added.append(subsample(rw, t, pools[key], ratio))
                         inputs[i] = pools[key]
-                made.append(Node(node.op, node.name, dict(node.attrs), inputs, list(node.outputs), domain=node.domain))
+                added.append(Node(node.op, node.name, dict(node.attrs), inputs, list(node.outputs), domain=node.domain))
             old.append(node)
-            new.append((node, made))
-        records = [rw.replace([node], made, "") for node, made in new]
+            new.append((node, added))
+        records = [rw.replace([node], added, "") for node, added in new]
         renamed = {str(t.name): rw.rename(t, "_strided") for t in region.tensors}
         subsampled = f", {counted(len(pools), 'input')} subsampled" if pools else ""
         reason = (

@@ -1,4 +1,4 @@
-"""Horizontal fusion: a sum of maps of different tensors becomes one map of their Concat."""
+"""Concat joining: a sum of maps of different tensors becomes one map of their Concat."""
 
 from __future__ import annotations
 

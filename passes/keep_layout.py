@@ -54,17 +54,17 @@ def _expand_gate(rw: Rewriter, node: Node) -> tuple[list[Node], str] | Skip | No
     single = [i for i, s in enumerate(shapes) if s is not None and len(s) == 4 and s[2:] == (1, 1)]
     if len(single) != 1:
         return None
-    gate, whole = node.inputs[single[0]], shapes[1 - single[0]]
-    if whole is None or len(whole) != 4 or rw.dim(gate, 1) != whole[1] or rw.dim(gate, 0) != whole[0]:
+    gate, full = node.inputs[single[0]], shapes[1 - single[0]]
+    if full is None or len(full) != 4 or rw.dim(gate, 1) != full[1] or rw.dim(gate, 0) != full[0]:
         return None
-    if 0 in whole or str(rw.dtype(gate)) != "float32":
+    if 0 in full or str(rw.dtype(gate)) != "float32":
         return None
-    if not all(isinstance(d, int) for d in whole[1:]):
+    if not all(isinstance(d, int) for d in full[1:]):
         return Skip("its gate cannot be upsampled to an unknown size; make the input sizes static (--static)")
     if rw.opset < 11:
         return Skip("its gate could stay in the blocked layout from opset 11 on; convert the model with --opset")
-    over = rw.new_variable(f"{gate.name}_over", gate, lambda s: (*s[:2], *whole[2:]))
-    scales = rw.new_constant(f"{over.name}_scales", np.array([1, 1, *whole[2:]], np.float32))
+    over = rw.new_variable(f"{gate.name}_over", gate, lambda s: (*s[:2], *full[2:]))
+    scales = rw.new_constant(f"{over.name}_scales", np.array([1, 1, *full[2:]], np.float32))
     attrs = {"mode": "nearest", "coordinate_transformation_mode": "asymmetric", "nearest_mode": "floor"}
     roi = rw.new_constant(f"{over.name}_roi", np.zeros(0, np.float32)) if rw.opset < 13 else Variable.empty()
     spread = Node("Resize", rw.node_name(node.name, "_over"), attrs, [gate, roi, scales], [over])

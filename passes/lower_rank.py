@@ -1,4 +1,4 @@
-"""Lowering to another rank: 1-D and 3-D convolutions run as 2-D ones, those on single positions as matrix products."""
+"""Rank reduction: 1-D and 3-D convolutions run as 2-D ones, those on single positions as matrix products."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ class MergeEqual(Pass):
 
     def start(self, rw: Rewriter) -> None:
         self._first: dict[Hashable, Node] = {}
-        self._small: dict[int, Hashable] = {}
+        self._small: dict[Tensor, Hashable] = {}
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         op = rw.op(node)
@@ -57,14 +57,14 @@ class MergeEqual(Pass):
 
     def _identity(self, rw: Rewriter, tensor: Tensor) -> Hashable:
         """A key that is equal for tensors with equal values."""
-        held = rw.constant(tensor) if tensor.name else None
-        if held is None:
+        constant = rw.constant(tensor) if tensor.name else None
+        if constant is None:
             return tensor if tensor.name else None
-        if id(held) not in self._small:
-            small = (rw.elements(held) or 0) * np.dtype(held.dtype).itemsize <= NEGLIGIBLE_BYTES
-            raw = rw.raw(held) if small and np.dtype(held.dtype).kind != "O" else None
-            self._small[id(held)] = id(held) if raw is None else (str(raw.dtype), raw.shape, raw.tobytes())
-        return self._small[id(held)]
+        if constant not in self._small:
+            small = (rw.elements(constant) or 0) * np.dtype(constant.dtype).itemsize <= NEGLIGIBLE_BYTES
+            raw = rw.raw(constant) if small and np.dtype(constant.dtype).kind != "O" else None
+            self._small[constant] = constant if raw is None else (str(raw.dtype), raw.shape, raw.tobytes())
+        return self._small[constant]
 
 
 def _freeze_attributes(node: Node) -> Hashable | None:

@@ -1,4 +1,4 @@
-"""Idiom recognition: activations that an exporter spelled out become one operator."""
+"""Activation recognition (idiom recognition): activations that an exporter spelled out become one operator."""
 
 from __future__ import annotations
 

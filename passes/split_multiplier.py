@@ -1,4 +1,4 @@
-"""Splitting of channel multipliers: one depthwise convolution with m filters per channel becomes m plain ones."""
+"""Depthwise multiplier splitting: a convolution with m filters per channel becomes m plain depthwise ones."""
 
 from __future__ import annotations
 

@@ -111,9 +111,9 @@ def _read_transposed(rw: Rewriter, node: Node | None) -> _Stage | None:
         return None
 
     def row(linear: LinearMap, index: int) -> LinearMap:
-        whole = to_phases(linear)
+        pointwise = to_phases(linear)
         width = linear.geometry.kernel[-1] * linear.geometry.out_channels
-        return _select_outputs(whole, np.arange(index * width, (index + 1) * width))
+        return _select_outputs(pointwise, np.arange(index * width, (index + 1) * width))
 
     return _Stage(reading.geometry.kernel, reading.nodes, reading, row)
 

@@ -1,4 +1,4 @@
-"""Lowering of convolutions: pointwise convolutions run as matrix products over flattened positions."""
+"""Lowering convolutions to matrix products: pointwise convolutions run over flattened positions."""
 
 from __future__ import annotations
 

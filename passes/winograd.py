@@ -1,4 +1,4 @@
-"""Winograd minimal filtering: a 3×3 convolution becomes pointwise maps between sums of neighbours."""
+"""Winograd convolution (minimal filtering): a 3×3 convolution becomes pointwise maps of sums of neighbours."""
 
 from __future__ import annotations
 
