@@ -42,7 +42,8 @@ class CleanUp(Pass):
       of zero stays where a later division distinguishes −0 from +0.
     * Constant folding: the operator is deterministic and its inputs are constants. The result takes at most 1 MiB, or
       no more than its inputs. onnx's reference evaluator computes it.
-    * Dead code elimination: no operator and no graph output reads the results.
+    * Dead code elimination: no operator and no graph output reads the results. Custom operators stay, because they may
+      have effects.
 
     Exporters leave all three behind everywhere.
     """
