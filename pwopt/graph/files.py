@@ -18,6 +18,7 @@ from pwopt.graph.ir import Constant, Variable, adopt
 from pwopt.graph.model import OVERRIDABLE_SINCE_IR, Model, StoredValues
 from pwopt.graph.model import declare as declare
 from pwopt.graph.model import snapshot as snapshot
+from pwopt.graph.references import names_in_annotations, names_in_training
 from pwopt.graph.shapes import Shape, infer, known, objection
 from pwopt.graph.sources import Source as Source
 from pwopt.graph.sources import handed
@@ -155,7 +156,10 @@ def from_proto(proto: onnx.ModelProto, folder: Path | None = None) -> Model:
     """Build the graph: nodes through graphsurgeon, weights as views of their messages, shapes from inference."""
     listed = {v.name for v in proto.graph.input}
     fixed = proto.ir_version < OVERRIDABLE_SINCE_IR
-    constants = {t.name: t for t in proto.graph.initializer if fixed or t.name not in listed}
+    trained = names_in_training(proto)
+    constants = {
+        t.name: t for t in proto.graph.initializer if (fixed or t.name not in listed) and t.name not in trained
+    }
 
     shell = onnx.ModelProto(ir_version=proto.ir_version)
     shell.opset_import.extend(proto.opset_import)
@@ -176,6 +180,7 @@ def from_proto(proto: onnx.ModelProto, folder: Path | None = None) -> Model:
     finally:
         G_LOGGER.severity = severity
 
+    graph.trained, graph.annotated = trained, names_in_annotations(proto)
     model = Model(graph, proto, folder)
     for node, message in zip(graph.nodes, proto.graph.node, strict=True):
         if node.op == "Constant" and isinstance(node.attrs.get("value"), Constant):

@@ -191,7 +191,18 @@ class Constant(Tensor, _Constant):
 
 
 class Graph(_Graph):
-    """Nodes in the file's order, with the graph's inputs and outputs. Equal to itself only."""
+    """Nodes in the file's order, with the graph's inputs and outputs. Equal to itself only.
+
+    Attributes
+    ----------
+    trained : frozenset of str
+        Names of tensors that the model's training information updates or reads.
+    annotated : frozenset of str
+        Names of tensors that the model's quantisation annotations refer to.
+    """
+
+    trained: frozenset[str] = frozenset()
+    annotated: frozenset[str] = frozenset()
 
     if TYPE_CHECKING:
         nodes: list[Node]

@@ -101,12 +101,18 @@ class Model:
         new.node.extend(self._node_protos())
 
         constants = self._constant_tensors()
+        made = {name for node in new.node for name in node.output}
+        fixed = {t.name for t in old.initializer if t.name not in self._constants}
+        annotations = [q for q in old.quantization_annotation if q.tensor_name in made | fixed | constants.keys()]
+        parameters = {entry.value for q in annotations for entry in q.quant_parameter_tensor_names}
         written = set()
         for tensor in old.initializer:
             if tensor.name not in self._constants:  # overridable, or read by nobody from the start
                 new.initializer.append(tensor)
             elif tensor.name in constants:
                 new.initializer.append(self._constant_proto(constants[tensor.name]))
+            elif tensor.name in parameters:  # nothing else reads it any more
+                new.initializer.append(tensor)
             else:
                 continue
             written.add(tensor.name)
@@ -128,9 +134,8 @@ class Model:
                 onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims)
                 for t in new.initializer[len(new.initializer) - len(added) :]
             )
-        names = {name for node in new.node for name in node.output} | written
-        new.value_info.extend(v for v in old.value_info if v.name in names - stale)
-        new.quantization_annotation.extend(q for q in old.quantization_annotation if q.tensor_name in names)
+        new.value_info.extend(v for v in old.value_info if v.name in (made | written) - stale)
+        new.quantization_annotation.extend(annotations)
         drop_unused_opsets(model)
         return model
 
@@ -157,6 +162,7 @@ class Model:
             nodes, *ends, graph.name, graph.doc_string, graph.opset, graph.import_domains, functions=graph.functions,
             ir_version=graph.ir_version,
         )  # fmt: skip
+        copied.trained, copied.annotated = graph.trained, graph.annotated
         constants = {name: (_same_or(twins, c), tensor) for name, (c, tensor) in self._constants.items()}
         return Model(copied, self.proto, self.folder, messages, constants)
 

@@ -144,6 +144,8 @@ class View:
         """Why this tensor's value must stay observable, else ""."""
         if tensor in self._outputs:
             return f"{tensor.name!r} is a graph output"
+        if tensor.name in self.graph.trained:
+            return f"{tensor.name!r} is used by the model's training information"
         return f"{tensor.name!r} is read inside a control-flow body" if self.is_captured(tensor) else ""
 
     def is_captured(self, tensor: Tensor) -> bool:
@@ -323,8 +325,11 @@ class View:
         return Constant(self.unique_name(name), np.asarray(values, order="C"))
 
     def release_names(self, names: Iterable[str]) -> None:
-        """Let the next tensors have these names: their holders are about to go."""
-        self._names.difference_update(names)
+        """Let new tensors take these names, whose owners are about to be removed.
+
+        A name that a quantisation annotation refers to is not released: it would mean other values then.
+        """
+        self._names.difference_update(name for name in names if name not in self.graph.annotated)
 
     def new_variable(self, name: str, like: Tensor, change: ShapeChange = lambda shape: shape) -> Variable:
         """A tensor of the type of `like`, and of its shape and representative size after `change`."""
