@@ -28,7 +28,7 @@ from pwopt.cli.passes import passes
 from pwopt.cli.profile import profile
 from pwopt.cli.verify import verify
 from pwopt.errors import PwoptError, UsageError
-from pwopt.running.child import received_signal, signals_interrupt
+from pwopt.running.signals import received_signal, signals_interrupt
 from pwopt.version import __version__
 
 #: Exit code for a defect of pwopt itself.

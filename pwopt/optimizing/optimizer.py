@@ -139,7 +139,7 @@ def run_request(model: Source, request: Request) -> Result:
         selection = select_rewrites(compilation, problem, request, budget)
         blank = _begin_report(path, problem, passes, request)
         attempts = Attempts(problem, selection, budget, request, blank)
-        done = _finish(attempts, compilation)
+        done = _finish(attempts, compilation).noted(*notes.describe_worker(_worker_problem(problem)))
         if dry_run:
             candidates = find_candidates(compilation, NoTuningRecords())
             races = request.measuring.target_profile is None
@@ -174,6 +174,11 @@ def _finish(attempts: Attempts, compilation: Compilation) -> Attempt:
 
     result = choose_result(done, try_always_only, attempts.problem.source.proto, attempts.request.insists)
     return result.noted(*attempts.problem.why)
+
+
+def _worker_problem(problem: Problem) -> str:
+    worker = None if problem.environment is None else problem.environment.worker
+    return "" if worker is None else worker.problem
 
 
 def _describe_problem(problem: Problem, request: Request) -> str:

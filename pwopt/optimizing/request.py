@@ -77,8 +77,10 @@ class Measuring:
     def __post_init__(self) -> None:
         _check_choice("effort", self.effort, get_args(Effort))
         _check_number("budget", self.budget)
-        if not self.seconds >= 0:
-            raise UsageError(f"nothing can be measured in {self.seconds:g} seconds; give 0 or more")
+        _check_number("race_seconds", self.race_seconds)
+        for seconds in (self.seconds, self.race_seconds):
+            if not 0 <= seconds < float("inf"):
+                raise UsageError(f"nothing can be measured in {seconds:g} seconds; give 0 or more, and a finite number")
 
     @property
     def seconds(self) -> float:

@@ -150,6 +150,12 @@ def describe_races(decisions: Sequence[Decision], hint: str) -> Iterator[str]:
         yield f"The machine was busy: models had {busy:.0%} of the time that passed in a race, so that counts less."
 
 
+def describe_worker(problem: str) -> Iterator[str]:
+    """Say that candidates were tried without a worker process, if there was a problem with it."""
+    if problem:
+        yield f"Candidates did not run in a process of their own: {problem}."
+
+
 def describe_dry_run(groups: Sequence[Group], *, races: bool) -> Iterator[str]:
     """Say what a dry run leaves out; without `races`, a tuning database decides on the groups."""
     yield "A dry run: nothing was raced, verified or written."

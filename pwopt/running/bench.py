@@ -138,6 +138,8 @@ def benchmark(
     if not models:
         raise UsageError("there is no model to time; give one or more")
     check_settings(threads, None, None)
+    if not 0 <= seconds < float("inf"):
+        raise UsageError(f"models cannot be raced for {seconds:g} seconds; give 0 or more, and a finite number")
     paths, placed = [Path(m) for m in models], as_provider(provider)
     model = load(paths[0]).proto
     specs = _check_common_inputs(model, paths)

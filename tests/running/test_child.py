@@ -12,7 +12,8 @@ import onnx
 import pytest
 from helpers import MODELS, parse
 
-from pwopt.running.child import ROOT, child_command, module_path, received_signal, signals_interrupt
+from pwopt.running.child import ROOT, child_command, module_path
+from pwopt.running.signals import received_signal, signals_interrupt
 
 #: The command line as its script starts it: without the current folder on the module path.
 SCRIPT = "from pwopt.cli import main\nmain()\n"
@@ -73,7 +74,7 @@ def test_code_beside_a_model_is_not_executed(command: list[str], tmp_path: Path)
 @pytest.mark.parametrize("number", [signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)])
 def test_signals_end_the_process_as_an_interrupt_does(number: int) -> None:
     code = (
-        "import os\nfrom pwopt.running.child import received_signal, signals_interrupt\n"
+        "import os\nfrom pwopt.running.signals import received_signal, signals_interrupt\n"
         "with signals_interrupt():\n    try:\n"
         f"        os.kill(os.getpid(), {int(number)})\n        import time; time.sleep(60)\n"
         f"    except KeyboardInterrupt:\n        os.kill(os.getpid(), {int(number)})\n"

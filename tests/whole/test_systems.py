@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import errno
 import os
 import pickle
@@ -29,7 +30,8 @@ from pwopt.graph import limits, storage
 from pwopt.inputs.specs import parse_shape
 from pwopt.optimizing import batch, fleet, other_conditions
 from pwopt.optimizing.request import Request
-from pwopt.running import bench, installation, timing, worker
+from pwopt.running import bench, child, installation, timing, worker
+from pwopt.running.child import describe_exit
 from pwopt.running.providers import DEFAULT
 from pwopt.running.session import Session
 from pwopt.selecting import plugins
@@ -181,10 +183,10 @@ def test_drive_letters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_what_becomes_of_a_worker() -> None:
-    assert worker._ended(-9) == "SIGKILL"
-    assert worker._ended(-999) == "exit code -999"
-    assert worker._ended(3) == "exit code 3"
-    assert worker._ended(0xC0000005) == "exit code 0xc0000005"  # an access violation, as Windows counts
+    assert describe_exit(-9) == "SIGKILL"
+    assert describe_exit(-999) == "exit code -999"
+    assert describe_exit(3) == "exit code 3"
+    assert describe_exit(0xC0000005) == "exit code 0xc0000005"  # an access violation, as Windows counts
 
 
 def test_a_worker_whose_pipe_is_invalid(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -193,16 +195,17 @@ def test_a_worker_whose_pipe_is_invalid(monkeypatch: pytest.MonkeyPatch, tmp_pat
     def refuse(*_: object) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(worker, "_send", refuse)
+    monkeypatch.setattr(child, "_send", refuse)
     asked = worker.Worker(tmp_path / "m.onnx", DEFAULT, 1, {})
+    process = object.__new__(child.Child)
     gone: queue.Queue[Any] = queue.Queue()
     gone.put(None)
-    process: Any = SimpleNamespace(stdin=object(), stdout=None, wait=lambda: 0xC0000005, kill=lambda: None)
-    process.stdin = SimpleNamespace(close=lambda: None)
-    monkeypatch.setattr(asked, "_process", process)
-    monkeypatch.setattr(asked, "_answers", gone)
+    pipe = SimpleNamespace(close=lambda: None)
+    ended: Any = SimpleNamespace(pid=0, stdin=pipe, stdout=None, wait=lambda *_: 0xC0000005, kill=lambda: None)
+    process._process, process._answers, process._stack = ended, gone, contextlib.ExitStack()
+    monkeypatch.setattr(asked, "_child", process)
     assert asked.fault(tmp_path / "c.onnx") == "it crashes onnxruntime (exit code 0xc0000005)"
-    assert asked._process is None
+    assert asked._child is None
 
 
 def test_memory_is_bounded_only_where_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
