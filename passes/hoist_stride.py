@@ -8,6 +8,7 @@ from dataclasses import replace
 
 from pwopt.graph.ir import Node, Tensor
 from pwopt.maps.cost import ELEMENT, macs
+from pwopt.maps.forms import Reading
 from pwopt.maps.positions import STRIDED_POOLS, Steps, every, has_positions, pooling, positionwise, stencil, subsample
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
@@ -54,14 +55,17 @@ class HoistStride(Pass):
         old: list[Node] = []
         new: list[tuple[Node, list[Node]]] = []
         before = sum(macs(rw, n) or 0 for n in region.nodes)
+        readings = {n: stencil(rw, n) for n in region.nodes}  # automatic padding depends on the sizes before
         for t in region.tensors:
             rw.reshape(t, every(self._steps[t]))
         for node in region.nodes:
             added: list[Node] = []
             step = self._steps.get(node.outputs[0], ())
-            inputs, stride = list(node.inputs), _read_stride(rw, node)
+            inputs, reading = list(node.inputs), readings[node]
+            stride = _read_stride(rw, node, reading)
             if stride is not None:
-                added.append(_set_stride(rw, node, _divide(stride, step, self._steps.get(node.inputs[0], ()))))
+                kept = self._steps.get(node.inputs[0], ())
+                added.append(_set_stride(node, reading, _divide(stride, step, kept)))
             else:
                 for i, t in enumerate(inputs):
                     ratio = self._find_ratio(rw, t, step)
@@ -111,9 +115,8 @@ class HoistStride(Pass):
         return ratio if needed else None
 
 
-def _read_stride(rw: Rewriter, node: Node) -> Steps | None:
+def _read_stride(rw: Rewriter, node: Node, reading: Reading | None) -> Steps | None:
     """The stride of a convolution or pooling; None for any other node."""
-    reading = stencil(rw, node)
     if reading is not None:
         return reading.geometry.strides
     return (
@@ -123,9 +126,9 @@ def _read_stride(rw: Rewriter, node: Node) -> Steps | None:
     )
 
 
-def _set_stride(rw: Rewriter, node: Node, stride: Steps) -> Node:
+def _set_stride(node: Node, reading: Reading | None, stride: Steps) -> Node:
     """The same convolution or pooling with another stride; padding that depends on the stride becomes explicit."""
-    attrs, reading = {**node.attrs, "strides": list(stride)}, stencil(rw, node)
+    attrs = {**node.attrs, "strides": list(stride)}
     if reading is not None:
         attrs.pop("auto_pad", None)
         attrs["pads"] = list(reading.geometry.pads)

@@ -38,6 +38,17 @@ def test_a_strided_map_hands_its_stride_up() -> None:
     same(model, result, 1e-11, x=X)
 
 
+@pytest.mark.parametrize("size", [6, 11, 16])
+def test_automatic_padding_is_that_of_the_size_before(size: int) -> None:
+    """SAME padding of stride 5 is 0 at these sizes, and negative at the sizes that are left."""
+    side = f"(double[2,8,{size},{size}] x) => (double[N] y) "
+    body = side + '{ a = Conv(x, u) r = Relu(a) y = Conv<auto_pad="SAME_UPPER", strides=[5,5]>(r, v) }'
+    model = parse(body, **weights(u=(8, 8, 1, 1), v=(4, 8, 1, 1)))
+    result, _, _ = run(model, HoistStride())
+    assert strides(result) == [[5, 5], [1, 1]]
+    same(model, result, 1e-11, x=normal(2, 8, size, size))
+
+
 def test_a_residual_block_with_two_strided_readers() -> None:
     """A ResNet block whose successor has the stride on its first 1×1 map and on its projection."""
     body = SIDE + (

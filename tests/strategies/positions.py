@@ -27,6 +27,15 @@ class Positions(Operators):
         else:
             self.cut(y, range(2, y.rank), 2)
 
+    def m_skip(self) -> None:
+        """A stride beyond the kernel, for which SAME padding is negative: it crops."""
+        x = self.tensor(3, 4)
+        y = self.conv(x, None, 1, 1, pads=[0] * 2 * (x.rank - 2)) if self.chance(0.7) else self.affine(x)
+        pad = self.rng.choice(["SAME_UPPER", "SAME_LOWER"])
+        z = self.conv(y, None, self.rng.choice([1, 1, 2]), self.rng.choice([3, 4, 5]), auto_pad=pad)
+        if self.chance(0.5):
+            self.conv(z, None, 1, 1, pads=[0] * 2 * (x.rank - 2))
+
     def m_crop(self) -> None:
         x = self.tensor(4, 4, 3)
         y = self.conv(x, None, self.rng.choice([1, 3, 3]), self.rng.choice([1, 1, 2]))

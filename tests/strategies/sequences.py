@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+import ml_dtypes
 import numpy as np
 
 from strategies.builder import Tensor, UnfitError
@@ -49,6 +50,20 @@ class Sequences(Operators):
             if self.chance(0.3):
                 x = self.rng.choice(between)(x)
             self.affine(x)
+
+    def m_mask(self) -> None:
+        """s·(a − m) of numbers m up to 3 that are as a rule whole, for an s that is large or the largest of the type."""
+        x = self.tensor(3, 4)
+        wide = self.node("Mul", self.swapped(self.node("Sigmoid", [x])[0], self.constant(3.0)))[0]
+        whole = self.node("Round", [wide])[0] if self.opset >= 11 else self.node("Floor", [wide])[0]
+        flipped = self.node("Sub", [self.constant(self.rng.choice([1.0, 2.0, 1.5])), whole])[0]
+        largest = float(ml_dtypes.finfo(self.dtype).max)
+        scale = -self.rng.choice([1e4, largest / 2.1, largest / 4, largest / 100])
+        mask = self.node("Mul", self.swapped(flipped, self.constant(scale)))[0]
+        if self.chance(0.3):
+            mask = self.node("Mul", self.swapped(mask, self.constant(0.5)))[0]
+        small = self.node("Tanh", [x])[0]
+        self.node("Softmax", [self.node("Add", self.swapped(small, mask))[0]], axis=x.rank - 1)
 
     def m_transposed(self) -> None:
         x = self.tensor(3, 4)
