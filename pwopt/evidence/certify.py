@@ -18,7 +18,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pwopt.algebra import Array, Values
-from pwopt.evidence.evaluation import MAX_WORK, NUMBERS, SMALLEST, Side, Tensors, TooLargeError, UnfitError
+from pwopt.evidence.evaluation import MAX_WORK, SMALLEST_POSITIVE, Side, Tensors, TooLargeError, UnfitError
+from pwopt.evidence.traits import find_traits
 from pwopt.graph.changes import Change
 from pwopt.graph.dtypes import FLOATS, epsilon
 from pwopt.graph.ir import Tensor
@@ -43,8 +44,6 @@ JITTERS = 16.0
 EXTENTS = (8, 32)
 #: Operators in a region; larger ones are not evaluated.
 MAX_OPERATORS = 2000
-#: Operators that may be told a size or a position which the model knows: a region with them is held to its own sizes.
-SIZED = frozenset({"Shape", "Size", "Slice", "Reshape", "Expand", "Tile", "Gather"})
 #: Unit roundoff of the evaluation itself.
 DOUBLE = 2.0**-53
 
@@ -125,7 +124,7 @@ def _evaluated(region: Change, view: View) -> Certificate:
     whole = _whole(region, view)
     if whole is None:
         return Certificate("none", "the sizes of what feeds it are not known")
-    sized = any(s.op in SIZED for s in (*region.before, *region.after))
+    sized = any(find_traits(s.op).sized for s in (*region.before, *region.after))
     small = [s for s in _small(whole, max(map(_reach, sides))) if s != whole]
     wholly, smaller = [(whole, FULL), (whole, FEW)], [(sizes, FULL) for sizes in small]
     failed: Certificate | None = None
@@ -253,7 +252,9 @@ def _certified(
 
     def outward(value: Array, tensor: Tensor) -> Array:
         kind = str(tensor.dtype)
-        return np.abs(value) + SMALLEST.get(kind, 0.0) * 2 / epsilon(np.dtype(tensor.dtype) if kind in FLOATS else None)
+        return np.abs(value) + SMALLEST_POSITIVE.get(kind, 0.0) * 2 / epsilon(
+            np.dtype(tensor.dtype) if kind in FLOATS else None
+        )
 
     zero = {key: np.zeros_like(value) for key, value in largest.items()}
     old_sizes, new_sizes = (side.run(largest, outward, absolute=True) for side in sides)
@@ -396,24 +397,20 @@ def _depth(side: Side, sources: Sequence[Tensor]) -> int:
 
 
 def _reckoned(state: State) -> list[int]:
-    return [i for i in NUMBERS.get(state.op, ()) if i < len(state.inputs)]
+    return [i for i in find_traits(state.op).numbers if i < len(state.inputs)]
 
 
 def _terms(sides: tuple[Side, Side]) -> int:
     """The number of terms in the longest sums of the regions, one after another."""
-    weights = [side.constant(t) for side in sides for s in side.states for t in s.inputs if s.op in NUMBERS and t.name]
+    weights = [
+        side.constant(t)
+        for side in sides
+        for s in side.states
+        for t in s.inputs
+        if find_traits(s.op).numbers and t.name
+    ]
     sums = [w.size // max(1, min(w.shape, default=1)) if w.ndim else 1 for w in weights if w is not None]
     return 8 + sum(sums)
-
-
-#: Operators that move, copy, add or average numbers of their first input, whatever else they read.
-MOVING = frozenset(
-    """Identity Reshape Transpose Squeeze Unsqueeze Flatten Slice Split Gather Pad Neg AveragePool GlobalAveragePool
-    ReduceMean ReduceSum Resize Upsample Expand Tile DepthToSpace SpaceToDepth Cast Dropout Conv ConvTranspose
-    BatchNormalization Div""".split()  # noqa: SIM905
-)
-#: Operators that are affine in all their inputs together.
-JOINING = frozenset({"Add", "Sub", "Sum", "Mean", "Concat"})
 
 
 def _affine(side: Side, moving: set[Tensor]) -> bool:
@@ -423,8 +420,9 @@ def _affine(side: Side, moving: set[Tensor]) -> bool:
         where = [i for i, t in enumerate(s.inputs) if t in moving]
         if not where or s.op in ("Shape", "Size"):
             continue
-        product = s.op in ("Mul", "MatMul", "Gemm") and not {0, 1} <= set(where)
-        if not (product or s.op in JOINING or (s.op in MOVING and where == [0])) or not side.view.op(s.node):
+        affine = find_traits(s.op).affine
+        product = affine == "product" and not {0, 1} <= set(where)
+        if not (product or affine == "all" or (affine == "first" and where == [0])) or not side.view.op(s.node):
             return False
         if s.op == "Cast" and "float" not in str(s.outputs[0].dtype):
             return False

@@ -1,7 +1,8 @@
-"""Operators in float64, one tensor at a time, straight from their definitions.
+"""Evaluate operators in float64, one tensor at a time.
 
-Independent of `pwopt.algebra`, which made what is checked here: a convolution is a sum over its taps, everything that
-is not spelled out is onnx's reference evaluator.
+This is independent of `pwopt.algebra`, whose results it checks. `operators` defines the common operators directly: a
+convolution is a sum over its taps. onnx's reference evaluator computes the others, except where it is known to be
+wrong.
 """
 
 from __future__ import annotations
@@ -14,28 +15,24 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from pwopt.algebra import Array, Values
+from pwopt.evidence.traits import find_traits
 from pwopt.graph.dtypes import FLOATS, epsilon
 from pwopt.graph.ir import Graph, Node, Tensor, Variable, as_message
 from pwopt.graph.journal import State
 from pwopt.graph.view import View
 
-#: Multiply-adds and elements that one evaluation may take: some tenths of a second.
+#: Maximum number of multiply-adds and elements of one evaluation: some tenths of a second.
 MAX_WORK = 400_000_000
-#: Smallest positive numbers of each type, below which rounding is absolute; where a pass flushes, the smallest normal.
-SMALLEST = {"float16": 2.0**-24, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
-#: Inputs that hold numbers to reckon with, not shapes, axes, limits or exponents.
-NUMBERS: dict[str, Sequence[int]] = {
-    "Conv": (1, 2), "ConvTranspose": (1, 2), "Gemm": (0, 1, 2), "MatMul": (0, 1), "Add": (0, 1), "Sub": (0, 1),
-    "Mul": (0, 1), "Div": (0, 1), "Sum": range(64), "Mean": range(64), "Concat": range(64), "Pad": (2,),
-    "BatchNormalization": (1, 2, 3, 4), "Clip": (1, 2), "Min": (0, 1), "Max": (0, 1), "PRelu": (1,),
-}  # fmt: skip
+#: The smallest positive number of each type, below which rounding is absolute (the smallest normal number where passes
+#: flush subnormal numbers to zero).
+SMALLEST_POSITIVE = {"float16": 2.0**-24, "bfloat16": 2.0**-126, "float32": 2.0**-126, "float64": 2.0**-1022}
 
 Tensors = dict[Tensor, Values]
-Rule = Callable[["Side", State, list[Any], bool], list[Values]]
+Definition = Callable[["Side", State, list[Any], bool], list[Values]]
 
 
 class UnfitError(Exception):
-    """These operators cannot be evaluated on these inputs; the message is a clause."""
+    """The operators cannot be evaluated on these inputs; the message is a clause."""
 
 
 class TooLargeError(Exception):
@@ -43,7 +40,7 @@ class TooLargeError(Exception):
 
 
 class Side:
-    """Operators in order, and the constants that they read.
+    """Operators in topological order, and the constants that they read.
 
     Parameters
     ----------
@@ -54,13 +51,13 @@ class Side:
     def __init__(self, view: View, states: Sequence[State]) -> None:
         self.view, self.states = view, states
         self.work, self.limit = 0, MAX_WORK
-        #: Stand-ins for tensors of which only the shape is read.
+        #: Placeholders for tensors of which only the shape is read.
         self.shapes: Tensors = {}
         self._constants: Tensors = {}
         self._references: dict[State, ReferenceEvaluator] = {}
 
     def constant(self, tensor: Tensor) -> Values | None:
-        """Value of a constant, floating-point ones in float64."""
+        """Return the value of a constant, in float64 if it is floating point; None if it is not a constant."""
         if tensor not in self._constants:
             if (self.view.elements(tensor) or 0) > MAX_WORK // 8:
                 raise TooLargeError
@@ -71,7 +68,7 @@ class Side:
         return self._constants[tensor]
 
     def unit(self) -> float:
-        """Unit roundoff of the coarsest type that constants and results are stored in."""
+        """Unit roundoff of the coarsest type of all constants and results."""
         tensors = [t for s in self.states for t in (*s.inputs, *s.outputs)]
         kinds = {str(t.dtype): t.dtype for t in tensors if t.dtype is not None}
         return max((epsilon(np.dtype(d)) for name, d in kinds.items() if name in FLOATS), default=0.0) / 2
@@ -82,16 +79,16 @@ class Side:
         adjust: Callable[[Array, Tensor], Array] | None,
         absolute: bool = False,
     ) -> Tensors:
-        """Values of all tensors, by id.
+        """Compute all tensors.
 
         Parameters
         ----------
         feeds : mapping
-            Values of the tensors that come from outside.
+            Values of the inputs.
         adjust : callable or None
-            Applied to every constant that is reckoned with.
+            Applied to every constant that holds numbers to compute with.
         absolute : bool
-            Compute what the sizes of all terms add up to, instead of the terms: |a| + |b| for a − b.
+            Add up the magnitudes of all terms instead of the terms: |a| + |b| for a − b.
         """
         self.work = 0
         values: Tensors = {**self.shapes, **feeds}
@@ -102,7 +99,7 @@ class Side:
                 inputs: list[Any] = []
                 for i, t in enumerate(state.inputs):
                     value = self.value(t, values) if t.name else None
-                    if moves and adjust is not None and t not in moving and i in NUMBERS.get(state.op, ()):
+                    if moves and adjust is not None and t not in moving and i in find_traits(state.op).numbers:
                         value = adjust(value, t) if isinstance(value, np.ndarray) and value.dtype.kind == "f" else value
                     inputs.append(value)
                 if state.op not in ("Shape", "Size"):
@@ -121,7 +118,7 @@ class Side:
             raise TooLargeError
 
     def value(self, tensor: Tensor, values: Tensors) -> Values:
-        """The value of a tensor after a run: computed, or constant."""
+        """Return the value of a tensor after a run, computed or constant."""
         value = values.get(tensor)
         value = self.constant(tensor) if value is None else value
         if value is None:
@@ -129,40 +126,49 @@ class Side:
         return value
 
     def _apply(self, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
-        rule = RULES.get(state.op) if self.view.op(state.node) else None
+        definition = DEFINITIONS.get(state.op) if self.view.op(state.node) else None
         try:
-            if rule is not None:
-                return rule(self, state, inputs, absolute)
+            if definition is not None:
+                return definition(self, state, inputs, absolute)
         except (ValueError, IndexError, TypeError, KeyError) as error:
             raise UnfitError(f"{state.op} does not take such inputs") from error
         return self.reference(state, inputs)
 
     def reference(self, state: State, inputs: list[Any]) -> list[Values]:
-        """One operator by onnx's reference evaluator."""
+        """Evaluate one operator with onnx's reference evaluator.
+
+        Raises
+        ------
+        UnfitError
+            If the evaluator cannot evaluate it, or is known to be wrong.
+        """
         if not self.view.op(state.node):
             raise UnfitError(f"{state.op} is not one of ONNX's own operators")
         if any(isinstance(v, (Graph, list)) and _holds_graph(v) for v in state.attrs.values()):
             raise UnfitError(f"{state.op} has a body")
-        if state.op in RANDOM:
-            raise UnfitError(f"{state.op} gives other results each time")
+        traits = find_traits(state.op)
+        if traits.random:
+            raise UnfitError(f"{state.op} gives a different result each time")
+        if traits.wrong is not None and traits.wrong(state.attrs):
+            raise UnfitError(f"onnx's reference evaluator is known to be wrong for {state.op} with these attributes")
         if state not in self._references:
             self._references[state] = _evaluator(state, self.view.opset)
         feeds = {f"i{i}": v for i, v in enumerate(inputs) if v is not None}
         try:
             results = self._references[state].run(None, feeds)
-        except Exception as error:  # whatever a reference implementation raises for inputs that do not fit
+        except Exception as error:  # reference implementations raise various errors for invalid inputs
             raise UnfitError(f"{state.op} does not take such inputs") from error
         return [_wide(np.asarray(r)) for r in results]
 
 
-#: Operators with a result of their own at each run.
-RANDOM = ("RandomNormal", "RandomUniform", "RandomNormalLike", "RandomUniformLike", "Bernoulli", "Multinomial")
-RULES: dict[str, Rule] = {}
+DEFINITIONS: dict[str, Definition] = {}
 
 
-def rule(*ops: str) -> Callable[[Rule], Rule]:
-    def register(function: Rule) -> Rule:
-        RULES.update(dict.fromkeys(ops, function))
+def define(*ops: str) -> Callable[[Definition], Definition]:
+    """Register the decorated function as the definition of operators."""
+
+    def register(function: Definition) -> Definition:
+        DEFINITIONS.update(dict.fromkeys(ops, function))
         return function
 
     return register

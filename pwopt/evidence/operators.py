@@ -1,4 +1,7 @@
-"""Operators in float64, each from its definition."""
+"""Definitions of operators in float64.
+
+They follow onnxruntime where onnx's reference evaluator differs from it or is slow.
+"""
 
 from __future__ import annotations
 
@@ -12,45 +15,45 @@ import onnx
 from onnx.reference import ReferenceEvaluator
 
 from pwopt.algebra import Array, Values
-from pwopt.evidence.evaluation import Side, TooLargeError, UnfitError, rule
+from pwopt.evidence.evaluation import Side, TooLargeError, UnfitError, define
 from pwopt.graph.dtypes import FLOATS
 from pwopt.graph.ir import Tensor
 from pwopt.graph.journal import State
 
 
-@rule("Identity", "Dropout")
+@define("Identity", "Dropout")
 def _identity(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     if len([t for t in state.outputs if t.name]) > 1:
         return side.reference(state, inputs)
     return [inputs[0]]
 
 
-@rule("Cast")
+@define("Cast")
 def _cast(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     to = onnx.helper.tensor_dtype_to_np_dtype(int(state.attrs["to"]))
     return [inputs[0].astype(np.float64 if str(to) in FLOATS else to)]
 
 
-@rule("Constant")
+@define("Constant")
 def _constant(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     held = state.attrs.get("value")
     value = side.constant(held) if isinstance(held, Tensor) else None
     return [value] if value is not None else side.reference(state, inputs)
 
 
-@rule("Size")
+@define("Size")
 def _size(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     return [np.array(inputs[0].size, np.int64)]
 
 
-@rule("Shape")
+@define("Shape")
 def _shape(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     return [np.array(inputs[0].shape[slice(state.attrs.get("start", 0), state.attrs.get("end"))], np.int64)]
 
 
-@rule("GatherND")
+@define("GatherND")
 def _gather_nd(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
-    """All index tuples at once; onnx's reference takes one after another."""
+    """Gather all index tuples at once; onnx's reference evaluator loops over them."""
     data, indices = inputs
     shared, depth = state.attrs.get("batch_dims", 0), indices.shape[-1]
     batches = math.prod(data.shape[:shared])
@@ -60,7 +63,7 @@ def _gather_nd(side: Side, state: State, inputs: list[Any], absolute: bool) -> l
     return [found.reshape(*indices.shape[:-1], *data.shape[shared + depth :])]
 
 
-@rule("Add", "Sub", "Mul", "Div", "Sum")
+@define("Add", "Sub", "Mul", "Div", "Sum")
 def _arithmetic(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     if "axis" in state.attrs and inputs[1].ndim:  # before opset 7, operands are aligned at an axis
         extra = inputs[0].ndim - state.attrs["axis"] - inputs[1].ndim
@@ -75,39 +78,89 @@ def _arithmetic(side: Side, state: State, inputs: list[Any], absolute: bool) -> 
     return [functools.reduce(np.add, inputs)]
 
 
-@rule("Neg")
+@define("Neg")
 def _neg(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     return [inputs[0] if absolute else -inputs[0]]
 
 
-@rule("Relu")
+@define("Relu")
 def _relu(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     return [np.maximum(inputs[0], 0)]
 
 
-@rule("Sigmoid")
+@define("Sigmoid")
 def _sigmoid(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
-    """(1 + tanh(x / 2)) / 2: the reference evaluator takes a hundred times as long."""
+    """(1 + tanh(x / 2)) / 2: a hundred times as fast as the reference evaluator."""
     return [0.5 + 0.5 * np.tanh(0.5 * inputs[0])]
 
 
-@rule("Concat")
+@define("Concat")
 def _concat(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     return [np.concatenate(inputs, axis=state.attrs.get("axis", 1))]
 
 
-@rule("Transpose")
+@define("Transpose")
 def _transpose(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     return [np.transpose(inputs[0], state.attrs.get("perm"))]
 
 
-@rule("MatMul")
+def _read_axes(state: State, inputs: list[Any]) -> list[int] | None:
+    """The axes of Squeeze or Unsqueeze, an attribute before opset 13 and an input since; None for all."""
+    axes = inputs[1] if len(inputs) > 1 else state.attrs.get("axes")
+    return None if axes is None or not len(axes) else [int(a) for a in axes]
+
+
+@define("Squeeze")
+def _squeeze(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
+    """Without axes, or with an empty list of them as onnxruntime reads it, all axes of size 1."""
+    axes = _read_axes(state, inputs)
+    return [np.squeeze(inputs[0], None if axes is None else tuple(axes))]
+
+
+@define("Unsqueeze")
+def _unsqueeze(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
+    axes = _read_axes(state, inputs)
+    return [inputs[0] if axes is None else np.expand_dims(inputs[0], tuple(axes))]
+
+
+@define("Softmax", "LogSoftmax", "Hardmax")
+def _softmax(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
+    """Normalise one axis; before opset 13, all axes from `axis` on together."""
+    x, old = inputs[0], side.view.opset < 13
+    axis = state.attrs.get("axis", 1 if old else -1)
+    rows = x.reshape(math.prod(x.shape[: axis % x.ndim if x.ndim else 0]), -1) if old else np.moveaxis(x, axis, -1)
+    if state.op == "Hardmax":
+        result = np.eye(rows.shape[-1])[np.argmax(rows, axis=-1)]
+    else:
+        shifted = rows - np.max(rows, axis=-1, keepdims=True)
+        total = np.sum(np.exp(shifted), axis=-1, keepdims=True)
+        result = shifted - np.log(total) if state.op == "LogSoftmax" else np.exp(shifted) / total
+    return [result.reshape(x.shape) if old else np.moveaxis(result, -1, axis)]
+
+
+@define("LpNormalization")
+def _lp_normalise(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
+    """Divide by the norm along an axis; as in onnxruntime, zero where the norm is zero."""
+    x, axis = inputs[0], state.attrs.get("axis", -1)
+    norm = np.linalg.norm(x, ord=None, axis=axis, keepdims=True)
+    if state.attrs.get("p", 2) == 1:
+        norm = np.sum(np.abs(x), axis=axis, keepdims=True)
+    return [np.where(norm == 0, 0.0, x / norm)]
+
+
+@define("NonZero")
+def _non_zero(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
+    """The indices of elements that are not zero; a scalar is one element with one index."""
+    return [np.array(np.nonzero(np.atleast_1d(inputs[0])), np.int64)]
+
+
+@define("MatMul")
 def _matmul(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     side.spend(inputs[0].size * inputs[1].shape[-1])
     return [inputs[0] @ inputs[1]]
 
 
-@rule("Gemm")
+@define("Gemm")
 def _gemm(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     a = inputs[0].T if state.attrs.get("transA", 0) else inputs[0]
     b = inputs[1].T if state.attrs.get("transB", 0) else inputs[1]
@@ -120,7 +173,7 @@ def _gemm(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[V
     return [product if held is None else product + size(state.attrs.get("beta", 1.0)) * held]
 
 
-@rule("BatchNormalization")
+@define("BatchNormalization")
 def _normalise(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     if state.attrs.get("training_mode", 0) or any(t.name for t in state.outputs[1:]) or len(inputs) != 5:
         return side.reference(state, inputs)
@@ -133,7 +186,7 @@ def _normalise(side: Side, state: State, inputs: list[Any], absolute: bool) -> l
 def _windows(
     state: State, size: Sequence[int], kernel: Sequence[int]
 ) -> tuple[list[int], list[int], list[int], list[int]]:
-    """Strides, dilations, begins and ends of windows over `size` positions."""
+    """Strides, dilations, and pads at the begin and the end of each axis, for windows over `size` positions."""
     rank = len(kernel)
     strides = list(state.attrs.get("strides", [1] * rank))
     dilations = list(state.attrs.get("dilations", [1] * rank))
@@ -143,14 +196,16 @@ def _windows(
         pads = [0] * 2 * rank
     elif auto in ("SAME_UPPER", "SAME_LOWER"):
         reach = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
-        total = [max(0, (-(-n // s) - 1) * s + r - n) for n, s, r in zip(size, strides, reach, strict=True)]
+        total = [(-(-n // s) - 1) * s + r - n for n, s, r in zip(size, strides, reach, strict=True)]
+        if min(total, default=0) < 0:  # onnxruntime refuses such pools, and crops such convolutions inconsistently
+            raise UnfitError(f"{state.op} with {auto} has a stride that exceeds its kernel, which crops the input")
         less, more = [t // 2 for t in total], [t - t // 2 for t in total]
         pads = [*less, *more] if auto == "SAME_UPPER" else [*more, *less]
     return strides, dilations, pads[:rank], pads[rank:]
 
 
 def _taps(x: Values, kernel: Sequence[int], strides: Sequence[int], dilations: Sequence[int]) -> list[Values]:
-    """What each tap of a window sees, from an input that is padded already."""
+    """The elements that each tap of a window reads, from an input that is already padded."""
     counts = [
         (n - d * (k - 1) - 1) // s + 1 for n, k, s, d in zip(x.shape[2:], kernel, strides, dilations, strict=True)
     ]
@@ -165,15 +220,20 @@ def _taps(x: Values, kernel: Sequence[int], strides: Sequence[int], dilations: S
     return views
 
 
-@rule("Conv")
+def _pad(x: Values, begins: Sequence[int], ends: Sequence[int], value: float) -> Values:
+    """Pad the spatial axes."""
+    around = [(0, 0), (0, 0), *zip(begins, ends, strict=True)]
+    return np.pad(x, around, constant_values=value) if np.any(around) else x
+
+
+@define("Conv")
 def _conv(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     x, weight, groups = inputs[0], inputs[1], state.attrs.get("group", 1)
     kernel = weight.shape[2:]
     strides, dilations, begins, ends = _windows(state, x.shape[2:], kernel)
-    if x.shape[1] != weight.shape[1] * groups or x.ndim != weight.ndim or min(*begins, *ends, 0) < 0:
+    if x.shape[1] != weight.shape[1] * groups or x.ndim != weight.ndim or min(state.attrs.get("pads", (0,))) < 0:
         raise ValueError
-    if any(begins) or any(ends):
-        x = np.pad(x, [(0, 0), (0, 0), *zip(begins, ends, strict=True)])
+    x = _pad(x, begins, ends, 0.0)
     parts = _taps(x, kernel, strides, dilations)
     batch, space = x.shape[0], parts[0].shape[2:]
     positions = math.prod(space)
@@ -188,7 +248,7 @@ def _conv(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[V
     return [output if bias is None else output + bias.reshape(-1, *(1,) * len(space))]
 
 
-@rule("ConvTranspose")
+@define("ConvTranspose")
 def _conv_transpose(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     x, weight, groups = inputs[0], inputs[1], state.attrs.get("group", 1)
     if "output_shape" in state.attrs or state.attrs.get("auto_pad", "NOTSET") not in ("NOTSET", "VALID"):
@@ -214,29 +274,26 @@ def _conv_transpose(side: Side, state: State, inputs: list[Any], absolute: bool)
     return [output if bias is None else output + bias.reshape(-1, *(1,) * len(space))]
 
 
-@rule("MaxPool", "AveragePool")
+@define("MaxPool", "AveragePool")
 def _pool(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     if state.attrs.get("ceil_mode", 0) or len([t for t in state.outputs if t.name]) > 1:
         return side.reference(state, inputs)
     x, kernel = inputs[0], list(state.attrs["kernel_shape"])
     strides, dilations, begins, ends = _windows(state, x.shape[2:], kernel)
-    around = [(0, 0), (0, 0), *zip(begins, ends, strict=True)]
     side.spend(x.size * math.prod(kernel))
     if state.op == "MaxPool":
-        return [
-            functools.reduce(np.maximum, _taps(np.pad(x, around, constant_values=-np.inf), kernel, strides, dilations))
-        ]
-    total = functools.reduce(np.add, _taps(np.pad(x, around), kernel, strides, dilations))
+        return [functools.reduce(np.maximum, _taps(_pad(x, begins, ends, -np.inf), kernel, strides, dilations))]
+    total = functools.reduce(np.add, _taps(_pad(x, begins, ends, 0.0), kernel, strides, dilations))
     if state.attrs.get("count_include_pad", 0):
         return [total / math.prod(kernel)]
-    inside = np.pad(np.ones((1, 1, *x.shape[2:])), around)
+    inside = _pad(np.ones((1, 1, *x.shape[2:])), begins, ends, 0.0)
     seen = functools.reduce(np.add, _taps(inside, kernel, strides, dilations))
-    return [total / np.maximum(seen, 1)]  # as onnxruntime has it, a window that misses the input gives zero
+    return [total / np.maximum(seen, 1)]  # in onnxruntime, a window outside the input gives zero
 
 
-@rule("Resize", "Upsample")
+@define("Resize", "Upsample")
 def _resize(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
-    """One axis after the other: interpolation is separable."""
+    """Resize one axis after the other, because interpolation is separable."""
     x = inputs[0]
     odd = {"axes", "antialias", "keep_aspect_ratio_policy"} & set(state.attrs)
     crop = state.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize"
@@ -266,13 +323,57 @@ def _scales(state: State, inputs: list[Any]) -> tuple[Any, Any]:
     return given[1], given[2]
 
 
+def _interpolate(count: int, scale: np.float32, size: int, settings: dict[str, Any]) -> Array:
+    """The matrix of nearest or linear interpolation; the nearest position is chosen in float32, as in onnxruntime."""
+    linear = settings.get("mode", "nearest") == "linear"
+    real: type[np.floating[Any]] = np.float64 if linear else np.float32
+    half, step = real(0.5), real(scale)
+    at = np.arange(size, dtype=real)
+    transform = settings.get("coordinate_transformation_mode", "half_pixel")
+    x = (at + half) / step - half
+    if transform == "asymmetric":
+        x = at / step
+    elif transform == "align_corners":
+        x = at * real(count - 1) / real(size - 1) if size > 1 else np.zeros(1, real)
+    elif transform == "pytorch_half_pixel" and size <= 1:
+        x = np.zeros(size, real)
+    elif transform == "tf_half_pixel_for_nn":
+        x = (at + half) / step
+    elif transform == "half_pixel_symmetric":
+        x = real(count) / real(2) * (real(1) - real(size) / (step * real(count))) + x
+    matrix, rows = np.zeros((size, count)), np.arange(size)
+    if linear:
+        x = np.clip(x, 0, count - 1)
+        low = np.floor(x).astype(int)
+        np.add.at(matrix, (rows, low), 1.0 - (x - low))
+        np.add.at(matrix, (rows, np.minimum(low + 1, count - 1)), x - low)
+        return matrix
+    nearest = {
+        "round_prefer_floor": np.ceil(x - half),
+        "round_prefer_ceil": np.floor(x + half),
+        "floor": np.floor(x),
+        "ceil": np.ceil(x),
+    }[settings.get("nearest_mode", "round_prefer_floor")]
+    matrix[rows, np.clip(nearest, 0, count - 1).astype(int)] = 1.0
+    return matrix
+
+
 @functools.lru_cache(64)
 def _interpolation(
     count: int, scale: float, size: int, op: str, attrs: tuple[tuple[str, Any], ...], opset: int
 ) -> Array:
-    """The matrix that resizes an axis of `count` positions, by onnx's reference evaluator on unit vectors."""
+    """The matrix that resizes an axis of `count` positions.
+
+    onnx's reference evaluator gives cubic interpolation and that of old opsets, from unit vectors.
+    """
     if count > 512:
         raise TooLargeError
+    settings = dict(attrs)
+    mode = settings.get("mode", "nearest")
+    if opset >= 11 and op == "Resize" and mode in ("nearest", "linear"):
+        return _interpolate(count, np.float32(scale), size if size >= 0 else int(count * np.float32(scale)), settings)
+    if settings.get("coordinate_transformation_mode") in ("align_corners", "tf_half_pixel_for_nn"):
+        raise UnfitError("onnx's reference evaluator is known to be wrong for Resize with these attributes")
     by_sizes = size >= 0 and opset >= 11
     inputs = (
         ["x", "scales"]
