@@ -27,7 +27,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 from dynamic import CASES
 
 from pwopt.graph.files import load
-from pwopt.graph.shapes import written
+from pwopt.graph.shapes import format_shape
 from pwopt.inputs.specs import input_specs
 from pwopt.reporting.report import to_json
 from pwopt.running import installation
@@ -70,7 +70,7 @@ def row(name: str, path: Path) -> dict[str, Any]:
 def declared(value: onnx.ValueInfoProto) -> str:
     if not value.type.tensor_type.HasField("shape"):
         return "nothing"
-    return written(
+    return format_shape(
         [d.dim_param or (d.dim_value if d.HasField("dim_value") else None) for d in value.type.tensor_type.shape.dim]
     )
 
@@ -93,7 +93,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             lines.append(f"| {r['model']} | | | {r['error']} | | | |")
             continue
         shapes = [
-            " ".join(f"{n} {written(s) if isinstance(s, list) else s}" for n, s in r[k].items())
+            " ".join(f"{n} {format_shape(s) if isinstance(s, list) else s}" for n, s in r[k].items())
             for k in ("declared", "sizes")
         ]
         lines.append(

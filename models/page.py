@@ -14,9 +14,9 @@ from rich.text import Text
 
 import models
 from models.gallery import Row
-from pwopt.graph.shapes import written
+from pwopt.graph.shapes import format_shape
 from pwopt.rewriting.records import Rewrite
-from pwopt.rewriting.wording import counted
+from pwopt.rewriting.wording import format_count
 
 #: Line width of the file, as everywhere in this repository.
 WIDTH = 120
@@ -151,7 +151,7 @@ def _how(rows: Sequence[Row]) -> str:
     raced = next((r.raced for r in rows if r.raced is not None), None)
     e = (raced or rows[0].report).environment
     versions = f"pwopt {e['pwopt']}, onnxruntime {e['onnxruntime']}, onnx {e['onnx']}, numpy {e['numpy']}"
-    machine = f" on {e['cpu']}, {counted(e['threads'], 'thread')}" if raced else ""
+    machine = f" on {e['cpu']}, {format_count(e['threads'], 'thread')}" if raced else ""
     return textwrap.fill(f"Made by `python -m models` with {versions}{machine}.", WIDTH)
 
 
@@ -178,7 +178,7 @@ def _chapter(row: Row) -> list[str]:
     _, _, text = system.text.partition("\n\n")
     for word in ("Rewritten:", "Left alone:"):
         text = text.replace(word, f"**{word}**")
-    sizes = ", ".join(f"`{name}` {written(tuple(shape))}" for name, shape in system.shapes.items())
+    sizes = ", ".join(f"`{name}` {format_shape(tuple(shape))}" for name, shape in system.shapes.items())
     done = Counter((r.pass_name, _nameless(r)) for r in row.report.rewrites)
     return [
         f"## {system.title}",

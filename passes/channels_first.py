@@ -14,7 +14,7 @@ from pwopt.maps.forms import Reading
 from pwopt.rewriting.builder import Builder
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
-from pwopt.rewriting.steps import Step, activation
+from pwopt.rewriting.steps import Step, read_activation
 
 from .channels_last import FIRST, LAST
 
@@ -70,7 +70,7 @@ def _find_chain(rw: Rewriter, node: Node) -> tuple[list[Reading | Step], Node] |
         if reader is not None and _is_transpose(rw, reader, FIRST):
             return (steps, reader) if any(isinstance(s, Reading) for s in steps) else None
         reading = forms.weighted(rw, reader)
-        step = reading if reading is not None and reading.kind == "matmul" else activation(rw, tensor)
+        step = reading if reading is not None and reading.kind == "matmul" else read_activation(rw, tensor)
         if step is None:
             return None
         steps.append(step)

@@ -20,7 +20,7 @@ from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.layouts import BY_AXES, InLayout, data_inputs, propagate_layout, reduce_axes, rewrite_operator
 from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.rewriting.regions import Region, find_regions
-from pwopt.rewriting.wording import counted
+from pwopt.rewriting.wording import format_count
 
 #: Permutations that move the channels of feature maps to the last axis, and back.
 LAST, FIRST = (0, 2, 3, 1), (0, 3, 1, 2)
@@ -89,13 +89,13 @@ class ChannelsLast(Pass):
         if node not in self._roots:
             return None
         region, anchors = self._roots.pop(node)
-        what = counted(len(anchors), "operator") + " over channels"
+        what = format_count(len(anchors), "operator") + " over channels"
         if not self.eager:
             return Skip(f"{what} could run channels-last; only measuring can tell")
 
         kinds = ", ".join(f"{n} {op}" for op, n in sorted(Counter(rw.op(a) for a in anchors).items()))
         size = rw.size_of(anchors[0].inputs[0])
-        others = counted(len(region.nodes) - len(anchors), "other")
+        others = format_count(len(region.nodes) - len(anchors), "other")
         members = [(n, self._layouts[n]) for n in region.nodes]
         done = propagate_layout(rw, members, partial(_write, rw), f"{what} and {others} run channels-last")
         return done.with_signature(f"{kinds} over channels: with {others} at {size}")

@@ -113,7 +113,7 @@ class CleanUp(Pass):
             return self._bypass(node, rw, reason)
         value = node.attrs.get("value")
         number = np.zeros((), np.float32) if value is None else np.asarray(value.values).reshape(())
-        return rw.freeze(node, [number], reason)
+        return rw.replace_by_constants(node, [number], reason)
 
     def _fold(self, node: Node, rw: Rewriter, op: str) -> Rewrite | Skip | None:
         shape = rw.shape(node.inputs[0]) if node.inputs else None
@@ -139,7 +139,7 @@ class CleanUp(Pass):
         size = sum(v.nbytes for v in outputs)
         if size > NEGLIGIBLE_BYTES:
             self._growth -= max(0, size - sum(v.nbytes for name, v in values.items() if name not in kept))
-        return rw.freeze(node, outputs, "its value is the same for every input")
+        return rw.replace_by_constants(node, outputs, "its value is the same for every input")
 
 
 def _only_broadcasts(rw: Rewriter, node: Node, op: str) -> bool:
@@ -205,7 +205,7 @@ def _explain_no_effect(rw: Rewriter, node: Node, op: str) -> str:
     x, y = node.inputs[0] if node.inputs else None, node.outputs[0]
     if x is None:
         return ""
-    if op == "Identity" or (op == "Dropout" and attributes.inactive_dropout(rw, node)):
+    if op == "Identity" or (op == "Dropout" and attributes.is_inactive_dropout(rw, node)):
         return f"{op} returns its input"
     if op in ("Add", "Sub"):
         return f"{op} by a constant that changes nothing" if adds_nothing(rw, node) else ""
@@ -239,7 +239,7 @@ def _explain_no_effect(rw: Rewriter, node: Node, op: str) -> str:
     if before is None or after is None or len(before) != len(after):
         return ""
     if op in ("Reshape", "Flatten"):
-        return f"{op} to the shape of its input" if attributes.same_shape(before, after) else ""
+        return f"{op} to the shape of its input" if attributes.is_same_shape(before, after) else ""
     if op in ("Expand", "Tile"):
         return f"{op} to the shape of its input" if before == after else ""
     if op in ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd"):
@@ -291,7 +291,7 @@ def _explain_same_size(rw: Rewriter, node: Node, x: Tensor, y: Tensor) -> str:
     if node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize":
         return ""
     before, after = rw.shape(x), rw.shape(y)
-    if attributes.resized_by_sizes(rw, node):
+    if attributes.is_resized_by_sizes(rw, node):
         return f"{node.op} to the size of its input" if known(before) is not None and before == after else ""
     scales = attributes.resize_scales(rw, node)
     return f"{node.op} by a factor of 1" if scales is not None and all(s == 1 for s in scales.values()) else ""

@@ -13,7 +13,7 @@ from pwopt.maps import commute, emit, forms
 from pwopt.maps.forms import Reading
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
-from pwopt.rewriting.wording import dearer
+from pwopt.rewriting.wording import format_increase
 
 #: The largest condition number of W. The rounding error of (Wx)(Wx)ᵀ is proportional to ‖W‖‖x‖·‖Wx‖, and that of
 #: W(x·xᵀ)Wᵀ to ‖W‖²‖x‖², which is larger by at most the condition number (Higham, "Accuracy and Stability of Numerical
@@ -60,7 +60,7 @@ class CommuteGram(Pass):
             return None
         before, after = (m * n + m * m) * places, n * n * places + m * n * n + m * m * n
         if after >= before:
-            return Skip(f"after the Gram matrix, {n}→{m} would cost {dearer(before, after)}")
+            return Skip(f"after the Gram matrix, {n}→{m} would cost {format_increase(before, after)}")
         return _write(rw, node, reading, rows, flatten)
 
 

@@ -18,7 +18,7 @@ from pwopt.maps.forms import Reading
 from pwopt.rewriting.builder import Builder
 from pwopt.rewriting.driver import Pass, Rewriter, describe
 from pwopt.rewriting.records import Rewrite, Skip
-from pwopt.rewriting.wording import counted
+from pwopt.rewriting.wording import format_count
 
 #: Linear operators that treat all channels alike and change the number of positions, with their work per element that
 #: they read or write, relative to copying it.
@@ -165,7 +165,7 @@ class CommuteSpatial(Pass):
         if spatial is None:
             return Skip(FIXED_SIZE)
         written = emit.write(rw, reading.load(), reading, source, output, axis)
-        reason = f"{reading.channels} runs {where} {mover.node.op}, at {counted(min(places), 'position')}"
+        reason = f"{reading.channels} runs {where} {mover.node.op}, at {format_count(min(places), 'position')}"
         reason += f" instead of {max(places):,}"
         if mover.terms:
             wide, narrow = counts

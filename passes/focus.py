@@ -12,7 +12,7 @@ from pwopt.maps.positions import stencil
 from pwopt.maps.resampling import subsampling
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
-from pwopt.rewriting.wording import counted
+from pwopt.rewriting.wording import format_count
 
 
 class Focus(Pass):
@@ -47,12 +47,11 @@ class Focus(Pass):
             return None
         blocks, more = len(found.offsets), price(strided.geometry, places) - price(reading.geometry, places)
         if more >= 4 * ELEMENT * math.prod(gathered):
-            return Skip(
-                f"{counted(blocks, 'block')} of {found.steps} positions would become a sparse kernel, which costs more"
-            )
+            count = format_count(blocks, "block")
+            return Skip(f"{count} of {found.steps} positions would become a sparse kernel, which costs more")
         written = emit.write(rw, strided, reading, found.source, reading.output, 1)
         kernel, steps = ("×".join(map(str, n)) for n in (strided.geometry.kernel, strided.geometry.strides))
-        reason = f"{counted(blocks, 'block')} of positions and a convolution become one {kernel} of stride {steps}"
+        reason = f"{format_count(blocks, 'block')} of positions and a convolution become one {kernel} of stride {steps}"
         return rw.replace([*found.nodes, node], written.nodes, reason, written.residual)
 
 

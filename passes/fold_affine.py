@@ -10,7 +10,7 @@ import numpy as np
 from pwopt.algebra import Values
 from pwopt.algebra.geometry import Refusal, RefusedError, compose_geometry
 from pwopt.algebra.linear import LinearMap, compose
-from pwopt.graph.dtypes import cancelling, range_of
+from pwopt.graph.dtypes import cancellation, range_of
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.operators import VIEWS, WEIGHTED_OPERATORS
 from pwopt.graph.provenance import credit
@@ -317,6 +317,6 @@ def _is_beside_map(rw: Rewriter, reading: Reading) -> bool:
 
 def _compose(rw: Rewriter, target: Reading, affine: Affine, *, after: bool) -> LinearMap:
     linear = target.load()
-    precision = cancelling(rw.dtype(target.output))
+    precision = cancellation(rw.dtype(target.output))
     diagonal = affine.map
     return compose(diagonal, linear, precision) if after else compose(linear, diagonal, precision)

@@ -15,7 +15,7 @@ from pwopt.maps.forms import Reading
 from pwopt.maps.paths import relative_places
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
-from pwopt.rewriting.wording import dearer
+from pwopt.rewriting.wording import format_increase
 
 #: The first opset in which the widths of a Pad are an input.
 PAD_TAKES_WIDTHS = 11
@@ -59,7 +59,7 @@ class FoldBorders(Pass):
         separate = sum(price(r.geometry, p) for r, p in zip((before, reading), places, strict=True))
         together = price(joined, places[0] if joined.transposed else places[1])
         if together >= separate:
-            return Skip(f"folding {widths} with a channel of ones would cost {dearer(separate, together)}")
+            return Skip(f"folding {widths} with a channel of ones would cost {format_increase(separate, together)}")
         over = places[0] * float(np.prod(g.strides, initial=1))
         moved = ELEMENT * 2 * (over * joined.in_channels - places[0] * g.out_channels)
         if not self.eager and together + moved >= separate:

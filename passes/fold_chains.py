@@ -16,7 +16,7 @@ from pwopt.maps.forms import Reading
 from pwopt.maps.paths import relative_places
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
-from pwopt.rewriting.wording import dearer
+from pwopt.rewriting.wording import format_increase
 
 #: The longest chain that is planned at once. Longer ones are planned in pieces, and the results once more.
 MAX_CHAIN = 64
@@ -250,4 +250,4 @@ def _compare_cost(pair: list[Reading], places: list[float]) -> str:
     separate = sum(price(r.geometry, p) for r, p in zip(pair, places, strict=True) if r.weighted)
     together = price(composed, places[0] if first.geometry.transposed else places[1])
     widths = f"{first.geometry.in_channels}→{first.geometry.out_channels}→{second.geometry.out_channels}"
-    return f"folding {widths} would cost {dearer(separate, together, absolute=max(places) > 1)}"
+    return f"folding {widths} would cost {format_increase(separate, together, absolute=max(places) > 1)}"

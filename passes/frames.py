@@ -20,7 +20,7 @@ from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.layouts import BY_AXES, Arguments, InLayout, data_inputs, propagate_layout, rewrite_operator
 from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.rewriting.regions import find_regions
-from pwopt.rewriting.wording import counted
+from pwopt.rewriting.wording import format_count
 
 #: Operators that compute the same on frames if only their axes change.
 ALIKE = frozenset(BY_AXES) - SOFTMAXES - {"Split", "Slice", "PRelu"}
@@ -93,7 +93,7 @@ class Frames(Pass):
         if node not in self._roots:
             return None
         region, spatial = self._roots.pop(node)
-        what = counted(len(spatial), "3-D convolution")
+        what = format_count(len(spatial), "3-D convolution")
         if not self.eager:
             return Skip(f"a region of {what} could run on frames; only measuring can tell")
 
@@ -108,7 +108,7 @@ class Frames(Pass):
             return rewrite_operator(rw, member, arguments, images, in_layout, outputs)
 
         work, size = sum(macs(rw, n) or 0 for n in region.nodes), rw.size_of(spatial[0].outputs[0])
-        others = counted(len(region.nodes) - len(spatial), "other operator")
+        others = format_count(len(region.nodes) - len(spatial), "other operator")
         done = propagate_layout(
             rw, [(n, Images()) for n in region.nodes], write, f"{what} and {others} around it run on frames"
         )

@@ -13,7 +13,7 @@ from pwopt.maps.positions import STRIDED_POOLS, Steps, every, has_positions, poo
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.rewriting.regions import Region, find_regions
-from pwopt.rewriting.wording import counted
+from pwopt.rewriting.wording import format_count
 
 
 class HoistStride(Pass):
@@ -80,10 +80,10 @@ class HoistStride(Pass):
             new.append((node, added))
         records = [rw.replace([node], added, "") for node, added in new]
         renamed = {str(t.name): rw.rename(t, "_strided") for t in region.tensors}
-        subsampled = f", {counted(len(pools), 'input')} subsampled" if pools else ""
+        subsampled = f", {format_count(len(pools), 'input')} subsampled" if pools else ""
         reason = (
             f"only {self._describe(region)} of {name!r} is read, so the others are not computed"
-            f" ({counted(len(old), 'operator')}{subsampled})"
+            f" ({format_count(len(old), 'operator')}{subsampled})"
         )
         return replace(Rewrite.of(reason, records, renamed), macs_before=before)
 

@@ -29,7 +29,7 @@ from pwopt.rewriting.layouts import (
 )
 from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.rewriting.regions import find_regions
-from pwopt.rewriting.wording import counted
+from pwopt.rewriting.wording import format_count
 
 #: The smallest number of convolutions in a region that is lowered without measuring. In smaller ones, the changes of
 #: shape may cost more than they save.
@@ -147,20 +147,18 @@ class LowerRank(Pass):
         region, convolutions = self._roots.pop(node)
         count, rank = len(convolutions), self._lowerings[node].rank - 2
         if not self.eager and rank == 2:
-            single = counted(count, "convolution")
+            single = format_count(count, "convolution")
             return Skip(f"{single} of single positions could run as matrix products; only measuring can tell")
         if not self.eager and count < ENOUGH:
-            return Skip(
-                f"a region of {counted(count, f'{rank}-D convolution')} may save less than its changes of shape cost; "
-                "only measuring can tell"
-            )
+            several = format_count(count, f"{rank}-D convolution")
+            return Skip(f"a region of {several} may save less than its changes of shape cost; only measuring can tell")
         return _lower(rw, [(n, self._lowerings[n]) for n in region.nodes], convolutions)
 
 
 def _lower(rw: Rewriter, members: Sequence[tuple[Node, Lowering]], convolutions: Sequence[Node]) -> Rewrite:
     work, size = sum(macs(rw, n) or 0 for n, _ in members), rw.size_of(convolutions[0].outputs[0])
     rank = members[0][1].rank
-    what = counted(len(convolutions), f"{rank - 2}-D convolution")
+    what = format_count(len(convolutions), f"{rank - 2}-D convolution")
     signature = f"{what} in a region of {len(members)}"
     signature += f" with {work:,} multiply-adds, the first at {size}"
 
@@ -170,7 +168,7 @@ def _lower(rw: Rewriter, members: Sequence[tuple[Node, Lowering]], convolutions:
         return rewrite_operator(rw, node, arguments, low, in_layout, outputs)
 
     where = "as matrix products" if rank == 4 else "in 2-D"
-    others = counted(len(members) - len(convolutions), "other operator")
+    others = format_count(len(members) - len(convolutions), "other operator")
     reason = f"{what} and {others} around them run {where}"
     return propagate_layout(rw, members, write, reason).with_signature(signature)
 
@@ -286,7 +284,7 @@ def _convert_resize(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None
     odd = node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize" or "axes" in node.attrs
     if odd or node.attrs.get("mode", "nearest") == "cubic":
         return None
-    if attributes.resized_by_sizes(rw, node):
+    if attributes.is_resized_by_sizes(rw, node):
         sizes = rw.integers(node.inputs[3])
         mapped = None if sizes is None or low.rank == 5 else low.every(sizes, 1)
         return None if mapped is None else Arguments(dict(node.attrs), {3: lazy_array(mapped, np.int64)})

@@ -15,7 +15,7 @@ from pwopt.maps import emit, forms
 from pwopt.maps.forms import Reading, describe_map
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
-from pwopt.rewriting.steps import Step, activation, repeated
+from pwopt.rewriting.steps import Step, read_activation, repeat_activation
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def _merge(rw: Rewriter, siblings: Siblings) -> Rewrite:
     result: Tensor = merged
     for step in siblings.tails[0]:
         after = rw.new_variable(f"{step.output.name}_siblings", step.output, channels(first.axis, sum(counts)))
-        new += repeated(rw, step, result, after)
+        new += repeat_activation(rw, step, result, after)
         result = after
     if concat is None:
         new.append(_make_split(rw, result, results, first.axis or 0, counts))
@@ -151,7 +151,7 @@ def _find_equal_tails(rw: Rewriter, siblings: Sequence[Reading]) -> list[list[St
     tails: list[list[Step]] = [[] for _ in siblings]
     tensors = [s.output for s in siblings]
     while True:
-        steps = [activation(rw, t) for t in tensors]
+        steps = [read_activation(rw, t) for t in tensors]
         if any(s is None for s in steps) or len({s.signature for s in steps if s is not None}) > 1:
             return tails
         for tail, step in zip(tails, steps, strict=True):

@@ -17,7 +17,7 @@ from pwopt.maps import commute, forms
 from pwopt.maps.channels import Analysis, Channels, Flow
 from pwopt.maps.scans import Unread
 from pwopt.rewriting.driver import Pass, Rewriter
-from pwopt.rewriting.rechannel import Take, find_first_producer, rechannel, runs
+from pwopt.rewriting.rechannel import Take, find_first_producer, find_runs, rechannel
 from pwopt.rewriting.records import Rewrite, Skip
 
 #: Channels per block of onnxruntime's CPU provider with AVX-512. With AVX2, it has 8.
@@ -138,7 +138,7 @@ def _add_zeros(
     analysis: Analysis, component: Sequence[Channels], uneven: Collection[Tensor], multiple: int
 ) -> dict[Tensor, Take]:
     """The new channels of each tensor: zeros after every run of channels that some tensor needs as a multiple."""
-    found = runs(analysis, component)
+    found = find_runs(analysis, component)
     kinds = {run.kind for tensor in uneven for run in found[tensor]}
     return {
         tensor: np.concatenate(

@@ -20,10 +20,10 @@ from pwopt.maps.positions import stencil
 from pwopt.maps.resampling import Composition, Part, composition, repeat_less
 from pwopt.rewriting.builder import Builder
 from pwopt.rewriting.driver import Pass, Rewriter
-from pwopt.rewriting.interleaving import Interleaving, interleavable, moved
+from pwopt.rewriting.interleaving import Interleaving, check_interleaving, count_moved
 from pwopt.rewriting.records import Rewrite, Skip
-from pwopt.rewriting.steps import Step, activation
-from pwopt.rewriting.wording import counted
+from pwopt.rewriting.steps import Step, read_activation
+from pwopt.rewriting.wording import format_count
 
 #: The fixed cost of an operator in multiply-adds: 5 µs, at 50 G multiply-adds per second.
 OPERATOR = 250_000
@@ -50,7 +50,7 @@ class _AfterUpsampling(Pass):
             return None
         if reading.geometry.groups > 1 and len(found.parts) > 1:
             return Skip("its groups read parts of a Concat")
-        refusal = interleavable(rw, reading.output)
+        refusal = check_interleaving(rw, reading.output)
         if refusal is not None:
             return Skip(refusal.reason)
         return self.resample(rw, _Resampling(rw, reading, found))
@@ -101,16 +101,16 @@ class Polyphase(_AfterUpsampling):
         size = rw.size_of(resampling.reading.output)
         if size is None:
             return None
-        spent = ELEMENT * moved(size) * phases.several + 5 * OPERATOR * math.prod(counts)
+        spent = ELEMENT * count_moved(size) * phases.several + 5 * OPERATOR * math.prod(counts)
         linear = self.load_if_worth(
             rw, resampling, phases.weights * math.prod(size) / size[1] / math.prod(counts), spent
         )
         if not isinstance(linear, LinearMap):
             return linear
-        step = activation(rw, resampling.reading.output) if phases.several else None
+        step = read_activation(rw, resampling.reading.output) if phases.several else None
         phases.write(linear, step)
         count = len(phases.upsampled)
-        reason = f"{resampling.what} becomes {counted(count, 'smaller convolution')} before it"
+        reason = f"{resampling.what} becomes {format_count(count, 'smaller convolution')} before it"
         return resampling.finish(reason, "in phases", step)
 
 

@@ -38,7 +38,7 @@ class SettleShapes(Pass):
         if found is None or dtype is None or rank is None or rw.must_keep(output) or rw.constant(output) is not None:
             return None
         array = np.array(found, dtype).reshape(() if rank == 0 else -1)
-        return rw.freeze(node, [array], "the sizes that it depends on are static")
+        return rw.replace_by_constants(node, [array], "the sizes that it depends on are static")
 
 
 def _copy_input_sizes(rw: Rewriter, node: Node) -> Rewrite | None:

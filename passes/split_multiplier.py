@@ -15,7 +15,7 @@ from pwopt.maps.forms import Reading
 from pwopt.maps.scans import Unread
 from pwopt.rewriting.builder import Builder
 from pwopt.rewriting.driver import Pass, Rewriter
-from pwopt.rewriting.rechannel import rechannel, runs
+from pwopt.rewriting.rechannel import find_runs, rechannel
 from pwopt.rewriting.records import Rewrite, Skip
 
 
@@ -50,7 +50,7 @@ class SplitMultiplier(Pass):
         if reading.output not in self._places:
             return Skip(f"{what}: its weight is shared")
         component, analysis = self._places[reading.output]
-        places = runs(analysis, component)
+        places = find_runs(analysis, component)
         first, count = places[reading.output][0], reading.geometry.out_channels
         obstacle = analysis.held(component, but=reading.output)
         if obstacle or first.stop < count:

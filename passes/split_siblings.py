@@ -116,7 +116,7 @@ def _find_operands(rw: Rewriter, node: Node, axis: int) -> list[Tensor] | None:
     rule = commute.rule(rw, node)
     kept = rule is not None and (rule.axes is None or rule.axes.get(axis) == axis)
     named = op in ("Reshape", "Expand", "Tile", "PRelu", "Squeeze", "Unsqueeze", "Flatten", "Transpose")
-    return list(first) if kept and not named and not attributes.resized_by_sizes(rw, node) else None
+    return list(first) if kept and not named and not attributes.is_resized_by_sizes(rw, node) else None
 
 
 def _add_part(

@@ -19,10 +19,10 @@ from pwopt.maps.positions import stencil
 from pwopt.maps.resampling import shuffled
 from pwopt.rewriting.builder import Builder
 from pwopt.rewriting.driver import Pass, Rewriter
-from pwopt.rewriting.interleaving import Interleaving, interleavable
+from pwopt.rewriting.interleaving import Interleaving, check_interleaving
 from pwopt.rewriting.records import Rewrite, Skip
-from pwopt.rewriting.steps import Step, activation
-from pwopt.rewriting.wording import counted
+from pwopt.rewriting.steps import Step, read_activation
+from pwopt.rewriting.wording import format_count
 
 #: The largest number of operators after the first map.
 MAX_LENGTH = 16
@@ -71,8 +71,8 @@ class SubPixel(Pass):
         counts = tuple(math.prod(s) for s in zip(*(s.counts for s in stages), strict=True))
         output = stages[-1].nodes[-1].outputs[0]
         maps = [s.reading for s in stages if s.reading is not None]
-        what = f"{counted(len(maps), 'map')} to {'×'.join(map(str, counts))} phases"
-        refusal = interleavable(rw, output)
+        what = f"{format_count(len(maps), 'map')} to {'×'.join(map(str, counts))} phases"
+        refusal = check_interleaving(rw, output)
         if refusal is not None:
             return Skip(refusal.reason)
         if math.prod(counts) > MAX_PHASES:
@@ -132,7 +132,7 @@ def _read_shuffle(rw: Rewriter, node: Node) -> list[_Stage] | None:
     maker, step = rw.producer(node.inputs[0]), None
     reading = stencil(rw, maker)
     if maker is not None and reading is None and maker.inputs:
-        step = activation(rw, maker.inputs[0])
+        step = read_activation(rw, maker.inputs[0])
         reading = None if step is None else stencil(rw, rw.producer(maker.inputs[0]))
     if reading is None or reading.geometry.groups > 1:
         return None
@@ -149,7 +149,7 @@ def _find_followers(rw: Rewriter, tensor: Tensor, rank: int) -> list[_Stage]:
     """The sequence of operators after a tensor that read each position separately."""
     stages: list[_Stage] = []
     while len(stages) < MAX_LENGTH:
-        step, reader = activation(rw, tensor), rw.sole_reader(tensor)
+        step, reader = read_activation(rw, tensor), rw.sole_reader(tensor)
         stage = _read_transposed(rw, reader) or _read_pointwise(rw, reader)
         if step is not None:
             stage = _Stage((1,) * rank, step.nodes, step=step)

@@ -17,7 +17,7 @@ from pwopt.maps.cost import price
 from pwopt.maps.paths import Path, trace
 from pwopt.rewriting.driver import Pass, Rewriter, describe
 from pwopt.rewriting.records import Rewrite, Skip
-from pwopt.rewriting.wording import dearer
+from pwopt.rewriting.wording import format_increase
 
 #: The largest number of terms that are considered at once.
 MAX_TERMS = 32
@@ -246,7 +246,9 @@ class _Pool:
         geometry = self._add_geometry(first.geometry, second.geometry)
         if isinstance(geometry, Refusal):
             return f"the branches cannot be merged: {geometry.reason}"
-        return f"merging the branches would cost {dearer(first.together + second.together, price(geometry, 1))}"
+        return (
+            f"merging the branches would cost {format_increase(first.together + second.together, price(geometry, 1))}"
+        )
 
 
 def _find_cheapest(branches: Sequence[Branch]) -> tuple[Branch | None, str]:

@@ -18,9 +18,9 @@ from pwopt.maps.forms import Reading
 from pwopt.maps.positions import stencil
 from pwopt.rewriting.builder import Builder
 from pwopt.rewriting.driver import Pass, Rewriter
-from pwopt.rewriting.interleaving import Interleaving, interleavable
+from pwopt.rewriting.interleaving import Interleaving, check_interleaving
 from pwopt.rewriting.records import Rewrite, Skip
-from pwopt.rewriting.steps import Step, activation
+from pwopt.rewriting.steps import Step, read_activation
 
 #: The filter transform.
 G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
@@ -85,8 +85,8 @@ class Winograd(Pass):
             return Skip(f"{what} could be 16 pointwise maps; only measuring can tell")
         if rw.is_shared(reading.weight_input):
             return Skip(f"the weight {reading.weight_input.name!r} is shared")
-        linear, step = reading.load(), activation(rw, reading.output)
-        refusal = interleavable(rw, reading.output if step is None else step.output)
+        linear, step = reading.load(), read_activation(rw, reading.output)
+        refusal = check_interleaving(rw, reading.output if step is None else step.output)
         if refusal is not None:
             return Skip(refusal.reason)
         filtering = _Filtering(rw, reading, linear, (size[0], size[1]), step)

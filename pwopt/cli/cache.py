@@ -11,7 +11,7 @@ def cache(action: options.Action = "show", json: options.Json = False, debug: op
     from pwopt.cli.output import escape_text, open_console, print_json
     from pwopt.reporting.report import to_json
     from pwopt.reporting.terminal import render_decisions
-    from pwopt.rewriting.wording import counted
+    from pwopt.rewriting.wording import format_count
     from pwopt.selecting import cache as decisions
 
     console = open_console(wide=True)
@@ -22,11 +22,11 @@ def cache(action: options.Action = "show", json: options.Json = False, debug: op
         if json:
             print_json(to_json({"forgotten": forgotten}))
         else:
-            console.print(f"{counted(forgotten, 'decision')} forgotten")
+            console.print(f"{format_count(forgotten, 'decision')} forgotten")
         return
     found = sorted(decisions.entries(), key=lambda e: (e.place, e.pass_name, e.signature))
     if json:
         print_json(to_json({"folder": str(decisions.folder()), "decisions": [e.told() for e in found]}))
         return
     render_decisions(found, open_console())
-    console.print(f"{counted(len(found), 'decision')} in {escape_text(str(decisions.folder()))}")
+    console.print(f"{format_count(len(found), 'decision')} in {escape_text(str(decisions.folder()))}")

@@ -26,7 +26,7 @@ from pwopt.graph.ir import Tensor
 from pwopt.graph.journal import State
 from pwopt.graph.view import View
 from pwopt.rewriting.records import Certificate
-from pwopt.rewriting.wording import counted
+from pwopt.rewriting.wording import format_count
 
 #: Entries of the random probes of an affine region are ±(1 + k/GRID).
 GRID = 2**20
@@ -100,17 +100,17 @@ def certify(region: Change, view: View) -> Certificate:
     -------
     Certificate
     """
-    lost = region.lost(view)
+    lost = region.find_lost(view)
     if lost is not None:
         return Certificate("failed", f"{lost.name!r} is needed, and nothing makes it any more", math.inf)
     if not region.claims():
         return Certificate("certified", "nothing that went was read", probability=0.0)
     result = _evaluated(region, view)
     if result.status == "failed" and region.rerouted:
-        region = region.with_rerouted(view)
+        region = region.include_rerouted(view)
         result = _evaluated(region, view)
     while result.status in ("failed", "none") and region.context:
-        region = region.widened(view)
+        region = region.widen(view)
         wider = _evaluated(region, view)
         result = result if wider.status == "none" else wider
     return result
@@ -280,7 +280,7 @@ def _certified(
             worst = max(worst, _ratio(gap, allowed))
             normwise = max(normwise, _ratio(gap, np.max(allowed, initial=0.0)))
     how = f"a basis of {count + 1}" if count else "constants computed anew"
-    how = how if basis else counted(trials.probes, "random probe")
+    how = how if basis else format_count(trials.probes, "random probe")
     if worst > bound >= normwise and chained:  # a split at the rank is exact as a whole, not row by row
         worst, how = normwise, f"{how}, relative to the largest element"
     if not worst <= bound:
@@ -326,7 +326,7 @@ def _tested(
         return Certificate("none", "no probe gives a finite value")
     first, last = trials.scales[0], trials.scales[-1]
     of = f"sizes {first:g} to {last:g}" if first != last else f"size {first:g}"
-    return Certificate("tested", f"not affine: {counted(len(trials.scales), 'probe')} of {of}", worst, bound)
+    return Certificate("tested", f"not affine: {format_count(len(trials.scales), 'probe')} of {of}", worst, bound)
 
 
 def _alike(a: Values, b: Values) -> bool:

@@ -15,7 +15,7 @@ from pwopt.evidence.equivalence import FLOOR_FACTOR, Equivalence, OutputCheck, j
 from pwopt.evidence.leaves import find_leaves
 from pwopt.evidence.metrics import Agreement, agreement, find_tolerance, find_unsettled
 from pwopt.evidence.outliers import Outliers, count_outliers
-from pwopt.graph.dtypes import epsilon, floating
+from pwopt.graph.dtypes import epsilon, is_floating
 from pwopt.inputs.samples import Feeds, Sample
 from pwopt.running.session import Session
 
@@ -61,9 +61,9 @@ class _Tally:
             if np.array_equal(a, b):
                 continue
             found = agreement(a, b, self.rtol, self.atol, brief=True, without=find_unsettled(a, b))
-            if not floating(a.dtype) and found.mismatch > REPEATABLE:
+            if not is_floating(a.dtype) and found.mismatch > REPEATABLE:
                 return False
-            if floating(a.dtype) and not found.within and self._share_beyond(a, b) > REPEATABLE:
+            if is_floating(a.dtype) and not found.within and self._share_beyond(a, b) > REPEATABLE:
                 return False
         return True
 
@@ -93,7 +93,7 @@ class _Tally:
         nothing = Agreement()
         floor = nothing if own[0] is None else against(own[0], brief=self.brief)
         moved = nothing if own[1] is None else against(own[1], brief=True)
-        discrete = not floating(reference.dtype)
+        discrete = not is_floating(reference.dtype)
         kind: np.dtype[Any] | None = None
 
         def outliers() -> Outliers:

@@ -18,7 +18,7 @@ import numpy as np
 from pwopt.evidence.metrics import Agreement, Histogram
 from pwopt.evidence.outliers import Outliers
 from pwopt.rewriting.records import Site
-from pwopt.rewriting.wording import counted
+from pwopt.rewriting.wording import format_count
 
 #: An output passes if its deviation is at most this many times the original's noise floor or sensitivity.
 FLOOR_FACTOR = 4.0
@@ -199,8 +199,8 @@ class Equivalence:
                 yield f"Output {o.name!r} {o.explain()}."
             if o.left_out:
                 yield (
-                    f"Output {o.name!r}: {counted(o.left_out, 'element')} left out, beside {o.compared:,} compared; "
-                    "the original is NaN or infinite there in one run and not in another."
+                    f"Output {o.name!r}: {format_count(o.left_out, 'element')} left out, beside {o.compared:,} "
+                    "compared; the original is NaN or infinite there in one run and not in another."
                 )
 
     def worst(self) -> OutputCheck | None:
@@ -241,9 +241,9 @@ def judge(
     noisy = candidate.max_abs <= FLOOR_FACTOR * floor.max_abs, candidate.max_abs <= FLOOR_FACTOR * moved.max_abs
     if any(noisy) and not candidate.within and outliers is not None and (outside := outliers()).excess:
         return False, (
-            f"{counted(outside.found, 'element')} outside the tolerance deviate by more than "
+            f"{format_count(outside.found, 'element')} outside the tolerance deviate by more than "
             f"{FLOOR_FACTOR * outside.size:.2g}, but the original deviates from itself by more than "
-            f"{outside.size:.2g} in {counted(outside.own, 'element')} only"
+            f"{outside.size:.2g} in {format_count(outside.own, 'element')} only"
         )
     if noisy[0]:
         return True, f"within {FLOOR_FACTOR:g}× the noise floor"

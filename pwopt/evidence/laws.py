@@ -13,7 +13,7 @@ import numpy as np
 
 from pwopt.errors import UsageError
 from pwopt.evidence.equivalence import LawCheck
-from pwopt.graph.shapes import written
+from pwopt.graph.shapes import format_shape
 from pwopt.inputs.samples import Sample
 from pwopt.invariants import INVARIANTS, function_of
 from pwopt.running.providers import Provider
@@ -113,9 +113,9 @@ def _residual(law: Law, session: Session, sample: Sample) -> float:
         return float(INVARIANTS[law.name].residual(function, sample.feeds[name], **law.settings))
     except IndexError as error:
         result = law.output or session.outputs[0]
-        size = written(function(sample.feeds[name]).shape)
+        given, size = (format_shape(v.shape) for v in (sample.feeds[name], function(sample.feeds[name])))
         raise UsageError(
-            f"{law.text} needs an axis that input {name!r}, {written(sample.feeds[name].shape)}, or output {result!r},"
+            f"{law.text} needs an axis that input {name!r}, {given}, or output {result!r},"
             f" {size}, has not; choose others with input=NAME or output=NAME"
         ) from error
     except (ValueError, TypeError) as error:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from pwopt.algebra import Array, Values
-from pwopt.graph.dtypes import epsilon, floating, overflow
+from pwopt.graph.dtypes import epsilon, is_floating, overflow
 
 #: Elements that are looked at together.
 PIECE = 1 << 18
@@ -163,7 +163,7 @@ def find_unsettled(reference: Values, *others: Values) -> Values | None:
     array of bool or None
         Of the shape of `reference`; None if they agree everywhere.
     """
-    if not floating(reference.dtype):
+    if not is_floating(reference.dtype):
         return None
     form = reference.shape, reference.dtype
     alike = [o for o in others if (o.shape, o.dtype) == form]
@@ -211,7 +211,7 @@ def agreement(
         return Agreement.none(f"{reference.dtype}{list(reference.shape)} became {became}")
     if reference.size == 0:
         return Agreement()
-    if not floating(reference.dtype):
+    if not is_floating(reference.dtype):
         return _discrete(reference, value)
     arrays = (reference, value) if without is None else (reference, value, without)
     return _continuous(arrays, rtol, atol, brief, reference.dtype if kind is None else kind)

@@ -55,7 +55,7 @@ def spatial_attributes(view: View, node: Node, kernel: tuple[int, ...]) -> Spati
     return Spatial(strides, dilations, (*begins, *ends), "")
 
 
-def inactive_dropout(view: View, node: Node) -> bool:
+def is_inactive_dropout(view: View, node: Node) -> bool:
     """Whether a Dropout passes its input on: always at inference, whatever the ratio says."""
     if view.opset < 7:
         return bool(node.attrs.get("is_test", 0))
@@ -131,7 +131,7 @@ def pad_parameters(view: View, node: Node) -> tuple[list[int], str, float | None
     return (pads, mode, 0.0 if value is None else view.uniform(value)) if len(pads) == 2 * rank else None
 
 
-def resized_by_sizes(view: View, node: Node) -> bool:
+def is_resized_by_sizes(view: View, node: Node) -> bool:
     """Whether a Resize is given sizes; its factor is then exactly their ratio."""
     return node.op == "Resize" and view.opset >= 11 and view.optional_input(node, 3) is not None
 
@@ -151,7 +151,7 @@ def resize_scales(view: View, node: Node) -> dict[int, float] | None:
     return {a % rank: float(s) for a, s in zip(axes, scales, strict=True)}
 
 
-def same_shape(a: Sequence[object], b: Sequence[object]) -> bool:
+def is_same_shape(a: Sequence[object], b: Sequence[object]) -> bool:
     """Whether two shapes (`values.extents`) of equal element count agree: at most one size not proven equal."""
     unknown = [x for x, y in zip(a, b, strict=True) if x != y]
     return len(unknown) <= 1 and not any(

@@ -15,14 +15,14 @@ from onnx import inliner
 
 from pwopt.graph.functions import Function, bodies_of, callers, functions, nodes_within
 from pwopt.graph.model import captured_names
-from pwopt.graph.provenance import documented
+from pwopt.graph.provenance import write_documentation
 from pwopt.graph.storage import copy_fields
 
 #: The property that tells of which function an operator was.
 TAG = "pwopt.function"
 
 
-def inlined(proto: onnx.ModelProto, chosen: Collection[Function], *, tagged: bool = False) -> onnx.ModelProto:
+def inline(proto: onnx.ModelProto, chosen: Collection[Function], *, tagged: bool = False) -> onnx.ModelProto:
     """Inline some functions of a model.
 
     Parameters
@@ -55,7 +55,7 @@ def inlined(proto: onnx.ModelProto, chosen: Collection[Function], *, tagged: boo
             for node in {made[n]: made[n] for n in call.output if n in made}.values():
                 own = onnx.NodeProto()
                 own.CopyFrom(node)
-                documented(node, own, [own, call])
+                write_documentation(node, own, [own, call])
     return result
 
 
@@ -96,7 +96,7 @@ def _add_defaults(call: onnx.NodeProto, function: onnx.FunctionProto) -> None:
     call.attribute.extend(a for a in function.attribute_proto if a.name not in given)
 
 
-def touched(
+def find_touched_functions(
     source: onnx.ModelProto, whole: onnx.ModelProto, result: onnx.ModelProto, replaced: frozenset[str]
 ) -> set[Function]:
     """Functions of which an operator went or changed, and those that call them.
@@ -129,7 +129,7 @@ def touched(
     return found
 
 
-def branch_taken(node: onnx.NodeProto, condition: bool) -> onnx.GraphProto | None:
+def find_branch(node: onnx.NodeProto, condition: bool) -> onnx.GraphProto | None:
     """The body that an If runs under a condition; None if it holds what has no place outside."""
     name = "then_branch" if condition else "else_branch"
     found = [a.g for a in node.attribute if a.name == name and a.HasField("g")]
@@ -137,7 +137,7 @@ def branch_taken(node: onnx.NodeProto, condition: bool) -> onnx.GraphProto | Non
     return found[0] if good else None
 
 
-def with_branches(proto: onnx.ModelProto, taken: Mapping[str, bool]) -> onnx.ModelProto:
+def inline_branches(proto: onnx.ModelProto, taken: Mapping[str, bool]) -> onnx.ModelProto:
     """The model with those Ifs replaced by the body that they run, by their first output."""
     result = onnx.ModelProto()
     result.CopyFrom(proto)
@@ -149,19 +149,19 @@ def with_branches(proto: onnx.ModelProto, taken: Mapping[str, bool]) -> onnx.Mod
     nodes = list(proto.graph.node)
     del graph.node[:]
     for node in nodes:
-        body = branch_taken(node, taken[node.output[0]]) if node.output and node.output[0] in taken else None
+        body = find_branch(node, taken[node.output[0]]) if node.output and node.output[0] in taken else None
         if body is None:
             graph.node.append(node)
             continue
         names.discard(node.name)
         copy = onnx.GraphProto()
         copy.CopyFrom(body)
-        graph.node.extend(_freed(copy, node, tensors, names))
+        graph.node.extend(_move_out(copy, node, tensors, names))
         graph.initializer.extend(copy.initializer)
     return result
 
 
-def _freed(body: onnx.GraphProto, outer: onnx.NodeProto, tensors: set[str], names: set[str]) -> list[onnx.NodeProto]:
+def _move_out(body: onnx.GraphProto, outer: onnx.NodeProto, tensors: set[str], names: set[str]) -> list[onnx.NodeProto]:
     """The operators of a body as they stand outside of it, under names that nothing else has."""
     made = [n for node in body.node for n in node.output if n]
     results: dict[str, str] = {}
@@ -174,23 +174,23 @@ def _freed(body: onnx.GraphProto, outer: onnx.NodeProto, tensors: set[str], name
     renamed = dict(results)
     for name in [*(t.name for t in body.initializer), *made]:
         if name not in renamed:
-            renamed[name] = _unique(name, tensors)
+            renamed[name] = _make_unique(name, tensors)
     for tensor in body.initializer:
         tensor.name = renamed[tensor.name]
     nodes = list(body.node)
     for node in nodes:
         _rename(node, renamed)
-        node.name = _unique(node.name, names) if node.name else ""
+        node.name = _make_unique(node.name, names) if node.name else ""
     nodes += [onnx.helper.make_node("Identity", [renamed.get(a, a)], [b]) for a, b in aliases]
     for node in nodes:
         if set(node.output) & set(outer.output):
             own = onnx.NodeProto()
             own.CopyFrom(node)
-            documented(node, own, [own, outer])
+            write_documentation(node, own, [own, outer])
     return nodes
 
 
-def _unique(name: str, taken: set[str]) -> str:
+def _make_unique(name: str, taken: set[str]) -> str:
     candidate, k = name, 0
     while candidate in taken:
         k += 1

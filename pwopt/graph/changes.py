@@ -67,27 +67,27 @@ class Change:
             for touching in (view.producer(tensor), *view.readers(tensor)):
                 if touching is not None and touching not in after:
                     before[touching] = after[touching] = State.of(touching)
-        sides = _ordered(view, before.values()), _ordered(view, after.values())
+        sides = _order(view, before.values()), _order(view, after.values())
         return cls(*sides, renamed, tuple(rerouted.values()), context)
 
-    def with_rerouted(self, view: View) -> Change:
+    def include_rerouted(self, view: View) -> Change:
         """The region with the operators that only read something else since."""
         old, new = [a for a, _ in self.rerouted], [b for _, b in self.rerouted]
-        sides = _ordered(view, (*self.before, *old)), _ordered(view, (*self.after, *new))
+        sides = _order(view, (*self.before, *old)), _order(view, (*self.after, *new))
         return Change(*sides, self.renamed, (), self.context)
 
-    def widened(self, view: View) -> Change:
+    def widen(self, view: View) -> Change:
         """The region with the operators that feed it."""
         inside = {s.node for s in (*self.before, *self.after)}
         feeding = dict.fromkeys(n for t in self.sources() if (n := view.producer(t)) is not None and n not in inside)
         more = [State.of(n) for n in feeding]
-        sides = _ordered(view, (*self.before, *more)), _ordered(view, (*self.after, *more))
+        sides = _order(view, (*self.before, *more)), _order(view, (*self.after, *more))
         return Change(*sides, self.renamed, self.rerouted, self.context - 1 if feeding else 0)
 
     def sources(self) -> list[Tensor]:
         """Tensors that come from outside."""
         made = [{t for s in side for t in s.outputs} for side in (self.before, self.after)]
-        pairs = [t for old, new in self.rerouted for t in _exchanged(old, new)]
+        pairs = [t for old, new in self.rerouted for t in _find_exchanged(old, new)]
         found: dict[Tensor, None] = {}
         for side, own, ends in zip(
             (self.before, self.after), made, ([a for a, _ in pairs], [b for _, b in pairs]), strict=True
@@ -100,15 +100,15 @@ class Change:
         """Tensors before, each with the one after that must hold the same value."""
         made = {t for s in self.before for t in s.outputs}
         kept = [t for s in self.after for t in s.outputs if t.name and t in made and t not in self.renamed]
-        return [(t, t) for t in kept] + [pair for old, new in self.rerouted for pair in _exchanged(old, new)]
+        return [(t, t) for t in kept] + [pair for old, new in self.rerouted for pair in _find_exchanged(old, new)]
 
-    def lost(self, view: View) -> Tensor | None:
+    def find_lost(self, view: View) -> Tensor | None:
         """A tensor that is still needed, and that nothing makes any more."""
         made = {t for s in self.after for t in s.outputs}
         gone = (t for s in self.before for t in s.outputs if t.name and t not in made)
         return next((t for t in gone if view.producer(t) is None and (view.readers(t) or view.must_keep(t))), None)
 
-    def drawings(self, view: View) -> tuple[tuple[Operator, ...], tuple[Operator, ...]]:
+    def draw(self, view: View) -> tuple[tuple[Operator, ...], tuple[Operator, ...]]:
         """Both sides for people to see, constants left out."""
         both = (*self.before, *self.after)
         constants = {t for s in both for t in s.outputs if s.op == "Constant"}
@@ -119,11 +119,11 @@ class Change:
         return before, after
 
 
-def _exchanged(old: State, new: State) -> Iterator[tuple[Tensor, Tensor]]:
+def _find_exchanged(old: State, new: State) -> Iterator[tuple[Tensor, Tensor]]:
     yield from ((a, b) for a, b in zip(old.inputs, new.inputs, strict=False) if a is not b and a.name and b.name)
 
 
-def _ordered(view: View, states: Iterable[State]) -> tuple[State, ...]:
+def _order(view: View, states: Iterable[State]) -> tuple[State, ...]:
     return tuple(sorted(states, key=lambda s: view.position(s.node)))
 
 

@@ -28,7 +28,7 @@ def epsilon(dtype: np.dtype[Any] | None) -> float:
     return EPSILONS.get(dtype, 2.0**-23)
 
 
-def cancelling(dtype: np.dtype[Any] | None) -> float:
+def cancellation(dtype: np.dtype[Any] | None) -> float:
     """How near to zero, relative to its parts, a sum of constants is nothing but their rounding (`linear.compose`).
 
     None of the half types: there, 4 units in the last place are a number to reckon with.
@@ -43,7 +43,7 @@ def range_of(dtype: np.dtype[Any]) -> Range:
     return Range(str(dtype), float(info.max), float(info.eps))
 
 
-def floating(dtype: np.dtype[Any]) -> bool:
+def is_floating(dtype: np.dtype[Any]) -> bool:
     """Whether a type has a floating point, those that numpy lacks included (bfloat16, float8)."""
     return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))
 

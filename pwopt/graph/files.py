@@ -19,9 +19,9 @@ from pwopt.graph.model import OVERRIDABLE_SINCE_IR, Model, StoredValues
 from pwopt.graph.model import declare as declare
 from pwopt.graph.model import snapshot as snapshot
 from pwopt.graph.references import names_in_annotations, names_in_training
-from pwopt.graph.shapes import Shape, infer, known, objection
+from pwopt.graph.shapes import Shape, find_objection, infer, known
 from pwopt.graph.sources import Source as Source
-from pwopt.graph.sources import handed
+from pwopt.graph.sources import unwrap
 from pwopt.graph.storage import check_external, data_files_of, externalise, locations_of, replacing
 from pwopt.graph.temporary import temporary_folder
 
@@ -52,7 +52,7 @@ def load(source: Source) -> Model:
     ['Conv', 'Conv', 'Conv', 'Conv']
     """
     folder: Path | None
-    given = handed(source)
+    given = unwrap(source)
     if isinstance(given, Model):
         return from_proto(given.to_proto(), given.folder)
     if isinstance(given, onnx.ModelProto):
@@ -61,12 +61,12 @@ def load(source: Source) -> Model:
         proto, folder = _read(given), given.resolve().parent
     _check(proto)
     check_external(proto, folder)
-    with blaming(proto):
+    with blame_model(proto):
         return from_proto(proto, folder)
 
 
 @contextlib.contextmanager
-def blaming(proto: onnx.ModelProto) -> Iterator[None]:
+def blame_model(proto: onnx.ModelProto) -> Iterator[None]:
     """Where a model that onnx's checker objects to makes pwopt stumble, the error is the model's: a `ModelError`.
 
     The checker is asked only then, since onnxruntime runs models that it refuses.
@@ -78,7 +78,7 @@ def blaming(proto: onnx.ModelProto) -> Iterator[None]:
     except MemoryError as error:
         raise ModelError("there is not enough memory for this model; optimise it on a larger machine") from error
     except Exception as error:
-        reason = objection(proto)
+        reason = find_objection(proto)
         if not reason:
             raise
         raise ModelError(f"the model is not valid: {reason}") from error
@@ -176,7 +176,7 @@ def from_proto(proto: onnx.ModelProto, folder: Path | None = None) -> Model:
     try:
         graph = adopt(gs.import_onnx(shell))
     except Exception as error:
-        raise ModelError(f"the graph cannot be read: {objection(proto) or error}") from error
+        raise ModelError(f"the graph cannot be read: {find_objection(proto) or error}") from error
     finally:
         G_LOGGER.severity = severity
 
@@ -212,7 +212,7 @@ def annotate(model: Model, types: Mapping[str, tuple[int, Shape | None]]) -> Non
             tensor.dtype = onnx.helper.tensor_dtype_to_np_dtype(code) if code else None
 
 
-def with_fixed_inputs(proto: onnx.ModelProto, inputs: Mapping[str, Sequence[int]]) -> onnx.ModelProto:
+def fix_inputs(proto: onnx.ModelProto, inputs: Mapping[str, Sequence[int]]) -> onnx.ModelProto:
     """The model with its input shapes fixed, and every declared shape that follows from them.
 
     Raises
@@ -287,7 +287,7 @@ def save(
 @contextlib.contextmanager
 def as_file(model: Source) -> Iterator[Path]:
     """The model as a file for as long as the context lasts: its own, or a temporary one if it is in memory."""
-    given = handed(model)
+    given = unwrap(model)
     if isinstance(given, Path):
         yield given
         return

@@ -65,7 +65,7 @@ def callers(proto: onnx.ModelProto) -> dict[Function, set[Function]]:
     return found
 
 
-def expanded(proto: onnx.ModelProto) -> int | None:
+def count_expanded(proto: onnx.ModelProto) -> int | None:
     """Operators of a model with all its functions inlined; None if those are too many, or call themselves."""
     known = functions(proto)
     limit = MOST + TIMES * len(proto.graph.node)

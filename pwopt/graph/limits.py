@@ -13,7 +13,7 @@ from pathlib import Path
 STATUS = Path("/proc/self/statm")
 
 
-def isolated(work: Callable[[], bytes], extra: int) -> bytes | None:
+def run_isolated(work: Callable[[], bytes], extra: int) -> bytes | None:
     """What `work` returns, computed in a copy of this process that may grow by `extra` bytes at most.
 
     None if that is not enough, or the copy fails or dies. On Linux; elsewhere, and where processes cannot be seen

@@ -20,7 +20,7 @@ def digest(model: onnx.ModelProto) -> str:
     return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
 
 
-def remembered(function: Callable[[onnx.ModelProto], T]) -> Callable[[onnx.ModelProto], T]:
+def memoize(function: Callable[[onnx.ModelProto], T]) -> Callable[[onnx.ModelProto], T]:
     """`function`, called once for models with the same content; its results must not be changed.
 
     A model is rewritten again and again while its rewrites are chosen, each time from the same beginning.

@@ -22,7 +22,7 @@ from pwopt.algebra import Values
 from pwopt.errors import ModelError
 from pwopt.graph.functions import drop_unused_opsets
 from pwopt.graph.ir import Constant, Graph, LazyValues, Node, Tensor, Variable, as_message
-from pwopt.graph.provenance import documented, origins
+from pwopt.graph.provenance import origins, write_documentation
 from pwopt.graph.storage import copy_fields, locations_of
 
 #: Since this IR version an initializer that is also an input is a default that callers may override.
@@ -196,13 +196,13 @@ class Model:
             proto = self._original(node)
             if proto is None:
                 proto = as_message(node)
-                documented(proto, self.message(node), list(origins(node, self.message)))
+                write_documentation(proto, self.message(node), list(origins(node, self.message)))
             elif not _same_edges(node, proto) or node.replaced:
                 original, proto = proto, onnx.NodeProto()
                 proto.CopyFrom(original)
                 proto.input[:] = [t.name for t in node.inputs]
                 proto.output[:] = [t.name for t in node.outputs]
-                documented(proto, original, list(origins(node, self.message)))
+                write_documentation(proto, original, list(origins(node, self.message)))
             yield proto
 
     def message(self, node: Node) -> onnx.NodeProto | None:

@@ -10,7 +10,7 @@ import onnx
 from pwopt.graph.functions import nodes_within
 
 
-def with_named_nodes(proto: onnx.ModelProto) -> onnx.ModelProto:
+def name_nodes(proto: onnx.ModelProto) -> onnx.ModelProto:
     """The model with a name for every node: those without get their operator's and their first result's.
 
     Names are unique in the whole model, bodies and functions included, as onnxruntime asks for in each graph; those

@@ -6,7 +6,7 @@ import onnx
 
 from pwopt.errors import UsageError
 from pwopt.graph.model import Model
-from pwopt.graph.shapes import skeleton
+from pwopt.graph.shapes import make_skeleton
 
 
 def convert_opset(model: Model, target: int) -> onnx.ModelProto:
@@ -22,7 +22,7 @@ def convert_opset(model: Model, target: int) -> onnx.ModelProto:
         raise UsageError(f"opset {target} is older than the model's {model.opset}, and pwopt converts upwards only")
     if target > newest:
         raise UsageError(f"opset {target} is newer than the installed onnx knows ({newest}); upgrade onnx")
-    light = skeleton(model.proto)
+    light = make_skeleton(model.proto)
     try:
         converted = onnx.version_converter.convert_version(light, target)
     except Exception as error:

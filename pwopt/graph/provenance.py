@@ -45,7 +45,9 @@ def origins(node: Node, message: Callable[[Node], onnx.NodeProto | None]) -> Ite
         pending.extend(reversed(node.replaced))
 
 
-def documented(proto: onnx.NodeProto, own: onnx.NodeProto | None, stands_for: Sequence[onnx.NodeProto]) -> None:
+def write_documentation(
+    proto: onnx.NodeProto, own: onnx.NodeProto | None, stands_for: Sequence[onnx.NodeProto]
+) -> None:
     """Write into the message of a node what is to be kept of those that it stands for.
 
     `own` is the message that it came from itself, if it is no new one.

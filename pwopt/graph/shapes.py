@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import onnx
 from onnx import TensorProto, shape_inference
 
-from pwopt.graph.functions import expanded
-from pwopt.graph.limits import isolated
-from pwopt.graph.memo import remembered
+from pwopt.graph.functions import count_expanded
+from pwopt.graph.limits import run_isolated
+from pwopt.graph.memo import memoize
 from pwopt.graph.operators import BOUNDED, POOLS
 
 Dim = int | str | None
@@ -54,12 +54,12 @@ def known(shape: Sequence[Dim] | None) -> tuple[int, ...] | None:
     return tuple(d for d in shape if isinstance(d, int))
 
 
-def written(shape: Sequence[object]) -> str:
+def format_shape(shape: Sequence[object]) -> str:
     """A shape as people write it; "?" where a dimension is not known."""
     return "×".join("?" if d is None else str(d) for d in shape) or "a scalar"
 
 
-def skeleton(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim]] | None = None) -> onnx.ModelProto:
+def make_skeleton(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim]] | None = None) -> onnx.ModelProto:
     """A copy of `model` for inference: large weights become inputs, declared inner shapes are dropped.
 
     Exporters' ``value_info`` is sometimes stale, so only the inputs are believed. `inputs` replaces
@@ -67,7 +67,7 @@ def skeleton(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim]] | None 
     """
     light = onnx.ModelProto(ir_version=max(model.ir_version, 4))
     light.opset_import.extend(model.opset_import)
-    if expanded(model) is not None:  # inference goes through a function anew at each call
+    if count_expanded(model) is not None:  # inference goes through a function anew at each call
         light.functions.extend(model.functions)
     graph = light.graph
     graph.name = model.graph.name or "graph"
@@ -141,14 +141,16 @@ def infer(
     inputs : mapping of input name to shape, optional
         Sizes to assume; without them the result holds for every input the model accepts.
     """
-    return dict(_inferred(skeleton(model, inputs)))
+    return dict(_inferred(make_skeleton(model, inputs)))
 
 
-@remembered
+@memoize
 def _inferred(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
     types = _infer(light)
-    if any(_miscounted(node, types) for node in light.graph.node):
-        types = _infer(_without_sizes_of(light, [n for n in light.graph.node if n.op_type in POOLS and _ceil(n)]))
+    if any(_is_miscounted(node, types) for node in light.graph.node):
+        types = _infer(
+            _without_sizes_of(light, [n for n in light.graph.node if n.op_type in POOLS and _has_ceil_mode(n)])
+        )
     return types
 
 
@@ -170,19 +172,19 @@ def _infer(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
     if _is_bounded(light):
         return _types(shape_inference.infer_shapes(light, data_prop=True))
     content = light.SerializeToString()
-    found = isolated(
+    found = run_isolated(
         lambda: shape_inference.infer_shapes(content, data_prop=True).SerializeToString(),
         INFERENCE_MEMORY + INFERENCE_COPIES * len(content),
     )
     return types if found is None else _types(onnx.load_from_string(found))
 
 
-def contradiction(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim]] | None = None) -> str:
+def find_contradiction(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim]] | None = None) -> str:
     """What onnx's strict inference has against a model at some sizes of its inputs, in one line, else ""."""
-    light = skeleton(model, inputs)
-    types = _inferred(skeleton(model, inputs))
-    if any(_miscounted(node, types) for node in light.graph.node):
-        light = _without_sizes_of(light, [n for n in light.graph.node if n.op_type in POOLS and _ceil(n)])
+    light = make_skeleton(model, inputs)
+    types = _inferred(make_skeleton(model, inputs))
+    if any(_is_miscounted(node, types) for node in light.graph.node):
+        light = _without_sizes_of(light, [n for n in light.graph.node if n.op_type in POOLS and _has_ceil_mode(n)])
     data_prop = not _too_wide(light, types)
     content = light.SerializeToString()
 
@@ -193,7 +195,7 @@ def contradiction(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim]] | 
             return " ".join(str(error).split())[:300].encode()
         return b""
 
-    return (isolated(objected, INFERENCE_MEMORY + INFERENCE_COPIES * len(content)) or b"").decode(errors="replace")
+    return (run_isolated(objected, INFERENCE_MEMORY + INFERENCE_COPIES * len(content)) or b"").decode(errors="replace")
 
 
 def _too_wide(light: onnx.ModelProto, types: Mapping[str, tuple[int, Shape | None]]) -> bool:
@@ -247,9 +249,9 @@ def _types(model: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
     return types
 
 
-def objection(model: onnx.ModelProto) -> str:
+def find_objection(model: onnx.ModelProto) -> str:
     """What onnx's checker or its strict inference has against a model's nodes, in one line, else ""."""
-    light = skeleton(model)
+    light = make_skeleton(model)
     context = onnx.checker.C.CheckerContext()
     context.ir_version = light.ir_version
     context.opset_imports = {o.domain: o.version for o in light.opset_import}
@@ -263,16 +265,16 @@ def objection(model: onnx.ModelProto) -> str:
     return ""
 
 
-def _ceil(node: onnx.NodeProto) -> bool:
+def _has_ceil_mode(node: onnx.NodeProto) -> bool:
     return any(a.name == "ceil_mode" and a.i for a in node.attribute)
 
 
-def _miscounted(node: onnx.NodeProto, types: Mapping[str, tuple[int, Shape | None]]) -> bool:
+def _is_miscounted(node: onnx.NodeProto, types: Mapping[str, tuple[int, Shape | None]]) -> bool:
     """Whether inference counts a last window of a ceil_mode pooling that starts beyond the input.
 
     onnxruntime, like the frameworks, drops it: such a window would see padding only.
     """
-    if node.op_type not in POOLS or not _ceil(node):
+    if node.op_type not in POOLS or not _has_ceil_mode(node):
         return False
     before, after = types.get(node.input[0], (0, None))[1], types.get(node.output[0], (0, None))[1]
     if before is None or after is None:

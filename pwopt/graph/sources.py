@@ -17,7 +17,7 @@ from pwopt.graph.model import Model
 Source = str | os.PathLike[str] | bytes | onnx.ModelProto | Model | Any
 
 
-def handed(source: Source) -> Path | onnx.ModelProto | Model:
+def unwrap(source: Source) -> Path | onnx.ModelProto | Model:
     """What was handed over, as one of three kinds.
 
     Objects of other libraries are known by what they offer: a `model_proto` (torch.onnx.ONNXProgram), or that their

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import onnx
 
 from pwopt.errors import UsageError
-from pwopt.graph.shapes import Dim, contradiction, infer, skeleton
+from pwopt.graph.shapes import Dim, find_contradiction, infer, make_skeleton
 from pwopt.inputs import shape_constraints
 from pwopt.inputs.footprint import Footprint, estimate_footprint
 from pwopt.inputs.shape_constraints import ShapeConstraint, Types
@@ -85,9 +85,9 @@ class SizeSearch:
         self.is_fixed = not self.open_inputs
         self.visits = VISITS
         if not self.is_fixed:
-            self.model = skeleton(model)
+            self.model = make_skeleton(model)
             self.constraints = shape_constraints.find_shape_constraints(model)
-            self.strict = not contradiction(self.model, self.open_axes.shapes)
+            self.strict = not find_contradiction(self.model, self.open_axes.shapes)
             self.groups = self._add_graph_guesses()
 
     def likeliest(self) -> CandidateSizes:
@@ -187,7 +187,7 @@ class SizeSearch:
         self.visits -= 2 * len(self.model.graph.node)
         types = self._types(sizes)
         broken = next((d.source for d in self.constraints if d.is_violated(types)), "")
-        return broken or (contradiction(self.model, sizes) if self.strict else "")
+        return broken or (find_contradiction(self.model, sizes) if self.strict else "")
 
     def _fit_limits(self, guesses: tuple[Guess, ...]) -> CandidateSizes:
         """Reduce guesses until activations fit into memory and a run has few multiply-adds."""

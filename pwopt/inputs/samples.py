@@ -16,8 +16,8 @@ from onnx import numpy_helper
 
 from pwopt.algebra import Values
 from pwopt.errors import UsageError
-from pwopt.graph.dtypes import floating
-from pwopt.graph.shapes import written
+from pwopt.graph.dtypes import is_floating
+from pwopt.graph.shapes import format_shape
 from pwopt.inputs.specs import InputSpec, check_shapes
 
 #: Distributions of floating-point inputs, each with a description.
@@ -99,7 +99,7 @@ def _draw(spec: InputSpec, shape: tuple[int, ...], kind: str, rng: np.random.Gen
     if spec.dtype.kind == "O":
         texts = np.asarray(rng.integers(0, kind != "zeros", shape, endpoint=True)).astype(str)
         return np.asarray(texts.astype(object))
-    if floating(spec.dtype):
+    if is_floating(spec.dtype):
         if given is not None:
             values = rng.uniform(*given, shape)
         elif kind == "uniform":
@@ -130,7 +130,7 @@ def draw_samples(
 
 
 def _format_sizes(sizes: Mapping[str, Sequence[int]]) -> str:
-    return " ".join(f"{name} {written(shape)}" for name, shape in sizes.items())
+    return " ".join(f"{name} {format_shape(shape)}" for name, shape in sizes.items())
 
 
 def read_samples(
@@ -253,7 +253,9 @@ def check_feeds(
     check_shapes(specs, {s.name: arrays[s.name].shape for s in specs})
     for name, shape in (shapes or {}).items():
         if tuple(shape) != arrays[name].shape:
-            raise UsageError(f"input {name!r} in {where} is {written(arrays[name].shape)}, not {written(shape)}")
+            raise UsageError(
+                f"input {name!r} in {where} is {format_shape(arrays[name].shape)}, not {format_shape(shape)}"
+            )
     return {s.name: _cast(arrays[s.name], s, where) for s in specs}
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from pwopt.errors import ModelError, UsageError
-from pwopt.graph.shapes import Shape, dims, infer, known, written
+from pwopt.graph.shapes import Shape, dims, format_shape, infer, known
 from pwopt.inputs import shape_constraints
 
 
@@ -122,4 +122,6 @@ def check_shapes(specs: Sequence[InputSpec], shapes: Mapping[str, Sequence[int]]
             not isinstance(d, int) or d in (0, s) for d, s in zip(declared, shape, strict=True)
         )
         if not fits:
-            raise UsageError(f"the shape {written(shape)} does not fit input {name!r}, which is {written(declared)}")
+            raise UsageError(
+                f"the shape {format_shape(shape)} does not fit input {name!r}, which is {format_shape(declared)}"
+            )

@@ -306,7 +306,7 @@ class Analysis:
         if op in ("Expand", "Tile", "PRelu"):
             return False
         if op in ("Resize", "Upsample"):
-            return not attributes.resized_by_sizes(self.view, node)
+            return not attributes.is_resized_by_sizes(self.view, node)
         if op == "Squeeze":  # without axes, it would take a single channel along
             return attributes.axes_of(self.view, node) is not None
         return op != "Reshape" or (self.view.opset >= 5 and self.view.integers(node.inputs[1]) is not None)

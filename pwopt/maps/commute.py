@@ -15,7 +15,7 @@ import numpy as np
 from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
-from pwopt.graph.dtypes import FLOATING, cancelling, range_of
+from pwopt.graph.dtypes import FLOATING, cancellation, range_of
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.operators import ARITHMETIC, SUMS, VIEWS
 from pwopt.graph.values import Entries, extents
@@ -116,7 +116,7 @@ def rule(view: View, node: Node) -> Rule | None:
     if op in VIEWS:
         return Rule(axes=_kept_axes(view, node, op))
     if op == "Dropout":
-        return Rule() if attributes.inactive_dropout(view, node) else None
+        return Rule() if attributes.is_inactive_dropout(view, node) else None
     return Rule() if op == "Identity" else None
 
 
@@ -132,7 +132,7 @@ def product_rule(view: View, node: Node) -> Rule | None:
     matrix = view.value(reading.weight_input)
     if matrix is None:
         return None
-    rounding = cancelling(view.dtype(reading.weight_input)) * np.abs(matrix).sum(1)
+    rounding = cancellation(view.dtype(reading.weight_input)) * np.abs(matrix).sum(1)
     keeps = bool(np.all(np.abs(matrix.sum(1) - 1) <= rounding))
     rank = view.rank(reading.source) or 0
     return Rule(shift=keeps, axes={a: a for a in range(rank) if a != reading.axis})
@@ -151,7 +151,7 @@ def _unscaled_axes(view: View, node: Node) -> dict[int, int]:
     scales = attributes.resize_scales(view, node)
     rank = view.rank(node.inputs[0])
     if scales is None:
-        return _equal_axes(view, node) if attributes.resized_by_sizes(view, node) else {}
+        return _equal_axes(view, node) if attributes.is_resized_by_sizes(view, node) else {}
     return {a: a for a in range(rank or 0) if scales.get(a, 1.0) == 1.0}
 
 

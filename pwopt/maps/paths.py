@@ -9,7 +9,7 @@ import numpy as np
 
 from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap, compose
-from pwopt.graph.dtypes import cancelling
+from pwopt.graph.dtypes import cancellation
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.view import View
 from pwopt.maps import forms
@@ -49,7 +49,7 @@ class Path:
     def compose(self, view: View) -> LinearMap:
         """All maps as one; the identity of one channel if there are none."""
         composed = LinearMap.identity(1)
-        precision = cancelling(view.dtype(self.output))
+        precision = cancellation(view.dtype(self.output))
         for step in (s for r in self.readings for s in steps(r)):
             composed = compose(step, composed, precision)
         return composed

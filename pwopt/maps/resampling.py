@@ -72,7 +72,7 @@ def _factors(view: View, node: Node, before: Shape) -> list[int] | None:
     which one of them gets the size that was asked for: that ratio, if it is whole.
     """
     scales = attributes.resize_scales(view, node)
-    if attributes.resized_by_sizes(view, node):
+    if attributes.is_resized_by_sizes(view, node):
         small, large = known(before), known(view.shape(node.outputs[0]))
         if small is None or large is None or 0 in small:
             return None

@@ -156,7 +156,7 @@ def read_neg(view: View, node: Node) -> Result:
 def read_identity(view: View, node: Node) -> Result:
     if any(o.name for o in node.outputs[1:]):
         return Refusal("its mask is used")
-    if node.op == "Dropout" and not attributes.inactive_dropout(view, node):
+    if node.op == "Dropout" and not attributes.is_inactive_dropout(view, node):
         return Refusal("it drops units (training mode)")
     if view.dtype(node.inputs[0]) not in FLOATING:
         return None

@@ -97,9 +97,9 @@ def read_shuffle(view: View, node: Node) -> Result:
     swap = [0, 2, 1, *range(3, len(inner))]
     if not isinstance(groups, int) or not isinstance(width, int) or not isinstance(channels, int):
         return None
-    same_space = attributes.same_shape([before[0], *before[2:]], [inner[0], *inner[3:]]) and attributes.same_shape(
-        before, after
-    )
+    same_space = attributes.is_same_shape(
+        [before[0], *before[2:]], [inner[0], *inner[3:]]
+    ) and attributes.is_same_shape(before, after)
     if attributes.perm(view, transpose) != swap or groups * width != channels or not same_space:
         return None
     picks = np.arange(channels).reshape(groups, width).T.reshape(-1)

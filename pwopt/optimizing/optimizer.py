@@ -12,10 +12,10 @@ from typing import Any
 
 import onnx
 
-from pwopt.graph.files import Source, as_file, blaming, load, save
-from pwopt.graph.names import with_named_nodes
-from pwopt.graph.shapes import written
-from pwopt.graph.sources import handed
+from pwopt.graph.files import Source, as_file, blame_model, load, save
+from pwopt.graph.names import name_nodes
+from pwopt.graph.shapes import format_shape
+from pwopt.graph.sources import unwrap
 from pwopt.graph.storage import workspace
 from pwopt.inputs.samples import Feeds
 from pwopt.optimizing.attempt import Attempt, Attempts
@@ -31,7 +31,7 @@ from pwopt.reporting.brief import render_summary
 from pwopt.reporting.report import Report
 from pwopt.rewriting.driver import Pass
 from pwopt.rewriting.records import Site
-from pwopt.rewriting.wording import counted
+from pwopt.rewriting.wording import format_count
 from pwopt.running import installation, timing
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.selecting.compilation import Compilation
@@ -114,7 +114,7 @@ def optimize(
 
 def run_request(model: Source, request: Request) -> Result:
     """Optimise a model as `optimize` does, for a request."""
-    model = handed(model)
+    model = unwrap(model)
     path = model if isinstance(model, Path) else None
     check_output(request, path)
     passes = resolve(request, path)
@@ -127,7 +127,7 @@ def run_request(model: Source, request: Request) -> Result:
     names = dict.fromkeys([*(p.name for p in (*PASSES, *installed())), *(p.name for p in passes)])
     check_sites(request.denied, source.proto, tuple(names), renamed=renamed)
     with contextlib.ExitStack() as stack:
-        stack.enter_context(blaming(source.proto))
+        stack.enter_context(blame_model(source.proto))
         original = stack.enter_context(as_file(source if path is None else path))
         problem = define_problem(source, original, request).start_worker(stack)
         LOG.info("%s", _describe_problem(problem, request))
@@ -145,7 +145,7 @@ def run_request(model: Source, request: Request) -> Result:
             races = request.measuring.target_profile is None
             done = done.noted(*notes.describe_dry_run(candidates.groups, races=races))
         if request.writing.name_nodes:
-            done = replace(done, proto=with_named_nodes(done.proto))
+            done = replace(done, proto=name_nodes(done.proto))
         if request.output is not None:
             request.progress("writing", 1.0)
             save(done.proto, request.output, source)
@@ -183,12 +183,12 @@ def _worker_problem(problem: Problem) -> str:
 
 def _describe_problem(problem: Problem, request: Request) -> str:
     """Say what the model will be judged on, and why."""
-    sizes = ", ".join(f"{name} {written(shape)}" for name, shape in problem.sizes.items())
+    sizes = ", ".join(f"{name} {format_shape(shape)}" for name, shape in problem.sizes.items())
     given = "likely ones, since none were given" if problem.guessed else "the model's own, or given"
     if problem.environment is None:
         return f"sizes for costs: {sizes} ({given}); nothing is run"
     held = "the inputs given" if request.inputs is not None else "random inputs"
-    count = counted(len(problem.samples), "sample")
+    count = format_count(len(problem.samples), "sample")
     return f"sizes for costs, verification and timing: {sizes} ({given}); {count} of {held}"
 
 

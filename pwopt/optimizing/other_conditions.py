@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pwopt.reporting.report import ConditionLatency, Latency
 from pwopt.rewriting.records import Rewrite
-from pwopt.rewriting.wording import counted
+from pwopt.rewriting.wording import format_count
 from pwopt.running.progress import Progress
 from pwopt.running.timing import CONFIDENCE, Race, Rules
 from pwopt.selecting.compilation import Compilation
@@ -67,7 +67,7 @@ class ConditionRaces:
 
     def run(self, candidate: Path, environment: Environment) -> ConditionLatency:
         """Race a candidate against the original."""
-        label = f"racing with {counted(environment.threads, 'thread')}, {environment.samples[0].label}"
+        label = f"racing with {format_count(environment.threads, 'thread')}, {environment.samples[0].label}"
         self.progress(label, 0.0)
         race = self._race(self.original, candidate, environment)
         shapes = {name: value.shape for name, value in environment.samples[0].feeds.items()}

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pwopt.errors import UsageError
 from pwopt.evidence.certify import certify, unchecked
-from pwopt.graph.files import from_proto, with_fixed_inputs
+from pwopt.graph.files import fix_inputs, from_proto
 from pwopt.graph.model import Model
 from pwopt.graph.opset import convert_opset
 from pwopt.inputs.samples import Sample, draw_samples, read_samples
@@ -135,7 +135,7 @@ def start_compilation(problem: Problem, passes: tuple[Pass, ...], request: Reque
     if request.opset is not None and request.opset != source.opset:
         target = from_proto(convert_opset(source, request.opset), source.folder)
     if request.static:
-        target = from_proto(with_fixed_inputs(target.proto, problem.sizes), source.folder)
+        target = from_proto(fix_inputs(target.proto, problem.sizes), source.folder)
     target = inline_functions(target, passes, request.denied, problem.sizes)
     return Compilation(
         target, source, passes, request.denied, problem.sizes, folder, request.execution_provider.kind,

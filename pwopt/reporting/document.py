@@ -16,7 +16,7 @@ from typing import Any
 from pwopt.errors import UsageError
 from pwopt.evidence.equivalence import EXCUSED, FLOOR_FACTOR, OutputCheck
 from pwopt.evidence.metrics import TOLERANCES
-from pwopt.graph.shapes import written
+from pwopt.graph.shapes import format_shape
 from pwopt.reporting.drawing import BOX_HEIGHT, BOX_WIDTH, draw
 from pwopt.reporting.drawing import format_path as wire
 from pwopt.reporting.report import LAYOUT_CHANGES, Comparison, Report
@@ -145,8 +145,10 @@ def load_templates(kind: str) -> Any:
         lstrip_blocks=True, undefined=jinja2.StrictUndefined, finalize=_sanitize_value if html else escape_markdown,
     )  # fmt: skip
     environment.filters.update(
-        count=format_count, ms=lambda v: f"{v:.2f} ms", short=lambda v: format_scientific(f"{v:.2g}"), size=written,
-        clipped=clip, percent=format_percent, gained=format_gain, svg=jinja2.utils.markupsafe.Markup if html else str,
+        count=format_count, ms=lambda v: f"{v:.2f} ms", short=lambda v: format_scientific(f"{v:.2g}"),
+        size=format_shape,
+        clipped=clip, percent=format_percent, gained=format_gain,
+        svg=jinja2.utils.markupsafe.Markup if html else str,
     )  # fmt: skip
     environment.globals.update(draw=draw, wire=wire, BOX_WIDTH=BOX_WIDTH, BOX_HEIGHT=BOX_HEIGHT)
     return environment

@@ -13,7 +13,7 @@ from pwopt.graph.operators import QUANTISED
 from pwopt.graph.storage import total_bytes
 from pwopt.reporting.report import ConditionLatency, Latency, Report
 from pwopt.rewriting.records import Rewrite, Site
-from pwopt.rewriting.wording import counted
+from pwopt.rewriting.wording import format_count
 from pwopt.selecting.autotuning import BUSY, Decision, Group
 from pwopt.selecting.compilation import CERTIFICATE_DEFECT
 
@@ -68,9 +68,10 @@ def describe_unknown_sizes(report: Report, unseen: bool) -> Iterator[str]:
     before, after = report.before.unknown, report.after.unknown
     if before:
         why = "; --shape may settle them" if unseen else ", whatever the inputs' sizes: they follow from values"
-        yield f"Multiply-adds leave out {counted(before, 'operator')} whose sizes are not known{why}."
+        yield f"Multiply-adds leave out {format_count(before, 'operator')} whose sizes are not known{why}."
     if after != before:
-        yield f"In the result they leave out {counted(after, 'operator')}, so the two counts are not of the same work."
+        left_out = format_count(after, "operator")
+        yield f"In the result they leave out {left_out}, so the two counts are not of the same work."
 
 
 def describe_rewriting(
@@ -135,7 +136,7 @@ def describe_failures(failed: Sequence[Rewrite], builtin: Iterable[str]) -> Iter
     if failed:
         others = sorted({r.pass_name for r in failed}.difference(builtin))
         whose = f"the fault of {', '.join(others)}" if others else CERTIFICATE_DEFECT
-        yield f"{counted(len(failed), 'rewrite')} refused by certificates: {whose}."
+        yield f"{format_count(len(failed), 'rewrite')} refused by certificates: {whose}."
 
 
 def describe_races(decisions: Sequence[Decision], hint: str) -> Iterator[str]:
@@ -162,7 +163,7 @@ def describe_dry_run(groups: Sequence[Group], *, races: bool) -> Iterator[str]:
     if groups:
         how = "raced, unless earlier races said enough" if races else "decided by the profile"
         listed = "; ".join(f"{g.pass_name}: {g.signature}" for g in groups)
-        yield f"{counted(len(groups), 'kind')} of rewrites would be {how}: {listed}."
+        yield f"{format_count(len(groups), 'kind')} of rewrites would be {how}: {listed}."
 
 
 def explain_not_equivalent(equivalence: Equivalence | None) -> str:

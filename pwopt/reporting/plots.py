@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, MaxNLocator, NullFormatter
 
 from pwopt.evidence.metrics import Histogram
-from pwopt.graph.shapes import written
+from pwopt.graph.shapes import format_shape
 from pwopt.reporting.report import Latency
 from pwopt.reporting.text import SUPERSCRIPTS
 from pwopt.running.bench import Row
@@ -69,7 +69,7 @@ def draw_latencies(rows: Sequence[Row]) -> str:
     with _open_axes(6.4, 0.8 + 0.42 * len(rows) + 0.3 * len(cases)) as axes:
         place, ticks = 0.0, []
         for case in cases:
-            axes.text(0, place, ", ".join(f"{n} {written(s)}" for n, s in case), va="center", fontsize=8)
+            axes.text(0, place, ", ".join(f"{n} {format_shape(s)}" for n, s in case), va="center", fontsize=8)
             for row in (r for r in rows if tuple(r.shapes.items()) == case):
                 place += 1
                 axes.barh([place], [row.median_ms], 0.7, color=AFTER if row.ratio > 1 else BEFORE)

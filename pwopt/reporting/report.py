@@ -11,10 +11,10 @@ from typing import Any
 
 from pwopt.errors import UsageError
 from pwopt.evidence.equivalence import Equivalence
-from pwopt.graph.shapes import written
+from pwopt.graph.shapes import format_shape
 from pwopt.maps.cost import NOTHING, Cost
 from pwopt.rewriting.records import Rewrite, Site, Skip
-from pwopt.rewriting.wording import counted
+from pwopt.rewriting.wording import format_count
 from pwopt.running.bench import Row
 from pwopt.running.timing import Race
 
@@ -131,8 +131,8 @@ class ConditionLatency:
 
     @property
     def label(self) -> str:
-        sizes = ", ".join(f"{name} {written(shape)}" for name, shape in self.shapes.items())
-        return f"{counted(self.threads, 'thread')}, {sizes}"
+        sizes = ", ".join(f"{name} {format_shape(shape)}" for name, shape in self.shapes.items())
+        return f"{format_count(self.threads, 'thread')}, {sizes}"
 
 
 #: Name of the layer of operators that onnxruntime inserts to change the memory layout.

@@ -14,12 +14,12 @@ from rich.padding import Padding
 from rich.table import Table
 
 from pwopt.evidence.equivalence import Equivalence
-from pwopt.graph.shapes import written
+from pwopt.graph.shapes import format_shape
 from pwopt.inputs.samples import KINDS
 from pwopt.maps.cost import Cost
 from pwopt.reporting.report import ConditionLatency, Latency, Report, contradiction
 from pwopt.reporting.text import ELEMENTWISE_FIGURES, FIGURE_LABELS, LEGEND, escape_text, format_figures, generalize
-from pwopt.rewriting.wording import counted
+from pwopt.rewriting.wording import format_count
 from pwopt.running.bench import Row
 from pwopt.running.doctor import Finding
 from pwopt.running.providers import NVIDIA, Provider
@@ -76,7 +76,7 @@ def render(report: Report, console: Console, details: bool = False) -> None:
 
 def _cost_table(report: Report) -> Table:
     table = _table("", "before", "after", "change")
-    threads = counted(report.environment["threads"], "thread")
+    threads = format_count(report.environment["threads"], "thread")
     where = f"latency ({escape_text(report.provider)}, {threads})"
     _cost_rows(table, report.before, report.after, report.latency, report.conditions, "", where)
     if report.candidate is not None:
@@ -116,7 +116,7 @@ def _cost_rows(
 def render_sizes(shapes: Mapping[str, tuple[int, ...]], console: Console) -> None:
     """Print the input sizes of all figures."""
     if shapes:
-        sizes = ", ".join(f"{escape_text(name)} {written(shape)}" for name, shape in shapes.items())
+        sizes = ", ".join(f"{escape_text(name)} {format_shape(shape)}" for name, shape in shapes.items())
         console.print(f"[dim]measured with {sizes}[/dim]", soft_wrap=True)
 
 
@@ -186,7 +186,7 @@ def render_difference(equivalence: Equivalence | None, console: Console, most: i
     )
     agree = "agree" if len(d.agreeing) > 1 else "agrees"
     agreeing = f"{escape_text(', '.join(d.agreeing[:most]))} still {agree}; " if d.agreeing else ""
-    compared = counted(d.compared, "tensor")
+    compared = format_count(d.compared, "tensor")
     console.print(f"[dim]{agreeing}the cause is in {region}; {compared} compared[/dim]", soft_wrap=True)
 
 
@@ -196,7 +196,7 @@ def render_elsewhere(equivalence: Equivalence, console: Console) -> None:
         for provider, nodes in places.items():
             listed = escape_text(", ".join(nodes))
             console.print(
-                f"[yellow]{counted(len(nodes), 'operator')} of the {model} ran on {provider}: {listed}[/yellow]"
+                f"[yellow]{format_count(len(nodes), 'operator')} of the {model} ran on {provider}: {listed}[/yellow]"
             )
 
 
@@ -249,7 +249,7 @@ def render_maps(maps: Inspection, console: Console) -> None:
     """Print every map: its size, its chain, and the rewrites that apply."""
     for m in maps:
         kernel = "×".join(map(str, m.kernel)) or "pointwise"
-        space = written(m.space) if m.space is not None else "?"
+        space = format_shape(m.space) if m.space is not None else "?"
         work = f"{m.macs:,} multiply-adds" if m.macs is not None else "size not known"
         chain = f"  [cyan]chain {m.chain}[/cyan]" if m.chain is not None else ""
         console.print(f"[bold]{escape_text(m.tensor)}[/bold]  {m.op} {m.channels}  {kernel}  at {space}  {work}{chain}")
@@ -257,7 +257,7 @@ def render_maps(maps: Inspection, console: Console) -> None:
         for line in m.decisions or (alone if m.chain is None else "first of its chain",):
             console.print(f"    {escape_text(line)}", style="dim")
     render_sizes(maps.shapes, console)
-    console.print(counted(len(maps), "map"))
+    console.print(format_count(len(maps), "map"))
 
 
 def render_properties(found: Properties, console: Console) -> None:
@@ -279,7 +279,7 @@ def render_properties(found: Properties, console: Console) -> None:
         )
     _show(table, console)
     render_sizes(found.shapes, console)
-    console.print(counted(len(found), "pointwise map"))
+    console.print(format_count(len(found), "pointwise map"))
 
 
 def render_findings(findings: Sequence[Finding], console: Console) -> None:
@@ -316,7 +316,7 @@ def render_benchmark(rows: Sequence[Row], console: Console) -> None:
     for row in rows:
         low, high = row.interval
         name = escape_text(Path(row.model).name)
-        shapes = " ".join(f"{escape_text(x)} {written(shape)}" for x, shape in row.shapes.items())
+        shapes = " ".join(f"{escape_text(x)} {format_shape(shape)}" for x, shape in row.shapes.items())
         ratio = escape(f"{row.ratio:.3f} [{low:.3f}, {high:.3f}]")
         times.add_row(name, shapes, f"{row.median_ms:.2f} ms", f"{row.minimum_ms:.2f} ms", ratio)
         load, first = f"{row.session_ms:.0f} ms", f"{row.first_run_ms:.1f} ms"
@@ -325,7 +325,7 @@ def render_benchmark(rows: Sequence[Row], console: Console) -> None:
     _show(costs, console)
     for row in rows:
         slowest = ", ".join(f"{escape_text(op)} {ms:.2f} ms" for op, ms in list(row.operators.items())[:6])
-        shapes = " ".join(f"{escape_text(x)} {written(shape)}" for x, shape in row.shapes.items())
+        shapes = " ".join(f"{escape_text(x)} {format_shape(shape)}" for x, shape in row.shapes.items())
         console.print(f"{escape_text(Path(row.model).name)}, {shapes}: {slowest}", style="dim", soft_wrap=True)
         base = next(r for r in rows if r.shapes == row.shapes)
         explanation = contradiction(base.median_ms, row.median_ms, row.ratio)

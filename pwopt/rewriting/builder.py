@@ -10,7 +10,7 @@ from pwopt.graph.ir import Node, Tensor
 from pwopt.maps import emit
 from pwopt.maps.forms import Reading
 from pwopt.rewriting.driver import Rewriter
-from pwopt.rewriting.steps import Step, repeated
+from pwopt.rewriting.steps import Step, repeat_activation
 
 
 @dataclass
@@ -56,4 +56,4 @@ class Builder:
 
     def add_step(self, step: Step, source: Tensor, output: Tensor) -> None:
         """Add the operators of an activation on another tensor."""
-        self.nodes += repeated(self.rw, step, source, output)
+        self.nodes += repeat_activation(self.rw, step, source, output)

@@ -315,7 +315,7 @@ class Rewriter(View):
         if self._certifier is None or self.journal is None:
             return rewrite
         region = Change.of(self, self.journal, context)
-        before, after = region.drawings(self)
+        before, after = region.draw(self)
         return replace(rewrite, before=before, after=after, certificate=self._certifier(region, self))
 
     def _enqueue(self, node: Node | None) -> None:
@@ -386,7 +386,7 @@ class Rewriter(View):
                 self.enqueue_around(neighbour)
         return Rewrite(reason, removed, became=became)
 
-    def freeze(self, node: Node, values: Sequence[Values], reason: str) -> Rewrite:
+    def replace_by_constants(self, node: Node, values: Sequence[Values], reason: str) -> Rewrite:
         """Let the outputs of `node` be these constants from now on; none of them may be observed by others."""
         removed = (describe(node),)
         for tensor, value in zip(list(node.outputs), values, strict=True):

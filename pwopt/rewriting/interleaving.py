@@ -16,7 +16,7 @@ from pwopt.rewriting.driver import Rewriter
 from pwopt.rewriting.steps import Step
 
 
-def interleavable(rw: Rewriter, output: Tensor) -> Refusal | None:
+def check_interleaving(rw: Rewriter, output: Tensor) -> Refusal | None:
     """Why phases cannot be put together into `output`, if they cannot."""
     shape = rw.shape(output)
     if shape is None or len(shape) < 3 or not isinstance(shape[1], int):
@@ -156,6 +156,6 @@ class Interleaving(Builder):
         return self.rw.new_constant(f"{self.output.name}_{role}", np.array(values, np.int64))
 
 
-def moved(size: Sequence[int]) -> int:
+def count_moved(size: Sequence[int]) -> int:
     """Elements that are read and written to put together an output of this size."""
     return 6 * math.prod(size)

@@ -184,7 +184,7 @@ converts = register_in(BY_AXES)
 
 @converts("Identity", "Dropout", "Cast")
 def _convert_unchanged(rw: Rewriter, layout: Layout, node: Node) -> Arguments | None:
-    active = node.op == "Dropout" and not attributes.inactive_dropout(rw, node)
+    active = node.op == "Dropout" and not attributes.is_inactive_dropout(rw, node)
     return None if active else Arguments(dict(node.attrs))
 
 

@@ -37,10 +37,10 @@ class Run:
     kind: int
 
 
-def runs(analysis: Analysis, component: Sequence[Channels]) -> dict[Tensor, list[Run]]:
+def find_runs(analysis: Analysis, component: Sequence[Channels]) -> dict[Tensor, list[Run]]:
     """The channels of each tensor (by its id) of a component, in runs that no Concat, Split or sum of such divides."""
     cuts = {c.tensor: {0, len(c.value)} for c in component}
-    links = [link for flow in analysis.flows_at(component) for link in flow.links if _within(link, cuts)]
+    links = [link for flow in analysis.flows_at(component) for link in flow.links if _is_within(link, cuts)]
     at: dict[Tensor, list[Link]] = {}
     for link in links:
         at.setdefault(link.a.tensor, []).append(link)
@@ -73,7 +73,7 @@ def find_first_producer(rw: Rewriter, component: Sequence[Channels]) -> Node | N
     return min(producers, key=rw.position, default=None)
 
 
-def _within(link: Link, tensors: Collection[Tensor]) -> bool:
+def _is_within(link: Link, tensors: Collection[Tensor]) -> bool:
     return link.a.tensor in tensors and link.b.tensor in tensors
 
 
@@ -113,7 +113,7 @@ def rechannel(
     RefusedError
         If a map cannot take the change over. The graph is unchanged then.
     """
-    edits = _edits(rw, component, analysis, takes, but)
+    edits = _find_edits(rw, component, analysis, takes, but)
     for reading, linear in edits:
         emit.check(rw, linear, reading, reading.source, reading.axis)
     macs_before = sum(macs(rw, n) or 0 for r, _ in edits for n in r.nodes)
@@ -129,7 +129,7 @@ def rechannel(
     return replace(Rewrite.of(reason, records, renamed), macs_before=macs_before)
 
 
-def _edits(
+def _find_edits(
     rw: Rewriter, component: Sequence[Channels], analysis: Analysis, takes: Mapping[Tensor, Take], but: Node | None
 ) -> list[tuple[Reading, LinearMap]]:
     """The maps that read or make one of the tensors, each with what it becomes."""
@@ -142,20 +142,20 @@ def _edits(
         current = forms.linear(rw, rw.producer(reading.output))  # another component may have rewritten it
         if current is None or current.source is not reading.source:
             raise RefusedError("its neighbourhood has changed; it is looked at again in the next round")
-        edited = _edited(rw, current, analysis, takes)
+        edited = _edit(rw, current, analysis, takes)
         if edited is not None:
             edits.append((current, edited))
     return edits
 
 
-def _taken(values: NDArray[Any], take: Take, axis: int = 0) -> NDArray[Any]:
+def _take(values: NDArray[Any], take: Take, axis: int = 0) -> NDArray[Any]:
     """The slices that `take` asks for, with zeros for new ones."""
     return np.where(
         (take >= 0).reshape(-1, *(1,) * (values.ndim - 1 - axis)), np.take(values, np.maximum(take, 0), axis), 0.0
     )
 
 
-def _edited(rw: Rewriter, reading: Reading, analysis: Analysis, takes: Mapping[Tensor, Take]) -> LinearMap | None:
+def _edit(rw: Rewriter, reading: Reading, analysis: Analysis, takes: Mapping[Tensor, Take]) -> LinearMap | None:
     """The map between the new channels; None if it stays as it is."""
     linear = reading.load()
     g, weight, bias = linear.geometry, linear.weight, linear.bias
@@ -168,16 +168,16 @@ def _edited(rw: Rewriter, reading: Reading, analysis: Analysis, takes: Mapping[T
             value[source[source >= 0]] = 0.0
             through = weight.reshape(*weight.shape[:2], -1).sum(-1)
             shift = through @ value
-            bias, moved, weight = bias + shift, np.abs(shift), _taken(weight, source, 1)
+            bias, moved, weight = bias + shift, np.abs(shift), _take(weight, source, 1)
         if output is not None:
-            bias, moved, weight = _taken(bias, output), _taken(moved, output), _taken(weight, output)
+            bias, moved, weight = _take(bias, output), _take(moved, output), _take(weight, output)
         g = replace(g, out_channels=weight.shape[0], in_channels=weight.shape[1])
         return LinearMap.of(g, weight, bias, moved)
     if output is None or reading.axis is None or len(weight) != len(analysis.of[reading.output].value):
         return None  # a scale and a shift for all channels alike
     count = len(output)
     g = replace(g, out_channels=count, in_channels=count, groups=count)
-    return LinearMap.of(g, _taken(weight, output), _taken(bias, output))
+    return LinearMap.of(g, _take(weight, output), _take(bias, output))
 
 
 def _resize(rw: Rewriter, component: Sequence[Channels], analysis: Analysis, takes: Mapping[Tensor, Take]) -> None:

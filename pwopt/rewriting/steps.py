@@ -23,7 +23,7 @@ class Step:
     signature: tuple[object, ...]
 
 
-def activation(view: View, tensor: Tensor) -> Step | None:
+def read_activation(view: View, tensor: Tensor) -> Step | None:
     """The elementwise operator, or x·f(x), that alone reads `tensor`."""
     readers = view.readers(tensor)
     if view.must_keep(tensor) or not readers or len(readers) > 2:
@@ -47,7 +47,7 @@ def activation(view: View, tensor: Tensor) -> Step | None:
     return Step((gate, product), product.outputs[0], ("x·", gate.op, repr(sorted(gate.attrs.items()))))
 
 
-def repeated(view: View, step: Step, source: Tensor, output: Tensor) -> list[Node]:
+def repeat_activation(view: View, step: Step, source: Tensor, output: Tensor) -> list[Node]:
     """The operators of a step on another tensor."""
     node = step.nodes[0]
     name = view.node_name(node.name, "_part")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 
-def counted(count: int, noun: str) -> str:
+def format_count(count: int, noun: str) -> str:
     """A count and its noun, in the plural unless it is one.
 
     Examples
@@ -16,7 +16,7 @@ def counted(count: int, noun: str) -> str:
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
-def dearer(before: float, after: float, absolute: bool = False) -> str:
+def format_increase(before: float, after: float, absolute: bool = False) -> str:
     """What something costs that saves no multiply-adds.
 
     Examples

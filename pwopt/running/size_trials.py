@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import onnx
 
 from pwopt.errors import ModelError, UsageError
-from pwopt.graph.shapes import written
+from pwopt.graph.shapes import format_shape
 from pwopt.inputs.candidate_sizes import CandidateSizes, SizeSearch
 from pwopt.inputs.samples import draw_feeds
 from pwopt.inputs.size_guesses import Trust
@@ -154,7 +154,7 @@ def _find_running(search: SizeSearch, trials: SizeTrials) -> ChosenSizes:
 
 
 def _describe(sizes: Sizes) -> str:
-    return ", ".join(f"{name} {written(shape)}" for name, shape in sizes.items()) or "of no input"
+    return ", ".join(f"{name} {format_shape(shape)}" for name, shape in sizes.items()) or "of no input"
 
 
 def _grow(search: SizeSearch, trials: SizeTrials, found: CandidateSizes, spent: float) -> ChosenSizes:
@@ -222,7 +222,7 @@ def _elements(sizes: Mapping[str, Sequence[int]]) -> int:
 
 
 def _format_sizes(sizes: Mapping[str, Sequence[int]]) -> str:
-    return " ".join(f"{name} {written(shape)}" for name, shape in sizes.items())
+    return " ".join(f"{name} {format_shape(shape)}" for name, shape in sizes.items())
 
 
 def _log(chosen: ChosenSizes) -> ChosenSizes:

@@ -11,11 +11,11 @@ import onnx
 from pwopt.graph.files import save
 from pwopt.graph.memo import LATEST, digest
 from pwopt.graph.model import Model
-from pwopt.graph.shapes import skeleton
+from pwopt.graph.shapes import make_skeleton
 from pwopt.graph.storage import total_bytes
 from pwopt.rewriting.driver import Certifier, Pass
 from pwopt.rewriting.records import Rewrite, Site, Skip
-from pwopt.rewriting.wording import counted
+from pwopt.rewriting.wording import format_count
 from pwopt.selecting.snapshot import RewriteResult, Snapshot
 
 #: The clause on a rewrite of pwopt that its certificate refuses.
@@ -126,7 +126,7 @@ class Compilation:
         """The same without the sites of some rewrites; the reason is a clause."""
         left_out = {r.site: Skip(f"left out ({reason}): {r.reason}", r.site) for r in rewrites}
         names = ", ".join(dict.fromkeys(s.pass_name for s in left_out.values()))
-        note = f"Left out: {names} at {counted(len(left_out), 'place')}, {reason}."
+        note = f"Left out: {names} at {format_count(len(left_out), 'place')}, {reason}."
         return replace(self, refused={**self.refused, **left_out}, notes=(*self.notes, note))
 
     def candidates(self) -> list[Pass]:
@@ -140,7 +140,7 @@ class Compilation:
 
     def digest(self) -> str:
         """Equal for models of the same operators, attributes and sizes, whatever their large weights are."""
-        return digest(skeleton(self.target.proto, self.sizes))
+        return digest(make_skeleton(self.target.proto, self.sizes))
 
     def find_opportunities(self) -> tuple[list[Rewrite], list[Skip]]:
         """Find all rewrites that each measured pass could make alone, and its refusals."""
@@ -172,4 +172,6 @@ def _explain_failure(rewrite: Rewrite, builtin: bool) -> str:
 
 
 def _explain_growth(rewrite: Rewrite) -> str:
-    return f"{rewrite.reason}, but its constants take {counted(rewrite.growth, 'byte')} more than --max-growth leaves"
+    return (
+        f"{rewrite.reason}, but its constants take {format_count(rewrite.growth, 'byte')} more than --max-growth leaves"
+    )

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from pwopt.graph import calls
 from pwopt.graph.files import from_proto
-from pwopt.graph.functions import expanded, functions
+from pwopt.graph.functions import count_expanded, functions
 from pwopt.graph.model import Model
 from pwopt.rewriting.driver import Pass
 from pwopt.rewriting.records import Site
@@ -22,14 +22,14 @@ def inline_functions(
     functions would become too many operators.
     """
     listed = functions(model.proto)
-    if not listed or expanded(model.proto) is None:
+    if not listed or count_expanded(model.proto) is None:
         return model
     try:
-        whole = calls.inlined(model.proto, listed.keys(), tagged=True)
+        whole = calls.inline(model.proto, listed.keys(), tagged=True)
     except Exception:  # the inliner refuses a model in several ways; the runtime may still accept it
         return model
     candidate = from_proto(whole, model.folder)
     result = run_passes(candidate, passes, tuple(deny), sizes, frozenset())
     replaced = frozenset(old for r in result.rewrites for old, _ in r.became)
-    chosen = calls.touched(model.proto, whole, candidate.to_proto(), replaced)
-    return from_proto(calls.inlined(model.proto, chosen), model.folder) if chosen else model
+    chosen = calls.find_touched_functions(model.proto, whole, candidate.to_proto(), replaced)
+    return from_proto(calls.inline(model.proto, chosen), model.folder) if chosen else model

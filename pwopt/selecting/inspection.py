@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pwopt.graph.files import Source, blaming, load
+from pwopt.graph.files import Source, blame_model, load
 from pwopt.graph.model import Model
 from pwopt.graph.view import View
 from pwopt.maps import forms
@@ -101,7 +101,7 @@ def inspect(
     128→192 1 fold-chains: 64→128→192→128→32 is cheaper as one map
     """
     original, sizes = sized(model, shapes)
-    with blaming(original.proto):
+    with blame_model(original.proto):
         path = Path(model) if isinstance(model, (str, os.PathLike)) else None
         return _describe_maps(original, load(model), load(model), sizes, resolve_passes(None, plugins, path))
 

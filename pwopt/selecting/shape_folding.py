@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterable, Mapping, Sequence
 import onnx
 
 from pwopt.graph import values
-from pwopt.graph.calls import branch_taken, with_branches
+from pwopt.graph.calls import find_branch, inline_branches
 from pwopt.graph.files import annotate, from_proto
-from pwopt.graph.memo import remembered
+from pwopt.graph.memo import memoize
 from pwopt.graph.model import Model
-from pwopt.graph.shapes import Shape, infer, known, skeleton
+from pwopt.graph.shapes import Shape, infer, known, make_skeleton
 from pwopt.graph.view import View
 from pwopt.passes import CleanUp, SettleShapes
 from pwopt.rewriting.driver import Certifier, Pass, describe
@@ -82,7 +82,7 @@ def _inline_branches(model: Model, denied: Collection[Site]) -> list[Rewrite]:
             or Site(CleanUp.name, node.outputs[0].name) in denied
         ):
             continue
-        body = branch_taken(message, bool(condition[0]))
+        body = find_branch(message, bool(condition[0]))
         if body is None:
             continue
         taken[node.outputs[0].name] = bool(condition[0])
@@ -91,16 +91,16 @@ def _inline_branches(model: Model, denied: Collection[Site]) -> list[Rewrite]:
         site = Site(CleanUp.name, node.outputs[0].name)
         rewrites.append(Rewrite(reason, (describe(node),), added, site=site))
     if taken:
-        model.become(from_proto(with_branches(model.to_proto(), taken), model.folder))
+        model.become(from_proto(inline_branches(model.to_proto(), taken), model.folder))
     return rewrites
 
 
 def concrete_sizes(proto: onnx.ModelProto, sizes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
     """The shapes of all tensors for inputs of the given sizes, as far as inference finds them."""
-    return dict(_infer_sizes(skeleton(proto, sizes)))
+    return dict(_infer_sizes(make_skeleton(proto, sizes)))
 
 
-@remembered
+@memoize
 def _infer_sizes(light: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     types = infer(light)
     found = _known_sizes(types)

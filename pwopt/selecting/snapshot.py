@@ -10,7 +10,7 @@ import onnx
 
 from pwopt.graph.memo import digest
 from pwopt.graph.model import Model
-from pwopt.graph.shapes import skeleton
+from pwopt.graph.shapes import make_skeleton
 from pwopt.graph.view import View
 from pwopt.maps.cost import Cost, measure
 from pwopt.rewriting.driver import Certifier, Pass, Rewriter
@@ -85,7 +85,7 @@ class Snapshot:
         """Run all passes that need no measurement over a model, in place."""
         passes = [p.branch() for p in passes]
         folding = [kind for kind in SHAPE_PASSES if any(type(p) is kind for p in passes)]
-        given = digest(skeleton(model.proto, inputs)) == digest(skeleton(model.proto))
+        given = digest(make_skeleton(model.proto, inputs)) == digest(make_skeleton(model.proto))
         if given and folding == list(SHAPE_PASSES) and not deny:  # folding the model also finds its sizes
             original, sizes = model.copy(), dict[str, tuple[int, ...]]()
             done = fold_shapes(model, deny, certifier, folding, sizes)

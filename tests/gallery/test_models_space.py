@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 from test_models import both, builder
 
 import pwopt
-from pwopt.graph.files import from_proto, with_fixed_inputs
+from pwopt.graph.files import fix_inputs, from_proto
 from pwopt.graph.view import View
 from pwopt.maps.cost import measure
 
@@ -22,7 +22,7 @@ EARLY = ["fold-affine", "join-concat"]
 def macs(model: onnx.ModelProto, batch: int = 1) -> int:
     """Multiply-adds, counted anew in the model with its batch fixed."""
     shapes = {i.name: [batch, *(d.dim_value for d in i.type.tensor_type.shape.dim[1:])] for i in model.graph.input}
-    cost = measure(View(from_proto(with_fixed_inputs(model, shapes)).graph))
+    cost = measure(View(from_proto(fix_inputs(model, shapes)).graph))
     assert cost.unknown == 0
     return cost.macs
 

@@ -7,8 +7,8 @@ from helpers import evaluate, ops, parse
 from onnx import TensorProto, helper, numpy_helper
 
 import pwopt
-from pwopt.graph.calls import inlined
-from pwopt.graph.functions import MOST, expanded, functions
+from pwopt.graph.calls import inline
+from pwopt.graph.functions import MOST, count_expanded, functions
 from pwopt.selecting.inlining import inline_functions
 from pwopt.selecting.pass_list import resolve_passes
 
@@ -176,21 +176,21 @@ def test_a_tower_of_functions_is_not_inlined() -> None:
     model = called(*floors, folds())
     del model.graph.node[1:]
     model.graph.output[0].name = "h1"
-    assert expanded(model) is None
+    assert count_expanded(model) is None
     loaded = pwopt.load(model)  # infers shapes
     assert inline_functions(loaded, resolve_passes(), (), {}) is loaded
 
 
 def test_functions_that_call_themselves_are_left_to_the_runtime() -> None:
     model = called([helper.make_node("F0", ["x", "w"], ["y"], domain="loc")])
-    assert expanded(model) is None
-    assert expanded(called(stays(), folds())) == 4
+    assert count_expanded(model) is None
+    assert count_expanded(called(stays(), folds())) == 4
     assert MOST > 4
 
 
 def test_weights_are_not_copied_by_the_inliner() -> None:
     model = called(folds())
-    result = inlined(model, [("loc", "F0")])
+    result = inline(model, [("loc", "F0")])
     assert result.graph.initializer[0] == model.graph.initializer[0]
 
 
@@ -247,14 +247,14 @@ def slope_of(model: onnx.ModelProto) -> float:
 @pytest.mark.parametrize(("given", "expected"), [({}, 0.3), ({"slope": 0.5}, 0.5)])
 def test_a_call_without_an_attribute_gets_its_default(given: dict[str, float], expected: float) -> None:
     model = calling(helper.make_node("Leaky", ["x"], ["y"], domain="my", **given), leaky("Leaky", "slope", 0.3))
-    result = inlined(model, functions(model).keys())
+    result = inline(model, functions(model).keys())
     assert slope_of(result) == pytest.approx(expected)
     assert not model.graph.node[0].attribute or given  # the original stays as it was
 
 
 def test_an_attribute_without_a_default_stays_absent() -> None:
     model = calling(helper.make_node("Leaky", ["x"], ["y"], domain="my"), leaky("Leaky", "slope", None))
-    assert slope_of(inlined(model, functions(model).keys())) == pytest.approx(0.01)
+    assert slope_of(inline(model, functions(model).keys())) == pytest.approx(0.01)
 
 
 @pytest.mark.parametrize(("given", "expected"), [({}, 0.3), ({"outer": 0.5}, 0.5)])
@@ -263,14 +263,14 @@ def test_a_default_reaches_through_a_function_that_passes_the_attribute_on(
 ) -> None:
     call = helper.make_node("Passing", ["x"], ["y"], domain="my", **given)
     model = calling(call, leaky("Leaky", "slope", 0.3), passing(1))
-    assert slope_of(inlined(model, functions(model).keys())) == pytest.approx(expected)
+    assert slope_of(inline(model, functions(model).keys())) == pytest.approx(expected)
 
 
 def test_a_function_whose_attribute_has_several_defaults_stays() -> None:
     call = helper.make_node("Passing", ["x"], ["y"], domain="my")
     model = calling(call, leaky("Leaky", "slope", 0.3), passing(2))
     with pytest.raises(ValueError, match="'outer' of 'Passing' has several defaults"):
-        inlined(model, functions(model).keys())
+        inline(model, functions(model).keys())
     result = pwopt.optimize(model, cost="analytic", verify=False).model
     assert [n.op_type for n in result.graph.node] == ["Passing"]
 

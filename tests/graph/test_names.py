@@ -12,7 +12,7 @@ from onnx import TensorProto, helper
 import pwopt
 from pwopt.cli import app
 from pwopt.graph.functions import nodes_within
-from pwopt.graph.names import with_named_nodes
+from pwopt.graph.names import name_nodes
 
 
 def names(model: onnx.ModelProto) -> list[str]:
@@ -37,12 +37,12 @@ def branching() -> onnx.ModelProto:
 
 def test_every_operator_gets_a_name_of_its_own() -> None:
     model = branching()
-    named = with_named_nodes(model)
+    named = name_nodes(model)
     assert names(named)[:2] == ["Relu_a_1", "Relu_a"]
     assert set(names(named)) == {"Relu_a_1", "Relu_a", "Abs_z", "If_y", "Neg_r", "Neg_r_1", "Twice_w", "Add_q"}
     assert len(set(names(named))) == len(names(named))
     assert sum(map(bool, names(model))) == 1
-    assert with_named_nodes(named) is named
+    assert name_nodes(named) is named
     onnx.checker.check_model(named, full_check=True)
 
 

@@ -10,7 +10,7 @@ from helpers import MODELS
 
 import pwopt
 from pwopt.errors import ModelError, UsageError
-from pwopt.graph.sources import handed
+from pwopt.graph.sources import unwrap
 
 PATH = MODELS / "linear_sequence.onnx"
 
@@ -51,7 +51,7 @@ def test_anything_else_is_refused_with_a_sentence(other: object) -> None:
 @pytest.mark.parametrize("content", [b"", b"hello", b"\x00" * 40])
 def test_bytes_that_are_no_model(content: bytes) -> None:
     with pytest.raises(ModelError, match="the bytes are not an ONNX model"):
-        handed(content)
+        unwrap(content)
 
 
 @pytest.mark.parametrize("shapes", ["x=1x64x2x2", ["x"], {"x": "1x64x2x2"}, {"x": 3}, {"x": (1, -1, 2, 2)}])

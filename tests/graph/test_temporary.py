@@ -14,7 +14,7 @@ import pytest
 from helpers import parse
 
 from pwopt.graph import storage, temporary
-from pwopt.graph.memo import remembered
+from pwopt.graph.memo import memoize
 from pwopt.graph.temporary import AGE, PREFIX, create_file, remove_stale, temporary_folder
 
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no flock")
@@ -84,7 +84,7 @@ def test_names_may_be_as_long_as_the_system_allows(tmp_path: Path) -> None:
 
 def test_remembered_results_are_safe_for_threads() -> None:
     models = [parse(f"(float[{i}] x) => (float[N] y) {{ y = Relu(x) }}") for i in range(1, 13)]
-    size = remembered(lambda m: m.graph.input[0].type.tensor_type.shape.dim[0].dim_value)
+    size = memoize(lambda m: m.graph.input[0].type.tensor_type.shape.dim[0].dim_value)
     faults: list[BaseException] = []
 
     def work(k: int) -> None:
@@ -105,4 +105,4 @@ def test_remembered_results_are_safe_for_threads() -> None:
         sys.setswitchinterval(interval)
     assert not faults
     model = onnx.ModelProto()
-    assert remembered(lambda _: None)(model) is None
+    assert memoize(lambda _: None)(model) is None

@@ -14,7 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from pwopt.graph.files import from_proto
 from pwopt.passes import FoldChains
 from pwopt.rewriting.records import Site
-from pwopt.rewriting.wording import dearer
+from pwopt.rewriting.wording import format_increase
 from pwopt.selecting.snapshot import run_passes
 
 X = normal(2, 4, 6, 6)
@@ -75,7 +75,7 @@ def test_a_price_that_is_the_same_is_a_tie() -> None:
     assert reasons(run(model, FoldChains())[1]) == [
         "the intermediate 'h' has 2 consumers; folding 8→4→8 would cost as many multiply-adds (4,800), a tie"
     ]
-    assert dearer(10_000.0, 10_001.0) == "1.0001× the multiply-adds"
+    assert format_increase(10_000.0, 10_001.0) == "1.0001× the multiply-adds"
 
 
 def test_a_bottleneck_stays_with_the_price_of_folding_it() -> None:

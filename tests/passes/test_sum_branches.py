@@ -37,7 +37,7 @@ from pwopt.maps.cost import Cost
 from pwopt.maps.paths import Path
 from pwopt.passes import FoldAffine, FoldChains, SumBranches, sum_branches
 from pwopt.passes.sum_branches import Branch, Term, _find_cheapest
-from pwopt.rewriting.wording import dearer
+from pwopt.rewriting.wording import format_increase
 from pwopt.selecting.snapshot import run_passes
 
 Z = normal(2, 4, 6, 6, seed=9)
@@ -365,7 +365,9 @@ def cheapest_by_trying_all(branches: Sequence[Branch]) -> tuple[Branch | None, s
                 pair = Branch((*b.terms, *a.terms), geometry, a.separate + b.separate)
                 saved = a.together + b.together - pair.together
                 if saved < 0:
-                    reason = f"merging the branches would cost {dearer(a.together + b.together, pair.together)}"
+                    reason = (
+                        f"merging the branches would cost {format_increase(a.together + b.together, pair.together)}"
+                    )
                 elif best is None or saved > best[0]:
                     best = (saved, i, j, pair)
         if best is None:

@@ -7,7 +7,7 @@ import pytest
 from pwopt.algebra.geometry import Refusal
 from pwopt.graph.shapes import Shape
 from pwopt.rewriting.driver import Rewriter
-from pwopt.rewriting.interleaving import interleavable
+from pwopt.rewriting.interleaving import check_interleaving
 
 
 @pytest.mark.parametrize(
@@ -23,5 +23,5 @@ from pwopt.rewriting.interleaving import interleavable
 )
 def test_what_phases_are_put_together_into(shape: Shape | None, reason: str) -> None:
     output = gs.Variable("y", np.dtype(np.float32), shape)
-    found = interleavable(Rewriter(gs.Graph(outputs=[output])), output)
+    found = check_interleaving(Rewriter(gs.Graph(outputs=[output])), output)
     assert found == (Refusal(reason) if reason else None)

@@ -19,7 +19,7 @@ from onnx import TensorProto, helper, numpy_helper
 import pwopt
 from pwopt import cli
 from pwopt.graph import shapes
-from pwopt.graph.limits import isolated
+from pwopt.graph.limits import run_isolated
 from pwopt.graph.shapes import infer
 from pwopt.optimizing.optimizer import Result
 
@@ -134,10 +134,10 @@ def test_many_constants_below_the_limit_have_a_limit_together() -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the bound is Linux's")
 def test_a_bound_on_memory_holds_for_the_copy_alone() -> None:
-    assert isolated(lambda: b"answer", 1 << 26) == b"answer"
-    assert isolated(lambda: b"x" * (1 << 22), 1 << 26) == b"x" * (1 << 22)
-    assert isolated(lambda: bytes(1 << 28), 1 << 26) is None
-    assert isolated(lambda: os.kill(os.getpid(), 11) or b"", 1 << 26) is None  # type: ignore[func-returns-value]
+    assert run_isolated(lambda: b"answer", 1 << 26) == b"answer"
+    assert run_isolated(lambda: b"x" * (1 << 22), 1 << 26) == b"x" * (1 << 22)
+    assert run_isolated(lambda: bytes(1 << 28), 1 << 26) is None
+    assert run_isolated(lambda: os.kill(os.getpid(), 11) or b"", 1 << 26) is None  # type: ignore[func-returns-value]
     assert len(bytes(1 << 28)) == 1 << 28
 
 

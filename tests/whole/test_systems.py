@@ -98,8 +98,8 @@ def test_inference_runs_here_where_no_copy_can(hidden: str, monkeypatch: pytest.
         monkeypatch.setattr(sys, "platform", "darwin")
     else:
         monkeypatch.setattr(limits, "STATUS", NOWHERE)
-    assert limits.isolated(lambda: b"answer", 1 << 20) == b"answer"
-    assert limits.isolated(lambda: bytes(1 // 0), 1 << 20) is None  # as from a copy that failed
+    assert limits.run_isolated(lambda: b"answer", 1 << 20) == b"answer"
+    assert limits.run_isolated(lambda: bytes(1 // 0), 1 << 20) is None  # as from a copy that failed
 
 
 class Busy:
