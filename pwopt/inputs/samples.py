@@ -85,8 +85,9 @@ def draw_feeds(
     Parameters
     ----------
     kind : str
-        Of `KINDS`, for floating point. Integers that index a table are any of its places; others, booleans and strings
-        are 0 and 1, which mean something in most models. All are 0 for "zeros".
+        Of `KINDS`, for floating point. Integers that index a table are any of its places. Other integers have
+        values that the graph admits (see `pwopt.inputs.integer_values`), or 0 and 1 for "uniform". Booleans and strings
+        are 0 and 1. All are 0 for "zeros".
     seed : int
     ranges : mapping of input name to (low, high), optional
         These inputs are uniform there instead, whatever the kind; for integers, both ends are included.
@@ -109,6 +110,8 @@ def _draw(spec: InputSpec, shape: tuple[int, ...], kind: str, rng: np.random.Gen
         else:
             values = rng.standard_normal(shape) * (LARGE if kind == "large" else 1.0)
         return np.asarray(values).astype(spec.dtype)
+    if given is None and spec.dtype.kind in "iu" and spec.largest is None and kind not in ("zeros", "uniform"):
+        return np.asarray(rng.choice(spec.values, shape)).astype(spec.dtype)
     likely = 1 if spec.largest is None else min(spec.largest, np.iinfo(spec.dtype).max)
     low, high = given if given is not None else (0, 0 if kind == "zeros" else likely)
     return np.asarray(rng.integers(int(np.ceil(low)), int(np.floor(high)), shape, endpoint=True)).astype(spec.dtype)

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 from onnx import numpy_helper
 
+from pwopt.algebra import Values
 from pwopt.graph import operators
 from pwopt.graph.operators import MOVES, SAME_SHAPE
 from pwopt.graph.shapes import SMALL, Dim, Shape, infer
@@ -81,14 +82,23 @@ class Constants:
         return tuple(self.tensors[name].dims) if name in self.tensors else None
 
     def integers(self, name: str) -> list[int] | None:
+        """The values of a small constant of integers, else None."""
+        values = self._values(name)
+        return values.reshape(-1).tolist() if values is not None and values.dtype.kind in "iu" else None
+
+    def numbers(self, name: str) -> list[float] | None:
+        """The values of a small constant of numbers, else None."""
+        values = self._values(name)
+        return None if values is None or values.dtype.kind not in "iuf" else values.reshape(-1).tolist()
+
+    def _values(self, name: str) -> Values | None:
         tensor = self.tensors.get(name)
         if tensor is None or tensor.data_location == onnx.TensorProto.EXTERNAL or np.prod(tensor.dims) > SMALL:
             return None
         try:
-            values = numpy_helper.to_array(tensor)
+            return np.asarray(numpy_helper.to_array(tensor))
         except (ValueError, TypeError):  # it holds fewer values than its shape says, or its type is invalid
             return None
-        return values.reshape(-1).tolist() if values.dtype.kind in "iu" else None
 
 
 def find_shape_constraints(model: onnx.ModelProto) -> list[ShapeConstraint]:
@@ -102,7 +112,7 @@ def find_shape_constraints(model: onnx.ModelProto) -> list[ShapeConstraint]:
 
 
 def _constrain(node: onnx.NodeProto, constants: Constants) -> Iterator[ShapeConstraint]:
-    attributes = _integer_attributes(node)
+    attributes = integer_attributes(node)
     x, weights = node.input[0], constants.shape(node.input[1]) if len(node.input) > 1 else None
     source = f"the weights of {node.op_type}"
     if node.op_type in ("Conv", "ConvTranspose") and weights is not None and len(weights) > 2:
@@ -142,7 +152,7 @@ def _constrain(node: onnx.NodeProto, constants: Constants) -> Iterator[ShapeCons
             yield ShapeConstraint(x, axis, 1, True, "a Squeeze")
 
 
-def _integer_attributes(node: onnx.NodeProto) -> dict[str, Any]:
+def integer_attributes(node: onnx.NodeProto) -> dict[str, Any]:
     """Attributes that are integers or lists of integers."""
     several = {a.name: list(a.ints) for a in node.attribute if a.type == onnx.AttributeProto.INTS}
     return {**several, **{a.name: a.i for a in node.attribute if a.type == onnx.AttributeProto.INT}}
@@ -163,7 +173,7 @@ def find_rank(model: onnx.ModelProto, name: str) -> tuple[int, str] | None:
 
 def _rank_from(node: onnx.NodeProto, index: int, constants: Constants) -> tuple[int, bool]:
     """The rank of an operand by the node that reads it (0 if unknown), and whether no other rank is valid."""
-    attributes = _integer_attributes(node)
+    attributes = integer_attributes(node)
     weights = constants.shape(node.input[1]) if len(node.input) > 1 else None
     if index == 0 and node.op_type in ("Conv", "ConvTranspose") and weights:
         return len(weights), True
@@ -192,25 +202,6 @@ def find_uses(model: onnx.ModelProto, name: str, through: frozenset[str]) -> Ite
             yield node, index
             if node.op_type in through and (index == 0 or node.op_type == "Concat" or node.op_type in BROADCASTS):
                 reached.update(node.output)
-
-
-def find_largest_index(model: onnx.ModelProto, name: str, types: Types) -> int | None:
-    """The largest valid value of an input that indexes tables, by the shortest of them; None if it indexes none."""
-    lengths = []
-    for node, index in find_uses(model, name, MOVES):
-        length: Dim = None
-        attributes = _integer_attributes(node)
-        if node.op_type in ("Gather", "GatherElements") and index == 1:
-            table = types.get(node.input[0], (0, None))[1]
-            axis = attributes.get("axis", 0)
-            length = table[axis] if table and -len(table) <= axis < len(table) else None
-        elif node.op_type == "EmbedLayerNormalization" and index < 2:
-            place = 2 + 2 * index  # word_embedding or segment_embedding
-            table = types.get(node.input[place], (0, None))[1] if len(node.input) > place else None
-            length = table[0] if table else None
-        if isinstance(length, int) and length > 0:
-            lengths.append(length)
-    return min(lengths) - 1 if lengths else None
 
 
 def reads_waveform(model: onnx.ModelProto, name: str) -> bool:

@@ -13,6 +13,7 @@ import onnx
 from pwopt.errors import ModelError, UsageError
 from pwopt.graph.shapes import Shape, dims, format_shape, infer, known
 from pwopt.inputs import shape_constraints
+from pwopt.inputs.integer_values import BINARY, find_largest_index, find_values
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,8 @@ class InputSpec:
         None if neither says anything.
     largest : int or None
         For indices, the largest valid one; None if the input indexes no table.
+    values : tuple of int
+        For other integers, those to draw.
     facts : tuple of str
         What the graph determined, for reports.
     """
@@ -36,6 +39,7 @@ class InputSpec:
     dtype: np.dtype[Any]
     shape: Shape | None
     largest: int | None = None
+    values: tuple[int, ...] = BINARY
     facts: tuple[str, ...] = ()
 
 
@@ -86,7 +90,9 @@ def _complete(specs: Sequence[InputSpec], model: onnx.ModelProto) -> list[InputS
             facts = tuple(f"{axis} is {size}, by {by}" for axis, (size, by) in found_here.items())
             spec = replace(spec, shape=shape, facts=(*spec.facts, *facts))
         if spec.dtype.kind in "iu":
-            spec = replace(spec, largest=shape_constraints.find_largest_index(model, spec.name, infer(model)))
+            largest = find_largest_index(model, spec.name, infer(model))
+            values = find_values(model, spec.name, spec.dtype, len(spec.shape or ()))
+            spec = replace(spec, largest=largest, values=values)
         completed[i] = spec
     return completed
 

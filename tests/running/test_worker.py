@@ -117,8 +117,8 @@ def test_a_worker_that_is_killed_from_outside_is_asked_again_once(models: Path) 
 
 def test_a_report_says_where_no_worker_starts(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child, "child_command", lambda *_: ["/no/such/python"])
-    options = {"cost": "analytic", "cache": False}
     body = "(float[1,8] x) => (float[1,8] y) { h = Mul(x, a) y = Mul(h, a) }"
-    report = pwopt.optimize(parse(body, a=normal(8, dtype="float32")), **options).report  # type: ignore[arg-type]
+    model, measuring = parse(body, a=normal(8, dtype="float32")), pwopt.Measuring(cache=False)
+    report = pwopt.optimize(model, cost="analytic", measuring=measuring).report
     assert report.rewrites
     assert any("did not run in a process of their own: no process could be started" in n for n in report.notes)
