@@ -6,7 +6,6 @@ import contextlib
 import dataclasses
 import glob
 import hashlib
-import json
 import multiprocessing
 import os
 import sys
@@ -15,12 +14,14 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
+from multiprocessing.context import SpawnContext
 from pathlib import Path, PurePath
 from typing import Any
 
 import onnx
 
 from pwopt.errors import PwoptError, UsageError
+from pwopt.graph.json_files import read_json, read_record
 from pwopt.graph.storage import locations_of, replacing
 from pwopt.optimizing.optimizer import run_request
 from pwopt.optimizing.preparation import resolve
@@ -33,6 +34,8 @@ from pwopt.version import __version__
 
 #: What a finished batch is listed in, and what the next one goes on from.
 INDEX = "index.json"
+#: Seconds between two updates of the index while models are optimised.
+INDEX_SECONDS = 10.0
 #: Processes that Windows can wait for at once (concurrent.futures).
 MOST = 61
 #: Exit code of a defect of pwopt itself, or of a process that died.
@@ -224,13 +227,18 @@ def optimize_many(
         told(row)
     todo = [job for job in listed if job.output not in rows]
     run = runner or (_in_turn if workers == 1 else Processes(workers))
-    by_model = {os.fspath(job.model): job for job in todo}
-    for done in run(todo, request, progress):
-        job = by_model[done.row.model]
-        rows[job.output] = _kept(job, done, where)
-        told(rows[job.output])
-        _write_index(where, [rows[j.output] for j in listed if j.output in rows], earlier)
-    _write_index(where, [rows[job.output] for job in listed], earlier)
+    by_output = {os.fspath(job.output): job for job in todo}
+    written = time.monotonic()
+    try:
+        for done in run(todo, request, progress):
+            job = by_output[done.row.output]
+            rows[job.output] = _kept(job, done, where)
+            told(rows[job.output])
+            if time.monotonic() - written > INDEX_SECONDS:
+                _write_index(where, [rows[j.output] for j in listed if j.output in rows], earlier)
+                written = time.monotonic()
+    finally:
+        _write_index(where, [rows[job.output] for job in listed if job.output in rows], earlier)
     return [rows[job.output] for job in listed]
 
 
@@ -270,9 +278,8 @@ def _written(output: Path) -> str:
 def _read(index: Path) -> dict[str, BatchRow]:
     """Rows of an earlier batch in this folder by output; none if there was none, or its index is damaged."""
     try:
-        rows = json.loads(index.read_text(encoding="utf-8"))["rows"]
-        read = [BatchRow(**{**r, "nodes": tuple(r["nodes"]), "macs": tuple(r["macs"])}) for r in rows]
-        return {r.output: r for r in read if r.status != "failed"}
+        rows = [read_record(BatchRow, content) for content in read_json(index)["rows"]]
+        return {row.output: row for row in rows if row.status != "failed"}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
@@ -350,12 +357,12 @@ class Processes:
     workers: int
 
     def __call__(self, todo: Sequence[Job], request: Request, progress: Progress) -> Iterator[JobResult]:
-        left = {os.fspath(job.model): job for job in todo}
+        left = {os.fspath(job.output): job for job in todo}
         rounds = [(list(todo), self.workers)]
         while rounds:
             batch, size = rounds.pop(0)
             for done in self._pooled(batch, replace(request, progress=ignore_progress), size):
-                left.pop(done.row.model)
+                left.pop(done.row.output)
                 progress(f"{len(todo) - len(left)} of {len(todo)} models", 1 - len(left) / len(todo))
                 yield done
             if size > 1:  # a process that dies takes its pool along: the rest is done one by one
@@ -367,7 +374,7 @@ class Processes:
     def _pooled(self, batch: Sequence[Job], request: Request, size: int) -> Iterator[JobResult]:
         spawn = multiprocessing.get_context("spawn")
         size = min(size, MOST) if sys.platform == "win32" else size
-        with ProcessPoolExecutor(size, spawn, initializer=_begin, initargs=(spawn.Lock(),)) as pool:
+        with ProcessPoolExecutor(size, spawn, initializer=_begin, initargs=(_create_lock(spawn),)) as pool:
             try:
                 futures = [pool.submit(carried_out, job, request) for job in batch]
                 for future in as_completed(futures):
@@ -377,6 +384,24 @@ class Processes:
                 return
             finally:
                 pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _create_lock(context: SpawnContext) -> Any:
+    """Create a lock for processes.
+
+    Raises
+    ------
+    UsageError
+        If the system, or this process, cannot have any.
+    """
+    why = "a daemonic process cannot start others" if multiprocessing.current_process().daemon else ""
+    try:
+        lock = None if why else context.Lock()
+    except (OSError, ImportError) as error:
+        why = f"the system provides no semaphores: {error}"
+    if why:
+        raise UsageError(f"several workers cannot run here ({why}); leave --workers out")
+    return lock
 
 
 def _begin(lock: Any) -> None:

@@ -30,6 +30,7 @@ from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider
 from pwopt.selecting import cache
 from pwopt.selecting.tuning_database import TuningDatabase
+from pwopt.version import __version__
 
 #: How often a model is tried again on another worker where one is lost.
 RETRIES = 3
@@ -62,6 +63,7 @@ class JobRequest:
     output: PurePath
     files: Mapping[str, bytes]
     known: tuple[cache.TuningRecord, ...]
+    version: str = __version__
 
 
 @dataclass(frozen=True)
@@ -277,8 +279,22 @@ def _turn() -> Any:
     return contextlib.nullcontext()
 
 
+def _find_mismatch(parcel: JobRequest, request: Request) -> str:
+    """On a worker: return why it cannot do a job as asked, or ""."""
+    host = socket.gethostname()
+    if parcel.version != __version__:
+        return f"the worker on {host} has pwopt {__version__}, not {parcel.version}; install the same version there"
+    if request.verify and not installation.is_available():
+        return f"the worker on {host} has no onnxruntime; install it there, or pass --no-verify"
+    return ""
+
+
 def delivered(parcel: JobRequest, request: Request) -> JobResponse:
     """On a worker: optimise one model."""
+    mismatch = _find_mismatch(parcel, request)
+    if mismatch:
+        row = BatchRow(os.fspath(parcel.model), os.fspath(parcel.output), "failed", mismatch, UsageError.exit_code)
+        return JobResponse(JobResult(row), {}, (), "")
     installation.silence_onnxruntime()
     timing.share_turn(_turn())
     for entry in parcel.known:

@@ -6,11 +6,13 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from dataclasses import fields as dataclass_fields
 from pathlib import Path
 from typing import Any
 
 from pwopt.errors import UsageError
 from pwopt.evidence.equivalence import Equivalence
+from pwopt.graph.json_files import read_json, read_record
 from pwopt.graph.shapes import format_shape
 from pwopt.maps.cost import NOTHING, Cost
 from pwopt.rewriting.records import Rewrite, Site, Skip
@@ -320,15 +322,31 @@ def read_rewrites(path: Path) -> tuple[Rewrite, ...]:
         If the file is not such a report.
     """
     try:
-        return tuple(
-            Rewrite(
-                r["reason"], tuple(r["removed"]), tuple(r["added"]), r["macs_before"], r["macs_after"],
-                float(r["residual"]), tuple((old, new) for old, new in r["became"]), site=Site.parse(r["site"]),
-            )
-            for r in json.loads(path.read_text(encoding="utf-8"))["rewrites"]
-        )  # fmt: skip
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        return tuple(_read_rewrite(content) for content in read_json(path)["rewrites"])
+    except (OSError, ValueError, KeyError, TypeError, UsageError) as error:
         raise UsageError(f"{str(path)!r} is not a JSON report of pwopt optimize ({error!r})") from error
+
+
+@dataclass(frozen=True)
+class _RewriteFields:
+    """The fields of a rewrite that comparisons read from a report."""
+
+    reason: str
+    removed: tuple[str, ...]
+    added: tuple[str, ...]
+    macs_before: int
+    macs_after: int
+    residual: float
+    became: tuple[tuple[str, str], ...]
+    site: str
+
+
+def _read_rewrite(content: Mapping[str, Any]) -> Rewrite:
+    fields = read_record(_RewriteFields, {f.name: content[f.name] for f in dataclass_fields(_RewriteFields)})
+    return Rewrite(
+        fields.reason, fields.removed, fields.added, fields.macs_before, fields.macs_after, fields.residual,
+        fields.became, site=Site.parse(fields.site),
+    )  # fmt: skip
 
 
 def format_benchmark_json(rows: Sequence[Row], environment: Mapping[str, Any]) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import platform
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
+from pwopt.graph.json_files import read_json, read_record
 from pwopt.graph.storage import replacing
 from pwopt.running import installation
 from pwopt.running.providers import Provider
@@ -22,6 +24,8 @@ from pwopt.selecting.autotuning import clear
 
 #: Where decisions are kept instead of the user's cache folder, if set.
 FOLDER_VARIABLE = "PWOPT_CACHE"
+#: The most pairs of sessions, and the largest logarithm of a speed-up, that a record is believed.
+MAX_PAIRS, MAX_LOG = 1e9, 20.0
 
 
 @dataclass(frozen=True)
@@ -54,6 +58,15 @@ class TuningRecord:
     name: str = ""
     date: str = ""
     profiled: str = ""
+
+    @property
+    def plausible(self) -> bool:
+        """Whether races can have given these figures; a damaged file may hold any."""
+        numbers = self.pairs, self.total, self.squares
+        if not all(map(math.isfinite, numbers)) or not 0 <= self.pairs <= MAX_PAIRS:
+            return False
+        known = self.profiled in ("", "kept", "dropped")
+        return known and abs(self.total) <= MAX_LOG * self.pairs and 0 <= self.squares <= MAX_LOG**2 * self.pairs
 
     @property
     def evidence(self) -> Evidence:
@@ -126,13 +139,10 @@ def look_up(pass_name: str, signature: str, where: str, model: str = "") -> Tuni
 
 
 def _read(path: Path) -> TuningRecord | None:
-    try:
-        content: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-        entry = TuningRecord(**content)
-    except (OSError, ValueError, TypeError):
-        return None
-    numbers = (entry.pairs, entry.total, entry.squares)
-    return entry if all(isinstance(v, float) for v in numbers) and entry.pairs >= 1 else None
+    with contextlib.suppress(OSError, ValueError, OverflowError):
+        record = read_record(TuningRecord, read_json(path))
+        return record if record.plausible and record.pairs >= 1 else None
+    return None
 
 
 def store(entry: TuningRecord) -> None:

@@ -9,13 +9,14 @@ from pathlib import Path
 from typing import Any
 
 from pwopt.errors import UsageError
+from pwopt.graph.json_files import read_json, read_record
 from pwopt.graph.storage import replacing
 from pwopt.selecting.autotuning import Decision
 from pwopt.selecting.cache import TuningRecord
 from pwopt.selecting.priors import Prior
 
 #: Version of the file's layout.
-SCHEMA = 2
+TUNING_SCHEMA = 2
 
 
 @dataclass(frozen=True)
@@ -44,17 +45,22 @@ class TuningDatabase:
         UsageError
             If the file is not one.
         """
+        wrong = f"{str(path)!r} is not a profile that `pwopt profile` wrote"
         try:
-            content = json.loads(Path(path).read_text(encoding="utf-8"))
-            if content["schema"] != SCHEMA:
+            content = read_json(Path(path))
+            if content["schema"] != TUNING_SCHEMA:
                 raise UsageError(f"the profile {str(path)!r} is of layout {content['schema']}; record it again")
-            return cls(dict(content["environment"]), tuple(TuningRecord(**e) for e in content["decisions"]))
+            records = tuple(read_record(TuningRecord, each) for each in content["decisions"])
+            environment = dict(content["environment"])
         except (OSError, ValueError, TypeError, KeyError) as error:
-            raise UsageError(f"{str(path)!r} is not a profile that `pwopt profile` wrote") from error
+            raise UsageError(wrong) from error
+        if not all(record.plausible for record in records):
+            raise UsageError(wrong)
+        return cls(environment, records)
 
     def to_json(self) -> str:
         content = {
-            "schema": SCHEMA,
+            "schema": TUNING_SCHEMA,
             "environment": self.environment,
             "decisions": [asdict(e) for e in self.entries],
         }

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
+import shutil
 import signal
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from dataclasses import replace
+from multiprocessing.context import SpawnContext
+from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import onnx
 import pytest
-from helpers import normal, ops, parse
+from helpers import MODELS, normal, ops, parse
 
 import pwopt
 from pwopt.cli import main
@@ -146,8 +150,8 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "not an ONNX model" in err
     for arguments, words in (
         ((), "add -d OUT"),
-        (("-d", tmp_path / "o", "-o", "x.onnx"), "-o is for one model"),
-        (("-d", tmp_path / "o", "--report", "x.html"), "--report is for one model"),
+        (("-d", tmp_path / "o", "-o", "x.onnx"), "-o applies to a single model"),
+        (("-d", tmp_path / "o", "--report", "x.html"), "--report applies to a single model"),
         (("-d", tmp_path / "o", "--target", "x"), "add --scheduler"),
     ):
         code, out, err = run(*arguments)
@@ -274,3 +278,70 @@ def test_no_scheduler_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 def test_public() -> None:
     assert pwopt.optimize_many is optimize_many
+
+
+def test_a_model_that_two_paths_lead_to_is_done_for_each(tmp_path: Path) -> None:
+    (tmp_path / "a" / "sub").mkdir(parents=True)
+    model = tmp_path / "a" / "sub" / "m.onnx"
+    shutil.copy(MODELS / "linear_sequence.onnx", model)
+    request = Request(cost="analytic", verify=False)
+    for workers in (1, 2):
+        out = tmp_path / f"out{workers}"
+        rows = optimize_many([tmp_path / "a", model], out, request, workers=workers)
+        assert [r.status for r in rows] == ["done", "done"]
+        assert (out / "m.onnx").exists()
+        assert (out / "sub" / "m.onnx").exists()
+
+
+def test_the_index_is_not_written_after_every_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = []
+    for i in range(4):
+        shutil.copy(MODELS / "linear_sequence.onnx", tmp_path / f"{i}.onnx")
+        models.append(tmp_path / f"{i}.onnx")
+    written: list[int] = []
+    monkeypatch.setattr(batch, "_write_index", lambda _, rows, __: written.append(len(rows)))
+    optimize_many(models, tmp_path / "out", Request(cost="analytic", verify=False))
+    assert written == [4]
+    monkeypatch.setattr(batch, "INDEX_SECONDS", -1.0)
+    optimize_many(models, tmp_path / "again", Request(cost="analytic", verify=False))
+    assert written == [4, 1, 2, 3, 4, 4]
+
+
+def test_an_interrupted_batch_leaves_its_index(tmp_path: Path) -> None:
+    def runner(todo: Sequence[Job], *_: object) -> Iterator[batch.JobResult]:
+        yield batch.JobResult(BatchRow(str(todo[0].model), str(todo[0].output), "done"))
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        optimize_many([MODELS / "linear_sequence.onnx"], tmp_path, ANALYTIC, runner=runner)
+    assert json.loads((tmp_path / "index.json").read_text())["rows"][0]["status"] == "done"
+
+
+@pytest.mark.parametrize("why", ["no semaphores", "daemonic"])
+def test_workers_that_cannot_be_had(why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As where there is no /dev/shm."""
+
+    def lock(_: object) -> None:
+        raise FileNotFoundError(2, "No such file or directory")
+
+    if why == "daemonic":
+        monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
+    else:
+        monkeypatch.setattr(SpawnContext, "Lock", lock)
+    with pytest.raises(pwopt.UsageError, match=f"several workers cannot run here .*{why}.*leave --workers out"):
+        optimize_many([MODELS / "linear_sequence.onnx"], tmp_path / "out", ANALYTIC, workers=2)
+
+
+def test_a_worker_that_is_not_as_asked_fails_its_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pwopt.optimizing import fleet
+
+    path = PurePath("m.onnx")
+    job = fleet.JobRequest(path, path, {}, (), "0.0.0")
+    row = fleet.delivered(job, ANALYTIC).done.row
+    assert (row.status, row.code) == ("failed", 2)
+    assert "has pwopt" in row.sentence
+    assert "not 0.0.0" in row.sentence
+    monkeypatch.setattr(fleet.installation, "is_available", lambda: False)
+    row = fleet.delivered(replace(job, version=fleet.__version__), ANALYTIC).done.row
+    assert (row.status, row.code) == ("failed", 2)
+    assert "has no onnxruntime" in row.sentence
