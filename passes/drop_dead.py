@@ -9,7 +9,7 @@ from pwopt.graph.ir import Node, Tensor
 from pwopt.maps import forms
 from pwopt.maps.channels import ALIGNMENT, Analysis, Channels
 from pwopt.maps.forms import Reading
-from pwopt.maps.scans import LARGEST_INPUT, Scanner, flushed
+from pwopt.maps.scans import LARGEST_INPUT, Scanner, flush_subnormals
 from pwopt.rewriting.driver import Pass, Rewriter, describe
 from pwopt.rewriting.rechannel import find_first_producer, rechannel
 from pwopt.rewriting.records import Rewrite, Skip
@@ -68,7 +68,7 @@ class DropDead(Pass):
         raw = rw.raw(tensor)
         if scan is None or not scan.subnormal or raw is None:
             return None
-        low = flushed(raw.astype(np.float64), raw.dtype).astype(raw.dtype)
+        low = flush_subnormals(raw.astype(np.float64), raw.dtype).astype(raw.dtype)
         if np.array_equal(low, raw):
             return None
         if rw.must_keep(tensor):

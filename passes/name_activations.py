@@ -43,7 +43,7 @@ class NameActivations(Pass):
             return None
         dtype = rw.dtype(node.outputs[0])
         standard = spelled.op != "HardSwish" or (
-            idioms.near(spelled.alpha, 1 / 6, dtype) and idioms.near(spelled.beta, 0.5, dtype)
+            idioms.is_close(spelled.alpha, 1 / 6, dtype) and idioms.is_close(spelled.beta, 0.5, dtype)
         )
         available = standard and rw.opset >= SINCE[spelled.op]
         count = len(set(spelled.nodes))

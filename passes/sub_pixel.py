@@ -16,7 +16,7 @@ from pwopt.graph.ir import Node, Tensor
 from pwopt.maps import forms
 from pwopt.maps.forms import Reading
 from pwopt.maps.positions import stencil
-from pwopt.maps.resampling import shuffled
+from pwopt.maps.resampling import read_depth_to_space
 from pwopt.rewriting.builder import Builder
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.interleaving import Interleaving, check_interleaving
@@ -136,7 +136,7 @@ def _read_shuffle(rw: Rewriter, node: Node) -> list[_Stage] | None:
         reading = None if step is None else stencil(rw, rw.producer(maker.inputs[0]))
     if reading is None or reading.geometry.groups > 1:
         return None
-    found = shuffled(node, reading.geometry.out_channels)
+    found = read_depth_to_space(node, reading.geometry.out_channels)
     if found is None:
         return None
     counts, order = found

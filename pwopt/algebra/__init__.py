@@ -1,6 +1,7 @@
 """Maps that are linear across channels, and how they combine: float64 numpy, no ONNX.
 
-`geometry` holds what a map looks like and every exactness rule, `linear` adds the numbers, `ranks` finds low ones.
+`geometry` has maps without numbers and every exactness rule. `linear` adds the numbers. `multirate` has maps between
+sampling rates. `ranks` factors maps of low rank. `overflow` and `zeros` have what floating-point numbers add.
 """
 
 from typing import Any
@@ -8,7 +9,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-#: What the algebra reckons with.
+#: Numbers of the algebra.
 Array = NDArray[np.float64]
 #: Numbers of any type, as models hold them.
 Values = NDArray[Any]

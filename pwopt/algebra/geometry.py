@@ -1,4 +1,4 @@
-"""What linear maps look like, and how they combine: every exactness rule, with its proof."""
+"""Linear maps without numbers, and how they combine: every exactness rule, with its proof."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import ParamSpec, TypeVar
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: Geometries remembered by each function of them: a model has many maps and few kinds of them.
+#: The most results that each function of geometries caches: a model has many maps of few kinds.
 MANY = 1024
 
 
@@ -203,9 +203,9 @@ def compose_geometry(second: Geometry, first: Geometry) -> Geometry | Refusal:
 def homogeneous_geometry(first: Geometry) -> Geometry | Refusal:
     """Geometry of a map of (x, 1), one channel more that is 1 wherever x is: its weight there is the bias of `first`.
 
-    W·x + b = (W b)·(x; 1) at every position that the map reads inside of x. Outside, a padding gives 0 to the channel
-    of ones as to the others, so that what comes next may pad: it would have read 0 there, and W·0 + b·0 is that. So
-    the map must not look outside itself, and have one tap: then each of its positions reads one of x.
+    W·x + b = (W b)·(x; 1) at every position inside x. A map that comes next may pad: it reads 0 outside, and padding
+    the channel of ones with 0 like all others gives W·0 + b·0 = 0 there, too. The map itself must not read outside x,
+    and it must have one tap, so that each of its positions reads one position of x.
     """
     if first.taps > 1 or first.padded or first.transposed:
         return Refusal("only a map with one tap sees the channel of ones at every position")
@@ -222,11 +222,11 @@ def _spanning(stencil: Geometry, first: Geometry, second: Geometry) -> Geometry:
 
 
 def align_geometry(maps: Sequence[Geometry]) -> Geometry | Refusal:
-    """The stencil that holds every tap of `maps`, which read one input side by side.
+    """The stencil that contains every tap of `maps`, which read the same input.
 
-    Tap k of a map reads x[s·p + d·k − pad], so maps of equal stride share a stencil whose offsets are
-    the union of d·k − pad. All have the same output size, for every input size, exactly when
-    pad_begin + pad_end − d(k − 1) agree. Channels, groups and bias are the first map's.
+    Tap k of a map reads x[s·p + d·k − pad]. So maps of equal stride share a stencil whose offsets are the union of all
+    d·k − pad. Their output sizes are equal for every input size if and only if pad_begin + pad_end − d(k − 1) agree.
+    Channels, groups and bias are those of the first map.
     """
     if any(m.auto_pad or m.transposed for m in maps):
         return Refusal("automatic padding and transposed convolutions are not aligned")

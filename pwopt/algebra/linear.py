@@ -1,13 +1,12 @@
-"""The algebra: maps that are linear across channels, and how they combine.
+"""The algebra of maps that are linear across channels.
 
 A map reads ``x`` of shape (N, in_channels, *space) and gives ``y`` of shape (N, out_channels, *space'):
 
     y[o, p] = b[o] + Σ_i Σ_k  W[o, i, k] · x[i, stride·p + dilation·k − pad]
 
-where x is zero outside its bounds (ONNX ``Conv``). A pointwise map has one tap. Everything here is
-float64 numpy and knows no ONNX. `Geometry` holds what a map looks like and *all exactness rules*, so
-that a combination can be priced before anything is multiplied; `LinearMap` adds the numbers. An
-operation on numbers that would not be exact for every input raises `RefusedError` with its reason.
+where x is zero outside its bounds (ONNX ``Conv``). A pointwise map has one tap. Everything here is float64 numpy,
+without ONNX. `Geometry` has *all exactness rules*, so a combination can be priced before anything is multiplied.
+`LinearMap` adds the numbers. An operation that would not be exact for every input raises `RefusedError`.
 """
 
 from __future__ import annotations
@@ -136,7 +135,7 @@ class LinearMap:
         return self if same else LinearMap.of(self.geometry.at_rank(rank), self.weight, self.bias, self.moved)
 
     def broadcast(self, channels: int) -> LinearMap:
-        """A diagonal map with one channel, for every one of `channels`; any other map unchanged."""
+        """Repeat a diagonal map of one channel for `channels` channels; any other map is returned unchanged."""
         g = self.geometry
         if not g.diagonal or g.out_channels != 1:
             return self
@@ -148,10 +147,10 @@ class LinearMap:
         """The same map of (x, 1), without a bias; see `homogeneous_geometry`."""
         geometry = require(homogeneous_geometry(self.geometry))
         bias = self.bias.reshape(-1, 1, *self.geometry.kernel)
-        return LinearMap.of(geometry, np.concatenate([self.regrouped(1).weight, bias], axis=1))
+        return LinearMap.of(geometry, np.concatenate([self.regroup(1).weight, bias], axis=1))
 
-    def regrouped(self, groups: int) -> LinearMap:
-        """The same map in fewer groups (a divisor of the present number), zeros filled in."""
+    def regroup(self, groups: int) -> LinearMap:
+        """The same map in fewer groups, with zeros filled in; `groups` divides the present number."""
         g = self.geometry
         if groups == g.groups:
             return self
@@ -170,7 +169,7 @@ class LinearMap:
         g1, g2, groups = first.geometry, second.geometry, geometry.groups
         # Block-diagonal structure is kept where one side has it; only coprime groupings are filled in.
         if g1.groups > groups and g2.groups > groups:
-            first = first.regrouped(groups)
+            first = first.regroup(groups)
         blocks1, blocks2 = first.geometry.groups // groups, g2.groups // groups
         blocks = blocks1 * blocks2
         middle = g2.in_channels // (groups * blocks)
@@ -216,17 +215,17 @@ class LinearMap:
     def __add__(self, other: LinearMap) -> LinearMap:
         """Parallel maps of one input, outputs summed: kernels are aligned, so 3×3 + 1×1 + identity is one 3×3."""
         stencil = require(add_geometry([self.geometry, other.geometry]))
-        weight = self.regrouped(stencil.groups)._on(stencil) + other.regrouped(stencil.groups)._on(stencil)
+        weight = self.regroup(stencil.groups)._on(stencil) + other.regroup(stencil.groups)._on(stencil)
         bias = self.bias + other.bias
         return LinearMap.of(stencil, weight, bias, np.abs(bias))
 
 
 def compose(second: LinearMap, first: LinearMap, precision: float = 0.0) -> LinearMap:
-    """``second @ first`` for maps as models hold them.
+    """``second @ first`` for maps whose numbers were rounded to the type of a model.
 
-    A diagonal map of one channel stands for any number of them. A bias that cancels to within `precision` of the
-    parts it is the sum of is zero: all that is left of it is the rounding of those parts, which the model rounds
-    to its own type as well. It decides whether a zero padding may follow (`compose_geometry`).
+    A diagonal map of one channel is broadcast to any number of channels. A bias that cancels to within `precision` of
+    its terms becomes zero: the rest is the rounding of those terms to the type of the model. Whether the bias is zero
+    decides whether a zero padding may follow (`compose_geometry`).
     """
     second, first = second.broadcast(first.geometry.out_channels), first.broadcast(second.geometry.in_channels)
     composed = second @ first
@@ -240,9 +239,9 @@ def compose(second: LinearMap, first: LinearMap, precision: float = 0.0) -> Line
 
 
 def _align(maps: Sequence[LinearMap]) -> tuple[Geometry, list[Array]]:
-    """The stencil that maps of one stride share, and their ungrouped weights on it."""
+    """The common stencil of maps of one stride, and their ungrouped weights on it."""
     stencil = require(align_geometry([m.geometry for m in maps]))
-    return stencil, [m.regrouped(1)._on(stencil) for m in maps]
+    return stencil, [m.regroup(1)._on(stencil) for m in maps]
 
 
 def stack(*maps: LinearMap) -> LinearMap:

@@ -1,4 +1,4 @@
-"""Maps between sampling rates: stencils on repeated and on subsampled positions, and the phases of what they give.
+"""Maps between sampling rates: stencils on repeated and on subsampled positions, and the phases of their outputs.
 
 Repetition by r is u[n] = x[⌊n/r⌋] for 0 ≤ n < r·N. Since ⌊n/r⌋ lies outside of 0 … N − 1 exactly where n lies outside
 of 0 … r·N − 1, the zeros around x are the zeros around u, and u[n] = x[⌊n/r⌋] holds for every n. Phase j of R of a map
@@ -29,15 +29,15 @@ Index = tuple[Any, ...]
 
 @dataclass(frozen=True)
 class Moved:
-    """A stencil whose taps come to lie elsewhere; several may come to lie on one, and add up.
+    """A stencil whose taps move to other places; taps that move to the same place are added.
 
     Attributes
     ----------
     geometry : Geometry
     places : tuple of tuple of int
-        For each axis, where on the new kernel each of its taps lies, or begins to lie.
+        For each axis, the first place on the new kernel that each tap moves to.
     width : tuple of int
-        How many places along each axis a tap covers.
+        How many places along each axis a tap covers after the move.
     """
 
     geometry: Geometry
@@ -45,7 +45,7 @@ class Moved:
     width: tuple[int, ...]
 
     def load(self, linear: LinearMap) -> LinearMap:
-        """The numbers; `linear` may have fewer inputs than the geometry says, or no bias."""
+        """Move the numbers; `linear` may have fewer inputs than the geometry, or no bias."""
         g = linear.geometry
         weight = np.zeros((*linear.weight.shape[:2], *self.geometry.kernel))
         for tap in itertools.product(*map(range, g.kernel)):
@@ -57,10 +57,10 @@ class Moved:
 
 
 def phase_counts(geometry: Geometry, repeats: Sequence[int]) -> tuple[int, ...] | Refusal:
-    """How many phases a stencil on repeated positions has along each axis, such that all have as many positions.
+    """The number of phases along each axis of a stencil on repeated positions, all of equal size.
 
-    Where the stride is a multiple of the factor there is one. Where it is 1 there are r, if r divides b + e − d(k − 1),
-    by which the output is longer than the r·N positions that it is computed from.
+    There is one phase if the stride is a multiple of the factor r. There are r if the stride is 1 and r divides
+    b + e − d(k − 1), by which the output is longer than the r·N positions of the input.
     """
     g = geometry
     if g.auto_pad or g.transposed:
@@ -231,9 +231,10 @@ def to_phases(linear: LinearMap) -> LinearMap:
 
 
 def on_phases(linear: LinearMap, count: int) -> LinearMap:
-    """A pointwise map on each of `count` phases, which lie side by side as channels: one group for each of its groups.
+    """Apply a pointwise map to each of `count` phases, which are concatenated as channels.
 
-    It reads every position alone, so it does the same to position R·q + j as to phase j at q.
+    The map acts on each position alone, so it does the same to position R·q + j as to phase j at q. Each group of the
+    map becomes a group of every phase.
     """
     g = linear.geometry
     geometry = replace(
@@ -244,7 +245,7 @@ def on_phases(linear: LinearMap, count: int) -> LinearMap:
 
 
 def over_time(linear: LinearMap) -> list[LinearMap]:
-    """A stencil over an axis and a plane, as one stencil of the plane for each tap along the axis; the first has the
+    """Split a stencil over an axis and a plane into one stencil of the plane per tap along the axis; the first has the
     bias.
 
     y[t, p] = Σ_j Σ_k W[j, k]·x[s·t + d·j − b, …] is a sum over j of stencils of the plane, each on the axis' positions

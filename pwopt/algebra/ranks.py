@@ -1,4 +1,4 @@
-"""The rank of a map: whether it may be low, and the two maps that it then factors into."""
+"""Maps of low rank: find them, and factor each into two maps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ SKETCHES = 3
 
 
 def low_rank(matrix: Array, relative_error: float) -> bool:
-    """Whether a matrix may have a rank at which two factors have fewer weights; hardly ever False if it has.
+    """Whether a matrix may be of so low a rank that two factors have fewer weights; almost never False if it is.
 
     Its rows and columns are summed with random signs in k random sets each (a count sketch: Charikar et al., 2002;
     Clarkson and Woodruff, 2013). If the rank is below k, the k×k result is singular to within `relative_error` times

@@ -1,4 +1,4 @@
-"""Signed zeros: what an addition does to −0 and +0 (IEEE 754-2019, section 6.3), which real numbers do not tell apart.
+"""Signed zeros: what an addition does to −0 and +0 (IEEE 754-2019, section 6.3).
 
 Rounding to nearest, a sum of two zeros of one sign has that sign, and a sum of zeros of both signs is +0. Hence
 
@@ -7,7 +7,7 @@ Rounding to nearest, a sum of two zeros of one sign has that sign, and a sum of 
     x + (+0), x − (−0)  are +0 for both zeros, and x otherwise;
     x + c               is c for both zeros, if c is not zero.
 
-So what is added says it all: −0 keeps every number, bit for bit, and anything else makes both zeros one.
+So adding −0 keeps every number, bit for bit. Adding any other number gives the same result for both zeros.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Nodes read as linear maps, maps written as nodes, what moves past what, and what it costs.
+"""Read nodes as linear maps, write maps as nodes, move scales and shifts past operators, and estimate costs.
 
 `forms` is where to begin: it says what a node is as a map. The modules imported here register the operators it knows.
 """

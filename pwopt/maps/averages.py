@@ -11,7 +11,7 @@ from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
 from pwopt.graph.ir import Node
 from pwopt.graph.view import View
-from pwopt.maps.forms import Reading, Result, implied, reads
+from pwopt.maps.forms import Reading, Result, load_implied, reads
 
 
 @reads("AveragePool")
@@ -29,13 +29,15 @@ def read_average_pool(view: View, node: Node) -> Result:
     if (any(spatial.pads) and not node.attrs.get("count_include_pad", 0)) or spatial.auto_pad:
         return Refusal("its windows at the border average fewer elements")
     geometry = Geometry(channels, channels, channels, kernel, *spatial)
-    load = implied(geometry, lambda: LinearMap.of(geometry, np.full((channels, 1, *kernel), 1 / math.prod(kernel))))
+    load = load_implied(
+        geometry, lambda: LinearMap.of(geometry, np.full((channels, 1, *kernel), 1 / math.prod(kernel)))
+    )
     return Reading((node,), node.inputs[0], geometry, 1, "pool", None, load)
 
 
 @reads("ReduceSum", "ReduceMean")
 def read_reduction(view: View, node: Node) -> Result:
-    """A one-row matrix, when exactly the channel axis is reduced and kept."""
+    """A matrix with one row, if the channel axis is the only one that is reduced, and is kept with size 1."""
     axes = attributes.axes_of(view, node)
     if axes is None or len(axes) != 1 or not node.attrs.get("keepdims", 1) or view.rank(node.inputs[0]) is None:
         return None

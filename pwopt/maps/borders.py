@@ -13,12 +13,12 @@ from pwopt.graph import attributes
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import known
 from pwopt.graph.view import View
-from pwopt.maps.forms import Reading, Result, implied, reads
+from pwopt.maps.forms import Reading, Result, load_implied, reads
 
 
 @reads("Pad")
 def read_pad(view: View, node: Node) -> Result:
-    """Constant channels before and after: a selection with a bias. Constant positions around: a map with a border."""
+    """Padding of channels is a selection with a bias; padding of positions is a map with a border."""
     found = attributes.pad_parameters(view, node)
     if found is None:
         return None
@@ -45,18 +45,18 @@ def read_pad(view: View, node: Node) -> Result:
         selection = LinearMap.selection(picks.tolist(), channels)
         return LinearMap.of(geometry, selection.weight, np.where(picks < 0, constant, 0.0))
 
-    return Reading((node,), node.inputs[0], geometry, axis, "selection", None, implied(geometry, padded))
+    return Reading((node,), node.inputs[0], geometry, axis, "selection", None, load_implied(geometry, padded))
 
 
 def _border(nodes: tuple[Node, ...], source: Tensor, pads: tuple[int, ...], fill: Array) -> Reading:
-    """Positions around a feature map that hold `fill`, one number per channel."""
+    """A border around a feature map that holds `fill`, one number per channel."""
     channels, ones = len(fill), (1,) * (len(pads) // 2)
     geometry = Geometry(channels, channels, channels, ones, ones, ones, pads)
     padding = LinearMap.of(geometry, np.ones(channels))
     return Reading(nodes, source, geometry, 1, "border", None, lambda: padding, fill if fill.any() else None)
 
 
-#: The largest tensor whose positions are followed one by one.
+#: The most elements of a tensor whose positions are tracked one by one.
 MAX_FOLLOWED = 1 << 22
 
 
@@ -64,8 +64,8 @@ MAX_FOLLOWED = 1 << 22
 def read_overwritten_border(view: View, node: Node) -> Result:
     """A Pad whose border is then overwritten with one number per channel.
 
-    Assignments to slices (``y[:, :, :p] = b``) are exported as ScatterND between Transposes; diverse branch blocks
-    (Ding et al., 2021) pad so with the value that their normalisation gives to zero.
+    Exporters write assignments to slices (``y[:, :, :p] = b``) as ScatterND between Transposes. Diverse branch blocks
+    (Ding et al., 2021) use them to pad with the value that their normalisation gives for zero.
     """
     chain, scatters = [node], 0
     while view.op(chain[-1]) != "Pad":

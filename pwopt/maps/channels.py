@@ -1,9 +1,9 @@
-"""What is known about every channel: which are the same constant for every input, and which nobody needs.
+"""Channel analysis: which channels are the same constant for every input, and which may be removed.
 
-Forward, a constant channel (a filter of zeros gives its bias) is followed through everything that acts on channels
-one by one. Backward, a channel may go if wherever it enters a dense map it is a constant that fits into that map's
-bias, or meets weights of zero. Channels that must stay or go together (residual sums, depthwise convolutions,
-gates) are found by letting the masks of their tensors constrain each other until nothing changes.
+The forward analysis follows constant channels (a filter of zeros gives its bias) through every operator that acts on
+each channel alone. The backward analysis finds the removable channels: wherever a removable channel enters a dense map,
+it is multiplied by zeros, or it is a constant that the bias of that map can absorb. Channels that must be kept or
+removed together (residual sums, depthwise convolutions, gates) constrain each other until a fixpoint is reached.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pwopt.graph.operators import ACTIVATIONS, ARITHMETIC
 from pwopt.graph.view import View
 from pwopt.maps import commute, forms, selections
 from pwopt.maps.forms import Reading
-from pwopt.maps.scans import LARGEST_INPUT, NEGLIGIBLE, Mask, Scanner, flushed, vanishing
+from pwopt.maps.scans import LARGEST_INPUT, NEGLIGIBLE, Mask, Scanner, flush_subnormals, vanishing
 
 #: Channel counts stay multiples of this as far as they are: onnxruntime's CPU provider keeps channels in blocks. A
 #: MobileNetV2 pruned to odd widths runs at 0.6 times the speed of the whole one; to multiples of 4, 8 and 16, at
@@ -42,11 +42,11 @@ class Channels:
     tensor : Tensor
     axis : int
     value : array
-        What each channel is at every position and for every input; NaN if it varies.
+        The value of each channel at every position and for every input; NaN if it varies.
     radius : array
-        How far it may be from that, for inputs up to `LARGEST_INPUT`.
+        An upper bound of the deviation from that value, for inputs up to `LARGEST_INPUT`.
     size : array
-        How large a channel that varies is for inputs of one, at most 1.
+        The magnitude of a channel that varies, for inputs of magnitude one; at most 1.
     gone : array of bool
         Whether it may be removed.
     """
@@ -65,7 +65,8 @@ class Channels:
 
 @dataclass(frozen=True)
 class Link:
-    """`count` channels of two tensors that are the same channels: equal positions from `start_a` and `start_b`."""
+    """`count` channels of `a` from `start_a` on, each of which is kept or removed together with one of `b` from
+    `start_b`."""
 
     a: Channels
     b: Channels
@@ -76,7 +77,7 @@ class Link:
 
 @dataclass
 class Flow:
-    """How channels pass one operator: through a dense map, or one by one along links; else they end there."""
+    """How channels pass one operator: through a dense map, one by one along links, or not at all."""
 
     node: Node
     reading: Reading | None = None
@@ -85,16 +86,16 @@ class Flow:
 
 
 class Analysis:
-    """Everything that is known about the channels of a graph.
+    """Facts about all channels of a graph.
 
     Attributes
     ----------
     alignment : int
-        Channel counts that are multiples of it, or of a divisor, stay so.
+        Channel counts that are multiples of it, or of one of its divisors, remain such multiples.
     of : dict of tensor id to Channels
     flows : list of Flow
     fixed : dict of tensor id to str
-        Why the channels of a tensor must stay what they are, where something else than maps and links holds them.
+        Why the channels of a tensor cannot change: an operator that is neither a map nor a link uses them.
     multiplied : dict of tensor id to Reading
         Outputs of depthwise convolutions that make several channels of each.
     """
@@ -149,7 +150,7 @@ class Analysis:
             linear = reading.load()
             value[tiny], radius[tiny] = linear.bias[tiny], scan.rows[tiny] * LARGEST_INPUT
             if anchored and source is not None and g.groups == 1:
-                weight = flushed(linear.weight, self.view.dtype(reading.weight or reading.source))
+                weight = flush_subnormals(linear.weight, self.view.dtype(reading.weight or reading.source))
                 taps = weight.reshape(*weight.shape[:2], -1)
                 fixed = source.constant & ((source.value == 0) | (not g.padded and not g.transposed))
                 still = ~np.any(np.abs(taps[:, ~fixed]).sum(-1), axis=1) & ~tiny
@@ -283,7 +284,7 @@ class Analysis:
         return Flow(node, None, (Link(source, output, 0, 0, len(constant)),))
 
     def evaluate(self, node: Node, values: Array) -> Array:
-        """What an elementwise operator makes of numbers; NaN where that is not known or not finite."""
+        """The results of an elementwise operator; NaN where they are not known or not finite."""
         dtype = self.view.dtype(node.inputs[0])
         numbers = {t.name: self.view.raw(t) for t in node.inputs[1:] if t.name}
         if dtype is None or any(v is None for v in numbers.values()):
@@ -302,7 +303,7 @@ class Analysis:
         return max(ACTIVATIONS[op], slope)
 
     def _keeps(self, node: Node, op: str) -> bool:
-        """Whether the operator still fits when channels are removed."""
+        """Whether the operator remains valid when channels are removed."""
         if op in ("Expand", "Tile", "PRelu"):
             return False
         if op in ("Resize", "Upsample"):
@@ -368,12 +369,12 @@ class Analysis:
                         pending.extend(at[side.tensor])
 
     def _enters(self, reading: Reading, source: Channels) -> bool:
-        """Whether a dense map reads these channels, and its weights can be edited."""
+        """Whether a dense map whose weights can be edited reads these channels."""
         mapped = self.scan(self.view, reading) is not None
         return mapped and reading.axis == source.axis and len(source.value) == reading.geometry.in_channels
 
     def _absorbable(self, reading: Reading, source: Channels) -> Mask:
-        """Channels that a dense map can do without: weights of zero, or a constant that its bias can hold."""
+        """Channels that a dense map does not need: the weights are zero, or its bias can absorb the constant."""
         scan, g = self.scan(self.view, reading), reading.geometry
         assert scan is not None
         unread = scan.columns == 0
@@ -381,7 +382,7 @@ class Analysis:
         return np.asarray(unread | (foldable & self._negligible(reading, source)))
 
     def _negligible(self, reading: Reading, source: Channels) -> Mask:
-        """Channels that stay so near to their constants that no sum they enter can tell in float32."""
+        """Channels whose deviation from their constants is too small to change any sum of the map in float32."""
         loose = source.constant & (source.radius > 0)
         linear = reading.try_load() if loose.any() else None
         if linear is None:
@@ -391,7 +392,7 @@ class Analysis:
         return np.asarray(~loose | np.all(size * source.radius <= NEGLIGIBLE * others[:, None], axis=0))
 
     def held(self, tensors: Iterable[Channels], but: Tensor | None = None) -> str:
-        """Why some channels of these tensors must stay where they are, else ""; `but` may have a multiplier."""
+        """Why these tensors cannot change channels, or ""; `but` may come from a map with a channel multiplier."""
         for t in (known.tensor for known in tensors):
             if t in self.fixed or t in self._joined:
                 return self.fixed.get(t) or self._joined[t]
@@ -400,7 +401,7 @@ class Analysis:
         return ""
 
     def flows_at(self, component: Sequence[Channels]) -> list[Flow]:
-        """The operators that make or read one of some tensors, in order."""
+        """The operators that produce or read one of these tensors, in order."""
         if not self._at:
             for i, flow in enumerate(self.flows):
                 nodes = flow.reading.nodes if flow.reading is not None else (flow.node,)
@@ -409,7 +410,7 @@ class Analysis:
         return [self.flows[i] for i in sorted({i for c in component for i in self._at.get(c.tensor, ())})]
 
     def components(self) -> Iterator[list[Channels]]:
-        """Sets of tensors whose channels go together, in the order of their first operators."""
+        """Sets of tensors whose channels are linked, in the order of their first operators."""
         sets = Unions[Tensor]()
         for flow in self.flows:
             for link in flow.links:
@@ -421,13 +422,13 @@ class Analysis:
 
 
 def has_multiplier(reading: Reading) -> bool:
-    """Whether it is a depthwise convolution with a channel multiplier."""
+    """Whether a map is a depthwise convolution with a channel multiplier."""
     g = reading.geometry
     return reading.kind == "conv" and 1 < g.groups == g.in_channels < g.out_channels
 
 
 def _spare(gone: Mask, alignment: int) -> NDArray[np.intp]:
-    """Channels that stay although they might go: without them, the others would not fill a vector (or be none)."""
+    """Removable channels that are kept, so that the count remains a multiple of the alignment and is not zero."""
     kept = int((~gone).sum())
     if kept == len(gone):
         return np.zeros(0, np.intp)
@@ -437,6 +438,6 @@ def _spare(gone: Mask, alignment: int) -> NDArray[np.intp]:
 
 
 def _stuck(output: Channels, parts: Sequence[Channels | None], sizes: Sequence[int]) -> Link:
-    """A link to channels that never go, for the inputs of a Concat of which nothing is known."""
+    """A link that keeps the channels of those inputs of a Concat about which nothing is known."""
     fixed = np.concatenate([np.full(w, p is not None) for p, w in zip(parts, sizes, strict=True)])
     return Link(Channels(Variable(""), 0, output.value, output.radius, output.size, fixed), output, 0, 0, len(fixed))

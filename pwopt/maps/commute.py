@@ -1,8 +1,8 @@
-"""How a scale and a shift per channel move across operators that are not linear maps themselves.
+"""Move a scale and a shift per channel past operators that are not linear maps themselves.
 
-An operator f lets an affine map A pass if f(A(x)) = A'(f(x)) for all x. What decides is whether f is
-homogeneous (for any scale, or positive ones only), whether it preserves constants (then shifts pass), and
-where the channel axis goes. `sink` moves A from f's input to its output, `lift` the other way.
+f(A(x)) = A'(f(x)) for all x: then an affine map A can move past the operator f. Scales can if f is homogeneous (for any
+scale, or for positive ones only). Shifts can if f preserves constants. The channel axis must survive. `sink` moves A
+from the input of f to its output, and `lift` moves it from the output to the input.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ Moves = list[tuple[Tensor, Affine]]
 
 @dataclass(frozen=True)
 class Rule:
-    """What an operator lets pass from its first input to its first output.
+    """Which scales and shifts can move past an operator, between its first input and its first output.
 
     Attributes
     ----------
@@ -74,7 +74,7 @@ CHANNELS: Mapping[int, int] = {0: 0, 1: 1}
 
 
 def rule(view: View, node: Node) -> Rule | None:
-    """The rule of an operator with one data input, or None if nothing passes."""
+    """The rule of an operator with one data input, or None if no scale or shift can move past it."""
     op = view.op(node)
     if op in ("Relu", "LeakyRelu", "PRelu", "Abs"):
         return Rule("positive", shift=False)
@@ -121,10 +121,10 @@ def rule(view: View, node: Node) -> Rule | None:
 
 
 def product_rule(view: View, node: Node) -> Rule | None:
-    """The rule of a constant matrix times the data, M·x: a graph's adjacency, or a transform of positions.
+    """The rule of a product M·x with a constant matrix M, such as the adjacency of a graph or a transform of positions.
 
-    It mixes entries of the axis before the last, and treats all others alike. It keeps constants if every row sums to
-    one, to within the rounding of its numbers.
+    It mixes the entries of the axis before the last, and treats the other axes alike. It preserves constants if every
+    row sums to one, up to the rounding of its numbers.
     """
     reading = forms.linear(view, node)
     if reading is None or reading.kind != "left-matmul" or reading.geometry.biased or reading.axis is None:
@@ -139,7 +139,7 @@ def product_rule(view: View, node: Node) -> Rule | None:
 
 
 def _equal_axes(view: View, node: Node) -> dict[int, int]:
-    """Axes whose size is known and does not change."""
+    """Axes whose size is known and the same in input and output."""
     before, after = view.shape(node.inputs[0]), view.shape(node.outputs[0])
     if before is None or after is None or len(before) != len(after):
         return {}
@@ -147,7 +147,8 @@ def _equal_axes(view: View, node: Node) -> dict[int, int]:
 
 
 def _unscaled_axes(view: View, node: Node) -> dict[int, int]:
-    """Axes that a Resize or Upsample leaves alone: a factor of 1, not just the same size after rounding down."""
+    """Axes that a Resize or Upsample does not change: the factor is 1. An equal size is not enough, because sizes are
+    rounded."""
     scales = attributes.resize_scales(view, node)
     rank = view.rank(node.inputs[0])
     if scales is None:
@@ -165,7 +166,8 @@ def _reduction(view: View, node: Node, op: str) -> Rule | None:
 
 
 def _kept_axes(view: View, node: Node, op: str) -> dict[int, int]:
-    """Axes that a change of shape leaves alone: same size, and as many elements before them, or behind, as before."""
+    """Axes that a change of shape keeps: they have the same size, and as many elements before or after them as in the
+    input."""
     before, after = extents(view, node.inputs[0]), extents(view, node.outputs[0])
     if before is None or after is None:
         return {}
@@ -174,13 +176,14 @@ def _kept_axes(view: View, node: Node, op: str) -> dict[int, int]:
     batch = view.dim(node.inputs[0], 0)
     if isinstance(batch, str) and batch == view.dim(node.outputs[0], 0):
         zeros.add(0)
-    behind = _aligned(before[::-1], after[::-1], set())
+    behind = _align_axes(before[::-1], after[::-1], set())
     kept = {len(before) - 1 - i: len(after) - 1 - j for i, j in behind.items()}
-    return kept | _aligned(before, after, zeros)
+    return kept | _align_axes(before, after, zeros)
 
 
-def _aligned(before: Entries, after: Entries, same: Collection[int]) -> dict[int, int]:
-    """Axes of one size with as many elements before them on both sides; those in `same` are one if they correspond."""
+def _align_axes(before: Entries, after: Entries, same: Collection[int]) -> dict[int, int]:
+    """Pairs of axes of equal size with as many elements before them. Axes in `same` have equal sizes if their index is
+    equal."""
     kept: dict[int, int] = {}
     i = j = 0
     left = right = 1  # elements per step of the axes already passed, where they do not match one to one
@@ -200,8 +203,8 @@ def _aligned(before: Entries, after: Entries, same: Collection[int]) -> dict[int
     return kept
 
 
-def _checked(view: View, affine: Affine, node: Node) -> Rule | Refusal:
-    """The operator's rule, if it lets `affine` pass."""
+def _check_rule(view: View, affine: Affine, node: Node) -> Rule | Refusal:
+    """The operator's rule, if `affine` can move past it."""
     name, found = node.op, rule(view, node)
     if found is None:
         return Refusal(f"a scale or shift does not pass through {name}")
@@ -213,7 +216,7 @@ def _checked(view: View, affine: Affine, node: Node) -> Rule | Refusal:
 
 
 def _find_overflow(view: View, affine: Affine, node: Node) -> Refusal | None:
-    """Why results may overflow that an operator has once `affine` is moved past it, if they may."""
+    """Why the results of an operator could overflow once `affine` has moved past it; None if they cannot."""
     dtype = view.dtype(node.outputs[0]) or view.dtype(node.inputs[0])
     if dtype not in FLOATING:
         return None
@@ -246,7 +249,7 @@ def sink(view: View, node: Node, tensor: Tensor, affine: Affine) -> Moves | Refu
         return _through_pair(view, node, tensor, affine, op)
     if tensor is not node.inputs[0]:
         return Refusal(f"a scale or shift does not pass through {node.op}")
-    found = _checked(view, affine, node)
+    found = _check_rule(view, affine, node)
     if isinstance(found, Refusal):
         return found
     axis = affine.axis
@@ -258,7 +261,8 @@ def sink(view: View, node: Node, tensor: Tensor, affine: Affine) -> Moves | Refu
 
 
 def _empty(view: View, node: Node) -> bool:
-    """Whether a piece that would be scaled has no elements; empty axes or regions of interest do not count."""
+    """Whether a tensor that would be scaled has no elements; optional inputs such as regions of interest do not
+    count."""
     pieces = [*node.outputs, *(node.inputs if node.op == "Concat" else node.inputs[:1])]
     return any(0 in (view.shape(t) or ()) for t in pieces)
 
@@ -290,7 +294,7 @@ def _through_concat(view: View, node: Node, tensor: Tensor, affine: Affine) -> M
 
 
 def _same_channels(view: View, affine: Affine, tensor: Tensor, output: Tensor) -> bool:
-    """Whether broadcasting leaves the channel axis of `tensor` where and as wide as it is."""
+    """Whether broadcasting changes neither the place nor the size of the channel axis of `tensor`."""
     if affine.axis is None:
         return True
     wide = view.dim(tensor, affine.axis)
@@ -347,7 +351,7 @@ def lift(view: View, node: Node, affine: Affine) -> list[Moves] | Refusal:
         return _lift_pair(view, node, affine, op)
     if op == "Gemm":
         return _lift_gemm(view, node, affine)
-    found = _checked(view, affine, node)
+    found = _check_rule(view, affine, node)
     if isinstance(found, Refusal):
         return found
     axis = affine.axis

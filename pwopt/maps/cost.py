@@ -42,7 +42,7 @@ class Cost:
     def change(self, after: Cost) -> float | None:
         """Relative change of the multiply-adds; None where the two counts are not of the same operators.
 
-        What becomes known, since a size was settled on the way, is no more work than before.
+        A count that becomes known because a rewrite made a size static is not additional work.
         """
         return (after.macs - self.macs) / self.macs if self.macs and self.unknown == after.unknown else None
 
@@ -51,7 +51,7 @@ NOTHING = Cost(0, 0, 0, 0)
 
 
 def positions(view: View, reading: Reading) -> int | None:
-    """How many times the map is applied: output positions, or input positions if transposed; None if not known."""
+    """At how many positions a map is applied: those of the output, or of the input if transposed; None if unknown."""
     if reading.geometry.transposed:
         size, channels = view.size_of(reading.source), reading.geometry.in_channels
     else:
@@ -60,7 +60,7 @@ def positions(view: View, reading: Reading) -> int | None:
 
 
 def macs(view: View, node: Node) -> int | None:
-    """Multiply-adds of one node; 0 for operators that have none, None where a size is not known.
+    """Multiply-adds of one node; 0 for operators that have none, None if a size is unknown.
 
     A convolution has (inputs per group · taps) per output element, a matrix product its inner size.
     """
@@ -79,7 +79,7 @@ def macs(view: View, node: Node) -> int | None:
 
 
 def measure(view: View) -> Cost:
-    """Cost of the graph as it stands."""
+    """The cost of the graph in its current state."""
     nodes = [n for n in view.nodes() if view.op(n) != "Constant"]
     counted = [macs(view, n) for n in nodes]
     constants = {}

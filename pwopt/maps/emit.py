@@ -1,4 +1,4 @@
-"""Linear maps → nodes: one rounding to the model's own type, in the form that the map came from."""
+"""Write linear maps as nodes: in the form of the map that they replace, rounded once to the type of the model."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from pwopt.maps.forms import Reading
 NORMALISABLE = ("float16", "float32", "float64")
 
 
-#: Attributes of a transposed convolution from which its padding follows.
+#: Attributes that determine the padding of a transposed convolution.
 FROM_SIZES = ("auto_pad", "output_shape", "pads")
 
 
 @dataclass(frozen=True)
 class Written:
-    """Nodes that compute a map, not yet in the graph, and what rounding did to its weights.
+    """Nodes that compute a map and are not yet in the graph, and the rounding error of the weights.
 
     Attributes
     ----------
@@ -57,7 +57,7 @@ class Rounded:
 
 
 def round_values(values: Array, dtype: np.dtype[Any]) -> Values:
-    """`values` in the model's type, rounded once.
+    """Round float64 values once to a type of the model.
 
     Raises
     ------
@@ -72,14 +72,14 @@ def round_values(values: Array, dtype: np.dtype[Any]) -> Values:
 
 
 def round_map(linear: LinearMap, dtype: np.dtype[Any]) -> Rounded:
-    """The numbers of a map, rounded once.
+    """Round the numbers of a map once to a type of the model.
 
     Raises
     ------
     RefusedError
-        If a number is not finite in that type, if the map may overflow where the original does not
-        (`pwopt.algebra.overflow`), or if all weights of an output channel become zero. Where some remain, a sum cannot
-        notice those that are lost; nor does it notice a bias that is.
+        If a number is not finite in that type, if the map could overflow where the original does not
+        (`pwopt.algebra.overflow`), or if all weights of an output channel become zero. Weights that become zero beside
+        others of the same channel, and biases that become zero, are below the rounding error of the sum.
     """
     weight, bias = round_values(linear.weight, dtype), round_values(linear.bias, dtype)
     range_of(dtype).check(linear)
@@ -96,7 +96,7 @@ def relative_rounding(low: Values, exact: Array) -> float:
 
 
 def check(view: View, linear: LinearMap, like: Reading, source: Tensor, axis: int | None) -> Rounded:
-    """The numbers that `write` would write with these arguments.
+    """Round the numbers that `write` would write with these arguments, or refuse as it would.
 
     Raises
     ------
@@ -158,7 +158,7 @@ def write(
 
 
 def _inherited(view: View, like: Reading) -> dict[str, str]:
-    """Names of the weight and bias of `like`, where nobody else reads them."""
+    """The names of the weight and the bias of `like`, if nothing else reads them."""
     node = like.nodes[0]
     slots = {"weight": 0 if like.kind == "left-matmul" else 1, "bias": 2 if node.op != "MatMul" else None}
     names = {}
@@ -235,7 +235,7 @@ class _Writer:
         return [self.node("MatMul", inputs, product), self.node("Add", [product, shift], self.output, "_bias")]
 
     def affine(self) -> list[Node]:
-        """A scale and a shift: one BatchNormalization where the channel axis is 1, else Mul and Add as needed."""
+        """A scale and a shift: one BatchNormalization if the channel axis is 1, else Mul, Add or both."""
         scale, shift = self.matrix().reshape(-1), self.low.bias
         scales, shifts = bool(np.any(self.linear.scale != 1.0)), self.linear.geometry.biased
         rank = self.view.rank(self.source) or 0

@@ -1,7 +1,7 @@
-"""Nodes → linear maps: every operator that is linear across channels, in every opset's spelling.
+"""Read nodes as linear maps: every operator that is linear across channels, in the spelling of every opset.
 
-`read` gives a `Reading` (what the node computes, and where its numbers are), a `Refusal` (it is such an
-operator, but cannot be proven linear here), or None (something else). The way back is `pwopt.maps.emit`.
+`read` returns a `Reading` (what the node computes, and where its numbers are), a `Refusal` (the operator is of this
+kind, but is not proven linear here), or None (any other operator). `pwopt.maps.emit` writes maps back as nodes.
 """
 
 from __future__ import annotations
@@ -26,25 +26,25 @@ class Reading:
     Attributes
     ----------
     nodes : tuple of Node
-        What it covers; the last one produces the output.
+        The nodes of the map; the last one produces the output.
     source : Tensor
         The data input.
     geometry : Geometry
         Known without reading large weights.
     axis : int or None
-        The channel axis; None for a scalar scale and shift, which fit any axis.
+        The channel axis; None for a scalar scale and shift, for which any axis will do.
     kind : str
         The form: conv, conv-transpose, gemm, matmul (x·W), left-matmul (W·x), diagonal, pool, border, selection,
         reduction.
     weight : Tensor or None
-        The tensor that holds its matrix; None where the numbers are few or implied.
+        The tensor that holds the matrix; None if there are few numbers or if they follow from attributes.
     load : callable
         Reads the numbers; raises `RefusedError` if they are not finite, or too many to be written out.
     fill : array or None
-        Of a border: what it holds, per channel, where that is not zero.
+        For a border: its value per channel, if one is not zero.
     turned : bool
-        Whether it reads its data input transposed (Gemm's transA): there the channels lie on axis 0. Only who asks
-        `linear` for such maps is given them.
+        Whether the operator transposes its data input (transA of a Gemm), so that the channels lie on axis 0. `linear`
+        returns such maps only if asked to.
     """
 
     nodes: tuple[Node, ...]
@@ -103,7 +103,7 @@ def reads(*ops: str) -> Callable[[Reader], Reader]:
 
 
 def read(view: View, node: Node | None) -> Result:
-    """What `node` computes from its data input, if that is linear across channels.
+    """Read a node as a linear map across the channels of its data input.
 
     Parameters
     ----------
@@ -124,13 +124,13 @@ def read(view: View, node: Node | None) -> Result:
 
 
 def linear(view: View, node: Node | None, *, turned: bool = False) -> Reading | None:
-    """`read`, with refusals left out, and maps of a transposed input unless those are asked for."""
+    """`read`, with None in place of refusals, and of maps that transpose their input unless `turned` asks for them."""
     reading = read(view, node)
     return reading if isinstance(reading, Reading) and (turned or not reading.turned) else None
 
 
 def weighted(view: View, node: Node | None) -> Reading | None:
-    """The weighted map that `node` is, a MatMul together with the Add that is its bias; None for any other node."""
+    """Read a node with weights, a MatMul together with the Add of its bias; None for any other node."""
     reading = linear(view, node)
     if reading is None or not reading.weighted or node is None:
         return None
@@ -154,13 +154,13 @@ def load_owned(view: View, reading: Reading, between: Tensor) -> LinearMap:
 
 
 def describe_map(view: View, reading: Reading, widths: str) -> str:
-    """What the time of a map depends on."""
+    """Describe everything that the running time of a map depends on."""
     g = reading.geometry
     kernel = "×".join(map(str, g.kernel)) or "1"
     return f"{reading.kind} {widths} kernel {kernel} stride {g.strides} at {view.size_of(reading.source)}"
 
 
-#: Weights at most of a map that the model does not hold as numbers (a selection, a pooling): 128 MiB in float64.
+#: The most weights of a map that is not stored in the model (a selection, a pooling): 128 MiB in float64.
 MAX_IMPLIED = 1 << 24
 
 
@@ -168,7 +168,7 @@ NOT_CONSTANT = Refusal("its weight is not a constant (an input, an overridable i
 NOT_FINITE = Refusal("its weights are not finite")
 
 
-def implied(geometry: Geometry, make: Callable[[], LinearMap]) -> Callable[[], LinearMap]:
+def load_implied(geometry: Geometry, make: Callable[[], LinearMap]) -> Callable[[], LinearMap]:
     """A `load` for numbers that follow from a few attributes; it refuses more than `MAX_IMPLIED` of them."""
 
     def load() -> LinearMap:

@@ -1,7 +1,7 @@
-"""Groups of nodes that spell one operator: activations, and what onnxruntime fuses by their exact shape.
+"""Groups of nodes that compute one operator: activations, and other groups that onnxruntime fuses.
 
-`name-activations` turns them into the standard operator where the opset has one. Where it does not, the
-other passes leave them whole, since taking a factor out of such a group would cost its fusion.
+`name-activations` replaces them by the standard operator if the opset has one. Otherwise, the other passes keep them
+whole, because onnxruntime does not fuse a group that lacks a factor.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ SQRT_HALF = math.sqrt(0.5)
 
 
 @dataclass(frozen=True)
-class Peeled:
-    """A tensor as ``scale · base + shift`` with two numbers, and the nodes that say so."""
+class ScaledTensor:
+    """A tensor as ``scale · base + shift`` with two numbers, and the nodes that compute it from `base`."""
 
     base: Tensor
     scale: float = 1.0
@@ -30,13 +30,13 @@ class Peeled:
     nodes: tuple[Node, ...] = ()
 
 
-def peel(view: View, tensor: Tensor, *, into: bool = True) -> Peeled:
-    """Undo scalar scales and shifts above `tensor`, as far as their results serve nothing else.
+def peel(view: View, tensor: Tensor, *, into: bool = True) -> ScaledTensor:
+    """Collect the scalar scales and shifts above `tensor`, up to the first whose result has other uses.
 
     Parameters
     ----------
     into : bool
-        Whether `tensor` itself may be such a result; it must then have one reader only.
+        Whether `tensor` must have only one reader, too.
     """
     scale, shift = 1.0, 0.0
     nodes: list[Node] = []
@@ -54,12 +54,12 @@ def peel(view: View, tensor: Tensor, *, into: bool = True) -> Peeled:
         scale *= float(step.scale[0])
         nodes.append(reading.node)
         tensor = reading.source
-    return Peeled(tensor, scale, shift, tuple(nodes))
+    return ScaledTensor(tensor, scale, shift, tuple(nodes))
 
 
 @dataclass(frozen=True)
 class Activation:
-    """An activation spelled out.
+    """An activation that is written as several operators.
 
     Attributes
     ----------
@@ -79,13 +79,13 @@ class Activation:
     beta: float = 0.0
 
 
-def near(value: float, target: float, dtype: np.dtype[Any] | None) -> bool:
-    """Equal up to the rounding of two constants in the model's type."""
+def is_close(value: float, target: float, dtype: np.dtype[Any] | None) -> bool:
+    """Whether two numbers are equal up to the rounding of two constants in the type of the model."""
     return abs(value - target) <= 2 * epsilon(dtype) * abs(target)
 
 
 def activation(view: View, node: Node) -> Activation | None:
-    """The activation whose output `node` produces, if it spells one."""
+    """The activation whose last operator is `node`, if there is one."""
     if view.op(node) not in ("Mul", "Div"):
         return None
     outer = peel(view, node.outputs[0], into=False)
@@ -96,7 +96,7 @@ def activation(view: View, node: Node) -> Activation | None:
         return None
     dtype = view.dtype(node.outputs[0])
     if view.is_a(inner, "Mul"):
-        return _gated(view, inner, outer, dtype)
+        return _read_gate(view, inner, outer, dtype)
     return _hard_sigmoid(view, outer, dtype)
 
 
@@ -142,17 +142,17 @@ def _bound(view: View, node: Node) -> tuple[Tensor, float] | None:
     return None
 
 
-def _hard_sigmoid(view: View, outer: Peeled, dtype: np.dtype[Any] | None) -> Activation | None:
+def _hard_sigmoid(view: View, outer: ScaledTensor, dtype: np.dtype[Any] | None) -> Activation | None:
     """scale·clip(a·x + b, 0, 1/scale) = clip(scale·a·x + scale·b, 0, 1)."""
     clip = _clip(view, outer.base)
-    if clip is None or not near(outer.scale * clip[1], 1.0, dtype):
+    if clip is None or not is_close(outer.scale * clip[1], 1.0, dtype):
         return None
     x = peel(view, clip[0])
     nodes = (*outer.nodes, *clip[2], *x.nodes)
     return Activation("HardSigmoid", x.base, nodes, x.scale * outer.scale, x.shift * outer.scale)
 
 
-def _gated(view: View, product: Node, outer: Peeled, dtype: np.dtype[Any] | None) -> Activation | None:
+def _read_gate(view: View, product: Node, outer: ScaledTensor, dtype: np.dtype[Any] | None) -> Activation | None:
     """scale·(p·x)·(q·f(a·x + b) + r) for f a clip, HardSigmoid, Sigmoid or Erf."""
     for i in (0, 1):
         gate = peel(view, product.inputs[i])
@@ -168,7 +168,7 @@ def _gated(view: View, product: Node, outer: Peeled, dtype: np.dtype[Any] | None
         inner = peel(view, clip[0] if clip is not None else f.inputs[0])
         side = peel(view, other)
         if other is inner.base:
-            side = Peeled(other)
+            side = ScaledTensor(other)
         if side.base is not inner.base or side.shift:
             continue
         nodes = (
@@ -188,29 +188,30 @@ def _gated(view: View, product: Node, outer: Peeled, dtype: np.dtype[Any] | None
 def _name_gate(
     f: Node,
     clip: tuple[Tensor, float, tuple[Node, ...]] | None,
-    inner: Peeled,
-    gate: Peeled,
+    inner: ScaledTensor,
+    gate: ScaledTensor,
     scale: float,
     dtype: np.dtype[Any] | None,
 ) -> tuple[str, float, float] | None:
     q, r = scale * gate.scale, scale * gate.shift
     if clip is not None:
-        ok = r == 0 and near(q * clip[1], 1.0, dtype)
+        ok = r == 0 and is_close(q * clip[1], 1.0, dtype)
         return ("HardSwish", inner.scale * q, inner.shift * q) if ok else None
     if f.op == "HardSigmoid":
         alpha, beta = f.attrs.get("alpha", 0.2), f.attrs.get("beta", 0.5)
-        ok = r == 0 and near(q, 1.0, dtype)
+        ok = r == 0 and is_close(q, 1.0, dtype)
         return ("HardSwish", alpha * inner.scale, alpha * inner.shift + beta) if ok else None
-    plain = inner.shift == 0 and near(inner.scale, 1.0, dtype)
+    plain = inner.shift == 0 and is_close(inner.scale, 1.0, dtype)
     if f.op == "Sigmoid":
-        return ("Swish", 0.0, 0.0) if plain and r == 0 and near(q, 1.0, dtype) else None
-    if f.op == "Erf" and inner.shift == 0 and near(inner.scale, SQRT_HALF, dtype):
-        return ("Gelu", 0.0, 0.0) if near(q, 0.5, dtype) and near(r, 0.5, dtype) else None
+        return ("Swish", 0.0, 0.0) if plain and r == 0 and is_close(q, 1.0, dtype) else None
+    if f.op == "Erf" and inner.shift == 0 and is_close(inner.scale, SQRT_HALF, dtype):
+        return ("Gelu", 0.0, 0.0) if is_close(q, 0.5, dtype) and is_close(r, 0.5, dtype) else None
     return None
 
 
 def layer_norm_affine(view: View, root: Node) -> list[Node]:
-    """The scale and shift that end a layer normalisation whose Sqrt is `root`; empty if it is none.
+    """The scale and the shift at the end of a layer normalisation whose Sqrt is `root`; empty if `root` belongs to
+    none.
 
     (x − mean)/√(mean((x − mean)²) + ε)·γ + β, as exporters wrote it before LayerNormalization (opset 17).
     """
@@ -230,7 +231,7 @@ def layer_norm_affine(view: View, root: Node) -> list[Node]:
 
 
 def fused_by_runtime(view: View) -> dict[Node, str]:
-    """Nodes (by id) that onnxruntime fuses as part of a larger operator, each with the operator's name."""
+    """Nodes that onnxruntime fuses into a larger operator, each with the name of that operator."""
     found: dict[Node, str] = {}
     for node in view.nodes():
         op = view.op(node)
@@ -245,7 +246,7 @@ def fused_by_runtime(view: View) -> dict[Node, str]:
 
 
 def _downstream(view: View, node: Node, steps: int) -> list[Node]:
-    """The nodes that follow `node` one by one, each the only reader of the one before."""
+    """The next nodes after `node`, each the only reader of the one before."""
     following = []
     for _ in range(steps):
         reader = view.sole_reader(node.outputs[0])

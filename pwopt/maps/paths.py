@@ -1,4 +1,4 @@
-"""Paths: linear maps in sequence, where each one's result serves only the next."""
+"""Paths: linear maps in sequence, each of which is the only reader of the one before."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pwopt.maps import forms
 from pwopt.maps.cost import positions, price
 from pwopt.maps.forms import Reading
 
-#: How far a path is followed; real models need a handful.
+#: The most maps of a path; real models have a handful.
 MAX_LENGTH = 32
 
 
@@ -27,13 +27,13 @@ class Path:
     Attributes
     ----------
     source, output : Tensor
-        The same tensor if there are no maps between.
+        The same tensor if the path has no maps.
     readings : tuple of Reading
         In the order of execution.
     axis : int or None
-        The channel axis of all of them; None where any fits.
+        The channel axis of all maps; None if any axis will do.
     obstacle : str
-        Why the path does not begin earlier.
+        Why the path does not start further up.
     """
 
     source: Tensor
@@ -47,7 +47,7 @@ class Path:
         return [n for r in self.readings for n in r.nodes]
 
     def compose(self, view: View) -> LinearMap:
-        """All maps as one; the identity of one channel if there are none."""
+        """Compose all maps into one; the identity of one channel if there are none."""
         composed = LinearMap.identity(1)
         precision = cancellation(view.dtype(self.output))
         for step in (s for r in self.readings for s in steps(r)):
@@ -55,7 +55,7 @@ class Path:
         return composed
 
     def price(self, view: View) -> float:
-        """Multiply-adds of its convolutions and products, per position of the output; what they feed on is free."""
+        """Multiply-adds of the convolutions and products, per position of the output; other operators count as free."""
         spatial = [r for r in self.readings if r.weighted or not r.geometry.pointwise]
         places = relative_places(view, spatial)
         total = sum(price(r.geometry, p) for r, p in zip(spatial, places, strict=True) if r.weighted)
@@ -63,7 +63,7 @@ class Path:
 
 
 def steps(reading: Reading) -> Iterator[LinearMap]:
-    """A reading as maps that pad with zeros only: padding with v is x − v, padded with zeros, plus v."""
+    """A map as a sequence of maps that pad with zeros only: padding x with v is padding x − v with zeros, plus v."""
     if reading.fill is not None:
         yield LinearMap.diagonal(np.ones_like(reading.fill), -reading.fill)
     yield reading.load()
@@ -72,7 +72,7 @@ def steps(reading: Reading) -> Iterator[LinearMap]:
 
 
 def trace(view: View, tensor: Tensor, fused: Collection[Node] = ()) -> Path:
-    """The longest path to `tensor`; `fused` holds nodes (by id) that must stay as they are."""
+    """Find the longest path to `tensor` without the nodes in `fused`, which must not change."""
     readings: list[Reading] = []
     axis: int | None = None
     start, obstacle = tensor, ""
@@ -109,7 +109,8 @@ def trace(view: View, tensor: Tensor, fused: Collection[Node] = ()) -> Path:
 
 
 def relative_places(view: View, maps: list[Reading]) -> list[float]:
-    """How often each map is applied: from sizes, or from the strides alone where one is not known."""
+    """At how many positions each map is applied; relative to the first one, by the strides alone, if a size is
+    unknown."""
     counted = [positions(view, r) for r in maps]
     if all(counted):  # none unknown, none empty
         return [float(c or 0) for c in counted]

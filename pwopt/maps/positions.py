@@ -1,4 +1,4 @@
-"""Operators that give each position of their result from the same position, or a window, of their inputs."""
+"""Operators that compute each position of their result from the same position, or from a window, of their inputs."""
 
 from __future__ import annotations
 
@@ -18,26 +18,26 @@ STRIDED_POOLS = ("MaxPool", "AveragePool")
 
 
 def stencil(view: View, node: Node | None) -> Reading | None:
-    """A convolution whose padding is known."""
+    """Read a convolution whose padding is known."""
     reading = forms.linear(view, node)
     fits = reading is not None and reading.kind == "conv" and not reading.geometry.auto_pad
     return reading if fits else None
 
 
 def pooling(view: View, node: Node) -> bool:
-    """Whether a node pools windows that all lie where its padding says."""
+    """Whether a node pools windows that its explicit padding determines."""
     plain = not node.attrs.get("ceil_mode", 0) and node.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
     return view.op(node) in STRIDED_POOLS and plain and len([t for t in node.outputs if t.name]) == 1
 
 
 def has_positions(view: View, tensor: Tensor, rank: int) -> bool:
-    """Whether a tensor has positions, not one value for all of them."""
+    """Whether a tensor has more than one position."""
     shape = view.shape(tensor)
     return shape is not None and len(shape) == rank + 2 and any(d != 1 for d in shape[2:])
 
 
 def positionwise(view: View, node: Node) -> bool:
-    """Whether an operator gives each position from the same position of its inputs."""
+    """Whether an operator computes each position from the same position of its inputs."""
     op, out = view.op(node), view.shape(node.outputs[0]) if node.outputs else None
     if out is None or len(out) < 3 or len([t for t in node.outputs if t.name]) != 1:
         return False
@@ -56,7 +56,7 @@ def positionwise(view: View, node: Node) -> bool:
 
 
 def _fits(view: View, tensor: Tensor, out: Shape) -> bool:
-    """Whether an operand has one value for all positions of a result, or one for each."""
+    """Whether an operand has one value for all positions of a result, or one for each position."""
     shape = view.shape(tensor)
     if view.constant(tensor) is not None:
         return view.elements(tensor) == 1
@@ -67,7 +67,7 @@ def _fits(view: View, tensor: Tensor, out: Shape) -> bool:
 
 
 def every(steps: Steps) -> ShapeChange:
-    """How a shape changes where only every so-many-th position is kept."""
+    """How a shape changes if only every s-th position is kept."""
 
     def change(shape: Shape) -> Shape:
         parts = zip(shape[2:], steps, strict=True)

@@ -1,4 +1,5 @@
-"""Operators that repeat positions, pick every r-th one, or put phases together, as the algebra's maps between rates."""
+"""Read operators that repeat positions, keep every r-th position or interleave phases, for
+`pwopt.algebra.multirate`."""
 
 from __future__ import annotations
 
@@ -22,10 +23,10 @@ from pwopt.graph.shapes import Dim, Shape, known
 from pwopt.graph.view import View
 from pwopt.maps.forms import Reading
 
-#: Coordinates that depend on the size of an axis. Under any other convention, the coordinate of p + r is one more than
-#: that of p for a factor of r, so that the few positions of a short axis show them all.
+#: Modes whose coordinates depend on the size of an axis. In any other mode, the coordinate of p + r exceeds that of p
+#: by one for a factor of r. So a short axis shows how every axis is resized.
 SIZE_DEPENDENT = ("align_corners", "tf_crop_and_resize")
-#: Lengths of an axis that is short, and yet has a border on either side and an interior.
+#: Short lengths of an axis; the last one has a border on either side and an interior.
 SHORT = (1, 2, 5)
 #: The longest axis that is evaluated.
 MAX_EVALUATED = 512
@@ -44,7 +45,8 @@ class Repetition:
 
 
 def repetition(view: View, node: Node | None) -> Repetition | None:
-    """A Resize or Upsample that repeats positions, whatever its attributes call that: found by evaluating it."""
+    """Read a Resize or Upsample that repeats positions. Its attributes have many spellings, so it is evaluated on small
+    inputs."""
     if not view.is_a(node, "Resize", "Upsample"):
         return None
     before = view.shape(node.inputs[0])
@@ -66,10 +68,10 @@ def repetition(view: View, node: Node | None) -> Repetition | None:
 
 
 def _factors(view: View, node: Node, before: Shape) -> list[int] | None:
-    """By which whole number each axis grows; None if by no such number, or that is not known.
+    """The whole-number factor of each axis; None if one is not a whole number or is unknown.
 
-    Where the sizes are given, it is their ratio. A policy that keeps the aspect ratio has one factor for all axes, with
-    which one of them gets the size that was asked for: that ratio, if it is whole.
+    If sizes are given, the factor is their ratio. A policy that keeps the aspect ratio has the same factor for all
+    axes; it is the ratio of the axis that gets the requested size.
     """
     scales = attributes.resize_scales(view, node)
     if attributes.is_resized_by_sizes(view, node):
@@ -86,8 +88,8 @@ def _factors(view: View, node: Node, before: Shape) -> list[int] | None:
 
 @functools.lru_cache(256)
 def _repeats(count: int, factor: int, op: str, attrs: tuple[tuple[Any, Any], ...], opset: int) -> bool:
-    """Whether an axis of `count` positions is repeated, by onnx's reference evaluator on numbers that no mixture of
-    others gives."""
+    """Whether an axis of `count` positions is repeated. onnx's reference evaluator runs on random numbers, which no
+    interpolation reproduces."""
     if count > MAX_EVALUATED:
         return False
     if opset == 10:  # Resize began as a new name of Upsample
@@ -110,7 +112,7 @@ def _repeats(count: int, factor: int, op: str, attrs: tuple[tuple[Any, Any], ...
     return np.array_equal(np.asarray(found), np.repeat(x, factor))
 
 
-#: How deep Concats and activations are followed up.
+#: The most Concats and activations that are followed upwards.
 MAX_DEPTH = 8
 
 
@@ -121,11 +123,11 @@ class Part:
     Attributes
     ----------
     tensor : Tensor
-        As it is before the activations: repeated, if it was.
+        The tensor before the activations, and after the repetition if there is one.
     count : int
         Channels.
     steps : tuple of Node
-        Activations between it and the whole, the last one first.
+        Activations after it, the last one first.
     repeated : Repetition or None
     """
 
@@ -137,10 +139,10 @@ class Part:
 
 @dataclass(frozen=True)
 class Composition:
-    """What a tensor consists of, and the operators that make it of that, if some of it was repeated.
+    """The parts that a tensor is concatenated from, and the operators in between if a part was repeated.
 
-    An activation takes each position alone, as a repetition copies it, so that they may change places. A Concat of
-    channels is the sum of its parts, each with zeros beside it.
+    An activation acts on each position alone, so it commutes with a repetition. A Concat of channels is the sum of its
+    parts, each padded with channels of zeros.
     """
 
     parts: tuple[Part, ...]
@@ -148,25 +150,25 @@ class Composition:
 
     @property
     def factors(self) -> tuple[int, ...]:
-        """By which all that was repeated was repeated at least; empty if nothing was."""
+        """The common factor of all repetitions, per axis; empty if there are none."""
         listed = [p.repeated.repeats for p in self.parts if p.repeated is not None]
         return tuple(math.gcd(*row) for row in zip(*listed, strict=True))
 
 
 def composition(view: View, tensor: Tensor) -> Composition | Refusal:
-    """The parts of a tensor; refused if others need what is repeated in it, with an empty reason if its
-    channels are not known."""
-    return _composed(view, tensor, (), 0)
+    """Find the parts of a tensor. Refuses if a repeated part has other uses, and with an empty reason if the number of
+    channels is unknown."""
+    return _find_parts(view, tensor, (), 0)
 
 
-def _composed(view: View, tensor: Tensor, steps: tuple[Node, ...], depth: int) -> Composition | Refusal:
+def _find_parts(view: View, tensor: Tensor, steps: tuple[Node, ...], depth: int) -> Composition | Refusal:
     node, count = view.producer(tensor), view.dim(tensor, 1)
     found = repetition(view, node)
     if not isinstance(count, int):
         return Refusal("")
     own = Composition((Part(tensor, count, steps, found),), () if found is None else (found.node,))
     if found is None:
-        inner = [_composed(view, t, steps + extra, depth + 1) for t, extra in _inner(view, node, depth)]
+        inner = [_find_parts(view, t, steps + extra, depth + 1) for t, extra in _inner(view, node, depth)]
         refused = next((r for r in inner if isinstance(r, Refusal)), None)
         if refused is not None:
             return refused
@@ -181,7 +183,7 @@ def _composed(view: View, tensor: Tensor, steps: tuple[Node, ...], depth: int) -
 
 
 def _inner(view: View, node: Node | None, depth: int) -> list[tuple[Tensor, tuple[Node, ...]]]:
-    """What a Concat of channels, or an activation, is made of."""
+    """The inputs of a Concat of channels or of an activation, each with the activation in between."""
     if depth >= MAX_DEPTH:
         return []
     if view.is_a(node, "Concat") and attributes.concat_axis(view, node) == 1:
@@ -192,8 +194,8 @@ def _inner(view: View, node: Node | None, depth: int) -> list[tuple[Tensor, tupl
 
 
 def repeat_less(view: View, found: Repetition, source: Tensor, factors: tuple[int, ...]) -> Node:
-    """The repetition of `source` by other factors, in the form of an operator that every opset has."""
-    output = view.new_variable(f"{found.node.outputs[0].name}_less", source, lambda s: _grown(s, factors))
+    """A node that repeats the positions of `source` by other factors, in a form that the opset has."""
+    output = view.new_variable(f"{found.node.outputs[0].name}_less", source, lambda s: _grow_shape(s, factors))
     values = [1.0, 1.0, *map(float, factors)]
     name = view.node_name(found.node.name, "_less")
     if view.opset < 9:
@@ -209,14 +211,15 @@ def repeat_less(view: View, found: Repetition, source: Tensor, factors: tuple[in
     return Node("Resize", name, attrs, [source, region, scales], [output])
 
 
-def _grown(shape: Shape, factors: tuple[int, ...]) -> Shape:
+def _grow_shape(shape: Shape, factors: tuple[int, ...]) -> Shape:
     parts = zip(shape[2:], factors, strict=True)
     return (*shape[:2], *(d * f if isinstance(d, int) else d if f == 1 else None for d, f in parts))
 
 
-#: An end from which on a Slice goes to the end of any axis; exporters write the largest number of 32 or 64 bits.
+#: A Slice with this end or a larger one goes to the end of any axis; exporters write the largest number of 32 or 64
+#: bits.
 LONGEST = 2**31 - 1
-#: Transposes that bring both parts of a block behind the channels, or before them.
+#: Transposes that move both axes of a block after the channels, or before them.
 UNSHUFFLES = ((0, 1, 3, 5, 2, 4), (0, 3, 5, 1, 2, 4))
 
 
@@ -233,7 +236,7 @@ class Subsampling:
     offsets : tuple of tuple of int
         o for each block and axis.
     order : tuple of int
-        Where the channels of one block after the other are.
+        The indices of the channels of the first block, of the second, and so on.
     """
 
     nodes: tuple[Node, ...]
@@ -244,25 +247,25 @@ class Subsampling:
 
 
 def subsampling(view: View, reading: Reading) -> Subsampling | None:
-    """What a convolution reads, if that is space to depth: SpaceToDepth, a Concat of Slices, or a Reshape to blocks, a
-    Transpose and a Reshape."""
+    """Read the space-to-depth operation before a convolution: SpaceToDepth, a Concat of Slices, or a Reshape to blocks,
+    a Transpose and a Reshape."""
     node, channels = view.producer(reading.source), range(reading.geometry.in_channels)
     if view.is_a(node, "SpaceToDepth"):
         size = int(node.attrs["blocksize"])
         return _blocks((node,), node.inputs[0], (size, size), channels)
     if view.is_a(node, "Concat") and attributes.concat_axis(view, node) == 1:
-        return _sliced(view, node, reading.geometry.rank, channels)
-    return _unshuffled(view, node, channels) if view.is_a(node, "Reshape") else None
+        return _read_slices(view, node, reading.geometry.rank, channels)
+    return _read_unshuffle(view, node, channels) if view.is_a(node, "Reshape") else None
 
 
 def _blocks(nodes: tuple[Node, ...], source: Tensor, steps: tuple[int, ...], order: Sequence[int]) -> Subsampling:
-    """A block for every offset, in row-major order."""
+    """A subsampling with a block for every offset, in row-major order."""
     return Subsampling(nodes, source, steps, tuple(itertools.product(*map(range, steps))), tuple(order))
 
 
-def _sliced(view: View, node: Node, rank: int, channels: Sequence[int]) -> Subsampling | None:
+def _read_slices(view: View, node: Node, rank: int, channels: Sequence[int]) -> Subsampling | None:
     """Focus (Jocher, YOLOv5; Ge et al., "YOLOX", 2021), and patch merging where channels come first."""
-    followed = [_slices(view, t, rank) for t in node.inputs]
+    followed = [_read_slice(view, t, rank) for t in node.inputs]
     found = [f for f in followed if f is not None]
     if len(found) < len(followed) or len({f.source for f in found}) > 1 or len({f.steps for f in found}) > 1:
         return None
@@ -271,8 +274,8 @@ def _sliced(view: View, node: Node, rank: int, channels: Sequence[int]) -> Subsa
     return Subsampling((*nodes.values(), node), found[0].source, found[0].steps, offsets, tuple(channels))
 
 
-def _slices(view: View, tensor: Tensor, rank: int) -> Subsampling | None:
-    """Every r-th position from the o-th on, by a Slice, or one for each axis."""
+def _read_slice(view: View, tensor: Tensor, rank: int) -> Subsampling | None:
+    """Read one Slice, or one per axis, that keeps every r-th position from position o on."""
     start = tensor
     steps, offsets = dict[int, int](), dict[int, int]()
     nodes: list[Node] = []
@@ -281,7 +284,7 @@ def _slices(view: View, tensor: Tensor, rank: int) -> Subsampling | None:
         if listed is None or any(axis < 2 or axis in steps for axis, *_ in listed):
             break
         size = [view.dim(node.inputs[0], axis) for axis, *_ in listed]
-        if not all(0 <= b < s and _whole(d, e) for (_, b, e, s), d in zip(listed, size, strict=True)):
+        if not all(0 <= b < s and _goes_to_end(d, e) for (_, b, e, s), d in zip(listed, size, strict=True)):
             break
         steps |= {axis: step for axis, _, _, step in listed}
         offsets |= {axis: begin for axis, begin, _, _ in listed}
@@ -294,13 +297,14 @@ def _slices(view: View, tensor: Tensor, rank: int) -> Subsampling | None:
     return Subsampling(tuple(reversed(nodes)), start, tuple(steps.get(a, 1) for a in axes), (at,), ())
 
 
-def _whole(size: Dim, end: int) -> bool:
-    """Whether a Slice goes on to the end of an axis, however long that is."""
+def _goes_to_end(size: Dim, end: int) -> bool:
+    """Whether a Slice goes to the end of an axis of any length."""
     return end >= LONGEST or (isinstance(size, int) and end >= size)
 
 
-def _unshuffled(view: View, node: Node, channels: Sequence[int]) -> Subsampling | None:
-    """Pixel unshuffle, as exporters write it: (N, C, H/r, r, W/r, r), then r·r next to C, on either side of it."""
+def _read_unshuffle(view: View, node: Node, channels: Sequence[int]) -> Subsampling | None:
+    """Read a pixel unshuffle: a Reshape to (N, C, H/r, r, W/r, r), and a Transpose that moves both r before or after
+    C."""
     transpose = view.producer(node.inputs[0])
     if not view.is_a(transpose, "Transpose"):
         return None
@@ -320,9 +324,9 @@ def _unshuffled(view: View, node: Node, channels: Sequence[int]) -> Subsampling 
     return _blocks((split, transpose, node), split.inputs[0], (r, s), by_block.reshape(-1).tolist())
 
 
-def shuffled(node: Node, channels: int) -> tuple[tuple[int, int], Values] | None:
-    """Of a DepthToSpace of so many channels: its factors, and which channel is which of each phase, shape (rows,
-    columns, channels)."""
+def read_depth_to_space(node: Node, channels: int) -> tuple[tuple[int, int], Values] | None:
+    """The factors of a DepthToSpace, and the index of each channel of each phase as an array (rows, columns,
+    channels)."""
     size = int(node.attrs["blocksize"])
     if channels % size**2:
         return None

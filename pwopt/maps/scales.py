@@ -1,4 +1,4 @@
-"""Scales and shifts per channel as linear maps: BatchNormalization, arithmetic with a constant, what does nothing."""
+"""Read scales and shifts per channel: BatchNormalization, arithmetic with a constant, operators without effect."""
 
 from __future__ import annotations
 
@@ -50,9 +50,9 @@ def read_batch_normalization(view: View, node: Node) -> Result:
 
 
 def _channel_constant(view: View, node: Node, constant: Tensor, source: Tensor) -> tuple[Array, int | None] | None:
-    """The numbers of a constant that scales or shifts `source` per channel, and the channel axis.
+    """The numbers of a constant that scales or shifts `source` per channel, and the channel axis (None for one number).
 
-    None where it differs along several axes, or where broadcasting could enlarge `source`.
+    None if the constant varies along several axes, or if broadcasting could enlarge `source`.
     """
     elements, rank = view.elements(constant), view.rank(source)
     held = view.constant(constant)
@@ -76,7 +76,8 @@ def _channel_constant(view: View, node: Node, constant: Tensor, source: Tensor) 
 
 
 def _operands(view: View, node: Node) -> tuple[Tensor, Array, int | None, bool] | None:
-    """Data of an arithmetic operator, its constant per channel, the channel axis, and whether the constant is first."""
+    """The data input of an arithmetic operator, its constant per channel, the channel axis, and whether the constant is
+    first."""
     if len(node.inputs) != 2:
         return None
     sides = [view.constant(t) is not None for t in node.inputs]
@@ -88,7 +89,7 @@ def _operands(view: View, node: Node) -> tuple[Tensor, Array, int | None, bool] 
 
 
 def adds_nothing(view: View, node: Node) -> tuple[Tensor, Array] | None:
-    """The tensor to which a zero is added or from which it is subtracted, and what is added: +0 or −0 per channel."""
+    """The data input of an Add or Sub of zero, and the zero that is added per channel: +0 or −0."""
     found = _operands(view, node) if view.is_a(node, "Add", "Sub") else None
     if found is None or (node.op == "Sub" and found[3]) or not found[1].size or np.any(found[1]):
         return None
@@ -96,17 +97,17 @@ def adds_nothing(view: View, node: Node) -> tuple[Tensor, Array] | None:
 
 
 def subtracts_from_nothing(view: View, node: Node) -> bool:
-    """Whether a node is +0 − x of the shape of x, which is −x but for the sign of a zero."""
+    """Whether a node computes +0 − x in the shape of x, which is −x except for the sign of zeros."""
     found = _operands(view, node) if view.is_a(node, "Sub") else None
     return found is not None and found[3] and not np.any(found[1]) and zeros.joins(found[1])
 
 
 @reads("Mul", "Div", "Add", "Sub")
 def read_arithmetic(view: View, node: Node) -> Result:
-    """A scale or a shift by a constant; an Add after its own MatMul is that MatMul's bias.
+    """Read a scale or a shift by a constant; an Add after a MatMul is the bias of that MatMul.
 
-    A shift of +0 is none: it makes +0 of −0. `clean-up` drops it where nothing tells them apart, and writes 0 − x as −x
-    there.
+    Adding +0 is not a linear map, because it turns −0 into +0. `clean-up` removes it, and replaces 0 − x by −x, if no
+    operator depends on the sign of the zeros.
     """
     found = _operands(view, node)
     if found is None:

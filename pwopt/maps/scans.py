@@ -1,4 +1,4 @@
-"""What the sizes of weights say of channels: which rows and columns of a matrix cannot matter."""
+"""Magnitudes of weights: which rows and columns of a matrix are too small to matter."""
 
 from __future__ import annotations
 
@@ -12,18 +12,20 @@ from pwopt.graph.view import View
 from pwopt.maps.forms import Reading
 
 Mask = NDArray[np.bool_]
-#: Activations beyond this are not considered when weights are called too small to matter.
+#: The largest activation for which small weights are proven not to matter.
 LARGEST_INPUT = 2.0**20
-#: A term this much smaller than the others cannot change their sum in float32 (2⁻²⁵), with room to spare (2⁻²⁰).
+#: A term that is smaller than the others by this factor cannot change their sum in float32 (2⁻²⁵, with a margin of
+#: 2⁻²⁰).
 NEGLIGIBLE = 2.0**-45
-#: The smallest normal number, by type; below it processors are many times slower. float16's still matter.
+#: The smallest normal number of each type. Processors are many times slower below it. In float16, such numbers still
+#: matter.
 SMALLEST_NORMAL = {"float32": 2.0**-126, "bfloat16": 2.0**-126, "float64": 2.0**-1022}
-#: Subnormal weights are noise only beside weights of ordinary size.
+#: Subnormal weights are noise only if the largest weight exceeds the smallest normal number by this factor.
 ORDINARY = 2.0**60
 
 
-def flushed(weight: Array, dtype: object) -> Array:
-    """A weight with its subnormal numbers as zeros, if it also holds numbers of ordinary size."""
+def flush_subnormals(weight: Array, dtype: object) -> Array:
+    """A weight with zeros in place of subnormal numbers, if its largest number is of ordinary size."""
     tiny = SMALLEST_NORMAL.get(str(dtype), 0.0)
     small = np.abs(weight) < tiny
     return np.where(small, 0.0, weight) if np.max(np.abs(weight), initial=0.0) > tiny * ORDINARY else weight
@@ -31,7 +33,8 @@ def flushed(weight: Array, dtype: object) -> Array:
 
 @dataclass(frozen=True)
 class Scan:
-    """The size of a map's weights: Σ|w| of each row, the largest Σ_k |w| of each column, and the subnormals in it."""
+    """The magnitudes of a map's weights: Σ|w| of each row, the largest Σ_k |w| of each column, and the number of
+    subnormals."""
 
     rows: Array
     columns: Array
@@ -39,7 +42,7 @@ class Scan:
 
     @property
     def dead(self) -> bool:
-        """Whether a row or a column may not matter."""
+        """Whether a row or a column is too small to matter."""
         return bool(np.any(vanishing(self.rows)) or np.any(vanishing(self.columns)))
 
 
@@ -48,14 +51,14 @@ def vanishing(sizes: Array) -> Mask:
 
 
 class Scanner:
-    """Scans weights, each once in the form in which a map reads it."""
+    """Scans weights, and remembers the result for each weight and form."""
 
     def __init__(self) -> None:
         self._done: dict[tuple[object, ...], tuple[object, Scan | None]] = {}
         self._sound: dict[int, object] = {}
 
     def sound(self, view: View, reading: Reading) -> bool:
-        """Whether no weight is small beside the largest, so that no row or column can be dead: a glance, no scan."""
+        """Whether all weights are of similar magnitude, so that no row or column is dead; cheaper than a scan."""
         if reading.weight is None:
             return True
         content = view.stored_value(reading.weight)
@@ -83,13 +86,13 @@ class Scanner:
         linear = reading.try_load()
         if linear is None:
             return None
-        weight = flushed(linear.weight, dtype)
+        weight = flush_subnormals(linear.weight, dtype)
         magnitude = np.abs(weight).reshape(*weight.shape[:2], -1).sum(-1)
         return Scan(magnitude.sum(1), magnitude.max(0), int(np.sum((weight == 0) & (linear.weight != 0))))
 
 
 class Unread(Scanner):
-    """Takes every row and column of a weight to matter, without reading it."""
+    """Assumes that every row and column matters, without reading the weight."""
 
     def __call__(self, view: View, reading: Reading) -> Scan:
         g = reading.geometry

@@ -1,4 +1,4 @@
-"""Choices of channels as linear maps: Slice, Gather, Split, Concat, channel shuffles."""
+"""Read selections of channels: Slice, Gather, Split, Concat, channel shuffles."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.shapes import known
 from pwopt.graph.values import extents
 from pwopt.graph.view import View
-from pwopt.maps.forms import Reading, Result, implied, reads
+from pwopt.maps.forms import Reading, Result, load_implied, reads
 
 
 def selection(node: Node, source: Tensor, picks: Sequence[int], channels: int, axis: int) -> Reading:
     geometry = pointwise_geometry(len(picks), channels)
-    load = implied(geometry, lambda: LinearMap.selection(picks, channels))
+    load = load_implied(geometry, lambda: LinearMap.selection(picks, channels))
     return Reading((node,), source, geometry, axis, "selection", None, load)
 
 
@@ -50,7 +50,7 @@ def read_gather(view: View, node: Node) -> Result:
 
 
 def read_split(view: View, node: Node) -> list[Reading] | None:
-    """One selection per output of a Split with known sizes; None if one is empty."""
+    """Read a Split with known sizes as one selection per output; None if one is empty."""
     axis, rank = node.attrs.get("axis", 0), view.rank(node.inputs[0])
     if rank is None:
         return None
@@ -66,7 +66,7 @@ def read_split(view: View, node: Node) -> list[Reading] | None:
 
 
 def read_concat(view: View, node: Node) -> list[Reading] | None:
-    """One embedding per input of a Concat; the output is their sum."""
+    """Read a Concat as one map per input that adds channels of zeros; the output is their sum."""
     axis = attributes.concat_axis(view, node)
     widths = None if axis is None else known([view.dim(t, axis) for t in node.inputs])
     if axis is None or widths is None:
@@ -82,7 +82,8 @@ def read_concat(view: View, node: Node) -> list[Reading] | None:
 
 @reads("Reshape")
 def read_shuffle(view: View, node: Node) -> Result:
-    """Channel shuffle: Reshape (N, g, C/g, …) → Transpose (swap g and C/g) → Reshape back is a permutation."""
+    """Read a channel shuffle as a permutation: Reshape to (N, g, C/g, …), Transpose that swaps g and C/g, Reshape
+    back."""
     transpose = view.producer(node.inputs[0])
     if transpose is None or view.op(transpose) != "Transpose" or view.other_uses(node.inputs[0]):
         return None

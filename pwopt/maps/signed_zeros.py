@@ -1,8 +1,8 @@
-"""Who tells −0 from +0: 1/(−0) is −∞, and 1/(+0) is +∞.
+"""Which operators depend on the sign of a zero: 1/(−0) is −∞, and 1/(+0) is +∞.
 
-The two compare equal, so most operators answer alike for both, or pass the sign of a zero on at most as the sign of
-another zero. Only what finds its way to a divisor or the like becomes another number. At an output of the graph nothing
-is told apart: −0 equals +0.
+Since −0 = +0, most operators give the same number for both, or results that differ only in the sign of a zero. Only a
+division or a similar operator turns the sign into another number. Outputs of the graph do not count: there, −0 equals
++0.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from pwopt.graph.view import View
 
 
 def find_zero_sensitive(view: View) -> dict[Tensor, str]:
-    """Tensors in which −0 instead of +0 could change a number, by id, each with the operator that tells them apart.
+    """Tensors in which −0 instead of +0 could change a number, each with the operator that depends on the sign.
 
-    One walk from the end to the beginning. What is not known here, operators of other domains and bodies of control
-    flow among it, is taken to tell.
+    One pass over the graph in reverse order. Unknown operators, such as those of other domains, and bodies of control
+    flow are assumed to depend on the sign.
     """
     found: dict[Tensor, str] = {}
     for node in reversed(view.nodes()):
@@ -29,24 +29,26 @@ def find_zero_sensitive(view: View) -> dict[Tensor, str]:
         captured = next((t.name for t in node.outputs if t.name and view.is_captured(t)), "")
         behind = behind or (f"a control-flow body that reads {captured!r}" if captured else "")
         for i, tensor in enumerate(node.inputs):
-            teller = _find_sensitive(view, node, i, behind)
-            if teller:
-                found.setdefault(tensor, teller)
+            operator = _find_sensitive(view, node, i, behind)
+            if operator:
+                found.setdefault(tensor, operator)
     return found
 
 
 def _find_sensitive(view: View, node: Node, index: int, behind: str) -> str:
-    """Who tells zeros in input `index` apart, given who tells those in the outputs."""
+    """The operator that depends on the sign of zeros in input `index`, or ""; `behind` is the one that depends on it in
+    the outputs."""
     op = view.op(node)
-    if op in ZERO_BLIND or ZERO_BLIND_INPUTS.get(op) == index or any(_numbers(view, node, op, index)):
+    if op in ZERO_BLIND or ZERO_BLIND_INPUTS.get(op) == index or any(_find_reasons(view, node, op, index)):
         return ""
     if op in ZERO_KEEPING or (op in FIRST_ZERO_KEEPING and index == 0) or (op == "Pow" and _positive(view, node)):
         return behind
     return f"{node.op} {node.name}".strip()
 
 
-def _numbers(view: View, node: Node, op: str, index: int) -> Iterator[bool]:
-    """Reasons why an operator answers alike for both zeros that lie in its constants."""
+def _find_reasons(view: View, node: Node, op: str, index: int) -> Iterator[bool]:
+    """For each reason that lies in the constants: whether the operator therefore gives the same number for both
+    zeros."""
     others = [view.value(t) for i, t in enumerate(node.inputs) if i != index and t.name]
     if op in ("Add", "Sub") and len(others) == 1 and others[0] is not None:
         yield zeros.joins(-others[0] if op == "Sub" and index == 0 else others[0])
@@ -55,7 +57,7 @@ def _numbers(view: View, node: Node, op: str, index: int) -> Iterator[bool]:
     if op in ("Max", "Min"):
         yield any(o is not None and bool(np.all(o > 0 if op == "Max" else o < 0)) for o in others)
     if op == "Clip" and index == 0:
-        low, high = _bounds(view, node)
+        low, high = _read_bounds(view, node)
         yield low > 0 or high < 0
     if op == "HardSigmoid":
         yield node.attrs.get("beta", 0.5) != 0
@@ -67,8 +69,8 @@ def _numbers(view: View, node: Node, op: str, index: int) -> Iterator[bool]:
         yield exponent is not None and not np.any(_odd(exponent))
 
 
-def _bounds(view: View, node: Node) -> tuple[float, float]:
-    """What a Clip keeps its input between; infinite where that is not known."""
+def _read_bounds(view: View, node: Node) -> tuple[float, float]:
+    """The lower and the upper bound of a Clip; infinite if unknown."""
     bounds = [node.attrs.get("min"), node.attrs.get("max")]
     if view.opset >= 11:
         held = [view.optional_input(node, i) for i in (1, 2)]
@@ -77,12 +79,12 @@ def _bounds(view: View, node: Node) -> tuple[float, float]:
 
 
 def _odd(exponent: Array) -> Array:
-    """Which powers of −0 are not those of +0 (C17, F.10.4.4)."""
+    """The exponents for which powers of −0 and +0 differ (C17, F.10.4.4)."""
     odd: Array = np.abs(np.fmod(exponent, 2)) == 1
     return odd
 
 
 def _positive(view: View, node: Node) -> bool:
-    """Whether zero to this power is a zero."""
+    """Whether zero to the power of this exponent is a zero."""
     exponent = view.value(node.inputs[1])
     return exponent is not None and bool(np.all(exponent > 0))

@@ -1,4 +1,4 @@
-"""Operators with a matrix of weights as linear maps: Conv, ConvTranspose, Gemm, MatMul."""
+"""Read operators with a matrix of weights: Conv, ConvTranspose, Gemm, MatMul."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from pwopt.graph.ir import Constant, Node, Tensor
 from pwopt.graph.view import View
 from pwopt.maps.forms import NOT_CONSTANT, NOT_FINITE, Reading, Result, reads
 
-#: Elements of the largest bias that is read to see whether its rows are equal.
+#: The most elements of a bias that is read to find out whether its rows are equal.
 MAX_BIAS = 1 << 20
 
 
 def _weight(view: View, node: Node, index: int) -> Constant | None:
-    """The holder of a constant floating-point weight, or None."""
+    """The tensor that holds a constant floating-point weight, or None."""
     tensor = view.optional_input(node, index)
     held = None if tensor is None else view.constant(tensor)
     return held if held is not None and held.dtype in FLOATING else None
@@ -107,7 +107,7 @@ def read_conv_transpose(view: View, node: Node) -> Result:
 
 
 def _row(view: View, tensor: Tensor, channels: int) -> Array | Refusal:
-    """The row that every row of a bias written out in full is."""
+    """The row of a two-dimensional bias whose rows are all equal."""
     value = view.value(tensor) if (view.elements(tensor) or 0) <= MAX_BIAS else None
     if value is None or not value.size or np.any(value != value[:1]):
         return Refusal("its bias differs between rows")
@@ -141,7 +141,7 @@ def read_gemm(view: View, node: Node) -> Result:
 
 @reads("MatMul")
 def read_matmul(view: View, node: Node) -> Result:
-    """x·W acts on the last axis, W·x on the one before it."""
+    """Read x·W, which acts on the last axis, or W·x, which acts on the axis before it."""
     left, right = _weight(view, node, 0), _weight(view, node, 1)
     if (left is None) == (right is None):
         return None  # data-dependent, or foldable as a constant

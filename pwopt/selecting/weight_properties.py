@@ -15,7 +15,7 @@ from pwopt.graph.files import Source
 from pwopt.graph.view import View
 from pwopt.maps import forms
 from pwopt.maps.cost import macs
-from pwopt.maps.scans import flushed
+from pwopt.maps.scans import flush_subnormals
 from pwopt.selecting.map_list import Listing, sized
 from pwopt.selecting.shape_folding import concrete_sizes
 
@@ -128,7 +128,9 @@ def properties(
 def _properties(view: View, reading: forms.Reading, linear: LinearMap) -> MapProperties:
     g = reading.geometry
     dtype = view.dtype(reading.output)
-    weight = flushed(linear.weight, dtype).reshape(g.groups, g.out_channels // g.groups, g.in_channels // g.groups)
+    weight = flush_subnormals(linear.weight, dtype).reshape(
+        g.groups, g.out_channels // g.groups, g.in_channels // g.groups
+    )
     values = spectrum(weight)
     rank = None if values is None else int(np.sum(values > _roundoff(values, g.out_channels, g.in_channels, dtype)))
     defect = None if values is None else _defect(values, g.in_channels)

@@ -58,7 +58,7 @@ def test_what_is_moved(combine: Callable[[], LinearMap], moved: float) -> None:
 def test_what_is_moved_through_a_dense_map() -> None:
     dense = LinearMap.pointwise([[1.0, -2.0], [3.0, 4.0]], [100.0, 200.0])
     np.testing.assert_array_equal((dense @ shift(10, 20)).moved, [30, 110])
-    np.testing.assert_array_equal((dense @ shift(10, 20)).regrouped(1).moved, [30, 110])
+    np.testing.assert_array_equal((dense @ shift(10, 20)).regroup(1).moved, [30, 110])
     np.testing.assert_array_equal(stack(dense @ shift(10, 20), dense).moved, [30, 110, 0, 0])
     assert stack(dense, dense).moved is None
     assert all(part.moved is None for part in split_inputs(dense, [1, 1]))
