@@ -76,12 +76,13 @@ def optimize(
 def _optimize_one(model: Path, request: Request, report: Path | None, verbosity: Verbosity, command: str) -> None:
     """Optimise one model and report the result."""
     from pwopt.cli.output import check_report, escape_text, open_console, print_json, show_progress, write_document
+    from pwopt.graph.storage import name_beside
     from pwopt.optimizing.optimizer import run_request
     from pwopt.optimizing.preparation import same_file
     from pwopt.reporting import terminal
     from pwopt.reporting.document import check_available
 
-    out = model.parent / f"{model.stem}.pwopt.onnx" if request.output is None else Path(request.output)
+    out = name_beside(model, ".pwopt.onnx") if request.output is None else Path(request.output)
     if not request.writing.force and same_file(out, model):
         raise UsageError(f"the output {str(out)!r} is the input file; choose another file with -o, or pass --force")
     check_report(report, model, out)

@@ -14,7 +14,7 @@ import numpy as np
 from pwopt.errors import UsageError
 from pwopt.evidence.equivalence import LawCheck
 from pwopt.graph.shapes import format_shape
-from pwopt.inputs.samples import Sample
+from pwopt.inputs.samples import Sample, load_array_file
 from pwopt.invariants import INVARIANTS, function_of
 from pwopt.running.providers import Provider
 from pwopt.running.session import Session
@@ -72,12 +72,19 @@ def parse_law(text: str) -> Law:
     return Law(name, settings, settings.pop("input", None), settings.pop("output", None), text)
 
 
+def _read_matrix(path: Path) -> Any:
+    found = load_array_file(path)
+    if not isinstance(found, np.ndarray):
+        raise UsageError(f"{str(path)!r} holds several arrays; save one with numpy.save")
+    return found
+
+
 def _value(key: str, text: str) -> Any:
     if key in ("input", "output"):
         return text
     try:
         if key == "matrix":
-            return np.load(Path(text), allow_pickle=False)
+            return _read_matrix(Path(text))
         numbers = tuple(map(int, text.split(",")))
     except (OSError, ValueError) as error:
         raise UsageError(f"the setting {key}={text} cannot be read: {error}") from error

@@ -22,7 +22,7 @@ from pwopt.graph.references import names_in_annotations, names_in_training
 from pwopt.graph.shapes import Shape, find_objection, infer, known
 from pwopt.graph.sources import Source as Source
 from pwopt.graph.sources import unwrap
-from pwopt.graph.storage import check_external, data_files_of, externalise, locations_of, replacing
+from pwopt.graph.storage import check_external, data_files_of, externalise, find_data_folder, locations_of, replacing
 from pwopt.graph.temporary import temporary_folder
 
 #: Since this IR version a model names its opsets; before, it is opset 1.
@@ -52,15 +52,18 @@ def load(source: Source) -> Model:
     ['Conv', 'Conv', 'Conv', 'Conv']
     """
     folder: Path | None
+    target: Path | None = None
     given = unwrap(source)
     if isinstance(given, Model):
         return from_proto(given.to_proto(), given.folder)
     if isinstance(given, onnx.ModelProto):
         proto, folder = given, None
     else:
-        proto, folder = _read(given), given.resolve().parent
+        proto = _read(given)
+        folder = find_data_folder(proto, given)
+        target = Path(os.path.realpath(given)).parent
     _check(proto)
-    check_external(proto, folder)
+    check_external(proto, folder, target)
     with blame_model(proto):
         return from_proto(proto, folder)
 

@@ -23,7 +23,7 @@ from pwopt.errors import ModelError
 from pwopt.graph.functions import drop_unused_opsets
 from pwopt.graph.ir import Constant, Graph, LazyValues, Node, Tensor, Variable, as_message
 from pwopt.graph.provenance import origins, write_documentation
-from pwopt.graph.storage import copy_fields, locations_of
+from pwopt.graph.storage import copy_fields, external_file, locations_of
 
 #: Since this IR version an initializer that is also an input is a default that callers may override.
 OVERRIDABLE_SINCE_IR = 4
@@ -49,7 +49,7 @@ class StoredValues(LazyValues):
 
     def load(self) -> Values:
         try:
-            return np.array(numpy_helper.to_array(self.tensor, str(self.folder or "")))
+            return np.array(numpy_helper.to_array(*external_file(self.tensor, self.folder)))
         except (ValueError, TypeError, OSError, onnx.checker.ValidationError) as error:
             raise ModelError(f"initializer {self.tensor.name!r} cannot be read: {error}") from error
 

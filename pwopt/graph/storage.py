@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import math
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO, Any
 
@@ -34,6 +35,9 @@ EXTERNAL_THRESHOLD = 1024
 
 #: Offsets in an external file are aligned like onnx's and onnxruntime's writers do, for memory mapping.
 ALIGNMENT = 4096
+#: The longest file name in bytes, less than the 255 of file systems; and that part of a data file's name that is the
+#: model's.
+MAX_NAME_BYTES, MAX_STEM_BYTES = 250, 160
 
 
 def copy_fields(source: Any, target: Any, skip: set[str]) -> None:
@@ -46,26 +50,57 @@ def copy_fields(source: Any, target: Any, skip: set[str]) -> None:
             getattr(target, descriptor.name).MergeFrom(value)
 
 
-def check_external(proto: onnx.ModelProto, folder: Path | None) -> None:
-    """Refuse external data that is not there, or not in the model's own folder.
+def find_data_folder(proto: onnx.ModelProto, path: Path) -> Path:
+    """Find the folder of a model's external data: beside the file, or beside the file that a link leads to."""
+    beside, target = path.absolute().parent, Path(os.path.realpath(path)).parent
+    names = locations_of(proto).values()
+    return beside if names and all((beside / name).exists() for name in names) else target
 
-    Initializers of the main graph stay where they are; what the nodes and bodies hold is few, and is read.
+
+def external_file(tensor: TensorProto, folder: Path | None) -> tuple[TensorProto, str]:
+    """A tensor that refers to the file itself where the data is a link, which onnx refuses; and that file's folder."""
+    if folder is None or not uses_external_data(tensor):
+        return tensor, str(folder or "")
+    path = Path(os.path.realpath(folder / ExternalDataInfo(tensor).location))
+    direct = TensorProto()
+    direct.CopyFrom(tensor)
+    for entry in direct.external_data:
+        if entry.key == "location":
+            entry.value = path.name
+    return direct, str(path.parent)
+
+
+def check_external(proto: onnx.ModelProto, folder: Path | None, target: Path | None = None) -> None:
+    """Refuse external data that is missing, or outside the model's folder.
+
+    Data of the main graph's initializers stays where it is. The little that nodes and bodies hold is read.
+
+    Parameters
+    ----------
+    proto : onnx.ModelProto
+    folder : Path or None
+    target : Path, optional
+        The folder of the file that the model's path is a link to. Caches of model hubs link the model and its data
+        there.
     """
+    roots = [Path(os.path.realpath(root)) for root in (folder, target) if root is not None]
     for tensor in proto.graph.initializer:
         if uses_external_data(tensor):
-            _check_place(tensor, folder)
+            _check_place(tensor, folder, roots)
     for tensor in _inner_tensors(proto):
         if uses_external_data(tensor):
-            _check_place(tensor, folder)
+            _check_place(tensor, folder, roots)
             try:
-                load_external_data_for_tensor(tensor, str(folder))
+                direct, where = external_file(tensor, folder)
+                load_external_data_for_tensor(direct, where)
+                tensor.CopyFrom(direct)
             except (OSError, ValueError, onnx.checker.ValidationError) as error:
                 raise ModelError(f"external data of {tensor.name!r} cannot be read: {error}") from error
             tensor.data_location = TensorProto.DEFAULT
             del tensor.external_data[:]
 
 
-def _check_place(tensor: TensorProto, folder: Path | None) -> None:
+def _check_place(tensor: TensorProto, folder: Path | None, roots: Sequence[Path]) -> None:
     if folder is None:
         raise ModelError("a model in memory has no folder for its external data; give its path instead")
     try:
@@ -73,7 +108,8 @@ def _check_place(tensor: TensorProto, folder: Path | None) -> None:
         if min(info.offset or 0, info.length or 0) < 0:
             raise ValueError("a negative offset or length")
         path = folder / info.location
-        inside = not Path(info.location).is_absolute() and path.resolve().is_relative_to(folder)
+        real = Path(os.path.realpath(path))
+        inside = not Path(info.location).is_absolute() and any(real.is_relative_to(root) for root in roots)
         available = path.stat().st_size - (info.offset or 0) if inside and path.is_file() else None
     except (ValueError, OSError) as error:
         raise ModelError(f"external data of {tensor.name!r} has no valid place ({error}); export it again") from error
@@ -117,7 +153,11 @@ def data_files_of(path: Path) -> set[str]:
         names = locations_of(onnx.load(path, load_external_data=False)) if path.is_file() else {}
     except (DecodeError, ValueError):
         return set()
-    return {name for name in names.values() if name.startswith(path.name + ".") and not set(name) & set("/\\:")}
+    return {
+        name
+        for name in names.values()
+        if name.startswith(_cut(path.name, MAX_STEM_BYTES) + ".") and not set(name) & set("/\\:")
+    }
 
 
 def externalise(model: onnx.ModelProto, path: Path, folder: Path | None, layout: Mapping[str, str]) -> onnx.ModelProto:
@@ -176,9 +216,22 @@ def _outside(tensor: TensorProto) -> bool:
     return uses_external_data(tensor) or len(tensor.raw_data) >= EXTERNAL_THRESHOLD
 
 
+def name_beside(path: Path, suffix: str) -> Path:
+    """The path of a file beside another one: its name without the extension, cut if it is too long, and a suffix."""
+    return path.with_name(_cut(path.stem, MAX_NAME_BYTES - len(suffix.encode())) + suffix)
+
+
+def _cut(name: str, most: int) -> str:
+    """A name of at most so many bytes; a digest of the whole name replaces the end of a longer one."""
+    if len(name.encode()) <= most:
+        return name
+    mark = hashlib.sha256(name.encode()).hexdigest()[:8]
+    return name.encode()[: most - 9].decode(errors="ignore") + f"-{mark}"
+
+
 def _free_name(path: Path, suffix: str) -> str:
     """A data file name that no earlier file has, so that an interrupted write harms nothing."""
-    stem, k = f"{path.name}.{suffix}", 0
+    stem, k = f"{_cut(path.name, MAX_STEM_BYTES)}.{suffix}", 0
     name = stem
     while (path.parent / name).exists():
         k += 1
@@ -212,7 +265,7 @@ def replacing(path: Path, *, lasting: bool = True) -> Iterator[IO[bytes]]:
 
     A link keeps pointing to its file, which is replaced; what is not a regular file is refused.
     """
-    path = path.resolve()
+    path = Path(os.path.realpath(path))  # Path.resolve fails for a link to itself
     if path.exists() and not path.is_file():
         raise OSError(errno.EINVAL, "it exists and is not a regular file")
     handle, name = create_file(path.parent)
@@ -247,7 +300,7 @@ def _moved(name: Path, path: Path) -> None:
 @contextlib.contextmanager
 def workspace(output: str | os.PathLike[str] | None) -> Iterator[Path]:
     """A folder for the candidate, gone afterwards; beside the output, if there is one, where space is needed."""
-    where = None if output is None else Path(output).resolve().parent
+    where = None if output is None else Path(os.path.realpath(output)).parent
     with contextlib.ExitStack() as stack:
         try:
             folder = stack.enter_context(temporary_folder(where))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+import zipfile
+import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +33,8 @@ KINDS = {
 DEFAULT_KINDS = ("normal", "uniform", "normal")
 #: Standard deviation of "large" inputs: beyond raw 8-bit pixels, far from the largest float16.
 LARGE = 1000.0
+#: What numpy raises for a damaged file, or one with Python objects. numpy advises to load the latter unsafely.
+DAMAGED_ARCHIVE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 
 #: Input name → array.
 Feeds = dict[str, Values]
@@ -183,7 +187,7 @@ def _read_sets(path: Path, specs: Sequence[InputSpec]) -> list[tuple[Path, dict[
         return [(path, {s.name: _to_array(t, p) for s, t, p in zip(specs, named, protos, strict=True)})]
     arrays = sorted(path.glob("*.npy"))
     if arrays and {s.name for s in specs} <= {p.stem for p in arrays}:
-        return [(path, {s.name: _load(path / f"{s.name}.npy") for s in specs})]
+        return [(path, {s.name: load_array_file(path / f"{s.name}.npy") for s in specs})]
     files = sorted([*arrays, *path.glob("*.npz")])
     if files:
         return [(p, _read(p, specs)) for p in files]
@@ -195,11 +199,11 @@ def _read(path: Path, specs: Sequence[InputSpec]) -> dict[str, Values]:
     if path.suffix == ".pb":
         alone = _to_array(_read_tensor(path), path)
     else:
-        loaded = _load(path)
+        loaded = load_array_file(path)
         if not isinstance(loaded, np.ndarray):
             try:
                 return {name: loaded[name] for name in loaded.files}
-            except ValueError as error:
+            except DAMAGED_ARCHIVE as error:
                 raise _read_error(path, error) from error
         alone = loaded
     if len(specs) != 1:
@@ -208,15 +212,23 @@ def _read(path: Path, specs: Sequence[InputSpec]) -> dict[str, Values]:
     return {specs[0].name: alone}
 
 
-def _load(path: Path) -> Any:
+def load_array_file(path: Path) -> Any:
+    """Open a .npy or .npz file, without Python objects.
+
+    Raises
+    ------
+    UsageError
+        If it cannot be read.
+    """
     try:
         return np.load(path, allow_pickle=False)
-    except (OSError, ValueError, EOFError) as error:
+    except DAMAGED_ARCHIVE as error:
         raise _read_error(path, error) from error
 
 
 def _read_error(path: Path, error: Exception) -> UsageError:
-    return UsageError(f"{str(path)!r} cannot be read as .npz ({error}); save one with numpy.savez")
+    why = error.strerror if isinstance(error, OSError) and error.strerror else "it is damaged, or holds Python objects"
+    return UsageError(f"{str(path)!r} cannot be read as .npz ({why}); save one with numpy.savez")
 
 
 def _read_tensor(path: Path) -> onnx.TensorProto:

@@ -22,7 +22,7 @@ import onnx
 
 from pwopt.errors import PwoptError, UsageError
 from pwopt.graph.json_files import read_json, read_record
-from pwopt.graph.storage import locations_of, replacing
+from pwopt.graph.storage import find_data_folder, locations_of, name_beside, replacing
 from pwopt.optimizing.optimizer import run_request
 from pwopt.optimizing.preparation import resolve
 from pwopt.optimizing.request import Request
@@ -52,11 +52,11 @@ class Job:
 
     @property
     def report(self) -> Path:
-        return self.output.with_suffix(".report.json")
+        return name_beside(self.output, ".report.json")
 
     @property
     def page(self) -> Path:
-        return self.output.with_suffix(".report.html")
+        return name_beside(self.output, ".report.html")
 
 
 @dataclass(frozen=True)
@@ -169,8 +169,9 @@ def content(model: Path) -> str:
     data = model.read_bytes()
     found = [hashlib.sha256(data).hexdigest()]
     with contextlib.suppress(Exception):  # what cannot be read will be said when it is optimised
-        names = sorted(set(locations_of(onnx.ModelProto.FromString(data)).values()))
-        stats = [(name, (model.parent / name).stat()) for name in names]
+        proto = onnx.ModelProto.FromString(data)
+        folder = find_data_folder(proto, model)
+        stats = [(name, (folder / name).stat()) for name in sorted(set(locations_of(proto).values()))]
         found += [f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in stats]
     return " ".join(found)
 

@@ -20,7 +20,7 @@ from typing import Any
 import onnx
 
 from pwopt.errors import PwoptError, UsageError
-from pwopt.graph.storage import locations_of, replacing
+from pwopt.graph.storage import find_data_folder, locations_of, replacing
 from pwopt.graph.temporary import temporary_folder
 from pwopt.optimizing.batch import DEFECT, BatchRow, Job, JobResult, carried_out, content
 from pwopt.optimizing.record_tuning import profile
@@ -254,9 +254,12 @@ def _packed(model: Path) -> dict[str, bytes]:
         return {}
     files = {model.name: data}
     with contextlib.suppress(Exception):
-        for name in set(locations_of(onnx.ModelProto.FromString(data)).values()):
-            path = (model.parent / name).resolve()
-            if path.is_relative_to(model.parent.resolve()):
+        proto = onnx.ModelProto.FromString(data)
+        folder = find_data_folder(proto, model)
+        roots = [os.path.realpath(folder), os.path.dirname(os.path.realpath(model))]
+        for name in set(locations_of(proto).values()):
+            path = Path(os.path.realpath(folder / name))
+            if any(path.is_relative_to(root) for root in roots):
                 files[name] = path.read_bytes()
     return files
 

@@ -9,6 +9,7 @@ from math import exp, log
 from pathlib import Path
 from typing import Any
 
+from pwopt.graph.storage import name_beside
 from pwopt.reporting.document import load_templates
 
 
@@ -41,5 +42,5 @@ def render_index(rows: Sequence[Any], folder: Path) -> str:
 
 
 def _find_report(folder: Path, output: str) -> str:
-    path = Path(output).with_suffix(".report.html")
+    path = name_beside(Path(output), ".report.html")
     return path.as_posix() if os.path.exists(folder / path) else ""
