@@ -1,8 +1,8 @@
-"""Laws that a model obeys, each measured as one figure: what ought to hold before a rewrite holds after it.
+"""Invariants of a model, such as conservation laws and symmetries, each measured as one residual.
 
-An invariant takes a function from one array to one array (`function_of` makes one from a model) and an input, and
-gives a relative residual: a number without unit, 0 where the law holds exactly, some multiples of the machine epsilon
-(1e-7 in float32) where it holds to rounding, infinite where an output is not finite. All sums are in float64.
+An invariant takes a function from one array to one array (`function_of` creates one from a model) and an input. It
+returns a relative residual without unit: 0 if the law holds exactly, a few machine epsilons (1e-7 in float32) if it
+holds up to rounding, and infinity if an output is not finite. All sums are in float64.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from pwopt.graph.files import Source, as_file
 from pwopt.running.providers import Provider, as_provider
 from pwopt.running.session import Session
 
-Function = Callable[[Values], Values]
+ArrayFunction = Callable[[Values], Values]
 
-#: Of perturbations and permutations, so that figures are reproducible.
+#: Seed of perturbations and permutations, for reproducible figures.
 SEED = 0
 
 
@@ -31,16 +31,16 @@ def function_of(
     output: str | None = None,
     others: Mapping[str, Values] | None = None,
     provider: str | Provider = "cpu",
-) -> Function:
-    """One input of a model → one of its outputs, run by onnxruntime.
+) -> ArrayFunction:
+    """Return a function from one input of a model to one of its outputs, run by onnxruntime.
 
     Parameters
     ----------
     model : path, onnx.ModelProto, Model or Session
     input, output : str, optional
-        Names; the first input and the first output by default.
+        Names; by default the first input and the first output.
     others : mapping, optional
-        What the model's other inputs are held at.
+        Values of the model's other inputs.
     provider : str or Provider
         Execution provider, unless `model` is a session already.
 
@@ -58,7 +58,7 @@ def function_of(
     wanted = output or session.outputs[0]
     for kind, name, names in (("input", chosen, session.inputs), ("output", wanted, session.outputs)):
         if name not in names:
-            raise UsageError(f"there is no {kind} {name!r}; the model has {', '.join(map(repr, names))}")
+            raise UsageError(f"{name!r} is not an {kind} of the model; it has {', '.join(map(repr, names))}")
     index = session.outputs.index(wanted)
 
     def run(x: Values) -> Values:
@@ -67,8 +67,8 @@ def function_of(
     return run
 
 
-def conservation(f: Function, x: Values, matrix: ArrayLike, axis: int = 1) -> float:
-    """A·f(x) = A·x: what the rows of A sum up at each position (mass, energy, charge) is left as it was.
+def conservation(f: ArrayFunction, x: Values, matrix: ArrayLike, axis: int = 1) -> float:
+    """A·f(x) = A·x: f conserves the sums that the rows of A define at each position (mass, energy, charge).
 
     Parameters
     ----------
@@ -90,7 +90,7 @@ def conservation(f: Function, x: Values, matrix: ArrayLike, axis: int = 1) -> fl
     return max(_relative(after[i], before[i]) for i in range(len(a)))
 
 
-def isometry(f: Function, x: Values, axis: int = 1, stride: int = 1) -> float:
+def isometry(f: ArrayFunction, x: Values, axis: int = 1, stride: int = 1) -> float:
     """‖f(x)‖ = ‖x‖ at every position, as for y = Wx with WᵀW = I.
 
     Parameters
@@ -100,7 +100,7 @@ def isometry(f: Function, x: Values, axis: int = 1, stride: int = 1) -> float:
     axis : int
         The channel axis of x and f(x).
     stride : int
-        f looks at every stride-th position of each axis after the channels.
+        f reads every stride-th position of each axis after the channels.
 
     Returns
     -------
@@ -120,7 +120,7 @@ def isometry(f: Function, x: Values, axis: int = 1, stride: int = 1) -> float:
     return _relative(after, before)
 
 
-def gram(f: Function, x: Values, matrix: ArrayLike, axis: int = 1) -> float:
+def gram(f: ArrayFunction, x: Values, matrix: ArrayLike, axis: int = 1) -> float:
     """G(f(x)) = W·G(x)·Wᵀ for G(x) = x·xᵀ summed over all positions, as for y = Wx.
 
     Parameters
@@ -141,20 +141,20 @@ def gram(f: Function, x: Values, matrix: ArrayLike, axis: int = 1) -> float:
     return _relative(_gram(f(x), axis), w @ _gram(x, axis) @ w.T)
 
 
-def translation(f: Function, x: Values, shift: int = 1, stride: int = 1, margin: int = 0, axis: int = 2) -> float:
-    """f(shifted x) = shifted f(x): an object that moves takes its features along (equivariance).
+def translation(f: ArrayFunction, x: Values, shift: int = 1, stride: int = 1, margin: int = 0, axis: int = 2) -> float:
+    """f(shifted x) = shifted f(x): features move with the input (translation equivariance).
 
     Parameters
     ----------
     f : callable
     x : array
-        An object that stays clear of the border, so that nothing is shifted in or out.
+        An input that is zero near the border, so that nothing is shifted in or out.
     shift : int
         Positions to move x along all axes from `axis` on, 0 or more.
     stride : int
         Positions of x per position of f(x); `shift` is a multiple of it.
     margin : int
-        Positions of f(x) at each border to leave out, where padding shows.
+        Positions of f(x) at each border to leave out because of padding.
     axis : int
         The first spatial axis of x and f(x).
 
@@ -175,8 +175,8 @@ def translation(f: Function, x: Values, shift: int = 1, stride: int = 1, margin:
     return _relative(moved, still)
 
 
-def permutation(f: Function, x: Values, axis: int = 1, output_axis: int | None = None, seed: int = SEED) -> float:
-    """f(Px) = P·f(x): nodes, tokens or points have no order (equivariance).
+def permutation(f: ArrayFunction, x: Values, axis: int = 1, output_axis: int | None = None, seed: int = SEED) -> float:
+    """f(Px) = P·f(x): the order of nodes, tokens or points does not matter (permutation equivariance).
 
     Parameters
     ----------
@@ -199,9 +199,9 @@ def permutation(f: Function, x: Values, axis: int = 1, output_axis: int | None =
 
 
 def locality(
-    f: Function, x: Values, axis: int = 1, output_axis: int | None = None, index: int = 0, seed: int = SEED
+    f: ArrayFunction, x: Values, axis: int = 1, output_axis: int | None = None, index: int = 0, seed: int = SEED
 ) -> float:
-    """f(x)ᵢ depends on xᵢ alone: every other node, pixel or token may be anything.
+    """f(x)ᵢ depends on xᵢ only, not on other nodes, pixels or tokens.
 
     Parameters
     ----------
@@ -212,7 +212,7 @@ def locality(
     output_axis : int, optional
         The same axis in f(x); `axis` by default.
     index : int
-        The node i that stays; all others are replaced by noise of the same size.
+        The node i that is kept; noise of the same size replaces all others.
     seed : int
 
     Returns
@@ -228,7 +228,7 @@ def locality(
     return _relative(np.take(f(noise), index, where), np.take(f(x), index, where))
 
 
-def symmetry(f: Function, x: Values, axes: tuple[int, int] = (-2, -1)) -> float:
+def symmetry(f: ArrayFunction, x: Values, axes: tuple[int, int] = (-2, -1)) -> float:
     """f(x)ᵢⱼ = f(x)ⱼᵢ: distances and contacts have no direction.
 
     Parameters
@@ -249,35 +249,31 @@ def symmetry(f: Function, x: Values, axes: tuple[int, int] = (-2, -1)) -> float:
 
 @dataclass(frozen=True)
 class Invariant:
-    """A law by its name: the formula, which its docstring begins with, and the function that measures its residual."""
+    """A named invariant: its formula, and the function that measures its residual."""
 
     name: str
     formula: str
     residual: Callable[..., float]
 
 
-def _invariant(residual: Callable[..., float]) -> Invariant:
-    assert residual.__doc__ is not None
-    sentence = residual.__doc__.partition("\n")[0]
-    return Invariant(residual.__name__, sentence.partition(": ")[0].rstrip("."), residual)
-
-
-_RESIDUALS: tuple[Callable[..., float], ...] = (
-    conservation,
-    isometry,
-    gram,
-    translation,
-    permutation,
-    locality,
-    symmetry,
-)
 #: All invariants by name.
-INVARIANTS: Mapping[str, Invariant] = {r.__name__: _invariant(r) for r in _RESIDUALS}
+INVARIANTS: Mapping[str, Invariant] = {
+    law.name: law
+    for law in (
+        Invariant("conservation", "A·f(x) = A·x", conservation),
+        Invariant("isometry", "‖f(x)‖ = ‖x‖ at every position, as for y = Wx with WᵀW = I", isometry),
+        Invariant("gram", "G(f(x)) = W·G(x)·Wᵀ for G(x) = x·xᵀ summed over all positions, as for y = Wx", gram),
+        Invariant("translation", "f(shifted x) = shifted f(x)", translation),
+        Invariant("permutation", "f(Px) = P·f(x)", permutation),
+        Invariant("locality", "f(x)ᵢ depends on xᵢ only", locality),
+        Invariant("symmetry", "f(x)ᵢⱼ = f(x)ⱼᵢ", symmetry),
+    )
+}
 
 
 def _fit(a: Array, b: Array) -> None:
     if a.shape != b.shape:
-        raise UsageError(f"the shapes {a.shape} and {b.shape}, which the law compares, are not the same")
+        raise UsageError(f"the shapes {a.shape} and {b.shape}, which the invariant compares, differ")
 
 
 def _relative(found: Values, wanted: Values) -> float:
@@ -291,7 +287,7 @@ def _relative(found: Values, wanted: Values) -> float:
 
 
 def _mapped(matrix: Array, x: Values, axis: int) -> Array:
-    """matrix · x along one axis, which comes first in the result."""
+    """matrix · x along one axis, which becomes the first axis of the result."""
     if matrix.shape[1] != x.shape[axis]:
         raise UsageError(f"the matrix has {matrix.shape[1]} columns, and axis {axis} has {x.shape[axis]} channels")
     mapped: Array = np.asarray(np.tensordot(matrix, np.asarray(x, np.float64), axes=(1, axis)), np.float64)

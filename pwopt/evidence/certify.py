@@ -1,12 +1,13 @@
-"""Certificates: each rewrite's region, before and after, evaluated in float64 on probes of its own.
+"""Certificates: evaluate the operators of each rewrite, before and after it, in float64 on separate probes.
 
-Where a region is affine in what feeds it, two versions of it are equal for all inputs if they agree on a basis, or, but
-for a stated probability, on random probes (Freivalds, "Probabilistic machines can use less running time", 1977;
-Schwartz, "Fast probabilistic algorithms for verification of polynomial identities", 1980). What may differ is bounded
-before anything is compared: d maps in sequence store their weights anew, each with a relative rounding of u; what they
-were folded from was added up in float64, with γₙ for sums of n terms (Higham, "Accuracy and Stability of Numerical
-Algorithms", 2002, section 3.1). Both apply to what the sizes of all terms add up to. Other regions are tested on probes
-of several sizes, against what rounding their weights does to them.
+Two versions that are affine in their inputs are equal for all inputs if they agree on a basis. If they agree on random
+probes, they are equal except with a stated probability (Freivalds, "Probabilistic machines can use less running time",
+1977; Schwartz, "Fast probabilistic algorithms for verification of polynomial identities", 1980).
+
+The allowed difference is computed beforehand. A sequence of d maps stores new weights, each with a relative rounding
+error of u. Their sums of n terms in float64 have a relative error of γₙ (Higham, "Accuracy and Stability of Numerical
+Algorithms", 2002, section 3.1). Both are relative to the sum of the magnitudes of all terms. Versions that are not
+affine are tested on probes of several sizes, and compared with the effect of rounding their weights.
 """
 
 from __future__ import annotations
@@ -30,41 +31,41 @@ from pwopt.rewriting.wording import format_count
 
 #: Entries of the random probes of an affine region are ±(1 + k/GRID).
 GRID = 2**20
-#: Regions fed by at most this many numbers are evaluated on zero and each unit vector.
+#: Changes with at most this many input numbers are evaluated on zero and on each unit vector.
 BASIS = 16
-#: A fault of so many times the bound in one coefficient is what the stated probability is about.
+#: The stated probability is that of missing an error of this many times the bound in one coefficient.
 FAULT = 1000.0
-#: Biases that cancel to within so many units of u may have become zero (`graph.cancelling`).
+#: Biases that cancel up to this many units of u may have become zero (`graph.cancelling`).
 CANCELLED = 8.0
-#: Roundings of an operator that is not affine, in units of u.
-ROUNDINGS = 8.0
-#: A nonlinear region may differ by this many times what rounding its weights does to it.
+#: Rounding error of an operator that is not affine, in units of u.
+OPERATOR_ROUNDINGS = 8.0
+#: A nonlinear change may differ by this many times the effect of rounding its weights.
 JITTERS = 16.0
-#: Spatial extents to evaluate on, where the region takes them; the model's own come last.
+#: Spatial extents to try before the model's own.
 EXTENTS = (8, 32)
-#: Operators in a region; larger ones are not evaluated.
+#: Maximum number of operators of a change that is evaluated.
 MAX_OPERATORS = 2000
-#: Unit roundoff of the evaluation itself.
+#: Unit roundoff of the evaluation.
 DOUBLE = 2.0**-53
 
 
-Sizes = dict[Tensor, tuple[int, ...]]
+TensorSizes = dict[Tensor, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
-class Trials:
-    """How much is tried.
+class ProbePlan:
+    """Number and size of the evaluations.
 
     Attributes
     ----------
     probes : int
-        Random probes of an affine region.
+        Number of random probes of an affine change.
     scales : tuple of float
-        Sizes of the probes of any other region, each of which has entries of both signs.
+        TensorSizes of the probes of any other region, each of which has entries of both signs.
     jitters : int
-        How often weights are rounded at random there.
+        Number of random roundings of the weights of other changes.
     work : int
-        Multiply-adds and elements of one evaluation, at most.
+        Maximum number of multiply-adds and elements of one evaluation.
     """
 
     probes: int
@@ -73,22 +74,22 @@ class Trials:
     work: int
 
 
-#: What is tried, and what is if that would take too long: fewer evaluations, each of which may take longer.
-FULL = Trials(3, (0.01, 1.0, 30.0, 1000.0), 2, MAX_WORK)
-FEW = Trials(1, (1.0,), 1, 3 * MAX_WORK)
+#: The usual plan, and one with fewer but larger evaluations if the usual one would take too long.
+FULL_PLAN = ProbePlan(3, (0.01, 1.0, 30.0, 1000.0), 2, MAX_WORK)
+REDUCED_PLAN = ProbePlan(1, (1.0,), 1, 3 * MAX_WORK)
 
 
 def unchecked(_region: Change, _view: View) -> Certificate:
-    """No evaluation, where none is wanted."""
-    return Certificate("none", "not verified, as asked")
+    """Return a certificate without an evaluation, for `--no-verify`."""
+    return Certificate("none", "not verified, as requested")
 
 
 def certify(region: Change, view: View) -> Certificate:
-    """Evaluate a region before and after a rewrite, and compare.
+    """Evaluate the operators of a rewrite before and after it, and compare the results.
 
-    Small spatial extents are tried first, large enough for every window; where they do not fit, or do not agree, the
-    model's own are. Nothing is assumed of what feeds the region, unless the pass rests on facts about it: then the
-    operators above it are taken along.
+    Small spatial extents that hold every window are tried first. If they do not fit, or the results differ, the model's
+    own extents are used. Inputs are arbitrary. If the pass relies on facts about them, the operators that compute them
+    are evaluated as well.
 
     Parameters
     ----------
@@ -102,40 +103,40 @@ def certify(region: Change, view: View) -> Certificate:
     """
     lost = region.find_lost(view)
     if lost is not None:
-        return Certificate("failed", f"{lost.name!r} is needed, and nothing makes it any more", math.inf)
+        return Certificate("failed", f"{lost.name!r} is needed, but no operator computes it any more", math.inf)
     if not region.claims():
-        return Certificate("certified", "nothing that went was read", probability=0.0)
-    result = _evaluated(region, view)
+        return Certificate("certified", "the removed operators had no effect", probability=0.0)
+    result = _evaluate_change(region, view)
     if result.status == "failed" and region.rerouted:
         region = region.include_rerouted(view)
-        result = _evaluated(region, view)
+        result = _evaluate_change(region, view)
     while result.status in ("failed", "none") and region.context:
         region = region.widen(view)
-        wider = _evaluated(region, view)
+        wider = _evaluate_change(region, view)
         result = result if wider.status == "none" else wider
     return result
 
 
-def _evaluated(region: Change, view: View) -> Certificate:
-    """The first agreement at any sizes; else the first disagreement; else why there is neither."""
+def _evaluate_change(region: Change, view: View) -> Certificate:
+    """Return the first agreement at any sizes, else the first difference, else the reason why there is neither."""
     if len(region.before) + len(region.after) > MAX_OPERATORS:
         return Certificate("none", f"too large: more than {MAX_OPERATORS} operators")
     sides = Side(view, region.before), Side(view, region.after)
-    whole = _whole(region, view)
+    whole = _own_sizes(region, view)
     if whole is None:
-        return Certificate("none", "the sizes of what feeds it are not known")
+        return Certificate("none", "the sizes of its inputs are not known")
     sized = any(find_traits(s.op).sized for s in (*region.before, *region.after))
-    small = [s for s in _small(whole, max(map(_reach, sides))) if s != whole]
-    wholly, smaller = [(whole, FULL), (whole, FEW)], [(sizes, FULL) for sizes in small]
+    small = [s for s in _smaller_sizes(whole, max(map(_reach, sides))) if s != whole]
+    wholly, smaller = [(whole, FULL_PLAN), (whole, REDUCED_PLAN)], [(sizes, FULL_PLAN) for sizes in small]
     failed: Certificate | None = None
     unfit, large = "", False
-    for sizes, trials in (*wholly, *smaller) if sized else (*smaller, *wholly):
-        if trials is FEW and not large:
+    for sizes, plan in (*wholly, *smaller) if sized else (*smaller, *wholly):
+        if plan is REDUCED_PLAN and not large:
             continue
         try:
-            result = _compared(region, view, sides, sizes, trials)
+            result = _compare(region, view, sides, sizes, plan)
         except (TooLargeError, MemoryError):
-            unfit, large = f"too large: over {trials.work:,} multiply-adds", sizes is whole
+            unfit, large = f"too large: over {plan.work:,} multiply-adds", sizes is whole
             continue
         except UnfitError as error:
             unfit = unfit or str(error)
@@ -150,9 +151,9 @@ def _evaluated(region: Change, view: View) -> Certificate:
     return failed or Certificate("none", unfit)
 
 
-def _whole(region: Change, view: View) -> Sizes | None:
-    """The model's own size of every tensor that comes from outside."""
-    whole: Sizes = {}
+def _own_sizes(region: Change, view: View) -> TensorSizes | None:
+    """The model's own size of every input of the change."""
+    whole: TensorSizes = {}
     for t in region.sources():
         if view.constant(t) is not None:
             continue
@@ -165,16 +166,16 @@ def _whole(region: Change, view: View) -> Sizes | None:
     return whole
 
 
-def _small(whole: Sizes, reach: int) -> Iterator[Sizes]:
-    """Smaller sizes to try, none of which is below `reach` along an axis that windows may slide over."""
+def _smaller_sizes(whole: TensorSizes, reach: int) -> Iterator[TensorSizes]:
+    """Yield smaller sizes to try, at least `reach` along each axis that windows slide over."""
     for first, extent in ((2, EXTENTS[0]), (2, EXTENTS[1]), (2, 0), (1, EXTENTS[0])):
-        sizes = _shrunk(whole, first, max(extent, reach)) if extent else _divided(whole, max(4, reach))
+        sizes = _shrink(whole, first, max(extent, reach)) if extent else _divide(whole, max(4, reach))
         if sizes is not None:
             yield sizes
 
 
 def _reach(side: Side) -> int:
-    """Positions that the largest window of a region spans, and its stride: so many show each of its weights."""
+    """The extent of the largest window plus its stride; with that many positions, every weight has an effect."""
     reach = 1
     for s in side.states:
         kernel = s.attrs.get("kernel_shape") or ()
@@ -186,8 +187,8 @@ def _reach(side: Side) -> int:
     return reach
 
 
-def _shrunk(whole: Sizes, first: int, extent: int) -> Sizes | None:
-    """All positions along axes from `first` on at most `extent`, if all inputs have the same ones (or a single one)."""
+def _shrink(whole: TensorSizes, first: int, extent: int) -> TensorSizes | None:
+    """Limit axes from `first` on to `extent`, if they are the same (or 1) in all inputs."""
     end = None if first > 1 else 2
     planes = {size[first:end] for size in whole.values() if len(size) >= 3 and any(d != 1 for d in size[first:end])}
     if len(planes) > 1:
@@ -200,8 +201,8 @@ def _shrunk(whole: Sizes, first: int, extent: int) -> Sizes | None:
     }
 
 
-def _divided(whole: Sizes, least: int) -> Sizes | None:
-    """Extents in the same proportions, the smallest as near to `least` as these allow."""
+def _divide(whole: TensorSizes, least: int) -> TensorSizes | None:
+    """Divide the extents by a common factor, so that the smallest is as close to `least` as possible."""
     extents = {d for size in whole.values() if len(size) >= 3 for d in size[2:] if d > 1}
     common = math.gcd(*extents) if extents else 1
     divisors = [k for k in range(2, common + 1) if common % k == 0 and min(extents) // k >= least]
@@ -214,21 +215,21 @@ def _divided(whole: Sizes, least: int) -> Sizes | None:
     }
 
 
-def _compared(region: Change, view: View, sides: tuple[Side, Side], sizes: Sizes, trials: Trials) -> Certificate:
+def _compare(region: Change, view: View, sides: tuple[Side, Side], sizes: TensorSizes, plan: ProbePlan) -> Certificate:
     states = (*region.before, *region.after)
-    reckoned = {t for s in states if s.op not in ("Shape", "Size") for t in s.inputs}
-    reckoned |= {t for pair in region.claims() for t in pair}
+    computed = {t for s in states if s.op not in ("Shape", "Size") for t in s.inputs}
+    computed |= {t for pair in region.claims() for t in pair}
     given = [t for t in region.sources() if t in sizes]
-    inputs = [t for t in given if t in reckoned]
-    if sum(math.prod(sizes[t]) for t in inputs) > trials.work // 16:
+    inputs = [t for t in given if t in computed]
+    if sum(math.prod(sizes[t]) for t in inputs) > plan.work // 16:
         raise TooLargeError
     for side in sides:
-        side.limit = trials.work
-        side.shapes = {t: np.broadcast_to(0.0, sizes[t]) for t in given if t not in reckoned}
+        side.limit = plan.work
+        side.shapes = {t: np.broadcast_to(0.0, sizes[t]) for t in given if t not in computed}
     floating = all(_kind(view, t) == "f" for t in inputs)
     moving = set(inputs)
-    affine = floating and all(_affine(side, moving) for side in sides)
-    return (_certified if affine else _tested)(region, view, sides, inputs, sizes, trials)
+    affine = floating and all(_is_affine(side, moving) for side in sides)
+    return (_compare_affine if affine else _compare_other)(region, view, sides, inputs, sizes, plan)
 
 
 def _kind(view: View, tensor: Tensor) -> str:
@@ -240,13 +241,13 @@ def _kind(view: View, tensor: Tensor) -> str:
     return dtype.kind
 
 
-def _certified(
-    region: Change, view: View, sides: tuple[Side, Side], inputs: Sequence[Tensor], sizes: Sizes, trials: Trials
+def _compare_affine(
+    region: Change, view: View, sides: tuple[Side, Side], inputs: Sequence[Tensor], sizes: TensorSizes, plan: ProbePlan
 ) -> Certificate:
-    """Affine regions: |after − before| ≤ bound · M at every element, on a basis or random probes."""
+    """Check affine changes: |after − before| ≤ bound · M at every element, on a basis or on random probes."""
     count = sum(math.prod(sizes[t]) for t in inputs)
     basis = count <= BASIS
-    probes = _unit_vectors(inputs, sizes) if basis else _random(inputs, sizes, trials.probes)
+    probes = _unit_vectors(inputs, sizes) if basis else _random_probes(inputs, sizes, plan.probes)
     largest = {t: np.full(sizes[t], 1.0 if basis else 2.0) for t in inputs}
     unit = max(DOUBLE, *(side.unit() for side in sides))
 
@@ -261,7 +262,7 @@ def _certified(
     biases = sides[0].run(zero, outward, absolute=True)
     depths = [_depth(side, inputs) for side in sides]
     bound = depths[1] * unit
-    cancelled, summed = CANCELLED * depths[0] * unit / bound, 4 * _terms(sides) * DOUBLE / bound
+    cancelled, summed = CANCELLED * depths[0] * unit / bound, 4 * _count_terms(sides) * DOUBLE / bound
     shifts = sides[1].run(zero, None)
 
     def scale(old: Tensor, new: Tensor) -> Array:
@@ -274,24 +275,24 @@ def _certified(
         before, after = (side.run(feeds, None) for side in sides)
         for old, new in region.claims():
             a, b = sides[0].value(old, before), sides[1].value(new, after)
-            if not _alike(a, b):
-                return Certificate("failed", _mismatch(old, a, b), math.inf, bound)
+            if not _comparable(a, b):
+                return Certificate("failed", _describe_mismatch(old, a, b), math.inf, bound)
             gap, allowed = np.abs(np.subtract(a, b, dtype=np.float64)), scale(old, new)
-            worst = max(worst, _ratio(gap, allowed))
-            normwise = max(normwise, _ratio(gap, np.max(allowed, initial=0.0)))
-    how = f"a basis of {count + 1}" if count else "constants computed anew"
-    how = how if basis else format_count(trials.probes, "random probe")
+            worst = max(worst, _largest_ratio(gap, allowed))
+            normwise = max(normwise, _largest_ratio(gap, np.max(allowed, initial=0.0)))
+    how = f"a basis of {count + 1}" if count else "recomputed constants"
+    how = how if basis else format_count(plan.probes, "random probe")
     if worst > bound >= normwise and chained:  # a split at the rank is exact as a whole, not row by row
         worst, how = normwise, f"{how}, relative to the largest element"
     if not worst <= bound:
         return Certificate("failed", f"on {how}", worst, bound)
-    return Certificate("certified", how, worst, bound, 0.0 if basis else (1 / FAULT + 0.5 / GRID) ** trials.probes)
+    return Certificate("certified", how, worst, bound, 0.0 if basis else (1 / FAULT + 0.5 / GRID) ** plan.probes)
 
 
-def _tested(
-    region: Change, view: View, sides: tuple[Side, Side], inputs: Sequence[Tensor], sizes: Sizes, trials: Trials
+def _compare_other(
+    region: Change, view: View, sides: tuple[Side, Side], inputs: Sequence[Tensor], sizes: TensorSizes, plan: ProbePlan
 ) -> Certificate:
-    """Other regions: |after − before| within what storing the weights once more does to either side."""
+    """Check other changes: |after − before| is at most the effect of rounding the weights of either version."""
     unit = max(DOUBLE, *(side.unit() for side in sides))
     rng = np.random.default_rng(0)
 
@@ -299,14 +300,14 @@ def _tested(
         return value * (1 + unit * rng.choice((-1.0, 1.0), value.shape))
 
     worst, bound, finite = 0.0, math.inf, False
-    for size in trials.scales:
-        feeds = {t: _probe(view, t, sizes[t], size, rng) for t in inputs}
+    for size in plan.scales:
+        feeds = {t: _draw_probe(view, t, sizes[t], size, rng) for t in inputs}
         before, after = (side.run(feeds, None) for side in sides)
-        nearby = [[side.run(feeds, rounded) for _ in range(trials.jitters)] for side in sides]
+        nearby = [[side.run(feeds, rounded) for _ in range(plan.jitters)] for side in sides]
         for old, new in region.claims():
             a, b = sides[0].value(old, before), sides[1].value(new, after)
-            if not _alike(a, b):
-                return Certificate("failed", _mismatch(old, a, b), math.inf)
+            if not _comparable(a, b):
+                return Certificate("failed", _describe_mismatch(old, a, b), math.inf)
             if not np.array_equal(np.isfinite(a), np.isfinite(b)):
                 return Certificate("failed", f"{old.name!r} is finite at different places", math.inf)
             fine = np.isfinite(a)
@@ -314,9 +315,9 @@ def _tested(
             scale = float(np.max(np.abs(a[fine]), initial=0.0))
             gap = float(np.max(np.abs(np.subtract(a[fine], b[fine], dtype=np.float64)), initial=0.0))
             owners = zip(sides, nearby, ((old, a), (new, b)), strict=True)
-            moved = max(_moved(side.value(t, run), value) for side, runs, (t, value) in owners for run in runs)
+            moved = max(_largest_change(side.value(t, run), value) for side, runs, (t, value) in owners for run in runs)
             steps = len(region.before) + len(region.after)
-            allowed = (JITTERS * moved / scale if scale else 0.0) + ROUNDINGS * steps * unit
+            allowed = (JITTERS * moved / scale if scale else 0.0) + OPERATOR_ROUNDINGS * steps * unit
             here = gap / scale if scale else math.inf if gap else 0.0
             if bound == math.inf or here * bound > worst * allowed or (here == worst and allowed < bound):
                 worst, bound = here, allowed
@@ -324,12 +325,12 @@ def _tested(
                 return Certificate("failed", f"on probes of size {size:g}", here, allowed)
     if not finite:
         return Certificate("none", "no probe gives a finite value")
-    first, last = trials.scales[0], trials.scales[-1]
+    first, last = plan.scales[0], plan.scales[-1]
     of = f"sizes {first:g} to {last:g}" if first != last else f"size {first:g}"
-    return Certificate("tested", f"not affine: {format_count(len(trials.scales), 'probe')} of {of}", worst, bound)
+    return Certificate("tested", f"not affine: {format_count(len(plan.scales), 'probe')} of {of}", worst, bound)
 
 
-def _alike(a: Values, b: Values) -> bool:
+def _comparable(a: Values, b: Values) -> bool:
     if {a.dtype.kind, b.dtype.kind} - set("fiub"):
         raise UnfitError("its results are not numbers")
     if not a.size:
@@ -337,18 +338,18 @@ def _alike(a: Values, b: Values) -> bool:
     return a.shape == b.shape and a.dtype.kind == b.dtype.kind
 
 
-def _mismatch(tensor: Tensor, a: Values, b: Values) -> str:
+def _describe_mismatch(tensor: Tensor, a: Values, b: Values) -> str:
     return f"{tensor.name!r} was {a.dtype}{list(a.shape)}, and is {b.dtype}{list(b.shape)}"
 
 
-def _ratio(gap: Array, scale: Array | float) -> float:
-    """Largest gap / scale; 0 / 0 is 0, and anything that is not a number is infinite."""
+def _largest_ratio(gap: Array, scale: Array | float) -> float:
+    """The largest gap / scale; 0 / 0 is 0, and NaN is infinite."""
     with np.errstate(all="ignore"):
         ratio = np.where(gap == 0, 0.0, gap / scale)
     return math.inf if np.isnan(ratio).any() else float(np.max(ratio, initial=0.0))
 
 
-def _moved(value: Values, reference: Values) -> float:
+def _largest_change(value: Values, reference: Values) -> float:
     if value.shape != reference.shape:
         return 0.0
     with np.errstate(all="ignore"):
@@ -356,7 +357,7 @@ def _moved(value: Values, reference: Values) -> float:
     return float(np.max(gap[np.isfinite(gap)], initial=0.0))
 
 
-def _unit_vectors(inputs: Sequence[Tensor], sizes: Sizes) -> Iterator[Tensors]:
+def _unit_vectors(inputs: Sequence[Tensor], sizes: TensorSizes) -> Iterator[Tensors]:
     zero = {t: np.zeros(sizes[t]) for t in inputs}
     yield zero
     for t in inputs:
@@ -366,42 +367,44 @@ def _unit_vectors(inputs: Sequence[Tensor], sizes: Sizes) -> Iterator[Tensors]:
             yield {**zero, t: unit}
 
 
-def _random(inputs: Sequence[Tensor], sizes: Sizes, count: int) -> Iterator[Tensors]:
-    """Probes whose entries are drawn from 2 GRID numbers, none smaller than 1: a single wrong coefficient always shows,
-    several cancel with a probability of at most 1 / (2 GRID) in each probe."""
+def _random_probes(inputs: Sequence[Tensor], sizes: TensorSizes, count: int) -> Iterator[Tensors]:
+    """Yield probes whose entries are one of 2 GRID numbers, none smaller than 1 in magnitude.
+
+    A single wrong coefficient always shows. Several cancel with a probability of at most 1 / (2 GRID) in each probe.
+    """
     rng = np.random.default_rng(0)
     for _ in range(count):
-        yield {t: _signed(rng, sizes[t]) for t in inputs}
+        yield {t: _draw_signed(rng, sizes[t]) for t in inputs}
 
 
-def _signed(rng: np.random.Generator, size: tuple[int, ...]) -> Array:
+def _draw_signed(rng: np.random.Generator, size: tuple[int, ...]) -> Array:
     return np.asarray((1.0 + rng.integers(0, GRID, size) / GRID) * rng.choice((-1.0, 1.0), size))
 
 
-def _probe(view: View, tensor: Tensor, size: tuple[int, ...], scale: float, rng: np.random.Generator) -> Values:
+def _draw_probe(view: View, tensor: Tensor, size: tuple[int, ...], scale: float, rng: np.random.Generator) -> Values:
     kind = _kind(view, tensor)
     if kind == "f":
-        return _signed(rng, size) * scale
+        return _draw_signed(rng, size) * scale
     return rng.integers(0, 2, size).astype(view.dtype(tensor))
 
 
 def _depth(side: Side, sources: Sequence[Tensor]) -> int:
-    """The largest number of operators that reckon with constants, one after another; at least 1."""
+    """The largest number of successive operators that compute with constants; at least 1."""
     depth = dict.fromkeys(sources, 0)
     for s in side.states:
         moving = [depth[t] for t in s.inputs if t in depth]
         if moving:
-            stored = any(t.name and t not in depth for t in (s.inputs[i] for i in _reckoned(s)))
+            stored = any(t.name and t not in depth for t in (s.inputs[i] for i in _numeric_inputs(s)))
             depth.update((t, max(moving) + stored) for t in s.outputs)
     return max((1, *depth.values()))
 
 
-def _reckoned(state: State) -> list[int]:
+def _numeric_inputs(state: State) -> list[int]:
     return [i for i in find_traits(state.op).numbers if i < len(state.inputs)]
 
 
-def _terms(sides: tuple[Side, Side]) -> int:
-    """The number of terms in the longest sums of the regions, one after another."""
+def _count_terms(sides: tuple[Side, Side]) -> int:
+    """The total number of terms in the longest successive sums."""
     weights = [
         side.constant(t)
         for side in sides
@@ -413,8 +416,8 @@ def _terms(sides: tuple[Side, Side]) -> int:
     return 8 + sum(sums)
 
 
-def _affine(side: Side, moving: set[Tensor]) -> bool:
-    """Whether every output is affine in the tensors that come from outside."""
+def _is_affine(side: Side, moving: set[Tensor]) -> bool:
+    """Whether every output is affine in the inputs."""
     moving = set(moving)
     for s in side.states:
         where = [i for i, t in enumerate(s.inputs) if t in moving]

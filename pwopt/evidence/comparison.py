@@ -76,11 +76,11 @@ class _Tally:
         """Compare the output of one sample; a candidate that fails to run is given as a ModelError."""
         structure, leaves = find_leaves(reference)
         if isinstance(candidate, ModelError):
-            self._decide(label, False, Agreement.none(f"the candidate fails where the original runs: {candidate}"))
+            self._decide(label, False, Agreement.disagree(f"the candidate fails where the original runs: {candidate}"))
             return
         form, values = find_leaves(candidate)
         if form != structure:
-            self._decide(label, False, Agreement.none("the structure of the output differs"))
+            self._decide(label, False, Agreement.disagree("the structure of the output differs"))
             return
         for i, (leaf, value) in enumerate(zip(leaves, values, strict=True)):
             own = [parts[i] if same == structure else None for same, parts in map(find_leaves, (plain, near))]

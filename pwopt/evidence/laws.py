@@ -1,4 +1,4 @@
-"""Invariants of two models side by side: `pwopt.invariants`, asked for by name and with settings as text."""
+"""Measure `pwopt.invariants` on two models, selected by name and with settings as text."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ class Law:
     Attributes
     ----------
     name : str
-        Of `pwopt.invariants.INVARIANTS`.
+        A key of `pwopt.invariants.INVARIANTS`.
     settings : mapping
         Keyword arguments of its function.
     input, output : str or None
-        What it is about; the first ones by default.
+        Names of an input and an output; the first ones by default.
     text : str
-        As it was asked for.
+        The text it was parsed from.
     """
 
     name: str
@@ -44,7 +44,7 @@ class Law:
 
 
 def parse_law(text: str) -> Law:
-    """``NAME:KEY=VALUE:KEY=VALUE`` → a law.
+    """Parse ``NAME:KEY=VALUE:KEY=VALUE``.
 
     Values are integers, several joined by commas, or for ``matrix`` the path of an .npy; ``input`` and ``output`` are
     names.
@@ -57,15 +57,15 @@ def parse_law(text: str) -> Law:
     name, _, rest = text.partition(":")
     pairs = re.split(r":(?=\w+=)", rest) if rest else []  # a colon may also be a drive's, or in a tensor's name
     if name not in INVARIANTS:
-        raise UsageError(f"there is no invariant {name!r}; there are {', '.join(INVARIANTS)}")
+        raise UsageError(f"{name!r} is not an invariant; choose from {', '.join(INVARIANTS)}")
     parameters = inspect.signature(INVARIANTS[name].residual).parameters
     known = [*list(parameters)[2:], "input", "output"]
     settings: dict[str, Any] = {}
     for pair in pairs:
         key, sep, value = pair.partition("=")
         if not sep or key not in known:
-            raise UsageError(f"{pair!r} is not a setting of {name}; there are {', '.join(known)}, as KEY=VALUE")
-        settings[key] = _value(key, value)
+            raise UsageError(f"{pair!r} is not a setting of {name}; choose from {', '.join(known)}, as KEY=VALUE")
+        settings[key] = _parse_value(key, value)
     missing = [key for key in known if key == "matrix" and key not in settings]
     if missing:
         raise UsageError(f"{name} needs a matrix; give {name}:matrix=FILE.npy")
@@ -79,7 +79,7 @@ def _read_matrix(path: Path) -> Any:
     return found
 
 
-def _value(key: str, text: str) -> Any:
+def _parse_value(key: str, text: str) -> Any:
     if key in ("input", "output"):
         return text
     try:
@@ -94,23 +94,25 @@ def _value(key: str, text: str) -> Any:
 def measure(
     laws: Sequence[Law], original: Path, candidate: Path, sample: Sample, provider: Provider, threads: int
 ) -> tuple[LawCheck, ...]:
-    """The residual of each law in both models, on one sample.
+    """Measure the residual of each invariant on both models, with one sample.
 
     Raises
     ------
     UsageError
-        If a law does not fit the models' shapes.
+        If an invariant does not fit the models' shapes.
     """
     if not laws:
         return ()
     sessions = [Session(path, provider, threads) for path in (original, candidate)]
     return tuple(
-        LawCheck(law.text or law.name, INVARIANTS[law.name].formula, *(_residual(law, s, sample) for s in sessions))
+        LawCheck(
+            law.text or law.name, INVARIANTS[law.name].formula, *(_measure_residual(law, s, sample) for s in sessions)
+        )
         for law in laws
     )
 
 
-def _residual(law: Law, session: Session, sample: Sample) -> float:
+def _measure_residual(law: Law, session: Session, sample: Sample) -> float:
     name = law.input or session.inputs[0]
     if name not in sample.feeds:
         raise UsageError(f"there is no input {name!r}; the model has {', '.join(map(repr, sample.feeds))}")

@@ -1,9 +1,9 @@
-"""Where two models begin to differ: the first tensor, what makes it, and the rewrite that made that.
+"""Find where two models begin to differ: the first tensor, its operator, and the rewrite that created it.
 
-Tensors are matched by name. In what pwopt writes, a name stands for the original's value or for nothing; other tools
-may give an old name to a new value (a convolution that has swallowed its normalisation, under the convolution's
-name), and such a tensor differs though nothing is wrong. So only what a failing output is computed from counts, and
-only as far back as the tensors that agree.
+Tensors are matched by name. In models that pwopt writes, a name always stands for the original's value. Other tools may
+reuse a name for another value: a convolution with a folded normalisation may keep the name of the convolution. Such a
+tensor differs although nothing is wrong. Therefore only tensors that a failing output depends on count, and only back
+to the tensors that agree.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ from pwopt.rewriting.records import Rewrite, Site
 from pwopt.running.providers import DEFAULT, Provider
 from pwopt.running.session import Session
 
-#: Tensors that are looked at in one run, and the elements that they may have together.
+#: Maximum number of tensors in one run, and of their elements.
 TENSORS, ELEMENTS = 48, 1 << 25
-#: Deviations of so many roundings of a tensor's largest value are not a difference, whatever its noise floor: a sum of
-#: n terms in another order differs by some √n.
-ROUNDINGS = 8
-#: A fault shows as a step from one tensor to the next; what grows by less is noise that accumulates, nobody's fault.
+#: Deviations of up to this many roundings of a tensor's largest value are ignored, even above its noise floor: a sum of
+#: n terms in another order differs by about √n roundings.
+IGNORED_ROUNDINGS = 8
+#: A fault increases the deviation from one tensor to the next by at least this factor; accumulated noise grows slower.
 JUMP = 4.0
-#: A tensor that differs by no more than the original does from itself tells nothing.
+#: A tensor that deviates by at most the noise of the original itself is no evidence.
 QUIET = 1 / FLOOR_FACTOR
-#: Noise can drown a fault so many times over before something averages it away: the mean of n values has 1/√n of their
-#: noise and all of their common error, and a small map has some 256 positions.
+#: Noise can exceed a fault by this factor until an average reduces it: the mean of n values has 1/√n of their noise but
+#: all of their common error, and a small map has about 256 positions.
 DROWNED = 16.0
 
 
@@ -52,8 +52,8 @@ def localise(
 ) -> Difference | None:
     """Find the first tensor that differs between two models that are not equivalent.
 
-    Both models run with their inner tensors as outputs, on temporary copies, a bounded number of them at a time; each
-    tensor is held against its own noise floor and sensitivity.
+    Both models run as temporary copies with inner tensors as outputs, a limited number at a time. Each tensor has its
+    own noise floor and sensitivity.
 
     Parameters
     ----------
@@ -61,14 +61,13 @@ def localise(
     failed : Equivalence
         Their comparison on `samples`.
     rewrites : sequence of Rewrite
-        What made the candidate of the original, where that is known.
+        The rewrites that created the candidate, if known.
 
     Returns
     -------
     Difference or None
-        None if no tensor differs once it is looked at, so that the fault lies in what onnxruntime makes of the whole;
-        if the difference grows from tensor to tensor without a step, as rounding does; or if there is no room for the
-        copies.
+        None if no tensor differs when it is an output (onnxruntime then optimises differently), if the difference grows
+        slowly from tensor to tensor like rounding errors, or if there is no space for the copies.
     """
     failing = next((o for o in failed.outputs if o.comparable and not o.passed), None)
     sample = next((s for s in samples if failing is not None and s.label == failing.sample), None)
@@ -77,8 +76,8 @@ def localise(
     wrong = {o.name: o for o in failed.outputs if o.comparable and not o.passed and o.sample == failing.sample}
     with temporary_folder() as folder:
         try:
-            a, b = _Copy.of(original, folder / "original"), _Copy.of(candidate, folder / "candidate")
-            checks = _checks(a, b, sample, provider, threads)
+            a, b = _Copy.from_path(original, folder / "original"), _Copy.from_path(candidate, folder / "candidate")
+            checks = _check_tensors(a, b, sample, provider, threads)
         except (ModelError, OSError):
             return None
     excesses = {name: _excess(check) for name, check in checks.items()}
@@ -87,53 +86,55 @@ def localise(
         return None
     differing.update(wrong)
     checks.update(wrong)
-    made = _made(b.proto)
-    tensors, _ = _back_from(list(wrong), made, set(checks) - differing)
-    first = next((name for name in made if name in tensors & differing and _steps(name, made, excesses)), None)
+    producers = _find_producers(b.proto)
+    tensors, _ = _trace_back(list(wrong), producers, set(checks) - differing)
+    first = next(
+        (name for name in producers if name in tensors & differing and _jumps(name, producers, excesses)), None
+    )
     if first is None:
         return None
-    first = _fainter(first, made, excesses)
-    inside, agreeing = _back_from([first], made, set(checks) - differing)
-    nodes = [node for name, node in made.items() if name in inside and node.op_type != "Constant"]
+    first = _find_fainter(first, producers, excesses)
+    inside, agreeing = _trace_back([first], producers, set(checks) - differing)
+    nodes = [node for name, node in producers.items() if name in inside and node.op_type != "Constant"]
     region = tuple(dict.fromkeys(map(_title, nodes)))
     return Difference(
-        first, _title(made[first]), agreeing, region, checks[first], _sites(rewrites, inside), len(checks)
+        first, _title(producers[first]), agreeing, region, checks[first], _find_sites(rewrites, inside), len(checks)
     )
 
 
 def _excess(check: OutputCheck) -> float:
-    """How many times its own noise a tensor differs by; stricter than the rule for outputs, which may be lenient."""
+    """The deviation of a tensor relative to its own noise; stricter than the rule for outputs."""
     if not check.resolution:
         return 0.0 if check.passed else math.inf
-    noise = max(FLOOR_FACTOR * check.floor, FLOOR_FACTOR * check.sensitivity, ROUNDINGS * check.resolution)
+    noise = max(FLOOR_FACTOR * check.floor, FLOOR_FACTOR * check.sensitivity, IGNORED_ROUNDINGS * check.resolution)
     return check.max_abs / noise if noise else math.inf if check.max_abs else 0.0
 
 
-def _steps(tensor: str, made: Mapping[str, onnx.NodeProto], excesses: Mapping[str, float]) -> bool:
-    """Whether a tensor differs by much more than those before it."""
-    _, before = _back_from([tensor], made, excesses.keys())
+def _jumps(tensor: str, producers: Mapping[str, onnx.NodeProto], excesses: Mapping[str, float]) -> bool:
+    """Whether a tensor deviates much more than the tensors before it."""
+    _, before = _trace_back([tensor], producers, excesses.keys())
     return excesses.get(tensor, math.inf) >= JUMP * max((excesses[name] for name in before), default=0.0)
 
 
-def _fainter(tensor: str, made: Mapping[str, onnx.NodeProto], excesses: Mapping[str, float]) -> str:
-    """The first tensor before this one where its fault already shows, fainter, within the noise or little above it."""
+def _find_fainter(tensor: str, producers: Mapping[str, onnx.NodeProto], excesses: Mapping[str, float]) -> str:
+    """Find the first earlier tensor that already shows the fault, within the noise or slightly above it."""
     loud = excesses.get(tensor, math.inf)
-    trail, _ = _back_from([tensor], made, {name for name, excess in excesses.items() if excess <= QUIET})
-    faint = (n for n in made if n in trail and loud / DROWNED <= excesses.get(n, 0.0) <= loud)
-    return next((n for n in faint if _steps(n, made, excesses)), tensor)
+    trail, _ = _trace_back([tensor], producers, {name for name, excess in excesses.items() if excess <= QUIET})
+    faint = (n for n in producers if n in trail and loud / DROWNED <= excesses.get(n, 0.0) <= loud)
+    return next((n for n in faint if _jumps(n, producers, excesses)), tensor)
 
 
-def _back_from(
-    tensors: Sequence[str], made: Mapping[str, onnx.NodeProto], agreeing: Collection[str]
+def _trace_back(
+    tensors: Sequence[str], producers: Mapping[str, onnx.NodeProto], agreeing: Collection[str]
 ) -> tuple[set[str], tuple[str, ...]]:
-    """What `tensors` are computed from, back to those that agree: the tensors on the way, and the agreeing ones."""
-    inside, border, left = set(tensors), dict[str, None](), [name for name in tensors if name in made]
+    """Trace tensors back to those that agree; return the tensors on the way, and the agreeing ones."""
+    inside, border, left = set(tensors), dict[str, None](), [name for name in tensors if name in producers]
     while left:
-        node = made[left.pop()]
+        node = producers[left.pop()]
         for name in (*node.input, *captured_names([node])):
             if name in agreeing:
                 border[name] = None
-            elif name in made and name not in inside:
+            elif name in producers and name not in inside:
                 inside.add(name)
                 left.append(name)
     return inside, tuple(border)
@@ -143,8 +144,8 @@ def _title(node: onnx.NodeProto) -> str:
     return f"{node.op_type} {node.name}".strip()
 
 
-def _sites(rewrites: Sequence[Rewrite], tensors: Collection[str]) -> tuple[Site, ...]:
-    """Sites of the rewrites that made one of these tensors, followed through the rewrites after them."""
+def _find_sites(rewrites: Sequence[Rewrite], tensors: Collection[str]) -> tuple[Site, ...]:
+    """Find the sites of the rewrites that created one of these tensors, followed through later rewrites."""
     found = []
     for i, rewrite in enumerate(rewrites):
         names = {new for _, new in rewrite.became} | {rewrite.site.tensor}
@@ -158,20 +159,20 @@ def _sites(rewrites: Sequence[Rewrite], tensors: Collection[str]) -> tuple[Site,
 
 @dataclass(frozen=True)
 class _Copy:
-    """A model whose weights lie in a temporary folder, for variants of it with other outputs."""
+    """A model in a temporary folder, for variants with other outputs."""
 
     proto: onnx.ModelProto
     folder: Path
 
     @classmethod
-    def of(cls, path: Path, folder: Path) -> _Copy:
+    def from_path(cls, path: Path, folder: Path) -> _Copy:
         folder.mkdir()
         model = load(path)
         save(model, folder / "model.onnx")
         return cls(onnx.load(folder / "model.onnx", load_external_data=False), folder)
 
-    def exposing(self, tensors: Mapping[str, int]) -> Path:
-        """The model with just these outputs, each of its element type."""
+    def expose(self, tensors: Mapping[str, int]) -> Path:
+        """Write the model with only these outputs, given with their element types."""
         kept = list(self.proto.graph.output)
         del self.proto.graph.output[:]
         for name, code in tensors.items():
@@ -183,16 +184,16 @@ class _Copy:
         return path
 
 
-def _made(proto: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
-    """Tensor → the node that makes it, in the file's (topological) order."""
+def _find_producers(proto: onnx.ModelProto) -> dict[str, onnx.NodeProto]:
+    """Map each tensor to the node that computes it, in topological order."""
     return {name: node for node in proto.graph.node for name in node.output if name}
 
 
-def _common(a: onnx.ModelProto, b: onnx.ModelProto) -> dict[str, int]:
-    """Tensors that both models compute, with their element type; inference may not get that far in one of them."""
-    ours, theirs, others = infer(a), infer(b), _made(b)
+def _find_common(a: onnx.ModelProto, b: onnx.ModelProto) -> dict[str, int]:
+    """Find tensors that both models compute, and their element types; inference may fail in one of the models."""
+    ours, theirs, others = infer(a), infer(b), _find_producers(b)
     common = {}
-    for name, node in _made(a).items():
+    for name, node in _find_producers(a).items():
         if name in others and node.op_type != "Constant":
             codes = {types[name][0] for types in (ours, theirs) if name in types} - {0}
             if len(codes) == 1:
@@ -201,7 +202,7 @@ def _common(a: onnx.ModelProto, b: onnx.ModelProto) -> dict[str, int]:
 
 
 def _batches(tensors: Mapping[str, int], sizes: Mapping[str, Sequence[int]]) -> Iterator[dict[str, int]]:
-    """Runs of tensors, as many as fit; one of unknown size counts as the largest known."""
+    """Yield batches of tensors that fit in one run; an unknown size counts as the largest known one."""
     largest = max((math.prod(s) for s in sizes.values()), default=1)
     batch: dict[str, int] = {}
     elements = 0
@@ -216,21 +217,21 @@ def _batches(tensors: Mapping[str, int], sizes: Mapping[str, Sequence[int]]) -> 
         yield batch
 
 
-def _checks(a: _Copy, b: _Copy, sample: Sample, provider: Provider, threads: int) -> dict[str, OutputCheck]:
-    """How every tensor agrees that both models have."""
+def _check_tensors(a: _Copy, b: _Copy, sample: Sample, provider: Provider, threads: int) -> dict[str, OutputCheck]:
+    """Compare every tensor that both models have."""
     types = infer(a.proto, {name: value.shape for name, value in sample.feeds.items()})
     sizes = {name: size for name, (_, shape) in types.items() if (size := known(shape)) is not None}
     checks: dict[str, OutputCheck] = {}
-    for batch in _batches(_common(a.proto, b.proto), sizes):
-        checks.update(_compared(a, b, batch, sample, provider, threads))
+    for batch in _batches(_find_common(a.proto, b.proto), sizes):
+        checks.update(_compare_batch(a, b, batch, sample, provider, threads))
     return checks
 
 
-def _compared(
+def _compare_batch(
     a: _Copy, b: _Copy, batch: Mapping[str, int], sample: Sample, provider: Provider, threads: int
 ) -> dict[str, OutputCheck]:
-    """How each tensor agrees; by halves where a tensor cannot be an output, and without it in the end."""
-    ours, theirs = a.exposing(batch), b.exposing(batch)
+    """Compare each tensor of a batch; split the batch if a tensor cannot be an output, and leave that tensor out."""
+    ours, theirs = a.expose(batch), b.expose(batch)
     try:
         result = compare(
             Session(ours, provider, threads),
@@ -247,6 +248,6 @@ def _compared(
         return {
             name: check
             for part in (names[:half], names[half:])
-            for name, check in _compared(a, b, {n: batch[n] for n in part}, sample, provider, threads).items()
+            for name, check in _compare_batch(a, b, {n: batch[n] for n in part}, sample, provider, threads).items()
         }
     return {o.name: o for o in result.outputs if o.comparable and o.compared}

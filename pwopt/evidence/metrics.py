@@ -1,6 +1,6 @@
-"""How far one array is from another: error, rounding steps, direction, signal to noise, ranking.
+"""Figures of the deviation between two arrays: error, units in the last place, cosine, signal to noise, ranking.
 
-Everything is computed piece by piece, so that outputs of any size need little memory besides their own.
+Arrays are processed in pieces, so that large outputs need little additional memory.
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ import numpy as np
 from pwopt.algebra import Array, Values
 from pwopt.graph.dtypes import epsilon, is_floating, overflow
 
-#: Elements that are looked at together.
+#: Number of elements in one piece.
 PIECE = 1 << 18
-#: At most this many elements, drawn once, give the 99th percentile of the rounding steps.
-DRAWN = 1 << 20
-#: At most this many pairs are kept for a scatter plot.
-PAIRS = 500
-#: Bins of log₁₀ of the absolute error: half a decade each, from a tenth of float64's epsilon to what no model means.
+#: Maximum number of randomly selected elements for the 99th percentile of units in the last place.
+MAX_SAMPLED = 1 << 20
+#: Maximum number of pairs for a scatter plot.
+MAX_SCATTER_PAIRS = 500
+#: Bins of log₁₀ of the absolute error: half a decade each, from a tenth of float64's epsilon to far above any output.
 EDGES = tuple(float(e) for e in np.arange(-17.0, 9.5, 0.5))
-#: Default relative and absolute tolerance by type: a few hundred roundings.
+#: Default relative and absolute tolerance by type: a few hundred rounding errors.
 TOLERANCES = {"float64": (1e-9, 1e-10), "float32": (1e-4, 1e-5), "float16": (1e-2, 1e-3), "bfloat16": (5e-2, 1e-2)}
 
-#: Why outputs cannot be compared that are not finite at the same places.
-ELSEWHERE = "NaN or infinity at different places"
+#: Reason for outputs that are not finite at the same places.
+NOT_FINITE_ALIKE = "NaN or infinity at different places"
 
 
 @dataclass(frozen=True)
@@ -56,10 +56,10 @@ class Histogram:
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far a value is from a reference of the same shape and type, over the elements that are finite.
+    """Deviation of a value from a reference of the same shape and type, over the finite elements.
 
-    An infinity against a finite number of its sign that is at least half as large as the smallest number that the type
-    rounds to infinity counts as that one: all that it says is that the value lies beyond.
+    If one of them is infinite, and the other is finite, of the same sign, and at least half of the smallest number that
+    overflows, the infinity counts as that number.
 
     Attributes
     ----------
@@ -122,12 +122,12 @@ class Agreement:
             max(self.mismatch, other.mismatch),
             max(self.scale, other.scale),
             max(self.resolution, other.resolution),
-            _either(max, self.ulp, other.ulp),
-            _either(max, self.ulp_p99, other.ulp_p99),
-            _either(min, self.cosine, other.cosine),
-            _either(min, self.snr_db, other.snr_db),
-            _either(min, self.top1, other.top1),
-            _either(min, self.top5, other.top5),
+            _choose(max, self.ulp, other.ulp),
+            _choose(max, self.ulp_p99, other.ulp_p99),
+            _choose(min, self.cosine, other.cosine),
+            _choose(min, self.snr_db, other.snr_db),
+            _choose(min, self.top1, other.top1),
+            _choose(min, self.top5, other.top5),
             self.histogram + other.histogram,
             max(self, other, key=lambda a: (a.max_abs, len(a.scatter))).scatter,
             self.within and other.within,
@@ -138,12 +138,12 @@ class Agreement:
         )
 
     @classmethod
-    def none(cls, note: str, size: int = 0) -> Agreement:
-        """Nothing agrees, because of `note`; `size` elements could be held against each other at all."""
+    def disagree(cls, note: str, size: int = 0) -> Agreement:
+        """Return the result for arrays of `size` elements that cannot be compared because of `note`."""
         return cls(np.inf, np.inf, np.inf, 1.0, within=False, note=note, size=size, compared=size)
 
 
-def _either(choose: Callable[[float, float], float], a: float | None, b: float | None) -> float | None:
+def _choose(choose: Callable[[float, float], float], a: float | None, b: float | None) -> float | None:
     return b if a is None else a if b is None else choose(a, b)
 
 
@@ -176,7 +176,7 @@ def find_unsettled(reference: Values, *others: Values) -> Values | None:
 
 
 def _special(x: Array) -> Array:
-    """NaN and infinities, and 0 for whatever is finite."""
+    """Keep NaN and infinities, and replace finite numbers by 0."""
     special: Array = np.where(np.isfinite(x), 0.0, x)
     return special
 
@@ -208,7 +208,7 @@ def agreement(
     """
     if reference.shape != value.shape or reference.dtype != value.dtype:
         became = f"{value.dtype}{list(value.shape)}"
-        return Agreement.none(f"{reference.dtype}{list(reference.shape)} became {became}")
+        return Agreement.disagree(f"{reference.dtype}{list(reference.shape)} became {became}")
     if reference.size == 0:
         return Agreement()
     if not is_floating(reference.dtype):
@@ -274,12 +274,12 @@ def _discrete(reference: Values, value: Values) -> Agreement:
 
 
 def _finite(pieces: Sequence[Values]) -> tuple[Array, Array, Values, Values]:
-    """Two pieces' elements that can be subtracted, in float64 and as they are; a third says which to leave out.
+    """Select the finite elements of two pieces, in float64 and unchanged; a third piece marks elements to leave out.
 
     Raises
     ------
     ValueError
-        If NaN or infinities remain in one of them only.
+        If NaN or infinities are at different places.
     """
     a, b = pieces[:2]
     if len(pieces) > 2:
@@ -308,7 +308,7 @@ def _continuous(
             reach = max(reach, scale, float(np.max(np.abs(y), initial=0.0)))
             compared += x.size
     except ValueError:
-        return replace(Agreement.none(ELSEWHERE, reference.size), left_out=left_out)
+        return replace(Agreement.disagree(NOT_FINITE_ALIKE, reference.size), left_out=left_out)
     if not compared:
         return Agreement(size=reference.size, left_out=left_out)
     unit = reach or 1.0  # squares of float64's largest numbers would overflow
@@ -342,9 +342,9 @@ def _continuous(
     )  # fmt: skip
     if brief:
         return found
-    xs, ys = _drawn(reference, value, DRAWN)
-    pairs = [p.astype(np.float64).tolist() for p in _drawn(reference, value, PAIRS)]
-    top1, top5 = _ranking(reference, value)
+    xs, ys = _draw_pairs(reference, value, MAX_SAMPLED)
+    pairs = [p.astype(np.float64).tolist() for p in _draw_pairs(reference, value, MAX_SCATTER_PAIRS)]
+    top1, top5 = _compare_ranking(reference, value)
     return replace(
         found, ulp=steps, ulp_p99=float(np.percentile(ulps(xs, ys), 99)) if xs.size else None, top1=top1, top5=top5,
         histogram=Histogram(EDGES, tuple(bins.tolist()), zero), scatter=tuple(zip(*pairs, strict=True)),
@@ -363,8 +363,8 @@ def _decibels(signal: float, noise: float) -> float:
     return 10 * math.log10(signal / noise) if signal else -math.inf
 
 
-def _drawn(reference: Values, value: Values, most: int) -> tuple[Values, Values]:
-    """Up to `most` finite pairs, the same ones every time."""
+def _draw_pairs(reference: Values, value: Values, most: int) -> tuple[Values, Values]:
+    """Draw up to `most` finite pairs, reproducibly."""
     a: Values = reference.reshape(-1)
     b: Values = value.reshape(-1)
     if a.size > most:
@@ -375,7 +375,7 @@ def _drawn(reference: Values, value: Values, most: int) -> tuple[Values, Values]
 
 
 def ulps(a: Values, b: Values) -> Array:
-    """How many floating-point numbers apart two arrays of finite numbers are, element by element."""
+    """The number of floating-point numbers between two arrays of finite numbers, element by element."""
     bits = np.dtype(f"i{a.dtype.itemsize}")
     x, y = np.ascontiguousarray(a).view(bits).astype(np.int64), np.ascontiguousarray(b).view(bits).astype(np.int64)
     largest = np.iinfo(bits).max
@@ -384,7 +384,7 @@ def ulps(a: Values, b: Values) -> Array:
     return apart
 
 
-def _ranking(reference: Values, value: Values) -> tuple[float | None, float | None]:
+def _compare_ranking(reference: Values, value: Values) -> tuple[float | None, float | None]:
     """`top1` and `top5` of an `Agreement`."""
     axis = 1 if reference.ndim >= 4 else reference.ndim - 1
     if axis < 0 or reference.shape[axis] < 2:
@@ -399,7 +399,7 @@ def _ranking(reference: Values, value: Values) -> tuple[float | None, float | No
         positions += len(x)
         if classes > 5:
             best, other = np.argpartition(-x, 4)[:, :5], np.argpartition(-y, 4)[:, :5]
-            # what the value ranks first counts if the reference has it as high, so that ties are no mistakes
+            # an entry counts if the reference ranks it as high, so that ties are no errors
             overlap += float(np.sum(x[every[:, None], other] >= x[every[:, None], best].min(axis=1)[:, None])) / 5
     if not positions:
         return None, None
@@ -407,7 +407,7 @@ def _ranking(reference: Values, value: Values) -> tuple[float | None, float | No
 
 
 def _rows(*arrays: Values) -> Iterator[tuple[Values, ...]]:
-    """Pieces of arrays as matrices of their last axis, however it lies in memory."""
+    """Yield pieces of arrays as matrices of their last axis, for any memory layout."""
     first = arrays[0]
     axis = int(np.argmax(first.shape[:-1])) if first.ndim > 1 else 0
     if first.ndim == 1:

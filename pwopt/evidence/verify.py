@@ -1,4 +1,4 @@
-"""Two models on the same inputs: whether they are equivalent, and where they begin to differ if not."""
+"""Compare two models on the same inputs, and find where they begin to differ."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Shapes = Mapping[str, Sequence[int]] | Sequence[Mapping[str, Sequence[int]]]
 
 
 def as_rounds(shapes: Shapes | None) -> list[Mapping[str, Sequence[int]]]:
-    """Every round of sizes that was given."""
+    """Return the given sizes as a list of rounds."""
     if shapes is None:
         return []
     return [shapes] if isinstance(shapes, (Mapping, str)) else list(shapes)
@@ -48,7 +48,7 @@ def samples_for(
     ranges: Mapping[str, Range] | None = None,
     progress: Progress = ignore_progress,
 ) -> list[Sample]:
-    """The given inputs, or random ones in every round of sizes; parameters as for `verify`."""
+    """Read the given inputs, or draw random ones for every round of sizes; parameters as for `verify`."""
     check_kinds(kinds, specs, ranges or {})
     given = as_rounds(shapes)
     if inputs is not None and len(given) > 1:
@@ -71,9 +71,9 @@ def verify(
     Parameters
     ----------
     original, candidate : path, bytes, onnx.ModelProto, torch.onnx.ONNXProgram, onnx_ir.Model or Model
-        With the same inputs and outputs, whoever made the second.
+        Both have the same inputs and outputs.
     provider, threads
-        Where to run both; strict about the provider.
+        Where to run both, without fallback to another provider.
     shapes : mapping of input name to sizes, or a sequence of those, optional
         For dynamic dimensions; several are rounds. Without any, two likely ones are tried.
     inputs : path, dict of arrays, or a sequence of those, optional
@@ -87,9 +87,9 @@ def verify(
     locate : bool
         Look for the first tensor that differs if the models are not equivalent.
     rewrites : sequence of Rewrite, optional
-        What made the candidate of the original, so that the one at fault can be named.
+        The rewrites that created the candidate, to name the one at fault.
     invariants : sequence of Law
-        Laws to measure on both models, on the first sample; they leave the verdict alone.
+        Invariants to measure on both models, with the first sample; they do not affect the verdict.
     progress : callable, optional
         Called with (stage, fraction done).
 
@@ -129,7 +129,7 @@ def _attributed(
     threads: int,
     laws: Sequence[Law],
 ) -> Equivalence:
-    """A comparison with what else is known of both models: their laws, and what ran elsewhere."""
+    """Add invariants and operators that ran on other providers to a comparison."""
     original, candidate = models.values()
     found = measure(laws, original, candidate, sample, provider, threads)
     return replace(result, laws=found, elsewhere=placements(models, provider, threads, sample))
@@ -157,6 +157,6 @@ def compared(
 def placements(
     models: Mapping[str, Path], provider: Provider, threads: int, sample: Sample
 ) -> dict[str, dict[str, tuple[str, ...]]]:
-    """Model → other provider → operators that ran there, for models where there are any."""
+    """Map each model to other providers and the operators that ran there; models without any are left out."""
     found = {name: find_fallbacks(path, provider, threads, sample.feeds) for name, path in models.items()}
     return {name: places for name, places in found.items() if places}

@@ -267,13 +267,13 @@ def test_work_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def bounded(monkeypatch: pytest.MonkeyPatch, work: int) -> None:
     """As if no evaluation could take more."""
-    for name in ("FULL", "FEW"):
+    for name in ("FULL_PLAN", "REDUCED_PLAN"):
         monkeypatch.setattr(f"pwopt.evidence.certify.{name}", replace(getattr(certification, name), work=work))
 
 
 def test_what_would_take_long_is_tried_on_less(monkeypatch: pytest.MonkeyPatch) -> None:
     full = certificates(chain(4, 6, 5), FoldChains())[0]
-    monkeypatch.setattr("pwopt.evidence.certify.FULL", replace(certification.FULL, work=1000))
+    monkeypatch.setattr("pwopt.evidence.certify.FULL_PLAN", replace(certification.FULL_PLAN, work=1000))
     few = certificates(chain(4, 6, 5), FoldChains())[0]
     assert [full.status, few.status] == ["certified"] * 2
     assert [full.reason, few.reason] == ["3 random probes", "1 random probe"]
@@ -283,7 +283,7 @@ def test_what_would_take_long_is_tried_on_less(monkeypatch: pytest.MonkeyPatch) 
 @pytest.mark.parametrize(("stride", "status"), [([2, 2], "tested"), ([1, 1], "failed")])
 def test_what_is_not_affine_is_tried_on_less(monkeypatch: pytest.MonkeyPatch, stride: list[int], status: str) -> None:
     """A single probe shows a wrong stride as well."""
-    monkeypatch.setattr("pwopt.evidence.certify.FULL", replace(certification.FULL, work=100))
+    monkeypatch.setattr("pwopt.evidence.certify.FULL_PLAN", replace(certification.FULL_PLAN, work=100))
     body = "(float[1,4,12,12] x) => (float[N] y) { a = Conv(x, w) r = Relu(a) y = Conv<strides=[2,2]>(r, u) }"
     model = parse(body, w=normal(8, 4, 1, 1, dtype=np.float32), u=normal(8, 8, 1, 1, seed=1, dtype=np.float32))
 

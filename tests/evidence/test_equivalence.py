@@ -41,8 +41,8 @@ def off(deviation: float, within: bool = False, **more: float) -> Agreement:
         (off(EXCUSED, True), off(1.0), off(0.0), True, "within the tolerance"),
         (off(EXCUSED * 1.1, True), off(1.0), off(0.5), False, "within the tolerance, but"),
         (off(EXCUSED, True, resolution=1.0), off(0.0), off(0.0), True, "within the tolerance"),
-        (Agreement.none("NaN"), off(np.inf), off(np.inf), False, "NaN"),
-        (off(1.0), Agreement.none("NaN"), off(0.0), False, "beyond"),
+        (Agreement.disagree("NaN"), off(np.inf), off(np.inf), False, "NaN"),
+        (off(1.0), Agreement.disagree("NaN"), off(0.0), False, "beyond"),
     ],
 )
 def test_the_rule(candidate: Agreement, floor: Agreement, moved: Agreement, passed: bool, reason: str) -> None:
@@ -230,12 +230,12 @@ def test_invariants_of_both_models() -> None:
 def test_invariants_that_do_not_fit(tmp_path: Path) -> None:
     model = parse("(float[1,4,6,6] x) => (float[N] y) { y = GlobalAveragePool(x) }")
     np.save(tmp_path / "a.npy", np.ones((1, 4)))
-    with pytest.raises(UsageError, match="not the same"):
+    with pytest.raises(UsageError, match="which the invariant compares, differ"):
         verify(model, model, invariants=[parse_law(f"conservation:matrix={tmp_path / 'a.npy'}")])
     with pytest.raises(UsageError, match="no input 'z'"):
         verify(model, model, invariants=[parse_law("symmetry:input=z")])
     for text, words in (
-        ("energy", "no invariant 'energy'"),
+        ("energy", "'energy' is not an invariant"),
         ("gram", "needs a matrix"),
         ("translation:shift", "not a setting"),
         ("translation:speed=3", "not a setting"),

@@ -270,8 +270,8 @@ def test_rewrites_are_followed_through_later_ones() -> None:
     first = Rewrite("", became=(("a", "b"),), site=Site("fold-affine", "b"))
     second = Rewrite("", became=(("b", "c"), ("k", "c")), site=Site("fold-chains", "c"))
     other = Rewrite("", became=(("p", "q"),), site=Site("fold-affine", "q"))
-    assert localise._sites([first, other, second], {"c"}) == (Site("fold-affine", "b"), Site("fold-chains", "c"))
-    assert localise._sites([first, other, second], {"q"}) == (Site("fold-affine", "q"),)
+    assert localise._find_sites([first, other, second], {"c"}) == (Site("fold-affine", "b"), Site("fold-chains", "c"))
+    assert localise._find_sites([first, other, second], {"q"}) == (Site("fold-affine", "q"),)
 
 
 def test_a_model_that_pwopt_made_keeps_its_word(tmp_path: Path) -> None:
