@@ -1,1 +1,1 @@
-"""A file goes in and comes out with nothing lost; what is asked of its graph is answered in constant time."""
+"""Reads and writes models without losing anything, and answers questions about their graphs in constant time."""

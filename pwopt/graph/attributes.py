@@ -1,4 +1,4 @@
-"""What a node's attributes and constant inputs say, in every opset's spelling, with ONNX's defaults."""
+"""The attributes and constant inputs of nodes, in the form of every opset, with the defaults of ONNX."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pwopt.graph.view import View
 
 
 class Spatial(NamedTuple):
-    """The geometry of a convolution or pooling; `auto_pad` is what could not be resolved."""
+    """The geometry of a convolution or pooling; `auto_pad` is "" if its padding was resolved."""
 
     strides: tuple[int, ...]
     dilations: tuple[int, ...]
@@ -21,7 +21,7 @@ class Spatial(NamedTuple):
 
 
 def spatial_attributes(view: View, node: Node, kernel: tuple[int, ...]) -> Spatial | Refusal:
-    """Strides, dilations and pads of a convolution or pooling, with ONNX's defaults.
+    """Read strides, dilations and pads of a convolution or pooling, with the defaults of ONNX.
 
     SAME padding is resolved where the stride is 1 (it does not depend on the size then) or the size is known. It stays
     automatic where the stride reaches beyond the kernel, so that the padding is negative: it crops the input, and
@@ -56,7 +56,7 @@ def spatial_attributes(view: View, node: Node, kernel: tuple[int, ...]) -> Spati
 
 
 def is_inactive_dropout(view: View, node: Node) -> bool:
-    """Whether a Dropout passes its input on: always at inference, whatever the ratio says."""
+    """Whether a Dropout returns its input. At inference it always does, whatever its ratio is."""
     if view.opset < 7:
         return bool(node.attrs.get("is_test", 0))
     mode = view.optional_input(node, 2)
@@ -98,19 +98,19 @@ def slice_parameters(view: View, node: Node) -> list[tuple[int, int, int, int]] 
 
 
 def perm(view: View, node: Node) -> list[int] | None:
-    """The order of axes that a Transpose gives: the reverse by default; None if the rank is not known then."""
+    """The permutation of a Transpose, by default the reverse; None if that needs a rank that is unknown."""
     given, rank = node.attrs.get("perm"), view.rank(node.inputs[0])
     return list(given) if given is not None else None if rank is None else list(range(rank))[::-1]
 
 
 def concat_axis(view: View, node: Node) -> int | None:
-    """The axis of a Concat, non-negative; None if it counts from the end of an unknown rank."""
+    """The axis of a Concat, non-negative; None if it is negative and the rank is unknown."""
     axis, rank = int(node.attrs.get("axis", 1)), view.rank(node.outputs[0])
     return axis if axis >= 0 else axis + rank if rank is not None else None
 
 
 def pad_parameters(view: View, node: Node) -> tuple[list[int], str, float | None] | None:
-    """(pads for every axis, mode, constant) of a Pad; the constant is None if not known. None if pads are not."""
+    """(pads of every axis, mode, constant) of a Pad; None if the pads are unknown. The constant is None if unknown."""
     rank = view.rank(node.inputs[0])
     mode = node.attrs.get("mode", "constant")
     if view.opset < 11:
@@ -132,12 +132,12 @@ def pad_parameters(view: View, node: Node) -> tuple[list[int], str, float | None
 
 
 def is_resized_by_sizes(view: View, node: Node) -> bool:
-    """Whether a Resize is given sizes; its factor is then exactly their ratio."""
+    """Whether a Resize has sizes as an input. Its factor is then exactly the ratio of the sizes."""
     return node.op == "Resize" and view.opset >= 11 and view.optional_input(node, 3) is not None
 
 
 def resize_scales(view: View, node: Node) -> dict[int, float] | None:
-    """Axis → factor of a Resize or Upsample that is given constant factors; None otherwise."""
+    """Axis → factor of a Resize or Upsample with constant factors; None for any other."""
     rank = view.rank(node.inputs[0])
     if node.op == "Upsample" and view.opset < 9:
         scales = node.attrs.get("scales")
@@ -152,7 +152,7 @@ def resize_scales(view: View, node: Node) -> dict[int, float] | None:
 
 
 def is_same_shape(a: Sequence[object], b: Sequence[object]) -> bool:
-    """Whether two shapes (`values.extents`) of equal element count agree: at most one size not proven equal."""
+    """Whether two shapes (`values.extents`) of equal element count are equal: all sizes but one are proven equal."""
     unknown = [x for x, y in zip(a, b, strict=True) if x != y]
     return len(unknown) <= 1 and not any(
         isinstance(x, int) and isinstance(y, int) and x != y for x, y in zip(a, b, strict=True)

@@ -1,4 +1,4 @@
-"""Branches and functions in place of the If or the call that leads to them.
+"""Inlines functions, and the branch of an If whose condition is constant.
 
 Functions are inlined by onnx's own inliner: it keeps the names of the graph's tensors and what its nodes are
 documented with. It knows no bound (16 functions that call each other twice become 32,768 operators), it drops the
@@ -18,7 +18,7 @@ from pwopt.graph.model import captured_names
 from pwopt.graph.provenance import write_documentation
 from pwopt.graph.storage import copy_fields
 
-#: The property that tells of which function an operator was.
+#: The property that names the function that an operator came from.
 TAG = "pwopt.function"
 
 
@@ -99,18 +99,18 @@ def _add_defaults(call: onnx.NodeProto, function: onnx.FunctionProto) -> None:
 def find_touched_functions(
     source: onnx.ModelProto, whole: onnx.ModelProto, result: onnx.ModelProto, replaced: frozenset[str]
 ) -> set[Function]:
-    """Functions of which an operator went or changed, and those that call them.
+    """Find the functions with an operator that was removed or changed, and the functions that call them.
 
     Parameters
     ----------
     source : onnx.ModelProto
         With its functions.
     whole : onnx.ModelProto
-        With all functions inlined, and tagged.
+        With all functions inlined and tagged.
     result : onnx.ModelProto
-        What became of it.
+        The rewritten model.
     replaced : frozenset of str
-        Tensors that another operator makes since.
+        Tensors that another operator computes now.
     """
     after = {name: node for node in result.graph.node for name in node.output}
     found = set()
@@ -130,7 +130,7 @@ def find_touched_functions(
 
 
 def find_branch(node: onnx.NodeProto, condition: bool) -> onnx.GraphProto | None:
-    """The body that an If runs under a condition; None if it holds what has no place outside."""
+    """The body that an If runs under a condition; None if it cannot be moved out of the If."""
     name = "then_branch" if condition else "else_branch"
     found = [a.g for a in node.attribute if a.name == name and a.HasField("g")]
     good = len(found) == 1 and not found[0].sparse_initializer and len(found[0].output) == len(node.output)
@@ -138,7 +138,7 @@ def find_branch(node: onnx.NodeProto, condition: bool) -> onnx.GraphProto | None
 
 
 def inline_branches(proto: onnx.ModelProto, taken: Mapping[str, bool]) -> onnx.ModelProto:
-    """The model with those Ifs replaced by the body that they run, by their first output."""
+    """Replace Ifs by the bodies that they run; `taken` maps the first output of each to its condition."""
     result = onnx.ModelProto()
     result.CopyFrom(proto)
     graph = result.graph
@@ -162,7 +162,7 @@ def inline_branches(proto: onnx.ModelProto, taken: Mapping[str, bool]) -> onnx.M
 
 
 def _move_out(body: onnx.GraphProto, outer: onnx.NodeProto, tensors: set[str], names: set[str]) -> list[onnx.NodeProto]:
-    """The operators of a body as they stand outside of it, under names that nothing else has."""
+    """The operators of a body with names that are unique outside of it."""
     made = [n for node in body.node for n in node.output if n]
     results: dict[str, str] = {}
     aliases = []
@@ -200,7 +200,7 @@ def _make_unique(name: str, taken: set[str]) -> str:
 
 
 def _rename(node: onnx.NodeProto, renamed: Mapping[str, str]) -> None:
-    """Let a node, and what its bodies capture, use other names; what a body defines itself stays its own."""
+    """Rename the tensors of a node and those that its bodies capture, but not those that a body defines."""
     node.input[:] = [renamed.get(n, n) for n in node.input]
     node.output[:] = [renamed.get(n, n) for n in node.output]
     for body in bodies_of(node):

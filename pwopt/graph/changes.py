@@ -1,4 +1,4 @@
-"""What a rewrite changed: the part of the graph around it as it was, and as it is."""
+"""What a rewrite changed: its part of the graph before and after."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Operator:
-    """A node in a drawing: its operator, its name, and what it reads and makes, by name."""
+    """A node in a drawing: its operator, its name, and the names of its inputs and outputs."""
 
     op: str
     name: str
@@ -25,17 +25,17 @@ class Operator:
 
 @dataclass(frozen=True)
 class Change:
-    """Operators before and after a rewrite, in an order in which they can run.
+    """The operators before and after a rewrite, in an order in which they can run.
 
     Attributes
     ----------
     before, after : tuple of State
     renamed : dict of Tensor to None
-        Tensors whose value is another one since; only operators inside the region touch them.
+        Tensors whose value changed. Only operators of this change read or compute them.
     rerouted : tuple of (State, State)
-        Operators around it of which only the inputs changed.
+        Other operators, of which only the inputs changed.
     context : int
-        How far above it a certificate may look for facts that the rewrite rests on.
+        How many levels of operators above it a certificate may include.
     """
 
     before: tuple[State, ...]
@@ -46,7 +46,7 @@ class Change:
 
     @classmethod
     def of(cls, view: View, journal: Journal, context: int = 0) -> Change:
-        """The region of everything that a journal saw change."""
+        """Collect everything that a journal recorded as changed."""
         renamed = dict(journal.changed)
         before: dict[Node, State] = {}
         after: dict[Node, State] = {}
@@ -71,13 +71,13 @@ class Change:
         return cls(*sides, renamed, tuple(rerouted.values()), context)
 
     def include_rerouted(self, view: View) -> Change:
-        """The region with the operators that only read something else since."""
+        """Include the operators of which only the inputs changed."""
         old, new = [a for a, _ in self.rerouted], [b for _, b in self.rerouted]
         sides = _order(view, (*self.before, *old)), _order(view, (*self.after, *new))
         return Change(*sides, self.renamed, (), self.context)
 
     def widen(self, view: View) -> Change:
-        """The region with the operators that feed it."""
+        """Include the operators that compute its inputs."""
         inside = {s.node for s in (*self.before, *self.after)}
         feeding = dict.fromkeys(n for t in self.sources() if (n := view.producer(t)) is not None and n not in inside)
         more = [State.of(n) for n in feeding]
@@ -85,7 +85,7 @@ class Change:
         return Change(*sides, self.renamed, self.rerouted, self.context - 1 if feeding else 0)
 
     def sources(self) -> list[Tensor]:
-        """Tensors that come from outside."""
+        """The tensors that other operators compute."""
         made = [{t for s in side for t in s.outputs} for side in (self.before, self.after)]
         pairs = [t for old, new in self.rerouted for t in _find_exchanged(old, new)]
         found: dict[Tensor, None] = {}
@@ -97,19 +97,19 @@ class Change:
         return list(found)
 
     def claims(self) -> list[tuple[Tensor, Tensor]]:
-        """Tensors before, each with the one after that must hold the same value."""
+        """Pairs of tensors, before and after, that must have the same value."""
         made = {t for s in self.before for t in s.outputs}
         kept = [t for s in self.after for t in s.outputs if t.name and t in made and t not in self.renamed]
         return [(t, t) for t in kept] + [pair for old, new in self.rerouted for pair in _find_exchanged(old, new)]
 
     def find_lost(self, view: View) -> Tensor | None:
-        """A tensor that is still needed, and that nothing makes any more."""
+        """Find a tensor that is still used, but that no operator computes any more."""
         made = {t for s in self.after for t in s.outputs}
         gone = (t for s in self.before for t in s.outputs if t.name and t not in made)
         return next((t for t in gone if view.producer(t) is None and (view.readers(t) or view.must_keep(t))), None)
 
     def draw(self, view: View) -> tuple[tuple[Operator, ...], tuple[Operator, ...]]:
-        """Both sides for people to see, constants left out."""
+        """Draw both sides for reports, without constants."""
         both = (*self.before, *self.after)
         constants = {t for s in both for t in s.outputs if s.op == "Constant"}
         constants |= {t for s in both for t in s.inputs if view.constant(t) is not None}

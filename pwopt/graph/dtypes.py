@@ -1,4 +1,4 @@
-"""Floating-point types: which there are, how finely they round."""
+"""The floating-point types and their precision."""
 
 from __future__ import annotations
 
@@ -13,25 +13,25 @@ import numpy as np
 from pwopt.algebra.overflow import Range
 
 FLOATS = ("float16", "bfloat16", "float32", "float64")
-#: The same as numpy's types, to look one up without spelling it out.
+#: The same as numpy types.
 FLOATING = frozenset(np.dtype(getattr(ml_dtypes, name, name)) for name in FLOATS)
-#: Those that round finely enough to tell a sum from its rounding.
+#: The types that are precise enough to distinguish a sum from its rounding error.
 WIDE = frozenset(map(np.dtype, ("float32", "float64")))
-#: Distance from 1 to the next number of each.
+#: The distance from 1 to the next number of each type.
 EPSILONS: dict[np.dtype[Any] | None, float] = {
     t: 2.0 ** {"float16": -10, "bfloat16": -7, "float64": -52}.get(str(t), -23) for t in FLOATING
 }
 
 
 def epsilon(dtype: np.dtype[Any] | None) -> float:
-    """Distance from 1 to the next number of a floating-point type; float32's where it is not known."""
+    """The distance from 1 to the next number of a floating-point type; that of float32 if the type is unknown."""
     return EPSILONS.get(dtype, 2.0**-23)
 
 
 def cancellation(dtype: np.dtype[Any] | None) -> float:
-    """How near to zero, relative to its parts, a sum of constants is nothing but their rounding (`linear.compose`).
+    """Below which size, relative to its terms, a sum of constants is only rounding error (`linear.compose`).
 
-    None of the half types: there, 4 units in the last place are a number to reckon with.
+    It is 0 for half-precision types, where 4 units in the last place may be meant.
     """
     return 4 * epsilon(dtype) if dtype in WIDE else 0.0
 
@@ -44,7 +44,7 @@ def range_of(dtype: np.dtype[Any]) -> Range:
 
 
 def is_floating(dtype: np.dtype[Any]) -> bool:
-    """Whether a type has a floating point, those that numpy lacks included (bfloat16, float8)."""
+    """Whether a type is a floating-point type, including those that numpy lacks (bfloat16, float8)."""
     return dtype.kind == "f" or dtype.name.startswith(("bfloat", "float"))
 
 

@@ -1,4 +1,4 @@
-"""Reading and writing models: files, messages and what is checked of them."""
+"""Reads, checks and writes models."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pwopt.graph.sources import unwrap
 from pwopt.graph.storage import check_external, data_files_of, externalise, find_data_folder, locations_of, replacing
 from pwopt.graph.temporary import temporary_folder
 
-#: Since this IR version a model names its opsets; before, it is opset 1.
+#: Since this IR version, a model names its opsets; before, it uses opset 1.
 OPSETS_SINCE_IR = 3
 
 
@@ -70,9 +70,9 @@ def load(source: Source) -> Model:
 
 @contextlib.contextmanager
 def blame_model(proto: onnx.ModelProto) -> Iterator[None]:
-    """Where a model that onnx's checker objects to makes pwopt stumble, the error is the model's: a `ModelError`.
+    """Turn an error into a `ModelError` if onnx's checker rejects the model.
 
-    The checker is asked only then, since onnxruntime runs models that it refuses.
+    The checker runs only after an error, since onnxruntime runs models that it rejects.
     """
     try:
         yield
@@ -105,7 +105,7 @@ def _read(path: Path) -> onnx.ModelProto:
 
 
 def _check(proto: onnx.ModelProto) -> None:
-    """Known versions, single assignment, defined inputs; the rest is left to the runtime."""
+    """Check versions, single assignment and defined inputs. The runtime checks the rest."""
     newest = onnx.defs.onnx_opset_version()
     opsets = [o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")]
     if len(set(opsets)) > 1 or (not proto.opset_import and proto.ir_version >= OPSETS_SINCE_IR):
@@ -156,7 +156,7 @@ def _find_cycle(graph: onnx.GraphProto) -> str | None:
 
 
 def from_proto(proto: onnx.ModelProto, folder: Path | None = None) -> Model:
-    """Build the graph: nodes through graphsurgeon, weights as views of their messages, shapes from inference."""
+    """Build the graph: nodes by onnx-graphsurgeon, weights as views of their messages, shapes by inference."""
     listed = {v.name for v in proto.graph.input}
     fixed = proto.ir_version < OVERRIDABLE_SINCE_IR
     trained = names_in_training(proto)
@@ -216,7 +216,7 @@ def annotate(model: Model, types: Mapping[str, tuple[int, Shape | None]]) -> Non
 
 
 def fix_inputs(proto: onnx.ModelProto, inputs: Mapping[str, Sequence[int]]) -> onnx.ModelProto:
-    """The model with its input shapes fixed, and every declared shape that follows from them.
+    """Fix the input shapes of a model, and every declared shape that follows from them.
 
     Raises
     ------
@@ -289,7 +289,7 @@ def save(
 
 @contextlib.contextmanager
 def as_file(model: Source) -> Iterator[Path]:
-    """The model as a file for as long as the context lasts: its own, or a temporary one if it is in memory."""
+    """The model as a file while the context lasts: its own file, or a temporary one for a model in memory."""
     given = unwrap(model)
     if isinstance(given, Path):
         yield given

@@ -1,4 +1,4 @@
-"""The functions that a model brings along, and what they would become."""
+"""The functions of a model, and the number of operators after inlining."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ import onnx
 
 #: Domain and name of a function.
 Function = tuple[str, str]
-#: Operators that functions may become when they are inlined, and for each that is there already.
+#: The largest number of operators after inlining, and more for each operator of the graph.
 MOST, TIMES = 1 << 12, 4
 
 
 def functions(proto: onnx.ModelProto) -> dict[Function, onnx.FunctionProto]:
-    """The functions that a model brings along."""
+    """The functions of a model."""
     return {(f.domain, f.name): f for f in proto.functions}
 
 
 def bodies_of(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
-    """The graphs among a node's attributes."""
+    """The graphs in the attributes of a node."""
     for attribute in node.attribute:
         yield from [attribute.g] if attribute.HasField("g") else attribute.graphs
 
 
 def nodes_within(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """These nodes, each followed by those of its bodies."""
+    """These nodes, each followed by the nodes of its bodies."""
     pending = list(nodes)[::-1]
     while pending:
         node = pending.pop()
@@ -33,7 +33,7 @@ def nodes_within(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
 
 
 def drop_unused_opsets(model: onnx.ModelProto) -> None:
-    """Leave out the opset imports that no operator and no function needs, and those that are there twice.
+    """Remove the opset imports that no operator and no function needs, and duplicates.
 
     ONNX's own domain has two names, and always stays. A function names its opsets itself; whoever loads the model may
     look them up here all the same.
@@ -55,7 +55,7 @@ def drop_unused_opsets(model: onnx.ModelProto) -> None:
 
 
 def callers(proto: onnx.ModelProto) -> dict[Function, set[Function]]:
-    """Function → those that call it."""
+    """Function → the functions that call it."""
     known = functions(proto)
     found: dict[Function, set[Function]] = {key: set() for key in known}
     for key, function in known.items():
@@ -66,7 +66,7 @@ def callers(proto: onnx.ModelProto) -> dict[Function, set[Function]]:
 
 
 def count_expanded(proto: onnx.ModelProto) -> int | None:
-    """Operators of a model with all its functions inlined; None if those are too many, or call themselves."""
+    """Count the operators of a model after inlining; None if there are too many, or if a function calls itself."""
     known = functions(proto)
     limit = MOST + TIMES * len(proto.graph.node)
     sizes: dict[Function, int] = {}

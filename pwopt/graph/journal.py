@@ -1,4 +1,4 @@
-"""What an edit touches: nodes as they were, and the tensors that got another name or shape."""
+"""A journal of edits: the former states of nodes, and the tensors that were renamed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pwopt.graph.ir import Node, Tensor
 
 @dataclass(frozen=True, eq=False)
 class State:
-    """A node at one moment: tensors are the graph's own objects, whose names may change later."""
+    """The state of a node at one moment. Its tensors are those of the graph, whose names may change later."""
 
     node: Node
     op: str
@@ -30,7 +30,7 @@ class State:
         )  # fmt: skip
 
     def computes(self, other: State) -> bool:
-        """Whether both apply the same operator, to whatever inputs, and call the results alike."""
+        """Whether both apply the same operator with the same attributes and outputs, to whatever inputs."""
         return (self.op, *map(id, self.outputs)) == (other.op, *map(id, other.outputs)) and _same(
             self.attrs, other.attrs
         )
@@ -45,7 +45,7 @@ def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 class Journal:
-    """Nodes as they were before the first edit that touched them, and the tensors that got another name or shape."""
+    """The states of nodes before the first edit that touched them, and the tensors that were renamed."""
 
     def __init__(self) -> None:
         self.states: dict[Node, State | None] = {}

@@ -1,4 +1,4 @@
-"""A bound on memory around native code that has none of its own, and may crash when it gets none."""
+"""Limits the memory of native code that has no limit of its own, and that may crash without memory."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-#: What Linux says of a process's memory, in pages (proc(5)).
+#: The memory of a process in pages (Linux, proc(5)).
 STATUS = Path("/proc/self/statm")
 
 
 def run_isolated(work: Callable[[], bytes], extra: int) -> bytes | None:
-    """What `work` returns, computed in a copy of this process that may grow by `extra` bytes at most.
+    """Run `work` in a copy of this process that may grow by at most `extra` bytes.
 
-    None if that is not enough, or the copy fails or dies. On Linux; elsewhere, and where processes cannot be seen
-    (``/proc``), `work` runs here and without a bound.
+    The result is None if that is not enough, or if the copy fails or dies. On systems other than Linux, and without
+    ``/proc``, `work` runs in this process without a limit.
     """
     if sys.platform != "linux" or not STATUS.exists():
         try:
@@ -38,7 +38,7 @@ def run_isolated(work: Callable[[], bytes], extra: int) -> bytes | None:
 
 
 def _answer(work: Callable[[], bytes], extra: int, writing: int) -> None:
-    """In the copy: write what `work` returns, and end without any of this process's own endings."""
+    """In the copy: write the result of `work`, and end without running the exit handlers of this process."""
     code = 1
     try:
         import resource

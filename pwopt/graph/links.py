@@ -1,7 +1,7 @@
 """The links between nodes and tensors that onnx-graphsurgeon keeps.
 
-Its lists update each other at every edit, which takes a search through all readers of a tensor. `View` keeps an index
-instead. While it does, `put` edits a list alone, and `relink` writes all links once at the end.
+Its lists update each other at every edit, which searches all readers of a tensor. `View` keeps an index instead: `put`
+changes one list only, and `relink` writes all links once at the end.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def relink(graph: Graph, nodes: Sequence[Node], tensors: Iterable[Tensor], known
     nodes : sequence of Node
     tensors : iterable of Tensor
         All tensors that nodes read or produce, now or before the edits.
-    known : collection of int
-        Nodes that are or were in the graph itself. Readers in bodies are not among them, and stay linked.
+    known : collection of Node
+        The nodes that are or were in the graph itself. Readers in bodies are not among them, and stay linked.
     """
     graph.nodes[:] = nodes
     for tensor in tensors:

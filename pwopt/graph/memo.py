@@ -1,4 +1,4 @@
-"""Functions of a model that remember what they said of the last few."""
+"""Memoization of functions of a model."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ import onnx
 
 T = TypeVar("T")
 
-#: Models remembered: an original as it is and with its sizes, and what became of both.
+#: The number of models whose results are kept: an original and its result, each with and without fixed sizes.
 LATEST = 4
 
 
 def digest(model: onnx.ModelProto) -> str:
-    """Equal for models with the same content; whatever is external counts by its place only."""
+    """A digest that is equal for models with the same content. Of external data, only its place counts."""
     return hashlib.sha256(model.SerializeToString(deterministic=True)).hexdigest()
 
 
 def memoize(function: Callable[[onnx.ModelProto], T]) -> Callable[[onnx.ModelProto], T]:
-    """`function`, called once for models with the same content; its results must not be changed.
+    """Call `function` only once for models with the same content. Callers must not change its results.
 
-    A model is rewritten again and again while its rewrites are chosen, each time from the same beginning.
+    A model is rewritten many times while its rewrites are selected, each time from the same original.
     """
     known: dict[str, tuple[T]] = {}
 

@@ -1,9 +1,9 @@
-"""ONNX file ↔ graph, with nothing lost either way.
+"""Converts between an ONNX file and a graph without losing anything.
 
-The graph that passes edit is onnx-graphsurgeon's, but it is written back *over the original file's own
-messages*: every node, initializer and field that no pass touched is copied verbatim, so metadata,
-documentation, denotations, annotations, functions, sparse initializers and foreign attributes survive by
-construction. Weights stay where they are (in the file, for external data) until someone reads them.
+Passes edit a graph of onnx-graphsurgeon. It is written back into the messages of the original file: every node,
+initializer and field that no pass changed is copied verbatim. So metadata, documentation, denotations, annotations,
+functions, sparse initializers and foreign attributes survive by construction. Weights stay in their files until a pass
+reads them.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from pwopt.graph.ir import Constant, Graph, LazyValues, Node, Tensor, Variable, 
 from pwopt.graph.provenance import origins, write_documentation
 from pwopt.graph.storage import copy_fields, external_file, locations_of
 
-#: Since this IR version an initializer that is also an input is a default that callers may override.
+#: Since this IR version, an initializer that is also an input is a default that callers may override.
 OVERRIDABLE_SINCE_IR = 4
 
 
 class StoredValues(LazyValues):
-    """Values of an initializer, read from its message or its file each time they are asked for."""
+    """The values of an initializer, read from its message or its file at each call of `load`."""
 
     def __init__(self, tensor: TensorProto, folder: Path | None) -> None:
         self.tensor, self.folder = tensor, folder
@@ -81,17 +81,17 @@ class Model:
 
     @property
     def layout(self) -> dict[str, str]:
-        """Which tensor lies in which external file."""
+        """Tensor → the external file that holds it."""
         return locations_of(self.proto)
 
     def names(self) -> set[str]:
-        """Names that new tensors must not take, though the graph may not show them."""
+        """Names that new tensors must not take, even if the graph does not contain them."""
         return {t.name for t in self.proto.graph.initializer} | {
             s.values.name for s in self.proto.graph.sparse_initializer
         }
 
     def to_proto(self) -> onnx.ModelProto:
-        """The graph as a model: the original's messages wherever the graph still says the same."""
+        """The graph as a model, with the original messages of everything that did not change."""
         if self.unchanged():
             return self.proto
         model = onnx.ModelProto()
@@ -140,7 +140,7 @@ class Model:
         return model
 
     def copy(self) -> Model:
-        """The same model to edit apart: nodes and tensors are new; weights, bodies and messages are shared."""
+        """Copy the model. Nodes and tensors are new; weights, bodies and messages are shared."""
         graph, twins = self.graph, dict[Tensor, Tensor]()
 
         def twin(tensor: Tensor) -> Tensor:
@@ -167,11 +167,11 @@ class Model:
         return Model(copied, self.proto, self.folder, messages, constants)
 
     def become(self, other: Model) -> None:
-        """Be another model from now on, of the same folder."""
+        """Take over the content of another model in the same folder."""
         self.graph, self.proto, self._nodes, self._constants = other.graph, other.proto, other._nodes, other._constants
 
     def unchanged(self) -> bool:
-        """Whether the graph still says exactly what the file said."""
+        """Whether the graph is exactly that of the file."""
         if len(self.graph.nodes) != len(self.proto.graph.node):
             return False
         pairs = zip(self.graph.nodes, self.proto.graph.node, strict=True)
@@ -183,7 +183,7 @@ class Model:
         return same and held
 
     def _original(self, node: Node) -> onnx.NodeProto | None:
-        """The message a node came from, if its operator and attributes are still those."""
+        """The original message of a node, if its operator and attributes did not change."""
         found = self._nodes.get(node)
         if found is None:
             return None
@@ -206,12 +206,12 @@ class Model:
             yield proto
 
     def message(self, node: Node) -> onnx.NodeProto | None:
-        """The message that a node came from, whatever became of it."""
+        """The original message of a node, even if the node changed."""
         found = self._nodes.get(node)
         return None if found is None else found[0]
 
     def _constant_tensors(self) -> dict[str, Constant]:
-        """Constants in use, by name: read by a node or captured by a body, or being a graph output."""
+        """The constants in use, by name: those that a node reads or a body captures, and graph outputs."""
         captured = captured_names(self.proto.graph.node)
         used = {t.name: t for node in self.graph.nodes for t in node.inputs if isinstance(t, Constant)} | {
             t.name: t for t in self.graph.outputs if isinstance(t, Constant)
@@ -232,7 +232,7 @@ class Model:
 
 
 def _same_or(twins: Mapping[Tensor, Tensor], constant: Constant) -> Constant:
-    """The copy of a constant, or the constant itself where the graph does not hold it."""
+    """The copy of a constant, or the constant itself if the graph does not contain it."""
     found = twins.get(constant)
     return found if isinstance(found, Constant) else constant
 
@@ -249,7 +249,7 @@ def snapshot(attrs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def captured_names(nodes: Iterable[onnx.NodeProto]) -> set[str]:
-    """Names that bodies of If, Loop, Scan… refer to at any depth; outer tensors among them must not change."""
+    """Names that the bodies of If, Loop and Scan use at any depth. Outer tensors with these names must not change."""
     names: set[str] = set()
     pending = [(node, False) for node in nodes]
     while pending:

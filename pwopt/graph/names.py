@@ -11,10 +11,10 @@ from pwopt.graph.functions import nodes_within
 
 
 def name_nodes(proto: onnx.ModelProto) -> onnx.ModelProto:
-    """The model with a name for every node: those without get their operator's and their first result's.
+    """Give every node without a name one: its operator and its first output.
 
-    Names are unique in the whole model, bodies and functions included, as onnxruntime asks for in each graph; those
-    that are there stay.
+    Names are unique in the whole model, including bodies and functions, because onnxruntime requires unique names in
+    each graph. Existing names stay.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""A model in another opset, by onnx's own converter."""
+"""Converts a model to another opset, with the converter of onnx."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pwopt.graph.shapes import make_skeleton
 
 
 def convert_opset(model: Model, target: int) -> onnx.ModelProto:
-    """The model in another opset, by onnx's own converter, keeping what the converter drops.
+    """Convert a model to another opset with the converter of onnx, and keep the metadata that the converter drops.
 
     Raises
     ------

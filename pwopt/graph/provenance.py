@@ -1,9 +1,9 @@
-"""What becomes of the metadata and documentation of nodes that a rewrite replaces.
+"""Keeps the metadata and the documentation of nodes that a rewrite replaces.
 
-A node that stands for others keeps the `metadata_props` and the `doc_string` of one of them as its own: of the one
-with its operator and name, else with its operator, else of the first. The others are listed in one property more,
-`pwopt.folded`, by the node that makes the result: a JSON list of their names, operators, properties and documentation.
-What does nothing and goes leaves nothing behind that could carry its own.
+A new node takes over the `metadata_props` and the `doc_string` of one of the nodes that it replaces: the one with the
+same operator and name, else the one with the same operator, else the first. The node that computes the result lists the
+others in the property `pwopt.folded`, a JSON list of their names, operators, properties and documentation. If a node is
+removed without a replacement, its metadata is lost.
 """
 
 from __future__ import annotations
@@ -15,24 +15,24 @@ import onnx
 
 from pwopt.graph.ir import Node
 
-#: The property that lists what else a node stands for.
+#: The property that lists the other nodes that a node replaces.
 FOLDED = "pwopt.folded"
 
 
 def inherit(new: Sequence[Node], old: Sequence[Node]) -> None:
-    """Let each of `new` stand for the one of `old` that is most like it, and the last for all of them."""
+    """Record that each of `new` replaces the most similar one of `old`, and that the last replaces all."""
     for node in new:
         alike = sorted(old, key=lambda o: (o.op != node.op, o.name != node.name))
         credit(node, alike if node is new[-1] else alike[:1])
 
 
 def credit(node: Node, sources: Iterable[Node]) -> None:
-    """Let a node stand for others, besides what it stands for already."""
+    """Record that a node also replaces others."""
     node.replaced = (*node.replaced, *(s for s in sources if s is not node))
 
 
 def origins(node: Node, message: Callable[[Node], onnx.NodeProto | None]) -> Iterator[onnx.NodeProto]:
-    """The messages that a node stands for, its own first."""
+    """The messages of the nodes that a node replaces, after its own."""
     pending, seen = [node], set()
     while pending:
         node = pending.pop()
@@ -48,15 +48,17 @@ def origins(node: Node, message: Callable[[Node], onnx.NodeProto | None]) -> Ite
 def write_documentation(
     proto: onnx.NodeProto, own: onnx.NodeProto | None, stands_for: Sequence[onnx.NodeProto]
 ) -> None:
-    """Write into the message of a node what is to be kept of those that it stands for.
+    """Write the metadata and documentation of the nodes that a node replaces into its message.
 
-    `own` is the message that it came from itself, if it is no new one.
+    `own` is the original message of the node; None for a new node.
     """
-    told = [s for s in stands_for if s.metadata_props or s.doc_string]
-    main = own if own is not None else told[0] if told else None
-    folded = [entry for s in told for entry in _listed(s)]
+    documented = [s for s in stands_for if s.metadata_props or s.doc_string]
+    main = own if own is not None else documented[0] if documented else None
+    folded = [entry for s in documented for entry in _listed(s)]
     folded += [
-        _entry(s) for s in told if s is not main and (s.doc_string or any(p.key != FOLDED for p in s.metadata_props))
+        _entry(s)
+        for s in documented
+        if s is not main and (s.doc_string or any(p.key != FOLDED for p in s.metadata_props))
     ]
     if main is None:
         return
@@ -73,7 +75,7 @@ def _entry(proto: onnx.NodeProto) -> dict[str, object]:
 
 
 def _listed(proto: onnx.NodeProto) -> list[object]:
-    """What an earlier optimisation listed."""
+    """The list that an earlier optimisation wrote."""
     for p in proto.metadata_props:
         if p.key == FOLDED:
             try:

@@ -1,4 +1,4 @@
-"""Shapes and types of every tensor of a model, by onnx's own inference, without touching its weights."""
+"""Infers the shapes and types of all tensors of a model with onnx, without reading its weights."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from pwopt.graph.operators import BOUNDED, POOLS
 
 Dim = int | str | None
 Shape = tuple[Dim, ...]
-#: How a shape becomes another; None where that is not known.
+#: A function from a shape to another one; None if that is unknown.
 ShapeChange = Callable[[Shape], Shape | None]
 
-#: The longest one-dimensional tensor whose elements inference may follow one by one.
+#: The longest one-dimensional tensor whose elements inference may propagate.
 WIDEST = 1 << 16
-#: Bytes that inference may take, and for each byte of the graph; it keeps several copies, and needs a tenth of both.
+#: Bytes that inference may use, and more for each byte of the graph. It needs a tenth of both.
 INFERENCE_MEMORY, INFERENCE_COPIES = 1 << 28, 64
 
-#: Elements of inputs, and that inference may write down, without a bound on its memory; axes of a tensor at most.
+#: Inference needs no memory limit up to this many elements; the largest number of axes.
 SAFE, LONGEST = 1 << 22, 32
 
 #: The domain of operators whose shapes inference must not guess.
@@ -33,7 +33,7 @@ SMALL = 1024
 
 
 def dims(value: onnx.TypeProto) -> Shape | None:
-    """Dimensions of a tensor type: an int where fixed, a str where named, None where unknown (−1 means that too)."""
+    """The dimensions of a tensor type: an int if fixed, a str if named, None if unknown or negative."""
     if not value.HasField("tensor_type") or not value.tensor_type.HasField("shape"):
         return None
     return tuple(
@@ -43,7 +43,7 @@ def dims(value: onnx.TypeProto) -> Shape | None:
 
 
 def channels(axis: int | None, count: int) -> ShapeChange:
-    """The change of a shape to another number of channels."""
+    """A function that sets the number of channels of a shape."""
     return lambda shape: tuple(count if a == axis else d for a, d in enumerate(shape))
 
 
@@ -55,12 +55,12 @@ def known(shape: Sequence[Dim] | None) -> tuple[int, ...] | None:
 
 
 def format_shape(shape: Sequence[object]) -> str:
-    """A shape as people write it; "?" where a dimension is not known."""
+    """Format a shape for people, with "?" for an unknown dimension."""
     return "×".join("?" if d is None else str(d) for d in shape) or "a scalar"
 
 
 def make_skeleton(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim]] | None = None) -> onnx.ModelProto:
-    """A copy of `model` for inference: large weights become inputs, declared inner shapes are dropped.
+    """Copy a model for inference: large weights become inputs, and declared shapes of inner tensors are dropped.
 
     Exporters' ``value_info`` is sometimes stale, so only the inputs are believed. `inputs` replaces
     the shapes of graph inputs, by numbers or by names that can be followed through the graph.
@@ -134,7 +134,7 @@ def _correct_axes(light: onnx.ModelProto) -> None:
 def infer(
     model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim]] | None = None
 ) -> dict[str, tuple[int, Shape | None]]:
-    """Element type (``onnx.TensorProto.DataType``) and shape of every tensor that inference settles.
+    """Infer the element type (``onnx.TensorProto.DataType``) and the shape of every tensor.
 
     Parameters
     ----------
@@ -155,7 +155,7 @@ def _inferred(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
 
 
 def _infer(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
-    """Types without the propagation of data, and with it if they leave something open.
+    """Infer without data propagation first, and with it if something is still unknown.
 
     That propagation writes down every element of a one-dimensional tensor, whatever it is for; a model can make
     that terabytes.
@@ -180,7 +180,7 @@ def _infer(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
 
 
 def find_contradiction(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim]] | None = None) -> str:
-    """What onnx's strict inference has against a model at some sizes of its inputs, in one line, else ""."""
+    """Why onnx's strict inference rejects a model with these input sizes, in one line, else ""."""
     light = make_skeleton(model, inputs)
     types = _inferred(make_skeleton(model, inputs))
     if any(_is_miscounted(node, types) for node in light.graph.node):
@@ -199,14 +199,14 @@ def find_contradiction(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim
 
 
 def _too_wide(light: onnx.ModelProto, types: Mapping[str, tuple[int, Shape | None]]) -> bool:
-    """Whether following values one by one would take too much."""
+    """Whether data propagation would use too much memory."""
     inputs = {name for node in light.graph.node if _propagates(node) for name in node.input}
     sizes = (known(types.get(name, (0, None))[1]) for name in inputs)
     return any(size is not None and len(size) == 1 and size[0] > WIDEST for size in sizes)
 
 
 def _is_bounded(light: onnx.ModelProto) -> bool:
-    """Whether following values cannot take much, so that it needs no bound.
+    """Whether data propagation uses little memory, so that it needs no limit.
 
     No operator makes a tensor as large as a value or an attribute says, none makes one row of a larger tensor, and
     inputs, and shapes that are joined, are of ordinary sizes.
@@ -240,7 +240,7 @@ def _propagates(node: onnx.NodeProto) -> bool:
 
 
 def _types(model: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
-    """Of every tensor that the model declares."""
+    """The types of all tensors that the model declares."""
     graph = model.graph
     types: dict[str, tuple[int, Shape | None]] = {t.name: (t.data_type, tuple(t.dims)) for t in graph.initializer}
     for value in [*graph.input, *graph.value_info, *graph.output]:
@@ -250,7 +250,7 @@ def _types(model: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
 
 
 def find_objection(model: onnx.ModelProto) -> str:
-    """What onnx's checker or its strict inference has against a model's nodes, in one line, else ""."""
+    """Why onnx's checker or its strict inference rejects a model, in one line, else ""."""
     light = make_skeleton(model)
     context = onnx.checker.C.CheckerContext()
     context.ir_version = light.ir_version
@@ -290,7 +290,7 @@ def _is_miscounted(node: onnx.NodeProto, types: Mapping[str, tuple[int, Shape | 
 
 
 def _without_sizes_of(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> onnx.ModelProto:
-    """The model with the spatial sizes of these nodes' outputs unknown: each is joined to something of unknown size."""
+    """Make the spatial sizes of these nodes' outputs unknown, by a Concat with a tensor of unknown size."""
     opaque = {n.output[0] for n in nodes}
     graph = model.graph
     originals = list(graph.node)

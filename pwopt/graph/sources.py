@@ -1,4 +1,4 @@
-"""A model as Python hands it over: a path, a message, its bytes, or what another library made."""
+"""Models as arguments: a path, a message, its bytes, or an object of another library."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Source = str | os.PathLike[str] | bytes | onnx.ModelProto | Model | Any
 
 
 def unwrap(source: Source) -> Path | onnx.ModelProto | Model:
-    """What was handed over, as one of three kinds.
+    """Convert an argument to one of three kinds.
 
     Objects of other libraries are known by what they offer: a `model_proto` (torch.onnx.ONNXProgram), or that their
     library, which is loaded already, writes them as a message (onnx_ir.Model). None of them is a dependency.

@@ -1,6 +1,6 @@
-"""What is known of small integer tensors entry by entry: shapes of which a part is open, and arithmetic on them.
+"""The entries of small integer tensors: shapes with unknown sizes, and arithmetic on them.
 
-onnx's inference propagates such values itself, and settles shapes with them, but does not hand them out.
+onnx's inference propagates such values and infers shapes from them, but it does not return them.
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from pwopt.graph import attributes
 from pwopt.graph.ir import Constant, Node, Tensor
 from pwopt.graph.view import View
 
-#: The size of an axis that is not known in numbers: its name, or a tensor and one of its axes.
+#: An unknown size: the name of an axis, or a tensor and one of its axes.
 Symbol = str | tuple[Tensor, int]
-#: A number, a size, or None for any number.
+#: A number, a symbol, or None if nothing is known.
 Entry = int | Symbol | None
 Entries = tuple[Entry, ...]
 
-#: Longer tensors are no shapes.
+#: The largest number of entries; longer tensors are not shapes.
 LONGEST = 64
-#: How many operators one question may lead through; shape arithmetic has a handful.
+#: The largest depth and the largest number of operators for one question; shape arithmetic has a handful.
 DEEPEST, MOST = 24, 256
-#: Where int32 ends; anything that leaves it is left to the runtime, whatever its type.
+#: The end of the range of int32. Results beyond it are unknown, whatever their type.
 END = 2**31
 
 
 def entries(view: View, tensor: Tensor) -> Entries | None:
-    """The entries of an integer or boolean tensor of at most one axis; None if nothing is known of them.
+    """The entries of an integer or boolean tensor with at most one axis; None if nothing is known.
 
     Booleans are 0 and 1. An entry that is a `Symbol` equals that size whatever the model is fed with.
     """
@@ -38,7 +38,7 @@ def entries(view: View, tensor: Tensor) -> Entries | None:
 
 
 def extents(view: View, tensor: Tensor) -> Entries | None:
-    """A tensor's shape as entries: every axis is a number or a symbol; None if not even the rank is known."""
+    """The shape of a tensor as entries, each a number or a symbol; None if the rank is unknown."""
     shape = view.shape(tensor)
     if shape is None:
         return None
@@ -47,7 +47,7 @@ def extents(view: View, tensor: Tensor) -> Entries | None:
 
 
 class _Reader:
-    """Follows one question through the operators above a tensor, within bounds."""
+    """Answers one question by following the operators above a tensor, within limits."""
 
     def __init__(self, view: View) -> None:
         self.view = view
@@ -74,7 +74,7 @@ class _Reader:
         return found if found is not None and len(found) <= LONGEST else None
 
     def operands(self, node: Node, depth: int) -> list[Entries] | None:
-        """All inputs, those of one entry repeated as often as the longest has entries."""
+        """The entries of all inputs, repeated to the same length if there is only one."""
         found = [self.read(t, depth) for t in node.inputs if t.name]
         listed = [f for f in found if f is not None]
         if len(listed) < len(found):
@@ -118,13 +118,13 @@ def _size(reader: _Reader, node: Node, depth: int) -> Entries | None:
 
 @_rule("Identity", "Squeeze", "Unsqueeze", "Reshape")
 def _same(reader: _Reader, node: Node, depth: int) -> Entries | None:
-    """What has at most one axis before and after has the same entries."""
+    """A tensor with at most one axis before and after keeps its entries."""
     return reader.read(node.inputs[0], depth)
 
 
 @_rule("Cast")
 def _cast(reader: _Reader, node: Node, depth: int) -> Entries | None:
-    """Between integers; none are longer than int32."""
+    """Casts between integers keep the entries, since none exceeds int32."""
     found, to = reader.read(node.inputs[0], depth), node.attrs.get("to")
     if found is not None and to == onnx.TensorProto.BOOL:
         return tuple(int(e != 0) if isinstance(e, int) else None for e in found)
@@ -165,7 +165,7 @@ def _arithmetic(reader: _Reader, node: Node, depth: int) -> Entries | None:
     return found if all(not isinstance(f, int) or -END <= f < END for f in found) else None
 
 
-#: Operators on two numbers. Quotients and remainders of negative numbers are rounded as the runtime likes.
+#: Operators on two numbers. Runtimes round quotients of negative numbers differently.
 NUMERIC: dict[str, Callable[[int, int], int]] = {
     "Add": operator.add,
     "Sub": operator.sub,
@@ -183,7 +183,7 @@ NUMERIC: dict[str, Callable[[int, int], int]] = {
 
 
 def _combined(op: str, a: Entry, b: Entry) -> Entry:
-    """One entry from two; what does nothing to a size leaves it, and a size is never negative."""
+    """Combine two entries. Adding 0 and multiplying by 1 keep a symbol, and a size is never negative."""
     if isinstance(a, int) and isinstance(b, int):
         return None if op in ("Div", "Mod") and (a < 0 or b <= 0) else int(NUMERIC[op](a, b))
     if (b == 0 and op in ("Add", "Sub")) or (b == 1 and op in ("Mul", "Div")):

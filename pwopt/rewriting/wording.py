@@ -1,4 +1,4 @@
-"""How counts read in sentences."""
+"""Counts and costs in sentences."""
 
 from __future__ import annotations
 
@@ -6,24 +6,24 @@ import math
 
 
 def format_count(count: int, noun: str) -> str:
-    """A count and its noun, in the plural unless it is one.
+    """Format a count with its noun, in the plural unless it is one.
 
     Examples
     --------
-    >>> counted(1, "thread"), counted(0, "thread"), counted(2_000, "thread")
+    >>> format_count(1, "thread"), format_count(0, "thread"), format_count(2_000, "thread")
     ('1 thread', '0 threads', '2,000 threads')
     """
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
 
 
 def format_increase(before: float, after: float, absolute: bool = False) -> str:
-    """What something costs that saves no multiply-adds.
+    """Format the cost of a rewrite that saves no multiply-adds.
 
     Examples
     --------
-    >>> dearer(2048, 3072, absolute=True), dearer(7_225_344, 7_225_344, absolute=True)
+    >>> format_increase(2048, 3072, absolute=True), format_increase(7_225_344, 7_225_344, absolute=True)
     ('1.50× the multiply-adds (2,048 → 3,072)', 'as many multiply-adds (7,225,344), a tie')
-    >>> dearer(1000, 1001)
+    >>> format_increase(1000, 1001)
     '1.001× the multiply-adds'
     """
     if math.isclose(before, after):
