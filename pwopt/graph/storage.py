@@ -1,4 +1,4 @@
-"""Files: atomic replacement, and external data, copied piece by piece without loading it."""
+"""Replaces files atomically, and copies external data in pieces without loading it."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ from onnx.external_data_helper import (
 from pwopt.errors import ModelError, UsageError
 from pwopt.graph.temporary import create_file, temporary_folder
 
-#: Seconds to wait before a file that another program has open is tried again (Windows).
+#: Seconds to wait before another attempt if another program has the file open (Windows).
 WAITS = (0.05, 0.1, 0.2, 0.4, 0.8)
-#: New tensors of at least this many bytes join the external data of a model that has some (onnx's default).
+#: New tensors from this size on are stored as external data, if the model has any (onnx's default).
 EXTERNAL_THRESHOLD = 1024
 
 
-#: Offsets in an external file are aligned like onnx's and onnxruntime's writers do, for memory mapping.
+#: Offsets in an external file are aligned for memory mapping, as onnx and onnxruntime do.
 ALIGNMENT = 4096
 #: The longest file name in bytes, less than the 255 of file systems; and that part of a data file's name that is the
 #: model's.
@@ -142,13 +142,13 @@ def locations_of(proto: onnx.ModelProto) -> dict[str, str]:
 
 
 def total_bytes(proto: onnx.ModelProto) -> int:
-    """What a model takes to store: its message, and what that refers to."""
+    """The bytes of a model, including its external data."""
     outside = [ExternalDataInfo(t) for t in proto.graph.initializer if uses_external_data(t)]
     return int(proto.ByteSize()) + sum(info.length or 0 for info in outside)
 
 
 def data_files_of(path: Path) -> set[str]:
-    """Data files that an earlier model at `path` owns: named after it, so nobody else's."""
+    """The data files of an earlier model at `path`: those that are named after it."""
     try:
         names = locations_of(onnx.load(path, load_external_data=False)) if path.is_file() else {}
     except (DecodeError, ValueError):
@@ -161,7 +161,7 @@ def data_files_of(path: Path) -> set[str]:
 
 
 def externalise(model: onnx.ModelProto, path: Path, folder: Path | None, layout: Mapping[str, str]) -> onnx.ModelProto:
-    """Copy external data from `folder` into new files beside `path`; returns the model that refers to them.
+    """Copy external data from `folder` into new files beside `path`, and return the model that refers to them.
 
     `layout` says which tensor belongs in which of the old files; large new tensors join them.
     """
@@ -212,7 +212,7 @@ def externalise(model: onnx.ModelProto, path: Path, folder: Path | None, layout:
 
 
 def _outside(tensor: TensorProto) -> bool:
-    """Whether a tensor lies in a data file, if there are any."""
+    """Whether a tensor is stored in a data file, if the model has any."""
     return uses_external_data(tensor) or len(tensor.raw_data) >= EXTERNAL_THRESHOLD
 
 
@@ -230,7 +230,7 @@ def _cut(name: str, most: int) -> str:
 
 
 def _free_name(path: Path, suffix: str) -> str:
-    """A data file name that no earlier file has, so that an interrupted write harms nothing."""
+    """A new name for a data file, so that an interrupted write damages no earlier file."""
     stem, k = f"{_cut(path.name, MAX_STEM_BYTES)}.{suffix}", 0
     name = stem
     while (path.parent / name).exists():
@@ -245,7 +245,7 @@ def _align(stream: IO[bytes]) -> int:
 
 
 def _append_file(stream: IO[bytes], source: Path, info: ExternalDataInfo) -> tuple[int, int]:
-    """Copy one tensor's bytes in pieces; returns (offset, length) in the new file."""
+    """Copy the bytes of one tensor in pieces, and return (offset, length) in the new file."""
     start = _align(stream)
     begin = info.offset or 0
     left = length = info.length if info.length is not None else source.stat().st_size - begin
@@ -261,7 +261,7 @@ def _append_file(stream: IO[bytes], source: Path, info: ExternalDataInfo) -> tup
 
 @contextlib.contextmanager
 def replacing(path: Path, *, lasting: bool = True) -> Iterator[IO[bytes]]:
-    """A stream whose content becomes the file `path` at the end, at once, or never.
+    """Open a stream whose content replaces the file `path` atomically at the end.
 
     A link keeps pointing to its file, which is replaced; what is not a regular file is refused.
     """
@@ -283,7 +283,7 @@ def replacing(path: Path, *, lasting: bool = True) -> Iterator[IO[bytes]]:
 
 
 def _moved(name: Path, path: Path) -> None:
-    """Let a file take another's place. Windows refuses that while anybody has the other one open, often for moments."""
+    """Replace a file by another. Windows refuses that while another program has it open, often for a moment."""
     for seconds in WAITS if sys.platform == "win32" else ():
         with contextlib.suppress(PermissionError):
             os.replace(name, path)
