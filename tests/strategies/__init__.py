@@ -7,6 +7,7 @@ this package hold one kind of motif each.
 from __future__ import annotations
 
 from random import Random
+from typing import Any
 
 import numpy as np
 from hypothesis import strategies as st
@@ -18,33 +19,32 @@ from strategies.opaque import Opaque
 from strategies.positions import Positions
 from strategies.resampling import Resampling
 from strategies.sequences import Sequences
+from strategies.steps import Steps
+from strategies.structures import Structures
 
 __all__ = ["Sample", "random_sample", "samples"]
 
 
-class Generator(Sequences, Branches, Positions, Resampling, Opaque):
+class Generator(Sequences, Branches, Positions, Resampling, Steps, Structures, Opaque):
     """A graph that grows by random motifs: the methods whose names begin with `m_`."""
 
     def grow(self, motifs: int) -> None:
         names = sorted(n for n in dir(self) if n.startswith("m_"))
-        seldom = {"m_body", "m_function", "m_quantised", "m_foreign", "m_override"}
+        seldom = {"m_body", "m_function", "m_quantised", "m_foreign", "m_override", "m_optional", "m_omitted"}
         names = [n for n in names for _ in range(1 if n in seldom else 4)]
         self.input(self.rng.choice([4, 4, 4, 3, 2, 5]))
         for _ in range(motifs):
-            state = len(self.nodes), len(self.constants), len(self.inputs), len(self.pool)
+            lists: list[list[Any]] = [self.nodes, self.constants, self.inputs, self.pool, self.results]
+            sizes = [len(part) for part in lists]
             try:
                 getattr(self, self.rng.choice(names))()
             except UnfitError:
                 if self.chance(0.5):  # half of what was begun stays
-                    del (
-                        self.nodes[state[0] :],
-                        self.constants[state[1] :],
-                        self.inputs[state[2] :],
-                        self.pool[state[3] :],
-                    )
+                    for part, size in zip(lists, sizes, strict=True):
+                        del part[size:]
 
     def sample(self) -> Sample:
-        read = {name for node in self.nodes for name in node.input}
+        read = {name for node in self.nodes for name in node.input} | self.captured()
         made = [t for t in self.pool if t not in self.inputs]
         outputs = [t for t in made if t.name not in read] or self.pool[-1:]
         outputs += [t for t in made if t.name in read and self.chance(0.06)]
@@ -71,12 +71,15 @@ class Generator(Sequences, Branches, Positions, Resampling, Opaque):
         graph = helper.make_graph(
             self.nodes, "random",
             [helper.make_tensor_value_info(t.name, self.code, declared(t)) for t in free],
-            [helper.make_tensor_value_info(t.name, self.code, [None] * t.rank) for t in dict.fromkeys(outputs)],
-            [t for t in self.constants if t.name in read or t.name in self.captured()],
+            [
+                *(helper.make_tensor_value_info(t.name, self.code, [None] * t.rank) for t in dict.fromkeys(outputs)),
+                *self.results,
+            ],
+            [t for t in self.constants if t.name in read],
         )  # fmt: skip
         opsets = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(d, 1) for d in sorted(self.domains))]
         model = helper.make_model(
-            graph, opset_imports=opsets, ir_version=8 if self.opset < 20 else 10, functions=self.functions
+            graph, opset_imports=opsets, ir_version=9 if self.opset < 20 else 10, functions=self.functions
         )
         return Sample(model, (feeds(0, 0), feeds(0, 1), feeds(3, 2)) if names else (feeds(0, 0), feeds(0, 1)))
 

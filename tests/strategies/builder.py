@@ -25,8 +25,11 @@ OPSETS = (7, 9, 11, 13, 14, 17, 18, 20, 21)
 
 
 class Tensor(NamedTuple):
+    """A tensor of the graph; its type is that of the graph's floating-point numbers, or `code` if that is not 0."""
+
     name: str
     shape: tuple[int, ...]
+    code: int = 0
 
     @property
     def rank(self) -> int:
@@ -47,13 +50,25 @@ class Sample:
 
 @dataclass
 class Builder:
-    """A graph that grows motif by motif; every tensor's shape is what onnx infers."""
+    """A graph that grows motif by motif; every tensor's shape is what onnx infers.
+
+    Attributes
+    ----------
+    pool : list of Tensor
+        Floating-point tensors that later motifs may read.
+    discrete : list of Tensor
+        Integer and bool tensors, which only the motif that made them reads.
+    results : list of ValueInfoProto
+        Graph outputs that are not in the pool.
+    """
 
     rng: Random
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: list[TensorProto] = field(default_factory=list)
     inputs: list[Tensor] = field(default_factory=list)
     pool: list[Tensor] = field(default_factory=list)
+    discrete: list[Tensor] = field(default_factory=list)
+    results: list[onnx.ValueInfoProto] = field(default_factory=list)
     functions: list[onnx.FunctionProto] = field(default_factory=list)
     domains: set[str] = field(default_factory=set)
     count: int = 0
@@ -135,38 +150,51 @@ class Builder:
         return w
 
     def node(
-        self, op: str, inputs: Sequence[str | Tensor], outputs: int = 1, domain: str = "", **attrs: Any
+        self,
+        op: str,
+        inputs: Sequence[str | Tensor],
+        outputs: int = 1,
+        domain: str = "",
+        codes: Sequence[int] = (),
+        **attrs: Any,
     ) -> list[Tensor]:
         """Add a node; its outputs' shapes are inferred from its inputs' alone.
+
+        Parameters
+        ----------
+        codes : sequence of int
+            The outputs' types, if they are not all those of the graph's floating-point numbers (0).
 
         Raises
         ------
         UnfitError
             If onnx finds it wrong, or its size open.
         """
+        codes = codes or [0] * outputs
         names = [i.name if isinstance(i, Tensor) else i for i in inputs]
         message = helper.make_node(op, names, [self.name() for _ in range(outputs)], domain=domain, **attrs)
         if self.chance(0.5):
             message.name = message.output[0] + op
-        shapes = self.infer(message)
+        shapes = self.infer(message, codes)
         if any(math.prod(s) > LARGEST or len(s) > 6 for s in shapes):
             raise UnfitError(op)
         empty = any(0 in i.shape for i in inputs if isinstance(i, Tensor))
         if any(d < 0 or (d == 0 and not empty) for s in shapes for d in s):
             raise UnfitError(op)  # a window larger than what it slides over
         self.nodes.append(message)
-        made = [Tensor(n, s) for n, s in zip(message.output, shapes, strict=True)]
-        self.pool += made
+        made = [Tensor(n, s, c) for n, s, c in zip(message.output, shapes, codes, strict=True)]
+        self.pool += [t for t in made if not t.code]
+        self.discrete += [t for t in made if t.code]
         return made
 
-    def infer(self, message: onnx.NodeProto) -> list[tuple[int, ...]]:
-        known = {t.name: t for t in (*self.pool, *self.inputs)}
+    def infer(self, message: onnx.NodeProto, codes: Sequence[int]) -> list[tuple[int, ...]]:
+        known = {t.name: t for t in (*self.pool, *self.inputs, *self.discrete)}
         held = {t.name: t for t in self.constants}
         held |= {n.output[0]: n.attribute[0].t for n in self.nodes if n.op_type == "Constant"}
         inputs, tensors = [], []
         for name in dict.fromkeys(message.input):
             if name in known:
-                inputs.append(helper.make_tensor_value_info(name, self.code, known[name].shape))
+                inputs.append(helper.make_tensor_value_info(name, known[name].code or self.code, known[name].shape))
             elif name:
                 tensor = TensorProto()
                 tensor.CopyFrom(held[name.removesuffix("_same")])
@@ -180,10 +208,10 @@ class Builder:
         except Exception as error:
             raise UnfitError(str(error)) from error
         shapes = []
-        for value in inferred.graph.output:
+        for value, code in zip(inferred.graph.output, codes, strict=True):
             kind = value.type.tensor_type
             if (
-                kind.elem_type != self.code
+                kind.elem_type != (code or self.code)
                 or not all(d.HasField("dim_value") for d in kind.shape.dim)
                 or not kind.HasField("shape")
             ):

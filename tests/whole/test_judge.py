@@ -1,0 +1,137 @@
+"""The judge of random models: it finds wrong numbers behind steps and in sequences, and lets roundings pass."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from random import Random
+from typing import Any
+
+import numpy as np
+import pytest
+
+pytest.importorskip("onnxruntime")
+
+import judge as judging
+import onnx
+from judge import WrongError, choose, excessive, judge
+from onnx import TensorProto, helper, numpy_helper
+from strategies import Sample
+
+FLOAT, HALF = TensorProto.FLOAT, TensorProto.FLOAT16
+#: What follows a convolution `y` and makes the output `z`; the last input of Where and the limits are 0.5.
+STEPS: dict[str, list[onnx.NodeProto]] = {
+    "comparison": [
+        helper.make_node("Greater", ["y", "half"], ["mask"]),
+        helper.make_node("Cast", ["mask"], ["z"], to=FLOAT),
+    ],
+    "where": [
+        helper.make_node("Less", ["y", "half"], ["mask"]),
+        helper.make_node("Where", ["mask", "y", "big"], ["z"]),
+    ],
+    "floor": [helper.make_node("Floor", ["y"], ["z"])],
+    "round": [helper.make_node("Round", ["y"], ["z"])],
+    "best": [
+        helper.make_node("Add", ["y", "ramp"], ["a"]),
+        helper.make_node("ArgMax", ["a"], ["i"], axis=1, keepdims=1),
+        helper.make_node("Cast", ["i"], ["z"], to=FLOAT),
+    ],
+    "top": [
+        helper.make_node("Add", ["y", "ramp"], ["a"]),
+        helper.make_node("TopK", ["a", "one"], ["v", "i"], axis=1),
+        helper.make_node("Cast", ["i"], ["z"], to=FLOAT),
+    ],
+    "sequence": [helper.make_node("SequenceConstruct", ["x", "y"], ["z"])],
+}
+
+
+def model_behind(step: str, code: int, factor: float = 1.0) -> onnx.ModelProto:
+    """A 1×1 convolution, its weights times `factor`, and a step behind it."""
+    rng, kind = np.random.default_rng(0), helper.tensor_dtype_to_np_dtype(code)
+    weights = rng.normal(size=(8, 4, 1, 1)) * factor
+
+    def stored(values: Any, name: str) -> TensorProto:
+        return numpy_helper.from_array(np.asarray(values, kind), name)
+
+    nodes = [onnx.NodeProto.FromString(n.SerializeToString()) for n in STEPS[step]]
+    for attribute in (a for n in nodes for a in n.attribute if a.name == "to"):
+        attribute.i = code
+    output = helper.make_tensor_value_info("z", code, [None] * 4)
+    if step == "sequence":
+        element = helper.make_tensor_type_proto(code, None)
+        output = helper.make_value_info("z", helper.make_sequence_type_proto(element))
+    held = [stored(weights, "w"), stored(0.5, "half"), stored(40.0, "big"),
+            stored(np.arange(8).reshape(1, 8, 1, 1), "ramp"), numpy_helper.from_array(np.array([1]), "one")]  # fmt: skip
+    graph = helper.make_graph(
+        [helper.make_node("Conv", ["x", "w"], ["y"]), *nodes], "step",
+        [helper.make_tensor_value_info("x", code, [1, 4, 16, 16])], [output], held,
+    )  # fmt: skip
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+def give(sample: Sample, changed: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Judge `changed` as if a pass had made it of the sample."""
+
+    def optimised(sample: Sample, passes: Sequence[str] | None) -> tuple[onnx.ModelProto, list[Any]]:
+        return changed, []
+
+    monkeypatch.setattr(judging, "optimised", optimised)
+    make, given = choose(sample.model, sample.feeds)
+    assert make is not None
+    judge(sample, None, given, make)
+
+
+def sample_behind(step: str, code: int, seed: int = 0) -> Sample:
+    kind = helper.tensor_dtype_to_np_dtype(code)
+    x = np.random.default_rng(seed).normal(size=(1, 4, 16, 16)).astype(kind)
+    return Sample(model_behind(step, code), ({"x": x},))
+
+
+@pytest.mark.parametrize("code", [FLOAT, HALF])
+@pytest.mark.parametrize("step", STEPS)
+def test_weights_times_1_3_are_found_behind_a_step(step: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(WrongError):
+        give(sample_behind(step, code), model_behind(step, code, 1.3), monkeypatch)
+
+
+@pytest.mark.parametrize("code", [FLOAT, HALF])
+@pytest.mark.parametrize("step", STEPS)
+def test_roundings_are_excused_behind_a_step(step: str, code: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two roundings of every weight, which move some elements over the step."""
+    factor = 1 + 2 * (2.0**-23 if code == FLOAT else 2.0**-10)
+    for seed in range(4):
+        give(sample_behind(step, code, seed), model_behind(step, code, factor), monkeypatch)
+
+
+def test_sequences_of_another_length_are_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = model_behind("sequence", FLOAT)
+    del changed.graph.node[1].input[0]
+    with pytest.raises(WrongError, match="another length"):
+        give(sample_behind("sequence", FLOAT), changed, monkeypatch)
+
+
+def test_one_jump_of_the_original_does_not_excuse_many() -> None:
+    own, off = np.zeros(1000), np.zeros(1000)
+    own[7] = 1.0
+    off[:3] = 1.0
+    assert not excessive(off, own, 1e-3)
+    off[:80] = 1.0
+    assert excessive(off, own, 1e-3)
+    off[:] = 1e-4
+    assert not excessive(off, own, 1e-3)
+
+
+def test_elements_that_are_not_numbers_count_as_the_largest_jumps() -> None:
+    own, off = np.zeros(100), np.zeros(100)
+    off[0] = np.inf
+    own[:] = 1.0
+    assert excessive(off, own, 1e-3)
+    own[5] = np.inf
+    assert not excessive(off, own, 1e-3)
+
+
+def test_generation_does_not_depend_on_state() -> None:
+    from strategies import random_sample
+
+    for number in range(20):
+        first, second = (random_sample(Random(number)).model.SerializeToString(deterministic=True) for _ in range(2))
+        assert first == second
