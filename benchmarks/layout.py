@@ -13,7 +13,7 @@
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 from builder import Builder
@@ -62,7 +62,10 @@ def norms(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    odd_widths(Path(sys.argv[1]) / "odd_widths.onnx")
-    patch_embedding(Path(sys.argv[1]) / "patch_embedding.onnx")
-    gates(Path(sys.argv[1]) / "gates.onnx")
-    norms(Path(sys.argv[1]) / "norms.onnx")
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
+    odd_widths(folder / "odd_widths.onnx")
+    patch_embedding(folder / "patch_embedding.onnx")
+    gates(folder / "gates.onnx")
+    norms(folder / "norms.onnx")

@@ -20,7 +20,7 @@ from typing import Any
 import onnx_graphsurgeon as gs
 
 import pwopt
-from pwopt.graph import attributes, values
+from pwopt.graph import operators, values
 from pwopt.graph.files import from_proto
 from pwopt.graph.view import View
 from pwopt.maps import forms
@@ -39,7 +39,7 @@ MOVING = (
     "Identity",
     "Cast",
     "Pad",
-    *attributes.VIEWS,
+    *operators.VIEWS,
 )
 
 

@@ -9,7 +9,7 @@ Feichtenhofer, "X3D: Expanding Architectures for Efficient Video Recognition" (C
 
 from __future__ import annotations
 
-import sys
+import argparse
 from pathlib import Path
 
 from builder import Builder
@@ -35,7 +35,9 @@ def blocks(path: Path) -> None:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path)
+    folder = parser.parse_args().folder
     for activation in ("Relu", "HardSwish"):
         for frames, side in ((13, 20), (16, 56)):
             chain(folder / f"pointwise3d_{activation.lower()}_{frames}x{side}x{side}.onnx", activation, frames, side)

@@ -11,8 +11,8 @@ and one candidate with every measured rewrite.
 
 from __future__ import annotations
 
+import argparse
 import statistics
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -47,8 +47,11 @@ def cspdarknet53(path: Path) -> None:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, nargs="?", help="where to keep the model")
+    folder = parser.parse_args().folder
     with tempfile.TemporaryDirectory() as temporary:
-        path = Path(sys.argv[1] if len(sys.argv) > 1 else temporary) / "cspdarknet53.onnx"
+        path = Path(folder or temporary) / "cspdarknet53.onnx"
         cspdarknet53(path)
         source = load(path)
         print(f"{sum(t.ByteSize() for t in source.proto.graph.initializer) / 4e6:.1f} million weights")
