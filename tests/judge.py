@@ -120,7 +120,8 @@ def _tensor_type(value: onnx.TypeProto) -> onnx.TypeProto.Tensor:
 
 def _store(tensor: TensorProto, kind: int) -> None:
     if tensor.data_type in FLOATS and tensor.data_type != kind:
-        values = numpy_helper.to_array(tensor).astype(helper.tensor_dtype_to_np_dtype(kind))
+        with np.errstate(over="ignore"):
+            values = numpy_helper.to_array(tensor).astype(helper.tensor_dtype_to_np_dtype(kind))
         tensor.CopyFrom(numpy_helper.from_array(values, tensor.name))
 
 
