@@ -86,9 +86,10 @@ class Range:
         """
         if linear.moved is None:
             return
-        rows = np.abs(linear.weight.reshape(linear.geometry.out_channels, -1))
-        several = np.count_nonzero(rows, axis=1) > 1
-        grows = rows.sum(axis=1) > 1
-        if self.allows_shift(linear.moved[grows]) and rows[several].max(initial=0.0) <= math.sqrt(self.largest):
+        rows, limit = np.abs(linear.weight.reshape(linear.geometry.out_channels, -1)), math.sqrt(self.largest)
+        if self.allows_shift(linear.moved) and rows.max(initial=0.0) <= limit:
+            return  # as in every ordinary network
+        several, grows = np.count_nonzero(rows, axis=1) > 1, rows.sum(axis=1) > 1
+        if self.allows_shift(linear.moved[grows]) and rows[several].max(initial=0.0) <= limit:
             return
         raise RefusedError(f"the folded map could overflow {self.name} where the original does not")
