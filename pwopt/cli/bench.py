@@ -14,7 +14,7 @@ def bench(
     provider: options.Provider = "cpu",
     provider_option: options.ProviderOptions = None,
     threads: options.Threads = 1,
-    shape: options.Shapes = None,
+    shape: options.SingleShapes = None,
     batch: options.Batch = None,
     seconds: options.Seconds = DEFAULT_SECONDS,
     report: options.JsonReport = None,

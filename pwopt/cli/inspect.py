@@ -10,7 +10,7 @@ from pwopt.errors import UsageError
 
 def inspect(
     model: options.ModelPath,
-    shape: options.Shapes = None,
+    shape: options.SingleShapes = None,
     json: options.Json = False,
     every: options.Every = False,
     weights: options.Weights = False,

@@ -56,7 +56,7 @@ ProviderOptions = Annotated[
     typer.Option(metavar="KEY=VALUE", help="Provider option, named as in onnxruntime; repeatable.", show_default=False),
 ]
 Cost = Annotated[str, typer.Option(help="measured: decide by timing; analytic: decide from shapes only.")]
-Shapes = Annotated[
+SingleShapes = Annotated[
     list[str] | None,
     typer.Option(
         "--shape",

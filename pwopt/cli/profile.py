@@ -15,7 +15,7 @@ def profile(
     provider: options.Provider = Request.provider,
     provider_option: options.ProviderOptions = None,
     threads: options.Threads = 1,
-    shape: options.Shapes = None,
+    shape: options.SingleShapes = None,
     budget: options.ModelBudget = EFFORTS["normal"],
     plugin: options.Plugins = None,
     scheduler: options.Scheduler = None,
