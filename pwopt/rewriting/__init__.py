@@ -1,6 +1,6 @@
-"""The driver of all rewrites, and what several of them share.
+"""The driver of all passes, and the code that several of them share.
 
-A pass is a subclass of `Pass`; it edits through a `Rewriter` and answers with a `Rewrite` or a `Skip`.
+A pass is a subclass of `Pass`. It edits the graph through a `Rewriter`, and returns a `Rewrite`, a `Skip` or None.
 """
 
 from pwopt.rewriting.driver import CONTRACT, Pass, Rewriter, describe

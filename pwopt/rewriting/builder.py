@@ -1,4 +1,4 @@
-"""Collecting the new operators of a rewrite."""
+"""Collects the new operators of a rewrite."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pwopt.rewriting.steps import Step, repeat_activation
 
 @dataclass
 class Builder:
-    """The operators that a rewrite adds. The graph stays as it is until `Rewriter.replace` puts them in.
+    """The operators that a rewrite adds. The graph does not change until `Rewriter.replace` inserts them.
 
     Attributes
     ----------
@@ -31,7 +31,7 @@ class Builder:
     residual: float = field(default=0.0, init=False)
 
     def add_node(self, op: str, inputs: Sequence[Tensor], output: Tensor, **attrs: object) -> None:
-        """Add an operator that is named after its output."""
+        """Add an operator whose name comes from its output."""
         name = self.rw.node_name(str(output.name), f"_{op.lower()}")
         self.nodes.append(Node(op, name, attrs, list(inputs), [output]))
 

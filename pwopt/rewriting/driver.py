@@ -1,4 +1,4 @@
-"""Passes, their records, and the worklist driver that runs them."""
+"""Passes, and the worklist driver that runs them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
-#: Judges what a rewrite did to its region of the graph.
+#: Certifies what a rewrite changed.
 Certifier = Callable[[Change, View], Certificate]
 #: The version of the contract between pwopt and a pass. It increases whenever a pass that met it may no longer do so.
 CONTRACT = 2
@@ -108,7 +108,7 @@ class Pass:
         raise NotImplementedError
 
     def branch(self) -> Self:
-        """The same pass, to go on with a copy of the graph: what it keeps in dicts, sets and lists is copied too."""
+        """Copy the pass, with its dicts, sets and lists, to continue with a copy of the graph."""
         twin = copy.copy(self)
         for name, value in vars(self).items():
             if isinstance(value, (dict, set, list)):
@@ -159,9 +159,9 @@ class Pass:
 
 
 class Rewriter(View):
-    """A `View` with the records of the pass that runs, and the queue of nodes it has yet to look at.
+    """A `View` that runs passes, with a queue of the nodes to offer next.
 
-    Only neighbours of a change are looked at again, so a run is near-linear in the number of nodes.
+    Only the neighbours of a change are offered again, so a run takes nearly linear time in the number of nodes.
     """
 
     def __init__(
@@ -180,17 +180,17 @@ class Rewriter(View):
         self._queued: set[Node] = set()
 
     def branch(self, graph: Graph, denied: Iterable[Site] = (), certifier: Certifier | None = None) -> Self:
-        """The same on a copy of the graph, where other sites may be denied and other eyes look on."""
+        """Continue with a copy of the graph, with its own denied sites and its own certifier."""
         twin = super().branch(graph)
         twin._denied, twin._certifier = frozenset(denied), certifier
         twin._queue, twin._queued = deque(), set()
         return twin
 
     def site(self, node: Node) -> Site:
-        """Stable identifier of a place: the pass that runs and the tensor that the node produces, by its first name."""
-        return self._place(_named(node))
+        """The site of a node: the running pass, and the original name of the tensor that the node computes."""
+        return self._make_site(_name_of(node))
 
-    def _place(self, name: str) -> Site:
+    def _make_site(self, name: str) -> Site:
         return Site(self._owner, self.original_name(name))
 
     def is_denied(self, node: Node) -> bool:
@@ -224,18 +224,18 @@ class Rewriter(View):
             self._queued.discard(node)
             if node not in self:
                 continue
-            name, stored = _named(node), self.stored
-            if allowed is not None and self._place(name) not in allowed:
+            name, stored = _name_of(node), self.stored
+            if allowed is not None and self._make_site(name) not in allowed:
                 continue
             self._renew_journal(needed=self._certifier is not None or record is not None)
             result = Skip("denied by the user") if self.is_denied(node) else self._offer(p, node, record)
             if result is None:
                 continue
-            site = self._place(name)
+            site = self._make_site(name)
             if not isinstance(result, Rewrite):
                 skips[site] = Skip(result.reason, site)
                 continue
-            rewrites.append(self._certified(replace(result, site=site, growth=self.stored - stored), p.context))
+            rewrites.append(self._certify(replace(result, site=site, growth=self.stored - stored), p.context))
             skips.pop(site, None)
             counts[site] += 1
             if counts[site] > MAX_REWRITES_PER_NODE or len(rewrites) > MAX_REWRITES_PER_NODE * (1 + len(nodes)):
@@ -296,7 +296,7 @@ class Rewriter(View):
         return result
 
     def attempt(self, rewrite: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T | Refusal:
-        """The result of a rewrite, or why it raised `RefusedError`.
+        """Run a rewrite; return its result, or why it raised `RefusedError`.
 
         Every refusal must come before the first edit, so that the graph is as it was.
 
@@ -311,7 +311,7 @@ class Rewriter(View):
             raise RuntimeError(f"the graph was edited before a rewrite was refused because {result.reason}")
         return result
 
-    def _certified(self, rewrite: Rewrite, context: int) -> Rewrite:
+    def _certify(self, rewrite: Rewrite, context: int) -> Rewrite:
         if self._certifier is None or self.journal is None:
             return rewrite
         region = Change.of(self, self.journal, context)
@@ -324,7 +324,7 @@ class Rewriter(View):
             self._queue.append(node)
 
     def enqueue_around(self, node: Node) -> None:
-        """Look again at a node and its neighbours."""
+        """Offer a node and its neighbours again."""
         self._enqueue(node)
         for tensor in node.inputs:
             self._enqueue(self.producer(tensor))
@@ -333,7 +333,7 @@ class Rewriter(View):
                 self._enqueue(reader)
 
     def drop(self, node: Node, source: Tensor, reason: str) -> Rewrite | None:
-        """Take out a node whose first output equals `source`; None if both tensors must stay visible."""
+        """Remove a node whose first output equals `source`; None if both tensors must be kept."""
         removed = (describe(node),)
         around = [self.producer(source), *self.readers(node.outputs[0])]
         if not self.bypass(node, source):
@@ -344,7 +344,7 @@ class Rewriter(View):
         return Rewrite(reason, removed)
 
     def replace(self, old: Sequence[Node], new: Sequence[Node], reason: str, residual: float = 0.0) -> Rewrite:
-        """Put `new` where the last of `old` stood; the record counts operators and multiply-adds."""
+        """Replace nodes by others, at the position of the last of `old`."""
         before = [macs(self, n) for n in old]
         removed = tuple(describe(n) for n in old)
         kept = [adopt_node(node) for node in new]
@@ -373,7 +373,7 @@ class Rewriter(View):
         )
 
     def bypass_all(self, nodes: Sequence[Node], source: Tensor, reason: str) -> Rewrite:
-        """Take a sequence of nodes away whose last output equals `source`, where one of both may lose its name."""
+        """Remove a sequence of nodes whose last output equals `source`. One of the two tensors need not be kept."""
         removed, last = tuple(describe(n) for n in nodes), nodes[-1]
         became = tuple((t.name, source.name) for n in nodes for t in n.outputs if t.name)
         around = [self.producer(source), *self.readers(last.outputs[0])]
@@ -387,7 +387,7 @@ class Rewriter(View):
         return Rewrite(reason, removed, became=became)
 
     def replace_by_constants(self, node: Node, values: Sequence[Values], reason: str) -> Rewrite:
-        """Let the outputs of `node` be these constants from now on; none of them may be observed by others."""
+        """Replace a node by constants with the values of its outputs, none of which must be kept."""
         removed = (describe(node),)
         for tensor, value in zip(list(node.outputs), values, strict=True):
             readers = self.readers(tensor)
@@ -399,8 +399,8 @@ class Rewriter(View):
         return Rewrite(reason, removed)
 
 
-def _named(node: Node) -> str:
-    """What a place is called by: the first tensor with a name that a node makes, or else the node."""
+def _name_of(node: Node) -> str:
+    """The name of the first output of a node that has one, else the name of the node."""
     first = node.outputs[0].name if node.outputs else ""
     return str(first or next(filter(None, (t.name for t in node.outputs)), node.name))
 

@@ -1,4 +1,4 @@
-"""Phases put together into one tensor, in the form that stays nearest to the provider's blocked layout."""
+"""Interleaves phases into one tensor, in the form that is closest to the blocked layout of the provider."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pwopt.rewriting.steps import Step
 
 
 def check_interleaving(rw: Rewriter, output: Tensor) -> Refusal | None:
-    """Why phases cannot be put together into `output`, if they cannot."""
+    """Why phases cannot be interleaved into `output`; None if they can."""
     shape = rw.shape(output)
     if shape is None or len(shape) < 3 or not isinstance(shape[1], int):
         return Refusal("the rank of its output is not known")
@@ -30,8 +30,8 @@ def check_interleaving(rw: Rewriter, output: Tensor) -> Refusal | None:
 class Interleaving(Builder):
     """y[R·q + j] = phase_j[q] along every spatial axis, for phases in row-major order of j.
 
-    The channels go last, where whole rows of them are copied: onnxruntime's blocked layout comes and goes in one step
-    with such a Transpose, as it does not with DepthToSpace.
+    The channels move to the last axis, so that whole rows of them are copied. onnxruntime converts its blocked layout
+    in one step with such a Transpose, which it does not do for DepthToSpace.
 
     Attributes
     ----------
@@ -40,9 +40,9 @@ class Interleaving(Builder):
     counts : sequence of int
         R for each axis.
     sized : Tensor or None
-        A tensor that is as long as the output, which is cut off there; None where R divides its sizes.
+        A tensor with the spatial sizes of the output, to which the result is cut; None if R divides them.
     nodes : list of Node
-        The last one makes the output, once `write` was called.
+        The last one computes the output after a call of `write`.
     """
 
     output: Tensor
@@ -56,11 +56,11 @@ class Interleaving(Builder):
         return count
 
     def phase(self, role: str, channels: int) -> Variable:
-        """A tensor with as many positions as each phase."""
-        return self._made(role, lambda s: (channels, *self._short(s)))
+        """Create a tensor with the spatial sizes of a phase."""
+        return self._create(role, lambda s: (channels, *self._short(s)))
 
     def write(self, phases: Sequence[Tensor], step: Step | None = None) -> list[Node]:
-        """The operators that make the output; an activation comes before the channels go last."""
+        """Create the operators that compute the output. An activation runs before the channels move."""
         last = self.counts[-1]
         rows = []
         for index, start in enumerate(range(0, len(phases), last)):
@@ -76,12 +76,12 @@ class Interleaving(Builder):
         return self.write_rows(rows)
 
     def write_rows(self, rows: Sequence[Tensor]) -> list[Node]:
-        """The same for phases that lie side by side as channels where they differ along the last axis only."""
+        """The same for phases that are already concatenated along the channels if only their last axis differs."""
         rank = len(self.counts)
-        placed = [self._placed(row, i) for i, row in enumerate(rows)]
+        placed = [self._place(row, i) for i, row in enumerate(rows)]
         for axis in range(rank - 2, -1, -1):
             count = self.counts[axis]
-            placed = [self._merged(placed[i : i + count], axis) for i in range(0, len(placed), count)]
+            placed = [self._merge(placed[i : i + count], axis) for i in range(0, len(placed), count)]
         self.add_node("Transpose", [self._cut(placed[0])], self.output, perm=[0, rank + 1, *range(1, rank + 1)])
         return self.nodes
 
@@ -91,36 +91,36 @@ class Interleaving(Builder):
     def _long(self, space: Sequence[Dim]) -> list[Dim]:
         return [s * r if isinstance(s, int) else None for s, r in zip(self._short(space), self.counts, strict=True)]
 
-    def _placed(self, row: Tensor, index: int) -> Tensor:
-        """Phases side by side along the last axis: (N, S₀, …, 1, L, C)."""
+    def _place(self, row: Tensor, index: int) -> Tensor:
+        """Interleave the phases of a row along the last axis: (N, S₀, …, 1, L, C)."""
         rank, width = len(self.counts), self.counts[-1] * self.channels
-        last = self._made(f"last{index}", lambda s: (*self._short(s), width))
+        last = self._create(f"last{index}", lambda s: (*self._short(s), width))
         self.add_node("Transpose", [row], last, perm=[0, *range(2, rank + 2), 1])
         if rank == 1:
-            row = self._made("whole", lambda s: (*self._long(s), self.channels))
-            return self._reshaped(last, [0, -1, self.channels], row)
-        row = self._made(f"place{index}", lambda s: (*self._short(s)[:-1], 1, self._long(s)[-1], self.channels))
-        return self._reshaped(last, [*[0] * rank, 1, -1, self.channels], row)
+            row = self._create("whole", lambda s: (*self._long(s), self.channels))
+            return self._reshape(last, [0, -1, self.channels], row)
+        row = self._create(f"place{index}", lambda s: (*self._short(s)[:-1], 1, self._long(s)[-1], self.channels))
+        return self._reshape(last, [*[0] * rank, 1, -1, self.channels], row)
 
-    def _merged(self, rows: list[Tensor], axis: int) -> Tensor:
-        """Those that differ along an axis: (N, S₀, …, Sₐ, 1, …) to (N, S₀, …, 1, Lₐ, …), without the 1 at the first."""
+    def _merge(self, rows: list[Tensor], axis: int) -> Tensor:
+        """Interleave along one more axis: (N, S₀, …, Sₐ, 1, …) to (N, S₀, …, 1, Lₐ, …); no 1 for the first axis."""
         rank, joined = len(self.counts), rows[0]
         if len(rows) > 1:
-            joined = self._made(
+            joined = self._create(
                 "rows",
                 lambda s: (*self._short(s)[: axis + 1], len(rows), *self._long(s)[axis + 1 :], self.channels),
             )
             self.add_node("Concat", rows, joined, axis=axis + 2)
         if axis:
-            made = self._made("plane", lambda s: (*self._short(s)[:axis], 1, *self._long(s)[axis:], self.channels))
-            return self._reshaped(joined, [*[0] * (axis + 1), 1, -1, *[0] * (rank - 1 - axis), self.channels], made)
-        whole = self._made("whole", lambda s: (*self._long(s), self.channels))
+            made = self._create("plane", lambda s: (*self._short(s)[:axis], 1, *self._long(s)[axis:], self.channels))
+            return self._reshape(joined, [*[0] * (axis + 1), 1, -1, *[0] * (rank - 1 - axis), self.channels], made)
+        whole = self._create("whole", lambda s: (*self._long(s), self.channels))
         sizes = known(self._long((self.rw.shape(self.output) or ())[2:])[1:])
         if sizes is not None:
-            return self._reshaped(joined, [0, -1, *sizes, self.channels], whole)
+            return self._reshape(joined, [0, -1, *sizes, self.channels], whole)
         # a zero takes a size over from the same place: others stay there, and move up then
-        flat = self._made("flat", lambda s: (self._long(s)[0], 1, *self._long(s)[1:], self.channels))
-        self._reshaped(joined, [0, -1, 1, *[0] * (rank - 1), self.channels], flat)
+        flat = self._create("flat", lambda s: (self._long(s)[0], 1, *self._long(s)[1:], self.channels))
+        self._reshape(joined, [0, -1, 1, *[0] * (rank - 1), self.channels], flat)
         if self.rw.opset < 13:
             self.add_node("Squeeze", [flat], whole, axes=[2])
         else:
@@ -128,7 +128,7 @@ class Interleaving(Builder):
         return whole
 
     def _cut(self, whole: Tensor) -> Tensor:
-        """What lies beyond a size that the number of phases does not divide goes."""
+        """Cut off the positions beyond the size of the output."""
         space = (self.rw.shape(self.output) or ())[2:]
         sizes = known(space)
         if self.sized is None or (sizes is not None and list(sizes) == self._long(sizes)):
@@ -139,17 +139,17 @@ class Interleaving(Builder):
         else:
             ends = Variable(self.rw.unique_name(f"{self.output.name}_size"), np.dtype(np.int64), (rank,))
             self.add_node("Shape", [self.sized], ends, start=2, end=2 + rank)
-        cut = self._made("cut", lambda s: (*s, self.channels))
+        cut = self._create("cut", lambda s: (*s, self.channels))
         starts, axes = self._constant("starts", [0] * rank), self._constant("axes", range(1, rank + 1))
         self.add_node("Slice", [whole, starts, ends, axes], cut)
         return cut
 
-    def _reshaped(self, source: Tensor, shape: Sequence[int], output: Variable) -> Variable:
+    def _reshape(self, source: Tensor, shape: Sequence[int], output: Variable) -> Variable:
         self.add_node("Reshape", [source, self._constant("shape", shape)], output)
         return output
 
-    def _made(self, role: str, sizes: Callable[[Shape], tuple[Dim, ...]]) -> Variable:
-        """A tensor of sizes that follow from the output's, for each member of the batch."""
+    def _create(self, role: str, sizes: Callable[[Shape], tuple[Dim, ...]]) -> Variable:
+        """Create a tensor whose sizes follow from those of the output."""
         return self.rw.new_variable(f"{self.output.name}_{role}", self.output, lambda s: (s[0], *sizes(s[2:])))
 
     def _constant(self, role: str, values: Sequence[int]) -> Constant:
@@ -157,5 +157,5 @@ class Interleaving(Builder):
 
 
 def count_moved(size: Sequence[int]) -> int:
-    """Elements that are read and written to put together an output of this size."""
+    """Count the elements that are read and written to interleave an output of this size."""
     return 6 * math.prod(size)

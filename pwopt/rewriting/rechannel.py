@@ -1,4 +1,4 @@
-"""Other channels for tensors: fewer, more, or in another order, and weights for it in everything around them."""
+"""Changes the channels of tensors: fewer, more, or in another order, with the weights of all maps around them."""
 
 from __future__ import annotations
 
@@ -24,13 +24,13 @@ from pwopt.maps.scans import flush_subnormals
 from pwopt.rewriting.driver import Rewriter
 from pwopt.rewriting.records import Rewrite
 
-#: Which of its old channels stand where in a tensor; -1 for a new channel, which maps make of zeros.
+#: The old channel at each position of a tensor; −1 for a new channel, for which maps have zeros.
 Take = NDArray[np.intp]
 
 
 @dataclass(frozen=True)
 class Run:
-    """Channels `start` to `stop` of a tensor; runs of one kind are the same channels in all their tensors."""
+    """Channels `start` to `stop` of a tensor. Runs of the same kind are the same channels of different tensors."""
 
     start: int
     stop: int
@@ -38,7 +38,7 @@ class Run:
 
 
 def find_runs(analysis: Analysis, component: Sequence[Channels]) -> dict[Tensor, list[Run]]:
-    """The channels of each tensor (by its id) of a component, in runs that no Concat, Split or sum of such divides."""
+    """Split the channels of the tensors of a component into runs that no Concat, Split or sum of them divides."""
     cuts = {c.tensor: {0, len(c.value)} for c in component}
     links = [link for flow in analysis.flows_at(component) for link in flow.links if _is_within(link, cuts)]
     at: dict[Tensor, list[Link]] = {}
@@ -86,21 +86,21 @@ def rechannel(
     suffix: str,
     but: Node | None = None,
 ) -> Rewrite:
-    """Give tensors other channels, and the maps that make or read them the weights for it.
+    """Change the channels of tensors, and the weights of the maps that compute or read them.
 
     Parameters
     ----------
     rw : Rewriter
     analysis : Analysis
-        Of the graph as it stands.
+        Of the present graph.
     component : sequence of Channels
         Tensors that are linked to each other, and to no others.
-    takes : mapping of tensor id to array of int
-        For each of them; those of linked tensors must agree. A channel that is left out must be absorbable: where its
-        value is known, the biases of its readers take it over.
+    takes : mapping of Tensor to array of int
+        The old channel at each new position. Linked tensors must have the same. A channel that is left out must be
+        removable: if its value is known, the biases of its readers take it over.
     reason : str
     suffix : str
-        For the names of the tensors, whose values change.
+        Appended to the names of the tensors, whose values change.
     but : Node, optional
         An operator that the caller replaces.
 
@@ -132,7 +132,7 @@ def rechannel(
 def _find_edits(
     rw: Rewriter, component: Sequence[Channels], analysis: Analysis, takes: Mapping[Tensor, Take], but: Node | None
 ) -> list[tuple[Reading, LinearMap]]:
-    """The maps that read or make one of the tensors, each with what it becomes."""
+    """The maps that read or compute one of the tensors, each with its new map."""
     edits: list[tuple[Reading, LinearMap]] = []
     for flow in analysis.flows_at(component):
         reading = flow.reading
@@ -149,14 +149,14 @@ def _find_edits(
 
 
 def _take(values: NDArray[Any], take: Take, axis: int = 0) -> NDArray[Any]:
-    """The slices that `take` asks for, with zeros for new ones."""
+    """Take slices, with zeros for new ones."""
     return np.where(
         (take >= 0).reshape(-1, *(1,) * (values.ndim - 1 - axis)), np.take(values, np.maximum(take, 0), axis), 0.0
     )
 
 
 def _edit(rw: Rewriter, reading: Reading, analysis: Analysis, takes: Mapping[Tensor, Take]) -> LinearMap | None:
-    """The map between the new channels; None if it stays as it is."""
+    """The map between the new channels; None if it does not change."""
     linear = reading.load()
     g, weight, bias = linear.geometry, linear.weight, linear.bias
     moved = np.zeros_like(bias)
@@ -181,7 +181,7 @@ def _edit(rw: Rewriter, reading: Reading, analysis: Analysis, takes: Mapping[Ten
 
 
 def _resize(rw: Rewriter, component: Sequence[Channels], analysis: Analysis, takes: Mapping[Tensor, Take]) -> None:
-    """Channel counts in the arguments of Split and Reshape."""
+    """Update the channel counts in the arguments of Split and Reshape."""
     for flow in analysis.flows_at(component):
         node = flow.node
         if node not in rw or not any(t in takes for t in node.outputs):

@@ -1,4 +1,4 @@
-"""What is kept of every rewrite and every refusal."""
+"""Records of rewrites and refusals."""
 
 from __future__ import annotations
 
@@ -46,21 +46,21 @@ class Site:
 
 @dataclass(frozen=True)
 class Certificate:
-    """Whether a region computes the same before and after a rewrite, whatever the model is fed with.
+    """Whether a region computes the same before and after a rewrite, for all inputs.
 
     Attributes
     ----------
     status : {"certified", "tested", "none", "failed"}
-        Certified: for all inputs, but for `probability`. Tested: a region that is not affine, on probes only.
+        Certified: for all inputs, except with `probability`. Tested: only on probes, since the region is not affine.
     reason : str
-        What was evaluated, or why nothing was, or what failed.
+        What was evaluated, why nothing was evaluated, or what failed.
     residual : float
-        Largest deviation, relative to what the sizes of all terms add up to at that element (affine regions), or to
-        the largest value (others).
+        Largest deviation, relative to the sum of the absolute values of all terms of that element (affine regions), or
+        to the largest value (others).
     bound : float
-        What rounding explains, in the same unit; a residual beyond it refuses the rewrite.
+        The deviation that rounding explains, in the same unit. A larger residual refuses the rewrite.
     probability : float
-        With which a coefficient that is off by 1000 times the bound goes unnoticed; 1 where nothing is claimed.
+        The probability that an error of 1000 times the bound in one coefficient is missed; 1 if nothing is claimed.
     """
 
     status: str
@@ -83,15 +83,15 @@ class Rewrite:
     reason : str
         One sentence for the user.
     removed, added : tuple of str
-        Operators that went and came, as "Op name".
+        The removed and the added operators, as "Op name".
     macs_before, macs_after : int
-        Multiply-adds of those; 0 where sizes are not known.
+        Multiply-adds of those; 0 if sizes are unknown.
     residual : float
         Largest relative rounding of folded weights, max |rounded − exact| / max |exact|.
     became : tuple of (str, str)
-        Outputs of the removed operators, each with the tensor that their replacement produces ("" if none).
+        The outputs of the removed operators, each with the output of its replacement ("" if there is none).
     signature : str
-        Of a measured rewrite: those that have it in common, up to a colon, are measured, kept or dropped together.
+        Of a measured rewrite. Rewrites whose signatures are equal up to the colon are measured and kept together.
     site : Site
         Where the pass acted; filled in by the driver.
     before, after : tuple of Operator
@@ -121,7 +121,7 @@ class Rewrite:
 
     @classmethod
     def of(cls, reason: str, records: Sequence[Rewrite], renamed: Mapping[str, str] | None = None) -> Rewrite:
-        """Several replacements as one rewrite; `renamed` tells what their results are called since."""
+        """Join several replacements into one rewrite; `renamed` maps old names of results to new ones."""
         names = renamed or {}
         return cls(
             reason,
@@ -139,7 +139,7 @@ class Rewrite:
 
 @dataclass(frozen=True)
 class Skip:
-    """Why a pass left a place alone that it is about: a sentence a user can act on."""
+    """Why a pass did not rewrite a place where it could act, in a sentence that a user can act on."""
 
     reason: str
     site: Site = Site()
@@ -155,7 +155,7 @@ class Skip:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Everything a run did and declined to do."""
+    """The rewrites and the refusals of a run."""
 
     rewrites: tuple[Rewrite, ...] = ()
     skips: tuple[Skip, ...] = ()

@@ -1,4 +1,4 @@
-"""Activations behind a map, in the spellings of exporters, to repeat them behind other maps."""
+"""Activations after a map, in the forms that exporters write, and their copies after other maps."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.operators import ACTIVATIONS
 from pwopt.graph.view import View
 
-#: Functions f of which exporters write x·f(x) as two operators.
+#: Functions f for which exporters write x·f(x) as two operators.
 GATES = ("Sigmoid", "HardSigmoid", "Tanh")
 
 
 @dataclass(frozen=True)
 class Step:
-    """An activation of one tensor: its operators, its result, and what must agree with its siblings'."""
+    """An activation of one tensor: its operators, its result, and a signature that is equal for equal activations."""
 
     nodes: tuple[Node, ...]
     output: Tensor
@@ -24,7 +24,7 @@ class Step:
 
 
 def read_activation(view: View, tensor: Tensor) -> Step | None:
-    """The elementwise operator, or x·f(x), that alone reads `tensor`."""
+    """Read the activation that is the only reader of `tensor`: an elementwise operator, or x·f(x)."""
     readers = view.readers(tensor)
     if view.must_keep(tensor) or not readers or len(readers) > 2:
         return None
@@ -48,7 +48,7 @@ def read_activation(view: View, tensor: Tensor) -> Step | None:
 
 
 def repeat_activation(view: View, step: Step, source: Tensor, output: Tensor) -> list[Node]:
-    """The operators of a step on another tensor."""
+    """Create the operators of a step on another tensor."""
     node = step.nodes[0]
     name = view.node_name(node.name, "_part")
     if len(step.nodes) == 1:
