@@ -46,10 +46,10 @@ class Attempt:
     report: Report
 
     @property
-    def faster(self) -> bool:
-        """Whether it was measured faster beyond doubt and slower under no condition, or nothing was measured."""
-        faster = self.report.latency is None or self.report.latency.faster
-        return faster and not any(c.slower for c in self.report.conditions)
+    def slower(self) -> bool:
+        """Whether it was measured slower beyond doubt, at first or under another condition."""
+        latency = self.report.latency
+        return (latency is not None and latency.slower) or any(c.slower for c in self.report.conditions)
 
     def noted(self, *sentences: str) -> Attempt:
         return replace(self, report=self.report.noted(*sentences))
@@ -114,6 +114,9 @@ class Attempts:
         try:
             report = self._race(pair, report, seconds, (self.problem.source.proto, done.proto))
             report, slow = self._race_elsewhere(races, pair, report)
+            if report.latency is not None and report.latency.slower:
+                first = ConditionLatency(pair.environment.threads, report.shapes, report.latency, slower=True)
+                slow = [(pair.environment, first), *slow]
         except UnusableError as error:
             better = compilation.without(done.report.rewrites, f"the model fails when it is timed: {error}")
         if slow and left and not self.request.insists:
@@ -238,7 +241,7 @@ class Attempts:
             )  # fmt: skip
         figures = race.speedup(), *race.interval(), len(race.pairs)
         LOG.info("the whole model: %.3f× [%.3f, %.3f] over %d pairs of sessions", *figures)
-        latency = Latency.from_race(race)
+        latency = pair.add_memory(Latency.from_race(race))
         self.request.progress("profiling", 1.0)
         report = pair.profile(replace(report, latency=latency), protos)
         return report.noted(
@@ -250,8 +253,8 @@ class Attempts:
         self, races: ConditionRaces, pair: Pair, report: Report
     ) -> tuple[Report, list[tuple[Environment, ConditionLatency]]]:
         """Race under all other conditions; also return those under which the result is slower."""
-        if report.latency is None or (not report.latency.faster and not self.request.insists):
-            return report, []  # the result is not returned anyway
+        if report.latency is None or (report.latency.slower and not self.request.insists):
+            return report, []  # the result is not returned as it is
         others = other_environments(self.problem.environment, self.request.thread_counts)
         with timing.exclusive():
             found = [(environment, races.run(pair.candidate, environment)) for environment in others]
@@ -276,6 +279,17 @@ class Pair:
         equivalence, where = self.compare_outputs(limits), self.environment
         elsewhere = placements({"candidate": self.candidate}, where.provider, where.threads, where.samples[0])
         return replace(equivalence, elsewhere=elsewhere)
+
+    def add_memory(self, latency: Latency) -> Latency:
+        """Add the peak memory that a session of each takes in a process of its own."""
+        if latency.start is None:
+            return latency
+        where = self.environment
+        before, after = (
+            bench.measure_cold_start(path, where.provider, where.threads, where.samples[0].feeds)["memory"] / 1e6
+            for path in (self.original, self.candidate)
+        )
+        return replace(latency, start=replace(latency.start, memory_mb=(before, after)))
 
     def profile(self, report: Report, protos: tuple[onnx.ModelProto, onnx.ModelProto]) -> Report:
         """Add to a report where the time goes in both, by operator and by layer."""

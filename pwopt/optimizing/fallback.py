@@ -1,4 +1,4 @@
-"""Choose what is returned: the result if it is faster, else only the rewrites that always pay, else the original."""
+"""Choose what is returned: the result unless it is slower, perhaps without its measured rewrites, else the original."""
 
 from __future__ import annotations
 
@@ -15,60 +15,64 @@ from pwopt.rewriting.records import Skip
 
 LOG = logging.getLogger(__name__)
 
-#: A speed-up below this is explained.
-EXPLAINED_SPEEDUP = 1.05
-
 
 def choose_result(
-    done: Attempt, try_always_only: Callable[[], Attempt | None], original: onnx.ModelProto, insists: str
+    done: Attempt, try_unmeasured: Callable[[], Attempt | None], original: onnx.ModelProto, insists: str
 ) -> Attempt:
-    """Return the first of three that is faster than the original beyond doubt, or the original.
+    """Return the result, the result without its measured rewrites, or the original.
+
+    Measured rewrites must make the whole model faster beyond doubt. The others save operators or work by themselves, so
+    they stay unless the model is slower beyond doubt.
 
     Parameters
     ----------
     done : Attempt
         With all rewrites that were selected.
-    try_always_only : callable
-        Returns an attempt with only the rewrites that always pay; None if there is no time for it.
+    try_unmeasured : callable
+        Returns an attempt without the measured rewrites; None if it has none, or if there is no time for it.
     original : onnx.ModelProto
     insists : str
-        The option because of which the result is returned though it is not faster, else "".
+        The option because of which the result is returned though it is slower, else "".
     """
-    if not done.faster:
-        if insists:
-            return _keep_slower(done, insists)
-        LOG.info("not faster beyond doubt: only the rewrites that always pay are tried, or the original is returned")
-        done = _fall_back(done, try_always_only() or done, original)
     latency = done.report.latency
-    if done.faster and latency is not None and latency.speedup < EXPLAINED_SPEEDUP and not insists:
-        return done.noted(f"Little was gained. {notes.explain_small_gain(done.report)}")
-    return done
+    if latency is None or not done.report.rewrites:
+        return done
+    if insists and (done.slower or not latency.faster):
+        return done.noted(notes.explain_kept(latency, done.report.slowest_condition, insists))
+    if not latency.faster or done.slower:
+        LOG.info("not faster beyond doubt: the rewrites that need no measurement are tried alone")
+        done = _drop_measured(done, try_unmeasured())
+    return _return_original(done, original) if done.slower else done.noted(*notes.explain_verdict(done.report))
 
 
-def _keep_slower(done: Attempt, option: str) -> Attempt:
-    latency = done.report.latency
-    assert latency is not None
-    return done.noted(notes.explain_kept(latency, done.report.slowest_condition, option))
+def _drop_measured(tried: Attempt, unmeasured: Attempt | None) -> Attempt:
+    """Return the attempt without measured rewrites, with the reason for each one that was dropped."""
+    latency = tried.report.latency
+    if unmeasured is None or latency is None:
+        return tried
+    compared, figures = notes.compare_with_original(latency, tried.report.slowest_condition)
+    kept = {r.site for r in unmeasured.report.rewrites}
+    dropped = [r for r in tried.report.rewrites if r.site not in kept]
+    skips = tuple(Skip(f"measured {compared} in the whole model{figures}: {r.reason}", r.site) for r in dropped)
+    names = ", ".join(dict.fromkeys(r.pass_name for r in dropped))
+    report = replace(unmeasured.report, skips=(*unmeasured.report.skips, *skips))
+    note = f"With {names} the model was measured {compared}{figures}, so they were left out."
+    return Attempt(unmeasured.proto, report).noted(*([note] if names else []))
 
 
-def _fall_back(tried: Attempt, always: Attempt, original: onnx.ModelProto) -> Attempt:
-    """Return the attempt with only the rewrites that always pay if it is faster beyond doubt, else the original."""
+def _return_original(tried: Attempt, original: onnx.ModelProto) -> Attempt:
+    """Return the original, with the measurements of the rewritten model."""
     report, latency = tried.report, tried.report.latency
     assert latency is not None
-    slower, figures = notes.compare_with_original(latency, report.slowest_condition)
-    reason = f"measured {slower} in the whole model{figures}"
-    better = always.report.latency is not None and always.faster
-    kept = {r.site for r in always.report.rewrites} if better else set()
-    undone = tuple(Skip(f"{reason}: {r.reason}", r.site) for r in report.rewrites if r.site not in kept)
-    skips = (*report.skips, *undone)
-    measured = f"The rewritten model was measured {slower}{figures}"
-    if better:
-        only = Attempt(always.proto, replace(always.report, skips=skips))
-        return only.noted(f"{measured}: only the rewrites that always pay were kept.")
+    compared, figures = notes.compare_with_original(latency, report.slowest_condition)
+    undone = tuple(
+        Skip(f"measured {compared} in the whole model{figures}: {r.reason}", r.site) for r in report.rewrites
+    )
     unchanged = replace(
-        report, rewrites=(), skips=skips, after=report.before, latency=latency.unchanged(), operators=None,
-        candidate=RejectedCandidate(report.after, latency, report.conditions, report.operators),
+        report, rewrites=(), skips=(*report.skips, *undone), after=report.before, latency=latency.unchanged(),
+        operators=None, candidate=RejectedCandidate(report.after, latency, report.conditions, report.operators),
         conditions=tuple(c.unchanged() for c in report.conditions), layers=None,
     )  # fmt: skip
-    why = notes.explain_small_gain(report)
-    return Attempt(original, unchanged).noted(f"{measured}: the original is returned. {why}")
+    return Attempt(original, unchanged).noted(
+        f"The rewritten model was measured {compared}{figures}: the original is returned."
+    )

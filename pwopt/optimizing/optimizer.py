@@ -165,14 +165,16 @@ def _begin_report(path: Path | None, problem: Problem, passes: Sequence[Pass], r
 
 def _finish(attempts: Attempts, compilation: Compilation) -> Attempt:
     """Run the attempts, and choose what is returned."""
-    policies = {p.name: p.policy for p in compilation.passes}
+    measured = {p.name for p in compilation.passes if p.needs_measuring}
     done = attempts.run(compilation)
 
-    def try_always_only() -> Attempt | None:
-        more = any(policies.get(r.pass_name) != "always" for r in done.report.rewrites)
-        return attempts.run(replace(compilation, always_only=True)) if more and attempts.budget.allows_retry else None
+    def try_unmeasured() -> Attempt | None:
+        if not attempts.budget.allows_retry or measured.isdisjoint(r.pass_name for r in done.report.rewrites):
+            return None
+        selection = replace(attempts.selection, allowed=frozenset())
+        return replace(attempts, selection=selection).run(compilation)
 
-    result = choose_result(done, try_always_only, attempts.problem.source.proto, attempts.request.insists)
+    result = choose_result(done, try_unmeasured, attempts.problem.source.proto, attempts.request.insists)
     return result.noted(*attempts.problem.why)
 
 

@@ -71,8 +71,8 @@ class ConditionRaces:
         self.progress(label, 0.0)
         race = self._race(self.original, candidate, environment)
         shapes = {name: value.shape for name, value in environment.samples[0].feeds.items()}
-        slower = race.interval(confidence=CONFIDENCE)[1] < 1.0
-        return ConditionLatency(environment.threads, shapes, Latency.from_race(race), slower)
+        latency = Latency.from_race(race)
+        return ConditionLatency(environment.threads, shapes, latency, latency.slower)
 
     def _race(self, a: Path, b: Path, environment: Environment) -> Race:
         return environment.race([a, b], self.seconds, rules=Rules(CONFIDENCE))

@@ -22,6 +22,8 @@ from pwopt.selecting.compilation import CERTIFICATE_DEFECT
 LAUNCH_MICROSECONDS = 10.0
 #: Profile times and race times that differ by more than this factor are explained.
 PROFILE_APART = 1.25
+#: A speed-up below this is explained.
+EXPLAINED_SPEEDUP = 1.05
 #: A model that grows by more than this fraction, and so many bytes, is mentioned.
 MENTIONED_GROWTH, MENTIONED_BYTES = 0.1, 1 << 16
 
@@ -175,14 +177,42 @@ def explain_not_equivalent(equivalence: Equivalence | None) -> str:
     return what + "nothing was written; leave rewrites out with --deny, or allow more with --rtol and --atol"
 
 
+def explain_verdict(report: Report) -> Iterator[str]:
+    """Say in one sentence what a result that is hardly faster brings, if it is hardly faster."""
+    latency = report.latency
+    if latency is None or (latency.faster and latency.speedup >= EXPLAINED_SPEEDUP):
+        return
+    brought = list(_list_benefits(report))
+    also = f", {', '.join(brought)}" if brought else ""
+    figures = within(latency).strip()
+    if latency.faster:
+        yield f"Slightly faster {figures}{also}. {explain_small_gain(report)}"
+    elif latency.same:
+        yield f"Same speed {figures}{also}. {explain_small_gain(report)}"
+    else:
+        yield (
+            f"Whether it is faster is not clear {figures}{also}. The rewrites are kept, because each saves operators "
+            "or work; a larger --budget, or a quieter machine, measures more precisely."
+        )
+
+
+def _list_benefits(report: Report) -> Iterator[str]:
+    """What a result brings besides speed."""
+    fewer, start = report.before.nodes - report.after.nodes, report.latency.start if report.latency else None
+    if fewer > 0:
+        yield f"{format_count(fewer, 'operator')} fewer"
+    if start is not None and start.interval[0] > 1:
+        yield f"loads {start.speedup:.1f} times faster"
+
+
 def explain_small_gain(report: Report) -> str:
     """Say in one sentence why there is little to gain."""
     change = report.before.change(report.after)
     if change is not None and change < 0:
         return f"Multiply-adds fell by {-change:.1%}, but the rest of the model takes the time."
-    folded = report.before.nodes - report.after.nodes
-    removed = f"most of the {folded} operators that went are ones that onnxruntime fuses itself"
-    return f"The multiply-adds are all needed, and {removed if folded else 'there was nothing to fold'}."
+    if report.before.nodes > report.after.nodes:
+        return "All multiply-adds are needed, and onnxruntime fuses most of the removed operators itself while loading."
+    return "All multiply-adds are needed, and there was nothing to fold."
 
 
 def explain_kept(latency: Latency, elsewhere: ConditionLatency | None, option: str) -> str:

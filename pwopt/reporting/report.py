@@ -18,10 +18,47 @@ from pwopt.maps.cost import NOTHING, Cost
 from pwopt.rewriting.records import Rewrite, Site, Skip
 from pwopt.rewriting.wording import format_count
 from pwopt.running.bench import Row
-from pwopt.running.timing import Race
+from pwopt.running.timing import Evidence, Race
 
 #: Version of the JSON layout; it increases when a field changes its meaning.
 REPORT_SCHEMA = 2
+
+
+#: A model that is slower than another by less than this fraction is as fast.
+NEGLIGIBLE_SLOWDOWN = 0.01
+
+
+@dataclass(frozen=True)
+class Start:
+    """What a session of the original and of the result takes to start: processor time, in milliseconds.
+
+    Attributes
+    ----------
+    creation_ms, first_run_ms : tuple of float
+        Of the original, and of the result: medians over the pairs of a race. The first run allocates memory.
+    speedup : float
+        The original's creation over the result's: the geometric mean over the pairs.
+    interval : tuple of float
+        99 % confidence interval of `speedup`.
+    memory_mb : tuple of float, or None
+        Peak memory that creation and first run add to a new process; None if not measured.
+    """
+
+    creation_ms: tuple[float, float]
+    first_run_ms: tuple[float, float]
+    speedup: float
+    interval: tuple[float, float]
+    memory_mb: tuple[float, float] | None = None
+
+    @classmethod
+    def from_race(cls, race: Race) -> Start | None:
+        """From a race of fresh sessions; None if their starts were not timed."""
+        if not race.pairs[0].creation:
+            return None
+        evidence = Evidence.from_logs(race.creation_logs(1))
+        creation = (race.creation(0) * 1e3, race.creation(1) * 1e3)
+        first_run = (race.first_run(0) * 1e3, race.first_run(1) * 1e3)
+        return cls(creation, first_run, evidence.speedup, evidence.interval())
 
 
 @dataclass(frozen=True)
@@ -42,6 +79,8 @@ class Latency:
     control : float or None
         What a copy of the original reached against the original: how far the clock can be trusted.
     control_interval : tuple of float, or None
+    start : Start or None
+        What sessions of both models take to start.
     """
 
     before_ms: float
@@ -54,14 +93,16 @@ class Latency:
     pairs: int = 0
     control: float | None = None
     control_interval: tuple[float, float] | None = None
+    start: Start | None = None
 
     @classmethod
     def from_race(cls, race: Race) -> Latency:
         """The latency of a race of an original, a candidate, and perhaps a copy of the original."""
-        control = (race.speedup(2), race.interval(2)) if len(race.pairs[0].times) > 2 else (None, None)
+        controlled = len(race.pairs[0].times) > 2
         return cls(
             race.median(0) * 1e3, race.median(1) * 1e3, race.speedup(), race.interval(),
-            race.minimum(0) * 1e3, race.minimum(1) * 1e3, race.rounds, len(race.pairs), *control,
+            race.minimum(0) * 1e3, race.minimum(1) * 1e3, race.rounds, len(race.pairs),
+            race.speedup(2) if controlled else None, race.interval(2) if controlled else None, Start.from_race(race),
         )  # fmt: skip
 
     @property
@@ -76,12 +117,19 @@ class Latency:
 
     @property
     def slower(self) -> bool:
-        """Whether a slow-down is beyond doubt."""
-        return self.interval[1] < 1 / self.noise
+        """Whether a slow-down of `NEGLIGIBLE_SLOWDOWN` or more cannot be excluded, and some slow-down is beyond doubt."""
+        return self.interval[1] < 1 / self.noise and not self.same
+
+    @property
+    def same(self) -> bool:
+        """Whether it is beyond doubt that the second model is slower by less than `NEGLIGIBLE_SLOWDOWN`, if at all."""
+        return self.interval[0] > 1 - NEGLIGIBLE_SLOWDOWN
 
     def unchanged(self) -> Latency:
         """The same for the first model compared with itself."""
-        return replace(self, after_ms=self.before_ms, after_min_ms=self.before_min_ms, speedup=1.0, interval=(1.0, 1.0))
+        return replace(
+            self, after_ms=self.before_ms, after_min_ms=self.before_min_ms, speedup=1.0, interval=(1.0, 1.0), start=None
+        )
 
     def contradiction(self) -> str:
         """Explain a speed-up that contradicts the medians; "" if they agree."""
@@ -119,7 +167,7 @@ class ConditionLatency:
         Input name → sizes.
     latency : Latency
     slower : bool
-        Whether the result is slower with 99.9 % confidence.
+        Whether the result is slower beyond doubt (`Latency.slower`).
     """
 
     threads: int

@@ -49,3 +49,15 @@ def generalize(skip: Skip) -> str:
 
 
 SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
+
+
+#: An interval whose ends differ by more than this factor says little about a ratio.
+VAGUE_FACTOR = 1.5
+
+
+def format_ratio(ratio: float, low: float, high: float) -> str:
+    """Format a speed-up with its interval; "unclear" instead of a ratio that says little."""
+    if low == high:
+        return f"{ratio:.2f}×"
+    shown = "unclear" if high > VAGUE_FACTOR * low else f"{ratio:.2f}×"
+    return f"{shown} [{low:.2f}, {high:.2f}]"

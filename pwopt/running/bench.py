@@ -258,7 +258,7 @@ def _measure_model(
     sizes: dict[str, tuple[int, ...]],
     feeds: Feeds,
 ) -> Row:
-    cold = _measure_cold_start(path, provider, threads, feeds)
+    cold = measure_cold_start(path, provider, threads, feeds)
     operators = sum_by_operator(time_nodes([path], provider, threads, feeds)[0])
     placed = _profile([path], provider, threads, feeds)[0].placement()
     total = sum(operators.values())
@@ -306,7 +306,7 @@ def _profile(
     return sessions
 
 
-def _measure_cold_start(path: Path, provider: Provider, threads: int, feeds: Feeds) -> dict[str, float]:
+def measure_cold_start(path: Path, provider: Provider, threads: int, feeds: Feeds) -> dict[str, float]:
     """Load and run a model once in a new process; returns seconds of both, and the increase of memory in bytes."""
     with _save_inputs(feeds) as inputs:
         command = child_command(_run_child, str(path), provider.text, str(threads), str(inputs))

@@ -202,6 +202,10 @@ class Race:
         """Seconds of processor time to create a session of model `i`: the median over the pairs."""
         return statistics.median(pair.creation[i] for pair in self.pairs)
 
+    def creation_logs(self, i: int) -> Values:
+        """For each pair, the natural logarithm of the first model's `creation` over that of model `i`."""
+        return np.array([math.log(max(pair.creation[0], 1e-9) / max(pair.creation[i], 1e-9)) for pair in self.pairs])
+
     def first_run(self, i: int) -> float:
         """Seconds of processor time of the first run of model `i`: the median over the pairs."""
         return statistics.median(pair.first_run[i] for pair in self.pairs)

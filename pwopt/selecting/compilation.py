@@ -42,8 +42,6 @@ class Compilation:
     provider_kind : {"cpu", "gpu", "other"}
     max_growth : float or None
         The fraction by which the model may grow; None for any.
-    always_only : bool
-        Whether only the passes whose policy is "always" run.
     refused : mapping of Site to Skip
         Sites to leave out because a model with them failed, was wrong or was slower.
     certifier : callable or None
@@ -62,10 +60,9 @@ class Compilation:
     folder: Path
     provider_kind: str = "cpu"
     max_growth: float | None = None
-    always_only: bool = False
     refused: Mapping[Site, Skip] = field(default_factory=dict)
     certifier: Certifier | None = None
-    snapshots: dict[tuple[bool, frozenset[Site]], Snapshot] = field(default_factory=dict, repr=False, compare=False)
+    snapshots: dict[frozenset[Site], Snapshot] = field(default_factory=dict, repr=False, compare=False)
     notes: tuple[str, ...] = ()
 
     def rewrite(
@@ -113,9 +110,9 @@ class Compilation:
 
     def snapshot(self, denied: Collection[Site]) -> Snapshot:
         """The model after all passes that need no measurement. It depends on the sites denied to those only."""
-        passes = [p for p in self.candidates() if p.policy == "always" or not self.always_only]
+        passes = self.candidates()
         measured = {p.name for p in passes if p.policy == "measured"}
-        key = (self.always_only, frozenset(site for site in denied if site.pass_name not in measured))
+        key = frozenset(site for site in denied if site.pass_name not in measured)
         if key not in self.snapshots:
             if len(self.snapshots) >= LATEST:
                 self.snapshots.clear()
