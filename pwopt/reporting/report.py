@@ -117,7 +117,7 @@ class Latency:
 
     @property
     def slower(self) -> bool:
-        """Whether a slow-down of `NEGLIGIBLE_SLOWDOWN` or more cannot be excluded, and some slow-down is beyond doubt."""
+        """Whether a slow-down is beyond doubt, and not surely below `NEGLIGIBLE_SLOWDOWN`."""
         return self.interval[1] < 1 / self.noise and not self.same
 
     @property
