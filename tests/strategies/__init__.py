@@ -25,13 +25,18 @@ from strategies.structures import Structures
 __all__ = ["Sample", "random_sample", "samples"]
 
 
+#: How often a motif is drawn; 4 for all others.
+WEIGHTS = dict.fromkeys(
+    ("m_body", "m_function", "m_quantised", "m_foreign", "m_override", "m_optional", "m_omitted"), 1
+) | {"m_sequence": 12, "m_threshold": 8, "m_defaults": 8}
+
+
 class Generator(Sequences, Branches, Positions, Resampling, Steps, Structures, Opaque):
     """A graph that grows by random motifs: the methods whose names begin with `m_`."""
 
     def grow(self, motifs: int) -> None:
         names = sorted(n for n in dir(self) if n.startswith("m_"))
-        seldom = {"m_body", "m_function", "m_quantised", "m_foreign", "m_override", "m_optional", "m_omitted"}
-        names = [n for n in names for _ in range(1 if n in seldom else 4)]
+        names = [n for n in names for _ in range(WEIGHTS.get(n, 4))]
         self.input(self.rng.choice([4, 4, 4, 3, 2, 5]))
         for _ in range(motifs):
             lists: list[list[Any]] = [self.nodes, self.constants, self.inputs, self.pool, self.results]

@@ -39,7 +39,7 @@ def test_random_models_keep_their_answers(sample: Sample) -> None:
 def test_every_pass_acts_on_random_models() -> None:
     applied: Counter[str] = Counter()
     wanted = set(EVERY) - {"fill-tensor-cores"}  # whose pattern is rare
-    for number in (*range(200), 277):  # the last one for share-constants, whose pattern is rare
+    for number in range(200):
         applied += check(random_sample(Random(number)))
         if set(applied) >= wanted:
             return
@@ -48,7 +48,7 @@ def test_every_pass_acts_on_random_models() -> None:
 
 def test_tensor_cores_get_random_models() -> None:
     applied: Counter[str] = Counter()
-    for number in (32, 270):
+    for number in (122, 270):
         sample = random_sample(Random(number))
         make, expected = choose(sample.model, sample.feeds)
         assert make is not None
