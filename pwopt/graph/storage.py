@@ -218,7 +218,7 @@ def _outside(tensor: TensorProto) -> bool:
 
 def name_beside(path: Path, suffix: str) -> Path:
     """The path of a file beside another one: its name without the extension, cut if it is too long, and a suffix."""
-    return path.with_name(_cut(path.stem, MAX_NAME_BYTES - len(suffix.encode())) + suffix)
+    return path.parent / (_cut(path.stem, MAX_NAME_BYTES - len(suffix.encode())) + suffix)
 
 
 def _cut(name: str, most: int) -> str:
