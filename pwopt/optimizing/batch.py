@@ -6,29 +6,30 @@ import contextlib
 import dataclasses
 import glob
 import hashlib
-import multiprocessing
 import os
+import runpy
 import sys
 import time
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict, dataclass, replace
-from multiprocessing.context import SpawnContext
 from pathlib import Path, PurePath
-from typing import Any
 
 import onnx
 
 from pwopt.errors import PwoptError, UsageError
 from pwopt.graph.json_files import read_json, read_record
 from pwopt.graph.storage import find_data_folder, locations_of, name_beside, replacing
+from pwopt.graph.temporary import temporary_folder
 from pwopt.optimizing.optimizer import run_request
 from pwopt.optimizing.preparation import resolve
 from pwopt.optimizing.request import Request
 from pwopt.reporting.report import REPORT_SCHEMA, Report, to_json
 from pwopt.running import installation, timing
+from pwopt.running.child import Channel, Child, EndedError
+from pwopt.running.pool import FileLock, ask_all
 from pwopt.running.progress import Progress, ignore_progress
+from pwopt.running.signals import signals_interrupt
 from pwopt.selecting.plugins import fingerprint
 from pwopt.version import __version__
 
@@ -36,8 +37,6 @@ from pwopt.version import __version__
 INDEX = "index.json"
 #: Seconds between two updates of the index while models are optimised.
 INDEX_SECONDS = 10.0
-#: Processes that Windows can wait for at once (concurrent.futures).
-MOST = 61
 #: Exit code of a defect of pwopt itself, or of a process that died.
 DEFECT = 5
 
@@ -353,59 +352,45 @@ def _in_turn(todo: Sequence[Job], request: Request, progress: Progress) -> Itera
 
 @dataclass(frozen=True)
 class Processes:
-    """Runs jobs in processes of their own; clocks run in one of them at a time."""
+    """Runs jobs in child processes; clocks run in one of them at a time."""
 
     workers: int
 
     def __call__(self, todo: Sequence[Job], request: Request, progress: Progress) -> Iterator[JobResult]:
-        left = {os.fspath(job.output): job for job in todo}
-        rounds = [(list(todo), self.workers)]
-        while rounds:
-            batch, size = rounds.pop(0)
-            for done in self._pooled(batch, replace(request, progress=ignore_progress), size):
-                left.pop(done.row.output)
-                progress(f"{len(todo) - len(left)} of {len(todo)} models", 1 - len(left) / len(todo))
-                yield done
-            if size > 1:  # a process that dies takes its pool along: the rest is done one by one
-                rounds = [([job], 1) for job in left.values()]
-        for job in left.values():
-            sentence = "the process died, perhaps for want of memory; try it alone, or on a larger machine"
-            yield JobResult(BatchRow(os.fspath(job.model), os.fspath(job.output), "failed", sentence, DEFECT))
+        plain = replace(request, progress=ignore_progress)
+        with temporary_folder() as folder:
 
-    def _pooled(self, batch: Sequence[Job], request: Request, size: int) -> Iterator[JobResult]:
-        spawn = multiprocessing.get_context("spawn")
-        size = min(size, MOST) if sys.platform == "win32" else size
-        with ProcessPoolExecutor(size, spawn, initializer=_begin, initargs=(_create_lock(spawn),)) as pool:
-            try:
-                futures = [pool.submit(carried_out, job, request) for job in batch]
-                for future in as_completed(futures):
-                    with contextlib.suppress(BrokenProcessPool):
-                        yield future.result()
-            except BrokenProcessPool:  # while models were still being handed out
-                return
-            finally:
-                pool.shutdown(wait=True, cancel_futures=True)
+            def start() -> Child:
+                return Child(serve_jobs, os.fspath(folder / "clock"), _main_module(request))
+
+            for count, (index, answer) in enumerate(ask_all(start, [(job, plain) for job in todo], self.workers), 1):
+                progress(f"{count} of {len(todo)} models", count / len(todo))
+                yield answer if isinstance(answer, JobResult) else _fail(todo[index], answer)
 
 
-def _create_lock(context: SpawnContext) -> Any:
-    """Create a lock for processes.
-
-    Raises
-    ------
-    UsageError
-        If the system, or this process, cannot have any.
-    """
-    why = "a daemonic process cannot start others" if multiprocessing.current_process().daemon else ""
-    try:
-        lock = None if why else context.Lock()
-    except (OSError, ImportError) as error:
-        why = f"the system provides no semaphores: {error}"
-    if why:
-        raise UsageError(f"several workers cannot run here ({why}); leave --workers out")
-    return lock
+def _fail(job: Job, error: PwoptError) -> JobResult:
+    """Describe a job whose process did not start, or died."""
+    died = f"the process died ({error}), perhaps for want of memory; try it alone, or on a larger machine"
+    sentence = died if isinstance(error, EndedError) else str(error)
+    return JobResult(BatchRow(os.fspath(job.model), os.fspath(job.output), "failed", sentence, DEFECT))
 
 
-def _begin(lock: Any) -> None:
-    """What every process of a pool starts with."""
+def _main_module(request: Request) -> str:
+    """The file of the running program if it defines a pass of the request, which a child must import too; else ""."""
+    passes = [p if isinstance(p, type) else type(p) for p in (*(request.passes or ()), *request.plugins)]
+    path = getattr(sys.modules["__main__"], "__file__", None)
+    return os.path.abspath(path) if path and any(p.__module__ == "__main__" for p in passes) else ""
+
+
+def serve_jobs(clock: str, program: str) -> None:
+    """In a child: optimise one model after another."""
+    channel = Channel()
+    if program:  # as multiprocessing does, under a name by which a program knows that it is not the main one
+        module = types.ModuleType("__mp_main__")
+        module.__dict__.update(runpy.run_path(program, run_name="__mp_main__"))
+        sys.modules["__main__"] = sys.modules["__mp_main__"] = module
     installation.silence_onnxruntime()
-    timing.share_turn(lock)
+    timing.share_turn(FileLock(Path(clock)))
+    with signals_interrupt():
+        while (question := channel.receive()) is not None:
+            channel.send(carried_out(*question))

@@ -178,8 +178,12 @@ class Child:
             self._process.kill()
             return self._process.wait()
 
-    def close(self) -> None:
-        """End the process."""
+    def close(self, *, gently: bool = False) -> None:
+        """End the process; `gently` gives it some seconds to remove its temporary folders."""
+        if gently:
+            self._process.terminate()
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self._process.wait(PATIENCE)
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):

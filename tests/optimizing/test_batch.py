@@ -7,6 +7,9 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import textwrap
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from multiprocessing.context import SpawnContext
@@ -22,7 +25,7 @@ import pwopt
 from pwopt.cli import main
 from pwopt.errors import UsageError
 from pwopt.optimizing import batch
-from pwopt.optimizing.batch import BatchRow, Job, Processes, optimize_many
+from pwopt.optimizing.batch import BatchRow, Job, optimize_many
 from pwopt.optimizing.request import Request
 
 pytest.importorskip("onnxruntime")
@@ -163,14 +166,11 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert not (tmp_path / "o").exists()
 
 
-class Refused(Processes):
-    def _pooled(self, batch: Sequence[Job], request: Request, size: int) -> Iterator[batch.JobResult]:
-        yield from ()
-
-
-def test_a_pool_that_never_answers(tmp_path: Path) -> None:
-    rows = optimize_many(written(tmp_path / "in", 2), tmp_path / "out", ANALYTIC, runner=Refused(2))
+def test_processes_that_do_not_start_fail_their_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pwopt.running.child.child_command", lambda *_: ["/no/such/python"])
+    rows = optimize_many(written(tmp_path / "in", 2), tmp_path / "out", ANALYTIC, workers=2)
     assert [r.status for r in rows] == ["failed"] * 2
+    assert all("no process could be started" in r.sentence for r in rows)
 
 
 @pytest.fixture(scope="module")
@@ -317,19 +317,42 @@ def test_an_interrupted_batch_leaves_its_index(tmp_path: Path) -> None:
     assert json.loads((tmp_path / "index.json").read_text())["rows"][0]["status"] == "done"
 
 
-@pytest.mark.parametrize("why", ["no semaphores", "daemonic"])
-def test_workers_that_cannot_be_had(why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As where there is no /dev/shm."""
+def test_workers_need_neither_semaphores_nor_a_process_that_may_have_children(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where there is no /dev/shm, and inside a daemonic process of multiprocessing."""
 
     def lock(_: object) -> None:
         raise FileNotFoundError(2, "No such file or directory")
 
-    if why == "daemonic":
-        monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
-    else:
-        monkeypatch.setattr(SpawnContext, "Lock", lock)
-    with pytest.raises(pwopt.UsageError, match=f"several workers cannot run here .*{why}.*leave --workers out"):
-        optimize_many([MODELS / "linear_sequence.onnx"], tmp_path / "out", ANALYTIC, workers=2)
+    monkeypatch.setitem(multiprocessing.current_process()._config, "daemon", True)  # type: ignore[attr-defined]
+    monkeypatch.setattr(SpawnContext, "Lock", lock)
+    rows = optimize_many(written(tmp_path / "in", 2), tmp_path / "out", ANALYTIC, workers=2)
+    assert [r.status for r in rows] == ["done"] * 2
+
+
+def test_workers_know_passes_of_the_running_program(tmp_path: Path) -> None:
+    """As with multiprocessing, whose children import the program, too."""
+    written(tmp_path / "in", 2)
+    program = """
+        import pathlib, sys
+        import pwopt
+        from pwopt.rewriting import Pass
+
+        class Mine(Pass):
+            "nothing"
+            name = "mine"
+            def match_and_rewrite(self, node, rw):
+                return None
+
+        if __name__ == "__main__":
+            here = pathlib.Path(__file__).parent
+            request = pwopt.Request(cost="analytic", verify=False, plugins=[Mine])
+            print([r.status for r in pwopt.optimize_many([here / "in"], here / "out", request, workers=2)])
+    """
+    (tmp_path / "program.py").write_text(textwrap.dedent(program))
+    done = subprocess.run([sys.executable, str(tmp_path / "program.py")], capture_output=True, text=True, check=True)
+    assert done.stdout == "['done', 'done']\n"
 
 
 def test_a_worker_that_is_not_as_asked_fails_its_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

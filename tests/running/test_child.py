@@ -51,6 +51,21 @@ def test_the_current_folder_stays_where_pwopt_lies_in_it(monkeypatch: pytest.Mon
         ["optimize", "-q", "model.onnx", "-o", "out.onnx", "--cost", "analytic", "--no-cache"],
         ["bench", "-q", "model.onnx", "--seconds", "0.01"],
         ["doctor", "--provider", "cpu"],
+        [
+            *[
+                "optimize",
+                "-q",
+                "model.onnx",
+                "two.onnx",
+                "-d",
+                "out",
+                "--cost",
+                "analytic",
+                "--no-verify",
+                "--workers",
+                "2",
+            ]
+        ],
     ],
     ids=lambda c: " ".join(c[:2]) if "-d" not in c else "workers",
 )

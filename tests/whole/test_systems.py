@@ -322,27 +322,6 @@ def test_names_that_differ_in_capitals(monkeypatch: pytest.MonkeyPatch, tiny: on
             batch.jobs(models, tmp_path / "out", Request())
 
 
-@pytest.mark.parametrize(("system", "most"), [("win32", 61), ("linux", 100)])
-def test_windows_waits_for_61_processes(system: str, most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-
-    class Pool:
-        def __init__(self, size: int, *_: object, **__: object) -> None:
-            seen.append(size)
-
-        def __enter__(self) -> Pool:
-            return self
-
-        def __exit__(self, *_: object) -> None: ...
-
-        def shutdown(self, **_: object) -> None: ...
-
-    monkeypatch.setattr(batch, "ProcessPoolExecutor", Pool)
-    monkeypatch.setattr(sys, "platform", system)
-    assert list(batch.Processes(100)._pooled([], Request(), 100)) == []
-    assert seen == [most]
-
-
 @pytest.mark.parametrize("pure", [PureWindowsPath("C:\\models\\m.onnx"), PurePosixPath("/models/m.onnx")])
 def test_a_worker_reads_the_paths_of_another_system(
     pure: PureWindowsPath | PurePosixPath, tiny: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
