@@ -17,7 +17,7 @@ from pwopt.graph.ir import Constant, LazyValues, Node, Tensor
 from pwopt.graph.journal import Journal, State
 from pwopt.graph.view import View
 
-#: A pass may rewrite one site this often in one run, and every node of the graph this often on average.
+#: How often a pass may rewrite each node of a graph in one run, on average.
 MAX_REWRITES_PER_NODE = 64
 
 

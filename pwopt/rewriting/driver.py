@@ -238,7 +238,8 @@ class Rewriter(View):
             rewrites.append(self._certify(replace(result, site=site, growth=self.stored - stored), p.context))
             skips.pop(site, None)
             counts[site] += 1
-            if counts[site] > MAX_REWRITES_PER_NODE or len(rewrites) > MAX_REWRITES_PER_NODE * (1 + len(nodes)):
+            limit = MAX_REWRITES_PER_NODE * (1 + len(nodes))
+            if counts[site] > MAX_REWRITES_PER_NODE + len(nodes) or len(rewrites) > limit:  # one may absorb all others
                 raise _breach(p, f"does not end: it rewrites {str(site)!r} again and again; leave it out")
         if record is not None:
             self._check_unchanged(p, record.find_change())

@@ -194,6 +194,17 @@ def test_a_pass_that_does_not_end_is_stopped(kind: type[Pass]) -> None:
         optimize(kind)
 
 
+def test_one_site_may_absorb_many_nodes() -> None:
+    count = 150
+    weights = {f"w{i}": (np.eye(2) * (1 + i % 2)).astype(F).reshape(2, 2, 1, 1) for i in range(count)}
+    steps = " ".join(
+        f"{'y' if i == count - 1 else f't{i + 1}'} = Conv({f't{i}' if i else 'x'}, w{i})" for i in range(count)
+    )
+    chain = build(f"(float[1,2,3,3] x) => (float[1,2,3,3] y) {{ {steps} }}", weights)
+    result = pwopt.optimize(chain, cost="analytic", verify=False, passes=["fold-chains"])
+    assert ops(result.model) == {"Conv": 1}
+
+
 def test_reading_is_no_change() -> None:
     class Reader(Pass):
         """x = x"""
