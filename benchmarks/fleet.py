@@ -47,7 +47,7 @@ def measure(models: list[Path], request: pwopt.Request, root: Path) -> dict[str,
                 os.kill(next(iter(cluster.workers.values())).pid, signal.SIGKILL)
 
         there, out = Fleet(cluster.scheduler_address), root / "fleet"
-        rows, together = timed(lambda: pwopt.optimize_many(models, out, request, runner=there, told=told))
+        rows, together = timed(lambda: pwopt.optimize_many(models, out, request, runner=there, report_row=told))
         again, nothing = timed(lambda: pwopt.optimize_many(models, out, request, runner=there))
     same = [
         (root / "alone" / a.output).read_bytes() == (out / b.output).read_bytes()

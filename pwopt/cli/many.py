@@ -60,14 +60,14 @@ def optimize_folder(
         At the end, with the largest exit code of all models.
     """
     from pwopt.cli.output import escape_text, open_console, print_json, show_progress
-    from pwopt.optimizing.batch import index_json, jobs, optimize_many
+    from pwopt.optimizing.batch import find_jobs, index_json, optimize_many
 
     for given, name in ((request.output, "-o"), (report, "--report")):
         if given is not None:
             raise UsageError(f"{name} applies to a single model; with -d, results and reports go into the folder")
     console = open_console(quiet=verbosity.quiet or verbosity.json)
     if request.writing.dry_run:
-        for job in jobs(models, folder, request):
+        for job in find_jobs(models, folder, request):
             console.print(f"{escape_text(str(job.model))} → {escape_text(str(job.output))}", soft_wrap=True)
         return
     with show_progress(debug=verbosity.debug, quiet=verbosity.quiet, verbose=verbosity.verbose) as progress:
@@ -77,7 +77,7 @@ def optimize_folder(
             _print_row(row, open_console(stderr=True) if silent and row.status == "failed" else console)
 
         rows = optimize_many(
-            models, folder, request, workers=workers, runner=runner, progress=progress, told=report_row
+            models, folder, request, workers=workers, runner=runner, progress=progress, report_row=report_row
         )
     if verbosity.json:
         print_json(index_json(rows))

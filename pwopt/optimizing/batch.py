@@ -38,7 +38,7 @@ INDEX = "index.json"
 #: Seconds between two updates of the index while models are optimised.
 INDEX_SECONDS = 10.0
 #: Exit code of a defect of pwopt itself, or of a process that died.
-DEFECT = 5
+DEFECT_CODE = 5
 
 
 @dataclass(frozen=True)
@@ -110,7 +110,7 @@ class JobResult:
 Runner = Callable[[Sequence[Job], Request, Progress], Iterator[JobResult]]
 
 
-def jobs(models: Iterable[str | os.PathLike[str]], folder: Path, request: Request) -> list[Job]:
+def find_jobs(models: Iterable[str | os.PathLike[str]], folder: Path, request: Request) -> list[Job]:
     """Files, the .onnx files of folders, and those that globs match, each with its place in `folder`.
 
     Raises
@@ -136,11 +136,11 @@ def jobs(models: Iterable[str | os.PathLike[str]], folder: Path, request: Reques
             if model.resolve() == output.resolve():
                 raise UsageError(f"the folder {str(folder)!r} holds the model {str(model)!r}; choose another folder")
     if sys.platform in ("darwin", "win32"):
-        _distinct(found)
+        _check_distinct_names(found)
     return [Job(model, output, key(model, request)) for output, model in found.items()]
 
 
-def _distinct(outputs: Iterable[Path]) -> None:
+def _check_distinct_names(outputs: Iterable[Path]) -> None:
     """Refuse names that differ in capitals only, which macOS and Windows do not tell apart."""
     seen: dict[str, Path] = {}
     for output in outputs:
@@ -183,7 +183,7 @@ def optimize_many(
     workers: int = 1,
     runner: Runner | None = None,
     progress: Progress = ignore_progress,
-    told: Callable[[BatchRow], None] = lambda _row: None,
+    report_row: Callable[[BatchRow], None] = lambda _row: None,
 ) -> list[BatchRow]:
     """Optimise many models into a folder, with a report for each and an index over all.
 
@@ -204,7 +204,7 @@ def optimize_many(
         Runs the jobs elsewhere: `pwopt.optimizing.fleet.Fleet`.
     progress : callable, optional
         Called with (stage, fraction done).
-    told : callable, optional
+    report_row : callable, optional
         Called with each row as soon as it is known.
 
     Returns
@@ -219,21 +219,21 @@ def optimize_many(
     """
     if workers < 1:
         raise UsageError(f"{workers} workers cannot do anything; give 1 or more")
-    request, where = request or Request(), _made(Path(folder))
-    listed = jobs(models, where, request)
+    request, where = request or Request(), _make_folder(Path(folder))
+    listed = find_jobs(models, where, request)
     earlier = _read(where / INDEX)
     rows = {job.output: row for job in listed if (row := _unchanged(job, where, earlier)) is not None}
     for row in rows.values():
-        told(row)
+        report_row(row)
     todo = [job for job in listed if job.output not in rows]
-    run = runner or (_in_turn if workers == 1 else Processes(workers))
+    run = runner or (_run_in_turn if workers == 1 else Processes(workers))
     by_output = {os.fspath(job.output): job for job in todo}
     written = time.monotonic()
     try:
         for done in run(todo, request, progress):
             job = by_output[done.row.output]
-            rows[job.output] = _kept(job, done, where)
-            told(rows[job.output])
+            rows[job.output] = _store_result(job, done, where)
+            report_row(rows[job.output])
             if time.monotonic() - written > INDEX_SECONDS:
                 _write_index(where, [rows[j.output] for j in listed if j.output in rows], earlier)
                 written = time.monotonic()
@@ -242,7 +242,7 @@ def optimize_many(
     return [rows[job.output] for job in listed]
 
 
-def _made(folder: Path) -> Path:
+def _make_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -253,15 +253,15 @@ def _made(folder: Path) -> Path:
 def _unchanged(job: Job, where: Path, earlier: Mapping[str, BatchRow]) -> BatchRow | None:
     """The row of a job that was done before, if its model, options and output are what they were."""
     row = earlier.get(os.path.relpath(job.output, where))
-    same = row is not None and job.key and row.key == job.key and row.written == _written(job.output)
+    same = row is not None and job.key and row.key == job.key and row.written == _hash_output(job.output)
     return replace(row, status="unchanged") if row is not None and same else None
 
 
-def _kept(job: Job, done: JobResult, where: Path) -> BatchRow:
+def _store_result(job: Job, done: JobResult, where: Path) -> BatchRow:
     """The row of a job whose report was written."""
     row = replace(done.row, output=os.path.relpath(job.output, where), key=job.key)
     if row.status == "done":
-        row = replace(row, written=_written(job.output))
+        row = replace(row, written=_hash_output(job.output))
     for path, text in ((job.report, done.report), (job.page, done.page)):
         if text:
             with replacing(path) as stream:
@@ -269,7 +269,7 @@ def _kept(job: Job, done: JobResult, where: Path) -> BatchRow:
     return row
 
 
-def _written(output: Path) -> str:
+def _hash_output(output: Path) -> str:
     with contextlib.suppress(OSError):
         return hashlib.sha256(output.read_bytes()).hexdigest()
     return "nothing"
@@ -302,7 +302,7 @@ def _write_index(where: Path, rows: Sequence[BatchRow], earlier: dict[str, Batch
             stream.write(render_index(everything, where).encode())
 
 
-def carried_out(job: Job, request: Request, called: tuple[PurePath, PurePath] | None = None) -> JobResult:
+def run_job(job: Job, request: Request, called: tuple[PurePath, PurePath] | None = None) -> JobResult:
     """Optimise one model; whatever goes wrong is in the row. `called` says how files are named in row and report."""
     start = time.perf_counter()
     model, output = map(os.fspath, called or (job.model, job.output))
@@ -311,12 +311,12 @@ def carried_out(job: Job, request: Request, called: tuple[PurePath, PurePath] | 
     try:
         job.output.parent.mkdir(parents=True, exist_ok=True)
         report = run_request(job.model, replace(request, output=job.output)).report
-        row = replace(summary(row, report), status="done")
+        row = replace(summarize(row, report), status="done")
     except PwoptError as error:
         report = getattr(error, "report", None)
         row = replace(row, sentence=str(error), code=error.exit_code)
     except Exception as error:
-        row = replace(row, sentence=f"internal error ({type(error).__name__}: {error})", code=DEFECT)
+        row = replace(row, sentence=f"internal error ({type(error).__name__}: {error})", code=DEFECT_CODE)
     row = replace(row, seconds=time.perf_counter() - start)
     if report is None:
         return JobResult(row)
@@ -324,7 +324,7 @@ def carried_out(job: Job, request: Request, called: tuple[PurePath, PurePath] | 
     return JobResult(row, report.to_json(), page_of(report))
 
 
-def summary(row: BatchRow, report: Report) -> BatchRow:
+def summarize(row: BatchRow, report: Report) -> BatchRow:
     """A row with the figures of a report."""
     a, b, t = report.before, report.after, report.latency
     row = replace(row, nodes=(a.nodes, b.nodes), macs=(a.macs, b.macs), sentence=" ".join(report.notes[-1:]))
@@ -341,13 +341,13 @@ def page_of(report: Report) -> str:
         return ""
 
 
-def _in_turn(todo: Sequence[Job], request: Request, progress: Progress) -> Iterator[JobResult]:
+def _run_in_turn(todo: Sequence[Job], request: Request, progress: Progress) -> Iterator[JobResult]:
     for i, job in enumerate(todo):
 
-        def told(stage: str, done: float, i: int = i, name: str = job.model.name) -> None:
+        def show_stage(stage: str, done: float, i: int = i, name: str = job.model.name) -> None:
             progress(f"{name}: {stage}", (i + done) / len(todo))
 
-        yield carried_out(job, replace(request, progress=told))
+        yield run_job(job, replace(request, progress=show_stage))
 
 
 @dataclass(frozen=True)
@@ -372,7 +372,7 @@ def _fail(job: Job, error: PwoptError) -> JobResult:
     """Describe a job whose process did not start, or died."""
     died = f"the process died ({error}), perhaps for want of memory; try it alone, or on a larger machine"
     sentence = died if isinstance(error, EndedError) else str(error)
-    return JobResult(BatchRow(os.fspath(job.model), os.fspath(job.output), "failed", sentence, DEFECT))
+    return JobResult(BatchRow(os.fspath(job.model), os.fspath(job.output), "failed", sentence, DEFECT_CODE))
 
 
 def _main_module(request: Request) -> str:
@@ -393,4 +393,4 @@ def serve_jobs(clock: str, program: str) -> None:
     timing.share_turn(FileLock(Path(clock)))
     with signals_interrupt():
         while (question := channel.receive()) is not None:
-            channel.send(carried_out(*question))
+            channel.send(run_job(*question))

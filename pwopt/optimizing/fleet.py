@@ -22,7 +22,7 @@ import onnx
 from pwopt.errors import PwoptError, UsageError
 from pwopt.graph.storage import find_data_folder, locations_of, replacing
 from pwopt.graph.temporary import temporary_folder
-from pwopt.optimizing.batch import DEFECT, BatchRow, Job, JobResult, carried_out, content
+from pwopt.optimizing.batch import DEFECT_CODE, BatchRow, Job, JobResult, content, run_job
 from pwopt.optimizing.record_tuning import profile
 from pwopt.optimizing.request import Request
 from pwopt.running import installation, timing
@@ -35,7 +35,7 @@ from pwopt.version import __version__
 #: How often a model is tried again on another worker where one is lost.
 RETRIES = 3
 #: Seconds to wait for a scheduler, and for its first worker.
-PATIENCE = 30
+SCHEDULER_SECONDS = 30
 
 
 def distributed() -> Any:
@@ -111,7 +111,7 @@ class Fleet:
     target: str | None = None
 
     @contextlib.contextmanager
-    def connected(self) -> Iterator[Any]:
+    def connect(self) -> Iterator[Any]:
         """A client of the scheduler.
 
         Raises
@@ -121,11 +121,11 @@ class Fleet:
         """
         dask = distributed()
         try:
-            client = dask.Client(self.scheduler, timeout=PATIENCE, set_as_default=False)
+            client = dask.Client(self.scheduler, timeout=SCHEDULER_SECONDS, set_as_default=False)
         except (OSError, ValueError) as error:
             raise UsageError(f"there is no scheduler at {self.scheduler!r} ({error})") from error
         try:
-            client.wait_for_workers(1, timeout=PATIENCE)
+            client.wait_for_workers(1, timeout=SCHEDULER_SECONDS)
             known = _labels(client)
             if self.target is not None and self.target not in known:
                 raise UsageError(f"no worker calls itself {self.target!r}; there are {', '.join(known) or 'no labels'}")
@@ -141,25 +141,25 @@ class Fleet:
     def __call__(self, todo: Sequence[Job], request: Request, progress: Progress) -> Iterator[JobResult]:
         plain = replace(request, progress=ignore_progress, output=None)
         dask = distributed()
-        with self.connected() as client:
-            seen = _seen(client, todo)
+        with self.connect() as client:
+            seen = _find_shared_models(client, todo)
             known = tuple(cache.stored()) if request.measuring.cache else ()
             jobs: dict[Any, Job] = {}
             for job in todo:
-                files = {} if job.model in seen else _packed(job.model)
-                parcel = JobRequest(PurePath(job.model), PurePath(job.output), files, known)
+                files = {} if job.model in seen else _pack_files(job.model)
+                remote = JobRequest(PurePath(job.model), PurePath(job.output), files, known)
                 options = {"resources": self._resources(), "retries": RETRIES, "pure": False}
-                jobs[client.submit(delivered, parcel, plain, **options)] = job
+                jobs[client.submit(run_remote_job, remote, plain, **options)] = job
             for i, future in enumerate(dask.as_completed(jobs, loop=client.loop)):
                 job = jobs[future]
-                done = _received(future, job, request)
+                done = _receive_response(future, job, request)
                 progress(f"{i + 1} of {len(todo)} models", (i + 1) / len(todo))
                 future.release()
                 yield done
 
     def hardware(self, request: Request) -> list[Hardware]:
         """The kinds of machines in the cluster, in the order of their labels."""
-        with self.connected() as client:
+        with self.connect() as client:
             return _hardware(client, request)
 
     def profiles(
@@ -167,12 +167,12 @@ class Fleet:
     ) -> dict[str, TuningDatabase]:
         """A profile for each kind of machine, by its label; each races the models on one of its workers."""
         paths = [Path(m) for m in models]
-        with self.connected() as client:
+        with self.connect() as client:
             kinds = [k for k in _hardware(client, request) if self.target in (None, k.label)]
-            packed = {p.name: _packed(p) for p in paths}
+            packed = {p.name: _pack_files(p) for p in paths}
             waiting = {
                 client.submit(
-                    recorded, packed, replace(request, progress=ignore_progress), workers=list(k.workers),
+                    record_remotely, packed, replace(request, progress=ignore_progress), workers=list(k.workers),
                     retries=RETRIES, pure=False,
                 ): k
                 for k in kinds
@@ -184,22 +184,22 @@ class Fleet:
             return dict(sorted(found.items()))
 
 
-def _received(future: Any, job: Job, request: Request) -> JobResult:
+def _receive_response(future: Any, job: Job, request: Request) -> JobResult:
     """What a worker sent, with its files written and its decisions kept."""
     try:
-        delivery: JobResponse = future.result()
-        for name, data in delivery.files.items():
+        response: JobResponse = future.result()
+        for name, data in response.files.items():
             job.output.parent.mkdir(parents=True, exist_ok=True)
             with replacing(job.output.parent / name) as stream:
                 stream.write(data)
     except Exception as error:
         lost = type(error).__name__ == "KilledWorker"
         sentence = f"it killed {RETRIES + 1} workers; try it alone" if lost else f"{type(error).__name__}: {error}"
-        return JobResult(BatchRow(os.fspath(job.model), os.fspath(job.output), "failed", sentence, DEFECT))
+        return JobResult(BatchRow(os.fspath(job.model), os.fspath(job.output), "failed", sentence, DEFECT_CODE))
     if request.measuring.cache:
-        for entry in delivery.learnt:
+        for entry in response.learnt:
             cache.store(entry)
-    return delivery.done
+    return response.done
 
 
 def _hardware(client: Any, request: Request) -> list[Hardware]:
@@ -227,7 +227,7 @@ def _labels(client: Any) -> list[str]:
     return sorted({label for w in workers for label in w.get("resources") or {}})
 
 
-def _seen(client: Any, todo: Sequence[Job]) -> set[Path]:
+def _find_shared_models(client: Any, todo: Sequence[Job]) -> set[Path]:
     """Models that every worker sees as they are here, if it also sees the folder for the results."""
     if not todo:
         return set()
@@ -246,7 +246,7 @@ def _contents(models: Sequence[str], marker: str) -> dict[str, str]:
     return {m: content(Path(m)) for m in models if os.path.isfile(m)}
 
 
-def _packed(model: Path) -> dict[str, bytes]:
+def _pack_files(model: Path) -> dict[str, bytes]:
     """A model and its external data, by name; nothing if it cannot be read, which the worker will say."""
     try:
         data = model.read_bytes()
@@ -264,7 +264,7 @@ def _packed(model: Path) -> dict[str, bytes]:
     return files
 
 
-def _unpacked(files: Mapping[str, bytes], folder: Path) -> None:
+def _unpack_files(files: Mapping[str, bytes], folder: Path) -> None:
     for name, data in files.items():
         path = (folder / name).resolve()
         if not path.is_relative_to(folder.resolve()):
@@ -273,7 +273,7 @@ def _unpacked(files: Mapping[str, bytes], folder: Path) -> None:
         path.write_bytes(data)
 
 
-def _turn() -> Any:
+def _clock_lock() -> Any:
     """A lock of all workers of this machine, from dask; none outside a worker."""
     with contextlib.suppress(ValueError, ImportError):
         worker = distributed().get_worker()
@@ -282,53 +282,53 @@ def _turn() -> Any:
     return contextlib.nullcontext()
 
 
-def _find_mismatch(parcel: JobRequest, request: Request) -> str:
+def _find_mismatch(remote: JobRequest, request: Request) -> str:
     """On a worker: return why it cannot do a job as asked, or ""."""
     host = socket.gethostname()
-    if parcel.version != __version__:
-        return f"the worker on {host} has pwopt {__version__}, not {parcel.version}; install the same version there"
+    if remote.version != __version__:
+        return f"the worker on {host} has pwopt {__version__}, not {remote.version}; install the same version there"
     if request.verify and not installation.is_available():
         return f"the worker on {host} has no onnxruntime; install it there, or pass --no-verify"
     return ""
 
 
-def delivered(parcel: JobRequest, request: Request) -> JobResponse:
+def run_remote_job(remote: JobRequest, request: Request) -> JobResponse:
     """On a worker: optimise one model."""
-    mismatch = _find_mismatch(parcel, request)
+    mismatch = _find_mismatch(remote, request)
     if mismatch:
-        row = BatchRow(os.fspath(parcel.model), os.fspath(parcel.output), "failed", mismatch, UsageError.exit_code)
+        row = BatchRow(os.fspath(remote.model), os.fspath(remote.output), "failed", mismatch, UsageError.exit_code)
         return JobResponse(JobResult(row), {}, (), "")
     installation.silence_onnxruntime()
-    timing.share_turn(_turn())
-    for entry in parcel.known:
+    timing.share_turn(_clock_lock())
+    for entry in remote.known:
         cache.store(entry)
     before = set(cache.stored())
     with temporary_folder() as name:
         files = dict[str, bytes]()
-        if parcel.files:
+        if remote.files:
             source, target = name / "source", name / "target"
             source.mkdir()
             target.mkdir()
-            _unpacked(parcel.files, source)
-            here = Job(source / parcel.model.name, target / parcel.output.name)
-            done = carried_out(here, request, (parcel.model, parcel.output))
+            _unpack_files(remote.files, source)
+            here = Job(source / remote.model.name, target / remote.output.name)
+            done = run_job(here, request, (remote.model, remote.output))
             files = {p.relative_to(target).as_posix(): p.read_bytes() for p in target.rglob("*") if p.is_file()}
         else:
-            here = Job(Path(parcel.model).resolve(), Path(parcel.output).resolve())
-            done = carried_out(here, request, (parcel.model, parcel.output))
+            here = Job(Path(remote.model).resolve(), Path(remote.output).resolve())
+            done = run_job(here, request, (remote.model, remote.output))
     learnt = tuple(set(cache.stored()) - before)
     return JobResponse(done, files, learnt, cache.place(request.execution_provider, request.first_threads))
 
 
-def recorded(models: Mapping[str, Mapping[str, bytes]], request: Request) -> TuningDatabase:
+def record_remotely(models: Mapping[str, Mapping[str, bytes]], request: Request) -> TuningDatabase:
     """On a worker: the profile of its machine."""
     installation.silence_onnxruntime()
-    timing.share_turn(_turn())
+    timing.share_turn(_clock_lock())
     with temporary_folder() as name, timing.exclusive():
         paths = []
         for i, (model, files) in enumerate(models.items()):
             folder = name / str(i)
-            _unpacked(files, folder)
+            _unpack_files(files, folder)
             paths.append(folder / model)
         try:
             return profile(

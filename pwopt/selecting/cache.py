@@ -25,7 +25,7 @@ from pwopt.selecting.autotuning import clear
 #: Where decisions are kept instead of the user's cache folder, if set.
 FOLDER_VARIABLE = "PWOPT_CACHE"
 #: The most pairs of sessions, and the largest logarithm of a speed-up, that a record is believed.
-MAX_PAIRS, MAX_LOG = 1e9, 20.0
+MAX_RECORDED_PAIRS, MAX_LOG = 1e9, 20.0
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ class TuningRecord:
     def plausible(self) -> bool:
         """Whether races can have given these figures; a damaged file may hold any."""
         numbers = self.pairs, self.total, self.squares
-        if not all(map(math.isfinite, numbers)) or not 0 <= self.pairs <= MAX_PAIRS:
+        if not all(map(math.isfinite, numbers)) or not 0 <= self.pairs <= MAX_RECORDED_PAIRS:
             return False
         known = self.profiled in ("", "kept", "dropped")
         return known and abs(self.total) <= MAX_LOG * self.pairs and 0 <= self.squares <= MAX_LOG**2 * self.pairs

@@ -17,7 +17,7 @@ from typing import Any
 from pwopt.selecting.cache import TuningRecord, features
 
 #: A kind is not asked for any more if it gained less than this (a logarithm) for each of so many decisions.
-LEAST, ENOUGH = 0.001, 20
+LEAST_GAIN, ENOUGH_CASES = 0.001, 20
 #: Instruction sets that make classes of processors, the best first.
 CLASSES = (("avx512f", "avx512"), ("avx2", "avx2"), ("asimd", "neon"))
 
@@ -49,7 +49,7 @@ class Prior:
     @property
     def unprofitable(self) -> bool:
         """Whether it was asked for often, and hardly ever paid."""
-        return self.asked >= ENOUGH and self.expected < LEAST
+        return self.asked >= ENOUGH_CASES and self.expected < LEAST_GAIN
 
 
 def processor() -> str:

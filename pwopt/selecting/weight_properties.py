@@ -20,7 +20,7 @@ from pwopt.selecting.map_list import Listing, sized
 from pwopt.selecting.shape_folding import concrete_sizes
 
 #: Blocks of up to so many weights get a spectrum: a singular value decomposition of 2048×2048 takes a few seconds.
-LARGEST = 1 << 22
+MAX_SPECTRUM_WEIGHTS = 1 << 22
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def spectrum(blocks: Array) -> Array | None:
     ----------
     blocks : array, shape (groups, out / groups, in / groups)
     """
-    if math.prod(blocks.shape[1:]) > LARGEST:
+    if math.prod(blocks.shape[1:]) > MAX_SPECTRUM_WEIGHTS:
         return None
     values: Array = np.sort(np.linalg.svd(blocks, compute_uv=False).reshape(-1))[::-1]
     return values

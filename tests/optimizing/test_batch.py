@@ -90,7 +90,7 @@ def test_a_model_that_fails_does_not_stop_the_rest(tmp_path: Path, workers: int)
     models = written(tmp_path / "in", 3)
     models[1].write_text("hello")
     told: list[BatchRow] = []
-    rows = optimize_many(models, tmp_path / "out", ANALYTIC, workers=workers, told=told.append)
+    rows = optimize_many(models, tmp_path / "out", ANALYTIC, workers=workers, report_row=told.append)
     assert [r.status for r in rows] == ["done", "failed", "done"]
     assert rows[1].code == 3
     assert "not an ONNX model" in rows[1].sentence
@@ -205,7 +205,7 @@ def test_models_travel_as_bytes_where_no_folder_is_shared(
     (model,) = written(tmp_path / "in", 1)
     proto = onnx.load(model)
     onnx.save(proto, model, save_as_external_data=True, location="m0.bin", size_threshold=0)
-    monkeypatch.setattr(fleet, "_seen", lambda *_: set())
+    monkeypatch.setattr(fleet, "_find_shared_models", lambda *_: set())
     (row,) = optimize_many([model], tmp_path / "out", ANALYTIC, runner=fleet.Fleet(cluster.scheduler_address))
     assert row.status == "done", row.sentence
     assert ops(onnx.load(tmp_path / "out" / "m0.onnx")) == {"Conv": 1, "Relu": 1}
@@ -263,7 +263,7 @@ def test_a_killed_worker_costs_a_retry(tmp_path: Path) -> None:
             if len(told) == 4:
                 os.kill(next(iter(made.workers.values())).pid, signal.SIGKILL)
 
-        rows = optimize_many(models, tmp_path / "out", ANALYTIC, runner=Fleet(made.scheduler_address), told=kill)
+        rows = optimize_many(models, tmp_path / "out", ANALYTIC, runner=Fleet(made.scheduler_address), report_row=kill)
     assert [r.status for r in rows] == ["done"] * 12
     alone = optimize_many(models, tmp_path / "alone", ANALYTIC)
     assert [r.written for r in rows] == [r.written for r in alone]
@@ -360,11 +360,11 @@ def test_a_worker_that_is_not_as_asked_fails_its_job(tmp_path: Path, monkeypatch
 
     path = PurePath("m.onnx")
     job = fleet.JobRequest(path, path, {}, (), "0.0.0")
-    row = fleet.delivered(job, ANALYTIC).done.row
+    row = fleet.run_remote_job(job, ANALYTIC).done.row
     assert (row.status, row.code) == ("failed", 2)
     assert "has pwopt" in row.sentence
     assert "not 0.0.0" in row.sentence
     monkeypatch.setattr(fleet.installation, "is_available", lambda: False)
-    row = fleet.delivered(replace(job, version=fleet.__version__), ANALYTIC).done.row
+    row = fleet.run_remote_job(replace(job, version=fleet.__version__), ANALYTIC).done.row
     assert (row.status, row.code) == ("failed", 2)
     assert "has no onnxruntime" in row.sentence

@@ -19,7 +19,7 @@ from pwopt.running.providers import DEFAULT
 from pwopt.running.timing import Race
 from pwopt.selecting import cache, priors
 from pwopt.selecting.cache import TuningRecord
-from pwopt.selecting.priors import ENOUGH, Prior
+from pwopt.selecting.priors import ENOUGH_CASES, Prior
 
 F = np.float32
 
@@ -43,10 +43,10 @@ def test_decisions_are_counted_by_kind() -> None:
 
 
 def test_in_vain_is_said_late_and_taken_back_at_once() -> None:
-    assert not Prior(ENOUGH - 1).unprofitable
-    assert Prior(2 * ENOUGH).unprofitable
-    assert Prior(4 * ENOUGH, 1, 0.01).unprofitable
-    assert not (Prior(2 * ENOUGH) + Prior(1, 1, 0.05)).unprofitable
+    assert not Prior(ENOUGH_CASES - 1).unprofitable
+    assert Prior(2 * ENOUGH_CASES).unprofitable
+    assert Prior(4 * ENOUGH_CASES, 1, 0.01).unprofitable
+    assert not (Prior(2 * ENOUGH_CASES) + Prior(1, 1, 0.05)).unprofitable
 
 
 def test_what_ships_names_its_machines_and_passes_that_there_are() -> None:

@@ -9,7 +9,7 @@ import pytest
 from helpers import MODELS, normal, parse
 
 import pwopt
-from pwopt.selecting.weight_properties import LARGEST, MapProperties, effective_rank, spectrum
+from pwopt.selecting.weight_properties import MAX_SPECTRUM_WEIGHTS, MapProperties, effective_rank, spectrum
 
 ORTHOGONAL = np.linalg.qr(normal(6, 6))[0]
 
@@ -94,7 +94,7 @@ def test_matrix_products_are_read_the_right_way_round() -> None:
 
 
 def test_what_is_too_large_has_no_spectrum() -> None:
-    assert spectrum(np.broadcast_to(0.0, (1, 1, LARGEST + 1))) is None
+    assert spectrum(np.broadcast_to(0.0, (1, 1, MAX_SPECTRUM_WEIGHTS + 1))) is None
 
 
 def test_only_pointwise_maps_are_listed() -> None:

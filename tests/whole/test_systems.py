@@ -315,11 +315,11 @@ def test_names_that_differ_in_capitals(monkeypatch: pytest.MonkeyPatch, tiny: on
         (tmp_path / folder).mkdir()
         pwopt.save(tiny, tmp_path / folder / name)
     models = [tmp_path / "a" / "Net.onnx", tmp_path / "b" / "net.onnx"]
-    assert len(batch.jobs(models, tmp_path / "out", Request())) == 2
+    assert len(batch.find_jobs(models, tmp_path / "out", Request())) == 2
     for system in ("darwin", "win32"):
         monkeypatch.setattr(sys, "platform", system)
         with pytest.raises(UsageError, match="would be one file on this system; rename one model"):
-            batch.jobs(models, tmp_path / "out", Request())
+            batch.find_jobs(models, tmp_path / "out", Request())
 
 
 @pytest.mark.parametrize("pure", [PureWindowsPath("C:\\models\\m.onnx"), PurePosixPath("/models/m.onnx")])
@@ -329,6 +329,6 @@ def test_a_worker_reads_the_paths_of_another_system(
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(timing, "_turn", timing._turn)  # what a delivery shares ends with this test
     parcel = fleet.JobRequest(pure, pure.with_name("out.onnx"), {"m.onnx": tiny.SerializeToString()}, ())
-    delivery = fleet.delivered(pickle.loads(pickle.dumps(parcel)), Request(cost="analytic", verify=False))
+    delivery = fleet.run_remote_job(pickle.loads(pickle.dumps(parcel)), Request(cost="analytic", verify=False))
     assert (delivery.done.row.status, delivery.done.row.model) == ("done", os.fspath(pure))
     assert set(delivery.files) == {"out.onnx"}
