@@ -12,7 +12,7 @@ from pwopt.errors import ModelError, NotEquivalentError, ProviderError
 from pwopt.evidence.equivalence import Equivalence
 from pwopt.evidence.localise import localise
 from pwopt.evidence.verify import compared, placements
-from pwopt.optimizing.bisection import add_repeated, leave_out_faulty
+from pwopt.optimizing.bisection import add_repeated, leave_out_faulty, name_plugins
 from pwopt.optimizing.budget import PROFILING_SECONDS, Budget
 from pwopt.optimizing.layer_times import layers
 from pwopt.optimizing.other_conditions import CONDITION_SHARE, ConditionRaces, other_environments
@@ -191,7 +191,9 @@ class Attempts:
             found = leave_out_faulty(compilation, report.rewrites, find_fault)
             if found is not compilation:
                 return found
-        return compilation.without(report.rewrites, "the model cannot be used with some of them")
+        plugins = name_plugins(compilation)
+        whose = f", perhaps the fault of {', '.join(plugins)}" if plugins else ""
+        return compilation.without(report.rewrites, f"the model cannot be used with some of them{whose}")
 
     def _leave_out_wrong(self, pair: Pair, report: Report, compilation: Compilation, left: int) -> Compilation:
         """Leave out the rewrites that make the outputs differ, or all if the outputs cannot be compared.

@@ -40,8 +40,15 @@ def leave_out_faulty(
         middle = (low + high) // 2
         found = find_fault(compilation.without(made[middle:], reason))
         low, high, reason = (low, middle, found) if found else (middle, high, reason)
-    reason = f"the model with it cannot be used, since {reason}; {UNUSABLE_DEFECT}"
-    return compilation.without(add_repeated(compilation, [made[high - 1]], made), reason)
+    guilty = made[high - 1]
+    whose = f"the fault of {guilty.pass_name}" if guilty.pass_name in name_plugins(compilation) else UNUSABLE_DEFECT
+    reason = f"the model with it cannot be used, since {reason}; {whose}"
+    return compilation.without(add_repeated(compilation, [guilty], made), reason)
+
+
+def name_plugins(compilation: Compilation) -> list[str]:
+    """Name the passes of a compilation that are not pwopt's own."""
+    return sorted(p.name for p in compilation.passes if not p.builtin)
 
 
 def add_repeated(compilation: Compilation, guilty: Sequence[Rewrite], rewrites: Sequence[Rewrite]) -> list[Rewrite]:

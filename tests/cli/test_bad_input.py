@@ -488,3 +488,12 @@ def test_a_budget_below_nothing_and_shapes_in_words() -> None:
         pwopt.optimize(model, 42)  # type: ignore[arg-type]
     with pytest.raises(pwopt.UsageError, match="the shapes 'x=2x3' are not a mapping"):
         pwopt.optimize(model, shapes="x=2x3")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("seconds", [float("nan"), float("inf"), -1.0])
+def test_times_that_are_no_times_are_refused(seconds: float) -> None:
+    for field in ("budget", "race_seconds"):
+        with pytest.raises(pwopt.UsageError, match=r"nothing can be measured in .* give 0 or more"):
+            pwopt.Measuring(**{field: seconds})
+    with pytest.raises(pwopt.UsageError, match=r"models cannot be raced for .* give 0 or more"):
+        pwopt.benchmark(["m.onnx"], seconds=seconds)
