@@ -184,8 +184,8 @@ def tabulated(rows: list[dict[str, Any]]) -> Table:
 def raced(options: argparse.Namespace) -> list[dict[str, Any]]:
     """The models of two versions against the originals and each other."""
     from pwopt.graph.files import load
+    from pwopt.inputs.input_specs import input_specs
     from pwopt.inputs.samples import draw_feeds
-    from pwopt.inputs.specs import input_specs
     from pwopt.running import timing
     from pwopt.running.session import Session
     from pwopt.running.size_trials import choose_sizes

@@ -26,7 +26,7 @@ from distributed import LocalCluster
 
 import pwopt
 from pwopt.optimizing.batch import BatchRow
-from pwopt.optimizing.fleet import Fleet
+from pwopt.optimizing.cluster import Fleet
 from pwopt.running.installation import describe_machine
 
 

@@ -173,8 +173,8 @@ def compared(wanted: list[Any], got: list[Any]) -> str:
 def measure(path: Path, tools: Iterable[str], seconds: float) -> Row:
     """All that was made of one model, verified, and raced side by side."""
     from pwopt.graph.files import load
+    from pwopt.inputs.input_specs import input_specs
     from pwopt.inputs.samples import draw_feeds
-    from pwopt.inputs.specs import input_specs
     from pwopt.running import timing
     from pwopt.running.session import Session
     from pwopt.running.size_trials import choose_sizes

@@ -19,7 +19,7 @@ from pathlib import Path
 
 from pwopt.running.installation import describe_machine
 from pwopt.running.providers import as_provider
-from pwopt.selecting import cache, priors
+from pwopt.selecting import priors, tuning_cache
 
 
 def main() -> None:
@@ -29,8 +29,8 @@ def main() -> None:
     options = parser.parse_args()
     entries = []
     for folder in sorted(p for p in options.caches.iterdir() if p.is_dir()):
-        os.environ[cache.FOLDER_VARIABLE] = str(folder)
-        entries += [e for e in cache.stored() if e.model]
+        os.environ[tuning_cache.FOLDER_VARIABLE] = str(folder)
+        entries += [e for e in tuning_cache.stored() if e.model]
     found = priors.counted(entries)
     content = priors.table()
     key = f"{as_provider(options.provider).kind} {priors.processor()}"

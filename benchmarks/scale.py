@@ -21,7 +21,7 @@ from pwopt.graph.files import from_proto
 from pwopt.passes import PASSES
 from pwopt.reporting.report import to_json
 from pwopt.running.installation import describe_machine
-from pwopt.selecting.snapshot import run_passes
+from pwopt.selecting.candidate_base import run_passes
 
 CHANNELS = 4
 

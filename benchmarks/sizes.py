@@ -28,7 +28,7 @@ from dynamic import CASES
 
 from pwopt.graph.files import load
 from pwopt.graph.shapes import format_shape
-from pwopt.inputs.specs import input_specs
+from pwopt.inputs.input_specs import input_specs
 from pwopt.reporting.report import to_json
 from pwopt.running import installation
 from pwopt.running.size_trials import choose_rounds

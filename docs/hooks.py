@@ -12,7 +12,7 @@ import pwopt
 from pwopt.evidence.certify import unchecked
 from pwopt.reporting.drawing import BOX_HEIGHT, BOX_WIDTH, draw, format_path
 from pwopt.rewriting import Pass, Rewrite
-from pwopt.selecting.snapshot import run_passes
+from pwopt.selecting.candidate_base import run_passes
 
 ROOT = Path(__file__).parent.parent
 #: The address of files in the repository that are not pages.

@@ -12,7 +12,7 @@ def cache(action: options.Action = "show", json: options.Json = False, debug: op
     from pwopt.reporting.report import to_json
     from pwopt.reporting.terminal import render_decisions
     from pwopt.rewriting.wording import format_count
-    from pwopt.selecting import cache as decisions
+    from pwopt.selecting import tuning_cache as decisions
 
     console = open_console(wide=True)
     if action not in ("show", "clear"):

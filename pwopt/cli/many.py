@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pwopt.optimizing.batch import BatchRow, Runner
-    from pwopt.optimizing.fleet import Fleet
+    from pwopt.optimizing.cluster import Fleet
     from pwopt.optimizing.request import Request
 
 
@@ -36,7 +36,7 @@ def connect_fleet(scheduler: str | None, target: str | None) -> Fleet | None:
         if target is not None:
             raise UsageError("--target selects workers of a cluster; add --scheduler ADDRESS")
         return None
-    from pwopt.optimizing.fleet import Fleet, distributed
+    from pwopt.optimizing.cluster import Fleet, distributed
 
     distributed()
     return Fleet(scheduler, target)

@@ -277,7 +277,7 @@ def parse_rounds(given: Sequence[str] | None) -> list[dict[str, tuple[int, ...]]
 
     The k-th size of an input belongs to round k. An input with a single size has it in all rounds.
     """
-    from pwopt.inputs.specs import parse_shape
+    from pwopt.inputs.input_specs import parse_shape
 
     sizes: dict[str, list[tuple[int, ...]]] = {}
     for name, shape in map(parse_shape, given or ()):

@@ -18,8 +18,8 @@ from pwopt.evidence.laws import Law, measure
 from pwopt.evidence.localise import localise
 from pwopt.evidence.precision import find_coarsest_types
 from pwopt.graph.files import Source, as_file, load
+from pwopt.inputs.input_specs import InputSpec, input_specs
 from pwopt.inputs.samples import DEFAULT_KINDS, Feeds, Range, Sample, check_kinds, draw_samples, read_samples
-from pwopt.inputs.specs import InputSpec, input_specs
 from pwopt.rewriting.records import Rewrite
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import DEFAULT, Provider, as_provider

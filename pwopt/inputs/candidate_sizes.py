@@ -13,9 +13,9 @@ from pwopt.errors import UsageError
 from pwopt.graph.shapes import Dim, find_contradiction, infer, make_skeleton
 from pwopt.inputs import shape_constraints
 from pwopt.inputs.footprint import Footprint, estimate_footprint
+from pwopt.inputs.input_specs import InputSpec
 from pwopt.inputs.shape_constraints import ShapeConstraint, Types
 from pwopt.inputs.size_guesses import LINE, LINE_WIDTH, AxisGroup, Guess, OpenAxes, Trust, find_open_axes
-from pwopt.inputs.specs import InputSpec
 
 #: Limits for sizes that the user did not give: bytes of activations; multiply-adds where guesses rest on names only.
 MEMORY, WORK = 1 << 30, 5 * 10**9

@@ -20,7 +20,7 @@ from pwopt.algebra import Values
 from pwopt.errors import UsageError
 from pwopt.graph.dtypes import is_floating
 from pwopt.graph.shapes import format_shape
-from pwopt.inputs.specs import InputSpec, check_shapes
+from pwopt.inputs.input_specs import InputSpec, check_shapes
 
 #: Distributions of floating-point inputs, each with a description.
 KINDS = {

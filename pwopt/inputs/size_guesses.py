@@ -11,8 +11,8 @@ from enum import IntEnum
 import onnx
 
 from pwopt.inputs import shape_constraints
+from pwopt.inputs.input_specs import InputSpec
 from pwopt.inputs.metadata import BATCH, CHANNELS, FRAMES, LATENT, LENGTH, LONGEST, RATE, STRIDE, Metadata
-from pwopt.inputs.specs import InputSpec
 
 #: Sizes (height, width) to try for dynamic images, in order: for classifiers, detectors and text recognisers.
 IMAGE_SIZES = ((224, 224), (320, 320), (640, 640), (48, 320), (32, 320), (48, 192), (256, 256), (512, 512))

@@ -25,7 +25,7 @@ from pwopt.running.session import Session
 from pwopt.running.worker import UnusableError
 from pwopt.selecting.compilation import CERTIFICATE_DEFECT, Compilation
 from pwopt.selecting.environment import Environment
-from pwopt.selecting.operator_matching import marked
+from pwopt.selecting.profile_alignment import marked
 from pwopt.selecting.rewrite_selection import Selection
 
 LOG = logging.getLogger(__name__)

@@ -26,7 +26,7 @@ from pwopt.optimizing.preparation import resolve
 from pwopt.optimizing.request import Request
 from pwopt.reporting.report import REPORT_SCHEMA, Report, to_json
 from pwopt.running import installation, timing
-from pwopt.running.child import Channel, Child, EndedError
+from pwopt.running.child_process import Channel, Child, EndedError
 from pwopt.running.pool import FileLock, ask_all
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.signals import signals_interrupt
@@ -201,7 +201,7 @@ def optimize_many(
     workers : int
         Processes; their races wait for each other.
     runner : callable, optional
-        Runs the jobs elsewhere: `pwopt.optimizing.fleet.Fleet`.
+        Runs the jobs elsewhere: `pwopt.optimizing.cluster.Fleet`.
     progress : callable, optional
         Called with (stage, fraction done).
     report_row : callable, optional

@@ -9,7 +9,7 @@ import onnx
 from pwopt.reporting.report import LAYOUT_CHANGES, Layer
 from pwopt.rewriting.records import Rewrite
 from pwopt.running.session import NodeTime
-from pwopt.selecting.operator_matching import attributed, together
+from pwopt.selecting.profile_alignment import attributed, together
 
 
 def layers(

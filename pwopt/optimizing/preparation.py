@@ -12,8 +12,8 @@ from pwopt.evidence.certify import certify, unchecked
 from pwopt.graph.files import fix_inputs, from_proto
 from pwopt.graph.model import Model
 from pwopt.graph.opset import convert_opset
+from pwopt.inputs.input_specs import check_shapes, input_specs
 from pwopt.inputs.samples import Sample, draw_samples, read_samples
-from pwopt.inputs.specs import check_shapes, input_specs
 from pwopt.optimizing.request import Request
 from pwopt.rewriting.driver import Pass
 from pwopt.running import installation

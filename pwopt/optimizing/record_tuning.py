@@ -9,7 +9,7 @@ from pathlib import Path
 
 from pwopt.graph.files import as_file, load
 from pwopt.graph.storage import workspace
-from pwopt.inputs.specs import input_specs
+from pwopt.inputs.input_specs import input_specs
 from pwopt.optimizing.preparation import define_problem, resolve, start_compilation
 from pwopt.optimizing.request import EFFORTS, Measuring, Request
 from pwopt.rewriting.driver import Pass
@@ -17,8 +17,8 @@ from pwopt.running import installation
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider, as_provider
 from pwopt.running.session import check_settings
-from pwopt.selecting.cache import TuningRecord, place
 from pwopt.selecting.rewrite_selection import decide, find_candidates
+from pwopt.selecting.tuning_cache import TuningRecord, place
 from pwopt.selecting.tuning_database import TuningDatabase
 from pwopt.selecting.tuning_records import NoTuningRecords, record_decision
 

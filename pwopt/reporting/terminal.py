@@ -31,8 +31,8 @@ from pwopt.rewriting.wording import format_count
 from pwopt.running.bench import Row
 from pwopt.running.doctor import Finding
 from pwopt.running.providers import NVIDIA, Provider
-from pwopt.selecting.cache import TuningRecord
 from pwopt.selecting.inspection import Inspection
+from pwopt.selecting.tuning_cache import TuningRecord
 from pwopt.selecting.weight_properties import Properties
 
 #: Colours of decisions.

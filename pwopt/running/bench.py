@@ -22,10 +22,10 @@ from pwopt.errors import ModelError, UsageError
 from pwopt.graph.files import load
 from pwopt.graph.operators import VIEWS
 from pwopt.graph.temporary import temporary_folder
+from pwopt.inputs.input_specs import InputSpec, check_shapes, input_specs
 from pwopt.inputs.samples import Feeds, draw_feeds
-from pwopt.inputs.specs import InputSpec, check_shapes, input_specs
 from pwopt.running import huge_pages, installation, providers, timing
-from pwopt.running.child import child_command
+from pwopt.running.child_process import child_command
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider, as_provider
 from pwopt.running.session import NodeTime, Session, check_settings, nodes_elsewhere

@@ -16,7 +16,7 @@ from onnx import TensorProto, helper
 from pwopt.errors import ProviderError, PwoptError
 from pwopt.graph.temporary import temporary_folder
 from pwopt.running import installation, providers
-from pwopt.running.child import child_command
+from pwopt.running.child_process import child_command
 from pwopt.running.providers import Provider, as_provider
 from pwopt.running.session import Session, find_fallbacks
 

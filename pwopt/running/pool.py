@@ -12,7 +12,7 @@ from types import TracebackType
 from typing import IO, Any
 
 from pwopt.errors import PwoptError
-from pwopt.running.child import Child, EndedError
+from pwopt.running.child_process import Child, EndedError
 
 try:
     import fcntl

@@ -15,14 +15,14 @@ import onnx
 from pwopt.errors import ModelError, UsageError
 from pwopt.graph.shapes import format_shape
 from pwopt.inputs.candidate_sizes import CandidateSizes, SizeSearch
+from pwopt.inputs.input_specs import InputSpec, check_shapes
 from pwopt.inputs.samples import draw_feeds
 from pwopt.inputs.size_guesses import Trust
-from pwopt.inputs.specs import InputSpec, check_shapes
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import DEFAULT, Provider
 from pwopt.running.session import Session
 from pwopt.running.stopwatch import Stopwatch
-from pwopt.running.timed_run import TooSlowError, time_run
+from pwopt.running.time_limit import TooSlowError, time_run
 
 LOG = logging.getLogger(__name__)
 

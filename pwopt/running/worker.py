@@ -13,7 +13,7 @@ from typing import Any
 from pwopt.errors import PwoptError
 from pwopt.inputs.samples import Feeds
 from pwopt.running import huge_pages, installation, providers, timing
-from pwopt.running.child import Channel, Child, EndedError, StartError, TimeLimitError
+from pwopt.running.child_process import Channel, Child, EndedError, StartError, TimeLimitError
 from pwopt.running.progress import Progress
 from pwopt.running.providers import Provider
 from pwopt.running.session import NodeTime, Session

@@ -16,7 +16,7 @@ from pwopt.graph.storage import total_bytes
 from pwopt.rewriting.driver import Certifier, Pass
 from pwopt.rewriting.records import Rewrite, Site, Skip
 from pwopt.rewriting.wording import format_count
-from pwopt.selecting.snapshot import RewriteResult, Snapshot
+from pwopt.selecting.candidate_base import RewriteResult, Snapshot
 
 #: The clause on a rewrite of pwopt that its certificate refuses.
 CERTIFICATE_DEFECT = "a defect of pwopt, please report it with the model"

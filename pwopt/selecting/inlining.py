@@ -10,7 +10,7 @@ from pwopt.graph.functions import count_expanded, functions
 from pwopt.graph.model import Model
 from pwopt.rewriting.driver import Pass
 from pwopt.rewriting.records import Site
-from pwopt.selecting.snapshot import run_passes
+from pwopt.selecting.candidate_base import run_passes
 
 
 def inline_functions(

@@ -15,10 +15,10 @@ from pwopt.maps.cost import macs
 from pwopt.passes import FoldChains
 from pwopt.rewriting.driver import Pass
 from pwopt.running.size_trials import Sizes
-from pwopt.selecting.map_list import Listing, sized
+from pwopt.selecting.candidate_base import RewriteResult, run_passes
+from pwopt.selecting.map_records import Listing, sized
 from pwopt.selecting.pass_list import resolve_passes
 from pwopt.selecting.shape_folding import concrete_sizes
-from pwopt.selecting.snapshot import RewriteResult, run_passes
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from pwopt.selecting.cache import TuningRecord, features
+from pwopt.selecting.tuning_cache import TuningRecord, features
 
 #: A kind is not asked for any more if it gained less than this (a logarithm) for each of so many decisions.
 LEAST_GAIN, ENOUGH_CASES = 0.001, 20

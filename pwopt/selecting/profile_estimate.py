@@ -19,7 +19,7 @@ from pwopt.rewriting.records import Rewrite
 from pwopt.running.session import NodeTime
 from pwopt.running.timing import Evidence
 from pwopt.selecting.autotuning import Estimate, Group
-from pwopt.selecting.operator_matching import placed, together
+from pwopt.selecting.profile_alignment import placed, together
 
 #: Two sessions of one model differ by this part of a run, as its memory happens to lie.
 SESSIONS = 0.015

@@ -18,8 +18,8 @@ from pwopt.selecting import autotuning
 from pwopt.selecting.autotuning import Decision, Estimate, Group
 from pwopt.selecting.compilation import Compilation
 from pwopt.selecting.environment import Environment
-from pwopt.selecting.operator_matching import marked
 from pwopt.selecting.priors import Prior
+from pwopt.selecting.profile_alignment import marked
 from pwopt.selecting.profile_estimate import estimate
 from pwopt.selecting.tuning_records import TuningRecords
 

@@ -12,8 +12,8 @@ from pwopt.errors import UsageError
 from pwopt.graph.json_files import read_json, read_record
 from pwopt.graph.storage import replacing
 from pwopt.selecting.autotuning import Decision
-from pwopt.selecting.cache import TuningRecord
 from pwopt.selecting.priors import Prior
+from pwopt.selecting.tuning_cache import TuningRecord
 
 #: Version of the file's layout.
 TUNING_SCHEMA = 2

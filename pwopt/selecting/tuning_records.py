@@ -8,10 +8,10 @@ from datetime import datetime, timezone
 from typing import Protocol
 
 from pwopt.running.providers import Provider
-from pwopt.selecting import cache
+from pwopt.selecting import tuning_cache
 from pwopt.selecting.autotuning import Decision
-from pwopt.selecting.cache import TuningRecord
 from pwopt.selecting.priors import Prior, priors
+from pwopt.selecting.tuning_cache import TuningRecord
 
 
 class TuningRecords(Protocol):
@@ -79,21 +79,23 @@ class CachedTuningRecords:
         return f"{pass_name} {self.marks.get(pass_name, '')}".strip()
 
     def recall(self, pass_name: str, signature: str) -> TuningRecord | None:
-        return cache.look_up(self._mark(pass_name), signature, cache.place(self.provider, self.threads), self.model)
+        return tuning_cache.look_up(
+            self._mark(pass_name), signature, tuning_cache.place(self.provider, self.threads), self.model
+        )
 
     def store(self, decision: Decision) -> None:
-        made = record_decision(decision, cache.place(self.provider, self.threads))
+        made = record_decision(decision, tuning_cache.place(self.provider, self.threads))
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         marked = self._mark(made.pass_name)
-        cache.store(replace(made, pass_name=marked, model=self.model, name=self.name, date=date))
+        tuning_cache.store(replace(made, pass_name=marked, model=self.model, name=self.name, date=date))
 
     def priors(self, kind: str) -> Mapping[str, Prior]:
-        where = cache.place(self.provider, self.threads)
-        return priors(kind, (e for e in cache.stored() if e.place == where and e.model))
+        where = tuning_cache.place(self.provider, self.threads)
+        return priors(kind, (e for e in tuning_cache.stored() if e.place == where and e.model))
 
 
 def record_decision(decision: Decision, where: str) -> TuningRecord:
-    """Convert a decision into a record for a place (`cache.place`)."""
+    """Convert a decision into a record for a place (`tuning_cache.place`)."""
     group, e = decision.group, decision.evidence
     return TuningRecord(
         group.pass_name, group.signature, where, e.pairs, e.total, e.squares,

@@ -16,7 +16,7 @@ from pwopt.graph.view import View
 from pwopt.maps import forms
 from pwopt.maps.cost import macs
 from pwopt.maps.scans import flush_subnormals
-from pwopt.selecting.map_list import Listing, sized
+from pwopt.selecting.map_records import Listing, sized
 from pwopt.selecting.shape_folding import concrete_sizes
 
 #: Blocks of up to so many weights get a spectrum: a singular value decomposition of 2048×2048 takes a few seconds.

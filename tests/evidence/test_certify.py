@@ -36,8 +36,8 @@ from pwopt.passes import (
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.pipeline import Pipeline
 from pwopt.rewriting.records import Certificate, Rewrite, Skip
+from pwopt.selecting.candidate_base import run_passes
 from pwopt.selecting.pass_list import resolve_passes
-from pwopt.selecting.snapshot import run_passes
 
 Fault = Callable[[gs.Node], bool]
 

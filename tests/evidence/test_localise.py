@@ -17,11 +17,11 @@ from pwopt.errors import NotEquivalentError
 from pwopt.evidence import localise
 from pwopt.evidence.verify import verify
 from pwopt.graph.files import save
+from pwopt.inputs.input_specs import input_specs
 from pwopt.inputs.samples import Sample
-from pwopt.inputs.specs import input_specs
 from pwopt.optimizing import attempt
 from pwopt.rewriting.records import Rewrite, Site
-from pwopt.selecting.snapshot import Snapshot
+from pwopt.selecting.candidate_base import Snapshot
 
 ort = pytest.importorskip("onnxruntime")
 F = np.float32

@@ -15,8 +15,8 @@ from pwopt.evidence.laws import parse_law
 from pwopt.evidence.metrics import agreement
 from pwopt.evidence.verify import verify
 from pwopt.graph.files import load
+from pwopt.inputs.input_specs import check_shapes, input_specs, parse_shape
 from pwopt.inputs.samples import draw_feeds, read_samples
-from pwopt.inputs.specs import check_shapes, input_specs, parse_shape
 from pwopt.running import installation
 from pwopt.running.providers import Provider
 from pwopt.running.session import Session, nodes_elsewhere

@@ -22,8 +22,8 @@ from onnx import TensorProto, helper
 
 import pwopt
 from pwopt.graph.files import load
+from pwopt.inputs.input_specs import input_specs
 from pwopt.inputs.samples import draw_feeds
-from pwopt.inputs.specs import input_specs
 from pwopt.passes import PASSES, Winograd
 from pwopt.running import installation, providers
 from pwopt.running.providers import as_provider

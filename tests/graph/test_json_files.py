@@ -15,8 +15,8 @@ from pwopt.graph.json_files import read_json, read_record
 from pwopt.optimizing import batch
 from pwopt.optimizing.batch import BatchRow
 from pwopt.reporting.report import read_rewrites
-from pwopt.selecting import cache
-from pwopt.selecting.cache import TuningRecord
+from pwopt.selecting import tuning_cache
+from pwopt.selecting.tuning_cache import TuningRecord
 from pwopt.selecting.tuning_database import TuningDatabase
 
 RECORD = TuningRecord("p", "s", "here", 20.0, 1.0, 0.1, "", "n", "d")
@@ -69,18 +69,18 @@ def test_json_is_finite_and_flat(text: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_record_holds_no_decision(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path))
-    path = cache._path(("p", "s", "here", ""))
+    monkeypatch.setenv(tuning_cache.FOLDER_VARIABLE, str(tmp_path))
+    path = tuning_cache._path(("p", "s", "here", ""))
     path.write_text(text)
-    assert cache.look_up("p", "s", "here", "m") is None
-    assert list(cache.entries()) == []
+    assert tuning_cache.look_up("p", "s", "here", "m") is None
+    assert list(tuning_cache.entries()) == []
     for action in ("show", "clear"):
         with pytest.raises(SystemExit) as end:
             main(["cache", action])
         assert end.value.code == 0
     assert not path.exists()
-    cache.store(RECORD)
-    assert cache.look_up("p", "s", "here") == RECORD
+    tuning_cache.store(RECORD)
+    assert tuning_cache.look_up("p", "s", "here") == RECORD
 
 
 @pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)

@@ -8,8 +8,8 @@ from dynamic import encoder
 from helpers import parse
 
 import pwopt
+from pwopt.inputs.input_specs import input_specs
 from pwopt.inputs.samples import draw_feeds
-from pwopt.inputs.specs import input_specs
 
 TABLE = np.zeros((7, 3), np.float32)
 

@@ -10,8 +10,8 @@ from helpers import parse
 from onnx import numpy_helper
 
 from pwopt.errors import UsageError
+from pwopt.inputs.input_specs import input_specs
 from pwopt.inputs.samples import KINDS, check_kinds, draw_feeds, parse_range, read_samples
-from pwopt.inputs.specs import input_specs
 from pwopt.running.size_trials import choose_rounds, narrow_specs
 
 pytest.importorskip("onnxruntime")

@@ -167,7 +167,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
 
 
 def test_processes_that_do_not_start_fail_their_jobs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pwopt.running.child.child_command", lambda *_: ["/no/such/python"])
+    monkeypatch.setattr("pwopt.running.child_process.child_command", lambda *_: ["/no/such/python"])
     rows = optimize_many(written(tmp_path / "in", 2), tmp_path / "out", ANALYTIC, workers=2)
     assert [r.status for r in rows] == ["failed"] * 2
     assert all("no process could be started" in r.sentence for r in rows)
@@ -183,7 +183,7 @@ def cluster() -> Iterator[Any]:
 
 
 def test_a_cluster_gives_what_one_machine_gives(cluster: Any, tmp_path: Path) -> None:
-    from pwopt.optimizing.fleet import Fleet
+    from pwopt.optimizing.cluster import Fleet
 
     models = written(tmp_path / "in", 4)
     models[3].write_text("hello")
@@ -200,13 +200,13 @@ def test_a_cluster_gives_what_one_machine_gives(cluster: Any, tmp_path: Path) ->
 def test_models_travel_as_bytes_where_no_folder_is_shared(
     cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pwopt.optimizing import fleet
+    from pwopt.optimizing import cluster
 
     (model,) = written(tmp_path / "in", 1)
     proto = onnx.load(model)
     onnx.save(proto, model, save_as_external_data=True, location="m0.bin", size_threshold=0)
-    monkeypatch.setattr(fleet, "_find_shared_models", lambda *_: set())
-    (row,) = optimize_many([model], tmp_path / "out", ANALYTIC, runner=fleet.Fleet(cluster.scheduler_address))
+    monkeypatch.setattr(cluster, "_find_shared_models", lambda *_: set())
+    (row,) = optimize_many([model], tmp_path / "out", ANALYTIC, runner=cluster.Fleet(cluster.scheduler_address))
     assert row.status == "done", row.sentence
     assert ops(onnx.load(tmp_path / "out" / "m0.onnx")) == {"Conv": 1, "Relu": 1}
     report = json.loads((tmp_path / "out" / "m0.report.json").read_text())
@@ -214,7 +214,7 @@ def test_models_travel_as_bytes_where_no_folder_is_shared(
 
 
 def test_targets_are_labels_of_workers(cluster: Any, tmp_path: Path) -> None:
-    from pwopt.optimizing.fleet import Fleet
+    from pwopt.optimizing.cluster import Fleet
 
     models = written(tmp_path / "in", 1)
     address = cluster.scheduler_address
@@ -227,13 +227,13 @@ def test_targets_are_labels_of_workers(cluster: Any, tmp_path: Path) -> None:
 
 
 def test_decisions_and_profiles_come_home(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pwopt.optimizing.fleet import Fleet
-    from pwopt.selecting import cache
+    from pwopt.optimizing.cluster import Fleet
+    from pwopt.selecting import tuning_cache
 
     model = tmp_path / "m.onnx"
     body = "(float[1,6,5,7] x, float[1,4,1,1] g) => (float[N] p, float[N] q) { a = Conv(x, w) p, r = Split<axis=1>(a, n) q = Mul(r, g) }"
     onnx.save(parse(body, w=normal(8, 6, 1, 1).astype(np.float32), n=np.array([4, 4])), model)
-    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path / "cache"))  # the workers have another folder
+    monkeypatch.setenv(tuning_cache.FOLDER_VARIABLE, str(tmp_path / "cache"))  # the workers have another folder
     for path in Path(os.environ["PWOPT_CACHE"]).glob("*"):
         path.unlink()
     fleet = Fleet(cluster.scheduler_address)
@@ -244,15 +244,15 @@ def test_decisions_and_profiles_come_home(cluster: Any, tmp_path: Path, monkeypa
         runner=fleet,
     )
     assert row.status == "done", row.sentence
-    learnt = {e.pass_name for e in cache.entries()}
+    learnt = {e.pass_name for e in tuning_cache.entries()}
     assert learnt
-    profiles = fleet.profiles([model], Request(measuring=pwopt.Measuring(budget=20.0)))
+    profiles = cluster.profiles([model], Request(measuring=pwopt.Measuring(budget=20.0)))
     assert {e.pass_name for e in profiles["small"].entries} & learnt  # which races there are is up to the clock
 
 
 def test_a_killed_worker_costs_a_retry(tmp_path: Path) -> None:
     distributed = pytest.importorskip("distributed")
-    from pwopt.optimizing.fleet import Fleet
+    from pwopt.optimizing.cluster import Fleet
 
     models = written(tmp_path / "in", 12)
     with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as made:
@@ -270,10 +270,10 @@ def test_a_killed_worker_costs_a_retry(tmp_path: Path) -> None:
 
 
 def test_no_scheduler_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    fleet = pytest.importorskip("pwopt.optimizing.fleet")
-    monkeypatch.setattr(fleet, "PATIENCE", 1)
+    pytest.importorskip("pwopt.optimizing.cluster")
+    monkeypatch.setattr(cluster, "PATIENCE", 1)
     with pytest.raises(UsageError, match=r"there is no scheduler at 'tcp://127\.0\.0\.1:9'"):
-        optimize_many(written(tmp_path / "in", 1), tmp_path / "out", runner=fleet.Fleet("tcp://127.0.0.1:9"))
+        optimize_many(written(tmp_path / "in", 1), tmp_path / "out", runner=cluster.Fleet("tcp://127.0.0.1:9"))
 
 
 def test_public() -> None:
@@ -356,15 +356,15 @@ def test_workers_know_passes_of_the_running_program(tmp_path: Path) -> None:
 
 
 def test_a_worker_that_is_not_as_asked_fails_its_job(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pwopt.optimizing import fleet
+    from pwopt.optimizing import cluster
 
     path = PurePath("m.onnx")
-    job = fleet.JobRequest(path, path, {}, (), "0.0.0")
-    row = fleet.run_remote_job(job, ANALYTIC).done.row
+    job = cluster.JobRequest(path, path, {}, (), "0.0.0")
+    row = cluster.run_remote_job(job, ANALYTIC).done.row
     assert (row.status, row.code) == ("failed", 2)
     assert "has pwopt" in row.sentence
     assert "not 0.0.0" in row.sentence
-    monkeypatch.setattr(fleet.installation, "is_available", lambda: False)
-    row = fleet.run_remote_job(replace(job, version=fleet.__version__), ANALYTIC).done.row
+    monkeypatch.setattr(cluster.installation, "is_available", lambda: False)
+    row = cluster.run_remote_job(replace(job, version=cluster.__version__), ANALYTIC).done.row
     assert (row.status, row.code) == ("failed", 2)
     assert "has no onnxruntime" in row.sentence

@@ -14,7 +14,7 @@ from pwopt.optimizing.layer_times import layers
 from pwopt.reporting.report import LAYOUT_CHANGES, Layer
 from pwopt.rewriting import Rewrite
 from pwopt.running.session import NodeTime
-from pwopt.selecting.operator_matching import attributed, fused, marked
+from pwopt.selecting.profile_alignment import attributed, fused, marked
 
 BODY = """(float[1,4,6,6] x) => (float[N] y) {
     a = Conv(x, w) b = BatchNormalization(a, s, t, t, v) r = Relu(b) c = Conv(r, u) q = Mul(c, k) y = Add(q, r)

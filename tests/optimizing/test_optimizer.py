@@ -30,7 +30,7 @@ from pwopt.rewriting.records import Rewrite, Site
 from pwopt.running import installation
 from pwopt.running.bench import Row
 from pwopt.running.timing import Race
-from pwopt.selecting import pass_list, snapshot
+from pwopt.selecting import candidate_base, pass_list
 
 F = np.float32
 
@@ -426,7 +426,7 @@ def test_sizes_follow_through_shape_arithmetic() -> None:
         y = MatMul(h, w)
     }"""
     model = parse(body, i=np.array([0]), j=np.array([1]), k=np.array([0]), m=np.array([-1, 4]), w=normal(4, 8, dtype=F))
-    before = snapshot.run_passes(load(model), [], (), {"x": (2, 4, 6)}).before
+    before = candidate_base.run_passes(load(model), [], (), {"x": (2, 4, 6)}).before
     assert before.unknown == 0
     assert before.macs == 2 * 6 * 4 * 8
     assert evaluate(model, x=normal(2, 4, 6, dtype=F))[0].shape == (2, 6, 8)

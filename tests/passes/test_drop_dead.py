@@ -12,8 +12,8 @@ from pruning import SIDE, TWO, V, X, build, dead, holding, pruned, untouched
 
 from pwopt.graph.files import from_proto
 from pwopt.passes import DropDead
+from pwopt.selecting.candidate_base import run_passes
 from pwopt.selecting.shape_folding import concrete_sizes
-from pwopt.selecting.snapshot import run_passes
 
 # Constant channels
 

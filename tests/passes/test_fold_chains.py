@@ -15,7 +15,7 @@ from pwopt.graph.files import from_proto
 from pwopt.passes import FoldChains
 from pwopt.rewriting.records import Site
 from pwopt.rewriting.wording import format_increase
-from pwopt.selecting.snapshot import run_passes
+from pwopt.selecting.candidate_base import run_passes
 
 X = normal(2, 4, 6, 6)
 SIDE = "(double[2,4,6,6] x) => (double[N] y) "

@@ -488,7 +488,7 @@ def convolutions(draw: st.DrawFn) -> tuple[str, dict[str, np.ndarray], dict[str,
 def test_any_convolution(case: tuple[str, dict[str, np.ndarray], dict[str, np.ndarray]], kind: type[Pass]) -> None:
     """It stays what it was, whatever was done; and something is done wherever there are phases."""
     from pwopt.passes import CleanUp
-    from pwopt.selecting.snapshot import concrete_sizes
+    from pwopt.selecting.candidate_base import concrete_sizes
 
     body, constants, feeds = case
     model = build(body, constants)

@@ -38,7 +38,7 @@ from pwopt.maps.paths import Path
 from pwopt.passes import FoldAffine, FoldChains, SumBranches, sum_branches
 from pwopt.passes.sum_branches import Branch, Term, _find_cheapest
 from pwopt.rewriting.wording import format_increase
-from pwopt.selecting.snapshot import run_passes
+from pwopt.selecting.candidate_base import run_passes
 
 Z = normal(2, 4, 6, 6, seed=9)
 BOTH = "(double[2,4,6,6] x, double[2,4,6,6] z) => (double[N] y) "

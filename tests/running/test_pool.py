@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from pwopt.running import child
-from pwopt.running.child import Channel, Child, EndedError, StartError
+from pwopt.running import child_process
+from pwopt.running.child_process import Channel, Child, EndedError, StartError
 from pwopt.running.pool import FileLock, ask_all
 
 
@@ -38,7 +38,7 @@ def test_each_question_has_its_answer_and_a_child_that_dies_costs_its_own(tmp_pa
 
 
 def test_children_that_do_not_start_are_answers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(child, "child_command", lambda *_: ["/no/such/python"])
+    monkeypatch.setattr(child_process, "child_command", lambda *_: ["/no/such/python"])
     found = dict(ask_all(lambda: Child(count, str(tmp_path / "n")), ["a", "b"], 2))
     assert {type(e) for e in found.values()} == {StartError}
     assert list(ask_all(lambda: Child(count, ""), [], 2)) == []

@@ -14,9 +14,9 @@ from helpers import parse
 from pwopt.errors import UsageError
 from pwopt.graph.shapes import infer
 from pwopt.inputs.footprint import estimate_footprint
+from pwopt.inputs.input_specs import InputSpec, input_specs
 from pwopt.inputs.metadata import Metadata
 from pwopt.inputs.samples import draw_feeds
-from pwopt.inputs.specs import InputSpec, input_specs
 from pwopt.running.size_trials import ChosenSizes, choose_rounds, choose_sizes
 
 pytest.importorskip("onnxruntime")
@@ -192,15 +192,15 @@ def test_a_second_round_differs_and_fits(tmp_path: Path) -> None:
 
 
 def test_a_run_that_takes_too_long_is_stopped_and_made_smaller(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pwopt.running import size_trials, timed_run
+    from pwopt.running import size_trials, time_limit
 
     tried = []
-    real = timed_run.time_run
+    real = time_limit.time_run
 
     def slow(session: object, feeds: dict[str, np.ndarray], limit: float) -> float:
         tried.append(feeds["x"].shape)
         if feeds["x"].shape[-1] > 100:
-            raise timed_run.TooSlowError("a run takes longer than 4 seconds")
+            raise time_limit.TooSlowError("a run takes longer than 4 seconds")
         return real(session, feeds, limit)
 
     monkeypatch.setattr(size_trials, "time_run", slow)
@@ -212,7 +212,7 @@ def test_a_run_that_takes_too_long_is_stopped_and_made_smaller(tmp_path: Path, m
 
 def test_onnxruntime_is_told_to_stop(tmp_path: Path) -> None:
     from pwopt.running.session import Session
-    from pwopt.running.timed_run import TooSlowError, time_run
+    from pwopt.running.time_limit import TooSlowError, time_run
 
     products = " ".join(f"h{i} = MatMul(h{i - 1}, h0)" for i in range(1, 400))
     model = parse(f"(float[1500,1500] x) => (float[a,b] y) {{ h0 = Relu(x) {products} y = Relu(h399) }}")

@@ -14,8 +14,8 @@ import pytest
 from helpers import normal, parse
 
 import pwopt
-from pwopt.running import child
-from pwopt.running.child import Channel, Child, EndedError, StartError, TimeLimitError
+from pwopt.running import child_process
+from pwopt.running.child_process import Channel, Child, EndedError, StartError, TimeLimitError
 from pwopt.running.providers import DEFAULT
 from pwopt.running.worker import Worker
 
@@ -65,7 +65,7 @@ def test_a_child_answers_messages_until_it_ends() -> None:
 
 @posix
 def test_a_child_that_hangs_at_its_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "PATIENCE", 0.1)
+    monkeypatch.setattr(child_process, "PATIENCE", 0.1)
     process = Child(hang)
     with pytest.raises(EndedError, match="SIGKILL"):
         process.ask("a", 60.0)
@@ -75,7 +75,7 @@ def test_a_child_that_hangs_at_its_end_is_ended(monkeypatch: pytest.MonkeyPatch)
 def test_a_child_that_does_not_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(StartError, match=r"ended while it started \(exit code 1: ImportError: no such library\)"):
         Child(fail)
-    monkeypatch.setattr(child, "child_command", lambda *_: ["/no/such/python"])
+    monkeypatch.setattr(child_process, "child_command", lambda *_: ["/no/such/python"])
     with pytest.raises(StartError, match="no process could be started"):
         Child(echo)
 
@@ -116,7 +116,7 @@ def test_a_worker_that_is_killed_from_outside_is_asked_again_once(models: Path) 
 
 
 def test_a_report_says_where_no_worker_starts(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child, "child_command", lambda *_: ["/no/such/python"])
+    monkeypatch.setattr(child_process, "child_command", lambda *_: ["/no/such/python"])
     body = "(float[1,8] x) => (float[1,8] y) { h = Mul(x, a) y = Mul(h, a) }"
     model, measuring = parse(body, a=normal(8, dtype="float32")), pwopt.Measuring(cache=False)
     report = pwopt.optimize(model, cost="analytic", measuring=measuring).report

@@ -19,7 +19,7 @@ import pwopt
 from pwopt.errors import UsageError
 from pwopt.passes import PASSES, CleanUp, FoldChains
 from pwopt.rewriting import Pass, Rewrite, Rewriter
-from pwopt.selecting import cache, plugins
+from pwopt.selecting import plugins, tuning_cache
 from pwopt.selecting.pass_list import resolve_passes
 
 PACKAGE = Path(__file__).parent.parent / "plugin_package"
@@ -63,13 +63,13 @@ def test_a_class_is_run_certified_and_denied_like_ones_own() -> None:
 
 def test_a_measured_class_is_raced_and_a_name_is_believed(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
-    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(tuning_cache.FOLDER_VARIABLE, str(tmp_path))
     kept = iter([planted_race(np.full(50, 2.0), np.full(50, 1.0))] * 2)
     plant(monkeypatch, lambda *_, **__: next(kept))
     result = pwopt.optimize(signs(), passes=[CleanUp, Square], threads=1)
     assert ops(result.model)["Mul"] == 1
     assert next(kept, None) is None
-    (decision,) = cache.entries()
+    (decision,) = tuning_cache.entries()
     assert decision.pass_name == f"square {plugins.fingerprint(Square())}"
     assert decision.signature == "squares"
     assert ops(analytic(passes=[CleanUp, Square]).model)["Mul"] == 0

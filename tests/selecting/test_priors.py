@@ -17,9 +17,9 @@ import pwopt
 from pwopt.passes import PASSES
 from pwopt.running.providers import DEFAULT
 from pwopt.running.timing import Race
-from pwopt.selecting import cache, priors
-from pwopt.selecting.cache import TuningRecord
+from pwopt.selecting import priors, tuning_cache
 from pwopt.selecting.priors import ENOUGH_CASES, Prior
+from pwopt.selecting.tuning_cache import TuningRecord
 
 F = np.float32
 
@@ -100,9 +100,9 @@ def test_what_paid_most_is_raced_first(first: str, monkeypatch: pytest.MonkeyPat
 def test_this_machine_s_own_decisions_count(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kind that paid here once is tried, whatever the table says."""
     pytest.importorskip("onnxruntime")
-    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path))
+    monkeypatch.setenv(tuning_cache.FOLDER_VARIABLE, str(tmp_path))
     plant(monkeypatch, lambda *_, **__: planted_race(np.full(40, 2.0), np.full(40, 1.0)))
     known(monkeypatch, to_matmul=[50, 1, 0.001])
-    cache.store(replace(entry("to-matmul", 1.2, 1), place=cache.place(DEFAULT, 1)))
+    tuning_cache.store(replace(entry("to-matmul", 1.2, 1), place=tuning_cache.place(DEFAULT, 1)))
     report = pwopt.optimize(siblings(), threads=1).report
     assert not any("not tried" in s.reason for s in report.skips)

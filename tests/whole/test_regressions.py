@@ -27,7 +27,7 @@ from pwopt.passes import (
     SplitSiblings,
 )
 from pwopt.rewriting.driver import Pass
-from pwopt.selecting.snapshot import concrete_sizes
+from pwopt.selecting.candidate_base import concrete_sizes
 
 ort = pytest.importorskip("onnxruntime")
 F = np.float32

@@ -16,7 +16,7 @@ import pwopt
 from pwopt.graph.files import from_proto
 from pwopt.graph.view import View
 from pwopt.maps.cost import measure
-from pwopt.selecting.snapshot import concrete_sizes
+from pwopt.selecting.candidate_base import concrete_sizes
 
 STEP = st.tuples(
     st.sampled_from(

@@ -27,11 +27,11 @@ from pwopt import cli
 from pwopt.errors import UsageError
 from pwopt.evidence.laws import parse_law
 from pwopt.graph import limits, storage
-from pwopt.inputs.specs import parse_shape
-from pwopt.optimizing import batch, fleet, other_conditions
+from pwopt.inputs.input_specs import parse_shape
+from pwopt.optimizing import batch, cluster, other_conditions
 from pwopt.optimizing.request import Request
-from pwopt.running import bench, child, installation, timing, worker
-from pwopt.running.child import describe_exit
+from pwopt.running import bench, child_process, installation, timing, worker
+from pwopt.running.child_process import describe_exit
 from pwopt.running.providers import DEFAULT
 from pwopt.running.session import Session
 from pwopt.selecting import plugins
@@ -195,9 +195,9 @@ def test_a_worker_whose_pipe_is_invalid(monkeypatch: pytest.MonkeyPatch, tmp_pat
     def refuse(*_: object) -> None:
         raise OSError(errno.EINVAL, "Invalid argument")
 
-    monkeypatch.setattr(child, "_send", refuse)
+    monkeypatch.setattr(child_process, "_send", refuse)
     asked = worker.Worker(tmp_path / "m.onnx", DEFAULT, 1, {})
-    process = object.__new__(child.Child)
+    process = object.__new__(child_process.Child)
     gone: queue.Queue[Any] = queue.Queue()
     gone.put(None)
     pipe = SimpleNamespace(close=lambda: None)
@@ -328,7 +328,7 @@ def test_a_worker_reads_the_paths_of_another_system(
 ) -> None:
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(timing, "_turn", timing._turn)  # what a delivery shares ends with this test
-    parcel = fleet.JobRequest(pure, pure.with_name("out.onnx"), {"m.onnx": tiny.SerializeToString()}, ())
-    delivery = fleet.run_remote_job(pickle.loads(pickle.dumps(parcel)), Request(cost="analytic", verify=False))
+    parcel = cluster.JobRequest(pure, pure.with_name("out.onnx"), {"m.onnx": tiny.SerializeToString()}, ())
+    delivery = cluster.run_remote_job(pickle.loads(pickle.dumps(parcel)), Request(cost="analytic", verify=False))
     assert (delivery.done.row.status, delivery.done.row.model) == ("done", os.fspath(pure))
     assert set(delivery.files) == {"out.onnx"}

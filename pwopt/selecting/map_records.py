@@ -8,7 +8,7 @@ from typing import Generic, TypeVar
 
 from pwopt.graph.files import Source, load
 from pwopt.graph.model import Model
-from pwopt.inputs.specs import input_specs
+from pwopt.inputs.input_specs import input_specs
 from pwopt.running.size_trials import Sizes, choose_sizes
 
 T = TypeVar("T")

@@ -14,12 +14,12 @@ from strategies import random_sample
 import pwopt
 from pwopt.evidence.certify import certify
 from pwopt.graph.files import from_proto, load
-from pwopt.inputs.specs import input_specs
+from pwopt.inputs.input_specs import input_specs
 from pwopt.rewriting.records import Rewrite, Site, Skip
 from pwopt.selecting import compilation
+from pwopt.selecting.candidate_base import Snapshot, run_passes
 from pwopt.selecting.compilation import Compilation
 from pwopt.selecting.pass_list import resolve_passes
-from pwopt.selecting.snapshot import Snapshot, run_passes
 
 F = np.float32
 #: A chain that folds, siblings that may be merged, and an activation by name.

@@ -28,7 +28,7 @@ from pwopt.optimizing.request import Request
 from pwopt.running import installation, timing
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider
-from pwopt.selecting import cache
+from pwopt.selecting import tuning_cache
 from pwopt.selecting.tuning_database import TuningDatabase
 from pwopt.version import __version__
 
@@ -62,7 +62,7 @@ class JobRequest:
     model: PurePath
     output: PurePath
     files: Mapping[str, bytes]
-    known: tuple[cache.TuningRecord, ...]
+    known: tuple[tuning_cache.TuningRecord, ...]
     version: str = __version__
 
 
@@ -72,7 +72,7 @@ class JobResponse:
 
     done: JobResult
     files: Mapping[str, bytes]
-    learnt: tuple[cache.TuningRecord, ...]
+    learnt: tuple[tuning_cache.TuningRecord, ...]
     where: str
 
 
@@ -143,7 +143,7 @@ class Fleet:
         dask = distributed()
         with self.connect() as client:
             seen = _find_shared_models(client, todo)
-            known = tuple(cache.stored()) if request.measuring.cache else ()
+            known = tuple(tuning_cache.stored()) if request.measuring.cache else ()
             jobs: dict[Any, Job] = {}
             for job in todo:
                 files = {} if job.model in seen else _pack_files(job.model)
@@ -198,7 +198,7 @@ def _receive_response(future: Any, job: Job, request: Request) -> JobResult:
         return JobResult(BatchRow(os.fspath(job.model), os.fspath(job.output), "failed", sentence, DEFECT_CODE))
     if request.measuring.cache:
         for entry in response.learnt:
-            cache.store(entry)
+            tuning_cache.store(entry)
     return response.done
 
 
@@ -213,7 +213,7 @@ def _hardware(client: Any, request: Request) -> list[Hardware]:
 
 def _machine(provider: Provider, threads: int) -> tuple[str, str]:
     """On a worker: its processor, and what decisions of races there are kept for."""
-    return installation.cpu_name(), cache.place(provider, threads)
+    return installation.cpu_name(), tuning_cache.place(provider, threads)
 
 
 def _by_worker(client: Any) -> dict[str, str]:
@@ -301,8 +301,8 @@ def run_remote_job(remote: JobRequest, request: Request) -> JobResponse:
     installation.silence_onnxruntime()
     timing.share_turn(_clock_lock())
     for entry in remote.known:
-        cache.store(entry)
-    before = set(cache.stored())
+        tuning_cache.store(entry)
+    before = set(tuning_cache.stored())
     with temporary_folder() as name:
         files = dict[str, bytes]()
         if remote.files:
@@ -316,8 +316,8 @@ def run_remote_job(remote: JobRequest, request: Request) -> JobResponse:
         else:
             here = Job(Path(remote.model).resolve(), Path(remote.output).resolve())
             done = run_job(here, request, (remote.model, remote.output))
-    learnt = tuple(set(cache.stored()) - before)
-    return JobResponse(done, files, learnt, cache.place(request.execution_provider, request.first_threads))
+    learnt = tuple(set(tuning_cache.stored()) - before)
+    return JobResponse(done, files, learnt, tuning_cache.place(request.execution_provider, request.first_threads))
 
 
 def record_remotely(models: Mapping[str, Mapping[str, bytes]], request: Request) -> TuningDatabase:

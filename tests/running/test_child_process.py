@@ -12,7 +12,7 @@ import onnx
 import pytest
 from helpers import MODELS, parse
 
-from pwopt.running.child import ROOT, child_command, module_path
+from pwopt.running.child_process import ROOT, child_command, module_path
 from pwopt.running.signals import received_signal, signals_interrupt
 
 #: The command line as its script starts it: without the current folder on the module path.

@@ -14,8 +14,8 @@ from helpers import normal, parse, plant, planted_race
 import pwopt
 from pwopt.cli import main
 from pwopt.running.timing import TO_THE_END, Race, Rules
-from pwopt.selecting import cache
-from pwopt.selecting.cache import TuningRecord
+from pwopt.selecting import tuning_cache
+from pwopt.selecting.tuning_cache import TuningRecord
 
 #: Forty rounds at 1.25×, hardly apart.
 ENTRY = TuningRecord(
@@ -26,32 +26,32 @@ ENTRY = TuningRecord(
 
 @pytest.fixture(autouse=True)
 def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    monkeypatch.setenv(cache.FOLDER_VARIABLE, str(tmp_path / "cache"))
+    monkeypatch.setenv(tuning_cache.FOLDER_VARIABLE, str(tmp_path / "cache"))
     return tmp_path / "cache"
 
 
 def test_a_decision_is_found_again_where_it_was_made() -> None:
-    cache.store(ENTRY)
-    assert cache.look_up("merge-siblings", "conv 6→(4, 4)", "here") == ENTRY
-    assert cache.look_up("merge-siblings", "conv 6→(4, 4)", "elsewhere") is None
-    assert cache.look_up("merge-siblings", "conv 6→(4, 5)", "here") is None
-    assert list(cache.entries()) == [ENTRY]
-    assert cache.forget() == 1
-    assert list(cache.entries()) == []
+    tuning_cache.store(ENTRY)
+    assert tuning_cache.look_up("merge-siblings", "conv 6→(4, 4)", "here") == ENTRY
+    assert tuning_cache.look_up("merge-siblings", "conv 6→(4, 4)", "elsewhere") is None
+    assert tuning_cache.look_up("merge-siblings", "conv 6→(4, 5)", "here") is None
+    assert list(tuning_cache.entries()) == [ENTRY]
+    assert tuning_cache.forget() == 1
+    assert list(tuning_cache.entries()) == []
 
 
 def test_a_doubtful_decision_is_its_model_s_own() -> None:
     """Whether a rewrite pays depends on what surrounds it, unless the clock leaves no doubt."""
     doubtful = replace(ENTRY, total=0.4, squares=1.0, model="one")
-    cache.store(doubtful)
+    tuning_cache.store(doubtful)
     asked = ("merge-siblings", "conv 6→(4, 4)", "here")
-    assert cache.look_up(*asked, "one") == doubtful
-    assert cache.look_up(*asked, "another") is None
-    cache.store(replace(ENTRY, model="another"))
-    assert cache.look_up(*asked, "one") == doubtful
-    assert cache.look_up(*asked, "a third") == ENTRY
-    assert len(list(cache.entries())) == 2
-    assert cache.forget() == 2  # as many as are shown, though a clear one is kept twice
+    assert tuning_cache.look_up(*asked, "one") == doubtful
+    assert tuning_cache.look_up(*asked, "another") is None
+    tuning_cache.store(replace(ENTRY, model="another"))
+    assert tuning_cache.look_up(*asked, "one") == doubtful
+    assert tuning_cache.look_up(*asked, "a third") == ENTRY
+    assert len(list(tuning_cache.entries())) == 2
+    assert tuning_cache.forget() == 2  # as many as are shown, though a clear one is kept twice
 
 
 @pytest.mark.parametrize(
@@ -66,29 +66,29 @@ def test_a_doubtful_decision_is_its_model_s_own() -> None:
     ],
 )
 def test_a_damaged_file_is_no_decision(folder: Path, damage: str) -> None:
-    cache.store(ENTRY)
+    tuning_cache.store(ENTRY)
     (path,) = folder.glob("*.json")
     path.write_text(damage)
-    assert cache.look_up("merge-siblings", "conv 6→(4, 4)", "here") is None
-    assert list(cache.entries()) == []
-    cache.store(ENTRY)
-    assert cache.look_up("merge-siblings", "conv 6→(4, 4)", "here") == ENTRY
+    assert tuning_cache.look_up("merge-siblings", "conv 6→(4, 4)", "here") is None
+    assert list(tuning_cache.entries()) == []
+    tuning_cache.store(ENTRY)
+    assert tuning_cache.look_up("merge-siblings", "conv 6→(4, 4)", "here") == ENTRY
 
 
 def test_a_folder_that_cannot_be_written_does_no_harm(folder: Path) -> None:
     folder.write_text("a file in its place", encoding="utf-8")
-    cache.store(ENTRY)
-    assert list(cache.entries()) == []
+    tuning_cache.store(ENTRY)
+    assert list(tuning_cache.entries()) == []
 
 
 def test_two_processes_write_at_once(folder: Path) -> None:
     code = (
-        "from pwopt.selecting.cache import TuningRecord, store\n"
+        "from pwopt.selecting.tuning_cache import TuningRecord, store\n"
         "for i in range(200): store(TuningRecord('p', f's{i % 20}', 'here', 1.0 + i, 1.0, 2.0, 'm'))"
     )
     writers = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [w.wait() for w in writers] == [0, 0]
-    assert {e.signature for e in cache.entries()} == {f"s{i}" for i in range(20)}
+    assert {e.signature for e in tuning_cache.entries()} == {f"s{i}" for i in range(20)}
     assert len(list(folder.iterdir())) == 20
 
 
@@ -109,7 +109,7 @@ def test_a_second_run_decides_alike_without_racing(monkeypatch: pytest.MonkeyPat
     first = pwopt.optimize(siblings(), measuring=pwopt.Measuring(race_seconds=0.01, budget=600.0), threads=1)
     tuned = sum(r is not None for r in races)
     assert tuned > 0
-    assert len(list(cache.entries())) > 0
+    assert len(list(tuning_cache.entries())) > 0
     second = pwopt.optimize(siblings(), measuring=pwopt.Measuring(race_seconds=0.01, budget=600.0), threads=1)
     assert sum(r is not None for r in races) == tuned
 
@@ -122,7 +122,7 @@ def test_a_second_run_decides_alike_without_racing(monkeypatch: pytest.MonkeyPat
 
 
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
-    cache.store(ENTRY)
+    tuning_cache.store(ENTRY)
     for arguments, expected in (
         (["cache"], "conv 6→(4, 4)"),
         (["cache"], "kept"),
