@@ -114,6 +114,24 @@ def test_sequences_of_another_length_are_wrong(monkeypatch: pytest.MonkeyPatch) 
         give(sample_behind("sequence", FLOAT), changed, monkeypatch)
 
 
+def test_an_evaluator_that_computes_something_else_excuses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """onnxruntime crops where SAME padding is negative; onnx's evaluator does not."""
+
+    def cropping(factor: float) -> onnx.ModelProto:
+        model = model_behind("comparison", FLOAT, factor)
+        del model.graph.node[1:]
+        model.graph.node[0].output[0] = "z"
+        model.graph.node[0].attribute.extend(
+            [helper.make_attribute("auto_pad", "SAME_UPPER"), helper.make_attribute("strides", [5, 5])]
+        )
+        return model
+
+    sample = Sample(cropping(1.0), sample_behind("comparison", FLOAT).feeds)
+    with pytest.raises(WrongError):
+        give(sample, cropping(1.3), monkeypatch)
+    give(sample, cropping(1 + 2.0**-22), monkeypatch)
+
+
 def test_one_jump_of_the_original_does_not_excuse_many() -> None:
     own, off = np.zeros(1000), np.zeros(1000)
     own[7] = 1.0
