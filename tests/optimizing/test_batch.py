@@ -174,7 +174,7 @@ def test_processes_that_do_not_start_fail_their_jobs(tmp_path: Path, monkeypatch
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
+def scheduler() -> Iterator[Any]:
     distributed = pytest.importorskip("distributed")
     with distributed.LocalCluster(
         n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0", resources={"small": 1}
@@ -182,12 +182,12 @@ def cluster() -> Iterator[Any]:
         yield made
 
 
-def test_a_cluster_gives_what_one_machine_gives(cluster: Any, tmp_path: Path) -> None:
+def test_a_cluster_gives_what_one_machine_gives(scheduler: Any, tmp_path: Path) -> None:
     from pwopt.optimizing.cluster import Fleet
 
     models = written(tmp_path / "in", 4)
     models[3].write_text("hello")
-    fleet = Fleet(cluster.scheduler_address)
+    fleet = Fleet(scheduler.scheduler_address)
     rows = optimize_many(models, tmp_path / "out", ANALYTIC, runner=fleet)
     alone = optimize_many(models, tmp_path / "alone", ANALYTIC)
     assert [(r.status, r.code, r.nodes) for r in rows] == [(r.status, r.code, r.nodes) for r in alone]
@@ -198,7 +198,7 @@ def test_a_cluster_gives_what_one_machine_gives(cluster: Any, tmp_path: Path) ->
 
 
 def test_models_travel_as_bytes_where_no_folder_is_shared(
-    cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    scheduler: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from pwopt.optimizing import cluster
 
@@ -206,18 +206,18 @@ def test_models_travel_as_bytes_where_no_folder_is_shared(
     proto = onnx.load(model)
     onnx.save(proto, model, save_as_external_data=True, location="m0.bin", size_threshold=0)
     monkeypatch.setattr(cluster, "_find_shared_models", lambda *_: set())
-    (row,) = optimize_many([model], tmp_path / "out", ANALYTIC, runner=cluster.Fleet(cluster.scheduler_address))
+    (row,) = optimize_many([model], tmp_path / "out", ANALYTIC, runner=cluster.Fleet(scheduler.scheduler_address))
     assert row.status == "done", row.sentence
     assert ops(onnx.load(tmp_path / "out" / "m0.onnx")) == {"Conv": 1, "Relu": 1}
     report = json.loads((tmp_path / "out" / "m0.report.json").read_text())
     assert (report["model"], report["output"]) == (str(model), str(tmp_path / "out" / "m0.onnx"))
 
 
-def test_targets_are_labels_of_workers(cluster: Any, tmp_path: Path) -> None:
+def test_targets_are_labels_of_workers(scheduler: Any, tmp_path: Path) -> None:
     from pwopt.optimizing.cluster import Fleet
 
     models = written(tmp_path / "in", 1)
-    address = cluster.scheduler_address
+    address = scheduler.scheduler_address
     (row,) = optimize_many(models, tmp_path / "out", ANALYTIC, runner=Fleet(address, "small"))
     assert row.status == "done"
     with pytest.raises(UsageError, match="no worker calls itself 'large'; there are small"):
@@ -226,7 +226,8 @@ def test_targets_are_labels_of_workers(cluster: Any, tmp_path: Path) -> None:
     assert (kind.label, len(kind.workers)) == ("small", 2)
 
 
-def test_decisions_and_profiles_come_home(cluster: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decisions_and_profiles_come_home(scheduler: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from pwopt.optimizing import cluster
     from pwopt.optimizing.cluster import Fleet
     from pwopt.selecting import tuning_cache
 
@@ -236,7 +237,7 @@ def test_decisions_and_profiles_come_home(cluster: Any, tmp_path: Path, monkeypa
     monkeypatch.setenv(tuning_cache.FOLDER_VARIABLE, str(tmp_path / "cache"))  # the workers have another folder
     for path in Path(os.environ["PWOPT_CACHE"]).glob("*"):
         path.unlink()
-    fleet = Fleet(cluster.scheduler_address)
+    fleet = Fleet(scheduler.scheduler_address)
     (row,) = optimize_many(
         [model],
         tmp_path / "out",
@@ -270,7 +271,7 @@ def test_a_killed_worker_costs_a_retry(tmp_path: Path) -> None:
 
 
 def test_no_scheduler_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("pwopt.optimizing.cluster")
+    cluster = pytest.importorskip("pwopt.optimizing.cluster")
     monkeypatch.setattr(cluster, "PATIENCE", 1)
     with pytest.raises(UsageError, match=r"there is no scheduler at 'tcp://127\.0\.0\.1:9'"):
         optimize_many(written(tmp_path / "in", 1), tmp_path / "out", runner=cluster.Fleet("tcp://127.0.0.1:9"))
