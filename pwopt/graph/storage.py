@@ -53,7 +53,10 @@ def copy_fields(source: Any, target: Any, skip: set[str]) -> None:
 def find_data_folder(proto: onnx.ModelProto, path: Path) -> Path:
     """Find the folder of a model's external data: beside the file, or beside the file that a link leads to."""
     beside, target = path.absolute().parent, Path(os.path.realpath(path)).parent
-    names = locations_of(proto).values()
+    try:
+        names = locations_of(proto).values()
+    except ValueError:  # `check_external` refuses it
+        return target
     return beside if names and all((beside / name).exists() for name in names) else target
 
 

@@ -113,6 +113,7 @@ class Limits:
     def __post_init__(self) -> None:
         for name in ("rtol", "atol"):
             value = getattr(self, name)
+            _check_number(name, value)
             if value is not None and not 0 <= value < float("inf"):
                 raise UsageError(f"a tolerance is a number from 0 on, and {name} is {value}")
         _check_number("max_growth", self.max_growth)

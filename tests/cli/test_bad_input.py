@@ -481,9 +481,17 @@ def test_a_budget_below_nothing_and_shapes_in_words() -> None:
         pwopt.optimize(model, measuring=pwopt.Measuring(budget=-1.0))
     with pytest.raises(pwopt.UsageError, match="threads is '1'; give a whole number, or several"):
         pwopt.optimize(model, threads="1")  # type: ignore[arg-type]
-    for wrong in ({"opset": "a"}, {"max_growth": "a"}, {"budget": "1"}):
-        with pytest.raises(pwopt.UsageError, match=f"{next(iter(wrong))} is '.'; give a number"):
-            pwopt.optimize(model, **wrong)  # type: ignore[arg-type]
+    for kind, wrong, message in (
+        (pwopt.Request, {"opset": "a"}, "opset is 'a'; give a number"),
+        (pwopt.Limits, {"max_growth": "a"}, "max_growth is 'a'; give a number"),
+        (pwopt.Limits, {"rtol": -1.0}, "a tolerance is a number from 0 on, and rtol is -1.0"),
+        (pwopt.Measuring, {"budget": "1"}, "budget is '1'; give a number"),
+        (pwopt.Measuring, {"budget": float("nan")}, "nothing can be measured in nan seconds"),
+        (pwopt.Measuring, {"effort": "hard"}, "the effort 'hard' is not one of: quick, normal, thorough"),
+        (pwopt.Request, {"measuring": 3}, "measuring is 3; give pwopt.Measuring"),
+    ):
+        with pytest.raises(pwopt.UsageError, match=message):
+            kind(**wrong)  # type: ignore[operator]
     with pytest.raises(pwopt.UsageError, match="the output 42 is not a path"):
         pwopt.optimize(model, 42)  # type: ignore[arg-type]
     with pytest.raises(pwopt.UsageError, match="the shapes 'x=2x3' are not a mapping"):

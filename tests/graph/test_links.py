@@ -16,6 +16,7 @@ from pwopt.cli import main
 from pwopt.errors import ModelError, UsageError
 from pwopt.graph.storage import name_beside
 from pwopt.inputs.samples import load_array_file
+from pwopt.running.session import Session
 
 if sys.platform == "win32":
     pytest.skip("links need rights there", allow_module_level=True)
@@ -66,11 +67,12 @@ def test_links_inside_the_folder(folder: Path) -> None:
 
 def test_a_link_to_a_model_with_data_beside_it(folder: Path) -> None:
     """onnxruntime does not load it; pwopt writes one that it loads."""
+    pytest.importorskip("onnxruntime")
     (folder / "elsewhere").mkdir()
     (folder / "elsewhere" / "link.onnx").symlink_to(folder / "m.onnx")
     path = folder / "elsewhere" / "link.onnx"
     assert pwopt.optimize(path, folder / "out.onnx", cost="analytic", verify=False).report.after.nodes == 1
-    assert optimise(folder / "out.onnx", folder / "again.onnx") == 1
+    Session(folder / "out.onnx")
 
 
 def test_data_outside_is_refused(folder: Path) -> None:

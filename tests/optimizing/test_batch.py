@@ -272,7 +272,7 @@ def test_a_killed_worker_costs_a_retry(tmp_path: Path) -> None:
 
 def test_no_scheduler_is_a_sentence(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cluster = pytest.importorskip("pwopt.optimizing.cluster")
-    monkeypatch.setattr(cluster, "PATIENCE", 1)
+    monkeypatch.setattr(cluster, "SCHEDULER_SECONDS", 1)
     with pytest.raises(UsageError, match=r"there is no scheduler at 'tcp://127\.0\.0\.1:9'"):
         optimize_many(written(tmp_path / "in", 1), tmp_path / "out", runner=cluster.Fleet("tcp://127.0.0.1:9"))
 
