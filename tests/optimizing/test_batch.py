@@ -227,7 +227,6 @@ def test_targets_are_labels_of_workers(scheduler: Any, tmp_path: Path) -> None:
 
 
 def test_decisions_and_profiles_come_home(scheduler: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from pwopt.optimizing import cluster
     from pwopt.optimizing.cluster import Fleet
     from pwopt.selecting import tuning_cache
 
@@ -247,7 +246,7 @@ def test_decisions_and_profiles_come_home(scheduler: Any, tmp_path: Path, monkey
     assert row.status == "done", row.sentence
     learnt = {e.pass_name for e in tuning_cache.entries()}
     assert learnt
-    profiles = cluster.profiles([model], Request(measuring=pwopt.Measuring(budget=20.0)))
+    profiles = fleet.profiles([model], Request(measuring=pwopt.Measuring(budget=20.0)))
     assert {e.pass_name for e in profiles["small"].entries} & learnt  # which races there are is up to the clock
 
 
