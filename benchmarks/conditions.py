@@ -47,7 +47,7 @@ def measured(case: str, folder: Path, seconds: float) -> dict[str, Any]:
     write(path, channels, count)
     shapes = [{"x": (1, channels, side, side)} for side in planes]
     pwopt.optimize(path, forced, passes=["winograd"], shapes=shapes[0], cost="analytic")
-    report = pwopt.optimize(path, out, shapes=shapes, threads=threads, measuring=pwopt.Measuring(cache=False)).report
+    report = pwopt.optimize(path, out, shapes=shapes, threads=threads, cache=False).report
     found = []
     for shape in shapes:
         for count in threads:

@@ -37,7 +37,8 @@ def measure(path: Path, shapes: dict[str, list[int]], options: argparse.Namespac
             shapes=shapes,
             provider=options.provider,
             threads=options.threads,
-            measuring=pwopt.Measuring(race_seconds=options.seconds, budget=options.budget, cache=False),
+            measuring=pwopt.Measuring(race_seconds=options.seconds, budget=options.budget),
+            cache=False,
         )
     except pwopt.PwoptError as error:
         return {"model": path.name, "error": str(error)}

@@ -116,7 +116,8 @@ def check(system: System, seconds: float = 0.0) -> Row:
         raced = pwopt.optimize(
             system.path,
             shapes=system.shapes,
-            measuring=pwopt.Measuring(race_seconds=seconds, budget=4 * seconds, cache=False),
+            measuring=pwopt.Measuring(race_seconds=seconds, budget=4 * seconds),
+            cache=False,
         ).report
     return Row(system, report, figures, tuple(faults), raced)
 

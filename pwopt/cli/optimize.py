@@ -30,7 +30,7 @@ def optimize(
     threads: options.ThreadCounts = None,
     effort: options.Effort = Measuring.effort,
     budget: options.Budget = Measuring.budget,
-    no_cache: options.NoCache = not Measuring.cache,
+    no_cache: options.NoCache = not Request.cache,
     target_profile: options.TargetProfile = None,
     max_growth: options.MaxGrowth = None,
     static: options.Static = Request.static,
@@ -58,7 +58,7 @@ def optimize(
         inputs=inputs or None, passes=None if passes is None else options.split_list(passes), plugins=plugin or (),
         deny=deny or (), threads=options.parse_thread_counts(threads), static=static, opset=opset,
         verify=not no_verify,
-        measuring=Measuring(cast(Effort, effort), budget, cache=not no_cache, target_profile=target_profile),
+        measuring=Measuring(cast(Effort, effort), budget, target_profile=target_profile), cache=not no_cache,
         limits=Limits(rtol, atol, max_growth), writing=Writing(force, name_nodes, dry_run),
     )  # fmt: skip
     verbosity = Verbosity(details, json, quiet, verbose, debug)

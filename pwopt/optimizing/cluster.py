@@ -143,7 +143,7 @@ class Fleet:
         dask = distributed()
         with self.connect() as client:
             seen = _find_shared_models(client, todo)
-            known = tuple(tuning_cache.stored()) if request.measuring.cache else ()
+            known = tuple(tuning_cache.stored()) if request.cache else ()
             jobs: dict[Any, Job] = {}
             for job in todo:
                 files = {} if job.model in seen else _pack_files(job.model)
@@ -196,7 +196,7 @@ def _receive_response(future: Any, job: Job, request: Request) -> JobResult:
         lost = type(error).__name__ == "KilledWorker"
         sentence = f"it killed {RETRIES + 1} workers; try it alone" if lost else f"{type(error).__name__}: {error}"
         return JobResult(BatchRow(os.fspath(job.model), os.fspath(job.output), "failed", sentence, DEFECT_CODE))
-    if request.measuring.cache:
+    if request.cache:
         for entry in response.learnt:
             tuning_cache.store(entry)
     return response.done

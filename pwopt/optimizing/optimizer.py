@@ -69,7 +69,7 @@ def optimize(
     inputs: str | os.PathLike[str] | Feeds | Sequence[Any] | None = None,
     passes: Sequence[str | type[Pass] | Pass] | None = None, plugins: Sequence[str | type[Pass] | Pass] = (),
     deny: Iterable[str | Site] = (), threads: int | Sequence[int] = (), static: bool = False,
-    opset: int | None = None, verify: bool = True, measuring: Measuring = Request.measuring,
+    opset: int | None = None, verify: bool = True, cache: bool = True, measuring: Measuring = Request.measuring,
     limits: Limits = Request.limits, writing: Writing = Request.writing, progress: Progress = ignore_progress,
 ) -> Result:  # fmt: skip
     """Optimise a model, verify it against the original, and measure both.
@@ -77,7 +77,7 @@ def optimize(
     Parameters
     ----------
     model : path, bytes, onnx.ModelProto, torch.onnx.ONNXProgram, onnx_ir.Model or Model
-    output, provider, cost, shapes, inputs, passes, plugins, deny, threads, static, opset, verify, progress
+    output, provider, cost, shapes, inputs, passes, plugins, deny, threads, static, opset, verify, cache, progress
         See the attributes of `Request`.
     measuring : Measuring
         How long to measure, and which earlier measurements to use.
@@ -106,7 +106,7 @@ def optimize(
     """
     request = Request(
         output, provider=provider, cost=cost, shapes=shapes, inputs=inputs, passes=passes, plugins=plugins, deny=deny,
-        threads=threads, static=static, opset=opset, verify=verify, measuring=measuring, limits=limits,
+        threads=threads, static=static, opset=opset, verify=verify, cache=cache, measuring=measuring, limits=limits,
         writing=writing, progress=progress,
     )  # fmt: skip
     return run_request(model, request)
@@ -212,7 +212,7 @@ def select_rewrites(compilation: Compilation, problem: Problem, request: Request
     LOG.info("measured rewrites are raced in the whole model; all measurements have %g s", measuring.seconds)
     request.progress("waiting for the clock", 0.0)
     with timing.exclusive():  # from the first race to the last, since waiting would use up the budget
-        records = cached if measuring.cache else NoTuningRecords()
+        records = cached if request.cache else NoTuningRecords()
         return _decide(compilation, problem, records, request, budget.for_selection())
 
 

@@ -45,7 +45,7 @@ def _as_tuple(given: Any) -> tuple[Any, ...] | None:
 
 @dataclass(frozen=True)
 class Measuring:
-    """How long to measure, and which earlier measurements to use.
+    """How long to measure, and where.
 
     Attributes
     ----------
@@ -56,8 +56,6 @@ class Measuring:
         the profile. A short budget is spent on the last three; 0 leaves measured rewrites out.
     race_seconds : float
         Seconds at most for the final race.
-    cache : bool
-        Use the decisions of earlier races on this machine, and store those of this one.
     target_profile : path, optional
         The tuning database that `pwopt.profile` recorded on the machine that will run the model. It decides on measured
         rewrites, and nothing is timed here.
@@ -71,7 +69,6 @@ class Measuring:
     effort: Effort = "normal"
     budget: float | None = None
     race_seconds: float = RACE_SECONDS
-    cache: bool = True
     target_profile: str | os.PathLike[str] | None = None
 
     def __post_init__(self) -> None:
@@ -178,6 +175,8 @@ class Request:
         Convert to this opset first. As with `static`, a slower result is returned with a note.
     verify : bool
         Compare with the original, and measure. Without it, nothing is run.
+    cache : bool
+        Use the decisions of earlier races on this machine, and store those of this one.
     measuring : Measuring
     limits : Limits
     writing : Writing
@@ -203,6 +202,7 @@ class Request:
     static: bool = False
     opset: int | None = None
     verify: bool = True
+    cache: bool = True
     measuring: Measuring = Measuring()
     limits: Limits = Limits()
     writing: Writing = Writing()

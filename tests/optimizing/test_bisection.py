@@ -123,7 +123,7 @@ def test_what_cannot_be_used_is_left_out(
         monkeypatch.setattr(worker, "SLOWER", 3.0)
     out = tmp_path / "out.onnx"
     report = pwopt.optimize(
-        CHAIN, out, measuring=pwopt.Measuring(race_seconds=0.1, budget=600.0, cache=False), threads=1
+        CHAIN, out, measuring=pwopt.Measuring(race_seconds=0.1, budget=600.0), cache=False, threads=1
     ).report
     (left,) = (s for s in report.skips if s.pass_name == "harmful")
     assert reason in left.reason
@@ -144,7 +144,7 @@ def test_a_quantised_model_that_onnxruntime_refuses_when_rewritten(tmp_path: Pat
         21, 10, s=scale, z=zero, w=normal(32, 32, 1, 1, dtype=F),
     )  # fmt: skip
     report = pwopt.optimize(
-        model, tmp_path / "out.onnx", measuring=pwopt.Measuring(budget=5.0, race_seconds=0.2, cache=False)
+        model, tmp_path / "out.onnx", measuring=pwopt.Measuring(budget=5.0, race_seconds=0.2), cache=False
     ).report
     assert report.equivalence is None or report.equivalence.passed
     pwopt.running.session.Session(tmp_path / "out.onnx")
@@ -226,7 +226,7 @@ def test_a_candidate_that_fails_when_it_is_timed_ends_nothing(tmp_path: Path, mo
 
     monkeypatch.setattr(Worker, "race", race)
     monkeypatch.setattr(Worker, "profiles", race)
-    report = pwopt.optimize(CHAIN, tmp_path / "out.onnx", threads=1, measuring=pwopt.Measuring(cache=False)).report
+    report = pwopt.optimize(CHAIN, tmp_path / "out.onnx", threads=1, cache=False).report
     assert report.rewrites == ()
     assert any("fails when it is timed: it crashes onnxruntime (SIGSEGV)" in s.reason for s in report.skips)
     assert any("SIGSEGV" in s.reason for s in report.skips if s.pass_name == "to-matmul")

@@ -181,7 +181,7 @@ def test_measured_rewrites_must_be_faster_in_the_whole_model(monkeypatch: pytest
         return planted_race(np.full(20, speedup), *(np.full(20, 1.0) for _ in models[1:]))
 
     plant(monkeypatch, race)
-    result = pwopt.optimize(CHAIN, threads=1, measuring=pwopt.Measuring(cache=False))
+    result = pwopt.optimize(CHAIN, threads=1, cache=False)
     assert ops(result.model) == FOLDED
     (dropped,) = (s for s in result.report.skips if s.pass_name == "detour")
     assert dropped.reason.startswith("measured no faster beyond doubt in the whole model (1.000× [1.000, 1.000])")
@@ -310,7 +310,7 @@ def test_a_slow_rewrite_is_raced_out(policy: str, tmp_path: Path, monkeypatch: p
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(Detour, "policy", policy)
     monkeypatch.setattr(pass_list, "PASSES", (*pass_list.PASSES, Detour))
-    result = pwopt.optimize(CHAIN, tmp_path / "out.onnx", measuring=pwopt.Measuring(race_seconds=0.5, cache=False))
+    result = pwopt.optimize(CHAIN, tmp_path / "out.onnx", measuring=pwopt.Measuring(race_seconds=0.5), cache=False)
     assert ops(onnx.load(tmp_path / "out.onnx"))["Abs"] == 1
     (dropped,) = (s for s in result.report.skips if s.pass_name == "detour")
     assert "slower" in dropped.reason or "in the whole model" in dropped.reason

@@ -118,7 +118,7 @@ def test_a_worker_that_is_killed_from_outside_is_asked_again_once(models: Path) 
 def test_a_report_says_where_no_worker_starts(models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(child_process, "child_command", lambda *_: ["/no/such/python"])
     body = "(float[1,8] x) => (float[1,8] y) { h = Mul(x, a) y = Mul(h, a) }"
-    model, measuring = parse(body, a=normal(8, dtype="float32")), pwopt.Measuring(cache=False)
-    report = pwopt.optimize(model, cost="analytic", measuring=measuring).report
+    model = parse(body, a=normal(8, dtype="float32"))
+    report = pwopt.optimize(model, cost="analytic", cache=False).report
     assert report.rewrites
     assert any("did not run in a process of their own: no process could be started" in n for n in report.notes)

@@ -232,7 +232,7 @@ def test_every_measured_rewrite_is_kept_or_reported(
 ) -> None:
     pytest.importorskip("onnxruntime")
     plant(monkeypatch, lambda *_, **__: planted_race(np.full(40, speedup), np.full(40, 1.0)))
-    result = pwopt.optimize(three(tmp_path / "m.onnx"), measuring=pwopt.Measuring(budget=600.0, cache=False), threads=1)
+    result = pwopt.optimize(three(tmp_path / "m.onnx"), measuring=pwopt.Measuring(budget=600.0), cache=False, threads=1)
     kept = [r for r in result.report.rewrites if r.pass_name == "merge-siblings"]
     dropped = [s for s in result.report.skips if s.pass_name == "merge-siblings"]
     assert (len(kept) >= 1, len(dropped) >= 1) == (speedup > 1, speedup <= 1)

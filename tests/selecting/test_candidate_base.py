@@ -116,7 +116,7 @@ def test_one_optimisation_takes_one_snapshot(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(Snapshot, "from_model", classmethod(counted))
     monkeypatch.setattr(compilation, "LATEST", 4)
-    pwopt.optimize(parse(BODY, **WEIGHTS), measuring=pwopt.Measuring(budget=600.0, cache=False), threads=1)
+    pwopt.optimize(parse(BODY, **WEIGHTS), measuring=pwopt.Measuring(budget=600.0), cache=False, threads=1)
     assert len(settled) == 1
 
 

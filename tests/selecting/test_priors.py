@@ -73,11 +73,11 @@ def test_kinds_that_never_paid_are_left_out_and_told(monkeypatch: pytest.MonkeyP
     pytest.importorskip("onnxruntime")
     plant(monkeypatch, lambda *_, **__: planted_race(np.full(40, 2.0), np.full(40, 1.0)))
     known(monkeypatch, to_matmul=[50, 1, 0.001])
-    report = pwopt.optimize(siblings(), threads=1, measuring=pwopt.Measuring(cache=False)).report
+    report = pwopt.optimize(siblings(), threads=1, cache=False).report
     assert "to-matmul" not in {r.pass_name for r in report.rewrites}
     (reason,) = {s.reason for s in report.skips if s.pass_name == "to-matmul"}
     assert "not tried, since it paid in 1 of 50 cases on processors like this; --effort thorough does" in reason
-    thorough = pwopt.optimize(siblings(), threads=1, measuring=pwopt.Measuring(cache=False, effort="thorough")).report
+    thorough = pwopt.optimize(siblings(), threads=1, measuring=pwopt.Measuring(effort="thorough"), cache=False).report
     assert {r.pass_name for r in thorough.rewrites} & {"to-matmul", "merge-siblings"}
     assert not any("not tried" in s.reason for s in thorough.skips)
 
@@ -93,7 +93,7 @@ def test_what_paid_most_is_raced_first(first: str, monkeypatch: pytest.MonkeyPat
 
     plant(monkeypatch, race)
     known(monkeypatch, **{first.replace("-", "_"): [10, 9, 3.0]})
-    pwopt.optimize(siblings(), threads=1, measuring=pwopt.Measuring(cache=False))
+    pwopt.optimize(siblings(), threads=1, cache=False)
     assert ("MatMul" in raced[0]) == (first == "to-matmul")
 
 

@@ -117,7 +117,7 @@ def test_a_second_run_decides_alike_without_racing(monkeypatch: pytest.MonkeyPat
         return {r.site for r in result.report.rewrites if r.signature}
 
     assert kinds(first) == kinds(second) != set()
-    pwopt.optimize(siblings(), measuring=pwopt.Measuring(race_seconds=0.01, budget=600.0, cache=False), threads=1)
+    pwopt.optimize(siblings(), measuring=pwopt.Measuring(race_seconds=0.01, budget=600.0), cache=False, threads=1)
     assert sum(r is not None for r in races) == 2 * tuned
 
 
