@@ -22,7 +22,7 @@ from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 
 #: Elements of the largest float32 tensor that numpy can describe.
-LARGEST = sys.maxsize // 4
+MAX_ELEMENTS = sys.maxsize // 4
 #: Exporters write ends of a Slice from here on to mean "to the end".
 FAR = 2**31 - 1
 
@@ -118,7 +118,7 @@ class CleanUp(Pass):
     def _fold(self, node: Node, rw: Rewriter, op: str) -> Rewrite | Skip | None:
         shape = rw.shape(node.inputs[0]) if node.inputs else None
         sizes = known(shape)
-        sizes = sizes if sizes is not None and math.prod(sizes) < LARGEST else None
+        sizes = sizes if sizes is not None and math.prod(sizes) < MAX_ELEMENTS else None
         constants = [rw.constant(t) for t in node.inputs if t.name]
         if op in ("Shape", "Size") and sizes is not None:
             values = {node.inputs[0].name: np.broadcast_to(np.float32(0), sizes)}

@@ -7,7 +7,7 @@ import numpy as np
 from pwopt.algebra.geometry import Refusal
 from pwopt.graph.ir import Node, Tensor
 from pwopt.maps import forms
-from pwopt.maps.channels import ALIGNMENT, Analysis, Channels
+from pwopt.maps.channels import CHANNEL_MULTIPLE, Analysis, Channels
 from pwopt.maps.forms import Reading
 from pwopt.maps.scans import LARGEST_INPUT, Scanner, flush_subnormals
 from pwopt.rewriting.driver import Pass, Rewriter, describe
@@ -44,7 +44,7 @@ class DropDead(Pass):
         zero_scale = any(_has_zero_scale(rw, n) for n in rw.nodes())
         if not zero_scale and not any(s.dead for s in scans if s is not None):
             return
-        analysis = Analysis(rw, self._scan, 1 if self.eager else ALIGNMENT)
+        analysis = Analysis(rw, self._scan, 1 if self.eager else CHANNEL_MULTIPLE)
         for component in ([c for c in found if c.gone.any()] for found in analysis.components()):
             first = find_first_producer(rw, component)
             if first is not None:

@@ -13,7 +13,7 @@ from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 
 #: The largest number of rows or columns, because a singular value decomposition of more takes long.
-LARGEST = 4096
+MAX_FACTORED_SIZE = 4096
 
 
 class FactorRanks(Pass):
@@ -43,7 +43,7 @@ class FactorRanks(Pass):
             return None
         self._visited[id(content)] = content
         small = min(g.out_channels, g.weights // g.out_channels)
-        if small < 4 or small > LARGEST or rw.is_shared(reading.weight_input):
+        if small < 4 or small > MAX_FACTORED_SIZE or rw.is_shared(reading.weight_input):
             return None
         dtype = rw.dtype(reading.weight)
         if str(dtype) not in ("float32", "float64"):

@@ -130,7 +130,7 @@ class FoldAffine(Pass):
         if plan.steps > MAX_REACH:
             return f"more than {MAX_REACH} operators lie between"
         reading = forms.read(rw, producer)
-        if isinstance(reading, Reading) and reading.kind in emit.FORMS and producer not in self._fused:
+        if isinstance(reading, Reading) and reading.kind in emit.WRITERS and producer not in self._fused:
             return self._plan_map(reading, affine, plan, after=True)
         alternatives = commute.lift(rw, producer, affine)
         if isinstance(alternatives, Refusal):
@@ -173,7 +173,7 @@ class FoldAffine(Pass):
             return "nothing reads it"
         for reader in readers:
             reading = forms.linear(rw, reader, turned=True)
-            if reading is not None and reading.source is tensor and reading.kind in emit.FORMS:
+            if reading is not None and reading.source is tensor and reading.kind in emit.WRITERS:
                 reason = self._plan_map(forms.weighted(rw, reader) or reading, affine, plan, after=False)
                 if reader in self._fused:
                     reason = f"{reader.op} belongs to a {self._fused[reader]}"

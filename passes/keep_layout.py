@@ -33,7 +33,7 @@ class KeepLayout(Pass):
     pays_on = frozenset({"cpu", "other"})  # graphics cards have no blocked layout
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
-        form = FORMS.get(rw.op(node))
+        form = LAYOUT_RULES.get(rw.op(node))
         found = form(rw, node) if form is not None else None
         if found is None or isinstance(found, Skip):
             return found
@@ -101,7 +101,7 @@ def _subsample_first(rw: Rewriter, node: Node) -> tuple[list[Node], str] | None:
     return [subsample(rw, reading.source, kept, g.strides), conv], "1×1 convolutions with a stride"
 
 
-FORMS: dict[str, Form] = {
+LAYOUT_RULES: dict[str, Form] = {
     "Mul": _expand_gate,
     "Add": _expand_gate,
     "ReduceMean": _pool_globally,

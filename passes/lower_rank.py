@@ -33,7 +33,7 @@ from pwopt.rewriting.wording import format_count
 
 #: The smallest number of convolutions in a region that is lowered without measuring. In smaller ones, the changes of
 #: shape may cost more than they save.
-ENOUGH = 3
+MIN_CONVOLUTIONS = 3
 
 
 @dataclass(frozen=True)
@@ -149,7 +149,7 @@ class LowerRank(Pass):
         if not self.eager and rank == 2:
             single = format_count(count, "convolution")
             return Skip(f"{single} of single positions could run as matrix products; only measuring can tell")
-        if not self.eager and count < ENOUGH:
+        if not self.eager and count < MIN_CONVOLUTIONS:
             several = format_count(count, f"{rank}-D convolution")
             return Skip(f"a region of {several} may save less than its changes of shape cost; only measuring can tell")
         return _lower(rw, [(n, self._lowerings[n]) for n in region.nodes], convolutions)

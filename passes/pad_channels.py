@@ -23,13 +23,13 @@ from pwopt.rewriting.records import Rewrite, Skip
 #: Channels per block of onnxruntime's CPU provider with AVX-512. With AVX2, it has 8.
 BLOCK = 16
 #: What operators that combine tensors elementwise do to two numbers. (Div is missing, because 0/0 is NaN.)
-PAIRS: dict[str, Callable[[float, float], float]] = {
+COMBINE: dict[str, Callable[[float, float], float]] = {
     "Add": operator.add, "Sum": operator.add, "Sub": operator.sub, "Mul": operator.mul,
 }  # fmt: skip
 #: The types that tensor cores multiply.
 HALVES = frozenset((np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)))
 #: The largest value that a new channel may hold, far below the overflow of any type.
-LARGEST = 2.0**12
+MAX_PADDED_VALUE = 2.0**12
 
 
 class PadChannels(Pass):
@@ -153,7 +153,7 @@ def _find_overflow(rw: Rewriter, analysis: Analysis, component: Sequence[Channel
     holds: dict[Tensor, set[float]] = {}
     for flow in analysis.flows_at(component):
         values = _find_values(rw, analysis, flow, holds)
-        if values is None or any(not abs(v) <= LARGEST for v in values):
+        if values is None or any(not abs(v) <= MAX_PADDED_VALUE for v in values):
             return f"{flow.node.op} {flow.node.name!r} may turn zeros into large values"
         for t in flow.reading.nodes[-1].outputs if flow.reading is not None else flow.node.outputs:
             holds[t] = values
@@ -177,8 +177,8 @@ def _find_values(rw: Rewriter, analysis: Analysis, flow: Flow, holds: Mapping[Te
     op = rw.op(node)
     if op in ("Concat", "Split"):
         return set().union(*parts)
-    if op in PAIRS:
-        return {float(functools.reduce(PAIRS[op], values)) for values in itertools.product(*parts)}
+    if op in COMBINE:
+        return {float(functools.reduce(COMBINE[op], values)) for values in itertools.product(*parts)}
     if len(parts) != 1:
         return None
     if op in ACTIVATIONS:

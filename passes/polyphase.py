@@ -28,7 +28,7 @@ from pwopt.rewriting.wording import format_count
 #: The fixed cost of an operator in multiply-adds: 5 µs, at 50 G multiply-adds per second.
 OPERATOR = 250_000
 #: The largest number of phases. Each needs a convolution.
-MAX_PHASES = 16
+MAX_CONVOLUTIONS = 16
 
 
 class _AfterUpsampling(Pass):
@@ -95,8 +95,10 @@ class Polyphase(_AfterUpsampling):
         counts = phase_counts(resampling.geometry, resampling.factors)
         if isinstance(counts, Refusal):
             return Skip(counts.reason)
-        if math.prod(counts) > MAX_PHASES:
-            return Skip(f"{resampling.what} would become {math.prod(counts)} convolutions (the limit is {MAX_PHASES})")
+        if math.prod(counts) > MAX_CONVOLUTIONS:
+            return Skip(
+                f"{resampling.what} would become {math.prod(counts)} convolutions (the limit is {MAX_CONVOLUTIONS})"
+            )
         phases = _Phases.of(resampling, counts)
         size = rw.size_of(resampling.reading.output)
         if size is None:

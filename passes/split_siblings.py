@@ -97,7 +97,7 @@ def _has_separate_rows(reading: Reading, count: int) -> bool:
     """Whether the outputs of a map can be computed separately: it is dense, or acts on channels one by one."""
     g = reading.geometry
     dense = reading.weighted and g.groups == 1
-    single = reading.kind in emit.FORMS and g.groups == g.in_channels == count > 1
+    single = reading.kind in emit.WRITERS and g.groups == g.in_channels == count > 1
     return dense or single
 
 

@@ -25,9 +25,9 @@ from pwopt.rewriting.steps import Step, read_activation
 from pwopt.rewriting.wording import format_count
 
 #: The largest number of operators after the first map.
-MAX_LENGTH = 16
+MAX_STEPS = 16
 #: The largest number of positions that one position becomes.
-MAX_PHASES = 64
+MAX_POSITIONS = 64
 
 #: Takes a map to phases and the number of a row of phases; returns the map to that row, with its columns side by side.
 Row = Callable[[LinearMap, int], LinearMap]
@@ -75,8 +75,8 @@ class SubPixel(Pass):
         refusal = check_interleaving(rw, output)
         if refusal is not None:
             return Skip(refusal.reason)
-        if math.prod(counts) > MAX_PHASES:
-            return Skip(f"{what} are too many (the limit is {MAX_PHASES})")
+        if math.prod(counts) > MAX_POSITIONS:
+            return Skip(f"{what} are too many (the limit is {MAX_POSITIONS})")
         if not self.eager:
             return Skip(f"{what} could be interleaved at the end; only measuring can tell")
         for reading in maps:
@@ -148,7 +148,7 @@ def _read_shuffle(rw: Rewriter, node: Node) -> list[_Stage] | None:
 def _find_followers(rw: Rewriter, tensor: Tensor, rank: int) -> list[_Stage]:
     """The sequence of operators after a tensor that read each position separately."""
     stages: list[_Stage] = []
-    while len(stages) < MAX_LENGTH:
+    while len(stages) < MAX_STEPS:
         step, reader = read_activation(rw, tensor), rw.sole_reader(tensor)
         stage = _read_transposed(rw, reader) or _read_pointwise(rw, reader)
         if step is not None:

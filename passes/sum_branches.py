@@ -110,7 +110,7 @@ class SumBranches(Pass):
         self, rw: Rewriter, sums: list[Node], terms: list[Term], joined: Branch, total: LinearMap, axis: int
     ) -> Rewrite:
         root, source = sums[-1], joined.terms[0].path.source
-        readings = [r for t in joined.terms for r in t.path.readings if r.kind in emit.FORMS]
+        readings = [r for t in joined.terms for r in t.path.readings if r.kind in emit.WRITERS]
         if not readings:
             raise RefusedError("no branch has weights")
         like = max(readings, key=lambda r: (r.kind.startswith("conv"), r.weighted, r.geometry.weights))

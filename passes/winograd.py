@@ -23,7 +23,7 @@ from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.rewriting.steps import Step, read_activation
 
 #: The filter transform.
-G = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
+FILTER_TRANSFORM = np.array([[1, 0, 0], [0.5, 0.5, 0.5], [0.5, -0.5, 0.5], [0, 0, 1]])
 #: The rows of Bᵀ, with two taps each: the place of the first in a tile, the distance of the second, and their signs.
 ROWS = ((0, 2, (1, -1)), (1, 1, (1, 1)), (1, 1, (-1, 1)), (1, 2, (1, -1)))
 #: Outputs of a tile along each axis. It reads two more inputs.
@@ -32,7 +32,7 @@ TILE = 2
 #: written and read. 16 products go through 24 sums and 6 changes of sign, and then the tile is interleaved.
 MOVED_IN, MOVED_OUT = 32, 64
 #: The fixed cost of about 65 operators in multiply-adds: 5 µs each, at 50 G multiply-adds per second.
-OPERATORS = 65 * 250_000
+OPERATOR_OVERHEAD = 65 * 250_000
 #: Types with convolutions that are fine enough for sums of neighbours, which are larger than the neighbours.
 FINE = ("float32", "float64")
 
@@ -74,7 +74,7 @@ class Winograd(Pass):
         tiles = math.prod(_count_tiles(d) or 1 for d in (rw.size_of(reading.source) or ())[2:])
         saved = (TILE**2 * 9 - 16) * g.in_channels * g.out_channels * tiles
         moved = ELEMENT * (MOVED_IN * g.in_channels + MOVED_OUT * g.out_channels) * tiles
-        if saved <= self.min_gain * (moved + OPERATORS):
+        if saved <= self.min_gain * (moved + OPERATOR_OVERHEAD):
             return None
         size = [d if isinstance(d := rw.dim(reading.source, axis), int) else None for axis in (2, 3)]
         what, even = f"3×3 {reading.channels}", all(d is not None and d % TILE == 0 for d in size)
@@ -118,7 +118,7 @@ class _Filtering(Builder):
 
     def write(self) -> None:
         """Fill `nodes`; the last one makes the output of the convolution, or of the activation that follows it."""
-        matrices = np.einsum("pa,oiab,qb->pqoi", G, self.linear.weight, G)
+        matrices = np.einsum("pa,oiab,qb->pqoi", FILTER_TRANSFORM, self.linear.weight, FILTER_TRANSFORM)
         products: list[list[Tensor]] = []
         for p, q in np.ndindex(4, 4):
             bias = self.linear.bias if p == q == 1 else None  # this place is in all four outputs, once

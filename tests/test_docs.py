@@ -21,7 +21,7 @@ from markdown_it.token import Token
 
 import pwopt
 from pwopt.cli import app
-from pwopt.inputs.samples import DEFAULT_KINDS, KINDS
+from pwopt.inputs.samples import DEFAULT_KINDS, SAMPLE_KINDS
 from pwopt.invariants import INVARIANTS
 
 ROOT = Path(__file__).parent.parent
@@ -137,7 +137,7 @@ def test_help_lists_what_there_is() -> None:
     commands = typer.main.get_command(app).commands  # type: ignore[attr-defined]
     verify = {p.name: p for p in commands["verify"].params}
     assert verify["kinds"].default == ",".join(DEFAULT_KINDS)
-    assert verify["kinds"].help.endswith(f": {', '.join(KINDS)}.")
+    assert verify["kinds"].help.endswith(f": {', '.join(SAMPLE_KINDS)}.")
     assert f": {', '.join(INVARIANTS)};" in verify["invariants"].help
 
 

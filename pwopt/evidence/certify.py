@@ -29,8 +29,8 @@ from pwopt.graph.view import View
 from pwopt.rewriting.records import Certificate
 from pwopt.rewriting.wording import format_count
 
-#: Entries of the random probes of an affine region are ±(1 + k/GRID).
-GRID = 2**20
+#: Entries of the random probes of an affine region are ±(1 + k/PROBE_GRID).
+PROBE_GRID = 2**20
 #: Changes with at most this many input numbers are evaluated on zero and on each unit vector.
 BASIS = 16
 #: The stated probability is that of missing an error of this many times the bound in one coefficient.
@@ -286,7 +286,7 @@ def _compare_affine(
         worst, how = normwise, f"{how}, relative to the largest element"
     if not worst <= bound:
         return Certificate("failed", f"on {how}", worst, bound)
-    return Certificate("certified", how, worst, bound, 0.0 if basis else (1 / FAULT + 0.5 / GRID) ** plan.probes)
+    return Certificate("certified", how, worst, bound, 0.0 if basis else (1 / FAULT + 0.5 / PROBE_GRID) ** plan.probes)
 
 
 def _compare_other(
@@ -368,9 +368,10 @@ def _unit_vectors(inputs: Sequence[Tensor], sizes: TensorSizes) -> Iterator[Tens
 
 
 def _random_probes(inputs: Sequence[Tensor], sizes: TensorSizes, count: int) -> Iterator[Tensors]:
-    """Yield probes whose entries are one of 2 GRID numbers, none smaller than 1 in magnitude.
+    """Yield probes whose entries are one of 2 PROBE_GRID numbers, none smaller than 1 in magnitude.
 
-    A single wrong coefficient always shows. Several cancel with a probability of at most 1 / (2 GRID) in each probe.
+    A single wrong coefficient always shows. In each probe, several cancel with a probability of at most
+    1 / (2 PROBE_GRID).
     """
     rng = np.random.default_rng(0)
     for _ in range(count):
@@ -378,7 +379,7 @@ def _random_probes(inputs: Sequence[Tensor], sizes: TensorSizes, count: int) -> 
 
 
 def _draw_signed(rng: np.random.Generator, size: tuple[int, ...]) -> Array:
-    return np.asarray((1.0 + rng.integers(0, GRID, size) / GRID) * rng.choice((-1.0, 1.0), size))
+    return np.asarray((1.0 + rng.integers(0, PROBE_GRID, size) / PROBE_GRID) * rng.choice((-1.0, 1.0), size))
 
 
 def _draw_probe(view: View, tensor: Tensor, size: tuple[int, ...], scale: float, rng: np.random.Generator) -> Values:

@@ -58,7 +58,7 @@ class Traits:
 
 _FIRST, _RANDOM = Traits(affine="first"), Traits(random=True)
 _MANY = range(64)
-TRAITS: Mapping[str, Traits] = {
+OPERATOR_TRAITS: Mapping[str, Traits] = {
     "Add": Traits((0, 1), "all"),
     "Attention": Traits(wrong=_always),
     "AveragePool": Traits(affine="first", wrong=_same_pads),
@@ -118,4 +118,4 @@ _NONE = Traits()
 
 def find_traits(op: str) -> Traits:
     """Return the traits of an operator; one without a row has none."""
-    return TRAITS.get(op, _NONE)
+    return OPERATOR_TRAITS.get(op, _NONE)

@@ -9,7 +9,7 @@ import onnx
 #: Domain and name of a function.
 Function = tuple[str, str]
 #: The largest number of operators after inlining, and more for each operator of the graph.
-MOST, TIMES = 1 << 12, 4
+MAX_INLINED, MAX_GROWTH = 1 << 12, 4
 
 
 def functions(proto: onnx.ModelProto) -> dict[Function, onnx.FunctionProto]:
@@ -68,7 +68,7 @@ def callers(proto: onnx.ModelProto) -> dict[Function, set[Function]]:
 def count_expanded(proto: onnx.ModelProto) -> int | None:
     """Count the operators of a model after inlining; None if there are too many, or if a function calls itself."""
     known = functions(proto)
-    limit = MOST + TIMES * len(proto.graph.node)
+    limit = MAX_INLINED + MAX_GROWTH * len(proto.graph.node)
     sizes: dict[Function, int] = {}
 
     def total(nodes: Iterable[onnx.NodeProto]) -> int | None:

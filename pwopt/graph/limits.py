@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 #: The memory of a process in pages (Linux, proc(5)).
-STATUS = Path("/proc/self/statm")
+MEMORY_PAGES = Path("/proc/self/statm")
 
 
 def run_isolated(work: Callable[[], bytes], extra: int) -> bytes | None:
@@ -19,7 +19,7 @@ def run_isolated(work: Callable[[], bytes], extra: int) -> bytes | None:
     The result is None if that is not enough, or if the copy fails or dies. On systems other than Linux, and without
     ``/proc``, `work` runs in this process without a limit.
     """
-    if sys.platform != "linux" or not STATUS.exists():
+    if sys.platform != "linux" or not MEMORY_PAGES.exists():
         try:
             return work()
         except Exception:  # as in the copy
@@ -44,7 +44,7 @@ def _answer(work: Callable[[], bytes], extra: int, writing: int) -> None:
         import resource
 
         faulthandler.disable()
-        pages = int(STATUS.read_text(encoding="utf-8").split()[0])
+        pages = int(MEMORY_PAGES.read_text(encoding="utf-8").split()[0])
         _, hard = resource.getrlimit(resource.RLIMIT_AS)
         bound = pages * resource.getpagesize() + extra
         resource.setrlimit(resource.RLIMIT_AS, (bound if hard < 0 else min(bound, hard), hard))

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 #: The traits, and the numbers that a row may give.
-TRAITS = {
+TRAIT_MEANINGS = {
     "elementwise": "a function of each element of its first input; other inputs hold parameters",
     "slope": "elementwise, with this Lipschitz constant; passes move such functions across maps",
     "same-shape": "the output has the shape of the first input, as that of every elementwise operator has",
@@ -185,7 +185,7 @@ def _parse(rows: str) -> dict[str, dict[str, float]]:
     for row in filter(None, rows.splitlines()):
         operator, *words = row.split()
         pairs = [word.partition("=") for word in words]
-        unknown = {trait for trait, _, _ in pairs} - TRAITS.keys()
+        unknown = {trait for trait, _, _ in pairs} - TRAIT_MEANINGS.keys()
         if unknown or operator in table:
             raise ValueError(f"the row of {operator} is there twice, or has unknown traits: {', '.join(unknown)}")
         table[operator] = {trait: float(number or 1) for trait, _, number in pairs}
@@ -197,13 +197,13 @@ _TABLE = _parse(_ROWS)
 
 def _having(*traits: str) -> frozenset[str]:
     """The operators with at least one of these traits."""
-    assert TRAITS.keys() >= set(traits)
+    assert TRAIT_MEANINGS.keys() >= set(traits)
     return frozenset(op for op, row in _TABLE.items() if not row.keys().isdisjoint(traits))
 
 
 def _numbers(trait: str) -> Mapping[str, int]:
     """Operator → the whole number that its row gives for a trait."""
-    assert trait in TRAITS
+    assert trait in TRAIT_MEANINGS
     return {op: int(row[trait]) for op, row in _TABLE.items() if trait in row}
 
 

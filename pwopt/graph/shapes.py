@@ -19,17 +19,17 @@ Shape = tuple[Dim, ...]
 ShapeChange = Callable[[Shape], Shape | None]
 
 #: The longest one-dimensional tensor whose elements inference may propagate.
-WIDEST = 1 << 16
+MAX_PROPAGATED_LENGTH = 1 << 16
 #: Bytes that inference may use, and more for each byte of the graph. It needs a tenth of both.
 INFERENCE_MEMORY, INFERENCE_COPIES = 1 << 28, 64
 
 #: Inference needs no memory limit up to this many elements; the largest number of axes.
-SAFE, LONGEST = 1 << 22, 32
+UNLIMITED_ELEMENTS, MAX_RANK = 1 << 22, 32
 
 #: The domain of operators whose shapes inference must not guess.
 UNKNOWN = "pwopt.unknown"
 #: Initializers up to this many elements may be shapes, axes or sizes, whose values inference reads.
-SMALL = 1024
+MAX_SHAPE_VALUES = 1024
 
 
 def dims(value: onnx.TypeProto) -> Shape | None:
@@ -77,7 +77,7 @@ def make_skeleton(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim]] | 
         size = 1
         for d in tensor.dims:
             size *= d
-        if size <= SMALL and tensor.data_location != TensorProto.EXTERNAL:
+        if size <= MAX_SHAPE_VALUES and tensor.data_location != TensorProto.EXTERNAL:
             graph.initializer.append(tensor)
         else:
             graph.input.append(onnx.helper.make_tensor_value_info(tensor.name, tensor.data_type, tensor.dims))
@@ -202,7 +202,7 @@ def _too_wide(light: onnx.ModelProto, types: Mapping[str, tuple[int, Shape | Non
     """Whether data propagation would use too much memory."""
     inputs = {name for node in light.graph.node if _propagates(node) for name in node.input}
     sizes = (known(types.get(name, (0, None))[1]) for name in inputs)
-    return any(size is not None and len(size) == 1 and size[0] > WIDEST for size in sizes)
+    return any(size is not None and len(size) == 1 and size[0] > MAX_PROPAGATED_LENGTH for size in sizes)
 
 
 def _is_bounded(light: onnx.ModelProto) -> bool:
@@ -214,7 +214,7 @@ def _is_bounded(light: onnx.ModelProto) -> bool:
     held = {t.name: math.prod(t.dims) for t in light.graph.initializer}
     planes = {name for name, size in held.items() if size > 1}  # as shapes, of two axes and more
     inputs = [dims(v.type) or () for v in light.graph.input]
-    if any(math.prod(d for d in shape if isinstance(d, int)) > SAFE for shape in inputs):
+    if any(math.prod(d for d in shape if isinstance(d, int)) > UNLIMITED_ELEMENTS for shape in inputs):
         return False
     total = 0
     for node in light.graph.node:
@@ -222,17 +222,17 @@ def _is_bounded(light: onnx.ModelProto) -> bool:
         size = max((math.prod(a.t.dims) for a in node.attribute if a.HasField("t")), default=0)
         largest = max((max(map(abs, (a.i, *a.ints))) for a in node.attribute if a.type in (a.INT, a.INTS)), default=0)
         flat = node.op_type == "Reshape" and len(read) > 1 and node.input[1] not in planes
-        if node.domain or node.op_type not in BOUNDED or flat or largest > WIDEST:
+        if node.domain or node.op_type not in BOUNDED or flat or largest > MAX_PROPAGATED_LENGTH:
             return False
         if node.op_type in ("Shape", "Size"):
-            size = LONGEST
+            size = MAX_RANK
         elif _propagates(node):
             size = sum(read) if node.op_type == "Concat" else max(read, default=0)
         if (node.op_type == "Concat" and len(read) > 1) or (node.op_type == "Constant" and size > 1):
             planes.update(node.output)
         held.update(dict.fromkeys(node.output, size))
         total += size
-    return total <= SAFE
+    return total <= UNLIMITED_ELEMENTS
 
 
 def _propagates(node: onnx.NodeProto) -> bool:

@@ -34,7 +34,7 @@ EXTERNAL_THRESHOLD = 1024
 
 
 #: Offsets in an external file are aligned for memory mapping, as onnx and onnxruntime do.
-ALIGNMENT = 4096
+FILE_ALIGNMENT = 4096
 #: The longest file name in bytes, less than the 255 of file systems; and that part of a data file's name that is the
 #: model's.
 MAX_NAME_BYTES, MAX_STEM_BYTES = 250, 160
@@ -243,7 +243,7 @@ def _free_name(path: Path, suffix: str) -> str:
 
 
 def _align(stream: IO[bytes]) -> int:
-    stream.write(b"\0" * (-stream.tell() % ALIGNMENT))
+    stream.write(b"\0" * (-stream.tell() % FILE_ALIGNMENT))
     return stream.tell()
 
 

@@ -22,9 +22,9 @@ Entry = int | Symbol | None
 Entries = tuple[Entry, ...]
 
 #: The largest number of entries; longer tensors are not shapes.
-LONGEST = 64
+MAX_ENTRIES = 64
 #: The largest depth and the largest number of operators for one question; shape arithmetic has a handful.
-DEEPEST, MOST = 24, 256
+MAX_READ_DEPTH, MAX_VISITED = 24, 256
 #: The end of the range of int32. Results beyond it are unknown, whatever their type.
 END = 2**31
 
@@ -56,7 +56,7 @@ class _Reader:
     def read(self, tensor: Tensor, depth: int) -> Entries | None:
         key = tensor
         if key not in self.seen:
-            if depth > DEEPEST or len(self.seen) > MOST:
+            if depth > MAX_READ_DEPTH or len(self.seen) > MAX_VISITED:
                 return None
             self.seen[key] = None  # until it is known
             self.seen[key] = self._read(tensor, depth)
@@ -71,7 +71,7 @@ class _Reader:
         if node is None or rule is None or rank is None or rank > 1:
             return None
         found = rule(self, node, depth + 1)
-        return found if found is not None and len(found) <= LONGEST else None
+        return found if found is not None and len(found) <= MAX_ENTRIES else None
 
     def operands(self, node: Node, depth: int) -> list[Entries] | None:
         """The entries of all inputs, repeated to the same length if there is only one."""
@@ -84,7 +84,11 @@ class _Reader:
 
 
 def _numbers(view: View, held: Constant) -> Entries | None:
-    if len(held.shape) > 1 or (view.elements(held) or 0) > LONGEST or str(held.dtype) not in ("int32", "int64", "bool"):
+    if (
+        len(held.shape) > 1
+        or (view.elements(held) or 0) > MAX_ENTRIES
+        or str(held.dtype) not in ("int32", "int64", "bool")
+    ):
         return None
     raw = view.raw(held)
     return None if raw is None else tuple(int(v) for v in raw.reshape(-1))
@@ -223,7 +227,7 @@ def _filled(reader: _Reader, node: Node, depth: int) -> Entries | None:
     if count is None or len(count) > 1 or held is None or held.dtype.kind not in "iu":
         return None
     number = count[0] if count else 1
-    return (int(held.reshape(-1)[0]),) * number if isinstance(number, int) and number <= LONGEST else None
+    return (int(held.reshape(-1)[0]),) * number if isinstance(number, int) and number <= MAX_ENTRIES else None
 
 
 def whole(found: Sequence[Entry] | None) -> tuple[int, ...] | None:

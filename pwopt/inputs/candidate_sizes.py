@@ -15,7 +15,7 @@ from pwopt.inputs import shape_constraints
 from pwopt.inputs.footprint import Footprint, estimate_footprint
 from pwopt.inputs.input_specs import InputSpec
 from pwopt.inputs.shape_constraints import ShapeConstraint, Types
-from pwopt.inputs.size_guesses import LINE, LINE_WIDTH, AxisGroup, Guess, OpenAxes, Trust, find_open_axes
+from pwopt.inputs.size_guesses import MAX_TEXT_HEIGHT, TEXT_WIDTH, AxisGroup, Guess, OpenAxes, Trust, find_open_axes
 
 #: Limits for sizes that the user did not give: bytes of activations; multiply-adds where guesses rest on names only.
 MEMORY, WORK = 1 << 30, 5 * 10**9
@@ -24,7 +24,7 @@ VISITS = 20_000
 #: Combinations to check, and combinations to try unchecked if all are rejected.
 COMBINATIONS, UNCHECKED = 200, 8
 #: Preferred sizes where a constraint allows several, and the largest size to look for.
-PREFERRED, LARGEST = (224, 256, 320, 384, 512, 640, 128, 192, 112, 96, 64, 48, 32, 16_000), 1 << 16
+PREFERRED, MAX_SIZE = (224, 256, 320, 384, 512, 640, 128, 192, 112, 96, 64, 48, 32, 16_000), 1 << 16
 #: The most shape constraints that are solved for sizes.
 SOLVED = 3
 #: Roles whose sizes may be reduced or increased.
@@ -263,7 +263,7 @@ class SizeSearch:
             moved = [a for a in group.axes if count({a: 4 * base[a] + 4}) != now]
             if moved and group.role in (*ELASTIC, "batch", "channel"):
                 counted = functools.partial(_count_at, count, moved)
-                found = shape_constraints.solve_size(counted, constraint.size, PREFERRED, LARGEST)
+                found = shape_constraints.solve_size(counted, constraint.size, PREFERRED, MAX_SIZE)
                 return {} if found is None else dict.fromkeys(moved, found)
         return {}
 
@@ -278,8 +278,8 @@ def _insert_required(group: AxisGroup, found: Mapping[str, int], by: str) -> dic
     if group.role == "image" and len(found) == 1 and len(group.axes) == 2:
         ((axis, size),) = found.items()
         first = dict.fromkeys(first, size)
-        if axis == group.axes[0] and size <= LINE:
-            first[group.axes[1]] = LINE_WIDTH  # a line of text
+        if axis == group.axes[0] and size <= MAX_TEXT_HEIGHT:
+            first[group.axes[1]] = TEXT_WIDTH  # a line of text
     sizes = tuple({**first, **found}[a] for a in group.axes)
     trust = Trust.GRAPH if group.guesses[0].trust > Trust.DECLARED else Trust.DECLARED
     return dict.fromkeys(group.axes, group.insert(Guess(sizes, f"by {by}", trust)))

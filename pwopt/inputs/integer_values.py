@@ -37,7 +37,7 @@ BOUNDED_RESULTS = COMPARISONS | {
     "Xor",
 }
 #: Operators that take any numbers as any operand.
-ARITHMETIC = operators.ARITHMETIC | operators.BROADCASTS | operators.WEIGHTED_OPERATORS | {"Concat", "PRelu"}
+NUMBER_OPERATORS = operators.ARITHMETIC | operators.BROADCASTS | operators.WEIGHTED_OPERATORS | {"Concat", "PRelu"}
 #: Operators that take any numbers as their first operand.
 ANY_FIRST = (
     (operators.SAME_SHAPE | operators.REDUCTIONS | operators.SOFTMAXES | operators.POOLS | operators.SUMS | MOVES)
@@ -111,7 +111,7 @@ def _takes_any(node: onnx.NodeProto, index: int) -> bool:
     """Whether any number is valid as an operand of a node."""
     if node.domain not in ("", "ai.onnx") or (node.op_type in DIVISIONS and index):
         return False
-    return node.op_type in ARITHMETIC | BOUNDED_RESULTS or (index == 0 and node.op_type in ANY_FIRST)
+    return node.op_type in NUMBER_OPERATORS | BOUNDED_RESULTS or (index == 0 and node.op_type in ANY_FIRST)
 
 
 def _reads(graph: onnx.GraphProto) -> Iterator[str]:

@@ -11,17 +11,24 @@ from typing import Any
 import onnx
 
 #: Height and width: Ultralytics, timm, Hugging Face's preprocessors and configurations.
-IMAGE = ("imgsz", "image_size", "img_size", "input_size", "crop_size", "input_shape", "size")
-HEIGHT, WIDTH = ("image_height", "input_height", "img_height", "height"), ("image_width", "input_width", "width")
+IMAGE_KEYS = ("imgsz", "image_size", "img_size", "input_size", "crop_size", "input_shape", "size")
+HEIGHT_KEYS, WIDTH_KEYS = (
+    ("image_height", "input_height", "img_height", "height"),
+    ("image_width", "input_width", "width"),
+)
 #: A U-Net's latents (diffusers).
-LATENT = ("sample_size",)
+LATENT_KEYS = ("sample_size",)
 #: Exact lengths, and maximal lengths (Hugging Face).
-LENGTH = ("sequence_length", "seq_length", "seq_len", "max_length", "max_seq_length", "max_seq_len")
-LONGEST = ("max_position_embeddings", "model_max_length", "n_positions", "n_ctx", "max_target_positions")
+LENGTH_KEYS = ("sequence_length", "seq_length", "seq_len", "max_length", "max_seq_length", "max_seq_len")
+MAX_LENGTH_KEYS = ("max_position_embeddings", "model_max_length", "n_positions", "n_ctx", "max_target_positions")
 #: Samples per second of audio.
-RATE = ("sample_rate", "sampling_rate", "samplerate")
-FRAMES = ("num_frames", "n_frames", "max_frames")
-STRIDE, BATCH, CHANNELS = ("stride",), ("batch", "batch_size"), ("num_channels", "in_channels", "channels", "ch")
+RATE_KEYS = ("sample_rate", "sampling_rate", "samplerate")
+FRAME_KEYS = ("num_frames", "n_frames", "max_frames")
+STRIDE_KEYS, BATCH_KEYS, CHANNEL_KEYS = (
+    ("stride",),
+    ("batch", "batch_size"),
+    ("num_channels", "in_channels", "channels", "ch"),
+)
 
 
 class Metadata:
@@ -42,7 +49,7 @@ class Metadata:
                 return int(value), key
         return None
 
-    def image(self, keys: tuple[str, ...] = IMAGE) -> tuple[tuple[int, int], str] | None:
+    def image(self, keys: tuple[str, ...] = IMAGE_KEYS) -> tuple[tuple[int, int], str] | None:
         """Height and width of an image, and the key that gives them."""
         for key in keys:
             value = self.values.get(key)
@@ -58,8 +65,8 @@ class Metadata:
                 spatial *= 2
             if len(spatial) == 2 and all(8 <= v <= 1 << 14 for v in spatial):
                 return (spatial[0], spatial[1]), key
-        high, wide = self.number(HEIGHT, 8), self.number(WIDTH, 8)
-        return ((high[0], wide[0]), f"{high[1]} and {wide[1]}") if high and wide and keys is IMAGE else None
+        high, wide = self.number(HEIGHT_KEYS, 8), self.number(WIDTH_KEYS, 8)
+        return ((high[0], wide[0]), f"{high[1]} and {wide[1]}") if high and wide and keys is IMAGE_KEYS else None
 
 
 def _read(text: str) -> Any:

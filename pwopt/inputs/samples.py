@@ -23,7 +23,7 @@ from pwopt.graph.shapes import format_shape
 from pwopt.inputs.input_specs import InputSpec, check_shapes
 
 #: Distributions of floating-point inputs, each with a description.
-KINDS = {
+SAMPLE_KINDS = {
     "normal": "standard normal",
     "uniform": "uniform on [0, 1)",
     "zeros": "zeros",
@@ -67,10 +67,10 @@ def check_kinds(kinds: Sequence[str], specs: Sequence[InputSpec], ranges: Mappin
     UsageError
     """
     for kind in kinds:
-        if kind not in KINDS:
-            raise UsageError(f"there is no distribution {kind!r}; there are {', '.join(KINDS)}")
+        if kind not in SAMPLE_KINDS:
+            raise UsageError(f"there is no distribution {kind!r}; there are {', '.join(SAMPLE_KINDS)}")
     if not kinds:
-        raise UsageError(f"no distribution was named; there are {', '.join(KINDS)}")
+        raise UsageError(f"no distribution was named; there are {', '.join(SAMPLE_KINDS)}")
     names = [s.name for s in specs if s.dtype.kind != "O"]
     for name in ranges:
         if name not in names:

@@ -13,13 +13,13 @@ from onnx import numpy_helper
 from pwopt.algebra import Values
 from pwopt.graph import operators
 from pwopt.graph.operators import MOVES, SAME_SHAPE
-from pwopt.graph.shapes import SMALL, Dim, Shape, infer
+from pwopt.graph.shapes import MAX_SHAPE_VALUES, Dim, Shape, infer
 
 #: Element type (``onnx.TensorProto.DataType``) and shape by tensor, as `pwopt.graph.shapes.infer` gives them.
 Types = Mapping[str, tuple[int, Shape | None]]
 
 #: Operators that broadcast at least one operand to another.
-BROADCASTS = operators.BROADCASTS | {"PRelu"}
+BROADCASTING_OPERATORS = operators.BROADCASTS | {"PRelu"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +93,11 @@ class Constants:
 
     def _values(self, name: str) -> Values | None:
         tensor = self.tensors.get(name)
-        if tensor is None or tensor.data_location == onnx.TensorProto.EXTERNAL or np.prod(tensor.dims) > SMALL:
+        if (
+            tensor is None
+            or tensor.data_location == onnx.TensorProto.EXTERNAL
+            or np.prod(tensor.dims) > MAX_SHAPE_VALUES
+        ):
             return None
         try:
             return np.asarray(numpy_helper.to_array(tensor))
@@ -132,7 +136,7 @@ def _constrain(node: onnx.NodeProto, constants: Constants) -> Iterator[ShapeCons
         yield ShapeConstraint(x, 2, weights[2], True, source)
     elif node.op_type in ("BatchNormalization", "InstanceNormalization") and weights:
         yield ShapeConstraint(x, 1, weights[0], True, source)
-    elif node.op_type in BROADCASTS:
+    elif node.op_type in BROADCASTING_OPERATORS:
         for other in node.input:
             for tensor in node.input:
                 table = constants.shape(other) or ()
@@ -162,7 +166,7 @@ def find_rank(model: onnx.ModelProto, name: str) -> tuple[int, str] | None:
     """Find how many axes an input has, by the nodes that read it, and the operator that says so; None if none does."""
     constants = Constants(model)
     likely: tuple[int, str] | None = None
-    for node, index in find_uses(model, name, SAME_SHAPE | BROADCASTS):
+    for node, index in find_uses(model, name, SAME_SHAPE | BROADCASTING_OPERATORS):
         count, certain = _rank_from(node, index, constants)
         if count and certain:
             return count, node.op_type
@@ -200,14 +204,16 @@ def find_uses(model: onnx.ModelProto, name: str, through: frozenset[str]) -> Ite
             if tensor not in reached:
                 continue
             yield node, index
-            if node.op_type in through and (index == 0 or node.op_type == "Concat" or node.op_type in BROADCASTS):
+            if node.op_type in through and (
+                index == 0 or node.op_type == "Concat" or node.op_type in BROADCASTING_OPERATORS
+            ):
                 reached.update(node.output)
 
 
 def reads_waveform(model: onnx.ModelProto, name: str) -> bool:
     """Whether the first operator on an input is a Fourier transform, or a 1-D convolution of one or two channels."""
     constants = Constants(model)
-    for node, index in find_uses(model, name, SAME_SHAPE | MOVES | BROADCASTS | {"Pad"}):
+    for node, index in find_uses(model, name, SAME_SHAPE | MOVES | BROADCASTING_OPERATORS | {"Pad"}):
         weights = constants.shape(node.input[1]) if node.op_type == "Conv" and len(node.input) > 1 else None
         if weights is not None and index == 0:
             return len(weights) == 3 and weights[1] in (1, 2)

@@ -12,12 +12,22 @@ import onnx
 
 from pwopt.inputs import shape_constraints
 from pwopt.inputs.input_specs import InputSpec
-from pwopt.inputs.metadata import BATCH, CHANNELS, FRAMES, LATENT, LENGTH, LONGEST, RATE, STRIDE, Metadata
+from pwopt.inputs.metadata import (
+    BATCH_KEYS,
+    CHANNEL_KEYS,
+    FRAME_KEYS,
+    LATENT_KEYS,
+    LENGTH_KEYS,
+    MAX_LENGTH_KEYS,
+    RATE_KEYS,
+    STRIDE_KEYS,
+    Metadata,
+)
 
 #: Sizes (height, width) to try for dynamic images, in order: for classifiers, detectors and text recognisers.
 IMAGE_SIZES = ((224, 224), (320, 320), (640, 640), (48, 320), (32, 320), (48, 192), (256, 256), (512, 512))
 #: The largest height of an image that is taken for a line of text, and the width that such a line gets.
-LINE, LINE_WIDTH = 64, 320
+MAX_TEXT_HEIGHT, TEXT_WIDTH = 64, 320
 #: Latents of diffusion models, which have 4 channels and an eighth of the size of images of 512 or 256 pixels.
 LATENT_SIZES = ((64, 64), (32, 32))
 #: Frames of a video, and their height and width.
@@ -273,17 +283,17 @@ def _group_single(axis: str, role: str, why: str, metadata: Metadata) -> AxisGro
     group = AxisGroup((axis,), role, tuple(Guess((size,), "another usual size", Trust.SPARE) for size in others))
     group = group.insert(Guess((first,), why, trust))
     keys = {
-        "batch": BATCH,
-        "channel": CHANNELS,
-        "samples": RATE,
-        "frames": FRAMES,
-        "depth": FRAMES,
-        "tokens": LENGTH,
-        "length": LENGTH,
+        "batch": BATCH_KEYS,
+        "channel": CHANNEL_KEYS,
+        "samples": RATE_KEYS,
+        "frames": FRAME_KEYS,
+        "depth": FRAME_KEYS,
+        "tokens": LENGTH_KEYS,
+        "length": LENGTH_KEYS,
     }
     stated = metadata.number(keys[role], high=1 << 17) if role in keys else None
     if stated is None and role in ("tokens", "length"):
-        longest = metadata.number(LONGEST)
+        longest = metadata.number(MAX_LENGTH_KEYS)
         stated = (min(128, longest[0]), longest[1]) if longest else None
     return group if stated is None else group.insert(Guess((stated[0],), _explain_key(stated[1]), Trust.METADATA))
 
@@ -311,12 +321,12 @@ def _group_image(
     elif len(shape) == 4 and shape[1] == 4 and any(len(s.shape or ()) <= 3 for s in specs if s is not spec):
         usual, why = (*LATENT_SIZES, *IMAGE_SIZES), "4 channels beside another input are latents of a diffusion model"
     trust = Trust.NAME if roles[pixels[0]][1] == BY_NAME else Trust.PLACE
-    stride = metadata.number(STRIDE, 2, 128)
+    stride = metadata.number(STRIDE_KEYS, 2, 128)
     group = AxisGroup(pixels, "image", (), stride[0] if stride else 1)
     group = group.insert(*(Guess(select(pair), "another usual size", Trust.SPARE) for pair in usual[1:]))
     group = group.insert(Guess(select(usual[0]), why, trust))
     group = group.insert(*_guess_from_siblings(spec, pixels, roles, specs, select))
-    stated = (metadata.image(LATENT) if shape[1:2] == (4,) else None) or metadata.image()
+    stated = (metadata.image(LATENT_KEYS) if shape[1:2] == (4,) else None) or metadata.image()
     return group if stated is None else group.insert(Guess(select(stated[0]), _explain_key(stated[1]), Trust.METADATA))
 
 
@@ -343,9 +353,14 @@ def _guess_from_siblings(
             found.append(Guess(select((high, wide)), f"as {other.name!r} beside it", Trust.SIBLING))
     sides = [d for d in (shape[a] for a in places[1:]) if isinstance(d, int) and d > 0] if places else []
     if sides and len(pixels) == 1:
-        line = sides[0] <= LINE and roles[pixels[0]][0] == "width" and places is not None and shape[places[0]] in (1, 3)
+        line = (
+            sides[0] <= MAX_TEXT_HEIGHT
+            and roles[pixels[0]][0] == "width"
+            and places is not None
+            and shape[places[0]] in (1, 3)
+        )
         why = f"beside a height of {sides[0]}, as lines of text have it" if line else "as the other side of it"
-        found.append(Guess((LINE_WIDTH if line else sides[0],), why, Trust.SIBLING))
+        found.append(Guess((TEXT_WIDTH if line else sides[0],), why, Trust.SIBLING))
     return found
 
 
@@ -381,7 +396,7 @@ def _find_derived(roles: Mapping[str, str], bound: Mapping[str, int]) -> dict[st
 
 
 #: Arithmetic in names of axes; a division rounds down.
-OPERATORS: dict[type[ast.operator], Callable[[int, int], int]] = {
+AXIS_ARITHMETIC: dict[type[ast.operator], Callable[[int, int], int]] = {
     ast.Add: lambda a, b: a + b,
     ast.Sub: lambda a, b: a - b,
     ast.Mult: lambda a, b: a * b,
@@ -396,6 +411,6 @@ def _evaluate(node: ast.expr, values: Mapping[str, int]) -> int:
         return node.value
     if isinstance(node, ast.Name):
         return values.get(node.id, 1)
-    if isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
-        return OPERATORS[type(node.op)](_evaluate(node.left, values), _evaluate(node.right, values))
+    if isinstance(node, ast.BinOp) and type(node.op) in AXIS_ARITHMETIC:
+        return AXIS_ARITHMETIC[type(node.op)](_evaluate(node.left, values), _evaluate(node.right, values))
     return 1

@@ -30,7 +30,7 @@ from pwopt.maps.scans import LARGEST_INPUT, NEGLIGIBLE, Mask, Scanner, flush_sub
 #: Channel counts stay multiples of this as far as they are: onnxruntime's CPU provider keeps channels in blocks. A
 #: MobileNetV2 pruned to odd widths runs at 0.6 times the speed of the whole one; to multiples of 4, 8 and 16, at
 #: 1.06, 1.15 and 1.10 times (AVX-512).
-ALIGNMENT = 8
+CHANNEL_MULTIPLE = 8
 
 
 @dataclass
@@ -100,7 +100,7 @@ class Analysis:
         Outputs of depthwise convolutions that make several channels of each.
     """
 
-    def __init__(self, view: View, scan: Scanner, alignment: int = ALIGNMENT) -> None:
+    def __init__(self, view: View, scan: Scanner, alignment: int = CHANNEL_MULTIPLE) -> None:
         self.view, self.scan, self.alignment = view, scan, alignment
         self.of: dict[Tensor, Channels] = {}
         self.flows: list[Flow] = []

@@ -70,7 +70,7 @@ class Rule:
 #: Operators whose results may be smaller than their inputs, beside those that sum.
 MIXES = frozenset({"LeakyRelu", "PRelu", "Resize", "Upsample"})
 #: Batch and channels, the axes that pooling leaves alone.
-CHANNELS: Mapping[int, int] = {0: 0, 1: 1}
+KEPT_AXES: Mapping[int, int] = {0: 0, 1: 1}
 
 
 def rule(view: View, node: Node) -> Rule | None:
@@ -79,16 +79,16 @@ def rule(view: View, node: Node) -> Rule | None:
     if op in ("Relu", "LeakyRelu", "PRelu", "Abs"):
         return Rule("positive", shift=False)
     if op == "GlobalAveragePool":
-        return Rule(axes=CHANNELS)
+        return Rule(axes=KEPT_AXES)
     if op == "AveragePool":
         outside = any(node.attrs.get("pads", ())) or node.attrs.get("auto_pad", "NOTSET").startswith("SAME")
         partial = outside or node.attrs.get("ceil_mode", 0)
         hollow = outside and any(d > 1 for d in node.attrs.get("dilations", ()))  # a window may miss the input
-        return Rule(shift=not hollow and not (partial and node.attrs.get("count_include_pad", 0)), axes=CHANNELS)
+        return Rule(shift=not hollow and not (partial and node.attrs.get("count_include_pad", 0)), axes=KEPT_AXES)
     if op in ("MaxPool", "GlobalMaxPool"):
         outside = any(node.attrs.get("pads", ())) or node.attrs.get("auto_pad", "NOTSET").startswith("SAME")
         hollow = outside and any(d > 1 for d in node.attrs.get("dilations", ()))  # a window may miss the input
-        return None if hollow or any(o.name for o in node.outputs[1:]) else Rule("positive", axes=CHANNELS)
+        return None if hollow or any(o.name for o in node.outputs[1:]) else Rule("positive", axes=KEPT_AXES)
     if op in ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin"):
         return _reduction(view, node, op)
     if op in ("Resize", "Upsample"):

@@ -47,7 +47,7 @@ class Cost:
         return (after.macs - self.macs) / self.macs if self.macs and self.unknown == after.unknown else None
 
 
-NOTHING = Cost(0, 0, 0, 0)
+NO_COST = Cost(0, 0, 0, 0)
 
 
 def positions(view: View, reading: Reading) -> int | None:

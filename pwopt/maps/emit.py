@@ -154,7 +154,7 @@ def write(
     names = _inherited(view, like) if inherit else {}
     view.release_names(names.values())
     writer = _Writer(view, linear, low, like, source, output, axis, names, like.nodes[0].name if inherit else "")
-    return Written(tuple(FORMS[like.kind](writer)), low.residual)
+    return Written(tuple(WRITERS[like.kind](writer)), low.residual)
 
 
 def _inherited(view: View, like: Reading) -> dict[str, str]:
@@ -258,7 +258,7 @@ class _Writer:
 
 
 #: How each kind of reading is written back; other kinds are read only.
-FORMS = {
+WRITERS = {
     "conv": _Writer.conv,
     "conv-transpose": _Writer.conv,
     "gemm": _Writer.gemm,

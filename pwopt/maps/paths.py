@@ -17,7 +17,7 @@ from pwopt.maps.cost import positions, price
 from pwopt.maps.forms import Reading
 
 #: The most maps of a path; real models have a handful.
-MAX_LENGTH = 32
+MAX_PATH_MAPS = 32
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def trace(view: View, tensor: Tensor, fused: Collection[Node] = ()) -> Path:
     readings: list[Reading] = []
     axis: int | None = None
     start, obstacle = tensor, ""
-    while len(readings) < MAX_LENGTH:
+    while len(readings) < MAX_PATH_MAPS:
         node = view.producer(start)
         if node is None:
             break

@@ -27,7 +27,7 @@ from pwopt.maps.forms import Reading
 #: by one for a factor of r. So a short axis shows how every axis is resized.
 SIZE_DEPENDENT = ("align_corners", "tf_crop_and_resize")
 #: Short lengths of an axis; the last one has a border on either side and an interior.
-SHORT = (1, 2, 5)
+TRIAL_LENGTHS = (1, 2, 5)
 #: The longest axis that is evaluated.
 MAX_EVALUATED = 512
 
@@ -59,7 +59,7 @@ def repetition(view: View, node: Node | None) -> Repetition | None:
     attrs = tuple(sorted(told.items()))
     sized = node.attrs.get("coordinate_transformation_mode") in SIZE_DEPENDENT
     for size, factor in zip(before[2:], factors[2:], strict=True):
-        lengths = [min(size, n) for n in SHORT] if isinstance(size, int) else [*SHORT]
+        lengths = [min(size, n) for n in TRIAL_LENGTHS] if isinstance(size, int) else [*TRIAL_LENGTHS]
         if sized:
             lengths = [size] if isinstance(size, int) else []
         if factor > 1 and not (lengths and all(_repeats(n, factor, node.op, attrs, view.opset) for n in lengths)):
@@ -218,7 +218,7 @@ def _grow_shape(shape: Shape, factors: tuple[int, ...]) -> Shape:
 
 #: A Slice with this end or a larger one goes to the end of any axis; exporters write the largest number of 32 or 64
 #: bits.
-LONGEST = 2**31 - 1
+SLICE_TO_END = 2**31 - 1
 #: Transposes that move both axes of a block after the channels, or before them.
 UNSHUFFLES = ((0, 1, 3, 5, 2, 4), (0, 3, 5, 1, 2, 4))
 
@@ -299,7 +299,7 @@ def _read_slice(view: View, tensor: Tensor, rank: int) -> Subsampling | None:
 
 def _goes_to_end(size: Dim, end: int) -> bool:
     """Whether a Slice goes to the end of an axis of any length."""
-    return end >= LONGEST or (isinstance(size, int) and end >= size)
+    return end >= SLICE_TO_END or (isinstance(size, int) and end >= size)
 
 
 def _read_unshuffle(view: View, node: Node, channels: Sequence[int]) -> Subsampling | None:

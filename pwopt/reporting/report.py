@@ -14,7 +14,7 @@ from pwopt.errors import UsageError
 from pwopt.evidence.equivalence import Equivalence
 from pwopt.graph.json_files import read_json, read_record
 from pwopt.graph.shapes import format_shape
-from pwopt.maps.cost import NOTHING, Cost
+from pwopt.maps.cost import NO_COST, Cost
 from pwopt.rewriting.records import Rewrite, Site, Skip
 from pwopt.rewriting.wording import format_count
 from pwopt.running.bench import Row
@@ -242,8 +242,8 @@ class Report:
     shapes: dict[str, tuple[int, ...]]
     rewrites: tuple[Rewrite, ...] = ()
     skips: tuple[Skip, ...] = ()
-    before: Cost = NOTHING
-    after: Cost = NOTHING
+    before: Cost = NO_COST
+    after: Cost = NO_COST
     equivalence: Equivalence | None = None
     latency: Latency | None = None
     conditions: tuple[ConditionLatency, ...] = ()

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from pwopt.evidence.equivalence import Equivalence
 from pwopt.graph.shapes import format_shape
-from pwopt.inputs.samples import KINDS
+from pwopt.inputs.samples import SAMPLE_KINDS
 from pwopt.maps.cost import Cost
 from pwopt.reporting.report import ConditionLatency, Latency, Report, contradiction
 from pwopt.reporting.text import (
@@ -151,7 +151,7 @@ def render_samples(equivalence: Equivalence, provider: Provider, console: Consol
     precise = ", with TF32 off" if provider.name in NVIDIA else ""
     parts = (label.partition(", ") for label in equivalence.inputs)
     drawn = [
-        (kind, sizes) if sizes and kind.split()[0] in KINDS else (kind + comma + sizes, "")
+        (kind, sizes) if sizes and kind.split()[0] in SAMPLE_KINDS else (kind + comma + sizes, "")
         for kind, comma, sizes in parts
     ]
     rounds = [(sizes, [kind for kind, _ in group]) for sizes, group in groupby(drawn, lambda sample: sample[1])]

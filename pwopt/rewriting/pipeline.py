@@ -11,7 +11,7 @@ from pwopt.rewriting.driver import Certifier, Pass, Rewriter
 from pwopt.rewriting.records import Outcome, Rewrite, Site, Skip
 
 #: The largest number of rounds. Real models need two or three.
-MAX_ROUNDS = 8
+MAX_PIPELINE_ROUNDS = 8
 
 
 @dataclass(frozen=True)
@@ -123,7 +123,7 @@ class Pipeline:
 def _repeat(rw: Rewriter, passes: Sequence[Pass], rewrites: list[Rewrite], skips: dict[str, tuple[Skip, ...]]) -> None:
     """Run passes in turn until a whole round changes nothing; append to `rewrites`, and update `skips`."""
     idle = 0
-    for p in itertools.islice(itertools.cycle(passes), MAX_ROUNDS * len(passes)):
+    for p in itertools.islice(itertools.cycle(passes), MAX_PIPELINE_ROUNDS * len(passes)):
         outcome = rw.apply(p)
         rewrites.extend(outcome.rewrites)
         skips[p.name] = outcome.skips

@@ -26,9 +26,9 @@ ROOT = str(Path(__file__).resolve().parents[2])
 #: Seconds that a child may take to start.
 START = 600.0
 #: Seconds that it may take to end after it has closed its end of the messages.
-PATIENCE = 10.0
+END_SECONDS = 10.0
 #: Seconds between two calls of `waiting` while a child works.
-TICK = 0.1
+POLL_INTERVAL = 0.1
 #: Each message begins with its length.
 HEADER = struct.Struct("<Q")
 #: The signals by which users, service managers and the system's memory limit kill a process.
@@ -161,7 +161,7 @@ class Child:
         while answer is _NOTHING:
             waiting(time.perf_counter() - begin)
             try:
-                answer = self._answers.get(timeout=TICK)
+                answer = self._answers.get(timeout=POLL_INTERVAL)
             except queue.Empty:
                 if watch.elapsed() >= seconds:
                     self._process.kill()
@@ -173,7 +173,7 @@ class Child:
     def _wait_for_end(self) -> int:
         """Return the exit code of a process that has closed its end of the messages."""
         try:
-            return self._process.wait(PATIENCE)
+            return self._process.wait(END_SECONDS)
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()
@@ -183,7 +183,7 @@ class Child:
         if gently:
             self._process.terminate()
             with contextlib.suppress(subprocess.TimeoutExpired):
-                self._process.wait(PATIENCE)
+                self._process.wait(END_SECONDS)
         self._process.kill()
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout):

@@ -25,7 +25,7 @@ PACKAGES = ("pwopt", "onnx", "numpy", "onnx-graphsurgeon", "ml-dtypes")
 #: Wheels with the libraries that the CUDA provider loads.
 CUDA_WHEELS = ("nvidia-cuda-runtime", "nvidia-cublas", "nvidia-cufft", "nvidia-curand", "nvidia-cudnn")
 #: Seconds that a provider may take to start; TensorRT builds an engine.
-PATIENCE = 120
+PROVIDER_SECONDS = 120
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,9 @@ def check_provider(provider: Provider) -> Finding:
     """Run a small model on one provider, in a process of its own, since native code may crash."""
     command = child_command(_answer, provider.text)
     try:
-        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PATIENCE)
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PROVIDER_SECONDS)
     except subprocess.TimeoutExpired:
-        return Finding(provider.text, False, f"did not start within {PATIENCE} seconds")
+        return Finding(provider.text, False, f"did not start within {PROVIDER_SECONDS} seconds")
     lines = done.stdout.splitlines()
     if done.returncode < 0 or not lines:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]

@@ -20,7 +20,7 @@ except ImportError:  # Windows
     fcntl = None  # type: ignore[assignment]
 
 #: Seconds between two attempts to get a lock (Windows).
-TICK = 0.1
+LOCK_INTERVAL = 0.1
 
 
 def ask_all(start: Callable[[], Child], questions: Sequence[Any], workers: int) -> Iterator[tuple[int, Any]]:
@@ -107,7 +107,7 @@ class FileLock:
                 msvcrt.locking(self._stream.fileno(), msvcrt.LK_NBLCK, 1)
                 return
             except OSError:
-                time.sleep(TICK)
+                time.sleep(LOCK_INTERVAL)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -33,7 +33,7 @@ RUN_SECONDS, SECONDS = 4.0, 8.0
 #: Lengths that rest on their position only grow by this factor until a run takes this many seconds.
 TELLING, GROWN = 0.005, 4
 #: The largest length that growing reaches.
-LONGEST = 16_384
+MAX_GROWN_LENGTH = 16_384
 #: The second round of sizes may have this many times the elements of the first.
 GROWTH = 4
 
@@ -161,7 +161,7 @@ def _grow(search: SizeSearch, trials: SizeTrials, found: CandidateSizes, spent: 
     """Grow the lengths of a candidate that rest on their position only, until a run takes a measurable time."""
     growing = any(g.trust == Trust.PLACE for g in found.guesses)
     while growing and spent < TELLING and trials.left > 0:
-        larger = search.grow(found, GROWN, LONGEST)
+        larger = search.grow(found, GROWN, MAX_GROWN_LENGTH)
         if larger is None:
             break
         try:

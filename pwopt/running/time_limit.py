@@ -12,9 +12,9 @@ from pwopt.running.session import Session
 from pwopt.running.stopwatch import Stopwatch
 
 #: A run shorter than this many seconds is repeated, since the first one also allocates memory.
-SHORT = 0.05
+MIN_TIMED_SECONDS = 0.05
 #: Seconds between two looks at the time of a run.
-TICK = 0.05
+TIMER_INTERVAL = 0.05
 
 
 class TooSlowError(ModelError):
@@ -38,7 +38,7 @@ def time_run(session: Session, feeds: Feeds, limit: float) -> float:
         See `pwopt.running.session.Session.run`.
     """
     spent = [_time_once(session, feeds, limit)]
-    if spent[0] < SHORT:
+    if spent[0] < MIN_TIMED_SECONDS:
         spent.append(_time_once(session, feeds, limit))
     return min(spent)
 
@@ -50,7 +50,7 @@ def _time_once(session: Session, feeds: Feeds, limit: float) -> float:
     ended = threading.Event()
 
     def stop_in_time() -> None:
-        while not ended.wait(TICK):
+        while not ended.wait(TIMER_INTERVAL):
             if watch.elapsed() >= limit:
                 options.terminate = True
 

@@ -33,7 +33,7 @@ CONFIDENCE = 0.99
 #: A race has at least so many pairs of sessions, unless they take `OVERDRAWN` times its budget; and at most so many.
 MIN_PAIRS, MAX_PAIRS, OVERDRAWN = 3, 60, 2.0
 #: Rounds of a pair: at least, at most, and in the first pair.
-MIN_ROUNDS, MAX_ROUNDS, FIRST_ROUNDS = 2, 40, 3
+MIN_PAIR_ROUNDS, MAX_PAIR_ROUNDS, FIRST_ROUNDS = 2, 40, 3
 #: By how much two sessions of one model are expected to differ: huge pages, idle machine (natural logarithm).
 BETWEEN_SESSIONS = 0.008
 #: A race is asked whether it is decided after so many pairs. Few questions cost little confidence.
@@ -124,7 +124,7 @@ class Evidence:
 
 
 #: No evidence.
-NOTHING = Evidence()
+NO_EVIDENCE = Evidence()
 
 
 @functools.lru_cache(maxsize=4096)
@@ -237,7 +237,7 @@ class Rules:
 
     decided: float | None = None
     worth: float = 0.0
-    known: Evidence = NOTHING
+    known: Evidence = NO_EVIDENCE
     precise: float = 0.0
 
     def ended_by(self, race: Race) -> bool:
@@ -357,4 +357,4 @@ def _rounds_worth(pairs: Sequence[SessionPair], seconds: float) -> int:
     spread = statistics.median(spreads) if spreads else BETWEEN_SESSIONS
     wanted = math.sqrt(start / each) * spread / BETWEEN_SESSIONS
     affordable = (seconds - start) / each
-    return int(max(MIN_ROUNDS, min(wanted, affordable, MAX_ROUNDS)))
+    return int(max(MIN_PAIR_ROUNDS, min(wanted, affordable, MAX_PAIR_ROUNDS)))

@@ -22,15 +22,15 @@ from pwopt.running.timing import Race, Rules
 
 #: The limit for loading and running a candidate once, in seconds of work (`pwopt.running.stopwatch.Stopwatch`): at
 #: least, and as a multiple of the original's.
-PATIENCE, SLOWER = 20.0, 20.0
+MIN_TIME_LIMIT, SLOWER = 20.0, 20.0
 #: The address space in bytes that a candidate may use beyond the original's, and as a multiple of it (Linux).
 ROOM, LARGER = 2 << 30, 4.0
 #: Linux's description of a process's memory (proc(5)).
-STATUS = Path("/proc/self/status")
+MEMORY_STATUS = Path("/proc/self/status")
 #: Runs under the profiler, at most, and in how many pairs of fresh sessions.
-MOST, PROFILED_PAIRS = 12, 2
+MAX_PROFILED_RUNS, PROFILED_PAIRS = 12, 2
 #: The time limit in seconds for loading and running the original.
-LONGEST = 3600.0
+ORIGINAL_TIME_LIMIT = 3600.0
 
 
 class UnusableError(PwoptError):
@@ -58,7 +58,7 @@ class Worker:
         self._original, self._setting = original, (provider, threads, feeds)
         self._environ = (huge_pages.requesting if huge else huge_pages.refusing)(os.environ)
         self._child: Child | None = None
-        self._limit = PATIENCE
+        self._limit = MIN_TIME_LIMIT
         #: Why there is no process, as a clause; "" if there may be one.
         self.problem = ""
         #: Seconds that the original took to load, and to run once.
@@ -117,7 +117,7 @@ class Worker:
         try:
             self._child = Child(serve, environ=self._environ)
             watch = Stopwatch(processor_time_of(self._child.pid))
-            answer = self._child.ask((*self._setting, str(self._original)), LONGEST)
+            answer = self._child.ask((*self._setting, str(self._original)), ORIGINAL_TIME_LIMIT)
         except StartError as error:
             self.problem = str(error)
             return
@@ -128,7 +128,7 @@ class Worker:
             self.problem = f"the original model fails there: {answer}"
         else:
             self.took = answer
-        self._limit = max(PATIENCE, SLOWER * watch.elapsed())
+        self._limit = max(MIN_TIME_LIMIT, SLOWER * watch.elapsed())
 
     def _ask(self, question: Any, seconds: float, waiting: Callable[[float], None] = lambda _: None) -> Any:
         """Return the answer, or a clause on why there is none. The process has ended in that case."""
@@ -156,11 +156,11 @@ class Worker:
 
 def _bound_memory() -> None:
     """Limit the address space of this process to a multiple of its peak so far (Linux)."""
-    if not STATUS.exists():
+    if not MEMORY_STATUS.exists():
         return
     import resource
 
-    lines = STATUS.read_text(encoding="utf-8").splitlines()
+    lines = MEMORY_STATUS.read_text(encoding="utf-8").splitlines()
     taken = next((int(line.split()[1]) for line in lines if line.startswith("VmPeak:")), 0)
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
     bound = int(LARGER * taken * 1024) + ROOM
@@ -191,7 +191,7 @@ class _Sessions:
             sessions = {i: Session(paths[i], self._provider, self._threads, profile=True, tf32=True) for i in order}
             begin, done = time.perf_counter(), 0
             while done <= least / PROFILED_PAIRS or (
-                done <= MOST / PROFILED_PAIRS and time.perf_counter() - begin < seconds / PROFILED_PAIRS
+                done <= MAX_PROFILED_RUNS / PROFILED_PAIRS and time.perf_counter() - begin < seconds / PROFILED_PAIRS
             ):
                 for session in sessions.values():
                     session.profiled_run(self._feeds)

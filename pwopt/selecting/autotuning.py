@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 from pwopt.rewriting.records import Rewrite, Site, Skip
 from pwopt.running.progress import Progress, ignore_progress
-from pwopt.running.timing import CONFIDENCE, HOPELESS, HOPELESS_PAIRS, NOTHING, Evidence, Race
+from pwopt.running.timing import CONFIDENCE, HOPELESS, HOPELESS_PAIRS, NO_EVIDENCE, Evidence, Race
 
 LOG = logging.getLogger(__name__)
 
@@ -56,7 +56,7 @@ class Decision:
     """What races, earlier ones perhaps, said of a group."""
 
     group: Group
-    evidence: Evidence = NOTHING
+    evidence: Evidence = NO_EVIDENCE
     remembered: bool = False
     #: Whether it is profiles that the evidence is from; what the race of all that pay by them said, if it did confirm.
     estimated: bool = False
@@ -282,7 +282,7 @@ class _Contest:
         without, model = self._model(self.kept()), self._model([*self.kept(), *groups])
         if without == model or self._evaluator.fault(model):
             return
-        result = self._evaluator.race(without, model, min(LONGEST_RACE, left / 2), NOTHING)
+        result = self._evaluator.race(without, model, min(LONGEST_RACE, left / 2), NO_EVIDENCE)
         if isinstance(result, str) or not (confirmed := Evidence.from_race(result)).interval(CONFIDENCE)[0] > 1.0:
             return
         for group, evidence in groups.items():
@@ -303,7 +303,7 @@ class _Contest:
         if without == model:
             self.decided[group] = Decision(group, not_raced="another rewrite that was kept takes its place")
             return
-        known = NOTHING if anew or group not in self.decided else self.decided[group].evidence
+        known = NO_EVIDENCE if anew or group not in self.decided else self.decided[group].evidence
         fault = self._evaluator.fault(model)
         left = self._deadline - time.perf_counter()
         result = fault or self._evaluator.race(without, model, min(LONGEST_RACE, max(0.0, left) / races), known)

@@ -5,7 +5,7 @@ import pytest
 from helpers import parse
 
 from pwopt.graph.files import from_proto
-from pwopt.graph.values import DEEPEST, entries, extents
+from pwopt.graph.values import MAX_READ_DEPTH, entries, extents
 from pwopt.graph.view import View
 
 CONSTANTS = {"zero": np.array(0), "start": np.array([0]), "one": np.array([1]), "two": np.array([2]), "minus": np.array([-1]), "ends": np.array([1, 4]),
@@ -51,13 +51,13 @@ def test_sizes_of_one_name_in_two_places_are_not_the_same() -> None:
 
 
 def test_a_long_way_is_given_up() -> None:
-    body = "s = Shape(x) h0 = Mul(s, one) " + " ".join(f"h{i + 1} = Mul(h{i}, one)" for i in range(2 * DEEPEST))
-    assert told(f"{body} y = Mul(h{2 * DEEPEST}, one)") is None
+    body = "s = Shape(x) h0 = Mul(s, one) " + " ".join(f"h{i + 1} = Mul(h{i}, one)" for i in range(2 * MAX_READ_DEPTH))
+    assert told(f"{body} y = Mul(h{2 * MAX_READ_DEPTH}, one)") is None
 
 
 def test_a_tower_of_doubles_takes_no_time() -> None:
-    body = "s = Shape(x) h0 = Max(s, s) " + " ".join(f"h{i + 1} = Max(h{i}, h{i})" for i in range(DEEPEST - 4))
-    assert told(f"{body} y = Max(h{DEEPEST - 4}, h{DEEPEST - 4})") == ("N", 6, "H")
+    body = "s = Shape(x) h0 = Max(s, s) " + " ".join(f"h{i + 1} = Max(h{i}, h{i})" for i in range(MAX_READ_DEPTH - 4))
+    assert told(f"{body} y = Max(h{MAX_READ_DEPTH - 4}, h{MAX_READ_DEPTH - 4})") == ("N", 6, "H")
 
 
 def test_extents_name_what_has_no_name() -> None:

@@ -11,7 +11,7 @@ from onnx import numpy_helper
 
 from pwopt.errors import UsageError
 from pwopt.inputs.input_specs import input_specs
-from pwopt.inputs.samples import KINDS, check_kinds, draw_feeds, parse_range, read_samples
+from pwopt.inputs.samples import SAMPLE_KINDS, check_kinds, draw_feeds, parse_range, read_samples
 from pwopt.running.size_trials import choose_rounds, narrow_specs
 
 pytest.importorskip("onnxruntime")
@@ -22,7 +22,7 @@ SHAPES = dict.fromkeys("fhiubs", (50, 40))
 
 def test_every_type_is_drawn_and_stays_its_type() -> None:
     specs = input_specs(parse(ALL))
-    for kind in KINDS:
+    for kind in SAMPLE_KINDS:
         feeds = draw_feeds(specs, SHAPES, kind)
         assert [feeds[s.name].dtype for s in specs] == [s.dtype for s in specs]
         again = draw_feeds(specs, SHAPES, kind)

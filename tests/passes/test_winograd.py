@@ -8,7 +8,7 @@ import pytest
 from helpers import normal, ops, parse, reasons, run, same
 
 from pwopt.passes import Winograd
-from pwopt.passes.winograd import ROWS, G
+from pwopt.passes.winograd import FILTER_TRANSFORM, ROWS
 from pwopt.rewriting.driver import Pass
 
 WIDE = 48
@@ -31,7 +31,7 @@ def test_the_transforms_are_a_polynomial_identity() -> None:
     for row, (first, distance, signs) in zip(b, ROWS, strict=True):
         row[first], row[first + distance] = signs
     a = [[1, 1, 1, 0], [0, 1, -1, -1]]
-    g = [[Fraction(v) for v in row] for row in G.tolist()]
+    g = [[Fraction(v) for v in row] for row in FILTER_TRANSFORM.tolist()]
     for tap in range(3):
         for place in range(4):
             product = [g[k][tap] * b[k][place] for k in range(4)]

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pwopt.running import timing
-from pwopt.running.timing import HOPELESS_PAIRS, NOTHING, Evidence, Race, Rules, student_quantile
+from pwopt.running.timing import HOPELESS_PAIRS, NO_EVIDENCE, Evidence, Race, Rules, student_quantile
 
 RNG = np.random.default_rng(0)
 
@@ -57,10 +57,10 @@ def test_what_differs_between_sessions_is_in_the_interval() -> None:
 
 def test_later_pairs_add_to_earlier_ones() -> None:
     parts = [Evidence.from_race(drawn(1.1, 0.05, 50)) for _ in range(4)]
-    total = sum(parts, NOTHING)
+    total = sum(parts, NO_EVIDENCE)
     assert total.pairs == 200
     assert total.speedup == pytest.approx(math.exp(np.mean([math.log(p.speedup) for p in parts])))
-    widths = [high - low for low, high in (sum(parts[:k], NOTHING).interval(0.999) for k in (1, 2, 4))]
+    widths = [high - low for low, high in (sum(parts[:k], NO_EVIDENCE).interval(0.999) for k in (1, 2, 4))]
     assert widths[0] > widths[1] > widths[2]
 
 
@@ -99,7 +99,7 @@ def test_slow_spells_hardly_move_the_ratio() -> None:
 def test_no_pairs_say_nothing_and_one_hardly_more(pairs: int, spread: float) -> None:
     low, high = Evidence.from_race(drawn(1.0, spread, pairs)).interval(0.99)
     assert low <= high
-    assert NOTHING.interval(0.99) == (0.0, math.inf)
+    assert NO_EVIDENCE.interval(0.99) == (0.0, math.inf)
     assert pairs > 1 or (low, high) == (0.0, math.inf)
 
 

@@ -65,7 +65,7 @@ def test_a_child_answers_messages_until_it_ends() -> None:
 
 @posix
 def test_a_child_that_hangs_at_its_end_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(child_process, "PATIENCE", 0.1)
+    monkeypatch.setattr(child_process, "END_SECONDS", 0.1)
     process = Child(hang)
     with pytest.raises(EndedError, match="SIGKILL"):
         process.ask("a", 60.0)

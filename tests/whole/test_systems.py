@@ -97,7 +97,7 @@ def test_inference_runs_here_where_no_copy_can(hidden: str, monkeypatch: pytest.
     if hidden == "platform":
         monkeypatch.setattr(sys, "platform", "darwin")
     else:
-        monkeypatch.setattr(limits, "STATUS", NOWHERE)
+        monkeypatch.setattr(limits, "MEMORY_PAGES", NOWHERE)
     assert limits.run_isolated(lambda: b"answer", 1 << 20) == b"answer"
     assert limits.run_isolated(lambda: bytes(1 // 0), 1 << 20) is None  # as from a copy that failed
 
@@ -209,7 +209,7 @@ def test_a_worker_whose_pipe_is_invalid(monkeypatch: pytest.MonkeyPatch, tmp_pat
 
 
 def test_memory_is_bounded_only_where_it_is_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(worker, "STATUS", NOWHERE)
+    monkeypatch.setattr(worker, "MEMORY_STATUS", NOWHERE)
     monkeypatch.setitem(sys.modules, "resource", None)
     worker._bound_memory()
 
