@@ -30,10 +30,10 @@ def main() -> None:
     entries = []
     for folder in sorted(p for p in options.caches.iterdir() if p.is_dir()):
         os.environ[tuning_cache.FOLDER_VARIABLE] = str(folder)
-        entries += [e for e in tuning_cache.stored() if e.model]
-    found = priors.counted(entries)
-    content = priors.table()
-    key = f"{as_provider(options.provider).kind} {priors.processor()}"
+        entries += [e for e in tuning_cache.read_records() if e.model]
+    found = priors.count_decisions(entries)
+    content = priors.read_table()
+    key = f"{as_provider(options.provider).kind} {priors.classify_processor()}"
     machine = {
         k: v
         for k, v in describe_machine(as_provider(options.provider)).items()

@@ -13,8 +13,8 @@ from pwopt.graph import attributes
 from pwopt.graph.constants import MAX_GROWTH_BYTES, NEGLIGIBLE_BYTES, evaluate
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.operators import BROADCASTS, FOLDABLE, SUMS, VIEWS, WEIGHTED_OPERATORS
-from pwopt.graph.shapes import known
-from pwopt.graph.values import Entries, entries, extents
+from pwopt.graph.shapes import as_fixed
+from pwopt.graph.values import Entries, read_entries, read_extents
 from pwopt.maps import forms
 from pwopt.maps.scales import adds_nothing, subtracts_from_nothing
 from pwopt.maps.signed_zeros import find_zero_sensitive
@@ -117,7 +117,7 @@ class CleanUp(Pass):
 
     def _fold(self, node: Node, rw: Rewriter, op: str) -> Rewrite | Skip | None:
         shape = rw.shape(node.inputs[0]) if node.inputs else None
-        sizes = known(shape)
+        sizes = as_fixed(shape)
         sizes = sizes if sizes is not None and math.prod(sizes) < MAX_ELEMENTS else None
         constants = [rw.constant(t) for t in node.inputs if t.name]
         if op in ("Shape", "Size") and sizes is not None:
@@ -154,7 +154,7 @@ def _only_broadcasts(rw: Rewriter, node: Node, op: str) -> bool:
     return all(
         rw.op(reader) in BROADCASTS
         and sum(t is output for t in reader.inputs) == 1
-        and any(_covers(extents(rw, t), wide, narrow) for t in reader.inputs if t is not output)
+        and any(_covers(read_extents(rw, t), wide, narrow) for t in reader.inputs if t is not output)
         for reader in rw.readers(output)
     )
 
@@ -175,12 +175,12 @@ def _limit_range(rw: Rewriter, node: Node) -> int:
 
 def _find_repetition(rw: Rewriter, node: Node, op: str) -> tuple[Entries | None, Entries | None]:
     """The shapes after and before a repetition, padded with leading ones to the same rank."""
-    target = entries(rw, node.inputs[0 if op == "ConstantOfShape" else 1])
-    before = () if op == "ConstantOfShape" else extents(rw, node.inputs[0])
+    target = read_entries(rw, node.inputs[0 if op == "ConstantOfShape" else 1])
+    before = () if op == "ConstantOfShape" else read_extents(rw, node.inputs[0])
     if before is None:
         return None, None
     if target is None and op == "Expand":
-        after = extents(rw, node.outputs[0])
+        after = read_extents(rw, node.outputs[0])
         return after, None if after is None else (1,) * (len(after) - len(before)) + before
     if target is None or len(target) < len(before):
         return None, None
@@ -235,7 +235,7 @@ def _explain_no_effect(rw: Rewriter, node: Node, op: str) -> str:
         unpadded = not any(node.attrs.get("pads", ())) and node.attrs.get("auto_pad", "NOTSET") in ("NOTSET", "VALID")
         single = all(v == 1 for v in (*node.attrs["kernel_shape"], *node.attrs.get("strides", ())))
         return f"{op} of single elements" if unpadded and single else ""
-    before, after = extents(rw, x), extents(rw, y)
+    before, after = read_extents(rw, x), read_extents(rw, y)
     if before is None or after is None or len(before) != len(after):
         return ""
     if op in ("Reshape", "Flatten"):
@@ -292,6 +292,6 @@ def _explain_same_size(rw: Rewriter, node: Node, x: Tensor, y: Tensor) -> str:
         return ""
     before, after = rw.shape(x), rw.shape(y)
     if attributes.is_resized_by_sizes(rw, node):
-        return f"{node.op} to the size of its input" if known(before) is not None and before == after else ""
+        return f"{node.op} to the size of its input" if as_fixed(before) is not None and before == after else ""
     scales = attributes.resize_scales(rw, node)
     return f"{node.op} by a factor of 1" if scales is not None and all(s == 1 for s in scales.values()) else ""

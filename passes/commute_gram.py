@@ -8,7 +8,7 @@ from pwopt.algebra import Values
 from pwopt.algebra.geometry import RefusedError
 from pwopt.graph import attributes
 from pwopt.graph.ir import Node, Tensor
-from pwopt.graph.shapes import Shape, channels
+from pwopt.graph.shapes import Shape, set_channels
 from pwopt.maps import commute, emit, forms
 from pwopt.maps.forms import Reading
 from pwopt.rewriting.driver import Pass, Rewriter
@@ -119,15 +119,15 @@ def _write(rw: Rewriter, node: Node, reading: Reading, rows: Tensor, flatten: No
         if shape[axis] == g.out_channels != g.in_channels:
             sizes = [g.in_channels if a == axis else d for a, d in enumerate(shape)]
             target = rw.new_constant(f"{rows.name}_shape", np.array(sizes, np.int64))
-        narrow = rw.new_variable(f"{rows.name}_before", rows, channels(axis, g.in_channels))
+        narrow = rw.new_variable(f"{rows.name}_before", rows, set_channels(axis, g.in_channels))
         new.append(Node("Reshape", flatten.name, dict(flatten.attrs), [reading.source, target], [narrow]))
 
     def square(shape: Shape) -> Shape:
         return (*shape[:-2], g.in_channels, g.in_channels)
 
-    flipped = rw.new_variable(f"{output.name}_transposed", node.inputs[1], channels(axis + 1, g.in_channels))
+    flipped = rw.new_variable(f"{output.name}_transposed", node.inputs[1], set_channels(axis + 1, g.in_channels))
     inner = rw.new_variable(f"{output.name}_gram", output, square)
-    half = rw.new_variable(f"{output.name}_half", output, channels(axis + 1, g.in_channels))
+    half = rw.new_variable(f"{output.name}_half", output, set_channels(axis + 1, g.in_channels))
     left = rw.new_constant(f"{output.name}_left", low)
     right = rw.new_constant(f"{output.name}_right", low.T)
     new += [

@@ -11,7 +11,7 @@ from pwopt.algebra.geometry import pointwise_geometry
 from pwopt.algebra.linear import LinearMap, split_inputs
 from pwopt.graph.dtypes import range_of
 from pwopt.graph.ir import Node, Tensor
-from pwopt.graph.shapes import channels
+from pwopt.graph.shapes import set_channels
 from pwopt.maps import commute, emit, forms, selections
 from pwopt.maps.cost import ELEMENT
 from pwopt.maps.forms import Reading
@@ -155,11 +155,11 @@ class CommuteSpatial(Pass):
         source: Tensor
         output: Tensor
         if sinks:
-            between = rw.new_variable(f"{mover.output.name}_input", mover.output, channels(axis, g.in_channels))
+            between = rw.new_variable(f"{mover.output.name}_input", mover.output, set_channels(axis, g.in_channels))
             source, output = between, mover.output
             spatial = _copy(rw, mover.node, reading.source, between, axis, *counts)
         else:
-            between = rw.new_variable(f"{reading.output.name}_small", mover.source, channels(axis, g.out_channels))
+            between = rw.new_variable(f"{reading.output.name}_small", mover.source, set_channels(axis, g.out_channels))
             source, output = mover.source, between
             spatial = _copy(rw, mover.node, between, reading.output, axis, *counts)
         if spatial is None:
@@ -197,7 +197,9 @@ class CommuteSpatial(Pass):
         shift = linear.weight.reshape(g.out_channels, -1) @ constant.bias
         range_of(dtype).require_shift(shift)
         bias = emit.round_values(shift, dtype)
-        mapped = rw.new_variable(f"{product.output.name}_small", mover.source, channels(reading.axis, g.out_channels))
+        mapped = rw.new_variable(
+            f"{product.output.name}_small", mover.source, set_channels(reading.axis, g.out_channels)
+        )
         mixed = rw.new_variable(f"{product.output.name}_mixed", product.output)
         written = emit.write(rw, linear, product, mover.source, mapped, reading.axis)
         matrix = mover.node
@@ -255,9 +257,9 @@ class CommuteSpatial(Pass):
             inputs = [concat.inputs[i] for i in group]
             source = mover.source if isinstance(mover, Mover) else inputs[0]
             if len(group) > 1:
-                source = rw.new_variable(f"{output.name}_inputs", inputs[0], channels(axis, weight.shape[1]))
+                source = rw.new_variable(f"{output.name}_inputs", inputs[0], set_channels(axis, weight.shape[1]))
                 builder.nodes.append(Node("Concat", concat.name, dict(concat.attrs), inputs, [source]))
-            term: Tensor = rw.new_variable(f"{output.name}_part", source, channels(axis, out))
+            term: Tensor = rw.new_variable(f"{output.name}_part", source, set_channels(axis, out))
             geometry = pointwise_geometry(out, weight.shape[1], rank=linear.geometry.rank)
             part = LinearMap.of(geometry, weight, bias)
             builder.add_map(part, reading, source, term, axis, inherit=not terms)

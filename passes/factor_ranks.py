@@ -7,7 +7,7 @@ from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.ranks import factor, low_rank
 from pwopt.graph.dtypes import epsilon
 from pwopt.graph.ir import Node
-from pwopt.graph.shapes import channels
+from pwopt.graph.shapes import set_channels
 from pwopt.maps import emit, forms
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
@@ -63,7 +63,7 @@ class FactorRanks(Pass):
     def _write(rw: Rewriter, reading: forms.Reading, parts: tuple[LinearMap, LinearMap]) -> Rewrite:
         first, second = parts
         rank = first.geometry.out_channels
-        middle = rw.new_variable(f"{reading.output.name}_rank", reading.output, channels(reading.axis, rank))
+        middle = rw.new_variable(f"{reading.output.name}_rank", reading.output, set_channels(reading.axis, rank))
         low = emit.write(rw, first, reading, reading.source, middle, reading.axis)
         high = emit.write(rw, second, reading, middle, reading.output, reading.axis, inherit=False)
         g = reading.geometry

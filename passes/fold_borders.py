@@ -8,7 +8,7 @@ import numpy as np
 
 from pwopt.algebra.geometry import Geometry, Refusal, compose_geometry, homogeneous_geometry
 from pwopt.graph.ir import Node
-from pwopt.graph.shapes import channels
+from pwopt.graph.shapes import set_channels
 from pwopt.maps import emit, forms
 from pwopt.maps.cost import ELEMENT, price
 from pwopt.maps.forms import Reading
@@ -73,7 +73,7 @@ class FoldBorders(Pass):
         rank = rw.rank(source)
         if rank is None or dtype is None or str(dtype) not in emit.NORMALISABLE:
             return Skip("the rank or the type of its input is not known")
-        ones = rw.new_variable(f"{source.name}_ones", source, channels(1, composed.geometry.in_channels))
+        ones = rw.new_variable(f"{source.name}_ones", source, set_channels(1, composed.geometry.in_channels))
         written = rw.attempt(emit.write, rw, composed, reading, ones, reading.output, reading.axis)
         if isinstance(written, Refusal):
             return Skip(f"{widths} is cheaper as one map, but {written.reason}")

@@ -9,7 +9,7 @@ from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.ranks import factor
 from pwopt.graph.dtypes import epsilon
 from pwopt.graph.ir import Node, Tensor
-from pwopt.graph.shapes import channels
+from pwopt.graph.shapes import set_channels
 from pwopt.maps import emit, forms
 from pwopt.maps.cost import price
 from pwopt.maps.forms import Reading
@@ -164,7 +164,7 @@ class FoldChains(Pass):
             raise RefusedError("a singular value decomposition would take too long")
         dtype = rw.dtype(like.weight if like.weight is not None else source)
         parts = factor(composed, epsilon(dtype) / 2)
-        middle = rw.new_variable(f"{output.name}_rank", output, channels(last.axis, parts[0].geometry.out_channels))
+        middle = rw.new_variable(f"{output.name}_rank", output, set_channels(last.axis, parts[0].geometry.out_channels))
         first = emit.write(rw, parts[0], like, source, middle, last.axis)
         plain = replace(last, turned=False)
         second = emit.write(rw, parts[1], plain, middle, output, last.axis, inherit=like is not last)

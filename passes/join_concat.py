@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from pwopt.algebra.linear import hcat
 from pwopt.graph.ir import Node
-from pwopt.graph.shapes import channels
+from pwopt.graph.shapes import set_channels
 from pwopt.maps import emit, forms
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
@@ -46,7 +46,7 @@ class JoinConcat(Pass):
                 return Skip(other_uses or f"the weight {r.weight_input.name!r} is shared")
         joined = hcat(a.load(), b.load())
         both = rw.new_variable(
-            f"{node.outputs[0].name}_inputs", a.source, channels(a.axis, joined.geometry.in_channels)
+            f"{node.outputs[0].name}_inputs", a.source, set_channels(a.axis, joined.geometry.in_channels)
         )
         written = emit.write(rw, joined, a, both, node.outputs[0], a.axis)
         concat = Node("Concat", rw.node_name(node.name, "_concat"), {"axis": a.axis}, [a.source, b.source], [both])

@@ -80,7 +80,7 @@ def _keep_gather_axis(rw: Rewriter, gather: Node, node: Node) -> Rewrite | None:
 def _compose_reshapes(rw: Rewriter, before: Node, node: Node) -> Rewrite | None:
     """Replace two Reshapes (or similar views) by one, or by none if the second undoes the first."""
     source, output = before.inputs[0], node.outputs[0]
-    first, between = values.extents(rw, source), _find_output_sizes(rw, before)
+    first, between = values.read_extents(rw, source), _find_output_sizes(rw, before)
     after = None if between is None else _find_output_sizes(rw, node, between)
     if first is not None and after is not None and _are_same_sizes(first, after):
         possible = _can_bypass(rw, source, output)
@@ -129,7 +129,7 @@ def _absorb_reshapes(rw: Rewriter, transpose: Node, node: Node) -> Rewrite | Non
     if not rw.is_a(reshape, *VIEWS) or rw.other_uses(transpose.inputs[0]) or perm is None:
         return None
     source = reshape.inputs[0]
-    first, between = values.extents(rw, source), _find_output_sizes(rw, reshape)
+    first, between = values.read_extents(rw, source), _find_output_sizes(rw, reshape)
     parts = None if first is None or between is None else _match_axes(first, between)
     if parts is None or first is None or between is None or len(perm) != len(parts):
         return None
@@ -158,10 +158,10 @@ def _write_shuffle(rw: Rewriter, node: Node) -> Rewrite | None:
 
 def _find_output_sizes(rw: Rewriter, node: Node, before: Entries | None = None) -> Entries | None:
     """The output sizes of a view, with None for an entry of −1; None if they are not known."""
-    found = values.entries(rw, node.inputs[1]) if node.op == "Reshape" and len(node.inputs) > 1 else None
-    before = before if before is not None else values.extents(rw, node.inputs[0])
+    found = values.read_entries(rw, node.inputs[1]) if node.op == "Reshape" and len(node.inputs) > 1 else None
+    before = before if before is not None else values.read_extents(rw, node.inputs[0])
     if node.op != "Reshape":
-        return values.extents(rw, node.outputs[0])
+        return values.read_extents(rw, node.outputs[0])
     if found is None or before is None:
         return None
     copies = not node.attrs.get("allowzero", 0)

@@ -10,7 +10,7 @@ import numpy as np
 from pwopt.algebra.geometry import Geometry
 from pwopt.algebra.linear import stack
 from pwopt.graph.ir import Node, Tensor
-from pwopt.graph.shapes import channels
+from pwopt.graph.shapes import set_channels
 from pwopt.maps import emit, forms
 from pwopt.maps.forms import Reading, describe_map
 from pwopt.rewriting.driver import Pass, Rewriter
@@ -103,12 +103,12 @@ def _merge(rw: Rewriter, siblings: Siblings) -> Rewrite:
     maps, results, concat = siblings.maps, siblings.results, siblings.concat
     first, counts = maps[0], [m.geometry.out_channels for m in maps]
     stacked = stack(*(m.load() for m in maps))
-    merged = rw.new_variable(f"{first.output.name}_siblings", first.output, channels(first.axis, sum(counts)))
+    merged = rw.new_variable(f"{first.output.name}_siblings", first.output, set_channels(first.axis, sum(counts)))
     written = emit.write(rw, stacked, first, first.source, merged, first.axis)
     new = list(written.nodes)
     result: Tensor = merged
     for step in siblings.tails[0]:
-        after = rw.new_variable(f"{step.output.name}_siblings", step.output, channels(first.axis, sum(counts)))
+        after = rw.new_variable(f"{step.output.name}_siblings", step.output, set_channels(first.axis, sum(counts)))
         new += repeat_activation(rw, step, result, after)
         result = after
     if concat is None:

@@ -13,7 +13,7 @@ from pwopt.algebra.geometry import Geometry, Refusal
 from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.multirate import Moved, fractional, phase, phase_counts
 from pwopt.graph.ir import Node, Tensor
-from pwopt.graph.shapes import channels
+from pwopt.graph.shapes import set_channels
 from pwopt.maps.cost import ELEMENT, macs
 from pwopt.maps.forms import Reading
 from pwopt.maps.positions import stencil
@@ -200,7 +200,7 @@ class _Resampling(Builder):
             return tensors[0]
         role = "before" if repeated else "beside"
         joined = self.rw.new_variable(
-            f"{self.reading.output.name}_{role}", tensors[0], channels(1, self.channels(repeated))
+            f"{self.reading.output.name}_{role}", tensors[0], set_channels(1, self.channels(repeated))
         )
         self.add_node("Concat", tensors, joined, axis=1)
         return joined

@@ -34,7 +34,7 @@ class SettleShapes(Pass):
         if op not in values.RULES or len(node.outputs) != 1 or not node.inputs:
             return None
         output = node.outputs[0]
-        dtype, rank, found = rw.dtype(output), rw.rank(output), values.whole(values.entries(rw, output))
+        dtype, rank, found = rw.dtype(output), rw.rank(output), values.as_numbers(values.read_entries(rw, output))
         if found is None or dtype is None or rank is None or rw.must_keep(output) or rw.constant(output) is not None:
             return None
         array = np.array(found, dtype).reshape(() if rank == 0 else -1)
@@ -44,7 +44,7 @@ class SettleShapes(Pass):
 def _copy_input_sizes(rw: Rewriter, node: Node) -> Rewrite | None:
     """Give a Reshape a constant target, if its entries are numbers, sizes of its input, and at most one other size."""
     source, target = node.inputs
-    found, before, dtype = values.entries(rw, target), values.extents(rw, source), rw.dtype(target)
+    found, before, dtype = values.read_entries(rw, target), values.read_extents(rw, source), rw.dtype(target)
     if found is None or before is None or dtype is None:
         return None
     sizes = copy_sizes(found, before, bool(node.attrs.get("allowzero", 0)))

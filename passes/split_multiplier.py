@@ -8,7 +8,7 @@ import numpy as np
 
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph.ir import Node, Tensor
-from pwopt.graph.shapes import channels
+from pwopt.graph.shapes import set_channels
 from pwopt.maps import forms
 from pwopt.maps.channels import Analysis, Channels, has_multiplier
 from pwopt.maps.forms import Reading
@@ -79,7 +79,7 @@ class SplitMultiplier(Pass):
         multiplier, narrow = g.out_channels // g.groups, replace(g, out_channels=g.groups)
         builder = Builder(rw)
         for j in range(multiplier):
-            part = rw.new_variable(f"{output.name}_part", output, channels(1, g.groups))
+            part = rw.new_variable(f"{output.name}_part", output, set_channels(1, g.groups))
             one = LinearMap.of(narrow, linear.weight[j::multiplier], linear.bias[j::multiplier])
             builder.add_map(one, reading, reading.source, part)
         parts = [n.outputs[0] for n in builder.nodes]

@@ -11,7 +11,7 @@ from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.operators import ACTIVATIONS, ARITHMETIC
-from pwopt.graph.shapes import channels
+from pwopt.graph.shapes import set_channels
 from pwopt.maps import commute, emit, forms, selections
 from pwopt.maps.forms import Reading, describe_map
 from pwopt.rewriting.builder import Builder
@@ -133,7 +133,7 @@ def _add_part(
     for f in found:
         tensor = f.output if isinstance(f, Reading) else f.outputs[0]
         if tensor not in parts:
-            parts[tensor] = rw.new_variable(f"{tensor.name}_part", tensor, channels(axis, count))
+            parts[tensor] = rw.new_variable(f"{tensor.name}_part", tensor, set_channels(axis, count))
         result = parts[tensor]
         if isinstance(f, Node):
             inputs = [parts.get(t, t) for t in f.inputs]

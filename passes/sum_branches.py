@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pwopt.algebra.geometry import Geometry, Refusal, RefusedError, add_geometry, attempt
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph.ir import Node, Tensor
-from pwopt.graph.shapes import ShapeChange, channels
+from pwopt.graph.shapes import ShapeChange, set_channels
 from pwopt.maps import emit, idioms
 from pwopt.maps.cost import price
 from pwopt.maps.paths import Path, trace
@@ -119,7 +119,7 @@ class SumBranches(Pass):
         output = root.outputs[0]
         alike = next((t.path.output for t in joined.terms if t.path.readings), source)
         wide = total.geometry.out_channels
-        partial = output if not rest else rw.new_variable(f"{output.name}_branches", alike, channels(axis, wide))
+        partial = output if not rest else rw.new_variable(f"{output.name}_branches", alike, set_channels(axis, wide))
         written = emit.write(rw, total, like, source, partial, axis)
         new = [*written.nodes, *_add_terms(rw, root, partial, rest)]
         old = [*(n for t in joined.terms for n in t.path.nodes), *sums]

@@ -23,4 +23,4 @@ def _no_priors(monkeypatch: pytest.MonkeyPatch) -> None:
     """What is tried must not hang on the processor that tests run on."""
     from pwopt.selecting import priors
 
-    monkeypatch.setattr(priors, "table", lambda: {"machines": [], "priors": {}})
+    monkeypatch.setattr(priors, "read_table", lambda: {"machines": [], "priors": {}})

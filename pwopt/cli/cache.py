@@ -18,15 +18,15 @@ def cache(action: options.Action = "show", json: options.Json = False, debug: op
     if action not in ("show", "clear"):
         raise UsageError(f"{action!r} is not an action; choose show or clear")
     if action == "clear":
-        forgotten = decisions.forget()
+        forgotten = decisions.clear()
         if json:
             print_json(to_json({"forgotten": forgotten}))
         else:
             console.print(f"{format_count(forgotten, 'decision')} forgotten")
         return
-    found = sorted(decisions.entries(), key=lambda e: (e.place, e.pass_name, e.signature))
+    found = sorted(decisions.read_decisions(), key=lambda e: (e.place, e.pass_name, e.signature))
     if json:
-        print_json(to_json({"folder": str(decisions.folder()), "decisions": [e.told() for e in found]}))
+        print_json(to_json({"folder": str(decisions.find_folder()), "decisions": [e.told() for e in found]}))
         return
     render_decisions(found, open_console())
-    console.print(f"{format_count(len(found), 'decision')} in {escape_text(str(decisions.folder()))}")
+    console.print(f"{format_count(len(found), 'decision')} in {escape_text(str(decisions.find_folder()))}")

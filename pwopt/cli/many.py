@@ -36,9 +36,9 @@ def connect_fleet(scheduler: str | None, target: str | None) -> Fleet | None:
         if target is not None:
             raise UsageError("--target selects workers of a cluster; add --scheduler ADDRESS")
         return None
-    from pwopt.optimizing.cluster import Fleet, distributed
+    from pwopt.optimizing.cluster import Fleet, import_distributed
 
-    distributed()
+    import_distributed()
     return Fleet(scheduler, target)
 
 
@@ -60,7 +60,7 @@ def optimize_folder(
         At the end, with the largest exit code of all models.
     """
     from pwopt.cli.output import escape_text, open_console, print_json, show_progress
-    from pwopt.optimizing.batch import find_jobs, index_json, optimize_many
+    from pwopt.optimizing.batch import find_jobs, format_index, optimize_many
 
     for given, name in ((request.output, "-o"), (report, "--report")):
         if given is not None:
@@ -80,7 +80,7 @@ def optimize_folder(
             models, folder, request, workers=workers, runner=runner, progress=progress, report_row=report_row
         )
     if verbosity.json:
-        print_json(index_json(rows))
+        print_json(format_index(rows))
     done = [r for r in rows if r.status != "failed"]
     console.print(f"{len(done)} of {len(rows)} models in {escape_text(str(folder))}", soft_wrap=True)
     raise typer.Exit(max(r.code for r in rows))

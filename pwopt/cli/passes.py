@@ -25,7 +25,7 @@ def passes(
     from pwopt.cli.output import escape_text, open_console, print_json
     from pwopt.reporting.report import to_json
     from pwopt.selecting.pass_list import resolve_passes
-    from pwopt.selecting.plugins import origin
+    from pwopt.selecting.plugins import describe_origin
 
     found = list(resolve_passes(None, plugin or ()))
     if name is not None:
@@ -40,7 +40,7 @@ def passes(
     console = open_console()
     for p in found:
         where = "" if len(p.pays_on) == PROVIDER_KINDS else f", on {' and '.join(sorted(p.pays_on))} providers"
-        source = "" if p.builtin else f", from {escape_text(origin(p))}"
+        source = "" if p.builtin else f", from {escape_text(describe_origin(p))}"
         console.print(f"[bold]{p.name}[/bold]  [dim]({p.policy}{where}{source})[/dim]", soft_wrap=True)
         console.print(f"  {escape_text(p.identity())}", soft_wrap=False)
         if name is not None:
@@ -51,13 +51,13 @@ def passes(
 
 
 def _record(p: Pass) -> dict[str, object]:
-    from pwopt.selecting.plugins import origin
+    from pwopt.selecting.plugins import describe_origin
 
     return {
         "name": p.name,
         "policy": p.policy,
         "pays_on": sorted(p.pays_on),
         "identity": p.identity(),
-        "origin": origin(p),
+        "origin": describe_origin(p),
         "documentation": inspect.getdoc(type(p)) or "",
     }

@@ -79,7 +79,7 @@ FULL_PLAN = ProbePlan(3, (0.01, 1.0, 30.0, 1000.0), 2, MAX_WORK)
 REDUCED_PLAN = ProbePlan(1, (1.0,), 1, 3 * MAX_WORK)
 
 
-def unchecked(_region: Change, _view: View) -> Certificate:
+def skip_certificate(_region: Change, _view: View) -> Certificate:
     """Return a certificate without an evaluation, for `--no-verify`."""
     return Certificate("none", "not verified, as requested")
 
@@ -122,11 +122,11 @@ def _evaluate_change(region: Change, view: View) -> Certificate:
     if len(region.before) + len(region.after) > MAX_OPERATORS:
         return Certificate("none", f"too large: more than {MAX_OPERATORS} operators")
     sides = Side(view, region.before), Side(view, region.after)
-    whole = _own_sizes(region, view)
+    whole = _find_own_sizes(region, view)
     if whole is None:
         return Certificate("none", "the sizes of its inputs are not known")
     sized = any(find_traits(s.op).sized for s in (*region.before, *region.after))
-    small = [s for s in _smaller_sizes(whole, max(map(_reach, sides))) if s != whole]
+    small = [s for s in _smaller_sizes(whole, max(map(_measure_reach, sides))) if s != whole]
     wholly, smaller = [(whole, FULL_PLAN), (whole, REDUCED_PLAN)], [(sizes, FULL_PLAN) for sizes in small]
     failed: Certificate | None = None
     unfit, large = "", False
@@ -151,7 +151,7 @@ def _evaluate_change(region: Change, view: View) -> Certificate:
     return failed or Certificate("none", unfit)
 
 
-def _own_sizes(region: Change, view: View) -> TensorSizes | None:
+def _find_own_sizes(region: Change, view: View) -> TensorSizes | None:
     """The model's own size of every input of the change."""
     whole: TensorSizes = {}
     for t in region.sources():
@@ -174,7 +174,7 @@ def _smaller_sizes(whole: TensorSizes, reach: int) -> Iterator[TensorSizes]:
             yield sizes
 
 
-def _reach(side: Side) -> int:
+def _measure_reach(side: Side) -> int:
     """The extent of the largest window plus its stride; with that many positions, every weight has an effect."""
     reach = 1
     for s in side.states:
@@ -226,13 +226,13 @@ def _compare(region: Change, view: View, sides: tuple[Side, Side], sizes: Tensor
     for side in sides:
         side.limit = plan.work
         side.shapes = {t: np.broadcast_to(0.0, sizes[t]) for t in given if t not in computed}
-    floating = all(_kind(view, t) == "f" for t in inputs)
+    floating = all(_find_kind(view, t) == "f" for t in inputs)
     moving = set(inputs)
     affine = floating and all(_is_affine(side, moving) for side in sides)
     return (_compare_affine if affine else _compare_other)(region, view, sides, inputs, sizes, plan)
 
 
-def _kind(view: View, tensor: Tensor) -> str:
+def _find_kind(view: View, tensor: Tensor) -> str:
     dtype = view.dtype(tensor)
     if dtype is None or str(dtype) in FLOATS:
         return "f"
@@ -247,7 +247,7 @@ def _compare_affine(
     """Check affine changes: |after − before| ≤ bound · M at every element, on a basis or on random probes."""
     count = sum(math.prod(sizes[t]) for t in inputs)
     basis = count <= BASIS
-    probes = _unit_vectors(inputs, sizes) if basis else _random_probes(inputs, sizes, plan.probes)
+    probes = _draw_unit_vectors(inputs, sizes) if basis else _draw_random_probes(inputs, sizes, plan.probes)
     largest = {t: np.full(sizes[t], 1.0 if basis else 2.0) for t in inputs}
     unit = max(DOUBLE, *(side.unit() for side in sides))
 
@@ -260,7 +260,7 @@ def _compare_affine(
     zero = {key: np.zeros_like(value) for key, value in largest.items()}
     old_sizes, new_sizes = (side.run(largest, outward, absolute=True) for side in sides)
     biases = sides[0].run(zero, outward, absolute=True)
-    depths = [_depth(side, inputs) for side in sides]
+    depths = [_measure_depth(side, inputs) for side in sides]
     bound = depths[1] * unit
     cancelled, summed = CANCELLED * depths[0] * unit / bound, 4 * _count_terms(sides) * DOUBLE / bound
     shifts = sides[1].run(zero, None)
@@ -275,7 +275,7 @@ def _compare_affine(
         before, after = (side.run(feeds, None) for side in sides)
         for old, new in region.claims():
             a, b = sides[0].value(old, before), sides[1].value(new, after)
-            if not _comparable(a, b):
+            if not _is_comparable(a, b):
                 return Certificate("failed", _describe_mismatch(old, a, b), math.inf, bound)
             gap, allowed = np.abs(np.subtract(a, b, dtype=np.float64)), scale(old, new)
             worst = max(worst, _largest_ratio(gap, allowed))
@@ -306,7 +306,7 @@ def _compare_other(
         nearby = [[side.run(feeds, rounded) for _ in range(plan.jitters)] for side in sides]
         for old, new in region.claims():
             a, b = sides[0].value(old, before), sides[1].value(new, after)
-            if not _comparable(a, b):
+            if not _is_comparable(a, b):
                 return Certificate("failed", _describe_mismatch(old, a, b), math.inf)
             if not np.array_equal(np.isfinite(a), np.isfinite(b)):
                 return Certificate("failed", f"{old.name!r} is finite at different places", math.inf)
@@ -330,7 +330,7 @@ def _compare_other(
     return Certificate("tested", f"not affine: {format_count(len(plan.scales), 'probe')} of {of}", worst, bound)
 
 
-def _comparable(a: Values, b: Values) -> bool:
+def _is_comparable(a: Values, b: Values) -> bool:
     if {a.dtype.kind, b.dtype.kind} - set("fiub"):
         raise UnfitError("its results are not numbers")
     if not a.size:
@@ -357,7 +357,7 @@ def _largest_change(value: Values, reference: Values) -> float:
     return float(np.max(gap[np.isfinite(gap)], initial=0.0))
 
 
-def _unit_vectors(inputs: Sequence[Tensor], sizes: TensorSizes) -> Iterator[Tensors]:
+def _draw_unit_vectors(inputs: Sequence[Tensor], sizes: TensorSizes) -> Iterator[Tensors]:
     zero = {t: np.zeros(sizes[t]) for t in inputs}
     yield zero
     for t in inputs:
@@ -367,7 +367,7 @@ def _unit_vectors(inputs: Sequence[Tensor], sizes: TensorSizes) -> Iterator[Tens
             yield {**zero, t: unit}
 
 
-def _random_probes(inputs: Sequence[Tensor], sizes: TensorSizes, count: int) -> Iterator[Tensors]:
+def _draw_random_probes(inputs: Sequence[Tensor], sizes: TensorSizes, count: int) -> Iterator[Tensors]:
     """Yield probes whose entries are one of 2 PROBE_GRID numbers, none smaller than 1 in magnitude.
 
     A single wrong coefficient always shows. In each probe, several cancel with a probability of at most
@@ -383,24 +383,24 @@ def _draw_signed(rng: np.random.Generator, size: tuple[int, ...]) -> Array:
 
 
 def _draw_probe(view: View, tensor: Tensor, size: tuple[int, ...], scale: float, rng: np.random.Generator) -> Values:
-    kind = _kind(view, tensor)
+    kind = _find_kind(view, tensor)
     if kind == "f":
         return _draw_signed(rng, size) * scale
     return rng.integers(0, 2, size).astype(view.dtype(tensor))
 
 
-def _depth(side: Side, sources: Sequence[Tensor]) -> int:
+def _measure_depth(side: Side, sources: Sequence[Tensor]) -> int:
     """The largest number of successive operators that compute with constants; at least 1."""
     depth = dict.fromkeys(sources, 0)
     for s in side.states:
         moving = [depth[t] for t in s.inputs if t in depth]
         if moving:
-            stored = any(t.name and t not in depth for t in (s.inputs[i] for i in _numeric_inputs(s)))
+            stored = any(t.name and t not in depth for t in (s.inputs[i] for i in _find_numeric_inputs(s)))
             depth.update((t, max(moving) + stored) for t in s.outputs)
     return max((1, *depth.values()))
 
 
-def _numeric_inputs(state: State) -> list[int]:
+def _find_numeric_inputs(state: State) -> list[int]:
     return [i for i in find_traits(state.op).numbers if i < len(state.inputs)]
 
 

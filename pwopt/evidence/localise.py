@@ -19,8 +19,8 @@ from pwopt.errors import ModelError
 from pwopt.evidence.comparison import compare
 from pwopt.evidence.equivalence import FLOOR_FACTOR, Difference, Equivalence, OutputCheck
 from pwopt.graph.files import load, save
-from pwopt.graph.model import captured_names
-from pwopt.graph.shapes import infer, known
+from pwopt.graph.model import find_captured_names
+from pwopt.graph.shapes import as_fixed, infer
 from pwopt.graph.temporary import temporary_folder
 from pwopt.inputs.samples import Sample
 from pwopt.rewriting.records import Rewrite, Site
@@ -80,7 +80,7 @@ def localise(
             checks = _check_tensors(a, b, sample, provider, threads)
         except (ModelError, OSError):
             return None
-    excesses = {name: _excess(check) for name, check in checks.items()}
+    excesses = {name: _measure_excess(check) for name, check in checks.items()}
     differing = {name for name, excess in excesses.items() if excess > 1}
     if not differing:
         return None
@@ -89,20 +89,26 @@ def localise(
     producers = _find_producers(b.proto)
     tensors, _ = _trace_back(list(wrong), producers, set(checks) - differing)
     first = next(
-        (name for name in producers if name in tensors & differing and _jumps(name, producers, excesses)), None
+        (name for name in producers if name in tensors & differing and _is_jump(name, producers, excesses)), None
     )
     if first is None:
         return None
     first = _find_fainter(first, producers, excesses)
     inside, agreeing = _trace_back([first], producers, set(checks) - differing)
     nodes = [node for name, node in producers.items() if name in inside and node.op_type != "Constant"]
-    region = tuple(dict.fromkeys(map(_title, nodes)))
+    region = tuple(dict.fromkeys(map(_format_node, nodes)))
     return Difference(
-        first, _title(producers[first]), agreeing, region, checks[first], _find_sites(rewrites, inside), len(checks)
+        first,
+        _format_node(producers[first]),
+        agreeing,
+        region,
+        checks[first],
+        _find_sites(rewrites, inside),
+        len(checks),
     )
 
 
-def _excess(check: OutputCheck) -> float:
+def _measure_excess(check: OutputCheck) -> float:
     """The deviation of a tensor relative to its own noise; stricter than the rule for outputs."""
     if not check.resolution:
         return 0.0 if check.passed else math.inf
@@ -110,7 +116,7 @@ def _excess(check: OutputCheck) -> float:
     return check.max_abs / noise if noise else math.inf if check.max_abs else 0.0
 
 
-def _jumps(tensor: str, producers: Mapping[str, onnx.NodeProto], excesses: Mapping[str, float]) -> bool:
+def _is_jump(tensor: str, producers: Mapping[str, onnx.NodeProto], excesses: Mapping[str, float]) -> bool:
     """Whether a tensor deviates much more than the tensors before it."""
     _, before = _trace_back([tensor], producers, excesses.keys())
     return excesses.get(tensor, math.inf) >= JUMP * max((excesses[name] for name in before), default=0.0)
@@ -121,7 +127,7 @@ def _find_fainter(tensor: str, producers: Mapping[str, onnx.NodeProto], excesses
     loud = excesses.get(tensor, math.inf)
     trail, _ = _trace_back([tensor], producers, {name for name, excess in excesses.items() if excess <= QUIET})
     faint = (n for n in producers if n in trail and loud / DROWNED <= excesses.get(n, 0.0) <= loud)
-    return next((n for n in faint if _jumps(n, producers, excesses)), tensor)
+    return next((n for n in faint if _is_jump(n, producers, excesses)), tensor)
 
 
 def _trace_back(
@@ -131,7 +137,7 @@ def _trace_back(
     inside, border, left = set(tensors), dict[str, None](), [name for name in tensors if name in producers]
     while left:
         node = producers[left.pop()]
-        for name in (*node.input, *captured_names([node])):
+        for name in (*node.input, *find_captured_names([node])):
             if name in agreeing:
                 border[name] = None
             elif name in producers and name not in inside:
@@ -140,7 +146,7 @@ def _trace_back(
     return inside, tuple(border)
 
 
-def _title(node: onnx.NodeProto) -> str:
+def _format_node(node: onnx.NodeProto) -> str:
     return f"{node.op_type} {node.name}".strip()
 
 
@@ -201,7 +207,7 @@ def _find_common(a: onnx.ModelProto, b: onnx.ModelProto) -> dict[str, int]:
     return common
 
 
-def _batches(tensors: Mapping[str, int], sizes: Mapping[str, Sequence[int]]) -> Iterator[dict[str, int]]:
+def _split(tensors: Mapping[str, int], sizes: Mapping[str, Sequence[int]]) -> Iterator[dict[str, int]]:
     """Yield batches of tensors that fit in one run; an unknown size counts as the largest known one."""
     largest = max((math.prod(s) for s in sizes.values()), default=1)
     batch: dict[str, int] = {}
@@ -220,9 +226,9 @@ def _batches(tensors: Mapping[str, int], sizes: Mapping[str, Sequence[int]]) -> 
 def _check_tensors(a: _Copy, b: _Copy, sample: Sample, provider: Provider, threads: int) -> dict[str, OutputCheck]:
     """Compare every tensor that both models have."""
     types = infer(a.proto, {name: value.shape for name, value in sample.feeds.items()})
-    sizes = {name: size for name, (_, shape) in types.items() if (size := known(shape)) is not None}
+    sizes = {name: size for name, (_, shape) in types.items() if (size := as_fixed(shape)) is not None}
     checks: dict[str, OutputCheck] = {}
-    for batch in _batches(_find_common(a.proto, b.proto), sizes):
+    for batch in _split(_find_common(a.proto, b.proto), sizes):
         checks.update(_compare_batch(a, b, batch, sample, provider, threads))
     return checks
 

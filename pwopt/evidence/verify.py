@@ -113,15 +113,15 @@ def verify(
         progress("choosing inputs", 0.0)
         drawn = samples_for(specs, first, a, placed, shapes, inputs, samples, ranges, progress)
         progress("running both models", 0.0)
-        result = compared(a, b, drawn, placed, threads, rtol, atol)
+        result = compare_in_sessions(a, b, drawn, placed, threads, rtol, atol)
         if locate and result.verdict == "not equivalent":
             progress("looking for the first difference", 0.0)
             result = replace(result, difference=localise(a, b, result, drawn, placed, threads, rewrites))
         progress("looking where operators ran", 0.0)
-        return _attributed(result, {"original": a, "candidate": b}, drawn[0], placed, threads, invariants)
+        return _attribute(result, {"original": a, "candidate": b}, drawn[0], placed, threads, invariants)
 
 
-def _attributed(
+def _attribute(
     result: Equivalence,
     models: Mapping[str, Path],
     sample: Sample,
@@ -132,10 +132,10 @@ def _attributed(
     """Add invariants and operators that ran on other providers to a comparison."""
     original, candidate = models.values()
     found = measure(laws, original, candidate, sample, provider, threads)
-    return replace(result, laws=found, elsewhere=placements(models, provider, threads, sample))
+    return replace(result, laws=found, elsewhere=find_placements(models, provider, threads, sample))
 
 
-def compared(
+def compare_in_sessions(
     original: Path,
     candidate: Path,
     samples: Sequence[Sample],
@@ -154,7 +154,7 @@ def compared(
     return compare(*sessions, samples, rtol, atol, coarsest=coarsest)
 
 
-def placements(
+def find_placements(
     models: Mapping[str, Path], provider: Provider, threads: int, sample: Sample
 ) -> dict[str, dict[str, tuple[str, ...]]]:
     """Map each model to other providers and the operators that ran there; models without any are left out."""

@@ -14,7 +14,7 @@ import onnx
 from onnx import inliner
 
 from pwopt.graph.functions import Function, bodies_of, callers, functions, nodes_within
-from pwopt.graph.model import captured_names
+from pwopt.graph.model import find_captured_names
 from pwopt.graph.provenance import write_documentation
 from pwopt.graph.storage import copy_fields
 
@@ -144,7 +144,7 @@ def inline_branches(proto: onnx.ModelProto, taken: Mapping[str, bool]) -> onnx.M
     graph = result.graph
     tensors = {v.name for v in (*graph.input, *graph.initializer)} | {n for node in graph.node for n in node.output}
     left = [n for n in graph.node if not n.output or n.output[0] not in taken]
-    tensors |= {s.values.name for s in graph.sparse_initializer} | captured_names(left)
+    tensors |= {s.values.name for s in graph.sparse_initializer} | find_captured_names(left)
     names = {node.name for node in graph.node}
     nodes = list(proto.graph.node)
     del graph.node[:]

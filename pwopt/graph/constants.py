@@ -12,7 +12,7 @@ from onnx.reference import ReferenceEvaluator
 from pwopt.algebra import Values
 from pwopt.graph.ir import Node, as_message
 from pwopt.graph.operators import VIEWS
-from pwopt.graph.shapes import dims, known
+from pwopt.graph.shapes import as_fixed, read_dims
 
 #: A constant is computed if it is not larger than this, or not larger than the constants that it is computed from.
 MAX_FOLDED_BYTES = 1 << 20
@@ -59,7 +59,7 @@ def evaluate(
         inferred = onnx.shape_inference.infer_shapes(model).graph.output
     except Exception as error:
         return f"its value never changes, but onnx cannot compute it ({type(error).__name__})"
-    sizes = [known(dims(v.type)) for v in inferred]
+    sizes = [as_fixed(read_dims(v.type)) for v in inferred]
     types = [v.type.tensor_type.elem_type for v in inferred]
     held = 0 if _reads_shape_only(node) else sum(v.nbytes for name, v in values.items() if name not in kept)
     allowed = max(NEGLIGIBLE_BYTES, min(max(MAX_FOLDED_BYTES, held), held + growth))

@@ -19,10 +19,17 @@ from pwopt.graph.model import OVERRIDABLE_SINCE_IR, Model, StoredValues
 from pwopt.graph.model import declare as declare
 from pwopt.graph.model import snapshot as snapshot
 from pwopt.graph.references import names_in_annotations, names_in_training
-from pwopt.graph.shapes import Shape, find_objection, infer, known
+from pwopt.graph.shapes import Shape, as_fixed, find_objection, infer
 from pwopt.graph.sources import Source as Source
 from pwopt.graph.sources import unwrap
-from pwopt.graph.storage import check_external, data_files_of, externalise, find_data_folder, locations_of, replacing
+from pwopt.graph.storage import (
+    check_external,
+    externalise,
+    find_data_files,
+    find_data_folder,
+    find_locations,
+    replacing,
+)
 from pwopt.graph.temporary import temporary_folder
 
 #: Since this IR version, a model names its opsets; before, it uses opset 1.
@@ -230,12 +237,12 @@ def fix_inputs(proto: onnx.ModelProto, inputs: Mapping[str, Sequence[int]]) -> o
     for value in model.graph.input:
         if value.name in initialized or not value.type.HasField("tensor_type"):
             continue
-        shape = known(types[value.name][1])
+        shape = as_fixed(types[value.name][1])
         if shape is None:
             raise UsageError(f"--static needs every size of input {value.name!r}; give --shape {value.name}=…")
         declare(value, shape)
     for value in [*model.graph.output, *model.graph.value_info]:
-        shape = known(types.get(value.name, (0, None))[1])
+        shape = as_fixed(types.get(value.name, (0, None))[1])
         if shape is not None and value.type.HasField("tensor_type"):
             declare(value, shape)
     return model
@@ -273,12 +280,12 @@ def save(
     if isinstance(model, Model):
         model, source = model.to_proto(), model
     try:
-        leftover = data_files_of(path)
+        leftover = find_data_files(path)
         folder, layout = (source.folder, source.layout) if source is not None else (None, {})
         proto = externalise(model, path, folder, layout)
         with replacing(path, lasting=lasting) as stream:
             stream.write(proto.SerializeToString(deterministic=True))
-        for name in leftover.difference(locations_of(proto).values()):
+        for name in leftover.difference(find_locations(proto).values()):
             with contextlib.suppress(PermissionError):  # Windows, while somebody has it open
                 (path.parent / name).unlink(missing_ok=True)
     except EncodeError as error:

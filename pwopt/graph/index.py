@@ -18,7 +18,7 @@ from pwopt.algebra import Array, Values
 from pwopt.graph.dtypes import FLOATING
 from pwopt.graph.ir import Constant, Graph, Node, Tensor, adopt, adopt_tensors, is_constant
 from pwopt.graph.journal import Journal
-from pwopt.graph.links import stored_bytes
+from pwopt.graph.links import count_bytes_held
 from pwopt.graph.model import StoredValues
 from pwopt.graph.shapes import Dim, Shape
 
@@ -99,14 +99,14 @@ class GraphIndex:
     def _add_reader(self, node: Node, tensor: Tensor) -> None:
         readers = self._readers.setdefault(tensor, {})
         if not readers:
-            self.stored += stored_bytes(tensor)
+            self.stored += count_bytes_held(tensor)
         readers[node] = self._tensors[tensor] = None
 
     def _remove_reader(self, node: Node, tensor: Tensor) -> None:
         readers = self._readers.get(tensor, {})
         if node in readers:
             del readers[node]
-            self.stored -= 0 if readers else stored_bytes(tensor)
+            self.stored -= 0 if readers else count_bytes_held(tensor)
 
     def nodes(self) -> list[Node]:
         """The nodes of the graph, in the order of the file."""

@@ -48,10 +48,10 @@ def relink(graph: Graph, nodes: Sequence[Node], tensors: Iterable[Tensor], known
                 list.append(t.inputs, node)
 
 
-def stored_bytes(tensor: Tensor) -> int:
+def count_bytes_held(tensor: Tensor) -> int:
     """Bytes that a constant takes; 0 for any other tensor."""
     if isinstance(tensor, Constant):
         return int(math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize)
     maker = tensor.inputs[0] if tensor.inputs else None
     value = maker.attrs.get("value") if maker is not None and maker.op == "Constant" else None
-    return stored_bytes(value) if isinstance(value, Constant) else 0
+    return count_bytes_held(value) if isinstance(value, Constant) else 0

@@ -22,8 +22,8 @@ from pwopt.algebra import Values
 from pwopt.errors import ModelError
 from pwopt.graph.functions import drop_unused_opsets
 from pwopt.graph.ir import Constant, Graph, LazyValues, Node, Tensor, Variable, as_message
-from pwopt.graph.provenance import origins, write_documentation
-from pwopt.graph.storage import copy_fields, external_file, locations_of
+from pwopt.graph.provenance import find_origins, write_documentation
+from pwopt.graph.storage import copy_fields, find_locations, resolve_link
 
 #: Since this IR version, an initializer that is also an input is a default that callers may override.
 OVERRIDABLE_SINCE_IR = 4
@@ -49,7 +49,7 @@ class StoredValues(LazyValues):
 
     def load(self) -> Values:
         try:
-            return np.array(numpy_helper.to_array(*external_file(self.tensor, self.folder)))
+            return np.array(numpy_helper.to_array(*resolve_link(self.tensor, self.folder)))
         except (ValueError, TypeError, OSError, onnx.checker.ValidationError) as error:
             raise ModelError(f"initializer {self.tensor.name!r} cannot be read: {error}") from error
 
@@ -82,7 +82,7 @@ class Model:
     @property
     def layout(self) -> dict[str, str]:
         """Tensor → the external file that holds it."""
-        return locations_of(self.proto)
+        return find_locations(self.proto)
 
     def names(self) -> set[str]:
         """Names that new tensors must not take, even if the graph does not contain them."""
@@ -196,13 +196,13 @@ class Model:
             proto = self._original(node)
             if proto is None:
                 proto = as_message(node)
-                write_documentation(proto, self.message(node), list(origins(node, self.message)))
+                write_documentation(proto, self.message(node), list(find_origins(node, self.message)))
             elif not _same_edges(node, proto) or node.replaced:
                 original, proto = proto, onnx.NodeProto()
                 proto.CopyFrom(original)
                 proto.input[:] = [t.name for t in node.inputs]
                 proto.output[:] = [t.name for t in node.outputs]
-                write_documentation(proto, original, list(origins(node, self.message)))
+                write_documentation(proto, original, list(find_origins(node, self.message)))
             yield proto
 
     def message(self, node: Node) -> onnx.NodeProto | None:
@@ -212,7 +212,7 @@ class Model:
 
     def _constant_tensors(self) -> dict[str, Constant]:
         """The constants in use, by name: those that a node reads or a body captures, and graph outputs."""
-        captured = captured_names(self.proto.graph.node)
+        captured = find_captured_names(self.proto.graph.node)
         used = {t.name: t for node in self.graph.nodes for t in node.inputs if isinstance(t, Constant)} | {
             t.name: t for t in self.graph.outputs if isinstance(t, Constant)
         }
@@ -248,7 +248,7 @@ def snapshot(attrs: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def captured_names(nodes: Iterable[onnx.NodeProto]) -> set[str]:
+def find_captured_names(nodes: Iterable[onnx.NodeProto]) -> set[str]:
     """Names that the bodies of If, Loop and Scan use at any depth. Outer tensors with these names must not change."""
     names: set[str] = set()
     pending = [(node, False) for node in nodes]

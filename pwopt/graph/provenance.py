@@ -31,7 +31,7 @@ def credit(node: Node, sources: Iterable[Node]) -> None:
     node.replaced = (*node.replaced, *(s for s in sources if s is not node))
 
 
-def origins(node: Node, message: Callable[[Node], onnx.NodeProto | None]) -> Iterator[onnx.NodeProto]:
+def find_origins(node: Node, message: Callable[[Node], onnx.NodeProto | None]) -> Iterator[onnx.NodeProto]:
     """The messages of the nodes that a node replaces, after its own."""
     pending, seen = [node], set()
     while pending:
@@ -54,9 +54,9 @@ def write_documentation(
     """
     documented = [s for s in stands_for if s.metadata_props or s.doc_string]
     main = own if own is not None else documented[0] if documented else None
-    folded = [entry for s in documented for entry in _listed(s)]
+    folded = [entry for s in documented for entry in _read_earlier(s)]
     folded += [
-        _entry(s)
+        _describe(s)
         for s in documented
         if s is not main and (s.doc_string or any(p.key != FOLDED for p in s.metadata_props))
     ]
@@ -69,12 +69,12 @@ def write_documentation(
         proto.metadata_props.add(key=FOLDED, value=json.dumps(folded, ensure_ascii=False))
 
 
-def _entry(proto: onnx.NodeProto) -> dict[str, object]:
+def _describe(proto: onnx.NodeProto) -> dict[str, object]:
     metadata = {p.key: p.value for p in proto.metadata_props if p.key != FOLDED}
     return {"name": proto.name, "op_type": proto.op_type, "metadata_props": metadata, "doc_string": proto.doc_string}
 
 
-def _listed(proto: onnx.NodeProto) -> list[object]:
+def _read_earlier(proto: onnx.NodeProto) -> list[object]:
     """The list that an earlier optimisation wrote."""
     for p in proto.metadata_props:
         if p.key == FOLDED:

@@ -32,7 +32,7 @@ UNKNOWN = "pwopt.unknown"
 MAX_SHAPE_VALUES = 1024
 
 
-def dims(value: onnx.TypeProto) -> Shape | None:
+def read_dims(value: onnx.TypeProto) -> Shape | None:
     """The dimensions of a tensor type: an int if fixed, a str if named, None if unknown or negative."""
     if not value.HasField("tensor_type") or not value.tensor_type.HasField("shape"):
         return None
@@ -42,12 +42,12 @@ def dims(value: onnx.TypeProto) -> Shape | None:
     )
 
 
-def channels(axis: int | None, count: int) -> ShapeChange:
+def set_channels(axis: int | None, count: int) -> ShapeChange:
     """A function that sets the number of channels of a shape."""
     return lambda shape: tuple(count if a == axis else d for a, d in enumerate(shape))
 
 
-def known(shape: Sequence[Dim] | None) -> tuple[int, ...] | None:
+def as_fixed(shape: Sequence[Dim] | None) -> tuple[int, ...] | None:
     """The shape if every dimension is a number, else None."""
     if shape is None or not all(isinstance(d, int) and d >= 0 for d in shape):
         return None
@@ -141,16 +141,14 @@ def infer(
     inputs : mapping of input name to shape, optional
         Sizes to assume; without them the result holds for every input the model accepts.
     """
-    return dict(_inferred(make_skeleton(model, inputs)))
+    return dict(_infer_exactly(make_skeleton(model, inputs)))
 
 
 @memoize
-def _inferred(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
+def _infer_exactly(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
     types = _infer(light)
     if any(_is_miscounted(node, types) for node in light.graph.node):
-        types = _infer(
-            _without_sizes_of(light, [n for n in light.graph.node if n.op_type in POOLS and _has_ceil_mode(n)])
-        )
+        types = _infer(_hide_sizes(light, [n for n in light.graph.node if n.op_type in POOLS and _has_ceil_mode(n)]))
     return types
 
 
@@ -161,31 +159,31 @@ def _infer(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
     that terabytes.
     """
     try:
-        types = _types(shape_inference.infer_shapes(light))
+        types = _read_types(shape_inference.infer_shapes(light))
     except Exception:  # inference stops at what it does not understand; what is declared still holds
-        return _types(light)
+        return _read_types(light)
     outputs = {name for node in light.graph.node for name in node.output if name}
-    if all(known(types.get(name, (0, None))[1]) is not None for name in outputs):
+    if all(as_fixed(types.get(name, (0, None))[1]) is not None for name in outputs):
         return types
-    if _too_wide(light, types):
+    if _is_too_wide(light, types):
         return types
     if _is_bounded(light):
-        return _types(shape_inference.infer_shapes(light, data_prop=True))
+        return _read_types(shape_inference.infer_shapes(light, data_prop=True))
     content = light.SerializeToString()
     found = run_isolated(
         lambda: shape_inference.infer_shapes(content, data_prop=True).SerializeToString(),
         INFERENCE_MEMORY + INFERENCE_COPIES * len(content),
     )
-    return types if found is None else _types(onnx.load_from_string(found))
+    return types if found is None else _read_types(onnx.load_from_string(found))
 
 
 def find_contradiction(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim]] | None = None) -> str:
     """Why onnx's strict inference rejects a model with these input sizes, in one line, else ""."""
     light = make_skeleton(model, inputs)
-    types = _inferred(make_skeleton(model, inputs))
+    types = _infer_exactly(make_skeleton(model, inputs))
     if any(_is_miscounted(node, types) for node in light.graph.node):
-        light = _without_sizes_of(light, [n for n in light.graph.node if n.op_type in POOLS and _has_ceil_mode(n)])
-    data_prop = not _too_wide(light, types)
+        light = _hide_sizes(light, [n for n in light.graph.node if n.op_type in POOLS and _has_ceil_mode(n)])
+    data_prop = not _is_too_wide(light, types)
     content = light.SerializeToString()
 
     def objected() -> bytes:
@@ -198,10 +196,10 @@ def find_contradiction(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim
     return (run_isolated(objected, INFERENCE_MEMORY + INFERENCE_COPIES * len(content)) or b"").decode(errors="replace")
 
 
-def _too_wide(light: onnx.ModelProto, types: Mapping[str, tuple[int, Shape | None]]) -> bool:
+def _is_too_wide(light: onnx.ModelProto, types: Mapping[str, tuple[int, Shape | None]]) -> bool:
     """Whether data propagation would use too much memory."""
     inputs = {name for node in light.graph.node if _propagates(node) for name in node.input}
-    sizes = (known(types.get(name, (0, None))[1]) for name in inputs)
+    sizes = (as_fixed(types.get(name, (0, None))[1]) for name in inputs)
     return any(size is not None and len(size) == 1 and size[0] > MAX_PROPAGATED_LENGTH for size in sizes)
 
 
@@ -213,7 +211,7 @@ def _is_bounded(light: onnx.ModelProto) -> bool:
     """
     held = {t.name: math.prod(t.dims) for t in light.graph.initializer}
     planes = {name for name, size in held.items() if size > 1}  # as shapes, of two axes and more
-    inputs = [dims(v.type) or () for v in light.graph.input]
+    inputs = [read_dims(v.type) or () for v in light.graph.input]
     if any(math.prod(d for d in shape if isinstance(d, int)) > UNLIMITED_ELEMENTS for shape in inputs):
         return False
     total = 0
@@ -239,13 +237,13 @@ def _propagates(node: onnx.NodeProto) -> bool:
     return onnx.defs.has(node.op_type) and onnx.defs.get_schema(node.op_type).has_data_propagation_function
 
 
-def _types(model: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
+def _read_types(model: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
     """The types of all tensors that the model declares."""
     graph = model.graph
     types: dict[str, tuple[int, Shape | None]] = {t.name: (t.data_type, tuple(t.dims)) for t in graph.initializer}
     for value in [*graph.input, *graph.value_info, *graph.output]:
         if value.type.HasField("tensor_type"):
-            types[value.name] = (value.type.tensor_type.elem_type, dims(value.type))
+            types[value.name] = (value.type.tensor_type.elem_type, read_dims(value.type))
     return types
 
 
@@ -289,7 +287,7 @@ def _is_miscounted(node: onnx.NodeProto, types: Mapping[str, tuple[int, Shape | 
     )
 
 
-def _without_sizes_of(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> onnx.ModelProto:
+def _hide_sizes(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> onnx.ModelProto:
     """Make the spatial sizes of these nodes' outputs unknown, by a Concat with a tensor of unknown size."""
     opaque = {n.output[0] for n in nodes}
     graph = model.graph

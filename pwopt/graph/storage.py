@@ -54,13 +54,13 @@ def find_data_folder(proto: onnx.ModelProto, path: Path) -> Path:
     """Find the folder of a model's external data: beside the file, or beside the file that a link leads to."""
     beside, target = path.absolute().parent, Path(os.path.realpath(path)).parent
     try:
-        names = locations_of(proto).values()
+        names = find_locations(proto).values()
     except ValueError:  # `check_external` refuses it
         return target
     return beside if names and all((beside / name).exists() for name in names) else target
 
 
-def external_file(tensor: TensorProto, folder: Path | None) -> tuple[TensorProto, str]:
+def resolve_link(tensor: TensorProto, folder: Path | None) -> tuple[TensorProto, str]:
     """A tensor that refers to the file itself where the data is a link, which onnx refuses; and that file's folder."""
     if folder is None or not uses_external_data(tensor):
         return tensor, str(folder or "")
@@ -94,7 +94,7 @@ def check_external(proto: onnx.ModelProto, folder: Path | None, target: Path | N
         if uses_external_data(tensor):
             _check_place(tensor, folder, roots)
             try:
-                direct, where = external_file(tensor, folder)
+                direct, where = resolve_link(tensor, folder)
                 load_external_data_for_tensor(direct, where)
                 tensor.CopyFrom(direct)
             except (OSError, ValueError, onnx.checker.ValidationError) as error:
@@ -140,26 +140,26 @@ def _inner_tensors(proto: onnx.ModelProto) -> Iterator[TensorProto]:
         yield from (tensor.values, tensor.indices)
 
 
-def locations_of(proto: onnx.ModelProto) -> dict[str, str]:
+def find_locations(proto: onnx.ModelProto) -> dict[str, str]:
     return {t.name: ExternalDataInfo(t).location for t in proto.graph.initializer if uses_external_data(t)}
 
 
-def total_bytes(proto: onnx.ModelProto) -> int:
+def count_bytes(proto: onnx.ModelProto) -> int:
     """The bytes of a model, including its external data."""
     outside = [ExternalDataInfo(t) for t in proto.graph.initializer if uses_external_data(t)]
     return int(proto.ByteSize()) + sum(info.length or 0 for info in outside)
 
 
-def data_files_of(path: Path) -> set[str]:
+def find_data_files(path: Path) -> set[str]:
     """The data files of an earlier model at `path`: those that are named after it."""
     try:
-        names = locations_of(onnx.load(path, load_external_data=False)) if path.is_file() else {}
+        names = find_locations(onnx.load(path, load_external_data=False)) if path.is_file() else {}
     except (DecodeError, ValueError):
         return set()
     return {
         name
         for name in names.values()
-        if name.startswith(_cut(path.name, MAX_STEM_BYTES) + ".") and not set(name) & set("/\\:")
+        if name.startswith(_shorten(path.name, MAX_STEM_BYTES) + ".") and not set(name) & set("/\\:")
     }
 
 
@@ -168,14 +168,14 @@ def externalise(model: onnx.ModelProto, path: Path, folder: Path | None, layout:
 
     `layout` says which tensor belongs in which of the old files; large new tensors join them.
     """
-    layout = {**layout, **locations_of(model)}
+    layout = {**layout, **find_locations(model)}
     if not layout:
         return model
     if folder is None:
         raise ModelError("a model with external data needs the folder that the data lies in; load it with pwopt.load")
     locations = list(dict.fromkeys(layout[t.name] for t in model.graph.initializer if t.name in layout))
     locations = locations or list(dict.fromkeys(layout.values()))[:1]
-    large = {layout.get(t.name, locations[0]) for t in model.graph.initializer if _outside(t)}
+    large = {layout.get(t.name, locations[0]) for t in model.graph.initializer if _is_external(t)}
     locations = [old for old in locations if old in large]  # no file that nothing would be in
     single = len(locations) == 1
     new_names = {
@@ -197,7 +197,7 @@ def externalise(model: onnx.ModelProto, path: Path, folder: Path | None, layout:
                 if piece not in copied:
                     copied[piece] = _append_file(streams[target], folder / info.location, info)
                 offset, length = copied[piece]
-            elif _outside(tensor):
+            elif _is_external(tensor):
                 for descriptor, value in tensor.ListFields():
                     if descriptor.name in ("name", "data_type", "doc_string"):
                         setattr(kept, descriptor.name, value)
@@ -214,17 +214,17 @@ def externalise(model: onnx.ModelProto, path: Path, folder: Path | None, layout:
     return proto
 
 
-def _outside(tensor: TensorProto) -> bool:
+def _is_external(tensor: TensorProto) -> bool:
     """Whether a tensor is stored in a data file, if the model has any."""
     return uses_external_data(tensor) or len(tensor.raw_data) >= EXTERNAL_THRESHOLD
 
 
 def name_beside(path: Path, suffix: str) -> Path:
     """The path of a file beside another one: its name without the extension, cut if it is too long, and a suffix."""
-    return path.parent / (_cut(path.stem, MAX_NAME_BYTES - len(suffix.encode())) + suffix)
+    return path.parent / (_shorten(path.stem, MAX_NAME_BYTES - len(suffix.encode())) + suffix)
 
 
-def _cut(name: str, most: int) -> str:
+def _shorten(name: str, most: int) -> str:
     """A name of at most so many bytes; a digest of the whole name replaces the end of a longer one."""
     if len(name.encode()) <= most:
         return name
@@ -234,7 +234,7 @@ def _cut(name: str, most: int) -> str:
 
 def _free_name(path: Path, suffix: str) -> str:
     """A new name for a data file, so that an interrupted write damages no earlier file."""
-    stem, k = f"{_cut(path.name, MAX_STEM_BYTES)}.{suffix}", 0
+    stem, k = f"{_shorten(path.name, MAX_STEM_BYTES)}.{suffix}", 0
     name = stem
     while (path.parent / name).exists():
         k += 1
@@ -278,14 +278,14 @@ def replacing(path: Path, *, lasting: bool = True) -> Iterator[IO[bytes]]:
             stream.flush()
             if lasting:
                 os.fsync(stream.fileno())
-        _moved(name, path)
+        _move_file(name, path)
     except BaseException:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
 
 
-def _moved(name: Path, path: Path) -> None:
+def _move_file(name: Path, path: Path) -> None:
     """Replace a file by another. Windows refuses that while another program has it open, often for a moment."""
     for seconds in WAITS if sys.platform == "win32" else ():
         with contextlib.suppress(PermissionError):

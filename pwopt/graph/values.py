@@ -29,7 +29,7 @@ MAX_READ_DEPTH, MAX_VISITED = 24, 256
 END = 2**31
 
 
-def entries(view: View, tensor: Tensor) -> Entries | None:
+def read_entries(view: View, tensor: Tensor) -> Entries | None:
     """The entries of an integer or boolean tensor with at most one axis; None if nothing is known.
 
     Booleans are 0 and 1. An entry that is a `Symbol` equals that size whatever the model is fed with.
@@ -37,7 +37,7 @@ def entries(view: View, tensor: Tensor) -> Entries | None:
     return _Reader(view).read(tensor, 0)
 
 
-def extents(view: View, tensor: Tensor) -> Entries | None:
+def read_extents(view: View, tensor: Tensor) -> Entries | None:
     """The shape of a tensor as entries, each a number or a symbol; None if the rank is unknown."""
     shape = view.shape(tensor)
     if shape is None:
@@ -65,7 +65,7 @@ class _Reader:
     def _read(self, tensor: Tensor, depth: int) -> Entries | None:
         held = self.view.constant(tensor)
         if held is not None:
-            return _numbers(self.view, held)
+            return _read_numbers(self.view, held)
         node, rank = self.view.producer(tensor), self.view.rank(tensor)
         rule = RULES.get(self.view.op(node))
         if node is None or rule is None or rank is None or rank > 1:
@@ -83,7 +83,7 @@ class _Reader:
         return [f * wide if len(f) == 1 else f for f in listed] if all(len(f) in (1, wide) for f in listed) else None
 
 
-def _numbers(view: View, held: Constant) -> Entries | None:
+def _read_numbers(view: View, held: Constant) -> Entries | None:
     if (
         len(held.shape) > 1
         or (view.elements(held) or 0) > MAX_ENTRIES
@@ -108,13 +108,13 @@ def _rule(*ops: str) -> Callable[[Rule], Rule]:
 
 @_rule("Shape")
 def _shape(reader: _Reader, node: Node, depth: int) -> Entries | None:
-    found = extents(reader.view, node.inputs[0])
+    found = read_extents(reader.view, node.inputs[0])
     return None if found is None else found[node.attrs.get("start", 0) : node.attrs.get("end", len(found))]
 
 
 @_rule("Size")
 def _size(reader: _Reader, node: Node, depth: int) -> Entries | None:
-    found = extents(reader.view, node.inputs[0])
+    found = read_extents(reader.view, node.inputs[0])
     numbers = [f for f in found or () if isinstance(f, int)]
     product = int(np.prod(numbers, dtype=object)) if found is not None and len(numbers) == len(found) else END
     return (product,) if product < END else None
@@ -165,7 +165,7 @@ def _arithmetic(reader: _Reader, node: Node, depth: int) -> Entries | None:
     operands = reader.operands(node, depth) if reader.view.opset >= 7 else None
     if operands is None or len(operands) != 2 or node.attrs.get("fmod", 0):
         return None
-    found = tuple(_combined(str(node.op), a, b) for a, b in zip(*operands, strict=True))
+    found = tuple(_combine(str(node.op), a, b) for a, b in zip(*operands, strict=True))
     return found if all(not isinstance(f, int) or -END <= f < END for f in found) else None
 
 
@@ -186,7 +186,7 @@ NUMERIC: dict[str, Callable[[int, int], int]] = {
 }
 
 
-def _combined(op: str, a: Entry, b: Entry) -> Entry:
+def _combine(op: str, a: Entry, b: Entry) -> Entry:
     """Combine two entries. Adding 0 and multiplying by 1 keep a symbol, and a size is never negative."""
     if isinstance(a, int) and isinstance(b, int):
         return None if op in ("Div", "Mod") and (a < 0 or b <= 0) else int(NUMERIC[op](a, b))
@@ -213,15 +213,15 @@ def _where(reader: _Reader, node: Node, depth: int) -> Entries | None:
     operands = reader.operands(node, depth)
     if operands is None or len(operands) != 3:
         return None
-    return tuple(_chosen(c, a, b) for c, a, b in zip(*operands, strict=True))
+    return tuple(_choose(c, a, b) for c, a, b in zip(*operands, strict=True))
 
 
-def _chosen(condition: Entry, a: Entry, b: Entry) -> Entry:
+def _choose(condition: Entry, a: Entry, b: Entry) -> Entry:
     return (a if condition else b) if isinstance(condition, int) else a if a is not None and a == b else None
 
 
 @_rule("ConstantOfShape")
-def _filled(reader: _Reader, node: Node, depth: int) -> Entries | None:
+def _fill(reader: _Reader, node: Node, depth: int) -> Entries | None:
     count, value = reader.read(node.inputs[0], depth), node.attrs.get("value")
     held = None if value is None else np.asarray(value.values)
     if count is None or len(count) > 1 or held is None or held.dtype.kind not in "iu":
@@ -230,7 +230,7 @@ def _filled(reader: _Reader, node: Node, depth: int) -> Entries | None:
     return (int(held.reshape(-1)[0]),) * number if isinstance(number, int) and number <= MAX_ENTRIES else None
 
 
-def whole(found: Sequence[Entry] | None) -> tuple[int, ...] | None:
+def as_numbers(found: Sequence[Entry] | None) -> tuple[int, ...] | None:
     """The entries as numbers, if all are."""
     numbers = tuple(e for e in found or () if isinstance(e, int))
     return numbers if found is not None and len(numbers) == len(found) else None

@@ -15,7 +15,7 @@ from pwopt.algebra import Values
 from pwopt.graph.index import GraphIndex
 from pwopt.graph.ir import Constant, Node, Tensor, Variable, adopt_node, adopt_tensors
 from pwopt.graph.links import put, relink
-from pwopt.graph.shapes import ShapeChange, known
+from pwopt.graph.shapes import ShapeChange, as_fixed
 
 
 class View(GraphIndex):
@@ -76,7 +76,7 @@ class View(GraphIndex):
         """Create a tensor with the type of `like`, and with its shape and representative size after `change`."""
         shape, size = self.shape(like), self.size_of(like)
         made = Variable(self.unique_name(name), dtype=like.dtype, shape=None if shape is None else change(shape))
-        numbers = None if size is None else known(change(size))
+        numbers = None if size is None else as_fixed(change(size))
         if numbers is not None:
             self.sizes[made.name] = numbers
         return made
@@ -87,7 +87,7 @@ class View(GraphIndex):
         self._mark_edited()
         shape, size = self.shape(tensor), self.size_of(tensor)
         tensor.shape = None if shape is None else change(shape)
-        numbers = None if size is None else known(change(size))
+        numbers = None if size is None else as_fixed(change(size))
         if numbers is not None:
             self.sizes[tensor.name] = numbers
 

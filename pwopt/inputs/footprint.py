@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 
 from pwopt.graph.operators import VIEWS, WEIGHTED_OPERATORS
-from pwopt.graph.shapes import known
+from pwopt.graph.shapes import as_fixed
 from pwopt.inputs.shape_constraints import Types
 
 #: Assumed bytes of a string.
@@ -81,7 +81,7 @@ def _peak(model: onnx.ModelProto, size: dict[str, int], owner: dict[str, str], l
 
 def _bytes(types: Types, name: str) -> int | None:
     kind, shape = types.get(name, (0, None))
-    numbers = known(shape)
+    numbers = as_fixed(shape)
     if numbers is None:
         return None
     try:
@@ -95,7 +95,7 @@ def _macs(node: onnx.NodeProto, types: Types) -> int:
     """Count the multiply-adds of a convolution or matrix product; 0 for other operators and for unknown sizes."""
     if node.op_type not in WEIGHTED_OPERATORS or len(node.input) < 2 or not node.output:
         return 0
-    read, weights, made = (known(types.get(n, (0, None))[1]) for n in (*node.input[:2], node.output[0]))
+    read, weights, made = (as_fixed(types.get(n, (0, None))[1]) for n in (*node.input[:2], node.output[0]))
     if not read or not weights or not made:
         return 0
     if node.op_type == "Conv":

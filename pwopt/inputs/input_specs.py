@@ -11,7 +11,7 @@ import numpy as np
 import onnx
 
 from pwopt.errors import ModelError, UsageError
-from pwopt.graph.shapes import Shape, dims, format_shape, infer, known
+from pwopt.graph.shapes import Shape, as_fixed, format_shape, infer, read_dims
 from pwopt.inputs import shape_constraints
 from pwopt.inputs.integer_values import BINARY, find_largest_index, find_values
 
@@ -64,7 +64,7 @@ def input_specs(model: onnx.ModelProto) -> list[InputSpec]:
             dtype = onnx.helper.tensor_dtype_to_np_dtype(value.type.tensor_type.elem_type)
         except KeyError:
             raise ModelError(f"input {value.name!r} has no valid type; export the model again") from None
-        specs.append(InputSpec(value.name, np.dtype(dtype), dims(value.type)))
+        specs.append(InputSpec(value.name, np.dtype(dtype), read_dims(value.type)))
     return _complete(specs, model)
 
 
@@ -77,7 +77,7 @@ def _complete(specs: Sequence[InputSpec], model: onnx.ModelProto) -> list[InputS
             fact = f"{spec.name!r} has {found[0]} axes, as {found[1]} takes it"
             spec = replace(spec, shape=(None,) * found[0], facts=(fact,))
         completed.append(spec)
-    opened = {s.name: s.shape for s in completed if s.shape is not None and not known(s.shape)}
+    opened = {s.name: s.shape for s in completed if s.shape is not None and not as_fixed(s.shape)}
     fixed = shape_constraints.find_fixed_sizes(model, opened) if opened else {}
     for i, spec in enumerate(completed):
         if spec.name in opened:

@@ -11,7 +11,7 @@ from pwopt.algebra.geometry import Geometry, pointwise_geometry
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
 from pwopt.graph.ir import Node, Tensor
-from pwopt.graph.shapes import known
+from pwopt.graph.shapes import as_fixed
 from pwopt.graph.view import View
 from pwopt.maps.forms import Reading, Result, load_implied, reads
 
@@ -78,7 +78,7 @@ def read_overwritten_border(view: View, node: Node) -> Result:
         chain.append(before)
     chain.reverse()
     pad = read_pad(view, chain[0])
-    shape, before_pad = known(view.shape(chain[0].outputs[0])), known(view.shape(chain[0].inputs[0]))
+    shape, before_pad = as_fixed(view.shape(chain[0].outputs[0])), as_fixed(view.shape(chain[0].inputs[0]))
     if not scatters or not isinstance(pad, Reading) or pad.kind != "border" or shape is None or before_pad is None:
         return None
     if math.prod(shape) > MAX_FOLLOWED or math.prod(before_pad) == 0:

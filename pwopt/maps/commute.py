@@ -18,7 +18,7 @@ from pwopt.graph import attributes
 from pwopt.graph.dtypes import FLOATING, cancellation, range_of
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.operators import ARITHMETIC, SUMS, VIEWS
-from pwopt.graph.values import Entries, extents
+from pwopt.graph.values import Entries, read_extents
 from pwopt.graph.view import View
 from pwopt.maps import forms, selections
 
@@ -168,7 +168,7 @@ def _reduction(view: View, node: Node, op: str) -> Rule | None:
 def _kept_axes(view: View, node: Node, op: str) -> dict[int, int]:
     """Axes that a change of shape keeps: they have the same size, and as many elements before or after them as in the
     input."""
-    before, after = extents(view, node.inputs[0]), extents(view, node.outputs[0])
+    before, after = read_extents(view, node.inputs[0]), read_extents(view, node.outputs[0])
     if before is None or after is None:
         return {}
     copied = view.integers(node.inputs[1]) if op == "Reshape" and len(node.inputs) > 1 else None

@@ -19,7 +19,7 @@ from pwopt.algebra.geometry import Refusal
 from pwopt.graph import attributes
 from pwopt.graph.ir import Node, Tensor, Variable
 from pwopt.graph.operators import ACTIVATIONS
-from pwopt.graph.shapes import Dim, Shape, known
+from pwopt.graph.shapes import Dim, Shape, as_fixed
 from pwopt.graph.view import View
 from pwopt.maps.forms import Reading
 
@@ -75,7 +75,7 @@ def _factors(view: View, node: Node, before: Shape) -> list[int] | None:
     """
     scales = attributes.resize_scales(view, node)
     if attributes.is_resized_by_sizes(view, node):
-        small, large = known(before), known(view.shape(node.outputs[0]))
+        small, large = as_fixed(before), as_fixed(view.shape(node.outputs[0]))
         if small is None or large is None or 0 in small:
             return None
         scales = {a: y / x for a, (x, y) in enumerate(zip(small, large, strict=True))}
@@ -313,7 +313,7 @@ def _read_unshuffle(view: View, node: Node, channels: Sequence[int]) -> Subsampl
         return None
     tensors = split.inputs[0], split.outputs[0], node.outputs[0]
     before, inner, after = ((view.shape(t) or (None, None))[1:] for t in tensors)
-    blocks, perm = known(inner), tuple(transpose.attrs.get("perm", ()))
+    blocks, perm = as_fixed(inner), tuple(transpose.attrs.get("perm", ()))
     if perm not in UNSHUFFLES or blocks is None:
         return None
     c, short, r, narrow, s = blocks

@@ -11,8 +11,8 @@ from pwopt.algebra.geometry import pointwise_geometry
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
 from pwopt.graph.ir import Node, Tensor
-from pwopt.graph.shapes import known
-from pwopt.graph.values import extents
+from pwopt.graph.shapes import as_fixed
+from pwopt.graph.values import read_extents
 from pwopt.graph.view import View
 from pwopt.maps.forms import Reading, Result, load_implied, reads
 
@@ -56,7 +56,7 @@ def read_split(view: View, node: Node) -> list[Reading] | None:
         return None
     axis += rank if axis < 0 else 0
     channels = view.dim(node.inputs[0], axis)
-    numbers = known([view.dim(t, axis) for t in node.outputs])
+    numbers = as_fixed([view.dim(t, axis) for t in node.outputs])
     if not isinstance(channels, int) or numbers is None or 0 in numbers or sum(numbers) != channels:
         return None
     starts = np.concatenate([[0], np.cumsum(numbers)]).tolist()
@@ -68,7 +68,7 @@ def read_split(view: View, node: Node) -> list[Reading] | None:
 def read_concat(view: View, node: Node) -> list[Reading] | None:
     """Read a Concat as one map per input that adds channels of zeros; the output is their sum."""
     axis = attributes.concat_axis(view, node)
-    widths = None if axis is None else known([view.dim(t, axis) for t in node.inputs])
+    widths = None if axis is None else as_fixed([view.dim(t, axis) for t in node.inputs])
     if axis is None or widths is None:
         return None
     starts, total = np.concatenate([[0], np.cumsum(widths)]).tolist(), sum(widths)
@@ -91,7 +91,7 @@ def read_shuffle(view: View, node: Node) -> Result:
     if split is None or view.op(split) != "Reshape" or view.other_uses(transpose.inputs[0]):
         return None
     source = split.inputs[0]
-    before, inner, after = (extents(view, t) for t in (source, split.outputs[0], node.outputs[0]))
+    before, inner, after = (read_extents(view, t) for t in (source, split.outputs[0], node.outputs[0]))
     if before is None or inner is None or after is None or len(before) != len(after) or len(inner) != len(before) + 1:
         return None
     groups, width, channels = inner[1], inner[2], before[1]

@@ -11,10 +11,10 @@ import onnx
 from pwopt.errors import ModelError, NotEquivalentError, ProviderError
 from pwopt.evidence.equivalence import Equivalence
 from pwopt.evidence.localise import localise
-from pwopt.evidence.verify import compared, placements
+from pwopt.evidence.verify import compare_in_sessions, find_placements
 from pwopt.optimizing.bisection import add_repeated, leave_out_faulty, name_plugins
 from pwopt.optimizing.budget import PROFILING_SECONDS, Budget
-from pwopt.optimizing.layer_times import layers
+from pwopt.optimizing.layer_times import compare_layers
 from pwopt.optimizing.other_conditions import CONDITION_SHARE, ConditionRaces, other_environments
 from pwopt.optimizing.preparation import Problem
 from pwopt.optimizing.request import Limits, Request
@@ -25,7 +25,7 @@ from pwopt.running.session import Session
 from pwopt.running.worker import UnusableError
 from pwopt.selecting.compilation import CERTIFICATE_DEFECT, Compilation
 from pwopt.selecting.environment import Environment
-from pwopt.selecting.profile_alignment import marked
+from pwopt.selecting.profile_alignment import save_marked
 from pwopt.selecting.rewrite_selection import Selection
 
 LOG = logging.getLogger(__name__)
@@ -274,12 +274,12 @@ class Pair:
     def compare_outputs(self, limits: Limits) -> Equivalence:
         """Compare the outputs of both on every sample."""
         provider, threads, samples = self.environment.provider, self.environment.threads, self.environment.samples
-        return compared(self.original, self.candidate, samples, provider, threads, limits.rtol, limits.atol)
+        return compare_in_sessions(self.original, self.candidate, samples, provider, threads, limits.rtol, limits.atol)
 
     def compare(self, limits: Limits) -> Equivalence:
         """Compare the outputs of both, and find the operators that ran on another provider."""
         equivalence, where = self.compare_outputs(limits), self.environment
-        elsewhere = placements({"candidate": self.candidate}, where.provider, where.threads, where.samples[0])
+        elsewhere = find_placements({"candidate": self.candidate}, where.provider, where.threads, where.samples[0])
         return replace(equivalence, elsewhere=elsewhere)
 
     def add_memory(self, latency: Latency) -> Latency:
@@ -296,7 +296,7 @@ class Pair:
     def profile(self, report: Report, protos: tuple[onnx.ModelProto, onnx.ModelProto]) -> Report:
         """Add to a report where the time goes in both, by operator and by layer."""
         folder = self.candidate.parent
-        copies = [marked(proto, folder / f"marked{k}" / "model.onnx") for k, proto in enumerate(protos)]
+        copies = [save_marked(proto, folder / f"marked{k}" / "model.onnx") for k, proto in enumerate(protos)]
         files = [copy or path for copy, path in zip(copies, (self.original, self.candidate), strict=True)]
         provider, threads, feeds = (
             self.environment.provider,
@@ -309,5 +309,5 @@ class Pair:
         runs = max(fewest, min(most, int(PROFILING_SECONDS / each)))
         before, after = bench.time_nodes(files, provider, threads, feeds, runs)
         operators = {"before": bench.sum_by_operator(before), "after": bench.sum_by_operator(after)}
-        listed = layers(*protos, report.rewrites, (before, after)) if all(copies) else None
+        listed = compare_layers(*protos, report.rewrites, (before, after)) if all(copies) else None
         return replace(report, operators=operators, layers=listed)

@@ -19,7 +19,7 @@ import onnx
 
 from pwopt.errors import PwoptError, UsageError
 from pwopt.graph.json_files import read_json, read_record
-from pwopt.graph.storage import find_data_folder, locations_of, name_beside, replacing
+from pwopt.graph.storage import find_data_folder, find_locations, name_beside, replacing
 from pwopt.graph.temporary import temporary_folder
 from pwopt.optimizing.optimizer import run_request
 from pwopt.optimizing.preparation import resolve
@@ -137,7 +137,7 @@ def find_jobs(models: Iterable[str | os.PathLike[str]], folder: Path, request: R
                 raise UsageError(f"the folder {str(folder)!r} holds the model {str(model)!r}; choose another folder")
     if sys.platform in ("darwin", "win32"):
         _check_distinct_names(found)
-    return [Job(model, output, key(model, request)) for output, model in found.items()]
+    return [Job(model, output, compute_key(model, request)) for output, model in found.items()]
 
 
 def _check_distinct_names(outputs: Iterable[Path]) -> None:
@@ -149,7 +149,7 @@ def _check_distinct_names(outputs: Iterable[Path]) -> None:
             raise UsageError(f"{str(twin)!r} and {str(output)!r} would be one file on this system; rename one model")
 
 
-def key(model: Path, request: Request) -> str:
+def compute_key(model: Path, request: Request) -> str:
     """A digest that is equal for the same model, options and versions; "" if there is no such file."""
     request = replace(request, output=None, inputs=None, writing=replace(request.writing, force=False))
     options = {f.name: repr(getattr(request, f.name)) for f in dataclasses.fields(request) if f.compare}
@@ -159,18 +159,20 @@ def key(model: Path, request: Request) -> str:
     profile = request.measuring.target_profile
     with contextlib.suppress(OSError):
         database = b"" if profile is None else Path(profile).read_bytes()
-        return hashlib.sha256(f"{options} {versions} {passes} {database!r} {content(model)}".encode()).hexdigest()
+        return hashlib.sha256(
+            f"{options} {versions} {passes} {database!r} {digest_content(model)}".encode()
+        ).hexdigest()
     return ""
 
 
-def content(model: Path) -> str:
+def digest_content(model: Path) -> str:
     """What a model's file holds, and how large and old its external data is."""
     data = model.read_bytes()
     found = [hashlib.sha256(data).hexdigest()]
     with contextlib.suppress(Exception):  # what cannot be read will be said when it is optimised
         proto = onnx.ModelProto.FromString(data)
         folder = find_data_folder(proto, model)
-        stats = [(name, (folder / name).stat()) for name in sorted(set(locations_of(proto).values()))]
+        stats = [(name, (folder / name).stat()) for name in sorted(set(find_locations(proto).values()))]
         found += [f"{name} {s.st_size} {s.st_mtime_ns}" for name, s in stats]
     return " ".join(found)
 
@@ -222,7 +224,7 @@ def optimize_many(
     request, where = request or Request(), _make_folder(Path(folder))
     listed = find_jobs(models, where, request)
     earlier = _read(where / INDEX)
-    rows = {job.output: row for job in listed if (row := _unchanged(job, where, earlier)) is not None}
+    rows = {job.output: row for job in listed if (row := _find_unchanged(job, where, earlier)) is not None}
     for row in rows.values():
         report_row(row)
     todo = [job for job in listed if job.output not in rows]
@@ -250,7 +252,7 @@ def _make_folder(folder: Path) -> Path:
     return folder
 
 
-def _unchanged(job: Job, where: Path, earlier: Mapping[str, BatchRow]) -> BatchRow | None:
+def _find_unchanged(job: Job, where: Path, earlier: Mapping[str, BatchRow]) -> BatchRow | None:
     """The row of a job that was done before, if its model, options and output are what they were."""
     row = earlier.get(os.path.relpath(job.output, where))
     same = row is not None and job.key and row.key == job.key and row.written == _hash_output(job.output)
@@ -284,7 +286,7 @@ def _read(index: Path) -> dict[str, BatchRow]:
         return {}
 
 
-def index_json(rows: Sequence[BatchRow]) -> str:
+def format_index(rows: Sequence[BatchRow]) -> str:
     """The list of all models, as JSON."""
     return to_json({"schema": REPORT_SCHEMA, "pwopt": __version__, "rows": [asdict(r) for r in rows]})
 
@@ -294,7 +296,7 @@ def _write_index(where: Path, rows: Sequence[BatchRow], earlier: dict[str, Batch
     mine = {r.output for r in rows}
     everything = [*rows, *(r for r in earlier.values() if r.output not in mine and (where / r.output).exists())]
     with replacing(where / INDEX) as stream:
-        stream.write(index_json(everything).encode())
+        stream.write(format_index(everything).encode())
     with contextlib.suppress(ImportError):
         from pwopt.reporting.index import render_index
 
@@ -321,7 +323,7 @@ def run_job(job: Job, request: Request, called: tuple[PurePath, PurePath] | None
     if report is None:
         return JobResult(row)
     report = replace(report, model=model, output=output)
-    return JobResult(row, report.to_json(), page_of(report))
+    return JobResult(row, report.to_json(), render_page(report))
 
 
 def summarize(row: BatchRow, report: Report) -> BatchRow:
@@ -331,7 +333,7 @@ def summarize(row: BatchRow, report: Report) -> BatchRow:
     return row if t is None else replace(row, speedup=t.speedup, low=t.interval[0], high=t.interval[1])
 
 
-def page_of(report: Report) -> str:
+def render_page(report: Report) -> str:
     """A report as HTML; "" without the extra that it needs."""
     try:
         from pwopt.reporting.document import render_document

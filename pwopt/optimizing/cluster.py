@@ -20,9 +20,9 @@ from typing import Any
 import onnx
 
 from pwopt.errors import PwoptError, UsageError
-from pwopt.graph.storage import find_data_folder, locations_of, replacing
+from pwopt.graph.storage import find_data_folder, find_locations, replacing
 from pwopt.graph.temporary import temporary_folder
-from pwopt.optimizing.batch import DEFECT_CODE, BatchRow, Job, JobResult, content, run_job
+from pwopt.optimizing.batch import DEFECT_CODE, BatchRow, Job, JobResult, digest_content, run_job
 from pwopt.optimizing.record_tuning import profile
 from pwopt.optimizing.request import Request
 from pwopt.running import installation, timing
@@ -38,7 +38,7 @@ RETRIES = 3
 SCHEDULER_SECONDS = 30
 
 
-def distributed() -> Any:
+def import_distributed() -> Any:
     """The module.
 
     Raises
@@ -119,14 +119,14 @@ class Fleet:
         UsageError
             If there is no scheduler, no worker, or none of the target.
         """
-        dask = distributed()
+        dask = import_distributed()
         try:
             client = dask.Client(self.scheduler, timeout=SCHEDULER_SECONDS, set_as_default=False)
         except (OSError, ValueError) as error:
             raise UsageError(f"there is no scheduler at {self.scheduler!r} ({error})") from error
         try:
             client.wait_for_workers(1, timeout=SCHEDULER_SECONDS)
-            known = _labels(client)
+            known = _list_labels(client)
             if self.target is not None and self.target not in known:
                 raise UsageError(f"no worker calls itself {self.target!r}; there are {', '.join(known) or 'no labels'}")
             yield client
@@ -140,10 +140,10 @@ class Fleet:
 
     def __call__(self, todo: Sequence[Job], request: Request, progress: Progress) -> Iterator[JobResult]:
         plain = replace(request, progress=ignore_progress, output=None)
-        dask = distributed()
+        dask = import_distributed()
         with self.connect() as client:
             seen = _find_shared_models(client, todo)
-            known = tuple(tuning_cache.stored()) if request.cache else ()
+            known = tuple(tuning_cache.read_records()) if request.cache else ()
             jobs: dict[Any, Job] = {}
             for job in todo:
                 files = {} if job.model in seen else _pack_files(job.model)
@@ -160,7 +160,7 @@ class Fleet:
     def hardware(self, request: Request) -> list[Hardware]:
         """The kinds of machines in the cluster, in the order of their labels."""
         with self.connect() as client:
-            return _hardware(client, request)
+            return _group_workers(client, request)
 
     def profiles(
         self, models: Iterable[str | os.PathLike[str]], request: Request, progress: Progress = ignore_progress
@@ -168,7 +168,7 @@ class Fleet:
         """A profile for each kind of machine, by its label; each races the models on one of its workers."""
         paths = [Path(m) for m in models]
         with self.connect() as client:
-            kinds = [k for k in _hardware(client, request) if self.target in (None, k.label)]
+            kinds = [k for k in _group_workers(client, request) if self.target in (None, k.label)]
             packed = {p.name: _pack_files(p) for p in paths}
             waiting = {
                 client.submit(
@@ -178,7 +178,7 @@ class Fleet:
                 for k in kinds
             }  # fmt: skip
             found: dict[str, TuningDatabase] = {}
-            for i, future in enumerate(distributed().as_completed(waiting, loop=client.loop)):
+            for i, future in enumerate(import_distributed().as_completed(waiting, loop=client.loop)):
                 progress(f"recording on {waiting[future].label}", i / len(kinds))
                 found[waiting[future].label] = future.result()
             return dict(sorted(found.items()))
@@ -202,27 +202,29 @@ def _receive_response(future: Any, job: Job, request: Request) -> JobResult:
     return response.done
 
 
-def _hardware(client: Any, request: Request) -> list[Hardware]:
-    machines: dict[str, tuple[str, str]] = client.run(_machine, request.execution_provider, request.first_threads)
-    labels = _by_worker(client)
+def _group_workers(client: Any, request: Request) -> list[Hardware]:
+    machines: dict[str, tuple[str, str]] = client.run(
+        _describe_machine, request.execution_provider, request.first_threads
+    )
+    labels = _read_labels(client)
     kinds: dict[tuple[str, str], list[str]] = {}
     for address, (processor, place) in machines.items():
         kinds.setdefault((labels.get(address) or processor, place), []).append(address)
     return [Hardware(label, place, tuple(sorted(a))) for (label, place), a in sorted(kinds.items())]
 
 
-def _machine(provider: Provider, threads: int) -> tuple[str, str]:
+def _describe_machine(provider: Provider, threads: int) -> tuple[str, str]:
     """On a worker: its processor, and what decisions of races there are kept for."""
-    return installation.cpu_name(), tuning_cache.place(provider, threads)
+    return installation.cpu_name(), tuning_cache.describe_place(provider, threads)
 
 
-def _by_worker(client: Any) -> dict[str, str]:
+def _read_labels(client: Any) -> dict[str, str]:
     """Worker → the first label that it gave itself."""
     workers = client.scheduler_info(n_workers=-1)["workers"]
     return {a: next(iter(sorted(w.get("resources") or {})), "") for a, w in workers.items()}
 
 
-def _labels(client: Any) -> list[str]:
+def _list_labels(client: Any) -> list[str]:
     workers = client.scheduler_info(n_workers=-1)["workers"].values()
     return sorted({label for w in workers for label in w.get("resources") or {}})
 
@@ -234,16 +236,16 @@ def _find_shared_models(client: Any, todo: Sequence[Job]) -> set[Path]:
     folder = Path(os.path.commonpath([job.output.resolve().parent for job in todo]))
     with tempfile.NamedTemporaryFile(prefix=".marker-", dir=folder) as marker:
         models = [os.fspath(job.model.resolve()) for job in todo]
-        answers = client.run(_contents, models, marker.name).values()
-    here = {job.model: content(job.model) for job in todo if job.model.is_file()}
+        answers = client.run(_digest_models, models, marker.name).values()
+    here = {job.model: digest_content(job.model) for job in todo if job.model.is_file()}
     return {m for m, told in here.items() if all(a.get(os.fspath(m.resolve())) == told for a in answers)}
 
 
-def _contents(models: Sequence[str], marker: str) -> dict[str, str]:
+def _digest_models(models: Sequence[str], marker: str) -> dict[str, str]:
     """On a worker: what the models that it sees hold; nothing if it does not see the marker."""
     if not os.path.exists(marker):
         return {}
-    return {m: content(Path(m)) for m in models if os.path.isfile(m)}
+    return {m: digest_content(Path(m)) for m in models if os.path.isfile(m)}
 
 
 def _pack_files(model: Path) -> dict[str, bytes]:
@@ -257,7 +259,7 @@ def _pack_files(model: Path) -> dict[str, bytes]:
         proto = onnx.ModelProto.FromString(data)
         folder = find_data_folder(proto, model)
         roots = [os.path.realpath(folder), os.path.dirname(os.path.realpath(model))]
-        for name in set(locations_of(proto).values()):
+        for name in set(find_locations(proto).values()):
             path = Path(os.path.realpath(folder / name))
             if any(path.is_relative_to(root) for root in roots):
                 files[name] = path.read_bytes()
@@ -273,12 +275,12 @@ def _unpack_files(files: Mapping[str, bytes], folder: Path) -> None:
         path.write_bytes(data)
 
 
-def _clock_lock() -> Any:
+def _make_clock_lock() -> Any:
     """A lock of all workers of this machine, from dask; none outside a worker."""
     with contextlib.suppress(ValueError, ImportError):
-        worker = distributed().get_worker()
+        worker = import_distributed().get_worker()
         del worker
-        return distributed().Lock(f"pwopt-clock-{socket.gethostname()}")
+        return import_distributed().Lock(f"pwopt-clock-{socket.gethostname()}")
     return contextlib.nullcontext()
 
 
@@ -299,10 +301,10 @@ def run_remote_job(remote: JobRequest, request: Request) -> JobResponse:
         row = BatchRow(os.fspath(remote.model), os.fspath(remote.output), "failed", mismatch, UsageError.exit_code)
         return JobResponse(JobResult(row), {}, (), "")
     installation.silence_onnxruntime()
-    timing.share_turn(_clock_lock())
+    timing.share_turn(_make_clock_lock())
     for entry in remote.known:
         tuning_cache.store(entry)
-    before = set(tuning_cache.stored())
+    before = set(tuning_cache.read_records())
     with temporary_folder() as name:
         files = dict[str, bytes]()
         if remote.files:
@@ -316,14 +318,16 @@ def run_remote_job(remote: JobRequest, request: Request) -> JobResponse:
         else:
             here = Job(Path(remote.model).resolve(), Path(remote.output).resolve())
             done = run_job(here, request, (remote.model, remote.output))
-    learnt = tuple(set(tuning_cache.stored()) - before)
-    return JobResponse(done, files, learnt, tuning_cache.place(request.execution_provider, request.first_threads))
+    learnt = tuple(set(tuning_cache.read_records()) - before)
+    return JobResponse(
+        done, files, learnt, tuning_cache.describe_place(request.execution_provider, request.first_threads)
+    )
 
 
 def record_remotely(models: Mapping[str, Mapping[str, bytes]], request: Request) -> TuningDatabase:
     """On a worker: the profile of its machine."""
     installation.silence_onnxruntime()
-    timing.share_turn(_clock_lock())
+    timing.share_turn(_make_clock_lock())
     with temporary_folder() as name, timing.exclusive():
         paths = []
         for i, (model, files) in enumerate(models.items()):

@@ -35,7 +35,7 @@ from pwopt.rewriting.wording import format_count
 from pwopt.running import installation, timing
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.selecting.compilation import Compilation
-from pwopt.selecting.plugins import fingerprint, installed
+from pwopt.selecting.plugins import find_installed, fingerprint
 from pwopt.selecting.rewrite_selection import Selection, decide, find_candidates
 from pwopt.selecting.tuning_database import TuningDatabase
 from pwopt.selecting.tuning_records import CachedTuningRecords, NoTuningRecords, TuningRecords
@@ -124,7 +124,7 @@ def run_request(model: Source, request: Request) -> Result:
     request.progress("reading", 0.0)
     source = load(model)
     renamed = request.opset is not None or bool(source.proto.functions)
-    names = dict.fromkeys([*(p.name for p in (*PASSES, *installed())), *(p.name for p in passes)])
+    names = dict.fromkeys([*(p.name for p in (*PASSES, *find_installed())), *(p.name for p in passes)])
     check_sites(request.denied, source.proto, tuple(names), renamed=renamed)
     with contextlib.ExitStack() as stack:
         stack.enter_context(blame_model(source.proto))

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from pwopt.errors import UsageError
-from pwopt.evidence.certify import certify, unchecked
+from pwopt.evidence.certify import certify, skip_certificate
 from pwopt.graph.files import fix_inputs, from_proto
 from pwopt.graph.model import Model
 from pwopt.graph.opset import convert_opset
@@ -139,5 +139,5 @@ def start_compilation(problem: Problem, passes: tuple[Pass, ...], request: Reque
     target = inline_functions(target, passes, request.denied, problem.sizes)
     return Compilation(
         target, source, passes, request.denied, problem.sizes, folder, request.execution_provider.kind,
-        request.limits.max_growth, certifier=certify if request.verify else unchecked,
+        request.limits.max_growth, certifier=certify if request.verify else skip_certificate,
     )  # fmt: skip

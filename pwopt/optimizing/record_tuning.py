@@ -18,7 +18,7 @@ from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider, as_provider
 from pwopt.running.session import check_settings
 from pwopt.selecting.rewrite_selection import decide, find_candidates
-from pwopt.selecting.tuning_cache import TuningRecord, place
+from pwopt.selecting.tuning_cache import TuningRecord, describe_place
 from pwopt.selecting.tuning_database import TuningDatabase
 from pwopt.selecting.tuning_records import NoTuningRecords, record_decision
 
@@ -64,7 +64,7 @@ def profile(
     found: dict[tuple[str, str], TuningRecord] = {}
     records = NoTuningRecords()
     placed = as_provider(provider)
-    where = place(placed, threads)
+    where = describe_place(placed, threads)
     for path in map(Path, models):
         source = load(path)
         given = {s.name: tuple(shapes[s.name]) for s in input_specs(source.proto) if shapes and s.name in shapes}

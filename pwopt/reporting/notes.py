@@ -10,7 +10,7 @@ import onnx
 from pwopt.evidence.equivalence import Equivalence
 from pwopt.graph.functions import functions
 from pwopt.graph.operators import QUANTISED
-from pwopt.graph.storage import total_bytes
+from pwopt.graph.storage import count_bytes
 from pwopt.reporting.report import ConditionLatency, Latency, Report
 from pwopt.rewriting.records import Rewrite, Site
 from pwopt.rewriting.wording import format_count
@@ -115,7 +115,7 @@ def list_inlined(before: onnx.ModelProto, after: onnx.ModelProto) -> Iterator[st
 
 def describe_growth(report: Report, before: onnx.ModelProto, after: onnx.ModelProto) -> Iterator[str]:
     """Say by how much the model grew and why, if it grew considerably."""
-    sizes = total_bytes(before), total_bytes(after)
+    sizes = count_bytes(before), count_bytes(after)
     if sizes[1] - sizes[0] <= max(MENTIONED_GROWTH * sizes[0], MENTIONED_BYTES):
         return
     grown: Counter[str] = Counter()

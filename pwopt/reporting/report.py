@@ -133,10 +133,10 @@ class Latency:
 
     def contradiction(self) -> str:
         """Explain a speed-up that contradicts the medians; "" if they agree."""
-        return contradiction(self.before_ms, self.after_ms, self.speedup)
+        return explain_contradiction(self.before_ms, self.after_ms, self.speedup)
 
 
-def contradiction(before_ms: float, after_ms: float, ratio: float) -> str:
+def explain_contradiction(before_ms: float, after_ms: float, ratio: float) -> str:
     """Explain a ratio of two models that contradicts their medians; "" if they agree."""
     if (ratio - 1) * (before_ms - after_ms) >= 0:
         return ""
@@ -296,7 +296,7 @@ class Report:
             "passes": self.passes,
             "skips": [{"pass": s.pass_name, "site": str(s.site), "reason": s.reason} for s in self.skips],
             "cost": {"before": asdict(self.before), "after": asdict(self.after)},
-            "equivalence": None if self.equivalence is None else _equivalence(self.equivalence),
+            "equivalence": None if self.equivalence is None else _read_equivalence(self.equivalence),
             "latency": None if self.latency is None else asdict(self.latency),
             "conditions": [asdict(c) for c in self.conditions],
             "operators": self.operators,
@@ -335,13 +335,13 @@ class Comparison:
             "tf32": False,
             "shapes": self.equivalence.shapes,
             "environment": self.environment,
-            "equivalence": _equivalence(self.equivalence),
+            "equivalence": _read_equivalence(self.equivalence),
             "command": self.command,
         }
         return to_json(content)
 
 
-def _equivalence(found: Equivalence) -> dict[str, Any]:
+def _read_equivalence(found: Equivalence) -> dict[str, Any]:
     content = asdict(found)
     if found.difference is not None:
         content["difference"]["sites"] = [str(site) for site in found.difference.sites]

@@ -17,7 +17,7 @@ from pwopt.evidence.equivalence import Equivalence
 from pwopt.graph.shapes import format_shape
 from pwopt.inputs.samples import SAMPLE_KINDS
 from pwopt.maps.cost import Cost
-from pwopt.reporting.report import ConditionLatency, Latency, Report, contradiction
+from pwopt.reporting.report import ConditionLatency, Latency, Report, explain_contradiction
 from pwopt.reporting.text import (
     ELEMENTWISE_FIGURES,
     FIGURE_LABELS,
@@ -344,7 +344,7 @@ def render_benchmark(rows: Sequence[Row], console: Console) -> None:
         shapes = " ".join(f"{escape_text(x)} {format_shape(shape)}" for x, shape in row.shapes.items())
         console.print(f"{escape_text(Path(row.model).name)}, {shapes}: {slowest}", style="dim", soft_wrap=True)
         base = next(r for r in rows if r.shapes == row.shapes)
-        explanation = contradiction(base.median_ms, row.median_ms, row.ratio)
+        explanation = explain_contradiction(base.median_ms, row.median_ms, row.ratio)
         if explanation and not row.interval[0] <= 1 <= row.interval[1]:
             console.print(f"{escape_text(Path(row.model).name)}: {explanation}", soft_wrap=True)
         if row is base:

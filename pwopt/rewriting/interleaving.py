@@ -10,7 +10,7 @@ import numpy as np
 
 from pwopt.algebra.geometry import Refusal
 from pwopt.graph.ir import Constant, Node, Tensor, Variable
-from pwopt.graph.shapes import Dim, Shape, known
+from pwopt.graph.shapes import Dim, Shape, as_fixed
 from pwopt.rewriting.builder import Builder
 from pwopt.rewriting.driver import Rewriter
 from pwopt.rewriting.steps import Step
@@ -115,7 +115,7 @@ class Interleaving(Builder):
             made = self._create("plane", lambda s: (*self._short(s)[:axis], 1, *self._long(s)[axis:], self.channels))
             return self._reshape(joined, [*[0] * (axis + 1), 1, -1, *[0] * (rank - 1 - axis), self.channels], made)
         whole = self._create("whole", lambda s: (*self._long(s), self.channels))
-        sizes = known(self._long((self.rw.shape(self.output) or ())[2:])[1:])
+        sizes = as_fixed(self._long((self.rw.shape(self.output) or ())[2:])[1:])
         if sizes is not None:
             return self._reshape(joined, [0, -1, *sizes, self.channels], whole)
         # a zero takes a size over from the same place: others stay there, and move up then
@@ -130,7 +130,7 @@ class Interleaving(Builder):
     def _cut(self, whole: Tensor) -> Tensor:
         """Cut off the positions beyond the size of the output."""
         space = (self.rw.shape(self.output) or ())[2:]
-        sizes = known(space)
+        sizes = as_fixed(space)
         if self.sized is None or (sizes is not None and list(sizes) == self._long(sizes)):
             return whole
         rank = len(space)

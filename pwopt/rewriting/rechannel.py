@@ -15,7 +15,7 @@ from pwopt.algebra.geometry import RefusedError
 from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.unions import Unions
 from pwopt.graph.ir import Node, Tensor
-from pwopt.graph.shapes import channels
+from pwopt.graph.shapes import set_channels
 from pwopt.maps import emit, forms
 from pwopt.maps.channels import Analysis, Channels, Link
 from pwopt.maps.cost import macs
@@ -118,7 +118,7 @@ def rechannel(
         emit.check(rw, linear, reading, reading.source, reading.axis)
     macs_before = sum(macs(rw, n) or 0 for r, _ in edits for n in r.nodes)
     for c in component:
-        rw.reshape(c.tensor, channels(c.axis, len(takes[c.tensor])))
+        rw.reshape(c.tensor, set_channels(c.axis, len(takes[c.tensor])))
     written = []
     for reading, linear in edits:
         nodes = emit.write(rw, linear, reading, reading.source, reading.output, reading.axis)

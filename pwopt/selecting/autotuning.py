@@ -89,7 +89,7 @@ class Decision:
     @property
     def clear(self) -> bool:
         """Whether more races would not change it: it pays, or it does not, or hardly."""
-        return not self.raced or self.estimated or clear(self.evidence)
+        return not self.raced or self.estimated or is_clear(self.evidence)
 
     def reason(self) -> str:
         """The group, and what decided."""
@@ -115,13 +115,13 @@ class Decision:
         return [] if self.kept else [Skip(self.reason(), site) for site in self.group.sites]
 
 
-def clear(evidence: Evidence) -> bool:
+def is_clear(evidence: Evidence) -> bool:
     """Whether races have decided: faster or slower beyond doubt, or hardly worth having."""
     low, high = evidence.interval(CONFIDENCE)
-    return low > 1.0 or high < 1.0 or hopeless(evidence)
+    return low > 1.0 or high < 1.0 or is_hopeless(evidence)
 
 
-def hopeless(evidence: Evidence) -> bool:
+def is_hopeless(evidence: Evidence) -> bool:
     """Whether there is hardly anything to gain."""
     return evidence.pairs >= HOPELESS_PAIRS and evidence.interval(HOPELESS)[1] < WORTH
 

@@ -16,7 +16,7 @@ from pwopt.maps.cost import Cost, measure
 from pwopt.rewriting.driver import Certifier, Pass, Rewriter
 from pwopt.rewriting.pipeline import Fixpoint, Pipeline
 from pwopt.rewriting.records import Outcome, Rewrite, Site, Skip
-from pwopt.selecting.shape_folding import SHAPE_PASSES, concrete_sizes, fold_shapes
+from pwopt.selecting.shape_folding import SHAPE_PASSES, fold_shapes, infer_sizes
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class Snapshot:
             done = fold_shapes(model, deny, certifier, folding, sizes)
             before = measure(View(original.graph, sizes))
         else:
-            sizes = concrete_sizes(model.proto, inputs)
+            sizes = infer_sizes(model.proto, inputs)
             before = measure(View(model.graph, sizes))
             done = fold_shapes(model, deny, certifier, folding)
         rw = Rewriter(model.graph, deny, sizes, model.names(), certifier)
@@ -110,7 +110,7 @@ class Snapshot:
         outcome, graph = Pipeline(self.passes).finish(self.fixpoint, allowed), self.model.graph
         after = measure(View(graph, self.sizes))
         if after.unknown > self.before.unknown:  # the passes created tensors
-            after = measure(View(graph, concrete_sizes(self.model.to_proto(), self.inputs)))
+            after = measure(View(graph, infer_sizes(self.model.to_proto(), self.inputs)))
         return RewriteResult(self.model, (*self.done, *outcome.rewrites), outcome.skips, self.before, after)
 
     def run_alone(self, name: str) -> Outcome:

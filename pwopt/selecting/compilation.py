@@ -12,7 +12,7 @@ from pwopt.graph.files import save
 from pwopt.graph.memo import LATEST, digest
 from pwopt.graph.model import Model
 from pwopt.graph.shapes import make_skeleton
-from pwopt.graph.storage import total_bytes
+from pwopt.graph.storage import count_bytes
 from pwopt.rewriting.driver import Certifier, Pass
 from pwopt.rewriting.records import Rewrite, Site, Skip
 from pwopt.rewriting.wording import format_count
@@ -98,8 +98,8 @@ class Compilation:
         """Find the largest rewrites of a result that grew too much."""
         if self.max_growth is None:
             return []
-        before = total_bytes(self.source.proto)
-        excess = total_bytes(done.proto) - before - self.max_growth * before
+        before = count_bytes(self.source.proto)
+        excess = count_bytes(done.proto) - before - self.max_growth * before
         found = []
         for r in sorted(done.rewrites, key=lambda r: -r.growth):
             if excess <= 0 or r.growth <= 0:

@@ -16,9 +16,9 @@ from pwopt.passes import FoldChains
 from pwopt.rewriting.driver import Pass
 from pwopt.running.size_trials import Sizes
 from pwopt.selecting.candidate_base import RewriteResult, run_passes
-from pwopt.selecting.map_records import Listing, sized
+from pwopt.selecting.map_records import Listing, load_sized
 from pwopt.selecting.pass_list import resolve_passes
-from pwopt.selecting.shape_folding import concrete_sizes
+from pwopt.selecting.shape_folding import infer_sizes
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def inspect(
     64→128 1 fold-chains: 64→128→192→128→32 is cheaper as one map
     128→192 1 fold-chains: 64→128→192→128→32 is cheaper as one map
     """
-    original, sizes = sized(model, shapes)
+    original, sizes = load_sized(model, shapes)
     with blame_model(original.proto):
         path = Path(model) if isinstance(model, (str, os.PathLike)) else None
         return _describe_maps(original, load(model), load(model), sizes, resolve_passes(None, plugins, path))
@@ -110,7 +110,7 @@ def _describe_maps(original: Model, edited: Model, affine: Model, sizes: Sizes, 
     result = run_passes(edited, passes, (), sizes)
     folded = run_passes(affine, [p for p in passes if not isinstance(p, FoldChains)], (), sizes)
     chains = _chains(View(affine.graph))
-    view = View(original.graph, concrete_sizes(original.proto, sizes))
+    view = View(original.graph, infer_sizes(original.proto, sizes))
     maps = []
     for node in view.nodes():
         reading = forms.linear(view, node)

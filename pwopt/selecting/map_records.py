@@ -28,7 +28,7 @@ class Listing(Generic[T]):
         return len(self.maps)
 
 
-def sized(model: Source, shapes: Mapping[str, Sequence[int]] | None) -> tuple[Model, Sizes]:
+def load_sized(model: Source, shapes: Mapping[str, Sequence[int]] | None) -> tuple[Model, Sizes]:
     """A model, and given or likely sizes of its inputs, by what the model says: nothing is run.
 
     Raises

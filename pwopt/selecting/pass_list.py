@@ -37,14 +37,14 @@ def resolve_passes(
         If a name is unknown, two passes share a name, a plugin cannot be imported, or a class breaks the contract.
     """
     available: dict[str, type[Pass] | Pass] = {}
-    for p in (*PASSES, *plugins.installed(), *plugins.resolved(extra, model)):
-        if available.setdefault(_checked(p).name, p) is not p:
+    for p in (*PASSES, *plugins.find_installed(), *plugins.import_plugins(extra, model)):
+        if available.setdefault(_check(p).name, p) is not p:
             raise UsageError(f"two passes are called {p.name!r}; leave one out")
     chosen: dict[str, tuple[PassSpec, Pass]] = {}
     for spec in available.values() if specs is None else specs:
         if isinstance(spec, str) and spec not in available:
             raise UsageError(f"there is no pass {spec!r}; there are {', '.join(available)}")
-        kind = available[spec] if isinstance(spec, str) else _checked(spec)
+        kind = available[spec] if isinstance(spec, str) else _check(spec)
         made = plugins.construct(kind) if isinstance(kind, type) else copy.copy(kind)
         if made.eager or isinstance(spec, str):
             made.scope = "requested"
@@ -53,7 +53,7 @@ def resolve_passes(
     return tuple(made for _, made in chosen.values())
 
 
-def _checked(p: type[Pass] | Pass) -> type[Pass] | Pass:
+def _check(p: type[Pass] | Pass) -> type[Pass] | Pass:
     kind = p if isinstance(p, type) else type(p)
-    plugins.checked(kind, f"{kind.__module__}.{kind.__qualname__}")
+    plugins.check_contract(kind, f"{kind.__module__}.{kind.__qualname__}")
     return p

@@ -23,7 +23,7 @@ NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
 @functools.cache
-def installed() -> dict[type[Pass], str]:
+def find_installed() -> dict[type[Pass], str]:
     """Passes that installed packages offer, in the order of their entry points' names, each with where it comes from.
 
     Raises
@@ -38,11 +38,11 @@ def installed() -> dict[type[Pass], str]:
             offered = point.load()
         except Exception as error:
             raise UsageError(f"the pass {point.value!r} of {owner} cannot be imported ({summarize(error)})") from error
-        found[checked(offered, f"{point.value!r} of {owner}")] = owner
+        found[check_contract(offered, f"{point.value!r} of {owner}")] = owner
     return found
 
 
-def resolved(given: Sequence[str | type[Pass] | Pass], path: Path | None) -> list[type[Pass] | Pass]:
+def import_plugins(given: Sequence[str | type[Pass] | Pass], path: Path | None) -> list[type[Pass] | Pass]:
     """Plugins with a class for each name; their files lie beside the model, or here.
 
     Raises
@@ -51,10 +51,10 @@ def resolved(given: Sequence[str | type[Pass] | Pass], path: Path | None) -> lis
         If one cannot be imported, or breaks the contract.
     """
     folders = [Path.cwd()] if path is None else [path.parent, Path.cwd()]
-    return [named(p, folders) if isinstance(p, str) else p for p in given]
+    return [import_pass(p, folders) if isinstance(p, str) else p for p in given]
 
 
-def named(text: str, folders: Sequence[Path] = ()) -> type[Pass]:
+def import_pass(text: str, folders: Sequence[Path] = ()) -> type[Pass]:
     """The pass that `module:Class` or `path/to/module.py:Class` names.
 
     Parameters
@@ -75,16 +75,16 @@ def named(text: str, folders: Sequence[Path] = ()) -> type[Pass]:
     if file is None and module.endswith(".py"):
         raise UsageError(f"the plugin {text!r} has no file; give the path of a Python file, then :Class")
     try:
-        loaded = importlib.import_module(module) if file is None else _loaded(file)
+        loaded = importlib.import_module(module) if file is None else _load_file(file)
         offered = getattr(loaded, name)
     except AttributeError as error:
         raise UsageError(f"the plugin {text!r} has no class {name!r} ({summarize(error)})") from error
     except Exception as error:
         raise UsageError(f"the plugin {text!r} cannot be imported ({summarize(error)})") from error
-    return checked(offered, repr(text))
+    return check_contract(offered, repr(text))
 
 
-def _loaded(file: Path) -> object:
+def _load_file(file: Path) -> object:
     """A module from its file, once: a pass is the same class however often it is named."""
     name = f"{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}"
     if name not in sys.modules:
@@ -100,7 +100,7 @@ def _loaded(file: Path) -> object:
     return sys.modules[name]
 
 
-def checked(offered: object, where: str) -> type[Pass]:
+def check_contract(offered: object, where: str) -> type[Pass]:
     """A class that keeps the contract of passes.
 
     Raises
@@ -141,9 +141,9 @@ def construct(kind: type[Pass]) -> Pass:
         raise UsageError(f"the pass {kind.name!r} ({where}) {why}") from error
 
 
-def origin(p: Pass) -> str:
+def describe_origin(p: Pass) -> str:
     """Where a pass comes from: pwopt, an installed package, or a module."""
-    return "pwopt" if p.builtin else installed().get(type(p), type(p).__module__)
+    return "pwopt" if p.builtin else find_installed().get(type(p), type(p).__module__)
 
 
 def fingerprint(p: Pass) -> str:

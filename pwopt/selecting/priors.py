@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from importlib import resources
 from typing import Any
 
-from pwopt.selecting.tuning_cache import TuningRecord, features
+from pwopt.selecting.tuning_cache import TuningRecord, read_cpu_features
 
 #: A kind is not asked for any more if it gained less than this (a logarithm) for each of so many decisions.
 LEAST_GAIN, ENOUGH_CASES = 0.001, 20
@@ -52,13 +52,13 @@ class Prior:
         return self.asked >= ENOUGH_CASES and self.expected < LEAST_GAIN
 
 
-def processor() -> str:
+def classify_processor() -> str:
     """The class of this machine's processor: avx512, avx2, neon, or its architecture."""
-    known = features().split()
+    known = read_cpu_features().split()
     return next((name for flag, name in CLASSES if flag in known), platform.machine())
 
 
-def counted(entries: Iterable[TuningRecord]) -> dict[str, Prior]:
+def count_decisions(entries: Iterable[TuningRecord]) -> dict[str, Prior]:
     """Pass → what decisions say of it; those in doubt say nothing."""
     found: dict[str, Prior] = {}
     for e in entries:
@@ -68,15 +68,15 @@ def counted(entries: Iterable[TuningRecord]) -> dict[str, Prior]:
     return found
 
 
-def table() -> dict[str, Any]:
+def read_table() -> dict[str, Any]:
     """What ships with the package."""
     file = resources.files("pwopt.selecting").joinpath("priors.json")
     content: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     return content
 
 
-def priors(kind: str, entries: Iterable[TuningRecord]) -> dict[str, Prior]:
+def find_priors(kind: str, entries: Iterable[TuningRecord]) -> dict[str, Prior]:
     """Pass → what is known of it on a kind of provider: by the table, and by decisions of this machine."""
-    recorded = table()["priors"].get(f"{kind} {processor()}", {})
-    own = counted(entries)
+    recorded = read_table()["priors"].get(f"{kind} {classify_processor()}", {})
+    own = count_decisions(entries)
     return {name: Prior(*recorded.get(name, ())) + own.get(name, Prior()) for name in {*recorded, *own}}

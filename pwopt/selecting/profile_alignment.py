@@ -12,7 +12,7 @@ import onnx
 from pwopt.algebra.unions import Unions
 from pwopt.graph.files import save
 from pwopt.graph.operators import WEIGHTED_OPERATORS
-from pwopt.graph.storage import locations_of
+from pwopt.graph.storage import find_locations
 from pwopt.rewriting.records import Rewrite
 from pwopt.running.session import NodeTime
 
@@ -23,7 +23,7 @@ MARK = re.compile(r"@(\d+)@")
 BLOCKED = "_nchwc"
 
 
-def marked(proto: onnx.ModelProto, path: Path) -> Path | None:
+def save_marked(proto: onnx.ModelProto, path: Path) -> Path | None:
     """A copy of a model whose nodes can be told apart in a profile; None for one with external data.
 
     Parameters
@@ -32,7 +32,7 @@ def marked(proto: onnx.ModelProto, path: Path) -> Path | None:
     path : Path
         Where the copy goes.
     """
-    if locations_of(proto):
+    if find_locations(proto):
         return None
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
@@ -43,7 +43,7 @@ def marked(proto: onnx.ModelProto, path: Path) -> Path | None:
     return path
 
 
-def placed(proto: onnx.ModelProto, profile: Iterable[NodeTime]) -> list[tuple[int | None, float]]:
+def assign_to_nodes(proto: onnx.ModelProto, profile: Iterable[NodeTime]) -> list[tuple[int | None, float]]:
     """Node and milliseconds, in the order in which operators of a marked copy ran; None for what belongs to none."""
     made = {name: i for i, node in enumerate(proto.graph.node) for name in node.output if name}
     found = []
@@ -53,16 +53,16 @@ def placed(proto: onnx.ModelProto, profile: Iterable[NodeTime]) -> list[tuple[in
     return found
 
 
-def attributed(proto: onnx.ModelProto, profile: Iterable[NodeTime]) -> tuple[dict[int, float], float]:
+def sum_by_node(proto: onnx.ModelProto, profile: Iterable[NodeTime]) -> tuple[dict[int, float], float]:
     """Milliseconds by node, from the profile of a marked copy, and of what belongs to none: changes of layout."""
     times: defaultdict[int | None, float] = defaultdict(float)
-    for i, spent in placed(proto, profile):
+    for i, spent in assign_to_nodes(proto, profile):
         times[i] += spent
     rest = times.pop(None, 0.0)
     return {i: t for i, t in times.items() if i is not None}, rest
 
 
-def fused(proto: onnx.ModelProto, times: Mapping[int, float]) -> list[int]:
+def find_kernels(proto: onnx.ModelProto, times: Mapping[int, float]) -> list[int]:
     """For each node the one as which it ran: itself if it was timed, or what onnxruntime fused it into.
 
     That is what reads it, such as the normalisation that a convolution folds into; where that begins a kernel of its
@@ -89,7 +89,7 @@ def fused(proto: onnx.ModelProto, times: Mapping[int, float]) -> list[int]:
     return [owner[j] for j in owner]
 
 
-def together(
+def align(
     before: onnx.ModelProto,
     after: onnx.ModelProto,
     rewrites: Sequence[Rewrite],
@@ -102,9 +102,9 @@ def together(
     """
     joined, first = Unions[int](), len(before.graph.node)  # the result's operators are numbered after the original's
     for start, proto, spent in ((0, before, times[0]), (first, after, times[1])):
-        for i, j in enumerate(fused(proto, spent)):
+        for i, j in enumerate(find_kernels(proto, spent)):
             joined.join(start + i, start + j)
-    _matched(before, after, rewrites, joined)
+    _join_replacements(before, after, rewrites, joined)
     groups: dict[int, tuple[list[int], list[int]]] = {}
     for i in range(first + len(after.graph.node)):
         mine = groups.setdefault(joined.root(i), ([], []))
@@ -112,16 +112,18 @@ def together(
     return list(groups.values())
 
 
-def _matched(before: onnx.ModelProto, after: onnx.ModelProto, rewrites: Sequence[Rewrite], joined: Unions[int]) -> None:
+def _join_replacements(
+    before: onnx.ModelProto, after: onnx.ModelProto, rewrites: Sequence[Rewrite], joined: Unions[int]
+) -> None:
     """Join operators of the original with those that stand for them, and new ones that stand for none with a reader."""
     first = len(before.graph.node)
-    became = _became(rewrites)
+    became = _find_replacements(rewrites)
     made = {name: j for j, node in enumerate(after.graph.node) for name in node.output if name}
     reader = {name: j for j, node in reversed(list(enumerate(after.graph.node))) for name in node.input if name}
     linked = set()
     for i, node in enumerate(before.graph.node):
         for name in filter(None, node.output):
-            j = made.get(_now(name, became))
+            j = made.get(_follow(name, became))
             if j is not None:
                 joined.join(i, first + j)
                 linked.add(j)
@@ -131,7 +133,7 @@ def _matched(before: onnx.ModelProto, after: onnx.ModelProto, rewrites: Sequence
             joined.join(first + j, first + min(read))
 
 
-def _became(rewrites: Sequence[Rewrite]) -> dict[str, str]:
+def _find_replacements(rewrites: Sequence[Rewrite]) -> dict[str, str]:
     """Tensor → the one that stood for it after the first rewrite that took it away."""
     found: dict[str, str] = {}
     for r in rewrites:
@@ -141,7 +143,7 @@ def _became(rewrites: Sequence[Rewrite]) -> dict[str, str]:
     return found
 
 
-def _now(name: str, became: Mapping[str, str]) -> str:
+def _follow(name: str, became: Mapping[str, str]) -> str:
     """What stands for a tensor in the end."""
     seen = {name}
     while name in became and became[name] not in seen:

@@ -19,7 +19,7 @@ from pwopt.rewriting.records import Rewrite
 from pwopt.running.session import NodeTime
 from pwopt.running.timing import Evidence
 from pwopt.selecting.autotuning import Estimate, Group
-from pwopt.selecting.profile_alignment import placed, together
+from pwopt.selecting.profile_alignment import align, assign_to_nodes
 
 #: Two sessions of one model differ by this part of a run, as its memory happens to lie.
 SESSIONS = 0.015
@@ -58,25 +58,25 @@ def estimate(
         Group → what is known of it. Groups are left out of which not all rewrites were made, or whose operators are
         others' too.
     """
-    seen = [[placed(proto, run) for run in each] for proto, each in zip((before, after), runs, strict=True)]
-    owners = _owners(groups, rewrites)
+    seen = [[assign_to_nodes(proto, run) for run in each] for proto, each in zip((before, after), runs, strict=True)]
+    owners = _find_owners(groups, rewrites)
     timed = [{i: 1.0 for run in each for i, _ in run if i is not None} for each in seen]
     of: tuple[dict[int, Group], dict[int, Group]] = ({}, {})
     made = {r.site for r in rewrites}
     vague = {g for g in groups if not made.issuperset(g.sites)}
-    for a, b in together(before, after, rewrites, (timed[0], timed[1])):
+    for a, b in align(before, after, rewrites, (timed[0], timed[1])):
         mine = {g for i in a for name in before.graph.node[i].output for g in owners.get(name, ())}
         vague |= mine if len(mine) > 1 else set()
         if len(mine) == 1:
             (group,) = mine
             of[0].update(dict.fromkeys(a, group))
             of[1].update(dict.fromkeys(b, group))
-    spent = [[_by_group(run, of[k]) for run in each] for k, each in enumerate(seen)]
+    spent = [[_sum_by_group(run, of[k]) for run in each] for k, each in enumerate(seen)]
     totals = np.array([[sum(times.values()) for times in each] for each in spent])
-    scales = _pace(spent, totals)
+    scales = _estimate_pace(spent, totals)
     whole = float(np.median(totals[0] / scales[0]))
     gains: dict[Group, Array] = {g: _times(spent[0], g) / scales[0] - _times(spent[1], g) / scales[1] for g in groups}
-    credit = _unaccounted(spent, whole)
+    credit = _estimate_credit(spent, whole)
     found = {g: (_speedup(whole, gain), _speedup(whole, gain + credit)) for g, gain in gains.items() if g not in vague}
     if len(found) == 1 and len(groups) == 1:  # whatever changed is due to it
         (group, (own, best)), total = next(iter(found.items())), Evidence.from_logs(np.log(totals[0] / totals[1]))
@@ -92,7 +92,7 @@ def _times(runs: Sequence[Mapping[Group | None, float]], group: Group | None) ->
     return np.array([times.get(group, 0.0) for times in runs])
 
 
-def _unaccounted(spent: Sequence[Sequence[Mapping[Group | None, float]]], whole: float) -> float:
+def _estimate_credit(spent: Sequence[Sequence[Mapping[Group | None, float]]], whole: float) -> float:
     """Milliseconds that operators of no group gained, beyond what can be told: layouts that changed elsewhere."""
     apart = _times(spent[0], None) - _times(spent[1], None)
     middle = float(np.median(apart))
@@ -100,7 +100,7 @@ def _unaccounted(spent: Sequence[Sequence[Mapping[Group | None, float]]], whole:
     return max(0.0, middle - max(2 * error, SESSIONS * whole))
 
 
-def _pace(spent: Sequence[Sequence[Mapping[Group | None, float]]], totals: Array) -> Array:
+def _estimate_pace(spent: Sequence[Sequence[Mapping[Group | None, float]]], totals: Array) -> Array:
     """How slow the machine was in each run of a model, by operators of no group.
 
     Beside other runs of the same model: in the other, these may run in another layout.
@@ -111,7 +111,7 @@ def _pace(spent: Sequence[Sequence[Mapping[Group | None, float]]], totals: Array
     return np.asarray(same / np.median(same, axis=1, keepdims=True))
 
 
-def _owners(groups: Sequence[Group], rewrites: Sequence[Rewrite]) -> dict[str, set[Group]]:
+def _find_owners(groups: Sequence[Group], rewrites: Sequence[Rewrite]) -> dict[str, set[Group]]:
     """Tensor of the first model → the groups whose rewrites took it over."""
     of = {site: g for g in groups for site in g.sites}
     owners: defaultdict[str, set[Group]] = defaultdict(set)
@@ -122,7 +122,7 @@ def _owners(groups: Sequence[Group], rewrites: Sequence[Rewrite]) -> dict[str, s
     return dict(owners)
 
 
-def _by_group(run: Sequence[tuple[int | None, float]], of: dict[int, Group]) -> dict[Group | None, float]:
+def _sum_by_group(run: Sequence[tuple[int | None, float]], of: dict[int, Group]) -> dict[Group | None, float]:
     """Milliseconds of a run by group, those of None apart; what is between two operators is that of a group's."""
     owner = [None if i is None else of.get(i) for i, _ in run]
     total: defaultdict[Group | None, float] = defaultdict(float)

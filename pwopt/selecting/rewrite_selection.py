@@ -19,7 +19,7 @@ from pwopt.selecting.autotuning import Decision, Estimate, Group
 from pwopt.selecting.compilation import Compilation
 from pwopt.selecting.environment import Environment
 from pwopt.selecting.priors import Prior
-from pwopt.selecting.profile_alignment import marked
+from pwopt.selecting.profile_alignment import save_marked
 from pwopt.selecting.profile_estimate import estimate
 from pwopt.selecting.tuning_records import TuningRecords
 
@@ -173,7 +173,7 @@ class RacingEvaluator:
 
     def _build_profiled(self, sites: frozenset[Site], name: str) -> _Profiled:
         result = self.compilation.rewrite(sites)
-        path = marked(result.proto, self.compilation.folder / name / "model.onnx")
+        path = save_marked(result.proto, self.compilation.folder / name / "model.onnx")
         return _Profiled(result.proto, result.rewrites, path)
 
     def recall(self, group: Group) -> Decision | None:

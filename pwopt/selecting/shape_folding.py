@@ -11,7 +11,7 @@ from pwopt.graph.calls import find_branch, inline_branches
 from pwopt.graph.files import annotate, from_proto
 from pwopt.graph.memo import memoize
 from pwopt.graph.model import Model
-from pwopt.graph.shapes import Shape, infer, known, make_skeleton
+from pwopt.graph.shapes import Shape, as_fixed, infer, make_skeleton
 from pwopt.graph.view import View
 from pwopt.passes import CleanUp, SettleShapes
 from pwopt.rewriting.driver import Certifier, Pass, describe
@@ -45,7 +45,7 @@ def fold_shapes(
         Receives every shape that becomes known on the way.
     """
     if sizes is not None:
-        sizes.update(_known_sizes(infer(model.proto)))
+        sizes.update(_select_known_sizes(infer(model.proto)))
     rewrites: list[Rewrite] = []
     pipeline = Pipeline([p() for p in passes])
     while _has_unknowns(model):
@@ -57,14 +57,16 @@ def fold_shapes(
         types = infer(model.to_proto())
         annotate(model, types)
         if sizes is not None:
-            sizes.update(_known_sizes(types))
+            sizes.update(_select_known_sizes(types))
     return tuple(rewrites)
 
 
 def _has_unknowns(model: Model) -> bool:
     """Whether a shape is unknown, or there is an If whose condition may turn out to be constant."""
     nodes = model.graph.nodes
-    return any(n.op == "If" for n in nodes) or any(known(t.shape) is None for n in nodes for t in n.outputs if t.name)
+    return any(n.op == "If" for n in nodes) or any(
+        as_fixed(t.shape) is None for n in nodes for t in n.outputs if t.name
+    )
 
 
 def _inline_branches(model: Model, denied: Collection[Site]) -> list[Rewrite]:
@@ -73,7 +75,7 @@ def _inline_branches(model: Model, denied: Collection[Site]) -> list[Rewrite]:
     taken: dict[str, bool] = {}
     rewrites = []
     for node in model.graph.nodes:
-        condition = values.whole(values.entries(view, node.inputs[0])) if view.op(node) == "If" else None
+        condition = values.as_numbers(values.read_entries(view, node.inputs[0])) if view.op(node) == "If" else None
         message = model.message(node)
         if (
             condition is None
@@ -95,15 +97,15 @@ def _inline_branches(model: Model, denied: Collection[Site]) -> list[Rewrite]:
     return rewrites
 
 
-def concrete_sizes(proto: onnx.ModelProto, sizes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
+def infer_sizes(proto: onnx.ModelProto, sizes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
     """The shapes of all tensors for inputs of the given sizes, as far as inference finds them."""
-    return dict(_infer_sizes(make_skeleton(proto, sizes)))
+    return dict(_infer_all_sizes(make_skeleton(proto, sizes)))
 
 
 @memoize
-def _infer_sizes(light: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
+def _infer_all_sizes(light: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     types = infer(light)
-    found = _known_sizes(types)
+    found = _select_known_sizes(types)
     if all(name in found for node in light.graph.node for name in node.output if name):
         return found
     model = from_proto(light)
@@ -111,9 +113,9 @@ def _infer_sizes(light: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     while pipeline.run(model.graph).rewrites:
         types = infer(model.to_proto())
         annotate(model, types)
-        found.update(_known_sizes(types))
+        found.update(_select_known_sizes(types))
     return found
 
 
-def _known_sizes(types: Mapping[str, tuple[int, Shape | None]]) -> dict[str, tuple[int, ...]]:
-    return {name: numbers for name, (_, shape) in types.items() if (numbers := known(shape)) is not None}
+def _select_known_sizes(types: Mapping[str, tuple[int, Shape | None]]) -> dict[str, tuple[int, ...]]:
+    return {name: numbers for name, (_, shape) in types.items() if (numbers := as_fixed(shape)) is not None}

@@ -20,7 +20,7 @@ from pwopt.graph.storage import replacing
 from pwopt.running import installation
 from pwopt.running.providers import Provider
 from pwopt.running.timing import CONFIDENCE, Evidence
-from pwopt.selecting.autotuning import clear
+from pwopt.selecting.autotuning import is_clear
 
 #: Where decisions are kept instead of the user's cache folder, if set.
 FOLDER_VARIABLE = "PWOPT_CACHE"
@@ -85,7 +85,7 @@ class TuningRecord:
     @property
     def clear(self) -> bool:
         """Whether the races left no doubt, so that they say something of other models as well."""
-        return not self.profiled and clear(self.evidence)
+        return not self.profiled and is_clear(self.evidence)
 
     def told(self) -> dict[str, Any]:
         """As a user reads it."""
@@ -97,33 +97,33 @@ class TuningRecord:
         return self.profiled or ("kept" if self.interval[0] > 1.0 else "dropped" if self.clear else "in doubt")
 
 
-def folder() -> Path:
+def find_folder() -> Path:
     given = os.environ.get(FOLDER_VARIABLE)
     return Path(given) if given else user_cache_path("pwopt", appauthor=False) / "decisions"
 
 
-def place(provider: Provider, threads: int) -> str:
+def describe_place(provider: Provider, threads: int) -> str:
     """Everything that a time depends on, but the model."""
     machine = installation.describe_machine(provider, threads)
     version, card = machine["onnxruntime"], machine["device"]
-    sets = hashlib.sha256(features().encode()).hexdigest()[:12]
+    sets = hashlib.sha256(read_cpu_features().encode()).hexdigest()[:12]
     processor = f"{installation.cpu_name()} {sets}" + (f", {card}" if card else "")
     return f"{provider}, onnxruntime {version}, {processor}, {threads} threads"
 
 
-def features() -> str:
+def read_cpu_features() -> str:
     """The instruction sets of the processor."""
     info = installation.CPUINFO
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
 
 
-def _key(entry: TuningRecord) -> tuple[str, str, str, str]:
+def _make_key(entry: TuningRecord) -> tuple[str, str, str, str]:
     return entry.pass_name, entry.signature, entry.place, entry.model
 
 
-def _path(key: tuple[str, str, str, str]) -> Path:
-    return folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
+def _find_path(key: tuple[str, str, str, str]) -> Path:
+    return find_folder() / f"{hashlib.sha256(json.dumps(key).encode()).hexdigest()[:32]}.json"
 
 
 def look_up(pass_name: str, signature: str, where: str, model: str = "") -> TuningRecord | None:
@@ -132,8 +132,8 @@ def look_up(pass_name: str, signature: str, where: str, model: str = "") -> Tuni
     A damaged file holds no decision.
     """
     for asked in dict.fromkeys([(pass_name, signature, where, model), (pass_name, signature, where, "")]):
-        entry = _read(_path(asked))
-        if entry is not None and _key(entry) == asked and (model == entry.model or entry.clear):
+        entry = _read(_find_path(asked))
+        if entry is not None and _make_key(entry) == asked and (model == entry.model or entry.clear):
             return entry
     return None
 
@@ -148,28 +148,28 @@ def _read(path: Path) -> TuningRecord | None:
 def store(entry: TuningRecord) -> None:
     """Keep a decision, for other models too if it is clear; a cache that cannot be written is no reason to fail."""
     for kept in (entry, replace(entry, model="")) if entry.clear else (entry,):
-        path = _path(_key(kept))
+        path = _find_path(_make_key(kept))
         with contextlib.suppress(OSError):
             path.parent.mkdir(parents=True, exist_ok=True)
             with replacing(path) as stream:
                 stream.write(json.dumps(asdict(kept)).encode())
 
 
-def entries() -> Iterator[TuningRecord]:
+def read_decisions() -> Iterator[TuningRecord]:
     """All decisions that can be read, each once."""
-    yield from dict.fromkeys(replace(entry, model="") for entry in stored())
+    yield from dict.fromkeys(replace(entry, model="") for entry in read_records())
 
 
-def stored() -> list[TuningRecord]:
+def read_records() -> list[TuningRecord]:
     """Everything that can be read, as it is: clear decisions for their model and for others."""
-    read = [_read(path) for path in sorted(folder().glob("*.json"))]
+    read = [_read(path) for path in sorted(find_folder().glob("*.json"))]
     return [entry for entry in read if entry is not None]
 
 
-def forget() -> int:
+def clear() -> int:
     """Forget everything; returns how many decisions that were."""
-    count = len(list(entries()))
-    for path in folder().glob("*.json"):
+    count = len(list(read_decisions()))
+    for path in find_folder().glob("*.json"):
         with contextlib.suppress(OSError):
             path.unlink()
     return count

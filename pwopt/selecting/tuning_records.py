@@ -10,7 +10,7 @@ from typing import Protocol
 from pwopt.running.providers import Provider
 from pwopt.selecting import tuning_cache
 from pwopt.selecting.autotuning import Decision
-from pwopt.selecting.priors import Prior, priors
+from pwopt.selecting.priors import Prior, find_priors
 from pwopt.selecting.tuning_cache import TuningRecord
 
 
@@ -48,7 +48,7 @@ class NoTuningRecords:
         pass
 
     def priors(self, kind: str) -> Mapping[str, Prior]:
-        return priors(kind, ())
+        return find_priors(kind, ())
 
 
 @dataclass(frozen=True)
@@ -80,22 +80,22 @@ class CachedTuningRecords:
 
     def recall(self, pass_name: str, signature: str) -> TuningRecord | None:
         return tuning_cache.look_up(
-            self._mark(pass_name), signature, tuning_cache.place(self.provider, self.threads), self.model
+            self._mark(pass_name), signature, tuning_cache.describe_place(self.provider, self.threads), self.model
         )
 
     def store(self, decision: Decision) -> None:
-        made = record_decision(decision, tuning_cache.place(self.provider, self.threads))
+        made = record_decision(decision, tuning_cache.describe_place(self.provider, self.threads))
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
         marked = self._mark(made.pass_name)
         tuning_cache.store(replace(made, pass_name=marked, model=self.model, name=self.name, date=date))
 
     def priors(self, kind: str) -> Mapping[str, Prior]:
-        where = tuning_cache.place(self.provider, self.threads)
-        return priors(kind, (e for e in tuning_cache.stored() if e.place == where and e.model))
+        where = tuning_cache.describe_place(self.provider, self.threads)
+        return find_priors(kind, (e for e in tuning_cache.read_records() if e.place == where and e.model))
 
 
 def record_decision(decision: Decision, where: str) -> TuningRecord:
-    """Convert a decision into a record for a place (`tuning_cache.place`)."""
+    """Convert a decision into a record for a place (`tuning_cache.describe_place`)."""
     group, e = decision.group, decision.evidence
     return TuningRecord(
         group.pass_name, group.signature, where, e.pairs, e.total, e.squares,

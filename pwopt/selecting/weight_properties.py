@@ -16,8 +16,8 @@ from pwopt.graph.view import View
 from pwopt.maps import forms
 from pwopt.maps.cost import macs
 from pwopt.maps.scans import flush_subnormals
-from pwopt.selecting.map_records import Listing, sized
-from pwopt.selecting.shape_folding import concrete_sizes
+from pwopt.selecting.map_records import Listing, load_sized
+from pwopt.selecting.shape_folding import infer_sizes
 
 #: Blocks of up to so many weights get a spectrum: a singular value decomposition of 2048×2048 takes a few seconds.
 MAX_SPECTRUM_WEIGHTS = 1 << 22
@@ -112,8 +112,8 @@ def properties(
     h1 128 64 64 dense
     h2 192 128 128 dense
     """
-    original, sizes = sized(model, shapes)
-    view = View(original.graph, concrete_sizes(original.proto, sizes))
+    original, sizes = load_sized(model, shapes)
+    view = View(original.graph, infer_sizes(original.proto, sizes))
     found = []
     for node in view.nodes():
         reading = forms.linear(view, node)

@@ -70,10 +70,10 @@ def test_json_is_finite_and_flat(text: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", DAMAGED.values(), ids=DAMAGED)
 def test_a_damaged_record_holds_no_decision(text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(tuning_cache.FOLDER_VARIABLE, str(tmp_path))
-    path = tuning_cache._path(("p", "s", "here", ""))
+    path = tuning_cache._find_path(("p", "s", "here", ""))
     path.write_text(text)
     assert tuning_cache.look_up("p", "s", "here", "m") is None
-    assert list(tuning_cache.entries()) == []
+    assert list(tuning_cache.read_decisions()) == []
     for action in ("show", "clear"):
         with pytest.raises(SystemExit) as end:
             main(["cache", action])

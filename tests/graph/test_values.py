@@ -5,7 +5,7 @@ import pytest
 from helpers import parse
 
 from pwopt.graph.files import from_proto
-from pwopt.graph.values import MAX_READ_DEPTH, entries, extents
+from pwopt.graph.values import MAX_READ_DEPTH, read_entries, read_extents
 from pwopt.graph.view import View
 
 CONSTANTS = {"zero": np.array(0), "start": np.array([0]), "one": np.array([1]), "two": np.array([2]), "minus": np.array([-1]), "ends": np.array([1, 4]),
@@ -16,7 +16,7 @@ def told(body: str, inputs: str = "float[N,6,H] x") -> object:
     words = {k: v for k, v in CONSTANTS.items() if any(f"{k}{end}" in body for end in (",", ")"))}
     loaded = from_proto(parse(f"({inputs}) => (int64[A] y) {{ {body} }}", opset=19, **words))
     view = View(loaded.graph)
-    return entries(view, loaded.graph.outputs[0])
+    return read_entries(view, loaded.graph.outputs[0])
 
 
 @pytest.mark.parametrize(
@@ -62,7 +62,7 @@ def test_a_tower_of_doubles_takes_no_time() -> None:
 
 def test_extents_name_what_has_no_name() -> None:
     loaded = from_proto(parse("(float[N,6,H] x) => (float[A,B,C] y) { y = MaxPool<kernel_shape=[2]>(x) }"))
-    found = extents(View(loaded.graph), loaded.graph.outputs[0])
+    found = read_extents(View(loaded.graph), loaded.graph.outputs[0])
     assert found is not None
     assert found[:2] == ("N", 6)
     assert found[2] not in ("H", None)

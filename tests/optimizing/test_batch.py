@@ -244,7 +244,7 @@ def test_decisions_and_profiles_come_home(scheduler: Any, tmp_path: Path, monkey
         runner=fleet,
     )
     assert row.status == "done", row.sentence
-    learnt = {e.pass_name for e in tuning_cache.entries()}
+    learnt = {e.pass_name for e in tuning_cache.read_decisions()}
     assert learnt
     profiles = fleet.profiles([model], Request(measuring=pwopt.Measuring(budget=20.0)))
     assert {e.pass_name for e in profiles["small"].entries} & learnt  # which races there are is up to the clock

@@ -13,7 +13,7 @@ import pytest
 from helpers import MODELS, normal, ops, parse
 
 import pwopt
-from pwopt.evidence.certify import unchecked
+from pwopt.evidence.certify import skip_certificate
 from pwopt.graph.files import from_proto
 from pwopt.optimizing import attempt, bisection, preparation
 from pwopt.rewriting import Pass, Rewrite, Rewriter
@@ -117,7 +117,7 @@ def test_what_cannot_be_used_is_left_out(
     monkeypatch.setattr(Harmful, "policy", policy)
     others = (p for p in pass_list.PASSES if p.policy != "measured")  # whose races would take the time
     monkeypatch.setattr(pass_list, "PASSES", (*others, Harmful))
-    monkeypatch.setattr(preparation, "certify", unchecked)
+    monkeypatch.setattr(preparation, "certify", skip_certificate)
     if kind == "runs forever":  # the others end by themselves, however busy the machine is
         monkeypatch.setattr(worker, "MIN_TIME_LIMIT", 3.0)
         monkeypatch.setattr(worker, "SLOWER", 3.0)
@@ -251,7 +251,7 @@ def test_the_original_is_returned_when_attempts_run_out(tmp_path: Path, monkeypa
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(Harmful, "kind", "does not load")
     monkeypatch.setattr(pass_list, "PASSES", (Harmful,))
-    monkeypatch.setattr(preparation, "certify", unchecked)
+    monkeypatch.setattr(preparation, "certify", skip_certificate)
     monkeypatch.setattr(attempt, "MAX_ATTEMPTS", 1)
     done = pwopt.optimize(CHAIN, tmp_path / "out.onnx", threads=1)
     assert ops(done.model) == ops(onnx.load(tmp_path / "out.onnx")) == ops(CHAIN)

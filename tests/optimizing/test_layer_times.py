@@ -10,11 +10,11 @@ import pytest
 from helpers import normal, parse
 
 import pwopt
-from pwopt.optimizing.layer_times import layers
+from pwopt.optimizing.layer_times import compare_layers
 from pwopt.reporting.report import LAYOUT_CHANGES, Layer
 from pwopt.rewriting import Rewrite
 from pwopt.running.session import NodeTime
-from pwopt.selecting.profile_alignment import attributed, fused, marked
+from pwopt.selecting.profile_alignment import find_kernels, save_marked, sum_by_node
 
 BODY = """(float[1,4,6,6] x) => (float[N] y) {
     a = Conv(x, w) b = BatchNormalization(a, s, t, t, v) r = Relu(b) c = Conv(r, u) q = Mul(c, k) y = Add(q, r)
@@ -34,14 +34,14 @@ def test_names_in_a_profile_tell_nodes() -> None:
         NodeTime("Conv", "b_nchwc", 1e-3), NodeTime("Mul", "@4@", 2e-3), NodeTime("Gelu", "@4@/Fusion/", 1e-3),
         NodeTime("ReorderInput", "ReorderInput", 5e-4),
     ]  # fmt: skip
-    assert attributed(model(), profile) == ({1: 1.0, 4: 3.0}, 0.5)
+    assert sum_by_node(model(), profile) == ({1: 1.0, 4: 3.0}, 0.5)
 
 
 def test_what_is_fused_belongs_to_what_it_ran_in() -> None:
     # The convolution folded into its normalisation, the activation into what it ends, though another reads it as well.
-    assert fused(model(), {1: 1.0, 3: 1.0, 5: 1.0}) == [1, 1, 1, 3, 5, 5]
-    assert fused(model(), dict.fromkeys(range(6), 1.0)) == list(range(6))
-    assert fused(model(), {}) == [2, 2, 2, 5, 5, 5]  # nothing is known: up to what begins a kernel
+    assert find_kernels(model(), {1: 1.0, 3: 1.0, 5: 1.0}) == [1, 1, 1, 3, 5, 5]
+    assert find_kernels(model(), dict.fromkeys(range(6), 1.0)) == list(range(6))
+    assert find_kernels(model(), {}) == [2, 2, 2, 5, 5, 5]  # nothing is known: up to what begins a kernel
 
 
 def test_what_became_of_an_operator_stands_beside_it() -> None:
@@ -51,7 +51,7 @@ def test_what_became_of_an_operator_stands_beside_it() -> None:
     rewrites = [Rewrite("", became=(("a", "b"), ("b", "b"))), Rewrite("", became=(("c", "z"), ("q", "n"), ("z", "n")))]
     every = [[NodeTime(n.op_type, f"@{i}@", 1e-3) for i, n in enumerate(m.graph.node)] for m in (before, after)]
     every[0].append(NodeTime("ReorderInput", "ReorderInput", 1e-3))
-    found = layers(before, after, rewrites, (every[0], every[1]))
+    found = compare_layers(before, after, rewrites, (every[0], every[1]))
     assert [(x.before, x.after, round(x.before_ms), round(x.after_ms)) for x in found] == [
         (("Conv a", "BatchNormalization b"), ("Conv b",), 2, 1),
         ((LAYOUT_CHANGES,), (), 1, 0),
@@ -65,7 +65,7 @@ def test_external_data_is_not_copied(tmp_path: Path) -> None:
     proto = model()
     proto.graph.initializer[0].data_location = onnx.TensorProto.EXTERNAL
     proto.graph.initializer[0].external_data.add(key="location", value="w.bin")
-    assert marked(proto, tmp_path / "m" / "m.onnx") is None
+    assert save_marked(proto, tmp_path / "m" / "m.onnx") is None
     assert list(tmp_path.iterdir()) == []
 
 

@@ -17,7 +17,7 @@ from rich.console import Console
 
 import pwopt
 from pwopt.errors import NotEquivalentError, ProviderError, UsageError
-from pwopt.evidence.certify import unchecked
+from pwopt.evidence.certify import skip_certificate
 from pwopt.graph.files import load
 from pwopt.maps.cost import Cost
 from pwopt.optimizing import attempt, preparation
@@ -55,7 +55,7 @@ def test_a_wrong_rewrite_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
     """Not by its certificate: by the answers of the whole model, and what they are traced back to."""
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(pass_list, "PASSES", (*pass_list.PASSES, Planted))
-    monkeypatch.setattr(preparation, "certify", unchecked)
+    monkeypatch.setattr(preparation, "certify", skip_certificate)
     path = MODELS / "network_in_network.onnx"
     report = pwopt.optimize(path, tmp_path / "out.onnx", cost="analytic").report
     assert report.equivalence.passed
@@ -70,7 +70,7 @@ def test_a_wrong_rewrite_is_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_wrong_result_of_unknown_cause_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(pass_list, "PASSES", (Planted,))
-    monkeypatch.setattr(preparation, "certify", unchecked)
+    monkeypatch.setattr(preparation, "certify", skip_certificate)
     monkeypatch.setattr(attempt, "localise", lambda *_: None)
     monkeypatch.setattr(attempt, "leave_out_faulty", lambda compilation, *_: compilation)
     with pytest.raises(NotEquivalentError, match="nothing was written") as caught:
@@ -83,7 +83,7 @@ def test_bisection_finds_wrong_rewrites_that_no_tensor_names(monkeypatch: pytest
     """Refusing the whole model is the last resort."""
     pytest.importorskip("onnxruntime")
     monkeypatch.setattr(pass_list, "PASSES", (Planted,))
-    monkeypatch.setattr(preparation, "certify", unchecked)
+    monkeypatch.setattr(preparation, "certify", skip_certificate)
     monkeypatch.setattr(attempt, "localise", lambda *_: None)
     report = pwopt.optimize(MODELS / "network_in_network.onnx", cost="analytic").report
     assert report.rewrites == ()

@@ -86,7 +86,9 @@ def test_decisions_hold_for_one_card_and_its_options(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(
         providers, "list_cards", lambda: [Card("H100", "580.1", 1.0, 2.0), Card("T4", "580.1", 1.0, 2.0)]
     )
-    plain, other, option = (tuning_cache.place(Provider.parse(p), 1) for p in ("cuda", "cuda:1", "cuda,prefer_nhwc=1"))
+    plain, other, option = (
+        tuning_cache.describe_place(Provider.parse(p), 1) for p in ("cuda", "cuda:1", "cuda,prefer_nhwc=1")
+    )
     assert len({plain, other, option}) == 3
     assert "H100, driver 580.1" in plain
     assert "T4" in other

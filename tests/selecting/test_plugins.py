@@ -23,8 +23,8 @@ from pwopt.selecting import plugins, tuning_cache
 from pwopt.selecting.pass_list import resolve_passes
 
 PACKAGE = Path(__file__).parent.parent / "plugin_package"
-DropSign = plugins.named(f"{PACKAGE / 'pwopt_signs.py'}:DropSign")
-Square = plugins.named(f"{PACKAGE / 'pwopt_signs.py'}:Square")
+DropSign = plugins.import_pass(f"{PACKAGE / 'pwopt_signs.py'}:DropSign")
+Square = plugins.import_pass(f"{PACKAGE / 'pwopt_signs.py'}:Square")
 
 
 def signs() -> onnx.ModelProto:
@@ -69,7 +69,7 @@ def test_a_measured_class_is_raced_and_a_name_is_believed(monkeypatch: pytest.Mo
     result = pwopt.optimize(signs(), passes=[CleanUp, Square], threads=1)
     assert ops(result.model)["Mul"] == 1
     assert next(kept, None) is None
-    (decision,) = tuning_cache.entries()
+    (decision,) = tuning_cache.read_decisions()
     assert decision.pass_name == f"square {plugins.fingerprint(Square())}"
     assert decision.signature == "squares"
     assert ops(analytic(passes=[CleanUp, Square]).model)["Mul"] == 0

@@ -30,7 +30,7 @@ def entry(name: str, speedup: float, number: int, spread: float = 0.0) -> Tuning
 
 
 def test_decisions_are_counted_by_kind() -> None:
-    found = priors.counted([
+    found = priors.count_decisions([
         entry("winograd", 1.1, 1), entry("winograd", 1.2, 2), entry("winograd", 0.9, 3), entry("to-matmul", 0.8, 1),
         entry("frames", 1.02, 1, spread=0.5),  # in doubt
         replace(entry("frames", 1.5, 2), profiled="dropped"),
@@ -66,7 +66,7 @@ def siblings() -> onnx.ModelProto:
 
 def known(monkeypatch: pytest.MonkeyPatch, **found: list[float]) -> None:
     named = {name.replace("_", "-"): prior for name, prior in found.items()}
-    monkeypatch.setattr(priors, "table", lambda: {"priors": {f"cpu {priors.processor()}": named}})
+    monkeypatch.setattr(priors, "read_table", lambda: {"priors": {f"cpu {priors.classify_processor()}": named}})
 
 
 def test_kinds_that_never_paid_are_left_out_and_told(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -103,6 +103,6 @@ def test_this_machine_s_own_decisions_count(tmp_path: Path, monkeypatch: pytest.
     monkeypatch.setenv(tuning_cache.FOLDER_VARIABLE, str(tmp_path))
     plant(monkeypatch, lambda *_, **__: planted_race(np.full(40, 2.0), np.full(40, 1.0)))
     known(monkeypatch, to_matmul=[50, 1, 0.001])
-    tuning_cache.store(replace(entry("to-matmul", 1.2, 1), place=tuning_cache.place(DEFAULT, 1)))
+    tuning_cache.store(replace(entry("to-matmul", 1.2, 1), place=tuning_cache.describe_place(DEFAULT, 1)))
     report = pwopt.optimize(siblings(), threads=1).report
     assert not any("not tried" in s.reason for s in report.skips)

@@ -35,9 +35,9 @@ def test_a_decision_is_found_again_where_it_was_made() -> None:
     assert tuning_cache.look_up("merge-siblings", "conv 6→(4, 4)", "here") == ENTRY
     assert tuning_cache.look_up("merge-siblings", "conv 6→(4, 4)", "elsewhere") is None
     assert tuning_cache.look_up("merge-siblings", "conv 6→(4, 5)", "here") is None
-    assert list(tuning_cache.entries()) == [ENTRY]
-    assert tuning_cache.forget() == 1
-    assert list(tuning_cache.entries()) == []
+    assert list(tuning_cache.read_decisions()) == [ENTRY]
+    assert tuning_cache.clear() == 1
+    assert list(tuning_cache.read_decisions()) == []
 
 
 def test_a_doubtful_decision_is_its_model_s_own() -> None:
@@ -50,8 +50,8 @@ def test_a_doubtful_decision_is_its_model_s_own() -> None:
     tuning_cache.store(replace(ENTRY, model="another"))
     assert tuning_cache.look_up(*asked, "one") == doubtful
     assert tuning_cache.look_up(*asked, "a third") == ENTRY
-    assert len(list(tuning_cache.entries())) == 2
-    assert tuning_cache.forget() == 2  # as many as are shown, though a clear one is kept twice
+    assert len(list(tuning_cache.read_decisions())) == 2
+    assert tuning_cache.clear() == 2  # as many as are shown, though a clear one is kept twice
 
 
 @pytest.mark.parametrize(
@@ -70,7 +70,7 @@ def test_a_damaged_file_is_no_decision(folder: Path, damage: str) -> None:
     (path,) = folder.glob("*.json")
     path.write_text(damage)
     assert tuning_cache.look_up("merge-siblings", "conv 6→(4, 4)", "here") is None
-    assert list(tuning_cache.entries()) == []
+    assert list(tuning_cache.read_decisions()) == []
     tuning_cache.store(ENTRY)
     assert tuning_cache.look_up("merge-siblings", "conv 6→(4, 4)", "here") == ENTRY
 
@@ -78,7 +78,7 @@ def test_a_damaged_file_is_no_decision(folder: Path, damage: str) -> None:
 def test_a_folder_that_cannot_be_written_does_no_harm(folder: Path) -> None:
     folder.write_text("a file in its place", encoding="utf-8")
     tuning_cache.store(ENTRY)
-    assert list(tuning_cache.entries()) == []
+    assert list(tuning_cache.read_decisions()) == []
 
 
 def test_two_processes_write_at_once(folder: Path) -> None:
@@ -88,7 +88,7 @@ def test_two_processes_write_at_once(folder: Path) -> None:
     )
     writers = [subprocess.Popen([sys.executable, "-c", code]) for _ in range(2)]
     assert [w.wait() for w in writers] == [0, 0]
-    assert {e.signature for e in tuning_cache.entries()} == {f"s{i}" for i in range(20)}
+    assert {e.signature for e in tuning_cache.read_decisions()} == {f"s{i}" for i in range(20)}
     assert len(list(folder.iterdir())) == 20
 
 
@@ -109,7 +109,7 @@ def test_a_second_run_decides_alike_without_racing(monkeypatch: pytest.MonkeyPat
     first = pwopt.optimize(siblings(), measuring=pwopt.Measuring(race_seconds=0.01, budget=600.0), threads=1)
     tuned = sum(r is not None for r in races)
     assert tuned > 0
-    assert len(list(tuning_cache.entries())) > 0
+    assert len(list(tuning_cache.read_decisions())) > 0
     second = pwopt.optimize(siblings(), measuring=pwopt.Measuring(race_seconds=0.01, budget=600.0), threads=1)
     assert sum(r is not None for r in races) == tuned
 

@@ -163,15 +163,15 @@ def test_only_files_beside_a_model_are_its_own(place: str, own: bool, tmp_path: 
     onnx.external_data_helper.set_external_data(weight, place)
     weight.ClearField("raw_data")
     (tmp_path / "m.onnx").write_bytes(model.SerializeToString())
-    assert storage.data_files_of(tmp_path / "m.onnx") == ({place} if own else set())
+    assert storage.find_data_files(tmp_path / "m.onnx") == ({place} if own else set())
 
 
 def test_drive_letters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)  # where these are ordinary names
     shutil.copy(ROOT / "tests" / "plugin_package" / "pwopt_signs.py", "C:\\mine\\signs.py")
-    assert plugins.named("C:\\mine\\signs.py:DropSign").name == "drop-sign"
+    assert plugins.import_pass("C:\\mine\\signs.py:DropSign").name == "drop-sign"
     with pytest.raises(UsageError, match="is not of the form module:Class"):
-        plugins.named("C:\\mine\\signs.py")
+        plugins.import_pass("C:\\mine\\signs.py")
     with open("C:\\A.npy", "wb") as stream:
         np.save(stream, np.eye(2))
     law = parse_law("conservation:matrix=C:\\A.npy:output=y:0")
