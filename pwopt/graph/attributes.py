@@ -152,7 +152,7 @@ def resize_scales(view: View, node: Node) -> dict[int, float] | None:
 
 
 def is_same_shape(a: Sequence[object], b: Sequence[object]) -> bool:
-    """Whether two shapes of equal element count (`values.read_extents`) are equal: all sizes but one are known equal."""
+    """Whether two shapes (`values.read_extents`) with as many elements are equal: all sizes but one are equal."""
     unknown = [x for x, y in zip(a, b, strict=True) if x != y]
     return len(unknown) <= 1 and not any(
         isinstance(x, int) and isinstance(y, int) and x != y for x, y in zip(a, b, strict=True)
