@@ -42,11 +42,11 @@ def main() -> None:
     models = sorted({e.name for e in entries})
     content["machines"] = [m for m in content["machines"] if m["for"] != key]
     content["machines"].append({"for": key, **machine, "date": max(e.date for e in entries)[:10], "models": models})
-    content["priors"][key] = {name: [p.asked, p.kept, round(p.gain, 4)] for name, p in sorted(found.items())}
+    content["priors"][key] = {name: [p.decided, p.kept, round(p.gain, 4)] for name, p in sorted(found.items())}
     target = Path(priors.__file__).with_name("priors.json")
     target.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     for name, p in sorted(found.items()):
-        print(f"{name}: {p.kept} of {p.asked} kept, {p.expected:+.4f} expected")
+        print(f"{name}: {p.kept} of {p.decided} kept, {p.expected_gain:+.4f} expected")
 
 
 if __name__ == "__main__":

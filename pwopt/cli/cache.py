@@ -26,7 +26,7 @@ def cache(action: options.Action = "show", json: options.Json = False, debug: op
         return
     found = sorted(decisions.read_decisions(), key=lambda e: (e.place, e.pass_name, e.signature))
     if json:
-        print_json(to_json({"folder": str(decisions.find_folder()), "decisions": [e.told() for e in found]}))
+        print_json(to_json({"folder": str(decisions.find_folder()), "decisions": [e.to_dict() for e in found]}))
         return
     render_decisions(found, open_console())
     console.print(f"{format_count(len(found), 'decision')} in {escape_text(str(decisions.find_folder()))}")

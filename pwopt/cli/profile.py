@@ -49,7 +49,7 @@ def profile(
                 measuring=Measuring(budget=budget),
                 plugins=plugin or (),
             )
-            named = cluster.profiles(models, request, progress)
+            named = cluster.record_profiles(models, request, progress)
             found = {output / f"{re.sub('[^A-Za-z0-9._-]+', '-', label)}.json": p for label, p in named.items()}
     console = open_console(wide=True, quiet=quiet or json)
     for path, each in found.items():

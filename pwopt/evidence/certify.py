@@ -296,14 +296,14 @@ def _compare_other(
     unit = max(DOUBLE, *(side.unit() for side in sides))
     rng = np.random.default_rng(0)
 
-    def rounded(value: Array, _tensor: Tensor) -> Array:
+    def round_randomly(value: Array, _tensor: Tensor) -> Array:
         return value * (1 + unit * rng.choice((-1.0, 1.0), value.shape))
 
     worst, bound, finite = 0.0, math.inf, False
     for size in plan.scales:
         feeds = {t: _draw_probe(view, t, sizes[t], size, rng) for t in inputs}
         before, after = (side.run(feeds, None) for side in sides)
-        nearby = [[side.run(feeds, rounded) for _ in range(plan.jitters)] for side in sides]
+        nearby = [[side.run(feeds, round_randomly) for _ in range(plan.jitters)] for side in sides]
         for old, new in region.claims():
             a, b = sides[0].value(old, before), sides[1].value(new, after)
             if not _is_comparable(a, b):

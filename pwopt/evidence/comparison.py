@@ -47,7 +47,7 @@ class _Tally:
     deciding: tuple[bool, float, str, str] = (True, -1.0, "", "")
 
     @property
-    def asked(self) -> bool:
+    def has_tolerance(self) -> bool:
         return self.rtol is not None or self.atol is not None
 
     def repeats(self, first: Any, second: Any) -> bool:
@@ -101,12 +101,12 @@ class _Tally:
             return count_outliers(reference, candidate, others, tolerance, without, FLOOR_FACTOR)
 
         found = against(candidate, brief=self.brief)
-        passed, reason = judge(found, floor, moved, discrete, self.asked, outliers)
-        if not passed and not discrete and not found.note and not self.asked and self.coarsest is not None:
+        passed, reason = judge(found, floor, moved, discrete, self.has_tolerance, outliers)
+        if not passed and not discrete and not found.note and not self.has_tolerance and self.coarsest is not None:
             kind = self.coarsest().get(self.name)
             if kind is not None and epsilon(kind) > epsilon(reference.dtype):
                 found = against(candidate, brief=self.brief, kind=kind)
-                passed, reason = judge(found, floor, moved, discrete, self.asked, outliers)
+                passed, reason = judge(found, floor, moved, discrete, self.has_tolerance, outliers)
                 reason = f"{reason} (of {kind}, the coarsest type before this output)"
         self._decide(label, discrete, found, floor, moved, (passed, reason))
 

@@ -92,7 +92,7 @@ class Model:
 
     def to_proto(self) -> onnx.ModelProto:
         """The graph as a model, with the original messages of everything that did not change."""
-        if self.unchanged():
+        if self.is_unchanged():
             return self.proto
         model = onnx.ModelProto()
         copy_fields(self.proto, model, skip={"graph"})
@@ -170,7 +170,7 @@ class Model:
         """Take over the content of another model in the same folder."""
         self.graph, self.proto, self._nodes, self._constants = other.graph, other.proto, other._nodes, other._constants
 
-    def unchanged(self) -> bool:
+    def is_unchanged(self) -> bool:
         """Whether the graph is exactly that of the file."""
         if len(self.graph.nodes) != len(self.proto.graph.node):
             return False

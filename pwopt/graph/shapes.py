@@ -186,14 +186,16 @@ def find_contradiction(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim
     data_prop = not _is_too_wide(light, types)
     content = light.SerializeToString()
 
-    def objected() -> bytes:
+    def find_message() -> bytes:
         try:
             shape_inference.infer_shapes(content, strict_mode=True, data_prop=data_prop)
         except Exception as error:  # inference raises many types
             return " ".join(str(error).split())[:300].encode()
         return b""
 
-    return (run_isolated(objected, INFERENCE_MEMORY + INFERENCE_COPIES * len(content)) or b"").decode(errors="replace")
+    return (run_isolated(find_message, INFERENCE_MEMORY + INFERENCE_COPIES * len(content)) or b"").decode(
+        errors="replace"
+    )
 
 
 def _is_too_wide(light: onnx.ModelProto, types: Mapping[str, tuple[int, Shape | None]]) -> bool:

@@ -51,8 +51,8 @@ class Attempt:
         latency = self.report.latency
         return (latency is not None and latency.slower) or any(c.slower for c in self.report.conditions)
 
-    def noted(self, *sentences: str) -> Attempt:
-        return replace(self, report=self.report.noted(*sentences))
+    def add_notes(self, *sentences: str) -> Attempt:
+        return replace(self, report=self.report.add_notes(*sentences))
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class Attempts:
         """
         source = self.problem.source.proto
         for left in reversed(range(MAX_ATTEMPTS)):
-            with self.budget.paused():
+            with self.budget.pause():
                 done = self.rewrite(compilation)
             if self.problem.environment is None:
                 return self._skip_verification(done, compilation)
@@ -98,7 +98,7 @@ class Attempts:
                 return replace(done, report=report)
             compilation = better
         report = replace(done.report, rewrites=(), after=done.report.before)
-        return Attempt(source, report.noted(*compilation.notes[-1:], "The original is returned."))
+        return Attempt(source, report.add_notes(*compilation.notes[-1:], "The original is returned."))
 
     def _judge(self, pair: Pair, done: Attempt, compilation: Compilation, left: int) -> tuple[Compilation, Report]:
         """Try, verify and race a result; a new compilation leaves out what was at fault."""
@@ -118,7 +118,7 @@ class Attempts:
                 first = ConditionLatency(pair.environment.threads, report.shapes, report.latency, slower=True)
                 slow = [(pair.environment, first), *slow]
         except UnusableError as error:
-            better = compilation.without(done.report.rewrites, f"the model fails when it is timed: {error}")
+            better = compilation.leave_out(done.report.rewrites, f"the model fails when it is timed: {error}")
         if slow and left and not self.request.insists:
             better = races.leave_out_slow(slow, pair.candidate, compilation, report.rewrites, self._build)
         return better, report
@@ -134,19 +134,19 @@ class Attempts:
         )  # fmt: skip
         builtin = [p.name for p in compilation.passes if p.builtin]
         guessed, unseen = self.problem.guessed, self.problem.environment is None
-        report = report.noted(
+        report = report.add_notes(
             *notes.describe_failures(done.failed, builtin),
             *compilation.notes,
             *notes.describe_races(self.selection.decisions, self.selection.hint),
         )
-        report = report.noted(
+        report = report.add_notes(
             *notes.describe_rewriting(report, source, request.denied, request.static and guessed, guessed and unseen),
             *notes.list_inlined(source, done.proto),
             *notes.describe_growth(report, source, done.proto),
         )
         unfit = compilation.unfit() if request.measured else []
         if unfit:
-            report = report.noted(f"Not tried, since they serve another kind of provider: {', '.join(unfit)}.")
+            report = report.add_notes(f"Not tried, since they serve another kind of provider: {', '.join(unfit)}.")
         return Attempt(done.proto, report)
 
     def verify(self, pair: Pair, report: Report) -> Report:
@@ -157,7 +157,7 @@ class Attempts:
             LOG.info("output %r: %s", o.name, "identical" if o.identical else o.explain())
         if equivalence.passed:
             report = replace(report, equivalence=equivalence)
-            return report.noted(*notes.list_fallbacks(equivalence, report.provider))
+            return report.add_notes(*notes.list_fallbacks(equivalence, report.provider))
         where = pair.environment
         difference = localise(
             pair.original, pair.candidate, equivalence, where.samples, where.provider, where.threads, report.rewrites
@@ -175,8 +175,8 @@ class Attempts:
             try:
                 Session(compilation.write_file(done.proto), request.execution_provider)
             except (ModelError, ProviderError) as error:
-                return done.noted(f"Not verified ({why}). The result cannot be used: {error}.")
-        return done.noted(f"Not verified ({why}).")
+                return done.add_notes(f"Not verified ({why}). The result cannot be used: {error}.")
+        return done.add_notes(f"Not verified ({why}).")
 
     def _leave_out_unusable(self, pair: Pair, report: Report, compilation: Compilation, left: int) -> Compilation:
         """Leave out rewrites whose model does not load, crashes, or takes too much."""
@@ -193,7 +193,7 @@ class Attempts:
                 return found
         plugins = name_plugins(compilation)
         whose = f", perhaps the fault of {', '.join(plugins)}" if plugins else ""
-        return compilation.without(report.rewrites, f"the model cannot be used with some of them{whose}")
+        return compilation.leave_out(report.rewrites, f"the model cannot be used with some of them{whose}")
 
     def _leave_out_wrong(self, pair: Pair, report: Report, compilation: Compilation, left: int) -> Compilation:
         """Leave out the rewrites that make the outputs differ, or all if the outputs cannot be compared.
@@ -212,12 +212,12 @@ class Attempts:
         what = f"output {worst.name!r} {worst.explain()}" if worst is not None else ""
         if equivalence.verdict == "not comparable":
             reason = f"{what}; --no-verify rewrites the model without a comparison"
-            return compilation.without(report.rewrites, reason)
+            return compilation.leave_out(report.rewrites, reason)
         sites = equivalence.difference.sites if equivalence.difference is not None else ()
         guilty = [r for r in report.rewrites if r.site in sites]
         if left and guilty:
             reason = f"{what}; {CERTIFICATE_DEFECT}" if what else CERTIFICATE_DEFECT
-            return compilation.without(add_repeated(compilation, guilty, report.rewrites), reason)
+            return compilation.leave_out(add_repeated(compilation, guilty, report.rewrites), reason)
 
         def find_deviation(tried: Compilation) -> str:
             try:
@@ -246,7 +246,7 @@ class Attempts:
         latency = pair.add_memory(Latency.from_race(race))
         self.request.progress("profiling", 1.0)
         report = pair.profile(replace(report, latency=latency), protos)
-        return report.noted(
+        return report.add_notes(
             *notes.explain_contradictions(latency, report.operators),
             *notes.explain_launches(report, pair.environment.provider.kind),
         )

@@ -34,16 +34,16 @@ def leave_out_faulty(
     """
     made = list({r.site: r for r in reversed(rewrites)}.values())[::-1]
     reason, low, high = find_fault(compilation), 0, len(made)
-    if not reason or not made or find_fault(compilation.without(made, reason)):
+    if not reason or not made or find_fault(compilation.leave_out(made, reason)):
         return compilation
     while high - low > 1:
         middle = (low + high) // 2
-        found = find_fault(compilation.without(made[middle:], reason))
+        found = find_fault(compilation.leave_out(made[middle:], reason))
         low, high, reason = (low, middle, found) if found else (middle, high, reason)
     guilty = made[high - 1]
     whose = f"the fault of {guilty.pass_name}" if guilty.pass_name in name_plugins(compilation) else UNUSABLE_DEFECT
     reason = f"the model with it cannot be used, since {reason}; {whose}"
-    return compilation.without(add_repeated(compilation, [guilty], made), reason)
+    return compilation.leave_out(add_repeated(compilation, [guilty], made), reason)
 
 
 def name_plugins(compilation: Compilation) -> list[str]:

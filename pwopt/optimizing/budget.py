@@ -57,7 +57,7 @@ class Budget:
         return self._seconds <= 0 or self.left > self._reserved + self._final_races()
 
     @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
+    def pause(self) -> Iterator[None]:
         """Do not count the time in this context."""
         begin = time.perf_counter()
         yield

@@ -157,12 +157,7 @@ class Fleet:
                 future.release()
                 yield done
 
-    def hardware(self, request: Request) -> list[Hardware]:
-        """The kinds of machines in the cluster, in the order of their labels."""
-        with self.connect() as client:
-            return _group_workers(client, request)
-
-    def profiles(
+    def record_profiles(
         self, models: Iterable[str | os.PathLike[str]], request: Request, progress: Progress = ignore_progress
     ) -> dict[str, TuningDatabase]:
         """A profile for each kind of machine, by its label; each races the models on one of its workers."""

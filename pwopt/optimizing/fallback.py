@@ -38,11 +38,11 @@ def choose_result(
     if latency is None or not done.report.rewrites:
         return done
     if insists and (done.slower or not latency.faster):
-        return done.noted(notes.explain_kept(latency, done.report.slowest_condition, insists))
+        return done.add_notes(notes.explain_kept(latency, done.report.slowest_condition, insists))
     if not latency.faster or done.slower:
         LOG.info("not faster beyond doubt: the rewrites that need no measurement are tried alone")
         done = _drop_measured(done, try_unmeasured())
-    return _return_original(done, original) if done.slower else done.noted(*notes.explain_verdict(done.report))
+    return _return_original(done, original) if done.slower else done.add_notes(*notes.explain_verdict(done.report))
 
 
 def _drop_measured(tried: Attempt, unmeasured: Attempt | None) -> Attempt:
@@ -57,7 +57,7 @@ def _drop_measured(tried: Attempt, unmeasured: Attempt | None) -> Attempt:
     names = ", ".join(dict.fromkeys(r.pass_name for r in dropped))
     report = replace(unmeasured.report, skips=(*unmeasured.report.skips, *skips))
     note = f"With {names} the model was measured {compared}{figures}, so they were left out."
-    return Attempt(unmeasured.proto, report).noted(*([note] if names else []))
+    return Attempt(unmeasured.proto, report).add_notes(*([note] if names else []))
 
 
 def _return_original(tried: Attempt, original: onnx.ModelProto) -> Attempt:
@@ -69,10 +69,10 @@ def _return_original(tried: Attempt, original: onnx.ModelProto) -> Attempt:
         Skip(f"measured {compared} in the whole model{figures}: {r.reason}", r.site) for r in report.rewrites
     )
     unchanged = replace(
-        report, rewrites=(), skips=(*report.skips, *undone), after=report.before, latency=latency.unchanged(),
+        report, rewrites=(), skips=(*report.skips, *undone), after=report.before, latency=latency.compare_with_self(),
         operators=None, candidate=RejectedCandidate(report.after, latency, report.conditions, report.operators),
-        conditions=tuple(c.unchanged() for c in report.conditions), layers=None,
+        conditions=tuple(c.compare_with_self() for c in report.conditions), layers=None,
     )  # fmt: skip
-    return Attempt(original, unchanged).noted(
+    return Attempt(original, unchanged).add_notes(
         f"The rewritten model was measured {compared}{figures}: the original is returned."
     )

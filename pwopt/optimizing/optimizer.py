@@ -139,11 +139,11 @@ def run_request(model: Source, request: Request) -> Result:
         selection = select_rewrites(compilation, problem, request, budget)
         blank = _begin_report(path, problem, passes, request)
         attempts = Attempts(problem, selection, budget, request, blank)
-        done = _finish(attempts, compilation).noted(*notes.describe_worker(_worker_problem(problem)))
+        done = _finish(attempts, compilation).add_notes(*notes.describe_worker(_worker_problem(problem)))
         if dry_run:
             candidates = find_candidates(compilation, NoTuningRecords())
             races = request.measuring.target_profile is None
-            done = done.noted(*notes.describe_dry_run(candidates.groups, races=races))
+            done = done.add_notes(*notes.describe_dry_run(candidates.groups, races=races))
         if request.writing.name_nodes:
             done = replace(done, proto=name_nodes(done.proto))
         if request.output is not None:
@@ -175,7 +175,7 @@ def _finish(attempts: Attempts, compilation: Compilation) -> Attempt:
         return replace(attempts, selection=selection).run(compilation)
 
     result = choose_result(done, try_unmeasured, attempts.problem.source.proto, attempts.request.insists)
-    return result.noted(*attempts.problem.why)
+    return result.add_notes(*attempts.problem.why)
 
 
 def _worker_problem(problem: Problem) -> str:

@@ -106,7 +106,7 @@ class ConditionRaces:
         for environment, measured in slow:
             for name in reversed(dict.fromkeys(r.pass_name for r in rewrites)):
                 reason = f"slower with {measured.label}: {measured.latency.speedup:.3f}×"
-                tried = compilation.without([r for r in rewrites if r.pass_name == name], reason)
+                tried = compilation.leave_out([r for r in rewrites if r.pass_name == name], reason)
                 model = build(tried)
                 if environment.fault(model):
                     continue

@@ -125,7 +125,7 @@ class Latency:
         """Whether it is beyond doubt that the second model is slower by less than `NEGLIGIBLE_SLOWDOWN`, if at all."""
         return self.interval[0] > 1 - NEGLIGIBLE_SLOWDOWN
 
-    def unchanged(self) -> Latency:
+    def compare_with_self(self) -> Latency:
         """The same for the first model compared with itself."""
         return replace(
             self, after_ms=self.before_ms, after_min_ms=self.before_min_ms, speedup=1.0, interval=(1.0, 1.0), start=None
@@ -175,9 +175,9 @@ class ConditionLatency:
     latency: Latency
     slower: bool = False
 
-    def unchanged(self) -> ConditionLatency:
+    def compare_with_self(self) -> ConditionLatency:
         """The same for the first model compared with itself."""
-        return replace(self, latency=self.latency.unchanged(), slower=False)
+        return replace(self, latency=self.latency.compare_with_self(), slower=False)
 
     @property
     def label(self) -> str:
@@ -264,7 +264,7 @@ class Report:
         """The condition under which the result is slowest, if it is slower beyond doubt."""
         return min((c for c in self.conditions if c.slower), key=lambda c: c.latency.speedup, default=None)
 
-    def noted(self, *notes: str) -> Report:
+    def add_notes(self, *notes: str) -> Report:
         """Return a copy with more notes."""
         return replace(self, notes=(*self.notes, *notes))
 

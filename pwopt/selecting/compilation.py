@@ -119,7 +119,7 @@ class Compilation:
             self.snapshots[key] = Snapshot.from_model(self.target.copy(), passes, denied, self.sizes, self.certifier)
         return self.snapshots[key]
 
-    def without(self, rewrites: Iterable[Rewrite], reason: str) -> Compilation:
+    def leave_out(self, rewrites: Iterable[Rewrite], reason: str) -> Compilation:
         """The same without the sites of some rewrites; the reason is a clause."""
         left_out = {r.site: Skip(f"left out ({reason}): {r.reason}", r.site) for r in rewrites}
         names = ", ".join(dict.fromkeys(s.pass_name for s in left_out.values()))

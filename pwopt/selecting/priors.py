@@ -16,7 +16,7 @@ from typing import Any
 
 from pwopt.selecting.tuning_cache import TuningRecord, read_cpu_features
 
-#: A kind is not asked for any more if it gained less than this (a logarithm) for each of so many decisions.
+#: A kind is not decided for any more if it gained less than this (a logarithm) for each of so many decisions.
 LEAST_GAIN, ENOUGH_CASES = 0.001, 20
 #: Instruction sets that make classes of processors, the best first.
 CLASSES = (("avx512f", "avx512"), ("avx2", "avx2"), ("asimd", "neon"))
@@ -28,28 +28,28 @@ class Prior:
 
     Attributes
     ----------
-    asked, kept : int
+    decided, kept : int
         How many groups of rewrites were decided, and how many were kept.
     gain : float
         The sum of the logarithms of their speed-ups, of those that were kept.
     """
 
-    asked: int = 0
+    decided: int = 0
     kept: int = 0
     gain: float = 0.0
 
     def __add__(self, other: Prior) -> Prior:
-        return Prior(self.asked + other.asked, self.kept + other.kept, self.gain + other.gain)
+        return Prior(self.decided + other.decided, self.kept + other.kept, self.gain + other.gain)
 
     @property
-    def expected(self) -> float:
+    def expected_gain(self) -> float:
         """The logarithm of the speed-up that a group will bring, with two groups of 2 % in favour of what is new."""
-        return (self.gain + 0.04) / (self.asked + 2)
+        return (self.gain + 0.04) / (self.decided + 2)
 
     @property
     def unprofitable(self) -> bool:
-        """Whether it was asked for often, and hardly ever paid."""
-        return self.asked >= ENOUGH_CASES and self.expected < LEAST_GAIN
+        """Whether it was decided for often, and hardly ever paid."""
+        return self.decided >= ENOUGH_CASES and self.expected_gain < LEAST_GAIN
 
 
 def classify_processor() -> str:

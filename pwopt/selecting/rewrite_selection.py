@@ -51,7 +51,7 @@ class Candidates:
 
     def order(self) -> list[Group]:
         """The groups in the order of races: those first that are likely to gain most."""
-        return sorted(self.groups, key=lambda g: -self.priors.get(g.pass_name, Prior()).expected)
+        return sorted(self.groups, key=lambda g: -self.priors.get(g.pass_name, Prior()).expected_gain)
 
     def unprofitable(self) -> dict[str, Prior]:
         """The passes that are not tried."""
@@ -84,13 +84,13 @@ class Selection:
         kept = frozenset(site for d in decisions if d.kept for site in d.group.sites)
         decided = {d.group for d in decisions}
         undecided = [
-            Skip(f"{g.signature}: {records.undecided}", site)
+            Skip(f"{g.signature}: {records.undecided_reason}", site)
             for g in candidates.groups
             if g not in decided
             for site in g.sites
         ]
         dropped = (*candidates.refused, *(s for d in decisions for s in d.skips()), *undecided)
-        return cls(kept, dropped, tuple(decisions), records.doubtful)
+        return cls(kept, dropped, tuple(decisions), records.doubt_advice)
 
 
 def find_candidates(compilation: Compilation, records: TuningRecords, *, thorough: bool = False) -> Candidates:
@@ -182,7 +182,7 @@ class RacingEvaluator:
             prior = self.unprofitable.get(group.pass_name)
             if prior is None:
                 return None
-            paid = f"it paid in {prior.kept} of {prior.asked} cases on processors like this"
+            paid = f"it paid in {prior.kept} of {prior.decided} cases on processors like this"
             return Decision(group, not_raced=f"not tried, since {paid}; --effort thorough does")
         confirmed = known.evidence if known.profiled == "kept" else None
         return Decision(group, known.evidence, True, estimated=bool(known.profiled), confirmed=confirmed)

@@ -87,7 +87,7 @@ class TuningRecord:
         """Whether the races left no doubt, so that they say something of other models as well."""
         return not self.profiled and is_clear(self.evidence)
 
-    def told(self) -> dict[str, Any]:
+    def to_dict(self) -> dict[str, Any]:
         """As a user reads it."""
         low, high = self.interval
         return {**asdict(self), "speedup": self.speedup, "low": low, "high": high, "decision": self.verdict}

@@ -33,8 +33,8 @@ class TuningDatabase:
     environment: dict[str, Any]
     entries: tuple[TuningRecord, ...]
 
-    doubtful = "Record the profile anew, with a larger --budget."
-    undecided = "the target's profile does not know it; record the profile with this model"
+    doubt_advice = "Record the profile anew, with a larger --budget."
+    undecided_reason = "the target's profile does not know it; record the profile with this model"
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> TuningDatabase:

@@ -18,11 +18,11 @@ class TuningRecords(Protocol):
     """What earlier races decided on kinds of rewrites."""
 
     @property
-    def undecided(self) -> str:
+    def undecided_reason(self) -> str:
         """The reason for leaving out a kind of rewrite that was not decided."""
 
     @property
-    def doubtful(self) -> str:
+    def doubt_advice(self) -> str:
         """What to do where races ended in doubt, as a sentence."""
 
     def recall(self, pass_name: str, signature: str) -> TuningRecord | None:
@@ -38,8 +38,8 @@ class TuningRecords(Protocol):
 class NoTuningRecords:
     """No records: nothing is recalled and nothing is stored."""
 
-    undecided = "no time was left to measure it; --effort or --budget give more"
-    doubtful = "More of --budget decides."
+    undecided_reason = "no time was left to measure it; --effort or --budget give more"
+    doubt_advice = "More of --budget decides."
 
     def recall(self, pass_name: str, signature: str) -> TuningRecord | None:
         return None
@@ -72,8 +72,8 @@ class CachedTuningRecords:
     model: str
     marks: Mapping[str, str] = field(default_factory=dict)
     name: str = ""
-    undecided: str = NoTuningRecords.undecided
-    doubtful: str = "The next run of this model goes on where these races ended."
+    undecided_reason: str = NoTuningRecords.undecided_reason
+    doubt_advice: str = "The next run of this model goes on where these races ended."
 
     def _mark(self, pass_name: str) -> str:
         return f"{pass_name} {self.marks.get(pass_name, '')}".strip()

@@ -222,8 +222,6 @@ def test_targets_are_labels_of_workers(scheduler: Any, tmp_path: Path) -> None:
     assert row.status == "done"
     with pytest.raises(UsageError, match="no worker calls itself 'large'; there are small"):
         optimize_many(models, tmp_path / "other", ANALYTIC, runner=Fleet(address, "large"))
-    (kind,) = Fleet(address).hardware(ANALYTIC)
-    assert (kind.label, len(kind.workers)) == ("small", 2)
 
 
 def test_decisions_and_profiles_come_home(scheduler: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,7 +244,7 @@ def test_decisions_and_profiles_come_home(scheduler: Any, tmp_path: Path, monkey
     assert row.status == "done", row.sentence
     learnt = {e.pass_name for e in tuning_cache.read_decisions()}
     assert learnt
-    profiles = fleet.profiles([model], Request(measuring=pwopt.Measuring(budget=20.0)))
+    profiles = fleet.record_profiles([model], Request(measuring=pwopt.Measuring(budget=20.0)))
     assert {e.pass_name for e in profiles["small"].entries} & learnt  # which races there are is up to the clock
 
 

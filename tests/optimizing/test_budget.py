@@ -78,7 +78,7 @@ def test_a_slow_first_load_leaves_half(clock: type[Clock], monkeypatch: pytest.M
 
 def test_what_is_no_measuring_costs_nothing(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
     given = Budget(subject(0.0, 0.0, monkeypatch), pwopt.Measuring(budget=10.0), 0)
-    with given.paused():
+    with given.pause():
         clock.now += 7
     assert given.left == pytest.approx(10)
 

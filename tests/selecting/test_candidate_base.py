@@ -124,11 +124,11 @@ def test_what_is_denied_to_a_measured_pass_settles_nothing_anew() -> None:
     source = from_proto(parse(BODY, **WEIGHTS))
     work = Compilation(source, source, resolve_passes(), (), {}, Path(), certifier=certify)
     (merge,) = (r for r in work.find_opportunities()[0] if r.pass_name == "merge-siblings")
-    without = work.without([merge], "it is slow")
+    without = work.leave_out([merge], "it is slow")
     (fold,) = (r for r in work.rewrite(frozenset()).rewrites if r.pass_name == "fold-chains")
     assert without.rewrite(frozenset({merge.site})).rewrites == work.rewrite(frozenset()).rewrites
     assert len(work.snapshots) == 1
-    assert ops_of(without.without([fold], "it is wrong").rewrite(frozenset()).proto) == 4
+    assert ops_of(without.leave_out([fold], "it is wrong").rewrite(frozenset()).proto) == 4
     assert len(work.snapshots) == 2
     assert fold.certificate is not None
     assert fold.certificate.passed

@@ -35,11 +35,11 @@ def test_decisions_are_counted_by_kind() -> None:
         entry("frames", 1.02, 1, spread=0.5),  # in doubt
         replace(entry("frames", 1.5, 2), profiled="dropped"),
     ])  # fmt: skip
-    assert (found["winograd"].asked, found["winograd"].kept) == (3, 2)
+    assert (found["winograd"].decided, found["winograd"].kept) == (3, 2)
     assert found["winograd"].gain == pytest.approx(math.log(1.1 * 1.2))
-    assert (found["to-matmul"].asked, found["to-matmul"].kept) == (1, 0)
-    assert (found["frames"].asked, found["frames"].kept) == (1, 0)
-    assert found["winograd"].expected > Prior().expected > found["to-matmul"].expected
+    assert (found["to-matmul"].decided, found["to-matmul"].kept) == (1, 0)
+    assert (found["frames"].decided, found["frames"].kept) == (1, 0)
+    assert found["winograd"].expected_gain > Prior().expected_gain > found["to-matmul"].expected_gain
 
 
 def test_in_vain_is_said_late_and_taken_back_at_once() -> None:
