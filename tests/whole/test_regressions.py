@@ -347,7 +347,7 @@ def test_infinities_at_the_edge_of_float16_are_no_evidence(tmp_path: Path) -> No
         **{name: value.astype(h) for name, value in weights.items()},
     )
     result = pwopt.optimize(model, tmp_path / "new.onnx", cost="analytic")
-    assert ops(result.model) == {"Conv": 2}
+    assert ops(result.model) == {"Conv": 2, "BatchNormalization": 1}  # with its scale, the first map could overflow
     found = result.report.equivalence
     assert found is not None
     assert found.passed

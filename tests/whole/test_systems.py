@@ -178,7 +178,7 @@ def test_drive_letters(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     assert law.settings["matrix"].shape == (2, 2)
     assert law.output == "y:0"
     assert parse_shape("C:\\in:0=1x3") == ("C:\\in:0", (1, 3))
-    with pytest.raises(UsageError, match="there is no invariant"):
+    with pytest.raises(UsageError, match="is not an invariant"):
         parse_law("C:\\A.npy")
 
 
