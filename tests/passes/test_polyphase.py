@@ -488,11 +488,11 @@ def convolutions(draw: st.DrawFn) -> tuple[str, dict[str, np.ndarray], dict[str,
 def test_any_convolution(case: tuple[str, dict[str, np.ndarray], dict[str, np.ndarray]], kind: type[Pass]) -> None:
     """It stays what it was, whatever was done; and something is done wherever there are phases."""
     from pwopt.passes import CleanUp
-    from pwopt.selecting.candidate_base import concrete_sizes
+    from pwopt.selecting.shape_folding import infer_sizes
 
     body, constants, feeds = case
     model = build(body, constants)
-    sizes = concrete_sizes(model, {name: value.shape for name, value in feeds.items()})
+    sizes = infer_sizes(model, {name: value.shape for name, value in feeds.items()})
     result, outcome, _ = run(model, CleanUp(), eager(kind), sizes=sizes)
     if "group=1" in body or kind is Polyphase:  # onnx's reference evaluator has groups of transposed ones wrong
         same(model, result, **feeds)

@@ -27,7 +27,7 @@ from pwopt.passes import (
     SplitSiblings,
 )
 from pwopt.rewriting.driver import Pass
-from pwopt.selecting.candidate_base import concrete_sizes
+from pwopt.selecting.shape_folding import infer_sizes
 
 ort = pytest.importorskip("onnxruntime")
 F = np.float32
@@ -166,7 +166,7 @@ def test_sizes_behind_a_miscounted_pooling_are_not_believed() -> None:
     assert not any(isinstance(d, int) for d in sizes[2:])
     exact = parse(body.replace("strides=[3,3],pads=[0,0,1,1],", "strides=[2,2],"))
     assert infer(exact)["y"][1] == (1, 2, 3, 3)
-    assert concrete_sizes(exact, {})["y"] == (1, 2, 3, 3)
+    assert infer_sizes(exact, {})["y"] == (1, 2, 3, 3)
 
 
 def test_a_large_composition_is_folded_without_a_decomposition() -> None:

@@ -16,7 +16,7 @@ import pwopt
 from pwopt.graph.files import from_proto
 from pwopt.graph.view import View
 from pwopt.maps.cost import measure
-from pwopt.selecting.candidate_base import concrete_sizes
+from pwopt.selecting.shape_folding import infer_sizes
 
 STEP = st.tuples(
     st.sampled_from(
@@ -89,12 +89,12 @@ def _small(steps: list[tuple[str, int]]) -> bool:
 def test_random_stacks_at_two_sizes(steps: list[tuple[str, int]]) -> None:
     pytest.importorskip("onnxruntime")
     model = stack(steps)
-    assume(max(map(math.prod, concrete_sizes(model, {"x": (2, 6, 80, 112)}).values())) <= 1 << 22)  # steps may double
+    assume(max(map(math.prod, infer_sizes(model, {"x": (2, 6, 80, 112)}).values())) <= 1 << 22)  # steps may double
     result = pwopt.optimize(model, cost="analytic", shapes={"x": (1, 6, 64, 48)}, verify=False)
     for shape in ((1, 6, 64, 48), (2, 6, 80, 112)):
         equivalence = pwopt.verify(model, result.model, shapes={"x": shape})
         assert equivalence.passed, equivalence.worst()
-        costs = [measure(View(from_proto(m).graph, concrete_sizes(m, {"x": shape}))) for m in (model, result.model)]
+        costs = [measure(View(from_proto(m).graph, infer_sizes(m, {"x": shape}))) for m in (model, result.model)]
         if not costs[0].unknown:  # onnx miscounts some windows with ceil_mode, so pwopt does not trust it there
             assert not costs[1].unknown
             assert costs[1].macs <= costs[0].macs
