@@ -10,6 +10,7 @@ from pwopt.maps import forms
 from pwopt.maps.channels import CHANNEL_MULTIPLE, Analysis, Channels
 from pwopt.maps.forms import Reading
 from pwopt.maps.scans import LARGEST_INPUT, Scanner, flush_subnormals
+from pwopt.maps.small_numbers import SmallNumbers
 from pwopt.rewriting.driver import Pass, Rewriter, describe
 from pwopt.rewriting.rechannel import find_first_producer, rechannel
 from pwopt.rewriting.records import Rewrite, Skip
@@ -28,6 +29,7 @@ class DropDead(Pass):
 
     The pass also sets subnormal weights to zero, because processors multiply them up to a hundred times slower. Weight
     decay leaves dead channels and subnormal weights behind.
+    Small weights stay where a later operator reveals them (`pwopt.maps.small_numbers`): for example, ⌈10⁻³⁹⌉ is 1.
     """
 
     name = "drop-dead"
@@ -39,12 +41,15 @@ class DropDead(Pass):
 
     def start(self, rw: Rewriter) -> None:
         self._pending: dict[Tensor, tuple[list[Channels], Analysis]] = {}
+        self._refused: dict[Tensor, str] = {}
+        self._small = SmallNumbers(rw, self._scan)
         readings = [r for n in rw.nodes() if (r := forms.weighted(rw, n)) is not None and r.nodes[0] is n]
         scans = [self._scan(rw, r) for r in readings if not self._scan.sound(rw, r)]
         zero_scale = any(_has_zero_scale(rw, n) for n in rw.nodes())
         if not zero_scale and not any(s.dead for s in scans if s is not None):
             return
         analysis = Analysis(rw, self._scan, 1 if self.eager else CHANNEL_MULTIPLE)
+        self._refused = analysis.small.refused
         for component in ([c for c in found if c.gone.any()] for found in analysis.components()):
             first = find_first_producer(rw, component)
             if first is not None:
@@ -59,7 +64,8 @@ class DropDead(Pass):
         for tensor in node.outputs:
             if tensor in self._pending:
                 return self._prune(rw, *self._pending.pop(tensor))
-        return result
+        refused = "" if reading is None else self._refused.get(reading.output, "")
+        return Skip(refused) if result is None and refused else result
 
     def _flush(self, rw: Rewriter, node: Node, reading: Reading) -> Rewrite | Skip | None:
         """Set subnormal weights to zero, for all readers of the weight."""
@@ -77,6 +83,10 @@ class DropDead(Pass):
         readers = [n for n, r in maps if r is not None and r.weight_input is tensor]
         if len(readers) < len(rw.readers(tensor)):
             return Skip(f"{scan.subnormal:,} weights are subnormal, but other operators read {tensor.name!r} too")
+        observers = (self._small.find_observer(r) for _, r in maps if r is not None)
+        observer = next(filter(None, observers), "")
+        if observer:
+            return Skip(f"{scan.subnormal:,} weights are subnormal, but {observer}")
         rw.release_names([tensor.name])
         clean = rw.new_constant(tensor.name, low)
         maker = rw.producer(tensor)
@@ -105,7 +115,7 @@ class DropDead(Pass):
             name, output = describe(flow.reading.node), gone.get(flow.reading.output)
             if output is not None:
                 changes.append(f"{name} {len(output.gone)} → {int((~output.gone).sum())}")
-            source, scan = gone.get(flow.reading.source), self._scan(rw, flow.reading)
+            source, scan = gone.get(flow.reading.source), analysis.small.scan(flow.reading)
             if source is None or scan is None:
                 continue
             unread = source.gone & (scan.columns == 0)

@@ -28,6 +28,8 @@ TRAIT_MEANINGS = {
     "blind-input": "the result is the same number for −0 and +0 in the input with this index",
     "keeps-zero": "at most the sign of a zero in the result depends on the sign of a zero in an input",
     "keeps-first-zero": "the same, for the first input only",
+    "tells-zero": "the result for a number near zero differs from the result for zero: a step or a pole at zero",
+    "hides-zero": "the result for zero is an ordinary number, so that adding a tiny number does not change it",
     "bounded": "no larger than its inputs and weights make it; every operator with a slope is bounded",
     "foldable": "deterministic, and computed on constants by onnx's reference evaluator",
     "random": "gives another result each time (Dropout: during training)",
@@ -37,21 +39,21 @@ TRAIT_MEANINGS = {
 
 _ROWS = """
 Abs                        slope=1 blind foldable
-Acos                       blind
+Acos                       blind hides-zero
 Add                        arithmetic broadcasts keeps-zero bounded foldable
-And                        broadcasts blind foldable
-ArgMax                     blind
-ArgMin                     blind
+And                        broadcasts blind foldable tells-zero
+ArgMax                     blind tells-zero
+ArgMin                     blind tells-zero
 Asin                       keeps-zero
 Asinh                      keeps-zero
 Atan                       keeps-zero
 Atanh                      keeps-zero
 AveragePool                pools sums keeps-zero bounded whole-blocks
 BatchNormalization         sums bias=2 keeps-zero bounded
-Bernoulli                  random
+Bernoulli                  random tells-zero
 Cast                       same-shape moves keeps-zero bounded foldable
 CastLike                   keeps-zero
-Ceil                       elementwise keeps-zero foldable
+Ceil                       elementwise keeps-zero foldable tells-zero
 Celu                       slope=1 keeps-zero
 Clip                       slope=1 keeps-zero
 Concat                     moves keeps-zero bounded foldable whole-blocks
@@ -60,22 +62,22 @@ ConstantOfShape            foldable
 Conv                       weighted sums bias=2 keeps-zero bounded
 ConvInteger                quantised
 ConvTranspose              weighted sums bias=2 keeps-zero bounded
-Cos                        elementwise blind
-Cosh                       blind
+Cos                        elementwise blind hides-zero
+Cosh                       blind hides-zero
 CumSum                     keeps-zero
 DepthToSpace               keeps-zero
 DequantizeLinear           keeps-first-zero quantised
 Div                        arithmetic broadcasts keeps-first-zero bounded foldable
 Dropout                    same-shape keeps-zero random
-DynamicQuantizeLinear      quantised
+DynamicQuantizeLinear      quantised tells-zero
 Einsum                     keeps-zero
 Elu                        slope=1 keeps-zero
-Equal                      broadcasts blind bounded foldable
+Equal                      broadcasts blind bounded foldable tells-zero
 Erf                        slope=1.13 keeps-zero
-Exp                        slope=inf blind foldable
+Exp                        slope=inf blind foldable hides-zero
 Expand                     moves keeps-zero foldable
 Flatten                    view keeps-zero bounded foldable
-Floor                      elementwise keeps-zero foldable
+Floor                      elementwise keeps-zero foldable tells-zero
 GRU                        keeps-zero
 Gather                     keeps-zero bounded foldable
 GatherElements             keeps-zero foldable
@@ -84,25 +86,25 @@ Gelu                       slope=1.13 keeps-zero
 Gemm                       weighted sums keeps-zero bounded
 GlobalAveragePool          sums keeps-zero bounded whole-blocks
 GlobalMaxPool              keeps-zero whole-blocks
-Greater                    broadcasts blind foldable
-GreaterOrEqual             broadcasts blind foldable
+Greater                    broadcasts blind foldable tells-zero
+GreaterOrEqual             broadcasts blind foldable tells-zero
 GroupNormalization         bias=2 keeps-zero
 HardSigmoid                slope=1 keeps-zero
 HardSwish                  slope=1.5 keeps-zero
-Hardmax                    softmax
+Hardmax                    softmax tells-zero
 Identity                   same-shape moves keeps-zero bounded
 InstanceNormalization      bias=2 keeps-zero
-IsInf                      blind
-IsNaN                      blind
+IsInf                      blind hides-zero
+IsNaN                      blind hides-zero
 LRN                        keeps-zero
 LSTM                       keeps-zero
 LayerNormalization         same-shape bias=2 keeps-zero bounded
 LeakyRelu                  slope=1 keeps-zero
-Less                       broadcasts blind foldable
-LessOrEqual                broadcasts blind foldable
-Log                        elementwise blind foldable
-LogSoftmax                 softmax blind
-LpNormalization            keeps-zero
+Less                       broadcasts blind foldable tells-zero
+LessOrEqual                broadcasts blind foldable tells-zero
+Log                        elementwise blind foldable tells-zero
+LogSoftmax                 softmax blind hides-zero
+LpNormalization            keeps-zero tells-zero
 LpPool                     pools
 MatMul                     weighted sums keeps-zero bounded
 MatMulInteger              quantised
@@ -112,17 +114,17 @@ Mean                       broadcasts keeps-zero
 MeanVarianceNormalization  keeps-zero
 Min                        broadcasts keeps-zero bounded foldable
 Mish                       slope=1.1 keeps-zero
-Mod                        broadcasts foldable
+Mod                        broadcasts foldable tells-zero
 Mul                        arithmetic broadcasts keeps-zero bounded foldable
-Multinomial                random
+Multinomial                random tells-zero
 Neg                        slope=1 keeps-zero foldable
-NonZero                    blind
-Not                        blind foldable
-Or                         broadcasts blind foldable
+NonZero                    blind tells-zero
+Not                        blind foldable tells-zero
+Or                         broadcasts blind foldable tells-zero
 PRelu                      keeps-zero bounded
 Pad                        keeps-zero
 Pow                        broadcasts blind-input=1 bounded foldable
-QuantizeLinear             blind-input=0 quantised
+QuantizeLinear             blind-input=0 quantised hides-zero
 RMSNormalization           keeps-zero
 RNN                        keeps-zero
 RandomNormal               random
@@ -130,7 +132,7 @@ RandomNormalLike           random
 RandomUniform              random
 RandomUniformLike          random
 Range                      foldable
-Reciprocal                 elementwise foldable
+Reciprocal                 elementwise foldable tells-zero
 ReduceL1                   reduction axes=18 blind
 ReduceL2                   reduction axes=18 blind
 ReduceLogSumExp            axes=18 blind
@@ -144,19 +146,19 @@ Relu                       slope=1 keeps-zero
 Reshape                    view keeps-zero bounded foldable
 Resize                     keeps-first-zero
 ReverseSequence            keeps-zero
-Round                      keeps-zero
+Round                      keeps-zero hides-zero
 ScatterElements            keeps-zero
 ScatterND                  keeps-zero
 Selu                       slope=1.76 keeps-zero
-Shape                      blind bounded foldable
-Sigmoid                    slope=0.25 blind
-Sign                       keeps-zero
+Shape                      blind bounded foldable hides-zero
+Sigmoid                    slope=0.25 blind hides-zero
+Sign                       keeps-zero tells-zero
 Sin                        elementwise keeps-zero
 Sinh                       keeps-zero
-Size                       blind bounded foldable
+Size                       blind bounded foldable hides-zero
 Slice                      moves keeps-zero bounded foldable
-Softmax                    softmax blind bounded
-Softplus                   slope=1 blind
+Softmax                    softmax blind bounded hides-zero
+Softplus                   slope=1 blind hides-zero
 Softsign                   slope=1 keeps-zero
 SpaceToDepth               keeps-zero
 Split                      moves keeps-zero bounded foldable
@@ -169,13 +171,13 @@ Tan                        keeps-zero
 Tanh                       slope=1 keeps-zero
 ThresholdedRelu            slope=inf keeps-zero
 Tile                       moves keeps-zero foldable
-TopK                       keeps-zero
+TopK                       keeps-zero tells-zero
 Transpose                  moves keeps-zero bounded foldable
 Trilu                      keeps-zero
 Unsqueeze                  view axes=13 keeps-zero bounded foldable
 Upsample                   keeps-first-zero
 Where                      broadcasts keeps-zero bounded foldable
-Xor                        broadcasts blind foldable
+Xor                        broadcasts blind foldable tells-zero
 """
 
 
@@ -227,6 +229,8 @@ ZERO_BLIND = _having("blind")
 ZERO_BLIND_INPUTS = _numbers("blind-input")
 ZERO_KEEPING = _having("keeps-zero")
 FIRST_ZERO_KEEPING = _having("keeps-first-zero")
+TELLS_ZERO = _having("tells-zero")
+HIDES_ZERO = _having("hides-zero")
 BOUNDED = _having("bounded", "slope")
 FOLDABLE = _having("foldable")
 RANDOM = _having("random")

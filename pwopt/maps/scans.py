@@ -34,11 +34,12 @@ def flush_subnormals(weight: Array, dtype: object) -> Array:
 @dataclass(frozen=True)
 class Scan:
     """The magnitudes of a map's weights: Σ|w| of each row, the largest Σ_k |w| of each column, and the number of
-    subnormals."""
+    subnormals. `flushed` is the Σ|w| of each row's subnormals, which the other figures count as zeros."""
 
     rows: Array
     columns: Array
     subnormal: int
+    flushed: Array
 
     @property
     def dead(self) -> bool:
@@ -70,15 +71,15 @@ class Scanner:
             self._sound[id(content)] = content
         return id(content) in self._sound
 
-    def __call__(self, view: View, reading: Reading) -> Scan | None:
-        """None where the numbers are not finite."""
+    def __call__(self, view: View, reading: Reading, *, flush: bool = True) -> Scan | None:
+        """None where the numbers are not finite; without `flush`, subnormals are no zeros."""
         held = view.constant(reading.weight) if reading.weight is not None else None
         if held is None:
             return None
         attrs = reading.nodes[0].attrs
-        key = (id(held), reading.kind, reading.geometry, attrs.get("transB", 0), attrs.get("alpha", 1.0))
+        key = (id(held), reading.kind, reading.geometry, attrs.get("transB", 0), attrs.get("alpha", 1.0), flush)
         if key not in self._done:
-            self._done[key] = (held, self._scan(reading, held.dtype))
+            self._done[key] = (held, self._scan(reading, held.dtype if flush else None))
         return self._done[key][1]
 
     @staticmethod
@@ -88,12 +89,14 @@ class Scanner:
             return None
         weight = flush_subnormals(linear.weight, dtype)
         magnitude = np.abs(weight).reshape(*weight.shape[:2], -1).sum(-1)
-        return Scan(magnitude.sum(1), magnitude.max(0), int(np.sum((weight == 0) & (linear.weight != 0))))
+        flushed = np.abs(linear.weight - weight).reshape(len(weight), -1).sum(1)
+        subnormal = int(np.sum((weight == 0) & (linear.weight != 0)))
+        return Scan(magnitude.sum(1), magnitude.max(0), subnormal, flushed)
 
 
 class Unread(Scanner):
     """Assumes that every row and column matters, without reading the weight."""
 
-    def __call__(self, view: View, reading: Reading) -> Scan:
+    def __call__(self, view: View, reading: Reading, *, flush: bool = True) -> Scan:
         g = reading.geometry
-        return Scan(np.ones(g.out_channels), np.ones(g.in_channels // g.groups), 0)
+        return Scan(np.ones(g.out_channels), np.ones(g.in_channels // g.groups), 0, np.zeros(g.out_channels))

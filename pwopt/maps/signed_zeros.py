@@ -57,7 +57,7 @@ def _find_reasons(view: View, node: Node, op: str, index: int) -> Iterator[bool]
     if op in ("Max", "Min"):
         yield any(o is not None and bool(np.all(o > 0 if op == "Max" else o < 0)) for o in others)
     if op == "Clip" and index == 0:
-        low, high = _read_bounds(view, node)
+        low, high = read_bounds(view, node)
         yield low > 0 or high < 0
     if op == "HardSigmoid":
         yield node.attrs.get("beta", 0.5) != 0
@@ -69,7 +69,7 @@ def _find_reasons(view: View, node: Node, op: str, index: int) -> Iterator[bool]
         yield exponent is not None and not np.any(_odd(exponent))
 
 
-def _read_bounds(view: View, node: Node) -> tuple[float, float]:
+def read_bounds(view: View, node: Node) -> tuple[float, float]:
     """The lower and the upper bound of a Clip; infinite if unknown."""
     bounds = [node.attrs.get("min"), node.attrs.get("max")]
     if view.opset >= 11:

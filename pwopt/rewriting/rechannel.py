@@ -20,7 +20,6 @@ from pwopt.maps import emit, forms
 from pwopt.maps.channels import Analysis, Channels, Link
 from pwopt.maps.cost import macs
 from pwopt.maps.forms import Reading
-from pwopt.maps.scans import flush_subnormals
 from pwopt.rewriting.driver import Rewriter
 from pwopt.rewriting.records import Rewrite
 
@@ -162,7 +161,7 @@ def _edit(rw: Rewriter, reading: Reading, analysis: Analysis, takes: Mapping[Ten
     moved = np.zeros_like(bias)
     source, output = takes.get(reading.source), takes.get(reading.output)
     if reading.weighted and g.groups == 1:
-        weight = flush_subnormals(weight, rw.dtype(reading.weight or reading.source))
+        weight = analysis.small.flush(reading, weight)
         if source is not None:
             value = np.nan_to_num(analysis.of[reading.source].value)
             value[source[source >= 0]] = 0.0

@@ -136,3 +136,38 @@ def test_subnormal_weights_that_are_more_than_weights_stay() -> None:
     result, outcome, _ = run(model, DropDead())
     assert result is model
     assert "other operators read 'w' too" in reasons(outcome)[0]
+
+
+# What reveals small weights
+
+
+@pytest.mark.parametrize("op", ["Ceil(a)", "Sign(a)", "Floor(a)", "Log(a)", "Mul(a, large)", "LpNormalization(a)"])
+def test_subnormal_weights_stay_where_a_later_operator_reveals_them(op: str) -> None:
+    small = np.array([1, 0.5, 1e-39, -1e-39], F).reshape(4, 1, 1, 1)
+    held = {"large": np.float32(1e38)} if "large" in op else {}
+    model = parse(f"(float[1,1,4,4] x) => (float[N] y) {{ a = Conv(x, w) y = {op} }}", w=small, **held)
+    result, outcome, _ = run(model, DropDead())
+    assert result is model
+    (reason,) = reasons(outcome)
+    assert reason.startswith("2 weights are subnormal, but ")
+    assert op.partition("(")[0] in reason
+
+
+def test_a_bias_hides_subnormal_weights_from_a_step() -> None:
+    body = "(float[2,4,6,6] x) => (float[N] y) { a = Conv(x, w, b) y = Ceil(a) }"
+    for bias, count in ((np.ones(7, F), 1), (np.zeros(7, F), 0)):
+        _, outcome, _ = run(parse(body, w=subnormal(), b=bias), DropDead())
+        assert len(outcome.rewrites) == count
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-39])
+def test_filters_that_are_almost_zero_stay_before_a_step(scale: float) -> None:
+    """A filter of zeros goes: a step gives the same for it."""
+    small = dead(normal(7, 4, 1, 1, dtype=F), rows=(1, 4), scale=scale)
+    body = "(float[2,4,6,6] x) => (float[N] y) { a = Conv(x, w) r = Relu(a) e = Conv(r, v) y = Sign(e) }"
+    keep = np.stack([np.eye(7)[1], np.eye(7)[0]]).astype(F)[..., None, None]
+    result, outcome, _ = run(parse(body, w=small, v=keep), DropDead())
+    assert weight(result, "w").shape[0] >= 2
+    assert any("Sign" in reason for reason in reasons(outcome))
+    x = X.astype(F)
+    np.testing.assert_array_equal(evaluate(result, x=x)[0], evaluate(parse(body, w=small, v=keep), x=x)[0])
