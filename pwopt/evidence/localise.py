@@ -96,16 +96,8 @@ def localise(
     first = _find_fainter(first, producers, excesses)
     inside, agreeing = _trace_back([first], producers, set(checks) - differing)
     nodes = [node for name, node in producers.items() if name in inside and node.op_type != "Constant"]
-    region = tuple(dict.fromkeys(map(_format_node, nodes)))
-    return Difference(
-        first,
-        _format_node(producers[first]),
-        agreeing,
-        region,
-        checks[first],
-        _find_sites(rewrites, inside),
-        len(checks),
-    )
+    region, sites = tuple(dict.fromkeys(map(_format_node, nodes))), _find_sites(rewrites, inside)
+    return Difference(first, _format_node(producers[first]), agreeing, region, checks[first], sites, len(checks))
 
 
 def _measure_excess(check: OutputCheck) -> float:

@@ -1,4 +1,7 @@
-"""Many models: one after another or in several processes, resumable, a failure of one no failure of the rest."""
+"""Optimise many models, one after another or in several processes. A batch can be resumed after it was stopped.
+
+A model that fails does not stop the others.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +36,7 @@ from pwopt.running.signals import signals_interrupt
 from pwopt.selecting.plugins import fingerprint
 from pwopt.version import __version__
 
-#: What a finished batch is listed in, and what the next one goes on from.
+#: The file that lists the finished models. The next batch in the same folder skips them.
 INDEX = "index.json"
 #: Seconds between two updates of the index while models are optimised.
 INDEX_SECONDS = 10.0
@@ -43,7 +46,7 @@ DEFECT_CODE = 5
 
 @dataclass(frozen=True)
 class Job:
-    """A model, where its result goes, and what both are known by."""
+    """A model, the file of its result, and a key that identifies model and options."""
 
     model: Path
     output: Path
@@ -60,26 +63,26 @@ class Job:
 
 @dataclass(frozen=True)
 class BatchRow:
-    """What became of one model.
+    """The outcome for one model.
 
     Attributes
     ----------
     model, output : str
-        Files; the output's beside the index.
+        Files. The output is relative to the index.
     status : {"done", "unchanged", "failed"}
-        Unchanged: it was done before, with the same options, and neither file has changed.
+        Unchanged means that an earlier batch did it with the same options, and neither file has changed.
     sentence : str
-        What was wrong, or pwopt's note on the result.
+        The error, or pwopt's last note on the result.
     code : int
-        The exit code that the model alone would end with.
+        The exit code of `pwopt optimize` for this model alone.
     speedup, low, high : float or None
         None if nothing was measured.
     nodes, macs : (int, int)
         Before and after.
     seconds : float
-        Time that it took.
+        The time that it took.
     key, written : str
-        What model and options, and the output, were known by.
+        Digests of model and options, and of the output.
     """
 
     model: str
@@ -99,24 +102,24 @@ class BatchRow:
 
 @dataclass(frozen=True)
 class JobResult:
-    """What comes back from a job: its row, and its report and page as text, "" where there are none."""
+    """The row of a job, and its report and page as text; "" if there is none."""
 
     row: BatchRow
     report: str = ""
     page: str = ""
 
 
-#: Runs jobs and yields what comes back, in whatever order.
+#: Runs jobs and yields their results in any order.
 Runner = Callable[[Sequence[Job], Request, Progress], Iterator[JobResult]]
 
 
 def find_jobs(models: Iterable[str | os.PathLike[str]], folder: Path, request: Request) -> list[Job]:
-    """Files, the .onnx files of folders, and those that globs match, each with its place in `folder`.
+    """Find files, the .onnx files of folders, and the matches of patterns, each with its result in `folder`.
 
     Raises
     ------
     UsageError
-        If there is none, or two would be written to one file.
+        If no model is found, or two models would be written to one file.
     """
     found: dict[Path, Path] = {}
     for given in [os.fspath(m) for m in models]:
@@ -141,7 +144,7 @@ def find_jobs(models: Iterable[str | os.PathLike[str]], folder: Path, request: R
 
 
 def _check_distinct_names(outputs: Iterable[Path]) -> None:
-    """Refuse names that differ in capitals only, which macOS and Windows do not tell apart."""
+    """Refuse names that differ in case only, because they are the same file on macOS and Windows."""
     seen: dict[str, Path] = {}
     for output in outputs:
         twin = seen.setdefault(os.fspath(output).casefold(), output)
@@ -150,7 +153,7 @@ def _check_distinct_names(outputs: Iterable[Path]) -> None:
 
 
 def compute_key(model: Path, request: Request) -> str:
-    """A digest that is equal for the same model, options and versions; "" if there is no such file."""
+    """Compute a digest of model, options and versions; "" if there is no such file."""
     request = replace(request, output=None, inputs=None, writing=replace(request.writing, force=False))
     options = {f.name: repr(getattr(request, f.name)) for f in dataclasses.fields(request) if f.compare}
     machine = installation.describe_machine(request.execution_provider, request.first_threads)
@@ -166,10 +169,10 @@ def compute_key(model: Path, request: Request) -> str:
 
 
 def digest_content(model: Path) -> str:
-    """What a model's file holds, and how large and old its external data is."""
+    """Return the digest of a model's file, and the sizes and dates of its external data."""
     data = model.read_bytes()
     found = [hashlib.sha256(data).hexdigest()]
-    with contextlib.suppress(Exception):  # what cannot be read will be said when it is optimised
+    with contextlib.suppress(Exception):  # optimising the model reports what cannot be read
         proto = onnx.ModelProto.FromString(data)
         folder = find_data_folder(proto, model)
         stats = [(name, (folder / name).stat()) for name in sorted(set(find_locations(proto).values()))]
@@ -187,23 +190,22 @@ def optimize_many(
     progress: Progress = ignore_progress,
     report_row: Callable[[BatchRow], None] = lambda _row: None,
 ) -> list[BatchRow]:
-    """Optimise many models into a folder, with a report for each and an index over all.
+    """Optimise many models into a folder, with a report for each model and an index of all.
 
-    What is done already, and unchanged, is skipped; a model that fails does not stop the rest.
+    Unchanged models that an earlier batch finished are skipped. A model that fails does not stop the others.
 
     Parameters
     ----------
     models : iterable of paths
         Files, folders (searched for .onnx files), or patterns such as ``"*.onnx"``.
     folder : path
-        Where results, reports (``NAME.report.json``, and ``NAME.report.html`` with pwopt[report]), ``index.json`` and
-        ``index.html`` go; it is made if need be.
+        Receives results, reports (``NAME.report.json``, and .html with pwopt[report]) and the index (.json and .html).
     request : Request, optional
-        What is asked of each model.
+        The request for each model.
     workers : int
-        Processes; their races wait for each other.
+        Number of processes. Only one of them measures at a time.
     runner : callable, optional
-        Runs the jobs elsewhere: `pwopt.optimizing.cluster.Fleet`.
+        Runs the jobs elsewhere, such as `pwopt.optimizing.cluster.Fleet`.
     progress : callable, optional
         Called with (stage, fraction done).
     report_row : callable, optional
@@ -217,20 +219,16 @@ def optimize_many(
     Raises
     ------
     UsageError
-        If there is no model, or the folder cannot be written.
+        If there is no model, the folder cannot be created, or `workers` is below 1.
     """
-    if workers < 1:
-        raise UsageError(f"{workers} workers cannot do anything; give 1 or more")
+    run = runner or (_run_in_turn if workers == 1 else Processes(workers))
     request, where = request or Request(), _make_folder(Path(folder))
-    listed = find_jobs(models, where, request)
-    earlier = _read(where / INDEX)
+    listed, earlier = find_jobs(models, where, request), _read(where / INDEX)
     rows = {job.output: row for job in listed if (row := _find_unchanged(job, where, earlier)) is not None}
     for row in rows.values():
         report_row(row)
     todo = [job for job in listed if job.output not in rows]
-    run = runner or (_run_in_turn if workers == 1 else Processes(workers))
-    by_output = {os.fspath(job.output): job for job in todo}
-    written = time.monotonic()
+    by_output, written = {os.fspath(job.output): job for job in todo}, time.monotonic()
     try:
         for done in run(todo, request, progress):
             job = by_output[done.row.output]
@@ -248,19 +246,19 @@ def _make_folder(folder: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"the folder {str(folder)!r} cannot be made: {error.strerror}") from error
+        raise UsageError(f"the folder {str(folder)!r} cannot be created: {error.strerror}") from error
     return folder
 
 
 def _find_unchanged(job: Job, where: Path, earlier: Mapping[str, BatchRow]) -> BatchRow | None:
-    """The row of a job that was done before, if its model, options and output are what they were."""
+    """Return the row of a job that an earlier batch finished, if its model, options and output are unchanged."""
     row = earlier.get(os.path.relpath(job.output, where))
     same = row is not None and job.key and row.key == job.key and row.written == _hash_output(job.output)
     return replace(row, status="unchanged") if row is not None and same else None
 
 
 def _store_result(job: Job, done: JobResult, where: Path) -> BatchRow:
-    """The row of a job whose report was written."""
+    """Write the report and the page of a job, and return its row."""
     row = replace(done.row, output=os.path.relpath(job.output, where), key=job.key)
     if row.status == "done":
         row = replace(row, written=_hash_output(job.output))
@@ -278,7 +276,7 @@ def _hash_output(output: Path) -> str:
 
 
 def _read(index: Path) -> dict[str, BatchRow]:
-    """Rows of an earlier batch in this folder by output; none if there was none, or its index is damaged."""
+    """Read the rows of earlier batches by output; empty without an index, or with a damaged one."""
     try:
         rows = [read_record(BatchRow, content) for content in read_json(index)["rows"]]
         return {row.output: row for row in rows if row.status != "failed"}
@@ -287,12 +285,12 @@ def _read(index: Path) -> dict[str, BatchRow]:
 
 
 def format_index(rows: Sequence[BatchRow]) -> str:
-    """The list of all models, as JSON."""
+    """Format the index of all models as JSON."""
     return to_json({"schema": REPORT_SCHEMA, "pwopt": __version__, "rows": [asdict(r) for r in rows]})
 
 
 def _write_index(where: Path, rows: Sequence[BatchRow], earlier: dict[str, BatchRow]) -> None:
-    """Both indices, those models kept that an earlier batch did and this one was not asked for."""
+    """Write both indices, including the models of earlier batches that are not part of this one."""
     mine = {r.output for r in rows}
     everything = [*rows, *(r for r in earlier.values() if r.output not in mine and (where / r.output).exists())]
     with replacing(where / INDEX) as stream:
@@ -305,7 +303,7 @@ def _write_index(where: Path, rows: Sequence[BatchRow], earlier: dict[str, Batch
 
 
 def run_job(job: Job, request: Request, called: tuple[PurePath, PurePath] | None = None) -> JobResult:
-    """Optimise one model; whatever goes wrong is in the row. `called` says how files are named in row and report."""
+    """Optimise one model. The row reports any error. `called` gives the file names for the row and the report."""
     start = time.perf_counter()
     model, output = map(os.fspath, called or (job.model, job.output))
     row = BatchRow(model, output, "failed")
@@ -327,14 +325,14 @@ def run_job(job: Job, request: Request, called: tuple[PurePath, PurePath] | None
 
 
 def summarize(row: BatchRow, report: Report) -> BatchRow:
-    """A row with the figures of a report."""
+    """Add the figures of a report to a row."""
     a, b, t = report.before, report.after, report.latency
     row = replace(row, nodes=(a.nodes, b.nodes), macs=(a.macs, b.macs), sentence=" ".join(report.notes[-1:]))
     return row if t is None else replace(row, speedup=t.speedup, low=t.interval[0], high=t.interval[1])
 
 
 def render_page(report: Report) -> str:
-    """A report as HTML; "" without the extra that it needs."""
+    """Render a report as HTML; "" if pwopt[report] is not installed."""
     try:
         from pwopt.reporting.document import render_document
 
@@ -354,9 +352,13 @@ def _run_in_turn(todo: Sequence[Job], request: Request, progress: Progress) -> I
 
 @dataclass(frozen=True)
 class Processes:
-    """Runs jobs in child processes; clocks run in one of them at a time."""
+    """Runs jobs in child processes. Only one of them measures at a time."""
 
     workers: int
+
+    def __post_init__(self) -> None:
+        if self.workers < 1:
+            raise UsageError(f"{self.workers} workers are too few; give 1 or more")
 
     def __call__(self, todo: Sequence[Job], request: Request, progress: Progress) -> Iterator[JobResult]:
         plain = replace(request, progress=ignore_progress)
@@ -371,14 +373,14 @@ class Processes:
 
 
 def _fail(job: Job, error: PwoptError) -> JobResult:
-    """Describe a job whose process did not start, or died."""
-    died = f"the process died ({error}), perhaps for want of memory; try it alone, or on a larger machine"
+    """Return the result of a job whose process did not start, or died."""
+    died = f"the process died ({error}), perhaps because memory ran out; try it alone, or on a larger machine"
     sentence = died if isinstance(error, EndedError) else str(error)
     return JobResult(BatchRow(os.fspath(job.model), os.fspath(job.output), "failed", sentence, DEFECT_CODE))
 
 
 def _main_module(request: Request) -> str:
-    """The file of the running program if it defines a pass of the request, which a child must import too; else ""."""
+    """Return the file of the running program if it defines a pass of the request, so that a child can import it."""
     passes = [p if isinstance(p, type) else type(p) for p in (*(request.passes or ()), *request.plugins)]
     path = getattr(sys.modules["__main__"], "__file__", None)
     return os.path.abspath(path) if path and any(p.__module__ == "__main__" for p in passes) else ""
@@ -387,7 +389,7 @@ def _main_module(request: Request) -> str:
 def serve_jobs(clock: str, program: str) -> None:
     """In a child: optimise one model after another."""
     channel = Channel()
-    if program:  # as multiprocessing does, under a name by which a program knows that it is not the main one
+    if program:  # multiprocessing uses this name too; a program that tests for "__main__" does not start again
         module = types.ModuleType("__mp_main__")
         module.__dict__.update(runpy.run_path(program, run_name="__mp_main__"))
         sys.modules["__main__"] = sys.modules["__mp_main__"] = module

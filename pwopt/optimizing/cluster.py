@@ -1,8 +1,9 @@
-"""Many machines: models are handed to a dask.distributed cluster. Needs the extra `pwopt[fleet]`.
+"""Optimise models on a dask.distributed cluster. Needs the extra `pwopt[fleet]`.
 
-Scheduling, retries and the network are dask's (Rocklin, "Dask: Parallel Computation with Blocked algorithms and Task
-Scheduling", 2015; distributed.dask.org). What is here: models go as paths where the workers see the same files and as
-bytes where not, decisions of races flow into one cache, and clocks run in one process of a machine at a time.
+dask does the scheduling, the retries and the networking (Rocklin, "Dask: Parallel Computation with Blocked algorithms
+and Task Scheduling", 2015; distributed.dask.org). This module sends models as paths if the workers see the same files,
+and as bytes otherwise. It collects the decisions of races in one cache, and lets one process per machine measure at a
+time.
 """
 
 from __future__ import annotations
@@ -32,14 +33,14 @@ from pwopt.selecting import tuning_cache
 from pwopt.selecting.tuning_database import TuningDatabase
 from pwopt.version import __version__
 
-#: How often a model is tried again on another worker where one is lost.
+#: How often a model is tried again on another worker after its worker died.
 RETRIES = 3
 #: Seconds to wait for a scheduler, and for its first worker.
 SCHEDULER_SECONDS = 30
 
 
 def import_distributed() -> Any:
-    """The module.
+    """Import the module `distributed`.
 
     Raises
     ------
@@ -54,9 +55,9 @@ def import_distributed() -> Any:
 
 @dataclass(frozen=True)
 class JobRequest:
-    """What travels with a model: its files as bytes, none where the worker sees them, and known decisions.
+    """A job for a worker: the model's files as bytes, none if the worker sees them, and the known decisions.
 
-    Paths are pure ones, which a worker on another system can read too.
+    Paths are pure, so that a worker on another operating system can unpickle them.
     """
 
     model: PurePath
@@ -68,7 +69,7 @@ class JobRequest:
 
 @dataclass(frozen=True)
 class JobResponse:
-    """What comes back: as from a job, the files of the result unless they are in place, and new decisions."""
+    """The answer of a worker: the result of the job, its files unless they are in place, and new decisions."""
 
     done: JobResult
     files: Mapping[str, bytes]
@@ -83,9 +84,9 @@ class Hardware:
     Attributes
     ----------
     label : str
-        What its workers call themselves (``dask worker --resources "LABEL=1"``), or else its processor.
+        The label of its workers (``dask worker --resources "LABEL=1"``), or else the name of its processor.
     place : str
-        What decisions of races are kept for.
+        The place of its tuning records.
     workers : tuple of str
     """
 
@@ -103,8 +104,7 @@ class Fleet:
     scheduler : str
         Its address, such as ``tcp://10.0.0.1:8786``.
     target : str or None
-        Only on workers that call themselves so: ``dask worker --resources "LABEL=1"``. Each runs one model at a time
-        then.
+        Use only workers with this label (``dask worker --resources "LABEL=1"``). Each then runs one model at a time.
     """
 
     scheduler: str
@@ -112,12 +112,12 @@ class Fleet:
 
     @contextlib.contextmanager
     def connect(self) -> Iterator[Any]:
-        """A client of the scheduler.
+        """Connect to the scheduler.
 
         Raises
         ------
         UsageError
-            If there is no scheduler, no worker, or none of the target.
+            If there is no scheduler, no worker, or no worker with the label of the target.
         """
         dask = import_distributed()
         try:
@@ -128,7 +128,9 @@ class Fleet:
             client.wait_for_workers(1, timeout=SCHEDULER_SECONDS)
             known = _list_labels(client)
             if self.target is not None and self.target not in known:
-                raise UsageError(f"no worker calls itself {self.target!r}; there are {', '.join(known) or 'no labels'}")
+                raise UsageError(
+                    f"no worker has the label {self.target!r}; there are {', '.join(known) or 'no labels'}"
+                )
             yield client
         except TimeoutError as error:
             raise UsageError(f"the scheduler at {self.scheduler!r} has no worker; start one") from error
@@ -160,7 +162,7 @@ class Fleet:
     def record_profiles(
         self, models: Iterable[str | os.PathLike[str]], request: Request, progress: Progress = ignore_progress
     ) -> dict[str, TuningDatabase]:
-        """A profile for each kind of machine, by its label; each races the models on one of its workers."""
+        """Record a profile for each kind of machine, by its label. One worker of each kind races the models."""
         paths = [Path(m) for m in models]
         with self.connect() as client:
             kinds = [k for k in _group_workers(client, request) if self.target in (None, k.label)]
@@ -180,7 +182,7 @@ class Fleet:
 
 
 def _receive_response(future: Any, job: Job, request: Request) -> JobResult:
-    """What a worker sent, with its files written and its decisions kept."""
+    """Write the files that a worker sent, store its decisions, and return its result."""
     try:
         response: JobResponse = future.result()
         for name, data in response.files.items():
@@ -209,12 +211,12 @@ def _group_workers(client: Any, request: Request) -> list[Hardware]:
 
 
 def _describe_machine(provider: Provider, threads: int) -> tuple[str, str]:
-    """On a worker: its processor, and what decisions of races there are kept for."""
+    """On a worker: return its processor and the place of its tuning records."""
     return installation.cpu_name(), tuning_cache.describe_place(provider, threads)
 
 
 def _read_labels(client: Any) -> dict[str, str]:
-    """Worker → the first label that it gave itself."""
+    """Map the address of each worker to its first label; "" if it has none."""
     workers = client.scheduler_info(n_workers=-1)["workers"]
     return {a: next(iter(sorted(w.get("resources") or {})), "") for a, w in workers.items()}
 
@@ -225,7 +227,7 @@ def _list_labels(client: Any) -> list[str]:
 
 
 def _find_shared_models(client: Any, todo: Sequence[Job]) -> set[Path]:
-    """Models that every worker sees as they are here, if it also sees the folder for the results."""
+    """Find the models of which every worker sees the same file, if all workers also see the folder for results."""
     if not todo:
         return set()
     folder = Path(os.path.commonpath([job.output.resolve().parent for job in todo]))
@@ -237,14 +239,14 @@ def _find_shared_models(client: Any, todo: Sequence[Job]) -> set[Path]:
 
 
 def _digest_models(models: Sequence[str], marker: str) -> dict[str, str]:
-    """On a worker: what the models that it sees hold; nothing if it does not see the marker."""
+    """On a worker: digest the models that it sees; empty if it does not see the marker."""
     if not os.path.exists(marker):
         return {}
     return {m: digest_content(Path(m)) for m in models if os.path.isfile(m)}
 
 
 def _pack_files(model: Path) -> dict[str, bytes]:
-    """A model and its external data, by name; nothing if it cannot be read, which the worker will say."""
+    """Read a model and its external data, by name; empty if it cannot be read, which the worker then reports."""
     try:
         data = model.read_bytes()
     except OSError:
@@ -271,7 +273,7 @@ def _unpack_files(files: Mapping[str, bytes], folder: Path) -> None:
 
 
 def _make_clock_lock() -> Any:
-    """A lock of all workers of this machine, from dask; none outside a worker."""
+    """Create a dask lock that the workers of this machine share; no lock outside a worker."""
     with contextlib.suppress(ValueError, ImportError):
         worker = import_distributed().get_worker()
         del worker
@@ -280,7 +282,7 @@ def _make_clock_lock() -> Any:
 
 
 def _find_mismatch(remote: JobRequest, request: Request) -> str:
-    """On a worker: return why it cannot do a job as asked, or ""."""
+    """On a worker: return why it cannot run a job, or ""."""
     host = socket.gethostname()
     if remote.version != __version__:
         return f"the worker on {host} has pwopt {__version__}, not {remote.version}; install the same version there"
@@ -320,7 +322,7 @@ def run_remote_job(remote: JobRequest, request: Request) -> JobResponse:
 
 
 def record_remotely(models: Mapping[str, Mapping[str, bytes]], request: Request) -> TuningDatabase:
-    """On a worker: the profile of its machine."""
+    """On a worker: record the profile of its machine."""
     installation.silence_onnxruntime()
     timing.share_turn(_make_clock_lock())
     with temporary_folder() as name, timing.exclusive():

@@ -1,4 +1,4 @@
-"""Where the time goes, layer by layer: operators of the original beside what stands for them now."""
+"""Compare the times of layers: operators of the original and the operators that replace them."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ def compare_layers(
     rewrites: Sequence[Rewrite],
     profiles: tuple[Iterable[NodeTime], Iterable[NodeTime]],
 ) -> tuple[Layer, ...]:
-    """Operators that belong together, before and after, with their times; what gained most comes first.
+    """Divide the operators of both models into layers, and return their times, sorted by gain.
 
-    Every operator of either model is in one layer, with those that belong together (`attribution.together`).
+    A layer is a class of `profile_alignment.align`, so every operator is in exactly one.
     """
     (old_times, old_rest), (new_times, new_rest) = (
         sum_by_node(proto, profile) for proto, profile in zip((before, after), profiles, strict=True)
@@ -44,5 +44,5 @@ def _list_operators(proto: onnx.ModelProto, nodes: Sequence[int]) -> tuple[str, 
 
 
 def _is_operator(proto: onnx.ModelProto, i: int) -> bool:
-    """Whether a node is an operator, not a value."""
+    """Whether a node computes something, so that it is not a Constant."""
     return bool(proto.graph.node[i].op_type != "Constant")

@@ -27,7 +27,7 @@ from pwopt.selecting.pass_list import resolve_passes
 
 @dataclass(frozen=True)
 class Problem:
-    """A model, and what its rewrites are judged on.
+    """A model, and the inputs and the environment in which its rewrites are judged.
 
     Attributes
     ----------
@@ -35,15 +35,15 @@ class Problem:
     original : Path
         The model's file, perhaps a temporary one.
     samples : list of Sample
-        Empty if nothing is run.
+        Empty if no model is run.
     sizes : mapping of input name to sizes
-        The sizes that all figures are for.
+        The input sizes of all figures.
     guessed : bool
-        Whether nobody gave those sizes.
+        Whether the sizes are guesses.
     why : tuple of str
         Notes for the report on how the sizes were chosen.
     environment : Environment or None
-        Where models run; None if they do not.
+        Where models run; None if no model is run.
     """
 
     source: Model
@@ -55,7 +55,7 @@ class Problem:
     environment: Environment | None
 
     def start_worker(self, stack: contextlib.ExitStack) -> Problem:
-        """The same with a worker process that runs each candidate first, until the stack is closed."""
+        """Start a worker process that runs each candidate first; it lives until the stack is closed."""
         environment = self.environment
         if environment is None:
             return self
@@ -65,7 +65,7 @@ class Problem:
 
 
 def resolve(request: Request, path: Path | None) -> tuple[Pass, ...]:
-    """The passes of a request; modules of plugins may lie beside the model's file.
+    """Resolve the passes of a request. Modules of plugins may lie beside the model's file.
 
     Raises
     ------
@@ -76,7 +76,7 @@ def resolve(request: Request, path: Path | None) -> tuple[Pass, ...]:
 
 
 def check_output(request: Request, path: Path | None) -> None:
-    """Refuse to replace the model's file, unless that is forced.
+    """Refuse to replace the model's file without `force`.
 
     Raises
     ------
@@ -88,24 +88,24 @@ def check_output(request: Request, path: Path | None) -> None:
 
 
 def same_file(a: str | os.PathLike[str], b: str | os.PathLike[str]) -> bool:
-    """Whether two paths name one existing file."""
+    """Whether two paths name the same existing file."""
     return os.path.exists(a) and os.path.exists(b) and os.path.samefile(a, b)
 
 
 def define_problem(source: Model, original: Path, request: Request) -> Problem:
-    """Find sizes and inputs: given ones, or likely ones.
+    """Take the given sizes and inputs, or choose likely ones.
 
     Raises
     ------
     UsageError, ModelError, ProviderError
-        If they do not fit the model, or it does not run.
+        If they do not fit the model, or the model does not run.
     """
     specs, given = input_specs(source.proto), request.rounds
     first = given[0] if given else None
     for shapes in given:
         check_shapes(specs, shapes)
     if request.inputs is not None and len(given) > 1:
-        raise UsageError("given inputs have their own sizes; several of --shape are for random ones")
+        raise UsageError("given inputs have their own sizes; use several --shape with random inputs only")
     if request.verify and request.measured:
         installation.import_onnxruntime()
     runs = request.verify and installation.is_available()
@@ -124,12 +124,12 @@ def define_problem(source: Model, original: Path, request: Request) -> Problem:
 
 
 def start_compilation(problem: Problem, passes: tuple[Pass, ...], request: Request, folder: Path) -> Compilation:
-    """Convert the model to the opset and the fixed inputs that were asked for, and inline functions.
+    """Convert the model to the requested opset, fix its inputs if requested, and inline functions.
 
     Raises
     ------
     UsageError
-        If it cannot be converted.
+        If the model cannot be converted.
     """
     target = source = problem.source
     if request.opset is not None and request.opset != source.opset:

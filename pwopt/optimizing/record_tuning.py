@@ -1,4 +1,4 @@
-"""`pwopt.profile`: record which measured rewrites pay on this machine, in a tuning database for another one."""
+"""`pwopt.profile`: record which measured rewrites pay on this machine, in a tuning database for other machines."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ def profile(
     Parameters
     ----------
     models : iterable of paths
-        Models like those that are to be optimised for this machine elsewhere, best the same.
+        The models that will be optimised elsewhere for this machine, or similar ones.
     provider : str or Provider
     threads : int
     shapes : mapping of input name to sizes, optional
-        For dynamic inputs that have these names.
+        Sizes of dynamic inputs with these names.
     budget : float
         Seconds for each model.
     plugins : sequence of str, pass classes and passes, optional
-        Passes beside pwopt's own, as for `optimize`.
+        Passes in addition to pwopt's own, as for `optimize`.
     progress : callable, optional
         Called with (stage, fraction done).
 
     Returns
     -------
-    Profile
-        `Profile.save` writes it for `optimize(…, target_profile=…)`.
+    TuningDatabase
+        `TuningDatabase.save` writes it for `Measuring(target_profile=…)`.
 
     Raises
     ------

@@ -1,8 +1,8 @@
-"""Measured selection: which of the rewrites that only a clock can judge are kept.
+"""Decide by races which measured rewrites to keep.
 
-Sites that look alike (`Rewrite.signature`) form a group, which is decided as one. Groups are raced one after
-another in the whole model, on top of those already kept, since timing isolated operators misleads: a change of
-layout around them may cost more than they save.
+Rewrites with the same signature (`Rewrite.signature`) form a group, and one decision holds for the whole group. Each
+group is raced in the whole model, together with the groups that are already kept. Timing an operator alone would
+mislead: a change of layout around it may cost more than it saves.
 """
 
 from __future__ import annotations
@@ -21,28 +21,28 @@ from pwopt.running.timing import CONFIDENCE, HOPELESS, HOPELESS_PAIRS, NO_EVIDEN
 
 LOG = logging.getLogger(__name__)
 
-#: Seconds for one group at most.
+#: The time limit in seconds for the race of one group.
 LONGEST_RACE = 6.0
-#: The part of the time that may go into looking before races, and the confidence of what is seen: a race confirms it.
+#: The share of the time that profiles may take before the races, and the confidence of an estimate. A race confirms it.
 ESTIMATING_SHARE, ESTIMATE_CONFIDENCE = 0.5, 0.9
-#: A speed-up that profiles must allow for to be raced: sessions of one model differ by more than races tell below it.
+#: A group is raced if its profile allows at least this speed-up. Smaller ones vanish in the difference of two sessions.
 SMALLEST_RACED = 1.01
-#: A speed-up that is worth a race to its end.
+#: A race ends early if the speed-up is surely below this one.
 WORTH = 1.005
-#: Below this part of the time for themselves, models raced on a busy machine.
+#: The machine was busy if the models had the processor for less than this share of the time.
 BUSY = 0.8
 
 
 @dataclass(frozen=True)
 class Group:
-    """Measured rewrites that look alike.
+    """Measured rewrites with the same signature.
 
     Attributes
     ----------
     pass_name, signature : str
     sites : tuple of Site
     macs : int
-        Multiply-adds that they touch.
+        Multiply-adds of the operators that they replace.
     """
 
     pass_name: str
@@ -53,19 +53,21 @@ class Group:
 
 @dataclass(frozen=True)
 class Decision:
-    """What races, earlier ones perhaps, said of a group."""
+    """The decision on a group, with the evidence for it."""
 
     group: Group
     evidence: Evidence = NO_EVIDENCE
+    #: Whether an earlier run decided.
     remembered: bool = False
-    #: Whether it is profiles that the evidence is from; what the race of all that pay by them said, if it did confirm.
+    #: Whether the evidence is a profile-guided estimate.
     estimated: bool = False
+    #: The race that confirmed the estimates of several groups together; None if none did.
     confirmed: Evidence | None = None
-    #: Why there was no race, as a clause ("the model with it cannot be used, since …"); else "".
+    #: Why there was no race, as a clause; else "".
     not_raced: str = ""
-    #: Why the model with the group cannot be used at all, as a clause; else "".
+    #: Why the model with the group cannot be used, as a clause; else "".
     fault: str = ""
-    #: Which part of the time the models of the last race had for themselves.
+    #: The share of the time that the models of the last race had the processor for themselves.
     own: float = 1.0
 
     @property
@@ -88,11 +90,11 @@ class Decision:
 
     @property
     def clear(self) -> bool:
-        """Whether more races would not change it: it pays, or it does not, or hardly."""
+        """Whether more races would not change the decision."""
         return not self.raced or self.estimated or is_clear(self.evidence)
 
     def reason(self) -> str:
-        """The group, and what decided."""
+        """Describe the group and the evidence."""
         if self.not_raced:
             return f"{self.group.signature}: {self.not_raced}"
         if self.fault:
@@ -107,32 +109,32 @@ class Decision:
         return f"{self.group.signature}: measured {figures}{doubt} in the whole model{when}"
 
     def explain(self) -> str:
-        """What became of the group, and why."""
+        """Say whether the group is kept, and why."""
         return f"{'kept' if self.kept else 'dropped'} {self.group.pass_name}: {self.reason()}"
 
     def skips(self) -> list[Skip]:
-        """A record for each site, if the group was dropped."""
+        """Return a record for each site if the group was dropped."""
         return [] if self.kept else [Skip(self.reason(), site) for site in self.group.sites]
 
 
 def is_clear(evidence: Evidence) -> bool:
-    """Whether races have decided: faster or slower beyond doubt, or hardly worth having."""
+    """Whether races have decided: the group is surely faster, surely slower, or hopeless."""
     low, high = evidence.interval(CONFIDENCE)
     return low > 1.0 or high < 1.0 or is_hopeless(evidence)
 
 
 def is_hopeless(evidence: Evidence) -> bool:
-    """Whether there is hardly anything to gain."""
+    """Whether the gain is surely below `WORTH`."""
     return evidence.pairs >= HOPELESS_PAIRS and evidence.interval(HOPELESS)[1] < WORTH
 
 
 def group_rewrites(rewrites: Iterable[Rewrite]) -> list[Group]:
-    """Measured rewrites by signature: those of one pass together, the largest first.
+    """Group measured rewrites by pass and by the part of the signature before the colon, as in "gates: 72 at 28×28".
 
-    The pass that saves most multiply-adds comes first, since time may run out before the last; others come in their own
-    order. Of passes that save the same the last comes first: where two act on one place, the first one does, and should
-    be raced against the other. Of a signature like "gates: 72 at 28×28", the part before the colon says what belongs
-    together.
+    The pass that saves most multiply-adds comes first, because time may run out before the last one. Among passes that
+    save the same number, later passes come first: if two passes can act on one place, the earlier one does, and it must
+    be raced on top of the other. Passes that save nothing keep their order. Within a pass, the largest group comes
+    first.
     """
     found: dict[tuple[str, str], list[Rewrite]] = {}
     for r in rewrites:
@@ -150,7 +152,7 @@ def group_rewrites(rewrites: Iterable[Rewrite]) -> list[Group]:
 
 
 def _join_signatures(rewrites: Sequence[Rewrite]) -> str:
-    """The signature of a group: what its members have in common, and how often they differ in what."""
+    """Join signatures into that of a group: the common part, then each distinct detail with its count."""
     kind, _, details = rewrites[0].signature.partition(": ")
     counted = Counter(r.signature.partition(": ")[2] for r in rewrites)
     listed = ", ".join(f"{n} × {detail}" if n > 1 else detail for detail, n in sorted(counted.items()))
@@ -158,9 +160,16 @@ def _join_signatures(rewrites: Sequence[Rewrite]) -> str:
 
 
 class Estimate(NamedTuple):
-    """What profiles say of a group: speed-ups of the whole model, by its own operators and at best.
+    """Profile-guided estimate of the speed-up of the whole model by one group.
 
-    On a busy machine they rule out, and promise nothing (`sure`).
+    Attributes
+    ----------
+    own : Evidence
+        The speed-up by the group's own operators.
+    best : Evidence
+        The largest speed-up that the profiles allow.
+    sure : bool
+        False if the machine was busy. Then the estimate can drop a group, but not keep it.
     """
 
     own: Evidence
@@ -169,41 +178,41 @@ class Estimate(NamedTuple):
 
 
 class CandidateEvaluator(Protocol):
-    """What decides on groups: builds models, says whether they can be used, races them, and remembers."""
+    """Builds the models with and without a group, checks, profiles and races them, and recalls earlier decisions."""
 
     def build(self, sites: frozenset[Site]) -> Path:
-        """Write the model in which the measured rewrites of just these sites were made; models alike may be one."""
+        """Write the model with measured rewrites at exactly these sites. Equal models may share a file."""
 
     def fault(self, model: Path) -> str:
-        """Why a model cannot be raced, else ""."""
+        """Return why a model cannot be raced, or ""."""
 
     def race(self, a: Path, b: Path, seconds: float, known: Evidence) -> Race | str:
-        """Race two models for at most so many seconds, on top of what is known; or why one of them fails now."""
+        """Race two models within a time limit, in addition to known evidence; return a reason if one of them fails."""
 
     def recall(self, group: Group) -> Decision | None:
-        """Return what is known of a group already, decided or not."""
+        """Return what is already known about a group, even if it is not clear."""
 
     def estimate(self, kept: Sequence[Group], groups: Sequence[Group]) -> Mapping[Group, Estimate]:
-        """What profiles say of groups on top of those that are kept; nothing of those that they cannot tell."""
+        """Estimate groups in addition to the kept ones; groups that profiles cannot separate are missing."""
 
 
 def race_groups(
     candidates: Sequence[Group], evaluator: CandidateEvaluator, budget: float, progress: Progress = ignore_progress
 ) -> list[Decision]:
-    """Race each group on top of those kept so far, unless it was decided before.
+    """Race each group in addition to the groups kept so far, unless an earlier run decided.
 
-    Groups depend on each other: those that were in doubt before others were kept are raced again, on top of these, and
-    at last those that were kept are raced again on top of all others, and dropped if they no longer pay.
+    Groups depend on each other. After the first races, groups in doubt are raced again if a later group was kept.
+    Finally, each kept group is raced again in addition to all other kept groups, and dropped if it no longer pays.
 
     Parameters
     ----------
     candidates : sequence of Group
-        In the order in which they are raced.
+        In the order of the races.
     evaluator : CandidateEvaluator
     budget : float
-        Seconds for everything; groups that it leaves no time for are not decided.
+        Seconds for all races and profiles. Groups for which no time is left are not decided.
     progress : callable, optional
-        Called with what is raced, and the fraction of groups done.
+        Called with (stage, fraction of the time that is spent).
 
     Returns
     -------
@@ -217,12 +226,12 @@ def race_groups(
             LOG.info("%s", earlier.explain())
     waiting = [g for g in candidates if g not in contest.decided or not contest.decided[g].clear]
     promising = contest.estimate([g for g in waiting if g not in contest.decided])
-    if len(promising) > 1:  # one is raced by itself anyway
+    if len(promising) > 1:  # a single group is raced below
         contest.confirm(promising)
     waiting = [g for g in waiting if g not in contest.decided or not contest.decided[g].clear]
-    waiting.sort(key=lambda g: g not in promising)  # otherwise as they came
+    waiting.sort(key=lambda g: g not in promising)  # the sort is stable
     for done, group in enumerate(waiting):
-        contest.decide(group, 2 * (len(waiting) - done))  # as much again for what follows
+        contest.decide(group, 2 * (len(waiting) - done))  # half of the time is for the races below
     decided, kept = contest.decided, contest.kept()
     last = candidates.index(kept[-1]) if kept else 0
     again = [g for g in candidates[:last] if g in decided and not decided[g].clear and not decided[g].remembered]
@@ -235,7 +244,7 @@ def race_groups(
 
 
 class _Contest:
-    """Races of groups of rewrites, and what they have decided so far."""
+    """Races groups, and holds the decisions so far."""
 
     def __init__(
         self, candidates: Sequence[Group], evaluator: CandidateEvaluator, budget: float, progress: Progress
@@ -255,7 +264,10 @@ class _Contest:
         return self._files[sites]
 
     def estimate(self, groups: Sequence[Group]) -> dict[Group, Evidence]:
-        """What pays by profiles, the best first; what does not is decided, and what they do not tell is neither."""
+        """Return the groups that pay according to profiles, the best first.
+
+        Groups that surely gain nothing are dropped. Other groups stay undecided.
+        """
         seen: dict[Group, Estimate] = {}
         for name in dict.fromkeys(g.pass_name for g in groups):
             if time.perf_counter() > self._deadline - (1 - ESTIMATING_SHARE) * self._budget:
@@ -274,7 +286,7 @@ class _Contest:
         return dict(sorted(paying.items(), key=lambda found: -found[1].speedup))
 
     def confirm(self, groups: Mapping[Group, Evidence]) -> None:
-        """Race all groups that pay by profiles at once; if they do together, all are kept."""
+        """Race all groups that pay according to profiles together; keep all if they are faster together."""
         left = self._deadline - time.perf_counter()
         if left <= 0:
             return
@@ -290,9 +302,9 @@ class _Contest:
         LOG.info("kept %s: %.3f× together", ", ".join(g.signature for g in groups), confirmed.speedup)
 
     def decide(self, group: Group, races: int, *, anew: bool = False) -> None:
-        """Race a group on top of the others that are kept, with its share of the time that is left.
+        """Race a group in addition to the other kept groups, with its share of the time that is left.
 
-        What earlier races said of it counts too, unless they were on top of others (`anew`).
+        Earlier evidence counts too, unless `anew` says that other groups were kept then.
         """
         left = self._deadline - time.perf_counter()
         if left <= 0:

@@ -1,4 +1,4 @@
-"""Rewrite one model again and again, each time with other sites allowed or denied."""
+"""Rewrite one model repeatedly, each time with other sites allowed or denied."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ class Compilation:
     Attributes
     ----------
     target : Model
-        The model that passes rewrite, in the opset and with the fixed inputs that were asked for.
+        The model that passes rewrite, in the requested opset and with the requested fixed inputs.
     source : Model
         The original.
     passes : tuple of Pass
-        Never run themselves: each run copies them.
+        Each run copies them.
     denied : collection of Site
     sizes : mapping of input name to sizes
     folder : Path
@@ -136,7 +136,7 @@ class Compilation:
         return [p.name for p in self.passes if p.name not in fit and "cpu" in p.pays_on]
 
     def digest(self) -> str:
-        """Equal for models of the same operators, attributes and sizes, whatever their large weights are."""
+        """Return a digest of the operators, attributes and sizes of the model, without its large weights."""
         return digest(make_skeleton(self.target.proto, self.sizes))
 
     def find_opportunities(self) -> tuple[list[Rewrite], list[Skip]]:

@@ -1,4 +1,4 @@
-"""`pwopt.inspect`: list every linear map of a model, what would be done with it, and why not more."""
+"""`pwopt.inspect`: list every linear map of a model, its rewrites, and the reasons against other rewrites."""
 
 from __future__ import annotations
 
@@ -28,21 +28,21 @@ class MapInfo:
     Attributes
     ----------
     tensor : str
-        Its output, which names it.
+        Its output, which identifies it.
     op : str
     channels : str
-        "in→out", with "/g" groups where there are some.
+        "in→out", followed by "/g" for g groups.
     kernel : tuple of int
     space : tuple of int or None
         Spatial size of the output at the representative input sizes.
     macs : int or None
     single_tap : bool
-        Whether its kernel has one tap: a pointwise map, maybe strided.
+        Whether its kernel has one tap. Such a map is pointwise, possibly with a stride.
     chain : int or None
-        Number of the chain of directly connected maps it belongs to, once scales and shifts are folded;
-        None if no other map feeds or reads it directly.
+        Number of its chain of maps that are directly connected once scales and shifts are folded. None if it is
+        connected to no other map.
     decisions : tuple of str
-        What would be done, and why not more.
+        The rewrites that apply, and the reasons against others.
     """
 
     tensor: str
@@ -60,7 +60,7 @@ class Inspection(Listing[MapInfo]):
     """The linear maps of a model."""
 
     def pointwise(self) -> Inspection:
-        """Those whose kernel has one tap."""
+        """Select the maps whose kernel has one tap."""
         return Inspection(tuple(m for m in self.maps if m.single_tap), self.shapes)
 
 
@@ -70,22 +70,22 @@ def inspect(
     shapes: Mapping[str, Sequence[int]] | None = None,
     plugins: Sequence[str | type[Pass] | Pass] = (),
 ) -> Inspection:
-    """Look at every linear map of a model without changing it.
+    """List every linear map of a model without changing it.
 
-    Needs no onnxruntime; where there is one, it finds sizes that the model runs on.
+    onnxruntime is not needed. If it is installed, it is used to find sizes on which the model runs.
 
     Parameters
     ----------
     model : path, bytes, onnx.ModelProto, torch.onnx.ONNXProgram, onnx_ir.Model or Model
     shapes : mapping of input name to sizes, optional
-        For dynamic inputs; likely sizes otherwise.
+        Sizes of dynamic inputs. By default, likely sizes are used.
     plugins : sequence of str, pass classes and passes, optional
-        Passes beside pwopt's own, as for `optimize`.
+        Passes in addition to pwopt's own, as for `optimize`.
 
     Returns
     -------
     Inspection
-        Iterates over its maps.
+        Iterable over its maps.
 
     Raises
     ------
@@ -140,7 +140,7 @@ def _describe(view: View, reading: forms.Reading, result: RewriteResult, chain: 
 
 
 def _follow(tensor: str, result: RewriteResult) -> tuple[str, list[str]]:
-    """Follow a map's output through the rewrites: the tensor it became, and what was done on the way."""
+    """Follow a map's output through the rewrites; return the last tensor and the reasons of the rewrites."""
     decisions: list[str] = []
     for r in result.rewrites:
         became = dict(r.became).get(tensor)
@@ -152,7 +152,7 @@ def _follow(tensor: str, result: RewriteResult) -> tuple[str, list[str]]:
 
 
 def _chains(view: View) -> dict[str, int]:
-    """Chain number of every map that reads another map's output directly, or is read so."""
+    """Number the chains, and map the output of each map in a chain to the number."""
     number: dict[str, int] = {}
     count = 0
     for node in view.nodes():

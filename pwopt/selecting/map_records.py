@@ -1,4 +1,4 @@
-"""What `inspect` and `properties` have in common: a model at some sizes, and one record for each of its maps."""
+"""Common parts of `inspect` and `properties`: a model at representative sizes, and one record for each map."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Listing(Generic[T]):
-    """Maps of a model in the file's order, and the input sizes that their figures are for."""
+    """Records of the maps of a model in the file's order, and the input sizes of their figures."""
 
     maps: tuple[T, ...]
     shapes: Sizes
@@ -29,7 +29,7 @@ class Listing(Generic[T]):
 
 
 def load_sized(model: Source, shapes: Mapping[str, Sequence[int]] | None) -> tuple[Model, Sizes]:
-    """A model, and given or likely sizes of its inputs, by what the model says: nothing is run.
+    """Load a model, and choose sizes of its inputs without running it.
 
     Raises
     ------

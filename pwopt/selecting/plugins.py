@@ -1,4 +1,4 @@
-"""Passes from elsewhere: classes that Python hands over, `module:Class` beside a model, and installed packages."""
+"""Find and check passes from outside pwopt: classes, `module:Class`, and entry points of installed packages."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from pwopt.rewriting.driver import CONTRACT, PHASES, POLICIES, Pass
 
 #: The entry point group under which packages offer passes; each entry point is a class.
 GROUP = "pwopt.passes"
-#: What a pass may be called: sites begin with it, and so do the options that take sites.
+#: The form of a pass name. Sites begin with it, also on the command line.
 NAME = re.compile(r"[a-z][a-z0-9]*(-[a-z0-9]+)*")
 
 
 @functools.cache
 def find_installed() -> dict[type[Pass], str]:
-    """Passes that installed packages offer, in the order of their entry points' names, each with where it comes from.
+    """Find the passes of installed packages, in the order of their entry points' names, each with its package.
 
     Raises
     ------
     UsageError
-        If one cannot be imported, or breaks the contract.
+        If a pass cannot be imported or breaks the contract.
     """
     found: dict[type[Pass], str] = {}
     for point in sorted(entry_points(group=GROUP), key=lambda e: (e.name, e.value)):
@@ -43,25 +43,25 @@ def find_installed() -> dict[type[Pass], str]:
 
 
 def import_plugins(given: Sequence[str | type[Pass] | Pass], path: Path | None) -> list[type[Pass] | Pass]:
-    """Plugins with a class for each name; their files lie beside the model, or here.
+    """Import the plugins that are given by name. Files are searched beside the model, then in the current folder.
 
     Raises
     ------
     UsageError
-        If one cannot be imported, or breaks the contract.
+        If a pass cannot be imported or breaks the contract.
     """
     folders = [Path.cwd()] if path is None else [path.parent, Path.cwd()]
     return [import_pass(p, folders) if isinstance(p, str) else p for p in given]
 
 
 def import_pass(text: str, folders: Sequence[Path] = ()) -> type[Pass]:
-    """The pass that `module:Class` or `path/to/module.py:Class` names.
+    """Import the pass that `module:Class` or `path/to/module.py:Class` names.
 
     Parameters
     ----------
     text : str
     folders : sequence of Path
-        Where a file `module.py` is looked for before installed modules are.
+        Folders that are searched for a file `module.py`, before the installed modules.
 
     Raises
     ------
@@ -85,7 +85,7 @@ def import_pass(text: str, folders: Sequence[Path] = ()) -> type[Pass]:
 
 
 def _load_file(file: Path) -> object:
-    """A module from its file, once: a pass is the same class however often it is named."""
+    """Import a module from its file once, so that a pass that is named twice is one class."""
     name = f"{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}"
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
@@ -101,15 +101,15 @@ def _load_file(file: Path) -> object:
 
 
 def check_contract(offered: object, where: str) -> type[Pass]:
-    """A class that keeps the contract of passes.
+    """Check that an object is a class that keeps the contract of passes, and return it.
 
     Raises
     ------
     UsageError
-        If it does not.
+        If it breaks the contract.
     """
     if not (isinstance(offered, type) and issubclass(offered, Pass)):
-        raise UsageError(f"the pass {where} is no subclass of pwopt.rewriting.Pass")
+        raise UsageError(f"the pass {where} is not a subclass of pwopt.rewriting.Pass")
     if offered.contract != CONTRACT:
         kept = f"this pwopt keeps contract {CONTRACT}"
         raise UsageError(f"the pass {where} is written for contract {offered.contract}, and {kept}; install one for it")
@@ -126,7 +126,7 @@ def check_contract(offered: object, where: str) -> type[Pass]:
 
 
 def construct(kind: type[Pass]) -> Pass:
-    """Make a pass without arguments.
+    """Create a pass without arguments.
 
     Raises
     ------
@@ -142,14 +142,14 @@ def construct(kind: type[Pass]) -> Pass:
 
 
 def describe_origin(p: Pass) -> str:
-    """Where a pass comes from: pwopt, an installed package, or a module."""
+    """Name the origin of a pass: pwopt, an installed package, or a module."""
     return "pwopt" if p.builtin else find_installed().get(type(p), type(p).__module__)
 
 
 def fingerprint(p: Pass) -> str:
-    """What a pass from elsewhere is known by: its source and its settings; "" for a pass of pwopt.
+    """Return a digest of the source and the settings of a pass from outside pwopt; "" for a pass of pwopt.
 
-    Decisions of races are kept with it, since one on an earlier version of a pass says nothing of this one.
+    Tuning records contain it, because a decision on another version of a pass does not count.
     """
     if p.builtin:
         return ""

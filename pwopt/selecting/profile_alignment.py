@@ -1,4 +1,4 @@
-"""Which operators of two models belong together, and what each took under the profiler."""
+"""Align the operators of two models, and attribute the times of a profile to them."""
 
 from __future__ import annotations
 
@@ -16,21 +16,20 @@ from pwopt.graph.storage import find_locations
 from pwopt.rewriting.records import Rewrite
 from pwopt.running.session import NodeTime
 
-#: What a node is called while it is timed, so that onnxruntime's names of what it fuses tell where it came from.
+#: The name of a node in a profile. onnxruntime's names of fused operators contain it.
 MARK = re.compile(r"@(\d+)@")
-#: Operators that nothing before them is fused into.
-#: What onnxruntime calls an operator in its blocked layout: the tensor that it makes, and this.
+#: onnxruntime names an operator in its blocked layout after its output, with this suffix.
 BLOCKED = "_nchwc"
 
 
 def save_marked(proto: onnx.ModelProto, path: Path) -> Path | None:
-    """A copy of a model whose nodes can be told apart in a profile; None for one with external data.
+    """Write a copy of a model with numbered nodes, so that a profile identifies them; None with external data.
 
     Parameters
     ----------
     proto : onnx.ModelProto
     path : Path
-        Where the copy goes.
+        The file of the copy.
     """
     if find_locations(proto):
         return None
@@ -44,7 +43,10 @@ def save_marked(proto: onnx.ModelProto, path: Path) -> Path | None:
 
 
 def assign_to_nodes(proto: onnx.ModelProto, profile: Iterable[NodeTime]) -> list[tuple[int | None, float]]:
-    """Node and milliseconds, in the order in which operators of a marked copy ran; None for what belongs to none."""
+    """Return (node, milliseconds) in the order of execution, from the profile of a marked copy.
+
+    The node is None for an operator that onnxruntime added.
+    """
     made = {name: i for i, node in enumerate(proto.graph.node) for name in node.output if name}
     found = []
     for timed in profile:
@@ -54,7 +56,7 @@ def assign_to_nodes(proto: onnx.ModelProto, profile: Iterable[NodeTime]) -> list
 
 
 def sum_by_node(proto: onnx.ModelProto, profile: Iterable[NodeTime]) -> tuple[dict[int, float], float]:
-    """Milliseconds by node, from the profile of a marked copy, and of what belongs to none: changes of layout."""
+    """Sum the milliseconds by node, from the profile of a marked copy, and those of changes of layout."""
     times: defaultdict[int | None, float] = defaultdict(float)
     for i, spent in assign_to_nodes(proto, profile):
         times[i] += spent
@@ -63,10 +65,11 @@ def sum_by_node(proto: onnx.ModelProto, profile: Iterable[NodeTime]) -> tuple[di
 
 
 def find_kernels(proto: onnx.ModelProto, times: Mapping[int, float]) -> list[int]:
-    """For each node the one as which it ran: itself if it was timed, or what onnxruntime fused it into.
+    """Find for each node the node under whose name it ran: itself if it was timed, else the one it was fused into.
 
-    That is what reads it, such as the normalisation that a convolution folds into; where that begins a kernel of its
-    own, or there are several, it is what makes its input, such as the convolution that an activation ends.
+    A node without a time is fused into its reader, as a convolution into a normalisation. If it has several readers, or
+    the reader starts a kernel of its own, it is fused into the producer of its input, as an activation into a
+    convolution.
     """
     nodes = proto.graph.node
     readers: dict[str, list[int]] = {}
@@ -95,10 +98,10 @@ def align(
     rewrites: Sequence[Rewrite],
     times: tuple[Mapping[int, float], Mapping[int, float]],
 ) -> list[tuple[list[int], list[int]]]:
-    """Numbers of operators of both models that belong together: every one of either model once.
+    """Divide the operators of both models into classes, and return the numbers of the nodes of each class.
 
-    Operators belong together if onnxruntime ran them as one (those that have no time of their own), or if one stands
-    for the other (`Rewrite.became`), directly or through others.
+    Two operators are in one class if onnxruntime fused them, or if one replaces the other (`Rewrite.became`). Both
+    relations are transitive.
     """
     joined, first = Unions[int](), len(before.graph.node)  # the result's operators are numbered after the original's
     for start, proto, spent in ((0, before, times[0]), (first, after, times[1])):
@@ -115,7 +118,7 @@ def align(
 def _join_replacements(
     before: onnx.ModelProto, after: onnx.ModelProto, rewrites: Sequence[Rewrite], joined: Unions[int]
 ) -> None:
-    """Join operators of the original with those that stand for them, and new ones that stand for none with a reader."""
+    """Join each operator with its replacement, and each new operator that replaces none with its first reader."""
     first = len(before.graph.node)
     became = _find_replacements(rewrites)
     made = {name: j for j, node in enumerate(after.graph.node) for name in node.output if name}
@@ -134,7 +137,7 @@ def _join_replacements(
 
 
 def _find_replacements(rewrites: Sequence[Rewrite]) -> dict[str, str]:
-    """Tensor → the one that stood for it after the first rewrite that took it away."""
+    """Map each tensor to the one that replaced it in the first rewrite that removed it."""
     found: dict[str, str] = {}
     for r in rewrites:
         for old, new in r.became:
@@ -144,7 +147,7 @@ def _find_replacements(rewrites: Sequence[Rewrite]) -> dict[str, str]:
 
 
 def _follow(name: str, became: Mapping[str, str]) -> str:
-    """What stands for a tensor in the end."""
+    """Follow the replacements of a tensor to the last one."""
     seen = {name}
     while name in became and became[name] not in seen:
         name = became[name]

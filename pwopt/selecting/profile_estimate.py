@@ -1,8 +1,8 @@
-"""A look before races: what each group of rewrites changes, from a few profiled runs without any and with all.
+"""Profile-guided estimates: the gain of each group of rewrites, from profiled runs without any group and with all.
 
-An operator's time is a small part of a run's, and so is its noise: profiles tell gains apart that races do not. Yet
-only the whole model tells what a change of layout costs: what the parts leave of the whole is held in favour of each,
-and nothing is kept that a race did not confirm.
+The time of one operator is a small part of a run, and so is its noise. So profiles separate gains that races cannot.
+But only the whole model shows the cost of a change of layout. Therefore each group is also credited with the gain that
+belongs to no group, and a group is kept only if a race confirms it.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from pwopt.running.timing import Evidence
 from pwopt.selecting.autotuning import Estimate, Group
 from pwopt.selecting.profile_alignment import align, assign_to_nodes
 
-#: Two sessions of one model differ by this part of a run, as its memory happens to lie.
+#: Two sessions of one model differ by this share of a run, because their memory is placed differently.
 SESSIONS = 0.015
-#: The part of a run that operators of no group must take to tell slow runs by.
+#: The pace of a run is estimated if the operators of no group take at least this share of it.
 CONTROL = 0.2
 
-#: What one run under the profiler took, operator by operator, in the order in which they ran.
+#: The times of all operators in one profiled run, in the order of execution.
 Run = Iterable[NodeTime]
 
 
@@ -37,26 +37,26 @@ def estimate(
     groups: Sequence[Group],
     runs: tuple[Sequence[Run], Sequence[Run]],
 ) -> dict[Group, Estimate]:
-    """What profiled runs of two models, the second with all of some groups, say of each group by itself.
+    """Estimate the gain of each group from profiled runs of two models, the second of which has all groups.
 
-    A change of layout counts for the group of the operator before or after it. The differences of the groups' operators
-    should add up to the difference of the totals; what operators of no group gained may be due to any of the groups.
+    A change of layout counts for the group of the operator after it, or else before it. Any group may have caused the
+    gain of operators that belong to no group.
 
     Parameters
     ----------
     before, after : onnx.ModelProto
-        As they were profiled.
+        The profiled models.
     rewrites : sequence of Rewrite
-        That made the second.
+        The rewrites that created the second model.
     groups : sequence of Group
     runs : (sequence, sequence)
-        Of both models, side by side.
+        Runs of both models, which alternated.
 
     Returns
     -------
     dict
-        Group → what is known of it. Groups are left out of which not all rewrites were made, or whose operators are
-        others' too.
+        Group → estimate. A group is missing if not all of its rewrites were made, or if it shares operators with
+        another group.
     """
     seen = [[assign_to_nodes(proto, run) for run in each] for proto, each in zip((before, after), runs, strict=True)]
     owners = _find_owners(groups, rewrites)
@@ -78,7 +78,7 @@ def estimate(
     gains: dict[Group, Array] = {g: _times(spent[0], g) / scales[0] - _times(spent[1], g) / scales[1] for g in groups}
     credit = _estimate_credit(spent, whole)
     found = {g: (_speedup(whole, gain), _speedup(whole, gain + credit)) for g, gain in gains.items() if g not in vague}
-    if len(found) == 1 and len(groups) == 1:  # whatever changed is due to it
+    if len(found) == 1 and len(groups) == 1:  # it caused every change
         (group, (own, best)), total = next(iter(found.items())), Evidence.from_logs(np.log(totals[0] / totals[1]))
         return {group: Estimate(own, max(best, total, key=lambda e: e.speedup))}
     return {g: Estimate(*evidence) for g, evidence in found.items()}
@@ -93,7 +93,7 @@ def _times(runs: Sequence[Mapping[Group | None, float]], group: Group | None) ->
 
 
 def _estimate_credit(spent: Sequence[Sequence[Mapping[Group | None, float]]], whole: float) -> float:
-    """Milliseconds that operators of no group gained, beyond what can be told: layouts that changed elsewhere."""
+    """Estimate the milliseconds that operators of no group surely gained, because layouts changed around them."""
     apart = _times(spent[0], None) - _times(spent[1], None)
     middle = float(np.median(apart))
     error = 1.2533 * 1.4826 * float(np.median(np.abs(apart - middle))) / math.sqrt(len(apart))  # of a median
@@ -101,9 +101,10 @@ def _estimate_credit(spent: Sequence[Sequence[Mapping[Group | None, float]]], wh
 
 
 def _estimate_pace(spent: Sequence[Sequence[Mapping[Group | None, float]]], totals: Array) -> Array:
-    """How slow the machine was in each run of a model, by operators of no group.
+    """Estimate how slow the machine was in each run, from the operators of no group.
 
-    Beside other runs of the same model: in the other, these may run in another layout.
+    Runs are compared with other runs of the same model, because these operators may have another layout in the other
+    model.
     """
     same = np.array([_times(runs, None) for runs in spent])
     if np.min(same) < CONTROL * np.min(totals):
@@ -112,7 +113,7 @@ def _estimate_pace(spent: Sequence[Sequence[Mapping[Group | None, float]]], tota
 
 
 def _find_owners(groups: Sequence[Group], rewrites: Sequence[Rewrite]) -> dict[str, set[Group]]:
-    """Tensor of the first model → the groups whose rewrites took it over."""
+    """Map each tensor of the first model to the groups that rewrote it."""
     of = {site: g for g in groups for site in g.sites}
     owners: defaultdict[str, set[Group]] = defaultdict(set)
     for r in rewrites:
@@ -123,7 +124,7 @@ def _find_owners(groups: Sequence[Group], rewrites: Sequence[Rewrite]) -> dict[s
 
 
 def _sum_by_group(run: Sequence[tuple[int | None, float]], of: dict[int, Group]) -> dict[Group | None, float]:
-    """Milliseconds of a run by group, those of None apart; what is between two operators is that of a group's."""
+    """Sum the milliseconds of a run by group; None is no group. A change of layout counts for a neighbour's group."""
     owner = [None if i is None else of.get(i) for i, _ in run]
     total: defaultdict[Group | None, float] = defaultdict(float)
     for k, (i, spent) in enumerate(run):

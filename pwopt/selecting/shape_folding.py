@@ -1,4 +1,4 @@
-"""Fold shape arithmetic and infer shapes in turn, until neither finds anything new."""
+"""Alternate folding of shape arithmetic and shape inference until neither finds anything new."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ def fold_shapes(
     passes: Sequence[type[Pass]] = SHAPE_PASSES,
     sizes: dict[str, tuple[int, ...]] | None = None,
 ) -> tuple[Rewrite, ...]:
-    """Fold constants and infer shapes in turn, while shapes are unknown and either finds something new.
+    """Alternate constant folding and shape inference while shapes are unknown and either finds something new.
 
-    A new constant may determine a shape, a shape a constant, and both the condition of an If. Such an If is replaced by
-    the branch that it runs.
+    A new constant may determine a shape, and a new shape may determine a constant. Both may determine the condition of
+    an If, which is then replaced by the branch that it runs.
 
     Parameters
     ----------
@@ -42,7 +42,7 @@ def fold_shapes(
     certifier : callable, optional
     passes : sequence of pass classes
     sizes : dict, optional
-        Receives every shape that becomes known on the way.
+        Receives every shape that becomes known.
     """
     if sizes is not None:
         sizes.update(_select_known_sizes(infer(model.proto)))
@@ -98,7 +98,7 @@ def _inline_branches(model: Model, denied: Collection[Site]) -> list[Rewrite]:
 
 
 def infer_sizes(proto: onnx.ModelProto, sizes: Mapping[str, Sequence[int]]) -> dict[str, tuple[int, ...]]:
-    """The shapes of all tensors for inputs of the given sizes, as far as inference finds them."""
+    """Infer the sizes of all tensors for the given input sizes; tensors of unknown size are missing."""
     return dict(_infer_all_sizes(make_skeleton(proto, sizes)))
 
 

@@ -1,4 +1,4 @@
-"""Decisions of earlier races, on disk: one small file each, so that processes cannot get in each other's way."""
+"""Cache of tuning records on disk. Each record is a file of its own, so that processes need no lock."""
 
 from __future__ import annotations
 
@@ -22,30 +22,30 @@ from pwopt.running.providers import Provider
 from pwopt.running.timing import CONFIDENCE, Evidence
 from pwopt.selecting.autotuning import is_clear
 
-#: Where decisions are kept instead of the user's cache folder, if set.
+#: The environment variable that names another folder than the user's cache folder.
 FOLDER_VARIABLE = "PWOPT_CACHE"
-#: The most pairs of sessions, and the largest logarithm of a speed-up, that a record is believed.
+#: The largest plausible number of pairs of sessions, and the largest plausible logarithm of a speed-up.
 MAX_RECORDED_PAIRS, MAX_LOG = 1e9, 20.0
 
 
 @dataclass(frozen=True)
 class TuningRecord:
-    """What a race on this machine said of one kind of rewrite.
+    """The result of races of one kind of rewrite on this machine.
 
     Attributes
     ----------
     pass_name, signature : str
         The kind of rewrite.
     place : str
-        Provider, onnxruntime version, processor with its features, and threads; a decision holds there only.
+        Provider, onnxruntime version, processor with its features, and threads. A decision holds there only.
     pairs, total, squares : float
-        What the races said, in sums that later ones add to (`pwopt.running.timing.Evidence`).
+        The measurements as sums, to which later races add (`pwopt.running.timing.Evidence`).
     model : str
-        A digest of the model that was raced; "" for a decision that holds for others too.
+        A digest of the raced model; "" for a decision that also holds for other models.
     name, date : str
-        The file that was raced, and when (ISO 8601, UTC); "" where nobody said.
+        The raced file, and the time of the race (ISO 8601, UTC); "" if unknown.
     profiled : str
-        "kept" or "dropped" if profiles of its operators decided, and no race of its own; else "".
+        "kept" or "dropped" if a profile-guided estimate decided; "" if a race of its own did.
     """
 
     pass_name: str
@@ -61,7 +61,7 @@ class TuningRecord:
 
     @property
     def plausible(self) -> bool:
-        """Whether races can have given these figures; a damaged file may hold any."""
+        """Whether races can produce these figures. A damaged file may contain any."""
         numbers = self.pairs, self.total, self.squares
         if not all(map(math.isfinite, numbers)) or not 0 <= self.pairs <= MAX_RECORDED_PAIRS:
             return False
@@ -74,21 +74,21 @@ class TuningRecord:
 
     @property
     def speedup(self) -> float:
-        """Of the whole model."""
+        """The speed-up of the whole model."""
         return self.evidence.speedup
 
     @property
     def interval(self) -> tuple[float, float]:
-        """Of the speed-up, at the confidence that decides."""
+        """The interval of the speed-up, at the confidence that decides."""
         return self.evidence.interval(CONFIDENCE)
 
     @property
     def clear(self) -> bool:
-        """Whether the races left no doubt, so that they say something of other models as well."""
+        """Whether races decided clearly. Then the decision also holds for other models."""
         return not self.profiled and is_clear(self.evidence)
 
     def to_dict(self) -> dict[str, Any]:
-        """As a user reads it."""
+        """Return the fields with the derived figures, for listings."""
         low, high = self.interval
         return {**asdict(self), "speedup": self.speedup, "low": low, "high": high, "decision": self.verdict}
 
@@ -103,7 +103,7 @@ def find_folder() -> Path:
 
 
 def describe_place(provider: Provider, threads: int) -> str:
-    """Everything that a time depends on, but the model."""
+    """Describe everything that a time depends on except the model."""
     machine = installation.describe_machine(provider, threads)
     version, card = machine["onnxruntime"], machine["device"]
     sets = hashlib.sha256(read_cpu_features().encode()).hexdigest()[:12]
@@ -112,7 +112,7 @@ def describe_place(provider: Provider, threads: int) -> str:
 
 
 def read_cpu_features() -> str:
-    """The instruction sets of the processor."""
+    """Read the instruction sets of the processor."""
     info = installation.CPUINFO
     lines = info.read_text(encoding="utf-8").splitlines() if info.exists() else []
     return next((line for line in lines if line.startswith(("flags", "Features"))), platform.processor())
@@ -127,9 +127,9 @@ def _find_path(key: tuple[str, str, str, str]) -> Path:
 
 
 def look_up(pass_name: str, signature: str, where: str, model: str = "") -> TuningRecord | None:
-    """The decision on a kind of rewrite in this model, or a clear one in another; None if there is none.
+    """Return the decision on a kind of rewrite in this model, else a clear one in another model, else None.
 
-    A damaged file holds no decision.
+    Damaged files are ignored.
     """
     for asked in dict.fromkeys([(pass_name, signature, where, model), (pass_name, signature, where, "")]):
         entry = _read(_find_path(asked))
@@ -146,7 +146,7 @@ def _read(path: Path) -> TuningRecord | None:
 
 
 def store(entry: TuningRecord) -> None:
-    """Keep a decision, for other models too if it is clear; a cache that cannot be written is no reason to fail."""
+    """Store a decision, for other models too if it is clear. Errors of the file system are ignored."""
     for kept in (entry, replace(entry, model="")) if entry.clear else (entry,):
         path = _find_path(_make_key(kept))
         with contextlib.suppress(OSError):
@@ -156,18 +156,18 @@ def store(entry: TuningRecord) -> None:
 
 
 def read_decisions() -> Iterator[TuningRecord]:
-    """All decisions that can be read, each once."""
+    """Yield all decisions, each once."""
     yield from dict.fromkeys(replace(entry, model="") for entry in read_records())
 
 
 def read_records() -> list[TuningRecord]:
-    """Everything that can be read, as it is: clear decisions for their model and for others."""
+    """Read all records. A clear decision has two: one for its model and one for other models."""
     read = [_read(path) for path in sorted(find_folder().glob("*.json"))]
     return [entry for entry in read if entry is not None]
 
 
 def clear() -> int:
-    """Forget everything; returns how many decisions that were."""
+    """Delete all records, and return the number of decisions."""
     count = len(list(read_decisions()))
     for path in find_folder().glob("*.json"):
         with contextlib.suppress(OSError):

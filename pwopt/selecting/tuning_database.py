@@ -1,4 +1,4 @@
-"""A machine's decisions on measured rewrites, recorded there to be used elsewhere."""
+"""Tuning database: decisions on measured rewrites that one machine records for use on other machines."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ TUNING_SCHEMA = 2
 
 @dataclass(frozen=True)
 class TuningDatabase:
-    """What races on one machine said of every kind of measured rewrite in some models.
+    """The results of races of every kind of measured rewrite in some models on one machine.
 
     Attributes
     ----------
@@ -43,7 +43,7 @@ class TuningDatabase:
         Raises
         ------
         UsageError
-            If the file is not one.
+            If the file is not a profile.
         """
         wrong = f"{str(path)!r} is not a profile that `pwopt profile` wrote"
         try:
@@ -67,7 +67,7 @@ class TuningDatabase:
         return json.dumps(content, indent=1, ensure_ascii=False)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the profile, atomically."""
+        """Write the profile atomically."""
         with replacing(Path(path)) as stream:
             stream.write(self.to_json().encode())
 
@@ -75,8 +75,8 @@ class TuningDatabase:
         return next((e for e in self.entries if (e.pass_name, e.signature) == (pass_name, signature)), None)
 
     def priors(self, kind: str) -> dict[str, Prior]:
-        """None: the profile decides."""
+        """Return no priors, because the profile decides."""
         return {}
 
     def store(self, decision: Decision) -> None:
-        """A profile is not changed by those who use it."""
+        """Do nothing: using a profile does not change it."""

@@ -23,7 +23,7 @@ class TuningRecords(Protocol):
 
     @property
     def doubt_advice(self) -> str:
-        """What to do where races ended in doubt, as a sentence."""
+        """A sentence on what to do about races that ended in doubt."""
 
     def recall(self, pass_name: str, signature: str) -> TuningRecord | None:
         """Return the record on one kind, or None."""
@@ -73,7 +73,7 @@ class CachedTuningRecords:
     marks: Mapping[str, str] = field(default_factory=dict)
     name: str = ""
     undecided_reason: str = NoTuningRecords.undecided_reason
-    doubt_advice: str = "The next run of this model goes on where these races ended."
+    doubt_advice: str = "The next run of this model continues these races."
 
     def _mark(self, pass_name: str) -> str:
         return f"{pass_name} {self.marks.get(pass_name, '')}".strip()

@@ -1,4 +1,4 @@
-"""What the matrix of every pointwise map is: its spectrum, its kind, its channels, and what it costs to run."""
+"""`pwopt.properties`: properties of the matrix of every pointwise map: spectrum, kind, channels and cost."""
 
 from __future__ import annotations
 
@@ -19,45 +19,45 @@ from pwopt.maps.scans import flush_subnormals
 from pwopt.selecting.map_records import Listing, load_sized
 from pwopt.selecting.shape_folding import infer_sizes
 
-#: Blocks of up to so many weights get a spectrum: a singular value decomposition of 2048×2048 takes a few seconds.
+#: The largest number of weights of a block with a spectrum: the decomposition of 2048×2048 weights takes seconds.
 MAX_SPECTRUM_WEIGHTS = 1 << 22
 
 
 @dataclass(frozen=True)
 class MapProperties:
-    """The matrix W (out, in) of a pointwise map; of a grouped one, the block diagonal matrix.
+    """Properties of the matrix W (out, in) of a pointwise map. A grouped map has a block diagonal matrix.
 
     Attributes
     ----------
     tensor : str
-        Its output, which names it.
+        The output of the map, which identifies it.
     op : str
     rows, columns, groups : int
     kind : str
-        permutation, selection (every row one 1, or nothing), diagonal, orthogonal (WᵀW = I to the type's rounding),
-        low rank, or dense.
+        permutation, selection (every row has a single 1, or only zeros), diagonal, orthogonal (WᵀW = I to the type's
+        rounding), low rank, or dense.
     singular_values : tuple of float
-        In descending order, min(rows, columns) of them; empty where W is too large for a decomposition.
+        min(rows, columns) values in descending order; empty if W is too large for a decomposition.
     rank : int or None
-        Singular values above max(rows, columns) · ε · the largest, with the ε of the model's type (as
-        `numpy.linalg.matrix_rank`).
+        Number of singular values above max(rows, columns) · ε · the largest one, where ε is that of the model's type
+        (as in `numpy.linalg.matrix_rank`).
     effective_rank : float or None
         exp of the entropy of the singular values divided by their sum (Roy and Vetterli, "The effective rank: a measure
         of effective dimensionality", 2007).
     condition : float or None
-        The largest singular value over the smallest; infinite where that is zero.
+        The largest singular value divided by the smallest; infinite if the smallest is zero.
     orthogonality_defect : float or None
-        ‖WᵀW − I‖₂, 0 if W keeps norms; at least 1 where there are fewer rows than columns.
+        ‖WᵀW − I‖₂. It is 0 if W keeps norms, and at least 1 if there are fewer rows than columns.
     column_sums : tuple of float
-        1ᵀW: all 1 if the map conserves the sum of its channels, and otherwise what a conservation law for that sum
-        would have to say.
+        1ᵀW. All are 1 if the map conserves the sum of its channels; otherwise the sum of the outputs is the sum of the
+        inputs with these weights, up to the bias.
     dead_inputs : tuple of int
-        Channels that are read with weights of zero only.
+        Input channels whose weights are all zero.
     constant_outputs : tuple of int
-        Channels that are the bias alone, the same for every input.
+        Output channels that equal the bias for every input.
     intensity : float or None
         Floating-point operations per byte of input, output and weights, each moved once (Williams et al., "Roofline",
-        2009); None where sizes are not known.
+        2009); None if sizes are unknown.
     """
 
     tensor: str
@@ -78,7 +78,7 @@ class MapProperties:
 
 
 class Properties(Listing[MapProperties]):
-    """The weights of the pointwise maps of a model."""
+    """Properties of the weights of the pointwise maps of a model."""
 
 
 def properties(
@@ -86,18 +86,18 @@ def properties(
     *,
     shapes: Mapping[str, Sequence[int]] | None = None,
 ) -> Properties:
-    """Look at the weights of every pointwise map of a model.
+    """Compute the properties of the weights of every pointwise map of a model.
 
     Parameters
     ----------
     model : path, onnx.ModelProto or Model
     shapes : mapping of input name to sizes, optional
-        For dynamic inputs; likely sizes otherwise.
+        Sizes of dynamic inputs. By default, likely sizes are used.
 
     Returns
     -------
     Properties
-        Of the maps whose weights are constant and finite.
+        One record for each map with constant, finite weights.
 
     Raises
     ------
@@ -167,7 +167,7 @@ def spectrum(blocks: Array) -> Array | None:
 
 
 def effective_rank(values: Array) -> float:
-    """exp(−Σ p·log p) of p = s / Σ s; 0 of nothing but zeros."""
+    """Return exp(−Σ p·log p) with p = s / Σ s; 0 if all s are zero."""
     total = float(np.sum(values))
     p = values[values > 0] / total if total else values[:0]
     return float(np.exp(-np.sum(p * np.log(p)))) if p.size else 0.0

@@ -220,7 +220,7 @@ def test_targets_are_labels_of_workers(scheduler: Any, tmp_path: Path) -> None:
     address = scheduler.scheduler_address
     (row,) = optimize_many(models, tmp_path / "out", ANALYTIC, runner=Fleet(address, "small"))
     assert row.status == "done"
-    with pytest.raises(UsageError, match="no worker calls itself 'large'; there are small"):
+    with pytest.raises(UsageError, match="no worker has the label 'large'; there are small"):
         optimize_many(models, tmp_path / "other", ANALYTIC, runner=Fleet(address, "large"))
 
 

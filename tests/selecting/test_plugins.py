@@ -145,13 +145,13 @@ class Chatty(Wrong):
         ({"passes": [Empty]}, "does not write match_and_rewrite"),
         ({"passes": [*PASSES, Impostor]}, "two passes are called 'fold-chains'"),
         ({"plugins": [Impostor]}, "two passes are called 'fold-chains'"),
-        ({"passes": [dict]}, "dict is no subclass of"),
+        ({"passes": [dict]}, "dict is not a subclass of"),
         ({"passes": ["drop-sign"]}, "there is no pass 'drop-sign'"),
         ({"plugins": ["mine"]}, "not of the form module:Class"),
         ({"plugins": ["none.py:Mine"]}, "has no file"),
         ({"plugins": ["no_such_module:Mine"]}, "cannot be imported"),
         ({"plugins": ["json:Mine"]}, "has no class 'Mine'"),
-        ({"plugins": ["json:JSONDecoder"]}, "no subclass"),
+        ({"plugins": ["json:JSONDecoder"]}, "not a subclass"),
     ],
 )
 def test_what_breaks_the_contract_is_refused(options: dict[str, object], words: str) -> None:
