@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 
 import numpy as np
 
-from pwopt.algebra import Values
+from pwopt.algebra import Array, Values
 from pwopt.algebra.geometry import Refusal, RefusedError, compose_geometry
 from pwopt.algebra.linear import LinearMap, compose
 from pwopt.graph.dtypes import cancellation, range_of
@@ -17,6 +17,7 @@ from pwopt.graph.provenance import credit
 from pwopt.maps import commute, emit, forms, idioms
 from pwopt.maps.commute import Affine
 from pwopt.maps.forms import Reading
+from pwopt.maps.small_numbers import find_pole
 from pwopt.rewriting.driver import Pass, Rewriter, describe
 from pwopt.rewriting.records import Rewrite, Skip
 
@@ -230,6 +231,10 @@ class FoldAffine(Pass):
 
     def _prepare(self, rw: Rewriter, reading: Reading, plan: Plan) -> Edits:
         """Compute the numbers of a plan; refuse if they do not fit the type or if the plan does not pay."""
+        for target, _ in plan.after:
+            _require_accuracy(rw, target, reading)
+        for target, _ in plan.before:
+            _require_accuracy(rw, reading, target)
         direct = _is_direct(reading, plan)
         maps: list[tuple[Reading, emit.Written]] = []
         for side in (plan.after, plan.before):
@@ -247,6 +252,29 @@ class FoldAffine(Pass):
         if not maps and not constants:
             raise RefusedError("there is no map or constant to absorb it")
         return Edits(tuple(maps), tuple(constants), copied)
+
+
+def _require_accuracy(rw: Rewriter, inner: Reading, outer: Reading) -> None:
+    """Refuse to merge s·(x + a) into s·x + s·a before a division.
+
+    If x is close to −a, then x + a is exact (Sterbenz, 1974), but s·x is rounded, and cancels. The relative error has
+    no bound. It matters only to a division, a logarithm or a root. Scales that are powers of two are exact.
+    """
+    if not (inner.geometry.diagonal and outer.geometry.diagonal):
+        return
+    first, second = inner.try_load(), outer.try_load()
+    if first is None or second is None or not np.any(first.bias) or not _is_exact(first.scale):
+        return
+    if _is_exact(second.scale) and not np.any(second.bias):
+        return
+    pole = find_pole(rw, outer.output)
+    if pole is not None:
+        raise RefusedError(f"the sum may cancel, and {describe(pole)} would amplify the rounding error")
+
+
+def _is_exact(scale: Array) -> bool:
+    """Whether these are powers of two, so that products with them are not rounded."""
+    return bool(np.all(np.abs(np.frexp(scale)[0]) == 0.5))
 
 
 def _is_direct(reading: Reading, plan: Plan) -> bool:

@@ -18,7 +18,17 @@ from onnx import TensorProto
 
 from pwopt.algebra import Array
 from pwopt.graph.ir import Node, Tensor
-from pwopt.graph.operators import BIAS_INPUTS, FIRST_ZERO_KEEPING, HIDES_ZERO, TELLS_ZERO, ZERO_BLIND, ZERO_KEEPING
+from pwopt.graph.operators import (
+    ARITHMETIC,
+    BIAS_INPUTS,
+    ELEMENTWISE,
+    FIRST_ZERO_KEEPING,
+    HIDES_ZERO,
+    MOVES,
+    TELLS_ZERO,
+    ZERO_BLIND,
+    ZERO_KEEPING,
+)
 from pwopt.graph.view import View
 from pwopt.maps import forms
 from pwopt.maps.forms import Reading
@@ -191,6 +201,35 @@ def _find_gain(view: View, node: Node, op: str, index: int) -> float:
     if op in EPSILON or op in ("PRelu", "MatMul", "Gemm", "Conv", "ConvTranspose", "GRU", "LSTM", "RNN", "Einsum"):
         gain *= max((float(s.max()) for s in sizes), default=1.0)
     return gain if gain > ORDINARY_GAIN else 1.0
+
+
+#: How many tensors `find_pole` follows.
+MAX_TENSORS = 64
+
+
+def find_pole(view: View, tensor: Tensor) -> Node | None:
+    """The operator that divides by a tensor, or takes its logarithm or root, directly or after elementwise operators.
+
+    Such an operator depends on the relative error of a number near zero; most others depend on the absolute error.
+    """
+    pending, seen = [tensor], {tensor}
+    while pending and len(seen) <= MAX_TENSORS:
+        source = pending.pop()
+        for node in view.readers(source):
+            op, index = view.op(node), next(i for i, t in enumerate(node.inputs) if t is source)
+            if _is_pole(view, node, op, source):
+                return node
+            through = op in ELEMENTWISE | ARITHMETIC | MOVES | {"Max", "Min", "PRelu", "Pow"}
+            if through and not any(_find_values_at_zero(view, node, op, index)):
+                pending += [t for t in node.outputs if t not in seen]
+                seen.update(node.outputs)
+    return None
+
+
+def _is_pole(view: View, node: Node, op: str, tensor: Tensor) -> bool:
+    if op == "Div":
+        return tensor is node.inputs[1]
+    return op in ("Log", "Reciprocal", "Sqrt") or (op == "Pow" and _reveals(view, node, op, 0))
 
 
 class SmallNumbers:

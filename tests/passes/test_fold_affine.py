@@ -633,3 +633,30 @@ def test_normalisations_whose_sizes_broadcast(out: int, sizes: tuple[int, ...], 
     result = loaded.to_proto()
     assert ops(result).get("BatchNormalization", 0) == left
     same(model, result, x=X)
+
+
+# Sums that may cancel
+
+RISEN = "(float[1,8,4,4] x, float[1,8,4,4] u) => (float[1,8,4,4] y) { e = Erf(x) a = Add(e, one) s = Mul(a, k) "
+
+
+@pytest.mark.parametrize(
+    "rest", ["y = Div(u, s)", "r = Relu(s) t = Mul(r, u) y = Reciprocal(t)", "y = Log(s)", "y = Sqrt(s)"]
+)
+def test_a_sum_that_may_cancel_stays_before_a_division(rest: str) -> None:
+    """1 + erf x is exact close to erf x = −1, but 6·erf x + 6 is not."""
+    one, six = np.float32(1), np.float32(6)
+    result, outcome, _ = run(parse(RISEN + rest + " }", one=one, k=six), FoldAffine())
+    assert not outcome.rewrites
+    assert ops(result)["Mul"] >= 1
+
+
+@pytest.mark.parametrize(
+    ("rest", "scale"),
+    [("y = Mul(u, s)", 6), ("y = Div(s, u)", 6), ("t = Add(s, k) y = Div(u, t)", 6), ("y = Div(u, s)", 4)],
+)
+def test_a_sum_that_may_cancel_folds_elsewhere(rest: str, scale: float) -> None:
+    """Powers of two are exact, and only a divisor depends on the relative error."""
+    model = parse(RISEN + rest + " }", one=np.float32(1), k=np.float32(scale))
+    _, outcome, _ = run(model, FoldAffine())
+    assert outcome.rewrites
