@@ -20,7 +20,7 @@ def doctor(
     from pwopt.errors import ProviderError
     from pwopt.reporting.report import to_json
     from pwopt.reporting.terminal import render_findings
-    from pwopt.running.doctor import check_installation
+    from pwopt.running.doctor import ProviderFinding, check_installation
 
     wanted = None if provider is None else options.parse_provider(provider, provider_option)
     found = check_installation(wanted)
@@ -29,5 +29,5 @@ def doctor(
     else:
         render_findings(found, open_console())
     last = found[-1]
-    starts = last.ok if wanted is not None else any(f.ok for f in found if f.subject.endswith("ExecutionProvider"))
+    starts = last.ok if wanted is not None else any(f.ok for f in found if isinstance(f, ProviderFinding))
     raise typer.Exit(0 if starts else ProviderError.exit_code)

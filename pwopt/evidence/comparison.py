@@ -194,7 +194,7 @@ def compare(
             tally = tallies[name]
             tally.comparable = tally.comparable and (bool(number) or tally.repeats(value, again[name]))
             if tally.comparable:
-                tally.add(sample.label, value, bare[name], near[name], found[name])
+                tally.add(str(sample.label), value, bare[name], near[name], found[name])
     checks = tuple(t.check() for t in tallies.values())
     shapes = {name: value.shape for name, value in samples[0].feeds.items()}
     labels = tuple(s.label for s in samples)

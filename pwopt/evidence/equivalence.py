@@ -17,6 +17,7 @@ import numpy as np
 
 from pwopt.evidence.metrics import Agreement, Histogram
 from pwopt.evidence.outliers import Outliers
+from pwopt.inputs.samples import SampleLabel
 from pwopt.rewriting.records import Site
 from pwopt.rewriting.wording import format_count
 
@@ -164,8 +165,8 @@ class Equivalence:
         Input sizes of the first sample.
     rtol, atol : float or None
         None where those of the type were used.
-    inputs : tuple of str
-        What each sample was: distribution or file, and sizes.
+    inputs : tuple of SampleLabel
+        The label of each sample.
     elsewhere : dict
         Model ("original", "candidate") → other provider → operators that ran there, as "Op name".
     difference : Difference or None
@@ -180,7 +181,7 @@ class Equivalence:
     shapes: dict[str, tuple[int, ...]]
     rtol: float | None
     atol: float | None
-    inputs: tuple[str, ...] = ()
+    inputs: tuple[SampleLabel, ...] = ()
     elsewhere: dict[str, dict[str, tuple[str, ...]]] = field(default_factory=dict)
     difference: Difference | None = None
     laws: tuple[LawCheck, ...] = ()

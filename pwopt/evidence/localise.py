@@ -70,7 +70,7 @@ def localise(
         slowly from tensor to tensor like rounding errors, or if there is no space for the copies.
     """
     failing = next((o for o in failed.outputs if o.comparable and not o.passed), None)
-    sample = next((s for s in samples if failing is not None and s.label == failing.sample), None)
+    sample = next((s for s in samples if failing is not None and str(s.label) == failing.sample), None)
     if failing is None or sample is None:
         return None
     wrong = {o.name: o for o in failed.outputs if o.comparable and not o.passed and o.sample == failing.sample}

@@ -79,7 +79,7 @@ def verify(
     inputs : path, dict of arrays, or a sequence of those, optional
         Instead of random inputs; files and folders as for `pwopt.inputs.samples.read_samples`.
     samples : sequence of str
-        Distributions of random inputs, of `pwopt.inputs.samples.KINDS`.
+        Distributions of random inputs, of `pwopt.inputs.samples.SAMPLE_KINDS`.
     ranges : mapping of input name to (low, high), optional
         Smallest and largest value of a random input.
     rtol, atol : float, optional

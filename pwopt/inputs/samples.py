@@ -9,7 +9,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx
@@ -42,11 +42,21 @@ Feeds = dict[str, Values]
 Range = tuple[float, float]
 
 
+class SampleLabel(NamedTuple):
+    """The distribution or file of a sample, and the sizes of a random one, for reports."""
+
+    source: str
+    sizes: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.source}, {self.sizes}" if self.sizes else self.source
+
+
 @dataclass(frozen=True)
 class Sample:
     """One set of inputs, with a label for reports."""
 
-    label: str
+    label: SampleLabel
     feeds: Feeds
 
 
@@ -89,7 +99,7 @@ def draw_feeds(
     Parameters
     ----------
     kind : str
-        Of `KINDS`, for floating point. Integers that index a table are any of its places. Other integers have
+        One of `SAMPLE_KINDS`, for floating point. Integers that index a table are valid indices. Other integers have
         values that the graph admits (see `pwopt.inputs.integer_values`), or 0 and 1 for "uniform". Booleans and strings
         are 0 and 1. All are 0 for "zeros".
     seed : int
@@ -130,7 +140,7 @@ def draw_samples(
     """Draw each distribution at each round of sizes."""
     names = [kind if kind not in kinds[:i] else f"{kind} {kinds[:i].count(kind) + 1}" for i, kind in enumerate(kinds)]
     return [
-        Sample(f"{names[seed]}, {_format_sizes(sizes)}", draw_feeds(specs, sizes, kind, seed, ranges))
+        Sample(SampleLabel(names[seed], _format_sizes(sizes)), draw_feeds(specs, sizes, kind, seed, ranges))
         for sizes in rounds
         for seed, kind in enumerate(kinds)
     ]
@@ -163,13 +173,15 @@ def read_samples(
         If an input is missing or cannot be read, or one does not fit the model or the given shapes.
     """
     if isinstance(given, Mapping):
-        return [Sample("given", check_feeds(given, specs, shapes))]
+        return [Sample(SampleLabel("given"), check_feeds(given, specs, shapes))]
     if not isinstance(given, (str, os.PathLike)):
         return [sample for one in given for sample in read_samples(one, specs, shapes)]
     found = list(_read_sets(Path(given), specs))
     if not found:
         raise UsageError(f"there are no inputs in the folder {str(given)!r}; it needs .npz, .npy or input_0.pb files")
-    return [Sample(str(path), check_feeds(arrays, specs, shapes, repr(str(path)))) for path, arrays in found]
+    return [
+        Sample(SampleLabel(str(path)), check_feeds(arrays, specs, shapes, repr(str(path)))) for path, arrays in found
+    ]
 
 
 def _read_sets(path: Path, specs: Sequence[InputSpec]) -> list[tuple[Path, dict[str, Values]]]:

@@ -342,7 +342,7 @@ class Comparison:
 
 
 def _read_equivalence(found: Equivalence) -> dict[str, Any]:
-    content = asdict(found)
+    content = {**asdict(found), "inputs": list(map(str, found.inputs))}
     if found.difference is not None:
         content["difference"]["sites"] = [str(site) for site in found.difference.sites]
     return content

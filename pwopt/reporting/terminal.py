@@ -15,7 +15,6 @@ from rich.table import Table
 
 from pwopt.evidence.equivalence import Equivalence
 from pwopt.graph.shapes import format_shape
-from pwopt.inputs.samples import SAMPLE_KINDS
 from pwopt.maps.cost import Cost
 from pwopt.reporting.report import ConditionLatency, Latency, Report, explain_contradiction
 from pwopt.reporting.text import (
@@ -149,13 +148,8 @@ def render_comparison(equivalence: Equivalence, provider: Provider, console: Con
 def render_samples(equivalence: Equivalence, provider: Provider, console: Console) -> None:
     """Print the inputs of the comparison, grouped by size."""
     precise = ", with TF32 off" if provider.name in NVIDIA else ""
-    parts = (label.partition(", ") for label in equivalence.inputs)
-    drawn = [
-        (kind, sizes) if sizes and kind.split()[0] in SAMPLE_KINDS else (kind + comma + sizes, "")
-        for kind, comma, sizes in parts
-    ]
-    rounds = [(sizes, [kind for kind, _ in group]) for sizes, group in groupby(drawn, lambda sample: sample[1])]
-    samples = "; ".join(f"{sizes} ({', '.join(kinds)})" if sizes else "; ".join(kinds) for sizes, kinds in rounds)
+    rounds = [(sizes, [s.source for s in group]) for sizes, group in groupby(equivalence.inputs, lambda s: s.sizes)]
+    samples = "; ".join(f"{sizes} ({', '.join(names)})" if sizes else "; ".join(names) for sizes, names in rounds)
     console.print(
         f"[dim]compared on {escape_text(provider.text)}{precise}: {escape_text(samples)}[/dim]", soft_wrap=True
     )

@@ -48,6 +48,10 @@ class Finding:
     remedy: str = ""
 
 
+class ProviderFinding(Finding):
+    """Whether an execution provider starts."""
+
+
 def check_installation(provider: str | Provider | None = None) -> list[Finding]:
     """Check this installation.
 
@@ -115,16 +119,16 @@ def check_provider(provider: Provider) -> Finding:
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PROVIDER_SECONDS)
     except subprocess.TimeoutExpired:
-        return Finding(provider.text, False, f"did not start within {PROVIDER_SECONDS} seconds")
+        return ProviderFinding(provider.text, False, f"did not start within {PROVIDER_SECONDS} seconds")
     lines = done.stdout.splitlines()
     if done.returncode < 0 or not lines:
         last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
-        return Finding(provider.text, False, f"crashed while it started: {last}")
+        return ProviderFinding(provider.text, False, f"crashed while it started: {last}")
     error, elsewhere = json.loads(lines[-1])
     if elsewhere:
-        return Finding(provider.text, None, f"starts, but leaves the model to {', '.join(elsewhere)}")
+        return ProviderFinding(provider.text, None, f"starts, but leaves the model to {', '.join(elsewhere)}")
     detail, sep, remedy = error.removeprefix(f"{provider.name} ").partition("; pip ")
-    return Finding(provider.text, not detail, detail or "starts, and runs a model", sep[2:] + remedy)
+    return ProviderFinding(provider.text, not detail, detail or "starts, and runs a model", sep[2:] + remedy)
 
 
 def _run_small_model(provider: Provider) -> tuple[str, list[str]]:

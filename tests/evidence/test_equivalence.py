@@ -18,7 +18,7 @@ from pwopt.evidence.equivalence import EXCUSED, FLOOR_FACTOR, Difference, Equiva
 from pwopt.evidence.laws import parse_law
 from pwopt.evidence.metrics import Agreement
 from pwopt.evidence.verify import verify
-from pwopt.inputs.samples import Feeds, Sample
+from pwopt.inputs.samples import Feeds, Sample, SampleLabel
 from pwopt.rewriting.records import Site
 from pwopt.running import installation
 from pwopt.running.providers import Provider
@@ -97,7 +97,7 @@ def compared(
     candidate: list[float], *, plain: list[float], nudged: list[float] | None = None, usual: list[float] = USUAL
 ) -> Equivalence:
     """A candidate's answers against those of an original in three runs."""
-    sample = Sample("given", {"x": np.ones(1, F)})
+    sample = Sample(SampleLabel("given"), {"x": np.ones(1, F)})
     return compare(stub(usual, usual if nudged is None else nudged), stub(plain), stub(candidate), [sample])
 
 
@@ -145,7 +145,7 @@ def test_what_differs_reads_as_a_sentence() -> None:
 def test_several_rounds_of_sizes() -> None:
     model = parse("(float[N,3] x) => (float[N,3] y) { y = Relu(x) }")
     result = verify(model, model, shapes=[{"x": (2, 3)}, {"x": (5, 3)}], samples=["normal", "zeros"])
-    assert result.inputs == ("normal, x 2×3", "zeros, x 2×3", "normal, x 5×3", "zeros, x 5×3")
+    assert tuple(map(str, result.inputs)) == ("normal, x 2×3", "zeros, x 2×3", "normal, x 5×3", "zeros, x 5×3")
     assert result.outputs[0].compared == 2 * (6 + 15)
 
 

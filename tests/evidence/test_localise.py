@@ -18,7 +18,7 @@ from pwopt.evidence import localise
 from pwopt.evidence.verify import verify
 from pwopt.graph.files import save
 from pwopt.inputs.input_specs import input_specs
-from pwopt.inputs.samples import Sample
+from pwopt.inputs.samples import Sample, SampleLabel
 from pwopt.optimizing import attempt
 from pwopt.rewriting.records import Rewrite, Site
 from pwopt.selecting.candidate_base import Snapshot
@@ -284,5 +284,5 @@ def test_a_model_that_pwopt_made_keeps_its_word(tmp_path: Path) -> None:
         assert result.passed
         blamed = replace(result, passed=False, outputs=tuple(replace(o, passed=False) for o in result.outputs))
         feeds = {name: normal(*shape, dtype=F) for name, shape in result.shapes.items()}
-        sample = Sample(result.outputs[0].sample, feeds)
+        sample = Sample(SampleLabel(result.outputs[0].sample), feeds)
         assert localise.localise(path, tmp_path / "b.onnx", blamed, [sample]) is None

@@ -70,7 +70,7 @@ def test_test_data_folders(tmp_path: Path) -> None:
         save_pb(folder / "output_0.pb", -X * k)
     found = read_samples(tmp_path, specs)
     assert [s.feeds["x"][0, 0] for s in found] == list(range(11))
-    assert found[10].label.endswith("test_data_set_10")
+    assert found[10].label.source.endswith("test_data_set_10")
     (named,) = read_samples(tmp_path / "test_data_set_3", specs)
     assert np.array_equal(named.feeds["n"], N)
     swapped = tmp_path / "swapped"

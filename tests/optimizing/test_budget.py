@@ -12,7 +12,7 @@ from helpers import normal, parse
 import pwopt
 from pwopt.errors import UsageError
 from pwopt.graph.files import from_proto
-from pwopt.inputs.samples import Sample
+from pwopt.inputs.samples import Sample, SampleLabel
 from pwopt.optimizing import budget
 from pwopt.optimizing.budget import Budget
 from pwopt.optimizing.preparation import Problem
@@ -36,7 +36,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> type[Clock]:
 def subject(load: float, run: float, monkeypatch: pytest.MonkeyPatch) -> Problem:
     """A model that takes so long to load and to run."""
     model = from_proto(parse("(float[1,4,5,6] x) => (float[N] y) { y = Relu(x) }"))
-    samples = [Sample("normal", {"x": normal(1, 4, 5, 6, dtype=F)})] * 3
+    samples = [Sample(SampleLabel("normal"), {"x": normal(1, 4, 5, 6, dtype=F)})] * 3
     worker = Worker(Path("m.onnx"), DEFAULT, 1, samples[0].feeds)
     worker.took = (load, run)
     monkeypatch.setattr(Worker, "ready", True)
