@@ -80,13 +80,20 @@ def localise(
             checks = _check_tensors(a, b, sample, provider, threads)
         except (ModelError, OSError):
             return None
+    return _find_first_difference(checks, wrong, _find_producers(b.proto), rewrites)
+
+
+def _find_first_difference(
+    checks: dict[str, OutputCheck], wrong: Mapping[str, OutputCheck], producers: Mapping[str, onnx.NodeProto],
+    rewrites: Sequence[Rewrite],
+) -> Difference | None:  # fmt: skip
+    """Find the first tensor that differs, from the checks of inner tensors and of the wrong outputs."""
     excesses = {name: _measure_excess(check) for name, check in checks.items()}
     differing = {name for name, excess in excesses.items() if excess > 1}
     if not differing:
         return None
     differing.update(wrong)
     checks.update(wrong)
-    producers = _find_producers(b.proto)
     tensors, _ = _trace_back(list(wrong), producers, set(checks) - differing)
     first = next(
         (name for name in producers if name in tensors & differing and _is_jump(name, producers, excesses)), None

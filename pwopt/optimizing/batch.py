@@ -204,12 +204,9 @@ def optimize_many(
         The request for each model.
     workers : int
         Number of processes. Only one of them measures at a time.
-    runner : callable, optional
-        Runs the jobs elsewhere, such as `pwopt.optimizing.cluster.Fleet`.
-    progress : callable, optional
-        Called with (stage, fraction done).
-    report_row : callable, optional
-        Called with each row as soon as it is known.
+    runner, progress, report_row : callable, optional
+        Runs the jobs elsewhere (`pwopt.optimizing.cluster.Fleet`); called with (stage, fraction done); called with each
+        row as soon as it is known.
 
     Returns
     -------
@@ -229,16 +226,20 @@ def optimize_many(
         report_row(row)
     todo = [job for job in listed if job.output not in rows]
     by_output, written = {os.fspath(job.output): job for job in todo}, time.monotonic()
+
+    def write_index() -> None:
+        _write_index(where, [rows[job.output] for job in listed if job.output in rows], earlier)
+
     try:
         for done in run(todo, request, progress):
             job = by_output[done.row.output]
             rows[job.output] = _store_result(job, done, where)
             report_row(rows[job.output])
             if time.monotonic() - written > INDEX_SECONDS:
-                _write_index(where, [rows[j.output] for j in listed if j.output in rows], earlier)
+                write_index()
                 written = time.monotonic()
     finally:
-        _write_index(where, [rows[job.output] for job in listed if job.output in rows], earlier)
+        write_index()
     return [rows[job.output] for job in listed]
 
 
