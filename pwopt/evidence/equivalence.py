@@ -23,9 +23,10 @@ from pwopt.rewriting.wording import format_count
 
 #: An output passes if its deviation is at most this many times the original's noise floor or sensitivity.
 FLOOR_FACTOR = 4.0
-#: A default tolerance excuses at most this many times those, or this many roundings of the largest value. Of
-#: 200 equivalent pairs none deviates by more than 2 times them (benchmarks/error_rates.py), of 32 pairs of a real
-#: model and its optimised form (by pwopt or another) none by more than 3.1, and on constant or huge inputs by 8.
+#: A default tolerance accepts at most this many times the noise floor, the sensitivity or the rounding of the largest
+#: value. Of 200 equivalent pairs, none deviates by more than 2 times these (benchmarks/error_rates.py). Of 32 pairs of
+#: a real model and its optimised form (by pwopt or another tool), none deviates by more than 3.1 times, or 8 times on
+#: constant or huge inputs.
 EXCUSED = 32.0
 
 
@@ -38,15 +39,15 @@ class OutputCheck:
     max_abs, max_rel, mean_abs, mismatch, ulp, ulp_p99, cosine, snr_db, top1, top5, histogram, scatter
         See `pwopt.evidence.metrics.Agreement`. The mismatch is the verdict for integer, bool and string outputs.
     scale, resolution : float
-        Largest magnitude in the original's output, and the machine epsilon of its type there.
+        Largest magnitude in the original's output, and the rounding error of its type at that magnitude.
     floor, floor_mismatch : float
         max_abs and mismatch of the original against itself without graph optimisation.
     sensitivity : float
         max_abs of the original against itself with each input moved by one unit in the last place.
     noise : Agreement
-        Every figure of the original against itself without graph optimisation, but no scatter.
+        Every figure except scatter for the original against itself without graph optimisation.
     passed : bool
-        Whether it passes in every sample; false if it is not comparable.
+        Whether the output passes in every sample; false if it is not comparable.
     reason : str
         The rule that decided.
     sample : str
@@ -54,7 +55,7 @@ class OutputCheck:
     compared : int
         Number of compared elements, over all samples; 0 if shapes or types differ.
     left_out : int
-        Elements that are no evidence, over all samples: NaN or infinite in one run of the original and not in another.
+        Number of elements left out, over all samples: NaN or infinite in one run of the original and not in another.
     comparable : bool
         False if the original's own runs differ, or if it has no finite value.
     """
@@ -106,20 +107,20 @@ class Difference:
     Attributes
     ----------
     tensor : str
-        The first tensor that both have, in topological order, whose values differ though everything that both
-        compute it from agrees.
+        The first tensor in topological order that both models have and whose values differ, although the tensors
+        that it is computed from agree.
     node : str
-        What produces it in the candidate, as "Op name".
+        The operator that computes it in the candidate, as "Op name".
     agreeing : tuple of str
-        The last tensors before it that agree; graph inputs left out.
+        The last tensors before it that agree, without graph inputs.
     region : tuple of str
-        The candidate's operators between those and it: the fault is in one of them.
+        The candidate's operators between these tensors and the first one that differs. One of them is at fault.
     check : OutputCheck
         How the tensor differs.
     sites : tuple of Site
-        Rewrites that made something of the region, for ``--deny``; empty where no records are known.
+        Rewrites that created part of the region, for ``--deny``; empty if the rewrites are unknown.
     compared : int
-        How many tensors were compared.
+        Number of compared tensors.
     """
 
     tensor: str
@@ -141,9 +142,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class LawCheck:
-    """The residual of an invariant in both models: 0 where it holds, some machine epsilons where it does to rounding.
+    """The residual of an invariant in both models.
 
-    `law` is what was asked for, `formula` what it says.
+    The residual is 0 if the invariant holds exactly, and a few machine epsilons if it holds up to rounding. `law` is
+    the name with its settings, as requested; `formula` is its formula.
     """
 
     law: str
@@ -164,15 +166,15 @@ class Equivalence:
     shapes : dict
         Input sizes of the first sample.
     rtol, atol : float or None
-        None where those of the type were used.
+        None if the defaults of the type were used.
     inputs : tuple of SampleLabel
         The label of each sample.
     elsewhere : dict
         Model ("original", "candidate") → other provider → operators that ran there, as "Op name".
     difference : Difference or None
-        Where a candidate that did not pass begins to differ; None if it was not looked for or not found.
+        Where a candidate that did not pass begins to differ; None if this was not searched or not found.
     laws : tuple of LawCheck
-        Invariants that were asked for; they leave the verdict alone.
+        The requested invariants; they do not affect the verdict.
     """
 
     passed: bool

@@ -223,7 +223,7 @@ def annotate(model: Model, types: Mapping[str, tuple[int, Shape | None]]) -> Non
 
 
 def fix_inputs(proto: onnx.ModelProto, inputs: Mapping[str, Sequence[int]]) -> onnx.ModelProto:
-    """Fix the input shapes of a model, and every declared shape that follows from them.
+    """Fix the input shapes of a model, and the declared shapes that depend on them.
 
     Raises
     ------
@@ -263,18 +263,18 @@ def save(
     ----------
     model : Model or onnx.ModelProto
     path : path
-        The new file; one that exists is replaced.
+        The file to write; an existing file is replaced.
     source : Model, optional
-        What an `onnx.ModelProto` was made from: it knows where external data lies, and in which files.
+        The model from which an `onnx.ModelProto` was made. It knows the files of external data.
     lasting : bool
-        Wait until the file is on the disk, so that a power failure cannot leave half of it.
+        Wait until the file is on the disk, so that a power failure cannot leave an incomplete file.
 
     Raises
     ------
     UsageError
         If the file cannot be written.
     ModelError
-        If the model is too large for a file of its own.
+        If the model is too large for one file.
     """
     path = Path(path)
     if isinstance(model, Model):
@@ -296,7 +296,7 @@ def save(
 
 @contextlib.contextmanager
 def as_file(model: Source) -> Iterator[Path]:
-    """The model as a file while the context lasts: its own file, or a temporary one for a model in memory."""
+    """Give the model's own file, or a temporary file of a model in memory while the context lasts."""
     given = unwrap(model)
     if isinstance(given, Path):
         yield given

@@ -24,7 +24,7 @@ def bodies_of(node: onnx.NodeProto) -> Iterator[onnx.GraphProto]:
 
 
 def nodes_within(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
-    """These nodes, each followed by the nodes of its bodies."""
+    """Yield these nodes, each followed by the nodes of its bodies."""
     pending = list(nodes)[::-1]
     while pending:
         node = pending.pop()
@@ -78,7 +78,7 @@ def count_expanded(proto: onnx.ModelProto) -> int | None:
         found = [c for c in counted if c is not None]
         return sum(found) if len(found) == len(counted) and sum(found) <= limit else None
 
-    for _ in known:  # as deep as they may call each other
+    for _ in known:  # the largest possible depth of calls
         waiting = [(key, total(f.node)) for key, f in known.items() if key not in sizes]
         ready = {key: size for key, size in waiting if size is not None}
         if not ready:

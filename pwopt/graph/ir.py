@@ -28,7 +28,7 @@ Dim = int | str | None
 Shape = tuple[Dim, ...]
 
 if TYPE_CHECKING:
-    # What onnx-graphsurgeon's classes have, for the type checker: they are not annotated themselves.
+    # Declarations for the type checker, because onnx-graphsurgeon's classes are not annotated.
 
     class _Node:
         def __init__(
@@ -67,7 +67,7 @@ if TYPE_CHECKING:
         ) -> None: ...
 
     class LazyValues:
-        """Values of a constant that are loaded when they are asked for."""
+        """Values of a constant that are loaded on demand."""
 
         tensor: onnx.TensorProto
         shape: tuple[int, ...]
@@ -136,7 +136,7 @@ class Tensor(_Tensor):
         raise NotImplementedError
 
     def to_constant(self, values: Values | LazyValues) -> Constant:
-        """Turn this tensor into a constant, in place: what read it reads the constant."""
+        """Turn this tensor into a constant, in place, and let its readers read the constant."""
         for name in ("dtype", "shape"):
             vars(self).pop(name, None)
         constant = cast(Constant, self)

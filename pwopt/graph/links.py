@@ -49,7 +49,7 @@ def relink(graph: Graph, nodes: Sequence[Node], tensors: Iterable[Tensor], known
 
 
 def count_bytes_held(tensor: Tensor) -> int:
-    """Bytes that a constant takes; 0 for any other tensor."""
+    """Count the bytes of a constant; 0 for any other tensor."""
     if isinstance(tensor, Constant):
         return int(math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize)
     maker = tensor.inputs[0] if tensor.inputs else None

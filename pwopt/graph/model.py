@@ -249,7 +249,7 @@ def snapshot(attrs: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_captured_names(nodes: Iterable[onnx.NodeProto]) -> set[str]:
-    """Names that the bodies of If, Loop and Scan use at any depth. Outer tensors with these names must not change."""
+    """Find the names that bodies of If, Loop and Scan use at any depth. Outer tensors of these names must stay."""
     names: set[str] = set()
     pending = [(node, False) for node in nodes]
     while pending:

@@ -33,7 +33,7 @@ MAX_SHAPE_VALUES = 1024
 
 
 def read_dims(value: onnx.TypeProto) -> Shape | None:
-    """The dimensions of a tensor type: an int if fixed, a str if named, None if unknown or negative."""
+    """Read the dimensions of a tensor type: an int if fixed, a str if named, None if unknown or negative."""
     if not value.HasField("tensor_type") or not value.tensor_type.HasField("shape"):
         return None
     return tuple(
@@ -43,12 +43,12 @@ def read_dims(value: onnx.TypeProto) -> Shape | None:
 
 
 def set_channels(axis: int | None, count: int) -> ShapeChange:
-    """A function that sets the number of channels of a shape."""
+    """Return a function that sets the number of channels of a shape."""
     return lambda shape: tuple(count if a == axis else d for a, d in enumerate(shape))
 
 
 def as_fixed(shape: Sequence[Dim] | None) -> tuple[int, ...] | None:
-    """The shape if every dimension is a number, else None."""
+    """Return the shape if every dimension is a number, else None."""
     if shape is None or not all(isinstance(d, int) and d >= 0 for d in shape):
         return None
     return tuple(d for d in shape if isinstance(d, int))
@@ -153,14 +153,13 @@ def _infer_exactly(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]
 
 
 def _infer(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
-    """Infer without data propagation first, and with it if something is still unknown.
+    """Infer without data propagation first, and with it if a shape is still unknown.
 
-    That propagation writes down every element of a one-dimensional tensor, whatever it is for; a model can make
-    that terabytes.
+    Data propagation stores every element of a one-dimensional tensor. A model can make these terabytes.
     """
     try:
         types = _read_types(shape_inference.infer_shapes(light))
-    except Exception:  # inference stops at what it does not understand; what is declared still holds
+    except Exception:  # inference stops at an unknown construct; the declared shapes still hold
         return _read_types(light)
     outputs = {name for node in light.graph.node for name in node.output if name}
     if all(as_fixed(types.get(name, (0, None))[1]) is not None for name in outputs):
@@ -178,7 +177,7 @@ def _infer(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
 
 
 def find_contradiction(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim]] | None = None) -> str:
-    """Why onnx's strict inference rejects a model with these input sizes, in one line, else ""."""
+    """Return why onnx's strict inference rejects a model with these input sizes, in one line, or ""."""
     light = make_skeleton(model, inputs)
     types = _infer_exactly(make_skeleton(model, inputs))
     if any(_is_miscounted(node, types) for node in light.graph.node):
@@ -208,11 +207,11 @@ def _is_too_wide(light: onnx.ModelProto, types: Mapping[str, tuple[int, Shape | 
 def _is_bounded(light: onnx.ModelProto) -> bool:
     """Whether data propagation uses little memory, so that it needs no limit.
 
-    No operator makes a tensor as large as a value or an attribute says, none makes one row of a larger tensor, and
-    inputs, and shapes that are joined, are of ordinary sizes.
+    This holds if no value or attribute determines the size of a tensor, no operator flattens a larger tensor to one
+    axis, and inputs and concatenated shapes have ordinary sizes.
     """
     held = {t.name: math.prod(t.dims) for t in light.graph.initializer}
-    planes = {name for name, size in held.items() if size > 1}  # as shapes, of two axes and more
+    planes = {name for name, size in held.items() if size > 1}  # used as shapes, these have two axes or more
     inputs = [read_dims(v.type) or () for v in light.graph.input]
     if any(math.prod(d for d in shape if isinstance(d, int)) > UNLIMITED_ELEMENTS for shape in inputs):
         return False
@@ -240,7 +239,7 @@ def _propagates(node: onnx.NodeProto) -> bool:
 
 
 def _read_types(model: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
-    """The types of all tensors that the model declares."""
+    """Read the types of all tensors that the model declares."""
     graph = model.graph
     types: dict[str, tuple[int, Shape | None]] = {t.name: (t.data_type, tuple(t.dims)) for t in graph.initializer}
     for value in [*graph.input, *graph.value_info, *graph.output]:
@@ -250,14 +249,14 @@ def _read_types(model: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
 
 
 def find_objection(model: onnx.ModelProto) -> str:
-    """Why onnx's checker or its strict inference rejects a model, in one line, else ""."""
+    """Return why onnx's checker or its strict inference rejects a model, in one line, or ""."""
     light = make_skeleton(model)
     context = onnx.checker.C.CheckerContext()
     context.ir_version = light.ir_version
     context.opset_imports = {o.domain: o.version for o in light.opset_import}
     try:
         for node in light.graph.node:
-            if not any(a.HasField("g") or a.graphs for a in node.attribute):  # the checker takes captures for undefined
+            if not any(a.HasField("g") or a.graphs for a in node.attribute):  # to the checker, captures are undefined
                 onnx.checker.check_node(node, context)
         shape_inference.infer_shapes(light, check_type=True, strict_mode=True)
     except Exception as error:  # both raise many types
@@ -290,7 +289,7 @@ def _is_miscounted(node: onnx.NodeProto, types: Mapping[str, tuple[int, Shape | 
 
 
 def _hide_sizes(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> onnx.ModelProto:
-    """Make the spatial sizes of these nodes' outputs unknown, by a Concat with a tensor of unknown size."""
+    """Hide the spatial sizes of these nodes' outputs behind a Concat with a tensor of unknown size."""
     opaque = {n.output[0] for n in nodes}
     graph = model.graph
     originals = list(graph.node)

@@ -61,7 +61,7 @@ def find_data_folder(proto: onnx.ModelProto, path: Path) -> Path:
 
 
 def resolve_link(tensor: TensorProto, folder: Path | None) -> tuple[TensorProto, str]:
-    """A tensor that refers to the file itself where the data is a link, which onnx refuses; and that file's folder."""
+    """Make a tensor refer to the target if its data file is a link, which onnx refuses; also return the folder."""
     if folder is None or not uses_external_data(tensor):
         return tensor, str(folder or "")
     path = Path(os.path.realpath(folder / ExternalDataInfo(tensor).location))
@@ -125,7 +125,7 @@ def _check_place(tensor: TensorProto, folder: Path | None, roots: Sequence[Path]
 
 
 def _inner_tensors(proto: onnx.ModelProto) -> Iterator[TensorProto]:
-    """Every tensor of a model but the initializers of its main graph."""
+    """Yield every tensor of a model except the initializers of its main graph."""
     nodes = [*proto.graph.node, *(node for function in proto.functions for node in function.node)]
     sparse = list(proto.graph.sparse_initializer)
     while nodes:
@@ -145,13 +145,13 @@ def find_locations(proto: onnx.ModelProto) -> dict[str, str]:
 
 
 def count_bytes(proto: onnx.ModelProto) -> int:
-    """The bytes of a model, including its external data."""
+    """Count the bytes of a model, including its external data."""
     outside = [ExternalDataInfo(t) for t in proto.graph.initializer if uses_external_data(t)]
     return int(proto.ByteSize()) + sum(info.length or 0 for info in outside)
 
 
 def find_data_files(path: Path) -> set[str]:
-    """The data files of an earlier model at `path`: those that are named after it."""
+    """Find the data files of an earlier model at `path`: those that are named after it."""
     try:
         names = find_locations(onnx.load(path, load_external_data=False)) if path.is_file() else {}
     except (DecodeError, ValueError):
@@ -176,7 +176,7 @@ def externalise(model: onnx.ModelProto, path: Path, folder: Path | None, layout:
     locations = list(dict.fromkeys(layout[t.name] for t in model.graph.initializer if t.name in layout))
     locations = locations or list(dict.fromkeys(layout.values()))[:1]
     large = {layout.get(t.name, locations[0]) for t in model.graph.initializer if _is_external(t)}
-    locations = [old for old in locations if old in large]  # no file that nothing would be in
+    locations = [old for old in locations if old in large]  # create no empty file
     single = len(locations) == 1
     new_names = {
         old: _free_name(path, "data" if single else f"{k}.{re.sub(r'[^A-Za-z0-9._-]', '_', Path(old).name)[:80]}")
@@ -225,7 +225,7 @@ def name_beside(path: Path, suffix: str) -> Path:
 
 
 def _shorten(name: str, most: int) -> str:
-    """A name of at most so many bytes; a digest of the whole name replaces the end of a longer one."""
+    """Shorten a name to `most` bytes; a digest of the whole name replaces the end of a longer one."""
     if len(name.encode()) <= most:
         return name
     mark = hashlib.sha256(name.encode()).hexdigest()[:8]
@@ -302,7 +302,7 @@ def _move_file(name: Path, path: Path) -> None:
 
 @contextlib.contextmanager
 def workspace(output: str | os.PathLike[str] | None) -> Iterator[Path]:
-    """A folder for the candidate, gone afterwards; beside the output, if there is one, where space is needed."""
+    """Create a temporary folder for candidates, beside the output if there is one, because space is needed there."""
     where = None if output is None else Path(os.path.realpath(output)).parent
     with contextlib.ExitStack() as stack:
         try:

@@ -30,15 +30,15 @@ END = 2**31
 
 
 def read_entries(view: View, tensor: Tensor) -> Entries | None:
-    """The entries of an integer or boolean tensor with at most one axis; None if nothing is known.
+    """Read the entries of an integer or boolean tensor with at most one axis; None if nothing is known.
 
-    Booleans are 0 and 1. An entry that is a `Symbol` equals that size whatever the model is fed with.
+    Booleans are 0 and 1. An entry that is a `Symbol` equals that size for all inputs of the model.
     """
     return _Reader(view).read(tensor, 0)
 
 
 def read_extents(view: View, tensor: Tensor) -> Entries | None:
-    """The shape of a tensor as entries, each a number or a symbol; None if the rank is unknown."""
+    """Read the shape of a tensor as entries, each a number or a symbol; None if the rank is unknown."""
     shape = view.shape(tensor)
     if shape is None:
         return None
@@ -58,7 +58,7 @@ class _Reader:
         if key not in self.seen:
             if depth > MAX_READ_DEPTH or len(self.seen) > MAX_VISITED:
                 return None
-            self.seen[key] = None  # until it is known
+            self.seen[key] = None  # for recursive questions
             self.seen[key] = self._read(tensor, depth)
         return self.seen[key]
 
@@ -231,6 +231,6 @@ def _fill(reader: _Reader, node: Node, depth: int) -> Entries | None:
 
 
 def as_numbers(found: Sequence[Entry] | None) -> tuple[int, ...] | None:
-    """The entries as numbers, if all are."""
+    """Return the entries if all are numbers, else None."""
     numbers = tuple(e for e in found or () if isinstance(e, int))
     return numbers if found is not None and len(numbers) == len(found) else None

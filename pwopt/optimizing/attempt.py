@@ -30,9 +30,9 @@ from pwopt.selecting.rewrite_selection import Selection
 
 LOG = logging.getLogger(__name__)
 
-#: How often rewriting starts again without what was wrong with its result.
+#: How often rewriting starts again without the rewrites at fault.
 MAX_ATTEMPTS = 8
-#: The final race ends early when the speed-up is known to this part of it.
+#: The final race ends early when the speed-up is known to this relative precision.
 PRECISE = 0.005
 #: The least and the greatest number of runs under the profiler.
 PROFILED_RUNS = 2, 10
@@ -47,7 +47,7 @@ class Attempt:
 
     @property
     def slower(self) -> bool:
-        """Whether it was measured slower beyond doubt, at first or under another condition."""
+        """Whether it is surely slower, under the first condition or another."""
         latency = self.report.latency
         return (latency is not None and latency.slower) or any(c.slower for c in self.report.conditions)
 
@@ -57,7 +57,7 @@ class Attempt:
 
 @dataclass(frozen=True)
 class Attempts:
-    """What all attempts at one problem share.
+    """The state that all attempts at one problem share.
 
     Attributes
     ----------
@@ -77,7 +77,7 @@ class Attempts:
     blank: Report
 
     def run(self, compilation: Compilation) -> Attempt:
-        """Rewrite, verify and race, again without whatever makes the result unusable, wrong or slower.
+        """Rewrite, verify and race; repeat without the rewrites that make the result unusable, wrong or slower.
 
         Raises
         ------
@@ -101,7 +101,7 @@ class Attempts:
         return Attempt(source, report.add_notes(*compilation.notes[-1:], "The original is returned."))
 
     def _judge(self, pair: Pair, done: Attempt, compilation: Compilation, left: int) -> tuple[Compilation, Report]:
-        """Try, verify and race a result; a new compilation leaves out what was at fault."""
+        """Try, verify and race a result; return a new compilation without the rewrites at fault."""
         seconds, report = self.budget.for_final_race(), done.report
         better = self._leave_out_unusable(pair, report, compilation, left)
         if better is compilation:
@@ -124,7 +124,7 @@ class Attempts:
         return better, report
 
     def rewrite(self, compilation: Compilation) -> Attempt:
-        """Make every rewrite that was selected and that its certificate does not refuse."""
+        """Apply every selected rewrite that its certificate does not refuse."""
         request, source = self.request, self.problem.source.proto
         request.progress("rewriting", 0.0)
         done = compilation.rewrite_certified(self.selection.allowed)
@@ -168,7 +168,7 @@ class Attempts:
         return compilation.write_file(compilation.rewrite(self.selection.allowed).proto)
 
     def _skip_verification(self, done: Attempt, compilation: Compilation) -> Attempt:
-        """Note that nothing was run; the result is loaded all the same if onnxruntime is installed."""
+        """Note that no model was run. The result is still loaded if onnxruntime is installed."""
         request, available = self.request, installation.is_available()
         why = "as asked" if available or not request.verify else "onnxruntime is not installed"
         if request.output is not None and available and done.report.rewrites:
@@ -256,7 +256,7 @@ class Attempts:
     ) -> tuple[Report, list[tuple[Environment, ConditionLatency]]]:
         """Race under all other conditions; also return those under which the result is slower."""
         if report.latency is None or (report.latency.slower and not self.request.insists):
-            return report, []  # the result is not returned as it is
+            return report, []  # the result will not be returned
         others = other_environments(self.problem.environment, self.request.thread_counts)
         with timing.exclusive():
             found = [(environment, races.run(pair.candidate, environment)) for environment in others]
@@ -294,7 +294,7 @@ class Pair:
         return replace(latency, start=replace(latency.start, memory_mb=(before, after)))
 
     def profile(self, report: Report, protos: tuple[onnx.ModelProto, onnx.ModelProto]) -> Report:
-        """Add to a report where the time goes in both, by operator and by layer."""
+        """Add the times of both models to a report, by operator and by layer."""
         folder = self.candidate.parent
         copies = [save_marked(proto, folder / f"marked{k}" / "model.onnx") for k, proto in enumerate(protos)]
         files = [copy or path for copy, path in zip(copies, (self.original, self.candidate), strict=True)]

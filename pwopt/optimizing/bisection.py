@@ -7,14 +7,14 @@ from collections.abc import Callable, Sequence
 from pwopt.rewriting.records import Rewrite
 from pwopt.selecting.compilation import Compilation
 
-#: The clause on a rewrite with which the model cannot be used.
+#: The clause on a rewrite that makes the model unusable.
 UNUSABLE_DEFECT = "a defect of pwopt or onnxruntime, please report it with the model"
 
 
 def leave_out_faulty(
     compilation: Compilation, rewrites: Sequence[Rewrite], find_fault: Callable[[Compilation], str]
 ) -> Compilation:
-    """Leave out at least one rewrite that is at fault if the model cannot be used.
+    """Leave out at least one rewrite at fault if the model cannot be used.
 
     The bisection finds the shortest prefix of the rewrites with which the model cannot be used. The last rewrite of
     that prefix is at fault.

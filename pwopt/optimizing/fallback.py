@@ -1,4 +1,4 @@
-"""Choose what is returned: the result unless it is slower, perhaps without its measured rewrites, else the original."""
+"""Choose the model to return: the result, the result without measured rewrites, or the original if both are slower."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ LOG = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """What `optimize` returns.
+    """The result of `optimize`.
 
     Attributes
     ----------
@@ -58,7 +58,7 @@ class Result:
     report: Report
 
     def _repr_html_(self) -> str:
-        """The top of the report, for notebooks."""
+        """Render the head of the report for notebooks."""
         return render_summary(self.report)
 
 
@@ -113,7 +113,7 @@ def optimize(
 
 
 def run_request(model: Source, request: Request) -> Result:
-    """Optimise a model as `optimize` does, for a request."""
+    """Optimise a model for a request."""
     model = unwrap(model)
     path = model if isinstance(model, Path) else None
     check_output(request, path)
@@ -164,7 +164,7 @@ def _begin_report(path: Path | None, problem: Problem, passes: Sequence[Pass], r
 
 
 def _finish(attempts: Attempts, compilation: Compilation) -> Attempt:
-    """Run the attempts, and choose what is returned."""
+    """Run the attempts, and choose the model to return."""
     measured = {p.name for p in compilation.passes if p.needs_measuring}
     done = attempts.run(compilation)
 
@@ -184,9 +184,9 @@ def _worker_problem(problem: Problem) -> str:
 
 
 def _describe_problem(problem: Problem, request: Request) -> str:
-    """Say what the model will be judged on, and why."""
+    """Describe the inputs and the environment of the measurements, and how they were chosen."""
     sizes = ", ".join(f"{name} {format_shape(shape)}" for name, shape in problem.sizes.items())
-    given = "likely ones, since none were given" if problem.guessed else "the model's own, or given"
+    given = "likely sizes, since none were given" if problem.guessed else "the model's own, or given"
     if problem.environment is None:
         return f"sizes for costs: {sizes} ({given}); nothing is run"
     held = "the inputs given" if request.inputs is not None else "random inputs"
@@ -195,7 +195,7 @@ def _describe_problem(problem: Problem, request: Request) -> str:
 
 
 def select_rewrites(compilation: Compilation, problem: Problem, request: Request, budget: Budget) -> Selection:
-    """Select the measured rewrites: those that pay by a tuning database, or by races here."""
+    """Select the measured rewrites that pay, according to a tuning database or to races."""
     measuring, chosen = request.measuring, compilation.candidates()
     if not any(p.needs_measuring for p in chosen):
         return Selection()

@@ -1,4 +1,4 @@
-"""What is asked of pwopt: the records that the command line and the Python interface fill in."""
+"""Requests: the options of an optimisation as records, which the command line and the Python interface fill in."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def _check_number(name: str, value: object) -> None:
 
 
 def _as_tuple(given: Any) -> tuple[Any, ...] | None:
-    """Accept one thing as a list of one."""
+    """Convert a single value to a sequence of one."""
     if given is None:
         return None
     return tuple(given) if isinstance(given, Iterable) and not isinstance(given, (str, type)) else (given,)
@@ -139,7 +139,7 @@ class Writing:
 
 @dataclass(frozen=True)
 class Request:
-    """One optimisation, as it is asked for; the options of `pwopt.optimize`.
+    """A request for one optimisation: the options of `pwopt.optimize`.
 
     Attributes
     ----------
@@ -252,13 +252,13 @@ class Request:
 
     @property
     def rounds(self) -> list[Mapping[str, Sequence[int]]]:
-        """The sizes of every condition that was asked for; the model is optimised for the first."""
+        """The requested sizes of every condition. The model is optimised for the first."""
         given = [self.shapes] if isinstance(self.shapes, (Mapping, str)) else list(self.shapes or ())
         return [shapes for shapes in given if shapes]
 
     @property
     def thread_counts(self) -> tuple[int, ...]:
-        """The threads of every condition that was asked for, the first to optimise for; empty by default."""
+        """The requested threads of every condition; empty by default. The model is optimised for the first."""
         return (self.threads,) if isinstance(self.threads, int) else tuple(self.threads)
 
     @property
@@ -273,7 +273,7 @@ class Request:
 
     @property
     def insists(self) -> str:
-        """The option because of which a result is returned though it is not faster, else ""."""
+        """The option that makes pwopt return a result that is not faster, or ""."""
         opset = f"--opset {self.opset}" if self.opset is not None else ""
         passes = "--passes" if any(isinstance(p, str) for p in self.passes or ()) else ""
         return opset or ("--static" if self.static else "") or passes

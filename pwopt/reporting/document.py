@@ -219,7 +219,7 @@ def _template_values(content: Report | Comparison) -> dict[str, Any]:
 
 
 def _operator_times(operators: Mapping[str, Mapping[str, float]]) -> list[tuple[str, float, float]]:
-    """Operator, milliseconds before and after; the largest first."""
+    """List (operator, milliseconds before, milliseconds after), the slowest first."""
     before, after = operators["before"], operators["after"]
     names = sorted({*before, *after}, key=lambda op: (-max(before.get(op, 0.0), after.get(op, 0.0)), op))
     rows = [(op, before.get(op, 0.0), after.get(op, 0.0)) for op in names]

@@ -178,7 +178,7 @@ def explain_not_equivalent(equivalence: Equivalence | None) -> str:
 
 
 def explain_verdict(report: Report) -> Iterator[str]:
-    """Say in one sentence what a result that is hardly faster brings, if it is hardly faster."""
+    """Explain the verdict in one sentence if the result is hardly faster."""
     latency = report.latency
     if latency is None or (latency.faster and latency.speedup >= EXPLAINED_SPEEDUP):
         return
@@ -197,7 +197,7 @@ def explain_verdict(report: Report) -> Iterator[str]:
 
 
 def _list_benefits(report: Report) -> Iterator[str]:
-    """What a result brings besides speed."""
+    """List the benefits of a result other than speed."""
     fewer, start = report.before.nodes - report.after.nodes, report.latency.start if report.latency else None
     if fewer > 0:
         yield f"{format_count(fewer, 'operator')} fewer"

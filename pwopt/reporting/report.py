@@ -24,20 +24,20 @@ from pwopt.running.timing import Evidence, Race
 REPORT_SCHEMA = 2
 
 
-#: A model that is slower than another by less than this fraction is as fast.
+#: A model that is slower than another by less than this fraction counts as equally fast.
 NEGLIGIBLE_SLOWDOWN = 0.01
 
 
 @dataclass(frozen=True)
 class Start:
-    """What a session of the original and of the result takes to start: processor time, in milliseconds.
+    """The time to start a session of the original and of the result: processor time in milliseconds.
 
     Attributes
     ----------
     creation_ms, first_run_ms : tuple of float
-        Of the original, and of the result: medians over the pairs of a race. The first run allocates memory.
+        Medians over the pairs of a race, of the original and of the result. The first run allocates memory.
     speedup : float
-        The original's creation over the result's: the geometric mean over the pairs.
+        Creation time of the original divided by that of the result: the geometric mean over the pairs.
     interval : tuple of float
         99 % confidence interval of `speedup`.
     memory_mb : tuple of float, or None
@@ -52,7 +52,7 @@ class Start:
 
     @classmethod
     def from_race(cls, race: Race) -> Start | None:
-        """From a race of fresh sessions; None if their starts were not timed."""
+        """Compute the figures from a race of fresh sessions; None if their starts were not timed."""
         if not race.pairs[0].creation:
             return None
         evidence = Evidence.from_logs(race.creation_logs(1))
@@ -68,19 +68,19 @@ class Latency:
     Attributes
     ----------
     before_ms, after_ms : float
-        Medians, milliseconds.
+        Medians in milliseconds.
     speedup : float
         before / after: the geometric mean over pairs of fresh sessions.
     interval : tuple of float
-        99 % confidence interval of the speed-up, which the next session of each model should confirm.
+        99 % confidence interval of the speed-up. New sessions of both models should confirm it.
     before_min_ms, after_min_ms : float
     rounds, pairs : int
-        Runs of each model, and pairs of fresh sessions that they were made in.
+        Runs of each model, and pairs of fresh sessions.
     control : float or None
-        What a copy of the original reached against the original: how far the clock can be trusted.
+        The speed-up of a copy of the original. Its distance from 1 is the error of the clock.
     control_interval : tuple of float, or None
     start : Start or None
-        What sessions of both models take to start.
+        The time to start sessions of both models.
     """
 
     before_ms: float
@@ -97,7 +97,7 @@ class Latency:
 
     @classmethod
     def from_race(cls, race: Race) -> Latency:
-        """The latency of a race of an original, a candidate, and perhaps a copy of the original."""
+        """Compute the latency from a race of an original, a candidate, and optionally a copy of the original."""
         controlled = len(race.pairs[0].times) > 2
         return cls(
             race.median(0) * 1e3, race.median(1) * 1e3, race.speedup(), race.interval(),
@@ -107,26 +107,26 @@ class Latency:
 
     @property
     def noise(self) -> float:
-        """The ratio that a copy of the original reached, as a number from 1 on."""
+        """The speed-up or slow-down of a copy of the original, at least 1."""
         return 1.0 if self.control is None else max(self.control, 1 / self.control)
 
     @property
     def faster(self) -> bool:
-        """Whether the speed-up is beyond doubt: its interval lies above 1 and above what a copy reached."""
+        """Whether the model is surely faster: the interval lies above 1 and above the ratio of a copy."""
         return self.interval[0] > self.noise
 
     @property
     def slower(self) -> bool:
-        """Whether a slow-down is beyond doubt, and not surely below `NEGLIGIBLE_SLOWDOWN`."""
+        """Whether the model is surely slower, by a fraction that may reach `NEGLIGIBLE_SLOWDOWN`."""
         return self.interval[1] < 1 / self.noise and not self.same
 
     @property
     def same(self) -> bool:
-        """Whether it is beyond doubt that the second model is slower by less than `NEGLIGIBLE_SLOWDOWN`, if at all."""
+        """Whether the second model is surely not slower by `NEGLIGIBLE_SLOWDOWN` or more."""
         return self.interval[0] > 1 - NEGLIGIBLE_SLOWDOWN
 
     def compare_with_self(self) -> Latency:
-        """The same for the first model compared with itself."""
+        """Return the figures of the first model compared with itself."""
         return replace(
             self, after_ms=self.before_ms, after_min_ms=self.before_min_ms, speedup=1.0, interval=(1.0, 1.0), start=None
         )
@@ -167,7 +167,7 @@ class ConditionLatency:
         Input name → sizes.
     latency : Latency
     slower : bool
-        Whether the result is slower beyond doubt (`Latency.slower`).
+        Whether the result is surely slower (`Latency.slower`).
     """
 
     threads: int
@@ -176,7 +176,7 @@ class ConditionLatency:
     slower: bool = False
 
     def compare_with_self(self) -> ConditionLatency:
-        """The same for the first model compared with itself."""
+        """Return the figures of the first model compared with itself."""
         return replace(self, latency=self.latency.compare_with_self(), slower=False)
 
     @property
@@ -212,13 +212,13 @@ class Report:
     shapes : dict
         Input name → sizes of all figures.
     rewrites, skips
-        What was rewritten, and what was not, with the reason.
+        The rewrites, and the places that were not rewritten, with reasons.
     before, after : Cost
         Sizes of the original and of the returned model.
     equivalence : Equivalence or None
         Comparison of the rewritten model with the original; None if it was not run.
     latency : Latency or None
-        Of the returned model; None if it was not measured.
+        Latency of the returned model; None if it was not measured.
     conditions : tuple of ConditionLatency
         Times with other threads or input sizes.
     operators : dict or None
@@ -261,7 +261,7 @@ class Report:
 
     @property
     def slowest_condition(self) -> ConditionLatency | None:
-        """The condition under which the result is slowest, if it is slower beyond doubt."""
+        """The condition under which the result is slowest; None if it is not surely slower under any."""
         return min((c for c in self.conditions if c.slower), key=lambda c: c.latency.speedup, default=None)
 
     def add_notes(self, *notes: str) -> Report:
@@ -269,7 +269,7 @@ class Report:
         return replace(self, notes=(*self.notes, *notes))
 
     def to_dict(self) -> dict[str, Any]:
-        """The documented JSON layout (docs/report.md)."""
+        """Convert to the JSON layout that docs/report.md documents."""
         return {
             "schema": REPORT_SCHEMA,
             "model": self.model,
@@ -326,7 +326,7 @@ class Comparison:
         return self.candidate
 
     def to_json(self) -> str:
-        """The documented JSON layout (docs/report.md)."""
+        """Convert to the JSON layout that docs/report.md documents."""
         content = {
             "schema": REPORT_SCHEMA,
             "model": self.model,

@@ -320,7 +320,7 @@ def _format_memory(row: Row) -> str:
 
 
 def render_benchmark(rows: Sequence[Row], console: Console) -> None:
-    """Models side by side, one row each, then what loading costs, and where each one's time goes."""
+    """Print one row per model with its times, one with its costs to start, and its slowest operators."""
     times = _table("model", "input", "median", "minimum", "ratio [99 %]")
     costs = _table("model", "input", "load", "first run", "memory", "layout changes")
     for row in rows:
@@ -350,7 +350,7 @@ def render_benchmark(rows: Sequence[Row], console: Console) -> None:
 
 
 def _control_line(row: Row) -> str:
-    """How far the clock could be trusted."""
+    """Format the ratio of a copy of the first model, which shows the error of the clock."""
     ratio, low, high = row.control
     return escape(
         f"A copy of {Path(row.model).name} in the same race: {ratio:.3f} [{low:.3f}, {high:.3f}]. "
@@ -359,7 +359,7 @@ def _control_line(row: Row) -> str:
 
 
 def _huge_pages_line(gain: tuple[float, float, float]) -> str:
-    """What huge pages bring, and how to get them."""
+    """Format the gain of huge pages, and how to switch them on."""
     ratio, low, high = gain
     found = f"{ratio:.2f}× as fast [{low:.2f}, {high:.2f}]" if low > 1 else f"no clear gain [{low:.2f}, {high:.2f}]"
     return escape(
