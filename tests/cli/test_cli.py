@@ -373,7 +373,7 @@ def test_verbose_says_why(model: Path) -> None:
     done = pwopt("optimize", model, "-v", "--budget", "1", "--no-cache")
     said = " ".join(done.stderr.split())
     assert "sizes x 1×64×64×64: the model runs" in said or "the model runs" in said
-    assert "likely ones, since none were given" in said
+    assert "likely sizes, since none were given" in said
     assert "the whole model: " in said
     assert "output 'y': " in said
 
