@@ -190,28 +190,27 @@ def optimize_many(
     progress: Progress = ignore_progress,
     report_row: Callable[[BatchRow], None] = lambda _row: None,
 ) -> list[BatchRow]:
-    """Optimise many models into a folder, with a report for each model and an index of all.
-
-    Unchanged models that an earlier batch finished are skipped. A model that fails does not stop the others.
+    """Optimise many models into a folder, with a report for each; skip what an earlier batch finished.
 
     Parameters
     ----------
     models : iterable of paths
         Files, folders (searched for .onnx files), or patterns such as ``"*.onnx"``.
     folder : path
-        Receives results, reports (``NAME.report.json``, and .html with pwopt[report]) and the index (.json and .html).
+        Receives results, reports (``NAME.report.json``, .html with pwopt[report]) and the index (.json and .html).
     request : Request, optional
         The request for each model.
     workers : int
         Number of processes. Only one of them measures at a time.
-    runner, progress, report_row : callable, optional
-        Runs the jobs elsewhere (`pwopt.optimizing.cluster.Fleet`); called with (stage, fraction done); called with each
-        row as soon as it is known.
+    runner : callable, optional
+        Runs the jobs elsewhere, such as `pwopt.optimizing.cluster.Fleet`.
+    progress, report_row : callable, optional
+        Called with (stage, fraction done), and with each row as soon as it is known.
 
     Returns
     -------
     list of BatchRow
-        In the order of the models.
+        In the order of the models. A model that fails does not stop the others.
 
     Raises
     ------
@@ -224,15 +223,15 @@ def optimize_many(
     rows = {job.output: row for job in listed if (row := _find_unchanged(job, where, earlier)) is not None}
     for row in rows.values():
         report_row(row)
-    todo = [job for job in listed if job.output not in rows]
-    by_output, written = {os.fspath(job.output): job for job in todo}, time.monotonic()
+    todo = {os.fspath(job.output): job for job in listed if job.output not in rows}
+    written = time.monotonic()
 
     def write_index() -> None:
         _write_index(where, [rows[job.output] for job in listed if job.output in rows], earlier)
 
     try:
-        for done in run(todo, request, progress):
-            job = by_output[done.row.output]
+        for done in run(list(todo.values()), request, progress):
+            job = todo[done.row.output]
             rows[job.output] = _store_result(job, done, where)
             report_row(rows[job.output])
             if time.monotonic() - written > INDEX_SECONDS:
