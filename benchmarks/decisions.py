@@ -25,7 +25,7 @@ import json, sys
 import pwopt
 from pwopt.selecting import tuning_cache
 report = pwopt.optimize(sys.argv[1], threads=1, **json.loads(sys.argv[2])).report
-known = {f"{e.pass_name}: {e.signature}": [e.verdict, e.pairs, e.speedup, *e.interval] for e in tuning_cache.stored() if e.model}
+known = {f"{e.pass_name}: {e.signature}": [e.verdict, e.pairs, e.speedup, *e.interval] for e in tuning_cache.read_records() if e.model}
 print(json.dumps({"known": known, "notes": report.notes, "kept": sorted({str(r.site) for r in report.rewrites}),
                   "speedup": report.latency.speedup}))
 """

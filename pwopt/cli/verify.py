@@ -41,7 +41,7 @@ def verify(
     """Compare two models from any source. Exit code 0: equivalent; 1: not equivalent; 2 and above: not comparable."""
     from pwopt.cli.output import check_report, open_console, print_json, show_progress, write_document
     from pwopt.evidence.laws import parse_law
-    from pwopt.evidence.verify import verify as compared
+    from pwopt.evidence.verify import verify as compare_models
     from pwopt.inputs import samples
     from pwopt.reporting import terminal
     from pwopt.reporting.document import check_available
@@ -55,7 +55,7 @@ def verify(
     asked = [parse_law(text) for text in invariants or ()]
     console = open_console(quiet=quiet or json)
     with show_progress(debug=debug, quiet=quiet, verbose=verbose) as progress:
-        equivalence = compared(
+        equivalence = compare_models(
             original, candidate, provider=placed, threads=threads, shapes=options.parse_rounds(shape),
             inputs=inputs or None, samples=options.split_list(kinds),
             ranges=dict(map(samples.parse_range, ranges or ())),

@@ -19,13 +19,10 @@ from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import LazyValues as _LazyValues
 
 from pwopt.algebra import Values
+from pwopt.graph.shapes import Dim
 
 if TYPE_CHECKING:
     from typing_extensions import Self
-
-#: A dimension: a number, a symbol, or None where nothing is known.
-Dim = int | str | None
-Shape = tuple[Dim, ...]
 
 if TYPE_CHECKING:
     # Declarations for the type checker, because onnx-graphsurgeon's classes are not annotated.
