@@ -20,7 +20,15 @@ from pwopt.graph.shapes import format_shape
 from pwopt.reporting.drawing import BOX_HEIGHT, BOX_WIDTH, draw
 from pwopt.reporting.drawing import format_path as wire
 from pwopt.reporting.report import LAYOUT_CHANGES, Comparison, Report
-from pwopt.reporting.text import ELEMENTWISE_FIGURES, FIGURE_LABELS, format_figures, generalize, sanitize
+from pwopt.reporting.text import (
+    ELEMENTWISE_FIGURES,
+    FIGURE_LABELS,
+    format_figures,
+    format_speedup,
+    generalize,
+    list_start_rows,
+    sanitize,
+)
 from pwopt.reporting.verdicts import (
     format_count,
     format_percent,
@@ -147,7 +155,7 @@ def load_templates(kind: str) -> Any:
     environment.filters.update(
         count=format_count, ms=lambda v: f"{v:.2f} ms", short=lambda v: format_scientific(f"{v:.2g}"),
         size=format_shape,
-        clipped=clip, percent=format_percent, gained=format_gain,
+        clipped=clip, percent=format_percent, ratio=format_speedup, start_rows=list_start_rows, gained=format_gain,
         svg=jinja2.utils.markupsafe.Markup if html else str,
     )  # fmt: skip
     environment.globals.update(draw=draw, wire=wire, BOX_WIDTH=BOX_WIDTH, BOX_HEIGHT=BOX_HEIGHT)

@@ -23,8 +23,9 @@ from pwopt.reporting.text import (
     LEGEND,
     escape_text,
     format_figures,
-    format_ratio,
+    format_speedup,
     generalize,
+    list_start_rows,
 )
 from pwopt.rewriting.wording import format_count
 from pwopt.running.bench import Row
@@ -115,17 +116,9 @@ def _cost_rows(
         table.add_row(f"{label}{of}", f"{a:,}", f"{b:,}", "" if change is None else f"{change:+.1%}")
     times = [] if latency is None else [(where, latency)]
     for label, t in (*times, *((f"… {escape_text(c.label)}", c.latency) for c in conditions)):
-        ratio = format_ratio(t.speedup, *t.interval)
-        table.add_row(f"{label}{of}", f"{t.before_ms:.2f} ms", f"{t.after_ms:.2f} ms", ratio)
-    start = None if latency is None else latency.start
-    if start is not None:
-        creation = f"{start.creation_ms[0]:.0f} ms", f"{start.creation_ms[1]:.0f} ms"
-        table.add_row(f"session creation{of}", *creation, format_ratio(start.speedup, *start.interval))
-        table.add_row(f"first run{of}", f"{start.first_run_ms[0]:.1f} ms", f"{start.first_run_ms[1]:.1f} ms", "")
-        if start.memory_mb is not None:
-            old, new = start.memory_mb
-            growth = f"{new / old - 1:+.1%}" if old > 0 else ""
-            table.add_row(f"peak memory{of}", f"{old:.0f} MB", f"{new:.0f} MB", growth)
+        table.add_row(f"{label}{of}", f"{t.before_ms:.2f} ms", f"{t.after_ms:.2f} ms", format_speedup(t))
+    for label, *figures in list_start_rows(latency):
+        table.add_row(f"{label}{of}", *figures)
 
 
 def render_sizes(shapes: Mapping[str, tuple[int, ...]], console: Console) -> None:

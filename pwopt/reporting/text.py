@@ -6,6 +6,7 @@ from rich.markup import escape
 
 from pwopt.evidence.equivalence import OutputCheck
 from pwopt.evidence.metrics import Agreement
+from pwopt.reporting.report import Latency, Start
 from pwopt.rewriting.records import Skip
 
 
@@ -55,9 +56,27 @@ SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 VAGUE_FACTOR = 1.5
 
 
-def format_ratio(ratio: float, low: float, high: float) -> str:
-    """Format a speed-up with its interval; "unclear" instead of a ratio that says little."""
+def format_speedup(measured: Latency | Start) -> str:
+    """Format a speed-up with its interval; "unclear" instead of one that says little."""
+    ratio, (low, high) = measured.speedup, measured.interval
     if low == high:
         return f"{ratio:.2f}×"
     shown = "unclear" if high > VAGUE_FACTOR * low else f"{ratio:.2f}×"
     return f"{shown} [{low:.2f}, {high:.2f}]"
+
+
+def list_start_rows(latency: Latency | None) -> list[tuple[str, str, str, str]]:
+    """Rows of a table on what sessions take to start: label, original, result, and their ratio."""
+    start = None if latency is None else latency.start
+    if start is None:
+        return []
+    (created, recreated), (first, second) = start.creation_ms, start.first_run_ms
+    rows = [
+        ("session creation", f"{created:.3g} ms", f"{recreated:.3g} ms", format_speedup(start)),
+        ("first run", f"{first:.3g} ms", f"{second:.3g} ms", ""),
+    ]
+    if start.memory_mb is not None:
+        before, after = start.memory_mb
+        growth = f"{after / before - 1:+.1%}" if before > 0 else ""
+        rows.append(("peak memory", f"{before:.0f} MB", f"{after:.0f} MB", growth))
+    return rows
