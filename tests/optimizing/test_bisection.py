@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import textwrap
 from pathlib import Path
 from typing import ClassVar
@@ -101,9 +102,9 @@ def aborting(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ("kind", "reason"),
     [
         ("does not load", "onnxruntime does not load the model: "),
-        ("takes all memory", "Failed to allocate memory"),
+        ("takes all memory", "Failed to allocate memory|std::bad_alloc"),
         ("runs forever", "it did not finish within "),
-        ("crashes", "it crashes onnxruntime (SIGABRT)"),
+        ("crashes", r"it crashes onnxruntime \(SIGABRT\)"),
     ],
 )
 def test_what_cannot_be_used_is_left_out(
@@ -126,7 +127,7 @@ def test_what_cannot_be_used_is_left_out(
         CHAIN, out, measuring=pwopt.Measuring(race_seconds=0.1, budget=600.0), cache=False, threads=1
     ).report
     (left,) = (s for s in report.skips if s.pass_name == "harmful")
-    assert reason in left.reason
+    assert re.search(reason, left.reason)
     assert "the model with it cannot be used, since " in left.reason
     written = ops(onnx.load(out))
     assert "Add" not in written
