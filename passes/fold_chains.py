@@ -205,34 +205,41 @@ def _plan(rw: Rewriter, maps: list[Reading]) -> Chain:
     """
     places = relative_places(rw, maps)
     count = len(maps)
-    known: dict[Geometry, Geometry] = {}
-    geometries = [known.setdefault(m.geometry, m.geometry) for m in maps]  # equal geometries are one object
+    kinds: list[Geometry] = []  # distinct geometries; a pair of their numbers is composed once
+    numbers: dict[Geometry, int] = {}
+
+    def number(geometry: Geometry) -> int:
+        if geometry not in numbers:
+            numbers[geometry] = len(kinds)
+            kinds.append(geometry)
+        return numbers[geometry]
+
+    own = [number(m.geometry) for m in maps]
     weighted = [m.weighted for m in maps]
-    pairs: dict[tuple[Geometry, Geometry], Geometry | Refusal] = {}
+    pairs: dict[tuple[int, int], int | None] = {}
     best: list[tuple[float, int]] = [(0.0, 0)] + [(float("inf"), 0)] * count
     start = [0] * (count + 1)
     for i in range(count):
-        composed: Geometry | Refusal = geometries[i]
-        transposed_at = i if geometries[i].transposed else None
+        composed = own[i]
+        transposed_at = i if kinds[own[i]].transposed else None
         has_weights = weighted[i]
         for j in range(i, count):
             if j > i:
-                assert isinstance(composed, Geometry)
-                pair = (geometries[j], composed)
+                pair = own[j], composed
                 if pair not in pairs:
-                    result = compose_geometry(geometries[j], composed)
-                    pairs[pair] = result if isinstance(result, Refusal) else known.setdefault(result, result)
-                composed = pairs[pair]
-                if isinstance(composed, Refusal):
+                    result = compose_geometry(kinds[own[j]], kinds[composed])
+                    pairs[pair] = None if isinstance(result, Refusal) else number(result)
+                following = pairs[pair]
+                if following is None:
                     break
-                transposed_at = j if geometries[j].transposed else transposed_at
+                composed = following
+                transposed_at = j if kinds[own[j]].transposed else transposed_at
                 has_weights = has_weights or weighted[j]
                 if rw.is_denied(maps[j].node) or not has_weights:
                     continue
             over = places[transposed_at] if transposed_at is not None else places[j]
-            assert isinstance(composed, Geometry)
             free = i == j and not weighted[i]
-            total = (best[i][0] + (0.0 if free else price(composed, over)), best[i][1] + 1)
+            total = (best[i][0] + (0.0 if free else price(kinds[composed], over)), best[i][1] + 1)
             if total < best[j + 1]:
                 best[j + 1], start[j + 1] = total, i
     ends, j = {}, count

@@ -205,10 +205,9 @@ class GraphIndex:
     def constant(self, tensor: Tensor) -> Constant | None:
         """The initializer or the value of a Constant node that `tensor` equals, also through Identity; else None."""
         for _ in range(16):
-            if isinstance(tensor, Constant):
-                return tensor
-            if is_constant(tensor):  # a pass has just made it of onnx-graphsurgeon's class
-                adopt_tensors([tensor])
+            if is_constant(tensor):
+                if type(tensor) is not Constant:  # a pass has just made it of onnx-graphsurgeon's class
+                    adopt_tensors([tensor])
                 return tensor
             node = self.producer(tensor)
             op = self.op(node)

@@ -241,18 +241,23 @@ def adopt(graph: Graph | gs.Graph) -> Graph:
     pending = [graph]
     while pending:
         found = pending.pop()
-        found.__class__ = _CLASSES.get(type(found), type(found))
-        adopt_tensors((*found.inputs, *found.outputs))
+        _adopt(found)
+        adopt_tensors(found.inputs)
+        adopt_tensors(found.outputs)
         for node in found.nodes:
             adopt_node(node)
-            pending.extend(node.subgraphs())
+            pending.extend(value for value in node.attrs.values() if isinstance(value, gs.Graph))
     return cast(Graph, graph)
 
 
 def adopt_node(node: Node | gs.Node) -> Node:
     """Give a node and its tensors the classes of this module, in place."""
-    node.__class__ = _CLASSES.get(type(node), type(node))
-    adopt_tensors((*node.inputs, *node.outputs, *(v for v in node.attrs.values() if isinstance(v, gs.Tensor))))
+    _adopt(node)
+    adopt_tensors(node.inputs)
+    adopt_tensors(node.outputs)
+    for value in node.attrs.values():
+        if isinstance(value, gs.Tensor):
+            _adopt(value)
     return cast(Node, node)
 
 
@@ -260,7 +265,13 @@ def adopt_tensors(tensors: Iterable[Tensor | gs.Tensor]) -> None:
     """Give tensors the classes of this module, in place."""
     for tensor in tensors:
         if type(tensor) in _CLASSES:
-            tensor.__class__ = _CLASSES[type(tensor)]
+            _adopt(tensor)
+
+
+def _adopt(found: object) -> None:
+    """Give an object of onnx-graphsurgeon's the class of this module that corresponds to its own."""
+    if type(found) in _CLASSES:
+        object.__setattr__(found, "__class__", _CLASSES[type(found)])
 
 
 def as_message(node: Node) -> onnx.NodeProto:

@@ -9,7 +9,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, ClassVar, Literal, ParamSpec, TypeVar, get_args
 
 from pwopt.algebra import Values
-from pwopt.algebra.geometry import Refusal, attempt
+from pwopt.algebra.geometry import Refusal, RefusedError
 from pwopt.errors import UsageError, summarize
 from pwopt.graph.changes import Change
 from pwopt.graph.ir import Graph, Node, Tensor, adopt_node
@@ -219,6 +219,8 @@ class Rewriter(View):
         self._queue.extend(nodes)
         self._queued.update(nodes)
         counts: Counter[Site] = Counter()
+        journalled = self._certifier is not None or record is not None
+        self.journal = Journal() if journalled else None
         while self._queue:
             node = self._queue.popleft()
             self._queued.discard(node)
@@ -227,8 +229,15 @@ class Rewriter(View):
             name, stored = _name_of(node), self.stored
             if allowed is not None and self._make_site(name) not in allowed:
                 continue
-            self._renew_journal(needed=self._certifier is not None or record is not None)
-            result = Skip("denied by the user") if self.is_denied(node) else self._offer(p, node, record)
+            if self.journal is not None and (self.journal.states or self.journal.changed):
+                self.journal = Journal()
+            result: Rewrite | Skip | Refusal | None
+            if self._denied and self.is_denied(node):
+                result = Skip("denied by the user")
+            elif record is None:
+                result = self.attempt(p.match_and_rewrite, node, self)
+            else:
+                result = self._offer(p, node, record)
             if result is None:
                 continue
             site = self._make_site(name)
@@ -244,13 +253,6 @@ class Rewriter(View):
         if record is not None:
             self._check_unchanged(p, record.find_change())
         return Outcome(tuple(rewrites), tuple(skips.values()))
-
-    def _renew_journal(self, *, needed: bool) -> None:
-        """Begin a new journal for the next node, unless the present one is empty."""
-        if not needed:
-            self.journal = None
-        elif self.journal is None or self.journal.states or self.journal.changed:
-            self.journal = Journal()
 
     @staticmethod
     def _check_unchanged(p: Pass, changed: str) -> None:
@@ -270,16 +272,14 @@ class Rewriter(View):
         if self.edits != edits:
             raise _breach(p, "edited the graph in start; only match_and_rewrite may do that")
 
-    def _offer(self, p: Pass, node: Node, record: GraphRecord | None) -> Rewrite | Skip | Refusal | None:
-        """Offer a node to a pass; a third-party pass must return a Rewrite exactly if it edits the graph.
+    def _offer(self, p: Pass, node: Node, record: GraphRecord) -> Rewrite | Skip | Refusal | None:
+        """Offer a node to a third-party pass, which must return a Rewrite exactly if it edits the graph.
 
         Raises
         ------
         UsageError
-            If a third-party pass raises, or breaks its contract.
+            If the pass raises, or breaks its contract.
         """
-        if record is None:
-            return self.attempt(p.match_and_rewrite, node, self)
         site, edits = str(self.site(node)), self.edits
         try:
             result = self.attempt(p.match_and_rewrite, node, self)
@@ -307,10 +307,12 @@ class Rewriter(View):
             If the graph was edited before the refusal.
         """
         edits = self.edits
-        result = attempt(rewrite, *args, **kwargs)
-        if isinstance(result, Refusal) and self.edits != edits:
-            raise RuntimeError(f"the graph was edited before a rewrite was refused because {result.reason}")
-        return result
+        try:
+            return rewrite(*args, **kwargs)
+        except RefusedError as error:
+            if self.edits != edits:
+                raise RuntimeError(f"the graph was edited before a rewrite was refused because {error}") from error
+            return Refusal(error.reason)
 
     def _certify(self, rewrite: Rewrite, context: int) -> Rewrite:
         if self._certifier is None or self.journal is None:
