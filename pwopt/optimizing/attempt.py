@@ -8,7 +8,7 @@ from pathlib import Path
 
 import onnx
 
-from pwopt.errors import ModelError, NotEquivalentError, ProviderError
+from pwopt.errors import ModelError, NotEquivalentError, ProviderError, PwoptError
 from pwopt.evidence.equivalence import Equivalence
 from pwopt.evidence.localise import localise
 from pwopt.evidence.verify import compare_in_sessions, find_placements
@@ -283,15 +283,18 @@ class Pair:
         return replace(equivalence, elsewhere=elsewhere)
 
     def add_memory(self, latency: Latency) -> Latency:
-        """Add the peak memory that a session of each takes in a process of its own."""
+        """Add the peak memory that a session of each takes in a process of its own, if both run there."""
         if latency.start is None:
             return latency
-        where = self.environment
-        before, after = (
-            bench.measure_cold_start(path, where.provider, where.threads, where.samples[0].feeds)["memory"] / 1e6
-            for path in (self.original, self.candidate)
-        )
-        return replace(latency, start=replace(latency.start, memory_mb=(before, after)))
+        where, peaks = self.environment, []
+        for path in (self.original, self.candidate):
+            try:
+                cold = bench.measure_cold_start(path, where.provider, where.threads, where.samples[0].feeds)
+            except (PwoptError, OSError) as error:
+                LOG.info("the peak memory is not known: %s", error)
+                return latency
+            peaks.append(cold["memory"] / 1e6)
+        return replace(latency, start=replace(latency.start, memory_mb=(peaks[0], peaks[1])))
 
     def profile(self, report: Report, protos: tuple[onnx.ModelProto, onnx.ModelProto]) -> Report:
         """Add the times of both models to a report, by operator and by layer."""

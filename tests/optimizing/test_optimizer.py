@@ -189,6 +189,20 @@ def test_measured_rewrites_must_be_faster_in_the_whole_model(monkeypatch: pytest
     assert next(whole, None) is None
 
 
+@pytest.mark.parametrize("error", [UsageError("it does not run there"), FileNotFoundError("no python")])
+def test_memory_that_cannot_be_measured_ends_nothing(error: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+
+    def fail(*_: object) -> dict[str, float]:
+        raise error
+
+    monkeypatch.setattr(attempt.bench, "measure_cold_start", fail)
+    report = pwopt.optimize(CHAIN, threads=1, cache=False, measuring=pwopt.Measuring(budget=1.0)).report
+    assert report.latency is not None
+    assert report.latency.start is not None
+    assert report.latency.start.memory_mb is None
+
+
 def test_what_is_shown_of_a_candidate_that_is_not_returned(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
     slow = planted_race(np.full(50, 1.0), np.full(50, 2.0))
