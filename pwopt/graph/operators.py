@@ -39,15 +39,15 @@ TRAIT_MEANINGS = {
 
 _ROWS = """
 Abs                        slope=1 blind foldable
-Acos                       blind hides-zero
+Acos                       same-shape blind hides-zero
 Add                        arithmetic broadcasts keeps-zero bounded foldable
 And                        broadcasts blind foldable tells-zero
 ArgMax                     blind tells-zero
 ArgMin                     blind tells-zero
-Asin                       keeps-zero
-Asinh                      keeps-zero
-Atan                       keeps-zero
-Atanh                      keeps-zero
+Asin                       same-shape keeps-zero
+Asinh                      same-shape keeps-zero
+Atan                       same-shape keeps-zero
+Atanh                      same-shape keeps-zero
 AveragePool                pools sums keeps-zero bounded whole-blocks
 BatchNormalization         sums bias=2 keeps-zero bounded
 Bernoulli                  random tells-zero
@@ -63,8 +63,8 @@ Conv                       weighted sums bias=2 keeps-zero bounded
 ConvInteger                quantised
 ConvTranspose              weighted sums bias=2 keeps-zero bounded
 Cos                        elementwise blind hides-zero
-Cosh                       blind hides-zero
-CumSum                     keeps-zero
+Cosh                       same-shape blind hides-zero
+CumSum                     same-shape keeps-zero
 DepthToSpace               keeps-zero
 DequantizeLinear           keeps-first-zero quantised
 Div                        arithmetic broadcasts keeps-first-zero bounded foldable
@@ -88,30 +88,30 @@ GlobalAveragePool          sums keeps-zero bounded whole-blocks
 GlobalMaxPool              keeps-zero whole-blocks
 Greater                    broadcasts blind foldable tells-zero
 GreaterOrEqual             broadcasts blind foldable tells-zero
-GroupNormalization         bias=2 keeps-zero
+GroupNormalization         same-shape bias=2 keeps-zero
 HardSigmoid                slope=1 keeps-zero
 HardSwish                  slope=1.5 keeps-zero
-Hardmax                    softmax tells-zero
+Hardmax                    same-shape softmax tells-zero
 Identity                   same-shape moves keeps-zero bounded
-InstanceNormalization      bias=2 keeps-zero
+InstanceNormalization      same-shape bias=2 keeps-zero
 IsInf                      blind hides-zero
 IsNaN                      blind hides-zero
-LRN                        keeps-zero
+LRN                        same-shape keeps-zero
 LSTM                       keeps-zero
 LayerNormalization         same-shape bias=2 keeps-zero bounded
 LeakyRelu                  slope=1 keeps-zero
 Less                       broadcasts blind foldable tells-zero
 LessOrEqual                broadcasts blind foldable tells-zero
 Log                        elementwise blind foldable tells-zero
-LogSoftmax                 softmax blind hides-zero
-LpNormalization            keeps-zero tells-zero
+LogSoftmax                 same-shape softmax blind hides-zero
+LpNormalization            same-shape keeps-zero tells-zero
 LpPool                     pools
 MatMul                     weighted sums keeps-zero bounded
 MatMulInteger              quantised
 Max                        broadcasts keeps-zero bounded foldable
 MaxPool                    pools keeps-zero bounded whole-blocks
 Mean                       broadcasts keeps-zero
-MeanVarianceNormalization  keeps-zero
+MeanVarianceNormalization  same-shape keeps-zero
 Min                        broadcasts keeps-zero bounded foldable
 Mish                       slope=1.1 keeps-zero
 Mod                        broadcasts foldable tells-zero
@@ -121,11 +121,11 @@ Neg                        slope=1 keeps-zero foldable
 NonZero                    blind tells-zero
 Not                        blind foldable tells-zero
 Or                         broadcasts blind foldable tells-zero
-PRelu                      keeps-zero bounded
+PRelu                      same-shape keeps-zero bounded
 Pad                        keeps-zero
 Pow                        broadcasts blind-input=1 bounded foldable
 QuantizeLinear             blind-input=0 quantised hides-zero
-RMSNormalization           keeps-zero
+RMSNormalization           same-shape keeps-zero
 RNN                        keeps-zero
 RandomNormal               random
 RandomNormalLike           random
@@ -146,18 +146,18 @@ Relu                       slope=1 keeps-zero
 Reshape                    view keeps-zero bounded foldable
 Resize                     keeps-first-zero
 ReverseSequence            keeps-zero
-Round                      keeps-zero hides-zero
+Round                      same-shape keeps-zero hides-zero
 ScatterElements            keeps-zero
 ScatterND                  keeps-zero
 Selu                       slope=1.76 keeps-zero
 Shape                      blind bounded foldable hides-zero
 Sigmoid                    slope=0.25 blind hides-zero
-Sign                       keeps-zero tells-zero
+Sign                       same-shape keeps-zero tells-zero
 Sin                        elementwise keeps-zero
-Sinh                       keeps-zero
+Sinh                       same-shape keeps-zero
 Size                       blind bounded foldable hides-zero
 Slice                      moves keeps-zero bounded foldable
-Softmax                    softmax blind bounded hides-zero
+Softmax                    same-shape softmax blind bounded hides-zero
 Softplus                   slope=1 blind hides-zero
 Softsign                   slope=1 keeps-zero
 SpaceToDepth               keeps-zero
@@ -167,17 +167,41 @@ Squeeze                    view axes=13 keeps-zero bounded foldable
 Sub                        arithmetic broadcasts keeps-zero bounded foldable
 Sum                        arithmetic broadcasts keeps-zero
 Swish                      slope=1.1 keeps-zero
-Tan                        keeps-zero
+Tan                        same-shape keeps-zero
 Tanh                       slope=1 keeps-zero
 ThresholdedRelu            slope=inf keeps-zero
 Tile                       moves keeps-zero foldable
 TopK                       keeps-zero tells-zero
 Transpose                  moves keeps-zero bounded foldable
-Trilu                      keeps-zero
+Trilu                      same-shape keeps-zero
 Unsqueeze                  view axes=13 keeps-zero bounded foldable
 Upsample                   keeps-first-zero
 Where                      broadcasts keeps-zero bounded foldable
 Xor                        broadcasts blind foldable tells-zero
+"""
+
+#: Operators of onnxruntime's own domain, com.microsoft.
+_MICROSOFT_ROWS = """
+BiasAdd                          same-shape
+BiasDropout                      same-shape
+BiasGelu                         same-shape
+BiasSoftmax                      same-shape
+BitmaskBiasDropout               same-shape
+BitmaskDropout                   same-shape
+FastGelu                         same-shape
+Gelu                             same-shape
+GroupNorm                        same-shape
+LayerNormalization               same-shape
+QLinearLeakyRelu                 same-shape
+QLinearSigmoid                   same-shape
+QLinearSoftmax                   same-shape
+QuickGelu                        same-shape
+RotaryEmbedding                  same-shape
+SimplifiedLayerNormalization     same-shape
+SkipGroupNorm                    same-shape
+SkipLayerNormalization           same-shape
+SkipSimplifiedLayerNormalization same-shape
+Trilu                            same-shape
 """
 
 
@@ -195,6 +219,7 @@ def _parse(rows: str) -> dict[str, dict[str, float]]:
 
 
 _TABLE = _parse(_ROWS)
+_MICROSOFT_TABLE = _parse(_MICROSOFT_ROWS)
 
 
 def _having(*traits: str) -> frozenset[str]:
@@ -213,6 +238,8 @@ def _numbers(trait: str) -> Mapping[str, int]:
 ACTIVATIONS: Mapping[str, float] = {op: row["slope"] for op, row in _TABLE.items() if "slope" in row}
 ELEMENTWISE = _having("elementwise", "slope")
 SAME_SHAPE = _having("elementwise", "slope", "same-shape")
+#: The same for operators of the domain com.microsoft.
+MICROSOFT_SAME_SHAPE = frozenset(op for op, row in _MICROSOFT_TABLE.items() if "same-shape" in row)
 ARITHMETIC = _having("arithmetic")
 BROADCASTS = _having("broadcasts")
 VIEWS = _having("view")

@@ -12,6 +12,7 @@ from pwopt.graph.functions import count_expanded
 from pwopt.graph.limits import run_isolated
 from pwopt.graph.memo import memoize
 from pwopt.graph.operators import BOUNDED, POOLS
+from pwopt.graph.stand_ins import Skeleton, find_implied, insert_stand_ins, is_foreign
 
 Dim = int | str | None
 Shape = tuple[Dim, ...]
@@ -62,8 +63,9 @@ def format_shape(shape: Sequence[object]) -> str:
 def make_skeleton(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim]] | None = None) -> onnx.ModelProto:
     """Copy a model for inference: large weights become inputs, and declared shapes of inner tensors are dropped.
 
-    Exporters' ``value_info`` is sometimes stale, so only the inputs are believed. `inputs` replaces
-    the shapes of graph inputs, by numbers or by names that can be followed through the graph.
+    Exporters' ``value_info`` is sometimes stale, so only the inputs are believed, and what is declared of the outputs
+    of operators whose shapes nothing else tells (`find_declared`). `inputs` replaces the shapes of graph inputs, by
+    numbers or by names that can be followed through the graph.
     """
     light = onnx.ModelProto(ir_version=max(model.ir_version, 4))
     light.opset_import.extend(model.opset_import)
@@ -99,8 +101,40 @@ def make_skeleton(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim]] | 
         if value.type.HasField("tensor_type"):
             graph.output[-1].type.tensor_type.ClearField("shape")
     graph.node.extend(model.graph.node)
+    graph.value_info.extend(find_declared(model, inputs))
     _correct_axes(light)
     return light
+
+
+def find_declared(
+    model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim]] | None = None
+) -> list[onnx.ValueInfoProto]:
+    """Find what is declared of the outputs of operators whose shapes neither inference nor a stand-in gives.
+
+    These declarations are the only knowledge of such shapes, so pwopt relies on them. A named size counts only if the
+    model's inputs have a size of that name; `inputs` may replace it.
+    """
+    declared = {v.name: v for v in (*model.graph.value_info, *model.graph.output)}
+    skeleton = Skeleton(model)
+    names = [n for node in model.graph.node if is_foreign(node, skeleton) for n in node.output if n in declared]
+    if not names:
+        return []
+    sizes: dict[str, set[Dim]] = {}
+    for value in model.graph.input:
+        before = read_dims(value.type) or ()
+        after = (inputs or {}).get(value.name, before)
+        for old, new in zip(before, after, strict=False):
+            if isinstance(old, str):
+                sizes.setdefault(old, set()).add(new)
+    known = {name: found.pop() for name, found in sizes.items() if len(found) == 1}
+    result = []
+    for name in names:
+        shape = read_dims(declared[name].type)
+        if shape is not None:
+            dims = [known.get(d) if isinstance(d, str) else d for d in shape]
+            code = declared[name].type.tensor_type.elem_type
+            result.append(onnx.helper.make_tensor_value_info(name, code, dims))
+    return result
 
 
 def _correct_axes(light: onnx.ModelProto) -> None:
@@ -146,10 +180,25 @@ def infer(
 
 @memoize
 def _infer_exactly(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
+    insert_stand_ins(light)
     types = _infer(light)
+    implied = find_implied(light, lambda name: types.get(name, (0, None))[1] is None)
+    if implied:
+        _declare(light, implied)
+        types = _infer(light)
     if any(_is_miscounted(node, types) for node in light.graph.node):
         types = _infer(_hide_sizes(light, [n for n in light.graph.node if n.op_type in POOLS and _has_ceil_mode(n)]))
     return types
+
+
+def _declare(light: onnx.ModelProto, values: Sequence[onnx.ValueInfoProto]) -> None:
+    """Declare shapes of inputs and of inner tensors, in place."""
+    given = {v.name: v for v in light.graph.input}
+    for value in values:
+        if value.name in given:
+            given[value.name].type.tensor_type.shape.CopyFrom(value.type.tensor_type.shape)
+        else:
+            light.graph.value_info.append(value)
 
 
 def _infer(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
