@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pwopt.rewriting.driver import Pass
+from pwopt.rewriting.lowering import Lowering
 
 from .channels_first import ChannelsFirst
 from .channels_last import ChannelsLast
@@ -22,10 +23,11 @@ from .hoist_stride import HoistStride
 from .join_concat import JoinConcat
 from .join_views import JoinViews
 from .keep_layout import KeepLayout
+from .lower_activations import LowerMish, LowerPRelu, LowerPReluByChannel, LowerSwish
 from .lower_rank import LowerRank
 from .merge_equal import MergeEqual, ShareConstants
 from .merge_siblings import MergeSiblings
-from .name_activations import NameActivations
+from .name_activations import NameActivations, NameHardSigmoid, NameSwish
 from .pad_channels import FillBlocks, FillTensorCores, PadChannels
 from .polyphase import FractionalStride, Polyphase
 from .settle_shapes import SettleShapes
@@ -37,13 +39,18 @@ from .sum_branches import SumBranches
 from .to_matmul import ToMatMul
 from .winograd import Winograd
 
+#: The lowering table (`pwopt.rewriting.lowering`): rows that bring spellings into one form before the other passes, and
+#: rows that write what a kind of provider computes fastest after them.
+NAMING: tuple[type[Lowering], ...] = (NameActivations, NameHardSigmoid, NameSwish, LowerPRelu)
+LOWERING: tuple[type[Lowering], ...] = (LowerPReluByChannel, LowerSwish, LowerMish)
+
 #: The default pipeline, in order.
 PASSES: tuple[type[Pass], ...] = (
     CleanUp,
     SettleShapes,
     JoinViews,
     MergeEqual,
-    NameActivations,
+    *NAMING,
     FactorGates,
     FoldAffine,
     DropDead,
@@ -74,10 +81,13 @@ PASSES: tuple[type[Pass], ...] = (
     JoinConcat,
     Winograd,
     ToMatMul,
+    *LOWERING,
     ShareConstants,
 )
 
 __all__ = [
+    "LOWERING",
+    "NAMING",
     "PASSES",
     "ChannelsFirst",
     "ChannelsLast",
@@ -100,10 +110,16 @@ __all__ = [
     "JoinConcat",
     "JoinViews",
     "KeepLayout",
+    "LowerMish",
+    "LowerPRelu",
+    "LowerPReluByChannel",
     "LowerRank",
+    "LowerSwish",
     "MergeEqual",
     "MergeSiblings",
     "NameActivations",
+    "NameHardSigmoid",
+    "NameSwish",
     "PadChannels",
     "Polyphase",
     "SettleShapes",

@@ -97,8 +97,10 @@ class Pipeline:
         if len(rewrites) > finished:
             _repeat(rw, [p for p in self._unmeasured() if p.phase != "early"], rewrites, skips)
         for p in self.passes:
-            if p.phase == "late":
-                rewrites.extend(rw.apply(p).rewrites)
+            if p.phase == "late" and p.policy != "measured":
+                outcome = rw.apply(p)
+                rewrites.extend(outcome.rewrites)
+                skips[p.name] = outcome.skips
         rw.close()
         listed = itertools.chain.from_iterable(skips.values())
         return Outcome(tuple(rewrites), tuple(s for s in listed if s.tensor in fixpoint.named))

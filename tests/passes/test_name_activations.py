@@ -5,7 +5,7 @@ import onnx
 import pytest
 from helpers import evaluate, normal, ops, parse, reasons, run, same
 
-from pwopt.passes import NameActivations
+from pwopt.passes import NameActivations, NameHardSigmoid, NameSwish
 
 F = np.float32
 X = normal(2, 8, seed=3, dtype=np.float32) * 4
@@ -22,6 +22,10 @@ HARD_SWISH = {
 CONSTANTS = {"three": F(3), "zero": F(0), "six": F(6), "sixth": F(1 / 6), "half": F(0.5), "one": F(1)}
 
 
+def naming() -> list[NameActivations]:
+    return [NameActivations(), NameHardSigmoid(), NameSwish()]
+
+
 def model_of(body: str, opset: int, **weights: np.ndarray) -> onnx.ModelProto:
     used = {k: v for k, v in {**CONSTANTS, **weights}.items() if f"{k})" in body or f"{k}," in body}
     return parse(f"(float[2,8] x) => (float[N] y) {{ {body} }}", opset, **used)
@@ -30,7 +34,7 @@ def model_of(body: str, opset: int, **weights: np.ndarray) -> onnx.ModelProto:
 @pytest.mark.parametrize("body", HARD_SWISH.values(), ids=HARD_SWISH)
 def test_hard_swish_in_every_spelling(body: str) -> None:
     model = model_of(body, 14)
-    result, outcome, _ = run(model, NameActivations())
+    result, outcome, _ = run(model, *naming())
     assert ops(result) == {"HardSwish": 1}, reasons(outcome)
     assert not result.graph.initializer
     same(model, result, 1e-6, x=X)
@@ -39,7 +43,7 @@ def test_hard_swish_in_every_spelling(body: str) -> None:
 @pytest.mark.parametrize("body", HARD_SWISH.values(), ids=HARD_SWISH)
 def test_before_opset_14_it_is_a_hard_sigmoid_and_a_product(body: str) -> None:
     model = model_of(body, 13)
-    result, outcome, _ = run(model, NameActivations())
+    result, outcome, _ = run(model, *naming())
     assert ops(result) == {"HardSigmoid": 1, "Mul": 1}
     assert "HardSwish exists from opset 14" in " ".join(reasons(outcome) + [r.reason for r in outcome.rewrites])
     same(model, result, 1e-6, x=X)
@@ -47,13 +51,13 @@ def test_before_opset_14_it_is_a_hard_sigmoid_and_a_product(body: str) -> None:
 
 def test_clip_by_attribute() -> None:
     body = "a = Add(x, three) b = Clip<min=0.0, max=6.0>(a) c = Mul(x, b) y = Div(c, six)"
-    result, _, _ = run(model_of(body, 10), NameActivations())
+    result, _, _ = run(model_of(body, 10), *naming())
     assert ops(result) == {"HardSigmoid": 1, "Mul": 1}
 
 
 def test_hard_sigmoid_with_its_own_slope() -> None:
     model = model_of("m = Mul(x, s) a = Add(m, three) b = Clip(a, zero, six) y = Div(b, six)", 12, s=F(1.2))
-    result, _, _ = run(model, NameActivations())
+    result, _, _ = run(model, *naming())
     assert ops(result) == {"HardSigmoid": 1}
     attributes = {a.name: a.f for a in result.graph.node[0].attribute}
     assert attributes["alpha"] == pytest.approx(0.2)
@@ -72,7 +76,7 @@ def test_hard_sigmoid_with_its_own_slope() -> None:
 )
 def test_lookalikes_are_not_named_hard_swish(body: str) -> None:
     model = model_of(body, 17)
-    result, _, _ = run(model, NameActivations())
+    result, _, _ = run(model, *naming())
     assert "HardSwish" not in ops(result)
     if result is not model:
         same(model, result, 1e-5, x=X)
@@ -102,14 +106,14 @@ def test_lookalikes_are_not_named_hard_swish(body: str) -> None:
 )
 def test_lookalikes_stay_as_they_are(body: str) -> None:
     model = model_of(body, 24, minus=F(-1), root=F(np.sqrt(2)))
-    assert run(model, NameActivations())[0] is model
+    assert run(model, *naming())[0] is model
 
 
 @pytest.mark.parametrize("kept", "abc")
 def test_an_intermediate_that_is_read_elsewhere_is_kept(kept: str) -> None:
     body = "(float[2,8] x) => (float[N] y, float[N] k) { a = Add(x, t) b = Clip(a, z, s) c = Mul(x, b) y = Div(c, s) k = Neg(%s) }"
     model = parse(body % kept, 17, t=F(3), z=F(0), s=F(6))
-    assert run(model, NameActivations())[0] is model
+    assert run(model, *naming())[0] is model
 
 
 GELU = {
@@ -123,28 +127,28 @@ GELU = {
 def test_gelu(body: str) -> None:
     weights = {"root": F(np.sqrt(2)), "inverse": F(np.sqrt(0.5))}
     model = model_of(body, 20, **weights)
-    result, _, _ = run(model, NameActivations())
+    result, _, _ = run(model, *naming())
     assert ops(result) == {"Gelu": 1}
     same(model, result, 1e-5, x=X)
     old = model_of(body, 17, **weights)
-    result, outcome, _ = run(old, NameActivations())
+    result, outcome, _ = run(old, *naming())
     assert result is old
     assert "Gelu exists from opset 20" in reasons(outcome)[0]
 
 
 def test_swish_waits_for_opset_24() -> None:
     body = "s = Sigmoid(x) y = Mul(x, s)"
-    result, _, _ = run(model_of(body, 24), NameActivations())
+    result, _, _ = run(model_of(body, 24), *naming())
     assert ops(result) == {"Swish": 1}
     np.testing.assert_allclose(evaluate(result, x=X)[0], evaluate(model_of(body, 24), x=X)[0], atol=1e-6)
-    _, outcome, _ = run(model_of(body, 23), NameActivations())
+    _, outcome, _ = run(model_of(body, 23), *naming())
     assert "Swish exists from opset 24" in reasons(outcome)[0]
 
 
 def test_onnxruntime_has_no_hard_sigmoid_in_float64() -> None:
     body = "(double[2,8] x) => (double[N] y) { a = Add(x, t) b = Clip(a, z, s) y = Div(b, s) }"
     model = parse(body, 13, t=np.float64(3), z=np.float64(0), s=np.float64(6))
-    result, outcome, _ = run(model, NameActivations())
+    result, outcome, _ = run(model, *naming())
     assert result is model
     assert "float64" in reasons(outcome)[0]
 
@@ -152,5 +156,5 @@ def test_onnxruntime_has_no_hard_sigmoid_in_float64() -> None:
 def test_half_precision_constants_are_recognised() -> None:
     h = np.float16
     body = "(float16[2,8] x) => (float16[N] y) { a = Add(x, t) b = Clip(a, z, s) c = Mul(x, b) y = Mul(c, q) }"
-    result, _, _ = run(parse(body, 14, t=h(3), z=h(0), s=h(6), q=h(1 / 6)), NameActivations())
+    result, _, _ = run(parse(body, 14, t=h(3), z=h(0), s=h(6), q=h(1 / 6)), *naming())
     assert ops(result) == {"HardSwish": 1}

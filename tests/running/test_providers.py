@@ -17,7 +17,7 @@ from pwopt.cli import main
 from pwopt.errors import ModelError, ProviderError, UsageError
 from pwopt.graph.files import from_proto
 from pwopt.maps.cost import Cost
-from pwopt.passes import PASSES, FillTensorCores, PadChannels
+from pwopt.passes import LOWERING, PASSES, FillTensorCores, PadChannels
 from pwopt.reporting import notes
 from pwopt.reporting.report import Latency, Report
 from pwopt.running import doctor, installation, providers
@@ -192,12 +192,13 @@ def test_passes_say_where_they_may_pay(tmp_path: Path) -> None:
         return {p.name for p in Compilation(model, model, resolve_passes(passes), (), {}, tmp_path, kind).candidates()}
 
     blocked = {"pad-channels", "fill-blocks", "keep-layout", "split-multiplier", "winograd", "sub-pixel", "frames"}
+    lowered = {p.name for p in LOWERING}
     everything = {p.name for p in PASSES}
-    assert names("cpu") == everything - {"fill-tensor-cores"}
-    assert names("other") == names("cpu") - {"name-activations"}
-    assert names("gpu") == everything - blocked
+    assert names("cpu") == everything - {"fill-tensor-cores", "name-swish"}
+    assert names("other") == everything - lowered - {"fill-tensor-cores", "name-hard-sigmoid"}
+    assert names("gpu") == everything - blocked - lowered
     assert names("gpu", ["winograd"]) == {"winograd"}
-    assert set(Compilation(model, model, resolve_passes(), (), {}, tmp_path, "gpu").unfit()) == blocked
+    assert set(Compilation(model, model, resolve_passes(), (), {}, tmp_path, "gpu").unfit()) == blocked | lowered
     assert Compilation(model, model, resolve_passes(), (), {}, tmp_path, "cpu").unfit() == []
 
 

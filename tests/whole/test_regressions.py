@@ -21,7 +21,7 @@ from pwopt.passes import (
     HoistStride,
     LowerRank,
     MergeSiblings,
-    NameActivations,
+    NameSwish,
     PadChannels,
     SplitConcat,
     SplitSiblings,
@@ -280,7 +280,7 @@ def test_swish_is_named_where_onnxruntime_runs_it() -> None:
             expected = on_onnxruntime(model, feeds)[0]
         except Exception:
             pytest.skip(f"this onnxruntime is older than opset {opset}")
-        result, _, _ = run(model, NameActivations())
+        result, _, _ = run(model, NameSwish())
         np.testing.assert_allclose(on_onnxruntime(result, feeds)[0], expected, rtol=1e-6)
 
 
