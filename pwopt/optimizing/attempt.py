@@ -15,13 +15,19 @@ from pwopt.evidence.verify import compare_in_sessions, find_placements
 from pwopt.optimizing.bisection import add_repeated, leave_out_faulty, name_plugins
 from pwopt.optimizing.budget import PROFILING_SECONDS, Budget
 from pwopt.optimizing.layer_times import compare_layers
-from pwopt.optimizing.other_conditions import CONDITION_SHARE, ConditionRaces, other_environments
+from pwopt.optimizing.other_conditions import (
+    CONDITION_SHARE,
+    ConditionRaces,
+    compare_page_sizes,
+    other_environments,
+)
 from pwopt.optimizing.preparation import Problem
 from pwopt.optimizing.request import Limits, Request
 from pwopt.reporting import notes
 from pwopt.reporting.report import ConditionLatency, Latency, Report
 from pwopt.running import bench, installation, timing
 from pwopt.running.session import Session
+from pwopt.running.timing import Race
 from pwopt.running.worker import UnusableError
 from pwopt.selecting.compilation import CERTIFICATE_DEFECT, Compilation
 from pwopt.selecting.environment import Environment
@@ -112,8 +118,10 @@ class Attempts:
         races = ConditionRaces(pair.original, CONDITION_SHARE * seconds, self.request.progress)
         slow: list[tuple[Environment, ConditionLatency]] = []
         try:
-            report = self._race(pair, report, seconds, (self.problem.source.proto, done.proto))
-            report, slow = self._race_elsewhere(races, pair, report)
+            report, race = self._race(pair, report, seconds, (self.problem.source.proto, done.proto))
+            if report.latency is not None:
+                races = replace(races, noise=report.latency.noise)
+            report, slow = self._race_elsewhere(races, pair, report, race)
             if report.latency is not None and report.latency.slower:
                 first = ConditionLatency(pair.environment.threads, report.shapes, report.latency, slower=True)
                 slow = [(pair.environment, first), *slow]
@@ -234,7 +242,7 @@ class Attempts:
 
     def _race(
         self, pair: Pair, report: Report, seconds: float, protos: tuple[onnx.ModelProto, onnx.ModelProto]
-    ) -> Report:
+    ) -> tuple[Report, Race]:
         """Race both models, and profile them."""
         with timing.exclusive():
             race = pair.environment.race(
@@ -246,21 +254,28 @@ class Attempts:
         latency = pair.add_memory(Latency.from_race(race))
         self.request.progress("profiling", 1.0)
         report = pair.profile(replace(report, latency=latency), protos)
-        return report.add_notes(
+        report = report.add_notes(
             *notes.explain_contradictions(latency, report.operators),
             *notes.explain_launches(report, pair.environment.provider.kind),
         )
+        return report, race
 
     def _race_elsewhere(
-        self, races: ConditionRaces, pair: Pair, report: Report
+        self, races: ConditionRaces, pair: Pair, report: Report, first: Race
     ) -> tuple[Report, list[tuple[Environment, ConditionLatency]]]:
-        """Race under all other conditions; also return those under which the result is slower."""
+        """Race under all other conditions; also return those under which the result is slower.
+
+        `first` is the race under the first condition.
+        """
         if report.latency is None or (report.latency.slower and not self.request.insists):
             return report, []  # the result will not be returned
         others = other_environments(self.problem.environment, self.request.thread_counts)
         with timing.exclusive():
-            found = [(environment, races.run(pair.candidate, environment)) for environment in others]
-        return replace(report, conditions=tuple(t for _, t in found)), [(e, t) for e, t in found if t.slower]
+            raced = [(environment, races.run(pair.candidate, environment)) for environment in others]
+        found = [(environment, *result) for environment, result in raced if result is not None]
+        pages = next((compare_page_sizes(race, first) for e, _, race in found if e.small_pages), None)
+        report = replace(report, conditions=tuple(t for _, t, _ in found), huge_pages=pages)
+        return report, [(e, t) for e, t, _ in found if t.slower]
 
 
 @dataclass(frozen=True)

@@ -157,7 +157,10 @@ def _begin_report(path: Path | None, problem: Problem, passes: Sequence[Pass], r
         model="<model in memory>" if path is None else str(path),
         output=None if request.output is None else str(request.output),
         provider=request.provider,
-        environment=installation.describe_machine(request.execution_provider, request.first_threads),
+        environment={
+            **installation.describe_machine(request.execution_provider, request.first_threads),
+            "huge_pages_mb": None if problem.environment is None else problem.environment.huge_pages_mb,
+        },
         shapes=problem.sizes,
         passes={p.name: p.identity() for p in passes},
     )

@@ -1,22 +1,28 @@
-"""Race the result at other input sizes and thread counts. It may be slower at none of them."""
+"""Race the result at other input sizes, thread counts and page sizes. It may be slower at none of them."""
 
 from __future__ import annotations
 
+import math
 import os
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+
+import numpy as np
 
 from pwopt.reporting.report import ConditionLatency, Latency
 from pwopt.rewriting.records import Rewrite
 from pwopt.rewriting.wording import format_count
 from pwopt.running.progress import Progress
-from pwopt.running.timing import CONFIDENCE, Race, Rules
+from pwopt.running.timing import CONFIDENCE, Race, Rules, student_quantile
 from pwopt.selecting.compilation import Compilation
 from pwopt.selecting.environment import Environment
 
 #: The seconds for each other condition, as a share of those for the final race.
 CONDITION_SHARE = 0.25
+#: A race under another condition ends early when the speed-up is known to this relative precision.
+CONDITION_PRECISION = 0.01
 
 
 def usual_threads() -> int:
@@ -30,7 +36,9 @@ def usual_threads() -> int:
 
 
 def other_environments(environment: Environment | None, thread_counts: Sequence[int]) -> list[Environment]:
-    """The combinations of all sizes with all thread counts, without the first.
+    """List the combinations of all sizes with all thread counts, without the first, and the first with pages of 4 KiB.
+
+    Pages of 4 KiB are a condition only where programs can have those or huge pages.
 
     Parameters
     ----------
@@ -46,7 +54,31 @@ def other_environments(environment: Environment | None, thread_counts: Sequence[
         sizes.setdefault(tuple(value.shape for value in sample.feeds.values()), i)
     threads = dict.fromkeys(thread_counts or (1, usual_threads()))
     found = [replace(environment, threads=t, samples=[environment.samples[i]]) for i in sizes.values() for t in threads]
-    return found[1:]
+    small = found[0].use_small_pages()
+    return found[1:] if small is None else [*found[1:], small]
+
+
+def compare_page_sizes(small: Race, huge: Race) -> tuple[float, float, float]:
+    """Divide the original's time with pages of 4 KiB by its time with huge pages.
+
+    Parameters
+    ----------
+    small, huge : Race
+        The original is the first model in both. They ran in two processes, so their pairs of sessions are independent.
+
+    Returns
+    -------
+    tuple of float
+        The ratio, and both ends of its confidence interval, by the t-test of Welch (Biometrika 34, 1947).
+    """
+    logs = [np.array([math.log(float(np.median(pair.times[0]))) for pair in race.pairs]) for race in (small, huge)]
+    ratio = float(np.mean(logs[0]) - np.mean(logs[1]))
+    if min(map(len, logs)) < 2:
+        return math.exp(ratio), 0.0, math.inf
+    parts = [max(float(np.var(x, ddof=1)), 1e-12) / len(x) for x in logs]
+    freedom = sum(parts) ** 2 / sum(p**2 / (len(x) - 1) for p, x in zip(parts, logs, strict=True))
+    reach = min(student_quantile(max(1, int(freedom)), CONFIDENCE) * math.sqrt(sum(parts)), 700.0 - abs(ratio))
+    return math.exp(ratio), math.exp(ratio - reach), math.exp(ratio + reach)
 
 
 @dataclass(frozen=True)
@@ -57,25 +89,36 @@ class ConditionRaces:
     ----------
     original : Path
     seconds : float
-        For each race.
+        For each race, the start of its process included.
     progress : Progress
+    noise : float
+        The ratio of a copy of the original in the race under the first condition, at least 1. A result is called slower
+        only if it is slower than that.
     """
 
     original: Path
     seconds: float
     progress: Progress
+    noise: float = 1.0
 
-    def run(self, candidate: Path, environment: Environment) -> ConditionLatency:
-        """Race a candidate against the original."""
-        label = f"racing with {format_count(environment.threads, 'thread')}, {environment.samples[0].label}"
+    def run(self, candidate: Path, environment: Environment) -> tuple[ConditionLatency, Race] | None:
+        """Race a candidate against the original; None if the process for pages of 4 KiB does not start."""
+        begin = time.perf_counter()
+        if environment.small_pages and (environment.worker is None or not environment.worker.ready):
+            return None
+        started = time.perf_counter() - begin
+        pages = ", pages of 4 KiB" if environment.small_pages else ""
+        label = f"racing with {format_count(environment.threads, 'thread')}, {environment.samples[0].label}{pages}"
         self.progress(label, 0.0)
-        race = self._race(self.original, candidate, environment)
+        race = self._race(self.original, candidate, environment, started)
         shapes = {name: value.shape for name, value in environment.samples[0].feeds.items()}
         latency = Latency.from_race(race)
-        return ConditionLatency(environment.threads, shapes, latency, latency.slower)
+        slower = latency.slower and latency.interval[1] < 1 / self.noise
+        return ConditionLatency(environment.threads, shapes, latency, slower, environment.small_pages), race
 
-    def _race(self, a: Path, b: Path, environment: Environment) -> Race:
-        return environment.race([a, b], self.seconds, rules=Rules(CONFIDENCE))
+    def _race(self, a: Path, b: Path, environment: Environment, spent: float = 0.0) -> Race:
+        seconds = max(0.0, self.seconds - spent)
+        return environment.race([a, b], seconds, rules=Rules(CONFIDENCE, precise=CONDITION_PRECISION))
 
     def leave_out_slow(
         self, slow: Sequence[tuple[Environment, ConditionLatency]], candidate: Path, compilation: Compilation,
@@ -113,6 +156,7 @@ class ConditionRaces:
                 if self._race(candidate, model, environment).interval(confidence=CONFIDENCE)[0] <= 1.0:
                     continue
                 compilation, candidate = tried, model
-                if not self.run(candidate, environment).slower:
+                again = self.run(candidate, environment)
+                if again is None or not again[0].slower:
                     break
         return compilation

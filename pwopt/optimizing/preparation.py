@@ -16,7 +16,7 @@ from pwopt.inputs.input_specs import check_shapes, input_specs
 from pwopt.inputs.samples import Sample, draw_samples, read_samples
 from pwopt.optimizing.request import Request
 from pwopt.rewriting.driver import Pass
-from pwopt.running import installation
+from pwopt.running import huge_pages, installation
 from pwopt.running.size_trials import ChosenSizes, Sizes, choose_rounds, choose_sizes, explain_sizes
 from pwopt.running.worker import Worker
 from pwopt.selecting.compilation import Compilation
@@ -55,13 +55,19 @@ class Problem:
     environment: Environment | None
 
     def start_worker(self, stack: contextlib.ExitStack) -> Problem:
-        """Start a worker process that runs each candidate first; it lives until the stack is closed."""
+        """Add a worker process that runs each candidate first; it lives until the stack is closed.
+
+        Where programs can have huge pages or small ones, add one with each. A process starts when it is needed.
+        """
         environment = self.environment
         if environment is None:
             return self
-        worker = Worker(self.original, environment.provider, environment.threads, environment.samples[0].feeds)
-        stack.enter_context(contextlib.closing(worker))
-        return replace(self, environment=replace(environment, worker=worker))
+        setting = self.original, environment.provider, environment.threads, environment.samples[0].feeds
+        worker = stack.enter_context(contextlib.closing(Worker(*setting)))
+        small = None
+        if environment.provider.kind == "cpu" and huge_pages.system_mode() == "madvise":
+            small = stack.enter_context(contextlib.closing(Worker(*setting, huge=False)))
+        return replace(self, environment=replace(environment, worker=worker, small_worker=small))
 
 
 def resolve(request: Request, path: Path | None) -> tuple[Pass, ...]:

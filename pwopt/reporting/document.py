@@ -24,6 +24,7 @@ from pwopt.reporting.text import (
     ELEMENTWISE_FIGURES,
     FIGURE_LABELS,
     format_figures,
+    format_huge_pages,
     format_speedup,
     generalize,
     list_start_rows,
@@ -156,6 +157,7 @@ def load_templates(kind: str) -> Any:
         count=format_count, ms=lambda v: f"{v:.2f} ms", short=lambda v: format_scientific(f"{v:.2g}"),
         size=format_shape,
         clipped=clip, percent=format_percent, ratio=format_speedup, start_rows=list_start_rows, gained=format_gain,
+        gain_of_pages=format_huge_pages,
         svg=jinja2.utils.markupsafe.Markup if html else str,
     )  # fmt: skip
     environment.globals.update(draw=draw, wire=wire, BOX_WIDTH=BOX_WIDTH, BOX_HEIGHT=BOX_HEIGHT)
@@ -217,6 +219,7 @@ def _template_values(content: Report | Comparison) -> dict[str, Any]:
         "refusals": _group_skips(report.skips) if report is not None else [],
         "drawn": MAX_DRAWN,
         "listed": MAX_LISTED,
+        "pages": ", huge pages" if report is not None and report.has_huge_pages else "",
         "factor": f"{FLOOR_FACTOR:g}×",
         "excused": f"{EXCUSED:g}×",
         "tolerances": {

@@ -158,7 +158,7 @@ class RejectedCandidate:
 
 @dataclass(frozen=True)
 class ConditionLatency:
-    """Time per run of both models with other threads or input sizes than the first condition.
+    """Time per run of both models with other threads, input sizes or memory pages than the first condition.
 
     Attributes
     ----------
@@ -167,13 +167,16 @@ class ConditionLatency:
         Input name → sizes.
     latency : Latency
     slower : bool
-        Whether the result is surely slower (`Latency.slower`).
+        Whether the result is surely slower (`Latency.slower`), also than a copy of the original.
+    small_pages : bool
+        Whether the process had pages of 4 KiB, and that of the first condition huge pages.
     """
 
     threads: int
     shapes: dict[str, tuple[int, ...]]
     latency: Latency
     slower: bool = False
+    small_pages: bool = False
 
     def compare_with_self(self) -> ConditionLatency:
         """Return the figures of the first model compared with itself."""
@@ -182,7 +185,8 @@ class ConditionLatency:
     @property
     def label(self) -> str:
         sizes = ", ".join(f"{name} {format_shape(shape)}" for name, shape in self.shapes.items())
-        return f"{format_count(self.threads, 'thread')}, {sizes}"
+        pages = ", pages of 4 KiB" if self.small_pages else ""
+        return f"{format_count(self.threads, 'thread')}, {sizes}{pages}"
 
 
 #: Name of the layer of operators that onnxruntime inserts to change the memory layout.
@@ -220,7 +224,7 @@ class Report:
     latency : Latency or None
         Latency of the returned model; None if it was not measured.
     conditions : tuple of ConditionLatency
-        Times with other threads or input sizes.
+        Times with other threads, input sizes or memory pages.
     operators : dict or None
         Milliseconds by operator, "before" and "after"; None if not measured.
     candidate : RejectedCandidate or None
@@ -233,6 +237,9 @@ class Report:
         Time by groups of operators that onnxruntime runs as one; None if not measured.
     passes : dict
         Name → identity of every pass that took part.
+    huge_pages : tuple of float, or None
+        The original's time with pages of 4 KiB over its time with huge pages, and both ends of the 99 % confidence
+        interval; None if not measured, or where programs cannot choose.
     """
 
     model: str
@@ -253,11 +260,17 @@ class Report:
     notes: tuple[str, ...] = ()
     layers: tuple[Layer, ...] | None = None
     passes: dict[str, str] = field(default_factory=dict)
+    huge_pages: tuple[float, float, float] | None = None
 
     @property
     def result(self) -> str | None:
         """The file of the result."""
         return self.output
+
+    @property
+    def has_huge_pages(self) -> bool:
+        """Whether the process of the first condition really had huge pages."""
+        return bool(self.environment.get("huge_pages_mb"))
 
     @property
     def slowest_condition(self) -> ConditionLatency | None:
@@ -299,6 +312,7 @@ class Report:
             "equivalence": None if self.equivalence is None else _read_equivalence(self.equivalence),
             "latency": None if self.latency is None else asdict(self.latency),
             "conditions": [asdict(c) for c in self.conditions],
+            "huge_pages": self.huge_pages,
             "operators": self.operators,
             "layers": None if self.layers is None else [asdict(layer) for layer in self.layers],
             "candidate": None if self.candidate is None else asdict(self.candidate),

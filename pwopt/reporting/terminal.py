@@ -23,6 +23,7 @@ from pwopt.reporting.text import (
     LEGEND,
     escape_text,
     format_figures,
+    format_huge_pages,
     format_speedup,
     generalize,
     list_start_rows,
@@ -69,6 +70,8 @@ def render(report: Report, console: Console, details: bool = False) -> None:
     """Print the summary; with `details`, also every rewrite and every skipped site."""
     _show(_cost_table(report), console)
     render_sizes(report.shapes, console)
+    if report.huge_pages is not None:
+        console.print(escape(format_huge_pages(report.huge_pages)), soft_wrap=True)
     if report.equivalence is not None:
         render_equivalence(report.equivalence, console)
     _render_rewrites(report, console)
@@ -85,7 +88,8 @@ def render(report: Report, console: Console, details: bool = False) -> None:
 def _cost_table(report: Report) -> Table:
     table = _table("", "before", "after", "change")
     threads = format_count(report.environment["threads"], "thread")
-    where = f"latency ({escape_text(report.provider)}, {threads})"
+    pages = ", huge pages" if report.has_huge_pages else ""
+    where = f"latency ({escape_text(report.provider)}, {threads}{pages})"
     _cost_rows(table, report.before, report.after, report.latency, report.conditions, "", where)
     if report.candidate is not None:
         of = ", candidate (not returned)"
@@ -337,7 +341,7 @@ def render_benchmark(rows: Sequence[Row], console: Console) -> None:
         if row is base:
             console.print(_control_line(row), style="dim", soft_wrap=True)
         if row.huge_pages is not None:
-            console.print(_huge_pages_line(row.huge_pages), soft_wrap=True)
+            console.print(escape(format_huge_pages(row.huge_pages)), soft_wrap=True)
         if row.elsewhere:
             console.print(f"[yellow]{escape_text(row.model)}: {row.elsewhere} nodes ran on another provider[/yellow]")
 
@@ -348,14 +352,4 @@ def _control_line(row: Row) -> str:
     return escape(
         f"A copy of {Path(row.model).name} in the same race: {ratio:.3f} [{low:.3f}, {high:.3f}]. "
         "A ratio closer to 1 than that is noise."
-    )
-
-
-def _huge_pages_line(gain: tuple[float, float, float]) -> str:
-    """Format the gain of huge pages, and how to switch them on."""
-    ratio, low, high = gain
-    found = f"{ratio:.2f}× as fast [{low:.2f}, {high:.2f}]" if low > 1 else f"no clear gain [{low:.2f}, {high:.2f}]"
-    return escape(
-        f"Huge pages: {found}. GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment, or pwopt.use_huge_pages() "
-        "after the first run, switches them on."
     )

@@ -65,6 +65,22 @@ def format_speedup(measured: Latency | Start) -> str:
     return f"{shown} [{low:.2f}, {high:.2f}]"
 
 
+def format_huge_pages(gain: tuple[float, float, float]) -> str:
+    """Say in one line what huge pages bring, and how to get them.
+
+    Parameters
+    ----------
+    gain : tuple of float
+        The time with pages of 4 KiB over the time with huge pages, and both ends of its interval.
+    """
+    ratio, low, high = gain
+    found = f"{ratio:.2f}× as fast [{low:.2f}, {high:.2f}]" if low > 1 else f"no clear gain [{low:.2f}, {high:.2f}]"
+    return (
+        f"Huge pages instead of pages of 4 KiB: {found}. GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment, or "
+        "pwopt.use_huge_pages() after the first run, switches them on."
+    )
+
+
 def list_start_rows(latency: Latency | None) -> list[tuple[str, str, str, str]]:
     """Rows of a table on what sessions take to start: label, original, result, and their ratio."""
     start = None if latency is None else latency.start

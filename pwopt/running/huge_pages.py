@@ -1,8 +1,8 @@
-"""Transparent huge pages, with which the memory of every session lies alike.
+"""Transparent huge pages, which make sessions of one model equally fast.
 
-Linux gives a program memory in pages of 4 KiB, scattered over the machine. Two sessions of one model then differ by as
-much as other load makes them, and all run slower. With pages of 2 MiB they agree to about 1 %. glibc asks for them
-(`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, glibc 2.35), or a running program does, with `use_huge_pages`.
+Linux gives a program memory in pages of 4 KiB, scattered over the machine. The more load the machine has, the more two
+sessions of one model then differ, and all run slower. With pages of 2 MiB they agree to about 1 %. A program gets those
+in two ways: glibc requests them (`GLIBC_TUNABLES=glibc.malloc.hugetlb=1`, glibc 2.35), or it calls `use_huge_pages`.
 
 Sources: madvise(2), MADV_HUGEPAGE and MADV_COLLAPSE (Linux 6.1); Linux, "Transparent Hugepage Support"; glibc manual,
 "Memory Allocation Tunables".
@@ -60,7 +60,7 @@ def system_mode() -> str:
 
 
 def held_bytes() -> int:
-    """Bytes of this process's memory that lie in huge pages; 0 where the system does not say."""
+    """Read how many bytes of this process's memory lie in huge pages; 0 where the system does not say."""
     with contextlib.suppress(OSError):
         for line in ROLLUP.read_text(encoding="utf-8").splitlines():
             if line.startswith("AnonHugePages:"):
@@ -69,7 +69,7 @@ def held_bytes() -> int:
 
 
 def requesting(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a process that asks for huge pages, unless `environ` already says whether it shall."""
+    """Return the variables for a process that requests huge pages, unless `environ` already decides that."""
     given = environ.get(VARIABLE, "")
     if TUNABLE in given or not sys.platform.startswith("linux"):
         return dict(environ)
@@ -77,7 +77,7 @@ def requesting(environ: Mapping[str, str]) -> dict[str, str]:
 
 
 def refusing(environ: Mapping[str, str]) -> dict[str, str]:
-    """The environment for a process with pages of 4 KiB, which programs have by default."""
+    """Return the variables for a process with pages of 4 KiB, which programs have by default."""
     kept = [t for t in environ.get(VARIABLE, "").split(":") if t and not t.startswith(f"{TUNABLE}=")]
     return {**environ, VARIABLE: ":".join([*kept, f"{TUNABLE}=0"])}
 

@@ -63,6 +63,8 @@ class Worker:
         self.problem = ""
         #: Seconds that the original took to load, and to run once.
         self.took = (0.0, 0.0)
+        #: Bytes of the process's memory that lay in huge pages after the original's first run.
+        self.huge_bytes = 0
 
     @property
     def ready(self) -> bool:
@@ -127,7 +129,7 @@ class Worker:
             self.close()
             self.problem = f"the original model fails there: {answer}"
         else:
-            self.took = answer
+            self.took, self.huge_bytes = answer[:2], answer[2]
         self._limit = max(MIN_TIME_LIMIT, SLOWER * watch.elapsed())
 
     def _ask(self, question: Any, seconds: float, waiting: Callable[[float], None] = lambda _: None) -> Any:
@@ -174,13 +176,13 @@ class _Sessions:
     def __init__(self, provider: Provider, threads: int, feeds: Feeds) -> None:
         self._provider, self._threads, self._feeds = provider, threads, feeds
 
-    def run_once(self, path: str) -> tuple[float, float]:
-        """Measure the wall seconds to load and to run a model."""
+    def run_once(self, path: str) -> tuple[float, float, int]:
+        """Measure the wall seconds to load and to run a model, and the bytes in huge pages while it is loaded."""
         begin = time.perf_counter()
         session = Session(path, self._provider, self._threads, tf32=True)
         loaded = time.perf_counter()
         session.run(self._feeds)
-        return loaded - begin, time.perf_counter() - loaded
+        return loaded - begin, time.perf_counter() - loaded, huge_pages.held_bytes()
 
     def profile(self, paths: Sequence[str], seconds: float, least: int) -> tuple[list[list[list[NodeTime]]], float]:
         """See `Worker.profiles`."""

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
 from pwopt.inputs.samples import Sample
-from pwopt.running import timing
+from pwopt.running import huge_pages, timing
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider
 from pwopt.running.session import Session
@@ -27,12 +27,32 @@ class Environment:
         Inputs; races run on the first.
     worker : Worker or None
         A process that runs each model first, so that a crash does no harm.
+    small_worker : Worker or None
+        The same with pages of 4 KiB; None if `worker` has those, or if the system gives every program the same pages.
+    small_pages : bool
+        Whether this is the environment of `use_small_pages`.
     """
 
     provider: Provider
     threads: int
     samples: list[Sample]
     worker: Worker | None = None
+    small_worker: Worker | None = None
+    small_pages: bool = False
+
+    @property
+    def huge_pages_mb(self) -> float | None:
+        """Megabytes in huge pages of the process that times models, after a run; None where the system has none."""
+        if not huge_pages.system_mode():
+            return None
+        held = self.worker.huge_bytes if self.worker is not None and self.worker.ready else huge_pages.held_bytes()
+        return held / 1e6
+
+    def use_small_pages(self) -> Environment | None:
+        """Return this environment with pages of 4 KiB; None unless programs can have either size of pages."""
+        if self.small_worker is None or not self.huge_pages_mb:
+            return None
+        return replace(self, worker=self.small_worker, small_worker=None, small_pages=True)
 
     def fault(self, model: Path) -> str:
         """Return why a model cannot be used here, as a clause, or ""."""

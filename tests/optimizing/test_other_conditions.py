@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,13 @@ from helpers import normal, ops, parse, plant, planted_race
 
 import pwopt
 from pwopt.errors import UsageError
+from pwopt.inputs.samples import Sample, SampleLabel
 from pwopt.optimizing import other_conditions
 from pwopt.optimizing.request import Request
+from pwopt.reporting.document import render_document
+from pwopt.running import huge_pages
+from pwopt.running.progress import ignore_progress
+from pwopt.running.providers import DEFAULT
 from pwopt.running.timing import Race
 from pwopt.selecting.environment import Environment
 
@@ -42,6 +48,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Speed], None]:
 
         plant(monkeypatch, race)
         monkeypatch.setattr(other_conditions, "usual_threads", lambda: 4)
+        monkeypatch.setattr(huge_pages, "system_mode", lambda: "")
 
     return install
 
@@ -135,3 +142,89 @@ def test_rounds_are_for_random_inputs() -> None:
         pwopt.optimize(CHAIN, inputs=inputs, shapes=[SMALL, LARGE])
     with pytest.raises(UsageError, match="0 threads cannot run anything"):
         pwopt.optimize(CHAIN, threads=(1, 0))
+
+
+#: Seconds of the original and of the folded model, with pages of 4 KiB and with huge pages → operators of the result.
+PAGES = {
+    "loses without huge pages": ((10.0, 15.0), (9.0, 6.0), {"Conv": 3, "Relu": 1, "Abs": 1}),
+    "pays with both": ((10.0, 8.0), (9.0, 6.0), {"Conv": 2, "Relu": 1, "Abs": 1}),
+}
+
+
+@pytest.mark.parametrize("case", PAGES)
+def test_page_sizes_are_a_condition(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What pays with huge pages only, and loses with pages of 4 KiB, is left out; both figures are reported."""
+    pytest.importorskip("onnxruntime")
+    small, huge, expected = PAGES[case]
+
+    def race(environment: Environment, models: list[Path], *_: Any, **__: Any) -> Race:
+        times = small if environment.small_pages else huge
+        counted = [ops(onnx.load(m)) for m in models]
+        return planted_race(*(np.full(20, times[folded(c)] + 0.1 * c["Mul"]) for c in counted))
+
+    plant(monkeypatch, race)
+    monkeypatch.setattr(huge_pages, "system_mode", lambda: "madvise")
+    monkeypatch.setattr(Environment, "huge_pages_mb", property(lambda _: 64.0))
+    done = pwopt.optimize(
+        CHAIN, shapes=SMALL, threads=1, measuring=pwopt.Measuring(budget=0.0, race_seconds=0.1), cache=False
+    )
+    assert ops(done.model) == expected
+    report = done.report
+    assert report.environment["huge_pages_mb"] == 64.0
+    (condition,) = report.conditions
+    assert condition.small_pages
+    assert condition.label == "1 thread, x 1×8×16×16, pages of 4 KiB"
+    assert report.huge_pages is not None
+    assert report.huge_pages[0] == pytest.approx(10.1 / 9.1)
+    if case == "loses without huge pages":
+        assert "slower with 1 thread, x 1×8×16×16, pages of 4 KiB" in " ".join(report.notes)
+        assert condition.latency.speedup == pytest.approx(10.1 / 10.0)
+    else:
+        assert report.latency is not None
+        assert (report.latency.speedup, condition.latency.speedup) == pytest.approx((9.1 / 6.0, 10.1 / 8.0))
+    text = render_document(report, "markdown")
+    assert "latency, median, huge pages" in text
+    assert "latency, 1 thread, x 1×8×16×16, pages of 4 KiB" in text
+    assert "Huge pages instead of pages of 4 KiB: 1.11× as fast" in text
+
+
+@pytest.mark.parametrize(("mode", "held"), [("always", 64.0), ("never", 0.0), ("", None), ("madvise", 0.0)])
+def test_one_page_size_is_no_condition(mode: str, held: float | None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Programs cannot choose, or the process that measures received no huge pages (older glibc)."""
+    pytest.importorskip("onnxruntime")
+    plant(monkeypatch, lambda _e, models, *_, **__: planted_race(*(np.full(9, 1.0) for _ in models)))
+    monkeypatch.setattr(huge_pages, "system_mode", lambda: mode)
+    monkeypatch.setattr(Environment, "huge_pages_mb", property(lambda _: held))
+    report = pwopt.optimize(CHAIN, shapes=SMALL, threads=1, measuring=pwopt.Measuring(budget=0.0), cache=False).report
+    assert (report.conditions, report.huge_pages, report.environment["huge_pages_mb"]) == ((), None, held)
+
+
+def test_a_condition_is_slower_only_beyond_a_copy_of_the_original(tmp_path: Path) -> None:
+    """A copy 1.1 times as fast in the final race means that 0.95 in another says nothing."""
+    sample = Sample(SampleLabel("normal"), {"x": normal(1, 8, 4, 4, dtype=F)})
+
+    @dataclasses.dataclass(frozen=True)
+    class Planted(Environment):
+        def race(self, *_: Any, **__: Any) -> Race:
+            return planted_race(np.full(9, 0.95), np.full(9, 1.0))
+
+    environment = Planted(DEFAULT, 1, [sample])
+    for noise, slower in ((1.0, True), (1.1, False)):
+        races = other_conditions.ConditionRaces(tmp_path, 1.0, ignore_progress, noise)
+        found = races.run(tmp_path, environment)
+        assert found is not None
+        assert found[0].slower is slower
+
+
+def test_the_gain_of_huge_pages_has_the_spread_of_both_races() -> None:
+    missed = 0
+    for seed in range(200):
+        rng = np.random.default_rng(seed)
+        small, huge = (planted_race(np.exp(rng.normal(mean, 0.02, 8)), np.ones(8)) for mean in (0.1, 0.0))
+        ratio, low, high = other_conditions.compare_page_sizes(small, huge)
+        assert low < ratio < high
+        assert 1.01 < high / low < 1.2
+        missed += not low < np.exp(0.1) < high
+    assert missed <= 6  # 2 in the mean, at 99 %
+    alone = planted_race(np.ones(1), np.ones(1))
+    assert other_conditions.compare_page_sizes(alone, huge)[1:] == (0.0, np.inf)
