@@ -2,13 +2,17 @@
 """How long pwopt takes to answer, stage by stage, and what the answer is worth.
 
     python benchmarks/answer_time.py FOLDER... [-o RESULTS.json] [--save OUT] [--models a,b] [--analytic]
+        [--keep CACHES] [--with-records-of CACHES]
     python benchmarks/answer_time.py --race ORIGINALS BEFORE AFTER [-o RESULTS.json] [--seconds 8]
 
 The first form optimises every .onnx file in some folders, each in a process of its own, by default with no option but
 an empty cache, and says for each how much time passed (wall), and how much of the processors' it took (CPU), in total
-and by stage. A stage's time is its own: what it called that is listed too is not in it. The CPU time of the process that
-tries and races candidates is in the total only. The second form races what two versions made of the same originals, all
+and by stage. A stage's time is its own: what it called that is listed too is not in it. CPU time includes that of the
+process that tries and races candidates. The second form races what two versions made of the same originals, all
 three side by side, with sizes that the second version's report says.
+
+`--keep` keeps the cache of every model. `--with-records-of` begins with the records that `--keep` kept of all other
+models, and never with those of the model itself.
 
 A folder may hold a shapes.json, {"model.onnx": {"input": [1, 3, 640, 640]}}.
 """
@@ -16,6 +20,7 @@ A folder may hold a shapes.json, {"model.onnx": {"input": [1, 3, 640, 640]}}.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import functools
 import importlib
 import json
@@ -34,24 +39,28 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-#: Stage → functions whose own time it is; those that a version of pwopt does not have are passed over.
+#: Stage → functions whose own time it is.
 STAGES = {
     "read": ["pwopt.optimizing.optimizer:load", "pwopt.optimizing.optimizer:check_sites"],
     "sizes": ["pwopt.optimizing.optimizer:define_problem"],
-    "settle": ["pwopt.optimizing.optimizer:start_compilation", "pwopt.selecting.compilation:Compilation.snapshot"],
+    "snapshot": ["pwopt.optimizing.optimizer:start_compilation", "pwopt.selecting.compilation:Compilation.snapshot"],
     "search": ["pwopt.selecting.compilation:Compilation.find_opportunities"],
-    "look": ["pwopt.selecting.rewrite_selection:RacingEvaluator.estimate"],
+    "profiles": ["pwopt.selecting.rewrite_selection:RacingEvaluator.estimate"],
     "candidates": [
         "pwopt.selecting.compilation:Compilation.write_file",
         "pwopt.selecting.compilation:Compilation.rewrite",
         "pwopt.selecting.environment:Environment.fault",
-        "pwopt.selecting.environment:Environment.session",
-        "pwopt.optimizing.optimizer:Budget",
     ],
-    "races": ["pwopt.selecting.environment:Environment.race", "pwopt.running.timing:race"],
+    "races": ["pwopt.selecting.rewrite_selection:RacingEvaluator.race"],
     "certificates": ["pwopt.selecting.compilation:Compilation.rewrite_certified"],
     "verify": ["pwopt.optimizing.attempt:Attempts.verify"],
-    "profile": ["pwopt.optimizing.attempt:Pair.profile"],
+    "final race": ["pwopt.optimizing.attempt:Attempts._race"],
+    "memory": ["pwopt.optimizing.attempt:Pair.add_memory"],
+    "layers": ["pwopt.optimizing.attempt:Pair.profile"],
+    "conditions": [
+        "pwopt.optimizing.attempt:Attempts._race_elsewhere",
+        "pwopt.optimizing.other_conditions:ConditionRaces.leave_out_slow",
+    ],
     "write": ["pwopt.optimizing.optimizer:save"],
 }
 
@@ -63,11 +72,11 @@ class Stopwatch:
         self.wall = dict.fromkeys((*STAGES, "other"), 0.0)
         self.cpu = dict.fromkeys((*STAGES, "other"), 0.0)
         self._stack = ["other"]
-        self._last = time.perf_counter(), time.process_time()
+        self._last = time.perf_counter(), _processor_time()
 
     def charge(self) -> None:
         """Give the time since the last call to the stage that runs."""
-        now = time.perf_counter(), time.process_time()
+        now = time.perf_counter(), _processor_time()
         self.wall[self._stack[-1]] += now[0] - self._last[0]
         self.cpu[self._stack[-1]] += now[1] - self._last[1]
         self._last = now
@@ -89,13 +98,26 @@ class Stopwatch:
         """Put a clock around every function of `STAGES`."""
         for stage, places in STAGES.items():
             for place in places:
-                module, _, name = place.partition(":")
-                *owners, last = name.split(".")
-                try:
-                    owner = functools.reduce(getattr, owners, importlib.import_module(module))
-                    setattr(owner, last, self.timed(stage, getattr(owner, last)))
-                except (ImportError, AttributeError):
-                    continue
+                owner, name = find_function(place)
+                setattr(owner, name, self.timed(stage, getattr(owner, name)))
+
+
+def find_function(place: str) -> tuple[Any, str]:
+    """Return the module or class that holds a function of `STAGES`, and the function's name there."""
+    module, _, name = place.partition(":")
+    *owners, last = name.split(".")
+    return functools.reduce(getattr, owners, importlib.import_module(module)), last
+
+
+def _processor_time() -> float:
+    """Seconds of processor time of this process and its children, including those that still run (Linux)."""
+    used = sum(os.times()[:4])
+    for listed in Path("/proc/self/task").glob("*/children"):
+        for child in listed.read_text(encoding="ascii").split():
+            with contextlib.suppress(OSError):
+                fields = Path(f"/proc/{child}/stat").read_text(encoding="ascii").rpartition(")")[2].split()
+                used += sum(map(int, fields[11:13])) / os.sysconf("SC_CLK_TCK")
+    return used
 
 
 def one(path: Path, out: str, options: dict[str, Any]) -> dict[str, Any]:
@@ -105,12 +127,13 @@ def one(path: Path, out: str, options: dict[str, Any]) -> dict[str, Any]:
     watch = Stopwatch()
     importlib.import_module("pwopt.optimizing.optimizer")
     watch.watch()
-    start, used = time.perf_counter(), sum(os.times()[:4])
+    effort = options.pop("effort", pwopt.Measuring.effort)
+    start, used = time.perf_counter(), _processor_time()
     try:
-        result = pwopt.optimize(path, out or None, **options)
+        result = pwopt.optimize(path, out or None, measuring=pwopt.Measuring(effort), **options)
     except pwopt.PwoptError as error:
         return {"model": path.name, "error": str(error)}
-    wall, cpu = time.perf_counter() - start, sum(os.times()[:4]) - used
+    wall, cpu = time.perf_counter() - start, _processor_time() - used
     watch.charge()
     report = result.report.to_dict()
     return {
@@ -129,9 +152,18 @@ def one(path: Path, out: str, options: dict[str, Any]) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def apart(path: Path, out: str, options: dict[str, Any], keep: Path | None) -> dict[str, Any]:
-    """`one`, in a new process with an empty cache, which may be kept."""
+def copy_other_records(caches: Path, model: str, cache: Path) -> None:
+    """Copy the records of all models but one into a cache; `caches` has a folder for each model."""
+    for folder in sorted(caches.iterdir()):
+        if folder.is_dir() and folder.name != model:
+            shutil.copytree(folder, cache, dirs_exist_ok=True)
+
+
+def apart(path: Path, out: str, options: dict[str, Any], keep: Path | None, others: Path | None) -> dict[str, Any]:
+    """`one`, in a new process; its cache is empty or has the records of other models, and may be kept."""
     with tempfile.TemporaryDirectory() as cache:
+        if others is not None:
+            copy_other_records(others, path.stem, Path(cache))
         command = [sys.executable, __file__, "--one", str(path), out, json.dumps(options)]
         environment = {**os.environ, "PWOPT_CACHE": cache}
         done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
@@ -158,7 +190,7 @@ def times(options: argparse.Namespace) -> list[dict[str, Any]]:
             if path.name in shapes:
                 asked["shapes"] = shapes[path.name]
             out = str(options.save / path.name) if options.save else ""
-            row = apart(path, out, asked, options.keep)
+            row = apart(path, out, asked, options.keep, options.with_records_of)
             rows.append(row)
             latency = row.get("latency") or {}
             told = (
@@ -227,12 +259,15 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--save", type=Path, help="folder for what is made of the models")
     parser.add_argument("--keep", type=Path, help="folder for what races of each model said")
+    parser.add_argument("--with-records-of", type=Path, metavar="CACHES", help="folder that --keep wrote")
     parser.add_argument("--effort", default="normal")
     parser.add_argument("--models", default="", help="just these, by name without .onnx, separated by commas")
     parser.add_argument("--analytic", action="store_true", help="with --cost analytic --no-verify")
     parser.add_argument("--race", type=Path, nargs=3, metavar=("ORIGINALS", "BEFORE", "AFTER"))
     parser.add_argument("--seconds", type=float, default=8.0, help="to race each model")
     options = parser.parse_args()
+    if options.keep and options.with_records_of:
+        parser.error("--keep keeps the records of one model, so it cannot begin with those of others")
     if options.save:
         options.save.mkdir(parents=True, exist_ok=True)
     if options.race:

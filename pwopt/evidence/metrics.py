@@ -15,10 +15,10 @@ import numpy as np
 from pwopt.algebra import Array, Values
 from pwopt.graph.dtypes import epsilon, is_floating, overflow
 
-#: Number of elements in one piece.
-PIECE = 1 << 18
+#: Number of elements in one piece. Its temporary arrays fit into the caches of a processor.
+PIECE = 1 << 16
 #: Maximum number of randomly selected elements for the 99th percentile of units in the last place.
-MAX_SAMPLED = 1 << 20
+MAX_SAMPLED = 1 << 17
 #: Maximum number of pairs for a scatter plot.
 MAX_SCATTER_PAIRS = 500
 #: Bins of log₁₀ of the absolute error: half a decade each, from a tenth of float64's epsilon to far above any output.
@@ -72,7 +72,7 @@ class Agreement:
     scale, resolution : float
         Largest magnitude of the reference, and the machine epsilon of its type there.
     ulp, ulp_p99 : float or None
-        Units in the last place between them, at most and for 99 % of (at most a million, randomly drawn) elements:
+        Units in the last place between them, at most and for 99 % of (at most 131,072, randomly drawn) elements:
         how many numbers of the type lie between. Of values near zero it says little. None unless floating point.
     cosine : float or None
         Cosine of the angle between both, as vectors.
@@ -167,6 +167,8 @@ def find_unsettled(reference: Values, *others: Values) -> Values | None:
         return None
     form = reference.shape, reference.dtype
     alike = [o for o in others if (o.shape, o.dtype) == form]
+    if all(bool(np.isfinite(p).all()) for pieces in _pieces(reference, *alike) for p in pieces):
+        return None
     apart = np.zeros(reference.size, bool)
     for i, pieces in enumerate(_pieces(reference, *alike)):
         first, *rest = (_special(p.astype(np.float64)) for p in pieces)
@@ -296,49 +298,89 @@ def _finite(pieces: Sequence[Values]) -> tuple[Array, Array, Values, Values]:
     return x[finite], y[finite], a[finite], b[finite]
 
 
+@dataclass
+class _Sums:
+    """Sums and maxima over the finite pieces of two arrays so far. Values are divided by `unit` before squaring.
+
+    `excess` is the largest deviation minus `rtol` times the magnitude of the reference.
+    """
+
+    rtol: float
+    unit: float
+    brief: bool
+    scale: float = 0.0
+    compared: int = 0
+    worst: float = 0.0
+    total: float = 0.0
+    relative: float = 0.0
+    excess: float = -math.inf
+    unequal: int = 0
+    squares: float = 0.0
+    others: float = 0.0
+    product: float = 0.0
+    noise: float = 0.0
+    steps: float = 0.0
+    bins: Values = field(default_factory=lambda: np.zeros(len(EDGES) - 1, np.int64))
+
+    def add(self, x: Array, y: Array, a: Values, b: Values) -> None:
+        """Add a piece of the reference and of the value: in float64, and unchanged."""
+        if not x.size:
+            return
+        size, error = np.abs(x), np.abs(x - y)
+        self.compared += x.size
+        self.scale, self.worst = max(self.scale, float(size.max())), max(self.worst, float(error.max()))
+        self.total += float(error.sum())
+        self.excess = max(self.excess, float(np.max(error - self.rtol * size)))
+        self.relative = max(self.relative, float(np.max(error / np.maximum(size, np.finfo(np.float32).tiny))))
+        self.unequal += int(np.count_nonzero(error))
+        if not self.brief:
+            self.steps = max(self.steps, float(np.max(ulps(a, b))))
+            self.bins += _count_by_magnitude(error)
+        if self.unit != 1.0:
+            x, y, error = x / self.unit, y / self.unit, error / self.unit
+        self.squares += float(np.einsum("i,i->", x, x))
+        self.others += float(np.einsum("i,i->", y, y))
+        self.product += float(np.einsum("i,i->", x, y))
+        self.noise += float(np.einsum("i,i->", error, error))
+
+
+def _count_by_magnitude(error: Array) -> Values:
+    """Count the errors other than 0 in the bins between `EDGES`, which are equally wide."""
+    wrong = error[error != 0]
+    width = EDGES[1] - EDGES[0]
+    places = np.clip((np.log10(wrong) - EDGES[0]) / width, 0, len(EDGES) - 2).astype(np.intp)
+    counts: Values = np.bincount(places, minlength=len(EDGES) - 1)
+    return counts
+
+
+def _find_unit(arrays: tuple[Values, ...]) -> float:
+    """Find a divisor that keeps squares finite: the largest magnitude in float64, and 1 for smaller types."""
+    if arrays[0].dtype.itemsize < 8:
+        return 1.0
+    largest = (np.max(np.abs(v), initial=0.0) for x, y, *_ in map(_finite, _pieces(*arrays)) for v in (x, y))
+    return float(max(largest, default=0.0)) or 1.0
+
+
 def _continuous(
     arrays: tuple[Values, ...], rtol: float | None, atol: float | None, brief: bool, kind: np.dtype[Any]
 ) -> Agreement:
     reference, value = arrays[:2]
     left_out = int(np.sum(arrays[2])) if len(arrays) > 2 else 0
-    scale, reach, squares, compared = 0.0, 0.0, 0.0, 0
     try:
-        for x, y, *_ in map(_finite, _pieces(*arrays)):
-            scale = max(scale, float(np.max(np.abs(x), initial=0.0)))
-            reach = max(reach, scale, float(np.max(np.abs(y), initial=0.0)))
-            compared += x.size
+        unit = _find_unit(arrays)
+        s = _Sums(_tolerance(rtol, atol, kind, 1.0).rtol, unit, brief)
+        for x, y, a, b in map(_finite, _pieces(*arrays)):
+            s.add(x, y, a, b)
     except ValueError:
         return replace(Agreement.disagree(NOT_FINITE_ALIKE, reference.size), left_out=left_out)
-    if not compared:
+    if not s.compared:
         return Agreement(size=reference.size, left_out=left_out)
-    unit = reach or 1.0  # squares of float64's largest numbers would overflow
-    for x, *_ in map(_finite, _pieces(*arrays)):
-        squares += float(np.sum((x / unit) ** 2))
-    tolerance = _tolerance(rtol, atol, kind, unit * math.sqrt(squares / compared))
-
-    worst, relative, total, unequal, steps = 0.0, 0.0, 0.0, 0, 0.0
-    product, others, noise, within = 0.0, 0.0, 0.0, True
-    bins, zero = np.zeros(len(EDGES) - 1, np.int64), 0
-    for x, y, a, b in map(_finite, _pieces(*arrays)):
-        if not x.size:
-            continue
-        error = np.abs(x - y)
-        wrong = error[error != 0]
-        worst, total = max(worst, float(error.max())), total + float(error.sum())
-        relative = max(relative, float(np.max(error / np.maximum(np.abs(x), np.finfo(np.float32).tiny))))
-        unequal, zero = unequal + wrong.size, zero + error.size - wrong.size
-        within = within and bool(np.all(error <= tolerance.atol + tolerance.rtol * np.abs(x)))
-        product += float(np.sum(x / unit * (y / unit)))
-        others += float(np.sum((y / unit) ** 2))
-        noise += float(np.sum((error / unit) ** 2))
-        if not brief:
-            steps = max(steps, float(np.max(ulps(a, b))))
-            bins += np.histogram(np.clip(np.log10(wrong), EDGES[0], EDGES[-1]), EDGES)[0]
+    tolerance = _tolerance(rtol, atol, kind, unit * math.sqrt(s.squares / s.compared))
     found = Agreement(
-        max_abs=worst, mean_abs=total / compared, max_rel=relative, mismatch=unequal / reference.size, scale=scale,
-        resolution=scale * epsilon(kind), cosine=_cosine(product, squares, others),
-        snr_db=_decibels(squares, noise), within=within, size=reference.size, compared=compared,
-        left_out=left_out,
+        max_abs=s.worst, mean_abs=s.total / s.compared, max_rel=s.relative, mismatch=s.unequal / reference.size,
+        scale=s.scale, resolution=s.scale * epsilon(kind), cosine=_cosine(s.product, s.squares, s.others),
+        snr_db=_decibels(s.squares, s.noise), within=s.excess <= tolerance.atol, size=reference.size,
+        compared=s.compared, left_out=left_out,
     )  # fmt: skip
     if brief:
         return found
@@ -346,8 +388,9 @@ def _continuous(
     pairs = [p.astype(np.float64).tolist() for p in _draw_pairs(reference, value, MAX_SCATTER_PAIRS)]
     top1, top5 = _compare_ranking(reference, value)
     return replace(
-        found, ulp=steps, ulp_p99=float(np.percentile(ulps(xs, ys), 99)) if xs.size else None, top1=top1, top5=top5,
-        histogram=Histogram(EDGES, tuple(bins.tolist()), zero), scatter=tuple(zip(*pairs, strict=True)),
+        found, ulp=s.steps, ulp_p99=float(np.percentile(ulps(xs, ys), 99)) if xs.size else None, top1=top1, top5=top5,
+        histogram=Histogram(EDGES, tuple(s.bins.tolist()), s.compared - s.unequal),
+        scatter=tuple(zip(*pairs, strict=True)),
     )  # fmt: skip
 
 
@@ -390,17 +433,19 @@ def _compare_ranking(reference: Values, value: Values) -> tuple[float | None, fl
     if axis < 0 or reference.shape[axis] < 2:
         return None, None
     classes, firsts, overlap, positions = reference.shape[axis], 0, 0.0, 0
-    for a, b in _rows(np.moveaxis(reference, axis, -1), np.moveaxis(value, axis, -1)):
-        x, y = a.astype(np.float64), b.astype(np.float64)
+    for x, y in _rows(np.moveaxis(reference, axis, -1), np.moveaxis(value, axis, -1)):
         whole = np.all(np.isfinite(x) & np.isfinite(y), axis=1)
-        x, y = x[whole], y[whole]
+        if not whole.all():
+            x, y = x[whole], y[whole]
         every = np.arange(len(x))
-        firsts += int(np.sum(x[every, np.argmax(y, axis=1)] == np.max(x, axis=1, initial=-np.inf)))
+        if len(x):
+            firsts += int(np.sum(x[every, np.argmax(y, axis=1)] == np.max(x, axis=1)))
         positions += len(x)
         if classes > 5:
-            best, other = np.argpartition(-x, 4)[:, :5], np.argpartition(-y, 4)[:, :5]
+            fifth = np.partition(x, classes - 5, axis=1)[:, classes - 5]
+            other = np.argpartition(y, classes - 5, axis=1)[:, classes - 5 :]
             # an entry counts if the reference ranks it as high, so that ties are no errors
-            overlap += float(np.sum(x[every[:, None], other] >= x[every[:, None], best].min(axis=1)[:, None])) / 5
+            overlap += float(np.sum(x[every[:, None], other] >= fifth[:, None])) / 5
     if not positions:
         return None, None
     return firsts / positions, overlap / positions if classes > 5 else None
