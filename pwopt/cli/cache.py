@@ -6,11 +6,16 @@ from pwopt.cli import options
 from pwopt.errors import UsageError
 
 
-def cache(action: options.Action = "show", json: options.Json = False, debug: options.Debug = False) -> None:
+def cache(
+    action: options.Action = "show",
+    details: options.DecisionDetails = False,
+    json: options.Json = False,
+    debug: options.Debug = False,
+) -> None:
     """Show or clear the decisions of earlier races on this machine: which measured rewrites are faster."""
     from pwopt.cli.output import escape_text, open_console, print_json
     from pwopt.reporting.report import to_json
-    from pwopt.reporting.terminal import render_decisions
+    from pwopt.reporting.terminal import render_decisions, summarize_decisions
     from pwopt.rewriting.wording import format_count
     from pwopt.selecting import tuning_cache as decisions
 
@@ -28,5 +33,5 @@ def cache(action: options.Action = "show", json: options.Json = False, debug: op
     if json:
         print_json(to_json({"folder": str(decisions.find_folder()), "decisions": [e.to_dict() for e in found]}))
         return
-    render_decisions(found, open_console())
+    (render_decisions if details else summarize_decisions)(found, open_console())
     console.print(f"{format_count(len(found), 'decision')} in {escape_text(str(decisions.find_folder()))}")

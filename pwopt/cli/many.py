@@ -87,7 +87,9 @@ def optimize_folder(
 
 
 def _print_row(row: BatchRow, console: Console) -> None:
-    """Print the result of one model on one line."""
+    """Print the result of one model on one line, and below it why it is not faster, if it is not."""
+    from rich.padding import Padding
+
     from pwopt.reporting.text import escape_text
 
     name = escape_text(Path(row.model).name)
@@ -99,6 +101,8 @@ def _print_row(row: BatchRow, console: Console) -> None:
     colour = "green" if row.status == "done" else "dim"
     took = f"{row.seconds:5.0f} s"
     console.print(f"[{colour}]{row.status:<9}[/{colour}]  {faster}  {nodes} {took}  {name}", soft_wrap=True)
+    if row.sentence and (row.low is None or row.low <= 1):
+        console.print(Padding(f"[dim]{escape_text(row.sentence)}[/dim]", (0, 0, 0, 11)))
 
 
 def _half_interval(row: BatchRow) -> float:

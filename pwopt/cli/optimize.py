@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import TYPE_CHECKING, cast
 
 import typer
 
@@ -12,6 +12,9 @@ from pwopt.cli import options
 from pwopt.cli.many import Verbosity, connect_fleet, optimize_folder
 from pwopt.errors import NotEquivalentError, UsageError
 from pwopt.optimizing.request import CostModel, Effort, Limits, Measuring, Request, Writing
+
+if TYPE_CHECKING:
+    from rich.console import Console
 
 
 def optimize(
@@ -81,6 +84,7 @@ def _optimize_one(model: Path, request: Request, report: Path | None, verbosity:
     from pwopt.optimizing.preparation import same_file
     from pwopt.reporting import terminal
     from pwopt.reporting.document import check_available
+    from pwopt.running.progress import track_run
 
     out = name_beside(model, ".pwopt.onnx") if request.output is None else Path(request.output)
     if not request.writing.force and same_file(out, model):
@@ -90,7 +94,7 @@ def _optimize_one(model: Path, request: Request, report: Path | None, verbosity:
     console = open_console(quiet=verbosity.quiet or verbosity.json)
     try:
         with show_progress(debug=verbosity.debug, quiet=verbosity.quiet, verbose=verbosity.verbose) as progress:
-            result = run_request(model, replace(request, output=out, progress=progress))
+            result = run_request(model, replace(request, output=out, progress=track_run(progress)))
     except NotEquivalentError as error:
         terminal.render_equivalence(error.report.equivalence, console)
         terminal.render_difference(error.report.equivalence, console)
@@ -107,3 +111,24 @@ def _optimize_one(model: Path, request: Request, report: Path | None, verbosity:
     written = [str(p) for p in (None if request.writing.dry_run else out, report) if p is not None]
     if written:
         console.print(f"wrote {escape_text(' and '.join(written))}", soft_wrap=True)
+    if not request.writing.dry_run:
+        _print_next_steps(model, out, report, request, console)
+
+
+def _print_next_steps(model: Path, out: Path, report: Path | None, request: Request, console: Console) -> None:
+    """Print what users do next: check the result on their own inputs, read the report, run the model fast."""
+    from pwopt.cli.output import escape_text, quote_path
+
+    if out.suffix != ".onnx":
+        console.print(f"Some tools refuse {escape_text(repr(out.name))}, because its name does not end in .onnx.")
+    steps = []
+    if request.inputs is None:
+        steps.append(
+            f"pwopt verify {quote_path(model)} {quote_path(out)} --input FOLDER   # check it on your own inputs"
+        )
+    if report is None:
+        steps.append(f"pwopt optimize {quote_path(model)} --report report.html   # see every rewrite and refusal")
+    if request.cost == "measured":
+        steps.append(f"pwopt bench {quote_path(model)} {quote_path(out)}   # time both, start-up and memory too")
+    for i, step in enumerate(steps):
+        console.print(f"[dim]{'next:' if i == 0 else '     '} {escape_text(step)}[/dim]", soft_wrap=True)

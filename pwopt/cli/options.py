@@ -195,6 +195,9 @@ Spectra = Annotated[
 ]
 Plot = Annotated[Path | None, typer.Option(metavar="FILE.svg", help="Plot the latencies.", show_default=False)]
 RewriteDetails = Annotated[bool, typer.Option("--details", help="Print every rewrite and every skipped site.")]
+DecisionDetails = Annotated[
+    bool, typer.Option("--details", help="List every decision, not only their number for each kind of rewrite.")
+]
 FigureDetails = Annotated[
     bool,
     typer.Option(

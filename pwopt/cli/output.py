@@ -5,14 +5,18 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import shlex
+import subprocess
 import sys
+import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn
+from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Column
 
 from pwopt.errors import UsageError
 from pwopt.graph.storage import replacing
@@ -30,6 +34,7 @@ __all__ = [
     "open_console",
     "print_json",
     "print_status",
+    "quote_path",
     "show_progress",
     "write_document",
     "write_text",
@@ -49,6 +54,12 @@ def print_json(content: str) -> None:
     """Print JSON on stdout."""
     sys.stdout.write(content)
     sys.stdout.flush()
+
+
+def quote_path(path: Path) -> str:
+    """Quote a path for a shell, if it needs quotes."""
+    text = os.fspath(path)
+    return subprocess.list2cmdline([text]) if sys.platform == "win32" else shlex.quote(text)
 
 
 def print_status(terminal: Console, text: str) -> None:
@@ -109,6 +120,10 @@ def check_report(path: Path | None, *others: Path, suffix: str = "") -> None:
         parse_format(path)
 
 
+#: Characters of a stage's name on a line of its own. With the seconds before it, the line has 80 columns.
+STAGE_WIDTH = 70
+
+
 class _LogHandler(logging.Handler):
     """Prints log records on a terminal, one line each."""
 
@@ -135,8 +150,10 @@ def show_progress(*, debug: bool = False, quiet: bool = False, verbose: bool = F
         log.setLevel(logging.DEBUG)
     try:
         if terminal.is_terminal and not quiet:
-            columns = (SpinnerColumn(), TextColumn("{task.description}"), BarColumn())
-            with Progress(*columns, console=terminal, transient=True) as bar:
+            text = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+            clocks = TimeElapsedColumn(), TextColumn("[dim]left[/dim]"), TimeRemainingColumn()
+            columns = (SpinnerColumn(), text, BarColumn(20), *clocks)
+            with Progress(*columns, console=terminal, transient=True, expand=True) as bar:
                 task = bar.add_task("", total=1.0)
                 yield lambda stage, done: bar.update(task, description=escape_text(stage), completed=done)
         else:
@@ -154,4 +171,5 @@ class _ProgressLines:
     def __call__(self, stage: str, _done: float) -> None:
         if stage != self.stage:
             self.stage = stage
-            print_status(self.terminal, f"{time.perf_counter() - self.start:7.1f} s {escape_text(stage)}")
+            shown = textwrap.shorten(stage, STAGE_WIDTH, placeholder="…")
+            print_status(self.terminal, f"{time.perf_counter() - self.start:7.1f} s {escape_text(shown)}")

@@ -24,15 +24,16 @@ def passes(
     """List all passes: what each one rewrites, and when. With NAME, print the documentation of one pass."""
     from pwopt.cli.output import escape_text, open_console, print_json
     from pwopt.reporting.report import to_json
+    from pwopt.rewriting.wording import suggest
     from pwopt.selecting.pass_list import resolve_passes
     from pwopt.selecting.plugins import describe_origin
 
     found = list(resolve_passes(None, plugin or ()))
     if name is not None:
-        known = ", ".join(p.name for p in found)
+        known = [p.name for p in found]
         found = [p for p in found if p.name == name]
         if not found:
-            raise UsageError(f"there is no pass {name!r}; choose from {known}")
+            raise UsageError(f"there is no pass {name!r}; {suggest(name, known)}")
     if json:
         records = [_record(p) for p in found]
         print_json(to_json(records if name is None else records[0]))

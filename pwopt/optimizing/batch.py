@@ -31,7 +31,7 @@ from pwopt.reporting.report import REPORT_SCHEMA, Report, to_json
 from pwopt.running import installation, timing
 from pwopt.running.child_process import Channel, Child, EndedError
 from pwopt.running.pool import FileLock, ask_all
-from pwopt.running.progress import Progress, ignore_progress
+from pwopt.running.progress import Progress, ignore_progress, track_run
 from pwopt.running.signals import signals_interrupt
 from pwopt.selecting.plugins import fingerprint
 from pwopt.version import __version__
@@ -72,7 +72,7 @@ class BatchRow:
     status : {"done", "unchanged", "failed"}
         Unchanged means that an earlier batch did it with the same options, and neither file has changed.
     sentence : str
-        The error, or pwopt's last note on the result.
+        The error, or the notes of the report.
     code : int
         The exit code of `pwopt optimize` for this model alone.
     speedup, low, high : float or None
@@ -327,7 +327,7 @@ def run_job(job: Job, request: Request, called: tuple[PurePath, PurePath] | None
 def summarize(row: BatchRow, report: Report) -> BatchRow:
     """Add the figures of a report to a row."""
     a, b, t = report.before, report.after, report.latency
-    row = replace(row, nodes=(a.nodes, b.nodes), macs=(a.macs, b.macs), sentence=" ".join(report.notes[-1:]))
+    row = replace(row, nodes=(a.nodes, b.nodes), macs=(a.macs, b.macs), sentence=" ".join(report.notes))
     return row if t is None else replace(row, speedup=t.speedup, low=t.interval[0], high=t.interval[1])
 
 
@@ -347,7 +347,7 @@ def _run_in_turn(todo: Sequence[Job], request: Request, progress: Progress) -> I
         def show_stage(stage: str, done: float, i: int = i, name: str = job.model.name) -> None:
             progress(f"{name}: {stage}", (i + done) / len(todo))
 
-        yield run_job(job, replace(request, progress=show_stage))
+        yield run_job(job, replace(request, progress=track_run(show_stage)))
 
 
 @dataclass(frozen=True)
@@ -367,6 +367,7 @@ class Processes:
             def start() -> Child:
                 return Child(serve_jobs, os.fspath(folder / "clock"), _main_module(request))
 
+            progress(f"0 of {len(todo)} models", 0.0)
             for count, (index, answer) in enumerate(ask_all(start, [(job, plain) for job in todo], self.workers), 1):
                 progress(f"{count} of {len(todo)} models", count / len(todo))
                 yield answer if isinstance(answer, JobResult) else _fail(todo[index], answer)

@@ -27,7 +27,7 @@ from pwopt.optimizing.preparation import Problem, check_output, define_problem, 
 from pwopt.optimizing.request import CostModel, Limits, Measuring, Request, Writing
 from pwopt.passes import PASSES
 from pwopt.reporting import notes
-from pwopt.reporting.brief import render_summary
+from pwopt.reporting.brief import describe_in_one_line, render_summary
 from pwopt.reporting.report import Report
 from pwopt.rewriting.driver import Pass
 from pwopt.rewriting.records import Site
@@ -56,6 +56,9 @@ class Result:
 
     model: onnx.ModelProto
     report: Report
+
+    def __repr__(self) -> str:
+        return f"Result({describe_in_one_line(self.report)})"
 
     def _repr_html_(self) -> str:
         """Render the head of the report for notebooks."""

@@ -1,4 +1,4 @@
-"""A short report for notebooks: verdict, main figures, notes. Needs no optional dependency."""
+"""Short reports for notebooks and consoles. They need no optional dependency."""
 
 from __future__ import annotations
 
@@ -6,8 +6,16 @@ from html import escape
 from pathlib import Path
 
 from pwopt.reporting.report import Report
-from pwopt.reporting.text import sanitize
+from pwopt.reporting.text import format_speedup, sanitize
 from pwopt.reporting.verdicts import format_verdict, list_claims, list_costs
+
+
+def describe_in_one_line(report: Report) -> str:
+    """Describe a result in one line: model, verdict, operators, speed-up."""
+    _, title = format_verdict(report.equivalence, report)
+    speed = "not timed" if report.latency is None else format_speedup(report.latency)
+    operators = f"{report.before.nodes:,} → {report.after.nodes:,} operators"
+    return f"{sanitize(Path(report.model).name)}: {title.lower()}, {operators}, {speed}"
 
 
 def render_summary(report: Report) -> str:

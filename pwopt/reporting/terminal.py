@@ -311,6 +311,17 @@ def render_decisions(found: Sequence[TuningRecord], console: Console) -> None:
         _show(table, console)
 
 
+def summarize_decisions(found: Sequence[TuningRecord], console: Console) -> None:
+    """Print how many decisions there are of each kind of rewrite, with one table for each environment."""
+    for where, entries in groupby(found, lambda e: e.place):
+        table = _table("rewrite", *VERDICTS, "latest", title=escape_text(where))
+        for name, group in groupby(entries, lambda e: e.pass_name):
+            listed = list(group)
+            counts = Counter(e.verdict for e in listed)
+            table.add_row(name, *(str(counts[v] or "") for v in VERDICTS), max(e.date for e in listed)[:10] or "–")
+        _show(table, console)
+
+
 def _format_memory(row: Row) -> str:
     device = "" if row.device_mb is None else f" + {row.device_mb:.0f} MB on the card"
     return f"{row.memory_mb:.0f} MB{device}" if row.memory_mb else f"–{device}"  # some systems hide it

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import math
+from collections.abc import Iterable
 
 
 def format_count(count: int, noun: str) -> str:
@@ -14,6 +16,19 @@ def format_count(count: int, noun: str) -> str:
     ('1 thread', '0 threads', '2,000 threads')
     """
     return f"{count:,} {noun}" + ("" if count == 1 else "s")
+
+
+def suggest(name: str, known: Iterable[str]) -> str:
+    """Suggest the known name that is closest to a wrong one, otherwise list all of them.
+
+    Examples
+    --------
+    >>> suggest("fold-chain", ["clean-up", "fold-chains"]), suggest("x", ["clean-up", "fold-chains"])
+    ("did you mean 'fold-chains'?", 'choose from clean-up, fold-chains')
+    """
+    names = list(known)
+    near = difflib.get_close_matches(name, names, 1)
+    return f"did you mean {near[0]!r}?" if near else f"choose from {', '.join(names)}"
 
 
 def format_increase(before: float, after: float, absolute: bool = False) -> str:

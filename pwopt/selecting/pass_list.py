@@ -9,6 +9,7 @@ from pathlib import Path
 from pwopt.errors import UsageError
 from pwopt.passes import PASSES
 from pwopt.rewriting.driver import Pass
+from pwopt.rewriting.wording import suggest
 from pwopt.selecting import plugins
 
 #: A pass as users name it: by its name, its class or an instance.
@@ -43,7 +44,7 @@ def resolve_passes(
     chosen: dict[str, tuple[PassSpec, Pass]] = {}
     for spec in available.values() if specs is None else specs:
         if isinstance(spec, str) and spec not in available:
-            raise UsageError(f"there is no pass {spec!r}; there are {', '.join(available)}")
+            raise UsageError(f"there is no pass {spec!r}; {suggest(spec, available)}")
         kind = available[spec] if isinstance(spec, str) else _check(spec)
         made = plugins.construct(kind) if isinstance(kind, type) else copy.copy(kind)
         if made.eager or isinstance(spec, str):

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import importlib.util
 import inspect
+import os
 import re
 import sys
 from collections.abc import Sequence
@@ -86,7 +87,7 @@ def import_pass(text: str, folders: Sequence[Path] = ()) -> type[Pass]:
 
 def _load_file(file: Path) -> object:
     """Import a module from its file once, so that a pass that is named twice is one class."""
-    name = f"{file.stem}_{hashlib.sha256(str(file.resolve()).encode()).hexdigest()[:8]}"
+    name = os.fspath(file.resolve())  # not an identifier, so that it hides no module
     if name not in sys.modules:
         spec = importlib.util.spec_from_file_location(name, file)
         assert spec is not None
@@ -142,8 +143,11 @@ def construct(kind: type[Pass]) -> Pass:
 
 
 def describe_origin(p: Pass) -> str:
-    """Name the origin of a pass: pwopt, an installed package, or a module."""
-    return "pwopt" if p.builtin else find_installed().get(type(p), type(p).__module__)
+    """Name the origin of a pass: pwopt, an installed package, a module, or a file."""
+    if p.builtin:
+        return "pwopt"
+    module = type(p).__module__
+    return find_installed().get(type(p), Path(module).name if os.path.isabs(module) else module)
 
 
 def fingerprint(p: Pass) -> str:

@@ -41,6 +41,8 @@ def test_optimize_writes_beside_the_input(model: Path) -> None:
     assert ops(onnx.load(model.with_name("seq.pwopt.onnx"))) == {"Conv": 1}
     assert "multiply-adds" in done.stdout
     assert "-96.7%" in done.stdout
+    last = done.stdout.splitlines()[-1].split("#")[0].split()
+    assert last == ["next:", "pwopt", "verify", str(model), str(model.with_name("seq.pwopt.onnx")), "--input", "FOLDER"]
     assert [line.split(" s ")[1] for line in done.stderr.splitlines()][-2:] == ["verifying", "writing"]
     assert pwopt("optimize", model, "--cost", "analytic", "-q").stderr == ""
     content = json.loads(report.read_text())
@@ -77,6 +79,7 @@ def test_the_input_is_not_overwritten_unless_forced(model: Path) -> None:
         (["optimize", "seq.onnx", "--shape", "x=1x3x4x4"], 2, "does not fit"),
         (["optimize", "seq.onnx", "--shape", "nonsense"], 2, "not of the form"),
         (["optimize", "seq.onnx", "--passes", "fold"], 2, "there is no pass 'fold'"),
+        (["optimize", "seq.onnx", "--passes", "fold-chain"], 2, "did you mean 'fold-chains'?"),
         (["optimize", "seq.onnx", "--cost", "free"], 2, "not one of: measured, analytic"),
         (["optimize", "seq.onnx", "--input", "text.onnx"], 2, "cannot be read as .npz"),
         (["optimize", "seq.onnx", "-o", "no/such/folder/out.onnx"], 2, "nothing can be written"),
@@ -360,6 +363,25 @@ def test_stages_are_lines_where_there_is_no_terminal(model: Path) -> None:
     assert stages[0] == "reading"
     assert stages[-1] == "writing"
     assert len(stages) == len(set(stages))
+
+
+def test_a_name_that_other_tools_refuse_is_mentioned(model: Path) -> None:
+    done = pwopt("optimize", model, "-o", model.with_name("fast.bin"), "--cost", "analytic", "--no-verify")
+    assert "Some tools refuse 'fast.bin', because its name does not end in .onnx." in done.stdout.splitlines()
+
+
+def test_a_folder_says_why_a_model_is_not_faster(tmp_path: Path) -> None:
+    nothing = parse("(float[N,2] x) => (float[N,2] y) { y = Tanh(x) }")
+    (tmp_path / "in").mkdir()
+    onnx.save(nothing, tmp_path / "in" / "tanh.onnx")
+    done = pwopt("optimize", tmp_path / "in", "-d", tmp_path / "out", "--cost", "analytic")
+    row, *why = done.stdout.splitlines()[:-1]
+    assert row.endswith("tanh.onnx")
+    assert (
+        " ".join(" ".join(why).split())
+        == json.loads((tmp_path / "out" / "index.json").read_text())["rows"][0]["sentence"]
+    )
+    assert why
 
 
 def test_quiet_says_errors_only(model: Path) -> None:

@@ -93,6 +93,9 @@ def test_a_file_beside_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     monkeypatch.chdir("/")
     result = pwopt.optimize(tmp_path / "m.onnx", cost="analytic", verify=False, plugins=["mine:DropSign"])
     assert ops(result.model)["Neg"] == 0
+    assert (
+        plugins.describe_origin(resolve_passes(["drop-sign"], ["mine:DropSign"], tmp_path / "m.onnx")[0]) == "mine.py"
+    )
 
 
 class Wrong(Pass):

@@ -124,11 +124,12 @@ def test_a_second_run_decides_alike_without_racing(monkeypatch: pytest.MonkeyPat
 def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     tuning_cache.store(ENTRY)
     for arguments, expected in (
-        (["cache"], "conv 6→(4, 4)"),
-        (["cache"], "kept"),
-        (["cache"], "1.250×"),
-        (["cache"], "net.onnx"),
-        (["cache"], "2026-01-31"),
+        (["cache", "--details"], "conv 6→(4, 4)"),
+        (["cache", "--details"], "kept"),
+        (["cache"], "merge-siblings 1 2026-01-31"),
+        (["cache", "--details"], "1.250×"),
+        (["cache", "--details"], "net.onnx"),
+        (["cache", "--details"], "2026-01-31"),
         (["cache", "show", "--json"], '"pass_name": "merge-siblings"'),
         (["cache"], "1 decision in"),
         (["cache", "clear"], "1 decision forgotten"),
@@ -137,7 +138,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
         with pytest.raises(SystemExit) as caught:
             main(arguments)
         assert caught.value.code in (0, None)
-        assert expected in capsys.readouterr().out
+        assert expected in " ".join(capsys.readouterr().out.split())
     with pytest.raises(SystemExit) as caught:
         main(["cache", "eat"])
     assert caught.value.code == 2
