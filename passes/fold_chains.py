@@ -9,6 +9,7 @@ from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.ranks import factor
 from pwopt.graph.dtypes import epsilon
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.operators import WEIGHTED_OPERATORS
 from pwopt.graph.shapes import set_channels
 from pwopt.maps import emit, forms
 from pwopt.maps.cost import price
@@ -67,7 +68,7 @@ class FoldChains(Pass):
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         reading = _read_member(rw, node)
         if reading is None:
-            return _explain_gemm(rw, node)
+            return _explain_refusal(rw, node)
         if reading.node is not node:
             return None
         chain = self._find_chain(rw, reading)
@@ -182,14 +183,14 @@ def _read_member(rw: Rewriter, node: Node | None) -> Reading | None:
     return reading if reading.weighted or reading.kind in ("selection", "reduction", "border") else None
 
 
-def _explain_gemm(rw: Rewriter, node: Node) -> Skip | None:
-    """Why a Gemm that is a neighbour of a map is not a linear map itself."""
-    found = forms.read(rw, node) if rw.is_a(node, "Gemm") else None
+def _explain_refusal(rw: Rewriter, node: Node) -> Skip | None:
+    """Why an operator with weights, or a Gemm beside a map, is not a linear map itself."""
+    found = forms.read(rw, node) if rw.op(node) in WEIGHTED_OPERATORS else None
     if not isinstance(found, Refusal):
         return None
     neighbours = (rw.producer(node.inputs[0]), rw.sole_reader(node.outputs[0]))
-    near = any(forms.weighted(rw, n) is not None for n in neighbours)
-    return Skip(f"Gemm stays: {found.reason}") if near else None
+    near = node.op == "Gemm" and any(forms.weighted(rw, n) is not None for n in neighbours)
+    return Skip(f"{node.op} stays: {found.reason}") if near or found is not forms.NOT_CONSTANT else None
 
 
 def _find_next(rw: Rewriter, reading: Reading) -> Reading | None:

@@ -76,7 +76,10 @@ def localise(
     wrong = {o.name: o for o in failed.outputs if o.comparable and not o.passed and o.sample == failing.sample}
     with temporary_folder() as folder:
         try:
-            a, b = _Copy.from_path(original, folder / "original"), _Copy.from_path(candidate, folder / "candidate")
+            a, b = (
+                ModelCopy.from_path(original, folder / "original"),
+                ModelCopy.from_path(candidate, folder / "candidate"),
+            )
             checks = _check_tensors(a, b, sample, provider, threads)
         except (ModelError, OSError):
             return None
@@ -163,25 +166,26 @@ def _find_sites(rewrites: Sequence[Rewrite], tensors: Collection[str]) -> tuple[
 
 
 @dataclass(frozen=True)
-class _Copy:
+class ModelCopy:
     """A model in a temporary folder, for variants with other outputs."""
 
     proto: onnx.ModelProto
     folder: Path
 
     @classmethod
-    def from_path(cls, path: Path, folder: Path) -> _Copy:
+    def from_path(cls, path: Path, folder: Path) -> ModelCopy:
         folder.mkdir()
         model = load(path)
         save(model, folder / "model.onnx")
         return cls(onnx.load(folder / "model.onnx", load_external_data=False), folder)
 
     def expose(self, tensors: Mapping[str, int]) -> Path:
-        """Write the model with only these outputs, given with their element types."""
+        """Write the model with only these outputs, given with their element types (0 if unknown)."""
         kept = list(self.proto.graph.output)
         del self.proto.graph.output[:]
         for name, code in tensors.items():
-            self.proto.graph.output.append(onnx.helper.make_tensor_value_info(name, code, None))
+            value = onnx.helper.make_tensor_value_info(name, code, None) if code else onnx.ValueInfoProto(name=name)
+            self.proto.graph.output.append(value)
         path = self.folder / "exposed.onnx"
         path.write_bytes(self.proto.SerializeToString())
         del self.proto.graph.output[:]
@@ -222,7 +226,9 @@ def _split(tensors: Mapping[str, int], sizes: Mapping[str, Sequence[int]]) -> It
         yield batch
 
 
-def _check_tensors(a: _Copy, b: _Copy, sample: Sample, provider: Provider, threads: int) -> dict[str, OutputCheck]:
+def _check_tensors(
+    a: ModelCopy, b: ModelCopy, sample: Sample, provider: Provider, threads: int
+) -> dict[str, OutputCheck]:
     """Compare every tensor that both models have."""
     types = infer(a.proto, {name: value.shape for name, value in sample.feeds.items()})
     sizes = {name: size for name, (_, shape) in types.items() if (size := as_fixed(shape)) is not None}
@@ -233,7 +239,7 @@ def _check_tensors(a: _Copy, b: _Copy, sample: Sample, provider: Provider, threa
 
 
 def _compare_batch(
-    a: _Copy, b: _Copy, batch: Mapping[str, int], sample: Sample, provider: Provider, threads: int
+    a: ModelCopy, b: ModelCopy, batch: Mapping[str, int], sample: Sample, provider: Provider, threads: int
 ) -> dict[str, OutputCheck]:
     """Compare each tensor of a batch; split the batch if a tensor cannot be an output, and leave that tensor out."""
     ours, theirs = a.expose(batch), b.expose(batch)

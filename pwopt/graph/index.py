@@ -25,6 +25,9 @@ from pwopt.graph.shapes import Dim, Shape
 if TYPE_CHECKING:
     from typing_extensions import Self
 
+#: How many operators are followed to find the one that makes a shape unknown.
+MAX_EXPLAINED = 64
+
 
 class GraphIndex:
     """Answers questions about a graph. `pwopt.graph.view.View` adds the edits.
@@ -178,6 +181,20 @@ class GraphIndex:
 
     def rank(self, tensor: Tensor) -> int | None:
         return None if tensor.shape is None else len(tensor.shape)
+
+    def explain_unknown_shape(self, tensor: Tensor) -> str:
+        """Say which operator or input makes the shape of `tensor` unknown, as a clause."""
+        for _ in range(MAX_EXPLAINED):
+            node = self.producer(tensor)
+            if node is None:
+                return f"the input {tensor.name!r} has no declared shape; declare it"
+            unknown = next((t for t in node.inputs if t.name and t.shape is None and not is_constant(t)), None)
+            if unknown is None:
+                foreign = not self.op(node)
+                hint = "; declare it in value_info" if foreign else ", since it depends on values"
+                return f"the output shape of {node.op} is unknown{hint}"
+            tensor = unknown
+        return "the rank of its input is not known"
 
     def dim(self, tensor: Tensor, axis: int) -> Dim:
         """One dimension; None when the shape or that dimension is unknown."""

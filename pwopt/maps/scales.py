@@ -88,6 +88,13 @@ def _operands(view: View, node: Node) -> tuple[Tensor, Array, int | None, bool] 
     return None if found is None else (source, *found, sides[0])
 
 
+def _explain_unknown(view: View, node: Node) -> Refusal | None:
+    """Why an operator on one constant is not read although it may be a scale or shift: a shape is unknown."""
+    data = [t for t in node.inputs if view.constant(t) is None]
+    unknown = len(node.inputs) == 2 and len(data) == 1 and view.rank(data[0]) is None
+    return Refusal(view.explain_unknown_shape(data[0])) if unknown else None
+
+
 def adds_nothing(view: View, node: Node) -> tuple[Tensor, Array] | None:
     """The data input of an Add or Sub of zero, and the zero that is added per channel: +0 or −0."""
     found = _operands(view, node) if view.is_a(node, "Add", "Sub") else None
@@ -111,7 +118,7 @@ def read_arithmetic(view: View, node: Node) -> Result:
     """
     found = _operands(view, node)
     if found is None:
-        return None
+        return _explain_unknown(view, node)
     source, value, axis, first = found
     op, one, zero = node.op, np.ones_like(value), np.zeros_like(value)
     nothing = op in ("Add", "Sub") and value.size and not np.any(value)

@@ -149,8 +149,10 @@ def read_matmul(view: View, node: Node) -> Result:
     rank = view.rank(source)
     if weight is None or len(weight.shape) != 2:
         return Refusal("its weight is not one matrix")
-    if rank is None or rank < 1 or (left is not None and rank < 2):
-        return Refusal("the rank of its input is not known")
+    if rank is None:
+        return Refusal(view.explain_unknown_shape(source))
+    if rank < (1 if left is None else 2):
+        return Refusal("its input is a vector")
     out, inn = weight.shape if left is not None else reversed(weight.shape)
     geometry = pointwise_geometry(out, inn)
     if left is not None:

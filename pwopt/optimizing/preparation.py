@@ -9,12 +9,15 @@ from pathlib import Path
 
 from pwopt.errors import UsageError
 from pwopt.evidence.certify import certify, skip_certificate
+from pwopt.evidence.declared_shapes import drop_declarations, find_wrong_declarations
 from pwopt.graph.files import fix_inputs, from_proto
 from pwopt.graph.model import Model
 from pwopt.graph.opset import convert_opset
+from pwopt.graph.shapes import find_declared
 from pwopt.inputs.input_specs import check_shapes, input_specs
 from pwopt.inputs.samples import Sample, draw_samples, read_samples
 from pwopt.optimizing.request import Request
+from pwopt.reporting import notes
 from pwopt.rewriting.driver import Pass
 from pwopt.running import huge_pages, installation
 from pwopt.running.size_trials import ChosenSizes, Sizes, choose_rounds, choose_sizes, explain_sizes
@@ -126,7 +129,27 @@ def define_problem(source: Model, original: Path, request: Request) -> Problem:
         chosen = [choose_sizes(specs, source.proto, shapes=first)]
     guessed = not given and request.inputs is None and bool(specs)
     environment = Environment(request.execution_provider, request.first_threads, samples) if runs else None
-    return Problem(source, original, samples, chosen[0].sizes, guessed, tuple(explain_sizes(chosen[0])), environment)
+    why = tuple(explain_sizes(chosen[0]))
+    return _check_declarations(Problem(source, original, samples, chosen[0].sizes, guessed, why, environment))
+
+
+def _check_declarations(problem: Problem) -> Problem:
+    """Note which declared shapes pwopt trusts. If the model runs, ignore those that are wrong."""
+    proto, where = problem.source.proto, problem.environment
+    trusted = {v.name for v in find_declared(proto)}
+    if not trusted:
+        return problem
+    wrong = None
+    if where is not None:
+        wrong = find_wrong_declarations(proto, problem.original, where.samples, where.provider, where.threads)
+    source = problem.source
+    if wrong:
+        source = from_proto(drop_declarations(proto, wrong), source.folder)
+    makers = {
+        node.op_type: None for node in proto.graph.node if trusted.difference(wrong or ()).intersection(node.output)
+    }
+    sentences = notes.describe_declarations(list(makers), wrong)
+    return replace(problem, source=source, why=(*problem.why, *sentences))
 
 
 def start_compilation(problem: Problem, passes: tuple[Pass, ...], request: Request, folder: Path) -> Compilation:

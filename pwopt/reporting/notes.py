@@ -10,6 +10,7 @@ import onnx
 from pwopt.evidence.equivalence import Equivalence
 from pwopt.graph.functions import functions
 from pwopt.graph.operators import QUANTISED
+from pwopt.graph.shapes import Shape, format_shape
 from pwopt.graph.storage import count_bytes
 from pwopt.reporting.report import ConditionLatency, Latency, Report
 from pwopt.rewriting.records import Rewrite, Site
@@ -103,6 +104,27 @@ def describe_rewriting(
     for site in denied:
         if site not in seen:
             yield f"No place is called {str(site)!r}; sites look like fold-chains:TENSOR and are listed by --details."
+
+
+def describe_declarations(operators: Sequence[str], wrong: Mapping[str, tuple[Shape, Shape]] | None) -> Iterator[str]:
+    """Say which declared shapes were trusted, whether a run checked them, and which were wrong.
+
+    Parameters
+    ----------
+    operators : sequence of str
+        The operators whose declared output shapes were trusted.
+    wrong : mapping of tensor name to shapes, or None
+        The declared and the true shapes of tensors whose declarations were ignored. None if nothing was run.
+    """
+    if operators:
+        some = ", ".join(operators[:5]) + (" and more" if len(operators) > 5 else "")
+        checked = "no run checked them" if wrong is None else "they are right on every sample"
+        yield f"Declared output shapes were trusted, since nothing else gives them ({some}); {checked}."
+    for name, (declared, shape) in (wrong or {}).items():
+        yield (
+            f"The declared shape {format_shape(declared)} of {name!r} was ignored, since the model computes "
+            f"{format_shape(shape)}."
+        )
 
 
 def list_inlined(before: onnx.ModelProto, after: onnx.ModelProto) -> Iterator[str]:
