@@ -24,7 +24,9 @@ from .join_concat import JoinConcat
 from .join_views import JoinViews
 from .keep_layout import KeepLayout
 from .lower_activations import LowerMish, LowerPRelu, LowerPReluByChannel, LowerSwish
+from .lower_normalisations import LowerGroupNorm, LowerLRN, LowerResidual
 from .lower_rank import LowerRank
+from .lower_resize import LowerResize
 from .merge_equal import MergeEqual, ShareConstants
 from .merge_siblings import MergeSiblings
 from .name_activations import NameActivations, NameHardSigmoid, NameSwish
@@ -42,7 +44,15 @@ from .winograd import Winograd
 #: The lowering table (`pwopt.rewriting.lowering`): rows that bring spellings into one form before the other passes, and
 #: rows that write what a kind of provider computes fastest after them.
 NAMING: tuple[type[Lowering], ...] = (NameActivations, NameHardSigmoid, NameSwish, LowerPRelu)
-LOWERING: tuple[type[Lowering], ...] = (LowerPReluByChannel, LowerSwish, LowerMish)
+LOWERING: tuple[type[Lowering], ...] = (
+    LowerPReluByChannel,
+    LowerResize,
+    LowerResidual,
+    LowerSwish,
+    LowerMish,
+    LowerLRN,
+    LowerGroupNorm,
+)
 
 #: The default pipeline, in order.
 PASSES: tuple[type[Pass], ...] = (
@@ -110,10 +120,14 @@ __all__ = [
     "JoinConcat",
     "JoinViews",
     "KeepLayout",
+    "LowerGroupNorm",
+    "LowerLRN",
     "LowerMish",
     "LowerPRelu",
     "LowerPReluByChannel",
     "LowerRank",
+    "LowerResidual",
+    "LowerResize",
     "LowerSwish",
     "MergeEqual",
     "MergeSiblings",

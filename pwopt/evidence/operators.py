@@ -148,6 +148,17 @@ def _lp_normalise(side: Side, state: State, inputs: list[Any], absolute: bool) -
     return [np.where(norm == 0, 0.0, x / norm)]
 
 
+@define("LRN")
+def _normalise_locally(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
+    """Divide by a power of a sum of squares over channels nearby; onnx's evaluator confuses batch and channels."""
+    x, size = inputs[0], state.attrs["size"]
+    before, after = (size - 1) // 2, size // 2
+    squares = np.pad(x * x, [(0, 0), (before, after), *[(0, 0)] * (x.ndim - 2)])
+    total = sum(squares[:, k : k + x.shape[1]] for k in range(size))
+    alpha, beta = state.attrs.get("alpha", 1e-4), state.attrs.get("beta", 0.75)
+    return [x / (state.attrs.get("bias", 1.0) + alpha / size * total) ** beta]
+
+
 @define("NonZero")
 def _non_zero(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     """The indices of elements that are not zero; a scalar is one element with one index."""
@@ -295,11 +306,14 @@ def _pool(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[V
 def _resize(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
     """Resize one axis after the other, because interpolation is separable."""
     x = inputs[0]
-    odd = {"axes", "antialias", "keep_aspect_ratio_policy"} & set(state.attrs)
+    odd = {"antialias", "keep_aspect_ratio_policy"} & set(state.attrs)
     crop = state.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize"
     scales, sizes = _scales(state, inputs)
     if odd or crop or (scales is None and sizes is None):
         return side.reference(state, inputs)
+    axes = state.attrs.get("axes")
+    if axes is not None:
+        scales, sizes = (_spread(v, axes, d) for v, d in ((scales, np.ones(x.ndim)), (sizes, np.array(x.shape))))
     if len(scales if scales is not None else sizes) != x.ndim:
         raise ValueError
     attrs = tuple(sorted((k, v) for k, v in state.attrs.items() if isinstance(v, (int, float, str)) and k != "axes"))
@@ -314,6 +328,14 @@ def _resize(side: Side, state: State, inputs: list[Any], absolute: bool) -> list
     return [x]
 
 
+def _spread(values: Any, axes: Sequence[int], full: Values) -> Any:
+    """The numbers of some axes among those of all axes; None stays None."""
+    if values is None:
+        return None
+    full[list(axes)] = values
+    return full
+
+
 def _scales(state: State, inputs: list[Any]) -> tuple[Any, Any]:
     if state.op == "Upsample" and len(inputs) < 2:
         return state.attrs.get("scales"), None
@@ -325,8 +347,9 @@ def _scales(state: State, inputs: list[Any]) -> tuple[Any, Any]:
 
 def _interpolate(count: int, scale: np.float32, size: int, settings: dict[str, Any]) -> Array:
     """The matrix of nearest or linear interpolation; the nearest position is chosen in float32, as in onnxruntime."""
-    linear = settings.get("mode", "nearest") == "linear"
-    real: type[np.floating[Any]] = np.float64 if linear else np.float32
+    mode = settings.get("mode", "nearest")
+    linear = mode == "linear"
+    real: type[np.floating[Any]] = np.float32 if mode == "nearest" else np.float64
     half, step = real(0.5), real(scale)
     at = np.arange(size, dtype=real)
     transform = settings.get("coordinate_transformation_mode", "half_pixel")
@@ -348,6 +371,8 @@ def _interpolate(count: int, scale: np.float32, size: int, settings: dict[str, A
         np.add.at(matrix, (rows, low), 1.0 - (x - low))
         np.add.at(matrix, (rows, np.minimum(low + 1, count - 1)), x - low)
         return matrix
+    if mode == "cubic":
+        return _interpolate_cubically(count, x, settings)
     nearest = {
         "round_prefer_floor": np.ceil(x - half),
         "round_prefer_ceil": np.floor(x + half),
@@ -358,19 +383,34 @@ def _interpolate(count: int, scale: np.float32, size: int, settings: dict[str, A
     return matrix
 
 
+def _interpolate_cubically(count: int, places: Array, settings: dict[str, Any]) -> Array:
+    """The weights of the four neighbours of each place, in powers of its distance from the second one."""
+    a, exclude = settings.get("cubic_coeff_a", -0.75), settings.get("exclude_outside", 0)
+    powers = np.array([[0, a, -2 * a, a], [1, 0, -a - 3, a + 2], [0, -a, 2 * a + 3, -a - 2], [0, 0, a, -a]])
+    matrix = np.zeros((len(places), count))
+    for row, place in zip(matrix, places, strict=True):
+        second = math.floor(place)
+        weights = powers @ (place - second) ** np.arange(4)
+        for k, weight in enumerate(weights, second - 1):
+            if not exclude or 0 <= k < count:
+                row[min(max(k, 0), count - 1)] += weight
+        row /= row.sum() if exclude else 1.0
+    return matrix
+
+
 @functools.lru_cache(64)
 def _interpolation(
     count: int, scale: float, size: int, op: str, attrs: tuple[tuple[str, Any], ...], opset: int
 ) -> Array:
     """The matrix that resizes an axis of `count` positions.
 
-    onnx's reference evaluator gives cubic interpolation and that of old opsets, from unit vectors.
+    onnx's reference evaluator gives the interpolation of old opsets, from unit vectors.
     """
     if count > 512:
         raise TooLargeError
     settings = dict(attrs)
     mode = settings.get("mode", "nearest")
-    if opset >= 11 and op == "Resize" and mode in ("nearest", "linear"):
+    if opset >= 11 and op == "Resize" and mode in ("nearest", "linear", "cubic"):
         return _interpolate(count, np.float32(scale), size if size >= 0 else int(count * np.float32(scale)), settings)
     if settings.get("coordinate_transformation_mode") in ("align_corners", "tf_half_pixel_for_nn"):
         raise UnfitError("onnx's reference evaluator is known to be wrong for Resize with these attributes")

@@ -96,9 +96,9 @@ TRANSFORMS = ("half_pixel", "asymmetric", "align_corners", "pytorch_half_pixel",
 
 
 @pytest.mark.parametrize("transform", TRANSFORMS)
-@pytest.mark.parametrize("mode", ["linear", "round_prefer_floor", "round_prefer_ceil", "floor", "ceil"])
+@pytest.mark.parametrize("mode", ["linear", "cubic", "round_prefer_floor", "round_prefer_ceil", "floor", "ceil"])
 def test_resize(transform: str, mode: str) -> None:
-    rule = {"mode": "linear"} if mode == "linear" else {"mode": "nearest", "nearest_mode": mode}
+    rule = {"mode": mode} if mode in ("linear", "cubic") else {"mode": "nearest", "nearest_mode": mode}
     for scales in ((2, 2), (0.5, 0.6), (1.5, 0.75), (0.6, 3)):
         given = np.array([1, 1, *scales], np.float32)
         check("Resize", 11, X, np.array([], np.float32), given, coordinate_transformation_mode=transform, **rule)
@@ -115,4 +115,16 @@ def test_the_reference_evaluator_is_not_used_where_it_is_wrong() -> None:
         check("ConvTranspose", 13, PLANE, weights, strides=[5, 5], auto_pad="SAME_UPPER")
     with pytest.raises(UnfitError, match="known to be wrong for Resize"):
         given = np.array([1, 1, 0.6, 0.6], np.float32)
-        check("Resize", 13, X, None, given, mode="cubic", coordinate_transformation_mode="align_corners")
+        attrs = {"mode": "cubic", "antialias": 1, "coordinate_transformation_mode": "align_corners"}
+        check("Resize", 18, X, None, given, **attrs)
+
+
+@pytest.mark.parametrize("attrs", [{"cubic_coeff_a": -0.5}, {"exclude_outside": 1}, {"axes": [3, 2]}])
+def test_cubic_resize(attrs: dict[str, Any]) -> None:
+    scales = [2, 1.5] if "axes" in attrs else [1, 1, 1.5, 2]
+    check("Resize", 18, X, None, np.array(scales, np.float32), mode="cubic", **attrs)
+
+
+@pytest.mark.parametrize("size", [1, 3, 5, 9])
+def test_lrn(size: int) -> None:
+    check("LRN", 13, X, size=size, alpha=0.1, beta=0.6, bias=2.0)
