@@ -41,7 +41,7 @@ class CleanUp(Pass):
       shapes do (a Reshape, Expand or Resize to the shape of its input), or if its readers broadcast anyway. An addition
       of zero stays where a later division distinguishes −0 from +0.
     * Constant folding: the operator is deterministic and its inputs are constants. The result takes at most 1 MiB, or
-      no more than its inputs. onnx's reference evaluator computes it.
+      no more than its inputs. onnx's reference evaluator computes it in float64. Quantised weights stay quantised.
     * Dead code elimination: no operator and no graph output reads the results. Custom operators stay, because they may
       have effects.
 

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 import onnx
 from onnx.reference import ReferenceEvaluator
 
 from pwopt.algebra import Values
+from pwopt.graph.dtypes import FLOATS
 from pwopt.graph.ir import Node, as_message
-from pwopt.graph.operators import VIEWS
-from pwopt.graph.shapes import as_fixed, read_dims
+from pwopt.graph.operators import MOVES, SOFTMAXES, VIEWS
+from pwopt.graph.shapes import Shape, as_fixed, read_dims
 
 #: A constant is computed if it is not larger than this, or not larger than the constants that it is computed from.
 MAX_FOLDED_BYTES = 1 << 20
@@ -20,6 +22,14 @@ MAX_FOLDED_BYTES = 1 << 20
 MAX_GROWTH_BYTES = 1 << 26
 #: Constants up to this size, such as shapes, axes and scalars, do not count.
 NEGLIGIBLE_BYTES = 1 << 10
+#: Multiply-adds of the largest product or convolution that is computed. onnx's evaluator takes some tenths of a second.
+MAX_FOLDED_WORK = 1 << 26
+#: Elements of the largest result of a Resize: onnx's evaluator computes one after the other.
+MAX_RESIZED = 1 << 14
+#: Coordinates of a Resize on which runtimes agree.
+INTERPOLATED = ("half_pixel", "pytorch_half_pixel", "asymmetric")
+#: Operators that read the type of their input, or whose number of results depends on how they round.
+TYPED = frozenset({"CastLike", "Range", *MOVES})
 
 
 def evaluate(
@@ -33,7 +43,8 @@ def evaluate(
 
     onnx's reference evaluator computes them, and inference gives their types and shapes. Where the two disagree, the
     node is refused. Where onnxruntime is known to compute something else, it is refused as well. Operators that only
-    change the shape need no evaluator.
+    change the shape need no evaluator. Floating-point numbers are computed in float64 and rounded once, unless the
+    operator only moves them.
 
     Parameters
     ----------
@@ -51,7 +62,7 @@ def evaluate(
     list of array, or str
         The outputs, or why they are not computed.
     """
-    reason = _find_disagreement(node, values)
+    reason = _find_disagreement(node, values, opset)
     if reason:
         return reason
     model = _build_model(node, values, opset)
@@ -59,28 +70,93 @@ def evaluate(
         inferred = onnx.shape_inference.infer_shapes(model).graph.output
     except Exception as error:
         return f"its value never changes, but onnx cannot compute it ({type(error).__name__})"
-    sizes = [as_fixed(read_dims(v.type)) for v in inferred]
+    shapes = [read_dims(v.type) for v in inferred]
     types = [v.type.tensor_type.elem_type for v in inferred]
+    sizes = [_largest_size(node, values, shape) for shape in shapes]
+    reason = _find_excess(node, values, list(zip(types, sizes, strict=True)), growth, kept)
+    if reason:
+        return reason
+    dtypes = [onnx.helper.tensor_dtype_to_np_dtype(code) for code in types]
+    try:
+        if node.op in VIEWS:
+            results = [values[node.inputs[0].name].reshape(size or ()) for size in sizes]
+        else:
+            results = _run(model, values, dtypes, wide=node.op not in TYPED)
+    except Exception as error:  # an operator that is missing there, or declines: leave the node to the runtime
+        return f"its value never changes, but onnx cannot compute it ({type(error).__name__})"
+    for result, dtype, shape in zip(results, dtypes, shapes, strict=True):
+        if result.dtype != dtype or not _fits(result.shape, shape):
+            return "its value never changes, but onnx computes another type or shape than it infers"
+    return results
+
+
+def _find_excess(
+    node: Node,
+    values: Mapping[str, Values],
+    outputs: Sequence[tuple[int, tuple[int, ...] | None]],
+    growth: int,
+    kept: Collection[str],
+) -> str:
+    """Why the outputs, given by types and sizes, are too large or take too long to compute; "" if they do not."""
     held = 0 if _reads_shape_only(node) else sum(v.nbytes for name, v in values.items() if name not in kept)
     allowed = max(NEGLIGIBLE_BYTES, min(max(MAX_FOLDED_BYTES, held), held + growth))
-    for code, size in zip(types, sizes, strict=True):
+    for code, size in outputs:
         if size is None:
             return "its value never changes, but its size is not known before it is computed"
         needed = math.prod(size) * onnx.helper.tensor_dtype_to_np_dtype(code).itemsize if code else 0
         if needed > allowed:
             return f"its value never changes, but takes {needed:,} bytes (limit {allowed:,})"
-    try:
-        if node.op in VIEWS:
-            results = [values[node.inputs[0].name].reshape(size or ()) for size in sizes]
-        else:
-            with np.errstate(all="ignore"):
-                results = [np.asarray(r) for r in ReferenceEvaluator(model).run(None, values)]
-    except Exception as error:  # an operator that is missing there, or declines: leave the node to the runtime
-        return f"its value never changes, but onnx cannot compute it ({type(error).__name__})"
-    for result, code, size in zip(results, types, sizes, strict=True):
-        if result.dtype != onnx.helper.tensor_dtype_to_np_dtype(code) or result.shape != size:
-            return "its value never changes, but onnx computes another type or shape than it infers"
-    return results
+    work, limit = _count_work(node, values, outputs[0][1] or ())
+    if work > limit:
+        return f"its value never changes, but takes {work:,} operations to compute (limit {limit:,})"
+    return ""
+
+
+def _run(
+    model: onnx.ModelProto, values: Mapping[str, Values], dtypes: Sequence[np.dtype[Any]], wide: bool
+) -> list[Values]:
+    """Run onnx's reference evaluator, in float64 if `wide`, and round floating-point results to their types."""
+    feeds = {n: v.astype(np.float64) if wide and str(v.dtype) in FLOATS else v for n, v in values.items()}
+    graph = model.graph
+    numbers = [t for t in graph.initializer if wide and t.name in feeds and feeds[t.name].dtype == np.float64]
+    for tensor in numbers:  # an initializer of this name would take the place of the value
+        graph.initializer.remove(tensor)
+    with np.errstate(all="ignore"):
+        results = [np.asarray(r) for r in ReferenceEvaluator(model).run(None, feeds)]
+        return [
+            r.astype(d) if wide and r.dtype.kind == "f" and str(d) in FLOATS else r
+            for r, d in zip(results, dtypes, strict=True)
+        ]
+
+
+def _largest_size(node: Node, values: Mapping[str, Values], shape: Shape | None) -> tuple[int, ...] | None:
+    """The size of a result, or the largest one if it depends on the values; None if it is unknown."""
+    if node.op == "NonZero" and shape is not None:
+        data = next(iter(values.values()))
+        return max(data.ndim, 1), data.size
+    return as_fixed(shape)
+
+
+def _fits(size: tuple[int, ...], shape: Shape | None) -> bool:
+    return (
+        shape is not None
+        and len(size) == len(shape)
+        and all(a == b or not isinstance(b, int) for a, b in zip(size, shape, strict=True))
+    )
+
+
+def _count_work(node: Node, values: Mapping[str, Values], size: tuple[int, ...]) -> tuple[int, int]:
+    """How many operations a node takes, and the limit; 0 if the size of its result bounds them."""
+    shapes, count = [v.shape for v in values.values()], math.prod(size)
+    if node.op == "Resize":
+        return count, MAX_RESIZED
+    if node.op in ("Conv", "ConvTranspose") and len(shapes) > 1:
+        return max(count, math.prod(shapes[0])) * math.prod(shapes[1][1:]), MAX_FOLDED_WORK
+    if node.op in ("MatMul", "Gemm") and shapes[0]:
+        return count * max(shapes[0]), MAX_FOLDED_WORK
+    if node.op in ("AveragePool", "MaxPool"):
+        return count * math.prod(node.attrs["kernel_shape"]), MAX_FOLDED_WORK
+    return 0, MAX_FOLDED_WORK
 
 
 def _reads_shape_only(node: Node) -> bool:
@@ -106,11 +182,18 @@ def _build_model(node: Node, values: Mapping[str, Values], opset: int) -> onnx.M
     return onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
 
 
-def _find_disagreement(node: Node, values: Mapping[str, Values]) -> str:
+def _find_disagreement(node: Node, values: Mapping[str, Values], opset: int) -> str:
     """Why onnxruntime may compute something else than onnx's reference evaluator; "" if nothing is known."""
     data, *others = values.values()
     if node.op in ("ReduceMax", "ReduceMin") and data.dtype.kind == "f" and np.isnan(data).any():
         return "its value never changes, but runtimes disagree on the extremes of numbers that include NaN"
     if node.op == "Squeeze" and (node.attrs.get("axes") == [] or any(v.size == 0 for v in others)):
         return "its value never changes, but runtimes disagree on an empty list of axes"
+    if node.op == "Resize" and (
+        node.attrs.get("mode", "nearest") == "nearest"
+        or node.attrs.get("coordinate_transformation_mode", "half_pixel") not in INTERPOLATED
+    ):
+        return "its value never changes, but runtimes disagree on which element is the nearest, and on corners"
+    if node.op in SOFTMAXES and opset < 13 and node.attrs.get("axis", 1) not in (-1, data.ndim - 1):
+        return "its value never changes, but onnx's evaluator normalises along one axis, as since opset 13 only"
     return ""

@@ -31,7 +31,7 @@ TRAIT_MEANINGS = {
     "tells-zero": "the result for a number near zero differs from the result for zero: a step or a pole at zero",
     "hides-zero": "the result for zero is an ordinary number, so that adding a tiny number does not change it",
     "bounded": "no larger than its inputs and weights make it; every operator with a slope is bounded",
-    "foldable": "deterministic, and computed on constants by onnx's reference evaluator",
+    "foldable": "deterministic, and onnx's reference evaluator computes on constants what onnxruntime computes",
     "random": "gives another result each time (Dropout: during training)",
     "whole-blocks": "onnxruntime's CPU provider keeps it in the blocked layout only if all blocks of channels are full",
     "quantised": "computes with quantised numbers",
@@ -39,90 +39,98 @@ TRAIT_MEANINGS = {
 
 _ROWS = """
 Abs                        slope=1 blind foldable
-Acos                       same-shape blind hides-zero
+Acos                       same-shape blind hides-zero foldable
+Acosh                      foldable
 Add                        arithmetic broadcasts keeps-zero bounded foldable
 And                        broadcasts blind foldable tells-zero
-ArgMax                     blind tells-zero
-ArgMin                     blind tells-zero
-Asin                       same-shape keeps-zero
-Asinh                      same-shape keeps-zero
-Atan                       same-shape keeps-zero
-Atanh                      same-shape keeps-zero
-AveragePool                pools sums keeps-zero bounded whole-blocks
+ArgMax                     blind tells-zero foldable
+ArgMin                     blind tells-zero foldable
+Asin                       same-shape keeps-zero foldable
+Asinh                      same-shape keeps-zero foldable
+Atan                       same-shape keeps-zero foldable
+Atanh                      same-shape keeps-zero foldable
+AveragePool                pools sums keeps-zero bounded whole-blocks foldable
 BatchNormalization         sums bias=2 keeps-zero bounded
 Bernoulli                  random tells-zero
+BitShift                   foldable
+BitwiseAnd                 foldable
+BitwiseNot                 foldable
+BitwiseOr                  foldable
+BitwiseXor                 foldable
 Cast                       same-shape moves keeps-zero bounded foldable
-CastLike                   keeps-zero
+CastLike                   keeps-zero foldable
 Ceil                       elementwise keeps-zero foldable tells-zero
-Celu                       slope=1 keeps-zero
-Clip                       slope=1 keeps-zero
+Celu                       slope=1 keeps-zero foldable
+Clip                       slope=1 keeps-zero foldable
 Concat                     moves keeps-zero bounded foldable whole-blocks
 Constant                   bounded
 ConstantOfShape            foldable
-Conv                       weighted sums bias=2 keeps-zero bounded
+Conv                       weighted sums bias=2 keeps-zero bounded foldable
 ConvInteger                quantised
 ConvTranspose              weighted sums bias=2 keeps-zero bounded
-Cos                        elementwise blind hides-zero
-Cosh                       same-shape blind hides-zero
-CumSum                     same-shape keeps-zero
-DepthToSpace               keeps-zero
+Cos                        elementwise blind hides-zero foldable
+Cosh                       same-shape blind hides-zero foldable
+CumSum                     same-shape keeps-zero foldable
+DepthToSpace               keeps-zero foldable
 DequantizeLinear           keeps-first-zero quantised
 Div                        arithmetic broadcasts keeps-first-zero bounded foldable
 Dropout                    same-shape keeps-zero random
 DynamicQuantizeLinear      quantised tells-zero
 Einsum                     keeps-zero
-Elu                        slope=1 keeps-zero
+Elu                        slope=1 keeps-zero foldable
 Equal                      broadcasts blind bounded foldable tells-zero
-Erf                        slope=1.13 keeps-zero
+Erf                        slope=1.13 keeps-zero foldable
 Exp                        slope=inf blind foldable hides-zero
 Expand                     moves keeps-zero foldable
+EyeLike                    foldable
 Flatten                    view keeps-zero bounded foldable
 Floor                      elementwise keeps-zero foldable tells-zero
 GRU                        keeps-zero
 Gather                     keeps-zero bounded foldable
 GatherElements             keeps-zero foldable
 GatherND                   keeps-zero foldable
-Gelu                       slope=1.13 keeps-zero
-Gemm                       weighted sums keeps-zero bounded
-GlobalAveragePool          sums keeps-zero bounded whole-blocks
-GlobalMaxPool              keeps-zero whole-blocks
+Gelu                       slope=1.13 keeps-zero foldable
+Gemm                       weighted sums keeps-zero bounded foldable
+GlobalAveragePool          sums keeps-zero bounded whole-blocks foldable
+GlobalMaxPool              keeps-zero whole-blocks foldable
 Greater                    broadcasts blind foldable tells-zero
 GreaterOrEqual             broadcasts blind foldable tells-zero
 GroupNormalization         same-shape bias=2 keeps-zero
-HardSigmoid                slope=1 keeps-zero
-HardSwish                  slope=1.5 keeps-zero
+HardSigmoid                slope=1 keeps-zero foldable
+HardSwish                  slope=1.5 keeps-zero foldable
 Hardmax                    same-shape softmax tells-zero
 Identity                   same-shape moves keeps-zero bounded
 InstanceNormalization      same-shape bias=2 keeps-zero
-IsInf                      blind hides-zero
-IsNaN                      blind hides-zero
+IsInf                      blind hides-zero foldable
+IsNaN                      blind hides-zero foldable
 LRN                        same-shape keeps-zero
 LSTM                       keeps-zero
-LayerNormalization         same-shape bias=2 keeps-zero bounded
-LeakyRelu                  slope=1 keeps-zero
+LayerNormalization         same-shape bias=2 keeps-zero bounded foldable
+LeakyRelu                  slope=1 keeps-zero foldable
 Less                       broadcasts blind foldable tells-zero
 LessOrEqual                broadcasts blind foldable tells-zero
 Log                        elementwise blind foldable tells-zero
-LogSoftmax                 same-shape softmax blind hides-zero
+LogSoftmax                 same-shape softmax blind hides-zero foldable
 LpNormalization            same-shape keeps-zero tells-zero
 LpPool                     pools
-MatMul                     weighted sums keeps-zero bounded
+MatMul                     weighted sums keeps-zero bounded foldable
 MatMulInteger              quantised
 Max                        broadcasts keeps-zero bounded foldable
-MaxPool                    pools keeps-zero bounded whole-blocks
-Mean                       broadcasts keeps-zero
+MaxPool                    pools keeps-zero bounded whole-blocks foldable
+Mean                       broadcasts keeps-zero foldable
 MeanVarianceNormalization  same-shape keeps-zero
 Min                        broadcasts keeps-zero bounded foldable
-Mish                       slope=1.1 keeps-zero
+Mish                       slope=1.1 keeps-zero foldable
 Mod                        broadcasts foldable tells-zero
 Mul                        arithmetic broadcasts keeps-zero bounded foldable
 Multinomial                random tells-zero
 Neg                        slope=1 keeps-zero foldable
-NonZero                    blind tells-zero
+NonZero                    blind tells-zero foldable
 Not                        blind foldable tells-zero
+OneHot                     foldable
 Or                         broadcasts blind foldable tells-zero
-PRelu                      same-shape keeps-zero bounded
-Pad                        keeps-zero
+PRelu                      same-shape keeps-zero bounded foldable
+Pad                        keeps-zero foldable
 Pow                        broadcasts blind-input=1 bounded foldable
 QuantizeLinear             blind-input=0 quantised hides-zero
 RMSNormalization           same-shape keeps-zero
@@ -133,47 +141,48 @@ RandomUniform              random
 RandomUniformLike          random
 Range                      foldable
 Reciprocal                 elementwise foldable tells-zero
-ReduceL1                   reduction axes=18 blind
-ReduceL2                   reduction axes=18 blind
-ReduceLogSumExp            axes=18 blind
+ReduceL1                   reduction axes=18 blind foldable
+ReduceL2                   reduction axes=18 blind foldable
+ReduceLogSum               foldable
+ReduceLogSumExp            axes=18 blind foldable
 ReduceMax                  reduction axes=18 keeps-zero foldable
-ReduceMean                 reduction axes=18 sums keeps-zero bounded whole-blocks
+ReduceMean                 reduction axes=18 sums keeps-zero bounded whole-blocks foldable
 ReduceMin                  reduction axes=18 keeps-zero foldable
 ReduceProd                 axes=18 foldable
 ReduceSum                  reduction axes=13 sums keeps-zero bounded foldable
-ReduceSumSquare            reduction axes=18 blind
-Relu                       slope=1 keeps-zero
+ReduceSumSquare            reduction axes=18 blind foldable
+Relu                       slope=1 keeps-zero foldable
 Reshape                    view keeps-zero bounded foldable
-Resize                     keeps-first-zero
+Resize                     keeps-first-zero foldable
 ReverseSequence            keeps-zero
-Round                      same-shape keeps-zero hides-zero
-ScatterElements            keeps-zero
-ScatterND                  keeps-zero
-Selu                       slope=1.76 keeps-zero
+Round                      same-shape keeps-zero hides-zero foldable
+ScatterElements            keeps-zero foldable
+ScatterND                  keeps-zero foldable
+Selu                       slope=1.76 keeps-zero foldable
 Shape                      blind bounded foldable hides-zero
-Sigmoid                    slope=0.25 blind hides-zero
-Sign                       same-shape keeps-zero tells-zero
-Sin                        elementwise keeps-zero
-Sinh                       same-shape keeps-zero
+Sigmoid                    slope=0.25 blind hides-zero foldable
+Sign                       same-shape keeps-zero tells-zero foldable
+Sin                        elementwise keeps-zero foldable
+Sinh                       same-shape keeps-zero foldable
 Size                       blind bounded foldable hides-zero
 Slice                      moves keeps-zero bounded foldable
-Softmax                    same-shape softmax blind bounded hides-zero
-Softplus                   slope=1 blind hides-zero
-Softsign                   slope=1 keeps-zero
-SpaceToDepth               keeps-zero
+Softmax                    same-shape softmax blind bounded hides-zero foldable
+Softplus                   slope=1 blind hides-zero foldable
+Softsign                   slope=1 keeps-zero foldable
+SpaceToDepth               keeps-zero foldable
 Split                      moves keeps-zero bounded foldable
 Sqrt                       elementwise keeps-zero bounded foldable
 Squeeze                    view axes=13 keeps-zero bounded foldable
 Sub                        arithmetic broadcasts keeps-zero bounded foldable
-Sum                        arithmetic broadcasts keeps-zero
+Sum                        arithmetic broadcasts keeps-zero foldable
 Swish                      slope=1.1 keeps-zero
-Tan                        same-shape keeps-zero
-Tanh                       slope=1 keeps-zero
-ThresholdedRelu            slope=inf keeps-zero
+Tan                        same-shape keeps-zero foldable
+Tanh                       slope=1 keeps-zero foldable
+ThresholdedRelu            slope=inf keeps-zero foldable
 Tile                       moves keeps-zero foldable
-TopK                       keeps-zero tells-zero
+TopK                       keeps-zero tells-zero foldable
 Transpose                  moves keeps-zero bounded foldable
-Trilu                      same-shape keeps-zero
+Trilu                      same-shape keeps-zero foldable
 Unsqueeze                  view axes=13 keeps-zero bounded foldable
 Upsample                   keeps-first-zero
 Where                      broadcasts keeps-zero bounded foldable

@@ -193,6 +193,32 @@ def test_constants_are_computed() -> None:
     same(model, result, x=normal(2, 4))
 
 
+def test_a_position_encoding_is_computed() -> None:
+    """EdgeNeXt's: positions by CumSum, their sines and cosines, and a convolution."""
+    body = (
+        "(float[1,5,4,4] x) => (float[A,B,C,D] y) { p = CumSum(ones, axis) q = Div(p, period) s = Sin(q) c = Cos(q)"
+        " e = Concat<axis=1>(s, c) k = Conv(e, w, b) y = Add(x, k) }"
+    )
+    weights = {
+        "ones": np.ones((1, 1, 4, 4), np.float32),
+        "axis": np.int64(2),
+        "period": np.arange(1, 4, dtype=np.float32).reshape(1, 3, 1, 1),
+        "w": normal(5, 6, 1, 1, dtype=np.float32),
+        "b": normal(5, dtype=np.float32),
+    }
+    model = parse(body, **weights)
+    result, outcome, _ = run(model, CleanUp())
+    assert ops(result) == {"Add": 1}
+    assert all(r.certificate is not None and r.certificate.status != "failed" for r in outcome.rewrites)
+    same(model, result, tolerance=1e-6, x=normal(1, 5, 4, 4, dtype=np.float32))
+
+
+def test_quantised_weights_stay_quantised() -> None:
+    weights = {"q": np.arange(3, dtype=np.int8), "s": np.float32(0.5)}
+    model = parse("(float[3] x) => (float[N] y) { w = DequantizeLinear(q, s) y = Mul(x, w) }", **weights)
+    assert run(model, CleanUp())[0] is model
+
+
 def test_shapes_that_are_known_are_computed() -> None:
     body = "(double[2,4,6] x) => (double[N] y) { s = Shape(x) n = Gather(s, i) r = Concat<axis=0>(n, m) y = Reshape(x, r) }"
     model = parse(body, i=np.array([0]), m=np.array([-1]))
