@@ -58,6 +58,14 @@ def client(session: nox.Session) -> None:
 
 
 @nox.session
+def plugins(session: nox.Session) -> None:
+    """Test plug-in providers with OpenVINO's wheel, which needs one of Intel's processors."""
+    session.install("-e", ".[cpu,test]", "onnxruntime>=1.23", "onnxruntime-ep-openvino>=1.8")
+    session.run("pwopt", "doctor")
+    session.run("pytest", "-rs", "tests/running/test_provider_libraries.py", *session.posargs, env=ENVIRONMENT)
+
+
+@nox.session
 def package(session: nox.Session) -> None:
     """Build the wheel and the source distribution, and check their contents and descriptions."""
     session.install("build", "twine", "check-wheel-contents")

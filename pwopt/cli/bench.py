@@ -13,6 +13,7 @@ def bench(
     models: options.Raced,
     provider: options.Provider = "cpu",
     provider_option: options.ProviderOptions = None,
+    provider_library: options.ProviderLibrary = None,
     threads: options.Threads = 1,
     shape: options.SingleShapes = None,
     batch: options.Batch = None,
@@ -32,7 +33,7 @@ def bench(
     from pwopt.running import installation
     from pwopt.running.bench import benchmark
 
-    placed = options.parse_provider(provider, provider_option)
+    placed = options.parse_provider(provider, provider_option, provider_library)
     check_report(report, *models)
     if report is not None and parse_format(report) != "json":
         raise UsageError(f"bench writes JSON reports only; name the file {str(report.with_suffix('.json'))!r}")

@@ -12,6 +12,7 @@ from pwopt.cli import options
 def doctor(
     provider: options.OnlyProvider = None,
     provider_option: options.ProviderOptions = None,
+    provider_library: options.ProviderLibrary = None,
     json: options.Json = False,
     debug: options.Debug = False,
 ) -> None:
@@ -22,7 +23,7 @@ def doctor(
     from pwopt.reporting.terminal import render_findings
     from pwopt.running.doctor import ProviderFinding, check_installation
 
-    wanted = None if provider is None else options.parse_provider(provider, provider_option)
+    wanted = None if provider is None else options.parse_provider(provider, provider_option, provider_library)
     found = check_installation(wanted)
     if json:
         print_json(to_json([asdict(f) for f in found]))

@@ -24,6 +24,7 @@ def optimize(
     directory: options.Folder = None,
     provider: options.Provider = Request.provider,
     provider_option: options.ProviderOptions = None,
+    provider_library: options.ProviderLibrary = None,
     cost: options.Cost = Request.cost,
     shape: options.Rounds = None,
     inputs: options.Inputs = None,
@@ -55,7 +56,7 @@ def optimize(
     debug: options.Debug = False,
 ) -> None:
     """Optimise MODEL, compare the result with it, and write the result only if both are equivalent."""
-    placed = options.parse_provider(provider, provider_option)
+    placed = options.parse_provider(provider, provider_option, provider_library)
     request = Request(
         output, provider=placed.text, cost=cast(CostModel, cost), shapes=options.parse_rounds(shape),
         inputs=inputs or None, passes=None if passes is None else options.split_list(passes), plugins=plugin or (),

@@ -45,7 +45,11 @@ ProfileOutput = Annotated[
     ),
 ]
 Provider = Annotated[
-    str, typer.Option(help="Execution provider: cpu, cuda, cuda:1, openvino… There is no fallback to another provider.")
+    str,
+    typer.Option(
+        help="Execution provider: cpu, cuda, cuda:1, openvino, webgpu, tensorrt-rtx:0… There is no fallback to another "
+        "provider."
+    ),
 ]
 OnlyProvider = Annotated[
     str | None,
@@ -54,6 +58,15 @@ OnlyProvider = Annotated[
 ProviderOptions = Annotated[
     list[str] | None,
     typer.Option(metavar="KEY=VALUE", help="Provider option, named as in onnxruntime; repeatable.", show_default=False),
+]
+ProviderLibrary = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="Library of a plug-in provider, if no installed wheel contains it; --provider then gives the provider's "
+        "own name.",
+        show_default=False,
+    ),
 ]
 Cost = Annotated[str, typer.Option(help="measured: decide by timing; analytic: decide from shapes only.")]
 SingleShapes = Annotated[
@@ -256,15 +269,21 @@ DryRun = Annotated[
 ]
 
 
-def parse_provider(text: str, given: Sequence[str] | None) -> ExecutionProvider:
-    """Parse a provider, and add its options."""
-    from pwopt.running.providers import as_provider
+def parse_provider(text: str, given: Sequence[str] | None, library: str | None = None) -> ExecutionProvider:
+    """Parse a provider, and add its options and the file of its library."""
+    from pwopt.running.providers import LIBRARY, Provider
 
-    pairs = [pair.partition("=") for pair in given or ()]
-    for pair, (key, equals, _) in zip(given or (), pairs, strict=True):
+    for pair in given or ():
+        key, equals, _ = pair.partition("=")
         if not key or not equals:
             raise UsageError(f"the provider option {pair!r} is not of the form KEY=VALUE")
-    return as_provider(text).with_options({key: value for key, _, value in pairs})
+    if library is None:
+        return Provider.parse(text).with_options(dict(pair.split("=", 1) for pair in given or ()))
+    if text == "cpu":
+        raise UsageError("--provider-library needs the name of a provider in that library; add --provider NAME")
+    if "," in library:
+        raise UsageError(f"the path {library!r} contains a comma; give --provider-library a path without one")
+    return Provider.parse(",".join((text, f"{LIBRARY}={library}", *(given or ()))))
 
 
 def parse_single_round(given: Sequence[str] | None) -> dict[str, tuple[int, ...]]:

@@ -14,6 +14,7 @@ def profile(
     output: options.ProfileOutput,
     provider: options.Provider = Request.provider,
     provider_option: options.ProviderOptions = None,
+    provider_library: options.ProviderLibrary = None,
     threads: options.Threads = 1,
     shape: options.SingleShapes = None,
     budget: options.ModelBudget = EFFORTS["normal"],
@@ -29,7 +30,7 @@ def profile(
     from pwopt.cli.output import check_report, escape_text, open_console, print_json, show_progress
     from pwopt.optimizing.record_tuning import profile as record
 
-    placed = options.parse_provider(provider, provider_option)
+    placed = options.parse_provider(provider, provider_option, provider_library)
     shapes = options.parse_single_round(shape)
     cluster = connect_fleet(scheduler, target)
     if cluster is None:

@@ -21,6 +21,7 @@ def verify(
     candidate: options.Candidate,
     provider: options.Provider = "cpu",
     provider_option: options.ProviderOptions = None,
+    provider_library: options.ProviderLibrary = None,
     shape: options.Rounds = None,
     inputs: options.Inputs = None,
     kinds: options.Kinds = "normal,uniform,normal",
@@ -48,7 +49,7 @@ def verify(
     from pwopt.reporting.report import Comparison, read_rewrites
     from pwopt.running import installation
 
-    placed = options.parse_provider(provider, provider_option)
+    placed = options.parse_provider(provider, provider_option, provider_library)
     check_report(report, original, candidate)
     check_available(report)
     records = () if rewrites is None else read_rewrites(rewrites)

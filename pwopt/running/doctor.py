@@ -15,7 +15,7 @@ from onnx import TensorProto, helper
 
 from pwopt.errors import ProviderError, PwoptError
 from pwopt.graph.temporary import temporary_folder
-from pwopt.running import installation, providers
+from pwopt.running import installation, provider_libraries, providers
 from pwopt.running.child_process import child_command
 from pwopt.running.providers import Provider, as_provider
 from pwopt.running.session import Session, find_fallbacks
@@ -52,6 +52,13 @@ class ProviderFinding(Finding):
     """Whether an execution provider starts."""
 
 
+@dataclass(frozen=True)
+class LibraryFinding(Finding):
+    """The result of loading a library with plug-in providers, and onnxruntime's names of those providers."""
+
+    providers: tuple[str, ...] = ()
+
+
 def check_installation(provider: str | Provider | None = None) -> list[Finding]:
     """Check this installation.
 
@@ -77,8 +84,11 @@ def check_installation(provider: str | Provider | None = None) -> list[Finding]:
     except ProviderError as error:
         return [*found, Finding("onnxruntime", False, str(error), "pip install 'pwopt[cpu]'")]
     if wanted is not None:
-        return [*found, check_provider(wanted)]
-    return [*found, *(check_provider(Provider(name, text=name)) for name in there)]
+        return [*found, *_check_libraries(wanted.library), check_provider(wanted)]
+    libraries = _check_libraries()
+    built_in = (Provider(name, text=name) for name in there)
+    plugins = (Provider(name, text=name) for library in libraries for name in library.providers if name not in there)
+    return [*found, *libraries, *map(check_provider, (*built_in, *plugins))]
 
 
 def _check_machine() -> Finding:
@@ -111,6 +121,50 @@ def _list_cards() -> list[Finding]:
         Finding(f"card {i}", None, f"{c.name}, driver {c.driver}, {c.used:,.0f} of {c.total:,.0f} MiB in use")
         for i, c in enumerate(providers.list_cards())
     ]
+
+
+def _check_libraries(path: str = "") -> list[LibraryFinding]:
+    """Load each library with plug-in providers, by default those of the installed wheels, in processes of their own."""
+    modules = [] if path else provider_libraries.find_modules()
+    found = [_check_library(provider_libraries.wheel_of(module), module) for module in modules]
+    if path:
+        found.append(_check_library(path, path))
+    return found or [LibraryFinding("plug-in providers", None, "no wheel named onnxruntime-ep-… is installed")]
+
+
+def _check_library(subject: str, library: str) -> LibraryFinding:
+    command = child_command(_answer_library, library)
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=PROVIDER_SECONDS)
+    except subprocess.TimeoutExpired:
+        return LibraryFinding(subject, False, f"did not load within {PROVIDER_SECONDS} seconds")
+    lines = done.stdout.splitlines()
+    if done.returncode < 0 or not lines:
+        last = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+        return LibraryFinding(subject, False, f"crashed while it loaded: {last}")
+    ok, detail, names = json.loads(lines[-1])
+    return LibraryFinding(subject, ok, detail, "", tuple(names))
+
+
+def _describe_library(library: str) -> tuple[bool | None, str, tuple[str, ...]]:
+    """Load a library, given by its module or its path. Returns whether that works, its devices, and its providers."""
+    try:
+        module = library in provider_libraries.find_modules()
+        opened = provider_libraries.open_module(library) if module else provider_libraries.find_library("", library)
+        assert opened is not None
+        devices = provider_libraries.list_devices(installation.import_onnxruntime(), opened)
+    except PwoptError as error:
+        return False, str(error), ()
+    names = opened.providers or tuple(dict.fromkeys(device.ep_name for device in devices))
+    listed = [f"{device.ep_name} on {provider_libraries.describe_device(device)}" for device in devices]
+    place = f"{opened}, {opened.path}" if opened.package else opened.path
+    return (True if listed else None), f"{place}; devices: {', '.join(listed) or 'none on this machine'}", names
+
+
+def _answer_library(library: str) -> None:
+    """In the child: print the result of `_describe_library`."""
+    installation.silence_onnxruntime()
+    sys.stdout.write("\n" + json.dumps(_describe_library(library)) + "\n")
 
 
 def check_provider(provider: Provider) -> Finding:

@@ -19,7 +19,7 @@ import numpy as np
 import onnx
 
 from pwopt.errors import ProviderError
-from pwopt.running import providers
+from pwopt.running import provider_libraries, providers
 from pwopt.running.providers import Provider
 from pwopt.version import __version__
 
@@ -89,7 +89,6 @@ def describe_machine(provider: Provider = providers.DEFAULT, threads: int = 1) -
         ort = import_onnxruntime().__version__
     except ProviderError:
         ort = None
-    card = providers.find_card(provider)
     return {
         "pwopt": __version__,
         "onnxruntime": ort,
@@ -101,8 +100,25 @@ def describe_machine(provider: Provider = providers.DEFAULT, threads: int = 1) -
         "cores": os.cpu_count(),
         "threads": threads,
         "provider": provider.text,
-        "device": None if card is None else f"{card.name}, driver {card.driver}",
+        "device": _describe_device(provider),
     }
+
+
+def _describe_device(provider: Provider) -> str | None:
+    """Describe the card or the plug-in library and device of a provider; None on a processor alone, or if unknown."""
+    if provider.name == providers.CPU:
+        return None
+    card = providers.find_card(provider)
+    described = None if card is None else f"{card.name}, driver {card.driver}"
+    with contextlib.suppress(ProviderError):
+        library = providers.find_plugin(provider)
+        if library is not None:
+            device = provider_libraries.find_device(
+                import_onnxruntime(), library, provider.name, provider.wanted_device
+            )
+            plugin = f"{provider_libraries.describe_device(device)}, {library}"
+            return plugin if described is None else f"{described}, {library}"
+    return described
 
 
 def cpu_name() -> str:

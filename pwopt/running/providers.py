@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import io
+import json
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 
 from pwopt.errors import ProviderError, UsageError
+from pwopt.running import provider_libraries
+from pwopt.running.provider_libraries import MODULES, PREFIX, ProviderLibrary
 
 #: Short name → onnxruntime's name of an execution provider; other names are taken literally.
 PROVIDERS = {
@@ -25,16 +28,21 @@ PROVIDERS = {
     "dml": "DmlExecutionProvider",
     "coreml": "CoreMLExecutionProvider",
     "rocm": "ROCMExecutionProvider",
+    "webgpu": "WebGpuExecutionProvider",
+    "tensorrt-rtx": "NvTensorRTRTXExecutionProvider",
 }
 CPU, CUDA, TENSORRT = PROVIDERS["cpu"], PROVIDERS["cuda"], PROVIDERS["tensorrt"]
-#: The package to install when a provider is missing.
-WHEELS = {CPU: "pwopt[cpu]", CUDA: "pwopt[gpu]", TENSORRT: "pwopt[gpu]", PROVIDERS["openvino"]: "onnxruntime-openvino"}
+OPENVINO, RTX = PROVIDERS["openvino"], PROVIDERS["tensorrt-rtx"]
+#: The package to install instead of this onnxruntime when a provider is missing.
+WHEELS = {CPU: "pwopt[cpu]", CUDA: "pwopt[gpu]", TENSORRT: "pwopt[gpu]"}
 #: Providers for NVIDIA's cards, each with its library in onnxruntime's wheel.
 NVIDIA = {CUDA: "onnxruntime_providers_cuda", TENSORRT: "onnxruntime_providers_tensorrt"}
 #: Providers for any graphics card.
-GPUS = (*NVIDIA, PROVIDERS["dml"], PROVIDERS["rocm"])
+GPUS = (*NVIDIA, PROVIDERS["dml"], PROVIDERS["rocm"], PROVIDERS["webgpu"], RTX)
 #: The option of each that holds the device, which the user gives after a colon.
-DEVICE_OPTION = dict.fromkeys(GPUS, "device_id") | {PROVIDERS["openvino"]: "device_type"}
+DEVICE_OPTION = dict.fromkeys(GPUS, "device_id") | {OPENVINO: "device_type"}
+#: The key in a provider's text that names the file of its library.
+LIBRARY = "library"
 #: Parts of onnxruntime's messages when a device runs out of memory (BFCArena, CUDA error 2, cuDNN, cuBLAS).
 EXHAUSTED = (
     "out of memory",
@@ -55,17 +63,22 @@ class Provider:
         onnxruntime's name.
     options : tuple of (str, str)
         As onnxruntime documents them for this provider, including the device.
+    library : str
+        The file of a plug-in provider's library, if the user named it; otherwise "".
     text : str
         As the user wrote it, for reports.
     """
 
     name: str
     options: tuple[tuple[str, str], ...] = ()
+    library: str = ""
     text: str = field(default="", compare=False)
 
     @classmethod
     def parse(cls, text: str) -> Provider:
         """Parse ``NAME[:DEVICE][,KEY=VALUE…]``, such as ``cuda``, ``cuda:1`` or ``cuda:1,prefer_nhwc=1``.
+
+        The key `library` names the file of a plug-in provider's library. NAME is then the provider's own name.
 
         Raises
         ------
@@ -75,29 +88,27 @@ class Provider:
             If the text has another form, or names a device of a provider that has none.
         """
         head, *pairs = text.split(",")
+        given = dict(map(_parse_pair, pairs))
+        library = given.pop(LIBRARY, "")
         short, colon, device = head.partition(":")
-        name = PROVIDERS.get(short.lower(), short)
-        if not name.endswith("ExecutionProvider"):
-            raise ProviderError(f"{short!r} is not an execution provider; there are {', '.join(PROVIDERS)}")
+        name = _find_name(short, library)
         options: dict[str, str] = {}
         if colon:
-            if name not in DEVICE_OPTION or not device:
+            key = DEVICE_OPTION.get(name, "" if name in PROVIDERS.values() else "device_id")
+            if not key or not device:
                 raise UsageError(f"{text!r} names no device of {name}; write cuda:0, say, or leave the colon out")
             if name in GPUS and not device.isdecimal():
                 raise UsageError(f"the device {device!r} of {name} is not a number; write {short}:0, say")
-            options[DEVICE_OPTION[name]] = device
-        for pair in pairs:
-            key, equals, value = pair.partition("=")
-            if not equals or not key:
-                raise UsageError(f"the provider option {pair!r} is not of the form KEY=VALUE")
-            options[key] = value
+            options[key] = device
+        options |= given
         if options and name == CPU:
             raise UsageError(f"{CPU} takes no options, and {', '.join(options)} was given")
-        return cls(name, tuple(options.items()), text)
+        return cls(name, tuple(options.items()), library, text)
 
     def with_options(self, options: Mapping[str, str]) -> Provider:
         """Add options; a new value replaces an old one."""
-        merged = {**dict(self.options), **options}
+        own = {LIBRARY: self.library} if self.library else {}
+        merged = {**dict(self.options), **own, **options}
         return self.parse(",".join((self.name, *(f"{k}={v}" for k, v in merged.items())))) if options else self
 
     @property
@@ -117,13 +128,30 @@ class Provider:
         return "cpu" if self.name == CPU else "gpu" if self.name in GPUS else "other"
 
     @property
+    def wanted_device(self) -> str:
+        """The device as the user named it; "" for the provider's default."""
+        return dict(self.options).get(DEVICE_OPTION.get(self.name, "device_id"), "")
+
+    def plugin_options(self, threads: int, tf32: bool) -> dict[str, str]:
+        """Return the options of a session on this provider as a plug-in, where the device is no option.
+
+        `tf32` says whether the provider may round float32 products, unless an option does. OpenVINO rounds them to
+        bfloat16 by default where the processor can, and does not read the number of threads from the session.
+        """
+        own = {"INFERENCE_NUM_THREADS": str(threads), **({} if tf32 else {"INFERENCE_PRECISION_HINT": "f32"})}
+        config = {"load_config": json.dumps({"CPU": own})} if self.name == OPENVINO else {}
+        device = DEVICE_OPTION.get(self.name, "device_id")
+        return {**config, **{key: value for key, value in self.options if key != device}}
+
+    @property
     def captured(self) -> bool:
         """Whether a run is captured once as a graph and replayed, with inputs and outputs at fixed addresses."""
         on = ("1", "true")
         return any(key in ("enable_cuda_graph", "trt_cuda_graph_enable") and v.lower() in on for key, v in self.options)
 
     def __str__(self) -> str:
-        return " ".join((self.name, *(f"{key}={value}" for key, value in self.options)))
+        library = (f"{LIBRARY}={self.library}",) if self.library else ()
+        return " ".join((self.name, *(f"{key}={value}" for key, value in self.options), *library))
 
     def chain(self, tf32: bool) -> list[tuple[str, dict[str, str]]]:
         """List the providers of a session: this one with its options, then those for operators that it lacks.
@@ -136,6 +164,27 @@ class Provider:
         if self.name == TENSORRT:
             chain.append((CUDA, {"device_id": str(self.device), **precision}))
         return chain if self.name == CPU else [*chain, (CPU, {})]
+
+
+def _parse_pair(pair: str) -> tuple[str, str]:
+    key, equals, value = pair.partition("=")
+    if not equals or not key:
+        raise UsageError(f"the provider option {pair!r} is not of the form KEY=VALUE")
+    return key, value
+
+
+def _find_name(short: str, library: str) -> str:
+    """Find onnxruntime's name of a provider: from the table, from an installed plug-in wheel, or as it was given."""
+    if short.lower() in PROVIDERS:
+        return PROVIDERS[short.lower()]
+    if library or short.endswith("ExecutionProvider"):
+        return short
+    installed = provider_libraries.find_modules()
+    module = PREFIX + short.lower().replace("-", "_")
+    if module in installed:
+        return provider_libraries.open_module(module).providers[0]
+    others = (m.removeprefix(PREFIX).replace("_", "-") for m in installed if m not in MODULES.values())
+    raise ProviderError(f"{short!r} is not an execution provider; there are {', '.join([*PROVIDERS, *others])}")
 
 
 #: onnxruntime's own provider, which runs every model.
@@ -164,6 +213,20 @@ def preload(ort: ModuleType) -> None:
     if hasattr(ort, "preload_dlls"):
         with contextlib.redirect_stdout(io.StringIO()):  # it prints what is missing; `find_obstacles` reports that
             ort.preload_dlls()
+
+
+def find_plugin(provider: Provider) -> ProviderLibrary | None:
+    """Find the library of a provider; None if the provider is built into onnxruntime, or is missing.
+
+    An installed wheel takes precedence over a provider of the same name in onnxruntime. (The list of onnxruntime's
+    providers does not tell which are built in: it also contains those of registered libraries.)
+
+    Raises
+    ------
+    ProviderError
+        As `provider_libraries.find_library`.
+    """
+    return provider_libraries.find_library(provider.name, provider.library)
 
 
 def find_obstacles(ort: ModuleType, provider: Provider) -> Iterator[str]:

@@ -23,6 +23,7 @@ from pwopt.graph.temporary import temporary_folder
 from pwopt.inputs.samples import Feeds
 from pwopt.running import providers
 from pwopt.running.installation import import_onnxruntime, suggest_wheel
+from pwopt.running.provider_libraries import MODULES, find_device, wheel_of
 from pwopt.running.providers import Provider
 
 #: Counter for the names of profiles in this process.
@@ -84,7 +85,13 @@ class Session:
             options.enable_profiling = True
             # onnxruntime adds the second only; the name must be unique
             options.profile_file_prefix = os.fspath(_profile_folder() / f"profile_{next(PROFILES)}")
-        chain = provider.chain(tf32)
+        library = providers.find_plugin(provider)
+        if library is None:
+            chain = provider.chain(tf32)
+        else:
+            chain = None  # the options hold the provider
+            device = find_device(ort, library, provider.name, provider.wanted_device)
+            options.add_provider_for_devices([device], provider.plugin_options(threads, tf32))
         try:
             # The fallback would replace the provider, now or in a later run.
             self.session = ort.InferenceSession(os.fspath(path), options, providers=chain, enable_fallback=0)
@@ -249,13 +256,19 @@ def load_provider(provider: Provider) -> ModuleType:
     """
     ort = import_onnxruntime()
     there = ort.get_available_providers()
-    if provider.name not in there:
-        wheel = providers.WHEELS.get(provider.name)
-        hint = f"; {suggest_wheel(wheel)}" if wheel else ""
-        raise ProviderError(f"{provider.name} is not in this onnxruntime (it has {', '.join(there)}){hint}")
+    if providers.find_plugin(provider) is None and provider.name not in there:
+        raise ProviderError(f"{provider.name} is not in this onnxruntime (it has {', '.join(there)}){_hint(provider)}")
     if provider.name in providers.NVIDIA:
         providers.preload(ort)
     return ort
+
+
+def _hint(provider: Provider) -> str:
+    """Say which wheel to install for a missing provider, or nothing."""
+    if provider.name in MODULES:
+        return f"; pip install {wheel_of(MODULES[provider.name])}"
+    wheel = providers.WHEELS.get(provider.name)
+    return f"; {suggest_wheel(wheel)}" if wheel else ""
 
 
 def _loads_on_cpu(path: str | os.PathLike[str]) -> bool:
