@@ -6,9 +6,14 @@ import doctest
 import importlib
 import itertools
 import json
+import os
 import pkgutil
 import re
 import runpy
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -59,6 +64,49 @@ def test_examples_of_pages(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path:
     monkeypatch.chdir(tmp_path)
     for block in blocks:
         exec(compile(block, page, "exec"), {})
+
+
+@pytest.fixture
+def shell(tmp_path: Path) -> Callable[[str], str]:
+    """Run a command of a page in a folder with the repository's models, measuring for a second at most."""
+    program = tmp_path / "bin" / "pwopt"
+    program.parent.mkdir()
+    program.write_text(
+        f"""#!/bin/sh
+case "$*" in
+    *--cost*|*--budget*|*--target-profile*) ;;
+    optimize*) set -- "$@" --budget 1 ;;
+esac
+exec {shlex.quote(sys.executable)} -m pwopt "$@"
+""",
+        encoding="utf-8",
+    )
+    program.chmod(0o755)
+    (tmp_path / "models").symlink_to(ROOT / "models")
+    path = os.pathsep.join([str(program.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
+
+    def run(command: str) -> str:
+        done = subprocess.run(
+            ["bash", "-ec", command],
+            cwd=tmp_path,
+            env={**os.environ, "PATH": path},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
+        return done.stdout
+
+    return run
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the commands are for a POSIX shell")
+def test_recipes_work(shell: Callable[[str], str]) -> None:
+    pytest.importorskip("onnxruntime")
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "recipes.md").read_text(encoding="utf-8"), re.S)
+    assert len(blocks) > 5
+    for block in blocks:
+        shell(block)
 
 
 def test_own_rewrites_work() -> None:
