@@ -137,3 +137,122 @@ def test_maps_that_look_beyond_a_position_are_refused(linear: LinearMap) -> None
     assert isinstance(homogeneous_geometry(linear.geometry), Refusal)
     with pytest.raises(RefusedError, match="only a map with one tap"):
         linear.homogeneous()
+
+
+#: A branch with a bias before padding, and others that meet it in a sum.
+BLOCK = "m1 = Conv(x, u, c) m2 = Conv<pads=[1,1,1,1]>(m1, w, d)"
+SUMS = {
+    "with another": f"{BLOCK} b1 = Conv<pads=[1,1,1,1]>(x, k) y = Add(m2, b1)",
+    "turned": f"{BLOCK} b1 = Conv<pads=[1,1,1,1]>(x, k, d) y = Add(b1, m2)",
+    "with a 1×1": f"{BLOCK} b1 = Conv(x, one, d) y = Add(m2, b1)",
+    "with another channel of ones": f"{BLOCK} b1 = Conv(x, u7, c7) b2 = Conv<pads=[1,1,1,1]>(b1, w7) y = Add(m2, b2)",
+    "with two": f"{BLOCK} b1 = Conv<pads=[1,1,1,1]>(x, k) b2 = Conv(x, one) m3 = Add(m2, b1) y = Add(m3, b2)",
+}
+BRANCHES = (
+    WEIGHTS
+    | {"u7": normal(16, 4, 1, 1, seed=9), "c7": normal(16), "w7": normal(5, 16, 3, 3)}
+    | {"k": normal(5, 4, 3, 3, seed=7), "one": normal(5, 4, 1, 1, seed=8)}
+)
+
+
+@pytest.mark.parametrize("body", SUMS.values(), ids=SUMS)
+def test_branches_that_meet_are_one_map(body: str) -> None:
+    model = build(f"{{ {body} }}", BRANCHES, FIXED)
+    result, outcome, _ = run(model, eager(FoldBorders))
+    assert ops(result) == {"Pad": 1, "Conv": 1}, reasons(outcome)
+    assert len({r.signature.partition(": ")[0] for r in outcome.rewrites}) == 1
+    same(model, result, x=X)
+
+
+def test_an_input_that_is_added_is_a_branch() -> None:
+    model = build(
+        "{ m1 = Conv(x, u, c) m2 = Conv<pads=[1,1,1,1]>(m1, w4) y = Add(m2, x) }",
+        {**WEIGHTS, "w4": normal(4, 16, 3, 3)},
+        FIXED,
+    )
+    result, _, _ = run(model, eager(FoldBorders))
+    assert ops(result) == {"Pad": 1, "Conv": 1}
+    same(model, result, x=X)
+
+
+@pytest.mark.parametrize(
+    ("body", "left"),
+    [
+        (
+            f"{BLOCK} b1 = Conv<pads=[1,1,1,1]>(x, k) m3 = Relu(b1) y = Add(m2, m3)",
+            {"Pad": 1, "Conv": 2, "Relu": 1, "Add": 1},
+        ),
+        (
+            f"{BLOCK} b0 = Relu(x) b1 = Conv<pads=[1,1,1,1]>(b0, k) y = Add(m2, b1)",
+            {"Pad": 1, "Conv": 2, "Relu": 1, "Add": 1},
+        ),
+        (f"{BLOCK} y = Add(m2, m2)", {"Pad": 1, "Conv": 1, "Add": 1}),
+    ],
+)
+def test_other_sums_stay(body: str, left: dict[str, int]) -> None:
+    model = build(f"{{ {body} }}", BRANCHES, FIXED)
+    result, _, _ = run(model, eager(FoldBorders))
+    assert ops(result) == left
+    same(model, result, x=X)
+
+
+KEEP_ONE = {
+    "none": "i = Conv<pads=[1,1,1,1]>(x, w2)",
+    "Relu": "r = Conv(x, square, c4) i = Relu(r)",
+    "LeakyRelu": "r = Conv<pads=[1,1,0,0]>(x, w2) i = LeakyRelu<alpha=0.2>(r)",
+    "Clip": "r = Conv<strides=[2,2]>(x, square, c4) i = Clip(r, zero, six)",
+}
+NUMBERS = {"zero": np.array(0.0), "six": np.array(6.0), "half": np.array(0.5)}
+AFTER = "m1 = Conv(i, u, c) y = Conv<pads=[1,1,1,1]>(m1, w, d)"
+
+
+@pytest.mark.parametrize("start", KEEP_ONE.values(), ids=KEEP_ONE)
+def test_the_convolution_before_computes_the_ones(start: str) -> None:
+    model = build(f"{{ {start} {AFTER} }}", WEIGHTS | NUMBERS, FIXED)
+    result, outcome, _ = run(model, eager(FoldBorders))
+    assert ops(result)["Pad"] == 0, reasons(outcome)
+    assert ops(result)["Conv"] == 2
+    same(model, result, x=X)
+
+
+@pytest.mark.parametrize(
+    "start",
+    [
+        "r = Conv(x, square, c4) i = Sigmoid(r)",
+        "r = Conv(x, square, c4) i = Clip(r, zero, half)",
+        "r = Conv<group=2>(x, two, c4) i = Relu(r)",
+        "r = Relu(x) i = Abs(r)",
+    ],
+)
+def test_ones_that_no_convolution_can_compute_stay_a_pad(start: str) -> None:
+    model = build(f"{{ {start} {AFTER} }}", WEIGHTS | NUMBERS | {"two": normal(4, 2, 1, 1)}, FIXED)
+    result, _, _ = run(model, eager(FoldBorders))
+    assert ops(result)["Pad"] == 1
+    same(model, result, x=X)
+
+
+def test_a_tensor_with_other_readers_keeps_its_channels() -> None:
+    model = build(
+        f"{{ r = Conv(x, square, c4) i = Relu(r) {AFTER.replace('y =', 'z =')} m3 = Conv(i, one) q = Sigmoid(m3) y = Mul(z, q) }}",
+        BRANCHES,
+        FIXED,
+    )
+    result, _, _ = run(model, eager(FoldBorders))
+    assert ops(result)["Pad"] == 1
+    same(model, result, x=X)
+
+
+def test_a_network_of_such_blocks_has_one_pad() -> None:
+    """RepSR: only the first block reads an input that no convolution computes."""
+    weights = {f"{n}{i}": v for i in range(3) for n, v in {
+        "u": normal(8, 4, 1, 1, seed=i), "c": normal(8, seed=i), "w": normal(4, 8, 3, 3, seed=i), "k": normal(4, 4, 3, 3, seed=i),
+    }.items()}  # fmt: skip
+    body, x = "", "x"
+    for i in range(3):
+        body += f"e{i} = Conv({x}, u{i}, c{i}) f{i} = Conv<pads=[1,1,1,1]>(e{i}, w{i}) g{i} = Conv<pads=[1,1,1,1]>({x}, k{i}) "
+        body += f"s{i} = Add(f{i}, g{i}) r{i} = LeakyRelu<alpha=0.25>(s{i}) "
+        x = f"r{i}"
+    model = build(f"{{ {body} y = Neg({x}) }}", weights, FIXED)
+    result, _, _ = run(model, eager(FoldBorders))
+    assert ops(result) == {"Pad": 1, "Conv": 3, "LeakyRelu": 3, "Neg": 1}
+    same(model, result, x=X)

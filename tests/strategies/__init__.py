@@ -15,6 +15,7 @@ from onnx import helper
 
 from strategies.branches import Branches
 from strategies.builder import Sample, Tensor, UnfitError
+from strategies.lowered import Lowered
 from strategies.opaque import Opaque
 from strategies.positions import Positions
 from strategies.resampling import Resampling
@@ -31,7 +32,7 @@ WEIGHTS = dict.fromkeys(
 ) | {"m_sequence": 12, "m_threshold": 8, "m_defaults": 8}
 
 
-class Generator(Sequences, Branches, Positions, Resampling, Steps, Structures, Opaque):
+class Generator(Sequences, Branches, Positions, Resampling, Steps, Structures, Lowered, Opaque):
     """A graph that grows by random motifs: the methods whose names begin with `m_`."""
 
     def grow(self, motifs: int) -> None:
