@@ -255,7 +255,7 @@ class Attempts:
         self.request.progress("profiling", 1.0)
         report = pair.profile(replace(report, latency=latency), protos)
         report = report.add_notes(
-            *notes.explain_contradictions(latency, report.operators),
+            *filter(None, [latency.contradiction()]),
             *notes.explain_launches(report, pair.environment.provider.kind),
         )
         return report, race

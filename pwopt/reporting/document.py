@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 from pwopt.errors import UsageError
@@ -19,6 +19,7 @@ from pwopt.evidence.metrics import TOLERANCES
 from pwopt.graph.shapes import format_shape
 from pwopt.reporting.drawing import BOX_HEIGHT, BOX_WIDTH, draw
 from pwopt.reporting.drawing import format_path as wire
+from pwopt.reporting.notes import explain_profile
 from pwopt.reporting.report import LAYOUT_CHANGES, Comparison, Report
 from pwopt.reporting.text import (
     ELEMENTWISE_FIGURES,
@@ -88,7 +89,8 @@ def check_available(path: Path | None) -> None:
         return
     try:
         import_module("jinja2")
-        import_module("matplotlib")
+        if find_spec("matplotlib") is None:
+            raise ModuleNotFoundError(name="matplotlib")
     except ImportError as error:
         what = path.suffix.lstrip(".").upper()
         raise UsageError(f"{what} needs {error.name}; pip install 'pwopt[report]', or write a .json") from error
@@ -111,16 +113,14 @@ def parse_format(path: Path) -> str:
 def render_properties_page(found: Properties, model: Path) -> str:
     """Render a page with the properties of the weights of every pointwise map."""
     text: str = (
-        load_templates("html")
-        .get_template("properties.html.j2")
-        .render(found=found, model=model.name, plots=_import_plots())
+        load_templates("html").get_template("properties.html.j2").render(found=found, model=model.name, plot=_plot)
     )
     return text
 
 
 def render_latencies(rows: Sequence[Row]) -> str:
     """Plot the results of `bench` as SVG."""
-    return str(_import_plots().draw_latencies(rows))
+    return _plot("latencies", rows)
 
 
 def render_document(content: Report | Comparison, kind: str) -> str:
@@ -134,15 +134,15 @@ def render_document(content: Report | Comparison, kind: str) -> str:
     if kind == "json":
         return content.to_json()
     template = load_templates(kind).get_template("report.html.j2" if kind == "html" else "report.md.j2")
-    text: str = template.render(**_template_values(content), plots=_import_plots() if kind == "html" else None)
+    text: str = template.render(**_template_values(content), plot=_plot)
     return text if kind == "html" else re.sub(r"\n{3,}", "\n\n", text).strip() + "\n"
 
 
-def _import_plots() -> ModuleType:
-    """Import the module of plots, which needs matplotlib, an optional dependency."""
+def _plot(kind: str, *values: Any) -> str:
+    """Draw a plot, and only then import matplotlib, which is large and optional."""
     from pwopt.reporting import plots
 
-    return plots
+    return str(getattr(plots, f"draw_{kind}")(*values))
 
 
 def load_templates(kind: str) -> Any:
@@ -195,6 +195,7 @@ def _template_values(content: Report | Comparison) -> dict[str, Any]:
     outputs = sorted(equivalence.outputs, key=lambda o: (o.passed, -o.max_abs)) if equivalence is not None else []
     tried = report.candidate if report is not None else None
     operators = tried.operators if tried is not None else report.operators if report is not None else None
+    raced = tried.latency if tried is not None else report.latency if report is not None else None
     return {
         "report": report,
         "content": content,
@@ -209,7 +210,8 @@ def _template_values(content: Report | Comparison) -> dict[str, Any]:
         "others": outputs[MAX_PLOTTED:],
         "figures": _figure_rows,
         "times": _operator_times(operators) if operators else [],
-        "raced": tried.latency if tried is not None else report.latency if report is not None else None,
+        "profiled": list(explain_profile(raced, operators)) if raced is not None else [],
+        "raced": raced,
         "longest": max([1e-9, *(max(x.before_ms, x.after_ms) for x in listed)]),
         "total": sum(x.before_ms for x in listed),
         "layout": LAYOUT_CHANGES,

@@ -29,10 +29,8 @@ EXPLAINED_SPEEDUP = 1.05
 MENTIONED_GROWTH, MENTIONED_BYTES = 0.1, 1 << 16
 
 
-def explain_contradictions(latency: Latency, operators: Mapping[str, Mapping[str, float]] | None) -> Iterator[str]:
-    """Explain figures of the race that seem to contradict each other."""
-    if latency.contradiction():
-        yield latency.contradiction()
+def explain_profile(latency: Latency, operators: Mapping[str, Mapping[str, float]] | None) -> Iterator[str]:
+    """Say why the operators' times do not add up to those of the race, if they do not."""
     before, after = (sum(operators[which].values()) for which in ("before", "after")) if operators else (0.0, 0.0)
     if not before or not after:
         return
@@ -40,8 +38,8 @@ def explain_contradictions(latency: Latency, operators: Mapping[str, Mapping[str
     if max(ratio, 1 / ratio, before / latency.before_ms, after / latency.after_ms) > PROFILE_APART:
         yield (
             f"The operators' times add up to {before:.3g} → {after:.3g} ms, and runs take {latency.before_ms:.3g} → "
-            f"{latency.after_ms:.3g} ms: the former are medians of a few other runs, under onnxruntime's "
-            "profiler, which costs time at every operator. They say where the time goes, the latter how much less."
+            f"{latency.after_ms:.3g} ms. The operators' times are medians of a few other runs under onnxruntime's "
+            "profiler, which costs time at every operator. They show where the time goes, not how much it fell."
         )
 
 

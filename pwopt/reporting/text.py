@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import isinf
+
 from rich.markup import escape
 
 from pwopt.evidence.equivalence import OutputCheck
@@ -35,12 +37,12 @@ ELEMENTWISE_FIGURES = ("relative error", "units in the last place", "… of 99 %
 
 
 def format_figures(of: OutputCheck | Agreement) -> list[str | None]:
-    """Format the figures that `FIGURE_LABELS` names; None for a figure that is not defined."""
+    """Format the figures that `FIGURE_LABELS` names; None for one that is not defined or infinite."""
     cosine = None if of.cosine is None else 1 - of.cosine
     relative = of.max_abs / of.scale if of.scale else None
     patterns = ("{:.2g}", "{:.2g}", "{:.2g}", "{:,.0f}", "{:,.0f}", "{:.1g}", "{:.0f} dB", "{:.2%}", "{:.2%}", "{:.2%}")
     values = (relative, of.mean_abs, of.max_rel, of.ulp, of.ulp_p99, cosine, of.snr_db, of.top1, of.top5, of.mismatch)
-    return [None if v is None else p.format(v) for p, v in zip(patterns, values, strict=True)]
+    return [None if v is None or isinf(v) else p.format(v) for p, v in zip(patterns, values, strict=True)]
 
 
 def generalize(skip: Skip) -> str:
@@ -54,6 +56,8 @@ SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 
 #: An interval whose ends differ by more than this factor says little about a ratio.
 VAGUE_FACTOR = 1.5
+#: An interval whose ends differ by more than this factor says nothing.
+MEANINGLESS_FACTOR = 100.0
 
 
 def format_speedup(measured: Latency | Start) -> str:
@@ -61,6 +65,8 @@ def format_speedup(measured: Latency | Start) -> str:
     ratio, (low, high) = measured.speedup, measured.interval
     if low == high:
         return f"{ratio:.2f}×"
+    if high > MEANINGLESS_FACTOR * low:
+        return "unclear"
     shown = "unclear" if high > VAGUE_FACTOR * low else f"{ratio:.2f}×"
     return f"{shown} [{low:.2f}, {high:.2f}]"
 

@@ -254,15 +254,13 @@ def test_ratio_and_medians_that_point_opposite_ways(monkeypatch: pytest.MonkeyPa
 def test_a_profile_that_does_not_go_with_the_latency_is_explained() -> None:
     latency = Latency(38.0, 35.0, 38 / 35, (1.05, 1.1), 37.0, 34.0, 50)
     apart = {"before": {"Conv": 61.0, "Relu": 1.0}, "after": {"Conv": 30.0}}
-    (note,) = notes.explain_contradictions(latency, apart)
-    assert note.startswith("The operators' times add up to 62 → 30 ms, and runs take 38 → 35 ms: ")
-    assert not list(
-        notes.explain_contradictions(latency, {"before": {"Conv": 36.0}, "after": {"Conv": 33.0, "Relu": 0.5}})
-    )
+    (note,) = notes.explain_profile(latency, apart)
+    assert note.startswith("The operators' times add up to 62 → 30 ms, and runs take 38 → 35 ms. ")
+    assert not list(notes.explain_profile(latency, {"before": {"Conv": 36.0}, "after": {"Conv": 33.0, "Relu": 0.5}}))
     assert list(
-        notes.explain_contradictions(latency, {"before": {"Conv": 50.0}, "after": {"Conv": 46.0}})
+        notes.explain_profile(latency, {"before": {"Conv": 50.0}, "after": {"Conv": 46.0}})
     )  # the runs take less
-    assert not list(notes.explain_contradictions(latency, None))
+    assert not list(notes.explain_profile(latency, None))
 
 
 def test_multiply_adds_that_become_known_are_no_rise() -> None:

@@ -476,3 +476,32 @@ def test_reports_are_as_the_schema_says(report: Report) -> None:
         assert each.to_dict().keys() == schema["properties"].keys()
     damaged = report.to_dict() | {"rewrites": [{"pass": "fold-affine"}]}
     assert not validator.is_valid(json.loads(to_json(damaged)))
+
+
+def test_a_report_without_races_says_so_and_counts_in_words() -> None:
+    """One rewrite is not "1 rewrites", an environment without a card has no line for it, and no figure is infinite."""
+    report = optimize(MODELS / "linear_sequence.onnx", cost="analytic", shapes={"x": (1, 64, 2, 2)}).report
+    page = render_document(report, "html")
+    assert "Nothing was timed: these figures follow from shapes alone." in page
+    assert "1 rewrite." in page
+    assert "1 rewrites" not in page
+    assert not re.search(r"\bNone\b|\binf\b", page)
+    same = optimize(parse("(float[1,2] x) => (float[1,2] y) { y = Tanh(x) }"), cost="analytic").report
+    assert "Nothing was timed or compared: these" in render_document(same, "html")
+
+
+def test_matplotlib_is_imported_for_plots_only() -> None:
+    """Markdown has no plots. The import takes seconds on a slow machine."""
+    program = """if True:
+        import sys, pwopt
+        from pathlib import Path
+        from pwopt.reporting.document import check_available, render_document
+        check_available(Path("report.html"))
+        report = pwopt.optimize(sys.argv[1], cost="analytic", verify=False).report
+        assert "operators" in render_document(report, "markdown")
+        assert "operators" in render_document(report, "html")
+        print(sorted(name for name in sys.modules if name.startswith("matplotlib")))
+    """
+    command = [sys.executable, "-c", program, str(MODELS / "linear_sequence.onnx")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.stdout == "[]\n", done.stderr

@@ -13,6 +13,7 @@ def latency(low: float, high: float, start: Start | None = None) -> Latency:
 def test_a_speed_up_that_says_little_is_called_unclear() -> None:
     assert format_speedup(latency(1.9, 2.1)) == "2.00× [1.90, 2.10]"
     assert format_speedup(latency(1.31, 10.4)) == "unclear [1.31, 10.40]"
+    assert format_speedup(latency(0.0, 86871117.97)) == "unclear"
     assert format_speedup(latency(2.0, 2.0)) == "2.00×"
 
 
