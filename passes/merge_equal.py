@@ -86,7 +86,7 @@ def _merge(rw: Rewriter, first: Node, second: Node) -> Rewrite | Skip:
     pairs = [(a, b) for a, b in zip(first.outputs, second.outputs, strict=True) if a.name]
     if any(rw.must_keep(b) for _, b in pairs) and (len(pairs) > 1 or rw.must_keep(pairs[0][0])):
         return Skip(f"{reason}, but both results must stay visible")
-    removed, around = (describe(second),), [r for _, b in pairs for r in rw.readers(b)]
+    removed, readers = (describe(second),), [r for _, b in pairs for r in rw.readers(b)]
     credit(first, [second])
     if len(pairs) == 1:
         rw.bypass(second, pairs[0][0])
@@ -94,8 +94,8 @@ def _merge(rw: Rewriter, first: Node, second: Node) -> Rewrite | Skip:
         for a, b in pairs:
             rw.reroute(b, a)
         rw.remove(second)
-    for reader in around:
-        rw.enqueue_around(reader)
+    for reader in readers:
+        rw.enqueue(reader)  # its inputs are others now, unlike those of its neighbours
     return Rewrite(reason, removed, became=tuple((b.name, a.name) for a, b in pairs))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import functools
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -30,8 +31,8 @@ class Change:
     Attributes
     ----------
     before, after : tuple of State
-    renamed : dict of Tensor to None
-        Tensors whose value changed. Only operators of this change read or compute them.
+    renamed : dict of Tensor to str
+        Tensors whose value changed, with their former names. Only operators of this change read or compute them.
     rerouted : tuple of (State, State)
         Other operators, of which only the inputs changed.
     context : int
@@ -40,7 +41,7 @@ class Change:
 
     before: tuple[State, ...]
     after: tuple[State, ...]
-    renamed: dict[Tensor, None]
+    renamed: dict[Tensor, str]
     rerouted: tuple[tuple[State, State], ...] = ()
     context: int = 0
 
@@ -53,12 +54,10 @@ class Change:
         rerouted: dict[Node, tuple[State, State]] = {}
         for node, old in journal.states.items():
             new = State.of(node) if node in view else None
-            if old is not None and new is not None and old.computes(new):
-                if not old.reads_as(new) and not any(t in renamed for t in (*old.inputs, *new.inputs, *new.outputs)):
+            if old and new and old.computes(new) and _is_apart(renamed, old, new):
+                if not old.reads_as(new):
                     rerouted[node] = old, new
-                    continue
-                if old.reads_as(new) and not any(t in renamed for t in (*new.inputs, *new.outputs)):
-                    continue
+                continue
             if old is not None:
                 before[node] = old
             if new is not None:
@@ -87,7 +86,7 @@ class Change:
     def sources(self) -> list[Tensor]:
         """The tensors that other operators compute."""
         made = [{t for s in side for t in s.outputs} for side in (self.before, self.after)]
-        pairs = [t for old, new in self.rerouted for t in _find_exchanged(old, new)]
+        pairs = self._exchanged
         found: dict[Tensor, None] = {}
         for side, own, ends in zip(
             (self.before, self.after), made, ([a for a, _ in pairs], [b for _, b in pairs]), strict=True
@@ -100,7 +99,13 @@ class Change:
         """Pairs of tensors, before and after, that must have the same value."""
         made = {t for s in self.before for t in s.outputs}
         kept = [t for s in self.after for t in s.outputs if t.name and t in made and t not in self.renamed]
-        return [(t, t) for t in kept] + [pair for old, new in self.rerouted for pair in _find_exchanged(old, new)]
+        return [(t, t) for t in kept] + self._exchanged
+
+    @functools.cached_property
+    def _exchanged(self) -> list[tuple[Tensor, Tensor]]:
+        """The inputs of rerouted operators, before and after, that differ."""
+        inputs = (pair for old, new in self.rerouted for pair in zip(old.inputs, new.inputs, strict=False))
+        return list(dict.fromkeys((a, b) for a, b in inputs if a is not b and a.name and b.name))
 
     def find_lost(self, view: View) -> Tensor | None:
         """Find a tensor that is still used, but that no operator computes any more."""
@@ -114,19 +119,25 @@ class Change:
         constants = {t for s in both for t in s.outputs if s.op == "Constant"}
         constants |= {t for s in both for t in s.inputs if view.constant(t) is not None}
         before, after = (
-            tuple(_operator(s, constants) for s in side if s.op != "Constant") for side in (self.before, self.after)
+            tuple(_draw(s, constants, names) for s in side if s.op != "Constant")
+            for side, names in ((self.before, self.renamed), (self.after, {}))
         )
         return before, after
 
 
-def _find_exchanged(old: State, new: State) -> Iterator[tuple[Tensor, Tensor]]:
-    yield from ((a, b) for a, b in zip(old.inputs, new.inputs, strict=False) if a is not b and a.name and b.name)
+def _is_apart(renamed: Mapping[Tensor, str], old: State, new: State) -> bool:
+    """Whether a node neither reads nor computes a renamed tensor."""
+    return not renamed or renamed.keys().isdisjoint((*old.inputs, *new.inputs, *new.outputs))
 
 
 def _order(view: View, states: Iterable[State]) -> tuple[State, ...]:
     return tuple(sorted(states, key=lambda s: view.position(s.node)))
 
 
-def _operator(state: State, constants: set[Tensor]) -> Operator:
-    inputs = tuple(n for n, t in zip(state.input_names, state.inputs, strict=True) if t not in constants)
-    return Operator(state.op, str(state.node.name), inputs, state.output_names)
+def _draw(state: State, constants: set[Tensor], former: Mapping[Tensor, str]) -> Operator:
+    """Draw an operator; `former` has the names that tensors had at that time, if they have others now."""
+    inputs, outputs = (
+        tuple(former.get(t, str(t.name)) for t in tensors if t not in hidden)
+        for tensors, hidden in ((state.inputs, constants), (state.outputs, ()))
+    )
+    return Operator(state.op, str(state.node.name), inputs, outputs)

@@ -79,6 +79,8 @@ class GraphIndex:
         self.edits = 0
         #: What `forms.read` found at each node since the last edit.
         self.readings: dict[Node, Any] = {}
+        #: What `positions.positionwise` found at each node since the last edit.
+        self.positionwise: dict[Node, bool] = {}
         #: Records what each edit changes; None if nobody asks for it.
         self.journal: Journal | None = None
 

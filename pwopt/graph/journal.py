@@ -17,17 +17,11 @@ class State:
     attrs: dict[str, Any]
     inputs: tuple[Tensor, ...]
     outputs: tuple[Tensor, ...]
-    input_names: tuple[str, ...]
-    output_names: tuple[str, ...]
 
     @classmethod
     def of(cls, node: Node) -> State:
         attrs = {k: list(v) if isinstance(v, list) else v for k, v in node.attrs.items()}
-        inputs, outputs = tuple(node.inputs), tuple(node.outputs)
-        return cls(
-            node, str(node.op), attrs, inputs, outputs,
-            tuple(str(t.name) for t in inputs), tuple(str(t.name) for t in outputs),
-        )  # fmt: skip
+        return cls(node, str(node.op), attrs, tuple(node.inputs), tuple(node.outputs))
 
     def computes(self, other: State) -> bool:
         """Whether both apply the same operator with the same attributes and outputs, to whatever inputs."""
@@ -36,7 +30,7 @@ class State:
         )
 
     def reads_as(self, other: State) -> bool:
-        return list(self.inputs) == list(other.inputs)
+        return self.inputs == other.inputs
 
 
 def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
@@ -45,11 +39,19 @@ def _same(a: dict[str, Any], b: dict[str, Any]) -> bool:
 
 
 class Journal:
-    """The states of nodes before the first edit that touched them, and the tensors that were renamed."""
+    """The states of nodes before the first edit that touched them, and the tensors that were renamed.
+
+    Attributes
+    ----------
+    states : dict
+        Node → its former state; None if the node is new.
+    changed : dict
+        Renamed tensor → its former name.
+    """
 
     def __init__(self) -> None:
         self.states: dict[Node, State | None] = {}
-        self.changed: dict[Tensor, None] = {}
+        self.changed: dict[Tensor, str] = {}
 
     def note(self, node: Node | None) -> None:
         if node is not None and node not in self.states:

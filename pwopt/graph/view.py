@@ -25,6 +25,7 @@ class View(GraphIndex):
         self.changed = True
         self.edits += 1
         self.readings.clear()
+        self.positionwise.clear()
 
     def _note(self, node: Node | None) -> None:
         if self.journal is not None:
@@ -99,7 +100,7 @@ class View(GraphIndex):
         """Give a new name to a tensor whose value changes: a name always means the value in the original."""
         self._note_around(tensor)
         if self.journal is not None:
-            self.journal.changed[tensor] = None
+            self.journal.changed.setdefault(tensor, str(tensor.name))
         old, first = tensor.name, self.original_name(tensor.name)
         tensor.name = self.unique_name(f"{first}{suffix}")
         self._origin[tensor.name] = first

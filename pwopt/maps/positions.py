@@ -38,6 +38,12 @@ def has_positions(view: View, tensor: Tensor, rank: int) -> bool:
 
 def positionwise(view: View, node: Node) -> bool:
     """Whether an operator computes each position from the same position of its inputs."""
+    if node not in view.positionwise:  # each of many inputs may ask
+        view.positionwise[node] = _is_positionwise(view, node)
+    return view.positionwise[node]
+
+
+def _is_positionwise(view: View, node: Node) -> bool:
     op, out = view.op(node), view.shape(node.outputs[0]) if node.outputs else None
     if out is None or len(out) < 3 or len([t for t in node.outputs if t.name]) != 1:
         return False

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
 P = ParamSpec("P")
 T = TypeVar("T")
 
+#: A change at a node with more inputs does not offer their producers again, or n changes would offer n² nodes.
+MAX_NEIGHBOURS = 64
+
 #: Certifies what a rewrite changed.
 Certifier = Callable[[Change, View], Certificate]
 #: The version of the contract between pwopt and a pass. It increases whenever a pass that met it may no longer do so.
@@ -321,19 +324,21 @@ class Rewriter(View):
         before, after = region.draw(self)
         return replace(rewrite, before=before, after=after, certificate=self._certifier(region, self))
 
-    def _enqueue(self, node: Node | None) -> None:
+    def enqueue(self, node: Node | None) -> None:
+        """Offer a node again."""
         if node is not None and node in self and node not in self._queued:
             self._queued.add(node)
             self._queue.append(node)
 
     def enqueue_around(self, node: Node) -> None:
-        """Offer a node and its neighbours again."""
-        self._enqueue(node)
-        for tensor in node.inputs:
-            self._enqueue(self.producer(tensor))
+        """Offer a node and its neighbours again; of a node with very many inputs, only those after it."""
+        self.enqueue(node)
+        if len(node.inputs) <= MAX_NEIGHBOURS:
+            for tensor in node.inputs:
+                self.enqueue(self.producer(tensor))
         for tensor in node.outputs:
             for reader in self.readers(tensor):
-                self._enqueue(reader)
+                self.enqueue(reader)
 
     def drop(self, node: Node, source: Tensor, reason: str) -> Rewrite | None:
         """Remove a node whose first output equals `source`; None if both tensors must be kept."""
@@ -362,7 +367,7 @@ class Rewriter(View):
         after = [macs(self, n) for n in kept]
         exact = None not in before and None not in after
         for neighbour in neighbours:
-            self._enqueue(neighbour)
+            self.enqueue(neighbour)
         for node in kept:
             self.enqueue_around(node)
         return Rewrite(

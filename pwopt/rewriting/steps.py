@@ -30,14 +30,11 @@ def read_activation(view: View, tensor: Tensor) -> Step | None:
         return None
     node = readers[0]
     if len(readers) == 1:
+        if view.op(node) not in ACTIVATIONS or node.inputs[0] is not tensor:
+            return None
         rest = [view.raw(t) if t.name else np.zeros(0) for t in node.inputs[1:]]
         numbers = [None if v is None else (v.shape, v.dtype.str, v.tobytes()) for v in rest if v is None or v.size <= 1]
-        if (
-            view.op(node) not in ACTIVATIONS
-            or node.inputs[0] is not tensor
-            or len(numbers) < len(rest)
-            or None in numbers
-        ):
+        if len(numbers) < len(rest) or None in numbers:
             return None
         return Step((node,), node.outputs[0], (node.op, repr(sorted(node.attrs.items())), tuple(numbers)))
     gate, product = sorted(readers, key=lambda n: view.op(n) == "Mul")
