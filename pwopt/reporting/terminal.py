@@ -228,7 +228,7 @@ def _render_rewrites(report: Report, console: Console) -> None:
     if not report.rewrites:
         console.print("No rewrite was applied: the output is a copy of the input.")
         return
-    table = _table("rewrites", "count", "multiply-adds saved", "rounding", "certified", "tested", "none")
+    table = _table("rewrites", "count", "multiply-adds\nsaved", "rounding", "certified", "tested", "none")
     for name, count in Counter(r.pass_name for r in report.rewrites).items():
         mine = [r for r in report.rewrites if r.pass_name == name]
         saved = sum(r.macs_before - r.macs_after for r in mine)

@@ -91,6 +91,20 @@ def test_a_length_that_rests_on_nothing_grows_until_a_run_says_something(tmp_pat
     assert chosen(bounded, tmp_path).sizes == {"x": (1, 100, 8)}, "as long as its table"
 
 
+def test_a_detector_of_speech_that_takes_one_window(tmp_path: Path) -> None:
+    """Silero VAD takes 512 samples. With more, it has several windows and squeezes an axis that is not 1."""
+    kernel = np.ones((4, 1, 512), np.float32)
+    found = chosen(
+        parse(
+            """(float[batch,sequence] input) => (float[M,4] y) {
+            signal = Unsqueeze(input, one) windows = Conv<strides=[512]>(signal, w) y = Squeeze(windows, two) }""",
+            w=kernel, one=np.array([1]), two=np.array([2]),
+        ),
+        tmp_path,
+    )  # fmt: skip
+    assert found.sizes == {"input": (1, 512)}
+
+
 def test_a_letter_behind_the_batch_is_no_batch() -> None:
     model = parse("(float[B,N,3] x) => (float[a] y) { y = MatMul(x, k) }", k=np.zeros((3, 512), np.float32))
     assert chosen(model).sizes == {"x": (1, 64, 3)}
