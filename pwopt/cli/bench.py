@@ -27,7 +27,8 @@ def bench(
 ) -> None:
     """Time models side by side: latency, loading, memory, and time per operator."""
     from pwopt.cli.output import check_report, open_console, print_json, show_progress, write_text
-    from pwopt.reporting.document import check_available, parse_format, render_latencies
+    from pwopt.reporting.document import render_latencies
+    from pwopt.reporting.formats import check_available, parse_format
     from pwopt.reporting.report import format_benchmark_json
     from pwopt.reporting.terminal import render_benchmark
     from pwopt.running import installation

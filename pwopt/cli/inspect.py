@@ -23,7 +23,8 @@ def inspect(
     """List the pointwise maps of MODEL: size, chain, which rewrites apply, and why others do not."""
     from pwopt.cli.output import check_report, open_console, print_json, show_progress, write_text
     from pwopt.reporting import terminal
-    from pwopt.reporting.document import check_available, parse_format, render_properties_page
+    from pwopt.reporting.document import render_properties_page
+    from pwopt.reporting.formats import check_available, parse_format
     from pwopt.reporting.report import to_json
     from pwopt.selecting.inspection import Inspection
     from pwopt.selecting.inspection import inspect as decisions

@@ -84,7 +84,7 @@ def _optimize_one(model: Path, request: Request, report: Path | None, verbosity:
     from pwopt.optimizing.optimizer import run_request
     from pwopt.optimizing.preparation import same_file
     from pwopt.reporting import terminal
-    from pwopt.reporting.document import check_available
+    from pwopt.reporting.formats import check_available
     from pwopt.running.progress import track_run
 
     out = name_beside(model, ".pwopt.onnx") if request.output is None else Path(request.output)

@@ -15,13 +15,11 @@ from pathlib import Path
 from typing import TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Column
 
 from pwopt.errors import UsageError
 from pwopt.graph.storage import replacing
 from pwopt.optimizing.preparation import same_file
-from pwopt.reporting.document import parse_format, render_document
+from pwopt.reporting.formats import parse_format
 from pwopt.reporting.report import Comparison, Report
 from pwopt.reporting.text import escape_text
 from pwopt.running import installation
@@ -92,6 +90,8 @@ def write_text(path: Path | None, content: str) -> None:
 def write_document(path: Path | None, content: Report | Comparison) -> None:
     """Write a report in the format given by the file name's suffix."""
     if path is not None:
+        from pwopt.reporting.document import render_document
+
         write_text(path, render_document(content, parse_format(path)))
 
 
@@ -150,6 +150,16 @@ def show_progress(*, debug: bool = False, quiet: bool = False, verbose: bool = F
         log.setLevel(logging.DEBUG)
     try:
         if terminal.is_terminal and not quiet:
+            from rich.progress import (
+                BarColumn,
+                Progress,
+                SpinnerColumn,
+                TextColumn,
+                TimeElapsedColumn,
+                TimeRemainingColumn,
+            )
+            from rich.table import Column
+
             text = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
             clocks = TimeElapsedColumn(), TextColumn("[dim]left[/dim]"), TimeRemainingColumn()
             columns = (SpinnerColumn(), text, BarColumn(20), *clocks)

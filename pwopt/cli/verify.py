@@ -45,7 +45,7 @@ def verify(
     from pwopt.evidence.verify import verify as compare_models
     from pwopt.inputs import samples
     from pwopt.reporting import terminal
-    from pwopt.reporting.document import check_available
+    from pwopt.reporting.formats import check_available
     from pwopt.reporting.report import Comparison, read_rewrites
     from pwopt.running import installation
 

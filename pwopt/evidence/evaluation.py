@@ -8,11 +8,10 @@ wrong.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import onnx
-from onnx.reference import ReferenceEvaluator
 
 from pwopt.algebra import Array, Values
 from pwopt.evidence.traits import find_traits
@@ -20,6 +19,9 @@ from pwopt.graph.dtypes import FLOATS, epsilon
 from pwopt.graph.ir import Graph, Node, Tensor, Variable, as_message
 from pwopt.graph.journal import State
 from pwopt.graph.view import View
+
+if TYPE_CHECKING:
+    from onnx.reference import ReferenceEvaluator
 
 #: Maximum number of multiply-adds and elements of one evaluation: some tenths of a second.
 MAX_WORK = 400_000_000
@@ -152,7 +154,7 @@ class Side:
         if traits.wrong is not None and traits.wrong(state.attrs):
             raise UnfitError(f"onnx's reference evaluator is known to be wrong for {state.op} with these attributes")
         if state not in self._references:
-            self._references[state] = _evaluator(state, self.view.opset)
+            self._references[state] = _make_evaluator(state, self.view.opset)
         feeds = {f"i{i}": v for i, v in enumerate(inputs) if v is not None}
         try:
             results = self._references[state].run(None, feeds)
@@ -182,7 +184,9 @@ def _holds_graph(value: Any) -> bool:
     return isinstance(value, Graph) or (isinstance(value, list) and any(isinstance(v, Graph) for v in value))
 
 
-def _evaluator(state: State, opset: int) -> ReferenceEvaluator:
+def _make_evaluator(state: State, opset: int) -> ReferenceEvaluator:
+    from onnx.reference import ReferenceEvaluator  # loads the schema of every operator
+
     inputs = [Variable(f"i{i}" if t.name else "") for i, t in enumerate(state.inputs)]
     outputs = [Variable(f"o{i}" if t.name else "") for i, t in enumerate(state.outputs)]
     message = as_message(Node(state.op, "", dict(state.attrs), inputs, outputs))

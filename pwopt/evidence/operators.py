@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx.reference import ReferenceEvaluator
 
 from pwopt.algebra import Array, Values
 from pwopt.evidence.evaluation import Side, TooLargeError, UnfitError, define
@@ -425,6 +424,8 @@ def _interpolation(
     graph = onnx.helper.make_graph(
         [node], "axis", [onnx.ValueInfoProto(name=n) for n in names], [onnx.ValueInfoProto(name="y")]
     )
+    from onnx.reference import ReferenceEvaluator
+
     evaluator = ReferenceEvaluator(onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)]))
     columns = []
     for i in range(count):

@@ -9,11 +9,9 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from pwopt.errors import UsageError
 from pwopt.evidence.equivalence import EXCUSED, FLOOR_FACTOR, OutputCheck
 from pwopt.evidence.metrics import TOLERANCES
 from pwopt.graph.shapes import format_shape
@@ -43,8 +41,6 @@ from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.running.bench import Row
 from pwopt.selecting.weight_properties import Properties
 
-#: Report format by file name suffix.
-FORMATS = {".html": "html", ".htm": "html", ".md": "markdown", ".markdown": "markdown", ".json": "json"}
 #: Script that filters the table of layers. The content security policy of a page allows only this script, by its hash.
 SCRIPT = (Path(__file__).parent / "templates" / "filter.js").read_text(encoding="utf-8").strip()
 #: Number of outputs with plots; the others follow in a table.
@@ -75,39 +71,6 @@ class SkipGroup:
     name: str
     reason: str
     skips: tuple[Skip, ...]
-
-
-def check_available(path: Path | None) -> None:
-    """Check before any work is done that the libraries for a document or plot are installed.
-
-    Raises
-    ------
-    UsageError
-        If jinja2 or matplotlib cannot be imported.
-    """
-    if path is None or path.suffix.lower() == ".json":
-        return
-    try:
-        import_module("jinja2")
-        if find_spec("matplotlib") is None:
-            raise ModuleNotFoundError(name="matplotlib")
-    except ImportError as error:
-        what = path.suffix.lstrip(".").upper()
-        raise UsageError(f"{what} needs {error.name}; pip install 'pwopt[report]', or write a .json") from error
-
-
-def parse_format(path: Path) -> str:
-    """Return the report format for a file name: html, markdown or json.
-
-    Raises
-    ------
-    UsageError
-        If the suffix is not one of a report.
-    """
-    kind = FORMATS.get(path.suffix.lower())
-    if kind is None:
-        raise UsageError(f"{str(path)!r} is not a name for a report; use the suffix .html, .md or .json")
-    return kind
 
 
 def render_properties_page(found: Properties, model: Path) -> str:

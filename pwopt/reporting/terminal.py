@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from rich import box
 from rich.console import Console
@@ -29,12 +30,14 @@ from pwopt.reporting.text import (
     list_start_rows,
 )
 from pwopt.rewriting.wording import format_count
-from pwopt.running.bench import Row
-from pwopt.running.doctor import Finding
 from pwopt.running.providers import NVIDIA, Provider
-from pwopt.selecting.inspection import Inspection
-from pwopt.selecting.tuning_cache import TuningRecord
-from pwopt.selecting.weight_properties import Properties
+
+if TYPE_CHECKING:
+    from pwopt.running.bench import Row
+    from pwopt.running.doctor import Finding
+    from pwopt.selecting.inspection import Inspection
+    from pwopt.selecting.tuning_cache import TuningRecord
+    from pwopt.selecting.weight_properties import Properties
 
 #: Colours of decisions.
 VERDICTS = {"kept": "green", "dropped": "yellow", "in doubt": "dim"}

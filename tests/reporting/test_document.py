@@ -31,11 +31,11 @@ from pwopt.reporting.document import (
     clip,
     escape_markdown,
     format_gain,
-    parse_format,
     render_document,
     render_properties_page,
 )
 from pwopt.reporting.drawing import BOX_WIDTH, MAX_BOXES, draw
+from pwopt.reporting.formats import parse_format
 from pwopt.reporting.index import render_index as index_page
 from pwopt.reporting.report import LAYOUT_CHANGES, Comparison, Layer, Report, to_json
 from pwopt.reporting.verdicts import format_scientific
@@ -495,7 +495,8 @@ def test_matplotlib_is_imported_for_plots_only() -> None:
     program = """if True:
         import sys, pwopt
         from pathlib import Path
-        from pwopt.reporting.document import check_available, render_document
+        from pwopt.reporting.document import render_document
+        from pwopt.reporting.formats import check_available
         check_available(Path("report.html"))
         report = pwopt.optimize(sys.argv[1], cost="analytic", verify=False).report
         assert "operators" in render_document(report, "markdown")
