@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import onnx
 
-from pwopt.algebra import zeros
+from pwopt.algebra import Values, zeros
 from pwopt.graph import attributes
 from pwopt.graph.constants import MAX_GROWTH_BYTES, NEGLIGIBLE_BYTES, evaluate
-from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.dtypes import is_floating
+from pwopt.graph.ir import Constant, Node, Tensor
 from pwopt.graph.operators import BROADCASTS, FOLDABLE, SUMS, VIEWS, WEIGHTED_OPERATORS
 from pwopt.graph.shapes import as_fixed
 from pwopt.graph.values import Entries, read_entries, read_extents
 from pwopt.maps import forms
 from pwopt.maps.scales import adds_nothing, subtracts_from_nothing
 from pwopt.maps.signed_zeros import find_zero_sensitive
+from pwopt.rewriting.canonical_forms import rewrite_canonically
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 
@@ -72,9 +75,8 @@ class CleanUp(Pass):
             return self._rewrite_as_negation(node, rw)
         if op in ("Expand", "Tile", "ConstantOfShape") and _only_broadcasts(rw, node, op):
             return self._remove_broadcast(node, rw, op)
-        if op in FOLDABLE:
-            return self._fold(node, rw, op)
-        return None
+        folded = self._fold(node, rw, op) if op in FOLDABLE else None
+        return folded or rewrite_canonically(rw, node)
 
     def _find_observers(self, rw: Rewriter) -> dict[Tensor, str]:
         """Tensors whose zeros an operator distinguishes by sign, with that operator.
@@ -105,6 +107,9 @@ class CleanUp(Pass):
         done = rw.drop(node, source, reason)
         if self._observers and source in self._observers:  # either of the two tensors may be the one that remains
             self._observers[output] = self._observers[source]
+        if done is None and rw.constant(source) is not None and not rw.is_shared(source):
+            raw = rw.raw(source)
+            done = None if raw is None else _write_constant(rw, node, [raw])
         return done or Skip(f"{reason}, but its input and its output must both stay visible")
 
     def _remove_broadcast(self, node: Node, rw: Rewriter, op: str) -> Rewrite | Skip:
@@ -126,7 +131,7 @@ class CleanUp(Pass):
             values = {t.name: v for t in node.inputs if t.name and (v := rw.raw(t)) is not None}
         else:
             return None
-        if any(rw.must_keep(t) for t in node.outputs) or any(v.dtype.kind not in "fiub" for v in values.values()):
+        if any(v.dtype.kind not in "fiub" and not is_floating(v.dtype) for v in values.values()):
             return None
         kept = [t.name for t in node.inputs if t.name in values and rw.is_shared(t)]
         twice = next((name for name in kept if op in REARRANGING and values[name].nbytes > NEGLIGIBLE_BYTES), None)
@@ -139,7 +144,18 @@ class CleanUp(Pass):
         size = sum(v.nbytes for v in outputs)
         if size > NEGLIGIBLE_BYTES:
             self._growth -= max(0, size - sum(v.nbytes for name, v in values.items() if name not in kept))
+        if any(rw.must_keep(t) for t in node.outputs):
+            return _write_constant(rw, node, outputs)
         return rw.replace_by_constants(node, outputs, "its value is the same for every input")
+
+
+def _write_constant(rw: Rewriter, node: Node, outputs: Sequence[Values]) -> Rewrite | None:
+    """Replace an operator whose result must stay visible by a Constant."""
+    if len(outputs) != 1:
+        return None
+    value = Constant(f"{node.outputs[0].name}_value", outputs[0])
+    new = Node("Constant", node.name, {"value": value}, [], list(node.outputs))
+    return rw.replace([node], [new], "its value is the same for every input")
 
 
 def _only_broadcasts(rw: Rewriter, node: Node, op: str) -> bool:
@@ -200,7 +216,7 @@ def _covers(other: Entries | None, wide: Entries, narrow: Entries) -> bool:
 
 def _explain_no_effect(rw: Rewriter, node: Node, op: str) -> str:
     """Why the first output of a node equals its data input; "" if it may differ."""
-    if len([t for t in node.outputs if t.name]) > 1:
+    if any(t.name and (rw.readers(t) or rw.must_keep(t)) for t in node.outputs[1:]):
         return ""
     x, y = node.inputs[0] if node.inputs else None, node.outputs[0]
     if x is None:
@@ -218,6 +234,8 @@ def _explain_no_effect(rw: Rewriter, node: Node, op: str) -> str:
         return f"{op} by the identity" if _is_identity(rw, node) else ""
     if op in ("Concat", "Sum", "Max", "Min", "Mean") and len(node.inputs) == 1:
         return f"{op} of one tensor"
+    if op == "Split" and len(node.outputs) == 1:
+        return "Split into one part"
     if op == "Cast":
         to = onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]) if node.attrs.get("to") else None
         return "Cast to the type of its input" if to is not None and rw.dtype(x) == to else ""

@@ -9,7 +9,7 @@ import numpy as np
 from pwopt.algebra import Values
 from pwopt.graph.constants import NEGLIGIBLE_BYTES
 from pwopt.graph.ir import Constant, Node, Tensor
-from pwopt.graph.operators import RANDOM
+from pwopt.graph.operators import MOVES, RANDOM
 from pwopt.graph.provenance import credit
 from pwopt.rewriting.driver import Pass, Rewriter, describe
 from pwopt.rewriting.records import Rewrite, Skip
@@ -21,8 +21,8 @@ class MergeEqual(Pass):
     Common subexpression elimination.
 
     * The operators belong to ONNX itself, are not random, and have the same attributes and inputs. Two small constants
-      are the same input if their values are equal.
-    * At most one of the two results must stay visible.
+      are the same input if their values are equal. Inputs that are left out at the end do not count.
+    * If both results must stay visible, one becomes an Identity of the other, unless the operator only moves numbers.
 
     Exporters write the same Shape and Gather anew at each place, and code calls the same layer twice on a tensor.
     docs/architecture.md says why pwopt does not use the pass of onnx_ir.
@@ -37,7 +37,7 @@ class MergeEqual(Pass):
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         op = rw.op(node)
-        inputs = [self._identity(rw, t) for t in node.inputs]
+        inputs = self._identities(rw, node)
         attrs = _freeze_attributes(node)
         if not op or op in RANDOM or op == "Constant" or not inputs or attrs is None:
             return None
@@ -52,8 +52,15 @@ class MergeEqual(Pass):
 
     def _has_changed(self, rw: Rewriter, other: Node, key: tuple[Hashable, ...]) -> bool:
         """Whether a node has changed since it was recorded under a key."""
-        inputs = tuple(self._identity(rw, t) for t in other.inputs)
+        inputs = tuple(self._identities(rw, other))
         return (rw.op(other), _freeze_attributes(other), inputs, tuple(bool(t.name) for t in other.outputs)) != key
+
+    def _identities(self, rw: Rewriter, node: Node) -> list[Hashable]:
+        """The keys of the inputs, without those that are left out at the end."""
+        keys = [self._identity(rw, t) for t in node.inputs]
+        while keys and keys[-1] is None:
+            del keys[-1]
+        return keys
 
     def _identity(self, rw: Rewriter, tensor: Tensor) -> Hashable:
         """A key that is equal for tensors with equal values."""
@@ -84,8 +91,9 @@ def _freeze_attributes(node: Node) -> Hashable | None:
 def _merge(rw: Rewriter, first: Node, second: Node) -> Rewrite | Skip:
     reason = f"{describe(first)} computes the same"
     pairs = [(a, b) for a, b in zip(first.outputs, second.outputs, strict=True) if a.name]
-    if any(rw.must_keep(b) for _, b in pairs) and (len(pairs) > 1 or rw.must_keep(pairs[0][0])):
-        return Skip(f"{reason}, but both results must stay visible")
+    visible = [(a, b) for a, b in pairs if rw.must_keep(b)]
+    if visible and (len(pairs) > 1 or rw.must_keep(pairs[0][0])):
+        return _merge_visible(rw, pairs, visible, second, reason)
     removed, readers = (describe(second),), [r for _, b in pairs for r in rw.readers(b)]
     credit(first, [second])
     if len(pairs) == 1:
@@ -97,6 +105,27 @@ def _merge(rw: Rewriter, first: Node, second: Node) -> Rewrite | Skip:
     for reader in readers:
         rw.enqueue(reader)  # its inputs are others now, unlike those of its neighbours
     return Rewrite(reason, removed, became=tuple((b.name, a.name) for a, b in pairs))
+
+
+def _merge_visible(
+    rw: Rewriter, pairs: list[tuple[Tensor, Tensor]], visible: list[tuple[Tensor, Tensor]], second: Node, reason: str
+) -> Rewrite | Skip:
+    """Copy results that must stay visible, and let the readers of the others read the first operator."""
+    moves = second.op in MOVES
+    read = [(a, b) for a, b in pairs if rw.readers(b) and (a, b) not in visible]
+    if moves and not read:
+        return Skip(f"{reason}, but both results must stay visible")
+    around = [r for _, b in read for r in rw.readers(b)]
+    for a, b in read:
+        rw.reroute(b, a)
+    for reader in around:
+        rw.enqueue(reader)
+    if moves:
+        return Rewrite(reason, became=tuple((b.name, a.name) for a, b in read))
+    copies = [
+        Node("Identity", rw.node_name(second.name, f"_copy{i}"), {}, [a], [b]) for i, (a, b) in enumerate(visible)
+    ]
+    return rw.replace([second], copies, f"{reason}; the result that must stay visible is a copy")
 
 
 class ShareConstants(Pass):

@@ -279,8 +279,19 @@ def test_random_and_unknown_operators_are_not_computed() -> None:
     assert run(custom, CleanUp())[0] is custom
 
 
-def test_what_must_stay_visible_is_not_computed() -> None:
-    model = parse("(double[2] x) => (double[N] y, double[M] z) { y = Neg(x) z = Neg(c) }", c=normal(2))
+@pytest.mark.parametrize("call", ["Neg(c)", "Identity(c)", "Reshape(c, two)"])
+def test_what_must_stay_visible_becomes_a_constant(call: str) -> None:
+    body = f"(double[2] x) => (double[N] y, double[M] z) {{ y = Neg(x) z = {call} }}"
+    model = parse(body, c=normal(2), two=np.array([2]))
+    result, _, _ = run(model, CleanUp())
+    assert [n.op_type for n in result.graph.node] == ["Neg", "Constant"]
+    assert [o.name for o in result.graph.output] == ["y", "z"]
+    same(model, result, x=normal(2))
+
+
+def test_a_shared_constant_that_must_stay_visible_is_stored_once() -> None:
+    body = "(double[2] x) => (double[N] y, double[M] z) { y = Mul(x, c) z = Identity(c) }"
+    model = parse(body, c=normal(2))
     assert run(model, CleanUp())[0] is model
 
 

@@ -69,10 +69,45 @@ def test_outputs_keep_their_names() -> None:
     late = parse("(double[2] x) => (double[N] y, double[N] z) { b = Exp(x) y = Exp(x) z = Neg(b) }")
     result, _, _ = run(late, MergeEqual())
     assert [(n.op_type, list(n.output)) for n in result.graph.node] == [("Exp", ["y"]), ("Neg", ["z"])]
+
+
+def test_results_that_must_both_stay_visible_are_computed_once() -> None:
     both = parse("(double[2] x) => (double[N] y, double[N] z) { y = Exp(x) z = Exp(x) }")
-    result, outcome, _ = run(both, MergeEqual())
-    assert result is both
+    result, _, _ = run(both, MergeEqual(), CleanUp())
+    assert [(n.op_type, list(n.input), list(n.output)) for n in result.graph.node] == [
+        ("Exp", ["x"], ["y"]),
+        ("Identity", ["y"], ["z"]),
+    ]
+    same(both, result, x=normal(2))
+    moved = parse("(double[2,3] x) => (double[N,M] y, double[N,M] z) { y = Transpose(x) z = Transpose(x) }")
+    result, outcome, _ = run(moved, MergeEqual())
+    assert result is moved
     assert "both results must stay visible" in reasons(outcome)[0]
+
+
+def test_the_other_results_of_visible_ones_are_read_from_one() -> None:
+    body = (
+        "(double[4,4] x) => (double[2,4] b, double[2,4] d, double[1,1] y)"
+        " { a, b = Split(x) c, d = Split(x) m = ReduceSum(a) n = ReduceSum(c) y = Add(m, n) }"
+    )
+    model = parse(body, opset=11)
+    result, _, _ = run(model, MergeEqual())
+    assert ops(result) == {"Split": 2, "ReduceSum": 1, "Add": 1}
+    same(model, result, x=normal(4, 4))
+
+
+def test_inputs_that_are_left_out_at_the_end_do_not_count() -> None:
+    body = (
+        "(double[5] x) => (double[N] y) { a = Clip(x, l) b = Clip(x, l, ) c = Clip(x, , l) d = Clip(x, , h)"
+        " e = Sum(a, b) f = Sum(c, d) y = Mul(e, f) }"
+    )
+    model = parse(body.replace("l, )", "l)"), l=np.float64(-0.5), h=np.float64(0.5))
+    for node in model.graph.node:
+        if list(node.output) == ["b"]:
+            node.input.append("")
+    result, _, _ = run(model, MergeEqual())
+    assert ops(result) == {"Clip": 3, "Sum": 2, "Mul": 1}
+    same(model, result, x=normal(5))
 
 
 def test_what_a_body_reads_keeps_its_name() -> None:

@@ -1,0 +1,131 @@
+"""Canonical forms of operators that compute no new numbers: what `clean-up` rewrites besides what it removes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+import onnx
+
+from pwopt.graph import attributes, values
+from pwopt.graph.dtypes import is_floating
+from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.operators import SAME_SHAPE
+from pwopt.rewriting.driver import Rewriter
+from pwopt.rewriting.records import Rewrite, Skip
+
+Rule = Callable[[Rewriter, Node], "Rewrite | Skip | None"]
+#: Operators that pick or rearrange entries of their first input.
+PICKS = ("Gather", "Slice", "Squeeze", "Unsqueeze", "Identity", "Reshape")
+
+
+def rewrite_canonically(rw: Rewriter, node: Node) -> Rewrite | Skip | None:
+    """Rewrite a node in its canonical form; None if it has it already, or if there is none."""
+    rule = RULES.get(rw.op(node))
+    return rule(rw, node) if rule is not None else None
+
+
+def _replace_input(rw: Rewriter, node: Node, old: Tensor, new: Tensor, reason: str) -> Rewrite:
+    inputs = [new if t is old else t for t in node.inputs]
+    return rw.replace([node], [Node(node.op, node.name, dict(node.attrs), inputs, list(node.outputs))], reason)
+
+
+def is_lossless(source: np.dtype[Any], target: np.dtype[Any]) -> bool:
+    """Whether each number of one type is a number of the other one."""
+    if source == target:
+        return True
+    if source.kind == "b":
+        return target.kind in "iu" or is_floating(target)
+    if source.kind in "iu" and target.kind in "iu":
+        a, b = np.iinfo(source), np.iinfo(target)
+        return bool(b.min <= a.min and a.max <= b.max)
+    if not is_floating(target) or not (source.kind in "iu" or is_floating(source)):
+        return False
+    wide = ml_dtypes.finfo(target)  # type: ignore[no-untyped-call]
+    if source.kind in "iu":
+        bits = int(np.iinfo(source).max).bit_length()
+        return bits <= wide.nmant + 1 and float(np.iinfo(source).max) <= float(wide.max)
+    narrow = ml_dtypes.finfo(source)  # type: ignore[no-untyped-call]
+    finest = float(narrow.smallest_subnormal) >= float(wide.smallest_subnormal)
+    return bool(narrow.nmant <= wide.nmant and float(narrow.max) <= float(wide.max) and finest)
+
+
+def _join_casts(rw: Rewriter, node: Node) -> Rewrite | None:
+    """Join two Casts, if the first one loses nothing, so that both round once."""
+    before = rw.producer(node.inputs[0])
+    to = node.attrs.get("to")
+    if before is None or to is None:
+        return None
+    if rw.is_a(before, *PICKS):
+        return _cast_sizes_once(rw, before, node)
+    if not rw.is_a(before, "Cast"):
+        return None
+    source, middle = rw.dtype(before.inputs[0]), rw.dtype(node.inputs[0])
+    target = onnx.helper.tensor_dtype_to_np_dtype(to)
+    if source is None or middle is None or not is_lossless(source, middle):
+        return None
+    if is_floating(source) and not is_floating(target):
+        return None  # runtimes differ in what NaN and large numbers become
+    if source != target and rw.other_uses(node.inputs[0]):
+        return None
+    return _replace_input(rw, node, node.inputs[0], before.inputs[0], f"Cast to {middle} before it loses nothing")
+
+
+def _cast_sizes_once(rw: Rewriter, pick: Node, node: Node) -> Rewrite | None:
+    """Pick sizes in int64 instead of casting them to int32 and back: no size exceeds int32 (`values.END`)."""
+    first = rw.producer(pick.inputs[0])
+    if first is None or not rw.is_a(first, "Cast") or rw.other_uses(node.inputs[0]):
+        return None
+    source = first.inputs[0]
+    types = [str(rw.dtype(t)) for t in (source, pick.inputs[0], node.outputs[0])]
+    found = values.read_entries(rw, source)
+    if types != ["int64", "int32", "int64"] or found is None or None in found:
+        return None
+    inputs = [source, *pick.inputs[1:]]
+    new = Node(pick.op, pick.name, dict(pick.attrs), inputs, list(node.outputs))
+    return rw.replace([pick, node], [new], "sizes fit int32, so the Casts change nothing")
+
+
+def _swap_branches(rw: Rewriter, node: Node) -> Rewrite | None:
+    """Where(¬c, a, b) = Where(c, b, a)"""
+    before = rw.producer(node.inputs[0])
+    if before is None or not rw.is_a(before, "Not"):
+        return None
+    inputs = [before.inputs[0], node.inputs[2], node.inputs[1]]
+    new = Node("Where", node.name, {}, inputs, list(node.outputs))
+    return rw.replace([node], [new], "its branches are swapped instead of negating its condition")
+
+
+def _negate_twice(rw: Rewriter, node: Node) -> Rewrite | None:
+    before = rw.producer(node.inputs[0])
+    return rw.drop(node, before.inputs[0], "Not undoes Not") if before is not None and rw.is_a(before, "Not") else None
+
+
+def _read_shape_earlier(rw: Rewriter, node: Node) -> Rewrite | None:
+    """Read a shape before an operator that keeps it, if nothing else reads its result."""
+    before = rw.producer(node.inputs[0])
+    if before is None or rw.op(before) not in SAME_SHAPE or rw.other_uses(node.inputs[0]):
+        return None
+    return _replace_input(rw, node, node.inputs[0], before.inputs[0], f"{before.op} keeps the shape of its input")
+
+
+def _drop_empty_parts(rw: Rewriter, node: Node) -> Rewrite | None:
+    """Remove inputs of a Concat that hold nothing, such as the wrapped part of a roll by 0."""
+    axis = attributes.concat_axis(rw, node)
+    full = [t for t in node.inputs if axis is None or rw.dim(t, axis) != 0]
+    if len(full) == len(node.inputs) or not full:
+        return None
+    new = Node("Concat", node.name, dict(node.attrs), full, list(node.outputs))
+    return rw.replace([node], [new], f"{len(node.inputs) - len(full)} of its inputs are empty")
+
+
+RULES: dict[str, Rule] = {
+    "Cast": _join_casts,
+    "Concat": _drop_empty_parts,
+    "Not": _negate_twice,
+    "Shape": _read_shape_earlier,
+    "Size": _read_shape_earlier,
+    "Where": _swap_branches,
+}

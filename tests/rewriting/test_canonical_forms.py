@@ -1,0 +1,170 @@
+"""What `clean-up` rewrites in a canonical form, and where it must not."""
+
+import ml_dtypes
+import numpy as np
+import onnx
+import pytest
+from helpers import build, normal, ops, parse, run, same
+from onnx import TensorProto, helper
+
+from pwopt.passes import CleanUp
+from pwopt.rewriting.canonical_forms import is_lossless
+
+TYPES = {
+    "bool": 9, "uint8": 2, "int8": 3, "int16": 5, "int32": 6, "int64": 7, "float16": 10, "bfloat16": 16, "float32": 1,
+    "float64": 11,
+}  # fmt: skip
+
+
+def dtype(name: str) -> np.dtype:
+    return np.dtype(getattr(ml_dtypes, name, name))
+
+
+@pytest.mark.parametrize(
+    ("source", "wide"),
+    [
+        ("bool", {"uint8", "int8", "int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"}),
+        ("uint8", {"int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"}),
+        ("int8", {"int16", "int32", "int64", "float16", "bfloat16", "float32", "float64"}),
+        ("int16", {"int32", "int64", "float32", "float64"}),
+        ("int32", {"int64", "float64"}),
+        ("int64", set()),
+        ("float16", {"float32", "float64"}),
+        ("bfloat16", {"float32", "float64"}),
+        ("float32", {"float64"}),
+        ("float64", set()),
+    ],
+)
+def test_what_a_cast_loses(source: str, wide: set[str]) -> None:
+    assert {t for t in TYPES if t != source and is_lossless(dtype(source), dtype(t))} == wide
+    assert is_lossless(dtype(source), dtype(source))
+
+
+@pytest.mark.parametrize(
+    ("source", "middle", "target", "left"),
+    [
+        ("uint8", "float32", "uint8", 0),
+        ("uint8", "float32", "float16", 1),
+        ("float16", "float32", "bfloat16", 1),
+        ("float16", "float32", "float16", 0),
+        ("int32", "int64", "uint8", 1),
+        ("float32", "float16", "float32", 2),  # rounds
+        ("int32", "float32", "int64", 2),  # rounds
+        ("float32", "bool", "float32", 2),
+        ("float16", "float32", "int32", 2),  # NaN and infinity
+    ],
+)
+def test_casts_are_joined_if_the_middle_type_loses_nothing(source: str, middle: str, target: str, left: int) -> None:
+    a, b, c = (TYPES[t] for t in (source, middle, target))
+    nodes = [
+        helper.make_node("Cast", ["x"], ["m"], to=b),
+        helper.make_node("Cast", ["m"], ["c"], to=c),
+        helper.make_node("Reshape", ["c", "s"], ["y"]),
+    ]
+    ends = [helper.make_tensor_value_info(n, t, s) for n, t, s in (("x", a, [4]), ("y", c, [2, 2]))]
+    shape = helper.make_tensor("s", TensorProto.INT64, [2], [2, 2])
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [shape])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    result, _, _ = run(model, CleanUp())
+    assert ops(result)["Cast"] == left
+
+
+def test_a_cast_that_others_read_is_not_joined() -> None:
+    body = "(float16[4] x) => (double[N] y, float[M] z) { m = Cast<to=1>(x) c = Cast<to=11>(m) y = Neg(c) z = Neg(m) }"
+    model = parse(body)
+    assert run(model, CleanUp())[0] is model
+
+
+def test_sizes_are_not_cast_to_int32_and_back() -> None:
+    body = (
+        "(float[N,M] x, float[K] v) => (float[A] y) { s = Shape(x) c = Cast<to=6>(s) p = Slice(c, one, two, zero)"
+        " e = Cast<to=7>(p) y = Expand(v, e) }"
+    )
+    model = build(body, {"zero": np.array([0]), "one": np.array([1]), "two": np.array([2])})
+    result, _, _ = run(model, CleanUp())
+    assert ops(result) == {"Shape": 1, "Slice": 1, "Expand": 1}
+    same(model, result, x=normal(3, 4, dtype=np.float32), v=normal(1, dtype=np.float32))
+
+
+def test_other_integers_may_not_fit_int32() -> None:
+    body = (
+        "(int64[3] s) => (int64[A] y) { c = Cast<to=6>(s) p = Slice(c, one, two, zero) e = Cast<to=7>(p) y = Neg(e) }"
+    )
+    model = parse(body, zero=np.array([0]), one=np.array([1]), two=np.array([2]))
+    assert run(model, CleanUp())[0] is model
+
+
+def test_a_negated_condition_swaps_the_branches() -> None:
+    body = "(bool[4] c, float[4] a, float[4] b) => (float[N] y) { n = Not(c) y = Where(n, a, b) }"
+    model = parse(body)
+    result, _, _ = run(model, CleanUp())
+    assert ops(result) == {"Where": 1}
+    same(model, result, c=normal(4) > 0, a=normal(4, dtype=np.float32), b=normal(4, seed=1, dtype=np.float32))
+
+
+def test_not_undoes_not() -> None:
+    model = parse("(bool[4] c, bool[4] d) => (bool[N] y) { m = Not(c) n = Not(m) y = And(n, d) }")
+    result, _, _ = run(model, CleanUp())
+    assert ops(result) == {"And": 1}
+
+
+@pytest.mark.parametrize(
+    ("call", "left"), [("Relu(x)", {}), ("Cast<to=11>(x)", {}), ("Transpose(x)", {"Transpose": 1})]
+)
+def test_a_shape_is_read_before_operators_that_keep_it(call: str, left: dict[str, int]) -> None:
+    model = parse(f"(float[N,M] x) => (int64[A] y) {{ h = {call} s = Shape(h) y = Neg(s) }}")
+    result, _, _ = run(model, CleanUp())
+    assert ops(result) == {"Shape": 1, "Neg": 1, **left}
+
+
+def test_a_roll_by_zero_joins_nothing() -> None:
+    """torch.roll by 0 gives the slices x[0:] and x[:0]."""
+    body = "(float[2,4] x) => (float[A,B] y) { a = Slice(x, z, e, o) b = Slice(x, z, z, o) c = Concat<axis=1>(a, b) y = Neg(c) }"
+    model = parse(body, z=np.array([0]), e=np.array([4]), o=np.array([1]))
+    result, _, _ = run(model, CleanUp())
+    assert ops(result) == {"Neg": 1}
+    same(model, result, x=normal(2, 4, dtype=np.float32))
+
+
+def test_parts_of_unknown_size_are_not_empty() -> None:
+    model = parse("(float[2,K] x, float[2,4] z) => (float[A,B] y) { c = Concat<axis=1>(x, z) y = Neg(c) }")
+    assert run(model, CleanUp())[0] is model
+
+
+def test_a_split_into_one_part_goes() -> None:
+    model = parse("(float[2,4] x) => (float[A,B] y) { s = Split<axis=1>(x) y = Neg(s) }")
+    result, _, _ = run(model, CleanUp())
+    assert ops(result) == {"Neg": 1}
+
+
+@pytest.mark.parametrize(("training", "reads", "left"), [(False, "", 0), (True, "", 1), (False, ", bool[B] k", 1)])
+def test_a_dropout_with_a_false_training_flag_goes(training: bool, reads: str, left: int) -> None:
+    """Also if it names a mask that nothing reads."""
+    mask = "k" if reads else "m"
+    body = f"(float[4] x) => (float[A] y{reads}) {{ d, {mask} = Dropout(x, r, t) y = Neg(d) }}"
+    model = parse(body, r=np.float32(0.5), t=np.bool_(training))
+    result, _, _ = run(model, CleanUp())
+    assert ops(result).get("Dropout", 0) == left
+
+
+def test_weights_in_bfloat16_become_float32() -> None:
+    weight = helper.make_tensor("w", TensorProto.BFLOAT16, [4], [1.0, 2.0, -0.5, 3.0])
+    nodes = [helper.make_node("Cast", ["w"], ["f"], to=1), helper.make_node("Mul", ["x", "f"], ["y"])]
+    ends = [helper.make_tensor_value_info(n, 1, [4]) for n in "xy"]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    result, _, _ = run(model, CleanUp())
+    assert ops(result) == {"Mul": 1}
+    assert onnx.numpy_helper.to_array(result.graph.initializer[0]).tolist() == [1.0, 2.0, -0.5, 3.0]
+
+
+@pytest.mark.parametrize("name", ["FLOAT8E4M3FN", "FLOAT8E5M2"])
+def test_weights_in_float8_become_float32(name: str) -> None:
+    weight = helper.make_tensor("w", getattr(TensorProto, name), [4], [1.0, 2.0, -0.5, 3.0])
+    nodes = [helper.make_node("Cast", ["w"], ["f"], to=1), helper.make_node("Mul", ["x", "f"], ["y"])]
+    ends = [helper.make_tensor_value_info(n, 1, [4]) for n in "xy"]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [weight])
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
+    result, _, _ = run(model, CleanUp())
+    assert ops(result) == {"Mul": 1}
+    assert onnx.numpy_helper.to_array(result.graph.initializer[0]).tolist() == [1.0, 2.0, -0.5, 3.0]
