@@ -10,6 +10,7 @@ from .channels_last import ChannelsLast
 from .clean_up import CleanUp
 from .commute_gram import CommuteGram
 from .commute_spatial import CommuteSpatial
+from .declare_shapes import DeclareShapes
 from .drop_dead import DropDead
 from .factor_gates import FactorGates
 from .factor_ranks import FactorRanks
@@ -92,6 +93,7 @@ PASSES: tuple[type[Pass], ...] = (
     Winograd,
     ToMatMul,
     *LOWERING,
+    DeclareShapes,
     ShareConstants,
 )
 
@@ -104,6 +106,7 @@ __all__ = [
     "CleanUp",
     "CommuteGram",
     "CommuteSpatial",
+    "DeclareShapes",
     "DropDead",
     "FactorGates",
     "FactorRanks",

@@ -15,7 +15,7 @@ from onnx_graphsurgeon.logger import G_LOGGER
 
 from pwopt.errors import ModelError, PwoptError, UsageError
 from pwopt.graph.ir import Constant, Variable, adopt
-from pwopt.graph.model import OVERRIDABLE_SINCE_IR, Model, StoredValues
+from pwopt.graph.model import OVERRIDABLE_SINCE_IR, Model, StoredValues, read_declared
 from pwopt.graph.model import declare as declare
 from pwopt.graph.model import snapshot as snapshot
 from pwopt.graph.references import names_in_annotations, names_in_training
@@ -214,10 +214,11 @@ def _is_text(value: bytes) -> bool:
 
 def annotate(model: Model, types: Mapping[str, tuple[int, Shape | None]]) -> None:
     """Give every variable of the graph its inferred type and shape, None where unknown."""
-    graph = model.graph
+    graph, declared = model.graph, read_declared(model.proto)
     for tensor in (t for node in graph.nodes for t in (*node.inputs, *node.outputs)):
         if isinstance(tensor, Variable) and not tensor.is_empty():
             code, shape = types.get(tensor.name, (0, None))
+            tensor.declared = declared.get(tensor.name)
             tensor.shape = shape
             tensor.dtype = onnx.helper.tensor_dtype_to_np_dtype(code) if code else None
 

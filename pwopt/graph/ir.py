@@ -120,8 +120,11 @@ class Tensor(_Tensor):
     inputs, outputs : list of Node
         The nodes that produce it and that read it, as onnx-graphsurgeon last knew them. While a graph is edited, only
         its `View` knows: ask `producer` and `readers`.
+    declared : tuple of int or str, or None
+        The shape that the file declares for it, if the file declares all of it or a pass has proved it.
     """
 
+    declared: tuple[int | str, ...] | None = None
     name: str
     shape: Sequence[Dim] | None
     dtype: Any
@@ -154,7 +157,9 @@ class Variable(Tensor, _Variable):
         return Variable("")
 
     def copy(self) -> Variable:
-        return Variable(self.name, self.dtype, self.shape)
+        twin = Variable(self.name, self.dtype, self.shape)
+        twin.declared = self.declared
+        return twin
 
 
 class Constant(Tensor, _Constant):

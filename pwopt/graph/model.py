@@ -23,6 +23,7 @@ from pwopt.errors import ModelError
 from pwopt.graph.functions import drop_unused_opsets
 from pwopt.graph.ir import Constant, Graph, LazyValues, Node, Tensor, Variable, as_message
 from pwopt.graph.provenance import find_origins, write_documentation
+from pwopt.graph.shapes import read_dims
 from pwopt.graph.storage import copy_fields, find_locations, resolve_link
 
 #: Since this IR version, an initializer that is also an input is a default that callers may override.
@@ -134,7 +135,9 @@ class Model:
                 onnx.helper.make_tensor_value_info(t.name, t.data_type, t.dims)
                 for t in new.initializer[len(new.initializer) - len(added) :]
             )
-        new.value_info.extend(v for v in old.value_info if v.name in (made | written) - stale)
+        declared = self._find_declared()
+        new.value_info.extend(v for v in old.value_info if v.name in (made | written) - stale - declared.keys())
+        new.value_info.extend(declared.values())
         new.quantization_annotation.extend(annotations)
         drop_unused_opsets(model)
         return model
@@ -180,7 +183,17 @@ class Model:
             name in self._constants and self._constants[name][0] is c and isinstance(c.stored, StoredValues)
             for name, c in self._constant_tensors().items()
         )
-        return same and held
+        return same and held and not self._find_declared()
+
+    def _find_declared(self) -> dict[str, onnx.ValueInfoProto]:
+        """What passes declared: the shapes of tensors that differ from those in the file."""
+        before = read_declared(self.proto)
+        tensors = {t.name: t for node in self.graph.nodes for t in node.outputs if t.declared is not None}
+        return {
+            name: onnx.helper.make_tensor_value_info(name, onnx.helper.np_dtype_to_tensor_dtype(t.dtype), t.declared)
+            for name, t in tensors.items()
+            if before.get(name) != t.declared
+        }
 
     def _original(self, node: Node) -> onnx.NodeProto | None:
         """The original message of a node, if its operator and attributes did not change."""
@@ -229,6 +242,16 @@ class Model:
             if np.array_equal(StoredValues(proto, self.folder).load(), constant.values):
                 return proto
         return numpy_helper.from_array(np.asarray(constant.values), constant.name)
+
+
+def read_declared(proto: onnx.ModelProto) -> dict[str, tuple[int | str, ...]]:
+    """The shapes in `value_info` that are declared completely."""
+    shapes = {v.name: read_dims(v.type) for v in proto.graph.value_info}
+    return {
+        name: tuple(d for d in shape if d is not None)
+        for name, shape in shapes.items()
+        if shape is not None and None not in shape
+    }
 
 
 def _same_or(twins: Mapping[Tensor, Tensor], constant: Constant) -> Constant:

@@ -87,10 +87,15 @@ class View(GraphIndex):
         self._note_around(tensor)
         self._mark_edited()
         shape, size = self.shape(tensor), self.size_of(tensor)
-        tensor.shape = None if shape is None else change(shape)
+        tensor.shape, tensor.declared = None if shape is None else change(shape), None
         numbers = None if size is None else as_fixed(change(size))
         if numbers is not None:
             self.sizes[tensor.name] = numbers
+
+    def declare_shape(self, tensor: Tensor, shape: tuple[int | str, ...]) -> None:
+        """Write a shape into the file; equal symbols are equal sizes in every run."""
+        self._mark_edited()
+        tensor.declared = shape
 
     def original_name(self, name: str) -> str:
         """The name that a tensor had before it was renamed."""
@@ -102,7 +107,7 @@ class View(GraphIndex):
         if self.journal is not None:
             self.journal.changed.setdefault(tensor, str(tensor.name))
         old, first = tensor.name, self.original_name(tensor.name)
-        tensor.name = self.unique_name(f"{first}{suffix}")
+        tensor.name, tensor.declared = self.unique_name(f"{first}{suffix}"), None
         self._origin[tensor.name] = first
         if old in self.sizes:
             self.sizes[tensor.name] = self.sizes[old]

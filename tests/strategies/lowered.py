@@ -39,10 +39,9 @@ class Lowered(Operators):
     def m_group_norm(self) -> None:
         x = self.tensor(3, 4)
         groups = self.rng.choice([g for g in (1, 2, 3, 4, x.shape[1]) if g and x.shape[1] % g == 0] or [0])
-        if self.opset < 18 or not groups or 0 in x.shape:
+        if self.opset < 21 or not groups or 0 in x.shape:
             raise UnfitError("no GroupNormalization")
-        count = x.shape[1] if self.opset >= 21 else groups
-        numbers = [self.constant(self.numbers.normal(size=count)) for _ in range(2)]
+        numbers = [self.constant(self.numbers.normal(size=x.shape[1])) for _ in range(2)]
         name = self.raw_node("GroupNormalization", [x.name, *numbers], num_groups=groups, epsilon=0.01)
         self.pool.append(type(x)(name, x.shape))
         self.affine(self.pool[-1])

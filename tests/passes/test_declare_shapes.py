@@ -1,0 +1,65 @@
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from helpers import eager, normal, ops, parse, reasons, run
+
+from pwopt.graph.shapes import read_dims
+from pwopt.passes import DeclareShapes
+
+HEAD = "(float[N,4,H,W] x) => (float[A,B,C,D] y) "
+BLOCK = "a = Conv<pads=[1,1,1,1]>(x, w) b = Relu(a) c = Conv<pads=[1,1,1,1]>(b, w) d = Add(c, a) y = Neg(d)"
+WEIGHT = normal(4, 4, 3, 3, dtype=np.float32)
+
+
+def declared(model: onnx.ModelProto) -> dict[str, object]:
+    return {v.name: read_dims(v.type) for v in model.graph.value_info}
+
+
+def test_summands_and_sums_behind_convolutions_are_declared() -> None:
+    model = parse(f"{HEAD} {{ {BLOCK} }}", w=WEIGHT)
+    result, outcome, _ = run(model, eager(DeclareShapes))
+    assert declared(result) == dict.fromkeys("acd", ("N", 4, "H", "W"))
+    assert list(result.graph.node) == list(model.graph.node)
+    (rewrite,) = outcome.rewrites
+    assert rewrite.signature == "declared shapes: sums behind convolutions"
+    assert rewrite.certificate is not None
+    assert rewrite.certificate.passed
+    assert run(result, eager(DeclareShapes))[0] is result  # what is declared is not declared again
+
+
+def test_unequal_shapes_are_not_declared() -> None:
+    body = "a = Conv<pads=[1,1,1,1]>(x, w) p = GlobalAveragePool(a) d = Add(a, p) y = Neg(d)"
+    model = parse(f"{HEAD} {{ {body} }}", w=WEIGHT)
+    assert run(model, eager(DeclareShapes))[0] is model
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        f"(float[2,4,8,8] x) => (float[A,B,C,D] y) {{ {BLOCK} }}",  # inference knows static shapes
+        f"(float[N,4,8,8] x) => (float[A,B,C,D] y) {{ {BLOCK} }}",
+        HEAD + "{ a = MaxPool<kernel_shape=[3,3]>(x) b = Relu(a) d = Add(a, b) y = Neg(d) }",
+        HEAD + "{ a = MaxPool<kernel_shape=[3,3]>(x) s = Softmax<axis=1>(a) y = Neg(s) }",  # of unknown size
+    ],
+)
+def test_nothing_else_is_declared(text: str) -> None:
+    model = parse(text, **({"w": WEIGHT} if "w)" in text else {}))
+    assert run(model, eager(DeclareShapes))[0] is model
+
+
+def test_a_large_softmax_is_declared() -> None:
+    body = "a = MaxPool<kernel_shape=[3,3]>(x) b = Relu(a) s = Softmax<axis=1>(b) y = Neg(s)"
+    model = parse(f"{HEAD} {{ {body} }}")
+    assert run(model, eager(DeclareShapes))[0] is model
+    result, _, _ = run(model, eager(DeclareShapes), sizes={"s": (1, 4, 128, 128)})
+    assert set(declared(result)) == {"b", "s"}
+    assert ops(result) == ops(model)
+
+
+def test_it_waits_for_a_race() -> None:
+    model = parse(f"{HEAD} {{ {BLOCK} }}", w=WEIGHT)
+    result, outcome, _ = run(model, DeclareShapes())
+    assert result is model
+    assert "only measuring can tell" in reasons(outcome)[0]
