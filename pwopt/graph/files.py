@@ -19,6 +19,7 @@ from pwopt.graph.model import OVERRIDABLE_SINCE_IR, Model, StoredValues, read_de
 from pwopt.graph.model import declare as declare
 from pwopt.graph.model import snapshot as snapshot
 from pwopt.graph.references import names_in_annotations, names_in_training
+from pwopt.graph.repetitions import drop_repetitions
 from pwopt.graph.shapes import Shape, as_fixed, find_objection, infer
 from pwopt.graph.sources import Source as Source
 from pwopt.graph.sources import unwrap
@@ -69,6 +70,7 @@ def load(source: Source) -> Model:
         proto = _read(given)
         folder = find_data_folder(proto, given)
         target = Path(os.path.realpath(given)).parent
+    proto = drop_repetitions(proto)
     _check(proto)
     check_external(proto, folder, target)
     with blame_model(proto):
@@ -106,8 +108,8 @@ def _read(path: Path) -> onnx.ModelProto:
         raise ModelError(f"{str(path)!r} is not an ONNX model ({error}); export it again") from error
     except OSError as error:
         raise ModelError(f"{str(path)!r} cannot be read: {error.strerror}") from error
-    if not proto.HasField("graph") or not proto.graph.output:
-        raise ModelError(f"{str(path)!r} is not an ONNX model (it has no graph with outputs); export it again")
+    if not proto.HasField("graph"):
+        raise ModelError(f"{str(path)!r} is not an ONNX model (it has no graph); export it again")
     return proto
 
 
@@ -115,14 +117,16 @@ def _check(proto: onnx.ModelProto) -> None:
     """Check versions, single assignment and defined inputs. The runtime checks the rest."""
     newest = onnx.defs.onnx_opset_version()
     opsets = [o.version for o in proto.opset_import if o.domain in ("", "ai.onnx")]
-    if len(set(opsets)) > 1 or (not proto.opset_import and proto.ir_version >= OPSETS_SINCE_IR):
-        raise ModelError(f"the model names {len(set(opsets)) or 'no'} opsets of ONNX, not one; export it again")
+    if not proto.opset_import and proto.ir_version >= OPSETS_SINCE_IR:
+        raise ModelError("the model names no opset of ONNX; export it again")
     if opsets and not 1 <= opsets[0] <= newest:
         raise ModelError(f"the model uses opset {opsets[0]}, and the installed onnx knows 1 to {newest}; upgrade onnx")
     if not 1 <= proto.ir_version <= onnx.IR_VERSION:
         known_versions = f"the installed onnx knows 1 to {onnx.IR_VERSION}"
         raise ModelError(f"the model has IR version {proto.ir_version}, and {known_versions}; upgrade onnx")
     graph = proto.graph
+    if not graph.output:
+        raise ModelError("the model has no outputs, so nothing that it computes can be used; export it with outputs")
     for group in (graph.initializer, graph.input):
         names = [v.name for v in group]
         if len(set(names)) < len(names):

@@ -50,7 +50,7 @@ Asinh                      same-shape keeps-zero foldable
 Atan                       same-shape keeps-zero foldable
 Atanh                      same-shape keeps-zero foldable
 AveragePool                pools sums keeps-zero bounded whole-blocks foldable
-BatchNormalization         sums bias=2 keeps-zero bounded
+BatchNormalization         same-shape sums bias=2 keeps-zero bounded
 Bernoulli                  random tells-zero
 BitShift                   foldable
 BitwiseAnd                 foldable

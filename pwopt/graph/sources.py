@@ -39,8 +39,8 @@ def unwrap(source: Source) -> Path | onnx.ModelProto | Model:
             read: onnx.ModelProto = onnx.ModelProto.FromString(bytes(source))
         except DecodeError as error:
             raise ModelError(f"the bytes are not an ONNX model ({error}); export it again") from error
-        if not read.HasField("graph") or not read.graph.output:
-            raise ModelError("the bytes are not an ONNX model (it has no graph with outputs); export it again")
+        if not read.HasField("graph"):
+            raise ModelError("the bytes are not an ONNX model (it has no graph); export it again")
         return read
     ir = sys.modules.get("onnx_ir")
     offered: object = ir.to_proto(source) if ir is not None and isinstance(source, ir.Model) else None

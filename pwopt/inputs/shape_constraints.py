@@ -165,9 +165,13 @@ def integer_attributes(node: onnx.NodeProto) -> dict[str, Any]:
 def find_rank(model: onnx.ModelProto, name: str) -> tuple[int, str] | None:
     """Find how many axes an input has, by the nodes that read it, and the operator that says so; None if none does."""
     constants = Constants(model)
+    types = infer(model)
     likely: tuple[int, str] | None = None
     for node, index in find_uses(model, name, SAME_SHAPE | BROADCASTING_OPERATORS):
         count, certain = _rank_from(node, index, constants)
+        if not count and node.op_type in BROADCASTING_OPERATORS:  # the rank of the others is always valid
+            others = [types.get(n, (0, None))[1] for i, n in enumerate(node.input) if i != index]
+            count = max((len(shape) for shape in others if shape is not None), default=0)
         if count and certain:
             return count, node.op_type
         if count and likely is None:
@@ -191,7 +195,8 @@ def _rank_from(node: onnx.NodeProto, index: int, constants: Constants) -> tuple[
         return 3, True
     if node.op_type == "Gemm" and index < 2:
         return 2, True
-    if (node.op_type == "MatMul" and weights) or (node.op_type == "Gather" and index == 1):
+    left = constants.shape(node.input[0]) if node.op_type == "MatMul" and index == 1 else None
+    if (node.op_type == "MatMul" and (weights or left)) or (node.op_type == "Gather" and index == 1):
         return 2, False
     return 0, False
 
