@@ -23,8 +23,8 @@ def drop_repetitions(proto: onnx.ModelProto) -> onnx.ModelProto:
     constants = [n.output[0] for n in graph.node if _is_constant(n)]
     names = Counter([t.name for t in graph.initializer] + constants)
     repeated = {name for name, count in names.items() if count > 1}
-    opsets = [o for o in proto.opset_import if o.domain in STANDARD]
-    if not repeated and len(opsets) < 2:
+    opsets = {o.version for o in proto.opset_import if o.domain in STANDARD}
+    if not repeated and len(opsets) <= 1:
         return proto
     result = onnx.ModelProto()
     result.CopyFrom(proto)
