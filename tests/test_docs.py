@@ -18,9 +18,11 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
 
+import numpy as np
+import onnx
 import pytest
 import typer
-from helpers import parse
+from helpers import normal, parse
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
@@ -107,6 +109,24 @@ def test_recipes_work(shell: Callable[[str], str]) -> None:
     assert len(blocks) > 5
     for block in blocks:
         shell(block)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the commands are for a POSIX shell")
+def test_quickstart_prints_what_it_shows(shell: Callable[[str], str], tmp_path: Path) -> None:
+    """The model is the one that torch exports there, with names of our own."""
+    pytest.importorskip("onnxruntime")
+    body = """(float[1,3,224,224] x) => (float[1,16,224,224] y) {
+        a = Conv(x, w, b) n = BatchNormalization(a, s, t, m, v) c = Conv(n, u, d) y = Relu(c) }"""
+    b, s, t, m, d = (normal(count, seed=i, dtype=np.float32) for i, count in enumerate((32, 32, 32, 32, 16)))
+    w, u = normal(32, 3, 1, 1, dtype=np.float32), normal(16, 32, 1, 1, dtype=np.float32)
+    onnx.save(parse(body, w=w, u=u, b=b, s=s, t=t, m=m, d=d, v=np.abs(t) + 1), tmp_path / "model.onnx")
+    page = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    shown = [block.partition("\n") for block in re.findall(r"```console\n\$ (.*?)```", page, re.S)]
+    compared = [(command, output) for command, _, output in shown if output and not output.startswith("$")]
+    assert len(compared) == 2
+    for command, output in compared:
+        printed, expected = (" ".join(re.sub(r"\de-\d\d", "…", text).split()) for text in (shell(command), output))
+        assert printed == expected
 
 
 def test_own_rewrites_work() -> None:
