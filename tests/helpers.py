@@ -77,11 +77,13 @@ def run(model: onnx.ModelProto, *passes: Pass, **options: object) -> tuple[onnx.
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, race: Callable[..., object]) -> None:
-    """Let a function say what races say, of (arena, models, …), and profiles say nothing."""
+    """Let a function say what races say, of (environment, models, …), and profiles say nothing; pages have one size."""
+    from pwopt.running import huge_pages
     from pwopt.selecting.environment import Environment
     from pwopt.selecting.rewrite_selection import RacingEvaluator
 
     monkeypatch.setattr(Environment, "race", race)
+    monkeypatch.setattr(huge_pages, "system_mode", lambda: "")
     monkeypatch.setattr(RacingEvaluator, "estimate", lambda *_: {})
 
 

@@ -52,7 +52,8 @@ def bench(
             seconds=seconds, progress=progress,
         )  # fmt: skip
     render_benchmark(rows, open_console(quiet=quiet or json))
-    content = format_benchmark_json(rows, installation.describe_machine(placed, threads))
+    environment = installation.describe_machine(placed, threads) | {"huge_pages_mb": rows[0].huge_pages_mb}
+    content = format_benchmark_json(rows, environment)
     write_text(report, content)
     if json:
         print_json(content)

@@ -90,19 +90,34 @@ def _print_row(row: BatchRow, console: Console) -> None:
     """Print the result of one model on one line, and below it why it is not faster, if it is not."""
     from rich.padding import Padding
 
-    from pwopt.reporting.text import escape_text
+    from pwopt.reporting.text import escape_text, is_vague
 
     name = escape_text(Path(row.model).name)
     if row.status == "failed":
         console.print(f"[red]failed[/red]     {name}: {escape_text(row.sentence)}", soft_wrap=True)
         return
-    faster = "           " if row.speedup is None else f"{row.speedup:5.2f}× [dim]±{_half_interval(row):4.2f}[/dim]"
+    faster = " " * 12
+    if row.speedup is not None and row.low != row.high and is_vague(row.low or 0.0, row.high or 0.0):
+        faster = f"{'unclear':<12}"
+    elif row.speedup is not None:
+        faster = f"{row.speedup:5.2f}× [dim]±{_half_interval(row):4.2f}[/dim]"
+    faster += _format_ratio("with pages of 4 KiB", row.small_pages) + _format_ratio("session creation", row.start)
     nodes = f"{row.nodes[0]:>6,} → {row.nodes[1]:<6,}"
     colour = "green" if row.status == "done" else "dim"
     took = f"{row.seconds:5.0f} s"
     console.print(f"[{colour}]{row.status:<9}[/{colour}]  {faster}  {nodes} {took}  {name}", soft_wrap=True)
-    if row.sentence and (row.low is None or row.low <= 1):
+    if row.sentence and not row.faster:
         console.print(Padding(f"[dim]{escape_text(row.sentence)}[/dim]", (0, 0, 0, 11)))
+
+
+def _format_ratio(label: str, measured: tuple[float, float, float] | None) -> str:
+    """Format another ratio of a row, without its interval; "" if it was not measured."""
+    from pwopt.reporting.text import is_vague
+
+    if measured is None:
+        return ""
+    ratio, low, high = measured
+    return f"  [dim]{label}[/dim] {'unclear' if low != high and is_vague(low, high) else f'{ratio:.2f}×'}"
 
 
 def _half_interval(row: BatchRow) -> float:

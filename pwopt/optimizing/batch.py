@@ -77,6 +77,13 @@ class BatchRow:
         The exit code of `pwopt optimize` for this model alone.
     speedup, low, high : float or None
         None if nothing was measured.
+    faster : bool
+        Whether that is clear (`Latency.faster`).
+    small_pages : tuple of float, or None
+        The speed-up with pages of 4 KiB, and both ends of its interval; None where programs cannot choose. Then
+        `speedup` was measured with huge pages.
+    start : tuple of float, or None
+        The time to create a session of the original over that of the result, and both ends of its interval.
     nodes, macs : (int, int)
         Before and after.
     seconds : float
@@ -98,6 +105,9 @@ class BatchRow:
     seconds: float = 0.0
     key: str = ""
     written: str = ""
+    faster: bool = False
+    small_pages: tuple[float, float, float] | None = None
+    start: tuple[float, float, float] | None = None
 
 
 @dataclass(frozen=True)
@@ -328,7 +338,14 @@ def summarize(row: BatchRow, report: Report) -> BatchRow:
     """Add the figures of a report to a row."""
     a, b, t = report.before, report.after, report.latency
     row = replace(row, nodes=(a.nodes, b.nodes), macs=(a.macs, b.macs), sentence=" ".join(report.notes))
-    return row if t is None else replace(row, speedup=t.speedup, low=t.interval[0], high=t.interval[1])
+    if t is None:
+        return row
+    small = next((c.latency for c in report.conditions if c.small_pages), None)
+    return replace(
+        row, speedup=t.speedup, low=t.interval[0], high=t.interval[1], faster=t.faster,
+        small_pages=None if small is None else (small.speedup, *small.interval),
+        start=None if t.start is None else (t.start.speedup, *t.start.interval),
+    )  # fmt: skip
 
 
 def render_page(report: Report) -> str:

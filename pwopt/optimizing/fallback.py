@@ -29,7 +29,8 @@ def choose_result(
     done : Attempt
         With all rewrites that were selected.
     try_unmeasured : callable
-        Returns an attempt without the measured rewrites; None if it has none, or if there is no time for it.
+        Returns an attempt without the measured rewrites, not raced if there is no time for that; None if there are
+        no measured rewrites.
     original : onnx.ModelProto
     insists : str
         The option because of which the result is returned though it is slower, else "".

@@ -175,10 +175,12 @@ def _finish(attempts: Attempts, compilation: Compilation) -> Attempt:
     done = attempts.run(compilation)
 
     def try_unmeasured() -> Attempt | None:
-        if not attempts.budget.allows_retry or measured.isdisjoint(r.pass_name for r in done.report.rewrites):
+        if measured.isdisjoint(r.pass_name for r in done.report.rewrites):
             return None
-        selection = replace(attempts.selection, allowed=frozenset())
-        return replace(attempts, selection=selection).run(compilation)
+        unmeasured = replace(attempts, selection=replace(attempts.selection, allowed=frozenset()))
+        if not attempts.budget.allows_retry:  # verified without a race
+            unmeasured = replace(unmeasured, request=replace(attempts.request, cost="analytic"))
+        return unmeasured.run(compilation)
 
     result = choose_result(done, try_unmeasured, attempts.problem.source.proto, attempts.request.insists)
     return result.add_notes(*attempts.problem.why)

@@ -24,8 +24,11 @@ from pwopt.reporting.text import (
     FIGURE_LABELS,
     format_figures,
     format_huge_pages,
+    format_interval,
+    format_ratio,
     format_speedup,
     generalize,
+    is_vague,
     list_start_rows,
     sanitize,
 )
@@ -124,6 +127,7 @@ def load_templates(kind: str) -> Any:
         svg=jinja2.utils.markupsafe.Markup if html else str,
     )  # fmt: skip
     environment.globals.update(draw=draw, wire=wire, BOX_WIDTH=BOX_WIDTH, BOX_HEIGHT=BOX_HEIGHT)
+    environment.globals.update(interval=format_interval, ratio_of=format_ratio, is_vague=is_vague)
     return environment
 
 

@@ -35,7 +35,9 @@ def render_index(rows: Sequence[Any], folder: Path) -> str:
             most=max([1.0, *measured]),
             mean=exp(sum(map(log, measured)) / len(measured)) if measured else None,
             measured=len(measured),
-            faster=sum(s > 1 for s in measured),
+            faster=sum(r.faster for r in rows),
+            pages=any(r.small_pages for r in shown),
+            starts=any(r.start for r in shown),
         )
     )
     return text

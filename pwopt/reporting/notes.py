@@ -13,6 +13,7 @@ from pwopt.graph.operators import QUANTISED
 from pwopt.graph.shapes import Shape, format_shape
 from pwopt.graph.storage import count_bytes
 from pwopt.reporting.report import ConditionLatency, Latency, Report
+from pwopt.reporting.text import format_ratio
 from pwopt.rewriting.records import Rewrite, Site
 from pwopt.rewriting.wording import format_count
 from pwopt.selecting.autotuning import BUSY, Decision, Group
@@ -212,7 +213,8 @@ def explain_verdict(report: Report) -> Iterator[str]:
     else:
         yield (
             f"Whether it is faster is not clear {figures}{also}. The rewrites are kept, because each saves operators "
-            "or work; a larger --budget, or a quieter machine, measures more precisely."
+            "or work, and those that only measurements can justify are left out. A larger --budget, or a quieter "
+            "machine, measures more precisely."
         )
 
 
@@ -253,4 +255,8 @@ def compare_with_original(latency: Latency, elsewhere: ConditionLatency | None) 
 
 
 def within(latency: Latency) -> str:
-    return f" ({latency.speedup:.3f}× [{latency.interval[0]:.3f}, {latency.interval[1]:.3f}])"
+    """Format the speed-up with its interval, and that of a copy of the original where it hides the difference."""
+    low, high = latency.interval
+    hidden = (low > 1 and not latency.faster) or (high < 1 and not latency.slower and not latency.same)
+    copy = f"; a copy of the original {latency.control:.3f}×" if hidden and latency.control is not None else ""
+    return f" ({format_ratio(latency.speedup, low, high, digits=3)}{copy})"

@@ -25,6 +25,7 @@ from pwopt.reporting.text import (
     escape_text,
     format_figures,
     format_huge_pages,
+    format_ratio,
     format_speedup,
     generalize,
     list_start_rows,
@@ -74,7 +75,8 @@ def render(report: Report, console: Console, details: bool = False) -> None:
     _show(_cost_table(report), console)
     render_sizes(report.shapes, console)
     if report.huge_pages is not None:
-        console.print(escape(format_huge_pages(report.huge_pages)), soft_wrap=True)
+        noise = 1.0 if report.latency is None else report.latency.noise
+        console.print(escape(format_huge_pages(report.huge_pages, noise)), soft_wrap=True)
     if report.equivalence is not None:
         render_equivalence(report.equivalence, console)
     _render_rewrites(report, console)
@@ -333,15 +335,15 @@ def _format_memory(row: Row) -> str:
 def render_benchmark(rows: Sequence[Row], console: Console) -> None:
     """Print one row per model with its times, one with its costs to start, and its slowest operators."""
     times = _table("model", "input", "median", "minimum", "ratio [99 %]")
-    costs = _table("model", "input", "load", "first run", "memory", "layout changes")
+    costs = _table("model", "input", "load", "session creation [99 %]", "first run", "memory", "layout changes")
     for row in rows:
-        low, high = row.interval
         name = escape_text(Path(row.model).name)
         shapes = " ".join(f"{escape_text(x)} {format_shape(shape)}" for x, shape in row.shapes.items())
-        ratio = escape(f"{row.ratio:.3f} [{low:.3f}, {high:.3f}]")
+        ratio = escape(format_ratio(row.ratio, *row.interval, digits=3))
         times.add_row(name, shapes, f"{row.median_ms:.2f} ms", f"{row.minimum_ms:.2f} ms", ratio)
         load, first = f"{row.session_ms:.0f} ms", f"{row.first_run_ms:.1f} ms"
-        costs.add_row(name, shapes, load, first, _format_memory(row), f"{row.layout_share:.1%}")
+        start = escape(format_ratio(*row.start))
+        costs.add_row(name, shapes, load, start, first, _format_memory(row), f"{row.layout_share:.1%}")
     _show(times, console)
     _show(costs, console)
     for row in rows:
@@ -355,7 +357,8 @@ def render_benchmark(rows: Sequence[Row], console: Console) -> None:
         if row is base:
             console.print(_control_line(row), style="dim", soft_wrap=True)
         if row.huge_pages is not None:
-            console.print(escape(format_huge_pages(row.huge_pages)), soft_wrap=True)
+            noise = max(row.control[0], 1 / row.control[0])
+            console.print(escape(format_huge_pages(row.huge_pages, noise)), soft_wrap=True)
         if row.elsewhere:
             console.print(f"[yellow]{escape_text(row.model)}: {row.elsewhere} nodes ran on another provider[/yellow]")
 

@@ -58,29 +58,47 @@ SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")
 VAGUE_FACTOR = 1.5
 #: An interval whose ends differ by more than this factor says nothing.
 MEANINGLESS_FACTOR = 100.0
+#: An end of an interval from which on it is only called larger, since so wide an interval carries no information.
+UNBOUNDED = 100.0
+
+
+def is_vague(low: float, high: float) -> bool:
+    """Whether an interval is too wide for its ratio to be of use."""
+    return not high <= VAGUE_FACTOR * low
+
+
+def format_interval(low: float, high: float, digits: int = 2) -> str:
+    """Format the ends of the interval of a ratio."""
+    return f"[{low:.{digits}f}, {f'{high:.{digits}f}' if high < UNBOUNDED else f'over {UNBOUNDED:.0f}'}]"
+
+
+def format_ratio(ratio: float, low: float, high: float, digits: int = 2) -> str:
+    """Format a ratio with its interval; "unclear" instead of one that says little."""
+    if high > MEANINGLESS_FACTOR * low:
+        return "unclear"
+    shown = "unclear" if is_vague(low, high) else f"{ratio:.{digits}f}×"
+    return f"{shown} {format_interval(low, high, digits)}"
 
 
 def format_speedup(measured: Latency | Start) -> str:
-    """Format a speed-up with its interval; "unclear" instead of one that says little."""
-    ratio, (low, high) = measured.speedup, measured.interval
-    if low == high:
-        return f"{ratio:.2f}×"
-    if high > MEANINGLESS_FACTOR * low:
-        return "unclear"
-    shown = "unclear" if high > VAGUE_FACTOR * low else f"{ratio:.2f}×"
-    return f"{shown} [{low:.2f}, {high:.2f}]"
+    """Format a speed-up with its interval, unless that is a point; "unclear" instead of one that says little."""
+    low, high = measured.interval
+    return f"{measured.speedup:.2f}×" if low == high else format_ratio(measured.speedup, low, high)
 
 
-def format_huge_pages(gain: tuple[float, float, float]) -> str:
+def format_huge_pages(gain: tuple[float, float, float], noise: float = 1.0) -> str:
     """Say in one line what huge pages bring, and how to get them.
 
     Parameters
     ----------
     gain : tuple of float
         The time with pages of 4 KiB over the time with huge pages, and both ends of its interval.
+    noise : float
+        What a copy of the original reached, at least 1. A gain is clear only beyond that.
     """
     ratio, low, high = gain
-    found = f"{ratio:.2f}× as fast [{low:.2f}, {high:.2f}]" if low > 1 else f"no clear gain [{low:.2f}, {high:.2f}]"
+    found = f"{ratio:.2f}× as fast" if low > noise else "no clear gain"
+    found += f" {format_interval(low, high)}"
     return (
         f"Huge pages instead of pages of 4 KiB: {found}. GLIBC_TUNABLES=glibc.malloc.hugetlb=1 in the environment, or "
         "pwopt.use_huge_pages() after the first run, switches them on."

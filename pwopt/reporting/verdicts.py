@@ -8,8 +8,8 @@ import numpy as np
 
 from pwopt.evidence.equivalence import Equivalence
 from pwopt.maps.cost import Cost
-from pwopt.reporting.report import Report
-from pwopt.reporting.text import SUPERSCRIPTS
+from pwopt.reporting.report import Latency, Report
+from pwopt.reporting.text import SUPERSCRIPTS, format_interval, is_vague
 
 
 def format_scientific(text: str) -> str:
@@ -43,11 +43,7 @@ def list_claims(equivalence: Equivalence | None, report: Report | None) -> list[
     """List the main figures, each with its description."""
     found = []
     if report is not None and report.latency is not None:
-        t = report.latency
-        measured = f"as fast, 99 % interval {t.interval[0]:.2f} to {t.interval[1]:.2f}"
-        found.append(
-            (f"{t.speedup:.2f}×", measured if report.candidate is None else "as fast, because the original is returned")
-        )
+        found.append(_claim_speedup(report.latency, returned=report.candidate is None))
     saved = report.before.change(report.after) if report is not None else None
     if saved is not None:
         found.append((format_percent(saved), "multiply-adds"))
@@ -61,6 +57,21 @@ def list_claims(equivalence: Equivalence | None, report: Report | None) -> list[
             (format_scientific(f"{worst.max_abs:.2g}"), f"largest deviation; noise floor of the original: {noise}")
         )
     return found
+
+
+def _claim_speedup(t: Latency, *, returned: bool) -> tuple[str, str]:
+    """State the speed-up; not as a figure if its interval is too wide."""
+    interval = "99 % interval {} to {}".format(*format_interval(*t.interval).strip("[]").split(", "))
+    if not returned:
+        return f"{t.speedup:.2f}×", "as fast, because the original is returned"
+    if is_vague(*t.interval):
+        return "unclear", f"how fast, because measurements varied too much: {interval}"
+    if t.interval[0] > 1 and not t.faster:
+        return (
+            f"{t.speedup:.2f}×",
+            f"as fast, {interval}: not clear, since a copy of the original reached {t.control:.2f}×",
+        )
+    return f"{t.speedup:.2f}×", f"as fast, {interval}"
 
 
 def list_costs(report: Report) -> list[tuple[str, str, str, str]]:

@@ -72,7 +72,12 @@ class Row:
         What a copy of the first model reached in the same race: its ratio, and both ends of the interval.
     huge_pages : tuple of float, or None
         Of a single model: its time with pages of 4 KiB over its time with huge pages, and both ends of the interval.
-        None where the system gives none, and on other providers than the CPU.
+        None where programs cannot choose, and on other providers than the CPU.
+    start : tuple of float
+        The first model's time to create a session over this one's, in processor time, the geometric mean over pairs of
+        fresh sessions; and both ends of the interval.
+    huge_pages_mb : float or None
+        How many megabytes of the process that raced the models lay in huge pages; None on other systems than Linux.
     """
 
     model: str
@@ -90,6 +95,8 @@ class Row:
     elsewhere: int
     control: tuple[float, float, float] = (1.0, 1.0, 1.0)
     huge_pages: tuple[float, float, float] | None = None
+    start: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    huge_pages_mb: float | None = None
 
 
 def benchmark(
@@ -173,10 +180,12 @@ def _race_models(
     feeds = draw_feeds(specs, sizes)
     with timing.exclusive(), contextlib.closing(Worker(paths[0], provider, threads, feeds)) as worker:
         race = _race_in(worker, [*paths, paths[0]], provider, threads, feeds, seconds, progress)
+        held = worker.huge_bytes if worker.ready else huge_pages.held_bytes()
+    held_mb = held / 1e6 if huge_pages.system_mode() else None
     rows = []
     for i, path in enumerate(paths):
         progress(f"profiling {path.name}", i / len(paths))
-        rows.append(_measure_model(path, i, race, provider, threads, sizes, feeds))
+        rows.append(replace(_measure_model(path, i, race, provider, threads, sizes, feeds), huge_pages_mb=held_mb))
     if len(rows) == 1:
         rows = [replace(rows[0], huge_pages=_huge_pages_gain(paths[0], provider, threads, feeds, seconds, progress))]
     return rows
@@ -186,7 +195,7 @@ def _race_in(
     worker: Worker, paths: Sequence[Path], provider: Provider, threads: int, feeds: Feeds, seconds: float,
     progress: Progress,
 ) -> timing.Race:  # fmt: skip
-    """A race in a process with huge pages, or in this one where no other can be started."""
+    """Race models in a process with huge pages, or in this one if no other can be started."""
     if not worker.ready:
         openers = [functools.partial(Session, p, provider, threads, tf32=True) for p in paths]
         return timing.race(openers, feeds, seconds, progress)
@@ -203,7 +212,7 @@ def _race_in(
 def _huge_pages_gain(
     path: Path, provider: Provider, threads: int, feeds: Feeds, seconds: float, progress: Progress
 ) -> tuple[float, float, float] | None:
-    """The time of a model with pages of 4 KiB over its time with huge pages, with the interval.
+    """Divide the time of a model with pages of 4 KiB by its time with huge pages, with the interval.
 
     Two processes, one with huge pages and one without, time the model in turn, in fresh sessions.
     """
@@ -277,7 +286,16 @@ def _measure_model(
         sum(ms for op, ms in operators.items() if op in LAYOUT) / total if total else 0.0,
         sum(map(len, nodes_elsewhere(placed, provider).values())),
         (race.speedup(-1), *race.interval(-1)),
+        start=_compare_starts(race, index),
     )
+
+
+def _compare_starts(race: timing.Race, i: int) -> tuple[float, float, float]:
+    """Divide the first model's time to create a session by that of model `i`, with the interval."""
+    if i == 0 or not race.pairs[0].creation:
+        return 1.0, 1.0, 1.0
+    evidence = timing.Evidence.from_logs(race.creation_logs(i))
+    return evidence.speedup, *evidence.interval()
 
 
 def time_nodes(

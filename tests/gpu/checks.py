@@ -213,6 +213,7 @@ def _optimise(name: str, batch: int) -> Check:
             low, high = latency.interval
             found["latency"] = f"{latency.before_ms:.3f} → {latency.after_ms:.3f} ms"
             found["ratio"] = f"{latency.speedup:.3f} [{low:.3f}, {high:.3f}]"
+            found["copy"], found["faster"] = f"{latency.control:.3f}", latency.faster
             returned = bool(done.rewrites)
             require(high >= 1.0 or not returned, f"a slower model was returned: {found['ratio']}")
         return found

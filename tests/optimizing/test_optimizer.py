@@ -21,6 +21,7 @@ from pwopt.evidence.certify import skip_certificate
 from pwopt.graph.files import load
 from pwopt.maps.cost import Cost
 from pwopt.optimizing import attempt, preparation
+from pwopt.optimizing.budget import Budget
 from pwopt.reporting import notes
 from pwopt.reporting.document import render_document
 from pwopt.reporting.report import Latency, Report
@@ -187,6 +188,30 @@ def test_measured_rewrites_must_be_faster_in_the_whole_model(monkeypatch: pytest
     assert dropped.reason.startswith("measured no faster beyond doubt in the whole model (1.000× [1.000, 1.000])")
     assert "detour the model was measured no faster beyond doubt" in " ".join(result.report.notes)
     assert next(whole, None) is None
+
+
+@pytest.mark.parametrize("retry", [True, False])
+def test_measured_rewrites_must_be_faster_than_a_copy(retry: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A copy of the original as fast as the result means that the clock saw nothing, also if the budget is spent."""
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(Detour, "policy", "measured")
+    monkeypatch.setattr(pass_list, "PASSES", (*pass_list.PASSES, Detour))
+    monkeypatch.setattr(Budget, "allows_retry", retry)
+    finals = []
+
+    def race(self: object, models: list[Path], *_: object, **__: object) -> Race:
+        if len(models) < 3:
+            return planted_race(np.full(20, 2.0), np.full(20, 1.0))
+        finals.append(models)
+        return planted_race(np.full(20, 1.2), np.full(20, 1.0), np.full(20, 0.99))
+
+    plant(monkeypatch, race)
+    result = pwopt.optimize(CHAIN, threads=1, cache=False)
+    assert ops(result.model) == FOLDED
+    assert "detour" not in {r.pass_name for r in result.report.rewrites}
+    assert "(1.200× [1.200, 1.200]; a copy of the original 1.212×)" in " ".join(result.report.notes)
+    assert len(finals) == (2 if retry else 1)
+    assert (result.report.latency is None) is not retry
 
 
 @pytest.mark.parametrize("error", [UsageError("it does not run there"), FileNotFoundError("no python")])

@@ -48,7 +48,6 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[Speed], None]:
 
         plant(monkeypatch, race)
         monkeypatch.setattr(other_conditions, "usual_threads", lambda: 4)
-        monkeypatch.setattr(huge_pages, "system_mode", lambda: "")
 
     return install
 

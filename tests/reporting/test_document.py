@@ -38,6 +38,7 @@ from pwopt.reporting.drawing import BOX_WIDTH, MAX_BOXES, draw
 from pwopt.reporting.formats import parse_format
 from pwopt.reporting.index import render_index as index_page
 from pwopt.reporting.report import LAYOUT_CHANGES, Comparison, Layer, Report, to_json
+from pwopt.reporting.text import format_ratio
 from pwopt.reporting.verdicts import format_scientific
 from pwopt.running.installation import describe_machine
 from pwopt.selecting.weight_properties import properties
@@ -134,7 +135,7 @@ def test_the_page_says_what_happened(report: Report, page: str) -> None:
     assert "A(Wx + b) = (AW)x + Ab" in text
     assert "pwopt optimize 'a <b>.onnx'" in text
     assert report.latency is not None
-    assert f"{report.latency.speedup:.2f}× [{report.latency.interval[0]:.2f}, {report.latency.interval[1]:.2f}]" in text
+    assert format_ratio(report.latency.speedup, *report.latency.interval) in text
     assert "Where the time goes" in text
     assert {"details", "svg", "table"} <= set(Elements(page).tags)
     for key in ("onnxruntime", "numpy", "cpu"):
@@ -455,6 +456,26 @@ def test_the_index_over_many_models(tmp_path: Path) -> None:
     assert (
         said.index("it is not a model") < said.index("2.00×") < said.index("Little was gained.") < said.index("1.02×")
     )
+
+
+def test_the_index_shows_page_sizes_start_up_and_what_is_clear(tmp_path: Path) -> None:
+    figures = {"nodes": (20, 15), "macs": (2, 1)}
+    clear = BatchRow("a.onnx", "a.onnx", "done", "", 0, 1.5, 1.4, 1.6, **figures, faster=True)
+    rows = [
+        replace(clear, small_pages=(1.31, 1.25, 1.37), start=(1.97, 1.9, 2.05)),
+        BatchRow("b.onnx", "b.onnx", "done", "", 0, 3.69, 1.31, 10.4, **figures),
+    ]
+    said = " ".join(Elements(index_page(rows, tmp_path)).text.split())
+    assert "speed-up, huge pages" in said
+    assert "pages of 4 KiB" in said
+    assert "1 of 2clearly faster than the original" in said
+    assert "1.31×[1.25, 1.37]" in said
+    assert "1.97×[1.90, 2.05]" in said
+    assert "unclear[1.31, 10.40]" in said
+    assert "3.69" not in said
+    plain = " ".join(Elements(index_page([clear], tmp_path)).text.split())
+    assert "pages" not in plain
+    assert "session creation" not in plain
 
 
 def test_a_notebook_shows_the_top(report: Report) -> None:

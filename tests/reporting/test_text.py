@@ -2,8 +2,14 @@
 
 from __future__ import annotations
 
-from pwopt.reporting.report import Latency, Start
-from pwopt.reporting.text import format_speedup, list_start_rows
+from dataclasses import replace
+
+import pytest
+
+from pwopt.reporting.notes import within
+from pwopt.reporting.report import Latency, Report, Start
+from pwopt.reporting.text import format_huge_pages, format_ratio, format_speedup, list_start_rows
+from pwopt.reporting.verdicts import list_claims
 
 
 def latency(low: float, high: float, start: Start | None = None) -> Latency:
@@ -15,6 +21,46 @@ def test_a_speed_up_that_says_little_is_called_unclear() -> None:
     assert format_speedup(latency(1.31, 10.4)) == "unclear [1.31, 10.40]"
     assert format_speedup(latency(0.0, 86871117.97)) == "unclear"
     assert format_speedup(latency(2.0, 2.0)) == "2.00×"
+    assert format_ratio(30.0, 1.5, 120.0) == "unclear [1.50, over 100]"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "copy", "claim"),
+    [
+        (1.9, 2.1, 1.01, ("2.00×", "as fast, 99 % interval 1.90 to 2.10")),
+        (1.31, 10.4, 1.01, ("unclear", "how fast, because measurements varied too much: 99 % interval 1.31 to 10.40")),
+        (
+            1.9, 2.1, 1.95,
+            ("2.00×", "as fast, 99 % interval 1.90 to 2.10: not clear, since a copy of the original reached 1.95×"),
+        ),
+        (
+            1.9, 2.1, 1 / 1.95,
+            ("2.00×", "as fast, 99 % interval 1.90 to 2.10: not clear, since a copy of the original reached 0.51×"),
+        ),
+    ],
+)  # fmt: skip
+def test_the_head_of_a_report_claims_no_more_than_was_measured(
+    low: float, high: float, copy: float, claim: tuple[str, str]
+) -> None:
+    measured = replace(latency(low, high), control=copy)
+    report = Report("m.onnx", None, "cpu", {}, {}, latency=measured)
+    assert list_claims(None, report)[0] == claim
+    assert measured.faster is ("not clear" not in claim[1])
+
+
+def test_a_difference_within_that_of_a_copy_says_so() -> None:
+    assert within(replace(latency(1.9, 2.1), control=1.01)) == " (2.000× [1.900, 2.100])"
+    assert within(replace(latency(1.9, 2.1), control=1.95)) == (
+        " (2.000× [1.900, 2.100]; a copy of the original 1.950×)"
+    )
+    slow = replace(latency(0.4, 0.6), speedup=0.5)
+    assert within(replace(slow, control=1.01)) == " (0.500× [0.400, 0.600])"
+    assert "a copy of the original 1.700×" in within(replace(slow, control=1.7))
+
+
+def test_huge_pages_bring_only_what_exceeds_a_copy() -> None:
+    assert "1.05× as fast [1.03, 1.07]. GLIBC_TUNABLES" in format_huge_pages((1.05, 1.03, 1.07))
+    assert "no clear gain [1.03, 1.07]." in format_huge_pages((1.05, 1.03, 1.07), noise=1.04)
 
 
 def test_what_a_session_takes_to_start_has_a_row_each() -> None:

@@ -11,6 +11,7 @@ from helpers import MODELS, normal, parse
 
 import pwopt
 from pwopt.cli import main
+from pwopt.running import huge_pages
 from pwopt.running.bench import LAYOUT, sum_by_operator
 from pwopt.running.providers import DEFAULT
 from pwopt.running.session import Session, _parse_events
@@ -51,6 +52,9 @@ def test_models_side_by_side(pair: list[Path]) -> None:
             sum(ms for op, ms in row.operators.items() if op in LAYOUT) / sum(row.operators.values())
         )
         assert row.elsewhere == 0
+        assert (row.huge_pages_mb is None) is not bool(huge_pages.system_mode())
+        assert row.start[1] <= row.start[0] <= row.start[2]
+    assert rows[0].start == (1.0, 1.0, 1.0) != rows[1].start
 
 
 def test_a_sweep_over_batches(pair: list[Path]) -> None:
@@ -83,6 +87,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     content = json.loads(report.read_text())
     assert len(content["rows"]) == 2
     assert content["environment"]["threads"] == 1
+    assert content["environment"]["huge_pages_mb"] == content["rows"][0]["huge_pages_mb"]
     with pytest.raises(SystemExit) as caught:
         main(["bench", model, "--batch", "one"])
     assert caught.value.code == 2
