@@ -18,6 +18,7 @@ from .focus import Focus
 from .fold_affine import FoldAffine
 from .fold_borders import FoldBorders
 from .fold_chains import FoldChains
+from .fold_streams import FoldStreams
 from .frames import Frames
 from .hoist_crop import HoistCrop
 from .hoist_stride import HoistStride
@@ -64,6 +65,7 @@ PASSES: tuple[type[Pass], ...] = (
     *NAMING,
     FactorGates,
     FoldAffine,
+    FoldStreams,
     DropDead,
     SumBranches,
     FoldChains,
@@ -116,6 +118,7 @@ __all__ = [
     "FoldAffine",
     "FoldBorders",
     "FoldChains",
+    "FoldStreams",
     "FractionalStride",
     "Frames",
     "HoistCrop",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -28,25 +29,27 @@ class SplitSiblings(Pass):
     * Dense maps compute everything that reaches the Split, and f consists of activations, sums of several maps, pooling
       and upsampling.
     * Nothing else reads the tensors between them, and no weight is shared.
+    * Slices that read separate channels of one tensor count as one Split.
 
     This is the inverse of `merge-siblings`. A Split leaves the provider's blocked layout, and so does the Concat that
     often follows. The blocks of CSPNet (Wang et al., 2020), and C2f and C3k2 of YOLOv8 and v11, split the result of a
-    1×1 convolution, work on one half, and join all parts again.
+    1×1 convolution, work on one half, and join all parts again. In gated units, as in WaveNet, one
+    half passes Tanh and the other Sigmoid, which fuse into convolutions of their own.
     """
 
     name = "split-siblings"
     policy = "measured"
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
-        parts = selections.read_split(rw, node) if rw.op(node) == "Split" else None
-        if parts is None or parts[0].axis is None:
+        cut = _read_cut(rw, node)
+        if cut is None:
             return None
-        axis, counts = parts[0].axis, [p.geometry.out_channels for p in parts]
-        found = _find_sources(rw, node.inputs[0], axis, sum(counts))
+        axis, counts = cut.axis, [rows.stop - rows.start for rows in cut.rows]
+        found = _find_sources(rw, cut.tensor, axis, cut.channels)
         if found is None:
             return None
         maps = [f for f in found if isinstance(f, Reading) and f.geometry.groups == 1 and f.weighted]
-        inside = {n for f in found for n in (f.nodes if isinstance(f, Reading) else (f,))} | {node}
+        inside = {n for f in found for n in (f.nodes if isinstance(f, Reading) else (f,))} | {*cut.nodes}
         widths = f"{maps[0].geometry.in_channels}→({', '.join(map(str, counts))})"
         for f in found:
             tensor = f.output if isinstance(f, Reading) else f.outputs[0]
@@ -56,17 +59,75 @@ class SplitSiblings(Pass):
         if shared:
             return Skip(f"{widths}: the weight {shared[0]!r} is shared")
         if not self.eager:
-            return Skip(f"{widths} could be separate maps, without the Split; only measuring can tell")
-        builder, start = Builder(rw), 0
-        for output, count in zip(node.outputs, counts, strict=True):
-            rows, start = slice(start, start + count), start + count
-            if not rw.readers(output) and not rw.must_keep(output):
-                continue
-            _add_part(builder, found, axis, rows, node.inputs[0], output)
-        old = [*(n for f in found for n in (f.nodes if isinstance(f, Reading) else (f,))), node]
-        done = rw.replace(old, builder.nodes, f"{widths} runs as separate maps, without the Split", builder.residual)
-        kept = tuple((str(t.name), str(t.name)) for t in node.outputs if t.name)
-        return replace(done, became=kept).with_signature(f"split results: {describe_map(rw, maps[0], widths)}")
+            return Skip(f"{widths} could be separate maps, without the {node.op}; only measuring can tell")
+        reason = f"{widths} runs as separate maps, without the {node.op}"
+        old = [n for f in found for n in (f.nodes if isinstance(f, Reading) else (f,))]
+        parts: dict[Node, Builder] = {}
+        for output, rows, reader in zip(cut.outputs, cut.rows, cut.nodes, strict=True):
+            builder = parts.setdefault(reader, Builder(rw))
+            if rw.readers(output) or rw.must_keep(output):
+                _add_part(builder, found, axis, rows, cut.tensor, output)
+        records = [  # each Slice is replaced where it stands
+            rw.replace([*(old if reader is cut.nodes[-1] else ()), reader], builder.nodes, reason, builder.residual)
+            for reader, builder in parts.items()
+        ]
+        kept = tuple((str(t.name), str(t.name)) for t in cut.outputs if t.name)
+        residual = max(builder.residual for builder in parts.values())
+        done = replace(Rewrite.of(reason, records), became=kept, residual=residual)
+        return done.with_signature(f"split results: {describe_map(rw, maps[0], widths)}")
+
+
+@dataclass(frozen=True)
+class _Cut:
+    """A tensor whose channels are cut into ranges, by one Split or by several Slices.
+
+    Attributes
+    ----------
+    tensor : Tensor
+    axis, channels : int
+    outputs : tuple of Tensor
+    rows : tuple of slice
+        The range of channels of each output.
+    nodes : tuple of Node
+        The operator that computes each output.
+    """
+
+    tensor: Tensor
+    axis: int
+    channels: int
+    outputs: tuple[Tensor, ...]
+    rows: tuple[slice, ...]
+    nodes: tuple[Node, ...]
+
+
+def _read_cut(rw: Rewriter, node: Node) -> _Cut | None:
+    """The cut to which a Split or the first of several Slices belongs."""
+    if rw.is_a(node, "Slice"):
+        return _read_slices(rw, node)
+    parts = selections.read_split(rw, node) if rw.is_a(node, "Split") else None
+    if parts is None or parts[0].axis is None:
+        return None
+    ends = list(itertools.accumulate(p.geometry.out_channels for p in parts))
+    rows = tuple(slice(end - p.geometry.out_channels, end) for end, p in zip(ends, parts, strict=True))
+    return _Cut(node.inputs[0], parts[0].axis, ends[-1], tuple(node.outputs), rows, (node,) * len(rows))
+
+
+def _read_slices(rw: Rewriter, first: Node) -> _Cut | None:
+    """Slices that are all readers of a tensor, and read no more channels together than it has."""
+    tensor = first.inputs[0]
+    readers = rw.readers(tensor)
+    if len(readers) < 2 or readers[0] is not first or not all(rw.is_a(n, "Slice") for n in readers):
+        return None
+    found = [attributes.slice_parameters(rw, n) for n in readers]
+    axes = {p[0][0] for p in found if p is not None and len(p) == 1 and p[0][3] == 1}
+    channels = rw.dim(tensor, axis) if len(axes) == 1 and (axis := next(iter(axes))) else None
+    if not isinstance(channels, int) or any(p is None or len(p) != 1 or p[0][3] != 1 for p in found):
+        return None
+    rows = tuple(slice(*slice(start, end).indices(channels)[:2]) for p in found if p for _, start, end, _ in p)
+    counts = [r.stop - r.start for r in rows]
+    if min(counts) < 1 or sum(counts) > channels:
+        return None
+    return _Cut(tensor, axis, channels, tuple(n.outputs[0] for n in readers), rows, tuple(readers))
 
 
 def _find_sources(rw: Rewriter, tensor: Tensor, axis: int, count: int) -> list[Reading | Node] | None:

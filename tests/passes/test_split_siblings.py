@@ -103,3 +103,38 @@ def test_names_are_not_used_twice() -> None:
     result, _, _ = run(model, eager(SplitSiblings))
     names = [n.name for n in result.graph.node if n.name]
     assert len(names) == len(set(names))
+
+
+SLICES = {
+    "zero": np.array([0]),
+    "three": np.array([3]),
+    "seven": np.array([7]),
+    "end": np.array([99]),
+    "axis": np.array([1]),
+}
+GATED = "{ a = Conv(x, w, b) s = Slice(a, zero, three, axis) t = Tanh(s) u = Slice(a, three, end, axis) v = Sigmoid(u) p = Neg(t) q = Neg(v) }"
+
+
+def test_slices_are_a_split() -> None:
+    model = build(GATED, CONSTANTS | SLICES, HEAD)
+    result, outcome, _ = run(model, eager(SplitSiblings))
+    assert ops(result) == {"Conv": 2, "Tanh": 1, "Sigmoid": 1, "Neg": 2}
+    (rewrite,) = outcome.rewrites
+    assert rewrite.macs_before == rewrite.macs_after == 2 * 30 * 7 * 3
+    same(model, result, x=X)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        GATED.replace("Slice(a, three, end, axis)", "Slice(a, zero, end, axis)"),  # overlap
+        GATED.replace("u = Slice(a, three, end, axis)", "u = Relu(a)"),
+        GATED.replace("Slice(a, three, end, axis)", "Slice(a, three, end, axis2)"),
+        GATED.replace("u = Slice(a, three, end, axis)", "u = Slice(a, three, end, axis, two)"),
+        GATED.replace("a = Conv(x, w, b)", "c = Conv(x, w, b) a = Softmax<axis=1>(c)"),
+        GATED.replace("Slice(a, three, end, axis)", "Slice(a, seven, end, axis)"),  # empty
+    ],
+)
+def test_other_slices_stay(body: str) -> None:
+    model = build(body, CONSTANTS | SLICES | {"axis2": np.array([2]), "two": np.array([2])}, HEAD)
+    assert run(model, eager(SplitSiblings))[0] is model

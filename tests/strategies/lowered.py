@@ -91,6 +91,25 @@ class Lowered(Operators):
             y = self.node("Add", self.swapped(y, z))[0]
             x = self.node(self.rng.choice(["Relu", "LeakyRelu", "Sigmoid"]), [y])[0] if self.chance(0.8) else y
 
+    def m_gated(self) -> None:
+        """A residual stream of gated convolutions with a scale, as in WaveNet."""
+        x = self.tensor(3, 4)
+        if x.rank < 3 or x.shape[1] < 2 or 0 in x.shape or self.opset < 10:
+            raise UnfitError("no gates")
+        channels, scale = x.shape[1], self.rng.choice([0.5, 0.7, 1.3, -1.0])
+        for _ in range(self.rng.choice([1, 2, 3])):
+            x = self.node("Mul", self.swapped(x, self.constant(scale)))[0]
+            padded = {"pads": [1] * 2 * (x.rank - 2), "kernel_shape": [3] * (x.rank - 2)}
+            weight = self.constant(self.weights(2 * channels, channels, *[3] * (x.rank - 2)), shared=False)
+            both = self.node("Conv", [x, weight], **padded)[0]
+            cuts = [(0, channels), (channels, 2 * channels)]
+            halves = [self.node("Slice", [both, *(self.integers([i]) for i in (*cut, 1))])[0] for cut in cuts]
+            gates = [self.node(op, [h])[0] for op, h in zip(("Tanh", "Sigmoid"), halves, strict=True)]
+            gated = self.node("Mul", gates)[0]
+            skip = self.constant(self.weights(channels, channels, *[1] * (x.rank - 2)), shared=False)
+            x = self.node("Add", self.swapped(x, self.node("Conv", [gated, skip])[0]))[0]
+        self.node("Mul", [x, self.constant(scale)])
+
     def raw_node(self, op: str, inputs: list[str], **attrs: Any) -> str:
         """Add a node whose shape onnx does not infer; return the name of its output."""
         name = self.name("r")
