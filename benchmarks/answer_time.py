@@ -5,9 +5,9 @@
         [--keep CACHES] [--with-records-of CACHES]
     python benchmarks/answer_time.py --race ORIGINALS BEFORE AFTER [-o RESULTS.json] [--seconds 8]
 
-The first form optimises every .onnx file in some folders, each in a process of its own, by default with no option but
-an empty cache, and says for each how much time passed (wall), and how much of the processors' it took (CPU), in total
-and by stage. A stage's time is its own: what it called that is listed too is not in it. CPU time includes that of the
+The first form optimises every .onnx file in some folders, each in a process of its own. The cache is empty, and there
+are no tables of layers, as on the command line without --report. The table says for each how much time passed (wall),
+and how much of the processors' it took (CPU), in total and by stage. A stage's time is its own: what it called that is listed too is not in it. CPU time includes that of the
 process that tries and races candidates. The second form races what two versions made of the same originals, all
 three side by side, with sizes that the second version's report says.
 
@@ -127,10 +127,10 @@ def one(path: Path, out: str, options: dict[str, Any]) -> dict[str, Any]:
     watch = Stopwatch()
     importlib.import_module("pwopt.optimizing.optimizer")
     watch.watch()
-    effort = options.pop("effort", pwopt.Measuring.effort)
+    measuring = pwopt.Measuring(options.pop("effort", pwopt.Measuring.effort), layers=False)
     start, used = time.perf_counter(), _processor_time()
     try:
-        result = pwopt.optimize(path, out or None, measuring=pwopt.Measuring(effort), **options)
+        result = pwopt.optimize(path, out or None, measuring=measuring, **options)
     except pwopt.PwoptError as error:
         return {"model": path.name, "error": str(error)}
     wall, cpu = time.perf_counter() - start, _processor_time() - used

@@ -24,11 +24,12 @@ from pwopt.optimizing.other_conditions import (
 from pwopt.optimizing.preparation import Problem
 from pwopt.optimizing.request import Limits, Request
 from pwopt.reporting import notes
-from pwopt.reporting.report import ConditionLatency, Latency, Report
+from pwopt.reporting.report import NEGLIGIBLE_SLOWDOWN, ConditionLatency, Latency, Report
 from pwopt.running import bench, installation, timing
 from pwopt.running.session import Session
 from pwopt.running.timing import Race
 from pwopt.running.worker import UnusableError
+from pwopt.selecting.autotuning import WORTH
 from pwopt.selecting.compilation import CERTIFICATE_DEFECT, Compilation
 from pwopt.selecting.environment import Environment
 from pwopt.selecting.profile_alignment import save_marked
@@ -38,8 +39,9 @@ LOG = logging.getLogger(__name__)
 
 #: How often rewriting starts again without the rewrites at fault.
 MAX_ATTEMPTS = 8
-#: The final race ends early when the speed-up is known to this relative precision.
-PRECISE = 0.005
+#: The final race ends early when the speed-up is known to this relative precision, or when the verdict is clear and the
+#: speed-up is known to the second one.
+PRECISE, ROUGHLY = 0.005, 0.02
 #: The least and the greatest number of runs under the profiler.
 PROFILED_RUNS = 2, 10
 
@@ -243,17 +245,19 @@ class Attempts:
     def _race(
         self, pair: Pair, report: Report, seconds: float, protos: tuple[onnx.ModelProto, onnx.ModelProto]
     ) -> tuple[Report, Race]:
-        """Race both models, and profile them."""
+        """Race both models, and profile them for the report."""
         with timing.exclusive():
             race = pair.environment.race(
                 [pair.original, pair.candidate, pair.original], seconds, self.request.progress,
-                timing.Rules(precise=PRECISE),
+                final_rules(measured=bool(self.selection.allowed)),
             )  # fmt: skip
         figures = race.speedup(), *race.interval(), len(race.pairs)
         LOG.info("the whole model: %.3f× [%.3f, %.3f] over %d pairs of sessions", *figures)
         latency = pair.add_memory(Latency.from_race(race))
-        self.request.progress("profiling", 1.0)
-        report = pair.profile(replace(report, latency=latency), protos)
+        report = replace(report, latency=latency)
+        if self.request.measuring.layers:
+            self.request.progress("profiling", 1.0)
+            report = pair.profile(report, protos)
         report = report.add_notes(
             *filter(None, [latency.contradiction()]),
             *notes.explain_launches(report, pair.environment.provider.kind),
@@ -276,6 +280,17 @@ class Attempts:
         pages = next((compare_page_sizes(race, first) for e, _, race in found if e.small_pages), None)
         report = replace(report, conditions=tuple(t for _, t, _ in found), huge_pages=pages)
         return report, [(e, t) for e, t, _ in found if t.slower]
+
+
+def final_rules(*, measured: bool) -> timing.Rules:
+    """When the final race may end early: as soon as `fallback.choose_result` has a clear answer.
+
+    A result with measured rewrites must be faster, so the race also ends when there is hardly anything to gain. Another
+    result must not be slower.
+    """
+    if measured:
+        return timing.Rules(timing.CONFIDENCE, WORTH, precise=PRECISE, roughly=ROUGHLY)
+    return timing.Rules(timing.CONFIDENCE, precise=PRECISE, margin=NEGLIGIBLE_SLOWDOWN, roughly=ROUGHLY)
 
 
 @dataclass(frozen=True)
@@ -301,15 +316,14 @@ class Pair:
         """Add the peak memory that a session of each takes in a process of its own, if both run there."""
         if latency.start is None:
             return latency
-        where, peaks = self.environment, []
-        for path in (self.original, self.candidate):
-            try:
-                cold = bench.measure_cold_start(path, where.provider, where.threads, where.samples[0].feeds)
-            except (PwoptError, OSError) as error:
-                LOG.info("the peak memory is not known: %s", error)
-                return latency
-            peaks.append(cold["memory"] / 1e6)
-        return replace(latency, start=replace(latency.start, memory_mb=(peaks[0], peaks[1])))
+        where, paths = self.environment, (self.original, self.candidate)
+        try:
+            cold = bench.measure_cold_starts(paths, where.provider, where.threads, where.samples[0].feeds)
+        except (PwoptError, OSError) as error:
+            LOG.info("the peak memory is not known: %s", error)
+            return latency
+        peaks = cold[0]["memory"] / 1e6, cold[1]["memory"] / 1e6
+        return replace(latency, start=replace(latency.start, memory_mb=peaks))
 
     def profile(self, report: Report, protos: tuple[onnx.ModelProto, onnx.ModelProto]) -> Report:
         """Add the times of both models to a report, by operator and by layer."""

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from pwopt.reporting.report import ConditionLatency, Latency
+from pwopt.reporting.report import NEGLIGIBLE_SLOWDOWN, ConditionLatency, Latency
 from pwopt.rewriting.records import Rewrite
 from pwopt.rewriting.wording import format_count
 from pwopt.running.progress import Progress
@@ -110,15 +110,12 @@ class ConditionRaces:
         pages = ", pages of 4 KiB" if environment.small_pages else ""
         label = f"racing with {format_count(environment.threads, 'thread')}, {environment.samples[0].label}{pages}"
         self.progress(label, 0.0)
-        race = self._race(self.original, candidate, environment, started)
+        rules = Rules(CONFIDENCE, precise=CONDITION_PRECISION, harmless=NEGLIGIBLE_SLOWDOWN)
+        race = environment.race([self.original, candidate], max(0.0, self.seconds - started), rules=rules)
         shapes = {name: value.shape for name, value in environment.samples[0].feeds.items()}
         latency = Latency.from_race(race)
         slower = latency.slower and latency.interval[1] < 1 / self.noise
         return ConditionLatency(environment.threads, shapes, latency, slower, environment.small_pages), race
-
-    def _race(self, a: Path, b: Path, environment: Environment, spent: float = 0.0) -> Race:
-        seconds = max(0.0, self.seconds - spent)
-        return environment.race([a, b], seconds, rules=Rules(CONFIDENCE, precise=CONDITION_PRECISION))
 
     def leave_out_slow(
         self, slow: Sequence[tuple[Environment, ConditionLatency]], candidate: Path, compilation: Compilation,
@@ -153,7 +150,8 @@ class ConditionRaces:
                 model = build(tried)
                 if environment.fault(model):
                     continue
-                if self._race(candidate, model, environment).interval(confidence=CONFIDENCE)[0] <= 1.0:
+                race = environment.race([candidate, model], self.seconds, rules=Rules(CONFIDENCE))
+                if race.interval(confidence=CONFIDENCE)[0] <= 1.0:
                     continue
                 compilation, candidate = tried, model
                 again = self.run(candidate, environment)

@@ -59,6 +59,8 @@ class Measuring:
     target_profile : path, optional
         The tuning database that `pwopt.profile` recorded on the machine that will run the model. It decides on measured
         rewrites, and nothing is timed here.
+    layers : bool
+        Whether to profile both models, for the times of operators and layers in the report.
 
     Raises
     ------
@@ -70,6 +72,7 @@ class Measuring:
     budget: float | None = None
     race_seconds: float = RACE_SECONDS
     target_profile: str | os.PathLike[str] | None = None
+    layers: bool = True
 
     def __post_init__(self) -> None:
         _check_choice("effort", self.effort, get_args(Effort))

@@ -267,7 +267,7 @@ def _measure_model(
     sizes: dict[str, tuple[int, ...]],
     feeds: Feeds,
 ) -> Row:
-    cold = measure_cold_start(path, provider, threads, feeds)
+    (cold,) = measure_cold_starts([path], provider, threads, feeds)
     operators = sum_by_operator(time_nodes([path], provider, threads, feeds)[0])
     placed = _profile([path], provider, threads, feeds)[0].placement()
     total = sum(operators.values())
@@ -324,15 +324,33 @@ def _profile(
     return sessions
 
 
-def measure_cold_start(path: Path, provider: Provider, threads: int, feeds: Feeds) -> dict[str, float]:
-    """Load and run a model once in a new process; returns seconds of both, and the increase of memory in bytes."""
+def measure_cold_starts(
+    paths: Sequence[Path], provider: Provider, threads: int, feeds: Feeds
+) -> list[dict[str, float]]:
+    """Load and run each model once in a new process; return seconds of both, and the increase of memory in bytes.
+
+    Where the system has it, each process is forked from one that has imported onnxruntime and runs no model itself.
+
+    Raises
+    ------
+    UsageError
+        If a model does not run there.
+    """
+    if not hasattr(os, "fork"):
+        return [measured for path in paths for measured in _run_children([path], provider, threads, feeds)]
+    return _run_children(paths, provider, threads, feeds)
+
+
+def _run_children(paths: Sequence[Path], provider: Provider, threads: int, feeds: Feeds) -> list[dict[str, float]]:
     with _save_inputs(feeds) as inputs:
-        command = child_command(_run_child, str(path), provider.text, str(threads), str(inputs))
+        command = child_command(_measure_models, provider.text, str(threads), str(inputs), *map(str, paths))
         done = subprocess.run(command, capture_output=True, encoding="utf-8", errors="replace", check=False)
-    if done.returncode:
+    measured: list[dict[str, float]] = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    if done.returncode or len(measured) != len(paths):
         reason = (done.stderr.strip().splitlines() or ["no reason given"])[-1]
-        raise UsageError(f"{str(path)!r} does not run in a process of its own: {reason}")
-    measured: dict[str, float] = json.loads(done.stdout.splitlines()[-1])
+        raise UsageError(
+            f"{str(paths[min(len(measured), len(paths) - 1)])!r} does not run in a process of its own: {reason}"
+        )
     return measured
 
 
@@ -364,16 +382,31 @@ def _reset_peak() -> None:
         Path("/proc/self/clear_refs").write_text("5", encoding="utf-8")
 
 
-def _run_child(path: str, provider: str, threads: str, inputs: str) -> None:
+def _measure_models(provider: str, threads: str, inputs: str, *paths: str) -> None:
+    """Measure each model in a fork of this process, one after another; a single one in this process."""
     installation.silence_onnxruntime()
     installation.import_onnxruntime()
     feeds = dict(np.load(inputs))
-    placed = as_provider(provider)
+    for path in paths:
+        if len(paths) > 1:
+            child = os.fork()
+            if child:
+                _, status = os.waitpid(child, 0)
+                if status:
+                    sys.exit(1)
+                continue
+        _measure_model_here(path, as_provider(provider), int(threads), feeds)
+        if len(paths) > 1:
+            sys.stdout.flush()
+            os._exit(0)
+
+
+def _measure_model_here(path: str, placed: Provider, threads: int, feeds: Feeds) -> None:
     card = providers.find_card(placed)
     _reset_peak()
     before = _read_peak()
     start = time.perf_counter()
-    session = Session(path, placed, int(threads), tf32=True)
+    session = Session(path, placed, threads, tf32=True)
     loaded = time.perf_counter()
     session.run(feeds)
     ran = time.perf_counter()

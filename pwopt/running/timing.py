@@ -34,12 +34,16 @@ CONFIDENCE = 0.99
 MIN_PAIRS, MAX_PAIRS, OVERDRAWN = 3, 60, 2.0
 #: Rounds of a pair: at least, at most, and in the first pair.
 MIN_PAIR_ROUNDS, MAX_PAIR_ROUNDS, FIRST_ROUNDS = 2, 40, 3
+#: A model whose first run takes so many seconds of processor time needs no second run before it is timed.
+WARM_SECONDS = 0.2
 #: By how much two sessions of one model are expected to differ: huge pages, idle machine (natural logarithm).
 BETWEEN_SESSIONS = 0.008
-#: A race is asked whether it is decided after so many pairs. Few questions cost little confidence.
-LOOKS = (3, 4, 5, 7, 9, 12, 16, 21, 28, 37, 48, 60)
+#: After these numbers of pairs, the rules of a race are checked. Each check costs confidence, so there are few.
+LOOKS = (3, 5, 8, 12, 17, 24, 33, 45, 60)
 #: Pairs before a race may end because there is nothing to gain, and the confidence of that.
 HOPELESS_PAIRS, HOPELESS = 5, 0.7
+#: The confidence at which a race may end because the second model is unlikely to be slower.
+HARMLESS = 0.9
 #: From so many ratios on, those further than so many scaled median absolute deviations from their median count as if
 #: they were no further (Huber, "Robust Estimation of a Location Parameter", 1964).
 ROBUST, HUBER = 8, 1.5
@@ -69,7 +73,7 @@ class Evidence:
     total, squares : float
         Sums over the pairs of the natural logarithm of the speed-up, and of its square.
     count : int
-        How many pairs there really were, where that is known. The spread is known from that many.
+        One more than the degrees of freedom of the spread, where they are known: usually the number of pairs.
     """
 
     pairs: float = 0.0
@@ -79,8 +83,22 @@ class Evidence:
 
     @classmethod
     def from_race(cls, race: Race, i: int = 1) -> Evidence:
-        """The evidence on model `i` against the first."""
-        return cls.from_logs(race.logs(i), race.own)
+        """The evidence on model `i` against the first.
+
+        If three models raced in fewer than `ROBUST` pairs, the spread of sessions comes from all three, as in a
+        randomised block design with a pair as a block (Fisher, "The Design of Experiments", 1935). A third model thus
+        doubles the degrees of freedom. This assumes that sessions of all three differ by similar factors, which holds
+        for a model, its copy and a rewritten form.
+        """
+        count, logs = len(race.pairs), race.logs(i)
+        if len(race.pairs[0].times) != 3 or not 2 <= count < ROBUST:
+            return cls.from_logs(logs, race.own)
+        table = np.stack([np.zeros(count), race.logs(1), race.logs(2)])
+        rest = table - table.mean(axis=0) - table.mean(axis=1, keepdims=True) + table.mean()
+        freedom = 2 * (count - 1)
+        variance = 2 * float(np.sum(rest**2)) / freedom  # of the difference between two sessions
+        mean, seen, pairs = float(np.mean(logs)), freedom + 1, race.own * count
+        return cls(pairs, pairs * mean, pairs * (mean**2 + variance * (1 - 1 / seen)), seen)
 
     @classmethod
     def from_logs(cls, logs: Values, own: float = 1.0) -> Evidence:
@@ -223,41 +241,62 @@ class Race:
 class Rules:
     """When a race may end before its budget is spent.
 
+    If there is a third model, it is a copy of the first. The second model is then faster or slower only by more than
+    the copy.
+
     Attributes
     ----------
     decided : float or None
-        As soon as the second model is faster or slower at this confidence, over all the times that this is asked.
+        The race may end when the second model is faster or slower at this confidence, over all checks.
     worth : float
-        As soon as the second model's speed-up is hardly this; not before `HOPELESS_PAIRS`.
+        It may end when the second model's speed-up is hardly this; not before `HOPELESS_PAIRS`.
     known : Evidence
-        Of earlier races.
+        The evidence of earlier races.
     precise : float
-        As soon as the speed-up is known to this part of it, at `CONFIDENCE`.
+        It may end when the speed-up is known to this relative precision, at `CONFIDENCE`.
+    margin : float
+        It may also end as decided when the second model is surely not slower by this fraction; not before
+        `HOPELESS_PAIRS`.
+    harmless : float
+        It may end when the second model is unlikely to be slower by this fraction, at the confidence `HARMLESS`.
+    roughly : float
+        A decided race goes on until the speed-up is known to this relative precision, at `CONFIDENCE`.
     """
 
     decided: float | None = None
     worth: float = 0.0
     known: Evidence = NO_EVIDENCE
     precise: float = 0.0
+    margin: float = 0.0
+    harmless: float = 0.0
+    roughly: float = math.inf
 
     def ended_by(self, race: Race) -> bool:
         """Whether what was measured so far is enough."""
         count = len(race.pairs)
-        if count not in LOOKS or (self.decided is None and not self.precise):
+        if count not in LOOKS or not (self.decided or self.precise or self.harmless):
             return False
         evidence = self.known + Evidence.from_race(race)
         look = LOOKS.index(count) + 1
-        spent = 6 / (math.pi * look) ** 2  # of the doubt, which adds up to all of it over any number of looks
-        if self.precise:
-            low, high = evidence.interval(1 - (1 - CONFIDENCE) * spent)
-            if high < low * (1 + 2 * self.precise):
-                return True
+        doubt = 1 / (look * (look + 1))  # the part of the doubt for this check; all parts add up to less than 1
+        if self.precise and _precision(evidence.interval(1 - (1 - CONFIDENCE) * doubt)) < self.precise:
+            return True
+        if self.harmless and evidence.interval(HARMLESS)[0] > 1 - self.harmless:
+            return True
         if self.decided is None:
             return False
-        low, high = evidence.interval(1 - (1 - self.decided) * spent)
-        if low > 1.0 or high < 1.0:
-            return True
+        low, high = evidence.interval(1 - (1 - self.decided) * doubt)
+        noise = math.exp(abs(math.log(race.speedup(2)))) if len(race.pairs[0].times) > 2 else 1.0
+        same = bool(self.margin) and count >= HOPELESS_PAIRS and low > 1 - self.margin
+        if low > noise or high < 1 / noise or same:
+            return _precision(evidence.interval(CONFIDENCE)) < self.roughly
         return count >= HOPELESS_PAIRS and evidence.interval(HOPELESS)[1] < self.worth
+
+
+def _precision(interval: tuple[float, float]) -> float:
+    """Half the width of an interval, relative to its lower end."""
+    low, high = interval
+    return (high / low - 1) / 2 if low > 0 else math.inf
 
 
 #: All pairs that there is time for.
@@ -290,7 +329,7 @@ def race(
     rounds, start, passed = FIRST_ROUNDS, time.perf_counter(), 0.0
     for done in itertools.count(1):
         order = range(len(openers)) if done % 2 else range(len(openers))[::-1]
-        deadline = start + budget if done > 1 else math.inf
+        deadline = start + budget / (MIN_PAIRS if done == 1 else 1)
         pair, wall = _run_pair(openers, order, feeds, rounds, deadline, rng)
         pairs.append(pair)
         passed += wall
@@ -325,8 +364,8 @@ def _run_pair(
         begin = time.process_time()
         sessions[i].step()
         first_run[i] = time.process_time() - begin
-    if time.perf_counter() < deadline:
-        for i in order:
+    for i in order:
+        if first_run[i] < WARM_SECONDS and time.perf_counter() < deadline:
             sessions[i].step()
     times: list[list[float]] = [[] for _ in openers]
     passed = 0.0

@@ -80,3 +80,11 @@ def test_every_operator_is_in_one_layer_and_no_time_is_lost() -> None:
         total = sum(getattr(x, key) for x in report.layers)
         assert total == pytest.approx(sum(report.operators[side].values()))
     assert report.to_dict()["layers"][0].keys() == Layer((), (), 0.0, 0.0).__dict__.keys()
+
+
+def test_layers_are_profiled_for_a_report_only() -> None:
+    pytest.importorskip("onnxruntime")
+    measuring = pwopt.Measuring(race_seconds=0.1, layers=False)
+    report = pwopt.optimize(model(), passes=["fold-affine"], measuring=measuring).report
+    assert report.latency is not None
+    assert (report.layers, report.operators) == (None, None)

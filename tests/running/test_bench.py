@@ -11,8 +11,9 @@ from helpers import MODELS, normal, parse
 
 import pwopt
 from pwopt.cli import main
+from pwopt.errors import UsageError
 from pwopt.running import huge_pages
-from pwopt.running.bench import LAYOUT, sum_by_operator
+from pwopt.running.bench import LAYOUT, measure_cold_starts, sum_by_operator
 from pwopt.running.providers import DEFAULT
 from pwopt.running.session import Session, _parse_events
 
@@ -32,6 +33,17 @@ def pair(tmp_path: Path) -> list[Path]:
         saved(tmp_path / "a.onnx", head + f"{{ c = Conv(x, w) {slow} r = Exp(s3) y = Transpose<perm=[0,1,3,2]>(r) }}"),
         saved(tmp_path / "b.onnx", head + "{ c = Conv(x, w) r = Exp(c) y = Transpose<perm=[0,1,3,2]>(r) }"),
     ]
+
+
+def test_each_model_starts_in_a_process_of_its_own(pair: list[Path], tmp_path: Path) -> None:
+    feeds = {"x": np.zeros((1, 3, 256, 256), np.float32)}
+    found = measure_cold_starts(pair, DEFAULT, 1, feeds)
+    assert [sorted(each) for each in found] == [["first", "memory", "session"]] * 2
+    assert all(each["session"] > 0 and each["first"] > 0 and each["memory"] > 1e6 for each in found)
+    bad = tmp_path / "bad.onnx"
+    bad.write_bytes(b"no model")
+    with pytest.raises(UsageError, match=r"bad\.onnx' does not run in a process of its own"):
+        measure_cold_starts([pair[0], bad], DEFAULT, 1, feeds)
 
 
 def test_models_side_by_side(pair: list[Path]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -201,6 +202,62 @@ def test_what_is_known_already_shortens_a_race() -> None:
 def test_the_last_race_ends_when_the_ratio_is_known() -> None:
     assert len(raced(1.3, 0.002, 600.0, Rules(precise=0.01)).pairs) <= 9
     assert len(raced(1.3, 0.1, 600.0, Rules(precise=0.01), between=0.1).pairs) > 20
+
+
+def race_with_copy(speedup: float, rules: Rules, between: float = 0.006, budget: float = 600.0) -> Race:
+    openers = [lambda s=s: Planted(0.1 * s, 0.002, between) for s in (speedup, 1.0, speedup)]
+    return timing.race(openers, {}, budget, rules=rules)  # type: ignore[arg-type]
+
+
+def test_three_models_share_the_spread_of_sessions() -> None:
+    """The interval from three pairs of equal models is much narrower, and holds as often as it says."""
+    wrong, narrower = 0, 0
+    for _ in range(300):
+        times = np.exp(RNG.normal(0, 0.02, (3, 3)))
+        race = Race(tuple(timing.SessionPair(tuple(row[:, None])) for row in times))
+        low, high = race.interval(confidence=0.95)
+        alone = Evidence.from_logs(race.logs(1)).interval(0.95)
+        wrong += low > 1 or high < 1
+        narrower += high / low < alone[1] / alone[0]
+        assert low < race.speedup() < high
+    assert wrong / 300 < 0.08
+    assert narrower / 300 > 0.6
+
+
+def test_a_clear_verdict_ends_the_final_race() -> None:
+    rules = Rules(0.99, worth=1.005, precise=0.0005, roughly=0.02)
+    assert len(race_with_copy(1.1, rules).pairs) <= 8
+    assert len(race_with_copy(1.0, rules).pairs) <= 24  # hardly anything to gain
+    assert len(race_with_copy(1.1, replace(rules, roughly=0.001)).pairs) > 12
+
+
+def test_a_result_that_need_not_be_faster_ends_the_race_when_it_is_surely_not_slower() -> None:
+    rules = Rules(0.99, margin=0.01, roughly=0.02)
+    done = race_with_copy(1.003, rules, between=0.003)
+    assert HOPELESS_PAIRS <= len(done.pairs) <= 12
+    assert done.interval()[0] > 0.99
+    assert len(race_with_copy(1.003, replace(rules, margin=0.0), between=0.003).pairs) > len(done.pairs)
+
+
+def test_a_harmless_condition_ends_its_race_after_three_pairs() -> None:
+    assert len(raced(1.1, 0.002, 600.0, Rules(harmless=0.01), between=0.005).pairs) == timing.LOOKS[0]
+    assert len(raced(0.95, 0.002, 600.0, Rules(harmless=0.01), between=0.005).pairs) == timing.MAX_PAIRS
+
+
+def test_a_copy_that_differs_leaves_a_race_undecided() -> None:
+    """The second model is 2 % faster than the first, and a copy of the first is 3 % faster."""
+    openers = [lambda s=s: Planted(0.1 * s, 0.0, 0.0005) for s in (1.02, 1.0, 0.99)]
+    begin = Planted.now
+    timing.race(openers, {}, 60.0, rules=Rules(0.99))  # type: ignore[arg-type]
+    assert Planted.now - begin > 59.0
+
+
+def test_a_slow_model_is_warmed_up_once() -> None:
+    for each, warm in ((0.1, 2), (0.5, 1)):
+        begin = Planted.now
+        done = raced(1.1, 0.0, 1000.0, Rules(0.99), each=each)
+        seconds = each * 2.1
+        assert round((Planted.now - begin) / seconds) == done.rounds + warm * len(done.pairs)
 
 
 def test_a_race_tells_what_sessions_take_to_start() -> None:
