@@ -52,10 +52,12 @@ class Builder:
         whitened = self.op("Div", centred, self.op("Sqrt", self.op("Add", variance, small)))
         return self.op("Add", self.op("Mul", whitened, scale), shift)
 
-    def save(self, path: Path, inputs: Mapping[str, Sequence[int]], outputs: Sequence[str]) -> None:
+    def save(
+        self, path: Path, inputs: Mapping[str, Sequence[int | str]], outputs: Sequence[str], opset: int = 17
+    ) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         x = [helper.make_tensor_value_info(name, TensorProto.FLOAT, shape) for name, shape in inputs.items()]
         y = [helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in outputs]
         graph = helper.make_graph(self.nodes, path.stem, x, y, self.weights)
-        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+        model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
         onnx.save(onnx.shape_inference.infer_shapes(model), path)
