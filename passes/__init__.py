@@ -36,6 +36,7 @@ from .pad_channels import FillBlocks, FillTensorCores, PadChannels
 from .polyphase import FractionalStride, Polyphase
 from .settle_shapes import SettleShapes
 from .split_concat import SplitConcat
+from .split_fused import SplitFused
 from .split_multiplier import SplitMultiplier
 from .split_siblings import SplitSiblings
 from .sub_pixel import SubPixel
@@ -59,6 +60,7 @@ LOWERING: tuple[type[Lowering], ...] = (
 #: The default pipeline, in order.
 PASSES: tuple[type[Pass], ...] = (
     CleanUp,
+    SplitFused,
     SettleShapes,
     JoinViews,
     MergeEqual,
@@ -145,6 +147,7 @@ __all__ = [
     "SettleShapes",
     "ShareConstants",
     "SplitConcat",
+    "SplitFused",
     "SplitMultiplier",
     "SplitSiblings",
     "SubPixel",

@@ -128,7 +128,8 @@ class Side:
         return value
 
     def _apply(self, state: State, inputs: list[Any], absolute: bool) -> list[Values]:
-        definition = DEFINITIONS.get(state.op) if self.view.op(state.node) else None
+        standard, own = self.view.op(state.node), self.view.runtime_op(state.node)
+        definition = DEFINITIONS.get(state.op) if standard else RUNTIME_DEFINITIONS.get(own)
         try:
             if definition is not None:
                 return definition(self, state, inputs, absolute)
@@ -164,6 +165,8 @@ class Side:
 
 
 DEFINITIONS: dict[str, Definition] = {}
+#: Of operators of onnxruntime's own domain.
+RUNTIME_DEFINITIONS: dict[str, Definition] = {}
 
 
 def define(*ops: str) -> Callable[[Definition], Definition]:

@@ -21,6 +21,7 @@ from pwopt.graph.journal import Journal
 from pwopt.graph.links import count_bytes_held
 from pwopt.graph.model import StoredValues
 from pwopt.graph.shapes import Dim, Shape
+from pwopt.graph.stand_ins import MICROSOFT
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -129,6 +130,11 @@ class GraphIndex:
         if node is None or (node.domain or "") not in ("", "ai.onnx") or ("", node.op) in self._functions:
             return ""
         return str(node.op)
+
+    def runtime_op(self, node: Node) -> str:
+        """The operator's name if it is one of onnxruntime's own domain, com.microsoft, else ""."""
+        own = node.domain == MICROSOFT and (MICROSOFT, node.op) not in self._functions
+        return str(node.op) if own else ""
 
     def is_a(self, node: Node | None, *ops: str) -> TypeGuard[Node]:
         """Whether `node` is one of ONNX's own operators of these names."""
