@@ -43,6 +43,7 @@ from .sub_pixel import SubPixel
 from .sum_branches import SumBranches
 from .to_matmul import ToMatMul
 from .winograd import Winograd
+from .write_gemm import WriteGemm
 
 #: The lowering table (`pwopt.rewriting.lowering`): rows that bring spellings into one form before the other passes, and
 #: rows that write what a kind of provider computes fastest after them.
@@ -97,6 +98,7 @@ PASSES: tuple[type[Pass], ...] = (
     Winograd,
     ToMatMul,
     *LOWERING,
+    WriteGemm,
     DeclareShapes,
     ShareConstants,
 )
@@ -154,4 +156,5 @@ __all__ = [
     "SumBranches",
     "ToMatMul",
     "Winograd",
+    "WriteGemm",
 ]
