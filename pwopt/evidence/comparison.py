@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -149,10 +150,43 @@ class _Tally:
         )  # fmt: skip
 
 
+class Recording:
+    """What a session answered to a series of inputs. It takes less memory than the session of a large model.
+
+    Parameters
+    ----------
+    session : Session
+    series : iterable of dict of arrays
+        The inputs, in the order in which `run` is called later.
+    """
+
+    def __init__(self, session: Session, series: Iterable[Feeds]) -> None:
+        self.inputs, self.outputs = session.inputs, session.outputs
+        self._answers: deque[list[Any] | ModelError] = deque()
+        for feeds in series:
+            try:
+                self._answers.append(session.run(feeds))
+            except ModelError as error:
+                self._answers.append(error)
+
+    def run(self, _feeds: Feeds) -> list[Any]:
+        """Return the next answer; raise it if it is an error."""
+        answer = self._answers.popleft()
+        if isinstance(answer, ModelError):
+            raise answer
+        return answer
+
+
+def list_runs(samples: Sequence[Sample]) -> Iterator[Feeds]:
+    """Generate the inputs on which `compare` runs the original, in order."""
+    for number, sample in enumerate(samples):
+        yield from (sample.feeds, nudge(sample.feeds), *([] if number else [sample.feeds]))
+
+
 def compare(
-    original: Session,
-    plain: Session,
-    candidate: Session,
+    original: Session | Recording,
+    plain: Session | Recording,
+    candidate: Session | Recording,
     samples: Sequence[Sample],
     rtol: float | None = None,
     atol: float | None = None,
@@ -201,7 +235,7 @@ def compare(
     return Equivalence(all(c.passed for c in checks), checks, len(samples), shapes, rtol, atol, labels)
 
 
-def _run(session: Session, feeds: Feeds) -> dict[str, Any]:
+def _run(session: Session | Recording, feeds: Feeds) -> dict[str, Any]:
     return dict(zip(session.outputs, session.run(feeds), strict=True))
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from typing import Any
 import onnx
 
 from pwopt.errors import UsageError
-from pwopt.evidence.comparison import compare
+from pwopt.evidence.comparison import Recording, compare, list_runs
 from pwopt.evidence.equivalence import Equivalence
 from pwopt.evidence.laws import Law, measure
 from pwopt.evidence.localise import localise
@@ -21,6 +21,7 @@ from pwopt.graph.files import Source, as_file, load
 from pwopt.inputs.input_specs import InputSpec, input_specs
 from pwopt.inputs.samples import DEFAULT_KINDS, Feeds, Range, Sample, check_kinds, draw_samples, read_samples
 from pwopt.rewriting.records import Rewrite
+from pwopt.running import memory
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import DEFAULT, Provider, as_provider
 from pwopt.running.session import Session, check_settings, find_fallbacks
@@ -144,14 +145,26 @@ def compare_in_sessions(
     rtol: float | None = None,
     atol: float | None = None,
 ) -> Equivalence:
-    """Compare the outputs of two models on samples."""
-    sessions = (
-        Session(original, provider, threads),
-        Session(original, provider, threads, optimise=False),
-        Session(candidate, provider, threads),
-    )
+    """Compare the outputs of two models on samples. Large models are loaded one after the other."""
+    once = [sample.feeds for sample in samples]
+    reference = _release(Session(original, provider, threads), list_runs(samples))
+    plain = _release(Session(original, provider, threads, optimise=False), once)
+    found = _release(Session(candidate, provider, threads), once)
     coarsest = functools.cache(lambda: find_coarsest_types(load(original).proto))
-    return compare(*sessions, samples, rtol, atol, coarsest=coarsest)
+    result = compare(reference, plain, found, samples, rtol, atol, coarsest=coarsest)
+    memory.release_freed()
+    return result
+
+
+def _release(session: Session, series: Iterable[Feeds]) -> Session | Recording:
+    """Run a session and keep its answers in its place, if this process holds much memory."""
+    if memory.count_resident() < memory.MIN_RESIDENT:
+        return session
+    memory.release_freed()
+    recording = Recording(session, series)
+    del session
+    memory.release_freed()
+    return recording
 
 
 def find_placements(

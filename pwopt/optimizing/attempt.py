@@ -25,7 +25,7 @@ from pwopt.optimizing.preparation import Problem
 from pwopt.optimizing.request import Limits, Request
 from pwopt.reporting import notes
 from pwopt.reporting.report import NEGLIGIBLE_SLOWDOWN, ConditionLatency, Latency, Report
-from pwopt.running import bench, installation, timing
+from pwopt.running import bench, installation, memory, timing
 from pwopt.running.session import Session
 from pwopt.running.timing import Race
 from pwopt.running.worker import UnusableError
@@ -96,6 +96,7 @@ class Attempts:
         for left in reversed(range(MAX_ATTEMPTS)):
             with self.budget.pause():
                 done = self.rewrite(compilation)
+            memory.release_freed()
             if self.problem.environment is None:
                 return self._skip_verification(done, compilation)
             if done.proto is source:

@@ -32,7 +32,7 @@ from pwopt.reporting.report import Report
 from pwopt.rewriting.driver import Pass
 from pwopt.rewriting.records import Site
 from pwopt.rewriting.wording import format_count
-from pwopt.running import installation, timing
+from pwopt.running import installation, memory, timing
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.selecting.compilation import Compilation
 from pwopt.selecting.plugins import find_installed, fingerprint
@@ -126,6 +126,7 @@ def run_request(model: Source, request: Request) -> Result:
         request = replace(request, output=None, cost="analytic", verify=False)
     request.progress("reading", 0.0)
     source = load(model)
+    memory.release_freed()
     renamed = request.opset is not None or bool(source.proto.functions)
     names = dict.fromkeys([*(p.name for p in (*PASSES, *find_installed())), *(p.name for p in passes)])
     check_sites(request.denied, source.proto, tuple(names), renamed=renamed)

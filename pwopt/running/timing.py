@@ -25,6 +25,7 @@ import numpy as np
 
 from pwopt.algebra import Values
 from pwopt.inputs.samples import Feeds
+from pwopt.running import memory
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.session import Session
 
@@ -364,6 +365,7 @@ def _run_pair(
         begin = time.process_time()
         sessions[i].step()
         first_run[i] = time.process_time() - begin
+        memory.release_freed()
     for i in order:
         if first_run[i] < WARM_SECONDS and time.perf_counter() < deadline:
             sessions[i].step()

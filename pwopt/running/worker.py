@@ -12,7 +12,7 @@ from typing import Any
 
 from pwopt.errors import PwoptError
 from pwopt.inputs.samples import Feeds
-from pwopt.running import huge_pages, installation, providers, timing
+from pwopt.running import huge_pages, installation, memory, providers, timing
 from pwopt.running.child_process import Channel, Child, EndedError, StartError, TimeLimitError
 from pwopt.running.progress import Progress
 from pwopt.running.providers import Provider
@@ -190,7 +190,10 @@ class _Sessions:
         passed = spent = 0.0
         for k in range(PROFILED_PAIRS):
             order = range(len(paths)) if k % 2 == 0 else range(len(paths))[::-1]
-            sessions = {i: Session(paths[i], self._provider, self._threads, profile=True, tf32=True) for i in order}
+            sessions: dict[int, Session] = {}
+            for i in order:
+                sessions[i] = Session(paths[i], self._provider, self._threads, profile=True, tf32=True)
+                memory.release_freed()
             begin, done = time.perf_counter(), 0
             while done <= least / PROFILED_PAIRS or (
                 done <= MAX_PROFILED_RUNS / PROFILED_PAIRS and time.perf_counter() - begin < seconds / PROFILED_PAIRS
@@ -218,6 +221,8 @@ def _answer(sessions: _Sessions, question: str, *arguments: Any) -> Any:
         return str(error)
     except MemoryError:
         return "it takes more memory than the original by far"
+    finally:
+        memory.release_freed()
 
 
 def serve() -> None:

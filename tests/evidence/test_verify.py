@@ -17,7 +17,7 @@ from pwopt.evidence.verify import verify
 from pwopt.graph.files import load
 from pwopt.inputs.input_specs import check_shapes, input_specs, parse_shape
 from pwopt.inputs.samples import draw_feeds, read_samples
-from pwopt.running import installation
+from pwopt.running import installation, memory
 from pwopt.running.providers import Provider
 from pwopt.running.session import Session, nodes_elsewhere
 from pwopt.running.size_trials import choose_sizes
@@ -277,3 +277,17 @@ def test_given_arrays_are_cast_and_checked() -> None:
         verify(path, path, inputs={"x": np.ones((1, 3, 2, 2))})
     with pytest.raises(UsageError, match="not 1×64×4×4"):
         verify(path, path, inputs={"x": np.ones((1, 64, 2, 2))}, shapes={"x": (1, 64, 4, 4)})
+
+
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_large_models_are_loaded_one_after_the_other(monkeypatch: pytest.MonkeyPatch, factor: float) -> None:
+    """Kept answers give the same figures as sessions that stay open."""
+    one, other = (
+        parse("(float[2,8] x) => (float[2,8] y) { y = MatMul(x, w) }", w=s * normal(8, 8, dtype=np.float32))
+        for s in (1.0, factor)
+    )
+    together = verify(one, other, locate=False)
+    monkeypatch.setattr(memory, "MIN_RESIDENT", 0)
+    apart = verify(one, other, locate=False)
+    assert together.passed == apart.passed == (factor == 1.0)
+    assert str(together.outputs) == str(apart.outputs)

@@ -1,0 +1,30 @@
+"""Freed memory goes back to the operating system."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from pwopt.running import memory
+
+
+@pytest.mark.skipif(memory._find_trim() is None or not memory.PAGES.exists(), reason="not Linux with glibc")
+def test_freed_memory_is_returned(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "MIN_RESIDENT", 0)
+    pieces = [np.ones(8 << 10) for _ in range(2 << 10)]  # 128 MiB in pieces that the allocator keeps
+    last = np.ones(8 << 10)  # above them
+    del pieces
+    memory.release_freed()
+    before = memory.count_resident()
+    pieces = [np.ones(8 << 10) for _ in range(2 << 10)]
+    assert memory.count_resident() > before + (100 << 20)
+    del pieces
+    memory.release_freed()
+    assert memory.count_resident() < before + (30 << 20)
+    assert last[0] == 1
+
+
+def test_little_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "MIN_RESIDENT", 1 << 60)
+    monkeypatch.setattr(memory, "_find_trim", lambda: pytest.fail("trimmed"))
+    memory.release_freed()
