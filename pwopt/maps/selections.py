@@ -49,6 +49,69 @@ def read_gather(view: View, node: Node) -> Result:
     return selection(node, node.inputs[0], [p % channels for p in picks], channels, axis)
 
 
+#: The most inputs of a Concat that is read as a selection of one tensor.
+MAX_PARTS = 16
+
+
+@reads("Expand", "Tile")
+def read_repetition(view: View, node: Node) -> Result:
+    """Read a repetition along one axis as a selection, such as a grey image that is repeated for three channels."""
+    before, after = read_extents(view, node.inputs[0]), read_extents(view, node.outputs[0])
+    if before is None or after is None or len(before) != len(after):
+        return None
+    changed = [axis for axis, (b, a) in enumerate(zip(before, after, strict=True)) if b != a or b is None]
+    if len(changed) != 1:
+        return None
+    channels, total = before[changed[0]], after[changed[0]]
+    if not isinstance(channels, int) or not isinstance(total, int) or not channels or total % channels:
+        return None
+    picks = np.tile(np.arange(channels), total // channels).tolist()
+    return selection(node, node.inputs[0], picks, channels, changed[0])
+
+
+@reads("Concat")
+def read_rearrangement(view: View, node: Node) -> Result:
+    """Read a Concat of parts of one tensor as a selection, such as the reversed channels of an image."""
+    axis = attributes.concat_axis(view, node)
+    if axis is None or not 2 <= len(node.inputs) <= MAX_PARTS:
+        return None
+    parts = [_read_part(view, node, t, axis) for t in node.inputs]
+    sources = {part[0] for part in parts if part is not None}
+    source = next(iter(sources), None)
+    channels = None if source is None else view.dim(source, axis)
+    if source is None or None in parts or len(sources) > 1 or not isinstance(channels, int):
+        return None
+    found = [part for part in parts if part is not None]
+    picks = [c for _, entries, _ in found for c in entries or range(channels)]
+    before = tuple(dict.fromkeys(n for _, _, n in found if n is not None))
+    if not picks:
+        return None
+    return replace(selection(node, source, picks, channels, axis), nodes=(*before, node))
+
+
+def _read_part(view: View, node: Node, tensor: Tensor, axis: int) -> tuple[Tensor, list[int], Node | None] | None:
+    """(source, channels, operator) of one input of a Concat; no channels and no operator if it is the source itself.
+
+    None if another operator than the Concat reads what the operator computes.
+    """
+    producer = view.producer(tensor)
+    split = read_split(view, producer) if producer is not None and view.op(producer) == "Split" else None
+    if producer is not None and split is not None and split[0].axis == axis:
+        alone = all(view.sole_reader(t) is node for t in producer.outputs)
+        index = next(i for i, t in enumerate(producer.outputs) if t is tensor)
+        start = sum(r.geometry.out_channels for r in split[:index])
+        entries = list(range(start, start + split[index].geometry.out_channels))
+        return (producer.inputs[0], entries, producer) if alone else None
+    if producer is not None and view.op(producer) == "Slice" and view.sole_reader(tensor) is node:
+        parameters = attributes.slice_parameters(view, producer)
+        channels = view.dim(producer.inputs[0], axis)
+        if parameters is not None and len(parameters) == 1 and parameters[0][0] == axis and isinstance(channels, int):
+            _, start, end, step = parameters[0]
+            entries = list(range(channels)[start:end:step])
+            return (producer.inputs[0], entries, producer) if entries else None
+    return tensor, [], None
+
+
 def read_split(view: View, node: Node) -> list[Reading] | None:
     """Read a Split with known sizes as one selection per output; None if one is empty."""
     axis, rank = node.attrs.get("axis", 0), view.rank(node.inputs[0])
