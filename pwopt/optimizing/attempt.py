@@ -107,7 +107,7 @@ class Attempts:
                 return replace(done, report=report)
             compilation = better
         report = replace(done.report, rewrites=(), after=done.report.before)
-        return Attempt(source, report.add_notes(*compilation.notes[-1:], "The original is returned."))
+        return Attempt(source, report.add_notes(*compilation.notes[-1:], notes.RETURNED))
 
     def _judge(self, pair: Pair, done: Attempt, compilation: Compilation, left: int) -> tuple[Compilation, Report]:
         """Try, verify and race a result; return a new compilation without the rewrites at fault."""

@@ -3,13 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 
 import onnx
 
-from pwopt.reporting.report import LAYOUT_CHANGES, Layer
+from pwopt.optimizing.preparation import Problem
+from pwopt.optimizing.request import Request
+from pwopt.reporting.report import LAYOUT_CHANGES, Layer, Report
 from pwopt.rewriting.records import Rewrite
+from pwopt.running import bench
 from pwopt.running.session import NodeTime
 from pwopt.selecting.profile_alignment import align, sum_by_node
+
+#: A model in which nothing was rewritten runs this often under the profiler, if that takes so many seconds at most.
+BRIEF_RUNS, BRIEF = 3, 1.0
 
 
 def compare_layers(
@@ -36,6 +43,20 @@ def compare_layers(
             Layer((LAYOUT_CHANGES,) if old_rest else (), (LAYOUT_CHANGES,) if new_rest else (), old_rest, new_rest)
         )
     return tuple(sorted(found, key=lambda layer: layer.after_ms - layer.before_ms))
+
+
+def add_operator_times(report: Report, problem: Problem, request: Request) -> Report:
+    """Add the operator times of a model in which nothing was rewritten, if that takes `BRIEF` seconds at most."""
+    environment = problem.environment
+    if report.operators is not None or report.candidate is not None or environment is None or not request.measured:
+        return report
+    worker = environment.worker
+    if worker is None or not worker.ready or worker.took[0] + BRIEF_RUNS * worker.took[1] > BRIEF:
+        return report
+    feeds = environment.samples[0].feeds
+    nodes = bench.time_nodes([problem.original], environment.provider, environment.threads, feeds, BRIEF_RUNS)[0]
+    times = bench.sum_by_operator(nodes)
+    return replace(report, operators={"before": times, "after": times})
 
 
 def _list_operators(proto: onnx.ModelProto, nodes: Sequence[int]) -> tuple[str, ...]:

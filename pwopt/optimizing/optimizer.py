@@ -22,6 +22,7 @@ from pwopt.optimizing.attempt import Attempt, Attempts
 from pwopt.optimizing.budget import Budget
 from pwopt.optimizing.denied_sites import check_sites
 from pwopt.optimizing.fallback import choose_result
+from pwopt.optimizing.layer_times import add_operator_times
 from pwopt.optimizing.other_conditions import other_environments
 from pwopt.optimizing.preparation import Problem, check_output, define_problem, resolve, start_compilation
 from pwopt.optimizing.request import CostModel, Limits, Measuring, Request, Writing
@@ -184,7 +185,10 @@ def _finish(attempts: Attempts, compilation: Compilation) -> Attempt:
         return unmeasured.run(compilation)
 
     result = choose_result(done, try_unmeasured, attempts.problem.source.proto, attempts.request.insists)
-    return result.add_notes(*attempts.problem.why)
+    if not result.report.rewrites:
+        result = replace(result, report=add_operator_times(result.report, attempts.problem, attempts.request))
+    spent = notes.explain_time(result.report, attempts.problem.source.proto)
+    return result.add_notes(*spent, *attempts.problem.why)
 
 
 def _worker_problem(problem: Problem) -> str:

@@ -143,8 +143,13 @@ class ConditionRaces:
         Compilation
             The given one if no kind is at fault alone.
         """
+        left_out: set[str] = set()
         for environment, measured in slow:
-            for name in reversed(dict.fromkeys(r.pass_name for r in rewrites)):
+            if left_out:
+                again = self.run(candidate, environment)
+                if again is None or not again[0].slower:
+                    continue
+            for name in reversed(dict.fromkeys(r.pass_name for r in rewrites if r.pass_name not in left_out)):
                 reason = f"slower with {measured.label}: {measured.latency.speedup:.3f}×"
                 tried = compilation.leave_out([r for r in rewrites if r.pass_name == name], reason)
                 model = build(tried)
@@ -154,6 +159,7 @@ class ConditionRaces:
                 if race.interval(confidence=CONFIDENCE)[0] <= 1.0:
                     continue
                 compilation, candidate = tried, model
+                left_out.add(name)
                 again = self.run(candidate, environment)
                 if again is None or not again[0].slower:
                     break

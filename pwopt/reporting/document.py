@@ -23,6 +23,7 @@ from pwopt.reporting.text import (
     ELEMENTWISE_FIGURES,
     FIGURE_LABELS,
     format_figures,
+    format_growth,
     format_huge_pages,
     format_interval,
     format_ratio,
@@ -58,12 +59,13 @@ MAX_LISTED = 400
 
 @dataclass(frozen=True)
 class PassSummary:
-    """Rewrites of one pass: its identity, the rewrites, multiply-adds saved, and a summary of the certificates."""
+    """Rewrites of one pass: identity, rewrites, multiply-adds saved, growth of weights, and certificates."""
 
     name: str
     formula: str
     rewrites: tuple[Rewrite, ...]
     saved: int
+    growth: str
     certificates: str
 
 
@@ -232,6 +234,7 @@ def _group_rewrites(report: Report) -> list[PassSummary]:
             report.passes.get(name, ""),
             tuple(rs),
             sum(r.macs_before - r.macs_after for r in rs),
+            format_growth(sum(r.growth for r in rs)),
             _summarize_certificates(rs),
         )
         for name, rs in found.items()

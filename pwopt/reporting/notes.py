@@ -26,6 +26,11 @@ LAUNCH_MICROSECONDS = 10.0
 PROFILE_APART = 1.25
 #: A speed-up below this is explained.
 EXPLAINED_SPEEDUP = 1.05
+#: The last note if every rewrite was left out, one after another.
+RETURNED = "The original is returned."
+#: What the names of onnxruntime's operators that multiply matrices contain, and the share of the time from which on
+#: they are what a model spends it on.
+MULTIPLYING, MAIN_SHARE = ("Conv", "Gemm", "MatMul", "Attention"), 0.5
 #: A model that grows by more than this fraction, and so many bytes, is mentioned.
 MENTIONED_GROWTH, MENTIONED_BYTES = 0.1, 1 << 16
 
@@ -235,6 +240,42 @@ def explain_small_gain(report: Report) -> str:
     if report.before.nodes > report.after.nodes:
         return "All multiply-adds are needed, and onnxruntime fuses most of the removed operators itself while loading."
     return "All multiply-adds are needed, and there was nothing to fold."
+
+
+def explain_time(report: Report, proto: onnx.ModelProto) -> Iterator[str]:
+    """Say what a model spends its time on, if nothing made it faster.
+
+    Parameters
+    ----------
+    report : Report
+    proto : onnx.ModelProto
+        The original.
+    """
+    tried = report.candidate
+    operators = report.operators if tried is None else tried.operators
+    if not operators or (report.rewrites and (report.latency is None or report.latency.faster)):
+        return
+    times, counts = operators["before"], Counter(n.op_type for n in proto.graph.node)
+    total = sum(times.values())
+    multiplying = sum(ms for op, ms in times.items() if any(kind in op for kind in MULTIPLYING))
+    maps = (counts["Conv"] + counts["ConvTranspose"], "convolution"), (counts["MatMul"] + counts["Gemm"], "product")
+    named = " and ".join(format_count(count, what) for count, what in maps if count)
+    if named and total and multiplying >= MAIN_SHARE * total:
+        rate = (
+            f", at {report.before.macs / multiplying / 1e6:.3g} G multiply-adds/s" if not report.before.unknown else ""
+        )
+        spent = f"{multiplying / total:.0%} of the time goes into {named}{rate}"
+    elif total:
+        slowest = sorted(times.items(), key=lambda item: -item[1])[:3]
+        spent = f"The time goes into {', '.join(f'{op} ({ms / total:.0%})' for op, ms in slowest)}"
+    else:
+        return
+    if report.rewrites or tried is not None or RETURNED in report.notes:
+        yield f"{spent}."
+    elif report.skips:
+        yield f"{spent}; {format_count(len(report.skips), 'place')} could not be rewritten, each for a reason given."
+    else:
+        yield f"{spent}; nothing in front of or behind them could be folded."
 
 
 def explain_kept(latency: Latency, elsewhere: ConditionLatency | None, option: str) -> str:

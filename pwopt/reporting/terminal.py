@@ -24,6 +24,7 @@ from pwopt.reporting.text import (
     LEGEND,
     escape_text,
     format_figures,
+    format_growth,
     format_huge_pages,
     format_ratio,
     format_speedup,
@@ -233,13 +234,20 @@ def _render_rewrites(report: Report, console: Console) -> None:
     if not report.rewrites:
         console.print("No rewrite was applied: the output is a copy of the input.")
         return
-    table = _table("rewrites", "count", "multiply-adds\nsaved", "rounding", "certified", "tested", "none")
+    grown: Counter[str] = Counter()
+    for r in report.rewrites:
+        grown[r.pass_name] += r.growth
+    weights = ["weights\nadded"] if any(format_growth(g) for g in grown.values() if g > 0) else []
+    columns = "rewrites", "count", "multiply-adds\nsaved", *weights, "rounding", "certified", "tested", "none"
+    table = _table(*columns)
     for name, count in Counter(r.pass_name for r in report.rewrites).items():
         mine = [r for r in report.rewrites if r.pass_name == name]
         saved = sum(r.macs_before - r.macs_after for r in mine)
         held = Counter("none" if r.certificate is None else r.certificate.status for r in mine)
         worst = f"{max(r.residual for r in mine):.1g}"
-        table.add_row(name, str(count), f"{saved:,}", worst, *(str(held[s]) for s in ("certified", "tested", "none")))
+        added = [format_growth(grown[name])] if weights else []
+        certificates = (str(held[s]) for s in ("certified", "tested", "none"))
+        table.add_row(name, str(count), f"{saved:,}", *added, worst, *certificates)
     _show(table, console)
 
 

@@ -105,6 +105,15 @@ def format_huge_pages(gain: tuple[float, float, float], noise: float = 1.0) -> s
     )
 
 
+def format_growth(growth: int) -> str:
+    """Format by how many bytes the constants of a model grow; "" for less than a kilobyte."""
+    size = abs(growth)
+    if size < 1_000:
+        return ""
+    shown = f"{size / 1e6:.3g} MB" if size >= 1e6 else f"{size / 1e3:.3g} kB"
+    return f"{'+' if growth > 0 else '−'}{shown}"
+
+
 def list_start_rows(latency: Latency | None) -> list[tuple[str, str, str, str]]:
     """Rows of a table on what sessions take to start: label, original, result, and their ratio."""
     start = None if latency is None else latency.start

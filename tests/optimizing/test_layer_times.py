@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -10,9 +12,12 @@ import pytest
 from helpers import normal, parse
 
 import pwopt
+from pwopt.maps.cost import Cost
 from pwopt.optimizing.layer_times import compare_layers
-from pwopt.reporting.report import LAYOUT_CHANGES, Layer
+from pwopt.reporting import notes
+from pwopt.reporting.report import LAYOUT_CHANGES, Latency, Layer, RejectedCandidate, Report
 from pwopt.rewriting import Rewrite
+from pwopt.rewriting.records import Site, Skip
 from pwopt.running.session import NodeTime
 from pwopt.selecting.profile_alignment import find_kernels, save_marked, sum_by_node
 
@@ -88,3 +93,45 @@ def test_layers_are_profiled_for_a_report_only() -> None:
     report = pwopt.optimize(model(), passes=["fold-affine"], measuring=measuring).report
     assert report.latency is not None
     assert (report.layers, report.operators) == (None, None)
+
+
+TIMES = {"Conv": 6.0, "Gemm": 2.0, "Resize": 2.0}
+SLOW = Latency(10.0, 10.0, 0.9, (0.85, 0.95), 10.0, 10.0, 9)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, ["80% of the time goes into 2 convolutions, at 50 G multiply-adds/s; nothing in front of or behind them could be folded."]),
+        (
+            {"skips": (Skip("it is an output", Site("a", "b")),)},
+            ["80% of the time goes into 2 convolutions, at 50 G multiply-adds/s; 1 place could not be rewritten, each for a reason given."],
+        ),
+        ({"before": Cost(6, 9, 4 * 10**8, 1)}, ["80% of the time goes into 2 convolutions; nothing in front of or behind them could be folded."]),
+        ({"operators": {"before": {"Resize": 7.0, "Conv": 3.0}, "after": {}}}, ["The time goes into Resize (70%), Conv (30%); nothing in front of or behind them could be folded."]),
+        (
+            {"operators": None, "candidate": RejectedCandidate(Cost(1, 1, 1, 0), SLOW, operators={"before": TIMES, "after": {}})},
+            ["80% of the time goes into 2 convolutions, at 50 G multiply-adds/s."],
+        ),
+        ({"rewrites": (Rewrite(""),), "latency": SLOW}, ["80% of the time goes into 2 convolutions, at 50 G multiply-adds/s."]),
+        ({"rewrites": (Rewrite(""),), "latency": replace(SLOW, interval=(1.5, 1.6))}, []),
+        ({"operators": None}, []),
+    ],
+)  # fmt: skip
+def test_a_model_that_gains_nothing_says_what_it_spends_its_time_on(changes: dict[str, Any], said: list[str]) -> None:
+    report = Report(
+        "m", None, "cpu", {}, {}, before=Cost(6, 9, 4 * 10**8, 0), operators={"before": TIMES, "after": TIMES}
+    )
+    assert list(notes.explain_time(replace(report, **changes), model())) == said
+
+
+def test_the_time_of_a_model_without_rewrites_is_measured() -> None:
+    pytest.importorskip("onnxruntime")
+    plain = parse("(float[1,4,6,6] x) => (float[N] y) { y = Conv(x, w) }", w=WEIGHTS["w"].astype(np.float32))
+    report = pwopt.optimize(plain, cache=False).report
+    assert not report.rewrites
+    assert report.latency is None
+    assert report.operators is not None
+    assert "Conv" in report.operators["before"]
+    assert "goes into" in " ".join(report.notes)
+    assert pwopt.optimize(plain, cost="analytic").report.operators is None

@@ -8,7 +8,7 @@ import pytest
 
 from pwopt.reporting.notes import within
 from pwopt.reporting.report import Latency, Report, Start
-from pwopt.reporting.text import format_huge_pages, format_ratio, format_speedup, list_start_rows
+from pwopt.reporting.text import format_growth, format_huge_pages, format_ratio, format_speedup, list_start_rows
 from pwopt.reporting.verdicts import list_claims
 
 
@@ -71,3 +71,9 @@ def test_what_a_session_takes_to_start_has_a_row_each() -> None:
         ("peak memory", "100 MB", "80 MB", "-20.0%"),
     ]
     assert list_start_rows(None) == list_start_rows(latency(1.9, 2.1)) == []
+
+
+def test_weights_that_a_rewrite_adds_are_shown() -> None:
+    assert [format_growth(g) for g in (0, 999, 1_500, -2_340_000, 12_000_000)] == [
+        "", "", "+1.5 kB", "−2.34 MB", "+12 MB"
+    ]  # fmt: skip
