@@ -3,10 +3,11 @@
 
     python benchmarks/clock.py MODEL... [-o benchmarks/results/clock.json] [--races 20] [--seconds 2]
 
-Each model races against itself, `--races` times, under four conditions: idle and beside a busy loop on another core,
-with huge pages and without. The models must be equal, so every 99 % interval that excludes 1 is a false verdict, and at
-most 1 in 50 may be one. The power of the clock is the time that it takes to find a copy slower whose every run spins
-for 2 % longer. Dynamic sizes are the likely ones. The busy loop needs Linux and two cores.
+Each model races against itself and a copy, by the rules of the final race of `pwopt optimize`. This happens `--races`
+times under four conditions: idle and beside a busy loop on another core, with huge pages and without. The models must
+be equal, so every 99 % interval that excludes 1 is a false verdict, and at most 1 in 50 may be one. The power of the
+clock is the time that it takes to find a copy slower whose every run spins for 2 % longer. Dynamic sizes are the likely
+ones. The busy loop needs Linux and two cores.
 """
 
 from __future__ import annotations
@@ -30,6 +31,7 @@ from rich.table import Table
 from pwopt.graph.files import load
 from pwopt.inputs.input_specs import input_specs
 from pwopt.inputs.samples import draw_feeds
+from pwopt.optimizing.attempt import final_rules
 from pwopt.running import huge_pages, installation, timing
 from pwopt.running.progress import ignore_progress
 from pwopt.running.providers import as_provider
@@ -80,7 +82,7 @@ def calibrate(path: Path, races: int, seconds: float) -> dict[str, Any]:
     opener = partial(Session, path, provider, 1)
     found: list[dict[str, float]] = []
     for _ in range(races):
-        race = timing.race([opener, opener], feeds, seconds, rules=timing.Rules(precise=0.005))
+        race = timing.race([opener] * 3, feeds, seconds, rules=final_rules(measured=True))
         low, high = race.interval()
         found.append({"ratio": race.speedup(), "low": low, "high": high, "pairs": len(race.pairs)})
     took, verdicts = [], []

@@ -254,7 +254,11 @@ class Attempts:
             )  # fmt: skip
         figures = race.speedup(), *race.interval(), len(race.pairs)
         LOG.info("the whole model: %.3f× [%.3f, %.3f] over %d pairs of sessions", *figures)
-        latency = pair.add_memory(Latency.from_race(race))
+        latency = Latency.from_race(race)
+        report = replace(report, latency=latency)
+        if self._will_retry(report):
+            return report, race
+        latency = pair.add_memory(latency)
         report = replace(report, latency=latency)
         if self.request.measuring.layers:
             self.request.progress("profiling", 1.0)
@@ -265,6 +269,13 @@ class Attempts:
         )
         return report, race
 
+    def _will_retry(self, report: Report) -> bool:
+        """Whether measured rewrites did not pay, so that this result will not be returned (`choose_result`)."""
+        latency, measured = report.latency, self.selection.allowed or frozenset()
+        if latency is None or latency.faster or self.request.insists:
+            return False
+        return any(r.site in measured for r in report.rewrites)
+
     def _race_elsewhere(
         self, races: ConditionRaces, pair: Pair, report: Report, first: Race
     ) -> tuple[Report, list[tuple[Environment, ConditionLatency]]]:
@@ -272,7 +283,8 @@ class Attempts:
 
         `first` is the race under the first condition.
         """
-        if report.latency is None or (report.latency.slower and not self.request.insists):
+        slower = report.latency is None or report.latency.slower
+        if (slower and not self.request.insists) or self._will_retry(report):
             return report, []  # the result will not be returned
         others = other_environments(self.problem.environment, self.request.thread_counts)
         with timing.exclusive():

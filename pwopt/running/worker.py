@@ -110,7 +110,8 @@ class Worker:
         UnusableError
             If a model fails now.
         """
-        answer = self._ask(("profile", [str(m) for m in models], seconds, least), self._limit + 4 * seconds)
+        patience = len(models) / 2 * self._limit + 4 * seconds
+        answer = self._ask(("profile", [str(m) for m in models], seconds, least), patience)
         if isinstance(answer, tuple):
             return answer
         raise UnusableError(str(answer))

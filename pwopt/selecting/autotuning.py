@@ -22,7 +22,9 @@ from pwopt.running.timing import CONFIDENCE, HOPELESS, HOPELESS_PAIRS, NO_EVIDEN
 LOG = logging.getLogger(__name__)
 
 #: The time limit in seconds for the race of one group.
-LONGEST_RACE = 6.0
+LONGEST_RACE = 4.0
+#: How many passes are profiled together, beside the model without them.
+PASSES_TOGETHER = 3
 #: The share of the time that profiles may take before the races, and the confidence of an estimate. A race confirms it.
 ESTIMATING_SHARE, ESTIMATE_CONFIDENCE = 0.5, 0.9
 #: A group is raced if its profile allows at least this speed-up. Smaller ones vanish in the difference of two sessions.
@@ -193,7 +195,10 @@ class CandidateEvaluator(Protocol):
         """Return what is already known about a group, even if it is not clear."""
 
     def estimate(self, kept: Sequence[Group], groups: Sequence[Group]) -> Mapping[Group, Estimate]:
-        """Estimate groups in addition to the kept ones; groups that profiles cannot separate are missing."""
+        """Estimate groups in addition to the kept ones, those of each pass in a model of their own.
+
+        Groups that profiles cannot separate are missing.
+        """
 
 
 def race_groups(
@@ -269,11 +274,14 @@ class _Contest:
         Groups that surely gain nothing are dropped. Other groups stay undecided.
         """
         seen: dict[Group, Estimate] = {}
-        for name in dict.fromkeys(g.pass_name for g in groups):
+        names = list(dict.fromkeys(g.pass_name for g in groups))
+        for start in range(0, len(names), PASSES_TOGETHER):
             if time.perf_counter() > self._deadline - (1 - ESTIMATING_SHARE) * self._budget:
                 break
-            self._progress(f"profiling {name}", 1 - (self._deadline - time.perf_counter()) / self._budget)
-            seen.update(self._evaluator.estimate(self.kept(), [g for g in groups if g.pass_name == name]))
+            together = names[start : start + PASSES_TOGETHER]
+            done = 1 - (self._deadline - time.perf_counter()) / self._budget
+            self._progress(f"profiling {', '.join(together)}", done)
+            seen.update(self._evaluator.estimate(self.kept(), [g for g in groups if g.pass_name in together]))
         promised = {
             g: e.own for g, e in seen.items() if e.own.interval(ESTIMATE_CONFIDENCE)[0] > 1.0 and e.own.speedup >= WORTH
         }

@@ -25,7 +25,7 @@ from pwopt.selecting.tuning_records import TuningRecords
 
 LOG = logging.getLogger(__name__)
 
-#: Seconds to profile two models, and the least number of runs of each.
+#: Seconds to profile two models (and half of that for each other one), and the least number of runs of each.
 ESTIMATE_SECONDS, ESTIMATE_RUNS = 1.0, 4
 
 
@@ -160,15 +160,21 @@ class RacingEvaluator:
             self._base.clear()
             self._base[base] = self._build_profiled(base, "base")
         before = self._base[base]
-        after = self._build_profiled(base.union(*(g.sites for g in groups)), "look")
-        if before.path is None or after.path is None:
+        names = dict.fromkeys(g.pass_name for g in groups)
+        parts = [[g for g in groups if g.pass_name == name] for name in names]
+        after = [self._build_profiled(base.union(*(g.sites for g in p)), f"look{k}") for k, p in enumerate(parts)]
+        paths = [each.path for each in (before, *after) if each.path is not None]
+        if len(paths) <= len(after):
             return {}
         try:
-            runs, share = worker.profiles([before.path, after.path], ESTIMATE_SECONDS, ESTIMATE_RUNS)
+            runs, share = worker.profiles(paths, ESTIMATE_SECONDS * len(paths) / 2, ESTIMATE_RUNS)
         except UnusableError as error:
-            LOG.info("profiles of %s cannot be used: %s", groups[0].pass_name, error)
-            return {}
-        found = estimate(before.proto, after.proto, after.rewrites, groups, (runs[0], runs[1]))
+            LOG.info("profiles of %s cannot be used: %s", ", ".join(names), error)
+            alone = parts if len(parts) > 1 else []
+            return {g: each for p in alone for g, each in self.estimate(kept, p).items()}
+        found: dict[Group, Estimate] = {}
+        for part, each, own in zip(parts, after, runs[1:], strict=True):
+            found |= estimate(before.proto, each.proto, each.rewrites, part, (runs[0], own))
         return {g: each._replace(sure=share >= autotuning.BUSY) for g, each in found.items()}
 
     def _build_profiled(self, sites: frozenset[Site], name: str) -> _Profiled:

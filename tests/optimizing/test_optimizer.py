@@ -182,7 +182,10 @@ def test_measured_rewrites_must_be_faster_in_the_whole_model(monkeypatch: pytest
         return planted_race(np.full(20, speedup), *(np.full(20, 1.0) for _ in models[1:]))
 
     plant(monkeypatch, race)
+    started = []
+    monkeypatch.setattr(attempt.Pair, "add_memory", lambda pair, latency: started.append(pair.candidate) or latency)
     result = pwopt.optimize(CHAIN, threads=1, cache=False)
+    assert len(started) == 1  # nothing else is measured of the first result, which is not returned
     assert ops(result.model) == FOLDED
     (dropped,) = (s for s in result.report.skips if s.pass_name == "detour")
     assert dropped.reason.startswith("measured no faster beyond doubt in the whole model (1.000× [1.000, 1.000])")

@@ -7,6 +7,7 @@ import math
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -17,8 +18,10 @@ import pwopt
 from pwopt.passes import PASSES
 from pwopt.running.providers import DEFAULT
 from pwopt.running.timing import Race
+from pwopt.running.worker import UnusableError, Worker
 from pwopt.selecting import priors, tuning_cache
 from pwopt.selecting.priors import ENOUGH_CASES, Prior
+from pwopt.selecting.rewrite_selection import RacingEvaluator
 from pwopt.selecting.tuning_cache import TuningRecord
 
 F = np.float32
@@ -106,3 +109,26 @@ def test_this_machine_s_own_decisions_count(tmp_path: Path, monkeypatch: pytest.
     tuning_cache.store(replace(entry("to-matmul", 1.2, 1), place=tuning_cache.describe_place(DEFAULT, 1)))
     report = pwopt.optimize(siblings(), threads=1).report
     assert not any("not tried" in s.reason for s in report.skips)
+
+
+def test_passes_are_profiled_together_and_apart_if_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model without them is profiled once; a variant that fails spoils no estimate of another one."""
+    pytest.importorskip("onnxruntime")
+    profile, estimate, asked = Worker.profiles, RacingEvaluator.estimate, list[int]()
+    plant(monkeypatch, lambda *_, **__: planted_race(np.full(40, 2.0), np.full(40, 1.0)))
+    monkeypatch.setattr(RacingEvaluator, "estimate", estimate)
+
+    def record(worker: Worker, models: list[Path], *rest: Any) -> Any:
+        asked.append(len(models))
+        if len(models) > failing:
+            raise UnusableError("it crashes")
+        return profile(worker, models, *rest)
+
+    monkeypatch.setattr(Worker, "profiles", record)
+    failing, measuring = 9, pwopt.Measuring(effort="thorough")
+    pwopt.optimize(siblings(), threads=1, measuring=measuring, cache=False)
+    assert asked == [3]
+    asked.clear()
+    failing = 2
+    pwopt.optimize(siblings(), threads=1, measuring=measuring, cache=False)
+    assert asked == [3, 2, 2]
