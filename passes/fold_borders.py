@@ -160,7 +160,7 @@ def _merge_branches(rw: Rewriter, node: Node) -> Rewrite | None:
     old = [*(n for b in branches for n in b.nodes), node]
     reason = f"two branches of {lead.source.name!r}, one with a channel of ones, become one map"
     done = rw.replace(sorted(old, key=rw.position), [pad, *written.nodes], reason, written.residual)
-    return done.with_signature(f"{KIND}: branches of {lead.source.name}")
+    return done.with_signature(f"{KIND}: branches of {channels} channels")
 
 
 def _find_pad(rw: Rewriter, path: Path) -> Node | None:

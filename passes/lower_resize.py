@@ -13,10 +13,9 @@ from pwopt.rewriting.driver import Rewriter
 from pwopt.rewriting.lowering import Form, Lowering
 from pwopt.rewriting.records import Skip
 
-#: Nanoseconds per output element of onnxruntime's kernels, and per multiply-add of its products (AVX-512 Xeon, 1
-#: thread).
-COST = {"linear": 1.5, "cubic": 63.0}
-PRODUCT_COST = 0.02
+#: Nanoseconds per output element of onnxruntime's kernel for cubic interpolation, and per multiply-add of its products
+#: (AVX-512 Xeon, 1 thread).
+CUBIC_COST, PRODUCT_COST = 63.0, 0.02
 #: The largest number of positions of an axis.
 MAX_POSITIONS = 4096
 
@@ -30,7 +29,7 @@ class LowerResize(Lowering):
       zero.
 
     A and B hold the weights of each output along one axis (`pwopt.algebra.interpolation`). The smaller product comes
-    first. Without measuring, the row applies where the products cost less than onnxruntime's kernel.
+    first. Without measuring, the row applies to cubic interpolation only, for which onnxruntime's kernel is slow.
     """
 
     name = "lower-resize"
@@ -52,7 +51,7 @@ class LowerResize(Lowering):
         first = high * wide * wider + high * higher * wider  # the columns first
         second = higher * high * wide + higher * wide * wider
         new = _write(rw, node, rows, columns, first <= second)
-        pays = PRODUCT_COST * min(first, second) < 0.8 * COST[kind.mode] * higher * wider
+        pays = kind.mode == "cubic" and PRODUCT_COST * min(first, second) < CUBIC_COST * higher * wider / 2
         size = "×".join(map(str, rw.size_of(x) or ("?",)))
         detail = f"{kind.mode} {high}×{wide} to {higher}×{wider}: {size}"
         residual = max(map(emit.relative_rounding, (rows, columns), exact))
