@@ -67,7 +67,7 @@ class CleanUp(Pass):
         if not any(rw.readers(t) or rw.must_keep(t) for t in node.outputs):
             return rw.replace([node], [], "nothing reads its outputs")
         if op == "Constant":
-            return None
+            return rewrite_canonically(rw, node)
         reason = _explain_no_effect(rw, node, op)
         if reason:
             return self._bypass(node, rw, reason)

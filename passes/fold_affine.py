@@ -74,6 +74,7 @@ class FoldAffine(Pass):
     * It folds into the map before it, or else into every map that reads it. It moves through operators that commute
       with it (Concat, pooling, Resize, Transpose, …: `pwopt.maps.commute`). Constants on the way, such as positional
       tables, absorb their part.
+    * A LayerNormalization over the last axis and an InstanceNormalization absorb it in their own scale and bias.
     * A shift does not fold forward through zero padding. A scale does.
     * Two scales and shifts that meet no map become one BatchNormalization.
     * The number of operators decreases. A shared weight is copied only if reading the copy costs less than the removed
@@ -101,6 +102,9 @@ class FoldAffine(Pass):
             return None
         if node in self._fused:
             return Skip(f"it belongs to a {self._fused[node]} that onnxruntime runs as one operator")
+        normalised = _fold_into_normalisation(rw, reading)
+        if normalised is not None:
+            return normalised
         affine = Affine(reading.load().at_rank(0), reading.axis)
         up, down = Plan(), Plan()
         obstacle = "there is a constant" if rw.constant(reading.source) is not None else rw.other_uses(reading.source)
@@ -252,6 +256,35 @@ class FoldAffine(Pass):
         if not maps and not constants:
             raise RefusedError("there is no map or constant to absorb it")
         return Edits(tuple(maps), tuple(constants), copied)
+
+
+def _fold_into_normalisation(rw: Rewriter, reading: Reading) -> Rewrite | None:
+    """Let the normalisation before a scale and shift apply them: s(γx + β) + t = (sγ)x + (sβ + t)"""
+    before, rank = rw.producer(reading.source), rw.rank(reading.source)
+    if before is None or rank is None or not rw.is_a(before, "LayerNormalization", "InstanceNormalization"):
+        return None
+    layer = before.op == "LayerNormalization"
+    axis, first = (rank - 1, int(before.attrs.get("axis", -1)) % rank) if layer else (1, 1)
+    others = any(t.name and (rw.readers(t) or rw.must_keep(t)) for t in before.outputs[1:])
+    if first != axis or reading.axis not in (axis, None) or rw.other_uses(reading.source) or others:
+        return None
+    held = rw.optional_input(before, 2)
+    gamma, beta = rw.value(before.inputs[1]), np.zeros(1) if held is None else rw.value(held)
+    dtype, linear = rw.dtype(before.inputs[1]), reading.try_load()
+    if gamma is None or beta is None or dtype is None or linear is None or gamma.ndim != 1:
+        return None
+    if np.any(beta) and not _is_exact(linear.scale) and find_pole(rw, reading.output) is not None:
+        return None  # as in _require_accuracy
+    if len(linear.scale) not in (1, len(gamma)):
+        return None
+    exact = gamma * linear.scale, np.broadcast_to(beta * linear.scale + linear.bias, gamma.shape)
+    low = [emit.round_values(v, dtype) for v in exact]
+    names = [f"{reading.output.name}_{role}" for role in ("scale", "bias")]
+    inputs = [before.inputs[0], *(rw.new_constant(n, v) for n, v in zip(names, low, strict=True))]
+    new = Node(before.op, before.name, dict(before.attrs), inputs, [reading.output])
+    residual = max(emit.relative_rounding(v, e) for v, e in zip(low, exact, strict=True))
+    reason = f"{describe(reading.node)} folds into {describe(before)}"
+    return rw.replace([before, *reading.nodes], [new], reason, residual)
 
 
 def _require_accuracy(rw: Rewriter, inner: Reading, outer: Reading) -> None:

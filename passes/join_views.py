@@ -27,6 +27,7 @@ class JoinViews(Pass):
 
     * Nothing else reads the tensors between them.
     * Sizes are compared entry by entry, also if they are dynamic (`pwopt.graph.values`).
+    * A Transpose that only moves axes of size 1 is a Reshape.
     * A Gemm absorbs a Transpose of its operand. A Gather with one index absorbs the Unsqueeze after it.
     * A channel shuffle with computed shapes becomes one Gather.
 
@@ -49,7 +50,9 @@ class JoinViews(Pass):
         if op == "Transpose":
             return _compose_transposes(rw, before, node)
         if rw.is_a(before, "Transpose"):
-            return _absorb_reshapes(rw, before, node) or _write_shuffle(rw, node) if op == "Reshape" else None
+            if op != "Reshape":
+                return None
+            return _absorb_reshapes(rw, before, node) or _write_shuffle(rw, node) or _skip_transpose(rw, before, node)
         return _compose_reshapes(rw, before, node) if rw.is_a(before, *VIEWS) else None
 
 
@@ -139,6 +142,19 @@ def _absorb_reshapes(rw: Rewriter, transpose: Node, node: Node) -> Rewrite | Non
         return None
     new = Node("Transpose", node.name, {"perm": order}, [source], list(node.outputs))
     return _replace_by_one(rw, [reshape, transpose, node], new)
+
+
+def _skip_transpose(rw: Rewriter, transpose: Node, node: Node) -> Rewrite | None:
+    """Remove a Transpose before a Reshape, if it only moves axes of size 1."""
+    perm, sizes = attributes.perm(rw, transpose), values.read_extents(rw, transpose.inputs[0])
+    shape = rw.integers(node.inputs[1]) if len(node.inputs) > 1 else None
+    if perm is None or sizes is None or shape is None or 0 in shape:  # a 0 would copy a size of the transposed tensor
+        return None
+    moved = [axis for axis in perm if sizes[axis] != 1]
+    if moved != sorted(moved):
+        return None
+    new = Node("Reshape", node.name, dict(node.attrs), [transpose.inputs[0], node.inputs[1]], list(node.outputs))
+    return rw.replace([transpose, node], [new], "Transpose only moves axes of size 1")
 
 
 def _write_shuffle(rw: Rewriter, node: Node) -> Rewrite | None:

@@ -11,7 +11,7 @@ import onnx
 
 from pwopt.graph import attributes, values
 from pwopt.graph.dtypes import is_floating
-from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.ir import Constant, Node, Tensor
 from pwopt.graph.operators import SAME_SHAPE
 from pwopt.rewriting.driver import Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
@@ -121,9 +121,45 @@ def _drop_empty_parts(rw: Rewriter, node: Node) -> Rewrite | None:
     return rw.replace([node], [new], f"{len(node.inputs) - len(full)} of its inputs are empty")
 
 
+def _flatten_weight(rw: Rewriter, node: Node) -> Rewrite | None:
+    """Write a weight of one matrix, (1, …, 1, K, N), with two axes, if the other operand has as many axes as it."""
+    for index, tensor in enumerate(node.inputs):
+        held, other = rw.constant(tensor), node.inputs[1 - index]
+        rank = rw.rank(other)
+        if held is None or rank is None or not 2 < len(held.shape) <= rank or rw.is_shared(tensor):
+            continue
+        if any(d != 1 for d in held.shape[:-2]) or rw.constant(other) is not None:
+            continue
+        raw = rw.raw(tensor)
+        if raw is None:
+            return None
+        matrix = rw.new_constant(f"{tensor.name}_matrix", raw.reshape(raw.shape[-2:]))
+        inputs = [matrix if i == index else t for i, t in enumerate(node.inputs)]
+        new = Node("MatMul", node.name, {}, inputs, list(node.outputs))
+        return rw.replace([node], [new], "its weight is one matrix")
+    return None
+
+
+def _write_value(rw: Rewriter, node: Node) -> Rewrite | None:
+    """Write the number or list of numbers of a Constant as a tensor, which is what other rewrites read."""
+    for name, dtype in (
+        ("value_float", np.float32),
+        ("value_floats", np.float32),
+        ("value_int", np.int64),
+        ("value_ints", np.int64),
+    ):
+        if name in node.attrs:
+            value = Constant(f"{node.outputs[0].name}_value", np.asarray(node.attrs[name], dtype))
+            new = Node("Constant", node.name, {"value": value}, [], list(node.outputs))
+            return rw.replace([node], [new], "its value is written as a tensor")
+    return None
+
+
 RULES: dict[str, Rule] = {
     "Cast": _join_casts,
     "Concat": _drop_empty_parts,
+    "Constant": _write_value,
+    "MatMul": _flatten_weight,
     "Not": _negate_twice,
     "Shape": _read_shape_earlier,
     "Size": _read_shape_earlier,

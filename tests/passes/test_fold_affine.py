@@ -660,3 +660,41 @@ def test_a_sum_that_may_cancel_folds_elsewhere(rest: str, scale: float) -> None:
     model = parse(RISEN + rest + " }", one=np.float32(1), k=np.float32(scale))
     _, outcome, _ = run(model, FoldAffine())
     assert outcome.rewrites
+
+
+NORMALISATIONS = [
+    ("LayerNormalization(x, g, t)", "double[2,3,4] x", (4,)),
+    ("LayerNormalization<axis=2>(x, g)", "double[2,3,4] x", (4,)),
+    ("InstanceNormalization(x, g, t)", "double[2,4,5] x", (4, 1)),
+]
+
+
+@pytest.mark.parametrize(("call", "ends", "shape"), NORMALISATIONS)
+@pytest.mark.parametrize("single", [False, True])
+def test_a_normalisation_absorbs_the_scale_and_shift_after_it(
+    call: str, ends: str, shape: tuple[int, ...], single: bool
+) -> None:
+    numbers = {"g": normal(4), "t": normal(4, seed=1), "s": normal(*shape, seed=2), "b": normal(*shape, seed=3)}
+    numbers |= {"s": np.float64(1.5), "b": np.float64(-0.25)} if single else {}
+    model = build(f"({ends}) => (double[A,B,C] y) {{ n = {call} h = Mul(n, s) k = Add(h, b) y = Sigmoid(k) }}", numbers)
+    result, outcome, _ = run(model, FoldAffine())
+    assert ops(result) == {call.split("(")[0].split("<")[0]: 1, "Sigmoid": 1}
+    assert all(r.certificate is not None and r.certificate.status != "failed" for r in outcome.rewrites)
+    same(model, result, x=normal(*(int(d) for d in ends[7:-3].split(",")), seed=4))
+
+
+@pytest.mark.parametrize(
+    ("body", "shape"),
+    [
+        ("n = LayerNormalization(x, g) y = Mul(n, s)", (3, 1)),  # another axis
+        ("n = LayerNormalization<axis=1>(x, gg) y = Mul(n, s)", (4,)),  # the scale has two axes
+        ("n = LayerNormalization(x, g) h = Mul(n, s) y = Add(h, n)", (4,)),  # read twice
+        ("n, m = LayerNormalization(x, g) c = Cast<to=11>(m) h = Mul(n, s) y = Add(h, c)", (4,)),
+        ("n = LayerNormalization(x, v) y = Mul(n, s)", (4,)),  # its scale is computed
+    ],
+)
+def test_what_a_normalisation_does_not_absorb(body: str, shape: tuple[int, ...]) -> None:
+    numbers = {"g": normal(4), "gg": normal(3, 4), "s": normal(*shape)}
+    model = build(f"(double[2,3,4] x, double[4] v) => (double[A,B,C] y) {{ {body} }}", numbers)
+    result, _, _ = run(model, FoldAffine())
+    assert ops(result) == ops(model)

@@ -210,3 +210,22 @@ def test_transpositions_around_layer_normalizations_meet() -> None:
     result, _, _ = run(model, JoinViews(), CleanUp())
     assert ops(result) == {"Transpose": 1, "LayerNormalization": 2}
     same(model, result, x=normal(2, 5, 4, 3))
+
+
+@pytest.mark.parametrize(
+    ("size", "target", "left"),
+    [
+        ("2,3,4,1,1", [2, -1, 3], {"Reshape": 1}),
+        ("2,3,4,1,5", [2, -1, 3], {"Transpose": 1, "Reshape": 1}),
+        ("N,3,4,1,1", [-1, 4, 3], {"Reshape": 1}),
+        ("N,3,4,K,1", [-1, 4, 3], {"Transpose": 1, "Reshape": 1}),
+        ("2,3,4,1,1", [0, -1, 0], {"Transpose": 1, "Reshape": 1}),  # a 0 copies a size of the transposed tensor
+    ],
+)
+def test_a_transpose_that_moves_axes_of_size_one(size: str, target: list[int], left: dict[str, int]) -> None:
+    body = f"(double[{size}] x) => (double[A,B,C] y) {{ t = Transpose<perm=[0,3,4,1,2]>(x) y = Reshape(t, s) }}"
+    model = parse(body, s=np.array(target))
+    result, _, _ = run(model, JoinViews())
+    assert ops(result) == left
+    sizes = [int({"N": "2", "K": "1"}.get(d, d)) for d in size.split(",")]
+    same(model, result, x=normal(*sizes))

@@ -7,7 +7,7 @@ import pytest
 from helpers import build, normal, ops, parse, run, same
 from onnx import TensorProto, helper
 
-from pwopt.passes import CleanUp
+from pwopt.passes import CleanUp, FoldAffine
 from pwopt.rewriting.canonical_forms import is_lossless
 
 TYPES = {
@@ -168,3 +168,36 @@ def test_weights_in_float8_become_float32(name: str) -> None:
     result, _, _ = run(model, CleanUp())
     assert ops(result) == {"Mul": 1}
     assert onnx.numpy_helper.to_array(result.graph.initializer[0]).tolist() == [1.0, 2.0, -0.5, 3.0]
+
+
+@pytest.mark.parametrize(
+    ("call", "shape", "left"),
+    [
+        ("MatMul(x, w)", (1, 4, 6), (4, 6)),
+        ("MatMul(x, w)", (1, 1, 4, 6), (1, 1, 4, 6)),  # the result has four axes
+        ("MatMul(x, w)", (2, 4, 6), (2, 4, 6)),
+        ("MatMul(w, x)", (1, 6, 3), (6, 3)),
+    ],
+)
+def test_a_weight_of_one_matrix_has_two_axes(call: str, shape: tuple[int, ...], left: tuple[int, ...]) -> None:
+    model = parse(f"(float[2,3,4] x) => (float[N] y) {{ y = {call} }}", w=normal(*shape, dtype=np.float32))
+    result, _, _ = run(model, CleanUp())
+    assert tuple(result.graph.initializer[0].dims) == left
+    same(model, result, x=normal(2, 3, 4, dtype=np.float32))
+
+
+def test_a_shared_weight_keeps_its_axes() -> None:
+    body = "(float[2,3,4] x, float[2,4,6] z) => (float[N] y, float[M] u) { y = MatMul(x, w) u = Mul(z, w) }"
+    model = parse(body, w=normal(1, 4, 6, dtype=np.float32))
+    assert run(model, CleanUp())[0] is model
+
+
+def test_constants_are_written_as_tensors() -> None:
+    body = (
+        "(float[4] x) => (float[N,M] y) { a = Constant<value_ints=[2,2]>() b = Constant<value_float=3.0>()"
+        " c = Constant<value_int=7>() d = Cast<to=1>(c) e = Mul(x, b) f = Mul(e, d) y = Reshape(f, a) }"
+    )
+    model = parse(body)
+    result, _, _ = run(model, CleanUp(), FoldAffine())
+    assert ops(result) == {"Mul": 1, "Reshape": 1}
+    same(model, result, tolerance=1e-6, x=normal(4, dtype=np.float32))
