@@ -7,6 +7,7 @@ from dataclasses import replace
 from pwopt.algebra.geometry import RefusedError
 from pwopt.graph import attributes
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.reasons import Reason
 from pwopt.graph.shapes import Shape
 from pwopt.graph.view import View
 from pwopt.maps import forms
@@ -91,7 +92,7 @@ def _write(rw: Rewriter, steps: list[Reading | Step], source: Tensor, output: Te
             builder.add_step(step, source, result)
         else:
             if rw.is_shared(step.weight_input):
-                raise RefusedError(f"the weight {step.weight_input.name!r} is shared")
+                raise RefusedError(Reason("the weight {!r} is shared", step.weight_input.name))
             builder.add_map(step.load().at_rank(2), replace(step, kind="conv"), source, result)
         source = result
     return builder

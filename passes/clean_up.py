@@ -15,6 +15,7 @@ from pwopt.graph.constants import MAX_GROWTH_BYTES, NEGLIGIBLE_BYTES, evaluate
 from pwopt.graph.dtypes import is_floating
 from pwopt.graph.ir import Constant, Node, Tensor
 from pwopt.graph.operators import BROADCASTS, FOLDABLE, SUMS, VIEWS, WEIGHTED_OPERATORS
+from pwopt.graph.reasons import Reason
 from pwopt.graph.shapes import as_fixed
 from pwopt.graph.values import Entries, read_entries, read_extents
 from pwopt.maps import forms
@@ -90,7 +91,7 @@ class CleanUp(Pass):
     def _rewrite_as_negation(self, node: Node, rw: Rewriter) -> Rewrite | Skip:
         observer = self._find_observers(rw).get(node.outputs[0])
         if observer:
-            return Skip(f"0 − x is +0 for x = +0, but −x is −0, and {observer} distinguishes them")
+            return Skip(Reason("0 − x is +0 for x = +0, but −x is −0, and {} distinguishes them", observer))
         new = Node("Neg", node.name, {}, [node.inputs[1]], list(node.outputs))
         return rw.replace([node], [new], "0 − x is −x")
 
@@ -98,7 +99,7 @@ class CleanUp(Pass):
         output = node.outputs[0]
         observer = None if _keeps_zeros(rw, node) else self._find_observers(rw).get(output)
         if observer:
-            return Skip(f"{reason}, but it may turn −0 into +0, and {observer} distinguishes them")
+            return Skip(Reason("{}, but it may turn −0 into +0, and {} distinguishes them", reason, observer))
         source = (
             node.inputs[0]
             if rw.op(node) not in ("Mul", "Add", "MatMul")
@@ -110,7 +111,7 @@ class CleanUp(Pass):
         if done is None and rw.constant(source) is not None and not rw.is_shared(source):
             raw = rw.raw(source)
             done = None if raw is None else _write_constant(rw, node, [raw])
-        return done or Skip(f"{reason}, but its input and its output must both stay visible")
+        return done or Skip(Reason("{}, but its input and its output must both stay visible", reason))
 
     def _remove_broadcast(self, node: Node, rw: Rewriter, op: str) -> Rewrite | Skip:
         reason = f"{op} is not needed, because its readers broadcast"
@@ -136,7 +137,9 @@ class CleanUp(Pass):
         kept = [t.name for t in node.inputs if t.name in values and rw.is_shared(t)]
         twice = next((name for name in kept if op in REARRANGING and values[name].nbytes > NEGLIGIBLE_BYTES), None)
         if twice is not None:
-            return Skip(f"its value never changes, but other operators read {twice!r}, so it would be stored twice")
+            return Skip(
+                Reason("its value never changes, but other operators read {!r}, so it would be stored twice", twice)
+            )
         growth = self._growth if op != "Range" else min(self._growth, _limit_range(rw, node))
         outputs = evaluate(node, values, rw.opset, growth, kept)
         if isinstance(outputs, str):

@@ -8,6 +8,7 @@ from pwopt.algebra import Values
 from pwopt.algebra.geometry import RefusedError
 from pwopt.graph import attributes
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.reasons import Reason
 from pwopt.graph.shapes import Shape, set_channels
 from pwopt.maps import commute, emit, forms
 from pwopt.maps.forms import Reading
@@ -68,12 +69,12 @@ def _find_obstacle(rw: Rewriter, reading: Reading, node: Node, mapped: Tensor) -
     """Why the map cannot move, else ""."""
     rows, columns = node.inputs
     if len(rw.readers(rows)) > 2:
-        return f"{rows.name!r} is read by more than its Gram matrix"
+        return Reason("{!r} is read by more than its Gram matrix", rows.name)
     other_uses = rw.must_keep(rows) or rw.other_uses(columns) or (rw.other_uses(mapped) if mapped is not rows else "")
     if other_uses:
         return other_uses
     if rw.is_shared(reading.weight_input):
-        return f"the weight {reading.weight_input.name!r} is shared"
+        return Reason("the weight {!r} is shared", reading.weight_input.name)
     if reading.geometry.biased:
         return "the map before the Gram matrix has a bias, and (Wx + b)(Wx + b)ᵀ is not W(x·xᵀ)Wᵀ"
     if str(rw.dtype(rows)) == "float16":

@@ -11,6 +11,7 @@ from pwopt.algebra.geometry import pointwise_geometry
 from pwopt.algebra.linear import LinearMap, split_inputs
 from pwopt.graph.dtypes import range_of
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.reasons import Reason
 from pwopt.graph.shapes import set_channels
 from pwopt.maps import commute, emit, forms, selections
 from pwopt.maps.cost import ELEMENT
@@ -334,7 +335,7 @@ def _find_obstacle(rw: Rewriter, mover: Mover, reading: Reading, between: Tensor
         return f"{mover.node.op} would sum other numbers, which could overflow float16"
     other_uses = rw.other_uses(between)
     return other_uses or (
-        f"the weight {reading.weight_input.name!r} is shared" if rw.is_shared(reading.weight_input) else ""
+        Reason("the weight {!r} is shared", reading.weight_input.name) if rw.is_shared(reading.weight_input) else ""
     )
 
 

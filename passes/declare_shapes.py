@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.reasons import Reason
 from pwopt.maps.symbols import infer_symbols
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
@@ -58,8 +59,8 @@ class DeclareShapes(Pass):
         for tensor in unknown:
             rw.declare_shape(tensor, sizes[0])
         what = "×".join(map(str, sizes[0]))
-        names = ", ".join(repr(t.name) for t in unknown)
-        return Rewrite(f"the shape {what} is declared for {names}").with_signature(f"declared shapes: {kind}")
+        reason = Reason("the shape {} is declared for {}", what, Reason.list_names(t.name for t in unknown))
+        return Rewrite(reason).with_signature(f"declared shapes: {kind}")
 
     def _is_known(self, rw: Rewriter, tensor: Tensor) -> bool:
         """Whether inference gives every size as a number or as a name that an input declares.

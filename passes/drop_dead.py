@@ -6,6 +6,7 @@ import numpy as np
 
 from pwopt.algebra.geometry import Refusal
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.reasons import Reason
 from pwopt.maps import forms
 from pwopt.maps.channels import CHANNEL_MULTIPLE, Analysis, Channels
 from pwopt.maps.forms import Reading
@@ -78,15 +79,17 @@ class DropDead(Pass):
         if np.array_equal(low, raw):
             return None
         if rw.must_keep(tensor):
-            return Skip(f"{scan.subnormal:,} weights are subnormal, but {rw.must_keep(tensor)}")
+            return Skip(Reason("{:,} weights are subnormal, but {}", scan.subnormal, rw.must_keep(tensor)))
         maps = [(n, forms.weighted(rw, n)) for n in rw.readers(tensor)]
         readers = [n for n, r in maps if r is not None and r.weight_input is tensor]
         if len(readers) < len(rw.readers(tensor)):
-            return Skip(f"{scan.subnormal:,} weights are subnormal, but other operators read {tensor.name!r} too")
+            return Skip(
+                Reason("{:,} weights are subnormal, but other operators read {!r} too", scan.subnormal, tensor.name)
+            )
         observers = (self._small.find_observer(r) for _, r in maps if r is not None)
         observer = next(filter(None, observers), "")
         if observer:
-            return Skip(f"{scan.subnormal:,} weights are subnormal, but {observer}")
+            return Skip(Reason("{:,} weights are subnormal, but {}", scan.subnormal, observer))
         rw.release_names([tensor.name])
         clean = rw.new_constant(tensor.name, low)
         maker = rw.producer(tensor)
@@ -103,7 +106,9 @@ class DropDead(Pass):
         takes = {c.tensor: np.flatnonzero(~c.gone) for c in component}
         reason = self._describe(rw, component, analysis)
         done = rw.attempt(rechannel, rw, analysis, component, takes, reason, "_pruned")
-        return Skip(f"dead channels could be removed, but {done.reason}") if isinstance(done, Refusal) else done
+        return (
+            Skip(Reason("dead channels could be removed, but {}", done.reason)) if isinstance(done, Refusal) else done
+        )
 
     def _describe(self, rw: Rewriter, component: list[Channels], analysis: Analysis) -> str:
         """How many channels are removed where, and why."""

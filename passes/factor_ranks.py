@@ -7,6 +7,7 @@ from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.ranks import factor, low_rank
 from pwopt.graph.dtypes import epsilon
 from pwopt.graph.ir import Node
+from pwopt.graph.reasons import Reason
 from pwopt.graph.shapes import set_channels
 from pwopt.maps import emit, forms
 from pwopt.rewriting.driver import Pass, Rewriter
@@ -56,7 +57,7 @@ class FactorRanks(Pass):
             return None
         done = rw.attempt(self._write, rw, reading, parts)
         if isinstance(done, Refusal):
-            return Skip(f"its weights have rank {parts[0].geometry.out_channels}, but {done.reason}")
+            return Skip(Reason("its weights have rank {}, but {}", parts[0].geometry.out_channels, done.reason))
         return done
 
     @staticmethod

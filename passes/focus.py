@@ -6,6 +6,7 @@ import math
 
 from pwopt.algebra.multirate import through_subsampling
 from pwopt.graph.ir import Node
+from pwopt.graph.reasons import Reason
 from pwopt.maps import emit
 from pwopt.maps.cost import ELEMENT, positions, price
 from pwopt.maps.positions import stencil
@@ -40,7 +41,7 @@ class Focus(Pass):
             return None
         other_uses = _find_other_uses(rw, [*found.nodes, node])
         if other_uses or rw.is_shared(reading.weight_input):
-            return Skip(other_uses or f"the weight {reading.weight_input.name!r} is shared")
+            return Skip(other_uses or Reason("the weight {!r} is shared", reading.weight_input.name))
         strided = through_subsampling(reading.load(), found.steps, found.offsets, found.order)
         places, gathered = positions(rw, reading), rw.size_of(reading.source)
         if places is None or gathered is None:

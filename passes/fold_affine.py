@@ -14,6 +14,7 @@ from pwopt.graph.dtypes import cancellation, range_of
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.operators import VIEWS, WEIGHTED_OPERATORS
 from pwopt.graph.provenance import credit
+from pwopt.graph.reasons import Reason
 from pwopt.maps import commute, emit, forms, idioms
 from pwopt.maps.commute import Affine
 from pwopt.maps.forms import Reading
@@ -97,7 +98,7 @@ class FoldAffine(Pass):
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         reading = forms.read(rw, node)
         if isinstance(reading, Refusal):
-            return Skip(f"{node.op} stays: {reading.reason}") if node.op == "BatchNormalization" else None
+            return Skip(Reason("{} stays: {}", node.op, reading.reason)) if node.op == "BatchNormalization" else None
         if reading is None or not reading.geometry.diagonal or len(reading.nodes) > 1 or reading.turned:
             return None
         if node in self._fused:
@@ -122,7 +123,7 @@ class FoldAffine(Pass):
             obstacle_after = done.reason
         if node.op != "BatchNormalization" and not _is_beside_map(rw, reading):
             return None
-        return Skip(f"before it, {obstacle_before}; after it, {obstacle_after}")
+        return Skip(Reason("before it, {}; after it, {}", obstacle_before, obstacle_after))
 
     def _lift(self, rw: Rewriter, tensor: Tensor, affine: Affine, plan: Plan) -> str:
         """Plan to apply `affine` above `tensor`, which has one reader; returns why not, or ""."""
@@ -140,7 +141,7 @@ class FoldAffine(Pass):
         alternatives = commute.lift(rw, producer, affine)
         if isinstance(alternatives, Refusal):
             if isinstance(reading, Refusal) and rw.is_a(producer, "Conv", "ConvTranspose", "MatMul"):
-                return f"{producer.op} cannot absorb it: {reading.reason}"
+                return Reason("{} cannot absorb it: {}", producer.op, reading.reason)
             return alternatives.reason
         reason = ""
         for moves in alternatives:
@@ -163,7 +164,7 @@ class FoldAffine(Pass):
     def _plan_constant(rw: Rewriter, tensor: Tensor, affine: Affine, plan: Plan) -> str:
         """Add a constant to the plan if it can absorb `affine`; returns why not, or ""."""
         if rw.is_shared(tensor):
-            return f"the constant {tensor.name!r} is shared"
+            return Reason("the constant {!r} is shared", tensor.name)
         plan.changed = [t for t in plan.changed if t is not tensor]
         plan.constants.append((tensor, affine))
         return ""
@@ -219,12 +220,13 @@ class FoldAffine(Pass):
         weights = [r.weight_input for r in plan.maps() if r.weighted and rw.is_shared(r.weight_input)]
         if not weights:
             return 0
-        listed, copies = ", ".join(sorted({repr(w.name) for w in weights})), sum(rw.elements(w) or 0 for w in weights)
+        names, copies = sorted({w.name for w in weights}), sum(rw.elements(w) or 0 for w in weights)
+        shared = Reason("the weight {} is shared", Reason.list_names(names))
         size, dtype = rw.size_of(reading.output), rw.dtype(reading.output)
         if size is None or dtype is None or copies > 2 * math.prod(size):
-            raise RefusedError(f"the weight {listed} is shared, and reading a copy would cost more than it saves")
+            raise RefusedError(Reason("{}, and reading a copy would cost more than it saves", shared))
         if copies * dtype.itemsize > (self._spare or 0):
-            raise RefusedError(f"the weight {listed} is shared, and the model would grow by more than {UNSHARED:.0%}")
+            raise RefusedError(Reason("{}, and the model would grow by more than {:.0%}", shared, UNSHARED))
         return copies * dtype.itemsize
 
     def _fold(self, rw: Rewriter, reading: Reading, plan: Plan) -> Rewrite:
@@ -317,7 +319,10 @@ def _is_direct(reading: Reading, plan: Plan) -> bool:
 
 def _apply(rw: Rewriter, reading: Reading, plan: Plan, edits: Edits) -> Rewrite:
     """Carry a plan out."""
-    absorbers = [*(describe(t.node) for t, _ in edits.maps), *(f"the constant {t.name!r}" for t, *_ in edits.constants)]
+    absorbers = [
+        *(describe(t.node) for t, _ in edits.maps),
+        *(Reason("the constant {!r}", t.name) for t, *_ in edits.constants),
+    ]
     reason = f"{describe(reading.node)} folds into {' and '.join(absorbers[:3])}" + " and more" * (len(absorbers) > 3)
     if _is_direct(reading, plan):
         ((target, written),) = edits.maps
@@ -347,7 +352,7 @@ def _compose_constants(rw: Rewriter, plan: Plan) -> list[tuple[Tensor, Values, f
     for tensor, affine in plan.constants:
         value, dtype = rw.value(tensor), rw.dtype(tensor)
         if value is None or dtype is None:
-            raise RefusedError(f"the constant {tensor.name!r} is not finite")
+            raise RefusedError(Reason("the constant {!r} is not finite", tensor.name))
         shape = tuple(-1 if a == affine.axis else 1 for a in range(value.ndim))
         exact = value * affine.map.scale.reshape(shape) + affine.map.bias.reshape(shape)
         grows = np.abs(affine.map.scale) > 1

@@ -9,6 +9,7 @@ import numpy as np
 from pwopt.algebra.geometry import Geometry, Refusal, add_geometry, compose_geometry, homogeneous_geometry
 from pwopt.algebra.linear import LinearMap, stack
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.reasons import Reason
 from pwopt.graph.shapes import set_channels
 from pwopt.maps import emit, forms
 from pwopt.maps.cost import ELEMENT, price
@@ -63,7 +64,7 @@ class FoldBorders(Pass):
             return None
         shared = next((r.weight_input.name for r in (before, reading) if rw.is_shared(r.weight_input)), None)
         if shared is not None:
-            return Skip(f"the weight {shared!r} is shared")
+            return Skip(Reason("the weight {!r} is shared", shared))
         g = before.geometry
         widths = f"{g.in_channels}→{g.out_channels}→{reading.geometry.out_channels}"
         places = relative_places(rw, [before, reading])
@@ -87,7 +88,7 @@ class FoldBorders(Pass):
         ones = rw.new_variable(f"{source.name}_ones", source, set_channels(1, composed.geometry.in_channels))
         written = rw.attempt(emit.write, rw, composed, reading, ones, reading.output, reading.axis)
         if isinstance(written, Refusal):
-            return Skip(f"{widths} is cheaper as one map, but {written.reason}")
+            return Skip(Reason("{} is cheaper as one map, but {}", widths, written.reason))
         ends = np.zeros(2 * rank, np.int64)
         ends[rank + 1] = 1
         inputs = [
@@ -158,7 +159,7 @@ def _merge_branches(rw: Rewriter, node: Node) -> Rewrite | None:
     written = emit.write(rw, total, lead.like, ones, node.outputs[0], 1)
     pad = Node("Pad", rw.node_name(lead.pad.name, "_joined"), dict(lead.pad.attrs), list(lead.pad.inputs), [ones])
     old = [*(n for b in branches for n in b.nodes), node]
-    reason = f"two branches of {lead.source.name!r}, one with a channel of ones, become one map"
+    reason = Reason("two branches of {!r}, one with a channel of ones, become one map", lead.source.name)
     done = rw.replace(sorted(old, key=rw.position), [pad, *written.nodes], reason, written.residual)
     return done.with_signature(f"{KIND}: branches of {channels} channels")
 
@@ -222,7 +223,9 @@ def _compute_ones(rw: Rewriter, pad: Node) -> Rewrite | None:
         inputs = [target, *activation.inputs[1:]]
         new.append(Node(activation.op, activation.name, dict(activation.attrs), inputs, [ones]))
         old.insert(-1, activation)
-    done = rw.replace(old, new, f"a filter of zeros with a bias of 1 computes the channel of ones of {ones.name!r}")
+    done = rw.replace(
+        old, new, Reason("a filter of zeros with a bias of 1 computes the channel of ones of {!r}", ones.name)
+    )
     return done.with_signature(f"{KIND}: ones from the convolution before, {reading.channels}")
 
 

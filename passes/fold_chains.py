@@ -10,6 +10,7 @@ from pwopt.algebra.ranks import factor
 from pwopt.graph.dtypes import epsilon
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.operators import WEIGHTED_OPERATORS
+from pwopt.graph.reasons import Reason
 from pwopt.graph.shapes import set_channels
 from pwopt.maps import emit, forms
 from pwopt.maps.cost import price
@@ -107,12 +108,14 @@ class FoldChains(Pass):
         if other_uses:
             composable = isinstance(compose_geometry(reading.geometry, before.geometry), Geometry)
             pair = [before, reading]
-            return None, f"{other_uses}; {_compare_cost(pair, relative_places(rw, pair))}" if composable else other_uses
+            return None, Reason(
+                "{}; {}", other_uses, _compare_cost(pair, relative_places(rw, pair))
+            ) if composable else other_uses
         if before.axis != reading.axis:
             return None, f"they act on different axes ({before.axis} and {reading.axis})"
         for r in (before, reading):
             if r.weighted and rw.is_shared(r.weight_input):
-                return None, f"the weight {r.weight_input.name!r} is shared"
+                return None, Reason("the weight {!r} is shared", r.weight_input.name)
         composed = compose_geometry(reading.geometry, before.geometry)
         if isinstance(composed, Refusal):
             return None, composed.reason
@@ -139,7 +142,7 @@ class FoldChains(Pass):
         if isinstance(written, Refusal):
             written = rw.attempt(emit.write, rw, composed, like, source, output, last_map.axis)
         if isinstance(written, Refusal):
-            return Skip(f"{widths} is cheaper as one map, but {written.reason}")
+            return Skip(Reason("{} is cheaper as one map, but {}", widths, written.reason))
         for r in chain.maps:
             self._chains.pop(r.node, None)
         old = [n for r in maps for n in r.nodes]
@@ -190,7 +193,7 @@ def _explain_refusal(rw: Rewriter, node: Node) -> Skip | None:
         return None
     neighbours = (rw.producer(node.inputs[0]), rw.sole_reader(node.outputs[0]))
     near = node.op == "Gemm" and any(forms.weighted(rw, n) is not None for n in neighbours)
-    return Skip(f"{node.op} stays: {found.reason}") if near or found is not forms.NOT_CONSTANT else None
+    return Skip(Reason("{} stays: {}", node.op, found.reason)) if near or found is not forms.NOT_CONSTANT else None
 
 
 def _find_next(rw: Rewriter, reading: Reading) -> Reading | None:

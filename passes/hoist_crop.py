@@ -8,6 +8,7 @@ import numpy as np
 
 from pwopt.graph import attributes
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.reasons import Reason
 from pwopt.graph.shapes import ShapeChange
 from pwopt.maps.positions import has_positions, pooling, positionwise, stencil
 from pwopt.rewriting.driver import Pass, Rewriter
@@ -41,7 +42,7 @@ class HoistCrop(Pass):
             return None
         other_uses = rw.other_uses(node.inputs[0])
         if other_uses:
-            return Skip(f"its input is needed uncropped: {other_uses}")
+            return Skip(Reason("its input is needed uncropped: {}", other_uses))
         hoist = _hoist_past_windows if has_windows else _hoist_past_elementwise
         return hoist(rw, node, maker, window)
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.reasons import Reason
 from pwopt.maps.cost import ELEMENT, macs
 from pwopt.maps.forms import Reading
 from pwopt.maps.positions import STRIDED_POOLS, Steps, every, has_positions, pooling, positionwise, stencil, subsample
@@ -49,7 +50,11 @@ class HoistStride(Pass):
         name = region.tensors[0].name
         if saved <= spent:
             return Skip(
-                f"only {self._describe(region)} of {name!r} is read, but subsampling would cost more than it saves"
+                Reason(
+                    "only {} of {!r} is read, but subsampling would cost more than it saves",
+                    self._describe(region),
+                    name,
+                )
             )
         pools: dict[tuple[Tensor, Steps], Tensor] = {}
         old: list[Node] = []
@@ -81,9 +86,12 @@ class HoistStride(Pass):
         records = [rw.replace([node], added, "") for node, added in new]
         renamed = {str(t.name): rw.rename(t, "_strided") for t in region.tensors}
         subsampled = f", {format_count(len(pools), 'input')} subsampled" if pools else ""
-        reason = (
-            f"only {self._describe(region)} of {name!r} is read, so the others are not computed"
-            f" ({format_count(len(old), 'operator')}{subsampled})"
+        reason = Reason(
+            "only {} of {!r} is read, so the others are not computed ({}{})",
+            self._describe(region),
+            name,
+            format_count(len(old), "operator"),
+            subsampled,
         )
         return replace(Rewrite.of(reason, records, renamed), macs_before=before)
 

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from pwopt.algebra.linear import hcat
 from pwopt.graph.ir import Node
+from pwopt.graph.reasons import Reason
 from pwopt.graph.shapes import set_channels
 from pwopt.maps import emit, forms
 from pwopt.rewriting.driver import Pass, Rewriter
@@ -43,7 +44,7 @@ class JoinConcat(Pass):
         for r in maps:
             other_uses = rw.other_uses(r.output)
             if other_uses or rw.is_shared(r.weight_input):
-                return Skip(other_uses or f"the weight {r.weight_input.name!r} is shared")
+                return Skip(other_uses or Reason("the weight {!r} is shared", r.weight_input.name))
         joined = hcat(a.load(), b.load())
         both = rw.new_variable(
             f"{node.outputs[0].name}_inputs", a.source, set_channels(a.axis, joined.geometry.in_channels)

@@ -11,6 +11,7 @@ from pwopt.graph.constants import NEGLIGIBLE_BYTES
 from pwopt.graph.ir import Constant, Node, Tensor
 from pwopt.graph.operators import MOVES, RANDOM
 from pwopt.graph.provenance import credit
+from pwopt.graph.reasons import Reason
 from pwopt.rewriting.driver import Pass, Rewriter, describe
 from pwopt.rewriting.records import Rewrite, Skip
 
@@ -114,7 +115,7 @@ def _merge_visible(
     moves = second.op in MOVES
     read = [(a, b) for a, b in pairs if rw.readers(b) and (a, b) not in visible]
     if moves and not read:
-        return Skip(f"{reason}, but both results must stay visible")
+        return Skip(Reason("{}, but both results must stay visible", reason))
     around = [r for _, b in read for r in rw.readers(b)]
     for a, b in read:
         rw.reroute(b, a)
@@ -125,7 +126,7 @@ def _merge_visible(
     copies = [
         Node("Identity", rw.node_name(second.name, f"_copy{i}"), {}, [a], [b]) for i, (a, b) in enumerate(visible)
     ]
-    return rw.replace([second], copies, f"{reason}; the result that must stay visible is a copy")
+    return rw.replace([second], copies, Reason("{}; the result that must stay visible is a copy", reason))
 
 
 class ShareConstants(Pass):
@@ -153,7 +154,7 @@ class ShareConstants(Pass):
             if first is not tensor and np.array_equal(_view_as_bytes(rw.raw(first)), _view_as_bytes(raw)):
                 rw.reroute(tensor, first, [node])
                 shared.append(first.name)
-        return Rewrite(f"it reads {', '.join(map(repr, shared))}, which holds equal values") if shared else None
+        return Rewrite(Reason("it reads {}, which holds equal values", Reason.list_names(shared))) if shared else None
 
 
 def _view_as_bytes(values: Values | None) -> Values:

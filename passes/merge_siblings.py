@@ -10,6 +10,7 @@ import numpy as np
 from pwopt.algebra.geometry import Geometry
 from pwopt.algebra.linear import stack
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.reasons import Reason
 from pwopt.graph.shapes import set_channels
 from pwopt.maps import emit, forms
 from pwopt.maps.forms import Reading, describe_map
@@ -80,7 +81,7 @@ class MergeSiblings(Pass):
             return None
         shared = [m for m in maps if rw.is_shared(m.weight_input)]
         if shared:
-            return Skip(f"the weight {shared[0].weight_input.name!r} is shared")
+            return Skip(Reason("the weight {!r} is shared", shared[0].weight_input.name))
         siblings = _collect(rw, maps)
         if not self.eager and not siblings.saves_operators:
             what = f"{siblings.widths} as one map and a Split"
@@ -114,13 +115,13 @@ def _merge(rw: Rewriter, siblings: Siblings) -> Rewrite:
     if concat is None:
         new.append(_make_split(rw, result, results, first.axis or 0, counts))
     leader = min(siblings.nodes, key=rw.position)  # the new nodes stand where the first of the old ones stood
-    reason = f"{len(maps)} maps of {first.source.name!r}, {siblings.widths}, become one map"
+    reason = Reason("{} maps of {!r}, {}, become one map", len(maps), first.source.name, siblings.widths)
     signature = f"{describe_map(rw, first, siblings.widths)} into {'Split' if concat is None else 'Concat'}"
     old = [*(n for n in siblings.nodes if n is not leader), leader]
     done = rw.replace(old, new, reason, written.residual)
     became = {m.output.name: merged.name for m, tail in zip(maps, siblings.tails, strict=True) if tail}
     if concat is not None:
-        reason = f"{reason}, and their Concat takes its result"
+        reason = Reason("{}, and their Concat takes its result", reason)
         rest = [result if t is results[0] else t for t in concat.inputs if all(t is not e for e in results[1:])]
         rw.replace([concat], [Node("Concat", concat.name, dict(concat.attrs), rest, concat.outputs)], reason)
         became |= {t.name: result.name for t in results}

@@ -13,6 +13,7 @@ import numpy as np
 
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.operators import ACTIVATIONS, WHOLE_BLOCKS
+from pwopt.graph.reasons import Reason
 from pwopt.maps import commute, forms
 from pwopt.maps.channels import Analysis, Channels, Flow
 from pwopt.maps.scans import Unread
@@ -71,7 +72,7 @@ class PadChannels(Pass):
                 return self._pad(rw, *self._pending.pop(t))
             what = f"{rw.dim(t, 1)} channels could be padded to a multiple of {self.multiple}"
             if t in self._unfollowed:
-                return Skip(f"{what}, but pwopt cannot follow channels through {node.op} {node.name!r}")
+                return Skip(Reason("{}, but pwopt cannot follow channels through {} {!r}", what, node.op, node.name))
             if t in self._uneven and not self.eager:
                 return Skip(f"{what}; only measuring can tell")
         return None
@@ -92,7 +93,9 @@ class PadChannels(Pass):
         widths = sorted({(len(c.value), len(takes[c.tensor])) for c in component})
         change = ", ".join(f"{old}→{new}" for old, new in widths if old != new)
         if obstacle:
-            return Skip(f"{change} channels could be padded to multiples of {self.multiple}, but {obstacle}")
+            return Skip(
+                Reason("{} channels could be padded to multiples of {}, but {}", change, self.multiple, obstacle)
+            )
         reason = f"channels of zeros added: {change} in {len(component)} tensors, for multiples of {self.multiple}"
         done = rechannel(rw, analysis, component, takes, reason, "_padded")
         return done.with_signature(f"more channels: {change}")
@@ -154,7 +157,7 @@ def _find_overflow(rw: Rewriter, analysis: Analysis, component: Sequence[Channel
     for flow in analysis.flows_at(component):
         values = _find_values(rw, analysis, flow, holds)
         if values is None or any(not abs(v) <= MAX_PADDED_VALUE for v in values):
-            return f"{flow.node.op} {flow.node.name!r} may turn zeros into large values"
+            return Reason("{} {!r} may turn zeros into large values", flow.node.op, flow.node.name)
         for t in flow.reading.nodes[-1].outputs if flow.reading is not None else flow.node.outputs:
             holds[t] = values
     return ""

@@ -13,6 +13,7 @@ from pwopt.algebra.geometry import Geometry, Refusal
 from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.multirate import Moved, fractional, phase, phase_counts
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.reasons import Reason
 from pwopt.graph.shapes import set_channels
 from pwopt.maps.cost import ELEMENT, macs
 from pwopt.maps.forms import Reading
@@ -66,7 +67,7 @@ class _AfterUpsampling(Pass):
         if saved <= self.min_gain * spent:
             return None
         if rw.is_shared(resampling.reading.weight_input):
-            return Skip(f"the weight {resampling.reading.weight_input.name!r} is shared")
+            return Skip(Reason("the weight {!r} is shared", resampling.reading.weight_input.name))
         if not self.eager and saved <= self.sure_gain * spent:
             return Skip(f"{resampling.what} could run before the upsampling; only measuring can tell")
         return resampling.reading.load()

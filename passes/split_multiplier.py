@@ -8,6 +8,7 @@ import numpy as np
 
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.reasons import Reason
 from pwopt.graph.shapes import set_channels
 from pwopt.maps import forms
 from pwopt.maps.channels import Analysis, Channels, has_multiplier
@@ -55,7 +56,7 @@ class SplitMultiplier(Pass):
         obstacle = analysis.held(component, but=reading.output)
         if obstacle or first.stop < count:
             obstacle = obstacle or "they are split, or some of them are summed"
-            return Skip(f"{what}: its channels cannot be reordered, because {obstacle}")
+            return Skip(Reason("{}: its channels cannot be reordered, because {}", what, obstacle))
         if not self.eager:
             return Skip(f"{what} could be several plain depthwise convolutions; only measuring can tell")
         linear = reading.load()

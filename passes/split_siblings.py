@@ -12,6 +12,7 @@ from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.operators import ACTIVATIONS, ARITHMETIC
+from pwopt.graph.reasons import Reason
 from pwopt.graph.shapes import set_channels
 from pwopt.maps import commute, emit, forms, selections
 from pwopt.maps.forms import Reading, describe_map
@@ -57,7 +58,7 @@ class SplitSiblings(Pass):
                 return None
         shared = [m.weight_input.name for m in maps if rw.is_shared(m.weight_input)]
         if shared:
-            return Skip(f"{widths}: the weight {shared[0]!r} is shared")
+            return Skip(Reason("{}: the weight {!r} is shared", widths, shared[0]))
         if not self.eager:
             return Skip(f"{widths} could be separate maps, without the {node.op}; only measuring can tell")
         reason = f"{widths} runs as separate maps, without the {node.op}"

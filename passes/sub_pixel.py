@@ -13,6 +13,7 @@ from pwopt.algebra.geometry import Geometry, Refusal
 from pwopt.algebra.linear import LinearMap
 from pwopt.algebra.multirate import on_phases, phases_geometry, to_phases
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.reasons import Reason
 from pwopt.maps import forms
 from pwopt.maps.forms import Reading
 from pwopt.maps.positions import stencil
@@ -81,7 +82,7 @@ class SubPixel(Pass):
             return Skip(f"{what} could be interleaved at the end; only measuring can tell")
         for reading in maps:
             if rw.is_shared(reading.weight_input):
-                return Skip(f"the weight {reading.weight_input.name!r} is shared")
+                return Skip(Reason("the weight {!r} is shared", reading.weight_input.name))
         writer = _RowWriter(rw, Interleaving(rw, output, counts))
         rows, columns = [maps[0].source], 1
         for stage in stages:

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pwopt.algebra.geometry import Geometry, Refusal, RefusedError, add_geometry, attempt
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.reasons import Reason
 from pwopt.graph.shapes import ShapeChange, set_channels
 from pwopt.maps import emit, idioms
 from pwopt.maps.cost import price
@@ -126,9 +127,9 @@ class SumBranches(Pass):
         if len(new) >= len(old):
             raise RefusedError("merging the branches would not save an operator")
         names = ", ".join(describe(r.node) for t in joined.terms for r in t.path.readings[-1:]) or "identity"
-        plain = sum(not t.path.readings for t in joined.terms)
-        reason = f"{len(joined.terms)} branches of {source.name!r} become one map: {names}"
-        return rw.replace(old, new, reason + (" and the input itself" if plain else ""), written.residual)
+        plain = " and the input itself" if any(not t.path.readings for t in joined.terms) else ""
+        reason = Reason("{} branches of {!r} become one map: {}{}", len(joined.terms), source.name, names, plain)
+        return rw.replace(old, new, reason, written.residual)
 
 
 def _add_terms(rw: Rewriter, root: Node, first: Tensor, rest: Sequence[Term]) -> list[Node]:
@@ -245,7 +246,7 @@ class _Pool:
         first, second = list(self._branches.values())[-2:]
         geometry = self._add_geometry(first.geometry, second.geometry)
         if isinstance(geometry, Refusal):
-            return f"the branches cannot be merged: {geometry.reason}"
+            return Reason("the branches cannot be merged: {}", geometry.reason)
         return (
             f"merging the branches would cost {format_increase(first.together + second.together, price(geometry, 1))}"
         )
@@ -283,5 +284,5 @@ def _find_obstacle(rw: Rewriter, terms: list[Term]) -> str:
     for meeting in reached.values():
         blocked = [t for tensor, t in meeting if t.path.source is not tensor and t.path.obstacle]
         if len(meeting) > 1 and blocked:
-            return f"the branches of {meeting[0][0].name!r} are not all linear: {blocked[0].path.obstacle}"
+            return Reason("the branches of {!r} are not all linear: {}", meeting[0][0].name, blocked[0].path.obstacle)
     return ""

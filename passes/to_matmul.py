@@ -7,6 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from pwopt.graph.ir import Node
+from pwopt.graph.reasons import Reason
 from pwopt.maps import emit
 from pwopt.maps.positions import stencil
 from pwopt.rewriting.driver import Pass, Rewriter
@@ -35,7 +36,7 @@ class ToMatMul(Pass):
         if not isinstance(height, int) or not isinstance(width, int) or height * width < 2 or not self.eager:
             return None
         if rw.is_shared(reading.weight_input):
-            return Skip(f"the weight {reading.weight_input.name!r} is shared")
+            return Skip(Reason("the weight {!r} is shared", reading.weight_input.name))
         linear = reading.load()
         source, output, places = reading.source, reading.output, height * width
         flat = rw.new_variable(f"{output.name}_flat", source, lambda s: (*s[:2], places))

@@ -12,6 +12,7 @@ import numpy as np
 from pwopt.algebra.geometry import Geometry
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph.ir import Node, Tensor, Variable
+from pwopt.graph.reasons import Reason
 from pwopt.graph.shapes import Dim
 from pwopt.maps.cost import ELEMENT
 from pwopt.maps.forms import Reading
@@ -84,7 +85,7 @@ class Winograd(Pass):
         if not self.eager:
             return Skip(f"{what} could be 16 pointwise maps; only measuring can tell")
         if rw.is_shared(reading.weight_input):
-            return Skip(f"the weight {reading.weight_input.name!r} is shared")
+            return Skip(Reason("the weight {!r} is shared", reading.weight_input.name))
         linear, step = reading.load(), read_activation(rw, reading.output)
         refusal = check_interleaving(rw, reading.output if step is None else step.output)
         if refusal is not None:

@@ -20,6 +20,7 @@ from pwopt.graph.ir import Constant, Graph, Node, Tensor, adopt, adopt_tensors, 
 from pwopt.graph.journal import Journal
 from pwopt.graph.links import count_bytes_held
 from pwopt.graph.model import StoredValues
+from pwopt.graph.reasons import Reason
 from pwopt.graph.shapes import Dim, Shape
 from pwopt.graph.stand_ins import MICROSOFT
 
@@ -152,10 +153,10 @@ class GraphIndex:
     def must_keep(self, tensor: Tensor) -> str:
         """Why the value of `tensor` must stay observable, as a clause, else ""."""
         if tensor in self._outputs:
-            return f"{tensor.name!r} is a graph output"
+            return Reason("{!r} is a graph output", tensor.name)
         if tensor.name in self.graph.trained:
-            return f"{tensor.name!r} is used by the model's training information"
-        return f"{tensor.name!r} is read inside a control-flow body" if self.is_captured(tensor) else ""
+            return Reason("{!r} is used by the model's training information", tensor.name)
+        return Reason("{!r} is read inside a control-flow body", tensor.name) if self.is_captured(tensor) else ""
 
     def is_captured(self, tensor: Tensor) -> bool:
         """Whether a control-flow body reads this tensor."""
@@ -170,7 +171,7 @@ class GraphIndex:
         """What uses `tensor` besides one node, as a clause, else ""."""
         count = len(self._readers.get(tensor, {}))
         return self.must_keep(tensor) or (
-            f"the intermediate {tensor.name!r} has {count} consumers" if count > 1 else ""
+            Reason("the intermediate {!r} has {} consumers", tensor.name, count) if count > 1 else ""
         )
 
     def is_shared(self, tensor: Tensor) -> bool:
@@ -195,7 +196,7 @@ class GraphIndex:
         for _ in range(MAX_EXPLAINED):
             node = self.producer(tensor)
             if node is None:
-                return f"the input {tensor.name!r} has no declared shape; declare it"
+                return Reason("the input {!r} has no declared shape; declare it", tensor.name)
             unknown = next((t for t in node.inputs if t.name and t.shape is None and not is_constant(t)), None)
             if unknown is None:
                 foreign = not self.op(node)

@@ -22,6 +22,7 @@ from pwopt.graph import attributes
 from pwopt.graph.constants import evaluate
 from pwopt.graph.ir import Node, Tensor, Variable
 from pwopt.graph.operators import ACTIVATIONS, ARITHMETIC
+from pwopt.graph.reasons import Reason
 from pwopt.graph.view import View
 from pwopt.maps import commute, forms, selections
 from pwopt.maps.forms import Reading
@@ -209,7 +210,7 @@ class Analysis:
         whole = all(p is not None for p in parts)
         if whole:
             return Flow(node, None, tuple(links))
-        self._joined[output.tensor] = f"{node.op} {node.name!r} joins channels of which nothing is known"
+        self._joined[output.tensor] = Reason("{} {!r} joins channels of which nothing is known", node.op, node.name)
         return Flow(node, None, (*links, _stuck(output, parts, sizes)))
 
     def _split(self, node: Node) -> Flow:
@@ -340,7 +341,9 @@ class Analysis:
                 elif flow.reading is not None and t is flow.reading.output and has_multiplier(flow.reading):
                     self.multiplied[t] = flow.reading
                 else:
-                    self.fixed.setdefault(t, f"{flow.node.op} {flow.node.name!r} holds the channels of {t.name!r}")
+                    self.fixed.setdefault(
+                        t, Reason("{} {!r} holds the channels of {!r}", flow.node.op, flow.node.name, t.name)
+                    )
         for known in self.of.values():
             known.gone = np.full(len(known.value), known.tensor not in self.fixed.keys() | self.multiplied)
         for reading, side in read:
@@ -399,7 +402,7 @@ class Analysis:
             if t in self.fixed or t in self._joined:
                 return self.fixed.get(t) or self._joined[t]
             if t in self.multiplied and t is not but:
-                return f"{t.name!r} comes from a depthwise convolution with a channel multiplier"
+                return Reason("{!r} comes from a depthwise convolution with a channel multiplier", t.name)
         return ""
 
     def flows_at(self, component: Sequence[Channels]) -> list[Flow]:

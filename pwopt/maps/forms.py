@@ -13,6 +13,7 @@ from pwopt.algebra import Array
 from pwopt.algebra.geometry import Geometry, Refusal, RefusedError, attempt
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.reasons import Reason
 from pwopt.graph.view import View
 
 #: Operators with a matrix of weights, and the kinds they are read as.
@@ -149,7 +150,7 @@ def load_owned(view: View, reading: Reading, between: Tensor) -> LinearMap:
     """
     other_uses = view.other_uses(between)
     if other_uses or view.is_shared(reading.weight_input):
-        raise RefusedError(other_uses or f"the weight {reading.weight_input.name!r} is shared")
+        raise RefusedError(other_uses or Reason("the weight {!r} is shared", reading.weight_input.name))
     return reading.load()
 
 

@@ -11,6 +11,7 @@ from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap, compose
 from pwopt.graph.dtypes import cancellation
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.reasons import Reason
 from pwopt.graph.view import View
 from pwopt.maps import forms
 from pwopt.maps.cost import positions, price
@@ -85,7 +86,7 @@ def trace(view: View, tensor: Tensor, fused: Collection[Node] = ()) -> Path:
             break
         reading = forms.read(view, node)
         if isinstance(reading, Refusal):
-            obstacle = f"{node.op} is not linear here: {reading.reason}"
+            obstacle = Reason("{} is not linear here: {}", node.op, reading.reason)
             break
         if reading is None or reading.output is not start:
             obstacle = f"{node.op} is not a linear map with constant numbers"
@@ -97,7 +98,7 @@ def trace(view: View, tensor: Tensor, fused: Collection[Node] = ()) -> Path:
             obstacle = f"{node.op} belongs to a larger operator that onnxruntime runs as one"
             break
         if reading.weighted and view.is_shared(reading.weight_input):
-            obstacle = f"the weight {reading.weight_input.name!r} is shared"
+            obstacle = Reason("the weight {!r} is shared", reading.weight_input.name)
             break
         if None not in (axis, reading.axis) and axis != reading.axis:
             obstacle = f"{node.op} acts on axis {reading.axis}, not {axis}"

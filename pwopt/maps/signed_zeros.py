@@ -14,6 +14,7 @@ import numpy as np
 from pwopt.algebra import Array, zeros
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.operators import BIAS_INPUTS, FIRST_ZERO_KEEPING, ZERO_BLIND, ZERO_BLIND_INPUTS, ZERO_KEEPING
+from pwopt.graph.reasons import Reason
 from pwopt.graph.view import View
 
 
@@ -27,7 +28,7 @@ def find_zero_sensitive(view: View) -> dict[Tensor, str]:
     for node in reversed(view.nodes()):
         behind = next((found[t] for t in node.outputs if t in found), "")
         captured = next((t.name for t in node.outputs if t.name and view.is_captured(t)), "")
-        behind = behind or (f"a control-flow body that reads {captured!r}" if captured else "")
+        behind = behind or (Reason("a control-flow body that reads {!r}", captured) if captured else "")
         for i, tensor in enumerate(node.inputs):
             operator = _find_sensitive(view, node, i, behind)
             if operator:

@@ -29,6 +29,7 @@ from pwopt.graph.operators import (
     ZERO_BLIND,
     ZERO_KEEPING,
 )
+from pwopt.graph.reasons import Reason
 from pwopt.graph.view import View
 from pwopt.maps import forms
 from pwopt.maps.forms import Reading
@@ -285,7 +286,7 @@ class SmallNumbers:
         revealed = self._find_revealed(reading, np.where(tiny, scan.rows, 0.0))
         if revealed.any():
             observer = self.find_limit(reading.output).observer
-            self.refused[reading.output] = f"{int(revealed.sum()):,} filters are almost zero, but {observer}"
+            self.refused[reading.output] = Reason("{:,} filters are almost zero, but {}", int(revealed.sum()), observer)
         return np.asarray(tiny & ~revealed, np.bool_)
 
     def _find_revealed(self, reading: Reading, sizes: Array) -> Mask:

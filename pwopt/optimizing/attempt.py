@@ -12,6 +12,7 @@ from pwopt.errors import ModelError, NotEquivalentError, ProviderError, PwoptErr
 from pwopt.evidence.equivalence import Equivalence
 from pwopt.evidence.localise import localise
 from pwopt.evidence.verify import compare_in_sessions, find_placements
+from pwopt.graph.reasons import Reason
 from pwopt.optimizing.bisection import add_repeated, leave_out_faulty, name_plugins
 from pwopt.optimizing.budget import PROFILING_SECONDS, Budget
 from pwopt.optimizing.layer_times import compare_layers
@@ -220,14 +221,14 @@ class Attempts:
         if equivalence is None or equivalence.passed:
             return compilation
         worst = equivalence.worst()
-        what = f"output {worst.name!r} {worst.explain()}" if worst is not None else ""
+        what = "" if worst is None else Reason("output {!r} {}", worst.name, worst.explain())
         if equivalence.verdict == "not comparable":
-            reason = f"{what}; --no-verify rewrites the model without a comparison"
-            return compilation.leave_out(report.rewrites, reason)
+            why = Reason("{}; --no-verify rewrites the model without a comparison", what)
+            return compilation.leave_out(report.rewrites, why)
         sites = equivalence.difference.sites if equivalence.difference is not None else ()
         guilty = [r for r in report.rewrites if r.site in sites]
         if left and guilty:
-            reason = f"{what}; {CERTIFICATE_DEFECT}" if what else CERTIFICATE_DEFECT
+            reason = Reason("{}; {}", what, CERTIFICATE_DEFECT) if what else CERTIFICATE_DEFECT
             return compilation.leave_out(add_repeated(compilation, guilty, report.rewrites), reason)
 
         def find_deviation(tried: Compilation) -> str:
@@ -236,7 +237,7 @@ class Attempts:
             except ModelError as error:
                 return str(error)
             worst = found.worst()
-            return "" if found.passed or worst is None else f"output {worst.name!r} {worst.explain()}"
+            return "" if found.passed or worst is None else Reason("output {!r} {}", worst.name, worst.explain())
 
         fewer = leave_out_faulty(compilation, report.rewrites, find_deviation) if left > 1 else compilation
         if fewer is compilation:

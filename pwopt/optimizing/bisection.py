@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
+from pwopt.graph.reasons import Reason
 from pwopt.rewriting.records import Rewrite
 from pwopt.selecting.compilation import Compilation
 
@@ -42,7 +43,7 @@ def leave_out_faulty(
         low, high, reason = (low, middle, found) if found else (middle, high, reason)
     guilty = made[high - 1]
     whose = f"the fault of {guilty.pass_name}" if guilty.pass_name in name_plugins(compilation) else UNUSABLE_DEFECT
-    reason = f"the model with it cannot be used, since {reason}; {whose}"
+    reason = Reason("the model with it cannot be used, since {}; {}", reason, whose)
     return compilation.leave_out(add_repeated(compilation, [guilty], made), reason)
 
 

@@ -8,6 +8,7 @@ from dataclasses import replace
 
 import onnx
 
+from pwopt.graph.reasons import Reason
 from pwopt.optimizing.attempt import Attempt
 from pwopt.reporting import notes
 from pwopt.reporting.report import RejectedCandidate
@@ -54,7 +55,9 @@ def _drop_measured(tried: Attempt, unmeasured: Attempt | None) -> Attempt:
     compared, figures = notes.compare_with_original(latency, tried.report.slowest_condition)
     kept = {r.site for r in unmeasured.report.rewrites}
     dropped = [r for r in tried.report.rewrites if r.site not in kept]
-    skips = tuple(Skip(f"measured {compared} in the whole model{figures}: {r.reason}", r.site) for r in dropped)
+    skips = tuple(
+        Skip(Reason("measured {} in the whole model{}: {}", compared, figures, r.reason), r.site) for r in dropped
+    )
     names = ", ".join(dict.fromkeys(r.pass_name for r in dropped))
     report = replace(unmeasured.report, skips=(*unmeasured.report.skips, *skips))
     note = f"With {names} the model was measured {compared}{figures}, so they were left out."
@@ -67,7 +70,8 @@ def _return_original(tried: Attempt, original: onnx.ModelProto) -> Attempt:
     assert latency is not None
     compared, figures = notes.compare_with_original(latency, report.slowest_condition)
     undone = tuple(
-        Skip(f"measured {compared} in the whole model{figures}: {r.reason}", r.site) for r in report.rewrites
+        Skip(Reason("measured {} in the whole model{}: {}", compared, figures, r.reason), r.site)
+        for r in report.rewrites
     )
     unchanged = replace(
         report, rewrites=(), skips=(*report.skips, *undone), after=report.before, latency=latency.compare_with_self(),

@@ -14,6 +14,7 @@ from typing import Any
 
 from pwopt.evidence.equivalence import EXCUSED, FLOOR_FACTOR, OutputCheck
 from pwopt.evidence.metrics import TOLERANCES
+from pwopt.graph.reasons import generalize
 from pwopt.graph.shapes import format_shape
 from pwopt.reporting.drawing import BOX_HEIGHT, BOX_WIDTH, draw
 from pwopt.reporting.drawing import format_path as wire
@@ -28,7 +29,6 @@ from pwopt.reporting.text import (
     format_interval,
     format_ratio,
     format_speedup,
-    generalize,
     is_vague,
     list_start_rows,
     sanitize,
@@ -250,6 +250,6 @@ def _summarize_certificates(rewrites: Sequence[Rewrite]) -> str:
 def _group_skips(skips: Sequence[Skip]) -> list[SkipGroup]:
     found: dict[tuple[str, str], list[Skip]] = {}
     for s in skips:
-        found.setdefault((s.pass_name, generalize(s)), []).append(s)
+        found.setdefault((s.pass_name, generalize(s.reason)), []).append(s)
     groups = [SkipGroup(name, reason, tuple(listed)) for (name, reason), listed in found.items()]
     return sorted(groups, key=lambda g: -len(g.skips))

@@ -15,6 +15,7 @@ from rich.padding import Padding
 from rich.table import Table
 
 from pwopt.evidence.equivalence import Equivalence
+from pwopt.graph.reasons import generalize
 from pwopt.graph.shapes import format_shape
 from pwopt.maps.cost import Cost
 from pwopt.reporting.report import ConditionLatency, Latency, Report, explain_contradiction
@@ -28,7 +29,6 @@ from pwopt.reporting.text import (
     format_huge_pages,
     format_ratio,
     format_speedup,
-    generalize,
     list_start_rows,
 )
 from pwopt.rewriting.wording import format_count
@@ -254,7 +254,7 @@ def _render_rewrites(report: Report, console: Console) -> None:
 def _render_skips(report: Report, console: Console, most: int = 8) -> None:
     if not report.skips:
         return
-    groups = Counter((s.pass_name, generalize(s)) for s in report.skips)
+    groups = Counter((s.pass_name, generalize(s.reason)) for s in report.skips)
     table = _table("skipped because", "count")
     for (name, reason), count in groups.most_common(most):
         table.add_row(f"{name}: {escape_text(reason)}", str(count))

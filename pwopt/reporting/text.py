@@ -9,7 +9,6 @@ from rich.markup import escape
 from pwopt.evidence.equivalence import OutputCheck
 from pwopt.evidence.metrics import Agreement
 from pwopt.reporting.report import Latency, Start
-from pwopt.rewriting.records import Skip
 
 
 def sanitize(text: str) -> str:
@@ -43,12 +42,6 @@ def format_figures(of: OutputCheck | Agreement) -> list[str | None]:
     patterns = ("{:.2g}", "{:.2g}", "{:.2g}", "{:,.0f}", "{:,.0f}", "{:.1g}", "{:.0f} dB", "{:.2%}", "{:.2%}", "{:.2%}")
     values = (relative, of.mean_abs, of.max_rel, of.ulp, of.ulp_p99, cosine, of.snr_db, of.top1, of.top5, of.mismatch)
     return [None if v is None or isinf(v) else p.format(v) for p, v in zip(patterns, values, strict=True)]
-
-
-def generalize(skip: Skip) -> str:
-    """Return the reason of a skip without quoted names, so that skips for the same reason are counted together."""
-    words = skip.reason.split("'")
-    return "…".join(words[::2]) if len(words) % 2 else skip.reason
 
 
 SUPERSCRIPTS = str.maketrans("0123456789-", "⁰¹²³⁴⁵⁶⁷⁸⁹⁻")

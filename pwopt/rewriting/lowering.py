@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import ClassVar, Literal
 
 from pwopt.graph.ir import Node
+from pwopt.graph.reasons import Reason
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 
@@ -81,6 +82,6 @@ class Lowering(Pass):
         if form is None or isinstance(form, Skip):
             return form
         if not form.pays and not self.eager:
-            return Skip(f"{form.reason}; only measuring can tell whether that is faster")
+            return Skip(Reason("{}; only measuring can tell whether that is faster", form.reason))
         done = rw.replace(form.old, form.new, form.reason, form.residual)
         return done.with_signature(f"{self.name}: {form.detail}") if self.policy == "measured" else done

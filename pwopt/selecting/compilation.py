@@ -11,6 +11,7 @@ import onnx
 from pwopt.graph.files import save
 from pwopt.graph.memo import LATEST, digest
 from pwopt.graph.model import Model
+from pwopt.graph.reasons import Reason
 from pwopt.graph.shapes import make_skeleton
 from pwopt.graph.storage import count_bytes
 from pwopt.rewriting.driver import Certifier, Pass
@@ -121,7 +122,7 @@ class Compilation:
 
     def leave_out(self, rewrites: Iterable[Rewrite], reason: str) -> Compilation:
         """The same without the sites of some rewrites; the reason is a clause."""
-        left_out = {r.site: Skip(f"left out ({reason}): {r.reason}", r.site) for r in rewrites}
+        left_out = {r.site: Skip(Reason("left out ({}): {}", reason, r.reason), r.site) for r in rewrites}
         names = ", ".join(dict.fromkeys(s.pass_name for s in left_out.values()))
         note = f"Left out: {names} at {format_count(len(left_out), 'place')}, {reason}."
         return replace(self, refused={**self.refused, **left_out}, notes=(*self.notes, note))
@@ -164,11 +165,15 @@ class Compilation:
 def _explain_failure(rewrite: Rewrite, builtin: bool) -> str:
     c = rewrite.certificate
     assert c is not None
-    fault = CERTIFICATE_DEFECT if builtin else f"the pass {rewrite.pass_name!r} is wrong here"
-    return f"refused by its certificate ({c.reason}: residual {c.residual:.2g}, bound {c.bound:.2g}): {fault}"
+    fault = CERTIFICATE_DEFECT if builtin else Reason("the pass {!r} is wrong here", rewrite.pass_name)
+    return Reason(
+        "refused by its certificate ({}: residual {:.2g}, bound {:.2g}): {}", c.reason, c.residual, c.bound, fault
+    )
 
 
 def _explain_growth(rewrite: Rewrite) -> str:
-    return (
-        f"{rewrite.reason}, but its constants take {format_count(rewrite.growth, 'byte')} more than --max-growth leaves"
+    return Reason(
+        "{}, but its constants take {} more than --max-growth leaves",
+        rewrite.reason,
+        format_count(rewrite.growth, "byte"),
     )
