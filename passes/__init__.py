@@ -18,6 +18,7 @@ from .focus import Focus
 from .fold_affine import FoldAffine
 from .fold_borders import FoldBorders
 from .fold_chains import FoldChains
+from .fold_quantised import FoldQuantised
 from .fold_streams import FoldStreams
 from .frames import Frames
 from .hoist_crop import HoistCrop
@@ -64,6 +65,7 @@ PASSES: tuple[type[Pass], ...] = (
     SplitFused,
     SettleShapes,
     JoinViews,
+    FoldQuantised,
     MergeEqual,
     *NAMING,
     FactorGates,
@@ -122,6 +124,7 @@ __all__ = [
     "FoldAffine",
     "FoldBorders",
     "FoldChains",
+    "FoldQuantised",
     "FoldStreams",
     "FractionalStride",
     "Frames",
