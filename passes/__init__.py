@@ -5,6 +5,7 @@ from __future__ import annotations
 from pwopt.rewriting.driver import Pass
 from pwopt.rewriting.lowering import Lowering
 
+from .absorb_shuffle import AbsorbShuffle
 from .channels_first import ChannelsFirst
 from .channels_last import ChannelsLast
 from .clean_up import CleanUp
@@ -74,6 +75,7 @@ PASSES: tuple[type[Pass], ...] = (
     DropDead,
     SumBranches,
     FoldChains,
+    AbsorbShuffle,
     CommuteSpatial,
     CommuteGram,
     HoistStride,
@@ -109,6 +111,7 @@ __all__ = [
     "LOWERING",
     "NAMING",
     "PASSES",
+    "AbsorbShuffle",
     "ChannelsFirst",
     "ChannelsLast",
     "CleanUp",

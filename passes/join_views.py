@@ -168,7 +168,9 @@ def _write_shuffle(rw: Rewriter, node: Node) -> Rewrite | None:
         return None
     picks = linear.weight.reshape(linear.geometry.out_channels, -1).argmax(1).astype(np.int64)
     index = rw.new_constant(f"{node.outputs[0].name}_index", picks)
-    new = Node("Gather", node.name, {"axis": reading.axis}, [reading.source, index], list(node.outputs))
+    # OpenVINO 2026.4 folds a Gather along axis 1 into the convolution after it with the inverse permutation.
+    axis = reading.axis - (rw.rank(reading.source) or 0)
+    new = Node("Gather", node.name, {"axis": axis}, [reading.source, index], list(node.outputs))
     return rw.replace(list(reading.nodes), [new], "a channel shuffle becomes one Gather")
 
 

@@ -30,16 +30,16 @@ class Verbosity:
     debug: bool
 
 
-def connect_fleet(scheduler: str | None, target: str | None) -> Fleet | None:
+def connect_fleet(scheduler: str | None, label: str | None) -> Fleet | None:
     """Return the cluster that --scheduler names, or None without one."""
     if scheduler is None:
-        if target is not None:
-            raise UsageError("--target selects workers of a cluster; add --scheduler ADDRESS")
+        if label is not None:
+            raise UsageError("--worker-label selects workers of a cluster; add --scheduler ADDRESS")
         return None
     from pwopt.optimizing.cluster import Fleet, import_distributed
 
     import_distributed()
-    return Fleet(scheduler, target)
+    return Fleet(scheduler, label)
 
 
 def optimize_folder(

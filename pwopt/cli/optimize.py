@@ -12,6 +12,7 @@ from pwopt.cli import options
 from pwopt.cli.many import Verbosity, connect_fleet, optimize_folder
 from pwopt.errors import NotEquivalentError, UsageError
 from pwopt.optimizing.request import CostModel, Effort, Limits, Measuring, Request, Writing
+from pwopt.optimizing.targets import Target
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -38,6 +39,7 @@ def optimize(
     target_profile: options.TargetProfile = None,
     max_growth: options.MaxGrowth = None,
     static: options.Static = Request.static,
+    target: options.Target = Request.target,
     opset: options.Opset = None,
     name_nodes: options.NameNodes = Writing.name_nodes,
     report: options.Document = None,
@@ -48,7 +50,7 @@ def optimize(
     dry_run: options.DryRun = Writing.dry_run,
     workers: options.Workers = 1,
     scheduler: options.Scheduler = None,
-    target: options.Target = None,
+    worker_label: options.WorkerLabel = None,
     details: options.RewriteDetails = False,
     json: options.Json = False,
     quiet: options.Quiet = False,
@@ -60,7 +62,8 @@ def optimize(
     request = Request(
         output, provider=placed.text, cost=cast(CostModel, cost), shapes=options.parse_rounds(shape),
         inputs=inputs or None, passes=None if passes is None else options.split_list(passes), plugins=plugin or (),
-        deny=deny or (), threads=options.parse_thread_counts(threads), static=static, opset=opset,
+        deny=deny or (), threads=options.parse_thread_counts(threads), static=static,
+        target=cast(Target, target), opset=opset,
         verify=not no_verify,
         measuring=Measuring(
             cast(Effort, effort), budget, target_profile=target_profile, layers=json or report is not None
@@ -70,13 +73,13 @@ def optimize(
     )  # fmt: skip
     verbosity = Verbosity(details, json, quiet, verbose, debug)
     if directory is not None:
-        runner = connect_fleet(scheduler, target)
+        runner = connect_fleet(scheduler, worker_label)
         optimize_folder(models, directory, request, verbosity, workers=workers, report=report, runner=runner)
         return
     if len(models) > 1:
         raise UsageError("several models need a folder for the results; add -d OUT")
-    if workers > 1 or scheduler is not None or target is not None:
-        raise UsageError("--workers, --scheduler and --target need a folder for the results; add -d OUT")
+    if workers > 1 or scheduler is not None or worker_label is not None:
+        raise UsageError("--workers, --scheduler and --worker-label need a folder for the results; add -d OUT")
     _optimize_one(models[0], request, report, verbosity, context.obj)
 
 

@@ -134,6 +134,12 @@ MaxGrowth = Annotated[
     float | None,
     typer.Option(metavar="FRACTION", help="Let the model grow by at most this fraction.", show_default=False),
 ]
+Target = Annotated[
+    str,
+    typer.Option(
+        help="Runtime that the result is written for: portable, onnxruntime-cpu, onnxruntime-gpu or openvino."
+    ),
+]
 Static = Annotated[bool, typer.Option("--static", help="Make the input sizes of --shape static in the result.")]
 Opset = Annotated[int | None, typer.Option(help="Convert the model to this opset first.", show_default=False)]
 NameNodes = Annotated[bool, typer.Option("--name-nodes", help="Name every unnamed operator, for example Conv_y.")]
@@ -257,7 +263,7 @@ Scheduler = Annotated[
         show_default=False,
     ),
 ]
-Target = Annotated[
+WorkerLabel = Annotated[
     str | None,
     typer.Option(
         metavar="LABEL", help="With --scheduler: only workers started with --resources LABEL=1.", show_default=False

@@ -20,7 +20,7 @@ def profile(
     budget: options.ModelBudget = EFFORTS["normal"],
     plugin: options.Plugins = None,
     scheduler: options.Scheduler = None,
-    target: options.Target = None,
+    worker_label: options.WorkerLabel = None,
     json: options.Json = False,
     quiet: options.Quiet = False,
     verbose: options.Verbose = False,
@@ -32,7 +32,7 @@ def profile(
 
     placed = options.parse_provider(provider, provider_option, provider_library)
     shapes = options.parse_single_round(shape)
-    cluster = connect_fleet(scheduler, target)
+    cluster = connect_fleet(scheduler, worker_label)
     if cluster is None:
         check_report(output, *models, suffix=output.suffix.lower())
     with show_progress(debug=debug, quiet=quiet, verbose=verbose) as progress:

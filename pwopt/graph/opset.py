@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx
 
 from pwopt.errors import UsageError
 from pwopt.graph.model import Model
-from pwopt.graph.shapes import make_skeleton
+from pwopt.graph.shapes import Shape, infer, make_skeleton
 
 
-def convert_opset(model: Model, target: int) -> onnx.ModelProto:
+def convert_opset(model: Model, target: int, ranks: Mapping[str, int] | None = None) -> onnx.ModelProto:
     """Convert a model to another opset with the converter of onnx, and keep the metadata that the converter drops.
+
+    Parameters
+    ----------
+    ranks : mapping of tensor name to int, optional
+        Ranks that inference does not find. Without its rank, a Softmax below opset 13 is converted into several
+        operators.
 
     Raises
     ------
@@ -23,6 +31,7 @@ def convert_opset(model: Model, target: int) -> onnx.ModelProto:
     if target > newest:
         raise UsageError(f"opset {target} is newer than the installed onnx knows ({newest}); upgrade onnx")
     light = make_skeleton(model.proto)
+    _declare_ranks(light, infer(model.proto), ranks or {})
     try:
         converted = onnx.version_converter.convert_version(light, target)
     except Exception as error:
@@ -49,3 +58,15 @@ def convert_opset(model: Model, target: int) -> onnx.ModelProto:
             entry.version = target
     out.ir_version = max(out.ir_version, onnx.helper.find_min_ir_version_for(list(out.opset_import)))
     return out
+
+
+def _declare_ranks(
+    light: onnx.ModelProto, types: Mapping[str, tuple[int, Shape | None]], ranks: Mapping[str, int]
+) -> None:
+    """Declare the types and the ranks of inner tensors, in place."""
+    known = {v.name for v in (*light.graph.output, *light.graph.value_info)}
+    for name in dict.fromkeys(name for node in light.graph.node for name in node.output if name not in known):
+        element, shape = types.get(name, (0, None))
+        rank = len(shape) if shape is not None else ranks.get(name)
+        if element and rank is not None:
+            light.graph.value_info.append(onnx.helper.make_tensor_value_info(name, element, [None] * rank))

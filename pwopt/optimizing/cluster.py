@@ -103,12 +103,12 @@ class Fleet:
     ----------
     scheduler : str
         Its address, such as ``tcp://10.0.0.1:8786``.
-    target : str or None
+    label : str or None
         Use only workers with this label (``dask worker --resources "LABEL=1"``). Each then runs one model at a time.
     """
 
     scheduler: str
-    target: str | None = None
+    label: str | None = None
 
     @contextlib.contextmanager
     def connect(self) -> Iterator[Any]:
@@ -117,7 +117,7 @@ class Fleet:
         Raises
         ------
         UsageError
-            If there is no scheduler, no worker, or no worker with the label of the target.
+            If there is no scheduler, no worker, or no worker with the label.
         """
         dask = import_distributed()
         try:
@@ -127,10 +127,8 @@ class Fleet:
         try:
             client.wait_for_workers(1, timeout=SCHEDULER_SECONDS)
             known = _list_labels(client)
-            if self.target is not None and self.target not in known:
-                raise UsageError(
-                    f"no worker has the label {self.target!r}; there are {', '.join(known) or 'no labels'}"
-                )
+            if self.label is not None and self.label not in known:
+                raise UsageError(f"no worker has the label {self.label!r}; there are {', '.join(known) or 'no labels'}")
             yield client
         except TimeoutError as error:
             raise UsageError(f"the scheduler at {self.scheduler!r} has no worker; start one") from error
@@ -138,7 +136,7 @@ class Fleet:
             client.close()
 
     def _resources(self) -> dict[str, float] | None:
-        return None if self.target is None else {self.target: 1}
+        return None if self.label is None else {self.label: 1}
 
     def __call__(self, todo: Sequence[Job], request: Request, progress: Progress) -> Iterator[JobResult]:
         plain = replace(request, progress=ignore_progress, output=None)
@@ -165,7 +163,7 @@ class Fleet:
         """Record a profile for each kind of machine, by its label. One worker of each kind races the models."""
         paths = [Path(m) for m in models]
         with self.connect() as client:
-            kinds = [k for k in _group_workers(client, request) if self.target in (None, k.label)]
+            kinds = [k for k in _group_workers(client, request) if self.label in (None, k.label)]
             packed = {p.name: _pack_files(p) for p in paths}
             waiting = {
                 client.submit(

@@ -26,6 +26,7 @@ from pwopt.optimizing.layer_times import add_operator_times
 from pwopt.optimizing.other_conditions import other_environments
 from pwopt.optimizing.preparation import Problem, check_output, define_problem, resolve, start_compilation
 from pwopt.optimizing.request import CostModel, Limits, Measuring, Request, Writing
+from pwopt.optimizing.targets import Target
 from pwopt.passes import PASSES
 from pwopt.reporting import notes
 from pwopt.reporting.brief import describe_in_one_line, render_summary
@@ -73,7 +74,8 @@ def optimize(
     inputs: str | os.PathLike[str] | Feeds | Sequence[Any] | None = None,
     passes: Sequence[str | type[Pass] | Pass] | None = None, plugins: Sequence[str | type[Pass] | Pass] = (),
     deny: Iterable[str | Site] = (), threads: int | Sequence[int] = (), static: bool = False,
-    opset: int | None = None, verify: bool = True, cache: bool = True, measuring: Measuring = Request.measuring,
+    target: Target = "portable", opset: int | None = None,
+    verify: bool = True, cache: bool = True, measuring: Measuring = Request.measuring,
     limits: Limits = Request.limits, writing: Writing = Request.writing, progress: Progress = ignore_progress,
 ) -> Result:  # fmt: skip
     """Optimise a model, verify it against the original, and measure both.
@@ -81,7 +83,8 @@ def optimize(
     Parameters
     ----------
     model : path, bytes, onnx.ModelProto, torch.onnx.ONNXProgram, onnx_ir.Model or Model
-    output, provider, cost, shapes, inputs, passes, plugins, deny, threads, static, opset, verify, cache, progress
+    output, provider, cost, shapes, inputs, passes, plugins, deny, threads, static, target, opset, verify, cache,
+    progress
         See the attributes of `Request`.
     measuring : Measuring
         How long to measure, and which earlier measurements to use.
@@ -110,7 +113,8 @@ def optimize(
     """
     request = Request(
         output, provider=provider, cost=cost, shapes=shapes, inputs=inputs, passes=passes, plugins=plugins, deny=deny,
-        threads=threads, static=static, opset=opset, verify=verify, cache=cache, measuring=measuring, limits=limits,
+        threads=threads, static=static, target=target, opset=opset, verify=verify, cache=cache, measuring=measuring,
+        limits=limits,
         writing=writing, progress=progress,
     )  # fmt: skip
     return run_request(model, request)

@@ -17,6 +17,7 @@ from pwopt.graph.shapes import find_declared
 from pwopt.inputs.input_specs import check_shapes, input_specs
 from pwopt.inputs.samples import Sample, draw_samples, read_samples
 from pwopt.optimizing.request import Request
+from pwopt.optimizing.targets import find_kind, raise_opset
 from pwopt.reporting import notes
 from pwopt.rewriting.driver import Pass
 from pwopt.running import huge_pages, installation
@@ -26,6 +27,7 @@ from pwopt.selecting.compilation import Compilation
 from pwopt.selecting.environment import Environment
 from pwopt.selecting.inlining import inline_functions
 from pwopt.selecting.pass_list import resolve_passes
+from pwopt.selecting.shape_folding import infer_sizes
 
 
 @dataclass(frozen=True)
@@ -161,12 +163,16 @@ def start_compilation(problem: Problem, passes: tuple[Pass, ...], request: Reque
         If the model cannot be converted.
     """
     target = source = problem.source
+    ranks = {name: len(size) for name, size in infer_sizes(source.proto, problem.sizes).items()}
     if request.opset is not None and request.opset != source.opset:
-        target = from_proto(convert_opset(source, request.opset), source.folder)
+        target = from_proto(convert_opset(source, request.opset, ranks), source.folder)
     if request.static:
         target = from_proto(fix_inputs(target.proto, problem.sizes), source.folder)
+    if request.opset is None:
+        target = raise_opset(target, request.target, ranks)
     target = inline_functions(target, passes, request.denied, problem.sizes)
+    kind = find_kind(request.target, request.execution_provider.kind)
     return Compilation(
-        target, source, passes, request.denied, problem.sizes, folder, request.execution_provider.kind,
+        target, source, passes, request.denied, problem.sizes, folder, kind,
         request.limits.max_growth, certifier=certify if request.verify else skip_certificate,
     )  # fmt: skip

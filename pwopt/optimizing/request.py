@@ -10,6 +10,7 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pwopt.errors import UsageError
+from pwopt.optimizing.targets import KINDS, TARGETS, Target
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider, as_provider
 
@@ -174,6 +175,10 @@ class Request:
     static : bool
         Fix the inputs to their shapes in the result, so that shape arithmetic is folded. A slower result is returned
         with a note, because the original has other inputs.
+    target : {"portable", "onnxruntime-cpu", "onnxruntime-gpu", "openvino"}
+        The runtime that the result is written for. "portable" takes the forms that pay on the provider, as far as other
+        runtimes read them well: a model that spells out HardSwish becomes one of opset 14, which has the operator. If
+        another runtime than the provider is named, nothing is timed.
     opset : int, optional
         Convert to this opset first. As with `static`, a slower result is returned with a note.
     verify : bool
@@ -203,6 +208,7 @@ class Request:
     deny: Iterable[str | Site] = ()
     threads: int | Sequence[int] = ()
     static: bool = False
+    target: Target = "portable"
     opset: int | None = None
     verify: bool = True
     cache: bool = True
@@ -220,6 +226,9 @@ class Request:
         _check_choice("cost model", self.cost, get_args(CostModel))
         if self.measuring.target_profile is not None:  # races on this machine say nothing about the target
             object.__setattr__(self, "cost", "analytic")
+        _check_choice("target", self.target, TARGETS)
+        if self.target in KINDS and KINDS[self.target] != self.execution_provider.kind:
+            object.__setattr__(self, "cost", "analytic")  # races on this provider say nothing about the target
         _check_number("opset", self.opset)
         for threads in self.thread_counts:
             if not isinstance(threads, Integral):

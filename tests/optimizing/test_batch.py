@@ -155,7 +155,7 @@ def test_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str
         ((), "add -d OUT"),
         (("-d", tmp_path / "o", "-o", "x.onnx"), "-o applies to a single model"),
         (("-d", tmp_path / "o", "--report", "x.html"), "--report applies to a single model"),
-        (("-d", tmp_path / "o", "--target", "x"), "add --scheduler"),
+        (("-d", tmp_path / "o", "--worker-label", "x"), "add --scheduler"),
     ):
         code, out, err = run(*arguments)
         assert (code, out) == (2, "")
