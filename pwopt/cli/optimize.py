@@ -11,8 +11,7 @@ import typer
 from pwopt.cli import options
 from pwopt.cli.many import Verbosity, connect_fleet, optimize_folder
 from pwopt.errors import NotEquivalentError, UsageError
-from pwopt.optimizing.request import CostModel, Effort, Limits, Measuring, Request, Writing
-from pwopt.optimizing.targets import Target
+from pwopt.optimizing.request import CostModel, Effort, Limits, Measuring, Request, Target, Writing
 
 if TYPE_CHECKING:
     from rich.console import Console

@@ -25,8 +25,7 @@ from pwopt.optimizing.fallback import choose_result
 from pwopt.optimizing.layer_times import add_operator_times
 from pwopt.optimizing.other_conditions import other_environments
 from pwopt.optimizing.preparation import Problem, check_output, define_problem, resolve, start_compilation
-from pwopt.optimizing.request import CostModel, Limits, Measuring, Request, Writing
-from pwopt.optimizing.targets import Target
+from pwopt.optimizing.request import CostModel, Limits, Measuring, Request, Target, Writing
 from pwopt.passes import PASSES
 from pwopt.reporting import notes
 from pwopt.reporting.brief import describe_in_one_line, render_summary

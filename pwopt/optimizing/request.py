@@ -10,7 +10,6 @@ from numbers import Integral, Real
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 from pwopt.errors import UsageError
-from pwopt.optimizing.targets import KINDS, TARGETS, Target
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider, as_provider
 
@@ -21,6 +20,10 @@ if TYPE_CHECKING:
 
 CostModel = Literal["measured", "analytic"]
 Effort = Literal["quick", "normal", "thorough"]
+#: The runtime that a result is written for.
+Target = Literal["portable", "onnxruntime-cpu", "onnxruntime-gpu", "openvino"]
+#: The kind of execution provider whose lowered forms each target takes; "portable" takes those of the provider.
+KINDS: dict[Target, str] = {"onnxruntime-cpu": "cpu", "onnxruntime-gpu": "gpu", "openvino": "other"}
 #: Seconds to race the result against the original.
 RACE_SECONDS = 4.0
 #: Seconds for all measurements, by effort.
@@ -226,7 +229,7 @@ class Request:
         _check_choice("cost model", self.cost, get_args(CostModel))
         if self.measuring.target_profile is not None:  # races on this machine say nothing about the target
             object.__setattr__(self, "cost", "analytic")
-        _check_choice("target", self.target, TARGETS)
+        _check_choice("target", self.target, get_args(Target))
         if self.target in KINDS and KINDS[self.target] != self.execution_provider.kind:
             object.__setattr__(self, "cost", "analytic")  # races on this provider say nothing about the target
         _check_number("opset", self.opset)

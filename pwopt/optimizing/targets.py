@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Mapping
-from typing import Literal, get_args
 
 import onnx
 
@@ -14,12 +13,8 @@ from pwopt.graph.model import Model
 from pwopt.graph.opset import convert_opset
 from pwopt.graph.view import View
 from pwopt.maps import idioms
+from pwopt.optimizing.request import KINDS, Target
 
-#: The runtime that a result is written for.
-Target = Literal["portable", "onnxruntime-cpu", "onnxruntime-gpu", "openvino"]
-TARGETS: tuple[Target, ...] = get_args(Target)
-#: The kind of execution provider whose lowered forms each target takes; "portable" takes those of the provider.
-KINDS: dict[str, str] = {"onnxruntime-cpu": "cpu", "onnxruntime-gpu": "gpu", "openvino": "other"}
 #: The opset with HardSwish, which every runtime reads well. In older opsets it is spelled x·HardSigmoid(x), which
 #: onnxruntime fuses into convolutions, and OpenVINO does not.
 HARD_SWISH_SINCE = 14

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import onnx
@@ -14,8 +14,8 @@ from pwopt import optimize
 from pwopt.errors import UsageError
 from pwopt.graph.files import from_proto
 from pwopt.graph.opset import convert_opset
-from pwopt.optimizing.request import Request
-from pwopt.optimizing.targets import TARGETS, Target, raise_opset
+from pwopt.optimizing.request import Request, Target
+from pwopt.optimizing.targets import raise_opset
 
 CONSTANTS = {"three": np.float32(3), "zero": np.float32(0), "six": np.float32(6)}
 HARD_SWISH = "a = Add(h, three) b = Clip(a, zero, six) c = Mul(h, b) s = Div(c, six)"
@@ -93,7 +93,7 @@ def test_another_runtime_than_the_provider_is_not_timed() -> None:
     assert Request().measured
     with pytest.raises(UsageError, match="the target 'tflite' is not one of: portable, onnxruntime-cpu"):
         Request(target="tflite")  # type: ignore[arg-type]
-    assert TARGETS[0] == Request.target
+    assert get_args(Target)[0] == Request.target
 
 
 def shuffled() -> onnx.ModelProto:
