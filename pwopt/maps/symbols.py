@@ -51,17 +51,18 @@ class _Inference:
     def __post_init__(self) -> None:
         graph = self.view.graph
         tensors = (*graph.inputs, *graph.outputs, *(t for n in graph.nodes for t in n.outputs))
-        self.taken = {d for t in tensors for d in t.shape or () if isinstance(d, str)}
+        names = (d for t in tensors for d in (*(t.shape or ()), *(t.declared or ())))
+        self.taken = {d for d in names if isinstance(d, str)}
         self.given = {d for t in graph.inputs for d in t.shape or () if isinstance(d, str)}
 
     def intern(self, *expression: object) -> str:
         """The symbol of an expression."""
         if expression not in self.symbols:
             number = len(self.symbols)
-            while f"size_{number}" in self.taken:
+            while f"pwopt_size_{number}" in self.taken:
                 number += 1
-            self.taken.add(f"size_{number}")
-            self.symbols[expression] = f"size_{number}"
+            self.taken.add(f"pwopt_size_{number}")
+            self.symbols[expression] = f"pwopt_size_{number}"
         return self.symbols[expression]
 
     def add(self, size: Size, number: int) -> Size:

@@ -61,6 +61,16 @@ def test_sizes_that_may_differ_are_not_equal() -> None:
     assert found["k"][2] not in found["u"]
 
 
+def test_names_that_a_file_declares_are_not_given_to_other_sizes() -> None:
+    """A result of pwopt that is optimised again already has symbols, which mean what they meant."""
+    body = """(float[N,4,H,W] x) => (float[A,B,C,D] y) {
+        a = Conv<strides=[2,2]>(x, w) b = Relu(a) c = Conv<strides=[3,3]>(x, w) d = Relu(c) y = Neg(b) }"""
+    model = parse(body, w=normal(4, 4, 3, 3, dtype=np.float32))
+    first = symbols(model)
+    model.graph.value_info.append(onnx.helper.make_tensor_value_info("c", onnx.TensorProto.FLOAT, first["a"]))
+    assert not set(first["a"][2:]) & set(symbols(model)["b"][2:])
+
+
 @pytest.mark.parametrize("seed", range(120))
 def test_symbols_hold_in_random_models(seed: int) -> None:
     sample = random_sample(Random(seed))
