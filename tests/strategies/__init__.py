@@ -15,6 +15,7 @@ from onnx import helper
 
 from strategies.branches import Branches
 from strategies.builder import Sample, Tensor, UnfitError
+from strategies.canonical import Canonical
 from strategies.lowered import Lowered
 from strategies.opaque import Opaque
 from strategies.positions import Positions
@@ -32,7 +33,7 @@ WEIGHTS = dict.fromkeys(
 ) | {"m_sequence": 12, "m_threshold": 8, "m_defaults": 8}
 
 
-class Generator(Sequences, Branches, Positions, Resampling, Steps, Structures, Lowered, Opaque):
+class Generator(Sequences, Branches, Positions, Resampling, Steps, Structures, Lowered, Canonical, Opaque):
     """A graph that grows by random motifs: the methods whose names begin with `m_`."""
 
     def grow(self, motifs: int) -> None:
