@@ -79,7 +79,7 @@ def _find_chain(rw: Rewriter, node: Node) -> tuple[list[Reading | Step], Node] |
 
 
 def _is_transpose(view: View, node: Node, perm: tuple[int, ...]) -> bool:
-    return view.is_a(node, "Transpose") and tuple(attributes.perm(view, node) or ()) == perm
+    return view.is_a(node, "Transpose") and tuple(attributes.read_permutation(view, node) or ()) == perm
 
 
 def _write(rw: Rewriter, steps: list[Reading | Step], source: Tensor, output: Tensor) -> Builder:

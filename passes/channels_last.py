@@ -149,7 +149,7 @@ def _combines_channels(rw: Rewriter, node: Node) -> bool:
     elif op in PICKS:
         axes = [node.attrs.get("axis", 0)]
     elif op in REDUCTIONS:
-        axes = attributes.axes_of(rw, node)
+        axes = attributes.read_axes(rw, node)
     shape = rw.shape(node.inputs[0]) or ()
     if [a % len(shape) for a in axes or ()] != [1]:
         return False

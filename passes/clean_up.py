@@ -243,10 +243,10 @@ def _explain_no_effect(rw: Rewriter, node: Node, op: str) -> str:
         to = onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]) if node.attrs.get("to") else None
         return "Cast to the type of its input" if to is not None and rw.dtype(x) == to else ""
     if op == "Transpose":
-        perm = attributes.perm(rw, node)
+        perm = attributes.read_permutation(rw, node)
         return "Transpose that keeps the order of the axes" if perm is not None and perm == sorted(perm) else ""
     if op == "Pad":
-        found = attributes.pad_parameters(rw, node)
+        found = attributes.read_pad_parameters(rw, node)
         return "Pad by zero positions" if found is not None and not any(found[0]) else ""
     if op == "Slice":
         return _explain_full_slice(rw, node, x)
@@ -264,7 +264,7 @@ def _explain_no_effect(rw: Rewriter, node: Node, op: str) -> str:
     if op in ("Expand", "Tile"):
         return f"{op} to the shape of its input" if before == after else ""
     if op in ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd"):
-        axes = attributes.axes_of(rw, node)
+        axes = attributes.read_axes(rw, node)
         single = axes is not None and bool(axes) and all(before[a] == 1 for a in axes)
         return f"{op} over axes of size 1" if single and node.attrs.get("keepdims", 1) else ""
     return ""
@@ -296,7 +296,7 @@ def _is_identity(rw: Rewriter, node: Node) -> bool:
 
 
 def _explain_full_slice(rw: Rewriter, node: Node, x: Tensor) -> str:
-    parameters = attributes.slice_parameters(rw, node)
+    parameters = attributes.read_slice_parameters(rw, node)
     if not parameters:
         return ""
     for axis, start, end, step in parameters:
@@ -314,5 +314,5 @@ def _explain_same_size(rw: Rewriter, node: Node, x: Tensor, y: Tensor) -> str:
     before, after = rw.shape(x), rw.shape(y)
     if attributes.is_resized_by_sizes(rw, node):
         return f"{node.op} to the size of its input" if as_fixed(before) is not None and before == after else ""
-    scales = attributes.resize_scales(rw, node)
+    scales = attributes.read_resize_scales(rw, node)
     return f"{node.op} by a factor of 1" if scales is not None and all(s == 1 for s in scales.values()) else ""

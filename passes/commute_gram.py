@@ -91,7 +91,7 @@ def _find_factor(rw: Rewriter, node: Node) -> Tensor | None:
         return None
     rank = rw.rank(rows) or 0
     swapped = [*range(rank - 2), rank - 1, rank - 2]
-    return rows if rank >= 2 and attributes.perm(rw, transpose) == swapped else None
+    return rows if rank >= 2 and attributes.read_permutation(rw, transpose) == swapped else None
 
 
 def _along_rows(rw: Rewriter, reading: Reading, flatten: Node | None) -> bool:

@@ -71,7 +71,7 @@ def _hoist_past_windows(rw: Rewriter, node: Node, maker: Node, window: Window) -
         kernel, strides, dilations, pads = g.kernel, g.strides, g.dilations, g.pads
     else:
         kernel = tuple(maker.attrs["kernel_shape"])
-        found = attributes.spatial_attributes(rw, maker, kernel)
+        found = attributes.read_spatial_attributes(rw, maker, kernel)
         if not isinstance(found, attributes.Spatial):
             return None
         strides, dilations, pads = found.strides, found.dilations, found.pads
@@ -102,7 +102,7 @@ def _read_window(rw: Rewriter, node: Node) -> Window | None:
     if rw.op(node) != "Slice" or rw.opset < 10 or (rw.rank(node.inputs[0]) or 0) < 3:
         return None
     window: Window = {}
-    for axis, start, end, step in attributes.slice_parameters(rw, node) or []:
+    for axis, start, end, step in attributes.read_slice_parameters(rw, node) or []:
         size = rw.dim(node.inputs[0], axis)
         if axis < 2 or step != 1 or not isinstance(size, int):
             return None

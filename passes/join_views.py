@@ -66,7 +66,7 @@ def _keep_gather_axis(rw: Rewriter, gather: Node, node: Node) -> Rewrite | None:
     source, index = gather.inputs
     rank, entry = rw.rank(source), rw.integers(index)
     constant = rw.constant(index)
-    axes = attributes.axes_of(rw, node)
+    axes = attributes.read_axes(rw, node)
     axis = int(gather.attrs.get("axis", 0))
     axis += rank if axis < 0 and rank is not None else 0
     if entry is None or constant is None or len(constant.shape) or axes != [axis] or rank is None:
@@ -104,7 +104,10 @@ def _replace_by_one(rw: Rewriter, old: Sequence[Node], new: Node) -> Rewrite:
 
 
 def _compose_transposes(rw: Rewriter, before: Node, node: Node) -> Rewrite | None:
-    perms = attributes.perm(rw, before) if rw.is_a(before, "Transpose") else None, attributes.perm(rw, node)
+    perms = (
+        attributes.read_permutation(rw, before) if rw.is_a(before, "Transpose") else None,
+        attributes.read_permutation(rw, node),
+    )
     if perms[0] is None or perms[1] is None:
         return None
     attrs = {**node.attrs, "perm": [perms[0][p] for p in perms[1]]}
@@ -119,7 +122,7 @@ def _absorb_into_gemm(rw: Rewriter, node: Node) -> Rewrite | None:
         operand = node.inputs[index]
         transpose = rw.producer(operand)
         alone = not rw.other_uses(operand) and sum(t is operand for t in node.inputs) == 1
-        if alone and rw.is_a(transpose, "Transpose") and attributes.perm(rw, transpose) == [1, 0]:
+        if alone and rw.is_a(transpose, "Transpose") and attributes.read_permutation(rw, transpose) == [1, 0]:
             attrs = {**node.attrs, name: 1 - bool(node.attrs.get(name, 0))}
             inputs = [transpose.inputs[0] if t is operand else t for t in node.inputs]
             return _replace_by_one(rw, [transpose, node], Node("Gemm", node.name, attrs, inputs, list(node.outputs)))
@@ -128,7 +131,7 @@ def _absorb_into_gemm(rw: Rewriter, node: Node) -> Rewrite | None:
 
 def _absorb_reshapes(rw: Rewriter, transpose: Node, node: Node) -> Rewrite | None:
     """Replace a Reshape that joins axes, a Transpose, and a Reshape that splits them again by one Transpose."""
-    reshape, perm = rw.producer(transpose.inputs[0]), attributes.perm(rw, transpose)
+    reshape, perm = rw.producer(transpose.inputs[0]), attributes.read_permutation(rw, transpose)
     if not rw.is_a(reshape, *VIEWS) or rw.other_uses(transpose.inputs[0]) or perm is None:
         return None
     source = reshape.inputs[0]
@@ -146,7 +149,7 @@ def _absorb_reshapes(rw: Rewriter, transpose: Node, node: Node) -> Rewrite | Non
 
 def _skip_transpose(rw: Rewriter, transpose: Node, node: Node) -> Rewrite | None:
     """Remove a Transpose before a Reshape, if it only moves axes of size 1."""
-    perm, sizes = attributes.perm(rw, transpose), values.read_extents(rw, transpose.inputs[0])
+    perm, sizes = attributes.read_permutation(rw, transpose), values.read_extents(rw, transpose.inputs[0])
     shape = rw.integers(node.inputs[1]) if len(node.inputs) > 1 else None
     if perm is None or sizes is None or shape is None or 0 in shape:  # a 0 would copy a size of the transposed tensor
         return None

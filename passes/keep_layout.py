@@ -74,7 +74,7 @@ def _expand_gate(rw: Rewriter, node: Node) -> tuple[list[Node], str] | Skip | No
 
 def _pool_globally(rw: Rewriter, node: Node) -> tuple[list[Node], str] | None:
     """Compute a mean over space by a GlobalAveragePool."""
-    axes = attributes.axes_of(rw, node)
+    axes = attributes.read_axes(rw, node)
     if rw.rank(node.inputs[0]) != 4 or axes is None or sorted(axes) != [2, 3]:
         return None
     if str(rw.dtype(node.inputs[0])) != "float32" or 0 in (rw.shape(node.inputs[0]) or ()):

@@ -274,7 +274,7 @@ def _convert_per_channel(_rw: Rewriter, low: Lowering, node: Node) -> Arguments 
 
 @converts(*REDUCTIONS)
 def _convert_reduction(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
-    axes = attributes.axes_of(rw, node) or ()
+    axes = attributes.read_axes(rw, node) or ()
     whole_plane = {3, 4} <= set(axes)
     return reduce_axes(rw, node, sorted({min(a, 3) for a in axes})) if whole_plane else BY_AXES[node.op](rw, low, node)
 
@@ -296,7 +296,7 @@ def _convert_resize(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None
 
 @converts("Pad")
 def _convert_pad(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
-    found = attributes.pad_parameters(rw, node)
+    found = attributes.read_pad_parameters(rw, node)
     if found is None or len(node.inputs) > 3:
         return None
     pads, half = found[0], low.rank

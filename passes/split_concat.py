@@ -29,7 +29,7 @@ class SplitConcat(Pass):
         if reading is None or reading.nodes[0] is not node:
             return None
         concat = rw.producer(reading.source)
-        if not rw.is_a(concat, "Concat") or attributes.concat_axis(rw, concat) != reading.axis:
+        if not rw.is_a(concat, "Concat") or attributes.read_concat_axis(rw, concat) != reading.axis:
             return None
         parts = selections.read_concat(rw, concat)
         if parts is None or len(parts) < 2 or reading.geometry.groups > 1 or len(set(concat.inputs)) < len(parts):

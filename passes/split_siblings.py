@@ -119,7 +119,7 @@ def _read_slices(rw: Rewriter, first: Node) -> _Cut | None:
     readers = rw.readers(tensor)
     if len(readers) < 2 or readers[0] is not first or not all(rw.is_a(n, "Slice") for n in readers):
         return None
-    found = [attributes.slice_parameters(rw, n) for n in readers]
+    found = [attributes.read_slice_parameters(rw, n) for n in readers]
     axes = {p[0][0] for p in found if p is not None and len(p) == 1 and p[0][3] == 1}
     channels = rw.dim(tensor, axis) if len(axes) == 1 and (axis := next(iter(axes))) else None
     if not isinstance(channels, int) or any(p is None or len(p) != 1 or p[0][3] != 1 for p in found):

@@ -76,7 +76,7 @@ def _transpose_product(rw: Rewriter, node: Node) -> Rewrite | None:
     product = rw.producer(node.inputs[0])
     if product is None or not _is_product(rw, product) or rw.other_uses(node.inputs[0]):
         return None
-    if rw.opset < OPTIONAL_SINCE or attributes.perm(rw, node) != [1, 0]:
+    if rw.opset < OPTIONAL_SINCE or attributes.read_permutation(rw, node) != [1, 0]:
         return None
     (a, b), (turn_a, turn_b) = product.inputs[:2], _flags(product)
     new = _gemm(product, b, a, (not turn_b, not turn_a), None, node.outputs[0])
@@ -92,7 +92,7 @@ def _transpose_operand(rw: Rewriter, node: Node) -> Rewrite | None:
         transpose = rw.producer(operand)
         alone = not rw.other_uses(operand) and sum(t is operand for t in node.inputs) == 1
         if alone and transpose is not None and rw.is_a(transpose, "Transpose") and rw.rank(operand) == 2:
-            if attributes.perm(rw, transpose) != [1, 0]:
+            if attributes.read_permutation(rw, transpose) != [1, 0]:
                 continue
             inputs = [transpose.inputs[0] if t is operand else t for t in node.inputs]
             attrs = {**node.attrs, name: 1 - bool(node.attrs.get(name, 0))}

@@ -20,7 +20,7 @@ class Spatial(NamedTuple):
     auto_pad: str
 
 
-def spatial_attributes(view: View, node: Node, kernel: tuple[int, ...]) -> Spatial | Refusal:
+def read_spatial_attributes(view: View, node: Node, kernel: tuple[int, ...]) -> Spatial | Refusal:
     """Read strides, dilations and pads of a convolution or pooling, with the defaults of ONNX.
 
     SAME padding is resolved where the stride is 1 (it does not depend on the size then) or the size is known. It stays
@@ -66,7 +66,7 @@ def is_inactive_dropout(view: View, node: Node) -> bool:
     return raw is not None and not raw.any()
 
 
-def axes_of(view: View, node: Node) -> list[int] | None:
+def read_axes(view: View, node: Node) -> list[int] | None:
     """The axes of a reduction, Squeeze or Unsqueeze: an attribute in older opsets, the second input in newer ones.
 
     Non-negative where the rank of the input is known; None if they are not constant, not given or an empty list.
@@ -80,7 +80,7 @@ def axes_of(view: View, node: Node) -> list[int] | None:
     return [a + rank if a < 0 and rank is not None else a for a in axes] if axes else None
 
 
-def slice_parameters(view: View, node: Node) -> list[tuple[int, int, int, int]] | None:
+def read_slice_parameters(view: View, node: Node) -> list[tuple[int, int, int, int]] | None:
     """(axis, start, end, step) of a Slice, axes non-negative; None if not constant or of unknown rank."""
     rank = view.rank(node.inputs[0])
     if view.opset < 10:
@@ -97,19 +97,19 @@ def slice_parameters(view: View, node: Node) -> list[tuple[int, int, int, int]] 
     return list(zip(axes, starts, ends, steps or [1] * len(starts), strict=True))
 
 
-def perm(view: View, node: Node) -> list[int] | None:
+def read_permutation(view: View, node: Node) -> list[int] | None:
     """The permutation of a Transpose, by default the reverse; None if that needs a rank that is unknown."""
     given, rank = node.attrs.get("perm"), view.rank(node.inputs[0])
     return list(given) if given is not None else None if rank is None else list(range(rank))[::-1]
 
 
-def concat_axis(view: View, node: Node) -> int | None:
+def read_concat_axis(view: View, node: Node) -> int | None:
     """The axis of a Concat, non-negative; None if it is negative and the rank is unknown."""
     axis, rank = int(node.attrs.get("axis", 1)), view.rank(node.outputs[0])
     return axis if axis >= 0 else axis + rank if rank is not None else None
 
 
-def pad_parameters(view: View, node: Node) -> tuple[list[int], str, float | None] | None:
+def read_pad_parameters(view: View, node: Node) -> tuple[list[int], str, float | None] | None:
     """(pads of every axis, mode, constant) of a Pad; None if the pads are unknown. The constant is None if unknown."""
     rank = view.rank(node.inputs[0])
     mode = node.attrs.get("mode", "constant")
@@ -136,7 +136,7 @@ def is_resized_by_sizes(view: View, node: Node) -> bool:
     return node.op == "Resize" and view.opset >= 11 and view.optional_input(node, 3) is not None
 
 
-def resize_scales(view: View, node: Node) -> dict[int, float] | None:
+def read_resize_scales(view: View, node: Node) -> dict[int, float] | None:
     """Axis → factor of a Resize or Upsample with constant factors; None for any other."""
     rank = view.rank(node.inputs[0])
     if node.op == "Upsample" and view.opset < 9:

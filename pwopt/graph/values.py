@@ -153,7 +153,7 @@ def _gather(reader: _Reader, node: Node, depth: int) -> Entries | None:
 
 @_rule("Slice")
 def _slice(reader: _Reader, node: Node, depth: int) -> Entries | None:
-    data, parameters = reader.read(node.inputs[0], depth), attributes.slice_parameters(reader.view, node)
+    data, parameters = reader.read(node.inputs[0], depth), attributes.read_slice_parameters(reader.view, node)
     if data is None or parameters is None or len(parameters) != 1 or parameters[0][3] == 0:
         return None
     _, start, end, step = parameters[0]

@@ -18,7 +18,7 @@ from pwopt.maps.forms import Reading, Result, load_implied, reads
 def read_average_pool(view: View, node: Node) -> Result:
     """A depthwise stencil of 1/k, if every window has the same number of elements."""
     kernel = tuple(node.attrs["kernel_shape"])
-    spatial = attributes.spatial_attributes(view, node, kernel)
+    spatial = attributes.read_spatial_attributes(view, node, kernel)
     if isinstance(spatial, Refusal):
         return spatial
     channels = view.dim(node.inputs[0], 1)
@@ -38,7 +38,7 @@ def read_average_pool(view: View, node: Node) -> Result:
 @reads("ReduceSum", "ReduceMean")
 def read_reduction(view: View, node: Node) -> Result:
     """A matrix with one row, if the channel axis is the only one that is reduced, and is kept with size 1."""
-    axes = attributes.axes_of(view, node)
+    axes = attributes.read_axes(view, node)
     if axes is None or len(axes) != 1 or not node.attrs.get("keepdims", 1) or view.rank(node.inputs[0]) is None:
         return None
     channels = view.dim(node.inputs[0], axes[0])

@@ -19,7 +19,7 @@ from pwopt.maps.forms import Reading, Result, load_implied, reads
 @reads("Pad")
 def read_pad(view: View, node: Node) -> Result:
     """Padding of channels is a selection with a bias; padding of positions is a map with a border."""
-    found = attributes.pad_parameters(view, node)
+    found = attributes.read_pad_parameters(view, node)
     if found is None:
         return None
     pads, mode, constant = found

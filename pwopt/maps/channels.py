@@ -193,7 +193,7 @@ class Analysis:
         return Flow(node, reading, (Link(source, output, 0, 0, len(value)),))
 
     def _concat(self, node: Node) -> Flow:
-        axis = attributes.concat_axis(self.view, node)
+        axis = attributes.read_concat_axis(self.view, node)
         widths = [self.view.dim(t, axis) if axis is not None else None for t in node.inputs]
         if axis is None or not all(isinstance(w, int) for w in widths):
             return Flow(node)
@@ -312,7 +312,7 @@ class Analysis:
         if op in ("Resize", "Upsample"):
             return not attributes.is_resized_by_sizes(self.view, node)
         if op == "Squeeze":  # without axes, it would take a single channel along
-            return attributes.axes_of(self.view, node) is not None
+            return attributes.read_axes(self.view, node) is not None
         return op != "Reshape" or (self.view.opset >= 5 and self.view.integers(node.inputs[1]) is not None)
 
     # Backward: which channels may go

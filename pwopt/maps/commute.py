@@ -96,14 +96,14 @@ def rule(view: View, node: Node) -> Rule | None:
             return None
         return Rule(axes=_unscaled_axes(view, node))  # interpolation weights sum to one
     if op == "Pad":
-        found = attributes.pad_parameters(view, node)
+        found = attributes.read_pad_parameters(view, node)
         if found is None:
             return None
         pads, mode, constant = found
         keep = {a: a for a in range(len(pads) // 2) if not pads[a] and not pads[a + len(pads) // 2]}
         return Rule(shift=mode != "constant", axes=keep) if mode != "constant" or constant == 0 else None
     if op == "Slice":
-        parameters, rank = attributes.slice_parameters(view, node), view.rank(node.inputs[0])
+        parameters, rank = attributes.read_slice_parameters(view, node), view.rank(node.inputs[0])
         sliced = range(rank or 0) if parameters is None else [axis for axis, *_ in parameters]
         return Rule(axes={a: a for a in range(rank or 0) if a not in sliced})
     if op in ("Expand", "Tile"):
@@ -111,7 +111,7 @@ def rule(view: View, node: Node) -> Rule | None:
     if op in ("DepthToSpace", "SpaceToDepth"):
         return Rule(axes={0: 0})
     if op == "Transpose":
-        perm = attributes.perm(view, node)
+        perm = attributes.read_permutation(view, node)
         return None if perm is None else Rule(axes={a: i for i, a in enumerate(perm)})
     if op in VIEWS:
         return Rule(axes=_kept_axes(view, node, op))
@@ -149,7 +149,7 @@ def _equal_axes(view: View, node: Node) -> dict[int, int]:
 def _unscaled_axes(view: View, node: Node) -> dict[int, int]:
     """Axes that a Resize or Upsample does not change: the factor is 1. An equal size is not enough, because sizes are
     rounded."""
-    scales = attributes.resize_scales(view, node)
+    scales = attributes.read_resize_scales(view, node)
     rank = view.rank(node.inputs[0])
     if scales is None:
         return _equal_axes(view, node) if attributes.is_resized_by_sizes(view, node) else {}
@@ -157,7 +157,7 @@ def _unscaled_axes(view: View, node: Node) -> dict[int, int]:
 
 
 def _reduction(view: View, node: Node, op: str) -> Rule | None:
-    axes, rank = attributes.axes_of(view, node), view.rank(node.inputs[0])
+    axes, rank = attributes.read_axes(view, node), view.rank(node.inputs[0])
     if not axes or rank is None:  # no axes means all of them, or none: noop_with_empty_axes
         return None
     left = [a for a in range(rank) if a not in axes]
@@ -283,7 +283,10 @@ def _through_split(view: View, node: Node, affine: Affine) -> Moves | Refusal:
 
 
 def _through_concat(view: View, node: Node, tensor: Tensor, affine: Affine) -> Moves | Refusal:
-    axis, widths = attributes.concat_axis(view, node), [view.dim(t, node.attrs.get("axis", 1)) for t in node.inputs]
+    axis, widths = (
+        attributes.read_concat_axis(view, node),
+        [view.dim(t, node.attrs.get("axis", 1)) for t in node.inputs],
+    )
     if axis is None or not all(isinstance(w, int) for w in widths) or affine.axis not in (axis, None):
         return Refusal("the other inputs of a Concat are not scaled")
     sizes = [w for w in widths if isinstance(w, int)]
@@ -333,7 +336,7 @@ def lift(view: View, node: Node, affine: Affine) -> list[Moves] | Refusal:
     if op in ("Concat", *ARITHMETIC) and len(set(node.inputs)) < len(node.inputs):
         return Refusal(f"{op} reads one tensor twice")
     if op == "Concat":
-        axis, parts = attributes.concat_axis(view, node), selections.read_concat(view, node)
+        axis, parts = attributes.read_concat_axis(view, node), selections.read_concat(view, node)
         if affine.axis is None:
             return [[(t, affine) for t in node.inputs]]
         if affine.axis != axis:

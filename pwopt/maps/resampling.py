@@ -73,7 +73,7 @@ def _factors(view: View, node: Node, before: Shape) -> list[int] | None:
     If sizes are given, the factor is their ratio. A policy that keeps the aspect ratio has the same factor for all
     axes; it is the ratio of the axis that gets the requested size.
     """
-    scales = attributes.resize_scales(view, node)
+    scales = attributes.read_resize_scales(view, node)
     if attributes.is_resized_by_sizes(view, node):
         small, large = as_fixed(before), as_fixed(view.shape(node.outputs[0]))
         if small is None or large is None or 0 in small:
@@ -186,7 +186,7 @@ def _inner(view: View, node: Node | None, depth: int) -> list[tuple[Tensor, tupl
     """The inputs of a Concat of channels or of an activation, each with the activation in between."""
     if depth >= MAX_DEPTH:
         return []
-    if view.is_a(node, "Concat") and attributes.concat_axis(view, node) == 1:
+    if view.is_a(node, "Concat") and attributes.read_concat_axis(view, node) == 1:
         return [(t, ()) for t in node.inputs]
     if view.is_a(node, *ACTIVATIONS) and all(view.elements(t) == 1 for t in node.inputs[1:] if t.name):
         return [(node.inputs[0], (node,))]
@@ -253,7 +253,7 @@ def subsampling(view: View, reading: Reading) -> Subsampling | None:
     if view.is_a(node, "SpaceToDepth"):
         size = int(node.attrs["blocksize"])
         return _blocks((node,), node.inputs[0], (size, size), channels)
-    if view.is_a(node, "Concat") and attributes.concat_axis(view, node) == 1:
+    if view.is_a(node, "Concat") and attributes.read_concat_axis(view, node) == 1:
         return _read_slices(view, node, reading.geometry.rank, channels)
     return _read_unshuffle(view, node, channels) if view.is_a(node, "Reshape") else None
 
@@ -280,7 +280,7 @@ def _read_slice(view: View, tensor: Tensor, rank: int) -> Subsampling | None:
     steps, offsets = dict[int, int](), dict[int, int]()
     nodes: list[Node] = []
     while view.is_a(node := view.producer(start), "Slice"):
-        listed = attributes.slice_parameters(view, node)
+        listed = attributes.read_slice_parameters(view, node)
         if listed is None or any(axis < 2 or axis in steps for axis, *_ in listed):
             break
         size = [view.dim(node.inputs[0], axis) for axis, *_ in listed]

@@ -25,7 +25,7 @@ def selection(node: Node, source: Tensor, picks: Sequence[int], channels: int, a
 
 @reads("Slice")
 def read_slice(view: View, node: Node) -> Result:
-    parameters = attributes.slice_parameters(view, node)
+    parameters = attributes.read_slice_parameters(view, node)
     if parameters is None or len(parameters) != 1:
         return None
     axis, start, end, step = parameters[0]
@@ -72,7 +72,7 @@ def read_repetition(view: View, node: Node) -> Result:
 @reads("Concat")
 def read_rearrangement(view: View, node: Node) -> Result:
     """Read a Concat of parts of one tensor as a selection, such as the reversed channels of an image."""
-    axis = attributes.concat_axis(view, node)
+    axis = attributes.read_concat_axis(view, node)
     if axis is None or not 2 <= len(node.inputs) <= MAX_PARTS:
         return None
     parts = [_read_part(view, node, t, axis) for t in node.inputs]
@@ -103,7 +103,7 @@ def _read_part(view: View, node: Node, tensor: Tensor, axis: int) -> tuple[Tenso
         entries = list(range(start, start + split[index].geometry.out_channels))
         return (producer.inputs[0], entries, producer) if alone else None
     if producer is not None and view.op(producer) == "Slice" and view.sole_reader(tensor) is node:
-        parameters = attributes.slice_parameters(view, producer)
+        parameters = attributes.read_slice_parameters(view, producer)
         channels = view.dim(producer.inputs[0], axis)
         if parameters is not None and len(parameters) == 1 and parameters[0][0] == axis and isinstance(channels, int):
             _, start, end, step = parameters[0]
@@ -130,7 +130,7 @@ def read_split(view: View, node: Node) -> list[Reading] | None:
 
 def read_concat(view: View, node: Node) -> list[Reading] | None:
     """Read a Concat as one map per input that adds channels of zeros; the output is their sum."""
-    axis = attributes.concat_axis(view, node)
+    axis = attributes.read_concat_axis(view, node)
     widths = None if axis is None else as_fixed([view.dim(t, axis) for t in node.inputs])
     if axis is None or widths is None:
         return None
@@ -164,7 +164,7 @@ def read_shuffle(view: View, node: Node) -> Result:
     same_space = attributes.is_same_shape(
         [before[0], *before[2:]], [inner[0], *inner[3:]]
     ) and attributes.is_same_shape(before, after)
-    if attributes.perm(view, transpose) != swap or groups * width != channels or not same_space:
+    if attributes.read_permutation(view, transpose) != swap or groups * width != channels or not same_space:
         return None
     picks = np.arange(channels).reshape(groups, width).T.reshape(-1)
     return replace(selection(node, source, picks.tolist(), channels, 1), nodes=(split, transpose, node))

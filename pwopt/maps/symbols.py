@@ -158,7 +158,7 @@ def _convolve(inference: _Inference, node: Node) -> Sizes | None:
         return None
     kernel = tuple(d for d in weight[2:] if isinstance(d, int))
     return _slide_windows(
-        inference, node, (x[0], weight[0]), x[2:], kernel, attributes.spatial_attributes(view, node, kernel)
+        inference, node, (x[0], weight[0]), x[2:], kernel, attributes.read_spatial_attributes(view, node, kernel)
     )
 
 
@@ -166,7 +166,7 @@ def _pool(inference: _Inference, node: Node) -> Sizes | None:
     x, kernel = inference.find(node.inputs[0]), tuple(node.attrs.get("kernel_shape", ()))
     if x is None or len(kernel) != len(x) - 2 or node.attrs.get("ceil_mode", 0):
         return None
-    spatial = attributes.spatial_attributes(inference.view, node, kernel)
+    spatial = attributes.read_spatial_attributes(inference.view, node, kernel)
     return _slide_windows(inference, node, x[:2], x[2:], kernel, spatial)
 
 
@@ -190,7 +190,7 @@ def _pool_globally(inference: _Inference, node: Node) -> Sizes | None:
 
 
 def _concat(inference: _Inference, node: Node) -> Sizes | None:
-    operands, axis = [inference.find(t) for t in node.inputs], attributes.concat_axis(inference.view, node)
+    operands, axis = [inference.find(t) for t in node.inputs], attributes.read_concat_axis(inference.view, node)
     known = [s for s in operands if s is not None]
     if axis is None or len(known) < len(operands) or len({len(s) for s in known}) != 1 or axis >= len(known[0]):
         return None
@@ -204,7 +204,7 @@ def _concat(inference: _Inference, node: Node) -> Sizes | None:
 
 
 def _transpose(inference: _Inference, node: Node) -> Sizes | None:
-    x, order = inference.find(node.inputs[0]), attributes.perm(inference.view, node)
+    x, order = inference.find(node.inputs[0]), attributes.read_permutation(inference.view, node)
     return None if x is None or order is None or len(order) != len(x) else tuple(x[a] for a in order)
 
 
@@ -218,7 +218,7 @@ def _matmul(inference: _Inference, node: Node) -> Sizes | None:
 
 def _slice(inference: _Inference, node: Node) -> Sizes | None:
     """Axes that are not cut keep their sizes."""
-    x, cuts = inference.find(node.inputs[0]), attributes.slice_parameters(inference.view, node)
+    x, cuts = inference.find(node.inputs[0]), attributes.read_slice_parameters(inference.view, node)
     if x is None or cuts is None:
         return None
     cut = {axis for axis, *_ in cuts}
@@ -226,7 +226,7 @@ def _slice(inference: _Inference, node: Node) -> Sizes | None:
 
 
 def _pad(inference: _Inference, node: Node) -> Sizes | None:
-    x, found = inference.find(node.inputs[0]), attributes.pad_parameters(inference.view, node)
+    x, found = inference.find(node.inputs[0]), attributes.read_pad_parameters(inference.view, node)
     if x is None or found is None or len(found[0]) != 2 * len(x):
         return None
     return tuple(inference.add(size, found[0][a] + found[0][a + len(x)]) for a, size in enumerate(x))

@@ -58,7 +58,7 @@ def read_conv(view: View, node: Node) -> Result:
     if weight is None:
         return NOT_CONSTANT
     out, inn, *kernel = weight.shape
-    spatial = attributes.spatial_attributes(view, node, tuple(kernel))
+    spatial = attributes.read_spatial_attributes(view, node, tuple(kernel))
     bias = _bias(view, node, 2, out)
     if isinstance(spatial, Refusal):
         return spatial
@@ -82,7 +82,7 @@ def read_conv_transpose(view: View, node: Node) -> Result:
     groups = node.attrs.get("group", 1)
     inn, out, *kernel = weight.shape
     out *= groups
-    spatial = attributes.spatial_attributes(view, node, tuple(kernel))
+    spatial = attributes.read_spatial_attributes(view, node, tuple(kernel))
     bias = _bias(view, node, 2, out)
     if isinstance(spatial, Refusal):
         return spatial

@@ -113,7 +113,7 @@ def _read_shape_earlier(rw: Rewriter, node: Node) -> Rewrite | None:
 
 def _drop_empty_parts(rw: Rewriter, node: Node) -> Rewrite | None:
     """Remove inputs of a Concat that hold nothing, such as the wrapped part of a roll by 0."""
-    axis = attributes.concat_axis(rw, node)
+    axis = attributes.read_concat_axis(rw, node)
     full = [t for t in node.inputs if axis is None or rw.dim(t, axis) != 0]
     if len(full) == len(node.inputs) or not full:
         return None

@@ -227,7 +227,7 @@ def _convert_axis(rw: Rewriter, layout: Layout, node: Node) -> Arguments | None:
 
 @converts(*REDUCTIONS)
 def _convert_reduction(rw: Rewriter, layout: Layout, node: Node) -> Arguments | None:
-    axes = attributes.axes_of(rw, node)
+    axes = attributes.read_axes(rw, node)
     found = [layout.axis(a) for a in axes or ()]
     mapped = sorted({a for a in found if a is not None})
     if not mapped or None in found:
@@ -250,7 +250,7 @@ def lazy_array(values: Iterable[float], dtype: type) -> LoadValues:
 
 @converts("Slice")
 def _convert_slice(rw: Rewriter, layout: Layout, node: Node) -> Arguments | None:
-    parameters = attributes.slice_parameters(rw, node)
+    parameters = attributes.read_slice_parameters(rw, node)
     if parameters is None or len(node.inputs) < 4:
         return None
     axes, starts = [layout.axis(a) for a, *_ in parameters], rw.raw(node.inputs[1])
