@@ -115,6 +115,9 @@ class Attempts:
         seconds, report = self.budget.for_final_race(), done.report
         better = self._leave_out_unusable(pair, report, compilation, left)
         if better is compilation:
+            small = pair.environment.use_small_pages() if self.request.measured else None
+            if small is not None and small.worker is not None:
+                small.worker.start_early()
             report = self.verify(pair, report)
             better = self._leave_out_wrong(pair, report, compilation, left)
         if better is not compilation or not self.request.measured:
@@ -248,6 +251,9 @@ class Attempts:
         self, pair: Pair, report: Report, seconds: float, protos: tuple[onnx.ModelProto, onnx.ModelProto]
     ) -> tuple[Report, Race]:
         """Race both models, and profile them for the report."""
+        small = pair.environment.use_small_pages()
+        if small is not None and small.worker is not None and not small.worker.ready:  # nothing may start in a race
+            LOG.info("no process has pages of 4 KiB: %s", small.worker.problem)
         with timing.exclusive():
             race = pair.environment.race(
                 [pair.original, pair.candidate, pair.original], seconds, self.request.progress,

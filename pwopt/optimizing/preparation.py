@@ -62,13 +62,14 @@ class Problem:
     def start_worker(self, stack: contextlib.ExitStack) -> Problem:
         """Add a worker process that runs each candidate first; it lives until the stack is closed.
 
-        Where programs can have huge pages or small ones, add one with each. A process starts when it is needed.
+        Where programs can have huge pages or small ones, add one with each. The first one starts in the background.
         """
         environment = self.environment
         if environment is None:
             return self
         setting = self.original, environment.provider, environment.threads, environment.samples[0].feeds
         worker = stack.enter_context(contextlib.closing(Worker(*setting)))
+        worker.start_early()
         small = None
         if environment.provider.kind == "cpu" and huge_pages.system_mode() == "madvise":
             small = stack.enter_context(contextlib.closing(Worker(*setting, huge=False)))

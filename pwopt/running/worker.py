@@ -6,6 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from typing import Any
 from pwopt.errors import PwoptError
 from pwopt.inputs.samples import Feeds
 from pwopt.running import huge_pages, installation, memory, providers, timing
-from pwopt.running.child_process import Channel, Child, EndedError, StartError, TimeLimitError
+from pwopt.running.child_process import POLL_INTERVAL, Channel, Child, EndedError, StartError, TimeLimitError
 from pwopt.running.progress import Progress
 from pwopt.running.providers import Provider
 from pwopt.running.session import NodeTime, Session
@@ -58,6 +59,7 @@ class Worker:
         self._original, self._setting = original, (provider, threads, feeds)
         self._environ = (huge_pages.requesting if huge else huge_pages.refusing)(os.environ)
         self._child: Child | None = None
+        self._starting: Future[None] | None = None
         self._limit = MIN_TIME_LIMIT
         #: Why there is no process, as a clause; "" if there may be one.
         self.problem = ""
@@ -66,9 +68,19 @@ class Worker:
         #: Bytes of the process's memory that lay in huge pages after the original's first run.
         self.huge_bytes = 0
 
+    def start_early(self) -> None:
+        """Start the process in the background, while this one does something else that is not timed."""
+        if self._child is None and not self.problem and self._starting is None:
+            pool = ThreadPoolExecutor(1)
+            self._starting = pool.submit(self._start)
+            pool.shutdown(wait=False)
+
     @property
     def ready(self) -> bool:
         """Whether there is a process, after an attempt to start one."""
+        if self._starting is not None:
+            self._starting.result()
+            self._starting = None
         if self._child is None and not self.problem:
             self._start()
         return self._child is not None
@@ -127,7 +139,7 @@ class Worker:
         except (TimeLimitError, EndedError) as error:
             answer = f"it crashes onnxruntime ({error})"
         if isinstance(answer, str):  # then faults of candidates would say nothing about candidates
-            self.close()
+            self._end()
             self.problem = f"the original model fails there: {answer}"
         else:
             self.took, self.huge_bytes = answer[:2], answer[2]
@@ -151,7 +163,15 @@ class Worker:
         raise AssertionError
 
     def close(self) -> None:
-        """End the worker's process, if there is one."""
+        """End the worker's process, if there is one, also while it starts."""
+        starting, self._starting = self._starting, None
+        while starting is not None and not starting.done():
+            if self._child is not None:
+                self._child.close()
+            wait([starting], POLL_INTERVAL)
+        self._end()
+
+    def _end(self) -> None:
         child, self._child = self._child, None
         if child is not None:
             child.close()

@@ -219,6 +219,24 @@ def test_races_run_in_the_worker_and_what_fails_there_is_told(tmp_path: Path, ab
     tried.close()
 
 
+def test_a_process_starts_in_the_background_and_ends_while_it_starts(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    path = tmp_path / "m.onnx"
+    onnx.save(CHAIN, path)
+    feeds = {"x": normal(1, 8, 16, 16, dtype=F)}
+    early = Worker(path, DEFAULT, 1, feeds)
+    early.start_early()
+    assert early.ready
+    assert early.took[1] > 0
+    early.close()
+    early.start_early()
+    early.close()
+    assert early.problem or not early._child
+    early.start_early()  # ends after it has started as well
+    assert early.problem or early.ready
+    early.close()
+
+
 def test_a_candidate_that_fails_when_it_is_timed_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("onnxruntime")
 
