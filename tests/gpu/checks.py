@@ -304,6 +304,10 @@ def failures(setting: Setting) -> Found:
         _exits(found, "no_memory", 4, *base, "--provider", "cuda", "--provider-option", "gpu_mem_limit=1048576")
         hidden = "import onnxruntime\nonnxruntime.preload_dlls = lambda *a, **k: None"
         _exits(found, "no_libraries", 4, *base, "--provider", "cuda", setup=hidden, LD_LIBRARY_PATH="")
+    elif providers.find_plugin(as_provider(setting.provider)) is not None:
+        short = setting.provider.partition(",")[0].partition(":")[0]
+        _exits(found, "no_such_device", 4, *base, "--provider", f"{short}:99")
+        _exits(found, "no_such_library", 4, *base, "--provider", "Toy", "--provider-library", "/nowhere/libtoy.so")
     else:
         _exits(found, "not_in_the_wheel", 4, *base, "--provider", "tensorrt")
         _exits(found, "no_such_option", 2, *base, "--provider", "cpu", "--provider-option", "a=1")
@@ -335,6 +339,10 @@ def main() -> None:
         result = {"status": "passed", **found}
     except FailedError as error:
         result = {"status": "failed", "reason": str(error)}
+    except ModuleNotFoundError as error:
+        if (error.name or "pwopt").startswith("pwopt"):
+            raise
+        result = {"status": "not run", "reason": f"{error.name} is not installed; add its wheel to --wheels"}
     except Exception as error:
         result = {"status": "failed", "reason": f"{type(error).__name__}: {error}"}
     print(json.dumps(result, default=str))

@@ -3,10 +3,12 @@
 
     python tests/gpu/run.py --wheels FOLDER --out FOLDER [--models FOLDER] [--provider cuda] [--minutes 8]
 
+--provider is cuda, tensorrt, or a plug-in provider such as tensorrt-rtx or webgpu, whose wheel is in FOLDER.
+
 FOLDER holds wheels of what the machine lacks (onnxruntime-gpu, pwopt's few dependencies, perhaps pwopt itself); one that
 was split into numbered pieces (`NAME.whl.aa`, `NAME.whl.ab`…) is joined. They are installed into a folder of their own,
 without a network, and leave the machine's own packages alone; without a wheel of pwopt, this checkout is used. Each check
-runs in a process of its own; what fails, crashes or takes too long is reported as that, and the rest runs on. After
+runs in a process of its own; one that needs a package which is missing is not run, and names the package; what fails, crashes or takes too long is reported as that, and the rest runs on. After
 each, `results.json` and `results.md` are written anew, so that being stopped loses nothing; it ends by itself within
 --minutes. `--provider cpu` and `--provider openvino` run the same on a machine without a card.
 """

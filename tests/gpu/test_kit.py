@@ -52,6 +52,23 @@ def test_every_failure_is_told_and_the_rest_runs_on(tmp_path: Path) -> None:
         )
 
 
+def test_a_missing_wheel_skips_its_check(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden = tmp_path / "hidden"
+    hidden.mkdir()
+    text = 'raise ModuleNotFoundError("No module named \'hypothesis\'", name="hypothesis")'
+    (hidden / "hypothesis.py").write_text(text, encoding="utf-8")
+    monkeypatch.setenv("PYTHONPATH", str(hidden))
+    code, found = sitting(tmp_path, *only("passes"))
+    assert (code, found["passes"]["status"]) == (0, "not run")
+    assert found["passes"]["reason"] == "hypothesis is not installed; add its wheel to --wheels"
+
+
+def test_a_plug_in_provider_that_is_missing_fails(tmp_path: Path) -> None:
+    code, found = sitting(tmp_path, *only("doctor"), "--provider", "Toy,library=/nowhere/libtoy.so")
+    assert (code, found["doctor"]["status"]) == (1, "failed")
+    assert "the provider library '/nowhere/libtoy.so' does not exist" in found["doctor"]["reason"]
+
+
 def test_what_does_not_exist_or_has_no_time_is_told(tmp_path: Path) -> None:
     code, found = sitting(tmp_path, *only("nonsense"))
     assert (code, found["nonsense"]["status"]) == (1, "failed")
