@@ -13,6 +13,7 @@ from .commute_gram import CommuteGram
 from .commute_spatial import CommuteSpatial
 from .declare_shapes import DeclareShapes
 from .drop_dead import DropDead
+from .equalise_channels import EqualiseChannels
 from .factor_gates import FactorGates
 from .factor_ranks import FactorRanks
 from .focus import Focus
@@ -104,6 +105,7 @@ PASSES: tuple[type[Pass], ...] = (
     *LOWERING,
     WriteGemm,
     DeclareShapes,
+    EqualiseChannels,
     ShareConstants,
 )
 
@@ -119,6 +121,7 @@ __all__ = [
     "CommuteSpatial",
     "DeclareShapes",
     "DropDead",
+    "EqualiseChannels",
     "FactorGates",
     "FactorRanks",
     "FillBlocks",
