@@ -36,6 +36,7 @@ class ChannelsFirst(Pass):
     """
 
     name = "channels-first"
+    operators = frozenset({"Transpose"})
     policy = "measured"
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:

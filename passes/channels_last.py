@@ -85,6 +85,9 @@ class ChannelsLast(Pass):
             if anchors:
                 self._roots[region.nodes[0]] = region, anchors
 
+    def select_nodes(self, nodes: Sequence[Node]) -> Sequence[Node]:
+        return [node for node in nodes if node in self._roots]
+
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         if node not in self._roots:
             return None

@@ -35,6 +35,7 @@ class CommuteGram(Pass):
     """
 
     name = "commute-gram"
+    operators = frozenset({"MatMul"})
     policy = "if cheaper"
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:

@@ -100,6 +100,7 @@ class CommuteSpatial(Pass):
     """
 
     name = "commute-spatial"
+    operators = forms.WEIGHTED_TYPES | frozenset(SPATIAL)
     policy = "if cheaper"
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:

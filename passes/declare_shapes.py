@@ -29,6 +29,7 @@ class DeclareShapes(Pass):
     """
 
     name = "declare-shapes"
+    operators = frozenset({"Add", "Sum", "Softmax"})
     policy = "measured"
     pays_on = frozenset({"cpu"})
 

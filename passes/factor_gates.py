@@ -20,6 +20,7 @@ class FactorGates(Pass):
     """
 
     name = "factor-gates"
+    operators = frozenset({"Add"})
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | None:
         if rw.op(node) != "Add" or rw.opset < 7:  # older sums do not broadcast

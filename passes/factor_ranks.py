@@ -29,6 +29,7 @@ class FactorRanks(Pass):
     """
 
     name = "factor-ranks"
+    operators = forms.WEIGHTED_TYPES
     policy = "if cheaper"
 
     def __init__(self) -> None:

@@ -30,6 +30,7 @@ class Focus(Pass):
     """
 
     name = "focus"
+    operators = frozenset({"Conv"})
     policy = "if cheaper"
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:

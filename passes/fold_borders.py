@@ -48,6 +48,7 @@ class FoldBorders(Pass):
     """
 
     name = "fold-borders"
+    operators = forms.WEIGHTED_TYPES | {"Add", "Pad"}
     policy = "measured"
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:

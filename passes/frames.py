@@ -89,6 +89,9 @@ class Frames(Pass):
         found = [(r, [n for n in r.nodes if _is_spatial(rw, n)]) for r in regions]
         self._roots = {spatial[0]: (region, spatial) for region, spatial in found if spatial}
 
+    def select_nodes(self, nodes: Sequence[Node]) -> Sequence[Node]:
+        return [node for node in nodes if node in self._roots]
+
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         if node not in self._roots:
             return None

@@ -29,6 +29,7 @@ class HoistCrop(Pass):
     """
 
     name = "hoist-crop"
+    operators = frozenset({"Slice"})
     policy = "if cheaper"
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:

@@ -39,6 +39,9 @@ class HoistStride(Pass):
         regions = find_regions({n: tensors for n, tensors in touched.items() if tensors})
         self._roots = {r.nodes[0]: r for r in regions}
 
+    def select_nodes(self, nodes: Sequence[Node]) -> Sequence[Node]:
+        return [node for node in nodes if node in self._roots]
+
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         region = self._roots.pop(node, None)
         return None if region is None else self._rewrite(rw, region)

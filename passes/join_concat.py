@@ -25,6 +25,7 @@ class JoinConcat(Pass):
     """
 
     name = "join-concat"
+    operators = frozenset({"Add"})
     policy = "measured"
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:

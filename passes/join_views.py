@@ -37,6 +37,7 @@ class JoinViews(Pass):
     """
 
     name = "join-views"
+    operators = VIEWS | {"Gemm", "Transpose"}
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         op = rw.op(node)

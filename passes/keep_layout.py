@@ -29,6 +29,7 @@ class KeepLayout(Pass):
     """
 
     name = "keep-layout"
+    operators = frozenset({"Add", "Conv", "Mul", "ReduceMean"})
     policy = "measured"
     pays_on = frozenset({"cpu", "other"})  # graphics cards have no blocked layout
 

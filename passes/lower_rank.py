@@ -141,6 +141,9 @@ class LowerRank(Pass):
         found = [(r, [n for n in r.nodes if n.op in ("Conv", "ConvTranspose")]) for r in regions]
         self._roots = {convolutions[0]: (region, convolutions) for region, convolutions in found if convolutions}
 
+    def select_nodes(self, nodes: Sequence[Node]) -> Sequence[Node]:
+        return [node for node in nodes if node in self._roots]
+
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         if node not in self._roots:
             return None

@@ -70,6 +70,7 @@ class MergeSiblings(Pass):
     """
 
     name = "merge-siblings"
+    operators = forms.WEIGHTED_TYPES
     policy = "measured"
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:

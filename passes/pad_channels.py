@@ -66,6 +66,10 @@ class PadChannels(Pass):
                 self._pending[first.outputs[0]] = (component, asking, analysis)
         self._unfollowed = {i: t for i, t in self._uneven.items() if i not in analysis.of}
 
+    def select_nodes(self, nodes: Sequence[Node]) -> Sequence[Node]:
+        known = self._pending.keys() | self._unfollowed.keys() | self._uneven.keys()
+        return [node for node in nodes if not known.isdisjoint(node.outputs)]
+
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         for t in node.outputs:
             if t in self._pending:

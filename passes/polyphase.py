@@ -91,6 +91,7 @@ class Polyphase(_AfterUpsampling):
     """
 
     name = "polyphase"
+    operators = frozenset({"Conv"})
 
     def resample(self, rw: Rewriter, resampling: _Resampling) -> Rewrite | Skip | None:
         counts = phase_counts(resampling.geometry, resampling.factors)
@@ -127,6 +128,7 @@ class FractionalStride(_AfterUpsampling):
     """
 
     name = "fractional-stride"
+    operators = frozenset({"Conv"})
 
     def resample(self, rw: Rewriter, resampling: _Resampling) -> Rewrite | Skip | None:
         form = fractional(resampling.geometry, resampling.factors)

@@ -25,6 +25,7 @@ class SettleShapes(Pass):
     """
 
     name = "settle-shapes"
+    operators = frozenset(values.RULES) | {"Reshape"}
     context = 8  # operators between a Shape and the folded result
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:

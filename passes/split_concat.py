@@ -22,6 +22,7 @@ class SplitConcat(Pass):
     """
 
     name = "split-concat"
+    operators = forms.WEIGHTED_TYPES
     policy = "measured"
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:

@@ -37,6 +37,7 @@ class SplitFused(Pass):
     """
 
     name = "split-fused"
+    operators = frozenset({"FusedConv", "FusedGemm", "FusedMatMul"})
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         op = rw.runtime_op(node)

@@ -32,6 +32,7 @@ class SplitMultiplier(Pass):
     """
 
     name = "split-multiplier"
+    operators = frozenset({"Conv"})
     policy = "measured"
     pays_on = frozenset({"cpu", "other"})  # graphics cards have no blocked layout
 

@@ -61,6 +61,7 @@ class SumBranches(Pass):
     """
 
     name = "sum-branches"
+    operators = frozenset({"Add", "Sub", "Sum"})
     policy = "if cheaper"
 
     def start(self, rw: Rewriter) -> None:

@@ -25,6 +25,7 @@ class ToMatMul(Pass):
     """
 
     name = "to-matmul"
+    operators = frozenset({"Conv"})
     policy = "measured"
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:

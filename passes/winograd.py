@@ -60,6 +60,7 @@ class Winograd(Pass):
     """
 
     name = "winograd"
+    operators = frozenset({"Conv"})
     policy = "measured"
     pays_on = frozenset({"cpu", "other"})  # graphics cards have no blocked layout
     #: The smallest ratio of saved to additional cost for a race.

@@ -68,6 +68,8 @@ class GraphIndex:
         self.graph = adopt(graph)
         self._position: dict[Node, tuple[int, ...]] = {node: (i,) for i, node in enumerate(graph.nodes)}
         self._nodes: dict[Node, None] = dict.fromkeys(graph.nodes)
+        #: The nodes in the order of the file; None after one was added or removed.
+        self._sorted: list[Node] | None = None
         self._producer: dict[Tensor, Node] = {}
         #: Bytes of all constants that a node reads, each counted once.
         self.stored = 0
@@ -117,7 +119,9 @@ class GraphIndex:
 
     def nodes(self) -> list[Node]:
         """The nodes of the graph, in the order of the file."""
-        return sorted(self._nodes, key=self.position)
+        if self._sorted is None:
+            self._sorted = sorted(self._nodes, key=self._position.__getitem__)
+        return list(self._sorted)
 
     def __contains__(self, node: Node) -> bool:
         return node in self._nodes

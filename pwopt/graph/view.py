@@ -120,7 +120,7 @@ class View(GraphIndex):
         if self.journal is not None:
             self.journal.note_new(node)
         self._position[node] = (*self._position[at], len(self._position))
-        self._nodes[node] = None
+        self._nodes[node], self._sorted = None, None
         self._link(node)
         self._mark_edited()
         return node
@@ -134,6 +134,7 @@ class View(GraphIndex):
                 continue
             self._note(node)
             del self._nodes[node]
+            self._sorted = None
             for t in node.outputs:
                 if self._producer.get(t) is node:
                     del self._producer[t]

@@ -16,6 +16,8 @@ from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.reasons import Reason
 from pwopt.graph.view import View
 
+#: The types of the operators that `weighted` reads: an Add is the bias of a MatMul.
+WEIGHTED_TYPES = frozenset({"Conv", "ConvTranspose", "Gemm", "MatMul", "Add"})
 #: Operators with a matrix of weights, and the kinds they are read as.
 WEIGHTED = ("conv", "conv-transpose", "gemm", "matmul", "left-matmul")
 

@@ -65,6 +65,8 @@ class Pass:
         blocked layout. On other kinds the pass runs only if the user asks for it by name.
     context : int
         How many operators above its region a certificate may include, because the rewrite relies on facts from there.
+    operators : frozenset of str, or None
+        The types of the operators at which the pass can match. It is not offered any others. None: all types.
     contract : int
         The version of the contract that the pass was written for. Packages declare it.
     scope : {"profitable", "exact", "requested"}
@@ -76,6 +78,7 @@ class Pass:
     phase: ClassVar[Phase] = "any"
     pays_on: ClassVar[frozenset[str]] = frozenset({"cpu", "gpu", "other"})
     context: ClassVar[int] = 0
+    operators: ClassVar[frozenset[str] | None] = None
     contract: ClassVar[int] = CONTRACT
     scope: Scope = "profitable"
 
@@ -106,6 +109,11 @@ class Pass:
 
     def start(self, rw: Rewriter) -> None:
         """Look at the whole graph once before the first node."""
+
+    def select_nodes(self, nodes: Sequence[Node]) -> Sequence[Node]:
+        """Select the nodes to offer first, in the same order, after `start`: those at which the pass can match."""
+        wanted = self.operators
+        return nodes if wanted is None else [node for node in nodes if node.op in wanted]
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         raise NotImplementedError
@@ -181,6 +189,7 @@ class Rewriter(View):
         self._owner = ""
         self._queue: deque[Node] = deque()
         self._queued: set[Node] = set()
+        self._wanted: frozenset[str] | None = None
 
     def branch(self, graph: Graph, denied: Iterable[Site] = (), certifier: Certifier | None = None) -> Self:
         """Continue with a copy of the graph, with its own denied sites and its own certifier."""
@@ -219,8 +228,10 @@ class Rewriter(View):
         record = None if p.builtin else GraphRecord(self)
         self._start(p)
         nodes = self.nodes()
-        self._queue.extend(nodes)
-        self._queued.update(nodes)
+        self._wanted = None if self._denied else p.operators  # a denied site is reported whatever its operator
+        offered = nodes if self._denied else p.select_nodes(nodes)
+        self._queue.extend(offered)
+        self._queued.update(offered)
         counts: Counter[Site] = Counter()
         journalled = self._certifier is not None or record is not None
         self.journal = Journal() if journalled else None
@@ -326,7 +337,9 @@ class Rewriter(View):
 
     def enqueue(self, node: Node | None) -> None:
         """Offer a node again."""
-        if node is not None and node in self and node not in self._queued:
+        if node is None or node not in self or node in self._queued:
+            return
+        if self._wanted is None or node.op in self._wanted:
             self._queued.add(node)
             self._queue.append(node)
 

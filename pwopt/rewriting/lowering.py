@@ -63,7 +63,7 @@ class Lowering(Pass):
         The measured gain, with the processor, or the reason why no measurement is needed.
     """
 
-    operators: ClassVar[frozenset[str]]
+    operators: ClassVar[frozenset[str]] = frozenset()
     since: ClassVar[int] = 1
     until: ClassVar[int] = 0
     exactness: ClassVar[Exactness]
