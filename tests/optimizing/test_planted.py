@@ -5,11 +5,12 @@ from __future__ import annotations
 import numpy as np
 import onnx_graphsurgeon as gs
 import pytest
-from helpers import normal, parse
+from helpers import normal, parse, rng
 
 import pwopt
 from pwopt.evidence.certify import skip_certificate
-from pwopt.optimizing import preparation
+from pwopt.optimizing import attempt, preparation
+from pwopt.passes import FoldChains
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite
 
@@ -51,3 +52,30 @@ def test_a_wrong_pass_is_found(step: str, monkeypatch: pytest.MonkeyPatch) -> No
     assert report.rewrites == ()
     assert any(words in note for note in report.notes), report.notes
     assert pwopt.optimize(model, passes=[Grow()], cost="analytic", verify=False).report.rewrites
+
+
+class GrowOne(Grow):
+    """The same, but only for the convolution that computes 'bad'."""
+
+    name = "grow-one"
+
+    def match_and_rewrite(self, node: gs.Node, rw: Rewriter) -> Rewrite | None:
+        return super().match_and_rewrite(node, rw) if node.outputs[0].name == "bad" else None
+
+
+@pytest.mark.parametrize("located", [True, False])
+def test_a_deviating_result_loses_only_the_rewrite_at_fault(located: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The body computes in float16 between float32 inputs and outputs. Without a location, bisection finds the fault."""
+    monkeypatch.setattr(preparation, "certify", skip_certificate)
+    if not located:
+        monkeypatch.setattr(attempt, "localise", lambda *_args, **_options: None)
+    model = parse(
+        "(float[1,8,32,32] x) => (float[N,C,P,Q] y) { h = Cast<to=10>(x) a = Conv(h, v) b = Conv(a, w) r = Relu(b) "
+        "bad = Conv(r, u) s = Relu(bad) y = Cast<to=1>(s) }",
+        **{n: (rng(i).integers(-2, 3, (8, 8, 1, 1)) / 4).astype(np.float16) for i, n in enumerate("vwu")},  # exact
+    )
+    report = pwopt.optimize(model, passes=[FoldChains(), GrowOne()], cost="analytic").report
+    assert [r.pass_name for r in report.rewrites] == ["fold-chains"]
+    assert report.equivalence is not None
+    assert report.equivalence.passed
+    assert [s.pass_name for s in report.skips if s.tensor == "bad"] == ["grow-one"]

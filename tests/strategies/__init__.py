@@ -16,6 +16,7 @@ from onnx import helper
 from strategies.branches import Branches
 from strategies.builder import Sample, Tensor, UnfitError
 from strategies.canonical import Canonical
+from strategies.fused import Fused
 from strategies.lowered import Lowered
 from strategies.opaque import Opaque
 from strategies.positions import Positions
@@ -33,7 +34,7 @@ WEIGHTS = dict.fromkeys(
 ) | {"m_sequence": 12, "m_threshold": 8, "m_defaults": 8}
 
 
-class Generator(Sequences, Branches, Positions, Resampling, Steps, Structures, Lowered, Canonical, Opaque):
+class Generator(Sequences, Branches, Positions, Resampling, Steps, Structures, Lowered, Canonical, Fused, Opaque):
     """A graph that grows by random motifs: the methods whose names begin with `m_`."""
 
     def grow(self, motifs: int) -> None:
@@ -83,6 +84,7 @@ class Generator(Sequences, Branches, Positions, Resampling, Steps, Structures, L
                 *self.results,
             ],
             [t for t in self.constants if t.name in read],
+            value_info=self.declared,
         )  # fmt: skip
         opsets = [helper.make_opsetid("", self.opset), *(helper.make_opsetid(d, 1) for d in sorted(self.domains))]
         model = helper.make_model(

@@ -71,6 +71,7 @@ class Builder:
     results: list[onnx.ValueInfoProto] = field(default_factory=list)
     functions: list[onnx.FunctionProto] = field(default_factory=list)
     domains: set[str] = field(default_factory=set)
+    declared: list[onnx.ValueInfoProto] = field(default_factory=list)
     count: int = 0
 
     def __post_init__(self) -> None:
