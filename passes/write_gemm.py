@@ -17,7 +17,8 @@ class WriteGemm(Pass):
     """A·B + C = Gemm(A, B, C) and (A·B)ᵀ = Bᵀ·Aᵀ for matrices A and B
 
     * A and B have two axes, in float32 or float64. Nothing else reads the intermediate results.
-    * C broadcasts to the product, and does not enlarge it.
+    * C broadcasts to the product, and does not enlarge it. Sizes that the model declares by one name are equal: a Gemm
+      checks that when it runs.
     * A Gemm absorbs transpositions of its operands. It absorbs one of its result if it adds nothing.
     * The number of operators decreases. onnxruntime makes the same change when it loads a model.
 
@@ -65,7 +66,9 @@ def _add_to_product(rw: Rewriter, node: Node, index: int) -> Rewrite | Skip | No
     whole, part = read_extents(rw, result), read_extents(rw, addend)
     if whole is None or part is None or len(part) > 2:
         return None
-    if any(p != 1 and (p is None or p != w) for p, w in zip(part[::-1], whole[::-1], strict=False)):
+    names = zip((rw.shape(addend) or ())[::-1], (rw.shape(result) or ())[::-1], strict=False)
+    same = [isinstance(a, str) and a == b for a, b in names]
+    if any(p not in (1, w) and not s for p, w, s in zip(part[::-1], whole[::-1], same, strict=False)):
         return Skip(f"{addend.name!r} may enlarge the product: its sizes are not proven to be those of the product")
     new = _gemm(product, product.inputs[0], product.inputs[1], _flags(product), addend, node.outputs[0])
     return rw.replace([product, node], [new], f"{product.op} and {node.op} become one Gemm")

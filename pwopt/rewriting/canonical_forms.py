@@ -140,6 +140,35 @@ def _flatten_weight(rw: Rewriter, node: Node) -> Rewrite | None:
     return None
 
 
+def _absorb_padding(rw: Rewriter, node: Node) -> Rewrite | None:
+    """Let a convolution with computed weights, or an average that counts padding, pad its input by zeros itself."""
+    before = rw.producer(node.inputs[0])
+    if before is None or not rw.is_a(before, "Pad") or rw.other_uses(node.inputs[0]):
+        return None
+    found = attributes.read_pad_parameters(rw, before)
+    if found is None or found[1] not in ("constant", b"constant") or found[2] != 0 or min(found[0]) < 0:
+        return None
+    rank = len(found[0]) // 2
+    around = [*found[0][2:rank], *found[0][rank + 2 :]]
+    own = list(node.attrs.get("pads", [0] * len(around)))
+    outside = any(found[0][a] or found[0][rank + a] for a in (0, 1))
+    if outside or rank < 3 or node.attrs.get("auto_pad", "NOTSET") != "NOTSET" or len(own) != len(around):
+        return None
+    attrs = {**node.attrs, "pads": [a + b for a, b in zip(around, own, strict=True)]}
+    if rw.is_a(node, "AveragePool"):
+        counts = rw.opset >= 7 and (node.attrs.get("count_include_pad", 0) or not any(own))
+        sizes = node.attrs["kernel_shape"] * 2  # onnxruntime refuses windows that see padding only
+        if not counts or node.attrs.get("ceil_mode", 0) or any(d > 1 for d in node.attrs.get("dilations", ())):
+            return None
+        if any(p >= k for p, k in zip(attrs["pads"], sizes, strict=True)):
+            return None
+        attrs["count_include_pad"] = 1
+    elif rw.constant(node.inputs[1]) is not None:
+        return None  # a map, which other passes fold
+    new = Node(node.op, node.name, attrs, [before.inputs[0], *node.inputs[1:]], list(node.outputs))
+    return rw.replace([before, node], [new], f"{node.op} pads its input itself")
+
+
 def _write_value(rw: Rewriter, node: Node) -> Rewrite | None:
     """Write the number or list of numbers of a Constant as a tensor, which is what other rewrites read."""
     for name, dtype in (
@@ -156,6 +185,8 @@ def _write_value(rw: Rewriter, node: Node) -> Rewrite | None:
 
 
 RULES: dict[str, Rule] = {
+    "AveragePool": _absorb_padding,
+    "Conv": _absorb_padding,
     "Cast": _join_casts,
     "Concat": _drop_empty_parts,
     "Constant": _write_value,

@@ -1,6 +1,7 @@
 """Products of two matrices take in additions and transpositions."""
 
 import numpy as np
+import onnxruntime
 import pytest
 from helpers import build, normal, ops, parse, reasons, run, same
 
@@ -29,8 +30,20 @@ def test_sizes_that_have_one_name_are_equal() -> None:
     same(model, result, a=A, b=B)
 
 
-def test_inputs_may_use_one_name_for_different_sizes() -> None:
+def test_declared_names_are_checked_when_the_model_runs() -> None:
     body = "(double[M,K] a, double[K,N] b, double[M,N] c) => (double[A,B] y) { p = MatMul(a, b) y = Add(c, p) }"
+    model = parse(body)
+    result, _, _ = run(model, WriteGemm())
+    assert ops(result) == {"Gemm": 1}
+    same(model, result, a=A, b=B, c=normal(3, 5, seed=2))
+    same(model, result, a=A, b=B, c=normal(1, 5, seed=2))
+    session = onnxruntime.InferenceSession(result.SerializeToString(), providers=["CPUExecutionProvider"])
+    with pytest.raises(Exception, match="Gemm"):
+        session.run(None, {"a": A[:1], "b": B, "c": normal(3, 5)})
+
+
+def test_an_addend_that_may_enlarge_the_product_stays() -> None:
+    body = "(double[M,K] a, double[K,N] b, double[J,N] c) => (double[A,B] y) { p = MatMul(a, b) y = Add(c, p) }"
     model = parse(body)
     result, outcome, _ = run(model, WriteGemm())
     assert result is model

@@ -201,3 +201,36 @@ def test_constants_are_written_as_tensors() -> None:
     result, _, _ = run(model, CleanUp(), FoldAffine())
     assert ops(result) == {"Mul": 1, "Reshape": 1}
     same(model, result, tolerance=1e-6, x=normal(4, dtype=np.float32))
+
+
+PADDED = [
+    ("Conv(h, v)", {"Conv": 1}, [0, 0, 1, 0, 0, 0, 2, 1]),
+    ("Conv<pads=[1,1,0,0]>(h, v)", {"Conv": 1}, [0, 0, 1, 0, 0, 0, 2, 1]),
+    ("AveragePool<kernel_shape=[3,3]>(h)", {"AveragePool": 1}, [0, 0, 1, 0, 0, 0, 2, 1]),
+    ("AveragePool<kernel_shape=[3,3], pads=[1,1,0,0], count_include_pad=1>(h)", {"AveragePool": 1}, [0, 0, 1, 0, 0, 0, 2, 1]),
+    ("Conv(h, v)", {"Pad": 1, "Conv": 1}, [0, 0, 1, 0, 1, 0, 2, 1]),  # pads the batch
+    ("Conv(h, v)", {"Pad": 1, "Conv": 1}, [0, 0, -1, 0, 0, 0, 2, 1]),  # crops
+    ('Conv<auto_pad="SAME_UPPER">(h, v)', {"Pad": 1, "Conv": 1}, [0, 0, 1, 0, 0, 0, 2, 1]),
+    ("MaxPool<kernel_shape=[3,3]>(h)", {"Pad": 1, "MaxPool": 1}, [0, 0, 1, 0, 0, 0, 2, 1]),
+    ("AveragePool<kernel_shape=[3,3], pads=[1,1,0,0]>(h)", {"Pad": 1, "AveragePool": 1}, [0, 0, 1, 0, 0, 0, 2, 1]),
+    ("AveragePool<kernel_shape=[3,3], strides=[2,2], ceil_mode=1>(h)", {"Pad": 1, "AveragePool": 1}, [0, 0, 1, 0, 0, 0, 2, 1]),
+    ("AveragePool<kernel_shape=[2,2]>(h)", {"Pad": 1, "AveragePool": 1}, [0, 0, 1, 0, 0, 0, 2, 1]),  # a window of padding
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("call", "left", "pads"), PADDED)
+def test_zero_padding_before_windows(call: str, left: dict[str, int], pads: list[int]) -> None:
+    body = f"(float[1,2,6,7] x, float[2,2,3,3] v) => (float[A,B,C,D] y) {{ h = Pad(x, p) y = {call} }}"
+    model = parse(body, p=np.array(pads))
+    result, _, _ = run(model, CleanUp())
+    assert ops(result) == left
+    if "Pad" not in left:
+        images, weights = normal(1, 2, 6, 7, dtype=np.float32), normal(2, 2, 3, 3, dtype=np.float32)
+        same(model, result, tolerance=1e-5, x=images, v=weights)
+
+
+def test_other_padding_stays() -> None:
+    body = "(float[1,2,6,7] x, float[2,2,3,3] v) => (float[A,B,C,D] y) { h = Pad(x, p, c) y = Conv(h, v) }"
+    for more in ({"c": np.float32(1)}, {"c": np.float32(0)}):
+        model = parse(body, p=np.array([0, 0, 1, 0, 0, 0, 2, 1]), **more)
+        assert ops(run(model, CleanUp())[0]).get("Pad", 0) == int(more["c"])
