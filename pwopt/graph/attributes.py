@@ -67,9 +67,9 @@ def is_inactive_dropout(view: View, node: Node) -> bool:
 
 
 def read_axes(view: View, node: Node) -> list[int] | None:
-    """The axes of a reduction, Squeeze or Unsqueeze: an attribute in older opsets, the second input in newer ones.
+    """Read the axes of a reduction, Squeeze or Unsqueeze: an attribute in older opsets, the second input in newer ones.
 
-    Non-negative where the rank of the input is known; None if they are not constant, not given or an empty list.
+    They are non-negative if the rank of the input is known. None if they are not constant, not given, or an empty list.
     """
     if view.opset < AXES_SINCE[node.op]:
         axes = node.attrs.get("axes")
@@ -81,7 +81,7 @@ def read_axes(view: View, node: Node) -> list[int] | None:
 
 
 def read_slice_parameters(view: View, node: Node) -> list[tuple[int, int, int, int]] | None:
-    """(axis, start, end, step) of a Slice, axes non-negative; None if not constant or of unknown rank."""
+    """Read (axis, start, end, step) of a Slice, axes non-negative; None if not constant or of unknown rank."""
     rank = view.rank(node.inputs[0])
     if view.opset < 10:
         starts, ends = node.attrs.get("starts"), node.attrs.get("ends")
@@ -98,19 +98,19 @@ def read_slice_parameters(view: View, node: Node) -> list[tuple[int, int, int, i
 
 
 def read_permutation(view: View, node: Node) -> list[int] | None:
-    """The permutation of a Transpose, by default the reverse; None if that needs a rank that is unknown."""
+    """Read the permutation of a Transpose, by default the reverse; None if that needs a rank that is unknown."""
     given, rank = node.attrs.get("perm"), view.rank(node.inputs[0])
     return list(given) if given is not None else None if rank is None else list(range(rank))[::-1]
 
 
 def read_concat_axis(view: View, node: Node) -> int | None:
-    """The axis of a Concat, non-negative; None if it is negative and the rank is unknown."""
+    """Read the axis of a Concat, non-negative; None if it is negative and the rank is unknown."""
     axis, rank = int(node.attrs.get("axis", 1)), view.rank(node.outputs[0])
     return axis if axis >= 0 else axis + rank if rank is not None else None
 
 
 def read_pad_parameters(view: View, node: Node) -> tuple[list[int], str, float | None] | None:
-    """(pads of every axis, mode, constant) of a Pad; None if the pads are unknown. The constant is None if unknown."""
+    """Read (pads of every axis, mode, constant) of a Pad; None if the pads are unknown. The constant may be None."""
     rank = view.rank(node.inputs[0])
     mode = node.attrs.get("mode", "constant")
     if view.opset < 11:
@@ -137,7 +137,7 @@ def is_resized_by_sizes(view: View, node: Node) -> bool:
 
 
 def read_resize_scales(view: View, node: Node) -> dict[int, float] | None:
-    """Axis → factor of a Resize or Upsample with constant factors; None for any other."""
+    """Read the factor of each axis of a Resize or Upsample with constant factors; None for any other."""
     rank = view.rank(node.inputs[0])
     if node.op == "Upsample" and view.opset < 9:
         scales = node.attrs.get("scales")
@@ -152,7 +152,10 @@ def read_resize_scales(view: View, node: Node) -> dict[int, float] | None:
 
 
 def is_same_shape(a: Sequence[object], b: Sequence[object]) -> bool:
-    """Whether two shapes (`values.read_extents`) with as many elements are equal: all sizes but one are equal."""
+    """Whether two shapes (`values.read_extents`) are equal, given that they have the same number of elements.
+
+    They are, if all sizes but one are known to be equal.
+    """
     unknown = [x for x, y in zip(a, b, strict=True) if x != y]
     return len(unknown) <= 1 and not any(
         isinstance(x, int) and isinstance(y, int) and x != y for x, y in zip(a, b, strict=True)

@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx.reference import ReferenceEvaluator
 
 from pwopt.algebra import Values
 from pwopt.graph.dtypes import FLOATS
@@ -116,6 +115,8 @@ def _run(
     model: onnx.ModelProto, values: Mapping[str, Values], dtypes: Sequence[np.dtype[Any]], wide: bool
 ) -> list[Values]:
     """Run onnx's reference evaluator, in float64 if `wide`, and round floating-point results to their types."""
+    from onnx.reference import ReferenceEvaluator  # loads the schema of every operator
+
     feeds = {n: v.astype(np.float64) if wide and str(v.dtype) in FLOATS else v for n, v in values.items()}
     graph = model.graph
     numbers = [t for t in graph.initializer if wide and t.name in feeds and feeds[t.name].dtype == np.float64]

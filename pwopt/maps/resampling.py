@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 import onnx
-from onnx.reference import ReferenceEvaluator
 
 from pwopt.algebra import Values
 from pwopt.algebra.geometry import Refusal
@@ -106,6 +105,8 @@ def _repeats(count: int, factor: int, op: str, attrs: tuple[tuple[Any, Any], ...
         node.attribute.append(onnx.helper.make_attribute("scales", [float(factor)]))
     try:
         model = onnx.helper.make_model(graph, opset_imports=[onnx.helper.make_opsetid("", opset)])
+        from onnx.reference import ReferenceEvaluator  # loads the schema of every operator
+
         (found,) = ReferenceEvaluator(model).run(None, feeds)
     except Exception:  # whatever a reference implementation raises for what it does not know
         return False

@@ -28,7 +28,6 @@ from pwopt.optimizing.preparation import Problem, check_output, define_problem, 
 from pwopt.optimizing.request import CostModel, Limits, Measuring, Request, Target, Writing
 from pwopt.passes import PASSES
 from pwopt.reporting import notes
-from pwopt.reporting.brief import describe_in_one_line, render_summary
 from pwopt.reporting.report import Report
 from pwopt.rewriting.driver import Pass
 from pwopt.rewriting.records import Site
@@ -59,10 +58,14 @@ class Result:
     report: Report
 
     def __repr__(self) -> str:
+        from pwopt.reporting.brief import describe_in_one_line
+
         return f"Result({describe_in_one_line(self.report)})"
 
     def _repr_html_(self) -> str:
         """Render the head of the report for notebooks."""
+        from pwopt.reporting.brief import render_summary
+
         return render_summary(self.report)
 
 

@@ -13,8 +13,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from platformdirs import user_cache_path
-
 from pwopt.graph.json_files import read_json, read_record
 from pwopt.graph.storage import replacing
 from pwopt.running import installation
@@ -99,7 +97,11 @@ class TuningRecord:
 
 def find_folder() -> Path:
     given = os.environ.get(FOLDER_VARIABLE)
-    return Path(given) if given else user_cache_path("pwopt", appauthor=False) / "decisions"
+    if given:
+        return Path(given)
+    from platformdirs import user_cache_path
+
+    return user_cache_path("pwopt", appauthor=False) / "decisions"
 
 
 def describe_place(provider: Provider, threads: int) -> str:
