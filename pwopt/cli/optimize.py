@@ -62,12 +62,8 @@ def optimize(
         output, provider=placed.text, cost=cast(CostModel, cost), shapes=options.parse_rounds(shape),
         inputs=inputs or None, passes=None if passes is None else options.split_list(passes), plugins=plugin or (),
         deny=deny or (), threads=options.parse_thread_counts(threads), static=static,
-        target=cast(Target, target), opset=opset,
-        verify=not no_verify,
-        measuring=Measuring(
-            cast(Effort, effort), budget, target_profile=target_profile, layers=json or report is not None
-        ),
-        cache=not no_cache,
+        target=cast(Target, target), opset=opset, verify=not no_verify, cache=not no_cache,
+        measuring=Measuring(cast(Effort, effort), budget, target_profile=target_profile, layers=json or bool(report)),
         limits=Limits(rtol, atol, max_growth), writing=Writing(force, name_nodes, dry_run),
     )  # fmt: skip
     verbosity = Verbosity(details, json, quiet, verbose, debug)

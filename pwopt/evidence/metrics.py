@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from pwopt.algebra import Array, Values
+from pwopt.evidence.rankings import compare_rankings
 from pwopt.graph.dtypes import epsilon, is_floating, overflow
 
 #: Number of elements in one piece. Its temporary arrays fit into the caches of a processor.
@@ -386,7 +387,7 @@ def _continuous(
         return found
     xs, ys = _draw_pairs(reference, value, MAX_SAMPLED)
     pairs = [p.astype(np.float64).tolist() for p in _draw_pairs(reference, value, MAX_SCATTER_PAIRS)]
-    top1, top5 = _compare_ranking(reference, value)
+    top1, top5 = compare_rankings(reference, value, PIECE)
     return replace(
         found, ulp=s.steps, ulp_p99=float(np.percentile(ulps(xs, ys), 99)) if xs.size else None, top1=top1, top5=top5,
         histogram=Histogram(EDGES, tuple(s.bins.tolist()), s.compared - s.unequal),
@@ -425,39 +426,3 @@ def ulps(a: Values, b: Values) -> Array:
     p, q = x & largest, y & largest  # sign and magnitude, so that neighbours are consecutive
     apart: Array = np.where((x < 0) == (y < 0), np.abs(p - q).astype(np.float64), p.astype(np.float64) + q)
     return apart
-
-
-def _compare_ranking(reference: Values, value: Values) -> tuple[float | None, float | None]:
-    """`top1` and `top5` of an `Agreement`."""
-    axis = 1 if reference.ndim >= 4 else reference.ndim - 1
-    if axis < 0 or reference.shape[axis] < 2:
-        return None, None
-    classes, firsts, overlap, positions = reference.shape[axis], 0, 0.0, 0
-    for x, y in _rows(np.moveaxis(reference, axis, -1), np.moveaxis(value, axis, -1)):
-        whole = np.all(np.isfinite(x) & np.isfinite(y), axis=1)
-        if not whole.all():
-            x, y = x[whole], y[whole]
-        every = np.arange(len(x))
-        if len(x):
-            firsts += int(np.sum(x[every, np.argmax(y, axis=1)] == np.max(x, axis=1)))
-        positions += len(x)
-        if classes > 5:
-            fifth = np.partition(x, classes - 5, axis=1)[:, classes - 5]
-            other = np.argpartition(y, classes - 5, axis=1)[:, classes - 5 :]
-            # an entry counts if the reference ranks it as high, so that ties are no errors
-            overlap += float(np.sum(x[every[:, None], other] >= fifth[:, None])) / 5
-    if not positions:
-        return None, None
-    return firsts / positions, overlap / positions if classes > 5 else None
-
-
-def _rows(*arrays: Values) -> Iterator[tuple[Values, ...]]:
-    """Yield pieces of arrays as matrices of their last axis, for any memory layout."""
-    first = arrays[0]
-    axis = int(np.argmax(first.shape[:-1])) if first.ndim > 1 else 0
-    if first.ndim == 1:
-        yield tuple(a[None] for a in arrays)
-        return
-    count = min(first.shape[axis], -(-first.size // PIECE))
-    for pieces in zip(*(np.array_split(a, count, axis) for a in arrays), strict=True):
-        yield tuple(p.reshape(-1, first.shape[-1]) for p in pieces)
