@@ -15,7 +15,7 @@ from pwopt.running import bench
 from pwopt.running.session import NodeTime
 from pwopt.selecting.profile_alignment import align, sum_by_node
 
-#: A model in which nothing was rewritten runs this often under the profiler, if that takes so many seconds at most.
+#: An original that is returned and was not profiled runs this often under the profiler, in so many seconds at most.
 BRIEF_RUNS, BRIEF = 3, 1.0
 
 
@@ -46,9 +46,10 @@ def compare_layers(
 
 
 def add_operator_times(report: Report, problem: Problem, request: Request) -> Report:
-    """Add the operator times of a model in which nothing was rewritten, if that takes `BRIEF` seconds at most."""
-    environment = problem.environment
-    if report.operators is not None or report.candidate is not None or environment is None or not request.measured:
+    """Add the operator times of an original that is returned, if that takes `BRIEF` seconds at most."""
+    environment, tried = problem.environment, report.candidate
+    known = report.operators if tried is None else tried.operators
+    if known is not None or environment is None or not request.measured:
         return report
     worker = environment.worker
     if worker is None or not worker.ready or worker.took[0] + BRIEF_RUNS * worker.took[1] > BRIEF:

@@ -252,7 +252,7 @@ def explain_time(report: Report, proto: onnx.ModelProto) -> Iterator[str]:
         The original.
     """
     tried = report.candidate
-    operators = report.operators if tried is None else tried.operators
+    operators = (None if tried is None else tried.operators) or report.operators
     if not operators or (report.rewrites and (report.latency is None or report.latency.faster)):
         return
     times, counts = operators["before"], Counter(n.op_type for n in proto.graph.node)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from helpers import normal, parse
+from helpers import normal, parse, plant, planted_race
 
 import pwopt
 from pwopt.maps.cost import Cost
@@ -135,3 +135,14 @@ def test_the_time_of_a_model_without_rewrites_is_measured() -> None:
     assert "Conv" in report.operators["before"]
     assert "goes into" in " ".join(report.notes)
     assert pwopt.optimize(plain, cost="analytic").report.operators is None
+
+
+def test_an_original_that_is_returned_is_profiled_without_a_report_as_well(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    slow = planted_race(*(np.full(20, s) for s in (1.0, 2.0, 1.0)))
+    plant(monkeypatch, lambda *_, **__: slow)
+    measuring = pwopt.Measuring(budget=0.0, layers=False)
+    report = pwopt.optimize(model(), cache=False, threads=1, measuring=measuring).report
+    assert report.candidate is not None
+    assert report.candidate.operators is None
+    assert report.notes[-1].endswith(" multiply-adds/s.")
