@@ -36,7 +36,7 @@ class EqualiseChannels(Pass):
     pays_on = frozenset()
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | None:
-        second = _read_map(rw, node)
+        second = _read_map(rw, node) if self.eager else None
         if second is None:
             return None
         between: list[Node] = []
