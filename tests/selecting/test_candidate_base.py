@@ -36,7 +36,7 @@ Records = tuple[tuple[Rewrite, ...], tuple[Skip, ...]]
 
 def apart(proto: onnx.ModelProto, folder: Path | None, allowed: frozenset[Site] | None) -> tuple[bytes, Records]:
     """A run from the original to the end, on one graph."""
-    model, passes = from_proto(proto, folder), resolve_passes()
+    model, passes = from_proto(proto, folder), [p for p in resolve_passes() if "cpu" in p.pays_on]
     for p in passes:
         if p.policy == "measured" and allowed is not None:
             p.scope = "exact"
