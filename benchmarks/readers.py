@@ -268,7 +268,8 @@ def read_once(name: str, path: Path, shapes: dict[str, list[int]], answer: Path,
 def ask(name: str, path: Path, shapes: dict[str, list[int]], answer: Path, given: argparse.Namespace) -> dict[str, Any]:
     """Run one reader in a process of its own."""
     task = json.dumps([name, str(path), shapes, str(answer), given.time])
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # MNN's converter installs packages with pip while it runs, and replaces protobuf by an older one
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PIP_NO_INDEX": "1"}
     try:
         done = subprocess.run(
             [sys.executable, __file__, "--task", task], capture_output=True, text=True, check=False,
