@@ -39,7 +39,7 @@ class SplitSiblings(Pass):
     """
 
     name = "split-siblings"
-    operators = frozenset({"Split"})
+    operators = frozenset({"Slice", "Split"})
     policy = "measured"
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
