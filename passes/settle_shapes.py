@@ -10,6 +10,9 @@ from pwopt.graph.values import Entries
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 
+#: Why the target of a Reshape that copies one size, and computes another one, stays as it is.
+EMPTY = "a −1 could replace the one size that it computes, but onnxruntime refuses a −1 if another axis is empty"
+
 
 class SettleShapes(Pass):
     """Shape(x)[k] = n if axis k has n entries; Reshape(x, (…, Shape(x)[k], …)) = Reshape(x, (…, 0, …))
@@ -42,7 +45,7 @@ class SettleShapes(Pass):
         return rw.replace_by_constants(node, [array], "the sizes that it depends on are static")
 
 
-def _copy_input_sizes(rw: Rewriter, node: Node) -> Rewrite | None:
+def _copy_input_sizes(rw: Rewriter, node: Node) -> Rewrite | Skip | None:
     """Give a Reshape a constant target, if its entries are numbers, sizes of its input, and at most one other size."""
     source, target = node.inputs
     found, before, dtype = values.read_entries(rw, target), values.read_extents(rw, source), rw.dtype(target)
@@ -50,7 +53,8 @@ def _copy_input_sizes(rw: Rewriter, node: Node) -> Rewrite | None:
         return None
     sizes = copy_sizes(found, before, bool(node.attrs.get("allowzero", 0)))
     if sizes is None:
-        return None
+        computed = sum(not isinstance(entry, int) for entry in found)
+        return Skip(EMPTY) if computed == 1 and 0 in found else None
     shape = rw.new_constant(f"{node.outputs[0].name}_shape", np.array(sizes, dtype))
     attrs = {k: v for k, v in node.attrs.items() if k != "allowzero"}
     new = Node("Reshape", node.name, attrs, [source, shape], list(node.outputs))

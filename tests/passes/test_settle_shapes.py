@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from helpers import normal, ops, parse, run, same
+from helpers import normal, ops, parse, reasons, run, same
 
 import pwopt
 from pwopt.passes import CleanUp, SettleShapes
@@ -146,3 +146,14 @@ def test_shapes_settle_one_another() -> None:
     result = pwopt.optimize(model, cost="analytic", verify=False).model
     assert set(ops(result)) <= {"Neg", "Slice"}
     same(model, result, 0.0, x=normal(2, 32, 3))
+
+
+def test_a_computed_size_beside_a_copied_one_is_explained() -> None:
+    body = (
+        "(float[N,K,4] x, float[A,M] z) => (float[B,C,D] y) { s = Shape(z) m = Slice(s, one, two)"
+        " t = Concat<axis=0>(zero, m, four) y = Reshape(x, t) }"
+    )
+    weights = {"zero": np.array([0]), "one": np.array([1]), "two": np.array([2]), "four": np.array([4])}
+    result, outcome, _ = run(parse(body, **weights), SettleShapes())
+    assert ops(result)["Concat"] == 1
+    assert any("if another axis is empty" in reason for reason in reasons(outcome))
