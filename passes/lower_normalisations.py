@@ -36,11 +36,14 @@ class LowerLRN(Lowering):
 
     def lower(self, node: Node, rw: Rewriter) -> Form | Skip | None:
         x, output, channels = node.inputs[0], node.outputs[0], rw.dim(node.inputs[0], 1)
-        if rw.rank(x) != 4 or str(rw.dtype(x)) != "float32" or not isinstance(channels, int):
+        shape = rw.shape(x)
+        if shape is None or len(shape) != 4 or str(rw.dtype(x)) != "float32" or not isinstance(channels, int):
             return None
         alpha, bias = node.attrs.get("alpha", 1e-4), node.attrs.get("bias", 1.0)
         beta, size = node.attrs.get("beta", 0.75), int(node.attrs["size"])
-        if not 0 < channels <= LRN_MAX_CHANNELS or beta not in LRN_POWERS or alpha < 0 or bias <= 0 or size % 2 == 0:
+        if 0 in shape or channels > LRN_MAX_CHANNELS or beta not in LRN_POWERS:
+            return None
+        if alpha < 0 or bias <= 0 or size % 2 == 0:
             return None
         build = Builder(rw)
         squares, summed = (rw.new_variable(f"{output.name}_{role}", output) for role in ("squares", "sums"))
@@ -83,6 +86,7 @@ class LowerGroupNorm(Lowering):
     """
 
     name = "lower-group-norm"
+    policy = "measured"
     phase = "late"
     pays_on = frozenset({"cpu"})
     operators = frozenset({"GroupNormalization"})
@@ -120,7 +124,8 @@ class LowerGroupNorm(Lowering):
             shifts = rw.new_constant(f"{output.name}_shifts", bias.reshape(column).astype(np.float32))
             build.add_node("Mul", [back, factors], scaled)
             build.nodes.append(Node("Add", node.name, {}, [scaled, shifts], [output]))
-        return Form((node,), tuple(build.nodes), f"{groups} groups of {channels} channels as rows of their own")
+        reason = f"{groups} groups of {channels} channels as rows of their own"
+        return Form((node,), tuple(build.nodes), reason, f"{groups} groups of {channels} channels", pays=False)
 
 
 def _add_shape(build: Builder, x: Tensor, output: Tensor) -> Tensor:

@@ -49,8 +49,8 @@ def read_gather(view: View, node: Node) -> Result:
     return selection(node, node.inputs[0], [p % channels for p in picks], channels, axis)
 
 
-#: The most inputs of a Concat that is read as a selection of one tensor.
-MAX_PARTS = 16
+#: The most inputs of a Concat, and the most channels, that are read as a selection of one tensor.
+MAX_PARTS, MAX_CHANNELS = 16, 1 << 16
 
 
 @reads("Expand", "Tile")
@@ -65,6 +65,8 @@ def read_repetition(view: View, node: Node) -> Result:
     channels, total = before[changed[0]], after[changed[0]]
     if not isinstance(channels, int) or not isinstance(total, int) or not channels or total % channels:
         return None
+    if total > MAX_CHANNELS:
+        return None
     picks = np.tile(np.arange(channels), total // channels).tolist()
     return selection(node, node.inputs[0], picks, channels, changed[0])
 
@@ -74,6 +76,9 @@ def read_rearrangement(view: View, node: Node) -> Result:
     """Read a Concat of parts of one tensor as a selection, such as the reversed channels of an image."""
     axis = attributes.read_concat_axis(view, node)
     if axis is None or not 2 <= len(node.inputs) <= MAX_PARTS:
+        return None
+    total = view.dim(node.outputs[0], axis)
+    if not isinstance(total, int) or total > MAX_CHANNELS:
         return None
     parts = [_read_part(view, node, t, axis) for t in node.inputs]
     sources = {part[0] for part in parts if part is not None}

@@ -18,6 +18,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import pwopt
 from pwopt import cli
+from pwopt.cli import output
 from pwopt.graph import shapes
 from pwopt.graph.limits import run_isolated
 from pwopt.graph.shapes import infer
@@ -224,9 +225,10 @@ NAMES = {
 
 @pytest.mark.parametrize("name", NAMES.values(), ids=NAMES)
 def test_names_are_harmless_wherever_they_are_shown(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], name: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
     pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(output, "STAGE_WIDTH", 10_000)  # so that no name is cut before its markup
     body = "(float[1,4,N,2] a) => (float[K] y) { h = Conv(a, w) k = Mul(h, s) g = Conv(k, v) y = Relu(g) }"
     model = text(body, w=np.ones((4, 4, 1, 1), F), v=np.ones((4, 4, 1, 1), F), s=F(2))
     onnx_names = {n: name + n for n in ("h", "k", "g", "w", "v", "y")} | {"a": name}
