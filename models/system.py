@@ -18,7 +18,7 @@ from pwopt.running.session import Session
 
 FOLDER = Path(__file__).parent
 #: Passes that need no timing.
-UNMEASURED = tuple(p.name for p in PASSES if p.policy != "measured")
+UNMEASURED = tuple(p.name for p in PASSES if p.policy != "measured" and p.pays_on)
 #: More numbers than this are not printed one by one.
 MAX_PRINTED = 3
 

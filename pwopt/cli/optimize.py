@@ -63,7 +63,7 @@ def optimize(
         inputs=inputs or None, passes=None if passes is None else options.split_list(passes), plugins=plugin or (),
         deny=deny or (), threads=options.parse_thread_counts(threads), static=static,
         target=cast(Target, target), opset=opset, verify=not no_verify, cache=not no_cache,
-        measuring=Measuring(cast(Effort, effort), budget, target_profile=target_profile, layers=json or bool(report)),
+        measuring=Measuring(cast(Effort, effort), budget, target_profile=target_profile, layers=bool(json or report or directory)),
         limits=Limits(rtol, atol, max_growth), writing=Writing(force, name_nodes, dry_run),
     )  # fmt: skip
     verbosity = Verbosity(details, json, quiet, verbose, debug)

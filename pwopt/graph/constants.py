@@ -80,7 +80,8 @@ def evaluate(
         if node.op in VIEWS:
             results = [values[node.inputs[0].name].reshape(size or ()) for size in sizes]
         else:
-            results = _run(model, values, dtypes, wide=node.op not in TYPED)
+            wide = node.op not in TYPED and not _reads_shape_only(node)  # that would write out what only has a shape
+            results = _run(model, values, dtypes, wide)
     except Exception as error:  # an operator that is missing there, or declines: leave the node to the runtime
         return f"its value never changes, but onnx cannot compute it ({type(error).__name__})"
     for result, dtype, shape in zip(results, dtypes, shapes, strict=True):

@@ -17,6 +17,8 @@ from strategies import Sample, random_sample, samples
 from pwopt.passes import PASSES
 
 EVERY = [p.name for p in PASSES]
+#: Seeds of random models on which all passes act. New motifs change the models: choose other seeds then.
+SEEDS = (8, 14, 16, 35, 55, 57, 61, 76, 110, 238, 241, 275, 302, 306, 388, 461, 468)
 
 
 def check(sample: Sample) -> Counter[str]:
@@ -38,22 +40,9 @@ def test_random_models_keep_their_answers(sample: Sample) -> None:
 
 def test_every_pass_acts_on_random_models() -> None:
     applied: Counter[str] = Counter()
-    wanted = set(EVERY) - {"fill-tensor-cores"}  # whose pattern is rare
-    for number in range(200):
+    for number in SEEDS:
         applied += check(random_sample(Random(number)))
-        if set(applied) >= wanted:
-            return
-    assert set(applied) >= wanted, wanted - set(applied)
-
-
-def test_tensor_cores_get_random_models() -> None:
-    applied: Counter[str] = Counter()
-    for number in (122, 270):
-        sample = random_sample(Random(number))
-        make, expected = choose(sample.model, sample.feeds)
-        assert make is not None
-        applied += judge(sample, ["fill-tensor-cores"], expected, make)
-    assert applied["fill-tensor-cores"] == 2
+    assert set(applied) == set(EVERY) - {"lower-swish", "name-swish"}  # which need opset 24
 
 
 def test_the_judge_sees_a_wrong_weight(monkeypatch: pytest.MonkeyPatch) -> None:
