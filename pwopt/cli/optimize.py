@@ -58,12 +58,13 @@ def optimize(
 ) -> None:
     """Optimise MODEL, compare the result with it, and write the result only if both are equivalent."""
     placed = options.parse_provider(provider, provider_option, provider_library)
+    reported = json or report is not None or directory is not None
     request = Request(
         output, provider=placed.text, cost=cast(CostModel, cost), shapes=options.parse_rounds(shape),
         inputs=inputs or None, passes=None if passes is None else options.split_list(passes), plugins=plugin or (),
         deny=deny or (), threads=options.parse_thread_counts(threads), static=static,
         target=cast(Target, target), opset=opset, verify=not no_verify, cache=not no_cache,
-        measuring=Measuring(cast(Effort, effort), budget, target_profile=target_profile, layers=bool(json or report or directory)),
+        measuring=Measuring(cast(Effort, effort), budget, target_profile=target_profile, layers=reported),
         limits=Limits(rtol, atol, max_growth), writing=Writing(force, name_nodes, dry_run),
     )  # fmt: skip
     verbosity = Verbosity(details, json, quiet, verbose, debug)

@@ -10,10 +10,11 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import onnx
@@ -388,17 +389,26 @@ def _measure_models(provider: str, threads: str, inputs: str, *paths: str) -> No
     installation.import_onnxruntime()
     feeds = dict(np.load(inputs))
     for path in paths:
-        if len(paths) > 1:
-            child = os.fork()
-            if child:
-                _, status = os.waitpid(child, 0)
-                if status:
-                    sys.exit(1)
-                continue
-        _measure_model_here(path, as_provider(provider), int(threads), feeds)
-        if len(paths) > 1:
-            sys.stdout.flush()
-            os._exit(0)
+        if len(paths) == 1:
+            _measure_model_here(path, as_provider(provider), int(threads), feeds)
+        elif (child := os.fork()) == 0:
+            _measure_and_exit(path, as_provider(provider), int(threads), feeds)
+        elif os.waitpid(child, 0)[1]:
+            sys.exit(1)
+
+
+def _measure_and_exit(path: str, placed: Provider, threads: int, feeds: Feeds) -> NoReturn:
+    """In a fork: measure a model, and end without exit handlers, which wait for threads that the fork does not have."""
+    code = 1
+    try:
+        _measure_model_here(path, placed, threads, feeds)
+        sys.stdout.flush()
+        code = 0
+    except BaseException:
+        traceback.print_exc()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)
 
 
 def _measure_model_here(path: str, placed: Provider, threads: int, feeds: Feeds) -> None:
