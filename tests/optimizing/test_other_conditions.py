@@ -242,3 +242,21 @@ def test_the_gain_of_huge_pages_has_the_spread_of_both_races() -> None:
     assert missed <= 6  # 2 in the mean, at 99 %
     alone = planted_race(np.ones(1), np.ones(1))
     assert other_conditions.compare_page_sizes(alone, huge)[1:] == (0.0, np.inf)
+
+
+def test_a_condition_is_slower_only_if_a_second_race_says_so_too(tmp_path: Path) -> None:
+    sample = Sample(SampleLabel("normal"), {"x": normal(1, 8, 4, 4, dtype=F)})
+
+    @dataclasses.dataclass(frozen=True)
+    class Planted(Environment):
+        times: list[float] = dataclasses.field(default_factory=list)
+
+        def race(self, *_: Any, **__: Any) -> Race:
+            return planted_race(np.full(9, self.times.pop(0)), np.full(9, 1.0))
+
+    for times, slower in (([0.5, 0.5], True), ([0.5, 1.0], False), ([1.5], False)):
+        races = other_conditions.ConditionRaces(tmp_path, 1.0, ignore_progress)
+        found = races.run(tmp_path, Planted(DEFAULT, 1, [sample], times=list(times)))
+        assert found is not None
+        assert found[0].slower is slower
+        assert found[0].latency.speedup == pytest.approx(times[-1])
