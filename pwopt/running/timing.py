@@ -2,7 +2,7 @@
 
 Two sessions of one and the same model differ for as long as they live, by where their memory happens to lie, so no
 number of runs within one pair of sessions tells two models apart. A race therefore consists of several *pairs*: fresh
-sessions of all models, created in alternating order, with a few interleaved rounds of runs each. One pair gives one
+sessions of all models, created in changing order, with a few interleaved rounds of runs each. One pair gives one
 ratio. The interval is Student's over the pairs, so it includes what differs between sessions.
 
 Sources: Kalibera and Jones, "Rigorous benchmarking in reasonable time", ISMM 2013 (how many runs a session is worth);
@@ -329,7 +329,7 @@ def race(
     pairs: list[SessionPair] = []
     rounds, start, passed = FIRST_ROUNDS, time.perf_counter(), 0.0
     for done in itertools.count(1):
-        order = range(len(openers)) if done % 2 else range(len(openers))[::-1]
+        order = _order_creation(len(openers), done - 1)
         deadline = start + budget / (MIN_PAIRS if done == 1 else 1)
         pair, wall = _run_pair(openers, order, feeds, rounds, deadline, rng)
         pairs.append(pair)
@@ -343,6 +343,24 @@ def race(
             return seen
         rounds = _rounds_worth(pairs, (budget - spent) / max(1, MIN_PAIRS - done))
     raise AssertionError("itertools.count ends only by the return above")
+
+
+def _order_creation(count: int, pair: int) -> list[int]:
+    """The order in which the sessions of a pair are created.
+
+    Where a session's memory lies depends on what was created before it. So every model takes every place equally often,
+    and every second cycle runs backwards.
+
+    Examples
+    --------
+    >>> [_order_creation(2, pair) for pair in range(4)]
+    [[0, 1], [1, 0], [1, 0], [0, 1]]
+    >>> [_order_creation(3, pair) for pair in range(4)]
+    [[0, 1, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]]
+    """
+    cycle, shift = divmod(pair, count)
+    models = list(range(count)) if cycle % 2 == 0 else list(range(count))[::-1]
+    return models[shift:] + models[:shift]
 
 
 def _run_pair(
