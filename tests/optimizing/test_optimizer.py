@@ -30,7 +30,7 @@ from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Site
 from pwopt.running import installation
 from pwopt.running.bench import Row
-from pwopt.running.timing import Race
+from pwopt.running.timing import Race, SessionPair
 from pwopt.selecting import candidate_base, pass_list
 
 F = np.float32
@@ -491,3 +491,26 @@ def test_one_name_is_a_list_of_one() -> None:
     path = MODELS / "linear_sequence.onnx"
     assert pwopt.optimize(path, verify=False, deny="fold-chains:y").report.rewrites[0].site == Site("fold-chains", "h3")
     assert not pwopt.optimize(path, verify=False, passes="clean-up").report.rewrites
+
+
+def test_a_gain_in_doubt_is_raced_again_before_it_is_dropped(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One disturbed pair of three makes the interval of the final race wide."""
+    pytest.importorskip("onnxruntime")
+    clear, wide = (planted_race(np.array([2.0, 2.0, t] * n), np.ones(3 * n)) for t, n in ((2.0, 9), (0.5, 1)))
+    finals: list[int] = []
+
+    def race(_: object, models: list[Path], *__: object, **___: object) -> Race:
+        if len(models) < 3:
+            return clear
+        finals.append(len(models))
+        found = wide if len(finals) == 1 else clear
+        return Race(tuple(SessionPair((*p.times, p.times[0])) for p in found.pairs), 1.0)
+
+    plant(monkeypatch, race)
+    body = "(float[1,8,16,16] x) => (float[N] y, float[N] z) { y = Conv(x, w) z = Conv(x, v) }"
+    model = parse(body, w=normal(4, 8, 1, 1).astype(F), v=normal(4, 8, 1, 1, seed=1).astype(F))
+    report = pwopt.optimize(model, cache=False, threads=1, measuring=pwopt.Measuring(budget=600.0)).report
+    assert [r.pass_name for r in report.rewrites] == ["merge-siblings"]
+    assert len(finals) == 2
+    assert report.latency is not None
+    assert report.latency.pairs == 30
