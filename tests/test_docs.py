@@ -13,6 +13,7 @@ import runpy
 import shlex
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -109,6 +110,23 @@ def test_recipes_work(shell: Callable[[str], str]) -> None:
     assert len(blocks) > 5
     for block in blocks:
         shell(block)
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="the commands are for a POSIX shell")
+def test_readme_shows_what_the_first_command_prints(shell: Callable[[str], str]) -> None:
+    """All words of the shown rows are printed. Numbers, line breaks and the rows in brackets depend on the machine."""
+    pytest.importorskip("onnxruntime")
+    found = re.search(
+        r"<!-- output: (.*?) -->\n```text\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S
+    )
+    assert found is not None
+    command, shown = found.groups()
+
+    def words(text: str) -> Counter[str]:
+        return Counter(re.sub(r"\[.*?\]|[-\d.,+%×e─]+|unclear", " ", text).split())
+
+    assert len(words(shown)) > 15
+    assert words(shown) <= words(shell(command))
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the commands are for a POSIX shell")
