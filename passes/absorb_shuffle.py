@@ -91,8 +91,6 @@ def _is_depthwise(reading: Reading) -> bool:
 
 def _find_after(rw: Rewriter, reading: Reading) -> Reading | None:
     """The dense map that alone reads the result of a depthwise map."""
-    if rw.must_keep(reading.output):
-        return None
     after = forms.weighted(rw, rw.sole_reader(reading.output))
     if after is None or after.turned or after.source is not reading.output or after.axis != reading.axis:
         return None

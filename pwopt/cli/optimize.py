@@ -124,14 +124,12 @@ def _print_next_steps(model: Path, out: Path, report: Path | None, request: Requ
 
     if out.suffix != ".onnx":
         console.print(f"Some tools refuse {escape_text(repr(out.name))}, because its name does not end in .onnx.")
-    steps = []
+    original, result, steps = quote_path(model), quote_path(out), []
     if request.inputs is None:
-        steps.append(
-            f"pwopt verify {quote_path(model)} {quote_path(out)} --input FOLDER   # check it on your own inputs"
-        )
+        steps.append(f"pwopt verify {original} {result} --input FOLDER   # check it on your own inputs")
     if report is None:
-        steps.append(f"pwopt optimize {quote_path(model)} --report report.html   # see every rewrite and refusal")
+        steps.append(f"pwopt optimize {original} --report report.html   # see every rewrite and refusal")
     if request.cost == "measured":
-        steps.append(f"pwopt bench {quote_path(model)} {quote_path(out)}   # time both, start-up and memory too")
+        steps.append(f"pwopt bench {original} {result}   # time both, start-up and memory too")
     for i, step in enumerate(steps):
         console.print(f"[dim]{'next:' if i == 0 else '     '} {escape_text(step)}[/dim]", soft_wrap=True)

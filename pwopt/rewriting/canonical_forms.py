@@ -66,8 +66,10 @@ def _join_casts(rw: Rewriter, node: Node) -> Rewrite | None:
     target = onnx.helper.tensor_dtype_to_np_dtype(to)
     if source is None or middle is None or not is_lossless(source, middle):
         return None
-    if is_floating(source) and not is_floating(target):
+    if not is_floating(target) and is_floating(source):
         return None  # runtimes differ in what NaN and large numbers become
+    if target.kind in "iu" and is_floating(middle) and not is_lossless(source, target):
+        return None  # integers wrap, but what a floating-point number too large for an integer becomes is undefined
     if source != target and rw.other_uses(node.inputs[0]):
         return None
     return _replace_input(rw, node, node.inputs[0], before.inputs[0], f"Cast to {middle} before it loses nothing")

@@ -52,6 +52,9 @@ def test_what_a_cast_loses(source: str, wide: set[str]) -> None:
         ("int32", "float32", "int64", 2),  # rounds
         ("float32", "bool", "float32", 2),
         ("float16", "float32", "int32", 2),  # NaN and infinity
+        ("uint8", "float32", "int32", 1),
+        ("uint8", "float32", "bool", 1),
+        ("int16", "float32", "int8", 2),  # 300 is no int8: integers wrap, and for float32 it is undefined
     ],
 )
 def test_casts_are_joined_if_the_middle_type_loses_nothing(source: str, middle: str, target: str, left: int) -> None:
