@@ -45,7 +45,10 @@ STAGES = {
     "sizes": ["pwopt.optimizing.optimizer:define_problem"],
     "snapshot": ["pwopt.optimizing.optimizer:start_compilation", "pwopt.selecting.compilation:Compilation.snapshot"],
     "search": ["pwopt.selecting.compilation:Compilation.find_opportunities"],
-    "profiles": ["pwopt.selecting.rewrite_selection:RacingEvaluator.estimate"],
+    "profiles": [
+        "pwopt.selecting.rewrite_selection:RacingEvaluator.bound",
+        "pwopt.selecting.rewrite_selection:RacingEvaluator.estimate",
+    ],
     "candidates": [
         "pwopt.selecting.compilation:Compilation.write_file",
         "pwopt.selecting.compilation:Compilation.rewrite",

@@ -28,8 +28,8 @@ MIN_TIME_LIMIT, SLOWER = 20.0, 20.0
 ROOM, LARGER = 2 << 30, 4.0
 #: Linux's description of a process's memory (proc(5)).
 MEMORY_STATUS = Path("/proc/self/status")
-#: Runs under the profiler, at most, and in how many pairs of fresh sessions.
-MAX_PROFILED_RUNS, PROFILED_PAIRS = 12, 2
+#: Runs under the profiler, at most, and in how many fresh sessions of each model.
+MAX_PROFILED_RUNS, PROFILED_SESSIONS = 12, 2
 #: The time limit in seconds for loading and running the original.
 ORIGINAL_TIME_LIMIT = 3600.0
 
@@ -109,8 +109,20 @@ class Worker:
             return answer
         raise UnusableError(str(answer))
 
-    def profiles(self, models: Sequence[Path], seconds: float, least: int) -> tuple[list[list[list[NodeTime]]], float]:
+    def profiles(
+        self, models: Sequence[Path], seconds: float, least: int, sessions: int = PROFILED_SESSIONS
+    ) -> tuple[list[list[list[NodeTime]]], float]:
         """Profile models side by side.
+
+        Parameters
+        ----------
+        models : sequence of Path
+        seconds : float
+            How long to run all models.
+        least : int
+            The least number of runs of each model, whatever the time.
+        sessions : int
+            The number of fresh sessions of each model.
 
         Returns
         -------
@@ -123,7 +135,7 @@ class Worker:
             If a model fails now.
         """
         patience = len(models) / 2 * self._limit + 4 * seconds
-        answer = self._ask(("profile", [str(m) for m in models], seconds, least), patience)
+        answer = self._ask(("profile", [str(m) for m in models], seconds, least, sessions), patience)
         if isinstance(answer, tuple):
             return answer
         raise UnusableError(str(answer))
@@ -205,19 +217,21 @@ class _Sessions:
         session.run(self._feeds)
         return loaded - begin, time.perf_counter() - loaded, huge_pages.held_bytes()
 
-    def profile(self, paths: Sequence[str], seconds: float, least: int) -> tuple[list[list[list[NodeTime]]], float]:
+    def profile(
+        self, paths: Sequence[str], seconds: float, least: int, count: int
+    ) -> tuple[list[list[list[NodeTime]]], float]:
         """See `Worker.profiles`."""
         runs: list[list[list[NodeTime]]] = [[] for _ in paths]
         passed = spent = 0.0
-        for k in range(PROFILED_PAIRS):
+        for k in range(count):
             order = range(len(paths)) if k % 2 == 0 else range(len(paths))[::-1]
             sessions: dict[int, Session] = {}
             for i in order:
                 sessions[i] = Session(paths[i], self._provider, self._threads, profile=True, tf32=True)
                 memory.release_freed()
             begin, done = time.perf_counter(), 0
-            while done <= least / PROFILED_PAIRS or (
-                done <= MAX_PROFILED_RUNS / PROFILED_PAIRS and time.perf_counter() - begin < seconds / PROFILED_PAIRS
+            while done <= least / count or (
+                done <= MAX_PROFILED_RUNS / count and time.perf_counter() - begin < seconds / count
             ):
                 for session in sessions.values():
                     session.profiled_run(self._feeds)

@@ -8,6 +8,7 @@ mislead: a change of layout around it may cost more than it saves.
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -45,12 +46,15 @@ class Group:
     sites : tuple of Site
     macs : int
         Multiply-adds of the operators that they replace.
+    tensors : frozenset of str
+        The outputs of those operators.
     """
 
     pass_name: str
     signature: str
     sites: tuple[Site, ...]
     macs: int
+    tensors: frozenset[str] = frozenset()
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,13 @@ def group_rewrites(rewrites: Iterable[Rewrite]) -> list[Group]:
     for r in rewrites:
         found.setdefault((r.pass_name, r.signature.partition(": ")[0]), []).append(r)
     listed = [
-        Group(name, _join_signatures(rs), tuple(r.site for r in rs), sum(r.macs_before for r in rs))
+        Group(
+            name,
+            _join_signatures(rs),
+            tuple(r.site for r in rs),
+            sum(r.macs_before for r in rs),
+            frozenset(old for r in rs for old, _ in r.became),
+        )
         for (name, _), rs in found.items()
     ]
     saved = Counter[str]()
@@ -180,19 +190,22 @@ class Estimate(NamedTuple):
 
 
 class CandidateEvaluator(Protocol):
-    """Builds the models with and without a group, checks, profiles and races them, and recalls earlier decisions."""
+    """Builds the models with and without a group, profiles and races them, and recalls earlier decisions."""
 
     def build(self, sites: frozenset[Site]) -> Path:
         """Write the model with measured rewrites at exactly these sites. Equal models may share a file."""
-
-    def fault(self, model: Path) -> str:
-        """Return why a model cannot be raced, or ""."""
 
     def race(self, a: Path, b: Path, seconds: float, known: Evidence) -> Race | str:
         """Race two models within a time limit, in addition to known evidence; return a reason if one of them fails."""
 
     def recall(self, group: Group) -> Decision | None:
         """Return what is already known about a group, even if it is not clear."""
+
+    def bound(self, kept: Sequence[Group], groups: Sequence[Group]) -> Mapping[Group, float]:
+        """Bound the speed-ups by groups, from a profile of the model with the kept groups only.
+
+        Groups without a bound are missing.
+        """
 
     def estimate(self, kept: Sequence[Group], groups: Sequence[Group]) -> Mapping[Group, Estimate]:
         """Estimate groups in addition to the kept ones, those of each pass in a model of their own.
@@ -273,6 +286,7 @@ class _Contest:
 
         Groups that surely gain nothing are dropped. Other groups stay undecided.
         """
+        groups = self._drop_small(groups)
         seen: dict[Group, Estimate] = {}
         names = list(dict.fromkeys(g.pass_name for g in groups))
         for start in range(0, len(names), PASSES_TOGETHER):
@@ -293,6 +307,19 @@ class _Contest:
                 self.decided[group] = Decision(group, estimate.own, estimated=True)
         return dict(sorted(paying.items(), key=lambda found: -found[1].speedup))
 
+    def _drop_small(self, groups: Sequence[Group]) -> list[Group]:
+        """Drop the groups whose operators take too little time to be worth a race; return the others."""
+        if not groups or time.perf_counter() > self._deadline:
+            return list(groups)
+        self._progress("profiling the model", 1 - (self._deadline - time.perf_counter()) / self._budget)
+        bounds = self._evaluator.bound(self.kept(), groups)
+        for g in groups:
+            if bounds.get(g, math.inf) < SMALLEST_RACED:
+                reason = f"not tried, since its operators take so little time that it gains at most {bounds[g]:.3f}×"
+                self.decided[g] = Decision(g, not_raced=reason)
+                LOG.info("%s", self.decided[g].explain())
+        return [g for g in groups if g not in self.decided]
+
     def confirm(self, groups: Mapping[Group, Evidence]) -> None:
         """Race all groups that pay according to profiles together; keep all if they are faster together."""
         left = self._deadline - time.perf_counter()
@@ -300,7 +327,7 @@ class _Contest:
             return
         self._progress(f"racing {', '.join(dict.fromkeys(g.pass_name for g in groups))}", 1 - left / self._budget)
         without, model = self._model(self.kept()), self._model([*self.kept(), *groups])
-        if without == model or self._evaluator.fault(model):
+        if without == model:
             return
         result = self._evaluator.race(without, model, min(LONGEST_RACE, left / 2), NO_EVIDENCE)
         if isinstance(result, str) or not (confirmed := Evidence.from_race(result)).interval(CONFIDENCE)[0] > 1.0:
@@ -324,9 +351,8 @@ class _Contest:
             self.decided[group] = Decision(group, not_raced="another rewrite that was kept takes its place")
             return
         known = NO_EVIDENCE if anew or group not in self.decided else self.decided[group].evidence
-        fault = self._evaluator.fault(model)
         left = self._deadline - time.perf_counter()
-        result = fault or self._evaluator.race(without, model, min(LONGEST_RACE, max(0.0, left) / races), known)
+        result = self._evaluator.race(without, model, min(LONGEST_RACE, max(0.0, left) / races), known)
         if isinstance(result, str):
             self.decided[group] = Decision(group, fault=result)
         else:

@@ -13,20 +13,22 @@ import onnx
 from pwopt.rewriting.records import Rewrite, Site, Skip
 from pwopt.running import timing
 from pwopt.running.progress import Progress
-from pwopt.running.worker import UnusableError
+from pwopt.running.worker import UnusableError, Worker
 from pwopt.selecting import autotuning
 from pwopt.selecting.autotuning import Decision, Estimate, Group
 from pwopt.selecting.compilation import Compilation
 from pwopt.selecting.environment import Environment
 from pwopt.selecting.priors import Prior
 from pwopt.selecting.profile_alignment import save_marked
-from pwopt.selecting.profile_estimate import estimate
+from pwopt.selecting.profile_estimate import bound_speedups, estimate
 from pwopt.selecting.tuning_records import TuningRecords
 
 LOG = logging.getLogger(__name__)
 
 #: Seconds to profile two models (and half of that for each other one), and the least number of runs of each.
 ESTIMATE_SECONDS, ESTIMATE_RUNS = 1.0, 4
+#: The same to profile the model without any group, for bounds.
+BOUND_SECONDS, BOUND_RUNS = 0.1, 2
 
 
 @dataclass(frozen=True)
@@ -93,6 +95,10 @@ class Selection:
         return cls(kept, dropped, tuple(decisions), records.doubt_advice)
 
 
+def _join_sites(groups: Sequence[Group]) -> frozenset[Site]:
+    return frozenset(site for g in groups for site in g.sites)
+
+
 def find_candidates(compilation: Compilation, records: TuningRecords, *, thorough: bool = False) -> Candidates:
     """Find the measured rewrites that each pass could make."""
     found, refused = compilation.find_opportunities()
@@ -140,9 +146,6 @@ class RacingEvaluator:
             self._files[made] = self.compilation.write_file(result.proto)
         return self._files[made]
 
-    def fault(self, model: Path) -> str:
-        return "" if self.environment is None else self.environment.fault(model)
-
     def race(self, a: Path, b: Path, seconds: float, known: timing.Evidence) -> timing.Race | str:
         assert self.environment is not None
         rules = timing.Rules(timing.CONFIDENCE, autotuning.WORTH, known)
@@ -151,15 +154,22 @@ class RacingEvaluator:
         except UnusableError as error:
             return str(error)
 
-    def estimate(self, kept: Sequence[Group], groups: Sequence[Group]) -> Mapping[Group, Estimate]:
-        worker = self.environment.worker if self.environment is not None else None
-        if worker is None or not worker.ready:
+    def bound(self, kept: Sequence[Group], groups: Sequence[Group]) -> Mapping[Group, float]:
+        worker, base = self._find_worker(), self._build_base(kept)
+        if worker is None or base.path is None:
             return {}
-        base = frozenset(site for g in kept for site in g.sites)
-        if base not in self._base:  # candidates are large, and one base after another is asked for
-            self._base.clear()
-            self._base[base] = self._build_profiled(base, "base")
-        before = self._base[base]
+        try:
+            runs, _ = worker.profiles([base.path], BOUND_SECONDS, BOUND_RUNS, sessions=1)
+        except UnusableError as error:
+            LOG.info("the profile of the model cannot be used: %s", error)
+            return {}
+        return bound_speedups(base.proto, groups, runs[0])
+
+    def estimate(self, kept: Sequence[Group], groups: Sequence[Group]) -> Mapping[Group, Estimate]:
+        worker = self._find_worker()
+        if worker is None:
+            return {}
+        base, before = _join_sites(kept), self._build_base(kept)
         names = dict.fromkeys(g.pass_name for g in groups)
         parts = [[g for g in groups if g.pass_name == name] for name in names]
         after = [self._build_profiled(base.union(*(g.sites for g in p)), f"look{k}") for k, p in enumerate(parts)]
@@ -176,6 +186,18 @@ class RacingEvaluator:
         for part, each, own in zip(parts, after, runs[1:], strict=True):
             found |= estimate(before.proto, each.proto, each.rewrites, part, (runs[0], own))
         return {g: each._replace(sure=share >= autotuning.BUSY) for g, each in found.items()}
+
+    def _find_worker(self) -> Worker | None:
+        worker = self.environment.worker if self.environment is not None else None
+        return worker if worker is not None and worker.ready else None
+
+    def _build_base(self, kept: Sequence[Group]) -> _Profiled:
+        """Build the model with the kept groups only."""
+        base = _join_sites(kept)
+        if base not in self._base:  # candidates are large, and one base after another is asked for
+            self._base.clear()
+            self._base[base] = self._build_profiled(base, "base")
+        return self._base[base]
 
     def _build_profiled(self, sites: frozenset[Site], name: str) -> _Profiled:
         result = self.compilation.rewrite(sites)
