@@ -98,8 +98,12 @@ class View(GraphIndex):
         tensor.declared = shape
 
     def original_name(self, name: str) -> str:
-        """The name that a tensor had before it was renamed."""
+        """The name that a tensor had before it was renamed, or before its layout changed."""
         return self._origin.get(name, name)
+
+    def inherit_site(self, tensor: Tensor, old: Tensor) -> None:
+        """Let a new tensor stand at the site of an old one, because it has the same numbers in another layout."""
+        self._origin[str(tensor.name)] = self.original_name(str(old.name))
 
     def rename(self, tensor: Tensor, suffix: str) -> str:
         """Give a new name to a tensor whose value changes: a name always means the value in the original."""

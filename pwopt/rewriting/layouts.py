@@ -82,6 +82,8 @@ Writer = Callable[[Node, G, InLayout, list[Tensor]], Sequence[Node]]
 def propagate_layout(rw: Rewriter, members: Sequence[Member[G]], write: Writer[G], reason: str) -> Rewrite:
     """Run the operators of a region in another layout.
 
+    The new operators keep the sites of the old ones, so decisions on other passes hold in every layout.
+
     Parameters
     ----------
     rw : Rewriter
@@ -108,6 +110,8 @@ def propagate_layout(rw: Rewriter, members: Sequence[Member[G]], write: Writer[G
             for conversion in layout.write_conversion(rw, converted[t], t, enter=False)
         ]
         records.append((node, [*in_layout.entries, *nodes, *exits]))
+    for old in (t for n, _ in members for t in n.outputs if t in converted):
+        rw.inherit_site(converted[old], old)
     done = [rw.replace([node], new, "") for node, new in records]
     joint = Rewrite.of(reason, done)
     became = {str(t.name): str(converted[t].name) for n, _ in members for t in n.outputs if t in converted}

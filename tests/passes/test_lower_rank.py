@@ -5,7 +5,7 @@ import onnx
 import pytest
 from helpers import build, eager, normal, ops, outside, parse, reasons, run, same
 
-from pwopt.passes import LowerRank
+from pwopt.passes import DeclareShapes, LowerRank
 
 X = normal(2, 4, 11)
 SIDE = "(double[2,4,11] x) => (double[N] y) "
@@ -333,3 +333,20 @@ def test_what_cannot_be_said_at_another_rank_stays() -> None:
     )
     result, _, _ = run(model, eager(LowerRank))
     assert [n.op_type for n in result.graph.node][-1] == "Resize"
+
+
+def test_decisions_on_other_passes_hold_in_the_new_layout() -> None:
+    """The sites that were found in 1-D name the same sums in 2-D, so both rewrites can be kept together."""
+    model = parse(
+        "(float[N,4,T] x) => (float[A,B,C] y) "
+        "{ a = Conv<pads=[1,1]>(x, w) b = Relu(a) c = Conv<pads=[1,1]>(b, w) d = Add(c, a) y = Neg(d) }",
+        w=normal(4, 4, 3, dtype=np.float32),
+    )
+    passes = [eager(kind) for kind in (LowerRank, DeclareShapes)]
+    alone = [run(model, p)[1].rewrites for p in passes]
+    allowed = {r.site for rewrites in alone for r in rewrites}
+    assert [len(rewrites) for rewrites in alone] == [1, 1]
+    result, outcome, _ = run(model, *passes, allowed=allowed)
+    assert {r.site for r in outcome.rewrites} == allowed
+    assert {v.name for v in result.graph.value_info} == {"a_2d", "c_2d", "d_2d"}
+    assert "a_2d" not in {v.name for v in run(model, *passes, allowed=allowed - {alone[1][0].site})[0].graph.value_info}
