@@ -45,6 +45,7 @@ from .split_siblings import SplitSiblings
 from .sub_pixel import SubPixel
 from .sum_branches import SumBranches
 from .to_matmul import ToMatMul
+from .unroll_frames import UnrollFrames
 from .winograd import Winograd
 from .write_gemm import WriteGemm
 
@@ -93,6 +94,7 @@ PASSES: tuple[type[Pass], ...] = (
     PadChannels,
     FillBlocks,
     FillTensorCores,
+    UnrollFrames,
     Frames,
     LowerRank,
     ChannelsFirst,
@@ -164,6 +166,7 @@ __all__ = [
     "SubPixel",
     "SumBranches",
     "ToMatMul",
+    "UnrollFrames",
     "Winograd",
     "WriteGemm",
 ]
