@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -14,6 +14,7 @@ from helpers import planted_race
 from hypothesis import given
 from hypothesis import strategies as st
 
+from pwopt.optimizing.attempt import final_rules
 from pwopt.running import timing
 from pwopt.running.timing import HOPELESS_PAIRS, NO_EVIDENCE, Evidence, Race, Rules, student_quantile
 
@@ -105,6 +106,14 @@ def test_no_pairs_say_nothing_and_one_hardly_more(pairs: int, spread: float) -> 
     assert pairs > 1 or (low, high) == (0.0, math.inf)
 
 
+def draw_race(spreads: Sequence[float], pairs: int, rules: Rules = timing.TO_THE_END) -> Race:
+    """Equal models whose sessions differ by these spreads, raced for so many pairs or until the rules end it."""
+    done: list[timing.SessionPair] = []
+    while len(done) < pairs and not (done and rules.ended_by(Race(tuple(done)))):
+        done.append(timing.SessionPair(tuple(np.exp(RNG.normal(0, s, 1)) for s in spreads)))
+    return Race(tuple(done))
+
+
 class Planted:
     """Sessions that take as long as they are told, by a clock of their own."""
 
@@ -175,11 +184,8 @@ def test_a_race_ends_where_there_is_nothing_to_gain() -> None:
 
 def test_chance_decides_no_race() -> None:
     """Asking often whether a race is decided must not decide it; nor must the memory of its sessions."""
-    wrong = 0
-    for _ in range(60):
-        done = raced(1.0, 0.05, 1e9, Rules(0.99), between=0.03)
-        wrong += len(done.pairs) < timing.MAX_PAIRS
-    assert wrong <= 2
+    races = [draw_race((0.03, 0.03), timing.MAX_PAIRS, Rules(0.99)) for _ in range(100)]
+    assert sum(len(done.pairs) < timing.MAX_PAIRS for done in races) <= 3
 
 
 def test_a_race_ends_when_its_time_is_over_and_has_three_pairs_at_least() -> None:
@@ -232,6 +238,28 @@ def test_three_models_share_the_spread_of_sessions() -> None:
         assert low < race.speedup() < high
     assert wrong / 300 < 0.08
     assert narrower / 300 > 0.6
+
+
+def find_misses(races: Sequence[Race], confidence: float) -> float:
+    """The share of intervals of equal models that exclude 1."""
+    intervals = [race.interval(confidence=confidence) for race in races]
+    return float(np.mean([low > 1 or high < 1 for low, high in intervals]))
+
+
+def test_a_model_whose_sessions_differ_more_than_the_others_has_a_wider_interval() -> None:
+    assert find_misses([draw_race((0.005, 0.015, 0.005), 3) for _ in range(3000)], 0.9) < 0.15
+
+
+@pytest.mark.parametrize("pairs", [8, 12])
+def test_values_drawn_nearer_are_no_evidence_of_a_small_spread(pairs: int) -> None:
+    logs = RNG.normal(0, 0.02, (3000, pairs))
+    assert np.mean([low > 1 or high < 1 for low, high in (Evidence.from_logs(x).interval(0.99) for x in logs)]) < 0.0155
+
+
+def test_a_race_that_ends_by_what_it_sees_misses_no_more_often() -> None:
+    rules = final_rules(measured=False)
+    races = [draw_race((0.01, 0.01, 0.01), 24, rules) for _ in range(400)]
+    assert find_misses(races, 0.9) < 0.105
 
 
 def test_a_clear_verdict_ends_the_final_race() -> None:
