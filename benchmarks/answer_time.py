@@ -58,7 +58,6 @@ STAGES = {
     "certificates": ["pwopt.selecting.compilation:Compilation.rewrite_certified"],
     "verify": ["pwopt.optimizing.attempt:Attempts.verify"],
     "final race": ["pwopt.optimizing.attempt:Attempts._race"],
-    "memory": ["pwopt.optimizing.attempt:Pair.add_memory"],
     "layers": ["pwopt.optimizing.attempt:Pair.profile"],
     "conditions": [
         "pwopt.optimizing.attempt:Attempts._race_elsewhere",

@@ -84,7 +84,8 @@ def plant(monkeypatch: pytest.MonkeyPatch, race: Callable[..., object]) -> None:
 
     monkeypatch.setattr(Environment, "race", race)
     monkeypatch.setattr(huge_pages, "system_mode", lambda: "")
-    monkeypatch.setattr(RacingEvaluator, "estimate", lambda *_: {})
+    for method in ("bound", "estimate"):
+        monkeypatch.setattr(RacingEvaluator, method, lambda *_: {})
 
 
 def ops(model: onnx.ModelProto) -> Counter[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -112,22 +113,21 @@ class Attempts:
 
     def _judge(self, pair: Pair, done: Attempt, compilation: Compilation, left: int) -> tuple[Compilation, Report]:
         """Try, verify and race a result; return a new compilation without the rewrites at fault."""
-        seconds, report = self.budget.for_final_race(), done.report
+        seconds, report, peaks = self.budget.for_final_race(), done.report, None
         better = self._leave_out_unusable(pair, report, compilation, left)
         if better is compilation:
             small = pair.environment.use_small_pages() if self.request.measured else None
             if small is not None and small.worker is not None:
                 small.worker.start_early()
-            report = self.verify(pair, report)
+            report, peaks = self._verify_and_measure_memory(pair, report)
             better = self._leave_out_wrong(pair, report, compilation, left)
         if better is not compilation or not self.request.measured:
             return better, report
         races = ConditionRaces(pair.original, CONDITION_SHARE * seconds, self.request.progress)
         slow: list[tuple[Environment, ConditionLatency]] = []
         try:
-            report, race = self._race(pair, report, seconds, (self.problem.source.proto, done.proto))
-            if report.latency is not None:
-                races = replace(races, noise=report.latency.noise)
+            report, race = self._race(pair, report, seconds, (self.problem.source.proto, done.proto), peaks)
+            races = races.learn(report.latency, race)
             report, slow = self._race_elsewhere(races, pair, report, race)
             if report.latency is not None and report.latency.slower:
                 first = ConditionLatency(pair.environment.threads, report.shapes, report.latency, slower=True)
@@ -163,6 +163,22 @@ class Attempts:
         if unfit:
             report = report.add_notes(f"Not tried, since they serve another kind of provider: {', '.join(unfit)}.")
         return Attempt(done.proto, report)
+
+    def _verify_and_measure_memory(self, pair: Pair, report: Report) -> tuple[Report, tuple[float, float] | None]:
+        """Verify; also return the peak memory of both models if the report will have it.
+
+        It is measured in other processes meanwhile, unless this one holds so much memory that it has to wait.
+        """
+        if not self.request.measured:
+            return self.verify(pair, report), None
+        if memory.count_resident() >= memory.MIN_RESIDENT:
+            report = self.verify(pair, report)
+            passed = report.equivalence is None or report.equivalence.passed
+            return report, pair.measure_memory() if passed else None
+        with ThreadPoolExecutor(1) as pool:
+            peaks = pool.submit(pair.measure_memory)
+            report = self.verify(pair, report)
+            return report, peaks.result()
 
     def verify(self, pair: Pair, report: Report) -> Report:
         """Compare both models; if they differ, find where the difference begins."""
@@ -248,9 +264,10 @@ class Attempts:
         return fewer
 
     def _race(
-        self, pair: Pair, report: Report, seconds: float, protos: tuple[onnx.ModelProto, onnx.ModelProto]
-    ) -> tuple[Report, Race]:
-        """Race both models, and profile them for the report."""
+        self, pair: Pair, report: Report, seconds: float, protos: tuple[onnx.ModelProto, onnx.ModelProto],
+        peaks: tuple[float, float] | None,
+    ) -> tuple[Report, Race]:  # fmt: skip
+        """Race both models, and profile them for the report; `peaks` is their peak memory in megabytes, if known."""
         small = pair.environment.use_small_pages()
         if small is not None and small.worker is not None and not small.worker.ready:  # nothing may start in a race
             LOG.info("no process has pages of 4 KiB: %s", small.worker.problem)
@@ -266,8 +283,8 @@ class Attempts:
         report = replace(report, latency=latency)
         if self._will_retry(report):
             return report, race
-        latency = pair.add_memory(latency)
-        report = replace(report, latency=latency)
+        if latency.start is not None:
+            report = replace(report, latency=replace(latency, start=replace(latency.start, memory_mb=peaks)))
         if self.request.measuring.layers:
             self.request.progress("profiling", 1.0)
             report = pair.profile(report, protos)
@@ -311,7 +328,8 @@ class Attempts:
         with timing.exclusive():
             raced = [(environment, races.run(pair.candidate, environment)) for environment in others]
         found = [(environment, *result) for environment, result in raced if result is not None]
-        pages = next((compare_page_sizes(race, first) for e, _, race in found if e.small_pages), None)
+        alike = [race for e, _, race in found if e.small_pages and min(len(race.pairs), len(first.pairs)) > 1]
+        pages = next((compare_page_sizes(race, first) for race in alike), None)
         report = replace(report, conditions=tuple(t for _, t, _ in found), huge_pages=pages)
         return report, [(e, t) for e, t, _ in found if t.slower]
 
@@ -346,18 +364,15 @@ class Pair:
         elsewhere = find_placements({"candidate": self.candidate}, where.provider, where.threads, where.samples[0])
         return replace(equivalence, elsewhere=elsewhere)
 
-    def add_memory(self, latency: Latency) -> Latency:
-        """Add the peak memory that a session of each takes in a process of its own, if both run there."""
-        if latency.start is None:
-            return latency
+    def measure_memory(self) -> tuple[float, float] | None:
+        """Measure the peak memory in megabytes of a session of each in a process of its own, if both run there."""
         where, paths = self.environment, (self.original, self.candidate)
         try:
             cold = bench.measure_cold_starts(paths, where.provider, where.threads, where.samples[0].feeds)
         except (PwoptError, OSError) as error:
             LOG.info("the peak memory is not known: %s", error)
-            return latency
-        peaks = cold[0]["memory"] / 1e6, cold[1]["memory"] / 1e6
-        return replace(latency, start=replace(latency.start, memory_mb=peaks))
+            return None
+        return cold[0]["memory"] / 1e6, cold[1]["memory"] / 1e6
 
     def profile(self, report: Report, protos: tuple[onnx.ModelProto, onnx.ModelProto]) -> Report:
         """Add the times of both models to a report, by operator and by layer."""

@@ -14,13 +14,15 @@ import numpy as np
 from pwopt.reporting.report import NEGLIGIBLE_SLOWDOWN, ConditionLatency, Latency
 from pwopt.rewriting.records import Rewrite
 from pwopt.rewriting.wording import format_count
+from pwopt.running.noninferiority import UNKNOWN_SPREAD, NoninferiorityRules, Spread
 from pwopt.running.progress import Progress
 from pwopt.running.timing import CONFIDENCE, Race, Rules, student_quantile
 from pwopt.selecting.compilation import Compilation
 from pwopt.selecting.environment import Environment
 
-#: The seconds for each other condition, as a share of those for the final race.
-CONDITION_SHARE = 0.25
+#: The seconds for each other condition, as a share of those for the final race, and the share of those seconds after
+#: which a race may end because the result does not seem slower.
+CONDITION_SHARE, PATIENCE = 0.25, 0.4
 #: A race under another condition ends early when the speed-up is known to this relative precision.
 CONDITION_PRECISION = 0.01
 
@@ -94,12 +96,20 @@ class ConditionRaces:
     noise : float
         The ratio of a copy of the original in the race under the first condition, at least 1. A result is called slower
         only if it is slower than that.
+    spread : Spread
+        How much the ratio differs between pairs of sessions, from the race under the first condition.
     """
 
     original: Path
     seconds: float
     progress: Progress
     noise: float = 1.0
+    spread: Spread = UNKNOWN_SPREAD
+
+    def learn(self, latency: Latency | None, race: Race) -> ConditionRaces:
+        """Take the noise and the spread from the race under the first condition."""
+        noise = self.noise if latency is None else latency.noise
+        return replace(self, noise=noise, spread=Spread.from_race(race))
 
     def run(self, candidate: Path, environment: Environment) -> tuple[ConditionLatency, Race] | None:
         """Race a candidate against the original; None if the process for pages of 4 KiB does not start.
@@ -122,9 +132,12 @@ class ConditionRaces:
         return ConditionLatency(environment.threads, shapes, latency, slower, environment.small_pages), race
 
     def _measure(self, candidate: Path, environment: Environment, seconds: float) -> tuple[Latency, Race]:
-        rules = Rules(CONFIDENCE, precise=CONDITION_PRECISION, harmless=NEGLIGIBLE_SLOWDOWN)
+        rules = NoninferiorityRules(
+            CONFIDENCE, precise=CONDITION_PRECISION, harmless=NEGLIGIBLE_SLOWDOWN, spread=self.spread,
+            patience=PATIENCE * self.seconds,
+        )  # fmt: skip
         race = environment.race([self.original, candidate], max(0.0, seconds), rules=rules)
-        return Latency.from_race(race), race
+        return replace(Latency.from_race(race), interval=self.spread.interval(race)), race
 
     def leave_out_slow(
         self, slow: Sequence[tuple[Environment, ConditionLatency]], candidate: Path, compilation: Compilation,

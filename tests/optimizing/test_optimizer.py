@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import itertools
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -32,6 +34,7 @@ from pwopt.running import installation
 from pwopt.running.bench import Row
 from pwopt.running.timing import Race, SessionPair
 from pwopt.selecting import candidate_base, pass_list
+from pwopt.selecting.environment import Environment
 
 F = np.float32
 
@@ -183,9 +186,9 @@ def test_measured_rewrites_must_be_faster_in_the_whole_model(monkeypatch: pytest
 
     plant(monkeypatch, race)
     started = []
-    monkeypatch.setattr(attempt.Pair, "add_memory", lambda pair, latency: started.append(pair.candidate) or latency)
+    monkeypatch.setattr(attempt.Pair, "profile", lambda pair, report, _: started.append(pair.candidate) or report)
     result = pwopt.optimize(CHAIN, threads=1, cache=False)
-    assert len(started) == 1  # nothing else is measured of the first result, which is not returned
+    assert len(started) == 1  # the first result is not profiled, since it is not returned
     assert ops(result.model) == FOLDED
     (dropped,) = (s for s in result.report.skips if s.pass_name == "detour")
     assert dropped.reason.startswith("measured no faster beyond doubt in the whole model (1.000× [1.000, 1.000])")
@@ -215,6 +218,36 @@ def test_measured_rewrites_must_be_faster_than_a_copy(retry: bool, monkeypatch: 
     assert "(1.200× [1.200, 1.200]; a copy of the original 1.212×)" in " ".join(result.report.notes)
     assert len(finals) == (2 if retry else 1)
     assert (result.report.latency is None) is not retry
+
+
+@pytest.mark.parametrize("large", [True, False])
+def test_memory_is_measured_before_the_race(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A process that holds much memory waits until the outputs are compared; another one measures it meanwhile."""
+    pytest.importorskip("onnxruntime")
+    begun, race, compare = list[str](), Environment.race, attempt.Pair.compare
+    measure = attempt.Pair.measure_memory
+
+    def record(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def recording(*arguments: Any, **options: Any) -> Any:
+            done = function(*arguments, **options)
+            begun.append(name)
+            return done
+
+        return recording
+
+    monkeypatch.setattr(Environment, "race", record("race", race))
+    monkeypatch.setattr(attempt.Pair, "compare", record("compare", compare))
+    monkeypatch.setattr(attempt.Pair, "measure_memory", record("memory", measure))
+    monkeypatch.setattr(attempt.memory, "MIN_RESIDENT", 0 if large else 1 << 60)
+    report = pwopt.optimize(
+        CHAIN, threads=1, cache=False, measuring=pwopt.Measuring(budget=0.0, race_seconds=0.01)
+    ).report
+    assert report.latency is not None
+    assert report.latency.start is not None
+    assert report.latency.start.memory_mb is not None
+    assert begun.index("race") == 2
+    assert sorted(begun[:2]) == ["compare", "memory"]
+    assert not large or begun[0] == "compare"
 
 
 @pytest.mark.parametrize("error", [UsageError("it does not run there"), FileNotFoundError("no python")])
