@@ -24,3 +24,15 @@ def _no_priors(monkeypatch: pytest.MonkeyPatch) -> None:
     from pwopt.selecting import priors
 
     monkeypatch.setattr(priors, "read_table", lambda: {"machines": [], "priors": {}})
+
+
+@pytest.fixture(autouse=True)
+def _no_copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let shape inference run in this process, as on other systems than Linux, except in tests marked memory_limit.
+
+    A copy of the large process that runs tests takes 20 ms, and one optimisation may need dozens.
+    """
+    from pwopt.graph import limits
+
+    if request.node.get_closest_marker("memory_limit") is None:
+        monkeypatch.setattr(limits, "MEMORY_PAGES", Path("no such file"))

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import io
+import os
 import re
+import subprocess
 from collections import Counter
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +18,7 @@ import pytest
 from onnx import numpy_helper
 from onnx.reference import ReferenceEvaluator
 
+from pwopt.cli import main
 from pwopt.evidence.certify import certify
 from pwopt.graph.files import from_proto
 from pwopt.graph.model import Model
@@ -74,6 +79,27 @@ def run(model: onnx.ModelProto, *passes: Pass, **options: object) -> tuple[onnx.
     result = loaded.to_proto()
     onnx.checker.check_model(result, full_check=True)
     return result, outcome, loaded
+
+
+def run_command(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run pwopt's command line in this process, which saves the second that a new process takes to import pwopt."""
+    command, before = list(map(str, arguments)), Path.cwd()
+    out, err = (io.TextIOWrapper(io.BytesIO(), encoding="utf-8") for _ in range(2))
+    os.chdir(cwd or before)
+    try:
+        with redirect_stdout(out), redirect_stderr(err):
+            main(command)
+    except SystemExit as end:
+        code = end.code if isinstance(end.code, int) else int(end.code is not None)
+    else:
+        code = 0
+    finally:
+        os.chdir(before)
+    texts = []
+    for stream in (out, err):
+        stream.flush()
+        texts.append(stream.buffer.getvalue().decode())  # type: ignore[attr-defined]
+    return subprocess.CompletedProcess(command, code, *texts)
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, race: Callable[..., object]) -> None:

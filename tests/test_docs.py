@@ -31,6 +31,7 @@ import pwopt
 from pwopt.cli import app
 from pwopt.inputs.samples import DEFAULT_KINDS, SAMPLE_KINDS
 from pwopt.invariants import INVARIANTS
+from pwopt.optimizing.request import EFFORTS
 
 ROOT = Path(__file__).parent.parent
 #: What people read, on GitHub and as a site.
@@ -65,20 +66,21 @@ def test_examples_of_pages(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path:
     assert blocks
     (tmp_path / "models").symlink_to(ROOT / "models")
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(EFFORTS, "normal", 0.5)
     for block in blocks:
         exec(compile(block, page, "exec"), {})
 
 
 @pytest.fixture
 def shell(tmp_path: Path) -> Callable[[str], str]:
-    """Run a command of a page in a folder with the repository's models, measuring for a second at most."""
+    """Run a command of a page in a folder with the repository's models, measuring for a moment only."""
     program = tmp_path / "bin" / "pwopt"
     program.parent.mkdir()
     program.write_text(
         f"""#!/bin/sh
 case "$*" in
     *--cost*|*--budget*|*--target-profile*) ;;
-    optimize*) set -- "$@" --budget 1 ;;
+    optimize*) set -- "$@" --budget 0.3 ;;
 esac
 exec {shlex.quote(sys.executable)} -m pwopt "$@"
 """,
@@ -89,6 +91,7 @@ exec {shlex.quote(sys.executable)} -m pwopt "$@"
     path = os.pathsep.join([str(program.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
 
     def run(command: str) -> str:
+        command = re.sub(r"--(budget|seconds) \d+", r"--\1 0.3", command)
         done = subprocess.run(
             ["bash", "-ec", command],
             cwd=tmp_path,

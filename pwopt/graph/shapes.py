@@ -241,9 +241,11 @@ def find_contradiction(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim
             return " ".join(str(error).split())[:300].encode()
         return b""
 
-    return (run_isolated(find_message, INFERENCE_MEMORY + INFERENCE_COPIES * len(content)) or b"").decode(
-        errors="replace"
-    )
+    if not data_prop or _is_bounded(light):  # needs no limit, and a copy of a large process takes long to create
+        message: bytes | None = find_message()
+    else:
+        message = run_isolated(find_message, INFERENCE_MEMORY + INFERENCE_COPIES * len(content))
+    return (message or b"").decode(errors="replace")
 
 
 def _is_too_wide(light: onnx.ModelProto, types: Mapping[str, tuple[int, Shape | None]]) -> bool:

@@ -15,16 +15,11 @@ import numpy as np
 import onnx
 import pytest
 from helpers import MODELS, normal, ops, parse
+from helpers import run_command as pwopt
 
 from pwopt.passes import PASSES
 
 pytest.importorskip("onnxruntime")
-
-
-def pwopt(*arguments: object, cwd: Path | None = None) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "pwopt", *map(str, arguments)], capture_output=True, text=True, cwd=cwd, check=False
-    )
 
 
 @pytest.fixture
@@ -44,7 +39,6 @@ def test_optimize_writes_beside_the_input(model: Path) -> None:
     last = done.stdout.splitlines()[-1].split("#")[0].split()
     assert last == ["next:", "pwopt", "verify", str(model), str(model.with_name("seq.pwopt.onnx")), "--input", "FOLDER"]
     assert [line.split(" s ")[1] for line in done.stderr.splitlines()][-2:] == ["verifying", "writing"]
-    assert pwopt("optimize", model, "--cost", "analytic", "-q").stderr == ""
     content = json.loads(report.read_text())
     assert content["model"] == str(model)
     assert content["rewrites"][0]["site"] == "fold-chains:y"
@@ -392,9 +386,12 @@ def test_quiet_says_errors_only(model: Path) -> None:
 
 
 def test_verbose_says_why(model: Path) -> None:
-    done = pwopt("optimize", model, "-v", "--budget", "1", "--no-cache")
+    body = "(float[N,4,8,8] x) => (float[N,2,8,8] y) { h = Conv(x, v) y = Conv(h, w) }"
+    weights = {"v": normal(4, 4, 1, 1, dtype=np.float32), "w": normal(2, 4, 1, 1, dtype=np.float32)}
+    onnx.save(parse(body, **weights), model)
+    done = pwopt("optimize", model, "-v", "--budget", "0.2", "--no-cache")
     said = " ".join(done.stderr.split())
-    assert "sizes x 1×64×64×64: the model runs" in said or "the model runs" in said
+    assert "the model runs" in said
     assert "likely sizes, since none were given" in said
     assert "the whole model: " in said
     assert "output 'y': " in said

@@ -42,10 +42,11 @@ def test_checks_pass_on_the_cpu(tmp_path: Path) -> None:
 
 
 def test_every_failure_is_told_and_the_rest_runs_on(tmp_path: Path) -> None:
-    planted = [word for name in CHECKS if name != "strictness" for word in ("--plant", name)]
-    code, found = sitting(tmp_path, *only(*CHECKS), *planted)
+    names = ("doctor", "strictness", "graphs")
+    planted = [word for name in names if name != "strictness" for word in ("--plant", name)]
+    code, found = sitting(tmp_path, *only(*reversed(names)), *planted)
     assert code == 1
-    assert list(found) == list(CHECKS)
+    assert list(found) == list(names)
     for name, c in found.items():
         assert (c["status"], c["reason"]) == (
             ("passed", "") if name == "strictness" else ("failed", "this failure was planted")

@@ -26,6 +26,7 @@ from pwopt.optimizing.optimizer import Result
 
 F = np.float32
 TERA = 1 << 20  # squared
+pytestmark = pytest.mark.memory_limit
 
 
 def text(body: str, **weights: Any) -> onnx.ModelProto:
