@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pwopt.errors import ModelError, ProviderError, UsageError
+from pwopt.errors import ModelError, ProviderError, PwoptError, UsageError
 from pwopt.graph.temporary import temporary_folder
 from pwopt.inputs.samples import Feeds
 from pwopt.running import providers
@@ -136,11 +136,17 @@ class Session:
             self.step()
             return list(self._binding.copy_outputs_to_cpu())
         except Exception as error:
-            reason = _first_line(error)
-            if self.provider.name != providers.CPU and providers.is_out_of_memory(reason):
-                hint = "give smaller sizes with --shape, or another device"
-                raise ProviderError(f"{self.provider} ran out of memory on these inputs ({reason}); {hint}") from error
-            raise ModelError(f"onnxruntime cannot run the model on these inputs: {reason}") from error
+            raise self._explain_run(error) from error
+
+    def _explain_run(self, error: Exception) -> PwoptError:
+        """Decide whether the model or the provider is at fault when a run fails."""
+        if isinstance(error, PwoptError):
+            return error
+        reason = _first_line(error)
+        if self.provider.name != providers.CPU and providers.is_out_of_memory(reason):
+            hint = "give smaller sizes with --shape, or another device"
+            return ProviderError(f"{self.provider} ran out of memory on these inputs ({reason}); {hint}")
+        return ModelError(f"onnxruntime cannot run the model on these inputs: {reason}")
 
     def bind(self, feeds: Feeds) -> None:
         """Place inputs and outputs on the provider's device, so that timing does not include copies."""
@@ -160,11 +166,14 @@ class Session:
 
     def step(self) -> None:
         """Run once on the bound inputs, and wait for the result."""
-        if self._binding is None:
-            self.session.run(None, self._feeds)
-        else:
-            self.session.run_with_iobinding(self._binding)
-            self._binding.synchronize_outputs()
+        try:
+            if self._binding is None:
+                self.session.run(None, self._feeds)
+            else:
+                self.session.run_with_iobinding(self._binding)
+                self._binding.synchronize_outputs()
+        except Exception as error:
+            raise self._explain_run(error) from error
 
     def placement(self) -> dict[str, list[str]]:
         """List the nodes that ran on each provider, as "Op name", from a profiled session; ends the profile."""

@@ -190,10 +190,13 @@ class Estimate(NamedTuple):
 
 
 class CandidateEvaluator(Protocol):
-    """Builds the models with and without a group, profiles and races them, and recalls earlier decisions."""
+    """Builds the models with and without a group, checks, profiles and races them, and recalls earlier decisions."""
 
     def build(self, sites: frozenset[Site]) -> Path:
         """Write the model with measured rewrites at exactly these sites. Equal models may share a file."""
+
+    def fault(self, model: Path) -> str:
+        """Return why a model cannot be raced, or ""."""
 
     def race(self, a: Path, b: Path, seconds: float, known: Evidence) -> Race | str:
         """Race two models within a time limit, in addition to known evidence; return a reason if one of them fails."""
@@ -271,6 +274,7 @@ class _Contest:
         self._evaluator, self._progress = evaluator, progress
         self._budget, self._deadline = budget, time.perf_counter() + budget
         self._files: dict[frozenset[Site], Path] = {}
+        self._profiled = set[Group]()  # they ran, so they need no check before a race
 
     def kept(self) -> list[Group]:
         return [g for g in self.candidates if g in self.decided and self.decided[g].kept]
@@ -296,6 +300,7 @@ class _Contest:
             done = 1 - (self._deadline - time.perf_counter()) / self._budget
             self._progress(f"profiling {', '.join(together)}", done)
             seen.update(self._evaluator.estimate(self.kept(), [g for g in groups if g.pass_name in together]))
+        self._profiled.update(seen)
         promised = {
             g: e.own for g, e in seen.items() if e.own.interval(ESTIMATE_CONFIDENCE)[0] > 1.0 and e.own.speedup >= WORTH
         }
@@ -351,8 +356,9 @@ class _Contest:
             self.decided[group] = Decision(group, not_raced="another rewrite that was kept takes its place")
             return
         known = NO_EVIDENCE if anew or group not in self.decided else self.decided[group].evidence
+        fault = "" if group in self._profiled else self._evaluator.fault(model)
         left = self._deadline - time.perf_counter()
-        result = self._evaluator.race(without, model, min(LONGEST_RACE, max(0.0, left) / races), known)
+        result = fault or self._evaluator.race(without, model, min(LONGEST_RACE, max(0.0, left) / races), known)
         if isinstance(result, str):
             self.decided[group] = Decision(group, fault=result)
         else:

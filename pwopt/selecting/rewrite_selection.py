@@ -146,6 +146,9 @@ class RacingEvaluator:
             self._files[made] = self.compilation.write_file(result.proto)
         return self._files[made]
 
+    def fault(self, model: Path) -> str:
+        return "" if self.environment is None else self.environment.fault(model)
+
     def race(self, a: Path, b: Path, seconds: float, known: timing.Evidence) -> timing.Race | str:
         assert self.environment is not None
         rules = timing.Rules(timing.CONFIDENCE, autotuning.WORTH, known)

@@ -9,6 +9,7 @@ import textwrap
 import time
 from pathlib import Path
 
+import numpy as np
 import onnx
 import pytest
 from helpers import normal, parse
@@ -16,8 +17,10 @@ from helpers import normal, parse
 import pwopt
 from pwopt.running import child_process
 from pwopt.running.child_process import Channel, Child, EndedError, StartError, TimeLimitError
+from pwopt.running.progress import ignore_progress
 from pwopt.running.providers import DEFAULT
-from pwopt.running.worker import Worker
+from pwopt.running.timing import TO_THE_END
+from pwopt.running.worker import UnusableError, Worker
 
 FEEDS = {"x": normal(1, 8, dtype="float32")}
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals that kill")
@@ -112,6 +115,19 @@ def test_a_worker_that_is_killed_from_outside_is_asked_again_once(models: Path) 
     assert asked.fault(models / "good.onnx") == ""
     assert asked.fault(models / "deadly.onnx") == "its process was killed twice (SIGKILL)"
     assert asked.fault(models / "good.onnx") == ""
+    asked.close()
+
+
+def test_a_model_that_fails_in_a_race_does_not_end_the_process(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    onnx.save(parse("(float[1,8] x) => (float[N] y) { y = Relu(x) }"), tmp_path / "good.onnx")
+    outside = parse("(float[1,8] x) => (float[N] y) { y = Gather<axis=1>(x, i) }", i=np.array([9]))
+    onnx.save(outside, tmp_path / "bad.onnx")
+    asked = Worker(tmp_path / "good.onnx", DEFAULT, 1, FEEDS)
+    assert asked.ready
+    with pytest.raises(UnusableError, match="onnxruntime cannot run the model on these inputs"):
+        asked.race([tmp_path / "good.onnx", tmp_path / "bad.onnx"], 1, FEEDS, 0.1, TO_THE_END, ignore_progress)
+    assert asked._child is not None
     asked.close()
 
 

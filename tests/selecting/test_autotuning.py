@@ -39,6 +39,7 @@ class Fake:
         self.estimated_groups: list[tuple[list[str], list[str]]] = []
         self.estimates: dict[Group, Estimate] = {}
         self.bounds: dict[Group, float] = {}
+        self.checked: list[str] = []
 
     @classmethod
     def adding(cls, times: dict[str, float]) -> Fake:
@@ -48,6 +49,10 @@ class Fake:
     def build(self, sites: frozenset[Site]) -> Path:
         self.built.append(sites)
         return Path("+".join(sorted(s.tensor for s in sites)) or "+")
+
+    def fault(self, model: Path) -> str:
+        self.checked.append(model.name)
+        return ""
 
     def race(self, a: Path, b: Path, _seconds: float, _known: Evidence) -> Race | str:
         self.seen.append((a.name, b.name))
@@ -202,6 +207,16 @@ def test_hardly_anything_is_no_reason_to_race() -> None:
     fake.estimates = {groups[0]: glance(1.001), groups[1]: glance(1.004, 1.007)}
     assert [d.kept for d in race_groups(groups, fake, 60.0)] == [False, False]
     assert not fake.seen
+
+
+def test_what_was_profiled_is_not_checked_before_a_race() -> None:
+    """It ran under the profiler. Of b nothing is known, so it might crash or never end."""
+    fake = Fake.adding({"a": -0.1, "b": -0.1})
+    a, b = listed("ab")
+    fake.estimates = {a: glance(1.1)}
+    race_groups([a, b], fake, 60.0)
+    assert fake.seen[:2] == [("+", "a"), ("a", "a+b")]
+    assert fake.checked == ["a+b"]
 
 
 def test_what_takes_too_little_time_is_neither_profiled_nor_raced() -> None:
