@@ -27,6 +27,7 @@ class JoinViews(Pass):
 
     * Nothing else reads the tensors between them.
     * Sizes are compared entry by entry, also if they are dynamic (`pwopt.graph.values`).
+    * R_a needs no comparison if none of its entries copies a size of the tensor between the two.
     * A Transpose that only moves axes of size 1 is a Reshape.
     * A Gemm absorbs a Transpose of its operand. A Gather with one index absorbs the Unsqueeze after it.
     * A channel shuffle with computed shapes becomes one Gather.
@@ -89,8 +90,7 @@ def _compose_reshapes(rw: Rewriter, before: Node, node: Node) -> Rewrite | None:
     if first is not None and after is not None and _are_same_sizes(first, after):
         possible = _can_bypass(rw, source, output)
         return rw.bypass_all([before, node], source, f"{node.op} undoes {before.op}") if possible else None
-    shape = rw.integers(node.inputs[1]) if node.op == "Reshape" and len(node.inputs) > 1 else None
-    if shape and 0 not in shape:  # a 0 would copy a size of the tensor between them
+    if node.op == "Reshape" and _copies_no_size(rw, node):  # a copied size is one of the tensor between them
         inputs, attrs = [source, *node.inputs[1:]], dict(node.attrs)
     else:
         target = None if first is None or after is None or 0 in after else copy_sizes(after, first, allowzero=False)
@@ -98,6 +98,14 @@ def _compose_reshapes(rw: Rewriter, before: Node, node: Node) -> Rewrite | None:
             return None
         inputs, attrs = [source, rw.new_constant(f"{output.name}_shape", np.array(target, np.int64))], {}
     return _replace_by_one(rw, [before, node], Node("Reshape", node.name, attrs, inputs, [output]))
+
+
+def _copies_no_size(rw: Rewriter, node: Node) -> bool:
+    """Whether no entry of a Reshape's target copies a size of its input, as a 0 does without `allowzero`."""
+    if len(node.inputs) < 2 or node.inputs[1] is node.inputs[0]:
+        return False
+    shape = rw.integers(node.inputs[1])
+    return bool(node.attrs.get("allowzero", 0)) or (shape is not None and 0 not in shape)
 
 
 def _replace_by_one(rw: Rewriter, old: Sequence[Node], new: Node) -> Rewrite:
@@ -151,8 +159,7 @@ def _absorb_reshapes(rw: Rewriter, transpose: Node, node: Node) -> Rewrite | Non
 def _skip_transpose(rw: Rewriter, transpose: Node, node: Node) -> Rewrite | None:
     """Remove a Transpose before a Reshape, if it only moves axes of size 1."""
     perm, sizes = attributes.read_permutation(rw, transpose), values.read_extents(rw, transpose.inputs[0])
-    shape = rw.integers(node.inputs[1]) if len(node.inputs) > 1 else None
-    if perm is None or sizes is None or shape is None or 0 in shape:  # a 0 would copy a size of the transposed tensor
+    if perm is None or sizes is None or not _copies_no_size(rw, node):
         return None
     moved = [axis for axis in perm if sizes[axis] != 1]
     if moved != sorted(moved):

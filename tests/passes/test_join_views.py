@@ -46,6 +46,36 @@ def test_what_changes_the_order_or_the_shape_twice(body: str, left: dict[str, in
     same(model, result, 0.0, x=normal(2, 3, 4, 5))
 
 
+@pytest.mark.parametrize(
+    ("allowzero", "first", "left"),
+    [
+        (1, "Reshape(x, p)", {"Shape": 2, "Concat": 1, "Reshape": 1}),
+        (0, "Reshape(x, p)", {"Shape": 2, "Concat": 1, "Reshape": 2}),  # B may be 0, which copies a size of r
+        (1, "Transpose<perm=[1,0,2]>(x)", {"Shape": 2, "Concat": 1, "Reshape": 1}),
+        (0, "Transpose<perm=[1,0,2]>(x)", {"Shape": 2, "Concat": 1, "Transpose": 1, "Reshape": 1}),
+    ],
+)
+def test_a_computed_target_stays_if_none_of_its_entries_copies_a_size(
+    allowzero: int, first: str, left: dict[str, int]
+) -> None:
+    body = f"""{{ b = Shape<end=1>(x) c = Shape<start=2>(x) t = Concat<axis=0>(one, c, b) r = {first}
+        y = Reshape<allowzero={allowzero}>(r, t) }}"""
+    named = {"one": np.array([1]), **({"p": np.array([-1])} if " p)" in first else {})}
+    model = parse(f"(double[B,1,C] x) => (double[N,M,K] y) {body}", **named)
+    result, _, _ = run(model, JoinViews())
+    assert ops(result) == left
+    for size in (2, 0):
+        if size or allowzero:
+            same(model, result, 0.0, x=normal(size, 1, 12))
+
+
+def test_a_target_that_is_its_own_data_stays() -> None:
+    model = parse(
+        "(int64[1,2] x) => (int64[A,B] y) { r = Reshape(x, p) y = Reshape<allowzero=1>(r, r) }", p=np.array([2])
+    )
+    assert ops(run(model, JoinViews())[0]) == {"Reshape": 2}
+
+
 KEYS = """h = Neg(x) s = Shape(h) d = Slice(s, m1, far) l = Slice(s, m2, m1) b = Slice(s, low, m2)
     t = Concat<axis=0>(m1, l, d) r = Reshape(h, t) p = Transpose<perm=[0,2,1]>(r) u = Concat<axis=0>(b, d, l) q = Reshape(p, u) y = Neg(q)"""
 ENDS = {"m1": np.array([-1]), "m2": np.array([-2]), "far": np.array([2**63 - 1]), "low": np.array([-(2**63)])}
