@@ -20,8 +20,8 @@ from pwopt.graph.shapes import as_fixed
 from pwopt.graph.values import Entries, read_entries, read_extents
 from pwopt.maps import forms
 from pwopt.maps.scales import adds_nothing, subtracts_from_nothing
-from pwopt.maps.signed_zeros import find_zero_sensitive
-from pwopt.rewriting.canonical_forms import rewrite_canonically
+from pwopt.maps.signed_zeros import find_zero_sensitive, is_never_negative
+from pwopt.rewriting.canonical_forms import rewrite_canonically, undoes_dequantising
 from pwopt.rewriting.driver import Pass, Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 
@@ -43,7 +43,8 @@ class CleanUp(Pass):
 
     * Canonicalisation: an operator has no effect if its constants prove it (×1, +0, ·I, a full Slice), if its inferred
       shapes do (a Reshape, Expand or Resize to the shape of its input), or if its readers broadcast anyway. An addition
-      of zero stays where a later division distinguishes −0 from +0.
+      of zero stays where a later division distinguishes −0 from +0. A QuantizeLinear undoes the DequantizeLinear before
+      it, if both have the same scale and zero point.
     * Constant folding: the operator is deterministic and its inputs are constants. The result takes at most 1 MiB, or
       no more than its inputs. onnx's reference evaluator computes it in float64. Quantised weights stay quantised.
     * Dead code elimination: no operator and no graph output reads the results. Custom operators stay, because they may
@@ -98,13 +99,9 @@ class CleanUp(Pass):
     def _bypass(self, node: Node, rw: Rewriter, reason: str) -> Rewrite | Skip:
         output = node.outputs[0]
         observer = None if _keeps_zeros(rw, node) else self._find_observers(rw).get(output)
-        if observer:
+        if observer and not (rw.is_a(node, "Add", "Sub") and is_never_negative(rw, _find_source(rw, node))):
             return Skip(Reason("{}, but it may turn −0 into +0, and {} distinguishes them", reason, observer))
-        source = (
-            node.inputs[0]
-            if rw.op(node) not in ("Mul", "Add", "MatMul")
-            else next(t for t in node.inputs if rw.constant(t) is None)
-        )
+        source = _find_source(rw, node)
         done = rw.drop(node, source, reason)
         if self._observers and source in self._observers:  # either of the two tensors may be the one that remains
             self._observers[output] = self._observers[source]
@@ -217,6 +214,14 @@ def _covers(other: Entries | None, wide: Entries, narrow: Entries) -> bool:
     return all(w is not None and (w in (n, 1) or o == w) for o, w, n in pairs)
 
 
+def _find_source(rw: Rewriter, node: Node) -> Tensor:
+    """The tensor that a node without effect returns."""
+    if rw.is_a(node, "Mul", "Add", "MatMul"):
+        return next(t for t in node.inputs if rw.constant(t) is None)
+    before = rw.producer(node.inputs[0])
+    return before.inputs[0] if before is not None and rw.is_a(node, "QuantizeLinear") else node.inputs[0]
+
+
 def _explain_no_effect(rw: Rewriter, node: Node, op: str) -> str:
     """Why the first output of a node equals its data input; "" if it may differ."""
     if any(t.name and (rw.readers(t) or rw.must_keep(t)) for t in node.outputs[1:]):
@@ -239,6 +244,8 @@ def _explain_no_effect(rw: Rewriter, node: Node, op: str) -> str:
         return f"{op} of one tensor"
     if op == "Split" and len(node.outputs) == 1:
         return "Split into one part"
+    if op == "QuantizeLinear":
+        return "QuantizeLinear undoes DequantizeLinear" if undoes_dequantising(rw, node) else ""
     if op == "Cast":
         to = onnx.helper.tensor_dtype_to_np_dtype(node.attrs["to"]) if node.attrs.get("to") else None
         return "Cast to the type of its input" if to is not None and rw.dtype(x) == to else ""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pwopt.graph.constants import evaluate
+from pwopt.graph.constants import NEGLIGIBLE_BYTES, evaluate
 from pwopt.graph.ir import Node
 from pwopt.graph.operators import VIEWS
 from pwopt.rewriting.driver import Pass, Rewriter
@@ -17,7 +17,7 @@ class FoldQuantised(Pass):
 
     Applies to every operator that only moves numbers: Transpose, Reshape and its relatives, Slice, Gather.
 
-    * q is a constant that nothing else reads, and the operator's other inputs are constants.
+    * q is a constant, and so are the operator's other inputs. Nothing else reads q, or it takes 1 KiB at most.
     * The scale is one number, or there is one number per channel and the operator is a Transpose.
 
     Exporters write a quantised weight in the order of the framework, and a Transpose behind it. Without the Transpose,
@@ -36,7 +36,8 @@ class FoldQuantised(Pass):
         if held.dtype.kind not in "iu" or maker.attrs.get("block_size", 0):
             return Skip("only weights of 8 bits or more with one scale per tensor or channel are moved")
         other_uses = rw.other_uses(node.inputs[0])
-        if other_uses or rw.is_shared(maker.inputs[0]):
+        large = held.stored.nbytes > NEGLIGIBLE_BYTES
+        if other_uses or (large and rw.is_shared(maker.inputs[0])):
             return Skip(other_uses or f"the weight {maker.inputs[0].name!r} is shared")
         axis = self._find_axis(rw, node, maker)
         if isinstance(axis, Skip):

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import contextlib
 import graphlib
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError, EncodeError
 from onnx_graphsurgeon.logger import G_LOGGER
 
+from pwopt.algebra import Values
 from pwopt.errors import ModelError, PwoptError, UsageError
-from pwopt.graph.ir import Constant, Variable, adopt
+from pwopt.graph.constants import MAX_FOLDED_BYTES
+from pwopt.graph.dtypes import is_floating
+from pwopt.graph.ir import Constant, Node, Variable, adopt
 from pwopt.graph.model import OVERRIDABLE_SINCE_IR, Model, StoredValues, read_declared
 from pwopt.graph.model import declare as declare
 from pwopt.graph.model import snapshot as snapshot
 from pwopt.graph.references import names_in_annotations, names_in_training
-from pwopt.graph.repetitions import drop_repetitions
+from pwopt.graph.repetitions import STANDARD, drop_repetitions
 from pwopt.graph.shapes import Shape, as_fixed, find_objection, infer
 from pwopt.graph.sources import Source as Source
 from pwopt.graph.sources import unwrap
@@ -197,8 +202,8 @@ def from_proto(proto: onnx.ModelProto, folder: Path | None = None) -> Model:
     graph.trained, graph.annotated = trained, names_in_annotations(proto)
     model = Model(graph, proto, folder)
     for node, message in zip(graph.nodes, proto.graph.node, strict=True):
-        if node.op == "Constant" and isinstance(node.attrs.get("value"), Constant):
-            node.attrs["value"].stored = StoredValues(message.attribute[0].t, folder)  # which knows every type
+        if node.op == "Constant":
+            _read_constant(node, message, folder)
         model._nodes[node] = (message, snapshot(node.attrs))
     tensors = {t.name: t for node in graph.nodes for t in (*node.inputs, *node.outputs)}
     tensors.update({t.name: t for t in (*graph.inputs, *graph.outputs)})
@@ -208,6 +213,36 @@ def from_proto(proto: onnx.ModelProto, folder: Path | None = None) -> Model:
             model._constants[name] = (constant, tensor)
     annotate(model, infer(proto))
     return model
+
+
+def _read_constant(node: Node, message: onnx.NodeProto, folder: Path | None) -> None:
+    """Give a Constant node its tensor, with values of every type; a small sparse tensor is written out."""
+    if isinstance(node.attrs.get("value"), Constant):
+        node.attrs["value"].stored = StoredValues(message.attribute[0].t, folder)
+    sparse = next((a.sparse_tensor for a in message.attribute if a.name == "sparse_value"), None)
+    dense = None if sparse is None or (node.domain or "") not in STANDARD else _write_out(sparse)
+    if dense is not None:
+        node.attrs["value"] = Constant(f"{message.output[0]}_value", dense)
+
+
+def _write_out(sparse: onnx.SparseTensorProto) -> Values | None:
+    """All elements of a sparse tensor; None if it is large, stored elsewhere, or contradicts itself."""
+    sizes, stored = tuple(sparse.dims), (sparse.values, sparse.indices)
+    if any(t.data_location == onnx.TensorProto.EXTERNAL for t in stored) or min(sizes, default=0) < 0:
+        return None
+    try:
+        values, places = (onnx.numpy_helper.to_array(t) for t in stored)
+        numeric = values.dtype.kind in "iub" or is_floating(values.dtype)
+        if not numeric or math.prod(sizes) * values.itemsize > MAX_FOLDED_BYTES or places.dtype != np.int64:
+            return None
+        flat = places if places.ndim == 1 else np.ravel_multi_index(tuple(places.T), sizes)
+        dense = np.zeros(math.prod(sizes), values.dtype)
+        if flat.shape != values.shape or np.any((flat < 0) | (flat >= dense.size)) or len(set(flat)) < len(flat):
+            return None
+        dense[flat] = values
+    except (ValueError, TypeError):
+        return None
+    return dense.reshape(sizes)
 
 
 def _is_text(value: bytes) -> bool:

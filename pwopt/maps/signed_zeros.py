@@ -13,9 +13,22 @@ import numpy as np
 
 from pwopt.algebra import Array, zeros
 from pwopt.graph.ir import Node, Tensor
-from pwopt.graph.operators import BIAS_INPUTS, FIRST_ZERO_KEEPING, ZERO_BLIND, ZERO_BLIND_INPUTS, ZERO_KEEPING
+from pwopt.graph.operators import (
+    BIAS_INPUTS,
+    FIRST_ZERO_KEEPING,
+    REDUCTIONS,
+    VIEWS,
+    ZERO_BLIND,
+    ZERO_BLIND_INPUTS,
+    ZERO_KEEPING,
+)
 from pwopt.graph.reasons import Reason
 from pwopt.graph.view import View
+
+#: Operators whose results are neither negative nor −0, whatever they read.
+NEVER_NEGATIVE = ("Abs", "ReduceL1", "ReduceL2", "ReduceSumSquare")
+#: How many operators above a tensor are read.
+MAX_CLIMB = 8
 
 
 def find_zero_sensitive(view: View) -> dict[Tensor, str]:
@@ -34,6 +47,26 @@ def find_zero_sensitive(view: View) -> dict[Tensor, str]:
             if operator:
                 found.setdefault(tensor, operator)
     return found
+
+
+def is_never_negative(view: View, tensor: Tensor, depth: int = 0) -> bool:
+    """Whether no element of a tensor is negative or −0, as far as a few operators above it prove.
+
+    Squares and absolute values are not, and neither are their sums, means, extremes and roots.
+    """
+    node = view.producer(tensor)
+    op = view.op(node)
+    if node is None or depth > MAX_CLIMB:
+        return False
+    if op == "Mul" and node.inputs[0] is node.inputs[1]:
+        return True
+    if op == "Pow":
+        exponent = view.value(node.inputs[1])
+        return exponent is not None and bool(np.all(np.fmod(exponent, 2) == 0))
+    if op in ("Add", "Mul", "Sum"):
+        return all(is_never_negative(view, t, depth + 1) for t in node.inputs)
+    kept = op in REDUCTIONS or op in VIEWS or op in ("Identity", "Sqrt", "Transpose")
+    return op in NEVER_NEGATIVE or (kept and is_never_negative(view, node.inputs[0], depth + 1))
 
 
 def _find_sensitive(view: View, node: Node, index: int, behind: str) -> str:

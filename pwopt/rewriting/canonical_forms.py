@@ -10,15 +10,24 @@ import numpy as np
 import onnx
 
 from pwopt.graph import attributes, values
-from pwopt.graph.dtypes import is_floating
+from pwopt.graph.dtypes import FLOATING, is_floating
 from pwopt.graph.ir import Constant, Node, Tensor
 from pwopt.graph.operators import SAME_SHAPE
+from pwopt.maps import forms
 from pwopt.rewriting.driver import Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 
 Rule = Callable[[Rewriter, Node], "Rewrite | Skip | None"]
 #: Operators that pick or rearrange entries of their first input.
 PICKS = ("Gather", "Slice", "Squeeze", "Unsqueeze", "Identity", "Reshape")
+#: Types of quantised numbers that survive dequantising and quantising again.
+ROUND_TRIPS = ("int4", "uint4", "int8", "uint8", "int16", "uint16")
+#: The attributes of QuantizeLinear and DequantizeLinear that only say where the scales apply, or which type results.
+LAYOUT = {"axis", "block_size", "output_dtype", "saturate"}
+#: The smallest scale for which a quantised number survives, and the inverse of the largest one.
+TINY_SCALE = 2.0**-100
+#: The first opset whose arithmetic broadcasts by the rules of numpy.
+ARITHMETIC_BROADCASTS_SINCE = 7
 
 
 def rewrite_canonically(rw: Rewriter, node: Node) -> Rewrite | Skip | None:
@@ -90,6 +99,35 @@ def _cast_sizes_once(rw: Rewriter, pick: Node, node: Node) -> Rewrite | None:
     return rw.replace([pick, node], [new], "sizes fit int32, so the Casts change nothing")
 
 
+def undoes_dequantising(rw: Rewriter, node: Node) -> bool:
+    """Whether a QuantizeLinear returns the numbers that the DequantizeLinear before it reads.
+
+    (q − z)·s and its quotient by s round once each in float32. For 16 bits, the error is at most 2¹⁷·2⁻²³ < 1/2, so the
+    quotient rounds to q − z. A scale near the ends of float32's range would overflow or lose digits.
+    """
+    before = rw.producer(node.inputs[0])
+    if before is None or not rw.is_a(before, "DequantizeLinear") or (node.attrs.keys() | before.attrs.keys()) - LAYOUT:
+        return False
+    if str(rw.dtype(before.inputs[0])) not in ROUND_TRIPS or rw.dtype(node.outputs[0]) != rw.dtype(before.inputs[0]):
+        return False
+    scales = rw.raw(node.inputs[1])
+    if scales is None or scales.dtype != np.float32 or not np.all((scales > TINY_SCALE) & (scales < 1 / TINY_SCALE)):
+        return False
+    same_axis = scales.size == 1 or node.attrs.get("axis", 1) == before.attrs.get("axis", 1)
+    unblocked = not node.attrs.get("block_size", 0) and not before.attrs.get("block_size", 0)
+    return same_axis and unblocked and all(_are_equal(rw, node, before, index) for index in (1, 2))
+
+
+def _are_equal(rw: Rewriter, a: Node, b: Node, index: int) -> bool:
+    """Whether two nodes read equal constants, or nothing, at the same place."""
+    pair = [rw.optional_input(n, index) for n in (a, b)]
+    if None in pair:
+        return pair == [None, None]
+    values = [None if t is None else rw.raw(t) for t in pair]
+    x, y = values
+    return x is not None and y is not None and x.dtype == y.dtype and np.array_equal(x, y)
+
+
 def _swap_branches(rw: Rewriter, node: Node) -> Rewrite | None:
     """Where(¬c, a, b) = Where(c, b, a)"""
     before = rw.producer(node.inputs[0])
@@ -121,6 +159,20 @@ def _drop_empty_parts(rw: Rewriter, node: Node) -> Rewrite | None:
         return None
     new = Node("Concat", node.name, dict(node.attrs), full, list(node.outputs))
     return rw.replace([node], [new], f"{len(node.inputs) - len(full)} of its inputs are empty")
+
+
+def _multiply_instead(rw: Rewriter, node: Node) -> Rewrite | None:
+    """x + … + x = n·x beside another linear map, which can absorb a factor."""
+    x, count, dtype = node.inputs[0], len(node.inputs), rw.dtype(node.inputs[0])
+    if count < 2 or len(set(node.inputs)) > 1 or dtype not in FLOATING or rw.constant(x) is not None:
+        return None
+    before, after = rw.producer(x) if rw.sole_reader(x) is node else None, rw.sole_reader(node.outputs[0])
+    maps = [r for r in (forms.linear(rw, before), forms.linear(rw, after)) if r is not None]
+    if rw.opset < ARITHMETIC_BROADCASTS_SINCE or not any(r.weighted or r.kind == "diagonal" for r in maps):
+        return None
+    factor = rw.new_constant(f"{node.outputs[0].name}_factor", np.array(count, dtype))
+    new = Node("Mul", node.name, {}, [x, factor], list(node.outputs))
+    return rw.replace([node], [new], f"a sum of {count} equal terms is a product")
 
 
 def _flatten_weight(rw: Rewriter, node: Node) -> Rewrite | None:
@@ -187,6 +239,7 @@ def _write_value(rw: Rewriter, node: Node) -> Rewrite | None:
 
 
 RULES: dict[str, Rule] = {
+    "Add": _multiply_instead,
     "AveragePool": _absorb_padding,
     "Conv": _absorb_padding,
     "Cast": _join_casts,
@@ -196,5 +249,6 @@ RULES: dict[str, Rule] = {
     "Not": _negate_twice,
     "Shape": _read_shape_earlier,
     "Size": _read_shape_earlier,
+    "Sum": _multiply_instead,
     "Where": _swap_branches,
 }

@@ -271,3 +271,46 @@ def test_a_node_that_reads_itself_is_a_cycle() -> None:
     model.graph.node[1].input[1] = "y"
     with pytest.raises(ModelError, match="node 'y' depends on its own output"):
         load(model)
+
+
+def sparse(indices: list[object], sizes: list[int]) -> onnx.ModelProto:
+    """y = x + 2c for a Constant c that is a sparse tensor."""
+    values = helper.make_tensor("v", TensorProto.FLOAT, [2], [1.0, 2.0])
+    places = numpy_helper.from_array(np.array(indices, np.int64), "p")
+    held = helper.make_sparse_tensor(values, places, sizes)
+    nodes = [
+        helper.make_node("Constant", [], ["c"], sparse_value=held),
+        helper.make_node("Mul", ["c", "two"], ["d"]),
+        helper.make_node("Add", ["x", "d"], ["y"]),
+    ]
+    ends = [helper.make_tensor_value_info(n, TensorProto.FLOAT, sizes) for n in ("x", "y")]
+    two = numpy_helper.from_array(np.array(2, np.float32), "two")
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], [two])
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+
+
+@pytest.mark.parametrize("indices", [[1, 6], [[0, 1], [1, 2]]])
+def test_a_sparse_constant_is_read_like_a_dense_one(indices: list[object]) -> None:
+    model = sparse(indices, [3, 4])
+    assert pwopt.load(model).to_proto() == model
+    result = pwopt.optimize(model, cost="analytic").model
+    assert [n.op_type for n in result.graph.node] == ["Add"]
+    held = numpy_helper.to_array(result.graph.initializer[0])
+    assert held.reshape(-1)[[1, 6]].tolist() == [2, 4]
+    assert held.sum() == 6
+
+
+@pytest.mark.parametrize(
+    ("indices", "sizes"),
+    [
+        ([1, 12], [3, 4]),
+        ([-1, 1], [3, 4]),
+        ([1, 1], [3, 4]),
+        ([1], [3, 4]),
+        ([[0, 4], [1, 2]], [3, 4]),
+        ([1, 2], [1 << 20]),
+    ],
+)
+def test_a_sparse_constant_that_is_large_or_contradicts_itself_stays(indices: list[object], sizes: list[int]) -> None:
+    loaded = pwopt.load(sparse(indices, sizes))
+    assert not loaded.graph.nodes[0].attrs

@@ -9,7 +9,7 @@ from helpers import evaluate, parse
 
 from pwopt.graph.files import from_proto
 from pwopt.graph.view import View
-from pwopt.maps.signed_zeros import find_zero_sensitive
+from pwopt.maps.signed_zeros import find_zero_sensitive, is_never_negative
 
 HALF, MIXED = np.full(4, 0.5), np.array([0.5, -0.0, 1, 1])
 WITH = {
@@ -66,3 +66,26 @@ def test_who_tells() -> None:
     assert (tensors["x"], tensors["a"]) == ("", "")  # an output: −0 equals +0
     assert tensors["b"] == "Odd"
     assert tensors["u"] in ("Odd", "a control-flow body that reads 'e'")
+
+
+NEVER_NEGATIVE: dict[str, bool] = {
+    "h = Abs(x)": True, "h = Mul(x, x)": True, "h = Pow(x, two)": True, "h = Pow(x, even)": True,
+    "h = ReduceL2<axes=[1]>(x)": True, "a = Abs(x) h = ReduceMean(a)": True, "a = Mul(x, x) h = Sqrt(a)": True,
+    "a = Abs(x) b = Pow(x, two) h = Add(a, b)": True, "a = Abs(x) h = Mul(a, a)": True,
+    "h = Neg(x)": False, "h = Pow(x, three)": False, "h = Mul(x, half)": False, "h = ReduceMean(x)": False,
+    "a = Abs(x) h = Add(a, x)": False, "a = Abs(x) h = Neg(a)": False, "a = Abs(x) h = Sub(a, x)": False,
+    "a = Abs(x) h = Mul(a, x)": False,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("calls", "proved"), NEVER_NEGATIVE.items())
+def test_what_is_never_negative(calls: str, proved: bool) -> None:
+    model = parse(
+        f"(double[1,4,4] x) => (double[N] y) {{ {calls} y = Reciprocal(h) }}",
+        **{k: v for k, v in WITH.items() if k in calls},
+    )
+    view = View(from_proto(model).graph)
+    last = view.nodes()[-1]
+    assert is_never_negative(view, last.inputs[0]) == proved
+    signs = [np.signbit(evaluate(model, x=np.full((1, 4, 4), z))[0]).any() for z in (-0.0, 0.0, -1.0, -1e-200)]
+    assert not (proved and any(signs))

@@ -150,6 +150,15 @@ def test_what_makes_one_zero_of_two_stays_before_a_divisor(
         assert np.array_equal(evaluate(model, x=x)[0], evaluate(result, x=x)[0])
 
 
+def test_adding_zero_to_a_variance_does_nothing() -> None:
+    """A layer normalisation with ε = 0: a mean of squares is not −0, although the division would tell."""
+    body = "s = Mul(x, x) m = ReduceMean<axes=[1]>(s) v = Add(m, c) d = Sqrt(v) y = Div(x, d)"
+    model = parse(f"(double[2,4] x) => (double[N,M] y) {{ {body} }}", c=np.zeros(1))
+    result, _, _ = run(model, CleanUp())
+    assert "Add" not in ops(result)
+    same(model, result, x=normal(2, 4))
+
+
 def test_zeros_that_an_earlier_tensor_tells_apart() -> None:
     """y takes the place of a, which Reciprocal reads; so x + 0 above it must stay from then on as well."""
     body = "(double[4] x) => (double[4] y, double[4] z) { n = Neg(x) a = Add(n, c) y = Add(a, c) z = Reciprocal(a) }"

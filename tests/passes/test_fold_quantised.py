@@ -73,13 +73,23 @@ def test_the_weight_is_moved(
         (lambda m: m.graph.node.append(helper.make_node("Neg", ["q"], ["z"])), "is shared"),
     ],
 )
-def test_a_weight_with_other_readers_stays(change: Any, reason: str) -> None:
+def test_a_weight_with_other_readers_stays(change: Any, reason: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pwopt.passes.fold_quantised.NEGLIGIBLE_BYTES", 0)
     model = make("Transpose", {}, {}, ONE)
     change(model)
     model.graph.output.append(helper.make_tensor_value_info("z", 1 if "consumers" in reason else 3, [6, 4]))
     result, outcome, _ = run(model, FoldQuantised())
     assert ops(result)["Transpose"] == 1
     assert [reason in r for r in reasons(outcome)] == [True]
+
+
+def test_a_small_shared_weight_is_stored_twice() -> None:
+    model = make("Transpose", {}, {}, ONE)
+    model.graph.node.append(helper.make_node("Neg", ["q"], ["z"]))
+    model.graph.output.append(helper.make_tensor_value_info("z", 3, [6, 4]))
+    result, _, _ = run(model, FoldQuantised())
+    assert ops(result) == {"DequantizeLinear": 1, "Abs": 1, "Add": 1, "Neg": 1}
+    np.testing.assert_array_equal(output(result), output(model))
 
 
 def test_scales_per_row_do_not_survive_a_reshape() -> None:

@@ -3,6 +3,7 @@
 import ml_dtypes
 import numpy as np
 import onnx
+import onnxruntime as ort
 import pytest
 from helpers import build, normal, ops, parse, run, same
 from onnx import TensorProto, helper
@@ -237,3 +238,86 @@ def test_other_padding_stays() -> None:
     for more in ({"c": np.float32(1)}, {"c": np.float32(0)}):
         model = parse(body, p=np.array([0, 0, 1, 0, 0, 0, 2, 1]), **more)
         assert ops(run(model, CleanUp())[0]).get("Pad", 0) == int(more["c"])
+
+
+def requantised(
+    dtype: int = TensorProto.UINT8,
+    scales: tuple[object, object] = (0.02, 0.02),
+    zeros: tuple[int, int] = (3, 3),
+    **axes: int,
+) -> onnx.ModelProto:
+    """y = Q(D(x)), with a scale and a zero point for each."""
+    held = [
+        helper.make_tensor(f"{kind}{i}", t, np.shape(v), np.atleast_1d(v))
+        for kind, t, values in (("s", TensorProto.FLOAT, scales), ("z", dtype, zeros))
+        for i, value in enumerate(values)
+        for v in [value if kind == "s" else np.full(np.shape(scales[i]), value)]
+    ]
+    nodes = [
+        helper.make_node("DequantizeLinear", ["x", "s0", "z0"], ["d"], axis=axes.get("first", 1)),
+        helper.make_node("QuantizeLinear", ["d", "s1", "z1"], ["q"], axis=axes.get("second", 1)),
+        helper.make_node("Transpose", ["q"], ["y"], perm=[1, 0]),
+    ]
+    ends = [helper.make_tensor_value_info(n, dtype, ["A", 4] if n == "x" else [4, "A"]) for n in ("x", "y")]
+    graph = helper.make_graph(nodes, "g", ends[:1], ends[1:], held)
+    return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 21)], ir_version=10)
+
+
+@pytest.mark.parametrize("dtype", ["UINT8", "INT8", "UINT16", "INT16"])
+@pytest.mark.parametrize("scale", [0.02, 1.0, 3e-30, 1e30, 0.1, 0.37, [0.1, 0.7, 3.3, 1e-9]])
+def test_quantising_undoes_dequantising(dtype: str, scale: object) -> None:
+    """For every number of the type, also in onnxruntime."""
+    code = getattr(TensorProto, dtype)
+    model = requantised(code, (scale, scale))
+    result, _, _ = run(model, CleanUp())
+    assert ops(result) == {"Transpose": 1}
+    info = np.iinfo(helper.tensor_dtype_to_np_dtype(code))
+    numbers = np.arange(info.min, info.max + 1).astype(helper.tensor_dtype_to_np_dtype(code)).reshape(-1, 4)
+    session = ort.InferenceSession(model.SerializeToString(), no_optimisation(), providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(session.run(None, {"x": numbers})[0], numbers.T)
+
+
+def no_optimisation() -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    return options
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        requantised(scales=(0.02, 0.03)),
+        requantised(zeros=(3, 4)),
+        requantised(scales=(1e-38, 1e-38)),
+        requantised(scales=(1e38, 1e38)),
+        requantised(scales=(float("nan"), float("nan"))),
+        requantised(scales=([0.1, 0.2, 0.3, 0.4],) * 2, second=0),
+    ],
+    ids=["scale", "zero point", "tiny", "huge", "not a number", "axis"],
+)
+def test_other_ways_of_quantising_stay(model: onnx.ModelProto) -> None:
+    assert ops(run(model, CleanUp())[0]) == {"DequantizeLinear": 1, "QuantizeLinear": 1, "Transpose": 1}
+
+
+@pytest.mark.parametrize(
+    ("body", "left"),
+    [
+        ("a = Conv(x, w) y = Sum(a, a, a)", {"Conv": 1}),
+        ("a = Conv(x, w) y = Add(a, a)", {"Conv": 1}),
+        ("a = Relu(x) b = Sum(a, a, a, a) y = Conv(b, w)", {"Relu": 1, "Conv": 1}),
+        ("a = Relu(x) b = Sum(a, a, a) y = Relu(b)", {"Relu": 2, "Sum": 1}),  # nothing absorbs a factor
+        ("a = Conv(x, w) b = Relu(a) c = Add(a, a) y = Mul(b, c)", {"Conv": 1, "Relu": 1, "Add": 1, "Mul": 1}),
+        ("a = Conv(x, w) b = Relu(a) y = Sum(a, a, b)", {"Conv": 1, "Relu": 1, "Sum": 1}),
+    ],
+)
+def test_a_sum_of_equal_terms_is_a_factor(body: str, left: dict[str, int]) -> None:
+    model = parse(f"(double[1,4,5,5] x) => (double[A,B,C,D] y) {{ {body} }}", w=normal(4, 4, 1, 1))
+    result, _, _ = run(model, CleanUp(), FoldAffine())
+    assert ops(result) == left
+    same(model, result, x=normal(1, 4, 5, 5))
+
+
+@pytest.mark.parametrize("type_", ["int32", "int64"])
+def test_a_sum_of_equal_integers_stays(type_: str) -> None:
+    model = parse(f"({type_}[4] x) => ({type_}[A] y) {{ a = Add(x, x) y = Mul(a, k) }}", k=np.array(3, type_))
+    assert ops(run(model, CleanUp())[0]) == {"Add": 1, "Mul": 1}

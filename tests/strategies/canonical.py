@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import numpy as np
+from onnx import helper, numpy_helper
 
-from strategies.builder import UnfitError
+from strategies.builder import Tensor, UnfitError
 from strategies.operators import Operators
 
 
@@ -65,6 +66,31 @@ class Canonical(Operators):
         for op in self.rng.sample(["Sin", "Cos", "Tanh", "Sigmoid", "Softplus"], 2):
             encoding = self.node(op, [encoding])[0]
         self.node("Add", self.swapped(x, encoding))
+
+    def m_equal_terms(self) -> None:
+        """A sum of equal terms, beside a convolution or alone."""
+        x = self.tensor(3, 4)
+        if self.chance(0.4):
+            x = self.conv(x)
+        op, count = self.rng.choice([("Add", 2), ("Sum", 2), ("Sum", 3), ("Sum", 5)])
+        y = self.node(op, [x] * count)[0]
+        if self.chance(0.5):
+            self.conv(y)
+
+    def m_sparse(self) -> None:
+        """A Constant that stores few of its numbers, added to a tensor."""
+        x = self.tensor(2, 3, 4)
+        if self.opset < 11 or not x.shape[-1]:
+            raise UnfitError("no sparse tensors")
+        width = x.shape[-1]
+        places = sorted(self.rng.sample(range(width), self.rng.randrange(1, width + 1)))
+        numbers = self.numbers.normal(size=len(places)).astype(self.dtype)
+        values = numpy_helper.from_array(numbers, self.name("v"))
+        held = helper.make_sparse_tensor(values, numpy_helper.from_array(np.array(places), self.name("i")), [width])
+        row = Tensor(self.name(), (width,))
+        self.nodes.append(helper.make_node("Constant", [], [row.name], sparse_value=held))
+        self.pool.append(row)
+        self.node("Add", self.swapped(x, self.node("Neg", [row])[0] if self.chance(0.5) else row))
 
     def m_casts(self) -> None:
         """Casts there and back, of which the first loses nothing, or rounds."""

@@ -94,6 +94,13 @@ class Opaque(Builder):
         self.nodes.append(helper.make_node("QuantizeLinear", [x.name, scale, zero], [low]))
         self.nodes.append(helper.make_node("DequantizeLinear", [low, scale, zero], [y.name]))
         self.pool.append(y)
+        if self.chance(0.3):  # once more, by the same numbers or by others
+            again, z = self.name("q"), Tensor(self.name(), x.shape)
+            read = [y.name, self.rng.choice([scale, self.constant(0.03)]), zero]
+            self.nodes.append(helper.make_node("QuantizeLinear", read, [again]))
+            self.nodes.append(helper.make_node("DequantizeLinear", [again, *read[1:]], [z.name]))
+            self.pool.append(z)
+            y = z
         if x.shape[1] and self.chance(0.7):
             whole, w = self.name("w"), Tensor(self.name(), (4, x.shape[1], 1, 1))
             self.constants.append(numpy_helper.from_array(self.numbers.integers(-99, 99, w.shape, np.int8), whole))
