@@ -29,6 +29,7 @@ from pwopt.cli.passes import passes
 from pwopt.cli.profile import profile
 from pwopt.cli.verify import verify
 from pwopt.errors import PwoptError, UsageError
+from pwopt.running.memory import COLLECT_AFTER
 from pwopt.running.signals import received_signal, signals_interrupt
 from pwopt.version import __version__
 
@@ -36,9 +37,6 @@ from pwopt.version import __version__
 INTERNAL_ERROR = 5
 #: What the system says when a disk is full.
 NO_SPACE = tuple(getattr(errno, name) for name in ("ENOSPC", "EDQUOT", "EFBIG") if hasattr(errno, name))
-#: How many new objects the garbage collector waits for, instead of Python's 700. Imports and graphs make many objects,
-#: and few of them are garbage.
-COLLECT_AFTER = 10_000
 #: Exit codes for the signals SIGINT and SIGPIPE, as shells number them.
 INTERRUPTED, CLOSED_PIPE = 130, 141
 

@@ -11,7 +11,6 @@ from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_graphsurgeon as gs
 from google.protobuf.message import DecodeError, EncodeError
 from onnx_graphsurgeon.logger import G_LOGGER
 
@@ -19,7 +18,8 @@ from pwopt.algebra import Values
 from pwopt.errors import ModelError, PwoptError, UsageError
 from pwopt.graph.constants import MAX_FOLDED_BYTES
 from pwopt.graph.dtypes import is_floating
-from pwopt.graph.ir import Constant, Node, Variable, adopt
+from pwopt.graph.importing import import_graph
+from pwopt.graph.ir import Constant, Node, Variable
 from pwopt.graph.model import OVERRIDABLE_SINCE_IR, Model, StoredValues, read_declared
 from pwopt.graph.model import declare as declare
 from pwopt.graph.model import snapshot as snapshot
@@ -172,7 +172,7 @@ def _find_cycle(graph: onnx.GraphProto) -> str | None:
 
 
 def from_proto(proto: onnx.ModelProto, folder: Path | None = None) -> Model:
-    """Build the graph: nodes by onnx-graphsurgeon, weights as views of their messages, shapes by inference."""
+    """Build the graph, with weights as views of their messages, and shapes by inference."""
     listed = {v.name for v in proto.graph.input}
     fixed = proto.ir_version < OVERRIDABLE_SINCE_IR
     trained = names_in_training(proto)
@@ -180,20 +180,9 @@ def from_proto(proto: onnx.ModelProto, folder: Path | None = None) -> Model:
         t.name: t for t in proto.graph.initializer if (fixed or t.name not in listed) and t.name not in trained
     }
 
-    shell = onnx.ModelProto(ir_version=proto.ir_version)
-    shell.opset_import.extend(proto.opset_import)
-    shell.functions.extend(proto.functions)
-    shell.graph.name = proto.graph.name
-    shell.graph.input.extend(v for v in proto.graph.input if v.name not in constants)
-    shell.graph.output.extend(proto.graph.output)
-    shell.graph.node.extend(proto.graph.node)
-    for node in shell.graph.node:
-        for attribute in [a for a in node.attribute if a.type == a.STRING and not _is_text(a.s)]:
-            node.attribute.remove(attribute)  # graphsurgeon decodes strings; the original message keeps them
-
     severity, G_LOGGER.severity = G_LOGGER.severity, G_LOGGER.ERROR
     try:
-        graph = adopt(gs.import_onnx(shell))
+        graph = import_graph(proto, constants.keys())
     except Exception as error:
         raise ModelError(f"the graph cannot be read: {find_objection(proto) or error}") from error
     finally:
@@ -245,21 +234,16 @@ def _write_out(sparse: onnx.SparseTensorProto) -> Values | None:
     return dense.reshape(sizes)
 
 
-def _is_text(value: bytes) -> bool:
-    with contextlib.suppress(UnicodeDecodeError):
-        return value.decode() is not None
-    return False
-
-
 def annotate(model: Model, types: Mapping[str, tuple[int, Shape | None]]) -> None:
     """Give every variable of the graph its inferred type and shape, None where unknown."""
     graph, declared = model.graph, read_declared(model.proto)
-    for tensor in (t for node in graph.nodes for t in (*node.inputs, *node.outputs)):
-        if isinstance(tensor, Variable) and not tensor.is_empty():
+    dtypes: dict[int, object] = {0: None}
+    for tensor in dict.fromkeys(t for node in graph.nodes for t in (*node.inputs, *node.outputs)):
+        if isinstance(tensor, Variable) and tensor.name:
             code, shape = types.get(tensor.name, (0, None))
-            tensor.declared = declared.get(tensor.name)
-            tensor.shape = shape
-            tensor.dtype = onnx.helper.tensor_dtype_to_np_dtype(code) if code else None
+            if code not in dtypes:
+                dtypes[code] = onnx.helper.tensor_dtype_to_np_dtype(code)
+            tensor.annotate(dtypes[code], shape, declared.get(tensor.name))
 
 
 def fix_inputs(proto: onnx.ModelProto, inputs: Mapping[str, Sequence[int]]) -> onnx.ModelProto:

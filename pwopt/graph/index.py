@@ -16,12 +16,12 @@ import onnx
 
 from pwopt.algebra import Array, Values
 from pwopt.graph.dtypes import FLOATING
-from pwopt.graph.ir import Constant, Graph, Node, Tensor, adopt, adopt_tensors, is_constant
+from pwopt.graph.ir import Constant, Graph, Node, Tensor, adopt, adopt_tensors, find_bodies, is_constant
 from pwopt.graph.journal import Journal
 from pwopt.graph.links import count_bytes_held
 from pwopt.graph.model import StoredValues
 from pwopt.graph.reasons import Reason
-from pwopt.graph.shapes import Dim, Shape
+from pwopt.graph.shapes import Dim, Shape, as_fixed
 from pwopt.graph.stand_ins import MICROSOFT
 
 if TYPE_CHECKING:
@@ -54,7 +54,9 @@ class GraphIndex:
         self._functions = {(f.domain or "", f.name) for f in graph.functions}
         self._node_names = {node.name for node in graph.nodes}
         self._index(graph)
-        bodies = [body for node in graph.nodes for body in node.subgraphs(recursive=True)]
+        bodies = find_bodies(graph.nodes)
+        for body in bodies:  # which grows
+            bodies += find_bodies(body.nodes)
         inner = [t for body in bodies for node in body.nodes for t in (*node.inputs, *node.outputs)]
         inner += [t for body in bodies for t in (*body.inputs, *body.outputs)]
         self._captured = {t.name for t in inner if t.name}
@@ -220,10 +222,8 @@ class GraphIndex:
 
     def size_of(self, tensor: Tensor) -> tuple[int, ...] | None:
         """The shape in numbers, from the graph or else from the representative sizes; None if unknown."""
-        for shape in (self.shape(tensor), self.sizes.get(tensor.name)):
-            if shape is not None and all(isinstance(d, int) and d >= 0 for d in shape):
-                return tuple(int(d) for d in shape if isinstance(d, int))
-        return None
+        found = as_fixed(tensor.shape)
+        return as_fixed(self.sizes.get(tensor.name)) if found is None else found
 
     def dtype(self, tensor: Tensor) -> np.dtype[Any] | None:
         """Element type; None when unknown."""

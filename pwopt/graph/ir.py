@@ -17,9 +17,10 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.ir.tensor import LazyValues as _LazyValues
+from onnx_graphsurgeon.util.misc import SynchronizedList
 
 from pwopt.algebra import Values
-from pwopt.graph.shapes import Dim
+from pwopt.graph.shapes import Dim, Shape
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -62,6 +63,7 @@ if TYPE_CHECKING:
             functions: Sequence[Any] | None = None,
             ir_version: int | None = None,
         ) -> None: ...
+        def _merge_subgraph_functions(self) -> None: ...
 
     class LazyValues:
         """Values of a constant that are loaded on demand."""
@@ -102,8 +104,39 @@ class Node(_Node):
     outputs: list[Tensor]
     replaced: tuple[Node, ...] = ()
 
+    if not TYPE_CHECKING:
+
+        def __init__(self, op, name=None, attrs=None, inputs=None, outputs=None, domain=None):
+            fields = self.__dict__  # directly, because onnx-graphsurgeon's __setattr__ costs more than all the rest
+            fields["op"], fields["name"], fields["domain"] = op, "" if name is None else name, domain
+            fields["attrs"] = {} if attrs is None else attrs
+            fields["inputs"] = _link(self, "outputs", inputs or ())
+            fields["outputs"] = _link(self, "inputs", outputs or ())
+
     __eq__ = object.__eq__
     __hash__ = object.__hash__
+
+
+def _link(node: Node, field: str, tensors: Iterable[Tensor]) -> list[Tensor]:
+    """A list of tensors as onnx-graphsurgeon keeps it, with `node` in the list `field` of each of them."""
+    made: list[Tensor] = SynchronizedList(node, field, ())
+    list.extend(made, tensors)
+    for tensor in made:
+        list.append(getattr(tensor, field), node)
+    return made
+
+
+class _Links:
+    """A list of the nodes around a tensor that is made when it is first asked for. Most tensors never need theirs."""
+
+    def __init__(self, name: str, field: str) -> None:
+        self._name, self._field = name, field
+
+    def __get__(self, tensor: Tensor | None, owner: object = None) -> Any:
+        if tensor is None:
+            return self
+        made = tensor.__dict__[self._name] = SynchronizedList(tensor, self._field, ())
+        return made
 
 
 class Tensor(_Tensor):
@@ -128,8 +161,11 @@ class Tensor(_Tensor):
     name: str
     shape: Sequence[Dim] | None
     dtype: Any
-    inputs: list[Node]
-    outputs: list[Node]
+    if TYPE_CHECKING:
+        inputs: list[Node]
+        outputs: list[Node]
+    else:
+        inputs, outputs = _Links("inputs", "outputs"), _Links("outputs", "inputs")
 
     def copy(self) -> Tensor:
         """The same tensor for another graph: no node reads or produces it."""
@@ -156,9 +192,20 @@ class Variable(Tensor, _Variable):
         """An optional input or output that is left out."""
         return Variable("")
 
+    if not TYPE_CHECKING:
+
+        def __init__(self, name, dtype=None, shape=None, type="tensor_type"):
+            fields = self.__dict__
+            fields["name"], fields["dtype"], fields["shape"], fields["type"] = name, dtype, shape, type
+
+    def annotate(self, dtype: object, shape: Shape | None, declared: Shape | None) -> None:
+        """Set the type, the shape and the declared shape."""
+        self.__dict__.update(dtype=dtype, shape=shape, declared=declared)
+
     def copy(self) -> Variable:
         twin = Variable(self.name, self.dtype, self.shape)
-        twin.declared = self.declared
+        if self.declared is not None:
+            twin.declared = self.declared
         return twin
 
 
@@ -178,6 +225,14 @@ class Constant(Tensor, _Constant):
         data_location: int | None
         _export_dtype: Any
         _values: Values | LazyValues
+    else:
+
+        def __init__(self, name, values, data_location=None, export_dtype=None):
+            if not isinstance(values, (np.ndarray, _LazyValues)):
+                raise TypeError(f"the values of {name!r} are no array, but {type(values).__name__}")
+            fields = self.__dict__
+            fields["name"], fields["_values"] = name, values
+            fields["data_location"], fields["_export_dtype"] = data_location, export_dtype
 
     @property
     def stored(self) -> Values | LazyValues:
@@ -224,6 +279,8 @@ class Graph(_Graph):
 
 
 _CLASSES = {gs.Node: Node, gs.Variable: Variable, gs.Constant: Constant, gs.Graph: Graph}
+#: Classes of tensors that are adopted.
+_ADOPTED = (gs.Variable, gs.Constant)
 
 
 def is_constant(tensor: Tensor) -> TypeGuard[Constant]:
@@ -251,18 +308,23 @@ def adopt(graph: Graph | gs.Graph) -> Graph:
         adopt_tensors(found.outputs)
         for node in found.nodes:
             adopt_node(node)
-            pending.extend(value for value in node.attrs.values() if isinstance(value, gs.Graph))
+        pending.extend(find_bodies(found.nodes))
     return cast(Graph, graph)
+
+
+def find_bodies(nodes: Iterable[Node]) -> list[Graph]:
+    """Find the graphs in the attributes of nodes, without those inside these graphs."""
+    return [value for node in nodes for value in node.attrs.values() if isinstance(value, gs.Graph)]
 
 
 def adopt_node(node: Node | gs.Node) -> Node:
     """Give a node and its tensors the classes of this module, in place."""
-    _adopt(node)
-    adopt_tensors(node.inputs)
-    adopt_tensors(node.outputs)
-    for value in node.attrs.values():
-        if isinstance(value, gs.Tensor):
-            _adopt(value)
+    if type(node) in _CLASSES:
+        _adopt(node)
+    for tensors in (node.inputs, node.outputs, node.attrs.values()):
+        for found in tensors:
+            if type(found) in _ADOPTED:
+                _adopt(found)
     return cast(Node, node)
 
 

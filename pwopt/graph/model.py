@@ -21,7 +21,7 @@ from onnx import TensorProto, numpy_helper
 from pwopt.algebra import Values
 from pwopt.errors import ModelError
 from pwopt.graph.functions import drop_unused_opsets
-from pwopt.graph.ir import Constant, Graph, LazyValues, Node, Tensor, Variable, as_message
+from pwopt.graph.ir import Constant, Graph, LazyValues, Node, Tensor, as_message
 from pwopt.graph.provenance import find_origins, write_documentation
 from pwopt.graph.shapes import read_dims
 from pwopt.graph.storage import copy_fields, find_locations, resolve_link
@@ -147,24 +147,29 @@ class Model:
         graph, twins = self.graph, dict[Tensor, Tensor]()
 
         def twin(tensor: Tensor) -> Tensor:
-            if not tensor.name:
-                return Variable.empty()
-            return twins.get(tensor) or twins.setdefault(tensor, tensor.copy())
+            found = twins.get(tensor)
+            if found is None:
+                found = tensor.copy()
+                if tensor.name:
+                    twins[tensor] = found
+            return found
 
         nodes, messages = [], dict(self._nodes)
         for node in graph.nodes:
             attrs = {k: list(v) if isinstance(v, list) else v for k, v in node.attrs.items()}
             inputs, outputs = [twin(t) for t in node.inputs], [twin(t) for t in node.outputs]
             made = Node(node.op, node.name, attrs, inputs, outputs, node.domain)
-            made.replaced = node.replaced
+            if node.replaced:
+                made.replaced = node.replaced
             if node in messages:
                 messages[made] = messages[node]
             nodes.append(made)
         ends = ([twin(t) for t in graph.inputs], [twin(t) for t in graph.outputs])
         copied = Graph(
-            nodes, *ends, graph.name, graph.doc_string, graph.opset, graph.import_domains, functions=graph.functions,
+            [], *ends, graph.name, graph.doc_string, graph.opset, graph.import_domains, functions=graph.functions,
             ir_version=graph.ir_version,
         )  # fmt: skip
+        copied.nodes = nodes  # afterwards, because onnx-graphsurgeon would look for bodies in each of them
         copied.trained, copied.annotated = graph.trained, graph.annotated
         constants = {name: (_same_or(twins, c), tensor) for name, (c, tensor) in self._constants.items()}
         return Model(copied, self.proto, self.folder, messages, constants)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from typing import cast
 
 import onnx
 from onnx import TensorProto, shape_inference
@@ -50,9 +51,12 @@ def set_channels(axis: int | None, count: int) -> ShapeChange:
 
 def as_fixed(shape: Sequence[Dim] | None) -> tuple[int, ...] | None:
     """Return the shape if every dimension is a number, else None."""
-    if shape is None or not all(isinstance(d, int) and d >= 0 for d in shape):
+    if shape is None:
         return None
-    return tuple(d for d in shape if isinstance(d, int))
+    for d in shape:
+        if not isinstance(d, int) or d < 0:
+            return None
+    return cast("tuple[int, ...]", tuple(shape))
 
 
 def format_shape(shape: Sequence[object]) -> str:
@@ -69,7 +73,7 @@ def make_skeleton(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim]] | 
     """
     light = onnx.ModelProto(ir_version=max(model.ir_version, 4))
     light.opset_import.extend(model.opset_import)
-    if count_expanded(model) is not None:  # inference goes through a function anew at each call
+    if model.functions and count_expanded(model) is not None:  # inference goes through a function anew at each call
         light.functions.extend(model.functions)
     graph = light.graph
     graph.name = model.graph.name or "graph"

@@ -122,6 +122,7 @@ def optimize(
     return run_request(model, request)
 
 
+@memory.collect_rarely()
 def run_request(model: Source, request: Request) -> Result:
     """Optimise a model for a request."""
     model = unwrap(model)

@@ -8,15 +8,14 @@ from dataclasses import dataclass, replace
 
 import onnx
 
-from pwopt.graph.memo import digest
 from pwopt.graph.model import Model
-from pwopt.graph.shapes import make_skeleton
+from pwopt.graph.shapes import read_dims
 from pwopt.graph.view import View
 from pwopt.maps.cost import Cost, measure
 from pwopt.rewriting.driver import Certifier, Pass, Rewriter
 from pwopt.rewriting.pipeline import Fixpoint, Pipeline
 from pwopt.rewriting.records import Outcome, Rewrite, Site, Skip
-from pwopt.selecting.shape_folding import SHAPE_PASSES, fold_shapes, infer_sizes
+from pwopt.selecting.shape_folding import SHAPE_PASSES, fold_shapes, has_unknowns, infer_sizes
 
 
 @dataclass(frozen=True)
@@ -85,9 +84,9 @@ class Snapshot:
         """Run all passes that need no measurement over a model, in place."""
         passes = [p.branch() for p in passes]
         folding = [kind for kind in SHAPE_PASSES if any(type(p) is kind for p in passes)]
-        given = digest(make_skeleton(model.proto, inputs)) == digest(make_skeleton(model.proto))
-        if given and folding == list(SHAPE_PASSES) and not deny:  # folding the model also finds its sizes
-            original, sizes = model.copy(), dict[str, tuple[int, ...]]()
+        declared = _declares(model.proto, inputs)
+        if declared and folding == list(SHAPE_PASSES) and not deny:  # folding the model also finds its sizes
+            original, sizes = model.copy() if has_unknowns(model) else model, dict[str, tuple[int, ...]]()
             done = fold_shapes(model, deny, certifier, folding, sizes)
             before = measure(View(original.graph, sizes))
         else:
@@ -116,6 +115,16 @@ class Snapshot:
     def run_alone(self, name: str) -> Outcome:
         """Run one measured pass alone, in place."""
         return Pipeline(self.passes).try_pass(self.fixpoint, name)
+
+
+def _declares(proto: onnx.ModelProto, inputs: Mapping[str, Sequence[int]]) -> bool:
+    """Whether a model declares these sizes of its inputs."""
+    return all(
+        read_dims(value.type) == tuple(inputs[value.name])
+        and not any(d.denotation for d in value.type.tensor_type.shape.dim)
+        for value in proto.graph.input
+        if value.name in inputs
+    )
 
 
 def run_passes(

@@ -48,7 +48,7 @@ def fold_shapes(
         sizes.update(_select_known_sizes(infer(model.proto)))
     rewrites: list[Rewrite] = []
     pipeline = Pipeline([p() for p in passes])
-    while _has_unknowns(model):
+    while has_unknowns(model):
         taken = _inline_branches(model, frozenset(deny)) if CleanUp in passes else []
         done = pipeline.run(model.graph, denied=deny, reserved=model.names(), certifier=certifier).rewrites
         if not done and not taken:
@@ -61,7 +61,7 @@ def fold_shapes(
     return tuple(rewrites)
 
 
-def _has_unknowns(model: Model) -> bool:
+def has_unknowns(model: Model) -> bool:
     """Whether a shape is unknown, or there is an If whose condition may turn out to be constant."""
     nodes = model.graph.nodes
     return any(n.op == "If" for n in nodes) or any(

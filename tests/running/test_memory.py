@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import numpy as np
 import pytest
 
@@ -28,3 +30,18 @@ def test_little_memory_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(memory, "MIN_RESIDENT", 1 << 60)
     monkeypatch.setattr(memory, "_find_trim", lambda: pytest.fail("trimmed"))
     memory.release_freed()
+
+
+def test_garbage_collection_waits_longer_inside_the_context_only() -> None:
+    before = gc.get_threshold()
+    try:
+        gc.set_threshold(700, 10, 10)
+        with memory.collect_rarely():
+            assert gc.get_threshold() == (memory.COLLECT_AFTER, 10, 10)
+        assert gc.get_threshold() == (700, 10, 10)
+        for chosen in (0, 10 * memory.COLLECT_AFTER):  # off, or even rarer
+            gc.set_threshold(chosen, 10, 10)
+            with memory.collect_rarely():
+                assert gc.get_threshold()[0] == chosen
+    finally:
+        gc.set_threshold(*before)
