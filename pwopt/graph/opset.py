@@ -56,7 +56,9 @@ def convert_opset(model: Model, target: int, ranks: Mapping[str, int] | None = N
     for entry in out.opset_import:
         if entry.domain in ("", "ai.onnx"):
             entry.version = target
-    out.ir_version = max(out.ir_version, onnx.helper.find_min_ir_version_for(list(out.opset_import)))
+    out.ir_version = max(
+        out.ir_version, onnx.helper.find_min_ir_version_for(list(out.opset_import), ignore_unknown=True)
+    )
     return out
 
 

@@ -69,6 +69,16 @@ def test_a_conversion_that_adds_operators_is_refused() -> None:
     assert raise_opset(last, "onnxruntime-cpu", {}) is last
 
 
+def test_a_model_with_operators_of_other_domains_is_converted() -> None:
+    model = spelled(rest="y = BiasGelu (s, k)")
+    model.graph.node[-1].domain = "com.microsoft"
+    model.opset_import.add(domain="com.microsoft", version=1)
+    model.graph.initializer.append(onnx.numpy_helper.from_array(np.ones(6, np.float32), "k"))
+    raised = raise_opset(from_proto(model), "portable", {})
+    assert {entry.domain: entry.version for entry in raised.proto.opset_import} == {"": 14, "com.microsoft": 1}
+    assert raised.proto.graph.node[-1] == model.graph.node[-1]
+
+
 def test_subgraphs_and_functions_stay_in_their_opset() -> None:
     model = spelled(
         rest="y = If (t) <then_branch = g () => (float u) { u = Relu(s) }, else_branch = h () => (float v) { v = Neg(s) }>"
