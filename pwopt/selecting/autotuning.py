@@ -47,7 +47,7 @@ class Group:
     macs : int
         Multiply-adds of the operators that they replace.
     tensors : frozenset of str
-        The outputs of those operators.
+        The outputs of those operators; empty if the rewrites do not list all of them.
     """
 
     pass_name: str
@@ -151,7 +151,7 @@ def group_rewrites(rewrites: Iterable[Rewrite]) -> list[Group]:
             _join_signatures(rs),
             tuple(r.site for r in rs),
             sum(r.macs_before for r in rs),
-            frozenset(old for r in rs for old, _ in r.became),
+            _list_tensors(rs),
         )
         for (name, _), rs in found.items()
     ]
@@ -161,6 +161,14 @@ def group_rewrites(rewrites: Iterable[Rewrite]) -> list[Group]:
     names = list(dict.fromkeys(g.pass_name for g in listed))
     order = sorted(names, key=lambda name: (-saved[name], names.index(name) * (-1 if saved[name] else 1)))
     return sorted(listed, key=lambda g: (order.index(g.pass_name), -g.macs))
+
+
+def _list_tensors(rewrites: Sequence[Rewrite]) -> frozenset[str]:
+    """List the outputs of all removed operators; empty if a rewrite lists fewer outputs than operators."""
+    listed = [{old for old, _ in r.became} for r in rewrites]
+    if any(len(r.removed) > len(old) or not old for r, old in zip(rewrites, listed, strict=True)):
+        return frozenset()
+    return frozenset().union(*listed)
 
 
 def _join_signatures(rewrites: Sequence[Rewrite]) -> str:

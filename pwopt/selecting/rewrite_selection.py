@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -13,11 +14,13 @@ import onnx
 from pwopt.rewriting.records import Rewrite, Site, Skip
 from pwopt.running import timing
 from pwopt.running.progress import Progress
+from pwopt.running.session import NodeTime
 from pwopt.running.worker import UnusableError, Worker
 from pwopt.selecting import autotuning
 from pwopt.selecting.autotuning import Decision, Estimate, Group
 from pwopt.selecting.compilation import Compilation
 from pwopt.selecting.environment import Environment
+from pwopt.selecting.gain_records import describe_group
 from pwopt.selecting.priors import Prior
 from pwopt.selecting.profile_alignment import save_marked
 from pwopt.selecting.profile_estimate import bound_speedups, estimate
@@ -126,6 +129,13 @@ class _Profiled(NamedTuple):
     proto: onnx.ModelProto
     rewrites: tuple[Rewrite, ...]
     path: Path | None
+    #: Runs of the model alone under the profiler.
+    runs: tuple[tuple[NodeTime, ...], ...] = ()
+
+    @property
+    def whole(self) -> float:
+        """Milliseconds of a run: the median; 0 if it was not profiled."""
+        return statistics.median(1e3 * sum(t.seconds for t in run) for run in self.runs) if self.runs else 0.0
 
 
 @dataclass(frozen=True)
@@ -166,12 +176,38 @@ class RacingEvaluator:
         except UnusableError as error:
             LOG.info("the profile of the model cannot be used: %s", error)
             return {}
+        self._base[_join_sites(kept)] = base._replace(runs=tuple(map(tuple, runs[0])))
         return bound_speedups(base.proto, groups, runs[0])
 
     def estimate(self, kept: Sequence[Group], groups: Sequence[Group]) -> Mapping[Group, Estimate]:
         worker = self._find_worker()
         if worker is None:
             return {}
+        before = self._build_base(kept)
+        keys = {g: self._describe(before, g) for g in groups}
+        found = {g: each for g, key in keys.items() if (each := self._recall_gain(key, before.whole)) is not None}
+        unknown = [g for g in groups if g not in found]
+        if unknown:
+            profiled = self._profile(worker, kept, unknown)
+            for g, each in profiled.items():
+                if (key := keys[g]) is not None and each.sure:
+                    self.records.store_gain(key, each, before.whole)
+            found |= profiled
+        return found
+
+    def _describe(self, base: _Profiled, group: Group) -> str | None:
+        """Describe a group for records of gains; None if the model was not profiled, or sizes are unknown."""
+        if not base.runs:
+            return None
+        sizes = self.compilation.snapshot(tuple(self.compilation.denied)).sizes
+        return describe_group(base.proto, sizes, group, base.runs[0], self.records.mark(group.pass_name))
+
+    def _recall_gain(self, key: str | None, whole: float) -> Estimate | None:
+        record = None if key is None else self.records.recall_gain(key)
+        return None if record is None else record.to_estimate(whole)
+
+    def _profile(self, worker: Worker, kept: Sequence[Group], groups: Sequence[Group]) -> dict[Group, Estimate]:
+        """Profile the model with the groups of each pass beside the model without any."""
         base, before = _join_sites(kept), self._build_base(kept)
         names = dict.fromkeys(g.pass_name for g in groups)
         parts = [[g for g in groups if g.pass_name == name] for name in names]
@@ -184,7 +220,7 @@ class RacingEvaluator:
         except UnusableError as error:
             LOG.info("profiles of %s cannot be used: %s", ", ".join(names), error)
             alone = parts if len(parts) > 1 else []
-            return {g: each for p in alone for g, each in self.estimate(kept, p).items()}
+            return {g: each for p in alone for g, each in self._profile(worker, kept, p).items()}
         found: dict[Group, Estimate] = {}
         for part, each, own in zip(parts, after, runs[1:], strict=True):
             found |= estimate(before.proto, each.proto, each.rewrites, part, (runs[0], own))

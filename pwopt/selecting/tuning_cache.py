@@ -1,4 +1,4 @@
-"""Cache of tuning records on disk. Each record is a file of its own, so that processes need no lock."""
+"""Cache of tuning records and gains on disk. Each is a file of its own, so that processes need no lock."""
 
 from __future__ import annotations
 
@@ -19,11 +19,14 @@ from pwopt.running import installation
 from pwopt.running.providers import Provider
 from pwopt.running.timing import CONFIDENCE, Evidence
 from pwopt.selecting.autotuning import is_clear
+from pwopt.selecting.gain_records import GainRecord
 
 #: The environment variable that names another folder than the user's cache folder.
 FOLDER_VARIABLE = "PWOPT_CACHE"
 #: The largest plausible number of pairs of sessions, and the largest plausible logarithm of a speed-up.
 MAX_RECORDED_PAIRS, MAX_LOG = 1e9, 20.0
+#: The folder of gains in the folder of records, and the greatest number of gains. The oldest are deleted first.
+GAINS, MAX_GAINS = "gains", 4096
 
 
 @dataclass(frozen=True)
@@ -168,10 +171,34 @@ def read_records() -> list[TuningRecord]:
     return [entry for entry in read if entry is not None]
 
 
+def _find_gain_path(key: str, place: str) -> Path:
+    return find_folder() / GAINS / f"{hashlib.sha256(json.dumps([key, place]).encode()).hexdigest()[:32]}.json"
+
+
+def look_up_gain(key: str, place: str) -> GainRecord | None:
+    """Return the gain of a group that was profiled in any model, or None. Damaged files are ignored."""
+    with contextlib.suppress(OSError, ValueError, OverflowError):
+        record = read_record(GainRecord, read_json(_find_gain_path(key, place)))
+        return record if record.plausible and (record.key, record.place) == (key, place) else None
+    return None
+
+
+def store_gain(record: GainRecord) -> None:
+    """Store a gain, and delete the oldest beyond `MAX_GAINS`. Errors of the file system are ignored."""
+    path = _find_gain_path(record.key, record.place)
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with replacing(path, lasting=False) as stream:
+            stream.write(json.dumps(asdict(record)).encode())
+        stored = sorted(path.parent.glob("*.json"), key=lambda each: each.stat().st_mtime_ns)
+        for old in stored[: max(0, len(stored) - MAX_GAINS)]:
+            old.unlink(missing_ok=True)
+
+
 def clear() -> int:
     """Delete all records, and return the number of decisions."""
     count = len(list(read_decisions()))
-    for path in find_folder().glob("*.json"):
+    for path in [*find_folder().glob("*.json"), *(find_folder() / GAINS).glob("*.json")]:
         with contextlib.suppress(OSError):
             path.unlink()
     return count

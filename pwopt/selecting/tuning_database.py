@@ -14,13 +14,14 @@ from pwopt.graph.storage import replacing
 from pwopt.selecting.autotuning import Decision
 from pwopt.selecting.priors import Prior
 from pwopt.selecting.tuning_cache import TuningRecord
+from pwopt.selecting.tuning_records import NoGainRecords
 
 #: Version of the file's layout.
 TUNING_SCHEMA = 2
 
 
 @dataclass(frozen=True)
-class TuningDatabase:
+class TuningDatabase(NoGainRecords):
     """The results of races of every kind of measured rewrite in some models on one machine.
 
     Attributes

@@ -9,7 +9,8 @@ from typing import Protocol
 
 from pwopt.running.providers import Provider
 from pwopt.selecting import tuning_cache
-from pwopt.selecting.autotuning import Decision
+from pwopt.selecting.autotuning import Decision, Estimate
+from pwopt.selecting.gain_records import GainRecord
 from pwopt.selecting.priors import Prior, find_priors
 from pwopt.selecting.tuning_cache import TuningRecord
 
@@ -31,11 +32,33 @@ class TuningRecords(Protocol):
     def store(self, decision: Decision) -> None:
         """Store a decision."""
 
+    def recall_gain(self, key: str) -> GainRecord | None:
+        """Return what profiles of other models said of a group (`gain_records.describe_group`), or None."""
+
+    def store_gain(self, key: str, estimate: Estimate, whole: float) -> None:
+        """Store the estimate of a group in a model that takes `whole` milliseconds."""
+
+    def mark(self, pass_name: str) -> str:
+        """Return the name of a pass, with the fingerprint of its code where that may change."""
+
     def priors(self, kind: str) -> Mapping[str, Prior]:
         """Return how often each pass paid on a kind of provider, whatever the model."""
 
 
-class NoTuningRecords:
+class NoGainRecords:
+    """No gains: nothing is recalled and nothing is stored."""
+
+    def recall_gain(self, key: str) -> GainRecord | None:
+        return None
+
+    def store_gain(self, key: str, estimate: Estimate, whole: float) -> None:
+        pass
+
+    def mark(self, pass_name: str) -> str:
+        return pass_name
+
+
+class NoTuningRecords(NoGainRecords):
     """No records: nothing is recalled and nothing is stored."""
 
     undecided_reason = "no time was left to measure it; --effort or --budget give more"
@@ -75,18 +98,27 @@ class CachedTuningRecords:
     undecided_reason: str = NoTuningRecords.undecided_reason
     doubt_advice: str = "The next run of this model continues these races."
 
-    def _mark(self, pass_name: str) -> str:
+    def mark(self, pass_name: str) -> str:
         return f"{pass_name} {self.marks.get(pass_name, '')}".strip()
+
+    def recall_gain(self, key: str) -> GainRecord | None:
+        return tuning_cache.look_up_gain(key, tuning_cache.describe_place(self.provider, self.threads))
+
+    def store_gain(self, key: str, estimate: Estimate, whole: float) -> None:
+        where = tuning_cache.describe_place(self.provider, self.threads)
+        record = GainRecord.from_estimate(key, where, estimate, whole)
+        if record.plausible:
+            tuning_cache.store_gain(record)
 
     def recall(self, pass_name: str, signature: str) -> TuningRecord | None:
         return tuning_cache.look_up(
-            self._mark(pass_name), signature, tuning_cache.describe_place(self.provider, self.threads), self.model
+            self.mark(pass_name), signature, tuning_cache.describe_place(self.provider, self.threads), self.model
         )
 
     def store(self, decision: Decision) -> None:
         made = record_decision(decision, tuning_cache.describe_place(self.provider, self.threads))
         date = datetime.now(timezone.utc).isoformat(timespec="seconds")
-        marked = self._mark(made.pass_name)
+        marked = self.mark(made.pass_name)
         tuning_cache.store(replace(made, pass_name=marked, model=self.model, name=self.name, date=date))
 
     def priors(self, kind: str) -> Mapping[str, Prior]:

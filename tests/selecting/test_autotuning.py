@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,16 @@ def test_rewrites_that_look_alike_form_a_group_and_the_largest_comes_first() -> 
         Group("merge-siblings", "large", (Site("merge-siblings", "l1"), Site("merge-siblings", "l2")), 10),
         Group("merge-siblings", "small", (Site("merge-siblings", "s1"),), 1),
     ]
+
+
+def test_a_group_knows_the_operators_it_replaces_if_all_its_rewrites_do() -> None:
+    both = Rewrite("", ("Conv", "Add"), became=(("c", "y"), ("y", "y")), signature="s", site=Site("p", "y"))
+    other = Rewrite("", ("Conv",), became=(("z", "z"),), signature="s", site=Site("p", "z"))
+    (group,) = group_rewrites([both, other])
+    assert group.tensors == {"c", "y", "z"}
+    for unknown in ({"became": ()}, {"removed": ("Conv", "Slice")}):
+        (group,) = group_rewrites([both, replace(other, **unknown)])
+        assert group.tensors == frozenset()
 
 
 class Fake:
