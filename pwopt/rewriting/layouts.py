@@ -204,7 +204,7 @@ def _convert_arithmetic(rw: Rewriter, layout: Layout, node: Node) -> Arguments |
         shape = layout.operand_shape(tuple(held.shape)) if len(held.shape) <= layout.rank else None
         if shape is None:
             return None
-        if shape != tuple(held.shape):
+        if shape != tuple(held.shape) or sum(d != 1 for d in shape) > 1:  # equal sizes may still change their order
             constants[i] = convert_constant(rw, layout, held)
     return Arguments(dict(node.attrs), constants) if len(node.outputs) == 1 else None
 

@@ -46,6 +46,14 @@ def test_the_distribution_head(biased: bool) -> None:
     same(model, result, x=normal(2, 12, 9))
 
 
+@pytest.mark.parametrize("sizes", [(4, 4, 4), (1, 4, 4), (4, 1, 1), (1, 4, 4, 4)])
+def test_constants_of_equal_sizes_change_their_order(sizes: tuple[int, ...]) -> None:
+    model = parse("(double[2,4,4,4] x) => (double[N] y) { p = Softmax<axis=1>(x) y = Add(p, c) }", c=normal(*sizes))
+    result, _, _ = run(model, eager(ChannelsLast))
+    assert order(result) == ["Transpose", "Softmax", "Add", "Transpose"]
+    same(model, result, x=normal(2, 4, 4, 4))
+
+
 def test_without_a_transpose_before_it() -> None:
     model = parse(SIDE + "{ p = Softmax<axis=-3>(x) y = Conv(p, w) }", w=normal(6, 4, 1, 1))
     result, _, _ = run(model, eager(ChannelsLast))
