@@ -6,6 +6,7 @@ import functools
 import itertools
 import operator
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import replace
 from typing import ClassVar
 
 import ml_dtypes
@@ -27,6 +28,8 @@ BLOCK = 16
 COMBINE: dict[str, Callable[[float, float], float]] = {
     "Add": operator.add, "Sum": operator.add, "Sub": operator.sub, "Mul": operator.mul,
 }  # fmt: skip
+#: Passes that turn convolutions of lines and videos into those of images, for which there is a blocked layout.
+ENABLING = ("unroll-frames", "frames", "lower-rank")
 #: The types that tensor cores multiply.
 HALVES = frozenset((np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16)))
 #: The largest value that a new channel may hold, far below the overflow of any type.
@@ -40,6 +43,7 @@ class PadChannels(Pass):
       gates, residual sums and Concat (`pwopt.maps.channels`), up to the maps that multiply them by zero.
     * A new channel must stay small on its way, because infinity times a weight of zero is NaN.
     * All tensors are inside the model, so that the shapes of inputs and outputs stay.
+    * Convolutions of lines and videos gain only together with a pass that writes them as convolutions of images.
 
     onnxruntime's CPU provider runs a convolution in its blocked layout only if it reads a multiple of 4 channels. Inner
     widths such as 27 or 162 get a few channels more.
@@ -54,7 +58,9 @@ class PadChannels(Pass):
     def start(self, rw: Rewriter) -> None:
         self._pending: dict[Tensor, tuple[list[Channels], set[Tensor], Analysis]] = {}
         self._unfollowed: dict[Tensor, Tensor] = {}
-        self._uneven = {t: t for n in rw.nodes() for t in self._find_uneven(rw, n) if rw.producer(t) is not None}
+        uneven_inputs = [(n, t) for n in rw.nodes() for t in self._find_uneven(rw, n)]
+        self._uneven = {t: t for _, t in uneven_inputs if rw.producer(t) is not None}
+        self._images = {t for _, t in uneven_inputs if rw.rank(t) == 4}
         uneven = set(self._uneven)
         if not uneven or not self.eager:
             return
@@ -84,7 +90,7 @@ class PadChannels(Pass):
     def _find_uneven(self, rw: Rewriter, node: Node) -> list[Tensor]:
         """The inputs of an operator that would run faster with more channels."""
         reading = forms.linear(rw, node) if rw.is_a(node, "Conv") else None
-        if reading is None or len(reading.geometry.kernel) != 2 or reading.geometry.in_channels % self.multiple == 0:
+        if reading is None or reading.geometry.in_channels % self.multiple == 0:
             return []
         g = reading.geometry
         return [reading.source] if g.groups > 1 or g.in_channels > BLOCK else []
@@ -101,8 +107,8 @@ class PadChannels(Pass):
                 Reason("{} channels could be padded to multiples of {}, but {}", change, self.multiple, obstacle)
             )
         reason = f"channels of zeros added: {change} in {len(component)} tensors, for multiples of {self.multiple}"
-        done = rechannel(rw, analysis, component, takes, reason, "_padded")
-        return done.with_signature(f"more channels: {change}")
+        done = rechannel(rw, analysis, component, takes, reason, "_padded").with_signature(f"more channels: {change}")
+        return done if self._images.intersection(uneven) else replace(done, enabled_by=ENABLING)
 
 
 class FillBlocks(PadChannels):

@@ -217,6 +217,9 @@ def _unroll(rw: Rewriter, region: Region, reason: str) -> Rewrite:
         if rw.must_keep(output) or any(r not in inside for r in rw.readers(output)):
             made.leave(output)
         records.append((node, made))
+    for node in region.nodes:
+        for frame in frames[node.outputs[0]]:
+            rw.inherit_site(frame, node.outputs[0])
     done = [rw.replace([node], made.nodes, "", made.residual) for node, made in records]
     joint = Rewrite.of(reason, done)
     became = {str(n.outputs[0].name): str(frames[n.outputs[0]][0].name) for n, _ in records}

@@ -99,6 +99,9 @@ class Rewrite:
     certificate : Certificate or None
     growth : int
         Bytes by which the constants of the model grew; filled in by the driver.
+    enabled_by : tuple of str
+        Measured passes. The rewrite can pay only together with a rewrite of one of them to the same operators. Empty:
+        it can pay alone.
     """
 
     reason: str
@@ -114,6 +117,7 @@ class Rewrite:
     after: tuple[Operator, ...] = ()
     certificate: Certificate | None = None
     growth: int = 0
+    enabled_by: tuple[str, ...] = ()
 
     @property
     def pass_name(self) -> str:

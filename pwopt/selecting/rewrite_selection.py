@@ -18,6 +18,7 @@ from pwopt.running.session import NodeTime
 from pwopt.running.worker import UnusableError, Worker
 from pwopt.selecting import autotuning
 from pwopt.selecting.autotuning import Decision, Estimate, Group
+from pwopt.selecting.combinations import combine
 from pwopt.selecting.compilation import Compilation
 from pwopt.selecting.environment import Environment
 from pwopt.selecting.gain_records import describe_group
@@ -94,7 +95,8 @@ class Selection:
             if g not in decided
             for site in g.sites
         ]
-        dropped = (*candidates.refused, *(s for d in decisions for s in d.skips()), *undecided)
+        left = [s for s in (*(s for d in decisions for s in d.skips()), *undecided) if s.site not in kept]
+        dropped = (*candidates.refused, *left)
         return cls(kept, dropped, tuple(decisions), records.doubt_advice)
 
 
@@ -106,7 +108,9 @@ def find_candidates(compilation: Compilation, records: TuningRecords, *, thoroug
     """Find the measured rewrites that each pass could make."""
     found, refused = compilation.find_opportunities()
     priors = records.priors(compilation.provider_kind)
-    return Candidates(tuple(autotuning.group_rewrites(found)), tuple(refused), priors, thorough)
+    alone = autotuning.group_rewrites(r for r in found if not r.enabled_by)
+    joint, useless = combine([r for r in found if r.enabled_by], alone)
+    return Candidates((*alone, *joint), (*refused, *useless), priors, thorough)
 
 
 def decide(

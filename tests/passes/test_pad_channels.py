@@ -206,11 +206,23 @@ def test_channels_that_have_to_stay(body: str, why: str) -> None:
     assert why in left(body, m=normal(18, 1, 1, 1), v21=normal(4, 21, 1, 1))
 
 
-@pytest.mark.parametrize("kind", [PadChannels, FillBlocks])
-def test_lines_are_left_alone(kind: type[Pass]) -> None:
+def test_lines_and_videos_gain_only_with_another_pass() -> None:
     """The blocked layout is one of images."""
+    body = "{ a = Conv(x, w1) p = Relu(a) y = Conv(p, v1) }"
+    for ones in ((), (1,), (1, 1)):
+        head = f"(double[2,3{',6' * (1 + len(ones))}] x) => (double[N] y) "
+        constants = {"w1": normal(18, 3, 1, *ones), "v1": normal(4, 18, 1, *ones)}
+        model = helpers.build(head + body, constants)
+        result, outcome, _ = run(model, eager(PadChannels))
+        assert widths(result) == [(20, 3), (4, 20)]
+        (rewrite,) = outcome.rewrites
+        assert rewrite.enabled_by == (() if len(ones) == 1 else ("unroll-frames", "frames", "lower-rank"))
+        same(model, result, x=normal(2, 3, 6, *(6 for _ in ones)))
+
+
+def test_poolings_of_lines_are_left_alone() -> None:
     body = "(double[2,3,6] x) => (double[N] y) { a = Conv(x, w1) p = MaxPool<kernel_shape=[2]>(a) y = Conv(p, v1) }"
-    assert left(body, kind, w1=normal(18, 3, 1), v1=normal(4, 18, 1)) == ""
+    assert left(body, FillBlocks, w1=normal(18, 3, 1), v1=normal(4, 18, 1)) == ""
 
 
 @pytest.mark.parametrize("scale", ["Mul(a, half)", "Add(a, half)"])
