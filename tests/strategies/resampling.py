@@ -93,16 +93,13 @@ class Resampling(Operators):
 
     def m_video(self) -> None:
         """A block of a network for videos: convolutions over time and space, and what treats frames alike around."""
-        frames = self.rng.choice([3, 3, 17])  # 17 are too many to become tensors of their own
-        x = self.input(5, (self.rng.choice([1, 1, 1, 2]), self.rng.choice([4, 6]), frames, 4, 5))
+        x = self.input(5, (self.rng.choice([1, 1, 1, 2]), self.rng.choice([4, 6]), 3, 4, 5))
         y = self.activation(self.conv(x, None, 1, 1)) if self.chance(0.5) else x
         y = self.depthwise(y, 1) if self.chance(0.5) else self.conv(y, None, 3)
         for _ in range(self.rng.randrange(3)):
             y = self.rng.choice([self.activation, self.affine, self.pooling, self.conv])(y)
         if y.shape == x.shape and self.chance(0.5):
-            y = self.node("Add", self.swapped(x, y))[0]
-        if y.rank == 5 and self.chance(0.3):
-            self.node("GlobalAveragePool", [y])
+            self.node("Add", self.swapped(x, y))
 
     def m_spread(self) -> None:
         """Windows side by side: transposed convolutions whose kernel is their stride, and pixel shuffles, in a row."""
