@@ -48,12 +48,13 @@ def _find_tensors(rewrite: Rewrite) -> list[str]:
 
 
 def _join(groups: Sequence[Group]) -> Group:
+    parts = [g.tensors for g in groups]
     return replace(
         groups[0],
         pass_name=" + ".join(dict.fromkeys(g.pass_name for g in groups)),
         signature="; ".join(g.signature for g in groups),
         sites=tuple(site for g in groups for site in g.sites),
-        tensors=frozenset[str]().union(*(g.tensors for g in groups)),
+        tensors=frozenset[str]().union(*parts) if all(parts) else frozenset(),
     )
 
 
