@@ -42,7 +42,7 @@ LOG = logging.getLogger(__name__)
 #: How often rewriting starts again without the rewrites at fault.
 MAX_ATTEMPTS = 8
 #: The final race ends early when the speed-up is known to this relative precision, or when the verdict is clear and the
-#: speed-up is known to the second one.
+#: speed-up is known to the second one (a large speed-up: `timing.PART_OF_GAIN`).
 PRECISE, ROUGHLY = 0.005, 0.02
 #: The least and the greatest number of runs under the profiler.
 PROFILED_RUNS = 2, 10

@@ -45,6 +45,8 @@ LOOKS = (3, 5, 8, 12, 17, 24, 33, 45, 60)
 HOPELESS_PAIRS, HOPELESS = 5, 0.7
 #: The confidence at which a race may end because the second model is unlikely to be slower.
 HARMLESS = 0.9
+#: A large speed-up need not be known more precisely than to this part of it (natural logarithm).
+PART_OF_GAIN = 0.1
 #: From so many ratios on, those further than so many scaled median absolute deviations from their median count as if
 #: they were no further (Huber, "Robust Estimation of a Location Parameter", 1964).
 ROBUST, HUBER = 8, 2.0
@@ -276,7 +278,8 @@ class Rules:
     harmless : float
         It may end when the second model is unlikely to be slower by this fraction, at the confidence `HARMLESS`.
     roughly : float
-        A decided race goes on until the speed-up is known to this relative precision, at `CONFIDENCE`.
+        A decided race goes on until the speed-up is known to this relative precision, at `CONFIDENCE`, or to
+        `PART_OF_GAIN` of its logarithm if that is more.
     """
 
     decided: float | None = None
@@ -305,7 +308,8 @@ class Rules:
         noise = math.exp(abs(math.log(race.speedup(2)))) if len(race.pairs[0].times) > 2 else 1.0
         same = bool(self.margin) and count >= HOPELESS_PAIRS and low > 1 - self.margin
         if low > noise or high < 1 / noise or same:
-            return _precision(evidence.interval(CONFIDENCE)) < self.roughly
+            enough = max(self.roughly, PART_OF_GAIN * abs(math.log(evidence.speedup)))
+            return _precision(evidence.interval(CONFIDENCE)) < enough
         return count >= HOPELESS_PAIRS and evidence.interval(HOPELESS)[1] < self.worth
 
 

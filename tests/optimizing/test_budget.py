@@ -16,6 +16,7 @@ from pwopt.inputs.samples import Sample, SampleLabel
 from pwopt.optimizing import budget
 from pwopt.optimizing.budget import Budget
 from pwopt.optimizing.preparation import Problem
+from pwopt.optimizing.request import RACE_SECONDS
 from pwopt.running.providers import DEFAULT
 from pwopt.running.worker import Worker
 from pwopt.selecting.environment import Environment
@@ -48,11 +49,11 @@ def subject(load: float, run: float, monkeypatch: pytest.MonkeyPatch) -> Problem
 def test_what_is_needed_in_the_end_is_kept_back(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
     given = Budget(subject(0.5, 0.1, monkeypatch), pwopt.Measuring(budget=40.0), 0)
     fixed = 5 * 0.5 + 3 * 3 * 0.1 + budget.PROFILING_SECONDS
-    assert given.for_selection() == pytest.approx(40 - fixed - 4)
+    assert given.for_selection() == pytest.approx(40 - fixed - RACE_SECONDS)
     clock.now += 20
-    assert given.for_selection() == pytest.approx(20 - fixed - 4)
+    assert given.for_selection() == pytest.approx(20 - fixed - RACE_SECONDS)
     assert given.allows_retry
-    assert given.for_final_race() == 4
+    assert given.for_final_race() == RACE_SECONDS
     clock.now += 16
     assert given.for_final_race() == 0
     assert given.for_selection() == 0
@@ -62,7 +63,7 @@ def test_what_is_needed_in_the_end_is_kept_back(clock: type[Clock], monkeypatch:
 def test_other_conditions_want_their_share(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two more models to load under each, and a quarter of the final race."""
     one, three = (Budget(subject(0.5, 0.1, monkeypatch), pwopt.Measuring(budget=40.0), others) for others in (0, 2))
-    assert one.for_selection() - three.for_selection() == pytest.approx(2 * (2 * 0.5 + 0.25 * 4))
+    assert one.for_selection() - three.for_selection() == pytest.approx(2 * (2 * 0.5 + 0.25 * RACE_SECONDS))
 
 
 def test_a_small_budget_shortens_the_final_race(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -73,7 +74,7 @@ def test_a_small_budget_shortens_the_final_race(clock: type[Clock], monkeypatch:
 def test_a_slow_first_load_leaves_half(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a graphics card's libraries."""
     given = Budget(subject(20.0, 0.1, monkeypatch), pwopt.Measuring(budget=40.0), 0)
-    assert given.for_selection() == pytest.approx(20 - 4)
+    assert given.for_selection() == pytest.approx(20 - RACE_SECONDS)
 
 
 def test_what_is_no_measuring_costs_nothing(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -262,11 +262,15 @@ def test_a_race_that_ends_by_what_it_sees_misses_no_more_often() -> None:
     assert find_misses(races, 0.9) < 0.105
 
 
-def test_a_clear_verdict_ends_the_final_race() -> None:
+def test_a_clear_verdict_ends_the_final_race(monkeypatch: pytest.MonkeyPatch) -> None:
     rules = Rules(0.99, worth=1.005, precise=0.0005, roughly=0.02)
     assert len(race_with_copy(1.1, rules).pairs) <= 8
     assert len(race_with_copy(1.0, rules).pairs) <= 24  # hardly anything to gain
-    assert len(race_with_copy(1.1, replace(rules, roughly=0.001)).pairs) > 12
+    fine = replace(rules, roughly=0.001)
+    assert len(race_with_copy(3.0, fine).pairs) <= 8  # a tenth of a large gain is precise enough
+    monkeypatch.setattr(timing, "PART_OF_GAIN", 0.0)
+    assert len(race_with_copy(1.1, fine).pairs) > 12
+    assert len(race_with_copy(3.0, fine).pairs) > 12
 
 
 def test_a_result_that_need_not_be_faster_ends_the_race_when_it_is_surely_not_slower() -> None:
