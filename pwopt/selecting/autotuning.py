@@ -283,6 +283,7 @@ class _Contest:
         self._budget, self._deadline = budget, time.perf_counter() + budget
         self._files: dict[frozenset[Site], Path] = {}
         self._profiled = set[Group]()  # they ran, so they need no check before a race
+        self._raced: dict[tuple[Path, Path], Group] = {}
 
     def kept(self) -> list[Group]:
         return [g for g in self.candidates if g in self.decided and self.decided[g].kept]
@@ -362,6 +363,9 @@ class _Contest:
         without, model = self._model(others), self._model([*others, group])
         if without == model:
             self.decided[group] = Decision(group, not_raced="another rewrite that was kept takes its place")
+            return
+        if not anew and self._raced.setdefault((without, model), group) is not group:
+            self.decided[group] = Decision(group, not_raced="it makes the same model as another rewrite that was raced")
             return
         known = NO_EVIDENCE if anew or group not in self.decided else self.decided[group].evidence
         fault = "" if group in self._profiled else self._evaluator.fault(model)

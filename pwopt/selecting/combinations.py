@@ -28,7 +28,8 @@ def combine(rewrites: Sequence[Rewrite], groups: Sequence[Group]) -> tuple[list[
     -------
     list of Group
         Each one is a group that enables some of the rewrites, together with all of those that change one of the same
-        operators. Its pass name lists the passes: "unroll-frames + pad-channels".
+        operators. Its pass name lists the passes: "unroll-frames + pad-channels". Combinations with most multiply-adds
+        come first.
     list of Skip
         The rewrites that no group enables.
     """
@@ -40,6 +41,7 @@ def combine(rewrites: Sequence[Rewrite], groups: Sequence[Group]) -> tuple[list[
         if mine:
             combined.append(_join([group, *group_rewrites(mine)]))
             enabled.update(r.site for r in mine)
+    combined.sort(key=lambda g: -g.macs)  # the sort is stable
     return combined, [Skip(_explain(r), r.site) for r in rewrites if r.site not in enabled]
 
 

@@ -100,6 +100,18 @@ def test_groups_are_raced_on_top_of_those_kept() -> None:
     assert "measured" in decisions[1].skips()[0].reason
 
 
+def test_a_model_is_raced_once_against_the_same_model() -> None:
+    """Where a combination of rewrites is that of another group."""
+    twins = [*listed("a"), Group("q", "twin", (Site("q", "a"),), 1)]
+    for gain, kept in ((-0.2, [True, False]), (0.2, [False, False])):
+        fake = Fake.adding({"a": gain})
+        fake.build = lambda sites: Path("+".join(sorted({s.tensor for s in sites})) or "+")  # type: ignore[method-assign]
+        decisions = race_groups(twins, fake, 60.0)
+        assert [d.kept for d in decisions] == kept
+        assert fake.seen == [("+", "a")]
+    assert decisions[1].explain() == "dropped q: twin: it makes the same model as another rewrite that was raced"
+
+
 def test_what_pays_only_with_others_is_raced_again() -> None:
     """b makes a worth it, of which nothing was clear before."""
     fake = Fake(lambda name: {"+": 1.0, "a": 0.99, "b": 0.9, "a+b": 0.8}[name], noise=0.2, rounds=200)
