@@ -66,7 +66,7 @@ class CleanUp(Pass):
         op = rw.op(node)
         if not op:
             return None
-        if not any(rw.readers(t) or rw.must_keep(t) for t in node.outputs):
+        if not any(map(rw.is_used, node.outputs)):
             return rw.replace([node], [], "nothing reads its outputs")
         if op == "Constant":
             return rewrite_canonically(rw, node)
@@ -224,7 +224,7 @@ def _find_source(rw: Rewriter, node: Node) -> Tensor:
 
 def _explain_no_effect(rw: Rewriter, node: Node, op: str) -> str:
     """Why the first output of a node equals its data input; "" if it may differ."""
-    if any(t.name and (rw.readers(t) or rw.must_keep(t)) for t in node.outputs[1:]):
+    if any(t.name and rw.is_used(t) for t in node.outputs[1:]):
         return ""
     x, y = node.inputs[0] if node.inputs else None, node.outputs[0]
     if x is None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 
 from pwopt.algebra.geometry import Geometry, Refusal, RefusedError, compose_geometry
@@ -44,6 +45,11 @@ class Chain:
     places: list[float]
     ends: dict[int, int]
 
+    @functools.cached_property
+    def indices(self) -> dict[Node, int]:
+        """The index of each map, by its last node."""
+        return {m.node: i for i, m in enumerate(self.maps)}
+
 
 class FoldChains(Pass):
     """W₂(W₁x + b₁) + b₂ = (W₂W₁)x + (W₂b₁ + b₂)
@@ -73,7 +79,7 @@ class FoldChains(Pass):
         if reading.node is not node:
             return None
         chain = self._find_chain(rw, reading)
-        index = next(i for i, r in enumerate(chain.maps) if r.node is node)
+        index = chain.indices[node]
         if chain.ends.get(index, index) < index:
             return self._fold(rw, chain, chain.ends[index], index)
         if index not in chain.ends:
@@ -210,12 +216,14 @@ def _plan(rw: Rewriter, maps: list[Reading]) -> Chain:
     places = relative_places(rw, maps)
     count = len(maps)
     kinds: list[Geometry] = []  # distinct geometries; a pair of their numbers is composed once
+    weights: list[int] = []  # of each of them
     numbers: dict[Geometry, int] = {}
 
     def number(geometry: Geometry) -> int:
         if geometry not in numbers:
             numbers[geometry] = len(kinds)
             kinds.append(geometry)
+            weights.append(geometry.weights)
         return numbers[geometry]
 
     own = [number(m.geometry) for m in maps]
@@ -243,7 +251,7 @@ def _plan(rw: Rewriter, maps: list[Reading]) -> Chain:
                     continue
             over = places[transposed_at] if transposed_at is not None else places[j]
             free = i == j and not weighted[i]
-            total = (best[i][0] + (0.0 if free else price(kinds[composed], over)), best[i][1] + 1)
+            total = (best[i][0] + (0.0 if free else weights[composed] * over), best[i][1] + 1)
             if total < best[j + 1]:
                 best[j + 1], start[j + 1] = total, i
     ends, j = {}, count

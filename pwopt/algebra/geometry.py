@@ -128,6 +128,10 @@ class Geometry:
         )
 
 
+#: A `Geometry`, the same object for the same arguments: what it derives from them is computed once.
+make_geometry = lru_cache(MANY)(Geometry)
+
+
 @lru_cache(MANY)
 def pointwise_geometry(
     out_channels: int, in_channels: int, *, groups: int = 1, rank: int = 0, biased: bool = False

@@ -13,6 +13,8 @@ from pwopt.algebra.linear import LinearMap
 
 #: Sketches that must agree: one in ten of a large matrix is nearly singular by chance (Edelman, 1988).
 SKETCHES = 3
+#: Matrices up to this size may be decomposed right away, which takes less time than a sketch.
+SMALL = 256
 
 
 def low_rank(matrix: Array, relative_error: float) -> bool:
@@ -27,6 +29,8 @@ def low_rank(matrix: Array, relative_error: float) -> bool:
     k = -(-matrix.size // (rows + columns))
     if k < 1 or not np.any(matrix):
         return False
+    if matrix.size <= SMALL:
+        return True
     return all(_singular(matrix, k, relative_error, np.random.default_rng(seed)) for seed in range(SKETCHES))
 
 

@@ -16,7 +16,7 @@ import onnx
 
 from pwopt.algebra import Array, Values
 from pwopt.graph.dtypes import FLOATING
-from pwopt.graph.ir import Constant, Graph, Node, Tensor, adopt, adopt_tensors, find_bodies, is_constant
+from pwopt.graph.ir import Constant, Graph, Node, Tensor, Variable, adopt, adopt_tensors, find_bodies, is_constant
 from pwopt.graph.journal import Journal
 from pwopt.graph.links import count_bytes_held
 from pwopt.graph.model import StoredValues
@@ -134,9 +134,9 @@ class GraphIndex:
 
     def op(self, node: Node | None) -> str:
         """The operator's name if it is ONNX's own, else "" (unknown domains and model functions)."""
-        if node is None or (node.domain or "") not in ("", "ai.onnx") or ("", node.op) in self._functions:
+        if node is None or (node.domain and node.domain != "ai.onnx"):
             return ""
-        return str(node.op)
+        return "" if self._functions and ("", node.op) in self._functions else node.op
 
     def runtime_op(self, node: Node) -> str:
         """The operator's name if it is one of onnxruntime's own domain, com.microsoft, else ""."""
@@ -155,6 +155,10 @@ class GraphIndex:
         """The nodes that read `tensor`, each once, in the order of the file."""
         found = self._readers.get(tensor, {})
         return sorted(found, key=self.position) if len(found) > 1 else list(found)
+
+    def is_used(self, tensor: Tensor) -> bool:
+        """Whether a node reads `tensor`, or its value must stay observable."""
+        return bool(self._readers.get(tensor) or self.must_keep(tensor))
 
     def must_keep(self, tensor: Tensor) -> str:
         """Why the value of `tensor` must stay observable, as a clause, else ""."""
@@ -235,19 +239,18 @@ class GraphIndex:
     def constant(self, tensor: Tensor) -> Constant | None:
         """The initializer or the value of a Constant node that `tensor` equals, also through Identity; else None."""
         for _ in range(16):
-            if is_constant(tensor):
-                if type(tensor) is not Constant:  # a pass has just made it of onnx-graphsurgeon's class
-                    adopt_tensors([tensor])
+            if isinstance(tensor, Constant):
                 return tensor
-            node = self.producer(tensor)
+            if type(tensor) is not Variable and is_constant(tensor):  # a pass has just made it of the foreign class
+                adopt_tensors([tensor])
+                return tensor
+            node = self._producer.get(tensor)
+            if node is None:
+                return None
             op = self.op(node)
-            if node is None or (op == "Constant" and "value" not in node.attrs):
-                return None
-            if op == "Constant":
-                value = node.attrs["value"]
-                return value if isinstance(value, Constant) else None
             if op != "Identity":
-                return None
+                value = node.attrs.get("value") if op == "Constant" else None
+                return value if isinstance(value, Constant) else None
             tensor = node.inputs[0]
         return None
 

@@ -119,10 +119,17 @@ class Node(_Node):
 
 def _link(node: Node, field: str, tensors: Iterable[Tensor]) -> list[Tensor]:
     """A list of tensors as onnx-graphsurgeon keeps it, with `node` in the list `field` of each of them."""
-    made: list[Tensor] = SynchronizedList(node, field, ())
+    made: list[Tensor] = _new_list(node, field)
     list.extend(made, tensors)
     for tensor in made:
         list.append(getattr(tensor, field), node)
+    return made
+
+
+def _new_list(owner: object, field: str) -> Any:
+    """An empty list of onnx-graphsurgeon's. Its constructor takes several times as long."""
+    made = SynchronizedList.__new__(SynchronizedList)
+    made.parent_obj, made.field_name = owner, field
     return made
 
 
@@ -135,7 +142,7 @@ class _Links:
     def __get__(self, tensor: Tensor | None, owner: object = None) -> Any:
         if tensor is None:
             return self
-        made = tensor.__dict__[self._name] = SynchronizedList(tensor, self._field, ())
+        made = tensor.__dict__[self._name] = _new_list(tensor, self._field)
         return made
 
 

@@ -6,10 +6,7 @@ changes one list only, and `relink` writes all links once at the end.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Iterable, Sequence
-
-import numpy as np
 
 from pwopt.graph.ir import Constant, Graph, Node, Tensor, Variable
 
@@ -51,7 +48,8 @@ def relink(graph: Graph, nodes: Sequence[Node], tensors: Iterable[Tensor], known
 def count_bytes_held(tensor: Tensor) -> int:
     """Count the bytes of a constant; 0 for any other tensor."""
     if isinstance(tensor, Constant):
-        return int(math.prod(tensor.shape) * np.dtype(tensor.dtype).itemsize)
-    maker = tensor.inputs[0] if tensor.inputs else None
+        return int(tensor.stored.nbytes)
+    makers = vars(tensor).get("inputs")
+    maker = makers[0] if makers else None
     value = maker.attrs.get("value") if maker is not None and maker.op == "Constant" else None
     return count_bytes_held(value) if isinstance(value, Constant) else 0

@@ -66,7 +66,7 @@ def round_values(values: Array, dtype: np.dtype[Any]) -> Values:
     """
     with np.errstate(over="ignore", under="ignore"):
         low = values.astype(dtype)
-    if not np.isfinite(low.astype(np.float64)).all():
+    if not np.isfinite(low if dtype.kind == "f" else low.astype(np.float64)).all():
         raise RefusedError(f"the folded weights overflow {dtype}")
     return low
 
@@ -91,8 +91,8 @@ def round_map(linear: LinearMap, dtype: np.dtype[Any]) -> Rounded:
 
 def relative_rounding(low: Values, exact: Array) -> float:
     """max |low − exact| / max |exact|; 0 if all are zero."""
-    largest = float(np.max(np.abs(exact), initial=0.0))
-    return float(np.max(np.abs(low.astype(np.float64) - exact))) / largest if largest else 0.0
+    largest = float(np.abs(exact).max(initial=0.0))
+    return float(np.abs(low.astype(np.float64) - exact).max()) / largest if largest else 0.0
 
 
 def check(view: View, linear: LinearMap, like: Reading, source: Tensor, axis: int | None) -> Rounded:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 
 from pwopt.algebra import Array
-from pwopt.algebra.geometry import Geometry, Refusal, RefusedError, pointwise_geometry
+from pwopt.algebra.geometry import Geometry, Refusal, RefusedError, make_geometry, pointwise_geometry
 from pwopt.algebra.linear import LinearMap
 from pwopt.graph import attributes
 from pwopt.graph.dtypes import FLOATING
@@ -68,7 +68,7 @@ def read_conv(view: View, node: Node) -> Result:
     if groups < 1 or out % groups:
         return Refusal("its groups do not divide its channels")
     biased = bool(np.any(bias))
-    geometry = Geometry(out, inn * groups, groups, tuple(kernel), *spatial, biased=biased)
+    geometry = make_geometry(out, inn * groups, groups, tuple(kernel), *spatial, biased=biased)
     return Reading(
         (node,), node.inputs[0], geometry, 1, "conv", weight, _loader(view, weight, geometry, bias, lambda w: w)
     )

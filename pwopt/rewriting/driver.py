@@ -258,7 +258,7 @@ class Rewriter(View):
             if not isinstance(result, Rewrite):
                 skips[site] = Skip(result.reason, site)
                 continue
-            rewrites.append(self._certify(replace(result, site=site, growth=self.stored - stored), p.context))
+            rewrites.append(self._record(result, site, self.stored - stored, p.context))
             skips.pop(site, None)
             counts[site] += 1
             limit = MAX_REWRITES_PER_NODE * (1 + len(nodes))
@@ -328,12 +328,14 @@ class Rewriter(View):
                 raise RuntimeError(f"the graph was edited before a rewrite was refused because {error}") from error
             return Refusal(error.reason)
 
-    def _certify(self, rewrite: Rewrite, context: int) -> Rewrite:
+    def _record(self, rewrite: Rewrite, site: Site, growth: int, context: int) -> Rewrite:
+        """Add what the driver knows of a rewrite, and its certificate if there is a certifier."""
         if self._certifier is None or self.journal is None:
-            return rewrite
+            return replace(rewrite, site=site, growth=growth)
         region = Change.of(self, self.journal, context)
         before, after = region.draw(self)
-        return replace(rewrite, before=before, after=after, certificate=self._certifier(region, self))
+        certificate = self._certifier(region, self)
+        return replace(rewrite, site=site, growth=growth, before=before, after=after, certificate=certificate)
 
     def enqueue(self, node: Node | None) -> None:
         """Offer a node again."""
