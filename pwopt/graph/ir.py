@@ -350,6 +350,16 @@ def _adopt(found: object) -> None:
 
 def as_message(node: Node) -> onnx.NodeProto:
     """The node as ONNX stores it."""
+    attributes = [a for key, value in node.attrs.items() if (a := _as_plain_attribute(key, value)) is not None]
+    if len(attributes) == len(node.attrs):
+        plain = onnx.NodeProto(op_type=node.op, attribute=attributes)
+        plain.input.extend(t.name for t in node.inputs)
+        plain.output.extend(t.name for t in node.outputs)
+        if node.name:
+            plain.name = node.name
+        if node.domain is not None:
+            plain.domain = node.domain
+        return plain
     empty = [key for key, value in node.attrs.items() if isinstance(value, (list, tuple)) and not value]
     filled = {key: value for key, value in node.attrs.items() if key not in empty}
     same = Node(node.op, node.name, filled, domain=node.domain) if empty else node
@@ -359,6 +369,20 @@ def as_message(node: Node) -> onnx.NodeProto:
         message.output.extend(t.name for t in node.outputs)
         message.attribute.extend(onnx.AttributeProto(name=key, type=_list_type(node, key)) for key in empty)
     return message
+
+
+def _as_plain_attribute(key: str, value: object) -> onnx.AttributeProto | None:
+    """An attribute that holds a number, a text or a list of integers; None for any other, which needs more care."""
+    kinds = onnx.AttributeProto
+    if type(value) is int:
+        return onnx.AttributeProto(name=key, type=kinds.INT, i=value)
+    if type(value) is float:
+        return onnx.AttributeProto(name=key, type=kinds.FLOAT, f=value)
+    if type(value) is str:
+        return onnx.AttributeProto(name=key, type=kinds.STRING, s=value.encode())
+    if type(value) is list and value and all(type(v) is int for v in value):
+        return onnx.AttributeProto(name=key, type=kinds.INTS, ints=value)
+    return None
 
 
 def _list_type(node: Node, key: str) -> onnx.AttributeProto.AttributeType:

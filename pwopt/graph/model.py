@@ -9,6 +9,7 @@ reads them.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -28,6 +29,8 @@ from pwopt.graph.storage import copy_fields, find_locations, resolve_link
 
 #: Since this IR version, an initializer that is also an input is a default that callers may override.
 OVERRIDABLE_SINCE_IR = 4
+#: The kinds of numpy types whose elements a file stores as numpy does.
+PLAIN = "fiu"
 
 
 class StoredValues(LazyValues):
@@ -49,8 +52,12 @@ class StoredValues(LazyValues):
         self.nbytes = elements * self.dtype.itemsize
 
     def load(self) -> Values:
+        tensor = self.tensor
         try:
-            return np.array(numpy_helper.to_array(*resolve_link(self.tensor, self.folder)))
+            inside = tensor.data_location != TensorProto.EXTERNAL and tensor.HasField("raw_data")
+            if inside and self.dtype.kind in PLAIN and sys.byteorder == "little":
+                return np.array(np.frombuffer(tensor.raw_data, self.dtype).reshape(self.shape))
+            return np.array(numpy_helper.to_array(*resolve_link(tensor, self.folder)))
         except (ValueError, TypeError, OSError, onnx.checker.ValidationError) as error:
             raise ModelError(f"initializer {self.tensor.name!r} cannot be read: {error}") from error
 
