@@ -20,6 +20,7 @@ from .focus import Focus
 from .fold_affine import FoldAffine
 from .fold_borders import FoldBorders
 from .fold_chains import FoldChains
+from .fold_interpolation import FoldInterpolation
 from .fold_quantised import FoldQuantised
 from .fold_streams import FoldStreams
 from .frames import Frames
@@ -87,6 +88,7 @@ PASSES: tuple[type[Pass], ...] = (
     FoldBorders,
     Polyphase,
     FractionalStride,
+    FoldInterpolation,
     SubPixel,
     SplitSiblings,
     SplitMultiplier,
@@ -132,6 +134,7 @@ __all__ = [
     "FoldAffine",
     "FoldBorders",
     "FoldChains",
+    "FoldInterpolation",
     "FoldQuantised",
     "FoldStreams",
     "FractionalStride",

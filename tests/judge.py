@@ -25,7 +25,7 @@ from strategies import Sample
 
 import pwopt
 from pwopt.graph.files import from_proto
-from pwopt.passes import FractionalStride, Polyphase, Winograd
+from pwopt.passes import FoldInterpolation, FractionalStride, Polyphase, Winograd
 from pwopt.rewriting.records import Rewrite
 from pwopt.selecting.compilation import Compilation
 from pwopt.selecting.pass_list import resolve_passes
@@ -248,7 +248,12 @@ def excessive(off: np.ndarray, own: np.ndarray, allowed: float) -> bool:
 
 def optimised(sample: Sample, passes: Sequence[str] | None) -> tuple[onnx.ModelProto, Sequence[Rewrite]]:
     """What users get from all passes; some passes are run without what `pwopt.optimize` does around them."""
-    small = ((Winograd, 0.0), (Polyphase, -1e9), (FractionalStride, -1e9))  # on small models too
+    small = (
+        (Winograd, 0.0),
+        (Polyphase, -1e9),
+        (FractionalStride, -1e9),
+        (FoldInterpolation, 0.0),
+    )  # on small models too
     with contextlib.ExitStack() as stack:
         for p, least in small:
             stack.enter_context(mock.patch.object(p, "min_gain", least))

@@ -93,6 +93,34 @@ class Interpolation:
         return places
 
 
+def read_by_taps(matrix: Array, taps: int, stride: int, dilation: int, pads: tuple[int, int]) -> Array:
+    """The matrices that give what each tap of a convolution reads of an interpolated axis.
+
+    Tap k of output p reads position stride·p + dilation·k − pads[0] of A·x, or 0 outside it. This is row p of A_k·x,
+    where row p of A_k is that row of A, or zeros. So a convolution of A·x is Σ A_k·(w_k·x): its weights may act before
+    the interpolation. The zeros of the padding are part of A_k, so this is exact at the borders, too.
+
+    Parameters
+    ----------
+    matrix : array of shape (size, count)
+    taps, stride, dilation : int
+    pads : (int, int)
+        Zeros before and after the axis.
+
+    Returns
+    -------
+    array of shape (taps, outputs, count)
+    """
+    size, count = matrix.shape
+    outputs = (size + sum(pads) - dilation * (taps - 1) - 1) // stride + 1
+    found = np.zeros((taps, max(0, outputs), count))
+    for k in range(taps):
+        places = stride * np.arange(max(0, outputs)) + dilation * k - pads[0]
+        inside = (places >= 0) & (places < size)
+        found[k, inside] = matrix[places[inside]]
+    return found
+
+
 def _cubic(distance: Array, a: float) -> Array:
     """Keys' kernel at a signed distance of at most 2."""
     d = np.abs(distance)

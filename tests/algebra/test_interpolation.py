@@ -11,7 +11,7 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from pwopt.algebra.interpolation import TRANSFORMATIONS, Interpolation
+from pwopt.algebra.interpolation import TRANSFORMATIONS, Interpolation, read_by_taps
 
 CASES = list(
     itertools.product(["linear", "cubic"], TRANSFORMATIONS, [(5, 10), (6, 4), (7, 1), (1, 4), (9, 13), (8, 3)])
@@ -60,3 +60,22 @@ def test_rows_sum_to_one() -> None:
 def test_an_unknown_transformation_is_an_error() -> None:
     with pytest.raises(ValueError, match="tf_crop_and_resize"):
         Interpolation("linear", "tf_crop_and_resize").matrix(2, 4, 2.0)
+
+
+@pytest.mark.parametrize(
+    ("taps", "stride", "dilation", "pads"), [(3, 1, 1, (1, 1)), (3, 2, 1, (0, 2)), (2, 1, 3, (0, 0)), (3, 3, 2, (2, 1))]
+)
+def test_what_taps_read(taps: int, stride: int, dilation: int, pads: tuple[int, int]) -> None:
+    """A convolution of an interpolated axis is a sum over taps of products with the small axis."""
+    numbers = np.random.default_rng(0)
+    matrix, x, w = Interpolation("linear").matrix(5, 13, 2.6), numbers.normal(size=5), numbers.normal(size=taps)
+    padded = np.pad(matrix @ x, pads)
+    reach = dilation * (taps - 1) + 1
+    expected = [padded[p : p + reach : dilation] @ w for p in range(0, len(padded) - reach + 1, stride)]
+    found = read_by_taps(matrix, taps, stride, dilation, pads)
+    assert found.shape == (taps, len(expected), 5)
+    np.testing.assert_allclose(np.einsum("k,kpc,c", w, found, x), expected, atol=1e-12)
+
+
+def test_a_kernel_longer_than_the_axis_reads_nothing() -> None:
+    assert read_by_taps(np.eye(2), 4, 1, 1, (0, 0)).shape == (4, 0, 2)

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 from onnx import helper
 
-from strategies.builder import UnfitError
+from strategies.builder import Tensor, UnfitError
 from strategies.operators import Operators
 
 
@@ -47,8 +47,20 @@ class Lowered(Operators):
         self.affine(self.pool[-1])
 
     def m_interpolation(self) -> None:
+        self.affine(self.interpolate(self.tensor(4)))
+
+    def m_interpolated_map(self) -> None:
+        """A convolution of an interpolated image, perhaps beside others; or nearly that."""
+        y = self.interpolate(self.tensor(4))
+        if self.chance(0.4):
+            other = self.input(4, (y.shape[0], self.rng.choice([3, y.shape[1]]), *y.shape[2:]))
+            y = self.node("Concat", self.swapped(y, other), axis=1)[0]
+        self.conv(y, None, self.rng.choice([2, 3, 3]))
+        if self.chance(0.15):
+            self.activation(y)  # a second reader
+
+    def interpolate(self, x: Tensor) -> Tensor:
         """A linear or cubic Resize by scales or sizes."""
-        x = self.tensor(4)
         if self.opset < 13 or 0 in x.shape:
             raise UnfitError("no image")
         attrs: dict[str, Any] = {"mode": self.rng.choice(["linear", "cubic"])}
@@ -59,10 +71,9 @@ class Lowered(Operators):
             attrs |= {"exclude_outside": 1, "cubic_coeff_a": -0.5}
         if self.chance(0.5):
             scales = self.constant([1, 1, *(self.rng.choice([0.5, 1.5, 2.0]) for _ in range(2))], np.dtype(np.float32))
-            self.affine(self.node("Resize", [x, "", scales], **attrs)[0])
-        else:
-            sizes = self.integers([*x.shape[:2], *(self.rng.choice([1, 4, 7]) for _ in range(2))])
-            self.affine(self.node("Resize", [x, "", "", sizes], **attrs)[0])
+            return self.node("Resize", [x, "", scales], **attrs)[0]
+        sizes = self.integers([*x.shape[:2], *(self.rng.choice([1, 4, 7]) for _ in range(2))])
+        return self.node("Resize", [x, "", "", sizes], **attrs)[0]
 
     def m_residual_norm(self) -> None:
         """A layer normalisation of a sum."""
