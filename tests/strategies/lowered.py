@@ -47,11 +47,11 @@ class Lowered(Operators):
         self.affine(self.pool[-1])
 
     def m_interpolation(self) -> None:
-        self.affine(self.interpolate(self.tensor(4)))
-
-    def m_interpolated_map(self) -> None:
-        """A convolution of an interpolated image, perhaps beside others; or nearly that."""
+        """An interpolated image, perhaps beside others, and a scale or a convolution; or nearly that."""
         y = self.interpolate(self.tensor(4))
+        if self.chance(0.4):
+            self.affine(y)
+            return
         if self.chance(0.4):
             other = self.input(4, (y.shape[0], self.rng.choice([3, y.shape[1]]), *y.shape[2:]))
             y = self.node("Concat", self.swapped(y, other), axis=1)[0]

@@ -18,7 +18,7 @@ from pwopt.passes import PASSES
 
 EVERY = [p.name for p in PASSES]
 #: Seeds of random models on which all passes act. New motifs change the models: choose other seeds then.
-SEEDS = (25, 28, 35, 194, 212, 230, 236, 245, 263, 304, 352, 361, 376, 406, 491, 547, 561, 647, 2725)
+SEEDS = (25, 28, 212, 230, 236, 245, 361, 376, 491, 547, 647, 665, 700, 736, 749, 2725)
 
 
 def check(sample: Sample) -> Counter[str]:
