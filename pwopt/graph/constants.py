@@ -156,9 +156,22 @@ def _count_work(node: Node, values: Mapping[str, Values], size: tuple[int, ...])
         return max(count, math.prod(shapes[0])) * math.prod(shapes[1][1:]), MAX_FOLDED_WORK
     if node.op in ("MatMul", "Gemm") and shapes[0]:
         return count * max(shapes[0]), MAX_FOLDED_WORK
+    if node.op == "Einsum":
+        return _count_einsum(str(node.attrs["equation"]), [values[t.name].shape for t in node.inputs]), MAX_FOLDED_WORK
     if node.op in ("AveragePool", "MaxPool"):
         return count * math.prod(node.attrs["kernel_shape"]), MAX_FOLDED_WORK
     return 0, MAX_FOLDED_WORK
+
+
+def _count_einsum(equation: str, shapes: Sequence[Sequence[int]]) -> int:
+    """How many products an Einsum adds: one for each combination of indices; with an ellipsis, an upper bound."""
+    if "." in equation:
+        return math.prod(math.prod(shape) for shape in shapes)
+    terms = equation.replace(" ", "").partition("->")[0].split(",")
+    sizes = {
+        index: d for term, shape in zip(terms, shapes, strict=False) for index, d in zip(term, shape, strict=False)
+    }
+    return math.prod(sizes.values())
 
 
 def _reads_shape_only(node: Node) -> bool:

@@ -42,6 +42,7 @@ Abs                        slope=1 blind foldable
 Acos                       same-shape blind hides-zero foldable
 Acosh                      foldable
 Add                        arithmetic broadcasts keeps-zero bounded foldable
+AffineGrid                 foldable
 And                        broadcasts blind foldable tells-zero
 ArgMax                     blind tells-zero foldable
 ArgMin                     blind tells-zero foldable
@@ -57,26 +58,30 @@ BitwiseAnd                 foldable
 BitwiseNot                 foldable
 BitwiseOr                  foldable
 BitwiseXor                 foldable
+BlackmanWindow             foldable
 Cast                       same-shape moves keeps-zero bounded foldable
 CastLike                   keeps-zero foldable
 Ceil                       elementwise keeps-zero foldable tells-zero
 Celu                       slope=1 keeps-zero foldable
+CenterCropPad              foldable
 Clip                       slope=1 keeps-zero foldable
 Concat                     moves keeps-zero bounded foldable whole-blocks
 Constant                   bounded
 ConstantOfShape            foldable
 Conv                       weighted sums bias=2 keeps-zero bounded foldable
 ConvInteger                quantised
-ConvTranspose              weighted sums bias=2 keeps-zero bounded
+ConvTranspose              weighted sums bias=2 keeps-zero bounded foldable
 Cos                        elementwise blind hides-zero foldable
 Cosh                       same-shape blind hides-zero foldable
 CumSum                     same-shape keeps-zero foldable
+DFT                        foldable
 DepthToSpace               keeps-zero foldable
 DequantizeLinear           keeps-first-zero quantised
+Det                        foldable
 Div                        arithmetic broadcasts keeps-first-zero bounded foldable
 Dropout                    same-shape keeps-zero random
 DynamicQuantizeLinear      quantised tells-zero
-Einsum                     keeps-zero
+Einsum                     keeps-zero foldable
 Elu                        slope=1 keeps-zero foldable
 Equal                      broadcasts blind bounded foldable tells-zero
 Erf                        slope=1.13 keeps-zero foldable
@@ -96,11 +101,13 @@ GlobalMaxPool              keeps-zero whole-blocks foldable
 Greater                    broadcasts blind foldable tells-zero
 GreaterOrEqual             broadcasts blind foldable tells-zero
 GroupNormalization         same-shape bias=2 keeps-zero
+HammingWindow              foldable
+HannWindow                 foldable
 HardSigmoid                slope=1 keeps-zero foldable
 HardSwish                  slope=1.5 keeps-zero foldable
-Hardmax                    same-shape softmax tells-zero
+Hardmax                    same-shape softmax tells-zero foldable
 Identity                   same-shape moves keeps-zero bounded
-InstanceNormalization      same-shape bias=2 keeps-zero
+InstanceNormalization      same-shape bias=2 keeps-zero foldable
 IsInf                      blind hides-zero foldable
 IsNaN                      blind hides-zero foldable
 LRN                        same-shape keeps-zero
@@ -119,6 +126,7 @@ Max                        broadcasts keeps-zero bounded foldable
 MaxPool                    pools keeps-zero bounded whole-blocks foldable
 Mean                       broadcasts keeps-zero foldable
 MeanVarianceNormalization  same-shape keeps-zero
+MelWeightMatrix            foldable
 Min                        broadcasts keeps-zero bounded foldable
 Mish                       slope=1.1 keeps-zero foldable
 Mod                        broadcasts foldable tells-zero
@@ -154,12 +162,13 @@ ReduceSumSquare            reduction axes=18 blind foldable
 Relu                       slope=1 keeps-zero foldable
 Reshape                    view keeps-zero bounded foldable
 Resize                     keeps-first-zero foldable
-ReverseSequence            keeps-zero
+ReverseSequence            keeps-zero foldable
 Round                      same-shape keeps-zero hides-zero foldable
 ScatterElements            keeps-zero foldable
 ScatterND                  keeps-zero foldable
 Selu                       slope=1.76 keeps-zero foldable
 Shape                      blind bounded foldable hides-zero
+Shrink                     foldable
 Sigmoid                    slope=0.25 blind hides-zero foldable
 Sign                       same-shape keeps-zero tells-zero foldable
 Sin                        elementwise keeps-zero foldable

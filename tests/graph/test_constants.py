@@ -10,7 +10,7 @@ from helpers import ops, same
 from onnx import TensorProto, helper, numpy_helper
 
 import pwopt
-from pwopt.graph.constants import evaluate
+from pwopt.graph.constants import _count_einsum, evaluate
 from pwopt.graph.ir import Constant, Node, Variable, as_message
 from pwopt.graph.operators import FOLDABLE
 from pwopt.graph.shapes import infer
@@ -198,6 +198,25 @@ CASES |= {
     "ScatterElements": [({"axis": 1}, (X[0], MEMBERS, np.ones((2, 3), F))), ({}, (X[0], MEMBERS, np.ones((2, 3), F)))],
     "ScatterND": [({}, (X, np.array([[0, 1], [1, -1]], L), np.ones((2, 4), F)))],
     "CastLike": [({}, (X, INTEGERS)), ({}, (INTEGERS, X))],
+    "ConvTranspose": [
+        ({"pads": [1, 0, 0, 1], "strides": [2, 1]}, (IMAGES, RNG.normal(size=(4, 3, 3, 3)).astype(F), BIAS[:3])),
+        ({"auto_pad": "SAME_UPPER", "strides": [2, 2]}, (IMAGES, RNG.normal(size=(4, 3, 3, 3)).astype(F))),
+    ],
+    "Einsum": [
+        ({"equation": "bij,bjk->bik"}, (X, X.transpose(0, 2, 1).copy())),
+        ({"equation": "...j, j -> ..."}, (X, X[0, 0])),
+        ({"equation": "i,j->ij"}, (X[0, 0], X[0, 1])),
+    ],
+    "InstanceNormalization": [({"epsilon": 0.01}, (IMAGES, BIAS[:4], BIAS[2:]))],
+    "Hardmax": [({"axis": a}, (X,)) for a in (1, -1)],
+    "ReverseSequence": [({"batch_axis": b, "time_axis": 1 - b}, (X, np.array([2, 1, 2][: 2 + b], L))) for b in (0, 1)],
+    **{f"{name}Window": [({"periodic": p}, (np.array(10, L),)) for p in (0, 1)] for name in ("Blackman", "Hamming", "Hann")},
+    "MelWeightMatrix": [({}, (np.array(8, L), np.array(32, L), np.array(8000, L), np.array(20, F), np.array(3800, F)))],
+    "Shrink": [({"lambd": 0.5, "bias": 0.25}, (X,)), ({}, (X.astype(H),))],
+    "Det": [({}, (X[:, :, :3].copy(),))],
+    "CenterCropPad": [({}, (X, np.array([3, 2, 4], L))), ({"axes": [1]}, (X, np.array([5], L)))],
+    "AffineGrid": [({"align_corners": a}, (np.array([[[1, 0, 0.1], [0, 0.5, 0]]], F), np.array([1, 2, 3, 4], L))) for a in (0, 1)],
+    "DFT": [({"onesided": o}, (X[..., None].copy(),)) for o in (0, 1)] + [({"inverse": 1}, (X.reshape(2, 6, 2),))],
     "BitShift": [({"direction": "LEFT"}, (np.arange(4, dtype=np.uint32), np.ones(4, np.uint32)))],
     "BitwiseNot": [({}, (INTEGERS,))],
     **{op: [({}, (INTEGERS, DIVISORS))] for op in ("BitwiseAnd", "BitwiseOr", "BitwiseXor")},
@@ -236,6 +255,22 @@ def test_where_runtimes_disagree_nothing_is_folded(
     found = evaluate(node, {c.name: c.values for c in constants}, 13 if len(inputs) > 1 else 11)
     assert isinstance(found, str)
     assert words in found
+
+
+@pytest.mark.parametrize(
+    ("equation", "shapes", "work"),
+    [("ij,jk->ik", [(2, 3), (3, 5)], 30), ("ij, ij", [(4, 5), (4, 5)], 20), ("...i,i->...", [(7, 2), (2,)], 28)],
+)
+def test_the_work_of_an_einsum(equation: str, shapes: list[tuple[int, ...]], work: int) -> None:
+    assert _count_einsum(equation, shapes) == work
+
+
+def test_an_einsum_that_takes_long_stays() -> None:
+    a, b = Constant("a", np.ones((1 << 12, 1 << 10), F)), Constant("b", np.ones((1 << 10, 1 << 5), F))
+    node = Node("Einsum", "n", {"equation": "ij,jk->ik"}, [a, b], [Variable("o")])
+    found = evaluate(node, {"a": a.values, "b": b.values}, 17)
+    assert isinstance(found, str)
+    assert "operations to compute" in found
 
 
 def around(nodes: list[onnx.NodeProto], shape: Sequence[int], opset: int, **constants: np.ndarray) -> onnx.ModelProto:

@@ -222,6 +222,21 @@ def test_a_position_encoding_is_computed() -> None:
     same(model, result, tolerance=1e-6, x=normal(1, 5, 4, 4, dtype=np.float32))
 
 
+def test_the_constants_of_speech_models_are_computed() -> None:
+    """A window and filters on the mel scale."""
+    body = "w = HannWindow(n) m = MelWeightMatrix(bands, n, rate, low, high) a = Mul(x, w) b = Mul(w, w) c = Add(a, b) y = MatMul(x9, m)"
+    numbers = {"n": 16, "bands": 4, "rate": 8000}
+    model = parse(
+        f"(float[2,16] x, float[2,9] x9) => (float[A,B] c, float[C,D] y) {{ {body} }}",
+        **{k: np.array(v) for k, v in numbers.items()}, low=np.float32(20), high=np.float32(3800),
+    )  # fmt: skip
+    result, outcome, _ = run(model, CleanUp())
+    assert ops(result) == {"Mul": 1, "Add": 1, "MatMul": 1}
+    assert not reasons(outcome)
+    feeds = {"x": normal(2, 16, dtype=np.float32), "x9": normal(2, 9, dtype=np.float32)}
+    same(model, result, tolerance=1e-6, **feeds)
+
+
 def test_quantised_weights_stay_quantised() -> None:
     weights = {"q": np.arange(3, dtype=np.int8), "s": np.float32(0.5)}
     model = parse("(float[3] x) => (float[N] y) { w = DequantizeLinear(q, s) y = Mul(x, w) }", **weights)
