@@ -89,7 +89,7 @@ def bound_speedups(proto: onnx.ModelProto, groups: Sequence[Group], runs: Sequen
     A group saves at most the time of the operators that it affects (Amdahl, "Validity of the single processor approach
     to achieving large scale computing capabilities", AFIPS 1967). These are the operators that it removes, and their
     neighbours, because the layout of those may change. A change of layout passes through operators without weights, so
-    their neighbours are included.
+    their neighbours are included. Neighbours with weights that already have the blocked layout gain nothing.
 
     Parameters
     ----------
@@ -109,11 +109,13 @@ def bound_speedups(proto: onnx.ModelProto, groups: Sequence[Group], runs: Sequen
     member, nodes = dict(enumerate(kernels)), proto.graph.node
     makers = {name: member[i] for i, node in enumerate(nodes) for name in node.output if name}
     heavy = {member[i] for i, node in enumerate(nodes) if node.op_type in WEIGHTED_OPERATORS}
+    layouts = _find_kernels(proto, member, runs)
+    final = {k for k in heavy if k in layouts and all(blocked for _, blocked in layouts[k])}
     links, bounds = _link_classes((proto,), [member]), dict[Group, float]()
     for g in groups:
         if g.tensors and makers.keys() >= g.tensors:
             own = {makers[name] for name in g.tensors}
-            affected = own | _find_neighbours(own, links, set(kernels) - heavy)
+            affected = own | _find_neighbours(own, links, set(kernels) - heavy) - final
             share = float(np.median([_find_share(run, member, affected) for run in seen]))
             bounds[g] = 1 / max(1 - share, 1e-9)
     return bounds

@@ -130,6 +130,17 @@ def test_a_bound_includes_changes_of_layout_and_what_lies_behind_light_operators
     )
 
 
+def test_a_neighbour_with_weights_gains_nothing_if_its_layout_is_blocked_already() -> None:
+    chain = parse("(float[1,4,6,6] x) => (float[N] y) { a = Conv(x, u) b = Abs(a) c = Relu(b) y = Conv(c, u) }",
+                  u=normal(4, 4, 1, 1, dtype=F))  # fmt: skip
+    group = Group("p", "Abs", (Site("p", "b"),), 1, frozenset({"b"}))
+    times = {"a_nchwc": 5.0, "ReorderOutput": 0.5, 1: 1.0, 2: 0.5, 3: 3.0}
+    assert bound_speedups(chain, [group], runs(times)) == pytest.approx({group: 10 / 5})
+    last = Group("p", "Conv", (Site("p", "y"),), 1, frozenset({"y"}))
+    replaced = {"a_nchwc": 5.0, "ReorderOutput": 0.5, 1: 1.0, 2: 0.5, "y_nchwc": 3.0}  # its own time may be saved
+    assert bound_speedups(chain, [last], runs(replaced)) == pytest.approx({last: 10 / 5})
+
+
 def test_a_group_whose_operators_are_not_in_the_model_has_no_bound() -> None:
     before, _ = models()
     assert bound_speedups(before, [A, Group("p", "other", (), 1, frozenset({"elsewhere"}))], runs(OLD)) == {}
