@@ -293,7 +293,9 @@ def told(record: Row) -> str:
         " marks the fastest tool, and every tool whose interval overlaps with that of the fastest. A dash marks a result"
         " that failed or was not equivalent. It counts as 1 in the geometric mean and in the minimum."
     )
-    chart = f"![Speed-ups of {len(record['models'])} models by tool]({CHART.relative_to(ROOT).as_posix()})"
+    means = [f"{t} {statistics.geometric_mean([speedup(r, t) for r in record['models']]):.2f}" for t in record["tools"]]
+    seen = f"A dot for each of {len(record['models'])} models and each tool. Geometric means: {', '.join(means)}"
+    chart = f"![{seen}]({CHART.relative_to(ROOT).as_posix()})"
     paragraphs = (textwrap.fill(head, WIDTH), chart, table(record).rstrip(), textwrap.fill(f"{behind}{broken}", WIDTH))
     return "\n\n".join(paragraphs) + "\n"
 

@@ -46,14 +46,14 @@ def _example(kind: type[Pass]) -> Rewrite | None:
 
 
 def _picture(rewrite: Rewrite) -> str:
-    sides = (("before", rewrite.before), ("after", rewrite.after))
-    figures = "".join(
-        f"<figure><figcaption>{name}</figcaption>{_svg(name, operators)}</figure>" for name, operators in sides
-    )
+    figures = ""
+    for name, operators in (("before", rewrite.before), ("after", rewrite.after)):
+        shown = f"{name}: {', '.join(o.op for o in operators)}"
+        figures += f"<figure><figcaption>{escape(shown)}</figcaption>{_svg(shown, operators)}</figure>"
     return f'<div class="drawings" style="display:flex;flex-wrap:wrap;gap:1rem">{figures}</div>'
 
 
-def _svg(name: str, operators: Any) -> str:
+def _svg(label: str, operators: Any) -> str:
     d = draw(operators)
     ink = "currentColor"
     lines = "".join(f'<path d="{format_path(line)}" fill="none" stroke="{ink}" opacity=".6"/>' for line in d.lines)
@@ -68,5 +68,5 @@ def _svg(name: str, operators: Any) -> str:
         boxes += f"{escape((b.op or b.name)[-20:])}</text>"
     return (
         f'<svg width="{d.width}" height="{d.height}" viewBox="0 0 {d.width} {d.height}" role="img" '
-        f'aria-label="operators {name}">{lines}{boxes}</svg>'
+        f'aria-label="{escape(label)}">{lines}{boxes}</svg>'
     )

@@ -94,7 +94,8 @@ def _print_row(row: BatchRow, console: Console) -> None:
 
     name = escape_text(Path(row.model).name)
     if row.status == "failed":
-        console.print(f"[red]failed[/red]     {name}: {escape_text(row.sentence)}", soft_wrap=True)
+        text = f"[red]failed[/red]     {name}: {escape_text(row.sentence)}"
+        console.print(text, soft_wrap=not console.is_terminal)
         return
     faster = " " * 12
     if row.speedup is not None and row.low != row.high and is_vague(row.low or 0.0, row.high or 0.0):

@@ -42,10 +42,12 @@ __all__ = [
 def open_console(*, stderr: bool = False, wide: bool = False, quiet: bool = False) -> Console:
     """Open the terminal for output, without automatic highlighting.
 
-    With `wide`, the terminal breaks long lines. With `quiet`, nothing is printed.
+    With `wide`, long lines are not broken in a file or a pipe. With `quiet`, nothing is printed.
     """
     # emoji=False: a site may end in text such as ":x:", which rich would replace
-    return Console(stderr=stderr, highlight=False, soft_wrap=wide, emoji=False, quiet=quiet)
+    console = Console(stderr=stderr, highlight=False, emoji=False, quiet=quiet)
+    console.soft_wrap = wide and not console.is_terminal
+    return console
 
 
 def print_json(content: str) -> None:
@@ -63,7 +65,7 @@ def quote_path(path: Path) -> str:
 def print_status(terminal: Console, text: str) -> None:
     """Print a line on stderr. If stderr cannot be written, such as on a full disk, nothing more is printed there."""
     try:
-        terminal.print(text, soft_wrap=True)
+        terminal.print(text, soft_wrap=not terminal.is_terminal)
     except BrokenPipeError:
         raise
     except OSError:

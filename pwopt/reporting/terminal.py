@@ -71,24 +71,29 @@ def _show(table: Table, console: Console) -> None:
         console.print(Padding(line, (0, 0, 0, 4)))
 
 
+def print_line(text: str, console: Console, style: str = "") -> None:
+    """Print a line. A terminal gets line breaks between words, and a file or a pipe gets one long line."""
+    console.print(text, style=style, soft_wrap=not console.is_terminal)
+
+
 def render(report: Report, console: Console, details: bool = False) -> None:
     """Print the summary; with `details`, also every rewrite and every skipped site."""
     _show(_cost_table(report), console)
     render_sizes(report.shapes, console)
     if report.huge_pages is not None:
         noise = 1.0 if report.latency is None else report.latency.noise
-        console.print(escape(format_huge_pages(report.huge_pages, noise)), soft_wrap=True)
+        print_line(escape(format_huge_pages(report.huge_pages, noise)), console)
     if report.equivalence is not None:
         render_equivalence(report.equivalence, console)
     _render_rewrites(report, console)
     _render_skips(report, console)
     if details:
         for r in report.rewrites:
-            console.print(f"[green]done[/green] {escape_text(str(r.site))}: {escape_text(r.reason)}", soft_wrap=True)
+            print_line(f"[green]done[/green] {escape_text(str(r.site))}: {escape_text(r.reason)}", console)
         for s in report.skips:
-            console.print(f"[yellow]left[/yellow] {escape_text(str(s.site))}: {escape_text(s.reason)}", soft_wrap=True)
+            print_line(f"[yellow]left[/yellow] {escape_text(str(s.site))}: {escape_text(s.reason)}", console)
     for note in report.notes:
-        console.print(f"[bold]{escape_text(note)}[/bold]", soft_wrap=True)
+        print_line(f"[bold]{escape_text(note)}[/bold]", console)
 
 
 def _cost_table(report: Report) -> Table:
@@ -135,7 +140,7 @@ def render_sizes(shapes: Mapping[str, tuple[int, ...]], console: Console) -> Non
     """Print the input sizes of all figures."""
     if shapes:
         sizes = ", ".join(f"{escape_text(name)} {format_shape(shape)}" for name, shape in shapes.items())
-        console.print(f"[dim]measured with {sizes}[/dim]", soft_wrap=True)
+        print_line(f"[dim]measured with {sizes}[/dim]", console)
 
 
 def render_comparison(equivalence: Equivalence, provider: Provider, console: Console, details: bool = False) -> None:
@@ -153,9 +158,7 @@ def render_samples(equivalence: Equivalence, provider: Provider, console: Consol
     precise = ", with TF32 off" if provider.name in NVIDIA else ""
     rounds = [(sizes, [s.source for s in group]) for sizes, group in groupby(equivalence.inputs, lambda s: s.sizes)]
     samples = "; ".join(f"{sizes} ({', '.join(names)})" if sizes else "; ".join(names) for sizes, names in rounds)
-    console.print(
-        f"[dim]compared on {escape_text(provider.text)}{precise}: {escape_text(samples)}[/dim]", soft_wrap=True
-    )
+    print_line(f"[dim]compared on {escape_text(provider.text)}{precise}: {escape_text(samples)}[/dim]", console)
 
 
 def render_figures(equivalence: Equivalence, console: Console, details: bool = False, most: int = 4) -> None:
@@ -193,14 +196,14 @@ def render_difference(equivalence: Equivalence | None, console: Console, most: i
     if equivalence is None or equivalence.difference is None:
         return
     d = equivalence.difference
-    console.print(f"[bold]{escape_text(d.explain())}[/bold]", soft_wrap=True)
+    print_line(f"[bold]{escape_text(d.explain())}[/bold]", console)
     region = ", ".join(map(escape_text, d.region[:most])) + (
         f" and {len(d.region) - most} more" if d.region[most:] else ""
     )
     agree = "agree" if len(d.agreeing) > 1 else "agrees"
     agreeing = f"{escape_text(', '.join(d.agreeing[:most]))} still {agree}; " if d.agreeing else ""
     compared = format_count(d.compared, "tensor")
-    console.print(f"[dim]{agreeing}the cause is in {region}; {compared} compared[/dim]", soft_wrap=True)
+    print_line(f"[dim]{agreeing}the cause is in {region}; {compared} compared[/dim]", console)
 
 
 def render_elsewhere(equivalence: Equivalence, console: Console) -> None:
@@ -227,7 +230,7 @@ def render_equivalence(equivalence: Equivalence, console: Console) -> None:
         )
     _show(table, console)
     for remark in equivalence.remarks():
-        console.print(escape_text(remark), soft_wrap=True)
+        print_line(escape_text(remark), console)
 
 
 def _render_rewrites(report: Report, console: Console) -> None:
@@ -306,9 +309,9 @@ def render_findings(findings: Sequence[Finding], console: Console) -> None:
     """Print the findings of `doctor`, each with a remedy."""
     marks = {True: "[green]ok[/green]  ", False: "[red]no[/red]  ", None: "    "}
     for f in findings:
-        console.print(f"{marks[f.ok]}[bold]{escape_text(f.subject)}[/bold]: {escape_text(f.detail)}", soft_wrap=True)
+        print_line(f"{marks[f.ok]}[bold]{escape_text(f.subject)}[/bold]: {escape_text(f.detail)}", console)
         if f.remedy:
-            console.print(f"      {escape_text(f.remedy)}", soft_wrap=True)
+            print_line(f"      {escape_text(f.remedy)}", console)
 
 
 def render_decisions(found: Sequence[TuningRecord], console: Console) -> None:
@@ -343,6 +346,7 @@ def _format_memory(row: Row) -> str:
 def render_benchmark(rows: Sequence[Row], console: Console) -> None:
     """Print one row per model with its times, one with its costs to start, and its slowest operators."""
     times = _table("model", "input", "median", "minimum", "ratio [99 %]")
+    times.columns[-1].no_wrap = True
     costs = _table("model", "input", "load", "session creation [99 %]", "first run", "memory", "layout changes")
     for row in rows:
         name = escape_text(Path(row.model).name)
@@ -357,16 +361,16 @@ def render_benchmark(rows: Sequence[Row], console: Console) -> None:
     for row in rows:
         slowest = ", ".join(f"{escape_text(op)} {ms:.2f} ms" for op, ms in list(row.operators.items())[:6])
         shapes = " ".join(f"{escape_text(x)} {format_shape(shape)}" for x, shape in row.shapes.items())
-        console.print(f"{escape_text(Path(row.model).name)}, {shapes}: {slowest}", style="dim", soft_wrap=True)
+        print_line(f"{escape_text(Path(row.model).name)}, {shapes}: {slowest}", console, style="dim")
         base = next(r for r in rows if r.shapes == row.shapes)
         explanation = explain_contradiction(base.median_ms, row.median_ms, row.ratio)
         if explanation and not row.interval[0] <= 1 <= row.interval[1]:
-            console.print(f"{escape_text(Path(row.model).name)}: {explanation}", soft_wrap=True)
+            print_line(f"{escape_text(Path(row.model).name)}: {explanation}", console)
         if row is base:
-            console.print(_control_line(row), style="dim", soft_wrap=True)
+            print_line(_control_line(row), console, style="dim")
         if row.huge_pages is not None:
             noise = max(row.control[0], 1 / row.control[0])
-            console.print(escape(format_huge_pages(row.huge_pages, noise)), soft_wrap=True)
+            print_line(escape(format_huge_pages(row.huge_pages, noise)), console)
         if row.elsewhere:
             console.print(f"[yellow]{escape_text(row.model)}: {row.elsewhere} nodes ran on another provider[/yellow]")
 

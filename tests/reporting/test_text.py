@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
 from dataclasses import replace
 
 import pytest
+from rich.console import Console
 
 from pwopt.reporting.notes import within
 from pwopt.reporting.report import Latency, Report, Start
+from pwopt.reporting.terminal import print_line
 from pwopt.reporting.text import format_growth, format_huge_pages, format_ratio, format_speedup, list_start_rows
 from pwopt.reporting.verdicts import list_claims
 
@@ -77,3 +80,12 @@ def test_weights_that_a_rewrite_adds_are_shown() -> None:
     assert [format_growth(g) for g in (0, 999, 1_500, -2_340_000, 12_000_000)] == [
         "", "", "+1.5 kB", "−2.34 MB", "+12 MB"
     ]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("terminal", "lines"), [(True, ["one sentence of", "many words"]), (False, ["one sentence of many words"])]
+)
+def test_a_terminal_breaks_sentences_between_words(terminal: bool, lines: list[str]) -> None:
+    console = Console(file=io.StringIO(), force_terminal=terminal, color_system=None, width=15)
+    print_line("one sentence of many words", console)
+    assert [line.rstrip() for line in console.file.getvalue().splitlines()] == lines  # type: ignore[attr-defined]

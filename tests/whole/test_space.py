@@ -89,9 +89,9 @@ def _small(steps: list[tuple[str, int]]) -> bool:
 def test_random_stacks_at_two_sizes(steps: list[tuple[str, int]]) -> None:
     pytest.importorskip("onnxruntime")
     model = stack(steps)
-    assume(max(map(math.prod, infer_sizes(model, {"x": (2, 6, 80, 112)}).values())) <= 1 << 22)  # steps may double
-    result = pwopt.optimize(model, cost="analytic", shapes={"x": (1, 6, 64, 48)}, verify=False)
-    for shape in ((1, 6, 64, 48), (2, 6, 80, 112)):
+    assume(max(map(math.prod, infer_sizes(model, {"x": (2, 6, 40, 56)}).values())) <= 1 << 22)  # steps may double
+    result = pwopt.optimize(model, cost="analytic", shapes={"x": (1, 6, 32, 24)}, verify=False)
+    for shape in ((1, 6, 32, 24), (2, 6, 40, 56)):
         equivalence = pwopt.verify(model, result.model, shapes={"x": shape})
         assert equivalence.passed, equivalence.worst()
         costs = [measure(View(from_proto(m).graph, infer_sizes(m, {"x": shape}))) for m in (model, result.model)]
