@@ -204,6 +204,8 @@ def _find_disagreement(node: Node, values: Mapping[str, Values], opset: int) -> 
         return "its value never changes, but runtimes disagree on the extremes of numbers that include NaN"
     if node.op == "Squeeze" and (node.attrs.get("axes") == [] or any(v.size == 0 for v in others)):
         return "its value never changes, but runtimes disagree on an empty list of axes"
+    if _skips_entries(node, list(values.values())):
+        return "its value never changes, but runtimes disagree on auto_pad with strides beyond the kernel"
     if node.op == "Resize" and (
         node.attrs.get("mode", "nearest") == "nearest"
         or node.attrs.get("coordinate_transformation_mode", "half_pixel") not in INTERPOLATED
@@ -212,3 +214,13 @@ def _find_disagreement(node: Node, values: Mapping[str, Values], opset: int) -> 
     if node.op in SOFTMAXES and opset < 13 and node.attrs.get("axis", 1) not in (-1, data.ndim - 1):
         return "its value never changes, but onnx's evaluator normalises along one axis, as since opset 13 only"
     return ""
+
+
+def _skips_entries(node: Node, values: Sequence[Values]) -> bool:
+    """Whether a window has automatic padding and a stride that exceeds its size."""
+    if not str(node.attrs.get("auto_pad", "NOTSET")).startswith("SAME"):
+        return False
+    kernel = node.attrs.get("kernel_shape") or (values[1].shape[2:] if len(values) > 1 else ())
+    dilations = node.attrs.get("dilations") or [1] * len(kernel)
+    extents = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=False)]
+    return any(s > e for s, e in zip(node.attrs.get("strides", ()), extents, strict=False))

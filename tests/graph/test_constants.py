@@ -150,6 +150,7 @@ CASES |= {
         ({"group": 2, "pads": [1, 0, 2, 1], "strides": [2, 1]}, (IMAGES, KERNELS)),
         ({"group": 2, "dilations": [2, 1], "auto_pad": "SAME_UPPER"}, (IMAGES, KERNELS)),
         ({"group": 2, "strides": [2, 2], "auto_pad": "SAME_LOWER"}, (IMAGES, KERNELS)),
+        ({"group": 2, "strides": [3, 5], "dilations": [1, 2], "auto_pad": "SAME_LOWER"}, (IMAGES, KERNELS)),
         ({}, (X, X[:, :, :1])),
     ],
     "MatMul": [({}, (X, X.transpose(0, 2, 1).copy())), ({}, (X, X[0, 0])), ({}, (X[0, 0], X[0].T.copy()))],
@@ -238,6 +239,13 @@ def test_folding_computes_what_onnxruntime_computes(op: str) -> None:
         ("Squeeze", {"axes": []}, (X[None],), "empty list of axes"),
         ("Softmax", {"axis": 1}, (X,), "one axis"),
         ("LogSoftmax", {}, (X,), "one axis"),
+        ("Conv", {"auto_pad": "SAME_LOWER", "strides": [1, 4], "group": 2}, (IMAGES, KERNELS), "beyond the kernel"),
+        (
+            "MaxPool",
+            {"auto_pad": "SAME_UPPER", "strides": [3, 3], "kernel_shape": [3, 2]},
+            (IMAGES,),
+            "beyond the kernel",
+        ),
         ("Resize", {}, (IMAGES, np.array([1, 1, 2, 2], F)), "nearest"),
         (
             "Resize",
