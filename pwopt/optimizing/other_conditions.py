@@ -38,9 +38,10 @@ def usual_threads() -> int:
 
 
 def other_environments(environment: Environment | None, thread_counts: Sequence[int]) -> list[Environment]:
-    """List the combinations of all sizes with all thread counts, without the first, and the first with pages of 4 KiB.
+    """List the combinations of sizes and thread counts without the first one, and the first one with pages of 4 KiB.
 
-    Pages of 4 KiB are a condition only where programs can have those or huge pages.
+    Given thread counts are combined with all sizes. Those that pwopt chooses itself are combined with the first size
+    only. Pages of 4 KiB are a condition only where programs can have those or huge pages.
 
     Parameters
     ----------
@@ -55,7 +56,9 @@ def other_environments(environment: Environment | None, thread_counts: Sequence[
     for i, sample in enumerate(environment.samples):
         sizes.setdefault(tuple(value.shape for value in sample.feeds.values()), i)
     threads = dict.fromkeys(thread_counts or (1, usual_threads()))
-    found = [replace(environment, threads=t, samples=[environment.samples[i]]) for i in sizes.values() for t in threads]
+    first = next(iter(threads))
+    listed = [(i, t) for i in sizes.values() for t in threads if thread_counts or t == first or i == 0]
+    found = [replace(environment, threads=t, samples=[environment.samples[i]]) for i, t in listed]
     small = found[0].use_small_pages()
     return found[1:] if small is None else [*found[1:], small]
 
