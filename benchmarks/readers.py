@@ -1,25 +1,32 @@
 #!/usr/bin/env python3
-"""Whether other runtimes and tools read what pwopt writes: the original and the result, through each of them.
+"""Compare what other runtimes and tools make of the original and of pwopt's result.
 
-    python benchmarks/readers.py FOLDER --out FILE.json [--models a,b] [--readers openvino,tract] [--time] [--seconds 120]
+    python benchmarks/readers.py FOLDER [-o benchmarks/results/readers.json] [--models a,b] [--readers OpenVINO,tract]
+        [--seconds 120] [--others PYTHON]
+    python benchmarks/readers.py --render [-o benchmarks/results/readers.json]
 
-FOLDER holds .onnx files and a shapes.json, {"model.onnx": {"input": [1, 3, 640, 640]}}. Readers that are not installed
-are left out. Each one runs in a process of its own, and gets a copy of the model with static input sizes. The deviation
-is the largest over the outputs of |difference| / |answer of onnxruntime on the original| in the L2 norm. --time adds the
-best of five runs in milliseconds on one thread; use it on a quiet machine only. A Markdown table lies beside the JSON.
+FOLDER holds .onnx files and a shapes.json, {"model.onnx": {"input": [1, 3, 640, 640]}}. Each reader runs in a process of
+its own, and gets copies of both models with static input sizes. Readers that are not installed are left out. --others
+names a second interpreter for readers that are missing in this one: MNN's converter and onnxconverter-common need
+different releases of protobuf.
+
+The deviation is the largest over the outputs of |difference| / |answer of onnxruntime on the original|, in the L2 norm.
+Both models run alternately on one thread; the ratio is the median over the pairs of the original's processor time over
+the result's, with the second smallest and the second largest ratio of 11 pairs (a 98.8 % interval). Runs of a subset of
+models or readers update the file. The second form writes the table into docs/readers.md.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -28,11 +35,35 @@ import onnx
 
 Arrays = list[np.ndarray]
 Feeds = dict[str, np.ndarray]
+Row = dict[str, Any]
 #: A reader returns a function that runs the model once.
 Reader = Callable[[Path, Feeds], Callable[[], Arrays]]
 READERS: dict[str, tuple[str, Reader]] = {}
 #: The opset that onnxruntime's quantiser wants at least.
 QUANTISED_OPSET = 17
+ROOT = Path(__file__).resolve().parent.parent
+RECORD = ROOT / "benchmarks" / "results" / "readers.json"
+PAGE = ROOT / "docs" / "readers.md"
+#: Where the table stands in the page.
+START, END = "<!-- readers: start -->\n", "<!-- readers: end -->"
+#: The deviation up to which answers count as the same, if the original does not deviate more.
+TOLERANCE = 1e-4
+#: The same for readers that round: to 11 bits, and to 8 bits.
+TOLERANCES = {
+    "float16": 1e-2,
+    "mixed precision": 5e-2,
+    "dynamic quantisation": 0.1,
+    "static quantisation": 0.1,
+}
+#: A deviation may grow by this factor: rounding errors are random.
+MARGIN = 2.0
+#: Timed pairs, and the longest time for them in seconds.
+PAIRS, SECONDS = 11, 4.0
+#: Distributions whose versions are recorded.
+DISTRIBUTIONS = (
+    "onnxruntime", "openvino", "onnx2torch", "torch", "tract", "MNN", "pnnx", "ncnn", "onnxsim", "onnxslim",
+    "onnxconverter-common",
+)  # fmt: skip
 
 
 def reads(name: str, module: str) -> Callable[[Reader], Reader]:
@@ -242,45 +273,69 @@ def draw(shapes: dict[str, list[int]]) -> Feeds:
     return {name: rng.uniform(-1, 1, size).astype(np.float32) for name, size in shapes.items()}
 
 
-def read_once(name: str, path: Path, shapes: dict[str, list[int]], answer: Path, timed: bool) -> dict[str, Any]:
-    """In a child: run one reader on one model, and compare with the answer of onnxruntime."""
-    feeds = draw(shapes)
-    run = READERS[name][1](path, feeds)
-    found = run()
-    with np.load(answer) as file:
-        wanted = [file[key] for key in file]
-    worst = max(
+def deviate(found: Arrays, wanted: Arrays) -> float:
+    """The largest relative deviation of an output, in the L2 norm."""
+    return max(
         float(np.linalg.norm(a.astype(np.float64).ravel() - b.astype(np.float64).ravel()))
         / max(float(np.linalg.norm(b.astype(np.float64))), 1e-30)
         for a, b in zip(found, wanted, strict=True)
     )
-    result: dict[str, Any] = {"deviation": worst}
-    if timed:
-        times = []
-        for _ in range(5):
-            begin = time.perf_counter()
-            run()
-            times.append(time.perf_counter() - begin)
-        result["ms"] = 1e3 * min(times)
+
+
+def race(runs: list[Callable[[], Arrays]]) -> list[float]:
+    """Run two models alternately; returns the median ratio of processor times, and its interval."""
+    ratios: list[float] = []
+    end = time.monotonic() + SECONDS
+    while len(ratios) < PAIRS and (time.monotonic() < end or len(ratios) < 3):
+        times = [0.0, 0.0]
+        for i in (0, 1) if len(ratios) % 2 else (1, 0):
+            begin = time.process_time()
+            runs[i]()
+            times[i] = time.process_time() - begin
+        ratios.append(times[0] / times[1])
+    ratios.sort()
+    edge = 1 if len(ratios) == PAIRS else 0
+    return [ratios[len(ratios) // 2], ratios[edge], ratios[-1 - edge]]
+
+
+def read_both(name: str, paths: list[Path], shapes: dict[str, list[int]], answer: Path, timed: bool) -> Row:
+    """In a child: let one reader run models, compare with the answer of onnxruntime, and race them."""
+    feeds = draw(shapes)
+    with np.load(answer) as file:
+        wanted = [file[key] for key in file]
+    runs, found = [], []
+    for path in paths:
+        try:
+            run = READERS[name][1](path, feeds)
+            found.append({"deviation": deviate(run(), wanted)})
+            runs.append(run)
+        except Exception as error:  # any reader may fail in its own way
+            found.append({"error": f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[-1]}"[:200]})
+    result: Row = {"found": found}
+    if timed and len(runs) == 2:
+        result["ratio"] = race(runs)
     return result
 
 
-def ask(name: str, path: Path, shapes: dict[str, list[int]], answer: Path, given: argparse.Namespace) -> dict[str, Any]:
-    """Run one reader in a process of its own."""
-    task = json.dumps([name, str(path), shapes, str(answer), given.time])
+def ask(name: str, paths: list[Path], shapes: dict[str, list[int]], answer: Path, given: argparse.Namespace) -> Row:
+    """Run one reader in a process of its own; if that process dies, in one process for each model."""
+    task = json.dumps([name, [str(p) for p in paths], shapes, str(answer), given.time])
     # MNN's converter installs packages with pip while it runs, and replaces protobuf by an older one
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PIP_NO_INDEX": "1"}
     try:
         done = subprocess.run(
-            [sys.executable, __file__, "--task", task], capture_output=True, text=True, check=False,
+            [given.there[name], __file__, "--task", task], capture_output=True, text=True, check=False,
             timeout=given.seconds, env=environment,
         )  # fmt: skip
+        lines = done.stdout.strip().splitlines()
+        if done.returncode == 0 and lines:
+            return dict(json.loads(lines[-1]))
+        error = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200]
     except subprocess.TimeoutExpired:
-        return {"error": f"took more than {given.seconds:.0f} seconds"}
-    lines = done.stdout.strip().splitlines()
-    if done.returncode == 0 and lines:
-        return dict(json.loads(lines[-1]))
-    return {"error": (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1][:200]}
+        error = f"took more than {given.seconds:.0f} seconds"
+    if len(paths) == 1:
+        return {"found": [{"error": error}]}
+    return {"found": [ask(name, [path], shapes, answer, given)["found"][0] for path in paths]}
 
 
 def make_static(source: Path, out: Path, shapes: dict[str, list[int]]) -> Path:
@@ -295,66 +350,130 @@ def make_static(source: Path, out: Path, shapes: dict[str, list[int]]) -> Path:
     return out
 
 
-def judge(original: dict[str, Any], result: dict[str, Any]) -> str:
-    """One cell of the table."""
+def judge(name: str, original: Mapping[str, Any], result: Mapping[str, Any]) -> str:
+    """Compare what a reader makes of both models."""
     if "error" in original:
         return "neither" if "error" in result else "only the result"
     if "error" in result:
         return "**only the original**"
-    close = result["deviation"] <= max(2 * original["deviation"], 1e-4)
-    cell = "same" if close else f"**{original['deviation']:.1g} → {result['deviation']:.1g}**"
-    return cell + (f", {original['ms'] / result['ms']:.2f}×" if "ms" in result else "")
+    limit = max(MARGIN * original["deviation"], TOLERANCES.get(name, TOLERANCE))
+    return "same" if result["deviation"] <= limit else f"**{original['deviation']:.1g} → {result['deviation']:.1g}**"
 
 
-def format_table(found: dict[str, dict[str, Any]]) -> str:
-    """Format the cells as Markdown: one row per reader, one column per model."""
-    names = list(dict.fromkeys(name for row in found.values() for name in row))
-    head = ["| reader |", *(f" {model} |" for model in found)]
-    rows = [
-        f"| {name} |" + "".join(f" {judge(*row[name]) if name in row else ''} |" for row in found.values())
-        for name in names
+def format_cell(name: str, cell: Row) -> str:
+    """Format one cell of the table: the verdict, and how much less time the result takes, with the interval."""
+    verdict = judge(name, *cell["found"])
+    if "ratio" not in cell:
+        return verdict
+    ratio, low, high = cell["ratio"]
+    times = f"{ratio:.2f}× [{low:.2f}, {high:.2f}]"
+    return times if verdict == "same" else f"{verdict}, {times}"
+
+
+def render(record: Row) -> str:
+    """Format a record as Markdown: one row per model and reader."""
+    found = record["models"]
+    names = [name for name in READERS if any(name in row for row in found.values())]
+    versions = ", ".join(f"{name} {version}" for name, version in record["versions"].items())
+    lines = [
+        f"Processor time of the original over that of pwopt's result: {record['cpu']}, 1 thread, {record['date']};",
+        f"{versions}.",
+        "",
+        "| model | " + " | ".join(names) + " |",
+        "|---" * (len(names) + 1) + "|",
     ]
-    return "\n".join(["".join(head), "|---" * (len(found) + 1) + "|", *rows, ""])
+    for model, row in found.items():
+        lines.append(f"| {model} | " + " | ".join(format_cell(n, row[n]) if n in row else "" for n in names) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def write_page(record: Row) -> None:
+    """Write the table into docs/readers.md."""
+    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise SystemExit(f"{PAGE.name} has no place for the table: {START.strip()} and {END}")
+    PAGE.write_text(before + START + render(record) + END + after, encoding="utf-8")
+
+
+INSTALLED = """import importlib.util, json, sys
+from importlib.metadata import PackageNotFoundError, version
+def find(name):
+    try:
+        return version(name)
+    except PackageNotFoundError:
+        return None
+modules, names = json.loads(sys.argv[1])
+print(json.dumps([[m for m in modules if importlib.util.find_spec(m)], {n: find(n) for n in names if find(n)}]))
+"""
+
+
+def find_readers(interpreters: list[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Find the first interpreter that has each reader, and the versions of the packages."""
+    there: dict[str, str] = {}
+    versions: dict[str, str] = {}
+    asked = json.dumps([[module.partition(".")[0] for module, _ in READERS.values()], DISTRIBUTIONS])
+    for interpreter in interpreters:
+        done = subprocess.run([interpreter, "-c", INSTALLED, asked], capture_output=True, text=True, check=True)
+        modules, found = json.loads(done.stdout)
+        there |= {n: interpreter for n, (m, _) in READERS.items() if n not in there and m.partition(".")[0] in modules}
+        versions = found | versions
+    return there, {name: versions[name] for name in DISTRIBUTIONS if name in versions}
+
+
+def measure(
+    folder: Path, model: str, shapes: dict[str, list[int]], readers: list[str], given: argparse.Namespace
+) -> Row:
+    """Let every reader run a model and what pwopt makes of it."""
+    import pwopt
+
+    found: Row = {}
+    with tempfile.TemporaryDirectory() as place:
+        original = make_static(folder / f"{model}.onnx", Path(place) / "original.onnx", shapes)
+        whole = Path(place) / "whole.onnx"
+        pwopt.optimize(folder / f"{model}.onnx", whole, shapes=shapes, cost="analytic")
+        result = make_static(whole, Path(place) / "result.onnx", shapes)
+        answer = Path(place) / "answer.npz"
+        np.savez(answer, *by_onnxruntime(original, draw(shapes))())
+        for name in readers:
+            found[name] = ask(name, [original, result], shapes, answer, given)
+            print(f"{model}: {name}: {format_cell(name, found[name])} {found[name]['found']}", flush=True)
+    return found
 
 
 def main() -> None:
-    import pwopt
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--models")
-    parser.add_argument("--readers")
-    parser.add_argument("--time", action="store_true")
-    parser.add_argument("--seconds", type=float, default=120.0)
+    parser.add_argument("folder", type=Path, nargs="?")
+    parser.add_argument("-o", "--output", type=Path, default=RECORD)
+    parser.add_argument("--models", help="comma-separated; all in shapes.json by default")
+    parser.add_argument("--readers", help="comma-separated; all that are installed by default")
+    parser.add_argument("--others", help="a second Python interpreter, for readers that this one lacks")
+    parser.add_argument("--no-time", dest="time", action="store_false", help="compare the answers only")
+    parser.add_argument("--seconds", type=float, default=120.0, help="the longest time for a reader and a model")
+    parser.add_argument("--render", action="store_true", help="write the recorded table into docs/readers.md")
     given = parser.parse_args()
+    record: Row = json.loads(given.output.read_text(encoding="utf-8")) if given.output.exists() else {"models": {}}
+    if given.render:
+        write_page(record)
+        return
+    from pwopt.running import installation
+
     shapes = json.loads((given.folder / "shapes.json").read_text(encoding="utf-8"))
     models = given.models.split(",") if given.models else [name.removesuffix(".onnx") for name in shapes]
-    there = [n for n, (module, _) in READERS.items() if importlib.util.find_spec(module) is not None]
-    readers = given.readers.split(",") if given.readers else there
-    found: dict[str, dict[str, Any]] = {}
+    given.there, versions = find_readers([sys.executable, *([given.others] if given.others else [])])
+    readers = given.readers.split(",") if given.readers else list(given.there)
+    cpu = installation.describe_machine()["cpu"]
+    record = {"date": date.today().isoformat(), "cpu": cpu, "versions": versions, "models": record["models"]}
     for model in models:
-        size = shapes[f"{model}.onnx"]
-        with tempfile.TemporaryDirectory() as folder:
-            original = make_static(given.folder / f"{model}.onnx", Path(folder) / "original.onnx", size)
-            whole = Path(folder) / "whole.onnx"
-            pwopt.optimize(given.folder / f"{model}.onnx", whole, shapes=size, cost="analytic")
-            result = make_static(whole, Path(folder) / "result.onnx", size)
-            answer = Path(folder) / "answer.npz"
-            np.savez(answer, *by_onnxruntime(original, draw(size))())
-            found[model] = {}
-            for name in readers:
-                pair = [ask(name, path, size, answer, given) for path in (original, result)]
-                found[model][name] = pair
-                print(f"{model}: {name}: {judge(*pair)} {pair}", flush=True)
-                given.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-    given.out.with_suffix(".md").write_text(format_table(found), encoding="utf-8")
+        found = measure(given.folder, model, shapes[f"{model}.onnx"], readers, given)
+        record["models"][model] = record["models"].get(model, {}) | found
+        given.output.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
     if len(sys.argv) == 3 and sys.argv[1] == "--task":
-        task_name, task_path, task_shapes, task_answer, task_timed = json.loads(sys.argv[2])
-        outcome = read_once(task_name, Path(task_path), task_shapes, Path(task_answer), task_timed)
+        task_name, task_paths, task_shapes, task_answer, task_timed = json.loads(sys.argv[2])
+        outcome = read_both(task_name, [Path(p) for p in task_paths], task_shapes, Path(task_answer), task_timed)
         print("\n" + json.dumps(outcome))
     else:
         main()
