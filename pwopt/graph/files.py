@@ -23,6 +23,7 @@ from pwopt.graph.ir import Constant, Node, Variable
 from pwopt.graph.model import OVERRIDABLE_SINCE_IR, Model, StoredValues, read_declared
 from pwopt.graph.model import declare as declare
 from pwopt.graph.model import snapshot as snapshot
+from pwopt.graph.moved_weights import has_moved, move_weights, write_inline
 from pwopt.graph.references import names_in_annotations, names_in_training
 from pwopt.graph.repetitions import STANDARD, drop_repetitions
 from pwopt.graph.shapes import Shape, as_fixed, find_objection, infer
@@ -35,6 +36,7 @@ from pwopt.graph.storage import (
     find_data_folder,
     find_locations,
     replacing,
+    share_external,
 )
 from pwopt.graph.temporary import temporary_folder
 
@@ -42,13 +44,16 @@ from pwopt.graph.temporary import temporary_folder
 OPSETS_SINCE_IR = 3
 
 
-def load(source: Source) -> Model:
+def load(source: Source, weights: Path | None = None) -> Model:
     """Read a model for optimisation.
 
     Parameters
     ----------
     source : path, bytes, onnx.ModelProto, torch.onnx.ONNXProgram, onnx_ir.Model or Model
         A file (its external data is checked and left where it is), or a model in memory; of a Model, a copy.
+    weights : Path, optional
+        A folder into which the weights of a large model are moved (`pwopt.graph.moved_weights`). It must exist for as
+        long as the model is used.
 
     Raises
     ------
@@ -68,7 +73,7 @@ def load(source: Source) -> Model:
     target: Path | None = None
     given = unwrap(source)
     if isinstance(given, Model):
-        return from_proto(given.to_proto(), given.folder)
+        return from_proto(*_move(given.to_proto(), given.folder, weights))
     if isinstance(given, onnx.ModelProto):
         proto, folder = given, None
     else:
@@ -78,8 +83,17 @@ def load(source: Source) -> Model:
     proto = drop_repetitions(proto)
     _check(proto)
     check_external(proto, folder, target)
+    proto, folder = _move(proto, folder, weights)
     with blame_model(proto):
         return from_proto(proto, folder)
+
+
+def _move(proto: onnx.ModelProto, folder: Path | None, weights: Path | None) -> tuple[onnx.ModelProto, Path | None]:
+    """Move large weights into the folder `weights`, if there is one; also return the folder of external data."""
+    if weights is None:
+        return proto, folder
+    moved = move_weights(proto, weights)
+    return (proto, folder) if moved is proto else (moved, weights)
 
 
 @contextlib.contextmanager
@@ -281,7 +295,8 @@ def save(
 ) -> None:
     """Write a model atomically: the file appears complete, or not at all.
 
-    External data stays external, in as many files as before, named after the new model.
+    External data stays external, in as many files as before, named after the new model. Moved weights are written into
+    the file (`pwopt.graph.moved_weights`).
 
     Parameters
     ----------
@@ -306,14 +321,39 @@ def save(
     try:
         leftover = find_data_files(path)
         folder, layout = (source.folder, source.layout) if source is not None else (None, {})
-        proto = externalise(model, path, folder, layout)
+        inline = folder is not None and source is not None and has_moved(source.proto)
+        proto = model if inline else externalise(model, path, folder, layout)
         with replacing(path, lasting=lasting) as stream:
-            stream.write(proto.SerializeToString(deterministic=True))
+            if inline and folder is not None:
+                write_inline(model, folder, stream)
+            else:
+                stream.write(proto.SerializeToString(deterministic=True))
         for name in leftover.difference(find_locations(proto).values()):
             with contextlib.suppress(PermissionError):  # Windows, while somebody has it open
                 (path.parent / name).unlink(missing_ok=True)
     except EncodeError as error:
         raise ModelError(f"{str(path)!r} cannot be written: over 2 GB without external data") from error
+    except OSError as error:
+        raise UsageError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
+
+
+def save_temporary(model: onnx.ModelProto, path: Path, source: Model) -> None:
+    """Write a model made from `source` into a temporary folder; it shares the files of external data.
+
+    Raises
+    ------
+    UsageError
+        If the file cannot be written.
+    ModelError
+        If the model is too large for one file.
+    """
+    if source.folder is None or not source.layout:
+        save(model, path, source, lasting=False)
+        return
+    try:
+        proto = share_external(model, path, source.folder)
+        with replacing(path, lasting=False) as stream:
+            stream.write(proto.SerializeToString(deterministic=True))
     except OSError as error:
         raise UsageError(f"{str(path)!r} cannot be written: {error.strerror or error}") from error
 

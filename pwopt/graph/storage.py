@@ -5,9 +5,11 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import itertools
 import math
 import os
 import re
+import shutil
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -203,15 +205,72 @@ def externalise(model: onnx.ModelProto, path: Path, folder: Path | None, layout:
                         setattr(kept, descriptor.name, value)
                 kept.dims.extend(tensor.dims)
                 target = layout.get(tensor.name, locations[0])
-                offset = _align(streams[target])
+                offset = align(streams[target])
                 length = streams[target].write(tensor.raw_data)
             else:
                 kept.CopyFrom(tensor)
                 continue
-            kept.raw_data = b""  # set_external_data wants the field; it is cleared right after
-            set_external_data(kept, new_names[target], offset, length)
-            kept.ClearField("raw_data")
+            refer(kept, new_names[target], offset, length)
     return proto
+
+
+def refer(tensor: TensorProto, location: str, offset: int, length: int) -> None:
+    """Let a tensor refer to bytes in a file, in place of its own."""
+    tensor.raw_data = b""  # set_external_data wants the field
+    set_external_data(tensor, location, offset, length)
+    tensor.ClearField("raw_data")
+
+
+def share_external(model: onnx.ModelProto, path: Path, folder: Path) -> onnx.ModelProto:
+    """Return the model to write to the temporary file `path`: it shares the data files in `folder`.
+
+    Files in other folders are copied beside `path` once. Large new tensors get a data file of their own.
+    """
+    names = {old: _copy_once(folder / old, path.parent) for old in set(find_locations(model).values())}
+    proto = onnx.ModelProto()
+    copy_fields(model, proto, skip={"graph"})
+    copy_fields(model.graph, proto.graph, skip={"initializer"})
+    with contextlib.ExitStack() as files:
+        stream: IO[bytes] | None = None
+        for tensor in model.graph.initializer:
+            kept = proto.graph.initializer.add()
+            if uses_external_data(tensor):
+                kept.CopyFrom(tensor)
+                for entry in kept.external_data:
+                    if entry.key == "location":
+                        entry.value = names[entry.value]
+            elif _is_external(tensor):
+                stream = stream or files.enter_context(_open_new(path.parent / f"{path.name}.data"))
+                copy_fields(tensor, kept, skip={"raw_data", "data_location"})
+                refer(kept, f"{path.name}.data", align(stream), stream.write(tensor.raw_data))
+            else:
+                kept.CopyFrom(tensor)
+    return proto
+
+
+def _open_new(path: Path) -> IO[bytes]:
+    """Open a new file for writing. A session that maps an earlier one of this name keeps that."""
+    path.unlink(missing_ok=True)
+    return path.open("wb")
+
+
+def find_free(folder: Path, stem: str) -> Path:
+    """A path in a temporary folder for a new model."""
+    return next(path for k in itertools.count() if not (path := folder / f"{stem}{k}.onnx").exists())
+
+
+def _copy_once(source: Path, folder: Path) -> str:
+    """Copy a data file into a temporary folder, unless it is there, and return its name.
+
+    onnx refuses symbolic links to data, and files with several hard links.
+    """
+    real = Path(os.path.realpath(source))
+    if real.parent == Path(os.path.realpath(folder)):
+        return real.name
+    target = folder / f"{hashlib.sha256(os.fsencode(real)).hexdigest()[:16]}.shared"
+    if not target.exists():
+        shutil.copyfile(real, target)
+    return target.name
 
 
 def _is_external(tensor: TensorProto) -> bool:
@@ -242,14 +301,15 @@ def _free_name(path: Path, suffix: str) -> str:
     return name
 
 
-def _align(stream: IO[bytes]) -> int:
+def align(stream: IO[bytes]) -> int:
+    """Write zeros up to the next page, and return the position."""
     stream.write(b"\0" * (-stream.tell() % FILE_ALIGNMENT))
     return stream.tell()
 
 
 def _append_file(stream: IO[bytes], source: Path, info: ExternalDataInfo) -> tuple[int, int]:
     """Copy the bytes of one tensor in pieces, and return (offset, length) in the new file."""
-    start = _align(stream)
+    start = align(stream)
     begin = info.offset or 0
     left = length = info.length if info.length is not None else source.stat().st_size - begin
     with source.open("rb") as data:

@@ -13,6 +13,7 @@ from pwopt.errors import ModelError, NotEquivalentError, ProviderError, PwoptErr
 from pwopt.evidence.equivalence import Equivalence
 from pwopt.evidence.localise import localise
 from pwopt.evidence.verify import compare_in_sessions, find_placements
+from pwopt.graph.model import Model
 from pwopt.graph.reasons import Reason
 from pwopt.optimizing.bisection import add_repeated, leave_out_faulty, name_plugins
 from pwopt.optimizing.budget import PROFILING_SECONDS, Budget
@@ -98,7 +99,7 @@ class Attempts:
         for left in reversed(range(MAX_ATTEMPTS)):
             with self.budget.pause():
                 done = self.rewrite(compilation)
-            memory.release_freed()
+            memory.collect_garbage()
             if self.problem.environment is None:
                 return self._skip_verification(done, compilation)
             if done.proto is source:
@@ -117,7 +118,7 @@ class Attempts:
         better = self._leave_out_unusable(pair, report, compilation, left)
         if better is compilation:
             small = pair.environment.use_small_pages() if self.request.measured else None
-            if small is not None and small.worker is not None:
+            if small is not None and small.worker is not None and pair.environment.together:
                 small.worker.start_early()
             report, peaks = self._verify_and_measure_memory(pair, report)
             better = self._leave_out_wrong(pair, report, compilation, left)
@@ -167,11 +168,11 @@ class Attempts:
     def _verify_and_measure_memory(self, pair: Pair, report: Report) -> tuple[Report, tuple[float, float] | None]:
         """Verify; also return the peak memory of both models if the report will have it.
 
-        It is measured in other processes meanwhile, unless this one holds so much memory that it has to wait.
+        It is measured in other processes meanwhile, or afterwards if the model is large.
         """
         if not self.request.measured:
             return self.verify(pair, report), None
-        if memory.count_resident() >= memory.MIN_RESIDENT:
+        if not pair.environment.together:
             report = self.verify(pair, report)
             passed = report.equivalence is None or report.equivalence.passed
             return report, pair.measure_memory() if passed else None
@@ -287,7 +288,7 @@ class Attempts:
             report = replace(report, latency=replace(latency, start=replace(latency.start, memory_mb=peaks)))
         if self.request.measuring.layers:
             self.request.progress("profiling", 1.0)
-            report = pair.profile(report, protos)
+            report = pair.profile(report, protos, self.problem.source)
         report = report.add_notes(
             *filter(None, [latency.contradiction()]),
             *notes.explain_launches(report, pair.environment.provider.kind),
@@ -374,11 +375,10 @@ class Pair:
             return None
         return cold[0]["memory"] / 1e6, cold[1]["memory"] / 1e6
 
-    def profile(self, report: Report, protos: tuple[onnx.ModelProto, onnx.ModelProto]) -> Report:
+    def profile(self, report: Report, protos: tuple[onnx.ModelProto, onnx.ModelProto], source: Model) -> Report:
         """Add the times of both models to a report, by operator and by layer."""
         folder = self.candidate.parent
-        copies = [save_marked(proto, folder / f"marked{k}" / "model.onnx") for k, proto in enumerate(protos)]
-        files = [copy or path for copy, path in zip(copies, (self.original, self.candidate), strict=True)]
+        files = [save_marked(proto, folder / f"marked{k}.onnx", source) for k, proto in enumerate(protos)]
         provider, threads, feeds = (
             self.environment.provider,
             self.environment.threads,
@@ -388,7 +388,6 @@ class Pair:
         latency = report.latency
         each = (latency.before_ms + latency.after_ms) / 1e3 if latency is not None else PROFILING_SECONDS
         runs = max(fewest, min(most, int(PROFILING_SECONDS / each)))
-        before, after = bench.time_nodes(files, provider, threads, feeds, runs)
+        before, after = bench.time_nodes(files, provider, threads, feeds, runs, together=self.environment.together)
         operators = {"before": bench.sum_by_operator(before), "after": bench.sum_by_operator(after)}
-        listed = compare_layers(*protos, report.rewrites, (before, after)) if all(copies) else None
-        return replace(report, operators=operators, layers=listed)
+        return replace(report, operators=operators, layers=compare_layers(*protos, report.rewrites, (before, after)))

@@ -12,7 +12,9 @@ from typing import Any
 
 import onnx
 
-from pwopt.graph.files import Source, as_file, blame_model, load, save
+from pwopt.graph.files import Source, as_file, blame_model, load, save, save_temporary
+from pwopt.graph.model import Model
+from pwopt.graph.moved_weights import has_moved, load_moved
 from pwopt.graph.names import name_nodes
 from pwopt.graph.shapes import format_shape
 from pwopt.graph.sources import unwrap
@@ -133,22 +135,24 @@ def run_request(model: Source, request: Request) -> Result:
     if dry_run:
         request = replace(request, output=None, cost="analytic", verify=False)
     request.progress("reading", 0.0)
-    source = load(model)
-    memory.release_freed()
-    renamed = request.opset is not None or bool(source.proto.functions)
     names = dict.fromkeys([*(p.name for p in (*PASSES, *find_installed())), *(p.name for p in passes)])
-    check_sites(request.denied, source.proto, tuple(names), renamed=renamed)
     with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(workspace(request.output))
+        source = load(model, folder)
+        memory.release_freed()
+        renamed = request.opset is not None or bool(source.proto.functions)
+        check_sites(request.denied, source.proto, tuple(names), renamed=renamed)
         stack.enter_context(blame_model(source.proto))
-        original = stack.enter_context(as_file(source if path is None else path))
+        original = _find_file(source, path, folder, stack)
         problem = define_problem(source, original, request).start_worker(stack)
         LOG.info("%s", _describe_problem(problem, request))
-        compilation = start_compilation(problem, passes, request, stack.enter_context(workspace(request.output)))
+        compilation = start_compilation(problem, passes, request, folder)
         request.progress("rewriting", 0.0)
         compilation.snapshot(tuple(compilation.denied))
         conditions = len(other_environments(problem.environment, request.thread_counts))
         budget = Budget(problem, request.measuring, conditions)
         selection = select_rewrites(compilation, problem, request, budget)
+        memory.collect_garbage()
         blank = _begin_report(path, problem, passes, request)
         attempts = Attempts(problem, selection, budget, request, blank)
         done = _finish(attempts, compilation).add_notes(*notes.describe_worker(_worker_problem(problem)))
@@ -161,7 +165,17 @@ def run_request(model: Source, request: Request) -> Result:
         if request.output is not None:
             request.progress("writing", 1.0)
             save(done.proto, request.output, source)
-    return Result(done.proto, done.report)
+        memory.release_freed()
+        return Result(load_moved(done.proto, source.folder), done.report)
+
+
+def _find_file(source: Model, path: Path | None, folder: Path, stack: contextlib.ExitStack) -> Path:
+    """Return the file that onnxruntime loads as the original: the model's own, or a temporary one."""
+    if not has_moved(source.proto):
+        return stack.enter_context(as_file(source if path is None else path))
+    original = folder / ("model.onnx" if path is None else path.name)
+    save_temporary(source.proto, original, source)
+    return original
 
 
 def _begin_report(path: Path | None, problem: Problem, passes: Sequence[Pass], request: Request) -> Report:

@@ -14,13 +14,14 @@ from pwopt.graph.files import fix_inputs, from_proto
 from pwopt.graph.model import Model
 from pwopt.graph.opset import convert_opset
 from pwopt.graph.shapes import find_declared
+from pwopt.graph.storage import count_bytes
 from pwopt.inputs.input_specs import check_shapes, input_specs
 from pwopt.inputs.samples import Sample, draw_samples, read_samples
 from pwopt.optimizing.request import Request
 from pwopt.optimizing.targets import find_kind, raise_opset
 from pwopt.reporting import notes
 from pwopt.rewriting.driver import Pass
-from pwopt.running import huge_pages, installation
+from pwopt.running import huge_pages, installation, memory
 from pwopt.running.size_trials import ChosenSizes, Sizes, choose_rounds, choose_sizes, explain_sizes
 from pwopt.running.worker import Worker
 from pwopt.selecting.compilation import Compilation
@@ -68,11 +69,12 @@ class Problem:
         if environment is None:
             return self
         setting = self.original, environment.provider, environment.threads, environment.samples[0].feeds
-        worker = stack.enter_context(contextlib.closing(Worker(*setting)))
+        together = environment.together
+        worker = stack.enter_context(contextlib.closing(Worker(*setting, together=together)))
         worker.start_early()
         small = None
         if environment.provider.kind == "cpu" and huge_pages.system_mode() == "madvise":
-            small = stack.enter_context(contextlib.closing(Worker(*setting, huge=False)))
+            small = stack.enter_context(contextlib.closing(Worker(*setting, huge=False, together=together)))
         return replace(self, environment=replace(environment, worker=worker, small_worker=small))
 
 
@@ -131,7 +133,9 @@ def define_problem(source: Model, original: Path, request: Request) -> Problem:
     else:
         chosen = [choose_sizes(specs, source.proto, shapes=first)]
     guessed = not given and request.inputs is None and bool(specs)
-    environment = Environment(request.execution_provider, request.first_threads, samples) if runs else None
+    together = count_bytes(source.proto) < memory.LARGE_MODEL
+    settings = request.execution_provider, request.first_threads, samples
+    environment = Environment(*settings, together=together) if runs else None
     why = tuple(explain_sizes(chosen[0]))
     return _check_declarations(Problem(source, original, samples, chosen[0].sizes, guessed, why, environment))
 

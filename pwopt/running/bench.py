@@ -25,7 +25,7 @@ from pwopt.graph.operators import VIEWS
 from pwopt.graph.temporary import temporary_folder
 from pwopt.inputs.input_specs import InputSpec, check_shapes, input_specs
 from pwopt.inputs.samples import Feeds, draw_feeds
-from pwopt.running import huge_pages, installation, providers, timing
+from pwopt.running import huge_pages, installation, memory, providers, timing
 from pwopt.running.child_process import child_command
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider, as_provider
@@ -270,7 +270,9 @@ def _measure_model(
 ) -> Row:
     (cold,) = measure_cold_starts([path], provider, threads, feeds)
     operators = sum_by_operator(time_nodes([path], provider, threads, feeds)[0])
-    placed = _profile([path], provider, threads, feeds)[0].placement()
+    profiled = Session(path, provider, threads, profile=True)
+    profiled.run(feeds)
+    placed = profiled.placement()
     total = sum(operators.values())
     return Row(
         str(path),
@@ -300,10 +302,26 @@ def _compare_starts(race: timing.Race, i: int) -> tuple[float, float, float]:
 
 
 def time_nodes(
-    paths: Sequence[Path], provider: Provider, threads: int, feeds: Feeds, runs: int = PROFILED
+    paths: Sequence[Path],
+    provider: Provider,
+    threads: int,
+    feeds: Feeds,
+    runs: int = PROFILED,
+    *,
+    together: bool = True,
 ) -> list[list[NodeTime]]:
-    """Profile models; returns the nodes of each, with their times."""
-    return [s.nodes() for s in _profile(paths, provider, threads, feeds, runs)]
+    """Profile models; returns the nodes of each, with their times.
+
+    They run in turn, so that a slow period affects all of them. Without `together`, each is closed before the next one
+    is created.
+    """
+    if together:
+        return _profile_in_turn([Session(path, provider, threads, profile=True) for path in paths], feeds, runs)
+    found: list[list[NodeTime]] = []
+    for path in paths:
+        found += _profile_in_turn([Session(path, provider, threads, profile=True)], feeds, runs)
+        memory.release_freed()
+    return found
 
 
 def sum_by_operator(nodes: Iterable[NodeTime]) -> dict[str, float]:
@@ -314,15 +332,11 @@ def sum_by_operator(nodes: Iterable[NodeTime]) -> dict[str, float]:
     return dict(sorted(total.items(), key=lambda item: -item[1]))
 
 
-def _profile(
-    paths: Sequence[Path], provider: Provider, threads: int, feeds: Feeds, runs: int = PROFILED
-) -> list[Session]:
-    """Run models under the profiler in turn, so that a slow period affects all of them."""
-    sessions = [Session(path, provider, threads, profile=True) for path in paths]
+def _profile_in_turn(sessions: Sequence[Session], feeds: Feeds, runs: int) -> list[list[NodeTime]]:
     for _ in range(runs):
         for session in sessions:
             session.profiled_run(feeds)
-    return sessions
+    return [session.nodes() for session in sessions]
 
 
 def measure_cold_starts(

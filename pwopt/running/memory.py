@@ -15,7 +15,9 @@ PAGES = Path("/proc/self/statm")
 #: objects, and few of them are garbage.
 COLLECT_AFTER = 10_000
 #: Below this resident memory in bytes, nothing is released, because it would not pay.
-MIN_RESIDENT = 256 << 20
+MIN_RESIDENT = 128 << 20
+#: Sessions of models from this many bytes on are not open side by side, but one after the other.
+LARGE_MODEL = 112 << 20
 
 
 @functools.cache
@@ -59,3 +61,10 @@ def release_freed() -> None:
     trim = _find_trim() if count_resident() >= MIN_RESIDENT else None
     if trim is not None:
         trim(0)
+
+
+def collect_garbage() -> None:
+    """Free unreachable cycles, such as graphs with their weights, if this process holds much memory."""
+    if count_resident() >= MIN_RESIDENT:
+        gc.collect()
+        release_freed()

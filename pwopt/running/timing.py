@@ -17,7 +17,7 @@ import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -324,12 +324,9 @@ TO_THE_END = Rules()
 
 
 def race(
-    openers: Sequence[Callable[[], Session]],
-    feeds: Feeds,
-    budget: float,
-    progress: Progress = ignore_progress,
-    rules: Rules = TO_THE_END,
-) -> Race:
+    openers: Sequence[Callable[[], Session]], feeds: Feeds, budget: float, progress: Progress = ignore_progress,
+    rules: Rules = TO_THE_END, *, together: bool = True,
+) -> Race:  # fmt: skip
     """Time models against each other on the same inputs, in pairs of fresh sessions.
 
     Parameters
@@ -343,6 +340,9 @@ def race(
         Called with (stage, fraction done).
     rules : Rules, optional
         What may end the race early.
+    together : bool
+        Whether the sessions of a pair are open side by side, and run in turn. Otherwise each is closed before the next
+        one is created, so that large models take less memory.
     """
     rng = np.random.default_rng(0)
     pairs: list[SessionPair] = []
@@ -350,7 +350,7 @@ def race(
     for done in itertools.count(1):
         order = _order_creation(len(openers), done - 1)
         deadline = start + budget / (MIN_PAIRS if done == 1 else 1)
-        pair, wall = _run_pair(openers, order, feeds, rounds, deadline, rng)
+        pair, wall = _run_pair(openers, order, feeds, rounds, deadline, rng, together)
         pairs.append(pair)
         passed += wall
         spent = time.perf_counter() - start
@@ -383,18 +383,16 @@ def _order_creation(count: int, pair: int) -> list[int]:
 
 
 def _run_pair(
-    openers: Sequence[Callable[[], Session]],
-    order: Sequence[int],
-    feeds: Feeds,
-    rounds: int,
-    deadline: float,
-    rng: np.random.Generator,
-) -> tuple[SessionPair, float]:
+    openers: Sequence[Callable[[], Session]], order: Sequence[int], feeds: Feeds, rounds: int, deadline: float,
+    rng: np.random.Generator, together: bool,
+) -> tuple[SessionPair, float]:  # fmt: skip
     """A pair, and the wall seconds of its timed runs. After the deadline, it ends with the round that it is in."""
     padding = bytearray(int(rng.integers(1 << 12, 1 << 20)))  # so that sessions do not lie where the last ones lay
     sessions: dict[int, Session] = {}
     creation, first_run = [0.0] * len(openers), [0.0] * len(openers)
-    for i in order:
+    times: list[list[float]] = [[] for _ in openers]
+    passed = 0.0
+    for place, i in enumerate(order):
         begin = time.process_time()
         sessions[i] = openers[i]()
         creation[i] = time.process_time() - begin
@@ -403,24 +401,39 @@ def _run_pair(
         sessions[i].step()
         first_run[i] = time.process_time() - begin
         memory.release_freed()
-    for i in order:
+        if not together:
+            left = max(0.0, deadline - time.perf_counter()) / (len(order) - place)
+            passed += _time_rounds(sessions, first_run, time.perf_counter() + left, rounds, rng, times)
+            sessions.clear()
+            memory.release_freed()
+    if together:
+        passed += _time_rounds(sessions, first_run, deadline, rounds, rng, times)
+    del padding
+    shared = min(map(len, times))
+    return SessionPair(tuple(np.array(t[:shared]) for t in times), tuple(creation), tuple(first_run)), passed
+
+
+def _time_rounds(
+    sessions: Mapping[int, Session], first_run: Sequence[float], deadline: float, rounds: int,
+    rng: np.random.Generator, times: Sequence[list[float]],
+) -> float:  # fmt: skip
+    """Time open sessions in rounds, each round in a random order; append to `times`, and return the wall seconds."""
+    for i, session in sessions.items():
         if first_run[i] < WARM_SECONDS and time.perf_counter() < deadline:
-            sessions[i].step()
-    times: list[list[float]] = [[] for _ in openers]
-    passed = 0.0
+            session.step()
+    numbers, passed = sorted(sessions), 0.0
     for done in range(rounds):
         if done >= 1 and time.perf_counter() > deadline:
             break
-        for i in rng.permutation(len(openers)):
-            clock = sessions[i].clock
-            if sessions[i].spins:
-                sessions[i].step()
-            begin, wall = clock(), time.perf_counter()
-            sessions[i].step()
-            times[i].append(max(clock() - begin, 1e-9))
+        for k in rng.permutation(len(numbers)):
+            session = sessions[numbers[k]]
+            if session.spins:
+                session.step()
+            begin, wall = session.clock(), time.perf_counter()
+            session.step()
+            times[numbers[k]].append(max(session.clock() - begin, 1e-9))
             passed += time.perf_counter() - wall
-    del padding
-    return SessionPair(tuple(np.array(t) for t in times), tuple(creation), tuple(first_run)), passed
+    return passed
 
 
 def _rounds_worth(pairs: Sequence[SessionPair], seconds: float) -> int:

@@ -53,10 +53,21 @@ class Worker:
     feeds : dict of arrays
     huge : bool
         Whether the process asks for huge pages (`pwopt.running.huge_pages`).
+    together : bool
+        Whether several sessions are open side by side, as for `timing.race`.
     """
 
-    def __init__(self, original: Path, provider: Provider, threads: int, feeds: Feeds, *, huge: bool = True) -> None:
-        self._original, self._setting = original, (provider, threads, feeds)
+    def __init__(
+        self,
+        original: Path,
+        provider: Provider,
+        threads: int,
+        feeds: Feeds,
+        *,
+        huge: bool = True,
+        together: bool = True,
+    ) -> None:
+        self._original, self._setting = original, (provider, threads, feeds, together)
         self._environ = (huge_pages.requesting if huge else huge_pages.refusing)(os.environ)
         self._child: Child | None = None
         self._starting: Future[None] | None = None
@@ -206,8 +217,8 @@ def _bound_memory() -> None:
 class _Sessions:
     """Answers the questions of a `Worker`, with a new session for each."""
 
-    def __init__(self, provider: Provider, threads: int, feeds: Feeds) -> None:
-        self._provider, self._threads, self._feeds = provider, threads, feeds
+    def __init__(self, provider: Provider, threads: int, feeds: Feeds, *, together: bool) -> None:
+        self._provider, self._threads, self._feeds, self._together = provider, threads, feeds, together
 
     def run_once(self, path: str) -> tuple[float, float, int]:
         """Measure the wall seconds to load and to run a model, and the bytes in huge pages while it is loaded."""
@@ -229,23 +240,29 @@ class _Sessions:
             for i in order:
                 sessions[i] = Session(paths[i], self._provider, self._threads, profile=True, tf32=True)
                 memory.release_freed()
-            begin, done = time.perf_counter(), 0
-            while done <= least / count or (
-                done <= MAX_PROFILED_RUNS / count and time.perf_counter() - begin < seconds / count
-            ):
-                for session in sessions.values():
-                    session.profiled_run(self._feeds)
-                done += 1
-            passed += time.perf_counter() - begin
-            spent += sum(session.spent for session in sessions.values())
-            for i, session in sessions.items():
-                runs[i] += session.runs()
+                if self._together and len(sessions) < len(paths):
+                    continue
+                share = len(sessions) / len(paths)
+                wall = self._profile_in_turn(list(sessions.values()), share * seconds / count, least / count, count)
+                passed, spent = passed + wall, spent + sum(session.spent for session in sessions.values())
+                for j, session in sessions.items():
+                    runs[j] += session.runs()
+                sessions.clear()
         return runs, spent / passed
+
+    def _profile_in_turn(self, sessions: Sequence[Session], seconds: float, least: float, count: int) -> float:
+        """Run profiled sessions in turn; return the wall seconds."""
+        begin, done = time.perf_counter(), 0
+        while done <= least or (done <= MAX_PROFILED_RUNS / count and time.perf_counter() - begin < seconds):
+            for session in sessions:
+                session.profiled_run(self._feeds)
+            done += 1
+        return time.perf_counter() - begin
 
     def race(self, paths: Sequence[str], threads: int, feeds: Feeds, seconds: float, rules: Rules) -> Race:
         """See `Worker.race`."""
         openers = [partial(Session, p, self._provider, threads, tf32=True) for p in paths]  # as users run them
-        return timing.race(openers, feeds, seconds, rules=rules)
+        return timing.race(openers, feeds, seconds, rules=rules, together=self._together)
 
 
 def _answer(sessions: _Sessions, question: str, *arguments: Any) -> Any:
@@ -265,9 +282,9 @@ def serve() -> None:
     channel = Channel()
     if (setting := channel.receive()) is None:
         return
-    provider, threads, feeds, original = setting
+    provider, threads, feeds, together, original = setting
     installation.silence_onnxruntime()
-    sessions = _Sessions(provider, threads, feeds)
+    sessions = _Sessions(provider, threads, feeds, together=together)
     channel.send(_answer(sessions, "run_once", original))
     if provider.name == providers.CPU:
         _bound_memory()

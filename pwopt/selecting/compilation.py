@@ -8,12 +8,12 @@ from pathlib import Path
 
 import onnx
 
-from pwopt.graph.files import save
+from pwopt.graph.files import save_temporary
 from pwopt.graph.memo import LATEST, digest
 from pwopt.graph.model import Model
 from pwopt.graph.reasons import Reason
 from pwopt.graph.shapes import make_skeleton
-from pwopt.graph.storage import count_bytes
+from pwopt.graph.storage import count_bytes, find_free
 from pwopt.rewriting.driver import Certifier, Pass
 from pwopt.rewriting.records import Rewrite, Site, Skip
 from pwopt.rewriting.wording import format_count
@@ -157,8 +157,8 @@ class Compilation:
 
     def write_file(self, proto: onnx.ModelProto) -> Path:
         """Write a candidate into the folder."""
-        path = self.folder / f"candidate{len(list(self.folder.glob('*.onnx')))}.onnx"
-        save(proto, path, self.source, lasting=False)
+        path = find_free(self.folder, "candidate")
+        save_temporary(proto, path, self.source)
         return path
 
 

@@ -31,6 +31,8 @@ class Environment:
         The same with pages of 4 KiB; None if `worker` has those, or if the system gives every program the same pages.
     small_pages : bool
         Whether this is the environment of `use_small_pages`.
+    together : bool
+        Whether sessions of several models are open side by side; not those of large models (`timing.race`).
     """
 
     provider: Provider
@@ -39,6 +41,7 @@ class Environment:
     worker: Worker | None = None
     small_worker: Worker | None = None
     small_pages: bool = False
+    together: bool = True
 
     @property
     def huge_pages_mb(self) -> float | None:
@@ -70,4 +73,4 @@ class Environment:
         if self.worker is not None and self.worker.ready:
             return self.worker.race(models, self.threads, feeds, seconds, rules, progress)
         openers = [partial(Session, m, self.provider, self.threads, tf32=True) for m in models]
-        return timing.race(openers, feeds, seconds, progress, rules)
+        return timing.race(openers, feeds, seconds, progress, rules, together=self.together)

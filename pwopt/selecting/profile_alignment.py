@@ -10,9 +10,9 @@ from pathlib import Path
 import onnx
 
 from pwopt.algebra.unions import Unions
-from pwopt.graph.files import save
+from pwopt.graph.files import save_temporary
+from pwopt.graph.model import Model
 from pwopt.graph.operators import WEIGHTED_OPERATORS
-from pwopt.graph.storage import find_locations
 from pwopt.rewriting.records import Rewrite
 from pwopt.running.session import NodeTime
 
@@ -22,23 +22,22 @@ MARK = re.compile(r"@(\d+)@")
 BLOCKED = "_nchwc"
 
 
-def save_marked(proto: onnx.ModelProto, path: Path) -> Path | None:
-    """Write a copy of a model with numbered nodes, so that a profile identifies them; None with external data.
+def save_marked(proto: onnx.ModelProto, path: Path, source: Model) -> Path:
+    """Write a copy of a model with numbered nodes into a temporary file, so that a profile identifies them.
 
     Parameters
     ----------
     proto : onnx.ModelProto
     path : Path
         The file of the copy.
+    source : Model
+        The model that `proto` was made from. The copy shares its external data.
     """
-    if find_locations(proto):
-        return None
     copy = onnx.ModelProto()
     copy.CopyFrom(proto)
     for i, node in enumerate(copy.graph.node):
         node.name = f"@{i}@"
-    path.parent.mkdir(exist_ok=True)
-    save(copy, path)
+    save_temporary(copy, path, source)
     return path
 
 

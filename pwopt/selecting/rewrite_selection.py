@@ -128,11 +128,11 @@ def decide(
 
 
 class _Profiled(NamedTuple):
-    """A model, the rewrites that made it, and its file for the profiler, if there can be one."""
+    """A model, the rewrites that made it, and its file for the profiler."""
 
     proto: onnx.ModelProto
     rewrites: tuple[Rewrite, ...]
-    path: Path | None
+    path: Path
     #: Runs of the model alone under the profiler.
     runs: tuple[tuple[NodeTime, ...], ...] = ()
 
@@ -173,7 +173,7 @@ class RacingEvaluator:
 
     def bound(self, kept: Sequence[Group], groups: Sequence[Group]) -> Mapping[Group, float]:
         worker, base = self._find_worker(), self._build_base(kept)
-        if worker is None or base.path is None:
+        if worker is None:
             return {}
         try:
             runs, _ = worker.profiles([base.path], BOUND_SECONDS, BOUND_RUNS, sessions=1)
@@ -216,9 +216,7 @@ class RacingEvaluator:
         names = dict.fromkeys(g.pass_name for g in groups)
         parts = [[g for g in groups if g.pass_name == name] for name in names]
         after = [self._build_profiled(base.union(*(g.sites for g in p)), f"look{k}") for k, p in enumerate(parts)]
-        paths = [each.path for each in (before, *after) if each.path is not None]
-        if len(paths) <= len(after):
-            return {}
+        paths = [each.path for each in (before, *after)]
         try:
             runs, share = worker.profiles(paths, ESTIMATE_SECONDS * len(paths) / 2, ESTIMATE_RUNS)
         except UnusableError as error:
@@ -244,7 +242,7 @@ class RacingEvaluator:
 
     def _build_profiled(self, sites: frozenset[Site], name: str) -> _Profiled:
         result = self.compilation.rewrite(sites)
-        path = save_marked(result.proto, self.compilation.folder / name / "model.onnx")
+        path = save_marked(result.proto, self.compilation.folder / f"{name}.onnx", self.compilation.source)
         return _Profiled(result.proto, result.rewrites, path)
 
     def recall(self, group: Group) -> Decision | None:

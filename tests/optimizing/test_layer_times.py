@@ -66,12 +66,18 @@ def test_what_became_of_an_operator_stands_beside_it() -> None:
     ]
 
 
-def test_external_data_is_not_copied(tmp_path: Path) -> None:
-    proto = model()
-    proto.graph.initializer[0].data_location = onnx.TensorProto.EXTERNAL
-    proto.graph.initializer[0].external_data.add(key="location", value="w.bin")
-    assert save_marked(proto, tmp_path / "m" / "m.onnx") is None
-    assert list(tmp_path.iterdir()) == []
+def test_marked_copies_share_external_data(tmp_path: Path) -> None:
+    given, folder = tmp_path / "given", tmp_path / "folder"
+    given.mkdir()
+    folder.mkdir()
+    onnx.save(model(), given / "m.onnx", save_as_external_data=True, location="w.bin", size_threshold=0)
+    source = pwopt.load(given / "m.onnx")
+    copy = save_marked(source.proto, folder / "marked.onnx", source)
+    assert save_marked(source.proto, folder / "other.onnx", source) != copy
+    assert len(list(folder.glob("*.shared"))) == 1  # both refer to one copy
+    written = onnx.load(copy)
+    assert [n.name for n in written.graph.node][:2] == ["@0@", "@1@"]
+    assert list(written.graph.initializer) == list(onnx.load(given / "m.onnx").graph.initializer)
 
 
 def test_every_operator_is_in_one_layer_and_no_time_is_lost() -> None:
