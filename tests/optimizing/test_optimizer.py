@@ -186,7 +186,7 @@ def test_measured_rewrites_must_be_faster_in_the_whole_model(monkeypatch: pytest
 
     plant(monkeypatch, race)
     started = []
-    monkeypatch.setattr(attempt.Pair, "profile", lambda pair, report, _: started.append(pair.candidate) or report)
+    monkeypatch.setattr(attempt.Pair, "profile", lambda pair, report, *_: started.append(pair.candidate) or report)
     result = pwopt.optimize(CHAIN, threads=1, cache=False)
     assert len(started) == 1  # the first result is not profiled, since it is not returned
     assert ops(result.model) == FOLDED
@@ -222,7 +222,7 @@ def test_measured_rewrites_must_be_faster_than_a_copy(retry: bool, monkeypatch: 
 
 @pytest.mark.parametrize("large", [True, False])
 def test_memory_is_measured_before_the_race(large: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A process that holds much memory waits until the outputs are compared; another one measures it meanwhile."""
+    """It is measured while the outputs are compared; of a large model, afterwards."""
     pytest.importorskip("onnxruntime")
     begun, race, compare = list[str](), Environment.race, attempt.Pair.compare
     measure = attempt.Pair.measure_memory
@@ -238,7 +238,7 @@ def test_memory_is_measured_before_the_race(large: bool, monkeypatch: pytest.Mon
     monkeypatch.setattr(Environment, "race", record("race", race))
     monkeypatch.setattr(attempt.Pair, "compare", record("compare", compare))
     monkeypatch.setattr(attempt.Pair, "measure_memory", record("memory", measure))
-    monkeypatch.setattr(attempt.memory, "MIN_RESIDENT", 0 if large else 1 << 60)
+    monkeypatch.setattr(attempt.memory, "LARGE_MODEL", 0 if large else 1 << 60)
     report = pwopt.optimize(
         CHAIN, threads=1, cache=False, measuring=pwopt.Measuring(budget=0.0, race_seconds=0.01)
     ).report

@@ -162,6 +162,31 @@ def test_every_pair_has_fresh_sessions_in_changing_order() -> None:
     assert len(Planted.opened) == 2 * len(done.pairs)
 
 
+class Counted(Planted):
+    """Counts the sessions that are open at the same time."""
+
+    alive, most = 0, 0
+
+    def __init__(self, seconds: float, spread: float) -> None:
+        super().__init__(seconds, spread)
+        Counted.alive += 1
+        Counted.most = max(Counted.most, Counted.alive)
+
+    def __del__(self) -> None:
+        Counted.alive -= 1
+
+
+@pytest.mark.parametrize("together", [True, False])
+def test_sessions_of_large_models_are_open_one_after_the_other(together: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Counted, "most", 0)
+    openers = [lambda s=s: Counted(s, 0.001) for s in (0.2, 0.1, 0.2)]
+    done = timing.race(openers, {}, 20.0, rules=Rules(0.99), together=together)  # type: ignore[arg-type]
+    assert Counted.most == (3 if together else 1)
+    assert done.speedup() == pytest.approx(2.0, rel=0.01)
+    assert done.speedup(2) == pytest.approx(1.0, rel=0.01)
+    assert all(len({len(times) for times in pair.times}) == 1 for pair in done.pairs)
+
+
 def test_every_model_is_created_at_every_place_equally_often() -> None:
     """Of three, the second was always created in the middle, and lost up to a hundredth by that."""
     openers = [lambda s=s: Planted(s, 0.01) for s in (0.1, 0.2, 0.3)]
