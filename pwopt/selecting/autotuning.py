@@ -230,7 +230,8 @@ def race_groups(
 ) -> list[Decision]:
     """Race each group in addition to the groups kept so far, unless an earlier run decided.
 
-    Groups depend on each other. After the first races, groups in doubt are raced again if a later group was kept.
+    Groups depend on each other. After the first races, groups that were dropped are profiled again if a group was kept
+    that writes their operators in another form, and groups in doubt are raced again if a later group was kept.
     Finally, each kept group is raced again in addition to all other kept groups, and dropped if it no longer pays.
 
     Parameters
@@ -254,6 +255,7 @@ def race_groups(
             contest.decided[group] = earlier
             LOG.info("%s", earlier.explain())
     waiting = [g for g in candidates if g not in contest.decided or not contest.decided[g].clear]
+    recalled = contest.kept()
     promising = contest.estimate([g for g in waiting if g not in contest.decided])
     if len(promising) > 1:  # a single group is raced below
         contest.confirm(promising)
@@ -261,6 +263,7 @@ def race_groups(
     waiting.sort(key=lambda g: g not in promising)  # the sort is stable
     for done, group in enumerate(waiting):
         contest.decide(group, 2 * (len(waiting) - done))  # half of the time is for the races below
+    contest.reconsider(recalled)
     decided, kept = contest.decided, contest.kept()
     last = candidates.index(kept[-1]) if kept else 0
     again = [g for g in candidates[:last] if g in decided and not decided[g].clear and not decided[g].remembered]
@@ -320,6 +323,33 @@ class _Contest:
             if estimate.best.interval(ESTIMATE_CONFIDENCE)[1] < SMALLEST_RACED and group not in promised:
                 self.decided[group] = Decision(group, estimate.own, estimated=True)
         return dict(sorted(paying.items(), key=lambda found: -found[1].speedup))
+
+    def reconsider(self, before: Sequence[Group]) -> None:
+        """Profile dropped groups again whose operators a group that is kept now writes in another form; race what pays.
+
+        An example are sums behind 1-D convolutions: they gain from declared shapes only after they became 2-D.
+
+        Parameters
+        ----------
+        before : sequence of Group
+            The groups that were kept at the first profiles.
+        """
+        written = {tensor for g in self.kept() if g not in before for tensor in g.tensors}
+        dropped = {
+            g: d
+            for g, d in self.decided.items()
+            if not d.kept
+            and not d.remembered
+            and (d.estimated or d.raced)
+            and any(s.tensor in written for s in g.sites)
+        }
+        for group in dropped:
+            del self.decided[group]
+        promising = self.estimate(list(dropped)) if dropped else {}
+        for i, group in enumerate(promising):
+            self.decide(group, 2 * (len(promising) - i))
+        for group, decision in dropped.items():
+            self.decided.setdefault(group, decision)
 
     def _drop_small(self, groups: Sequence[Group]) -> list[Group]:
         """Drop the groups whose operators take too little time to be worth a race; return the others."""

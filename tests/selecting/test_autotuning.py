@@ -257,6 +257,46 @@ def test_what_takes_too_little_time_is_neither_profiled_nor_raced() -> None:
     assert not decisions[1].raced
 
 
+def enabled(tensors: str) -> tuple[list[Group], Fake]:
+    """b pays only on top of a, and profiles without a say that b and c do not pay."""
+    groups = [replace(g, tensors=frozenset(tensors)) if g.signature == "A" else g for g in listed("abc")]
+    costs = {"+": 1.0, "a": 0.9, "a+b": 0.8, "b": 1.1, "a+c": 0.95, "a+b+c": 0.85}
+    fake = Fake(costs.__getitem__)
+    profiles = iter([{groups[1]: glance(0.91), groups[2]: glance(0.9)}, {groups[1]: glance(1.12)}])
+    real = fake.estimate
+
+    def estimate(kept: Sequence[Group], asked: Sequence[Group]) -> Mapping[Group, Estimate]:
+        return {**real(kept, asked), **next(profiles)}
+
+    fake.estimate = estimate  # type: ignore[method-assign]
+    return groups, fake
+
+
+def test_what_another_form_of_its_operators_enables_is_profiled_again() -> None:
+    groups, fake = enabled("ab")
+    decisions = race_groups(groups, fake, 60.0)
+    assert [asked for _, asked in fake.estimated_groups] == [["a", "b", "c"], ["b"]]
+    assert [d.kept for d in decisions] == [True, True, False]
+    assert ("a", "a+b") in fake.seen
+
+
+def test_what_no_kept_group_writes_is_not_profiled_again() -> None:
+    groups, fake = enabled("a")
+    decisions = race_groups(groups, fake, 60.0)
+    assert [asked for _, asked in fake.estimated_groups] == [["a", "b", "c"]]
+    assert [d.kept for d in decisions] == [True, False, False]
+    assert decisions[1].estimated
+
+
+def test_a_decision_stays_if_the_second_profile_fails() -> None:
+    groups, fake = enabled("ab")
+    first = iter([{groups[1]: glance(0.91), groups[2]: glance(0.9)}, {}])
+    fake.estimate = lambda _kept, _asked: next(first)  # type: ignore[method-assign]
+    decisions = race_groups(groups, fake, 60.0)
+    assert [d.kept for d in decisions] == [True, False, False]
+    assert decisions[1].estimated
+
+
 def test_what_is_known_is_not_estimated() -> None:
     fake = Fake.adding({"a": -0.1, "b": 0.1})
     a, b = listed("ab")
