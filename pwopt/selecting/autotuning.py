@@ -23,7 +23,7 @@ from pwopt.running.timing import CONFIDENCE, HOPELESS, HOPELESS_PAIRS, NO_EVIDEN
 LOG = logging.getLogger(__name__)
 
 #: The time limit in seconds for the race of one group.
-LONGEST_RACE = 4.0
+LONGEST_RACE = 3.0
 #: How many passes are profiled together, beside the model without them.
 PASSES_TOGETHER = 3
 #: The share of the time that profiles may take before the races, and the confidence of an estimate. A race confirms it.

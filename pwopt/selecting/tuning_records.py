@@ -99,7 +99,7 @@ class CachedTuningRecords:
     doubt_advice: str = "The next run of this model continues these races."
 
     def mark(self, pass_name: str) -> str:
-        return f"{pass_name} {self.marks.get(pass_name, '')}".strip()
+        return " ".join([pass_name, *(self.marks[name] for name in pass_name.split(" + ") if name in self.marks)])
 
     def recall_gain(self, key: str) -> GainRecord | None:
         return tuning_cache.look_up_gain(key, tuning_cache.describe_place(self.provider, self.threads))

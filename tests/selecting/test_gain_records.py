@@ -14,6 +14,7 @@ from helpers import normal, parse, plant, planted_race
 
 import pwopt
 from pwopt.rewriting.records import Site
+from pwopt.running.providers import DEFAULT
 from pwopt.running.session import NodeTime
 from pwopt.running.timing import Evidence
 from pwopt.running.worker import Worker
@@ -21,6 +22,7 @@ from pwopt.selecting import tuning_cache
 from pwopt.selecting.autotuning import Estimate, Group
 from pwopt.selecting.gain_records import GainRecord, describe_group
 from pwopt.selecting.rewrite_selection import RacingEvaluator
+from pwopt.selecting.tuning_records import CachedTuningRecords
 
 F = np.float32
 #: Of a model that takes 10 ms, a group saves 1 ms by itself and 2 ms with its neighbours.
@@ -160,3 +162,11 @@ def test_a_later_model_reuses_what_profiles_of_an_earlier_one_said(
         asked.clear()
         pwopt.optimize(product(tail), threads=1, measuring=pwopt.Measuring(effort="thorough"))
         assert asked == profiled
+
+
+def test_the_code_of_plugins_marks_their_records() -> None:
+    """A combination of passes has the fingerprints of all of them."""
+    records = CachedTuningRecords(DEFAULT, 1, "model", {"mine": "12ab", "other": "34cd"})
+    assert [records.mark(name) for name in ("mine", "fold", "mine + fold", "fold + mine + other")] == [
+        "mine 12ab", "fold", "mine + fold 12ab", "fold + mine + other 12ab 34cd",
+    ]  # fmt: skip
