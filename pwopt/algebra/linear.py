@@ -105,7 +105,9 @@ class LinearMap:
     @classmethod
     def diagonal(cls, scale: ArrayLike, shift: ArrayLike = 0.0, rank: int = 0) -> LinearMap:
         """y = scale · x + shift per channel; scale and shift broadcast to (channels,)."""
-        s, t = np.broadcast_arrays(np.atleast_1d(np.asarray(scale, np.float64)), np.asarray(shift, np.float64))
+        s, t = np.atleast_1d(np.asarray(scale, np.float64)), np.asarray(shift, np.float64)
+        if s.shape != t.shape:
+            s, t = np.broadcast_arrays(s, t)
         return cls.of(pointwise_geometry(s.size, s.size, groups=s.size, rank=rank), s, t)
 
     @classmethod

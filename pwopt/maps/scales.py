@@ -120,7 +120,7 @@ def read_arithmetic(view: View, node: Node) -> Result:
     if found is None:
         return _explain_unknown(view, node)
     source, value, axis, first = found
-    op, one, zero = node.op, np.ones_like(value), np.zeros_like(value)
+    op, one, zero = node.op, np.ones(value.shape), np.zeros(value.shape)
     nothing = op in ("Add", "Sub") and value.size and not np.any(value)
     if nothing and not zeros.keeps(-value if op == "Sub" and not first else value):
         return Refusal("adding +0 makes +0 of −0")

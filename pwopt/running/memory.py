@@ -13,7 +13,7 @@ from pathlib import Path
 PAGES = Path("/proc/self/statm")
 #: How many new objects the garbage collector waits for, instead of Python's 700 or 2,000. Imports and graphs make many
 #: objects, and few of them are garbage.
-COLLECT_AFTER = 10_000
+COLLECT_AFTER = 50_000
 #: Below this resident memory in bytes, nothing is released, because it would not pay.
 MIN_RESIDENT = 128 << 20
 #: Sessions of models from this many bytes on are not open side by side, but one after the other.
