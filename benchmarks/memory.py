@@ -5,8 +5,9 @@
 
 The model is a chain of 1×1 convolutions of 4 MiB each, every fourth with a scale that folds. It is stored as one file,
 and with external data. While a command runs, the proportional set sizes (Pss) of its processes are added up every
-50 ms, and so are the sizes of the files in its temporary folder and beside the output. `--peers` is a Python with
-onnxsim and onnxslim installed; those that are not are left out.
+50 ms, and so are the sizes of the files in its temporary folder and beside the output. The result counts as well. The
+same command on a model of a few bytes tells what the interpreters and onnxruntime take without weights. The second ratio
+is above that base. `--peers` is a Python with onnxsim and onnxslim installed; those that are not are left out.
 """
 
 from __future__ import annotations
@@ -47,17 +48,17 @@ PEERS = {
 }
 
 
-def write_model(path: Path, count: int, *, external: bool) -> None:
+def write_model(path: Path, count: int, *, external: bool, channels: int = CHANNELS) -> None:
     rng = np.random.default_rng(0)
     nodes, tensors = [], [numpy_helper.from_array(np.float32(0.5), "s")]
     for i in range(count):
-        values = (rng.normal(size=(CHANNELS, CHANNELS, 1, 1)) / CHANNELS**0.5).astype(np.float32)
+        values = (rng.normal(size=(channels, channels, 1, 1)) / channels**0.5).astype(np.float32)
         tensors.append(numpy_helper.from_array(values, f"w{i}"))
         nodes.append(helper.make_node("Conv", [f"x{i}", f"w{i}"], [f"a{i}"]))
         if i % 4 == 0:
             nodes.append(helper.make_node("Mul", [f"a{i}", "s"], [f"b{i}"]))
         nodes.append(helper.make_node("Relu", [nodes[-1].output[0]], [f"x{i + 1}"]))
-    ends = [helper.make_tensor_value_info(t, TensorProto.FLOAT, [1, CHANNELS, 4, 4]) for t in ("x0", f"x{count}")]
+    ends = [helper.make_tensor_value_info(t, TensorProto.FLOAT, [1, channels, 4, 4]) for t in ("x0", f"x{count}")]
     graph = helper.make_graph(nodes, "memory", ends[:1], ends[1:], tensors)
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     onnx.save(model, path, save_as_external_data=external, location=f"{path.name}.data" if external else None)
@@ -113,7 +114,19 @@ def watch(command: list[str], folder: Path) -> dict[str, Any]:
     }
 
 
-def measure(name: str, python: str, arguments: list[str], count: int, where: Path | None, *, external: bool) -> Any:
+def measure_base(python: str, arguments: list[str], where: Path | None) -> int:
+    """Peak memory in megabytes on a model of a few bytes."""
+    with tempfile.TemporaryDirectory(prefix="pwopt-memory-", dir=where) as text:
+        model, out = Path(text, "model.onnx"), Path(text, "out")
+        out.mkdir()
+        write_model(model, 4, external=False, channels=4)
+        filled = [a.format(model=model, output=out / "out.onnx") for a in arguments]
+        return int(watch([python, *filled], out)["peak memory MB"])
+
+
+def measure(
+    name: str, python: str, arguments: list[str], count: int, where: Path | None, base: int, *, external: bool
+) -> Any:
     with tempfile.TemporaryDirectory(prefix="pwopt-memory-", dir=where) as text:
         model, out = Path(text, "model.onnx"), Path(text, "out")
         out.mkdir()
@@ -124,7 +137,9 @@ def measure(name: str, python: str, arguments: list[str], count: int, where: Pat
         left = sum(p.stat().st_size for p in out.rglob("*") if p.is_file() and not p.name.startswith(output.name))
         return {
             "tool": name, "external data": external, "model MB": round(size / 1e6), **found,
+            "base memory MB": base,
             "peak memory over model": round(found["peak memory MB"] / (size / 1e6), 2),
+            "peak memory above base over model": round((found["peak memory MB"] - base) / (size / 1e6), 2),
             "peak disk over model": round(found["peak disk MB"] / (size / 1e6), 2),
             "temporary bytes left": left,
         }  # fmt: skip
@@ -141,11 +156,12 @@ def main() -> None:
     for name, arguments in PEERS.items() if options.peers else ():
         if subprocess.run([options.peers, "-c", f"import {name}"], capture_output=True, check=False).returncode == 0:
             tools.append((name, options.peers, arguments))
+    bases = {name: measure_base(python, arguments, options.folder) for name, python, arguments in tools}
     rows = []
     for external in (False, True):
         for name, python, arguments in tools:
             count = max(1, options.megabytes // 4)
-            rows.append(measure(name, python, arguments, count, options.folder, external=external))
+            rows.append(measure(name, python, arguments, count, options.folder, bases[name], external=external))
             print(rows[-1], flush=True)
     if options.output:
         options.output.write_text(to_json({"environment": describe_machine(), "rows": rows}))
