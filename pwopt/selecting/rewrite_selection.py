@@ -110,7 +110,8 @@ def find_candidates(compilation: Compilation, records: TuningRecords, *, thoroug
     priors = records.priors(compilation.provider_kind)
     alone = autotuning.group_rewrites(r for r in found if not r.enabled_by)
     joint, useless = combine([r for r in found if r.enabled_by], alone)
-    return Candidates((*alone, *joint), (*refused, *useless), priors, thorough)
+    # A combination comes first: if it pays, its parts need no race.
+    return Candidates((*joint, *alone), (*refused, *useless), priors, thorough)
 
 
 def decide(

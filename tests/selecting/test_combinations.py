@@ -7,12 +7,12 @@ from helpers import build, normal
 
 import pwopt
 from pwopt.passes import PadChannels, UnrollFrames
-from pwopt.rewriting.records import Rewrite, Site
+from pwopt.rewriting.records import Rewrite, Site, Skip
 from pwopt.running.timing import Evidence
 from pwopt.selecting.autotuning import Decision, Group, group_rewrites
 from pwopt.selecting.candidate_base import run_passes
 from pwopt.selecting.combinations import combine
-from pwopt.selecting.rewrite_selection import Candidates, Selection
+from pwopt.selecting.rewrite_selection import Candidates, Selection, find_candidates
 from pwopt.selecting.tuning_records import NoTuningRecords
 
 
@@ -83,3 +83,24 @@ def test_padded_videos_become_padded_frames() -> None:
     done = run_passes(pwopt.load(model), passes, (), {}, frozenset(joint[0].sites))
     shapes = {t.name: tuple(t.dims) for t in done.proto.graph.initializer}
     assert {shapes[n.input[1]][:2] for n in done.proto.graph.node if n.op_type == "Conv"} == {(20, 4), (20, 1), (4, 20)}
+
+
+def test_combinations_are_raced_before_their_parts() -> None:
+    found = find_candidates(_Found([FRAMES, PAD]), NoTuningRecords())  # type: ignore[arg-type]
+    assert [g.pass_name for g in found.order()] == ["unroll + pad", "unroll"]
+    assert not found.refused
+    lonely = find_candidates(_Found([RANK, PAD]), NoTuningRecords())  # type: ignore[arg-type]
+    assert [g.pass_name for g in lonely.order()] == ["rank"]
+    assert [s.site for s in lonely.refused] == [PAD.site]
+
+
+class _Found:
+    """A compilation in which these rewrites can be made."""
+
+    provider_kind = "cpu"
+
+    def __init__(self, rewrites: list[Rewrite]) -> None:
+        self.rewrites = rewrites
+
+    def find_opportunities(self) -> tuple[list[Rewrite], list[Skip]]:
+        return self.rewrites, []
