@@ -260,7 +260,7 @@ def race_groups(
     if len(promising) > 1:  # a single group is raced below
         contest.confirm(promising)
     waiting = [g for g in waiting if g not in contest.decided or not contest.decided[g].clear]
-    waiting.sort(key=lambda g: g not in promising)  # the sort is stable
+    waiting.sort(key=lambda g: (g not in promising, -contest.estimated.get(g, 1.0)))  # time may run out; stable
     for done, group in enumerate(waiting):
         contest.decide(group, 2 * (len(waiting) - done))  # half of the time is for the races below
     contest.reconsider(recalled)
@@ -282,6 +282,7 @@ class _Contest:
         self, candidates: Sequence[Group], evaluator: CandidateEvaluator, budget: float, progress: Progress
     ) -> None:
         self.candidates, self.decided = candidates, dict[Group, Decision]()
+        self.estimated = dict[Group, float]()  # speed-ups by profiles
         self._evaluator, self._progress = evaluator, progress
         self._budget, self._deadline = budget, time.perf_counter() + budget
         self._files: dict[frozenset[Site], Path] = {}
@@ -313,6 +314,7 @@ class _Contest:
             self._progress(f"profiling {', '.join(together)}", done)
             seen.update(self._evaluator.estimate(self.kept(), [g for g in groups if g.pass_name in together]))
         self._profiled.update(seen)
+        self.estimated = {g: e.own.speedup for g, e in seen.items()}
         promised = {
             g: e.own for g, e in seen.items() if e.own.interval(ESTIMATE_CONFIDENCE)[0] > 1.0 and e.own.speedup >= WORTH
         }

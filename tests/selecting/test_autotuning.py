@@ -112,6 +112,14 @@ def test_a_model_is_raced_once_against_the_same_model() -> None:
     assert decisions[1].explain() == "dropped q: twin: it makes the same model as another rewrite that was raced"
 
 
+def test_larger_estimates_are_raced_first_though_the_machine_was_busy() -> None:
+    fake = Fake.adding({"a": 0.1, "b": 0.1, "c": 0.1, "d": 0.1})
+    for group, speedup in zip(listed("abc"), (0.9, 1.3, 1.1), strict=True):
+        fake.estimates[group] = Estimate(evidence(speedup, 0.5), evidence(2.0, 0.5), sure=False)
+    race_groups(listed("abcd"), fake, 60.0)
+    assert fake.seen == [("+", "b"), ("+", "c"), ("+", "d"), ("+", "a")]
+
+
 def test_what_pays_only_with_others_is_raced_again() -> None:
     """b makes a worth it, of which nothing was clear before."""
     fake = Fake(lambda name: {"+": 1.0, "a": 0.99, "b": 0.9, "a+b": 0.8}[name], noise=0.2, rounds=200)
