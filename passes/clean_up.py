@@ -295,6 +295,9 @@ def _is_identity(rw: Rewriter, node: Node) -> bool:
     g = reading.geometry
     if g.biased or g.in_channels != g.out_channels:
         return False
+    raw = None if reading.weight is None or reading.kind == "gemm" else rw.raw(reading.weight)  # a Gemm has a factor
+    if raw is not None and raw.flat[0] != 1:
+        return False
     linear = reading.try_load()
     if linear is None:
         return False
