@@ -108,7 +108,7 @@ def _print_row(row: BatchRow, console: Console) -> None:
     took = f"{row.seconds:5.0f} s"
     console.print(f"[{colour}]{row.status:<9}[/{colour}]  {faster}  {nodes} {took}  {name}", soft_wrap=True)
     if row.sentence and not row.faster:
-        console.print(Padding(f"[dim]{escape_text(row.sentence)}[/dim]", (0, 0, 0, 11)))
+        console.print(Padding(f"[dim]{escape_text(row.sentence)}[/dim]", (0, 0, 0, 11), expand=False))
 
 
 def _format_ratio(label: str, measured: tuple[float, float, float] | None) -> str:
