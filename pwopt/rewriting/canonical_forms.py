@@ -14,6 +14,7 @@ from pwopt.graph.dtypes import FLOATING, is_floating
 from pwopt.graph.ir import Constant, Node, Tensor
 from pwopt.graph.operators import SAME_SHAPE
 from pwopt.maps import forms
+from pwopt.maps.signed_zeros import read_bounds
 from pwopt.rewriting.driver import Rewriter
 from pwopt.rewriting.records import Rewrite, Skip
 
@@ -26,6 +27,8 @@ ROUND_TRIPS = ("int4", "uint4", "int8", "uint8", "int16", "uint16")
 LAYOUT = {"axis", "block_size", "output_dtype", "saturate"}
 #: The smallest scale for which a quantised number survives, and the inverse of the largest one.
 TINY_SCALE = 2.0**-100
+#: The first opset in which the bounds of a Clip are inputs.
+CLIP_TAKES_BOUNDS = 11
 #: The first opset whose arithmetic broadcasts by the rules of numpy.
 ARITHMETIC_BROADCASTS_SINCE = 7
 
@@ -175,6 +178,27 @@ def _multiply_instead(rw: Rewriter, node: Node) -> Rewrite | None:
     return rw.replace([node], [new], f"a sum of {count} equal terms is a product")
 
 
+def _absorb_relu(rw: Rewriter, node: Node) -> Rewrite | None:
+    """Clip(Relu(x), low, high) = Clip(x, max(low, 0), high) for constant bounds with high ≥ max(low, 0)"""
+    relu = rw.producer(node.inputs[0])
+    dtype = rw.dtype(node.inputs[0])
+    if relu is None or not rw.is_a(relu, "Relu") or rw.other_uses(node.inputs[0]) or dtype not in FLOATING:
+        return None
+    held = [rw.optional_input(node, i) for i in (1, 2)]
+    if any(t is not None and rw.uniform(t) is None for t in held):
+        return None
+    low, high = read_bounds(rw, node)
+    low = max(low, 0.0)
+    if not high >= low:
+        return None
+    if rw.opset < CLIP_TAKES_BOUNDS:
+        new = Node("Clip", node.name, {**node.attrs, "min": low}, [relu.inputs[0]], list(node.outputs))
+    else:
+        bound = rw.new_constant(f"{node.outputs[0].name}_min", np.array(low, dtype))
+        new = Node("Clip", node.name, {}, [relu.inputs[0], bound, *node.inputs[2:]], list(node.outputs))
+    return rw.replace([relu, node], [new], "Clip bounds its input from below, as Relu does")
+
+
 def _flatten_weight(rw: Rewriter, node: Node) -> Rewrite | None:
     """Write a weight of one matrix, (1, …, 1, K, N), with two axes, if the other operand has as many axes as it."""
     for index, tensor in enumerate(node.inputs):
@@ -243,6 +267,7 @@ RULES: dict[str, Rule] = {
     "AveragePool": _absorb_padding,
     "Conv": _absorb_padding,
     "Cast": _join_casts,
+    "Clip": _absorb_relu,
     "Concat": _drop_empty_parts,
     "Constant": _write_value,
     "MatMul": _flatten_weight,

@@ -5,7 +5,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from helpers import build, normal, ops, parse, run, same
+from helpers import build, evaluate, normal, ops, parse, run, same
 from onnx import TensorProto, helper
 
 from pwopt.passes import CleanUp, FoldAffine
@@ -321,3 +321,43 @@ def test_a_sum_of_equal_terms_is_a_factor(body: str, left: dict[str, int]) -> No
 def test_a_sum_of_equal_integers_stays(type_: str) -> None:
     model = parse(f"({type_}[4] x) => ({type_}[A] y) {{ a = Add(x, x) y = Mul(a, k) }}", k=np.array(3, type_))
     assert ops(run(model, CleanUp())[0]) == {"Add": 1, "Mul": 1}
+
+
+@pytest.mark.parametrize(
+    ("call", "bounds"),
+    [
+        ("Clip(r, low, high)", (0.0, 1.0)),
+        ("Clip(r, half, high)", (0.5, 1.0)),
+        ("Clip(r, , high)", (0.0, 1.0)),
+        ("Clip(r, low)", (0.0, None)),
+        ("Clip(r)", (0.0, None)),
+        ("Clip(r, low, low)", None),  # the upper bound is below zero
+        ("Clip(r, k, high)", None),
+        ("Clip(r, low, k)", None),
+    ],
+)
+def test_a_clip_absorbs_a_relu(call: str, bounds: tuple[float, float | None] | None) -> None:
+    held = {"low": np.float64(-1), "half": np.float64(0.5), "high": np.float64(1)}
+    named = {k: v for k, v in held.items() if k in call}
+    model = parse(f"(double[6] x, double k) => (double[N] y) {{ r = Relu(x) y = {call} }}", **named)
+    result, _, _ = run(model, CleanUp())
+    assert ops(result) == ({"Clip": 1} if bounds else {"Relu": 1, "Clip": 1})
+    x = np.array([-2.0, -0.5, 0.0, 0.3, 2.0, np.nan])
+    expected, found = (evaluate(m, x=x, k=np.float64(0.25))[0] for m in (model, result))
+    np.testing.assert_array_equal(found, expected)
+    if bounds:
+        np.testing.assert_array_equal(found[:5], np.clip(x[:5], *bounds))
+
+
+def test_a_clip_with_attributes_absorbs_a_relu() -> None:
+    model = parse("(float[4] x) => (float[N] y) { r = Relu(x) y = Clip<min=-1.0, max=2.0>(r) }")
+    model.opset_import[0].version = 9
+    result, _, _ = run(model, CleanUp())
+    assert ops(result) == {"Clip": 1}
+    attributes = {a.name: a.f for a in result.graph.node[0].attribute}
+    assert attributes == {"min": 0.0, "max": 2.0}
+
+
+def test_a_relu_that_others_read_stays() -> None:
+    model = parse("(double[4] x) => (double[N] y, double[M] z) { r = Relu(x) y = Clip(r) z = Neg(r) }")
+    assert ops(run(model, CleanUp())[0])["Relu"] == 1
