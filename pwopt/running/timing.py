@@ -278,8 +278,7 @@ class Rules:
     harmless : float
         It may end when the second model is unlikely to be slower by this fraction, at the confidence `HARMLESS`.
     roughly : float
-        A decided race goes on until the speed-up is known to this relative precision, at `CONFIDENCE`, or to
-        `PART_OF_GAIN` of its logarithm if that is more.
+        A decided race goes on until the speed-up is known to this relative precision or `PART_OF_GAIN`.
     """
 
     decided: float | None = None
@@ -308,8 +307,8 @@ class Rules:
         noise = math.exp(abs(math.log(race.speedup(2)))) if len(race.pairs[0].times) > 2 else 1.0
         same = bool(self.margin) and count >= HOPELESS_PAIRS and low > 1 - self.margin
         if low > noise or high < 1 / noise or same:
-            enough = max(self.roughly, PART_OF_GAIN * abs(math.log(evidence.speedup)))
-            return _precision(evidence.interval(CONFIDENCE)) < enough
+            part = PART_OF_GAIN * abs(math.log(evidence.speedup))
+            return _precision(evidence.interval(CONFIDENCE)) < max(self.roughly, part)
         return count >= HOPELESS_PAIRS and evidence.interval(HOPELESS)[1] < self.worth
 
 
