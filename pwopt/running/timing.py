@@ -247,9 +247,8 @@ class Race:
     def interval(self, i: int = 1, confidence: float = CONFIDENCE) -> tuple[float, float]:
         """Confidence interval of `speedup`.
 
-        A race that went on after its first check ended when its numbers looked decided or precise. The probability of
-        an error is halved for that: then no interval of simulated races misses more often than `confidence` says, but
-        where the sessions of one model differ twice as much as those of the others.
+        A race that went on after its first check may have ended because its numbers looked good. Therefore its
+        probability of an error is halved.
         """
         doubt = (1 - confidence) / (1 if len(self.pairs) <= LOOKS[0] else 2)
         return Evidence.from_race(self, i).interval(1 - doubt)
