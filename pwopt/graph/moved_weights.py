@@ -22,7 +22,7 @@ from pwopt.graph.storage import align, copy_fields, find_locations, refer
 #: Weights are moved if they take this many bytes together; each of them takes at least the second number.
 MIN_MODEL_BYTES, MIN_TENSOR_BYTES = 64 << 20, 64 << 10
 #: The files of moved weights, without and with an explicit `data_location` in the original message.
-MOVED_FILES = (".pwopt-weights", ".pwopt-weights-declared")
+MOVED_FILES = ("pwopt-moved-weights", "pwopt-moved-weights-declared")
 #: protobuf's limit for one message in bytes.
 MAX_MESSAGE_BYTES = (1 << 31) - 1
 #: Bytes that are copied at once.
@@ -78,7 +78,9 @@ def is_moved(tensor: TensorProto) -> bool:
 
 
 def has_moved(model: onnx.ModelProto) -> bool:
-    return any(map(is_moved, model.graph.initializer))
+    """Whether `move_weights` moved weights of a model, and it has no other external data."""
+    names = set(find_locations(model).values())
+    return bool(names) and names.issubset(MOVED_FILES)
 
 
 def load_moved(model: onnx.ModelProto, folder: Path | None) -> onnx.ModelProto:

@@ -17,7 +17,7 @@ from onnx import TensorProto, helper, numpy_helper
 import pwopt
 from pwopt.errors import ModelError
 from pwopt.graph import moved_weights
-from pwopt.graph.files import load, save_temporary
+from pwopt.graph.files import load, save, save_temporary
 from pwopt.graph.moved_weights import MOVED_FILES, has_moved, load_moved, move_weights, write_inline
 from pwopt.graph.storage import find_locations
 
@@ -127,6 +127,10 @@ def test_candidates_share_the_weights_that_did_not_change(tmp_path: Path) -> Non
     assert np.array_equal(numpy_helper.to_array(read.graph.initializer[0]), new)
     kept = [onnx.load(tmp_path / "m.onnx").graph.initializer[2], read.graph.initializer[2]]
     assert np.array_equal(*map(numpy_helper.to_array, kept))
+    other = tmp_path / "other"
+    other.mkdir()
+    save(load(folder / "c.onnx"), other / "d.onnx")  # as the search for the first difference does
+    assert list(onnx.load(other / "d.onnx").graph.initializer) == list(read.graph.initializer)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="units of ru_maxrss")
