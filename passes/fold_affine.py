@@ -281,7 +281,7 @@ def _fold_into_normalisation(rw: Rewriter, reading: Reading) -> Rewrite | None:
         return None
     exact = gamma * linear.scale, np.broadcast_to(beta * linear.scale + linear.bias, gamma.shape)
     low = [emit.round_values(v, dtype) for v in exact]
-    names = [f"{reading.output.name}_{role}" for role in ("scale", "bias")]
+    names = [f"{reading.output.name}_{role}" for role in ("factor", "bias")]
     inputs = [before.inputs[0], *(rw.new_constant(n, v) for n, v in zip(names, low, strict=True))]
     new = Node(before.op, before.name, dict(before.attrs), inputs, [reading.output])
     residual = max(emit.relative_rounding(v, e) for v, e in zip(low, exact, strict=True))

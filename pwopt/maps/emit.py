@@ -235,24 +235,27 @@ class _Writer:
         return [self.node("MatMul", inputs, product), self.node("Add", [product, shift], self.output, "_bias")]
 
     def affine(self) -> list[Node]:
-        """A scale and a shift: one BatchNormalization if the channel axis is 1, else Mul, Add or both."""
+        """A scale and a shift: one BatchNormalization if the channel axis is 1, else Mul, Add or both.
+
+        No constant is called `…_scale`: onnxruntime's quantiser takes that name for the scale of a tensor.
+        """
         scale, shift = self.matrix().reshape(-1), self.low.bias
         scales, shifts = bool(np.any(self.linear.scale != 1.0)), self.linear.geometry.biased
         rank = self.view.rank(self.source) or 0
         channels = self.view.dim(self.source, 1) if rank >= 3 and self.axis in (1, None) else None
         if scales and shifts and isinstance(channels, int) and channels > 0 and str(scale.dtype) in NORMALISABLE:
-            parts = {"scale": scale, "shift": shift, "mean": 0, "var": 1}
+            parts = {"factor": scale, "shift": shift, "mean": 0, "var": 1}
             wide = {role: np.full(channels, values, scale.dtype) for role, values in parts.items()}
             inputs = [self.source, *(self.constant(role, values) for role, values in wide.items())]
             return [self.node("BatchNormalization", inputs, self.output, epsilon=0.0)]
         shape = () if self.axis is None else (-1, *(1,) * (rank - 1 - self.axis))
         if not shifts:
-            return [self.node("Mul", [self.source, self.constant("scale", scale.reshape(shape))], self.output)]
+            return [self.node("Mul", [self.source, self.constant("factor", scale.reshape(shape))], self.output)]
         if not scales:
             return [self.node("Add", [self.source, self.constant("shift", shift.reshape(shape))], self.output)]
         product = self.middle()
         return [
-            self.node("Mul", [self.source, self.constant("scale", scale.reshape(shape))], product),
+            self.node("Mul", [self.source, self.constant("factor", scale.reshape(shape))], product),
             self.node("Add", [product, self.constant("shift", shift.reshape(shape))], self.output, "_shift"),
         ]
 
