@@ -6,7 +6,7 @@
     python benchmarks/readers.py --render [-o benchmarks/results/readers.json]
 
 FOLDER holds .onnx files and a shapes.json, {"model.onnx": {"input": [1, 3, 640, 640]}}. Each reader runs in a process of
-its own, and gets copies of both models with static input sizes. Readers that are not installed are left out. --others
+its own. The original and the result have static input sizes, because some readers need them. Readers that are not installed are left out. --others
 names a second interpreter for readers that are missing in this one: MNN's converter and onnxconverter-common need
 different releases of protobuf.
 
@@ -430,9 +430,8 @@ def measure(
     found: Row = {}
     with tempfile.TemporaryDirectory() as place:
         original = make_static(folder / f"{model}.onnx", Path(place) / "original.onnx", shapes)
-        whole = Path(place) / "whole.onnx"
-        pwopt.optimize(folder / f"{model}.onnx", whole, shapes=shapes, cost="analytic")
-        result = make_static(whole, Path(place) / "result.onnx", shapes)
+        result = Path(place) / "result.onnx"
+        pwopt.optimize(folder / f"{model}.onnx", result, shapes=shapes, cost="analytic", static=True)
         answer = Path(place) / "answer.npz"
         np.savez(answer, *by_onnxruntime(original, draw(shapes))())
         for name in readers:

@@ -260,3 +260,29 @@ def test_the_table_of_tools_is_the_recorded_one() -> None:
     assert (model, tool, times) == ("m", "onnxsim", pytest.approx(1.5 / 1.1))
     assert peers["best"](row) == {"onnxsim"}
     assert peers["speedup"](row, "OnnxSlim") == 1.0
+
+
+def test_the_table_of_readers_is_the_recorded_one() -> None:
+    """`benchmarks/readers.py --render` writes it; whatever reads an original reads the result."""
+    readers = runpy.run_path(str(ROOT / "benchmarks" / "readers.py"))
+    record = json.loads(readers["RECORD"].read_text(encoding="utf-8"))
+    page = readers["PAGE"].read_text(encoding="utf-8")
+    assert page.partition(readers["START"])[2].partition(readers["END"])[0] == readers["render"](record)
+    verdicts = {
+        (model, name): readers["judge"](name, *cell["found"])
+        for model, row in record["models"].items()
+        for name, cell in row.items()
+    }
+    assert {v for v in verdicts.values() if v.startswith("**")} == set(), verdicts
+
+
+def test_how_a_reader_is_judged() -> None:
+    judge = runpy.run_path(str(ROOT / "benchmarks" / "readers.py"))["judge"]
+    failed, exact, close, far = {"error": "no"}, {"deviation": 0.0}, {"deviation": 9e-5}, {"deviation": 2e-3}
+    assert judge("tract", failed, failed) == "neither"
+    assert judge("tract", failed, exact) == "only the result"
+    assert judge("tract", exact, failed) == "**only the original**"
+    assert judge("tract", exact, close) == "same"
+    assert judge("tract", exact, far) == "**0 → 0.002**"
+    assert judge("float16", exact, far) == "same"
+    assert judge("tract", {"deviation": 1.5e-3}, far) == "same"  # rounding errors are random
