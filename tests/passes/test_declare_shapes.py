@@ -23,10 +23,22 @@ def test_summands_and_sums_behind_convolutions_are_declared() -> None:
     assert declared(result) == dict.fromkeys("acd", ("N", 4, "H", "W"))
     assert list(result.graph.node) == list(model.graph.node)
     (rewrite,) = outcome.rewrites
-    assert rewrite.signature == "declared shapes: sums behind convolutions"
+    assert rewrite.signature == "declared shapes: sums and products behind convolutions"
     assert rewrite.certificate is not None
     assert rewrite.certificate.passed
     assert run(result, eager(DeclareShapes))[0] is result  # what is declared is not declared again
+
+
+def test_products_of_two_convolutions_are_declared() -> None:
+    gates = "a = Conv<pads=[1,1,1,1]>(x, w) b = Tanh(a) c = Conv<pads=[1,1,1,1]>(x, w) d = Sigmoid(c) e = Mul(b, d)"
+    model = parse(f"{HEAD} {{ {gates} y = Neg(e) }}", w=WEIGHT)
+    result, outcome, _ = run(model, eager(DeclareShapes))
+    assert declared(result) == dict.fromkeys("bde", ("N", 4, "H", "W"))
+    assert outcome.rewrites[0].signature == "declared shapes: sums and products behind convolutions"
+    for other in ("c = Neg(x) d = Sigmoid(c) e = Mul(b, d)", "d = Sigmoid(a) e = Mul(a, d)", "e = Mul(b, b)"):
+        text = f"{HEAD} {{ {gates.partition('c = ')[0]} {other} y = Neg(e) }}"
+        one = parse(text, w=WEIGHT)
+        assert run(one, eager(DeclareShapes))[0] is one
 
 
 def test_unequal_shapes_are_not_declared() -> None:
