@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import onnx
+from threadpoolctl import threadpool_limits
 
 from pwopt.graph.files import Source, as_file, blame_model, load, save, save_temporary
 from pwopt.graph.model import Model
@@ -126,7 +127,11 @@ def optimize(
 
 @memory.collect_rarely()
 def run_request(model: Source, request: Request) -> Result:
-    """Optimise a model for a request."""
+    """Optimise a model for a request.
+
+    NumPy uses one thread meanwhile. Most matrices are small, and threads that wait for each other took two thirds of
+    the processor time of large models.
+    """
     model = unwrap(model)
     path = model if isinstance(model, Path) else None
     check_output(request, path)
@@ -137,6 +142,7 @@ def run_request(model: Source, request: Request) -> Result:
     request.progress("reading", 0.0)
     names = dict.fromkeys([*(p.name for p in (*PASSES, *find_installed())), *(p.name for p in passes)])
     with contextlib.ExitStack() as stack:
+        stack.enter_context(threadpool_limits(limits=1, user_api="blas"))
         folder = stack.enter_context(workspace(request.output))
         source = load(model, folder)
         memory.release_freed()

@@ -16,6 +16,7 @@ import onnx_graphsurgeon as gs
 import pytest
 from helpers import MODELS, evaluate, normal, ops, parse, plant, planted_race, weight
 from rich.console import Console
+from threadpoolctl import threadpool_info, threadpool_limits
 
 import pwopt
 from pwopt.errors import NotEquivalentError, ProviderError, UsageError
@@ -547,3 +548,17 @@ def test_a_gain_in_doubt_is_raced_again_before_it_is_dropped(monkeypatch: pytest
     assert len(finals) == 2
     assert report.latency is not None
     assert report.latency.pairs == 30
+
+
+def test_numpy_uses_one_thread_while_a_model_is_optimised() -> None:
+    """Threads that wait for each other take most of the processor's time of small products."""
+
+    seen: list[int] = []
+
+    def watch(stage: str, done: float) -> None:
+        seen.extend(pool["num_threads"] for pool in threadpool_info() if pool["user_api"] == "blas")
+
+    with threadpool_limits(limits=2, user_api="blas"):
+        pwopt.optimize(MODELS / "linear_sequence.onnx", cost="analytic", verify=False, progress=watch)
+        assert set(seen) == {1}
+        assert {p["num_threads"] for p in threadpool_info() if p["user_api"] == "blas"} == {2}
