@@ -89,7 +89,7 @@ def _small(steps: list[tuple[str, int]]) -> bool:
 def test_random_stacks_at_two_sizes(steps: list[tuple[str, int]]) -> None:
     pytest.importorskip("onnxruntime")
     model = stack(steps)
-    assume(max(map(math.prod, infer_sizes(model, {"x": (2, 6, 40, 56)}).values())) <= 1 << 22)  # steps may double
+    assume(max(map(math.prod, infer_sizes(model, {"x": (2, 6, 40, 56)}).values())) <= 1 << 20)  # steps may double
     result = pwopt.optimize(model, cost="analytic", shapes={"x": (1, 6, 32, 24)}, verify=False)
     for shape in ((1, 6, 32, 24), (2, 6, 40, 56)):
         equivalence = pwopt.verify(model, result.model, shapes={"x": shape})
