@@ -397,8 +397,8 @@ def test_a_disk_that_fills_while_it_is_written(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     @contextlib.contextmanager
-    def filling(path: Path) -> Iterator[IO[bytes]]:
-        with replacing(path) as stream:
+    def filling(path: Path, *, lasting: bool = True) -> Iterator[IO[bytes]]:
+        with replacing(path, lasting=lasting) as stream:
             stream.write(b"half of ")
             full()
             yield stream

@@ -191,8 +191,17 @@ def test_passes_say_where_they_may_pay(tmp_path: Path) -> None:
     def names(kind: str, passes: list[str] | None = None) -> set[str]:
         return {p.name for p in Compilation(model, model, resolve_passes(passes), (), {}, tmp_path, kind).candidates()}
 
-    blocked = {"pad-channels", "fill-blocks", "keep-layout", "split-multiplier", "winograd", "sub-pixel", "frames"}
-    lowered = {p.name for p in LOWERING} | {"declare-shapes"}
+    blocked = {
+        "pad-channels",
+        "fill-blocks",
+        "keep-layout",
+        "split-multiplier",
+        "winograd",
+        "sub-pixel",
+        "frames",
+        "unroll-frames",
+    }
+    lowered = {p.name for p in LOWERING} | {"declare-shapes", "fold-interpolation"}
     everything = {p.name for p in PASSES} - {"equalise-channels"}  # by name only
     assert names("cpu") == everything - {"fill-tensor-cores", "name-swish"}
     assert names("other") == everything - lowered - {"fill-tensor-cores", "name-hard-sigmoid"}

@@ -69,7 +69,8 @@ def test_a_whole_run_elsewhere(system: str, tmp_path: Path) -> None:
     code = f"""
 import os, pathlib, signal, sys
 import multiprocessing, subprocess, sysconfig, tempfile  # what asks for the system when it is imported
-import onnx_graphsurgeon, onnxruntime, platformdirs, rich.console, typer
+import onnx_graphsurgeon, onnxruntime, platformdirs, rich.console, threadpoolctl, typer
+threadpoolctl.ThreadpoolController._load_libraries = lambda controller: None  # it calls the system's own library
 sysconfig.get_config_vars()
 for name in ("sched_getaffinity", "sched_setaffinity"):
     delattr(os, name)
