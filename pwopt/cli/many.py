@@ -61,6 +61,7 @@ def optimize_folder(
     """
     from pwopt.cli.output import escape_text, open_console, print_json, show_progress
     from pwopt.optimizing.batch import find_jobs, format_index, optimize_many
+    from pwopt.running.progress import TimeLeft
 
     for given, name in ((request.output, "-o"), (report, "--report")):
         if given is not None:
@@ -70,7 +71,8 @@ def optimize_folder(
         for job in find_jobs(models, folder, request):
             console.print(f"{escape_text(str(job.model))} → {escape_text(str(job.output))}", soft_wrap=True)
         return
-    with show_progress(debug=verbosity.debug, quiet=verbosity.quiet, verbose=verbosity.verbose) as progress:
+    debug, quiet, verbose = verbosity.debug, verbosity.quiet, verbosity.verbose
+    with show_progress(debug=debug, quiet=quiet, verbose=verbose, left=TimeLeft()) as progress:
 
         def report_row(row: BatchRow) -> None:
             silent = verbosity.quiet or verbosity.json

@@ -87,7 +87,7 @@ def _optimize_one(model: Path, request: Request, report: Path | None, verbosity:
     from pwopt.optimizing.preparation import same_file
     from pwopt.reporting import terminal
     from pwopt.reporting.formats import check_available
-    from pwopt.running.progress import track_run
+    from pwopt.running.progress import TimeLeft, track_run
 
     out = name_beside(model, ".pwopt.onnx") if request.output is None else Path(request.output)
     if not request.writing.force and same_file(out, model):
@@ -96,7 +96,10 @@ def _optimize_one(model: Path, request: Request, report: Path | None, verbosity:
     check_available(report)
     console = open_console(quiet=verbosity.quiet or verbosity.json)
     try:
-        with show_progress(debug=verbosity.debug, quiet=verbosity.quiet, verbose=verbosity.verbose) as progress:
+        timed = request.measured and request.verify and not request.writing.dry_run
+        left = TimeLeft(request.measuring.seconds if timed else 0.0)
+        debug, quiet, verbose = verbosity.debug, verbosity.quiet, verbosity.verbose
+        with show_progress(debug=debug, quiet=quiet, verbose=verbose, left=left) as progress:
             result = run_request(model, replace(request, output=out, progress=track_run(progress)))
     except NotEquivalentError as error:
         terminal.render_equivalence(error.report.equivalence, console)
@@ -121,13 +124,14 @@ def _optimize_one(model: Path, request: Request, report: Path | None, verbosity:
 def _print_next_steps(model: Path, out: Path, report: Path | None, request: Request, console: Console) -> None:
     """Print what users do next: check the result on their own inputs, read the report, run the model fast."""
     from pwopt.cli.output import escape_text, quote_path
+    from pwopt.reporting.formats import can_render
 
     if out.suffix != ".onnx":
         console.print(f"Some tools refuse {escape_text(repr(out.name))}, because its name does not end in .onnx.")
     original, result, steps = quote_path(model), quote_path(out), []
     if request.inputs is None:
         steps.append(f"pwopt verify {original} {result} --input FOLDER   # check it on your own inputs")
-    if report is None:
+    if report is None and can_render():
         steps.append(f"pwopt optimize {original} --report report.html   # see every rewrite and refusal")
     if request.cost == "measured":
         steps.append(f"pwopt bench {original} {result}   # time both, start-up and memory too")

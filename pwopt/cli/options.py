@@ -100,7 +100,9 @@ Passes = Annotated[str | None, typer.Option(help="Passes to run, comma-separated
 Deny = Annotated[
     list[str] | None,
     typer.Option(
-        metavar="SITE", help="Do not rewrite this site (as listed in a report); repeatable.", show_default=False
+        metavar="SITE|PASS",
+        help="Do not rewrite this site (as listed in a report), or leave out this pass; repeatable.",
+        show_default=False,
     ),
 ]
 Threads = Annotated[int, typer.Option(min=1, help="Threads per operator for verifying and timing.")]
@@ -259,7 +261,7 @@ Scheduler = Annotated[
     str | None,
     typer.Option(
         metavar="ADDRESS",
-        help="Run on the workers of this dask.distributed scheduler; needs the extra `fleet`.",
+        help="Run on the workers of this dask.distributed scheduler; needs the package distributed.",
         show_default=False,
     ),
 ]

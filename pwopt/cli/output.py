@@ -12,7 +12,7 @@ import textwrap
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
 from rich.console import Console
 
@@ -24,6 +24,10 @@ from pwopt.reporting.report import Comparison, Report
 from pwopt.reporting.text import escape_text
 from pwopt.running import installation
 from pwopt.running.progress import Progress as ReportProgress
+from pwopt.running.progress import TimeLeft
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as Bar
 
 __all__ = [
     "check_report",
@@ -138,10 +142,13 @@ class _LogHandler(logging.Handler):
 
 
 @contextlib.contextmanager
-def show_progress(*, debug: bool = False, quiet: bool = False, verbose: bool = False) -> Iterator[ReportProgress]:
+def show_progress(
+    *, debug: bool = False, quiet: bool = False, verbose: bool = False, left: TimeLeft | None = None
+) -> Iterator[ReportProgress]:
     """Show stages on stderr: a progress bar on a terminal, otherwise one line per stage.
 
-    With `verbose`, log records are printed as well. Without `debug`, onnxruntime's own log is silenced.
+    With `verbose`, log records are printed as well. Without `debug`, onnxruntime's own log is silenced. `left`
+    estimates the time that is left; without it, the bar shows none.
     """
     if not debug:
         installation.silence_onnxruntime()
@@ -152,26 +159,34 @@ def show_progress(*, debug: bool = False, quiet: bool = False, verbose: bool = F
         log.setLevel(logging.DEBUG)
     try:
         if terminal.is_terminal and not quiet:
-            from rich.progress import (
-                BarColumn,
-                Progress,
-                SpinnerColumn,
-                TextColumn,
-                TimeElapsedColumn,
-                TimeRemainingColumn,
-            )
-            from rich.table import Column
-
-            text = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
-            clocks = TimeElapsedColumn(), TextColumn("[dim]left[/dim]"), TimeRemainingColumn()
-            columns = (SpinnerColumn(), text, BarColumn(20), *clocks)
-            with Progress(*columns, console=terminal, transient=True, expand=True) as bar:
+            with _make_bar(terminal, left) as bar:
                 task = bar.add_task("", total=1.0)
-                yield lambda stage, done: bar.update(task, description=escape_text(stage), completed=done)
+
+                def update(stage: str, done: float) -> None:
+                    if left is not None:
+                        left.update(stage, done)
+                    bar.update(task, description=escape_text(stage), completed=done)
+
+                yield update
         else:
             yield _ProgressLines(terminal)
     finally:
         log.removeHandler(handler)
+
+
+def _make_bar(terminal: Console, left: TimeLeft | None) -> Bar:
+    """Make a progress bar with the stage, the time that has passed, and the time that is left if it is known."""
+    from rich.progress import BarColumn, Progress, ProgressColumn, SpinnerColumn, Task, TextColumn, TimeElapsedColumn
+    from rich.table import Column
+    from rich.text import Text
+
+    class TimeLeftColumn(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text("" if left is None else left.describe(), style="dim")
+
+    text = TextColumn("{task.description}", table_column=Column(ratio=1, no_wrap=True, overflow="ellipsis"))
+    columns = SpinnerColumn(), text, BarColumn(20), TimeElapsedColumn(), TimeLeftColumn()
+    return Progress(*columns, console=terminal, transient=True, expand=True)
 
 
 class _ProgressLines:

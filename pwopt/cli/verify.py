@@ -39,7 +39,7 @@ def verify(
     verbose: options.Verbose = False,
     debug: options.Debug = False,
 ) -> None:
-    """Compare two models from any source. Exit code 0: equivalent; 1: not equivalent; 2 and above: not comparable."""
+    """Compare two models from any source. Exit code 0: equivalent; 1: not equivalent; 3: not comparable."""
     from pwopt.cli.output import check_report, open_console, print_json, show_progress, write_document
     from pwopt.evidence.laws import parse_law
     from pwopt.evidence.verify import verify as compare_models

@@ -201,7 +201,10 @@ class Attempts:
 
     def _skip_verification(self, done: Attempt, compilation: Compilation) -> Attempt:
         """Note that no model was run. The result is still loaded if onnxruntime is installed."""
-        request, available = self.request, installation.is_available()
+        request = self.request
+        if request.writing.dry_run:  # a note of its own says so
+            return done
+        available = installation.is_available()
         why = "as asked" if available or not request.verify else "onnxruntime is not installed"
         if request.output is not None and available and done.report.rewrites:
             try:
@@ -291,6 +294,7 @@ class Attempts:
             report = pair.profile(report, protos, self.problem.source)
         report = report.add_notes(
             *filter(None, [latency.contradiction()]),
+            *notes.explain_disturbance(latency, race.own),
             *notes.explain_launches(report, pair.environment.provider.kind),
         )
         return report, race

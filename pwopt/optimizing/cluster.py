@@ -50,7 +50,7 @@ def import_distributed() -> Any:
     try:
         return import_module("distributed")
     except ImportError as error:
-        raise UsageError(f"a scheduler needs {error.name}; pip install 'pwopt[fleet]'") from error
+        raise UsageError(f"a scheduler needs {error.name}; pip install distributed") from error
 
 
 @dataclass(frozen=True)

@@ -214,6 +214,9 @@ def _finish(attempts: Attempts, compilation: Compilation) -> Attempt:
     result = choose_result(done, try_unmeasured, attempts.problem.source.proto, attempts.request.insists)
     if not result.report.rewrites:
         result = replace(result, report=add_operator_times(result.report, attempts.problem, attempts.request))
+    sites = attempts.selection.allowed or ()
+    additions = notes.explain_additions(result.report, {site.pass_name for site in sites})
+    result = replace(result, report=replace(result.report, notes=(*additions, *result.report.notes)))
     spent = notes.explain_time(result.report, attempts.problem.source.proto)
     return result.add_notes(*spent, *attempts.problem.why)
 

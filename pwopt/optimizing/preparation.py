@@ -19,8 +19,10 @@ from pwopt.inputs.input_specs import check_shapes, input_specs
 from pwopt.inputs.samples import Sample, draw_samples, read_samples
 from pwopt.optimizing.request import Request
 from pwopt.optimizing.targets import find_kind, raise_opset
+from pwopt.passes import PASSES
 from pwopt.reporting import notes
 from pwopt.rewriting.driver import Pass
+from pwopt.rewriting.wording import suggest
 from pwopt.running import huge_pages, installation, memory
 from pwopt.running.size_trials import ChosenSizes, Sizes, choose_rounds, choose_sizes, explain_sizes
 from pwopt.running.worker import Worker
@@ -28,6 +30,7 @@ from pwopt.selecting.compilation import Compilation
 from pwopt.selecting.environment import Environment
 from pwopt.selecting.inlining import inline_functions
 from pwopt.selecting.pass_list import resolve_passes
+from pwopt.selecting.plugins import find_installed
 from pwopt.selecting.shape_folding import infer_sizes
 
 
@@ -79,14 +82,20 @@ class Problem:
 
 
 def resolve(request: Request, path: Path | None) -> tuple[Pass, ...]:
-    """Resolve the passes of a request. Modules of plugins may lie beside the model's file.
+    """Resolve the passes of a request, without those that it denies. Modules of plugins may lie beside the model.
 
     Raises
     ------
     UsageError
-        See `resolve_passes`.
+        If there is no pass of a denied name; see also `resolve_passes`.
     """
-    return resolve_passes(request.passes, request.plugins, path)
+    passes, denied = resolve_passes(request.passes, request.plugins, path), request.denied_passes
+    known = {p.name for p in (*PASSES, *find_installed(), *passes)} if denied else set()
+    for name in denied:
+        if name not in known:
+            hint = suggest(name, sorted(known))
+            raise UsageError(f"there is no pass {name!r} to leave out (a place is PASS:TENSOR); {hint}")
+    return tuple(p for p in passes if p.name not in denied)
 
 
 def check_output(request: Request, path: Path | None) -> None:

@@ -171,7 +171,7 @@ class Request:
         Passes besides pwopt's own: ``module:Class``, where a file ``module.py`` may lie beside the model, or
         ``path/to/module.py:Class``.
     deny : iterable of str or Site
-        Sites (from a report) that must not be rewritten.
+        Sites (from a report) that must not be rewritten, and names of passes that must not run.
     threads : int, or a sequence of those
         Intra-operator threads for verification and timing. The model is optimised for the first number; with none of
         the others may the result be slower. By default 1, and as many as onnxruntime uses by default.
@@ -263,7 +263,13 @@ class Request:
         """
         from pwopt.rewriting.records import Site
 
-        return tuple(site if isinstance(site, Site) else Site.parse(site) for site in self.deny)
+        sites = (site for site in self.deny if site not in self.denied_passes)
+        return tuple(site if isinstance(site, Site) else Site.parse(site) for site in sites)
+
+    @property
+    def denied_passes(self) -> tuple[str, ...]:
+        """The passes that must not run: names without a tensor."""
+        return tuple(name for name in self.deny if isinstance(name, str) and ":" not in name)
 
     @property
     def rounds(self) -> list[Mapping[str, Sequence[int]]]:

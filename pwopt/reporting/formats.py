@@ -10,10 +10,17 @@ from pwopt.errors import UsageError
 
 #: Report format by file name suffix.
 FORMATS = {".html": "html", ".htm": "html", ".md": "markdown", ".markdown": "markdown", ".json": "json"}
+#: The packages that documents and plots need.
+DOCUMENT_PACKAGES = ("jinja2", "matplotlib")
+
+
+def can_render() -> bool:
+    """Whether the packages for documents and plots are installed."""
+    return all(find_spec(name) is not None for name in DOCUMENT_PACKAGES)
 
 
 def check_available(path: Path | None) -> None:
-    """Check before any work is done that the libraries for a document or plot are installed.
+    """Check before any work is done that the packages for a document or plot are installed.
 
     Raises
     ------
@@ -28,7 +35,8 @@ def check_available(path: Path | None) -> None:
             raise ModuleNotFoundError(name="matplotlib")
     except ImportError as error:
         what = path.suffix.lstrip(".").upper()
-        raise UsageError(f"{what} needs {error.name}; pip install 'pwopt[report]', or write a .json") from error
+        wanted = " ".join(DOCUMENT_PACKAGES)
+        raise UsageError(f"{what} needs {error.name}; pip install {wanted}, or write a .json") from error
 
 
 def parse_format(path: Path) -> str:

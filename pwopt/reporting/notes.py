@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 
 import onnx
 
@@ -13,7 +13,7 @@ from pwopt.graph.operators import QUANTISED
 from pwopt.graph.shapes import Shape, format_shape
 from pwopt.graph.storage import count_bytes
 from pwopt.reporting.report import ConditionLatency, Latency, Report
-from pwopt.reporting.text import format_ratio
+from pwopt.reporting.text import format_ratio, is_vague
 from pwopt.rewriting.records import Rewrite, Site
 from pwopt.rewriting.wording import format_count
 from pwopt.selecting.autotuning import BUSY, Decision, Group
@@ -33,6 +33,8 @@ RETURNED = "The original is returned."
 MULTIPLYING, MAIN_SHARE = ("Conv", "Gemm", "MatMul", "Attention"), 0.5
 #: A model that grows by more than this fraction, and so many bytes, is mentioned.
 MENTIONED_GROWTH, MENTIONED_BYTES = 0.1, 1 << 16
+#: A smaller fraction of new parameters is not mentioned; tables show it as 0.0 %.
+MENTIONED_PARAMETERS = 0.0005
 
 
 def explain_profile(latency: Latency, operators: Mapping[str, Mapping[str, float]] | None) -> Iterator[str]:
@@ -152,6 +154,59 @@ def describe_growth(report: Report, before: onnx.ModelProto, after: onnx.ModelPr
     yield f"{grew}{f' ({parts})' if parts else ''}; --max-growth bounds that."
 
 
+def explain_disturbance(latency: Latency, own: float) -> Iterator[str]:
+    """Say that other programs probably made a race unclear, if the models rarely had the processor.
+
+    Parameters
+    ----------
+    latency : Latency
+    own : float
+        The share of the time of the race that the models had the processor for themselves.
+    """
+    decided = latency.faster or latency.slower or latency.same
+    if own < BUSY and (not decided or is_vague(*latency.interval)):
+        yield (
+            "Other load on this machine is the likely cause of the wide interval: the models had the processor for "
+            f"{own:.0%} of the time of their race. Run pwopt again when the machine is quieter."
+        )
+
+
+def explain_additions(report: Report, measured: Collection[str]) -> Iterator[str]:
+    """Say which passes added operators or parameters, and why their rewrites stay.
+
+    Parameters
+    ----------
+    report : Report
+    measured : collection of str
+        The passes with rewrites that were measured to be faster.
+    """
+    operators, sizes, saved = Counter[str](), Counter[str](), Counter[str]()
+    for r in report.rewrites:
+        operators[r.pass_name] += len(r.added) - len(r.removed)
+        sizes[r.pass_name] += r.growth
+        saved[r.pass_name] += r.macs_before - r.macs_after
+    before, after, more, names = report.before, report.after, list[str](), dict[str, None]()
+    for noun, count, least, added in (
+        ("operator", after.nodes - before.nodes, 0, operators),
+        ("parameter", after.params - before.params, MENTIONED_PARAMETERS * before.params, sizes),
+    ):
+        adding = [name for name, each in added.most_common() if each > 0]
+        if count > least and sum(added[name] for name in adding) >= count:  # else something else added them
+            more.append(format_count(count, f"more {noun}"))
+            names.update(dict.fromkeys(adding))
+    if not more:
+        return
+    told = []
+    for name in names:
+        if name in measured:
+            told.append(f"{name}, which was measured to be faster")
+        elif saved[name] > 0:
+            told.append(f"{name}, which saves multiply-adds")
+        else:
+            told.append(f"{name}, which removes operators" if operators[name] < 0 else name)
+    yield f"The result has {' and '.join(more)}. They come from {'; '.join(told)}."
+
+
 def describe_failures(failed: Sequence[Rewrite], builtin: Iterable[str]) -> Iterator[str]:
     """Say how many rewrites were refused by their certificates, and whose fault that is.
 
@@ -189,9 +244,12 @@ def describe_dry_run(groups: Sequence[Group], *, races: bool) -> Iterator[str]:
     """Say what a dry run leaves out; without `races`, a tuning database decides on the groups."""
     yield "A dry run: nothing was raced, verified or written."
     if groups:
-        how = "raced, unless earlier races said enough" if races else "decided by the profile"
-        listed = "; ".join(f"{g.pass_name}: {g.signature}" for g in groups)
-        yield f"{format_count(len(groups), 'kind')} of rewrites would be {how}: {listed}."
+        them = "it" if len(groups) == 1 else "them"
+        unless = f"unless earlier runs on this machine have already decided {them}"
+        how = f"timed, {unless}" if races else "decided by the profile"
+        listed = "; ".join(g.title for g in groups)
+        kinds = "1 kind of rewrite" if len(groups) == 1 else f"{len(groups)} kinds of rewrites"
+        yield f"{kinds} would be {how}: {listed}."
 
 
 def explain_not_equivalent(equivalence: Equivalence | None) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING
 from rich import box
 from rich.console import Console
 from rich.markup import escape
+from rich.measure import Measurement
 from rich.padding import Padding
-from rich.table import Table
+from rich.table import Column, Table
 
 from pwopt.evidence.equivalence import Equivalence
 from pwopt.graph.reasons import generalize
@@ -30,8 +31,9 @@ from pwopt.reporting.text import (
     format_ratio,
     format_speedup,
     list_start_rows,
+    shorten_name,
 )
-from pwopt.rewriting.wording import format_count
+from pwopt.rewriting.wording import drop_name, format_count, join_clauses
 from pwopt.running.providers import NVIDIA, Provider
 
 if TYPE_CHECKING:
@@ -47,6 +49,10 @@ VERDICTS = {"kept": "green", "dropped": "yellow", "in doubt": "dim"}
 VAGUE = 100.0
 #: A terminal width that every table fits in.
 UNLIMITED = 1 << 16
+#: Columns before the figures of a block.
+INDENT = 4
+#: The fewest characters that a name is shortened to.
+SHORTEST_NAME = 12
 
 
 def _table(*columns: str, title: str = "") -> Table:
@@ -60,15 +66,52 @@ def _table(*columns: str, title: str = "") -> Table:
 
 def _show(table: Table, console: Console) -> None:
     """Print a table. If the terminal is too narrow, print a block for each row, so that no figure is cut off."""
-    unlimited = console.options.update(max_width=UNLIMITED)
-    if console.measure(table, options=unlimited).minimum <= console.width:
+    if _fit(table, console):
         console.print(table)
         return
     for name, *values in zip(*(column.cells for column in table.columns), strict=True):
-        labels = (str(column.header) for column in table.columns[1:])
-        line = "; ".join(f"{label} {value}" for label, value in zip(labels, values, strict=True) if value)
+        labels = (str(column.header).replace("\n", " ") for column in table.columns[1:])
+        pairs = [f"{label} {value}" for label, value in zip(labels, values, strict=True) if value]
         console.print(f"[bold]{name}[/bold]", soft_wrap=True)
-        console.print(Padding(line, (0, 0, 0, 4)))
+        for line in _join_pairs(pairs, console):
+            console.print(Padding(line, (0, 0, 0, INDENT)))
+
+
+def _excess(table: Table, console: Console) -> int:
+    """By how many columns a table is wider than the terminal if no line of it is broken."""
+    return console.measure(table, options=console.options.update(max_width=UNLIMITED)).maximum - console.width
+
+
+def _fit(table: Table, console: Console) -> bool:
+    """Let columns break lines between words until a table fits the terminal; return whether that is possible."""
+    excess, unlimited = _excess(table, console), console.options.update(max_width=UNLIMITED)
+    widths: list[tuple[int, int, Column]] = []
+    for column in table.columns:
+        if not column.no_wrap:
+            cells = [Measurement.get(console, unlimited, cell) for cell in (column.header, *column.cells)]
+            natural, least = max(c.maximum for c in cells), max(c.minimum for c in cells)
+            widths.append((natural - least, natural, column))
+    if excess > sum(slack for slack, _, _ in widths):
+        return False
+    for slack, natural, column in sorted(widths, key=lambda w: -w[0]):
+        cut = max(0, min(excess, slack))
+        if cut:
+            column.width = natural - cut
+        excess -= cut
+    return True
+
+
+def _join_pairs(pairs: Sequence[str], console: Console) -> Iterator[str]:
+    """Join pairs of label and value with semicolons, in lines that end between pairs."""
+    line, room = "", console.width - INDENT - len(";")
+    for pair in pairs:
+        longer = f"{line}; {pair}" if line else pair
+        if line and console.render_str(longer).cell_len > room:
+            yield f"{line};"
+            line = pair
+        else:
+            line = longer
+    yield line
 
 
 def print_line(text: str, console: Console, style: str = "") -> None:
@@ -98,6 +141,7 @@ def render(report: Report, console: Console, details: bool = False) -> None:
 
 def _cost_table(report: Report) -> Table:
     table = _table("", "before", "after", "change")
+    table.columns[-1].no_wrap = True  # an interval stays whole
     threads = format_count(report.environment["threads"], "thread")
     pages = ", huge pages" if report.has_huge_pages else ""
     where = f"latency ({escape_text(report.provider)}, {threads}{pages})"
@@ -320,7 +364,7 @@ def render_decisions(found: Sequence[TuningRecord], console: Console) -> None:
         table = _table("rewrite", "decision", "speed-up", "interval", "model", "date", title=escape_text(where))
         for e in entries:
             verdict = f"[{VERDICTS[e.verdict]}]{e.verdict}[/{VERDICTS[e.verdict]}]"
-            name = f"{e.pass_name}: {escape_text(e.signature)}"
+            name = join_clauses(e.pass_name, escape_text(drop_name(e.pass_name, e.signature)))
             low, high = e.interval
             interval = escape(f"[{low:.3f}, {high:.3f}]" if high < VAGUE else "no result yet")
             table.add_row(name, verdict, f"{e.speedup:.3f}×", interval, escape_text(e.name) or "–", e.date[:10] or "–")
@@ -343,21 +387,41 @@ def _format_memory(row: Row) -> str:
     return f"{row.memory_mb:.0f} MB{device}" if row.memory_mb else f"–{device}"  # some systems hide it
 
 
+def _show_models(columns: Sequence[str], names: Sequence[str], rows: Sequence[Sequence[str]], console: Console) -> None:
+    """Print a table with a row for each model. If the terminal is too narrow, shorten the names of the models."""
+
+    def fill(shown: Sequence[str]) -> Table:
+        table = _table(*columns)
+        table.columns[-1].no_wrap = True
+        for name, cells in zip(shown, rows, strict=True):
+            table.add_row(escape_text(name), *cells)
+        return table
+
+    table = fill(names)
+    excess = _excess(table, console)
+    room = max(map(len, names)) - excess
+    if excess > 0 and room >= SHORTEST_NAME:
+        short = [shorten_name(name, room) for name in names]
+        if len(set(short)) == len(set(names)):
+            table = fill(short)
+    _show(table, console)
+
+
 def render_benchmark(rows: Sequence[Row], console: Console) -> None:
     """Print one row per model with its times, one with its costs to start, and its slowest operators."""
-    times = _table("model", "input", "median", "minimum", "ratio [99 %]")
-    times.columns[-1].no_wrap = True
-    costs = _table("model", "input", "load", "session creation [99 %]", "first run", "memory", "layout changes")
+    times: list[Sequence[str]] = []
+    costs: list[Sequence[str]] = []
     for row in rows:
-        name = escape_text(Path(row.model).name)
         shapes = " ".join(f"{escape_text(x)} {format_shape(shape)}" for x, shape in row.shapes.items())
         ratio = escape(format_ratio(row.ratio, *row.interval, digits=3))
-        times.add_row(name, shapes, f"{row.median_ms:.2f} ms", f"{row.minimum_ms:.2f} ms", ratio)
+        times.append((shapes, f"{row.median_ms:.2f} ms", f"{row.minimum_ms:.2f} ms", ratio))
         load, first = f"{row.session_ms:.0f} ms", f"{row.first_run_ms:.1f} ms"
         start = escape(format_ratio(*row.start))
-        costs.add_row(name, shapes, load, start, first, _format_memory(row), f"{row.layout_share:.1%}")
-    _show(times, console)
-    _show(costs, console)
+        costs.append((shapes, load, start, first, _format_memory(row), f"{row.layout_share:.1%}"))
+    names = [Path(row.model).name for row in rows]
+    _show_models(("model", "input", "median", "minimum", "ratio [99 %]"), names, times, console)
+    columns = "model", "input", "load", "session creation [99 %]", "first run", "memory", "layout changes"
+    _show_models(columns, names, costs, console)
     for row in rows:
         slowest = ", ".join(f"{escape_text(op)} {ms:.2f} ms" for op, ms in list(row.operators.items())[:6])
         shapes = " ".join(f"{escape_text(x)} {format_shape(shape)}" for x, shape in row.shapes.items())

@@ -21,6 +21,18 @@ def escape_text(text: str) -> str:
     return escape(sanitize(text))
 
 
+def shorten_name(name: str, width: int) -> str:
+    """Shorten a name to so many characters, with an ellipsis in its middle.
+
+    Examples
+    --------
+    >>> shorten_name("linear_sequence.pwopt.onnx", 16), shorten_name("small.onnx", 16)
+    ('linear_s…pt.onnx', 'small.onnx')
+    """
+    tail = (width - 1) // 2
+    return name if len(name) <= width else f"{name[: width - 1 - tail]}…{name[-tail:]}"
+
+
 #: Explanation of the columns of the table of outputs.
 LEGEND = (
     "noise floor: deviation of the original from itself without graph optimisation; sensitivity: deviation of the "

@@ -46,3 +46,27 @@ def format_increase(before: float, after: float, absolute: bool = False) -> str:
     ratio = after / before if before else float("inf")
     shown = next((s for digits in range(2, 16) if float(s := f"{ratio:.{digits}f}") != 1), f"{ratio}")
     return f"{shown}× the multiply-adds" + (f" ({before:,.0f} → {after:,.0f})" if absolute else "")
+
+
+def drop_name(name: str, signature: str) -> str:
+    """Drop the name of a pass from the beginning of a signature, because it is shown before the signature anyway.
+
+    Examples
+    --------
+    >>> drop_name("lower-resize", "lower-resize: 2×2 to 4×4"), drop_name("frames", "frames of 3")
+    ('2×2 to 4×4', 'frames of 3')
+    >>> drop_name("lower-residual", "lower-residual")
+    ''
+    """
+    return "" if signature == name else signature.removeprefix(f"{name}: ")
+
+
+def join_clauses(*clauses: str) -> str:
+    """Join clauses with colons, without the empty ones.
+
+    Examples
+    --------
+    >>> join_clauses("lower-residual", "", "measured 1.000×")
+    'lower-residual: measured 1.000×'
+    """
+    return ": ".join(clause for clause in clauses if clause)

@@ -82,7 +82,7 @@ def check_installation(provider: str | Provider | None = None) -> list[Finding]:
     try:
         there = installation.import_onnxruntime().get_available_providers()
     except ProviderError as error:
-        return [*found, Finding("onnxruntime", False, str(error), "pip install 'pwopt[cpu]'")]
+        return [*found, Finding("onnxruntime", False, str(error), installation.INSTALL)]
     if wanted is not None:
         return [*found, *_check_libraries(wanted.library), check_provider(wanted)]
     libraries = _check_libraries()
@@ -111,8 +111,8 @@ def _check_wheels() -> Finding:
     if len(installed) == 1:
         return Finding("onnxruntime", True, listed)
     if not installed:
-        return Finding("onnxruntime", False, "no wheel of it is installed", "pip install 'pwopt[cpu]' or 'pwopt[gpu]'")
-    remedy = f"pip uninstall {' '.join(installed)}, then pip install one of 'pwopt[cpu]' and 'pwopt[gpu]'"
+        return Finding("onnxruntime", False, "no wheel of it is installed", installation.INSTALL)
+    remedy = f"pip uninstall {' '.join(installed)}, then {installation.INSTALL}"
     return Finding("onnxruntime", False, f"{listed}: they install into one folder, over each other", remedy)
 
 

@@ -6,6 +6,7 @@ import contextlib
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -27,6 +28,8 @@ from pwopt.version import __version__
 CPUINFO = Path("/proc/cpuinfo")
 #: Wheels of onnxruntime; all of them install into one folder.
 DISTRIBUTIONS = re.compile(r"onnxruntime(-gpu|-openvino|-directml|-rocm|-training|-qnn)?")
+#: How to install onnxruntime, as the end of a sentence.
+INSTALL = f"pip install {providers.WHEELS[providers.CPU]}, or '{providers.WHEELS[providers.CUDA]}' for CUDA"
 
 
 def import_onnxruntime() -> ModuleType:
@@ -40,11 +43,10 @@ def import_onnxruntime() -> ModuleType:
     try:
         import onnxruntime as ort
     except ImportError as error:
-        raise ProviderError(
-            f"onnxruntime cannot be imported ({error}); pip install 'pwopt[cpu]' or 'pwopt[gpu]'"
-        ) from error
+        raise ProviderError(f"onnxruntime cannot be imported ({error}); {INSTALL}") from error
     if not hasattr(ort, "InferenceSession"):  # two wheels overwrote each other
-        raise ProviderError(f"the onnxruntime installation is broken; {suggest_wheel('pwopt[cpu]')}")
+        wheel = suggest_wheel(providers.WHEELS[providers.CPU])
+        raise ProviderError(f"the onnxruntime installation is broken; {wheel}")
     module: ModuleType = ort
     return module
 
@@ -66,7 +68,7 @@ def find_distributions(where: Sequence[str] | None = None) -> dict[str, str]:
 def suggest_wheel(wanted: str) -> str:
     """Say how to replace the installed wheels by one that works."""
     installed = " ".join(find_wheels()) or "onnxruntime"
-    return f"pip uninstall {installed}, then pip install '{wanted}'"
+    return f"pip uninstall {installed}, then pip install {shlex.quote(wanted)}"
 
 
 def silence_onnxruntime() -> None:

@@ -34,7 +34,7 @@ PROVIDERS = {
 CPU, CUDA, TENSORRT = PROVIDERS["cpu"], PROVIDERS["cuda"], PROVIDERS["tensorrt"]
 OPENVINO, RTX = PROVIDERS["openvino"], PROVIDERS["tensorrt-rtx"]
 #: The package to install instead of this onnxruntime when a provider is missing.
-WHEELS = {CPU: "pwopt[cpu]", CUDA: "pwopt[gpu]", TENSORRT: "pwopt[gpu]"}
+WHEELS = {CPU: "onnxruntime", CUDA: "onnxruntime-gpu[cuda,cudnn]", TENSORRT: "onnxruntime-gpu[cuda,cudnn]"}
 #: Providers for NVIDIA's cards, each with its library in onnxruntime's wheel.
 NVIDIA = {CUDA: "onnxruntime_providers_cuda", TENSORRT: "onnxruntime_providers_tensorrt"}
 #: Providers for any graphics card.
@@ -243,7 +243,8 @@ def find_obstacles(ort: ModuleType, provider: Provider) -> Iterator[str]:
         ctypes.CDLL(str(folder / named(library)))
     except OSError as error:
         missing = str(error).partition(": cannot open")[0]
-        brings = "its wheels come with pip install 'pwopt[gpu]'" if library == NVIDIA[CUDA] else "install TensorRT"
+        wheels = f"its wheels come with pip install '{WHEELS[CUDA]}'"
+        brings = wheels if library == NVIDIA[CUDA] else "install TensorRT"
         yield f"{named(library)} cannot be loaded, since dlopen fails on {missing} ({brings})"
 
 

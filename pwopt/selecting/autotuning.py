@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from pwopt.rewriting.records import Rewrite, Site, Skip
+from pwopt.rewriting.wording import drop_name, join_clauses
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.timing import CONFIDENCE, HOPELESS, HOPELESS_PAIRS, NO_EVIDENCE, Evidence, Race
 
@@ -55,6 +56,16 @@ class Group:
     sites: tuple[Site, ...]
     macs: int
     tensors: frozenset[str] = frozenset()
+
+    @property
+    def details(self) -> str:
+        """The signature without the name of the pass."""
+        return drop_name(self.pass_name, self.signature)
+
+    @property
+    def title(self) -> str:
+        """The pass and the signature, for users."""
+        return join_clauses(self.pass_name, self.details)
 
 
 @dataclass(frozen=True)
@@ -102,17 +113,18 @@ class Decision:
     def reason(self) -> str:
         """Describe the group and the evidence."""
         if self.not_raced:
-            return f"{self.group.signature}: {self.not_raced}"
+            return join_clauses(self.group.details, self.not_raced)
         if self.fault:
-            return f"{self.group.signature}: the model with it cannot be used, since {self.fault}"
+            return join_clauses(self.group.details, f"the model with it cannot be used, since {self.fault}")
         low, high = self.interval
         figures = f"{self.speedup:.3f}× [{low:.3f}, {high:.3f}]"
         if self.estimated:
             raced = "" if self.confirmed is None else f", {self.confirmed.speedup:.3f}× in a race of all that pay so"
-            return f"{self.group.signature}: measured {figures} in the whole model by profiles of its operators{raced}"
+            found = f"measured {figures} in the whole model by profiles of its operators{raced}"
+            return join_clauses(self.group.details, found)
         when = " by an earlier run" if self.remembered else "" if self.own >= BUSY else " on a busy machine"
         doubt = "" if self.clear else ", in doubt"
-        return f"{self.group.signature}: measured {figures}{doubt} in the whole model{when}"
+        return join_clauses(self.group.details, f"measured {figures}{doubt} in the whole model{when}")
 
     def explain(self) -> str:
         """Say whether the group is kept, and why."""
@@ -321,7 +333,7 @@ class _Contest:
         paying = {g: own for g, own in promised.items() if seen[g].sure}
         for group, estimate in seen.items():
             figures = estimate.own.speedup, *estimate.own.interval(ESTIMATE_CONFIDENCE)
-            LOG.info("profiled %s: %s: %.3f× [%.3f, %.3f]", group.pass_name, group.signature, *figures)
+            LOG.info("profiled %s: %.3f× [%.3f, %.3f]", group.title, *figures)
             if estimate.best.interval(ESTIMATE_CONFIDENCE)[1] < SMALLEST_RACED and group not in promised:
                 self.decided[group] = Decision(group, estimate.own, estimated=True)
         return dict(sorted(paying.items(), key=lambda found: -found[1].speedup))
@@ -380,7 +392,7 @@ class _Contest:
             return
         for group, evidence in groups.items():
             self.decided[group] = Decision(group, evidence, estimated=True, confirmed=confirmed)
-        LOG.info("kept %s: %.3f× together", ", ".join(g.signature for g in groups), confirmed.speedup)
+        LOG.info("kept %s: %.3f× together", ", ".join(g.title for g in groups), confirmed.speedup)
 
     def decide(self, group: Group, races: int, *, anew: bool = False) -> None:
         """Race a group in addition to the other kept groups, with its share of the time that is left.
@@ -390,7 +402,7 @@ class _Contest:
         left = self._deadline - time.perf_counter()
         if left <= 0:
             return
-        self._progress(f"racing {group.pass_name}: {group.signature}", 1 - left / self._budget)
+        self._progress(f"racing {group.title}", 1 - left / self._budget)
         others = [g for g in self.kept() if g is not group]
         without, model = self._model(others), self._model([*others, group])
         if without == model:

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import onnx
 
 from pwopt.rewriting.records import Rewrite, Site, Skip
+from pwopt.rewriting.wording import join_clauses
 from pwopt.running import timing
 from pwopt.running.progress import Progress
 from pwopt.running.session import NodeTime
@@ -90,7 +91,7 @@ class Selection:
         kept = frozenset(site for d in decisions if d.kept for site in d.group.sites)
         decided = {d.group for d in decisions}
         undecided = [
-            Skip(f"{g.signature}: {records.undecided_reason}", site)
+            Skip(join_clauses(g.details, records.undecided_reason), site)
             for g in candidates.groups
             if g not in decided
             for site in g.sites

@@ -138,6 +138,26 @@ def test_deny_and_details(model: Path) -> None:
     assert "fold-chains:h3" in done.stdout
 
 
+def test_deny_a_whole_pass(model: Path) -> None:
+    report = model.parent / "r.json"
+    denied = ("--deny", "fold-chains", "--deny", "clean-up:y")
+    done = pwopt("optimize", model, "--cost", "analytic", "--shape", "x=1x64x2x2", *denied, "--report", report)
+    assert done.returncode == 0, done.stderr
+    content = json.loads(report.read_text())
+    assert "fold-chains" not in content["passes"]
+    assert "clean-up" in content["passes"]
+    assert "fold-chains" not in {r["pass"] for r in (*content["rewrites"], *content["skips"])}
+
+
+def test_a_mistyped_pass_fails_before_the_work(model: Path) -> None:
+    out = model.parent / "denied.onnx"
+    done = pwopt("optimize", model, "-o", out, "--cost", "analytic", "--deny", "fold-chain")
+    assert done.returncode == 2
+    words = "there is no pass 'fold-chain' to leave out (a place is PASS:TENSOR); did you mean 'fold-chains'?"
+    assert words in " ".join(done.stderr.split())
+    assert not out.exists()
+
+
 def test_inspect(model: Path) -> None:
     done = pwopt("inspect", model, "--shape", "x=1x64x2x2")
     assert done.returncode == 0
@@ -152,7 +172,9 @@ def test_passes_and_help() -> None:
     listed = pwopt("passes").stdout
     assert all(p.name in listed for p in PASSES)
     root = pwopt("--help").stdout
-    assert "Exit codes: 0 success; 1 not equivalent" in " ".join(root.replace("│", " ").split())
+    words = " ".join(root.replace("│", " ").split())
+    assert "Exit codes: 0 success; 1 not equivalent" in words
+    assert "1: not equivalent; 3: not comparable" in words
     assert all(c in root for c in ("optimize", "verify", "inspect", "passes"))
     assert pwopt("--version").stdout.startswith("pwopt ")
 
@@ -264,7 +286,7 @@ def test_verify_on_a_folder_of_inputs(model: Path) -> None:
         (["verify", "seq.onnx", "seq.onnx", "--range", "x=255"], "not of the form NAME=0:255"),
         (["verify", "seq.onnx", "seq.onnx", "--invariant", "energy"], "'energy' is not an invariant"),
         (["verify", "seq.onnx", "seq.onnx", "--rewrites", "seq.onnx"], "is not a JSON report of pwopt optimize"),
-        (["verify", "seq.onnx", "seq.onnx", "--input", "none.npz"], "cannot be read"),
+        (["verify", "seq.onnx", "seq.onnx", "--input", "none"], "there is no file or folder 'none'"),
         (
             ["bench", "seq.onnx", "--shape", "x=1x64x2x2", "--shape", "x=1x64x3x3"],
             "only optimize and verify accept several",
@@ -315,7 +337,6 @@ def test_defaults_are_in_the_help() -> None:
 @pytest.mark.parametrize(
     ("site", "hint"),
     [
-        ("nonsense", "a site is a pass and a tensor, PASS:TENSOR; --details lists the sites of a model"),
         ("fold-chain:y", "there is no pass 'fold-chain'; did you mean 'fold-chains:y'?"),
         (
             "fold-chains:h4",
@@ -357,6 +378,14 @@ def test_stages_are_lines_where_there_is_no_terminal(model: Path) -> None:
     assert stages[0] == "reading"
     assert stages[-1] == "writing"
     assert len(stages) == len(set(stages))
+
+
+def test_a_page_is_only_suggested_if_it_can_be_written(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert "--report report.html" in pwopt("optimize", model, *ANALYTIC).stdout
+    monkeypatch.setitem(sys.modules, "jinja2", None)
+    done = pwopt("optimize", model, *ANALYTIC)
+    assert "report.html" not in done.stdout
+    assert "next: pwopt verify" in done.stdout
 
 
 def test_a_name_that_other_tools_refuse_is_mentioned(model: Path) -> None:
@@ -427,8 +456,9 @@ def test_a_dry_run_changes_nothing(model: Path) -> None:
     text = " ".join(done.stdout.split())
     assert "done fold-chains:y" in text
     assert "A dry run: nothing was raced, verified or written." in text
+    assert "Not verified" not in text
     assert (
-        "would be raced, unless earlier races said enough: "
+        "would be timed, unless earlier runs on this machine have already decided "
         in pwopt("optimize", MODELS / "network_in_network.onnx", "--dry-run").stdout
     )
     assert "latency" not in text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,11 @@ from helpers import normal, ops, parse
 
 import pwopt
 from pwopt.graph.storage import count_bytes
+from pwopt.maps.cost import Cost
 from pwopt.passes import PASSES
+from pwopt.reporting.notes import explain_additions
+from pwopt.reporting.report import Report
+from pwopt.rewriting.records import Rewrite, Site
 
 
 def broad() -> onnx.ModelProto:
@@ -26,6 +31,22 @@ def test_growth_is_told() -> None:
     (note,) = [n for n in result.report.notes if "grows" in n]
     assert "(clean-up 0.16 MB); --max-growth bounds that." in note
     assert sum(r.growth for r in result.report.rewrites) > 150_000
+    (note,) = [n for n in result.report.notes if "more parameters" in n]
+    assert note == "The result has 39,799 more parameters. They come from clean-up, which removes operators."
+
+
+def test_what_a_result_has_more_of_is_explained() -> None:
+    fewer = Rewrite("r", ("Conv a",), ("Conv b", "Add c"), 100, 50, growth=4000, site=Site("polyphase", "a"))
+    layout = Rewrite("r", ("Conv d",), ("Conv e", "Add f", "Add g"), site=Site("keep-layout", "d"))
+    before = Cost(10, 5000, 100, 0)
+    report = Report("m", None, "cpu", {}, {}, (fewer, layout), before=before, after=Cost(13, 6000, 50, 0))
+    assert list(explain_additions(report, {"keep-layout"})) == [
+        "The result has 3 more operators and 1,000 more parameters. They come from keep-layout, which was measured to "
+        "be faster; polyphase, which saves multiply-adds."
+    ]
+    inlined = replace(report, after=Cost(50, 5000, 50, 0))  # no rewrite added 40 operators
+    assert not list(explain_additions(inlined, ()))
+    assert not list(explain_additions(replace(report, after=before), ()))
 
 
 @pytest.mark.parametrize("allowed", [0.0, 0.1, 1000.0])

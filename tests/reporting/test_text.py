@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import re
 from dataclasses import replace
 
 import pytest
@@ -10,9 +11,11 @@ from rich.console import Console
 
 from pwopt.reporting.notes import within
 from pwopt.reporting.report import Latency, Report, Start
-from pwopt.reporting.terminal import print_line
+from pwopt.reporting.terminal import print_line, render, render_benchmark
 from pwopt.reporting.text import format_growth, format_huge_pages, format_ratio, format_speedup, list_start_rows
 from pwopt.reporting.verdicts import list_claims
+from pwopt.rewriting.records import Rewrite, Site
+from pwopt.running.bench import Row
 
 
 def latency(low: float, high: float, start: Start | None = None) -> Latency:
@@ -89,3 +92,39 @@ def test_a_terminal_breaks_sentences_between_words(terminal: bool, lines: list[s
     console = Console(file=io.StringIO(), force_terminal=terminal, color_system=None, width=15)
     print_line("one sentence of many words", console)
     assert [line.rstrip() for line in console.file.getvalue().splitlines()] == lines  # type: ignore[attr-defined]
+
+
+def shown(console: Console) -> list[str]:
+    return [line.rstrip() for line in console.file.getvalue().splitlines()]  # type: ignore[attr-defined]
+
+
+def test_a_narrow_terminal_breaks_lines_between_figures() -> None:
+    rewrite = Rewrite("r", macs_before=10, macs_after=4, growth=2_000_000, site=Site("fold-chains", "y"))
+    report = Report("m", None, "cpu", {"threads": 1}, {}, (rewrite,))
+    console = Console(file=io.StringIO(), color_system=None, width=60)
+    render(report, console)
+    lines = shown(console)
+    assert lines[lines.index("fold-chains") :] == [
+        "fold-chains",
+        "    count 1; multiply-adds saved 6; weights added +2 MB;",
+        "    rounding 0; certified 0; tested 0; none 1",
+    ]
+
+
+def test_bench_shortens_names_and_keeps_intervals_whole() -> None:
+    long = "a_rather_long_name_of_a_model"
+    first = Row(f"{long}.onnx", {}, 20.0, 1.0, 1.0, (1.01, 1.05), 1.0, 1.0, 1.0, None, {}, 0.0, 0)
+    console = Console(file=io.StringIO(), color_system=None, width=80)
+    render_benchmark([first, replace(first, model=f"{long}.pwopt.onnx")], console)
+    text = "\n".join(shown(console))
+    for name in ("a_rather_lon…a_model.onnx", "a_rather_lon…l.pwopt.onnx"):
+        assert re.search(rf"^ {name} +20.00 ms +1.00 ms +1.000× \[1.010, 1.050\]$", text, re.M), text
+    assert text.count("session creation [99 %] 1.00× [1.00, 1.00]") == 2
+
+
+def test_names_that_would_look_alike_are_not_shortened() -> None:
+    models = [f"the_same_beginning_{middle}_and_the_same_end_of_a_name.onnx" for middle in "ab"]
+    first = Row(models[0], {}, 20.0, 1.0, 1.0, (1.01, 1.05), 1.0, 1.0, 1.0, None, {}, 0.0, 0)
+    console = Console(file=io.StringIO(), color_system=None, width=80)
+    render_benchmark([first, replace(first, model=models[1])], console)
+    assert [line for line in shown(console) if line in models] == [*models, *models]

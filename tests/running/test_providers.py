@@ -251,10 +251,10 @@ def test_what_only_starts_operators_is_told(milliseconds: float, provider: str, 
     ("wheels", "ok", "detail", "remedy"),
     [
         ({"onnxruntime": "1.30"}, True, "onnxruntime 1.30", ""),
-        ({}, False, "no wheel of it is installed", "pip install 'pwopt[cpu]' or 'pwopt[gpu]'"),
+        ({}, False, "no wheel of it is installed", "pip install onnxruntime, or 'onnxruntime-gpu[cuda,cudnn]' for CUDA"),
         ({"onnxruntime": "1.30", "onnxruntime-gpu": "1.29"}, False,
          "onnxruntime 1.30, onnxruntime-gpu 1.29: they install into one folder, over each other",
-         "pip uninstall onnxruntime onnxruntime-gpu, then pip install one of 'pwopt[cpu]' and 'pwopt[gpu]'"),
+         "pip uninstall onnxruntime onnxruntime-gpu, then pip install onnxruntime, or 'onnxruntime-gpu[cuda,cudnn]' for CUDA"),
     ],
 )  # fmt: skip
 def test_wheels_are_told_apart(

@@ -265,6 +265,18 @@ def test_what_takes_too_little_time_is_neither_profiled_nor_raced() -> None:
     assert not decisions[1].raced
 
 
+@pytest.mark.parametrize(
+    ("signature", "title"),
+    [("lower-residual", "lower-residual"), ("lower-residual: 2×3", "lower-residual: 2×3"), ("sums", "lower-residual: sums")],
+)
+def test_the_name_of_a_pass_is_said_once(signature: str, title: str) -> None:
+    group = Group("lower-residual", signature, (Site("lower-residual", "y"),), 1)
+    decision = Decision(group, not_raced="not tried")
+    assert group.title == title
+    assert decision.explain() == f"dropped {title}: not tried"
+    assert f"{decision.skips()[0].pass_name}: {decision.reason()}" == f"{title}: not tried"
+
+
 def enabled(tensors: str) -> tuple[list[Group], Fake]:
     """b pays only on top of a, and profiles without a say that b and c do not pay."""
     groups = [replace(g, tensors=frozenset(tensors)) if g.signature == "A" else g for g in listed("abc")]
