@@ -395,4 +395,4 @@ def test_of_two_that_act_on_one_place_the_first_is_raced_against_the_other() -> 
     assert fake.seen == [("+", "second"), ("second", "first")]
     assert [d.kept for d in decisions] == [False, True]
     assert not decisions[0].raced
-    assert [s.reason for s in decisions[0].skips()] == ["second: another rewrite that was kept takes its place"]
+    assert [s.reason for s in decisions[0].skips()] == ["another rewrite that was kept takes its place"]
