@@ -84,6 +84,20 @@ def test_examples_of_pages(page: str, monkeypatch: pytest.MonkeyPatch, tmp_path:
         exec(compile(block, page, "exec"), {})
 
 
+def test_models_can_be_compared_without_pwopt(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("onnxruntime")
+    (block,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "verification.md").read_text(encoding="utf-8"), re.S)
+    monkeypatch.chdir(tmp_path)
+    model = onnx.load(ROOT / "models" / "network_in_network.onnx")
+    onnx.save(model, "model.onnx")
+    pwopt.optimize(model, "fast.onnx", cost="analytic")
+    exec(compile(block, "docs/verification.md", "exec"), {})
+    (deviation,) = json.loads(capsys.readouterr().out)
+    assert deviation < 1e-5
+
+
 @pytest.fixture
 def shell(tmp_path: Path) -> Callable[[str], str]:
     """Run a command of a page in a folder with the repository's models, measuring for a moment only."""
@@ -146,7 +160,9 @@ def test_readme_shows_what_the_first_command_prints(shell: Callable[[str], str])
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="the commands are for a POSIX shell")
-def test_quickstart_prints_what_it_shows(shell: Callable[[str], str], tmp_path: Path) -> None:
+def test_quickstart_prints_what_it_shows(
+    shell: Callable[[str], str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The model is the one that torch exports there, with names of our own."""
     pytest.importorskip("onnxruntime")
     body = """(float[1,3,224,224] x) => (float[1,16,224,224] y) {
@@ -161,6 +177,11 @@ def test_quickstart_prints_what_it_shows(shell: Callable[[str], str], tmp_path: 
     for command, output in compared:
         printed, expected = (" ".join(re.sub(r"\de-\d\d", "…", text).split()) for text in (shell(command), output))
         assert printed == expected
+    (samples,) = (b for b in re.findall(r"```python\n(.*?)```", page, re.S) if "np.savez" in b)
+    monkeypatch.chdir(tmp_path)
+    exec(compile(samples, "docs/quickstart.md", "exec"), {})
+    (check,) = (command for command, _, _ in shown if command.startswith("pwopt verify"))
+    shell(f"pwopt optimize model.onnx -o fast.onnx --cost analytic && {check}")
 
 
 def test_own_rewrites_work() -> None:
