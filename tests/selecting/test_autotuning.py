@@ -267,7 +267,11 @@ def test_what_takes_too_little_time_is_neither_profiled_nor_raced() -> None:
 
 @pytest.mark.parametrize(
     ("signature", "title"),
-    [("lower-residual", "lower-residual"), ("lower-residual: 2×3", "lower-residual: 2×3"), ("sums", "lower-residual: sums")],
+    [
+        ("lower-residual", "lower-residual"),
+        ("lower-residual: 2×3", "lower-residual: 2×3"),
+        ("sums", "lower-residual: sums"),
+    ],
 )
 def test_the_name_of_a_pass_is_said_once(signature: str, title: str) -> None:
     group = Group("lower-residual", signature, (Site("lower-residual", "y"),), 1)
