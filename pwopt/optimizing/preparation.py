@@ -90,7 +90,8 @@ def resolve(request: Request, path: Path | None) -> tuple[Pass, ...]:
         If there is no pass of a denied name; see also `resolve_passes`.
     """
     passes, denied = resolve_passes(request.passes, request.plugins, path), request.denied_passes
-    known = {p.name for p in (*PASSES, *find_installed(), *passes)} if denied else set()
+    if denied:
+        known = {p.name for p in (*PASSES, *find_installed())} | {p.name for p in passes}
     for name in denied:
         if name not in known:
             hint = suggest(name, sorted(known))
