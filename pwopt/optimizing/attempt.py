@@ -28,6 +28,7 @@ from pwopt.optimizing.preparation import Problem
 from pwopt.optimizing.request import Limits, Request
 from pwopt.reporting import notes
 from pwopt.reporting.report import NEGLIGIBLE_SLOWDOWN, ConditionLatency, Latency, Report
+from pwopt.reporting.text import is_vague
 from pwopt.running import bench, installation, memory, timing
 from pwopt.running.session import Session
 from pwopt.running.timing import Race
@@ -278,7 +279,7 @@ class Attempts:
         with timing.exclusive():
             race = self._race_whole(pair, seconds)
             if self._is_open(replace(report, latency=Latency.from_race(race))) and self.budget.left > seconds:
-                # one disturbed pair among few makes the interval wide: do not drop a gain for that
+                # one disturbed pair among few makes the interval wide
                 more = self._race_whole(pair, seconds)
                 race = Race((*race.pairs, *more.pairs), min(race.own, more.own))
         figures = race.speedup(), *race.interval(), len(race.pairs)
@@ -306,10 +307,10 @@ class Attempts:
         return pair.environment.race(models, seconds, self.request.progress, rules)
 
     def _is_open(self, report: Report) -> bool:
-        """Whether measured rewrites seem to pay, but not beyond doubt."""
+        """Whether measured rewrites seem to pay, but not beyond doubt, or the interval says little about the result."""
         latency = report.latency
         if latency is None or not self._will_retry(report):
-            return False
+            return latency is not None and is_vague(*latency.interval)
         return latency.speedup > WORTH and latency.interval[0] <= 1 < latency.interval[1]
 
     def _will_retry(self, report: Report) -> bool:

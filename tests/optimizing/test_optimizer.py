@@ -553,6 +553,24 @@ def test_a_gain_in_doubt_is_raced_again_before_it_is_dropped(monkeypatch: pytest
     assert report.latency.pairs == 30
 
 
+def test_a_result_whose_race_says_little_is_raced_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also if none of its rewrites needs a measurement."""
+    pytest.importorskip("onnxruntime")
+    finals: list[int] = []
+
+    def race(_: object, models: list[Path], *__: object, **___: object) -> Race:
+        if len(models) == 3:
+            finals.append(len(models))
+        found = planted_race(np.array([1.0, 1.0, 0.5 if len(finals) == 1 else 1.0] * 3), np.ones(9))
+        return Race(tuple(SessionPair((*p.times, p.times[0])[: len(models)]) for p in found.pairs), 1.0)
+
+    plant(monkeypatch, race)
+    report = pwopt.optimize(MODELS / "linear_sequence.onnx", cache=False, threads=1).report
+    assert len(finals) == 2
+    assert report.latency is not None
+    assert report.latency.pairs == 18
+
+
 def test_numpy_uses_one_thread_while_a_model_is_optimised() -> None:
     """Threads that wait for each other take most of the processor's time of small products."""
 
