@@ -82,7 +82,7 @@ class LowerGroupNorm(Lowering):
 
     Before opset 21, scale and bias have one number per group, and the InstanceNormalization applies them. Since opset
     21, they have one number per channel. onnxruntime's CPU provider has no kernel for GroupNormalization and expands it
-    by its definition. Wu and He, "Group normalization" (2018).
+    by its definition, into more operators than this form has. Wu and He, "Group normalization" (2018).
     """
 
     name = "lower-group-norm"
@@ -92,7 +92,7 @@ class LowerGroupNorm(Lowering):
     operators = frozenset({"GroupNormalization"})
     since = 18
     exactness = "rounding"
-    figure = "1.6 on the operator (AVX-512 Xeon)"
+    figure = "1.4 to 3.5 on the operator (AMD EPYC with AVX-512)"
 
     def lower(self, node: Node, rw: Rewriter) -> Form | Skip | None:
         x, output, channels = node.inputs[0], node.outputs[0], rw.dim(node.inputs[0], 1)
@@ -125,7 +125,7 @@ class LowerGroupNorm(Lowering):
             build.add_node("Mul", [back, factors], scaled)
             build.nodes.append(Node("Add", node.name, {}, [scaled, shifts], [output]))
         reason = f"{groups} groups of {channels} channels as rows of their own"
-        return Form((node,), tuple(build.nodes), reason, f"{groups} groups of {channels} channels", pays=False)
+        return Form((node,), tuple(build.nodes), reason, f"{groups} groups of {channels} channels")
 
 
 def _add_shape(build: Builder, x: Tensor, output: Tensor) -> Tensor:
