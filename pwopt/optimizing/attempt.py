@@ -46,6 +46,8 @@ MAX_ATTEMPTS = 8
 #: The final race ends early when the speed-up is known to this relative precision, or when the verdict is clear and the
 #: speed-up is known to the second one (a large speed-up: `timing.PART_OF_GAIN`).
 PRECISE, ROUGHLY = 0.005, 0.02
+#: How much longer than the final race a second one may take that a first one left open.
+OPEN_RACES = 4.0
 #: The least and the greatest number of runs under the profiler.
 PROFILED_RUNS = 2, 10
 
@@ -278,9 +280,10 @@ class Attempts:
             LOG.info("no process has pages of 4 KiB: %s", small.worker.problem)
         with timing.exclusive():
             race = self._race_whole(pair, seconds)
-            if self._is_open(replace(report, latency=Latency.from_race(race))) and self.budget.left > seconds:
+            longer = min(OPEN_RACES * seconds, self.budget.for_selection())
+            if self._is_open(replace(report, latency=Latency.from_race(race))) and longer > seconds:
                 # one disturbed pair among few makes the interval wide
-                more = self._race_whole(pair, seconds)
+                more = self._race_whole(pair, longer, timing.Evidence.from_race(race))
                 race = Race((*race.pairs, *more.pairs), min(race.own, more.own))
         figures = race.speedup(), *race.interval(), len(race.pairs)
         LOG.info("the whole model: %.3f× [%.3f, %.3f] over %d pairs of sessions", *figures)
@@ -300,10 +303,10 @@ class Attempts:
         )
         return report, race
 
-    def _race_whole(self, pair: Pair, seconds: float) -> Race:
+    def _race_whole(self, pair: Pair, seconds: float, known: timing.Evidence = timing.NO_EVIDENCE) -> Race:
         """Race the original, the candidate, and a copy of the original."""
         models = [pair.original, pair.candidate, pair.original]
-        rules = final_rules(measured=bool(self.selection.allowed))
+        rules = replace(final_rules(measured=bool(self.selection.allowed)), known=known)
         return pair.environment.race(models, seconds, self.request.progress, rules)
 
     def _is_open(self, report: Report) -> bool:
@@ -311,7 +314,7 @@ class Attempts:
         latency = report.latency
         if latency is None or not self._will_retry(report):
             return latency is not None and is_vague(*latency.interval)
-        return latency.speedup > WORTH and latency.interval[0] <= 1 < latency.interval[1]
+        return latency.speedup > WORTH
 
     def _will_retry(self, report: Report) -> bool:
         """Whether measured rewrites did not pay, so that this result will not be returned (`choose_result`)."""

@@ -33,6 +33,8 @@ ESTIMATING_SHARE, ESTIMATE_CONFIDENCE = 0.5, 0.9
 SMALLEST_RACED = 1.01
 #: A race ends early if the speed-up is surely below this one.
 WORTH = 1.005
+#: A group in doubt whose speed-up seems to be this is raced for as long as there is time.
+PROMISING = 1.02
 #: The machine was busy if the models had the processor for less than this share of the time.
 BUSY = 0.8
 
@@ -244,7 +246,8 @@ def race_groups(
 
     Groups depend on each other. After the first races, groups that were dropped are profiled again if a group was kept
     that writes their operators in another form, and groups in doubt are raced again if a later group was kept.
-    Finally, each kept group is raced again in addition to all other kept groups, and dropped if it no longer pays.
+    Then, each kept group is raced again in addition to all other kept groups, and dropped if it no longer pays. The
+    time that is left is for groups in doubt that promise much.
 
     Parameters
     ----------
@@ -284,6 +287,7 @@ def race_groups(
     doubted = [g for g in contest.kept()[:-1] if not decided[g].remembered and not decided[g].estimated]
     for i, group in enumerate(doubted):
         contest.decide(group, len(doubted) - i, anew=True)
+    contest.persist()
     return [decided[g] for g in candidates if g in decided]
 
 
@@ -300,6 +304,7 @@ class _Contest:
         self._files: dict[frozenset[Site], Path] = {}
         self._profiled = set[Group]()  # they ran, so they need no check before a race
         self._raced: dict[tuple[Path, Path], Group] = {}
+        self._against = dict[Group, list[Group]]()  # the groups that were kept when a group was raced last
 
     def kept(self) -> list[Group]:
         return [g for g in self.candidates if g in self.decided and self.decided[g].kept]
@@ -394,7 +399,14 @@ class _Contest:
             self.decided[group] = Decision(group, evidence, estimated=True, confirmed=confirmed)
         LOG.info("kept %s: %.3f× together", ", ".join(g.title for g in groups), confirmed.speedup)
 
-    def decide(self, group: Group, races: int, *, anew: bool = False) -> None:
+    def persist(self) -> None:
+        """Race groups in doubt that promise much for all of the time that is left: a busy machine needs more pairs."""
+        doubted = [g for g in self._against if not self.decided[g].clear and self.decided[g].speedup >= PROMISING]
+        for i, group in enumerate(sorted(doubted, key=lambda g: -self.decided[g].speedup)):
+            changed = self._against[group] != self.kept()
+            self.decide(group, len(doubted) - i, anew=changed, longest=math.inf)
+
+    def decide(self, group: Group, races: int, *, anew: bool = False, longest: float = LONGEST_RACE) -> None:
         """Race a group in addition to the other kept groups, with its share of the time that is left.
 
         Earlier evidence counts too, unless `anew` says that other groups were kept then.
@@ -414,7 +426,8 @@ class _Contest:
         known = NO_EVIDENCE if anew or group not in self.decided else self.decided[group].evidence
         fault = "" if group in self._profiled else self._evaluator.fault(model)
         left = self._deadline - time.perf_counter()
-        result = fault or self._evaluator.race(without, model, min(LONGEST_RACE, max(0.0, left) / races), known)
+        self._against[group] = others
+        result = fault or self._evaluator.race(without, model, min(longest, max(0.0, left) / races), known)
         if isinstance(result, str):
             self.decided[group] = Decision(group, fault=result)
         else:

@@ -220,7 +220,7 @@ def test_measured_rewrites_must_be_faster_than_a_copy(retry: bool, monkeypatch: 
     assert ops(result.model) == FOLDED
     assert "detour" not in {r.pass_name for r in result.report.rewrites}
     assert "(1.200× [1.200, 1.200]; a copy of the original 1.212×)" in " ".join(result.report.notes)
-    assert len(finals) == (2 if retry else 1)
+    assert len(finals) == (3 if retry else 2)  # the first one left it open
     assert (result.report.latency is None) is not retry
 
 

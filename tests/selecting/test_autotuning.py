@@ -250,6 +250,27 @@ def test_what_was_profiled_is_not_checked_before_a_race() -> None:
     assert fake.checked == ["a+b"]
 
 
+@pytest.mark.parametrize(("gain", "races"), [(0.04, 2), (0.01, 1)])
+def test_a_promising_group_in_doubt_is_raced_on(gain: float, races: int) -> None:
+    """With all evidence so far, and for as long as there is time."""
+    fake = Fake.adding({"a": -gain})
+    lengths, known = [], []
+
+    def race(_a: Path, _b: Path, seconds: float, seen: Evidence) -> Race:
+        lengths.append(seconds)
+        known.append(seen.pairs)
+        spread, count = (0.1, 6) if len(lengths) == 1 else (0.01, 40)
+        return planted_race(np.exp(spread * np.linspace(-1, 1, count)) / (1 - gain), np.ones(count))
+
+    fake.race = race  # type: ignore[method-assign]
+    (decision,) = race_groups(listed("a"), fake, 60.0)
+    assert decision.kept == (races == 2)
+    assert len(lengths) == races
+    assert known == [0, 6][:races]
+    assert lengths[0] == 3.0
+    assert all(seconds > 50 for seconds in lengths[1:])
+
+
 def test_what_takes_too_little_time_is_neither_profiled_nor_raced() -> None:
     """Were all operators of b free, the model would be 0.9 % faster."""
     fake = Fake.adding({"a": -0.1, "b": -0.009})
