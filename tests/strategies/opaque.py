@@ -62,8 +62,8 @@ class Opaque(Builder):
                 nodes, "scan", [info(names[0], self.code, inner), info(names[1], self.code, inner)],
                 [info(names[2], self.code, inner), info(names[3], self.code, inner)],
             )  # fmt: skip
-            if not x.shape[0]:
-                raise UnfitError("nothing to scan")
+            if not x.shape[0] or self.opset < 9:
+                raise UnfitError("nothing to scan, or no Scan without a batch")
             first = self.name("c")
             self.constants.append(numpy_helper.from_array(np.zeros(x.shape[1:], self.dtype), first))
             message = helper.make_node("Scan", [first, x.name], [self.name("b"), out], body=body, num_scan_inputs=1)
@@ -73,7 +73,7 @@ class Opaque(Builder):
 
     def m_function(self) -> None:
         x = self.tensor()
-        if not self.functions:
+        if "local" not in self.domains:
             body = [helper.make_node("Mul", ["a", "a"], ["h"]), helper.make_node("Relu", ["h"], ["b"])]
             self.functions.append(
                 helper.make_function("local", "Conv", ["a"], ["b"], body, [helper.make_opsetid("", self.opset)])

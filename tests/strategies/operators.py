@@ -51,7 +51,7 @@ class Operators(Builder):
                 attrs["auto_pad"] = self.rng.choice(["SAME_UPPER", "SAME_LOWER", "VALID"])
             elif pads < 6:
                 attrs["pads"] = [self.rng.randrange(kernel) for _ in range(2 * rank)]
-        elif pads == 0 and "pads" not in attrs:
+        elif pads == 0 and "auto_pad" not in attrs and "pads" not in attrs:
             attrs["pads"] = [1] * 2 * rank
         if stride > 1:
             attrs["strides"] = [stride] * rank

@@ -94,11 +94,12 @@ class Sequences(Operators):
     def m_wide(self) -> None:
         """3×3 convolutions of many channels."""
         x = self.conv(self.tensor(4), 40, 1, 1, pads=[0] * 4)
-        inputs: list[str | Tensor] = [x, self.constant(self.weights(self.rng.choice([40, 48]), 40, 3, 3))]
+        out = self.rng.choice([40, 48])
+        inputs: list[str | Tensor] = [x, self.constant(self.weights(out, 40, 3, 3))]
         if x.shape[1] != 40:
             raise UnfitError("depthwise")
         if self.chance(0.5):
-            inputs.append(self.constant(self.numbers.normal(size=self.constants[-1].dims[0])))
+            inputs.append(self.constant(self.numbers.normal(size=out)))
         y = self.node("Conv", inputs, pads=[1] * 4)[0]
         if self.chance(0.5):
             y = self.rng.choice([self.activation, self.affine])(y)

@@ -18,7 +18,7 @@ pytest.importorskip("onnxruntime")
 
 import judge as judging
 import onnx
-from judge import WrongError, choose, excessive, judge
+from judge import WrongError, check, choose, excessive, judge
 from onnx import TensorProto, helper, numpy_helper
 from strategies import Sample, random_sample
 
@@ -190,3 +190,29 @@ def test_random_models_have_thresholds_sequences_and_functions_with_defaults() -
         seen["sequence output"] += "sequence_type" in kinds
     assert min(seen.values()) >= 2, seen
     assert len(seen) == 6
+
+
+@pytest.mark.parametrize(
+    "number",
+    [7065, 9345, 32, 1728, 754],
+    ids=["weights in a Constant", "a mere scalar", "two functions", "Scan of opset 7", "padded in two ways"],
+)
+def test_random_models_are_valid(number: int) -> None:
+    """The models of these seeds once could not be made, or were refused by the checker and by onnxruntime."""
+    sample = random_sample(Random(number))
+    check(sample.model)
+    assert choose(sample.model, sample.feeds)[0] is not None
+
+
+@pytest.mark.parametrize(("opset", "count"), [(18, 2), (20, 2), (21, 4)])
+def test_group_normalisation_of_every_opset_is_checked(opset: int, count: int) -> None:
+    def model(op: str) -> onnx.ModelProto:
+        graph = onnx.parser.parse_graph(
+            f"g (float[2,4,3] x, float[{count}] s, float[{count}] b) => (float[2,4,3] y) "
+            f"{{ h = GroupNormalization<num_groups=2>(x, s, b) y = {op}(h) }}"
+        )
+        return helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=9)
+
+    check(model("Relu"))
+    with pytest.raises(onnx.checker.ValidationError):
+        check(model("Rleu"))
