@@ -37,7 +37,7 @@ MIN_CONVOLUTIONS = 3
 
 
 @dataclass(frozen=True)
-class Lowering:
+class RankLayout:
     """A layout of another rank.
 
     (N, C, L) becomes (N, C, 1, L). (N, C, T, H, W) becomes (N, C, T, H·W). (N, C, 1, 1) becomes (N, C).
@@ -158,14 +158,14 @@ class LowerRank(Pass):
         return _lower(rw, [(n, self._lowerings[n]) for n in region.nodes], convolutions)
 
 
-def _lower(rw: Rewriter, members: Sequence[tuple[Node, Lowering]], convolutions: Sequence[Node]) -> Rewrite:
+def _lower(rw: Rewriter, members: Sequence[tuple[Node, RankLayout]], convolutions: Sequence[Node]) -> Rewrite:
     work, size = sum(macs(rw, n) or 0 for n, _ in members), rw.size_of(convolutions[0].outputs[0])
     rank = members[0][1].rank
     what = format_count(len(convolutions), f"{rank - 2}-D convolution")
     signature = f"{what} in a region of {len(members)}"
     signature += f" with {work:,} multiply-adds, the first at {size}"
 
-    def write(node: Node, low: Lowering, in_layout: InLayout, outputs: list[Tensor]) -> list[Node]:
+    def write(node: Node, low: RankLayout, in_layout: InLayout, outputs: list[Tensor]) -> list[Node]:
         arguments = _arguments(rw, low, node)
         assert arguments is not None
         return rewrite_operator(rw, node, arguments, low, in_layout, outputs)
@@ -176,13 +176,13 @@ def _lower(rw: Rewriter, members: Sequence[tuple[Node, Lowering]], convolutions:
     return propagate_layout(rw, members, write, reason).with_signature(signature)
 
 
-def _find_lowerings(rw: Rewriter) -> dict[Node, Lowering]:
+def _find_lowerings(rw: Rewriter) -> dict[Node, RankLayout]:
     """The operators that can be lowered, each with its layout."""
     found = {node: _find_lowering(rw, node) for node in rw.nodes()}
     return {n: low for n, low in found.items() if low is not None and _arguments(rw, low, n) is not None}
 
 
-def _find_lowering(rw: Rewriter, node: Node) -> Lowering | None:
+def _find_lowering(rw: Rewriter, node: Node) -> RankLayout | None:
     """The layout for the inputs and outputs of a node; None if their ranks differ or have no lowering."""
     read = data_inputs(rw, node)
     tensors = [*read, *(t for t in node.outputs if t.name)]
@@ -191,14 +191,14 @@ def _find_lowering(rw: Rewriter, node: Node) -> Lowering | None:
         return None
     rank = ranks.pop()
     if rank == 3:
-        return Lowering(3)
+        return RankLayout(3)
     if rank == 4:
-        return Lowering(4) if _have_one_position(rw, tensors) else None
+        return RankLayout(4) if _have_one_position(rw, tensors) else None
     if rank != 5:
         return None
     planes = {tuple(rw.dim(t, a) for a in (3, 4)) for t in tensors} - {(1, 1)}
     plane = tuple(d for d in (planes.pop() if len(planes) == 1 else ()) if isinstance(d, int) and d > 0)
-    return Lowering(5, plane) if len(plane) != 1 and (plane or _have_one_position(rw, tensors)) else None
+    return RankLayout(5, plane) if len(plane) != 1 and (plane or _have_one_position(rw, tensors)) else None
 
 
 def _have_one_position(rw: Rewriter, tensors: Iterable[Tensor]) -> bool:
@@ -206,18 +206,18 @@ def _have_one_position(rw: Rewriter, tensors: Iterable[Tensor]) -> bool:
     return all((rw.dim(t, -2), rw.dim(t, -1)) == (1, 1) for t in tensors)
 
 
-CONVERTERS: dict[str, Converter[Lowering]] = dict(BY_AXES)
+CONVERTERS: dict[str, Converter[RankLayout]] = dict(BY_AXES)
 converts = register_in(CONVERTERS)
 
 
-def _arguments(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
+def _arguments(rw: Rewriter, low: RankLayout, node: Node) -> Arguments | None:
     """The arguments of an operator in a layout; None if it cannot run in it."""
     converter = CONVERTERS.get(rw.op(node))
     return None if converter is None else converter(rw, low, node)
 
 
 @converts("Conv", "ConvTranspose")
-def _convert_convolution(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
+def _convert_convolution(rw: Rewriter, low: RankLayout, node: Node) -> Arguments | None:
     weight = rw.constant(node.inputs[1])
     if weight is None or "output_shape" in node.attrs:
         return None
@@ -242,11 +242,11 @@ def _convert_to_product(rw: Rewriter, node: Node, weight: Constant) -> Arguments
     plain = node.op == "Conv" and node.attrs.get("group", 1) == 1
     if not plain or any(k != 1 for k in weight.shape[2:]) or rw.opset < 11:  # an older Gemm needs a bias
         return None
-    return Arguments({"transB": 1}, {1: convert_constant(rw, Lowering(4), weight)}, "Gemm")
+    return Arguments({"transB": 1}, {1: convert_constant(rw, RankLayout(4), weight)}, "Gemm")
 
 
 @converts(*POOLS)
-def _convert_pooling(_rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
+def _convert_pooling(_rw: Rewriter, low: RankLayout, node: Node) -> Arguments | None:
     attrs = _convert_window(low, node)
     if attrs is None or len(node.outputs) > 1:
         return None
@@ -254,7 +254,7 @@ def _convert_pooling(_rw: Rewriter, low: Lowering, node: Node) -> Arguments | No
     return None if kernel is None else Arguments({**attrs, "kernel_shape": kernel})
 
 
-def _convert_window(low: Lowering, node: Node) -> dict[str, object] | None:
+def _convert_window(low: RankLayout, node: Node) -> dict[str, object] | None:
     """The attributes of a convolution or pooling in a layout; None if its windows extend into the plane."""
     attrs: dict[str, object] = dict(node.attrs)
     for key, neutral in (("strides", 1), ("dilations", 1), ("output_padding", 0)):
@@ -269,21 +269,21 @@ def _convert_window(low: Lowering, node: Node) -> dict[str, object] | None:
     "BatchNormalization", "InstanceNormalization", "GroupNormalization", "GlobalAveragePool", "GlobalMaxPool",
     "GlobalLpPool",
 )  # fmt: skip
-def _convert_per_channel(_rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
+def _convert_per_channel(_rw: Rewriter, low: RankLayout, node: Node) -> Arguments | None:
     if low.rank == 4 and node.op != "BatchNormalization":
         return None
     return Arguments(dict(node.attrs)) if node.attrs.get("spatial", 1) else None
 
 
 @converts(*REDUCTIONS)
-def _convert_reduction(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
+def _convert_reduction(rw: Rewriter, low: RankLayout, node: Node) -> Arguments | None:
     axes = attributes.read_axes(rw, node) or ()
     whole_plane = {3, 4} <= set(axes)
     return reduce_axes(rw, node, sorted({min(a, 3) for a in axes})) if whole_plane else BY_AXES[node.op](rw, low, node)
 
 
 @converts("Resize", "Upsample")
-def _convert_resize(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
+def _convert_resize(rw: Rewriter, low: RankLayout, node: Node) -> Arguments | None:
     odd = node.attrs.get("coordinate_transformation_mode") == "tf_crop_and_resize" or "axes" in node.attrs
     if odd or node.attrs.get("mode", "nearest") == "cubic":
         return None
@@ -298,7 +298,7 @@ def _convert_resize(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None
 
 
 @converts("Pad")
-def _convert_pad(rw: Rewriter, low: Lowering, node: Node) -> Arguments | None:
+def _convert_pad(rw: Rewriter, low: RankLayout, node: Node) -> Arguments | None:
     found = attributes.read_pad_parameters(rw, node)
     if found is None or len(node.inputs) > 3:
         return None
