@@ -241,7 +241,7 @@ def best(row: Row) -> set[str]:
 def table(record: Row) -> str:
     """Markdown: one row per model, and what it comes to."""
     rows, tools = record["models"], record["tools"]
-    lines = [f"| model | ms | {' | '.join(tools)} |", "|---|--:|" + "--:|" * len(tools)]
+    lines = [f"| model | original, ms | {' | '.join(tools)} |", "|---|--:|" + "--:|" * len(tools)]
     for row in rows:
         winners = best(row)
         cells = []
@@ -250,7 +250,8 @@ def table(record: Row) -> str:
             told = f"{found['speedup'][0]:.2f}" if "speedup" in found else "—"
             cells.append(f"**{told}**" if tool in winners else told)
         lines.append(f"| {row['model']} | {row['ms']:.1f} | {' | '.join(cells)} |")
-    means = [f"**{statistics.geometric_mean([speedup(r, t) for r in rows]):.3f}**" for t in tools]
+    values = [statistics.geometric_mean([speedup(r, t) for r in rows]) for t in tools]
+    means = [f"**{v:.3f}**" if v == max(values) else f"{v:.3f}" for v in values]
     least = [f"{min(speedup(r, t) for r in rows):.2f}" for t in tools]
     failed = [str(sum("error" in r["tools"].get(t, {}) for r in rows)) for t in tools]
     taken = [statistics.median([r["tools"][t]["seconds"] for r in rows if "seconds" in r["tools"][t]]) for t in tools]
@@ -273,6 +274,17 @@ def ahead(record: Row) -> list[tuple[str, str, float]]:
     return sorted(found, key=lambda f: -f[2])
 
 
+def find_least(record: Row) -> str:
+    """Say which of pwopt's models became slower beyond doubt, or which one gained least."""
+    raced = [row for row in record["models"] if "speedup" in row["tools"].get("pwopt", {})]
+    found = [(*row["tools"]["pwopt"]["speedup"], row["model"]) for row in raced]
+    slower = [model for _, _, high, model in found if high < 1]
+    least, low, high, model = min(found)
+    if slower:
+        return f"pwopt made {', '.join(slower)} slower."
+    return f"pwopt made no model slower beyond doubt; the least is {model}, {least:.2f} [{low:.2f}, {high:.2f}]."
+
+
 def told(record: Row) -> str:
     """What stands in README.md: machine, versions, table, and where others are ahead."""
     machine, versions = record["environment"], record["versions"]
@@ -291,12 +303,17 @@ def told(record: Row) -> str:
         f" medians of interleaved runs, measured on {record['date']} on one thread ({machine['cpu']}) with {named}."
         " onnxruntime runs the models that the tools write. OpenVINO runs the original model in its own runtime. Bold"
         " marks the fastest tool, and every tool whose interval overlaps with that of the fastest. A dash marks a result"
-        " that failed or was not equivalent. It counts as 1 in the geometric mean and in the minimum."
+        " that failed or was not equivalent. Such a result counts as 1 in the geometric mean and in the minimum."
     )
     means = [f"{t} {statistics.geometric_mean([speedup(r, t) for r in record['models']]):.2f}" for t in record["tools"]]
     seen = f"A dot for each of {len(record['models'])} models and each tool. Geometric means: {', '.join(means)}"
     chart = f"![{seen}]({CHART.relative_to(ROOT).as_posix()})"
-    paragraphs = (textwrap.fill(head, WIDTH), chart, table(record).rstrip(), textwrap.fill(f"{behind}{broken}", WIDTH))
+    paragraphs = (
+        textwrap.fill(head, WIDTH),
+        chart,
+        table(record).rstrip(),
+        textwrap.fill(f"{find_least(record)} {behind}{broken}", WIDTH),
+    )
     return "\n\n".join(paragraphs) + "\n"
 
 
