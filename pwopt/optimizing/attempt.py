@@ -15,6 +15,7 @@ from pwopt.evidence.localise import localise
 from pwopt.evidence.verify import compare_in_sessions, find_placements
 from pwopt.graph.model import Model
 from pwopt.graph.reasons import Reason
+from pwopt.graph.storage import count_bytes
 from pwopt.optimizing.bisection import add_repeated, leave_out_faulty, name_plugins
 from pwopt.optimizing.budget import PROFILING_SECONDS, Budget
 from pwopt.optimizing.layer_times import compare_layers
@@ -102,7 +103,7 @@ class Attempts:
         for left in reversed(range(MAX_ATTEMPTS)):
             with self.budget.pause():
                 done = self.rewrite(compilation)
-            memory.collect_garbage()
+            memory.collect_garbage(count_bytes(source))
             if self.problem.environment is None:
                 return self._skip_verification(done, compilation)
             if done.proto is source:

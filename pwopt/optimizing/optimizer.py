@@ -19,7 +19,7 @@ from pwopt.graph.moved_weights import has_moved, load_moved
 from pwopt.graph.names import name_nodes
 from pwopt.graph.shapes import format_shape
 from pwopt.graph.sources import unwrap
-from pwopt.graph.storage import workspace
+from pwopt.graph.storage import count_bytes, workspace
 from pwopt.inputs.samples import Feeds
 from pwopt.optimizing.attempt import Attempt, Attempts
 from pwopt.optimizing.budget import Budget
@@ -158,7 +158,7 @@ def run_request(model: Source, request: Request) -> Result:
         conditions = len(other_environments(problem.environment, request.thread_counts))
         budget = Budget(problem, request.measuring, conditions)
         selection = select_rewrites(compilation, problem, request, budget)
-        memory.collect_garbage()
+        memory.collect_garbage(count_bytes(source.proto))
         blank = _begin_report(path, problem, passes, request)
         attempts = Attempts(problem, selection, budget, request, blank)
         done = _finish(attempts, compilation).add_notes(*notes.describe_worker(_worker_problem(problem)))

@@ -16,6 +16,8 @@ PAGES = Path("/proc/self/statm")
 COLLECT_AFTER = 50_000
 #: Below this resident memory in bytes, nothing is released, because it would not pay.
 MIN_RESIDENT = 128 << 20
+#: Garbage with fewer bytes of weights is not looked for, because that takes longer the more nodes there are.
+MIN_GARBAGE = 8 << 20
 #: Sessions of models from this many bytes on are not open side by side, but one after the other.
 LARGE_MODEL = 112 << 20
 
@@ -63,8 +65,8 @@ def release_freed() -> None:
         trim(0)
 
 
-def collect_garbage() -> None:
-    """Free unreachable cycles, such as graphs with their weights, if this process holds much memory."""
-    if count_resident() >= MIN_RESIDENT:
+def collect_garbage(weights: int) -> None:
+    """Free unreachable cycles, such as graphs with this many bytes of weights, if this process holds much memory."""
+    if weights >= MIN_GARBAGE and count_resident() >= MIN_RESIDENT:
         gc.collect()
         release_freed()

@@ -45,3 +45,13 @@ def test_garbage_collection_waits_longer_inside_the_context_only() -> None:
                 assert gc.get_threshold()[0] == chosen
     finally:
         gc.set_threshold(*before)
+
+
+def test_a_small_model_is_not_searched_for_garbage(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "MIN_RESIDENT", 0)
+    searches: list[None] = []
+    monkeypatch.setattr(gc, "collect", lambda: searches.append(None))
+    memory.collect_garbage(memory.MIN_GARBAGE - 1)
+    assert not searches
+    memory.collect_garbage(memory.MIN_GARBAGE)
+    assert len(searches) == 1
