@@ -31,7 +31,7 @@ from pwopt.selecting.environment import Environment
 from pwopt.selecting.inlining import inline_functions
 from pwopt.selecting.pass_list import resolve_passes
 from pwopt.selecting.plugins import find_installed
-from pwopt.selecting.shape_folding import infer_sizes
+from pwopt.selecting.shape_folding import infer_ranks
 
 
 @dataclass(frozen=True)
@@ -178,13 +178,13 @@ def start_compilation(problem: Problem, passes: tuple[Pass, ...], request: Reque
         If the model cannot be converted.
     """
     target = source = problem.source
-    ranks = {name: len(size) for name, size in infer_sizes(source.proto, problem.sizes).items()}
     if request.opset is not None and request.opset != source.opset:
+        ranks = infer_ranks(source.proto, problem.sizes)
         target = from_proto(convert_opset(source, request.opset, ranks), source.folder)
     if request.static:
         target = from_proto(fix_inputs(target.proto, problem.sizes), source.folder)
     if request.opset is None:
-        target = raise_opset(target, request.target, ranks)
+        target = raise_opset(target, request.target, problem.sizes)
     target = inline_functions(target, passes, request.denied, problem.sizes)
     kind = find_kind(request.target, request.execution_provider.kind)
     return Compilation(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import onnx
 
@@ -14,6 +14,7 @@ from pwopt.graph.opset import convert_opset
 from pwopt.graph.view import View
 from pwopt.maps import idioms
 from pwopt.optimizing.request import KINDS, Target
+from pwopt.selecting.shape_folding import infer_ranks
 
 #: The opset with HardSwish, which every runtime reads well. In older opsets it is spelled x·HardSigmoid(x), which
 #: onnxruntime fuses into convolutions, and OpenVINO does not.
@@ -25,7 +26,7 @@ def find_kind(target: Target, provider_kind: str) -> str:
     return KINDS.get(target, provider_kind)
 
 
-def raise_opset(model: Model, target: Target, ranks: Mapping[str, int]) -> Model:
+def raise_opset(model: Model, target: Target, sizes: Mapping[str, Sequence[int]]) -> Model:
     """Convert a model that spells out HardSwish to the opset that has it, unless the target needs no portable form.
 
     The model stays as it is if onnx cannot convert it, or if the conversion would add or replace an operator.
@@ -35,7 +36,7 @@ def raise_opset(model: Model, target: Target, ranks: Mapping[str, int]) -> Model
     if model.proto.functions or any(a.HasField("g") or a.graphs for n in model.proto.graph.node for a in n.attribute):
         return model  # the converter leaves the operators of functions and subgraphs as they are
     try:
-        converted = convert_opset(model, HARD_SWISH_SINCE, ranks)
+        converted = convert_opset(model, HARD_SWISH_SINCE, infer_ranks(model.proto, sizes))
     except UsageError:
         return model
     same = _count_operators(converted) == _count_operators(model.proto)

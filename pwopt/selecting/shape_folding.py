@@ -102,6 +102,11 @@ def infer_sizes(proto: onnx.ModelProto, sizes: Mapping[str, Sequence[int]]) -> d
     return dict(_infer_all_sizes(make_skeleton(proto, sizes)))
 
 
+def infer_ranks(proto: onnx.ModelProto, sizes: Mapping[str, Sequence[int]]) -> dict[str, int]:
+    """Infer the ranks of all tensors whose sizes follow from the given input sizes."""
+    return {name: len(size) for name, size in infer_sizes(proto, sizes).items()}
+
+
 @memoize
 def _infer_all_sizes(light: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     types = infer(light)
