@@ -71,9 +71,11 @@ class DropDead(Pass):
     def _flush(self, rw: Rewriter, node: Node, reading: Reading) -> Rewrite | Skip | None:
         """Set subnormal weights to zero, for all readers of the weight."""
         scan = None if self._scan.sound(rw, reading) else self._scan(rw, reading)
+        if scan is None or not scan.subnormal:
+            return None
         tensor = reading.weight_input
         raw = rw.raw(tensor)
-        if scan is None or not scan.subnormal or raw is None:
+        if raw is None:
             return None
         low = flush_subnormals(raw.astype(np.float64), raw.dtype).astype(raw.dtype)
         if np.array_equal(low, raw):

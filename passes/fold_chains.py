@@ -227,13 +227,14 @@ def _plan(rw: Rewriter, maps: list[Reading]) -> Chain:
         return numbers[geometry]
 
     own = [number(m.geometry) for m in maps]
-    weighted = [m.weighted for m in maps]
+    weighted, transposed = [m.weighted for m in maps], [m.geometry.transposed for m in maps]
+    denied = [rw.is_denied(m.node) for m in maps]
     pairs: dict[tuple[int, int], int | None] = {}
     best: list[tuple[float, int]] = [(0.0, 0)] + [(float("inf"), 0)] * count
     start = [0] * (count + 1)
     for i in range(count):
         composed = own[i]
-        transposed_at = i if kinds[own[i]].transposed else None
+        transposed_at = i if transposed[i] else None
         has_weights = weighted[i]
         for j in range(i, count):
             if j > i:
@@ -245,9 +246,9 @@ def _plan(rw: Rewriter, maps: list[Reading]) -> Chain:
                 if following is None:
                     break
                 composed = following
-                transposed_at = j if kinds[own[j]].transposed else transposed_at
+                transposed_at = j if transposed[j] else transposed_at
                 has_weights = has_weights or weighted[j]
-                if rw.is_denied(maps[j].node) or not has_weights:
+                if denied[j] or not has_weights:
                     continue
             over = places[transposed_at] if transposed_at is not None else places[j]
             free = i == j and not weighted[i]

@@ -25,6 +25,7 @@ class FoldQuantised(Pass):
     """
 
     name = "fold-quantised"
+    operators = frozenset(MOVING)
 
     def match_and_rewrite(self, node: Node, rw: Rewriter) -> Rewrite | Skip | None:
         maker = rw.producer(node.inputs[0]) if rw.is_a(node, *MOVING) else None

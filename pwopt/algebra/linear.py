@@ -105,7 +105,7 @@ class LinearMap:
     @classmethod
     def diagonal(cls, scale: ArrayLike, shift: ArrayLike = 0.0, rank: int = 0) -> LinearMap:
         """y = scale · x + shift per channel; scale and shift broadcast to (channels,)."""
-        s, t = np.atleast_1d(np.asarray(scale, np.float64)), np.asarray(shift, np.float64)
+        s, t = np.asarray(scale, np.float64).reshape(-1), np.asarray(shift, np.float64)
         if s.shape != t.shape:
             s, t = np.broadcast_arrays(s, t)
         return cls.of(pointwise_geometry(s.size, s.size, groups=s.size, rank=rank), s, t)
@@ -133,8 +133,11 @@ class LinearMap:
 
     def at_rank(self, rank: int) -> LinearMap:
         """The same pointwise map over `rank` spatial axes."""
-        same = rank == self.geometry.rank
-        return self if same else LinearMap.of(self.geometry.at_rank(rank), self.weight, self.bias, self.moved)
+        if rank == self.geometry.rank:
+            return self
+        geometry = self.geometry.at_rank(rank)
+        weight = self.weight.reshape(*self.weight.shape[:2], *geometry.kernel)
+        return LinearMap(geometry, weight, self.bias, self.moved)
 
     def broadcast(self, channels: int) -> LinearMap:
         """Repeat a diagonal map of one channel for `channels` channels; any other map is returned unchanged."""

@@ -245,7 +245,7 @@ class GraphIndex:
                 adopt_tensors([tensor])
                 return tensor
             node = self._producer.get(tensor)
-            if node is None:
+            if node is None or node.op not in ("Identity", "Constant"):
                 return None
             op = self.op(node)
             if op != "Identity":
@@ -267,23 +267,14 @@ class GraphIndex:
     def raw(self, tensor: Tensor) -> Values | None:
         """The value of a constant in the type of the model; None if not constant."""
         held = self.constant(tensor)
-        if held is None:
-            return None
-        values = held.stored
-        if isinstance(values, StoredValues):
-            return values.load()
-        if isinstance(values, np.ndarray):
-            return values
-        return np.array(onnx.numpy_helper.to_array(values.tensor))
+        return None if held is None else _load(held)
 
     def value(self, tensor: Tensor) -> Array | None:
         """The value of a floating-point constant in float64; None if not constant, not floating point or not finite."""
         held = self.constant(tensor)
         if held is None or held.dtype not in FLOATING:
             return None
-        raw = self.raw(tensor)
-        assert raw is not None
-        value = raw.astype(np.float64)
+        value = _load(held).astype(np.float64)
         return value if np.isfinite(value).all() else None
 
     def integers(self, tensor: Tensor) -> list[int] | None:
@@ -308,3 +299,13 @@ class GraphIndex:
     def optional_input(self, node: Node, index: int) -> Tensor | None:
         """The input `index`; None if it is left out."""
         return node.inputs[index] if len(node.inputs) > index and node.inputs[index].name else None
+
+
+def _load(held: Constant) -> Values:
+    """The array of a constant."""
+    values = held.stored
+    if isinstance(values, StoredValues):
+        return values.load()
+    if isinstance(values, np.ndarray):
+        return values
+    return np.array(onnx.numpy_helper.to_array(values.tensor))

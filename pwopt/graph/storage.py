@@ -143,13 +143,17 @@ def _inner_tensors(proto: onnx.ModelProto) -> Iterator[TensorProto]:
 
 
 def find_locations(proto: onnx.ModelProto) -> dict[str, str]:
-    return {t.name: ExternalDataInfo(t).location for t in proto.graph.initializer if uses_external_data(t)}
+    return {t.name: ExternalDataInfo(t).location for t in _find_external(proto)}
 
 
 def count_bytes(proto: onnx.ModelProto) -> int:
     """Count the bytes of a model, including its external data."""
-    outside = [ExternalDataInfo(t) for t in proto.graph.initializer if uses_external_data(t)]
-    return int(proto.ByteSize()) + sum(info.length or 0 for info in outside)
+    return int(proto.ByteSize()) + sum(ExternalDataInfo(t).length or 0 for t in _find_external(proto))
+
+
+def _find_external(proto: onnx.ModelProto) -> list[TensorProto]:
+    """Find the initializers whose data lies in other files."""
+    return [t for t in proto.graph.initializer if t.data_location == TensorProto.EXTERNAL]
 
 
 def find_data_files(path: Path) -> set[str]:

@@ -113,12 +113,13 @@ def read(view: View, node: Node | None) -> Result:
     view : View
     node : Node
     """
-    if node is None or view.op(node) not in READERS:
+    reader = READERS.get(view.op(node))
+    if reader is None or node is None:
         return None
     if node in view.readings:
         found: Result = view.readings[node]
         return found
-    result = READERS[node.op](view, node)
+    result = reader(view, node)
     if isinstance(result, Reading) and 0 in (result.geometry.in_channels, result.geometry.out_channels):
         result = None
     if node in view:
@@ -137,8 +138,8 @@ def weighted(view: View, node: Node | None) -> Reading | None:
     reading = linear(view, node)
     if reading is None or not reading.weighted or node is None:
         return None
-    follower = view.sole_reader(node.outputs[0]) if view.op(node) == "MatMul" else None
-    wider = linear(view, follower) if view.op(follower) == "Add" else None
+    follower = view.sole_reader(node.outputs[0]) if node.op == "MatMul" else None
+    wider = linear(view, follower) if follower is not None and view.op(follower) == "Add" else None
     return wider if wider is not None and wider.nodes[0] is node else reading
 
 

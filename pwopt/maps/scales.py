@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 
 import numpy as np
@@ -54,10 +55,12 @@ def _channel_constant(view: View, node: Node, constant: Tensor, source: Tensor) 
 
     None if the constant varies along several axes, or if broadcasting could enlarge `source`.
     """
-    elements, rank = view.elements(constant), view.rank(source)
-    held = view.constant(constant)
-    shape = tuple(held.shape) if held is not None else ()
-    if held is None or elements is None or elements == 0 or (elements > 1 and rank is None):
+    held, rank = view.constant(constant), view.rank(source)
+    if held is None:
+        return None
+    shape = tuple(held.shape)
+    elements = math.prod(shape)
+    if elements == 0 or (elements > 1 and rank is None):
         return None
     if view.opset < 7 and node.attrs.get("broadcast", 0) and "axis" in node.attrs and rank is not None:
         shape = (*shape, *(1,) * (rank - node.attrs["axis"] - len(shape)))
@@ -66,7 +69,7 @@ def _channel_constant(view: View, node: Node, constant: Tensor, source: Tensor) 
     axes = [len(shape) - i for i, d in enumerate(shape) if d != 1]
     if len(axes) > 1:
         return None
-    value = view.value(constant)
+    value = view.value(held)
     if value is None:
         return None
     if not axes:
@@ -121,7 +124,7 @@ def read_arithmetic(view: View, node: Node) -> Result:
         return _explain_unknown(view, node)
     source, value, axis, first = found
     op, one, zero = node.op, np.ones(value.shape), np.zeros(value.shape)
-    nothing = op in ("Add", "Sub") and value.size and not np.any(value)
+    nothing = op in ("Add", "Sub") and value.size and not value.any()
     if nothing and not zeros.keeps(-value if op == "Sub" and not first else value):
         return Refusal("adding +0 makes +0 of −0")
     if op == "Add":

@@ -67,7 +67,7 @@ def read_conv(view: View, node: Node) -> Result:
     groups = node.attrs.get("group", 1)
     if groups < 1 or out % groups:
         return Refusal("its groups do not divide its channels")
-    biased = bool(np.any(bias))
+    biased = bool(bias.any())
     geometry = make_geometry(out, inn * groups, groups, tuple(kernel), *spatial, biased=biased)
     return Reading(
         (node,), node.inputs[0], geometry, 1, "conv", weight, _loader(view, weight, geometry, bias, lambda w: w)

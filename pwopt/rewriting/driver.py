@@ -238,7 +238,7 @@ class Rewriter(View):
         while self._queue:
             node = self._queue.popleft()
             self._queued.discard(node)
-            if node not in self:
+            if node not in self._nodes:
                 continue
             name, stored = _name_of(node), self.stored
             if allowed is not None and self._make_site(name) not in allowed:
@@ -424,8 +424,10 @@ class Rewriter(View):
 
 def _name_of(node: Node) -> str:
     """The name of the first output of a node that has one, else the name of the node."""
-    first = node.outputs[0].name if node.outputs else ""
-    return str(first or next(filter(None, (t.name for t in node.outputs)), node.name))
+    for tensor in node.outputs:
+        if tensor.name:
+            return tensor.name
+    return node.name
 
 
 def _breach(p: Pass, what: str) -> UsageError:
