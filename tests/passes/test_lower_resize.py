@@ -8,7 +8,7 @@ import onnxruntime as ort
 import pytest
 from helpers import eager, normal, ops, parse, reasons, run
 
-from pwopt.algebra.interpolation import TRANSFORMATIONS
+from pwopt.algebra.interpolation import TRANSFORMATIONS, Interpolation
 from pwopt.passes import LowerResize
 
 F = np.float32
@@ -102,3 +102,20 @@ def test_linear_interpolation_waits_for_a_race() -> None:
     assert result is linear
     assert "only measuring can tell" in reasons(outcome)[0]
     assert ops(run(cubic, LowerResize())[0]) == {"MatMul": 2}
+
+
+@pytest.mark.parametrize("transformation", TRANSFORMATIONS)
+def test_cubic_products_are_nearer_to_the_exact_result_than_the_kernel(transformation: str) -> None:
+    """The kernel rounds positions to float32, so it is off by more, the further the positions are from the corner."""
+    attributes = f'mode="cubic", coordinate_transformation_mode="{transformation}"'
+    body = f"(float[1,1,40,40] x) => (float[A,B,C,D] y) {{ y = Resize<{attributes}>(x, , s) }}"
+    model = parse(body, 19, s=np.array([1, 1, 4.75, 4.75], F))
+    result, outcome, _ = run(model, eager(LowerResize))
+    (rewrite,) = outcome.rewrites
+    assert rewrite.residual <= 2.0**-24
+    x = normal(1, 1, 40, 40, dtype=F)
+    matrix = Interpolation("cubic", transformation).matrix(40, 190, 4.75)
+    exact = matrix @ x[0, 0].astype(np.float64) @ matrix.T
+    kernel, products = (np.abs(on_onnxruntime(m, x)[0, 0] - exact).max() / np.abs(exact).max() for m in (model, result))
+    assert products < 5e-7
+    assert kernel > 2 * products
