@@ -13,7 +13,7 @@ from pwopt.algebra import Values
 from pwopt.graph.dtypes import FLOATS
 from pwopt.graph.ir import Node, as_message
 from pwopt.graph.operators import MOVES, SOFTMAXES, VIEWS
-from pwopt.graph.shapes import Shape, as_fixed, read_dims
+from pwopt.graph.shapes import Shape, as_fixed, is_ambiguous, read_dims
 
 #: A constant is computed if it is not larger than this, or not larger than the constants that it is computed from.
 MAX_FOLDED_BYTES = 1 << 20
@@ -206,6 +206,10 @@ def _find_disagreement(node: Node, values: Mapping[str, Values], opset: int) -> 
         return "its value never changes, but runtimes disagree on an empty list of axes"
     if _skips_entries(node, list(values.values())):
         return "its value never changes, but runtimes disagree on auto_pad with strides beyond the kernel"
+    if node.op == "Resize" and any(
+        v.dtype == np.float32 and any(is_ambiguous(d, s) for d in data.shape for s in v.ravel()) for v in others
+    ):
+        return "its value never changes, but runtimes disagree on its size"
     if node.op == "Resize" and (
         node.attrs.get("mode", "nearest") == "nearest"
         or node.attrs.get("coordinate_transformation_mode", "half_pixel") not in INTERPOLATED

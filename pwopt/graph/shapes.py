@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import cast
 
+import numpy as np
 import onnx
 from onnx import TensorProto, shape_inference
 
@@ -190,9 +191,8 @@ def _infer_exactly(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]
     if implied:
         _declare(light, implied)
         types = _infer(light)
-    if any(_is_miscounted(node, types) for node in light.graph.node):
-        types = _infer(_hide_sizes(light, [n for n in light.graph.node if n.op_type in POOLS and _has_ceil_mode(n)]))
-    return types
+    wrong = _find_wrong_sizes(light, types)
+    return _infer(_hide_sizes(light, wrong)) if wrong else types
 
 
 def _declare(light: onnx.ModelProto, values: Sequence[onnx.ValueInfoProto]) -> None:
@@ -233,8 +233,7 @@ def find_contradiction(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim
     """Return why onnx's strict inference rejects a model with these input sizes, in one line, or ""."""
     light = make_skeleton(model, inputs)
     types = _infer_exactly(make_skeleton(model, inputs))
-    if any(_is_miscounted(node, types) for node in light.graph.node):
-        light = _hide_sizes(light, [n for n in light.graph.node if n.op_type in POOLS and _has_ceil_mode(n)])
+    light = _hide_sizes(light, _find_wrong_sizes(light, types))
     data_prop = not _is_too_wide(light, types)
     content = light.SerializeToString()
 
@@ -343,9 +342,57 @@ def _is_miscounted(node: onnx.NodeProto, types: Mapping[str, tuple[int, Shape | 
     )
 
 
-def _hide_sizes(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> onnx.ModelProto:
-    """Hide the spatial sizes of these nodes' outputs behind a Concat with a tensor of unknown size."""
-    opaque = {n.output[0] for n in nodes}
+def is_ambiguous(count: int, factor: float) -> bool:
+    """Whether the size of `count` positions times a factor of a Resize depends on how a runtime multiplies.
+
+    onnx's inference rounds down the product in float64, and onnxruntime's kernel the one in float32. The factor 1.4 is
+    slightly less than 7/5 in float32, so 10 positions become 13 or 14.
+    """
+    exact = count * float(np.float32(factor))
+    with np.errstate(all="ignore"):
+        rounded = float(np.float32(count) * np.float32(factor))
+    return not math.isfinite(rounded) or math.floor(exact) != math.floor(rounded)
+
+
+def _find_wrong_sizes(
+    light: onnx.ModelProto, types: Mapping[str, tuple[int, Shape | None]]
+) -> dict[str, tuple[int, Sequence[int]]]:
+    """Find outputs for which inference gives other sizes than onnxruntime, with their rank and the axes in doubt."""
+    nodes = light.graph.node
+    found: dict[str, tuple[int, Sequence[int]]] = {}
+    if any(_is_miscounted(node, types) for node in nodes):
+        for node in nodes:
+            if node.op_type in POOLS and _has_ceil_mode(node):
+                rank = 2 + len(next(a.ints for a in node.attribute if a.name == "kernel_shape"))
+                found[node.output[0]] = rank, range(2, rank)
+    resizes = [n for n in nodes if n.op_type in ("Resize", "Upsample") and n.domain in ("", "ai.onnx")]
+    if not resizes:
+        return found
+    held = {t.name: t for t in light.graph.initializer}
+    held |= {n.output[0]: a.t for n in nodes if n.op_type == "Constant" for a in n.attribute if a.name == "value"}
+    for node in resizes:
+        before = types.get(node.input[0], (0, None))[1] or ()
+        rank, factors = len(before), _read_factors(node, held)
+        axes = next((list(a.ints) for a in node.attribute if a.name == "axes"), range(len(factors)))
+        sizes = [(a % rank, before[a], s) for a, s in zip(axes, factors, strict=False) if -rank <= a < rank]
+        doubtful = [a for a, d, s in sizes if isinstance(d, int) and is_ambiguous(d, s)]
+        if doubtful:
+            found[node.output[0]] = rank, doubtful
+    return found
+
+
+def _read_factors(node: onnx.NodeProto, held: Mapping[str, onnx.TensorProto]) -> list[float]:
+    """The factors of a Resize or an Upsample; empty if they are unknown, or sizes are given instead."""
+    given = [a.floats for a in node.attribute if a.name == "scales"]
+    names = node.input[2:3] if len(node.input) > 2 else node.input[1:2]
+    tensors = [held[name] for name in names if name in held]
+    if given or not tensors or tensors[0].data_type != onnx.TensorProto.FLOAT:
+        return list(given[0]) if given else []
+    return [float(v) for v in onnx.numpy_helper.to_array(tensors[0]).ravel()]
+
+
+def _hide_sizes(model: onnx.ModelProto, opaque: Mapping[str, tuple[int, Sequence[int]]]) -> onnx.ModelProto:
+    """Hide the sizes of these outputs along these axes behind a Concat with a tensor of unknown size."""
     graph = model.graph
     originals = list(graph.node)
     del graph.node[:]
@@ -355,13 +402,13 @@ def _hide_sizes(model: onnx.ModelProto, nodes: Sequence[onnx.NodeProto]) -> onnx
         if not node.output or node.output[0] not in opaque:
             continue
         name = node.output[0]
-        rank = 2 + len(next(a.ints for a in node.attribute if a.name == "kernel_shape"))
+        rank, axes = opaque[name]
         if rank not in ranks:
             ranks.add(rank)
             graph.input.append(onnx.helper.make_tensor_value_info(f"{rank} unknown sizes", 1, [None] * rank))
-        graph.node[-1].output[0] = f"{name} axis 1"
-        for axis in range(2, rank):
-            target = name if axis == rank - 1 else f"{name} axis {axis}"
-            parts = [f"{name} axis {axis - 1}", f"{rank} unknown sizes"]
-            graph.node.append(onnx.helper.make_node("Concat", parts, [target], axis=axis))
+        graph.node[-1].output[0] = part = f"{name} alone"
+        for axis in axes:
+            target = name if axis == axes[-1] else f"{name} axis {axis}"
+            graph.node.append(onnx.helper.make_node("Concat", [part, f"{rank} unknown sizes"], [target], axis=axis))
+            part = target
     return model

@@ -10,6 +10,7 @@ import numpy as np
 from pwopt.algebra import Array
 from pwopt.algebra.interpolation import TRANSFORMATIONS, Interpolation
 from pwopt.graph.ir import Node, Tensor
+from pwopt.graph.shapes import is_ambiguous
 from pwopt.graph.view import View
 
 #: The largest number of positions of an axis.
@@ -99,7 +100,7 @@ def _read_axes(view: View, node: Node) -> tuple[Axis, Axis] | None:
             return None
         for axis, scale in zip(order, values, strict=True):
             count = before[axis]
-            if axis >= 2 and isinstance(count, int):
+            if axis >= 2 and isinstance(count, int) and not is_ambiguous(count, float(scale)):
                 found[axis] = math.floor(np.float32(count) * np.float32(scale)), float(scale)
             elif scale != 1:
                 return None
