@@ -92,7 +92,8 @@ def _print_row(row: BatchRow, console: Console) -> None:
     """Print the result of one model on one line, and below it why it is not faster, if it is not."""
     from rich.padding import Padding
 
-    from pwopt.reporting.text import escape_text, is_vague
+    from pwopt.reporting.text import escape_text
+    from pwopt.rewriting.ratios import is_vague
 
     name = escape_text(Path(row.model).name)
     if row.status == "failed":
@@ -115,7 +116,7 @@ def _print_row(row: BatchRow, console: Console) -> None:
 
 def _format_ratio(label: str, measured: tuple[float, float, float] | None) -> str:
     """Format another ratio of a row, without its interval; "" if it was not measured."""
-    from pwopt.reporting.text import is_vague
+    from pwopt.rewriting.ratios import is_vague
 
     if measured is None:
         return ""

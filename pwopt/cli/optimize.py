@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import filecmp
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -129,11 +130,12 @@ def _print_next_steps(model: Path, out: Path, report: Path | None, request: Requ
     if out.suffix != ".onnx":
         console.print(f"Some tools refuse {escape_text(repr(out.name))}, because its name does not end in .onnx.")
     original, result, steps = quote_path(model), quote_path(out), []
-    if request.inputs is None:
+    copied = filecmp.cmp(model, out, shallow=False)
+    if request.inputs is None and not copied:
         steps.append(f"pwopt verify {original} {result} --input FOLDER   # check it on your own inputs")
     if report is None and can_render():
         steps.append(f"pwopt optimize {original} --report report.html   # see every rewrite and refusal")
-    if request.cost == "measured":
+    if request.cost == "measured" and not copied:
         steps.append(f"pwopt bench {original} {result}   # time both, start-up and memory too")
     for i, step in enumerate(steps):
         console.print(f"[dim]{'next:' if i == 0 else '     '} {escape_text(step)}[/dim]", soft_wrap=True)

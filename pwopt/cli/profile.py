@@ -29,6 +29,7 @@ def profile(
     """Record which measured rewrites are faster on this machine, for `optimize --target-profile` on another one."""
     from pwopt.cli.output import check_report, escape_text, open_console, print_json, show_progress
     from pwopt.optimizing.record_tuning import profile as record
+    from pwopt.rewriting.wording import format_count
 
     placed = options.parse_provider(provider, provider_option, provider_library)
     shapes = options.parse_single_round(shape)
@@ -56,10 +57,12 @@ def profile(
     for path, each in found.items():
         path.parent.mkdir(parents=True, exist_ok=True)
         each.save(path)
-        paying = sum(e.interval[0] > 1 for e in each.entries)
+        verdicts, kinds = [e.verdict for e in each.entries], format_count(len(each.entries), "kind")
+        faster, slower, doubted = (verdicts.count(verdict) for verdict in ("kept", "dropped", "in doubt"))
         where = escape_text(str(each.environment["cpu"]))
         console.print(
-            f"{paying} of {len(each.entries)} kinds of rewrites are faster on {where}; wrote {escape_text(str(path))}"
+            f"{kinds} of rewrites on {where}: {faster} faster, {slower} not faster, {doubted} in doubt; "
+            f"wrote {escape_text(str(path))}"
         )
     if json:
         texts = [each.to_json() for each in found.values()]

@@ -130,6 +130,8 @@ class Difference:
     check: OutputCheck
     sites: tuple[Site, ...]
     compared: int
+    #: Whether the sites are those of a record that may be of another model.
+    assumed: bool = False
 
     def explain(self) -> str:
         """Explain the difference, and how to avoid it, in one sentence."""
@@ -137,7 +139,9 @@ class Difference:
         if not self.sites:
             return text
         sites = [str(site) for site in self.sites]
-        return f"{text}; made by {', '.join(sites)}: try {' '.join(f'--deny {site!r}' for site in sites)}"
+        blamed, tried = ", ".join(sites), " ".join(f"--deny {site!r}" for site in sites)
+        made = f"if pwopt wrote this model, {blamed} made it" if self.assumed else f"made by {blamed}"
+        return f"{text}; {made}: try {tried}"
 
 
 @dataclass(frozen=True)

@@ -117,9 +117,18 @@ def verify(
         result = compare_in_sessions(a, b, drawn, placed, threads, rtol, atol)
         if locate and result.verdict == "not equivalent":
             progress("looking for the first difference", 0.0)
-            result = replace(result, difference=localise(a, b, result, drawn, placed, threads, rewrites))
+            result = _locate(a, b, result, drawn, placed, threads, rewrites)
         progress("looking where operators ran", 0.0)
         return _attribute(result, {"original": a, "candidate": b}, drawn[0], placed, threads, invariants)
+
+
+def _locate(
+    a: Path, b: Path, failed: Equivalence, samples: Sequence[Sample], provider: Provider, threads: int,
+    rewrites: Sequence[Rewrite],
+) -> Equivalence:  # fmt: skip
+    """Add the first difference. The rewrites are those of a record, which may be of another model."""
+    difference = localise(a, b, failed, samples, provider, threads, rewrites)
+    return replace(failed, difference=None if difference is None else replace(difference, assumed=True))
 
 
 def _attribute(

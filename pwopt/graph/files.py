@@ -124,11 +124,15 @@ def _read(path: Path) -> onnx.ModelProto:
             raise ModelError(f"{str(path)!r} is {what}; give the path of an ONNX model")
         proto = onnx.load(path, format="protobuf", load_external_data=False)
     except (DecodeError, ValueError) as error:
-        raise ModelError(f"{str(path)!r} is not an ONNX model ({error}); export it again") from error
+        raise ModelError(
+            f"{str(path)!r} is not an ONNX model ({error}); give the path of an .onnx file, or export it again"
+        ) from error
     except OSError as error:
         raise ModelError(f"{str(path)!r} cannot be read: {error.strerror}") from error
     if not proto.HasField("graph"):
-        raise ModelError(f"{str(path)!r} is not an ONNX model (it has no graph); export it again")
+        raise ModelError(
+            f"{str(path)!r} is not an ONNX model (it has no graph); give the path of an .onnx file, or export it again"
+        )
     return proto
 
 

@@ -128,6 +128,8 @@ def check_shapes(specs: Sequence[InputSpec], shapes: Mapping[str, Sequence[int]]
             not isinstance(d, int) or d in (0, s) for d, s in zip(declared, shape, strict=True)
         )
         if not fits:
+            example = "x".join(str(d if isinstance(d, int) and d else 1) for d in declared)
             raise UsageError(
-                f"the shape {format_shape(shape)} does not fit input {name!r}, which is {format_shape(declared)}"
+                f"the shape {format_shape(shape)} does not fit input {name!r}, which is {format_shape(declared)}; "
+                f"give sizes that fit, such as {name}={example}"
             )

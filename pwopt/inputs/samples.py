@@ -187,7 +187,7 @@ def read_samples(
 def _read_sets(path: Path, specs: Sequence[InputSpec]) -> list[tuple[Path, dict[str, Values]]]:
     """Read every set of inputs under a path."""
     if not path.exists():
-        raise UsageError(f"there is no file or folder {str(path)!r}")
+        raise UsageError(f"there is no file or folder {str(path)!r}; give an .npz file, or a folder of .npz files")
     if not path.is_dir():
         return [(path, _read(path, specs))]
     protos = sorted(path.glob("input_*.pb"), key=lambda p: (len(p.stem), p.stem))

@@ -29,7 +29,7 @@ from pwopt.optimizing.preparation import Problem
 from pwopt.optimizing.request import Limits, Request
 from pwopt.reporting import notes
 from pwopt.reporting.report import NEGLIGIBLE_SLOWDOWN, ConditionLatency, Latency, Report
-from pwopt.reporting.text import is_vague
+from pwopt.rewriting.ratios import is_vague
 from pwopt.running import bench, installation, memory, timing
 from pwopt.running.session import Session
 from pwopt.running.timing import Race

@@ -166,6 +166,8 @@ def run_request(model: Source, request: Request) -> Result:
             candidates = find_candidates(compilation, NoTuningRecords())
             races = request.measuring.target_profile is None
             done = done.add_notes(*notes.describe_dry_run(candidates.groups, races=races))
+        elif done.report.rewrites and request.untimed:
+            done = done.add_notes(f"Nothing was timed: {request.untimed}.")
         if request.writing.name_nodes:
             done = replace(done, proto=name_nodes(done.proto))
         if request.output is not None:

@@ -32,7 +32,7 @@ EFFORTS: dict[Effort, float] = {"quick": 10.0, "normal": 40.0, "thorough": 180.0
 
 def _check_choice(name: str, value: object, choices: Sequence[str]) -> None:
     if value not in choices:
-        raise UsageError(f"the {name} {value!r} is not one of: {', '.join(choices)}")
+        raise UsageError(f"{name} is {value!r}, which is not one of: {', '.join(choices)}")
 
 
 def _check_number(name: str, value: object) -> None:
@@ -226,7 +226,7 @@ class Request:
         for name, kind in (("measuring", Measuring), ("limits", Limits), ("writing", Writing)):
             if not isinstance(getattr(self, name), kind):
                 raise UsageError(f"{name} is {getattr(self, name)!r}; give pwopt.{kind.__name__}(…)")
-        _check_choice("cost model", self.cost, get_args(CostModel))
+        _check_choice("cost", self.cost, get_args(CostModel))
         if self.measuring.target_profile is not None:  # races on this machine say nothing about the target
             object.__setattr__(self, "cost", "analytic")
         _check_choice("target", self.target, get_args(Target))
@@ -291,6 +291,17 @@ class Request:
     def measured(self) -> bool:
         """Whether measurements decide."""
         return self.cost == "measured"
+
+    @property
+    def untimed(self) -> str:
+        """Why nothing is timed, as a clause, or ""."""
+        if self.measuring.target_profile is not None:
+            return "--target-profile decides from a record"
+        if self.target in KINDS and KINDS[self.target] != self.execution_provider.kind:
+            return f"races on {self.provider} say nothing about --target {self.target}"
+        if not self.measured:
+            return "--cost analytic decides from shapes alone"
+        return "" if self.verify else "--no-verify runs no model"
 
     @property
     def insists(self) -> str:

@@ -26,10 +26,7 @@ from pwopt.reporting.text import (
     format_figures,
     format_growth,
     format_huge_pages,
-    format_interval,
-    format_ratio,
     format_speedup,
-    is_vague,
     list_start_rows,
     sanitize,
 )
@@ -41,6 +38,7 @@ from pwopt.reporting.verdicts import (
     list_claims,
     list_costs,
 )
+from pwopt.rewriting.ratios import format_interval, format_ratio, is_vague
 from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.running.bench import Row
 from pwopt.selecting.weight_properties import Properties

@@ -13,7 +13,7 @@ from pwopt.graph.operators import QUANTISED
 from pwopt.graph.shapes import Shape, format_shape
 from pwopt.graph.storage import count_bytes
 from pwopt.reporting.report import ConditionLatency, Latency, Report
-from pwopt.reporting.text import format_ratio, is_vague
+from pwopt.rewriting.ratios import format_ratio, is_vague
 from pwopt.rewriting.records import Rewrite, Site
 from pwopt.rewriting.wording import format_count
 from pwopt.selecting.autotuning import BUSY, Decision, Group
@@ -165,9 +165,10 @@ def explain_disturbance(latency: Latency, own: float) -> Iterator[str]:
     """
     decided = latency.faster or latency.slower or latency.same
     if own < BUSY and (not decided or is_vague(*latency.interval)):
+        advice = " Run pwopt again when the machine is quieter." if decided else ""  # else `explain_verdict` advises
         yield (
             "Other load on this machine is the likely cause of the wide interval: the models had the processor for "
-            f"{own:.0%} of the time of their race. Run pwopt again when the machine is quieter."
+            f"{own:.0%} of the time of their race.{advice}"
         )
 
 
@@ -226,7 +227,7 @@ def describe_races(decisions: Sequence[Decision], hint: str) -> Iterator[str]:
     """Say which races ended in doubt, with a hint on what to do, and whether the machine was busy."""
     doubtful = [d for d in decisions if not d.clear]
     if doubtful:
-        figures = [f"{d.speedup:.3f}× [{d.interval[0]:.3f}, {d.interval[1]:.3f}]" for d in doubtful]
+        figures = [format_ratio(d.speedup, *d.interval, digits=3) for d in doubtful]
         listed = "; ".join(f"{d.group.pass_name} {f}" for d, f in zip(doubtful, figures, strict=True))
         yield f"Left out in doubt: {listed}. {hint}"
     busy = min((d.own for d in decisions if d.raced), default=1.0)
@@ -268,14 +269,14 @@ def explain_verdict(report: Report) -> Iterator[str]:
         return
     brought = list(_list_benefits(report))
     also = f", {', '.join(brought)}" if brought else ""
-    figures = within(latency).strip()
+    figures = within(latency)
     if latency.faster:
-        yield f"Slightly faster {figures}{also}. {explain_small_gain(report)}"
+        yield f"Slightly faster{figures}{also}. {explain_small_gain(report)}"
     elif latency.same:
-        yield f"Same speed {figures}{also}. {explain_small_gain(report)}"
+        yield f"Same speed{figures}{also}. {explain_small_gain(report)}"
     else:
         yield (
-            f"Whether it is faster is not clear {figures}{also}. The rewrites are kept, because each saves operators "
+            f"Whether it is faster is not clear{figures}{also}. The rewrites are kept, because each saves operators "
             "or work, and those that only measurements can justify are left out. A larger --budget, or a quieter "
             "machine, measures more precisely."
         )
@@ -313,7 +314,7 @@ def explain_time(report: Report, proto: onnx.ModelProto) -> Iterator[str]:
     operators = (None if tried is None else tried.operators) or report.operators
     if not operators or (report.rewrites and (report.latency is None or report.latency.faster)):
         return
-    times, counts = operators["before"], Counter(n.op_type for n in proto.graph.node)
+    it, times, counts = "them", operators["before"], Counter(n.op_type for n in proto.graph.node)
     total = sum(times.values())
     multiplying = sum(ms for op, ms in times.items() if any(kind in op for kind in MULTIPLYING))
     maps = (counts["Conv"] + counts["ConvTranspose"], "convolution"), (counts["MatMul"] + counts["Gemm"], "product")
@@ -323,9 +324,11 @@ def explain_time(report: Report, proto: onnx.ModelProto) -> Iterator[str]:
             f", at {report.before.macs / multiplying / 1e6:.3g} G multiply-adds/s" if not report.before.unknown else ""
         )
         spent = f"{multiplying / total:.0%} of the time goes into {named}{rate}"
+        it = "it" if sum(count for count, _ in maps) == 1 else it
     elif total:
         slowest = sorted(times.items(), key=lambda item: -item[1])[:3]
         spent = f"The time goes into {', '.join(f'{op} ({ms / total:.0%})' for op, ms in slowest)}"
+        it = "it" if len(slowest) == 1 else it
     else:
         return
     if report.rewrites or tried is not None or RETURNED in report.notes:
@@ -333,7 +336,7 @@ def explain_time(report: Report, proto: onnx.ModelProto) -> Iterator[str]:
     elif report.skips:
         yield f"{spent}; {format_count(len(report.skips), 'place')} could not be rewritten, each for a reason given."
     else:
-        yield f"{spent}; nothing in front of or behind them could be folded."
+        yield f"{spent}; nothing in front of or behind {it} could be folded."
 
 
 def explain_kept(latency: Latency, elsewhere: ConditionLatency | None, option: str) -> str:
@@ -354,8 +357,12 @@ def compare_with_original(latency: Latency, elsewhere: ConditionLatency | None) 
 
 
 def within(latency: Latency) -> str:
-    """Format the speed-up with its interval, and that of a copy of the original where it hides the difference."""
+    """Format the speed-up with its interval, and that of a copy of the original where it hides the difference.
+
+    "" if the interval says nothing.
+    """
     low, high = latency.interval
     hidden = (low > 1 and not latency.faster) or (high < 1 and not latency.slower and not latency.same)
     copy = f"; a copy of the original {latency.control:.3f}×" if hidden and latency.control is not None else ""
-    return f" ({format_ratio(latency.speedup, low, high, digits=3)}{copy})"
+    figures = f"{format_ratio(latency.speedup, low, high, digits=3)}{copy}"
+    return "" if figures == "unclear" else f" ({figures})"

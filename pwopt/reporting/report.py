@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from dataclasses import fields as dataclass_fields
 from pathlib import Path
@@ -130,6 +130,11 @@ class Latency:
         return replace(
             self, after_ms=self.before_ms, after_min_ms=self.before_min_ms, speedup=1.0, interval=(1.0, 1.0), start=None
         )
+
+    @property
+    def apart(self) -> bool:
+        """Whether the ratio of the medians lies outside the interval of the speed-up."""
+        return not self.interval[0] * self.after_ms <= self.before_ms <= self.interval[1] * self.after_ms
 
     def contradiction(self) -> str:
         """Explain a speed-up that contradicts the medians; "" if they agree."""
@@ -277,6 +282,12 @@ class Report:
         """The condition under which the result is slowest; None if it is not surely slower under any."""
         return min((c for c in self.conditions if c.slower), key=lambda c: c.latency.speedup, default=None)
 
+    def list_latencies(self) -> Iterator[Latency]:
+        """List the latencies of the returned model and of the candidate, under all conditions."""
+        for of in (self, self.candidate):
+            if of is not None:
+                yield from (t for t in (of.latency, *(c.latency for c in of.conditions)) if t is not None)
+
     def add_notes(self, *notes: str) -> Report:
         """Return a copy with more notes."""
         return replace(self, notes=(*self.notes, *notes))
@@ -358,6 +369,7 @@ class Comparison:
 def _read_equivalence(found: Equivalence) -> dict[str, Any]:
     content = {**asdict(found), "inputs": list(map(str, found.inputs))}
     if found.difference is not None:
+        del content["difference"]["assumed"]
         content["difference"]["sites"] = [str(site) for site in found.difference.sites]
     return content
 

@@ -28,11 +28,11 @@ from pwopt.reporting.text import (
     format_figures,
     format_growth,
     format_huge_pages,
-    format_ratio,
     format_speedup,
     list_start_rows,
     shorten_name,
 )
+from pwopt.rewriting.ratios import format_ratio, is_vague
 from pwopt.rewriting.wording import drop_name, format_count, join_clauses
 from pwopt.running.providers import NVIDIA, Provider
 
@@ -122,6 +122,8 @@ def print_line(text: str, console: Console, style: str = "") -> None:
 def render(report: Report, console: Console, details: bool = False) -> None:
     """Print the summary; with `details`, also every rewrite and every skipped site."""
     _show(_cost_table(report), console)
+    if any(t.apart for t in report.list_latencies()):
+        print_line("[dim]times: medians; change: mean over pairs of sessions, with its 99 % interval[/dim]", console)
     render_sizes(report.shapes, console)
     if report.huge_pages is not None:
         noise = 1.0 if report.latency is None else report.latency.noise
@@ -181,10 +183,10 @@ def _cost_rows(
 
 
 def render_sizes(shapes: Mapping[str, tuple[int, ...]], console: Console) -> None:
-    """Print the input sizes of all figures."""
+    """Print the input sizes of all figures, measured or not."""
     if shapes:
         sizes = ", ".join(f"{escape_text(name)} {format_shape(shape)}" for name, shape in shapes.items())
-        print_line(f"[dim]measured with {sizes}[/dim]", console)
+        print_line(f"[dim]input sizes: {sizes}[/dim]", console)
 
 
 def render_comparison(equivalence: Equivalence, provider: Provider, console: Console, details: bool = False) -> None:
@@ -441,8 +443,6 @@ def render_benchmark(rows: Sequence[Row], console: Console) -> None:
 
 def _control_line(row: Row) -> str:
     """Format the ratio of a copy of the first model, which shows the error of the clock."""
-    ratio, low, high = row.control
-    return escape(
-        f"A copy of {Path(row.model).name} in the same race: {ratio:.3f} [{low:.3f}, {high:.3f}]. "
-        "A ratio closer to 1 than that is noise."
-    )
+    copy = f"A copy of {Path(row.model).name} in the same race: {format_ratio(*row.control, digits=3)}"
+    vague = is_vague(*row.control[1:])
+    return escape(f"{copy}, so the ratios say little." if vague else f"{copy}. A ratio closer to 1 than that is noise.")

@@ -9,7 +9,8 @@ import numpy as np
 from pwopt.evidence.equivalence import Equivalence
 from pwopt.maps.cost import Cost
 from pwopt.reporting.report import Latency, Report
-from pwopt.reporting.text import SUPERSCRIPTS, format_interval, is_vague
+from pwopt.reporting.text import SUPERSCRIPTS
+from pwopt.rewriting.ratios import format_interval, is_vague
 
 
 def format_scientific(text: str) -> str:

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
+from pwopt.rewriting.ratios import format_ratio, is_vague
 from pwopt.rewriting.records import Rewrite, Site, Skip
 from pwopt.rewriting.wording import drop_name, join_clauses
 from pwopt.running.progress import Progress, ignore_progress
@@ -88,6 +89,8 @@ class Decision:
     fault: str = ""
     #: The share of the time that the models of the last race had the processor for themselves.
     own: float = 1.0
+    #: Where a remembered decision was found.
+    origin: str = "by an earlier run"
 
     @property
     def speedup(self) -> float:
@@ -119,12 +122,15 @@ class Decision:
         if self.fault:
             return join_clauses(self.group.details, f"the model with it cannot be used, since {self.fault}")
         low, high = self.interval
-        figures = f"{self.speedup:.3f}× [{low:.3f}, {high:.3f}]"
+        vague = is_vague(low, high) and low <= 1.0 <= high
+        figures = format_ratio(self.speedup, low, high, 3) if vague else f"{self.speedup:.3f}× [{low:.3f}, {high:.3f}]"
         if self.estimated:
             raced = "" if self.confirmed is None else f", {self.confirmed.speedup:.3f}× in a race of all that pay so"
-            found = f"measured {figures} in the whole model by profiles of its operators{raced}"
+            found = f"{'' if vague else 'measured '}{figures} in the whole model by profiles of its operators{raced}"
             return join_clauses(self.group.details, found)
-        when = " by an earlier run" if self.remembered else "" if self.own >= BUSY else " on a busy machine"
+        when = f" {self.origin}" if self.remembered else "" if self.own >= BUSY else " on a busy machine"
+        if vague:
+            return join_clauses(self.group.details, f"{figures} in races of the whole model{when}")
         doubt = "" if self.clear else ", in doubt"
         return join_clauses(self.group.details, f"measured {figures}{doubt} in the whole model{when}")
 

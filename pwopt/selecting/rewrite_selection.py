@@ -256,4 +256,11 @@ class RacingEvaluator:
             paid = f"it paid in {prior.kept} of {prior.decided} cases on processors like this"
             return Decision(group, not_raced=f"not tried, since {paid}; --effort thorough does")
         confirmed = known.evidence if known.profiled == "kept" else None
-        return Decision(group, known.evidence, True, estimated=bool(known.profiled), confirmed=confirmed)
+        return Decision(
+            group,
+            known.evidence,
+            True,
+            estimated=bool(known.profiled),
+            confirmed=confirmed,
+            origin=self.records.origin,
+        )

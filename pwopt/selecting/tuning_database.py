@@ -34,6 +34,7 @@ class TuningDatabase(NoGainRecords):
     environment: dict[str, Any]
     entries: tuple[TuningRecord, ...]
 
+    origin = "in the profile"
     doubt_advice = "Record the profile anew, with a larger --budget."
     undecided_reason = "the target's profile does not know it; record the profile with this model"
 

@@ -23,6 +23,10 @@ class TuningRecords(Protocol):
         """The reason for leaving out a kind of rewrite that was not decided."""
 
     @property
+    def origin(self) -> str:
+        """Where earlier decisions are found, after "measured"."""
+
+    @property
     def doubt_advice(self) -> str:
         """A sentence on what to do about races that ended in doubt."""
 
@@ -47,6 +51,8 @@ class TuningRecords(Protocol):
 
 class NoGainRecords:
     """No gains: nothing is recalled and nothing is stored."""
+
+    origin = "by an earlier run"
 
     def recall_gain(self, key: str) -> GainRecord | None:
         return None
@@ -96,6 +102,7 @@ class CachedTuningRecords:
     marks: Mapping[str, str] = field(default_factory=dict)
     name: str = ""
     undecided_reason: str = NoTuningRecords.undecided_reason
+    origin: str = NoGainRecords.origin
     doubt_advice: str = "The next run of this model continues these races."
 
     def mark(self, pass_name: str) -> str:

@@ -485,7 +485,7 @@ def test_a_budget_below_nothing_and_shapes_in_words() -> None:
         (pwopt.Limits, {"rtol": -1.0}, "a tolerance is a number from 0 on, and rtol is -1.0"),
         (pwopt.Measuring, {"budget": "1"}, "budget is '1'; give a number"),
         (pwopt.Measuring, {"budget": float("nan")}, "nothing can be measured in nan seconds"),
-        (pwopt.Measuring, {"effort": "hard"}, "the effort 'hard' is not one of: quick, normal, thorough"),
+        (pwopt.Measuring, {"effort": "hard"}, "effort is 'hard', which is not one of: quick, normal, thorough"),
         (pwopt.Request, {"measuring": 3}, "measuring is 3; give pwopt.Measuring"),
     ):
         with pytest.raises(pwopt.UsageError, match=message):

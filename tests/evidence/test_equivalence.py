@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -135,11 +136,11 @@ def test_an_output_that_is_left_out_as_a_whole_proves_nothing() -> None:
 
 def test_what_differs_reads_as_a_sentence() -> None:
     check = compared([1, 2, 3, 65504], plain=USUAL).outputs[0]
-    said = Difference("y", "Conv c", (), ("Conv c",), check, (Site("fold-affine", "y"),), 1).explain()
-    assert said == (
-        "the first tensor that differs is 'y', made by Conv c; it differs (NaN or infinity at different places); made by "
-        "fold-affine:y: try --deny 'fold-affine:y'"
-    )
+    found = Difference("y", "Conv c", (), ("Conv c",), check, (Site("fold-affine", "y"),), 1)
+    said = "the first tensor that differs is 'y', made by Conv c; it differs (NaN or infinity at different places); "
+    assert found.explain() == f"{said}made by fold-affine:y: try --deny 'fold-affine:y'"
+    by_record = replace(found, assumed=True).explain()
+    assert by_record == f"{said}if pwopt wrote this model, fold-affine:y made it: try --deny 'fold-affine:y'"
 
 
 def test_several_rounds_of_sizes() -> None:

@@ -115,6 +115,7 @@ SLOW = Latency(10.0, 10.0, 0.9, (0.85, 0.95), 10.0, 10.0, 9)
         ),
         ({"before": Cost(6, 9, 4 * 10**8, 1)}, ["80% of the time goes into 2 convolutions; nothing in front of or behind them could be folded."]),
         ({"operators": {"before": {"Resize": 7.0, "Conv": 3.0}, "after": {}}}, ["The time goes into Resize (70%), Conv (30%); nothing in front of or behind them could be folded."]),
+        ({"operators": {"before": {"Relu": 7.0}, "after": {}}}, ["The time goes into Relu (100%); nothing in front of or behind it could be folded."]),
         (
             {"operators": None, "candidate": RejectedCandidate(Cost(1, 1, 1, 0), SLOW, operators={"before": TIMES, "after": {}})},
             ["80% of the time goes into 2 convolutions, at 50 G multiply-adds/s."],

@@ -420,6 +420,7 @@ def test_analytic_needs_no_onnxruntime(tmp_path: Path, monkeypatch: pytest.Monke
     assert ops(result.model) == {"Conv": 1}
     assert result.report.equivalence is None
     assert "Not verified" in result.report.notes[0]
+    assert "Nothing was timed: --cost analytic decides from shapes alone." in result.report.notes
     with pytest.raises(ProviderError, match=r"pip install onnxruntime, or"):
         pwopt.optimize(MODELS / "linear_sequence.onnx")
 

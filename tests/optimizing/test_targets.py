@@ -102,7 +102,7 @@ def test_another_runtime_than_the_provider_is_not_timed() -> None:
     assert Request(target="onnxruntime-cpu").measured
     assert Request(target="openvino", provider="openvino").measured
     assert Request().measured
-    with pytest.raises(UsageError, match="the target 'tflite' is not one of: portable, onnxruntime-cpu"):
+    with pytest.raises(UsageError, match="target is 'tflite', which is not one of: portable, onnxruntime-cpu"):
         Request(target="tflite")  # type: ignore[arg-type]
     assert get_args(Target)[0] == Request.target
 

@@ -38,8 +38,8 @@ from pwopt.reporting.drawing import BOX_WIDTH, MAX_BOXES, draw
 from pwopt.reporting.formats import parse_format
 from pwopt.reporting.index import render_index as index_page
 from pwopt.reporting.report import LAYOUT_CHANGES, Comparison, Layer, Report, to_json
-from pwopt.reporting.text import format_ratio
 from pwopt.reporting.verdicts import format_scientific
+from pwopt.rewriting.ratios import format_ratio
 from pwopt.running.installation import describe_machine
 from pwopt.selecting.weight_properties import properties
 

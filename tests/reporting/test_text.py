@@ -12,8 +12,9 @@ from rich.console import Console
 from pwopt.reporting.notes import within
 from pwopt.reporting.report import Latency, Report, Start
 from pwopt.reporting.terminal import print_line, render, render_benchmark
-from pwopt.reporting.text import format_growth, format_huge_pages, format_ratio, format_speedup, list_start_rows
+from pwopt.reporting.text import format_growth, format_huge_pages, format_speedup, list_start_rows
 from pwopt.reporting.verdicts import list_claims
+from pwopt.rewriting.ratios import format_ratio
 from pwopt.rewriting.records import Rewrite, Site
 from pwopt.running.bench import Row
 
@@ -62,6 +63,31 @@ def test_a_difference_within_that_of_a_copy_says_so() -> None:
     slow = replace(latency(0.4, 0.6), speedup=0.5)
     assert within(replace(slow, control=1.01)) == " (0.500× [0.400, 0.600])"
     assert "a copy of the original 1.700×" in within(replace(slow, control=1.7))
+    assert within(latency(0.01, 50.0)) == ""
+
+
+@pytest.mark.parametrize(("low", "shown"), [(1.9, False), (2.05, True)])
+def test_times_that_lie_outside_the_interval_are_called_medians(low: float, shown: bool) -> None:
+    console = Console(width=200, record=True, file=io.StringIO())
+    report = Report("m.onnx", None, "cpu", {"threads": 1}, {"x": (1, 3)}, latency=latency(low, 2.1))
+    render(report, console)
+    text = console.export_text()
+    assert ("times: medians; change: mean over pairs of sessions, with its 99 % interval" in text) == shown
+    assert "input sizes: x 1×3" in text
+
+
+@pytest.mark.parametrize(
+    ("control", "said"),
+    [
+        ((1.01, 0.99, 1.03), "1.010× [0.990, 1.030]. A ratio closer to 1 than that is noise."),
+        ((0.911, 0.018, 44.948), "unclear, so the ratios say little."),
+    ],
+)
+def test_a_copy_that_says_nothing_is_called_unclear(control: tuple[float, float, float], said: str) -> None:
+    row = replace(Row("a.onnx", {}, 20.0, 1.0, 1.0, (1.01, 1.05), 1.0, 1.0, 1.0, None, {}, 0.0, 0), control=control)
+    console = Console(width=200, record=True, file=io.StringIO())
+    render_benchmark([row], console)
+    assert f"A copy of a.onnx in the same race: {said}" in console.export_text()
 
 
 def test_huge_pages_bring_only_what_exceeds_a_copy() -> None:
