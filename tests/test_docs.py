@@ -109,7 +109,7 @@ def shell(tmp_path: Path) -> Callable[[str], str]:
         f"""#!/bin/sh
 case "$*" in
     *--cost*|*--budget*|*--target-profile*) ;;
-    optimize*) set -- "$@" --budget 0.3 ;;
+    optimize*|profile*) set -- "$@" --budget 0.3 ;;
 esac
 exec {shlex.quote(sys.executable)} -m pwopt "$@"
 """,
