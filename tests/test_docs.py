@@ -291,6 +291,7 @@ def test_the_table_of_readers_is_the_recorded_one() -> None:
     record = json.loads(readers["RECORD"].read_text(encoding="utf-8"))
     page = readers["PAGE"].read_text(encoding="utf-8")
     assert page.partition(readers["START"])[2].partition(readers["END"])[0] == readers["render"](record)
+    assert len(record["models"]) == 10
     verdicts = {
         (model, name): readers["judge"](name, *cell["found"])
         for model, row in record["models"].items()
