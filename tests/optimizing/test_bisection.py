@@ -258,9 +258,9 @@ def test_without_verification_a_result_that_does_not_load_is_told(
     monkeypatch.setattr(Harmful, "kind", "does not load")
     monkeypatch.setattr(pass_list, "PASSES", (Harmful,))
     done = pwopt.optimize(CHAIN, tmp_path / "out.onnx", verify=False)
-    assert done.report.notes[-1].startswith(
-        "Not verified (as asked). The result cannot be used: onnxruntime does not load the model: "
-    )
+    said = "Not verified (as asked). The result cannot be used: onnxruntime does not load the model: "
+    assert sum(note.startswith(said) for note in done.report.notes) == 1
+    assert "Nothing was timed: --no-verify runs no model." in done.report.notes
     fine = pwopt.optimize(MODELS / "linear_sequence.onnx", tmp_path / "fine.onnx", verify=False)
     assert "Not verified (as asked)." in fine.report.notes
 
@@ -276,4 +276,4 @@ def test_the_original_is_returned_when_attempts_run_out(tmp_path: Path, monkeypa
     assert ops(done.model) == ops(onnx.load(tmp_path / "out.onnx")) == ops(CHAIN)
     assert done.report.rewrites == ()
     assert done.report.notes[-2] == "The original is returned."
-    assert done.report.notes[-1].endswith("multiply-adds/s.")
+    assert "time goes into" in done.report.notes[-1]

@@ -27,7 +27,7 @@ def to(*sizes: int) -> np.ndarray:
 
 @pytest.mark.parametrize(
     ("mode", "transformation", "size"),
-    itertools.product(["linear", "cubic"], TRANSFORMATIONS, [(16, 12), (5, 9), (1, 6), (8, 15)]),
+    list(itertools.product(["linear", "cubic"], TRANSFORMATIONS, [(16, 12), (5, 9), (1, 6), (8, 15)])),
 )
 def test_every_mode_and_transformation(mode: str, transformation: str, size: tuple[int, int]) -> None:
     model = parse(
