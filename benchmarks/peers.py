@@ -8,10 +8,11 @@ onnxsim, OnnxSlim, onnxoptimizer, onnxscript's optimizer with its rewrite rules,
 file in some folders, in a process of its own, with their defaults; pwopt's cache is empty. What they make is verified
 against the original as anybody's would be, and raced on onnxruntime's CPU provider, one thread, all side by side with
 the original and with OpenVINO on the original (sizes fixed, float32). OpenVINO's outputs are compared to a thousandth
-of their scale. A tool that fails, or whose model is not equivalent, counts as the original: 1.
+of their scale. A tool that fails, or whose model is not equivalent, counts as the original: 1. The races take place in
+a process with huge pages, beside a copy of the original. The record also says what pwopt returned, and why.
 
-The second form writes the table and the chart of a recorded run, `benchmarks/results/peers.json`, into README.md
-and docs/pictures. Needs `pip install onnxsim onnxslim onnxoptimizer onnxscript openvino`; tools that are missing are left
+The second form writes the tables and the chart of a recorded run, `benchmarks/results/peers.json`, into README.md
+and docs. Needs `pip install onnxsim onnxslim onnxoptimizer onnxscript openvino`; tools that are missing are left
 out.
 """
 
@@ -23,34 +24,35 @@ import importlib.metadata
 import importlib.util
 import json
 import os
-import statistics
 import subprocess
 import sys
 import tempfile
-import textwrap
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from datetime import date
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from peers_tables import draw, summarize, write_section, write_start_table, write_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "peers.json"
-CHART = ROOT / "docs" / "pictures" / "peers.svg"
-#: Where the table stands in README.md.
+#: Where a table stands in its page.
 START, END = "<!-- peers: start -->\n", "<!-- peers: end -->"
-#: Characters in a line of README.md.
-WIDTH = 120
 #: Seconds that a tool may take for one model.
 PATIENCE = 300
 Row = dict[str, Any]
 
 
-def by_pwopt(path: Path, out: Path) -> None:
-    importlib.import_module("pwopt").optimize(path, out)
+def by_pwopt(path: Path, out: Path) -> Row:
+    """Make a model; returns what came back, and pwopt's sentences on it."""
+    report = importlib.import_module("pwopt").optimize(path, out).report
+    returned = "result"
+    if not report.rewrites:
+        returned = "original: rewrites failed" if report.candidate is not None else "original: nothing to rewrite"
+    return {"returned": returned, "why": " ".join(report.notes)}
 
 
 def by_onnxsim(path: Path, out: Path) -> None:
@@ -78,7 +80,7 @@ def by_onnxscript(path: Path, out: Path) -> None:
 
 
 #: What makes a model of a model → its package.
-TOOLS: dict[str, tuple[Callable[[Path, Path], None], str]] = {
+TOOLS: dict[str, tuple[Callable[[Path, Path], Row | None], str]] = {
     "pwopt": (by_pwopt, "pwopt"),
     "onnxsim": (by_onnxsim, "onnxsim"),
     "OnnxSlim": (by_onnxslim, "onnxslim"),
@@ -135,16 +137,17 @@ def make(tool: str, path: Path, out: Path) -> Row:
             return {"error": f"stopped after {PATIENCE} s"}
     if done.returncode:
         return {"error": (done.stderr.strip().splitlines() or [f"ended with {done.returncode}"])[-1][:300]}
-    return {"seconds": float(done.stdout.split()[-1])}
+    row: Row = json.loads(done.stdout.splitlines()[-1])
+    return row
 
 
-def one(tool: str, path: Path, out: Path) -> float:
-    """Seconds that a tool takes, its import not counted."""
+def make_one(tool: str, path: Path, out: Path) -> Row:
+    """Let a tool make a model. The seconds do not include its import."""
     function, package = TOOLS[tool]
     importlib.import_module(package)
     start = time.perf_counter()
-    function(path, out)
-    return time.perf_counter() - start
+    extra = function(path, out)
+    return {"seconds": time.perf_counter() - start, **(extra or {})}
 
 
 def verified(path: Path, made: Path) -> str:
@@ -170,7 +173,12 @@ def compared(wanted: list[Any], got: list[Any]) -> str:
     return ""
 
 
-def measure(path: Path, tools: Iterable[str], seconds: float) -> Row:
+def count_operators(model: Any) -> int:
+    """How many operators stand in the main graph; constants do not count."""
+    return sum(node.op_type != "Constant" for node in model.graph.node)
+
+
+def measure(path: Path, tools: Sequence[str], seconds: float) -> Row:
     """All that was made of one model, verified, and raced side by side."""
     from pwopt.graph.files import load
     from pwopt.inputs.input_specs import input_specs
@@ -204,169 +212,52 @@ def measure(path: Path, tools: Iterable[str], seconds: float) -> Row:
                 row = make(tool, path, made)
                 reason = "" if "error" in row else verified(path, made)
                 if "error" not in row and not reason:
-                    row["nodes"], racer = len(load(made).proto.graph.node), partial(Session, made)
+                    row["nodes"], racer = count_operators(load(made).proto), partial(Session, made)
             found[tool] = row
             if reason:
                 row["error"] = reason
             if "error" not in row:
                 entered.append(tool)
                 racers.append(racer)
-        race = timing.race([*racers, partial(Session, path)], feeds, seconds)
+        race = timing.race([*racers, partial(Session, path)], feeds, seconds, rules=timing.Rules(precise=0.004))
     for i, tool in enumerate(entered, 1):
+        start = timing.Evidence.from_logs(race.creation_logs(i))
         found[tool]["speedup"] = [race.speedup(i), *race.interval(i)]
-        found[tool]["start"] = race.creation(0) / race.creation(i)
+        found[tool]["start"] = [start.speedup, *start.interval()]
     shapes = {name: list(shape) for name, shape in sizes.items()}
-    nodes = len(proto.graph.node)
+    nodes = count_operators(proto)
     copy = [race.speedup(-1), *race.interval(-1)]
     start_ms = 1e3 * race.creation(0)
     row = {"model": path.stem, "shapes": shapes, "nodes": nodes, "ms": 1e3 * race.median(0), "start_ms": start_ms}
     return {**row, "copy": copy, "tools": found}
 
 
-def speedup(row: Row, tool: str) -> float:
-    """Of what a tool made, against onnxruntime on the original; 1 where it failed."""
-    found = row["tools"].get(tool, {}).get("speedup")
-    return float(found[0]) if found else 1.0
+def measure_in_child(path: Path, tools: Sequence[str], seconds: float) -> Row:
+    """`measure` in a process with huge pages."""
+    from pwopt.running import huge_pages
+
+    command = [sys.executable, __file__, "--measure", str(path), ",".join(tools), str(seconds)]
+    environment = huge_pages.requesting(os.environ)
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    if done.returncode:
+        return {"model": path.stem, "error": (done.stderr.strip().splitlines() or ["?"])[-1][:300]}
+    row: Row = json.loads(done.stdout.splitlines()[-1])
+    return row
 
 
-def best(row: Row) -> set[str]:
-    """The tools whose intervals the highest speed-up does not lie above."""
-    raced = {t: row["tools"][t]["speedup"] for t in COLUMNS if "speedup" in row["tools"].get(t, {})}
-    if not raced:
-        return set()
-    leader = max(raced.values())
-    return {t for t, (_, _, high) in raced.items() if high >= leader[1] and leader[0] > 1}
-
-
-def table(record: Row) -> str:
-    """Markdown: one row per model, and what it comes to."""
-    rows, tools = record["models"], record["tools"]
-    lines = [f"| model | original, ms | {' | '.join(tools)} |", "|---|--:|" + "--:|" * len(tools)]
-    for row in rows:
-        winners = best(row)
-        cells = []
-        for tool in tools:
-            found = row["tools"].get(tool, {})
-            told = f"{found['speedup'][0]:.2f}" if "speedup" in found else "—"
-            cells.append(f"**{told}**" if tool in winners else told)
-        lines.append(f"| {row['model']} | {row['ms']:.1f} | {' | '.join(cells)} |")
-    values = [statistics.geometric_mean([speedup(r, t) for r in rows]) for t in tools]
-    means = [f"**{v:.3f}**" if v == max(values) else f"{v:.3f}" for v in values]
-    least = [f"{min(speedup(r, t) for r in rows):.2f}" for t in tools]
-    failed = [str(sum("error" in r["tools"].get(t, {}) for r in rows)) for t in tools]
-    taken = [statistics.median([r["tools"][t]["seconds"] for r in rows if "seconds" in r["tools"][t]]) for t in tools]
-    lines.append(f"| geometric mean | | {' | '.join(means)} |")
-    lines.append(f"| minimum | | {' | '.join(least)} |")
-    lines.append(f"| failed or not equivalent | | {' | '.join(failed)} |")
-    lines.append(f"| seconds taken, median | | {' | '.join(f'{s:.1f}' for s in taken)} |")
-    return "\n".join(lines) + "\n"
-
-
-def ahead(record: Row) -> list[tuple[str, str, float]]:
-    """Where another tool's model is faster than pwopt's beyond doubt: model, tool, and how much."""
-    found = []
-    for row in record["models"]:
-        mine = row["tools"].get("pwopt", {}).get("speedup", [1.0, 1.0, 1.0])
-        for tool in record["tools"]:
-            theirs = row["tools"].get(tool, {}).get("speedup")
-            if theirs and theirs[1] > mine[2]:
-                found.append((row["model"], tool, theirs[0] / mine[0]))
-    return sorted(found, key=lambda f: -f[2])
-
-
-def find_least(record: Row) -> str:
-    """Say which of pwopt's models became slower beyond doubt, or which one gained least."""
-    raced = [row for row in record["models"] if "speedup" in row["tools"].get("pwopt", {})]
-    found = [(*row["tools"]["pwopt"]["speedup"], row["model"]) for row in raced]
-    slower = [model for _, _, high, model in found if high < 1]
-    least, low, high, model = min(found)
-    if slower:
-        return f"pwopt made {', '.join(slower)} slower."
-    return f"pwopt made no model slower beyond doubt; the least is {model}, {least:.2f} [{low:.2f}, {high:.2f}]."
-
-
-def told(record: Row) -> str:
-    """What stands in README.md: machine, versions, table, and where others are ahead."""
-    machine, versions = record["environment"], record["versions"]
-    named = ", ".join(f"{tool} {version}" for tool, version in versions.items() if tool != "pwopt")
-    others = [f"{tool} on {model} ({times:.2f}×)" for model, tool, times in ahead(record)]
-    behind = f"Clearly faster than pwopt: {', '.join(others)}." if others else "No tool is clearly faster than pwopt."
-    failures = [
-        f"{tool} on {row['model']} ({row['tools'][tool]['error'].rstrip('.')})"
-        for row in record["models"]
-        for tool in record["tools"]
-        if "error" in row["tools"].get(tool, {})
-    ]
-    broken = f" Failed: {'; '.join(failures)}." if failures else ""
-    head = (
-        f"The table shows speed-ups over onnxruntime {machine['onnxruntime']} on the original model. The figures are"
-        f" medians of interleaved runs, measured on {record['date']} on one thread ({machine['cpu']}) with {named}."
-        " onnxruntime runs the models that the tools write. OpenVINO runs the original model in its own runtime. Bold"
-        " marks the fastest tool, and every tool whose interval overlaps with that of the fastest. A dash marks a result"
-        " that failed or was not equivalent. Such a result counts as 1 in the geometric mean and in the minimum."
-    )
-    means = [f"{t} {statistics.geometric_mean([speedup(r, t) for r in record['models']]):.2f}" for t in record["tools"]]
-    seen = f"A dot for each of {len(record['models'])} models and each tool. Geometric means: {', '.join(means)}"
-    chart = f"![{seen}]({CHART.relative_to(ROOT).as_posix()})"
-    paragraphs = (
-        textwrap.fill(head, WIDTH),
-        chart,
-        table(record).rstrip(),
-        textwrap.fill(f"{find_least(record)} {behind}{broken}", WIDTH),
-    )
-    return "\n\n".join(paragraphs) + "\n"
-
-
-def draw(record: Row) -> None:
-    """A dot per model and tool, models in the order of pwopt's speed-up."""
-    import matplotlib
-
-    matplotlib.use("svg")
-    matplotlib.rcParams["svg.hashsalt"] = "pwopt"  # the same bytes for the same figures
-    from matplotlib import pyplot
-
-    rows = sorted(record["models"], key=lambda r: speedup(r, "pwopt"))
-    figure, axes = pyplot.subplots(figsize=(8, 0.26 * len(rows) + 1.4))
-    marks = dict(zip(record["tools"], ("o", "v", "^", "s", "D", "x"), strict=False))
-    colours = dict(
-        zip(record["tools"], ("#0b6e4f", "#9aa5b1", "#c08497", "#7a9cc6", "#b3a369", "#d1495b"), strict=False)
-    )
-    for tool in reversed(record["tools"]):
-        places = [(speedup(r, tool), i) for i, r in enumerate(rows) if "speedup" in r["tools"].get(tool, {})]
-        first = tool == "pwopt"
-        axes.scatter(
-            [p[0] for p in places],
-            [p[1] for p in places],
-            marker=marks[tool],
-            color=colours[tool],
-            s=46 if first else 26,
-            zorder=3 if first else 2,
-            label=tool,
-        )
-    axes.axvline(1.0, color="#555555", linewidth=1)
-    axes.set_xscale("log")
-    ticks = [t for t in (0.5, 0.7, 0.8, 0.9, 1.0, 1.2, 1.5, 2.0, 3.0) if axes.get_xlim()[0] <= t <= axes.get_xlim()[1]]
-    axes.set_xticks(ticks, [f"{t:g}" for t in ticks])
-    axes.set_xticks([], minor=True)
-    axes.set_yticks(range(len(rows)), [r["model"] for r in rows], fontsize=8)
-    axes.set_xlabel("times as fast as onnxruntime alone on the original")
-    axes.grid(axis="both", color="#dddddd", linewidth=0.5)
-    axes.set_axisbelow(True)
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[::-1], labels[::-1], fontsize=8, loc="lower right")
-    CHART.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(CHART, metadata={"Date": None}, bbox_inches="tight")
+#: File → what stands between its markers.
+TABLES = {ROOT / "README.md": write_section, ROOT / "docs" / "benchmarks.md": write_start_table}
 
 
 def render(record: Row) -> None:
-    """The record's table and chart into README.md and docs."""
-    readme = ROOT / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    before, _, rest = text.partition(START)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise SystemExit(f"README.md has no place for the table: {START.strip()} and {END}")
-    readme.write_text(before + START + told(record) + END + after, encoding="utf-8")
+    """Write the record's tables and its chart into README.md and docs."""
+    for page, write in TABLES.items():
+        text = page.read_text(encoding="utf-8")
+        before, _, rest = text.partition(START)
+        _, found, after = rest.partition(END)
+        if not found:
+            raise SystemExit(f"{page.name} has no place for the table: {START.strip()} and {END}")
+        page.write_text(before + START + write(record) + END + after, encoding="utf-8")
     draw(record)
 
 
@@ -380,7 +271,10 @@ def run(options: argparse.Namespace) -> Row:
     for path in sorted(p for folder in options.folders for p in folder.rglob("*.onnx")):
         if options.models and path.stem not in options.models.split(","):
             continue
-        row = measure(path, tools, options.seconds)
+        row = measure_in_child(path, tools, options.seconds)
+        if "error" in row:
+            print(f"{row['model']}: {row['error']}", file=sys.stderr, flush=True)
+            continue
         rows.append(row)
         cells = [
             f"{t} {f['speedup'][0]:.3f} ({f['seconds']:.1f} s)" if "speedup" in f else f"{t}: {f['error']}"
@@ -399,7 +293,10 @@ def run(options: argparse.Namespace) -> Row:
 
 def main() -> None:
     if sys.argv[1:2] == ["--one"]:
-        print(one(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4])))
+        print(json.dumps(make_one(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))))
+        return
+    if sys.argv[1:2] == ["--measure"]:
+        print(json.dumps(measure(Path(sys.argv[2]), sys.argv[3].split(","), float(sys.argv[4]))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="*")
@@ -414,7 +311,8 @@ def main() -> None:
         return
     record = run(options)
     options.output.write_text(json.dumps(record, indent=1) + "\n")
-    print(table(record))
+    print(write_table(record))
+    print(summarize(record))
 
 
 if __name__ == "__main__":

@@ -266,23 +266,28 @@ def test_help_lists_what_there_is() -> None:
     assert f": {', '.join(INVARIANTS)};" in verify["invariants"].help
 
 
-def test_the_table_of_tools_is_the_recorded_one() -> None:
-    """`benchmarks/peers.py --render` writes it; where others are ahead is told."""
+def test_the_tables_of_tools_are_the_recorded_ones() -> None:
+    """`benchmarks/peers.py --render` writes them, and says where others are ahead."""
     peers = runpy.run_path(str(ROOT / "benchmarks" / "peers.py"))
+    tables = runpy.run_path(str(ROOT / "benchmarks" / "peers_tables.py"))
     record = json.loads(peers["RECORD"].read_text(encoding="utf-8"))
-    shown = (ROOT / "README.md").read_text(encoding="utf-8").partition(peers["START"])[2].partition(peers["END"])[0]
-    assert shown == peers["told"](record)
+    for page, write in peers["TABLES"].items():
+        shown = page.read_text(encoding="utf-8").partition(peers["START"])[2].partition(peers["END"])[0]
+        assert shown == write(record)
     assert len(record["models"]) == 25
     behind = {
-        "pwopt": {"speedup": [1.1, 1.0, 1.2]},
+        "pwopt": {"speedup": [1.1, 1.0, 1.2], "returned": "result"},
         "onnxsim": {"speedup": [1.5, 1.4, 1.6]},
         "OnnxSlim": {"error": "no"},
     }
     row = {"model": "m", "ms": 1.0, "tools": behind}
-    ((model, tool, times),) = peers["ahead"]({**record, "models": [row]})
+    ((model, tool, times),) = tables["find_ahead"]({**record, "models": [row]})
     assert (model, tool, times) == ("m", "onnxsim", pytest.approx(1.5 / 1.1))
-    assert peers["best"](row) == {"onnxsim"}
-    assert peers["speedup"](row, "OnnxSlim") == 1.0
+    assert tables["find_best"](row) == {"onnxsim"}
+    assert tables["speedup"](row, "OnnxSlim") == 1.0
+    slower = {**row, "tools": {"pwopt": {"speedup": [0.97, 0.95, 0.98], "returned": "result"}}}
+    assert "1 of the results were not clearly faster" in (said := tables["summarize"]({"models": [row, slower]}))
+    assert said.endswith("by more than 1 %: m.")
 
 
 def test_the_table_of_readers_is_the_recorded_one() -> None:
