@@ -267,7 +267,13 @@ def run(options: argparse.Namespace) -> Row:
     packages = {**{tool: package for tool, (_, package) in TOOLS.items()}, RUNTIME: "openvino"}
     asked = options.tools.split(",")
     tools = [t for t in COLUMNS if t in asked and importlib.util.find_spec(packages[t])]
-    rows = []
+    record: Row = {
+        "date": date.today().isoformat(),
+        "environment": describe_machine(),
+        "versions": {t: importlib.metadata.version(packages[t]) for t in tools},
+        "tools": tools,
+        "models": [],
+    }
     for path in sorted(p for folder in options.folders for p in folder.rglob("*.onnx")):
         if options.models and path.stem not in options.models.split(","):
             continue
@@ -275,20 +281,14 @@ def run(options: argparse.Namespace) -> Row:
         if "error" in row:
             print(f"{row['model']}: {row['error']}", file=sys.stderr, flush=True)
             continue
-        rows.append(row)
+        record["models"].append(row)
+        options.output.write_text(json.dumps(record, indent=1) + "\n")
         cells = [
             f"{t} {f['speedup'][0]:.3f} ({f['seconds']:.1f} s)" if "speedup" in f else f"{t}: {f['error']}"
             for t, f in row["tools"].items()
         ]
         print(f"{row['model']} {row['ms']:.1f} ms: {', '.join(cells)}", file=sys.stderr, flush=True)
-    versions = {t: importlib.metadata.version(packages[t]) for t in tools}
-    return {
-        "date": date.today().isoformat(),
-        "environment": describe_machine(),
-        "versions": versions,
-        "tools": tools,
-        "models": rows,
-    }
+    return record
 
 
 def main() -> None:
@@ -310,7 +310,6 @@ def main() -> None:
         render(json.loads(options.output.read_text()))
         return
     record = run(options)
-    options.output.write_text(json.dumps(record, indent=1) + "\n")
     print(write_table(record))
     print(summarize(record))
 
