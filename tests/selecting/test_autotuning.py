@@ -271,6 +271,24 @@ def test_a_promising_group_in_doubt_is_raced_on(gain: float, races: int) -> None
     assert all(seconds > 50 for seconds in lengths[1:])
 
 
+def test_evidence_on_top_of_a_group_that_was_dropped_since_does_not_count() -> None:
+    fake, known = Fake.adding({}), dict[tuple[str, str], float]()
+    clear = {("+", "b"): 1.2, ("b", "b+c"): 1.2, ("c", "b+c"): 0.9, ("c", "a+c"): 1.04}
+
+    def race(a: Path, b: Path, _seconds: float, seen: Evidence) -> Race:
+        known[a.name, b.name] = seen.pairs
+        speedup = clear.get((a.name, b.name))
+        spread = np.linspace(-1, 1, 6)
+        ratios = 1.04 * np.exp(0.1 * spread) if speedup is None else speedup * np.exp(0.001 * spread)
+        return planted_race(ratios, np.ones(6))
+
+    fake.race = race  # type: ignore[method-assign]
+    decisions = race_groups(listed("abc"), fake, 60.0)
+    assert [d.kept for d in decisions] == [True, False, True]
+    assert list(known)[-2:] == [("c", "b+c"), ("c", "a+c")]
+    assert known["c", "a+c"] == 0
+
+
 def test_what_takes_too_little_time_is_neither_profiled_nor_raced() -> None:
     """Were all operators of b free, the model would be 0.9 % faster."""
     fake = Fake.adding({"a": -0.1, "b": -0.009})
