@@ -78,7 +78,7 @@ class CleanUp(Pass):
         if op in ("Expand", "Tile", "ConstantOfShape") and _only_broadcasts(rw, node, op):
             return self._remove_broadcast(node, rw, op)
         folded = self._fold(node, rw, op) if op in FOLDABLE else None
-        return folded or rewrite_canonically(rw, node)
+        return folded if isinstance(folded, Rewrite) else rewrite_canonically(rw, node) or folded
 
     def _find_observers(self, rw: Rewriter) -> dict[Tensor, str]:
         """Tensors whose zeros an operator distinguishes by sign, with that operator.

@@ -247,6 +247,22 @@ def _absorb_padding(rw: Rewriter, node: Node) -> Rewrite | None:
     return rw.replace([before, node], [new], f"{node.op} pads its input itself")
 
 
+def _write_scalars(rw: Rewriter, node: Node) -> Rewrite | None:
+    """Write the bounds of a Range that are vectors of one number as scalars.
+
+    onnxruntime computes such a Range, but refuses to load it if it sees that the bound is a constant.
+    """
+    inputs = list(node.inputs)
+    for index, tensor in enumerate(inputs):
+        held, raw = rw.constant(tensor), rw.raw(tensor)
+        if held is not None and held.shape == (1,) and raw is not None:
+            inputs[index] = rw.new_constant(f"{tensor.name}_scalar", raw.reshape(()))
+    if inputs == node.inputs:
+        return None
+    new = Node("Range", node.name, dict(node.attrs), inputs, list(node.outputs))
+    return rw.replace([node], [new], "its bounds are written as scalars")
+
+
 def _write_value(rw: Rewriter, node: Node) -> Rewrite | None:
     """Write the number or list of numbers of a Constant as a tensor, which is what other rewrites read."""
     for name, dtype in (
@@ -272,6 +288,7 @@ RULES: dict[str, Rule] = {
     "Constant": _write_value,
     "MatMul": _flatten_weight,
     "Not": _negate_twice,
+    "Range": _write_scalars,
     "Shape": _read_shape_earlier,
     "Size": _read_shape_earlier,
     "Sum": _multiply_instead,

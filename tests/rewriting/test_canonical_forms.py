@@ -8,6 +8,7 @@ import pytest
 from helpers import build, evaluate, normal, ops, parse, run, same
 from onnx import TensorProto, helper
 
+import pwopt
 from pwopt.passes import CleanUp, FoldAffine
 from pwopt.rewriting.canonical_forms import is_lossless
 
@@ -205,6 +206,35 @@ def test_constants_are_written_as_tensors() -> None:
     result, _, _ = run(model, CleanUp(), FoldAffine())
     assert ops(result) == {"Mul": 1, "Reshape": 1}
     same(model, result, tolerance=1e-6, x=normal(4, dtype=np.float32))
+
+
+def test_a_range_with_a_vector_as_its_bound_loads() -> None:
+    """onnxruntime runs it, but refuses to load it once the branch of an If has shown that the bound is a constant."""
+    body = (
+        "(int64[2] size, int64[5] x) => (int64[N] y) { sizes = Size(size) yes = Equal(sizes, two) count = If(yes) <"
+        "then_branch = a () => (int64[1] b) { b = Identity(three) }, else_branch = c () => (int64[1] d) "
+        "{ d, e = Split<num_outputs=2>(size) }> r = Range(zero, count, one) y = Concat<axis=0>(r, x) }"
+    )
+    numbers = {"two": np.array(2), "zero": np.array(0), "one": np.array(1), "three": np.array([3])}
+    model = parse(body, 18, **numbers)
+    ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    result = pwopt.optimize(model, cost="analytic", verify=False).model
+    assert ops(result) == {"Concat": 1}
+    x, size = np.arange(5), np.arange(2)
+    session = ort.InferenceSession(result.SerializeToString(), providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(session.run(None, {"x": x, "size": size})[0], [0, 1, 2, *x])
+
+
+def test_the_bounds_of_a_range_become_scalars() -> None:
+    ends = [helper.make_tensor_value_info(n, TensorProto.INT64, [200]) for n in ("x", "y")]
+    nodes = [helper.make_node("Range", ["zero", "all", "one"], ["r"]), helper.make_node("Add", ["r", "x"], ["y"])]
+    numbers = {"zero": [0], "all": [200], "one": 1}
+    held = [onnx.numpy_helper.from_array(np.array(v), n) for n, v in numbers.items()]
+    model = helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:], held), ir_version=8)
+    result, _, _ = run(model, CleanUp())
+    assert ops(result) == {"Range": 1, "Add": 1}  # three numbers take less than the positions
+    session = ort.InferenceSession(result.SerializeToString(), providers=["CPUExecutionProvider"])
+    np.testing.assert_array_equal(session.run(None, {"x": np.arange(200)})[0], 2 * np.arange(200))
 
 
 PADDED = [
