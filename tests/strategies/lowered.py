@@ -70,7 +70,9 @@ class Lowered(Operators):
         if attrs["mode"] == "cubic" and self.chance(0.4):
             attrs |= {"exclude_outside": 1, "cubic_coeff_a": -0.5}
         if self.chance(0.5):
-            scales = self.constant([1, 1, *(self.rng.choice([0.5, 1.5, 2.0]) for _ in range(2))], np.dtype(np.float32))
+            scales = self.constant(
+                [1, 1, *(self.rng.choice([0.5, 0.7, 1.3, 1.4, 1.5, 2.0]) for _ in range(2))], np.dtype(np.float32)
+            )
             return self.node("Resize", [x, "", scales], **attrs)[0]
         sizes = self.integers([*x.shape[:2], *(self.rng.choice([1, 4, 7]) for _ in range(2))])
         return self.node("Resize", [x, "", "", sizes], **attrs)[0]

@@ -192,7 +192,7 @@ class Operators(Builder):
     def upsample(self, x: Tensor) -> Tensor:
         if x.rank < 3 or 0 in x.shape or self.opset < 11:
             raise UnfitError("no space")
-        scales = [1.0, 1.0, *[self.rng.choice([2.0, 2.0, 1.0, 1.5])] * (x.rank - 2)]
+        scales = [1.0, 1.0, *[self.rng.choice([2.0, 2.0, 1.0, 1.5, 1.3, 1.4])] * (x.rank - 2)]
         mode = self.rng.choice(["nearest", "nearest", "linear"])
         attrs: dict[str, Any] = {"mode": mode}
         if self.chance(0.4):
