@@ -32,6 +32,7 @@ from typing import Any
 
 import onnx
 import onnxruntime as ort
+from pages import fill_page
 
 import pwopt
 from pwopt.graph.files import load
@@ -45,8 +46,6 @@ from pwopt.running.size_trials import choose_sizes
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "offline.json"
 PAGE = ROOT / "docs" / "running-fast.md"
-#: Where the table stands in the page.
-START, END = "<!-- offline: start -->\n", "<!-- offline: end -->"
 #: The files that are compared, and whether onnxruntime optimises them while it loads them.
 FILES = {"original": True, "onnxruntime": False, "pwopt": True, "pwopt, then onnxruntime": False}
 Row = dict[str, Any]
@@ -149,15 +148,6 @@ def render(record: Row) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_page(record: Row) -> None:
-    """Write the table into docs/running-fast.md."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(START)
-    _, found, after = rest.partition(END)
-    if not found:
-        raise SystemExit(f"{PAGE.name} has no place for the table: {START.strip()} and {END}")
-    PAGE.write_text(before + START + render(record) + END + after, encoding="utf-8")
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", type=Path, nargs="*")
@@ -167,7 +157,7 @@ def main() -> None:
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.render:
-        write_page(json.loads(options.output.read_text(encoding="utf-8")))
+        fill_page(PAGE, "offline", render(json.loads(options.output.read_text(encoding="utf-8"))))
         return
     if options.child:
         installation.silence_onnxruntime()

@@ -35,12 +35,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from pages import fill_page
 from peers_tables import draw, summarize, write_section, write_start_table, write_table
 
 ROOT = Path(__file__).resolve().parent.parent
 RECORD = ROOT / "benchmarks" / "results" / "peers.json"
-#: Where a table stands in its page.
-START, END = "<!-- peers: start -->\n", "<!-- peers: end -->"
 #: Seconds that a tool may take for one model.
 PATIENCE = 300
 Row = dict[str, Any]
@@ -252,12 +251,7 @@ TABLES = {ROOT / "README.md": write_section, ROOT / "docs" / "benchmarks.md": wr
 def render(record: Row) -> None:
     """Write the record's tables and its chart into README.md and docs."""
     for page, write in TABLES.items():
-        text = page.read_text(encoding="utf-8")
-        before, _, rest = text.partition(START)
-        _, found, after = rest.partition(END)
-        if not found:
-            raise SystemExit(f"{page.name} has no place for the table: {START.strip()} and {END}")
-        page.write_text(before + START + write(record) + END + after, encoding="utf-8")
+        fill_page(page, "peers", write(record))
     draw(record)
 
 

@@ -271,10 +271,10 @@ def test_the_tables_of_tools_are_the_recorded_ones(monkeypatch: pytest.MonkeyPat
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     peers = runpy.run_path(str(ROOT / "benchmarks" / "peers.py"))
     tables = runpy.run_path(str(ROOT / "benchmarks" / "peers_tables.py"))
+    split_page = runpy.run_path(str(ROOT / "benchmarks" / "pages.py"))["split_page"]
     record = json.loads(peers["RECORD"].read_text(encoding="utf-8"))
     for page, write in peers["TABLES"].items():
-        shown = page.read_text(encoding="utf-8").partition(peers["START"])[2].partition(peers["END"])[0]
-        assert shown == write(record)
+        assert split_page(page, "peers")[1] == write(record)
     assert len(record["models"]) == 25
     behind = {
         "pwopt": {"speedup": [1.1, 1.05, 1.2], "returned": "result"},
@@ -291,12 +291,20 @@ def test_the_tables_of_tools_are_the_recorded_ones(monkeypatch: pytest.MonkeyPat
     assert said.endswith("by more than 1 %: m.")
 
 
-def test_the_table_of_readers_is_the_recorded_one() -> None:
-    """`benchmarks/readers.py --render` writes it; whatever reads an original reads the result."""
+@pytest.mark.parametrize("script", ["readers", "offline"])
+def test_a_table_is_the_recorded_one(script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The script's `--render` writes it."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    module = runpy.run_path(str(ROOT / "benchmarks" / f"{script}.py"))
+    split_page = runpy.run_path(str(ROOT / "benchmarks" / "pages.py"))["split_page"]
+    record = json.loads(module["RECORD"].read_text(encoding="utf-8"))
+    assert split_page(module["PAGE"], script)[1] == module["render"](record)
+
+
+def test_whatever_reads_an_original_reads_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     readers = runpy.run_path(str(ROOT / "benchmarks" / "readers.py"))
     record = json.loads(readers["RECORD"].read_text(encoding="utf-8"))
-    page = readers["PAGE"].read_text(encoding="utf-8")
-    assert page.partition(readers["START"])[2].partition(readers["END"])[0] == readers["render"](record)
     assert len(record["models"]) == 10
     verdicts = {
         (model, name): readers["judge"](name, *cell["found"])
@@ -306,7 +314,8 @@ def test_the_table_of_readers_is_the_recorded_one() -> None:
     assert {v for v in verdicts.values() if v.startswith("**")} == set(), verdicts
 
 
-def test_how_a_reader_is_judged() -> None:
+def test_how_a_reader_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     judge = runpy.run_path(str(ROOT / "benchmarks" / "readers.py"))["judge"]
     failed, exact, close, far = {"error": "no"}, {"deviation": 0.0}, {"deviation": 9e-5}, {"deviation": 2e-3}
     assert judge("tract", failed, failed) == "neither"
