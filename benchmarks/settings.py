@@ -26,8 +26,9 @@ from rich.console import Console
 from rich.table import Table
 
 from pwopt.graph.files import load
+from pwopt.inputs.feeds import Feeds
 from pwopt.inputs.input_specs import input_specs
-from pwopt.inputs.samples import Feeds, draw_feeds
+from pwopt.inputs.samples import draw_feeds
 from pwopt.running import huge_pages, installation, timing
 from pwopt.running.progress import ignore_progress
 from pwopt.running.providers import as_provider

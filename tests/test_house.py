@@ -184,3 +184,9 @@ def test_nothing_heavy_is_imported_at_once(code: str) -> None:
     check = f"import sys; {code}; print([m for m in {heavy} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_worker_starts_without_onnx() -> None:
+    check = "import sys, pwopt.running.worker; print('numpy' in sys.modules, 'onnx' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "True False"

@@ -17,7 +17,8 @@ from pwopt.evidence.leaves import find_leaves
 from pwopt.evidence.metrics import Agreement, agreement, find_tolerance, find_unsettled
 from pwopt.evidence.outliers import Outliers, count_outliers
 from pwopt.graph.dtypes import epsilon, is_floating
-from pwopt.inputs.samples import Feeds, Sample
+from pwopt.inputs.feeds import Feeds
+from pwopt.inputs.samples import Sample
 from pwopt.running.session import Session
 
 #: Two runs of the original may differ beyond the tolerance in at most this share of elements.

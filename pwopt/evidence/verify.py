@@ -18,8 +18,9 @@ from pwopt.evidence.laws import Law, measure
 from pwopt.evidence.localise import localise
 from pwopt.evidence.precision import find_coarsest_types
 from pwopt.graph.files import Source, as_file, load
+from pwopt.inputs.feeds import Feeds
 from pwopt.inputs.input_specs import InputSpec, input_specs
-from pwopt.inputs.samples import DEFAULT_KINDS, Feeds, Range, Sample, check_kinds, draw_samples, read_samples
+from pwopt.inputs.samples import DEFAULT_KINDS, Range, Sample, check_kinds, draw_samples, read_samples
 from pwopt.rewriting.records import Rewrite
 from pwopt.running import memory
 from pwopt.running.progress import Progress, ignore_progress

@@ -20,6 +20,7 @@ from pwopt.algebra import Values
 from pwopt.errors import UsageError
 from pwopt.graph.dtypes import is_floating
 from pwopt.graph.shapes import format_shape
+from pwopt.inputs.feeds import Feeds
 from pwopt.inputs.input_specs import InputSpec, check_shapes
 
 #: Distributions of floating-point inputs, each with a description.
@@ -36,8 +37,6 @@ LARGE = 1000.0
 #: What numpy raises for a damaged file, or one with Python objects. numpy advises to load the latter unsafely.
 DAMAGED_ARCHIVE = (OSError, ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 
-#: Input name → array.
-Feeds = dict[str, Values]
 #: The smallest and largest value of an input, both included.
 Range = tuple[float, float]
 

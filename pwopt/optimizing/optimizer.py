@@ -20,7 +20,7 @@ from pwopt.graph.names import name_nodes
 from pwopt.graph.shapes import format_shape
 from pwopt.graph.sources import unwrap
 from pwopt.graph.storage import count_bytes, workspace
-from pwopt.inputs.samples import Feeds
+from pwopt.inputs.feeds import Feeds
 from pwopt.optimizing.attempt import Attempt, Attempts
 from pwopt.optimizing.budget import Budget
 from pwopt.optimizing.denied_sites import check_sites

@@ -14,7 +14,7 @@ from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider, as_provider
 
 if TYPE_CHECKING:
-    from pwopt.inputs.samples import Feeds
+    from pwopt.inputs.feeds import Feeds
     from pwopt.rewriting.driver import Pass
     from pwopt.rewriting.records import Site
 

@@ -23,8 +23,9 @@ from pwopt.errors import ModelError, UsageError
 from pwopt.graph.files import load
 from pwopt.graph.operators import VIEWS
 from pwopt.graph.temporary import temporary_folder
+from pwopt.inputs.feeds import Feeds
 from pwopt.inputs.input_specs import InputSpec, check_shapes, input_specs
-from pwopt.inputs.samples import Feeds, draw_feeds
+from pwopt.inputs.samples import draw_feeds
 from pwopt.running import huge_pages, installation, memory, providers, timing
 from pwopt.running.child_process import child_command
 from pwopt.running.progress import Progress, ignore_progress

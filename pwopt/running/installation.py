@@ -17,7 +17,6 @@ from types import ModuleType
 from typing import Any
 
 import numpy as np
-import onnx
 
 from pwopt.errors import ProviderError
 from pwopt.running import provider_libraries, providers
@@ -87,6 +86,8 @@ def is_available() -> bool:
 
 def describe_machine(provider: Provider = providers.DEFAULT, threads: int = 1) -> dict[str, Any]:
     """Collect versions, the machine and the settings, for reports."""
+    import onnx  # here, so that a worker starts without it
+
     try:
         ort = import_onnxruntime().__version__
     except ProviderError:

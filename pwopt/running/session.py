@@ -20,7 +20,7 @@ import numpy as np
 
 from pwopt.errors import ModelError, ProviderError, PwoptError, UsageError
 from pwopt.graph.temporary import temporary_folder
-from pwopt.inputs.samples import Feeds
+from pwopt.inputs.feeds import Feeds
 from pwopt.running import providers
 from pwopt.running.installation import import_onnxruntime, suggest_wheel
 from pwopt.running.provider_libraries import MODULES, find_device, wheel_of

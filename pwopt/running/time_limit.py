@@ -6,7 +6,7 @@ import threading
 import time
 
 from pwopt.errors import ModelError
-from pwopt.inputs.samples import Feeds
+from pwopt.inputs.feeds import Feeds
 from pwopt.running.installation import import_onnxruntime
 from pwopt.running.session import Session
 from pwopt.running.stopwatch import Stopwatch

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 
 from pwopt.algebra import Values
-from pwopt.inputs.samples import Feeds
+from pwopt.inputs.feeds import Feeds
 from pwopt.running import memory
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.session import Session

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pwopt.errors import PwoptError
-from pwopt.inputs.samples import Feeds
+from pwopt.inputs.feeds import Feeds
 from pwopt.running import huge_pages, installation, memory, providers, timing
 from pwopt.running.child_process import POLL_INTERVAL, Channel, Child, EndedError, StartError, TimeLimitError
 from pwopt.running.progress import Progress

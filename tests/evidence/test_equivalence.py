@@ -19,7 +19,8 @@ from pwopt.evidence.equivalence import EXCUSED, FLOOR_FACTOR, Difference, Equiva
 from pwopt.evidence.laws import parse_law
 from pwopt.evidence.metrics import Agreement
 from pwopt.evidence.verify import verify
-from pwopt.inputs.samples import Feeds, Sample, SampleLabel
+from pwopt.inputs.feeds import Feeds
+from pwopt.inputs.samples import Sample, SampleLabel
 from pwopt.rewriting.records import Site
 from pwopt.running import installation
 from pwopt.running.providers import Provider
