@@ -36,3 +36,15 @@ def _no_copies(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
 
     if request.node.get_closest_marker("memory_limit") is None:
         monkeypatch.setattr(limits, "MEMORY_PAGES", Path("no such file"))
+
+
+@pytest.fixture(autouse=True)
+def _one_page_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let the system have pages of 4 KiB only, except in tests marked huge_pages.
+
+    Otherwise each measured run starts a second worker and races everything once more, or not: systems differ.
+    """
+    from pwopt.running import huge_pages
+
+    if request.node.get_closest_marker("huge_pages") is None:
+        monkeypatch.setattr(huge_pages, "ENABLED", Path("no such file"))

@@ -6,7 +6,6 @@ import doctest
 import importlib
 import itertools
 import json
-import os
 import pkgutil
 import re
 import runpy
@@ -23,7 +22,7 @@ import numpy as np
 import onnx
 import pytest
 import typer
-from helpers import normal, parse
+from helpers import normal, parse, run_command
 from markdown_it import MarkdownIt
 from markdown_it.token import Token
 
@@ -101,36 +100,26 @@ def test_models_can_be_compared_without_pwopt(
 
 
 @pytest.fixture
-def shell(tmp_path: Path) -> Callable[[str], str]:
-    """Run a command of a page in a folder with the repository's models, measuring for a moment only."""
-    program = tmp_path / "bin" / "pwopt"
-    program.parent.mkdir()
-    program.write_text(
-        f"""#!/bin/sh
-case "$*" in
-    *--cost*|*--budget*|*--target-profile*) ;;
-    optimize*|profile*) set -- "$@" --budget 0.3 ;;
-esac
-exec {shlex.quote(sys.executable)} -m pwopt "$@"
-""",
-        encoding="utf-8",
-    )
-    program.chmod(0o755)
-    place_models(tmp_path / "models")
-    path = os.pathsep.join([str(program.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
+def shell(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], str]:
+    """Run commands of a page in a folder with the repository's models, measuring for a moment only.
 
-    def run(command: str) -> str:
-        command = re.sub(r"--(budget|seconds) \d+", r"--\1 0.3", command)
-        done = subprocess.run(
-            ["bash", "-ec", command],
-            cwd=tmp_path,
-            env={**os.environ, "PATH": path},
-            capture_output=True,
-            text=True,
-            check=False,
-        )
-        assert done.returncode == 0, f"{command}\n{done.stdout}\n{done.stderr}"
-        return done.stdout
+    Lines that call pwopt run in this process, and all others in bash.
+    """
+    monkeypatch.setitem(EFFORTS, "quick", 0.3)
+    monkeypatch.setitem(EFFORTS, "normal", 0.3)
+    place_models(tmp_path / "models")
+
+    def run(commands: str) -> str:
+        commands = re.sub(r"--(budget|seconds) \d+", r"--\1 0.3", commands).replace("\\\n", "").replace(" && ", "\n")
+        printed = ""
+        for part in re.findall(r"^pwopt .*$|(?:^(?!pwopt ).+\n?)+", commands, re.M):
+            if part.startswith("pwopt "):
+                done = run_command(*shlex.split(part)[1:], cwd=tmp_path)
+            else:
+                done = subprocess.run(["bash", "-ec", part], cwd=tmp_path, capture_output=True, text=True, check=False)
+            assert done.returncode == 0, f"{part}\n{done.stdout}\n{done.stderr}"
+            printed += done.stdout
+        return printed
 
     return run
 
@@ -144,6 +133,7 @@ def test_recipes_work(shell: Callable[[str], str]) -> None:
         shell(block)
 
 
+@pytest.mark.huge_pages
 @pytest.mark.skipif(sys.platform == "win32", reason="the commands are for a POSIX shell")
 def test_readme_shows_what_the_first_command_prints(shell: Callable[[str], str]) -> None:
     """All words of the shown rows are printed. Numbers, line breaks and the rows in brackets depend on the machine."""

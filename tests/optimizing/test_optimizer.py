@@ -394,6 +394,7 @@ def test_a_slow_rewrite_is_raced_out(policy: str, tmp_path: Path, monkeypatch: p
     assert not any(r.pass_name == "detour" for r in result.report.rewrites)
 
 
+@pytest.mark.huge_pages
 def test_measured(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime")
     out = tmp_path / "out.onnx"

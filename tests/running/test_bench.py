@@ -46,6 +46,7 @@ def test_each_model_starts_in_a_process_of_its_own(pair: list[Path], tmp_path: P
         measure_cold_starts([pair[0], bad], DEFAULT, 1, feeds)
 
 
+@pytest.mark.huge_pages
 def test_models_side_by_side(pair: list[Path]) -> None:
     rows = pwopt.benchmark(pair, shapes={"x": (1, 3, 32, 32)}, seconds=0.1)
     assert [r.model for r in rows] == [str(p) for p in pair]

@@ -9,6 +9,7 @@ import pytest
 
 from pwopt.running import huge_pages
 
+pytestmark = pytest.mark.huge_pages
 LINUX = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="Linux's own")
 
 
