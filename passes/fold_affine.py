@@ -208,7 +208,7 @@ class FoldAffine(Pass):
             return f"{reading.node.op} would absorb it twice"
         g = reading.geometry
         if not g.diagonal:  # two scales and shifts can always be merged
-            wide = affine.map.broadcast(g.out_channels if after else g.in_channels).geometry
+            wide = affine.map.geometry.broadcast(g.out_channels if after else g.in_channels)
             composed = compose_geometry(wide, g) if after else compose_geometry(g, wide)
             if isinstance(composed, Refusal):
                 return composed.reason

@@ -2,6 +2,7 @@
 
 `geometry` has maps without numbers and every exactness rule. `linear` adds the numbers. `multirate` has maps between
 sampling rates. `ranks` factors maps of low rank. `overflow` and `zeros` have what floating-point numbers add.
+`summaries` asks about all numbers of an array.
 """
 
 from typing import Any

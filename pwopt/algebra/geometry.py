@@ -123,9 +123,17 @@ class Geometry:
 
     def at_rank(self, rank: int) -> Geometry:
         """The same pointwise map over `rank` spatial axes."""
+        if rank == self.rank:
+            return self
         return pointwise_geometry(
             self.out_channels, self.in_channels, groups=self.groups, rank=rank, biased=self.biased
         )
+
+    def broadcast(self, channels: int) -> Geometry:
+        """A diagonal map of one channel, repeated for `channels` channels; any other map is returned unchanged."""
+        if self.out_channels != 1 or not self.diagonal:
+            return self
+        return pointwise_geometry(channels, channels, groups=channels, rank=self.rank, biased=self.biased)
 
 
 #: A `Geometry`, the same object for the same arguments: what it derives from them is computed once.

@@ -31,6 +31,7 @@ from pwopt.algebra.geometry import (
     require,
     with_bias,
 )
+from pwopt.algebra.summaries import has_nonzero
 
 
 def _last(index: Sequence[int | slice]) -> tuple[Any, ...]:
@@ -73,7 +74,7 @@ class LinearMap:
             raise ValueError(f"{g.groups} groups do not divide {g.in_channels} inputs and {g.out_channels} outputs")
         w = np.asarray(weight, np.float64).reshape(g.out_channels, g.in_channels // g.groups, *g.kernel)
         b = np.zeros(g.out_channels) if bias is None else np.asarray(bias, np.float64).reshape(g.out_channels)
-        return cls(with_bias(g, bool(b.any())), w, b, moved)
+        return cls(with_bias(g, has_nonzero(b)), w, b, moved)
 
     @classmethod
     def conv(
@@ -144,9 +145,8 @@ class LinearMap:
         g = self.geometry
         if not g.diagonal or g.out_channels != 1:
             return self
-        wide = pointwise_geometry(channels, channels, groups=channels, rank=g.rank, biased=g.biased)
-        moved = None if self.moved is None else np.repeat(self.moved, channels)
-        return LinearMap(wide, np.repeat(self.weight, channels, 0), np.repeat(self.bias, channels), moved)
+        moved = None if self.moved is None else self.moved.repeat(channels)
+        return LinearMap(g.broadcast(channels), self.weight.repeat(channels, 0), self.bias.repeat(channels), moved)
 
     def homogeneous(self) -> LinearMap:
         """The same map of (x, 1), without a bias; see `homogeneous_geometry`."""
@@ -169,40 +169,42 @@ class LinearMap:
     def __matmul__(self, first: LinearMap) -> LinearMap:
         """``second @ first``: first, then second. Exact, or refused by `compose_geometry`."""
         geometry = require(compose_geometry(self.geometry, first.geometry))
-        rank = geometry.rank
-        second, first = self.at_rank(rank), first.at_rank(rank)
-        g1, g2, groups = first.geometry, second.geometry, geometry.groups
+        groups = geometry.groups
         # Block-diagonal structure is kept where one side has it; only coprime groupings are filled in.
-        if g1.groups > groups and g2.groups > groups:
+        if first.geometry.groups > groups and self.geometry.groups > groups:
             first = first.regroup(groups)
-        blocks1, blocks2 = first.geometry.groups // groups, g2.groups // groups
+        g1, g2 = first.geometry.at_rank(geometry.rank), self.geometry.at_rank(geometry.rank)
+        blocks1, blocks2 = g1.groups // groups, g2.groups // groups
         blocks = blocks1 * blocks2
         middle = g2.in_channels // (groups * blocks)
         w1 = first.weight.reshape(groups, blocks, middle, -1)
         if blocks2 > 1 or blocks1 == 1:  # the second is block diagonal: its blocks are rows
-            w2 = second.weight.reshape(groups, blocks, -1, middle, g2.taps)
+            w2 = self.weight.reshape(groups, blocks, -1, middle, g2.taps)
         else:  # the first is block diagonal: its blocks are columns
-            w2 = second.weight.reshape(groups, -1, blocks, middle, g2.taps).swapaxes(1, 2)
-        inn = g1.in_channels // first.geometry.groups
-        kernel1 = first.geometry.kernel
+            w2 = self.weight.reshape(groups, -1, blocks, middle, g2.taps).swapaxes(1, 2)
+        inn = g1.in_channels // g1.groups
+        kernel1 = g1.kernel
         weight = np.zeros((groups, blocks, w2.shape[2], inn, *geometry.kernel))
-        for flat, tap in enumerate(itertools.product(*map(range, g2.kernel))):
-            with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused where it is written
-                product = (w2[..., flat] @ w1).reshape(*weight.shape[:4], *kernel1)
-            places = []
-            for axis, t in enumerate(tap):
-                step = geometry.dilations[axis]
-                start = t if g2.transposed else t * g1.strides[axis] * g2.dilations[axis] // step
-                hop = max(1, g1.dilations[axis] // step)
-                places.append(slice(start, start + hop * (kernel1[axis] - 1) + 1, hop))
-            weight[_last(places)] += product
+        with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is refused where it is written
+            for flat, tap in enumerate(itertools.product(*map(range, g2.kernel))):
+                places = []
+                for axis, t in enumerate(tap):
+                    step = geometry.dilations[axis]
+                    start = t if g2.transposed else t * g1.strides[axis] * g2.dilations[axis] // step
+                    hop = max(1, g1.dilations[axis] // step)
+                    places.append(slice(start, start + hop * (kernel1[axis] - 1) + 1, hop))
+                weight[_last(places)] += (w2[..., flat] @ w1).reshape(*weight.shape[:4], *kernel1)
+            shift = _apply(self._sum_taps(), first.bias) if g1.biased else np.zeros(g2.out_channels)
+            moved = np.abs(shift) + (0.0 if self.moved is None else self.moved)
         if blocks1 > 1:
             weight = weight.swapaxes(1, 2)
-        through = second.weight.reshape(g2.groups, -1, g2.in_channels // g2.groups, g2.taps).sum(-1)
-        with np.errstate(over="ignore", invalid="ignore"):
-            shift = (through @ first.bias.reshape(g2.groups, -1, 1)).reshape(-1)
-            moved = np.abs(shift) + (0.0 if second.moved is None else second.moved)
-            return LinearMap.of(geometry, weight, second.bias + shift, moved)
+        return LinearMap.of(geometry, weight, self.bias + shift, moved)
+
+    def _sum_taps(self) -> Array:
+        """The weight (groups, out / groups, in / groups) for inputs that are the same at every position."""
+        g = self.geometry
+        taps = self.weight.reshape(g.groups, -1, g.in_channels // g.groups, g.taps)
+        return taps[..., 0] if g.taps == 1 else taps.sum(-1)
 
     def _on(self, stencil: Geometry) -> Array:
         """The weight (out, in / groups, *stencil.kernel) on a wider stencil from `align_geometry`."""
@@ -225,6 +227,11 @@ class LinearMap:
         return LinearMap.of(stencil, weight, bias, np.abs(bias))
 
 
+def _apply(blocks: Array, values: Array) -> Array:
+    """The product of a block-diagonal matrix, given as its blocks, with a vector."""
+    return (blocks @ values.reshape(len(blocks), -1, 1)).reshape(-1)
+
+
 def compose(second: LinearMap, first: LinearMap, precision: float = 0.0) -> LinearMap:
     """``second @ first`` for maps whose numbers were rounded to the type of a model.
 
@@ -234,11 +241,9 @@ def compose(second: LinearMap, first: LinearMap, precision: float = 0.0) -> Line
     """
     second, first = second.broadcast(first.geometry.out_channels), first.broadcast(second.geometry.in_channels)
     composed = second @ first
-    if not precision or not composed.geometry.biased:
+    if not precision or not composed.geometry.biased or not first.geometry.biased:
         return composed
-    g = second.geometry
-    through = np.abs(second.weight.reshape(g.groups, -1, g.in_channels // g.groups, g.taps).sum(-1))
-    parts = np.abs(second.bias) + (through @ np.abs(first.bias).reshape(g.groups, -1, 1)).reshape(-1)
+    parts = np.abs(second.bias) + _apply(np.abs(second._sum_taps()), np.abs(first.bias))
     bias = np.where(np.abs(composed.bias) <= precision * parts, 0.0, composed.bias)
     return LinearMap.of(composed.geometry, composed.weight, bias, composed.moved)
 

@@ -39,6 +39,7 @@ import numpy as np
 from pwopt.algebra import Array
 from pwopt.algebra.geometry import RefusedError
 from pwopt.algebra.linear import LinearMap
+from pwopt.algebra.summaries import find_magnitude
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ class Range:
 
     def allows_shift(self, shift: Array) -> bool:
         """Whether these constants may be added elsewhere than in the original."""
-        return float(np.max(np.abs(shift), initial=0.0)) <= self.epsilon * self.largest
+        return find_magnitude(shift) <= self.epsilon * self.largest
 
     def allows_scale(self, scale: Array) -> bool:
         """Whether elements may be scaled by these factors before they are combined instead of after, or vice versa."""
@@ -86,9 +87,10 @@ class Range:
         """
         if linear.moved is None:
             return
-        rows, limit = np.abs(linear.weight.reshape(linear.geometry.out_channels, -1)), math.sqrt(self.largest)
-        if self.allows_shift(linear.moved) and rows.max(initial=0.0) <= limit:
+        limit = math.sqrt(self.largest)
+        if self.allows_shift(linear.moved) and find_magnitude(linear.weight) <= limit:
             return  # as in every ordinary network
+        rows = np.abs(linear.weight.reshape(linear.geometry.out_channels, -1))
         several, grows = np.count_nonzero(rows, axis=1) > 1, rows.sum(axis=1) > 1
         if self.allows_shift(linear.moved[grows]) and rows[several].max(initial=0.0) <= limit:
             return

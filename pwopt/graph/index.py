@@ -15,6 +15,7 @@ import numpy as np
 import onnx
 
 from pwopt.algebra import Array, Values
+from pwopt.algebra.summaries import is_finite
 from pwopt.graph.dtypes import FLOATING
 from pwopt.graph.ir import Constant, Graph, Node, Tensor, Variable, adopt, adopt_tensors, find_bodies, is_constant
 from pwopt.graph.journal import Journal
@@ -275,7 +276,7 @@ class GraphIndex:
         if held is None or held.dtype not in FLOATING:
             return None
         value = _load(held).astype(np.float64)
-        return value if np.isfinite(value).all() else None
+        return value if is_finite(value) else None
 
     def integers(self, tensor: Tensor) -> list[int] | None:
         """The entries of a constant integer tensor with at most one axis; None for any other tensor."""

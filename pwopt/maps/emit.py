@@ -10,6 +10,7 @@ import numpy as np
 from pwopt.algebra import Array, Values
 from pwopt.algebra.geometry import RefusedError
 from pwopt.algebra.linear import LinearMap
+from pwopt.algebra.summaries import count_zeros, find_magnitude, is_finite
 from pwopt.graph.dtypes import range_of
 from pwopt.graph.ir import Constant, Node, Tensor, Variable
 from pwopt.graph.view import View
@@ -66,7 +67,7 @@ def round_values(values: Array, dtype: np.dtype[Any]) -> Values:
     """
     with np.errstate(over="ignore", under="ignore"):
         low = values.astype(dtype)
-    if not np.isfinite(low if dtype.kind == "f" else low.astype(np.float64)).all():
+    if not is_finite(low if dtype.kind == "f" else low.astype(np.float64)):
         raise RefusedError(f"the folded weights overflow {dtype}")
     return low
 
@@ -83,16 +84,18 @@ def round_map(linear: LinearMap, dtype: np.dtype[Any]) -> Rounded:
     """
     weight, bias = round_values(linear.weight, dtype), round_values(linear.bias, dtype)
     range_of(dtype).check(linear)
-    rows, exact = (v.reshape(linear.geometry.out_channels, -1) for v in (weight, linear.weight))
-    if (exact.any(axis=1) & ~rows.any(axis=1)).any():
-        raise RefusedError(f"a folded channel underflows {dtype}")
-    return Rounded(weight, bias, max(relative_rounding(weight, linear.weight), relative_rounding(bias, linear.bias)))
+    if count_zeros(weight) > count_zeros(linear.weight):
+        rows, exact = (v.reshape(linear.geometry.out_channels, -1) for v in (weight, linear.weight))
+        if (exact.any(axis=1) & ~rows.any(axis=1)).any():
+            raise RefusedError(f"a folded channel underflows {dtype}")
+    of_bias = relative_rounding(bias, linear.bias) if linear.geometry.biased else 0.0
+    return Rounded(weight, bias, max(relative_rounding(weight, linear.weight), of_bias))
 
 
 def relative_rounding(low: Values, exact: Array) -> float:
     """max |low − exact| / max |exact|; 0 if all are zero."""
-    largest = float(np.abs(exact).max(initial=0.0))
-    return float(np.abs(low.astype(np.float64) - exact).max()) / largest if largest else 0.0
+    largest = find_magnitude(exact)
+    return find_magnitude(np.subtract(low, exact, dtype=np.float64)) / largest if largest else 0.0
 
 
 def check(view: View, linear: LinearMap, like: Reading, source: Tensor, axis: int | None) -> Rounded:

@@ -10,6 +10,7 @@ import numpy as np
 from pwopt.algebra import Array, zeros
 from pwopt.algebra.geometry import Refusal
 from pwopt.algebra.linear import LinearMap
+from pwopt.algebra.summaries import has_nonzero, is_finite
 from pwopt.graph import attributes
 from pwopt.graph.dtypes import FLOATING
 from pwopt.graph.ir import Node, Tensor
@@ -20,7 +21,7 @@ from pwopt.maps.forms import NOT_CONSTANT, NOT_FINITE, Reading, Result, linear, 
 def diagonal(node: Node, source: Tensor, scale: Array, shift: Array, axis: int | None) -> Result:
     if not scale.size:
         return None
-    if not (np.isfinite(scale).all() and np.isfinite(shift).all()):
+    if not (is_finite(scale) and is_finite(shift)):
         return NOT_FINITE
     linear_map = LinearMap.diagonal(scale, shift)
     return Reading((node,), source, linear_map.geometry, axis, "diagonal", None, lambda: linear_map)
@@ -101,7 +102,7 @@ def _explain_unknown(view: View, node: Node) -> Refusal | None:
 def adds_nothing(view: View, node: Node) -> tuple[Tensor, Array] | None:
     """The data input of an Add or Sub of zero, and the zero that is added per channel: +0 or −0."""
     found = _operands(view, node) if view.is_a(node, "Add", "Sub") else None
-    if found is None or (node.op == "Sub" and found[3]) or not found[1].size or np.any(found[1]):
+    if found is None or (node.op == "Sub" and found[3]) or not found[1].size or has_nonzero(found[1]):
         return None
     return found[0], -found[1] if node.op == "Sub" else found[1]
 
@@ -124,7 +125,7 @@ def read_arithmetic(view: View, node: Node) -> Result:
         return _explain_unknown(view, node)
     source, value, axis, first = found
     op, one, zero = node.op, np.ones(value.shape), np.zeros(value.shape)
-    nothing = op in ("Add", "Sub") and value.size and not value.any()
+    nothing = op in ("Add", "Sub") and value.size and not has_nonzero(value)
     if nothing and not zeros.keeps(-value if op == "Sub" and not first else value):
         return Refusal("adding +0 makes +0 of −0")
     if op == "Add":

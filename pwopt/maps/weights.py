@@ -9,6 +9,7 @@ import numpy as np
 from pwopt.algebra import Array
 from pwopt.algebra.geometry import Geometry, Refusal, RefusedError, make_geometry, pointwise_geometry
 from pwopt.algebra.linear import LinearMap
+from pwopt.algebra.summaries import has_nonzero
 from pwopt.graph import attributes
 from pwopt.graph.dtypes import FLOATING
 from pwopt.graph.ir import Constant, Node, Tensor
@@ -67,7 +68,7 @@ def read_conv(view: View, node: Node) -> Result:
     groups = node.attrs.get("group", 1)
     if groups < 1 or out % groups:
         return Refusal("its groups do not divide its channels")
-    biased = bool(bias.any())
+    biased = has_nonzero(bias)
     geometry = make_geometry(out, inn * groups, groups, tuple(kernel), *spatial, biased=biased)
     return Reading(
         (node,), node.inputs[0], geometry, 1, "conv", weight, _loader(view, weight, geometry, bias, lambda w: w)
