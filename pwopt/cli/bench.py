@@ -26,11 +26,12 @@ def bench(
     debug: options.Debug = False,
 ) -> None:
     """Time models side by side: latency, loading, memory, and time per operator."""
-    from pwopt.cli.output import check_report, open_console, print_json, show_progress, write_text
+    from pwopt.cli.output import check_report, escape_text, open_console, print_json, show_progress, write_text
     from pwopt.reporting.document import render_latencies
     from pwopt.reporting.formats import check_available, parse_format
+    from pwopt.reporting.notes import explain_threads
     from pwopt.reporting.report import format_benchmark_json
-    from pwopt.reporting.terminal import render_benchmark
+    from pwopt.reporting.terminal import print_line, render_benchmark
     from pwopt.running import installation
     from pwopt.running.bench import benchmark
 
@@ -51,9 +52,12 @@ def bench(
             models, provider=placed, threads=threads, shapes=options.parse_single_round(shape), batch=batches,
             seconds=seconds, progress=progress,
         )  # fmt: skip
-    render_benchmark(rows, open_console(quiet=quiet or json))
+    console, notes = open_console(quiet=quiet or json), list(explain_threads([threads]))
+    render_benchmark(rows, console)
+    for note in notes:
+        print_line(f"[bold]{escape_text(note)}[/bold]", console)
     environment = installation.describe_machine(placed, threads) | {"huge_pages_mb": rows[0].huge_pages_mb}
-    content = format_benchmark_json(rows, environment)
+    content = format_benchmark_json(rows, environment, notes)
     write_text(report, content)
     if json:
         print_json(content)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -12,6 +12,45 @@ from pwopt.errors import UsageError
 
 if TYPE_CHECKING:
     from pwopt.running.providers import Provider as ExecutionProvider
+
+
+def _number(
+    option: str,
+    takes: str,
+    help: str,
+    metavar: str = "NUMBER",
+    *,
+    kind: Callable[[Any], float] = float,
+    least: float | None = None,
+    show_default: bool = False,
+) -> Any:
+    """Define a numeric option. A value that is not such a number is refused in one sentence.
+
+    Parameters
+    ----------
+    option : str
+    takes : str
+        What the option takes, with an example: the middle of that sentence.
+    help, metavar : str
+    kind : callable
+        `int` or `float`.
+    least : float, optional
+        The smallest value.
+    show_default : bool
+    """
+
+    def parse(text: Any) -> float:
+        try:
+            value = kind(text)
+        except ValueError as error:
+            noun = "whole number" if kind is int else "number"
+            raise UsageError(f"{option} takes {takes}; {text!r} is no {noun}") from error
+        if least is not None and value < least:
+            raise UsageError(f"{option} takes {takes}; {text!r} is less than {least:g}")
+        return value
+
+    return typer.Option(option, parser=parse, metavar=metavar, help=help, show_default=show_default)
+
 
 ModelPath = Annotated[Path, typer.Argument(metavar="MODEL", help="The ONNX model.", show_default=False)]
 Original = Annotated[Path, typer.Argument(metavar="A", help="The original model.", show_default=False)]
@@ -105,7 +144,17 @@ Deny = Annotated[
         show_default=False,
     ),
 ]
-Threads = Annotated[int, typer.Option(min=1, help="Threads per operator for verifying and timing.")]
+Threads = Annotated[
+    int,
+    _number(
+        "--threads",
+        "a whole number, such as 4",
+        "Threads per operator for verifying and timing.",
+        kind=int,
+        least=1,
+        show_default=True,
+    ),
+]
 ThreadCounts = Annotated[
     str | None,
     typer.Option(
@@ -121,10 +170,16 @@ Effort = Annotated[
 ]
 Budget = Annotated[
     float | None,
-    typer.Option(help="Time limit for all measuring in seconds; overrides --effort.", show_default=False),
+    _number(
+        "--budget", "seconds, such as 30", "Time limit for all measuring in seconds; overrides --effort.", "SECONDS"
+    ),
 ]
-ModelBudget = Annotated[float, typer.Option(help="Seconds of timing per model.")]
-Seconds = Annotated[float, typer.Option(help="Seconds of timing per batch size.")]
+ModelBudget = Annotated[
+    float, _number("--budget", "seconds, such as 30", "Seconds of timing per model.", "SECONDS", show_default=True)
+]
+Seconds = Annotated[
+    float, _number("--seconds", "seconds, such as 8", "Seconds of timing per batch size.", "SECONDS", show_default=True)
+]
 NoCache = Annotated[bool, typer.Option("--no-cache", help="Do not use or store decisions of races on this machine.")]
 TargetProfile = Annotated[
     Path | None,
@@ -134,7 +189,7 @@ TargetProfile = Annotated[
 ]
 MaxGrowth = Annotated[
     float | None,
-    typer.Option(metavar="FRACTION", help="Let the model grow by at most this fraction.", show_default=False),
+    _number("--max-growth", "a fraction, such as 0.1", "Let the model grow by at most this fraction.", "FRACTION"),
 ]
 Target = Annotated[
     str,
@@ -143,13 +198,17 @@ Target = Annotated[
     ),
 ]
 Static = Annotated[bool, typer.Option("--static", help="Make the input sizes of --shape static in the result.")]
-Opset = Annotated[int | None, typer.Option(help="Convert the model to this opset first.", show_default=False)]
+Opset = Annotated[
+    int | None, _number("--opset", "a whole number, such as 17", "Convert the model to this opset first.", kind=int)
+]
 NameNodes = Annotated[bool, typer.Option("--name-nodes", help="Name every unnamed operator, for example Conv_y.")]
 Rtol = Annotated[
-    float | None, typer.Option(help="Relative tolerance.  (default: by type, 1e-4 for float32)", show_default=False)
+    float | None,
+    _number("--rtol", "a number, such as 1e-4", "Relative tolerance.  (default: by type, 1e-4 for float32)"),
 ]
 Atol = Annotated[
-    float | None, typer.Option(help="Absolute tolerance.  (default: by type, 1e-5 for float32)", show_default=False)
+    float | None,
+    _number("--atol", "a number, such as 1e-5", "Absolute tolerance.  (default: by type, 1e-5 for float32)"),
 ]
 NoVerify = Annotated[bool, typer.Option("--no-verify", help="Do not compare the result with the original.")]
 Force = Annotated[bool, typer.Option("--force", help="Allow the output to replace the input.")]
@@ -256,7 +315,17 @@ Folder = Annotated[
     Path | None,
     typer.Option("-d", "--directory", metavar="OUT", help="Folder for the results of many models.", show_default=False),
 ]
-Workers = Annotated[int, typer.Option(min=1, help="With -d: number of processes. Only one of them measures at a time.")]
+Workers = Annotated[
+    int,
+    _number(
+        "--workers",
+        "a whole number, such as 4",
+        "With -d: number of processes. Only one of them measures at a time.",
+        kind=int,
+        least=1,
+        show_default=True,
+    ),
+]
 Scheduler = Annotated[
     str | None,
     typer.Option(

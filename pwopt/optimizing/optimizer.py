@@ -217,8 +217,10 @@ def _finish(attempts: Attempts, compilation: Compilation) -> Attempt:
     if not result.report.rewrites:
         result = replace(result, report=add_operator_times(result.report, attempts.problem, attempts.request))
     sites = attempts.selection.allowed or ()
-    additions = notes.explain_additions(result.report, {site.pass_name for site in sites})
-    result = replace(result, report=replace(result.report, notes=(*additions, *result.report.notes)))
+    first = [*notes.explain_additions(result.report, {site.pass_name for site in sites})]
+    if attempts.problem.environment is not None:
+        first += notes.explain_threads(attempts.request.thread_counts)
+    result = replace(result, report=replace(result.report, notes=(*first, *result.report.notes)))
     spent = notes.explain_time(result.report, attempts.problem.source.proto)
     return result.add_notes(*spent, *attempts.problem.why)
 
@@ -255,7 +257,7 @@ def select_rewrites(compilation: Compilation, problem: Problem, request: Request
     provider, threads, name = request.execution_provider, request.first_threads, problem.original.name
     cached = CachedTuningRecords(provider, threads, compilation.digest(), marks, name)
     LOG.info("measured rewrites are raced in the whole model; all measurements have %g s", measuring.seconds)
-    request.progress("waiting for the clock", 0.0)
+    request.progress("waiting for a turn to measure", 0.0)
     with timing.exclusive():  # from the first race to the last, since waiting would use up the budget
         records = cached if request.cache else NoTuningRecords()
         return _decide(compilation, problem, records, request, budget.for_selection())

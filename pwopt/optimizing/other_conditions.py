@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,6 +13,7 @@ import numpy as np
 from pwopt.reporting.report import NEGLIGIBLE_SLOWDOWN, ConditionLatency, Latency
 from pwopt.rewriting.records import Rewrite
 from pwopt.rewriting.wording import format_count
+from pwopt.running.installation import list_cores
 from pwopt.running.noninferiority import UNKNOWN_SPREAD, NoninferiorityRules, Spread
 from pwopt.running.progress import Progress
 from pwopt.running.timing import CONFIDENCE, Race, Rules, student_quantile
@@ -29,9 +29,8 @@ CONDITION_PRECISION = 0.01
 
 def usual_threads() -> int:
     """The number of threads that onnxruntime uses by default: one for each physical core of this process."""
-    allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     cores = set()
-    for cpu in allowed:
+    for cpu in list_cores():
         siblings = Path(f"/sys/devices/system/cpu/cpu{cpu}/topology/thread_siblings_list")
         cores.add(siblings.read_text(encoding="utf-8") if siblings.exists() else str(cpu))
     return max(1, len(cores))

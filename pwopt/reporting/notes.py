@@ -13,9 +13,10 @@ from pwopt.graph.operators import QUANTISED
 from pwopt.graph.shapes import Shape, format_shape
 from pwopt.graph.storage import count_bytes
 from pwopt.reporting.report import ConditionLatency, Latency, Report
-from pwopt.rewriting.ratios import format_ratio, is_vague
+from pwopt.rewriting.ratios import format_interval, format_ratio, is_vague
 from pwopt.rewriting.records import Rewrite, Site
 from pwopt.rewriting.wording import format_count
+from pwopt.running.installation import list_cores
 from pwopt.selecting.autotuning import BUSY, Decision, Group
 from pwopt.selecting.compilation import CERTIFICATE_DEFECT
 
@@ -172,6 +173,13 @@ def explain_disturbance(latency: Latency, own: float) -> Iterator[str]:
         )
 
 
+def explain_threads(thread_counts: Iterable[int]) -> Iterator[str]:
+    """Say that more threads were asked for than this process may use cores."""
+    cores, most = len(list_cores()), max(thread_counts, default=1)
+    if most > cores:
+        yield f"{most} threads were asked for, but this process may use {format_count(cores, 'core')}."
+
+
 def explain_additions(report: Report, measured: Collection[str]) -> Iterator[str]:
     """Say which passes added operators or parameters, and why their rewrites stay.
 
@@ -267,16 +275,16 @@ def explain_verdict(report: Report) -> Iterator[str]:
     latency = report.latency
     if latency is None or (latency.faster and latency.speedup >= EXPLAINED_SPEEDUP):
         return
-    brought = list(_list_benefits(report))
-    also = f", {', '.join(brought)}" if brought else ""
+    brought = " and ".join(_list_benefits(report))
+    also = f" It {brought}." if brought else ""
     figures = within(latency)
     if latency.faster:
-        yield f"Slightly faster{figures}{also}. {explain_small_gain(report)}"
+        yield f"Slightly faster{figures}.{also} {explain_small_gain(report)}"
     elif latency.same:
-        yield f"Same speed{figures}{also}. {explain_small_gain(report)}"
+        yield f"Same speed{figures}.{also} {explain_small_gain(report)}"
     else:
         yield (
-            f"Whether it is faster is not clear{figures}{also}. The rewrites are kept, because each saves operators "
+            f"Whether it is faster is not clear{figures}.{also} The rewrites are kept, because each saves operators "
             "or work, and those that only measurements can justify are left out. A larger --budget, or a quieter "
             "machine, measures more precisely."
         )
@@ -286,7 +294,7 @@ def _list_benefits(report: Report) -> Iterator[str]:
     """List the benefits of a result other than speed."""
     fewer, start = report.before.nodes - report.after.nodes, report.latency.start if report.latency else None
     if fewer > 0:
-        yield f"{format_count(fewer, 'operator')} fewer"
+        yield f"has {format_count(fewer, 'operator')} fewer"
     if start is not None and start.interval[0] > 1:
         yield f"loads {start.speedup:.1f} times faster"
 
@@ -359,10 +367,14 @@ def compare_with_original(latency: Latency, elsewhere: ConditionLatency | None) 
 def within(latency: Latency) -> str:
     """Format the speed-up with its interval, and that of a copy of the original where it hides the difference.
 
-    "" if the interval says nothing.
+    Only the interval if it is vague; "" if it says nothing.
     """
     low, high = latency.interval
     hidden = (low > 1 and not latency.faster) or (high < 1 and not latency.slower and not latency.same)
     copy = f"; a copy of the original {latency.control:.3f}×" if hidden and latency.control is not None else ""
-    figures = f"{format_ratio(latency.speedup, low, high, digits=3)}{copy}"
-    return "" if figures == "unclear" else f" ({figures})"
+    figures = format_ratio(latency.speedup, low, high, digits=3)
+    if figures == "unclear":
+        return ""
+    if is_vague(low, high):
+        figures = "99 % interval {} to {}".format(*format_interval(low, high).strip("[]").split(", "))
+    return f" ({figures}{copy})"

@@ -423,6 +423,7 @@ def _read_rewrite(content: Mapping[str, Any]) -> Rewrite:
     )  # fmt: skip
 
 
-def format_benchmark_json(rows: Sequence[Row], environment: Mapping[str, Any]) -> str:
+def format_benchmark_json(rows: Sequence[Row], environment: Mapping[str, Any], notes: Sequence[str] = ()) -> str:
     """Format the JSON that `pwopt bench --report` writes."""
-    return to_json({"schema": REPORT_SCHEMA, "environment": environment, "rows": [asdict(r) for r in rows]})
+    records = [asdict(r) for r in rows]
+    return to_json({"schema": REPORT_SCHEMA, "environment": environment, "rows": records, "notes": list(notes)})

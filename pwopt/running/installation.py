@@ -124,6 +124,11 @@ def _describe_device(provider: Provider) -> str | None:
     return described
 
 
+def list_cores() -> set[int]:
+    """List the logical cores that this process may use."""
+    return os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
+
+
 def cpu_name() -> str:
     """The processor's name, as detailed as the system gives it."""
     if CPUINFO.exists():

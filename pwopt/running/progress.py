@@ -13,7 +13,7 @@ Progress = Callable[[str, float], None]
 #: usually starts and ends. The longest beginning that matches counts.
 STAGES = {
     "reading": (0.0, 0.02), "choosing inputs": (0.02, 0.04), "trying ": (0.02, 0.04), "rewriting": (0.04, 0.08),
-    "waiting for the clock": (0.08, 0.08), "looking for rewrites": (0.08, 0.1), "profiling ": (0.1, 0.5),
+    "waiting for a turn": (0.08, 0.08), "looking for rewrites": (0.08, 0.1), "profiling ": (0.1, 0.5),
     "racing ": (0.1, 0.5), "verifying": (0.5, 0.6), "racing": (0.6, 0.8), "racing with ": (0.8, 0.95),
     "profiling": (0.95, 0.98), "writing": (0.98, 1.0),
 }  # fmt: skip

@@ -13,11 +13,12 @@ import tempfile
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import IO
+from typing import IO, get_args, get_type_hints
 
 import numpy as np
 import onnx
 import pytest
+import typer
 from helpers import evaluate, normal, parse
 from onnx import TensorProto, helper, numpy_helper
 
@@ -471,6 +472,43 @@ def test_killed_while_it_writes(tmp_path: Path, moment: str, count: int, same: b
         path, out, cost="analytic", writing=pwopt.Writing(force=True)
     )  # and what it left behind is in nobody's way
     np.testing.assert_allclose(evaluate(onnx.load(out), x=x)[0], expected, rtol=1e-4, atol=1e-5)
+
+
+def list_numeric_options() -> list[tuple[str, str]]:
+    """Every option that is a number, with its command."""
+    found = []
+    commands = typer.main.get_command(cli.app).commands  # type: ignore[attr-defined]
+    for function in (cli.optimize, cli.verify, cli.inspect, cli.passes, cli.bench, cli.profile, cli.cache, cli.doctor):
+        for parameter in commands[function.__name__].params:
+            kind = get_type_hints(function).get(parameter.name)
+            if {int, float} & {kind, *get_args(kind)}:
+                found.append((function.__name__, parameter.opts[0]))
+    assert len(found) == 13
+    return found
+
+
+@pytest.mark.parametrize(("command", "option"), list_numeric_options())
+def test_a_number_in_words(command: str, option: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Every numeric option says in one sentence what it takes, with an example that it does take."""
+
+    def give(value: str) -> str:
+        with pytest.raises(SystemExit) as caught:
+            cli.main([command, option, value])
+        assert caught.value.code == 2
+        return capsys.readouterr().err
+
+    said = give("ten")
+    found = re.fullmatch(rf"pwopt: {option} takes .*, such as (\S+); 'ten' is no (whole )?number\n", said)
+    assert found is not None, said
+    assert f"{option} takes" not in give(found[1])
+    if found[2]:
+        assert f"'{found[1]}.5' is no whole number" in give(f"{found[1]}.5")
+
+
+def test_numbers_that_must_be_positive(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        cli.main(["bench", "m.onnx", "--threads", "0"])
+    assert capsys.readouterr().err == "pwopt: --threads takes a whole number, such as 4; '0' is less than 1\n"
 
 
 def test_a_budget_below_nothing_and_shapes_in_words() -> None:

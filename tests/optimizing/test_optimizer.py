@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import itertools
+import os
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -131,14 +132,15 @@ CHAIN = parse(
 
 
 FOLDED = {"Conv": 2, "Relu": 1, "Abs": 1}
+ASKED = "threads were asked for, but this process may use"
 
 
 @pytest.mark.parametrize(
     ("speedups", "note", "left"),
     [
         ([2.0], "", FOLDED),
-        ([1.03], "Slightly faster (1.030× [1.030, 1.030]), 2 operators fewer. Multiply-adds fell by 33.3%", FOLDED),
-        ([1.0], "Same speed (1.000× [1.000, 1.000]), 2 operators fewer. Multiply-adds fell by 33.3%", FOLDED),
+        ([1.03], "Slightly faster (1.030× [1.030, 1.030]). It has 2 operators fewer. Multiply-adds fell by 33.3%", FOLDED),
+        ([1.0], "Same speed (1.000× [1.000, 1.000]). It has 2 operators fewer. Multiply-adds fell by 33.3%", FOLDED),
         ([0.992], "Same speed (0.992× [0.992, 0.992])", FOLDED),
         # slower; faster without fold-chains, which is then no slower than the original; and the race of what is left
         ([0.5, 2.0, 1.0, 1.0], "Left out: fold-chains at 1 place, slower with 1 thread", {"Conv": 3, "Relu": 1, "Abs": 1}),
@@ -172,8 +174,20 @@ def test_an_undecided_race_keeps_what_needs_no_measurement(own: float, monkeypat
     result = pwopt.optimize(CHAIN, measuring=pwopt.Measuring(budget=0.0), threads=1)
     assert ops(result.model) == FOLDED
     said = " ".join(result.report.notes)
-    assert "Whether it is faster is not clear" in said
+    assert said.count("Whether it is faster is not clear (99 % interval ") == 1
+    assert "unclear" not in said
     assert ("the models had the processor for 30% of the time of their race" in said) == (own < 1)
+
+
+@pytest.mark.parametrize(("cores", "notes"), [(16, []), (8, [f"16 {ASKED} 8 cores."]), (1, [f"16 {ASKED} 1 core."])])
+def test_more_threads_than_cores_are_noted(cores: int, notes: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("onnxruntime")
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    report = pwopt.optimize(CHAIN, cost="analytic", threads=(1, 16)).report
+    assert [n for n in report.notes if "threads" in n] == notes
+    assert all(n in render_document(report, "html") for n in notes)
+    unused = pwopt.optimize(CHAIN, cost="analytic", threads=16, verify=False).report
+    assert ASKED not in " ".join(unused.notes)
 
 
 def test_measured_rewrites_must_be_faster_in_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:

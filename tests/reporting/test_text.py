@@ -63,6 +63,7 @@ def test_a_difference_within_that_of_a_copy_says_so() -> None:
     slow = replace(latency(0.4, 0.6), speedup=0.5)
     assert within(replace(slow, control=1.01)) == " (0.500× [0.400, 0.600])"
     assert "a copy of the original 1.700×" in within(replace(slow, control=1.7))
+    assert within(latency(0.8, 1.5)) == " (99 % interval 0.80 to 1.50)"
     assert within(latency(0.01, 50.0)) == ""
 
 

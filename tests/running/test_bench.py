@@ -90,6 +90,20 @@ def test_what_cannot_be_compared(pair: list[Path], tmp_path: Path) -> None:
         pwopt.benchmark([])
 
 
+def test_more_threads_than_cores_are_noted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pwopt.reporting.notes.list_cores", lambda: {0})
+    report = str(tmp_path / "bench.json")
+    arguments = ["--shape", "x=1x64x8x8", "--seconds", "0.05", "--threads", "2", "--report", report]
+    with pytest.raises(SystemExit) as caught:
+        main(["bench", str(MODELS / "linear_sequence.onnx"), *arguments])
+    assert caught.value.code in (0, None)
+    note = "2 threads were asked for, but this process may use 1 core."
+    assert note in " ".join(capsys.readouterr().out.split())
+    assert json.loads(Path(report).read_text(encoding="utf-8"))["notes"] == [note]
+
+
 def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     report = tmp_path / "bench.json"
     model = str(MODELS / "linear_sequence.onnx")
@@ -101,6 +115,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     assert len(content["rows"]) == 2
     assert content["environment"]["threads"] == 1
     assert content["environment"]["huge_pages_mb"] == content["rows"][0]["huge_pages_mb"]
+    assert content["notes"] == []
     with pytest.raises(SystemExit) as caught:
         main(["bench", model, "--batch", "one"])
     assert caught.value.code == 2
