@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -67,6 +68,17 @@ def normal(*shape: int, seed: int = 0, dtype: type = np.float64) -> np.ndarray:
 
 def evaluate(model: onnx.ModelProto, **feeds: np.ndarray) -> list[np.ndarray]:
     return [np.asarray(v) for v in ReferenceEvaluator(model).run(None, feeds)]
+
+
+def open_session(model: onnx.ModelProto, optimise: bool = True) -> Any:
+    """onnxruntime's session of a model on one thread. To start and end more threads takes ten times as long."""
+    ort = pytest.importorskip("onnxruntime")
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = options.inter_op_num_threads = 1
+    options.log_severity_level = 4
+    levels = ort.GraphOptimizationLevel
+    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimise else levels.ORT_DISABLE_ALL
+    return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
 def run(model: onnx.ModelProto, *passes: Pass, **options: object) -> tuple[onnx.ModelProto, Outcome, Model]:

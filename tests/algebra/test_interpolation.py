@@ -7,8 +7,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
+from helpers import open_session
 from onnx import TensorProto, helper
 
 from pwopt.algebra.interpolation import TRANSFORMATIONS, Interpolation, read_by_taps
@@ -28,7 +28,7 @@ def resized(count: int, size: int, **attrs: Any) -> np.ndarray:
     ]
     graph = helper.make_graph([node], "g", inputs, [onnx.ValueInfoProto(name="y")])
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 19)], ir_version=9)
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_session(model)
     feeds = {"x": np.eye(count, dtype=np.float32)[None, None], "sizes": np.array([1, 1, size, count])}
     return np.asarray(session.run(None, feeds)[0])[0, 0]
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
+from helpers import open_session
 from onnx import TensorProto, helper, numpy_helper
 
 from pwopt.evidence.evaluation import Side, UnfitError
@@ -32,9 +33,7 @@ def check(op: str, opset: int, x: np.ndarray, *constants: np.ndarray | None, **a
         [numpy_helper.from_array(c, n) for n, c in zip(names, constants, strict=True) if c is not None],
     )  # fmt: skip
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", opset)], ir_version=8)
-    settings = ort.SessionOptions()
-    settings.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    (expected,) = ort.InferenceSession(model.SerializeToString(), settings).run(None, {"x": x})
+    (expected,) = open_session(model, optimise=False).run(None, {"x": x})
     read = from_proto(model).graph
     side = Side(View(read), [State.of(n) for n in read.nodes])
     found = side.run({read.inputs[0]: x.astype(np.float64)}, None)[read.outputs[0]]

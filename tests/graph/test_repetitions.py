@@ -6,6 +6,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
+from helpers import open_session
 from onnx import TensorProto, helper, numpy_helper
 
 import pwopt
@@ -32,7 +33,7 @@ def make(nodes: list[onnx.NodeProto], held: list[float], outputs: tuple[str, ...
 
 
 def run(model: onnx.ModelProto) -> list[np.ndarray]:
-    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": X})
+    return open_session(model).run(None, {"x": X})
 
 
 TWICE = [helper.make_node("Mul", ["x", "c"], ["h"]), helper.make_node("Mul", ["h", "c"], ["y"])]

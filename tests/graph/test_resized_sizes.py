@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from helpers import eager, normal, ops, parse, run
+from helpers import eager, normal, open_session, ops, parse, run
 
 import pwopt
 from pwopt.graph.shapes import infer, is_ambiguous
@@ -17,11 +17,7 @@ RESIZED = '(float[1,4,10,10] x) => (float[A,B,C,D] y) { r = Resize<mode="linear"
 
 
 def on_onnxruntime(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
-    options = ort.SessionOptions()
-    options.log_severity_level = 4
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(None, {"x": x})[0])
+    return np.asarray(open_session(model, optimise=False).run(None, {"x": x})[0])
 
 
 def test_a_size_is_ambiguous_if_types_round_it_differently() -> None:

@@ -6,8 +6,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
+from helpers import open_session
 from onnx import TensorProto, helper, numpy_helper
 
 from pwopt.graph.operators import MICROSOFT_SAME_SHAPE
@@ -109,7 +109,7 @@ def make(name: str) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
 @pytest.mark.parametrize("name", CASES)
 def test_shapes_and_types_are_those_that_onnxruntime_computes(name: str) -> None:
     model, feeds = make(name)
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_session(model)
     results = session.run(None, feeds)
     types = infer(model)
     known = 0

@@ -6,9 +6,8 @@ from random import Random
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
-from helpers import normal, parse
+from helpers import normal, open_session, parse
 from strategies import random_sample
 
 from pwopt.graph.files import from_proto
@@ -82,10 +81,8 @@ def test_symbols_hold_in_random_models(seed: int) -> None:
     known = {v.name for v in exposed.graph.output}
     made = [n for node in exposed.graph.node for n in node.output if n in found and n not in known]
     exposed.graph.output.extend(onnx.ValueInfoProto(name=n) for n in made)
-    options = ort.SessionOptions()
-    options.graph_optimization_level, options.log_severity_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL, 4
     try:
-        session = ort.InferenceSession(exposed.SerializeToString(), options, providers=["CPUExecutionProvider"])
+        session = open_session(exposed, optimise=False)
     except Exception as error:
         pytest.skip(f"onnxruntime does not load it: {error}")
     for feeds in sample.feeds:

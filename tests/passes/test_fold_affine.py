@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from helpers import build, normal, ops, parse, reasons, run, same, weight
+from helpers import build, normal, open_session, ops, parse, reasons, run, same, weight
 from onnx import helper
 
 import pwopt
@@ -423,17 +423,14 @@ def test_a_normalisation_that_would_only_become_an_addition_stays(body: str) -> 
     ],
 )
 def test_a_transposed_convolution_whose_padding_follows_from_sizes(attrs: str) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxruntime")
     norm = {k: (normal(5, seed=i) ** 2 + 0.1).astype(np.float32) for i, k in enumerate("gbmv")}
     body = f"(float[2,4,6,6] x) => (float[A,B,C,D] y) {{ h = ConvTranspose<{attrs}>(x, w) y = BatchNormalization(h, g, b, m, v) }}"
     model = parse(body, w=normal(4, 5, 3, 3, dtype=np.float32), **norm)
     result, outcome, _ = run(model, FoldAffine())
     assert ops(result) == {"ConvTranspose": 1}, reasons(outcome)
     x = X.astype(np.float32)
-    before, after = (
-        onnxruntime.InferenceSession(m.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, {"x": x})[0]
-        for m in (model, result)
-    )
+    before, after = (open_session(m).run(None, {"x": x})[0] for m in (model, result))
     np.testing.assert_allclose(after, before, rtol=1e-4, atol=1e-5)
 
 

@@ -4,9 +4,8 @@ import itertools
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
-from helpers import normal, ops, parse, reasons, run
+from helpers import normal, open_session, ops, parse, reasons, run
 
 from pwopt.passes import FoldInterpolation
 
@@ -25,7 +24,7 @@ def small(scope: str = "exact") -> FoldInterpolation:
 
 
 def on_onnxruntime(model: onnx.ModelProto, **feeds: np.ndarray) -> np.ndarray:
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_session(model)
     return np.asarray(session.run(None, feeds)[0])
 
 

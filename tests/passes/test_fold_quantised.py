@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
-from helpers import ops, reasons, run
+from helpers import open_session, ops, reasons, run
 from onnx import TensorProto, helper, numpy_helper
 
 from pwopt.passes.fold_quantised import FoldQuantised
@@ -37,7 +36,7 @@ def make(
 
 
 def output(model: onnx.ModelProto) -> np.ndarray:
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_session(model)
     return np.asarray(session.run(None, {"x": np.ones(1, np.float32)})[0])
 
 

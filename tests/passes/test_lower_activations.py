@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
-from helpers import eager, evaluate, normal, ops, parse, run, same
+from helpers import eager, evaluate, normal, open_session, ops, parse, run, same
 
 from pwopt.passes import LowerMish, LowerPRelu, LowerPReluByChannel, LowerSwish
 
@@ -13,7 +12,7 @@ EXTREMES = np.array([0, 1e-30, -1e-30, 0.5, -0.5, 19.9, 20.1, -20.1, -87, -104, 
 
 
 def on_onnxruntime(model: onnx.ModelProto, **feeds: np.ndarray) -> np.ndarray:
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_session(model)
     return np.asarray(session.run(None, feeds)[0])
 
 

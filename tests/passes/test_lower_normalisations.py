@@ -2,9 +2,8 @@ from __future__ import annotations
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
-from helpers import eager, normal, ops, parse, run
+from helpers import eager, normal, open_session, ops, parse, run
 
 from pwopt.passes import LowerGroupNorm, LowerLRN, LowerResidual
 
@@ -12,10 +11,7 @@ F = np.float32
 
 
 def on_onnxruntime(model: onnx.ModelProto, **feeds: np.ndarray) -> np.ndarray:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return np.asarray(session.run(None, feeds)[0])
+    return np.asarray(open_session(model, optimise=False).run(None, feeds)[0])
 
 
 def lrn(attrs: str, shape: str = "2,7,5,4", kind: str = "float") -> onnx.ModelProto:

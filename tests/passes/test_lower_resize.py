@@ -4,9 +4,8 @@ import itertools
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
-from helpers import eager, normal, ops, parse, reasons, run
+from helpers import eager, normal, open_session, ops, parse, reasons, run
 
 from pwopt.algebra.interpolation import TRANSFORMATIONS, Interpolation
 from pwopt.passes import LowerResize
@@ -17,7 +16,7 @@ SCALED = "(float[N,3,8,6] x) => (float[A,B,C,D] y) { y = Resize<%s>(x, , z) }"
 
 
 def on_onnxruntime(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
-    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_session(model)
     return np.asarray(session.run(None, {"x": x})[0])
 
 

@@ -6,9 +6,8 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
-from helpers import normal, ops, run
+from helpers import normal, open_session, ops, run
 from onnx import TensorProto, helper, numpy_helper
 
 import pwopt
@@ -33,7 +32,7 @@ def make(nodes: list[Node], weights: dict[str, np.ndarray], shape: list[int], op
 
 
 def outputs(model: onnx.ModelProto, **feeds: np.ndarray) -> list[np.ndarray]:
-    return ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"]).run(None, feeds)
+    return open_session(model).run(None, feeds)
 
 
 WEIGHTS = {"w": normal(6, 4, 3, 3), "b": normal(6), "z": normal(1, 6, 3, 3), "u": normal(4, 6), "t": normal(6, 4)}

@@ -5,7 +5,7 @@ import numpy as np
 import onnx
 import onnxruntime as ort
 import pytest
-from helpers import build, evaluate, normal, ops, parse, run, same
+from helpers import build, evaluate, normal, open_session, ops, parse, run, same
 from onnx import TensorProto, helper
 
 import pwopt
@@ -217,11 +217,11 @@ def test_a_range_with_a_vector_as_its_bound_loads() -> None:
     )
     numbers = {"two": np.array(2), "zero": np.array(0), "one": np.array(1), "three": np.array([3])}
     model = parse(body, 18, **numbers)
-    ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    open_session(model)
     result = pwopt.optimize(model, cost="analytic", verify=False).model
     assert ops(result) == {"Concat": 1}
     x, size = np.arange(5), np.arange(2)
-    session = ort.InferenceSession(result.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_session(result)
     np.testing.assert_array_equal(session.run(None, {"x": x, "size": size})[0], [0, 1, 2, *x])
 
 
@@ -233,7 +233,7 @@ def test_the_bounds_of_a_range_become_scalars() -> None:
     model = helper.make_model(helper.make_graph(nodes, "g", ends[:1], ends[1:], held), ir_version=8)
     result, _, _ = run(model, CleanUp())
     assert ops(result) == {"Range": 1, "Add": 1}  # three numbers take less than the positions
-    session = ort.InferenceSession(result.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_session(result)
     np.testing.assert_array_equal(session.run(None, {"x": np.arange(200)})[0], 2 * np.arange(200))
 
 
@@ -303,14 +303,10 @@ def test_quantising_undoes_dequantising(dtype: str, scale: object) -> None:
     assert ops(result) == {"Transpose": 1}
     info = np.iinfo(helper.tensor_dtype_to_np_dtype(code))
     numbers = np.arange(info.min, info.max + 1).astype(helper.tensor_dtype_to_np_dtype(code)).reshape(-1, 4)
-    session = ort.InferenceSession(model.SerializeToString(), no_optimisation(), providers=["CPUExecutionProvider"])
+    session = open_session(model, optimise=False)
     np.testing.assert_array_equal(session.run(None, {"x": numbers})[0], numbers.T)
 
 
-def no_optimisation() -> ort.SessionOptions:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    return options
 
 
 @pytest.mark.parametrize(

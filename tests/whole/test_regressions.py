@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from helpers import eager, normal, ops, parse, run, same
+from helpers import eager, normal, open_session, ops, parse, run, same
 
 import pwopt
 from pwopt.graph.shapes import infer
@@ -34,11 +34,7 @@ F = np.float32
 
 
 def on_onnxruntime(model: onnx.ModelProto, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
-    options = ort.SessionOptions()
-    options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
-    options.log_severity_level = 4
-    session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
-    return list(session.run(None, feeds))
+    return list(open_session(model, optimise=False).run(None, feeds))
 
 
 def r(*shape: int, seed: int = 0) -> np.ndarray:
@@ -302,10 +298,10 @@ def test_old_opsets_subsample_without_steps() -> None:
 
 
 def test_an_empty_batch_of_volumes() -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxruntime")
     model = parse("(float[n,3,4,5,6] x) => (float[N] y) { y = Conv(x, w) }", w=normal(4, 3, 1, 1, 1, dtype=np.float32))
     result, _, _ = run(model, eager(LowerRank))
-    session = onnxruntime.InferenceSession(result.SerializeToString(), providers=["CPUExecutionProvider"])
+    session = open_session(result)
     assert session.run(None, {"x": np.zeros((0, 3, 4, 5, 6), np.float32)})[0].shape == (0, 4, 4, 5, 6)
 
 
@@ -367,12 +363,10 @@ def test_adding_zero_before_a_divisor(body: str) -> None:
     """−0 + 0 is +0, and 1/(+0) is +∞, where 1/(−0) is −∞: at every level what the original gives there."""
     model = parse(f"(float[N] x) => (float[N] y) {body}", o=F(0), k=F(2))
     result = pwopt.optimize(model, cost="analytic").model
-    for level in ("ORT_DISABLE_ALL", "ORT_ENABLE_ALL"):
-        options = ort.SessionOptions()
-        options.graph_optimization_level = getattr(ort.GraphOptimizationLevel, level)
-        both = (ort.InferenceSession(m.SerializeToString(), options) for m in (model, result))
+    for optimise in (False, True):
+        both = (open_session(m, optimise) for m in (model, result))
         a, b = (session.run(None, {"x": np.array([-1, 2, 0], F)})[0] for session in both)
-        assert np.array_equal(a, b), level
+        assert np.array_equal(a, b), optimise
 
 
 def test_where_the_promise_ends() -> None:
