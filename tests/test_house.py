@@ -186,7 +186,8 @@ def test_nothing_heavy_is_imported_at_once(code: str) -> None:
     assert done.stdout.strip() == "[]"
 
 
-def test_a_worker_starts_without_onnx() -> None:
-    check = "import sys, pwopt.running.worker; print('numpy' in sys.modules, 'onnx' in sys.modules)"
+@pytest.mark.parametrize("module", ["worker", "cold_start"])
+def test_processes_that_run_models_start_without_onnx(module: str) -> None:
+    check = f"import sys, pwopt.running.{module}; print('numpy' in sys.modules, 'onnx' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", check], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "True False"

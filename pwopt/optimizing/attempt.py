@@ -31,6 +31,7 @@ from pwopt.reporting import notes
 from pwopt.reporting.report import NEGLIGIBLE_SLOWDOWN, ConditionLatency, Latency, Report
 from pwopt.rewriting.ratios import is_vague
 from pwopt.running import bench, installation, memory, timing
+from pwopt.running.cold_start import measure_cold_starts
 from pwopt.running.session import Session
 from pwopt.running.timing import Race
 from pwopt.running.worker import UnusableError
@@ -378,7 +379,7 @@ class Pair:
         """Measure the peak memory in megabytes of a session of each in a process of its own, if both run there."""
         where, paths = self.environment, (self.original, self.candidate)
         try:
-            cold = bench.measure_cold_starts(paths, where.provider, where.threads, where.samples[0].feeds)
+            cold = measure_cold_starts(paths, where.provider, where.threads, where.samples[0].feeds)
         except (PwoptError, OSError) as error:
             LOG.info("the peak memory is not known: %s", error)
             return None

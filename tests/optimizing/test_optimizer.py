@@ -275,7 +275,7 @@ def test_memory_that_cannot_be_measured_ends_nothing(error: Exception, monkeypat
     def fail(*_: object) -> dict[str, float]:
         raise error
 
-    monkeypatch.setattr(attempt.bench, "measure_cold_starts", fail)
+    monkeypatch.setattr(attempt, "measure_cold_starts", fail)
     report = pwopt.optimize(CHAIN, threads=1, cache=False, measuring=pwopt.Measuring(budget=1.0)).report
     assert report.latency is not None
     assert report.latency.start is not None

@@ -3,7 +3,6 @@
 import ml_dtypes
 import numpy as np
 import onnx
-import onnxruntime as ort
 import pytest
 from helpers import build, evaluate, normal, open_session, ops, parse, run, same
 from onnx import TensorProto, helper
@@ -305,8 +304,6 @@ def test_quantising_undoes_dequantising(dtype: str, scale: object) -> None:
     numbers = np.arange(info.min, info.max + 1).astype(helper.tensor_dtype_to_np_dtype(code)).reshape(-1, 4)
     session = open_session(model, optimise=False)
     np.testing.assert_array_equal(session.run(None, {"x": numbers})[0], numbers.T)
-
-
 
 
 @pytest.mark.parametrize(

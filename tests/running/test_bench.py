@@ -13,7 +13,8 @@ import pwopt
 from pwopt.cli import main
 from pwopt.errors import UsageError
 from pwopt.running import huge_pages
-from pwopt.running.bench import LAYOUT, measure_cold_starts, sum_by_operator
+from pwopt.running.bench import LAYOUT, sum_by_operator
+from pwopt.running.cold_start import measure_cold_starts
 from pwopt.running.providers import DEFAULT
 from pwopt.running.session import Session, _parse_events
 

@@ -30,7 +30,7 @@ from pwopt.graph import limits, storage
 from pwopt.inputs.input_specs import parse_shape
 from pwopt.optimizing import batch, cluster, other_conditions
 from pwopt.optimizing.request import Request
-from pwopt.running import bench, child_process, installation, timing, worker
+from pwopt.running import child_process, cold_start, installation, timing, worker
 from pwopt.running.child_process import describe_exit
 from pwopt.running.providers import DEFAULT
 from pwopt.running.session import Session
@@ -216,14 +216,14 @@ def test_memory_is_bounded_only_where_it_is_known(monkeypatch: pytest.MonkeyPatc
 
 
 def test_the_peak_of_memory(monkeypatch: pytest.MonkeyPatch) -> None:
-    here = bench._read_peak()
-    monkeypatch.setattr(bench, "STATUS", NOWHERE)
-    assert bench._read_peak() >= 0.9 * here > 1e6
-    in_kib = bench._read_peak()
+    here = cold_start._read_peak()
+    monkeypatch.setattr(cold_start, "STATUS", NOWHERE)
+    assert cold_start._read_peak() >= 0.9 * here > 1e6
+    in_kib = cold_start._read_peak()
     monkeypatch.setattr(sys, "platform", "darwin")
-    assert bench._read_peak() == pytest.approx(in_kib / 1024, rel=0.1)  # which counts bytes
+    assert cold_start._read_peak() == pytest.approx(in_kib / 1024, rel=0.1)  # which counts bytes
     monkeypatch.setitem(sys.modules, "resource", None)
-    assert bench._read_peak() == 0.0
+    assert cold_start._read_peak() == 0.0
 
 
 def test_the_processor_of_a_mac(mac: None, monkeypatch: pytest.MonkeyPatch) -> None:
