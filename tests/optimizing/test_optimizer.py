@@ -581,7 +581,7 @@ def test_a_result_whose_race_says_little_is_raced_again(monkeypatch: pytest.Monk
         return Race(tuple(SessionPair((*p.times, p.times[0])[: len(models)]) for p in found.pairs), 1.0)
 
     plant(monkeypatch, race)
-    report = pwopt.optimize(MODELS / "linear_sequence.onnx", cache=False, threads=1).report
+    report = pwopt.optimize(MODELS / "linear_sequence.onnx", cache=False, threads=1, shapes={"x": (1, 64, 8, 8)}).report
     assert len(finals) == 2
     assert report.latency is not None
     assert report.latency.pairs == 18
