@@ -172,8 +172,93 @@ def test_quickstart_prints_what_it_shows(
     (samples,) = (b for b in re.findall(r"```python\n(.*?)```", page, re.S) if "np.savez" in b)
     monkeypatch.chdir(tmp_path)
     exec(compile(samples, "docs/quickstart.md", "exec"), {})
+    (optimize,) = (command for command, _, _ in shown if "--report report.html" in command)
     (check,) = (command for command, _, _ in shown if command.startswith("pwopt verify"))
-    shell(f"pwopt optimize model.onnx -o fast.onnx --cost analytic && {check}")
+    shell(f"{optimize} && {check}")
+    monkeypatch.setitem(EFFORTS, "normal", 0.5)
+    (call,) = (b for b in re.findall(r"```python\n(.*?)```", page, re.S) if "result  # in Jupyter" in b)
+    exec(compile(call, "docs/quickstart.md", "exec"), {})
+
+
+def list_commands() -> list[tuple[str, list[str]]]:
+    """Every call of pwopt in a page, without prompts and comments."""
+    found = []
+    for page in PAGES:
+        text = page.read_text(encoding="utf-8").replace("\\\n", " ")
+        for block in re.findall(r"```(?:bash|console|yaml)\n(.*?)```", text, re.S):
+            for call in re.findall(r"(?:^|[$:&(] +|\| *)(pwopt [^\n&|;>)]+)", block, re.M):
+                found.append((page.name, shlex.split(call, comments=True)[1:]))
+        for call in re.findall(r"`(pwopt -*\w[^`]*)`", re.sub(r"```.*?```", "", text, flags=re.S)):
+            found.append((page.name, shlex.split(call)[1:]))
+    return found
+
+
+def test_every_command_that_a_page_shows_exists() -> None:
+    """Also those that need a GPU, a cluster or a user's own files: their options parse."""
+    group = typer.main.get_command(app)
+    listed = list_commands()
+    assert len(listed) > 60
+    assert {name for name, _ in listed} >= {"README.md", "quickstart.md", "recipes.md", "fleet.md", "own-rewrites.md"}
+    for page, (name, *rest) in listed:
+        if name.startswith("-"):
+            assert any(name in p.opts for p in group.params), f"{page}: pwopt {name}"
+            continue
+        command = group.commands[name]  # type: ignore[attr-defined]
+        if rest:  # else it only names the command
+            command.make_context(name, rest)
+
+
+#: Blocks that no test runs, by the page and how they begin, and why not.
+NOT_RUN = {
+    ("README.md", "pip download"): "downloads a model; the command of pwopt is parsed",
+    ("README.md", "python3 -m venv"): "`.ci/run` runs it",
+    ("README.md", "$ pwopt"): "a user's own model; parsed",
+    ("CONTRIBUTING.md", "git clone"): "`.ci/run` does the same",
+    ("CONTRIBUTING.md", "pytest"): "`.ci/run` does the same",
+    ("fleet.md", "$ pwopt"): "a user's own models; parsed",
+    ("fleet.md", "head$"): "needs several machines; parsed, and tests/optimizing has a cluster in one",
+    ("own-rewrites.md", "import pwopt"): "a user's own model and module",
+    ("own-rewrites.md", "$ pwopt"): "a user's own model and module; parsed",
+    ("quickstart.md", "python3 -m venv"): "`.ci/run` does the same",
+    ("quickstart.md", "pip install"): "downloads torch",
+    ("quickstart.md", "import torch"): "needs torch; the test makes the same model",
+    ("quickstart.md", "serving$"): "two machines; parsed, and recipes.md runs both commands on one",
+    ("rapidocr.md", "pip install"): "downloads a package; `nox -s client` does",
+    ("running-fast.md", "GLIBC_TUNABLES"): "a user's own program",
+}
+#: Pages whose blocks of a language run as a whole, with the tests that do so.
+RUN = {
+    ("README.md", "python"), ("README.md", "text"), ("python.md", "python"), ("recipes.md", "bash"),
+    ("quickstart.md", "python"), ("quickstart.md", "console"), ("verification.md", "python"),
+    ("quantise.md", "python"),  # tests/whole/test_quantise.py
+    ("rapidocr.md", "python"),  # tests/whole/test_client.py
+    ("CONTRIBUTING.md", "python"),  # tests/test_house.py
+    ("own-rewrites.md", "python"), ("running-fast.md", "python"),
+}  # fmt: skip
+
+
+def test_every_block_runs_or_has_a_reason_not_to() -> None:
+    unused = dict(NOT_RUN)
+    for page in PAGES:
+        for kind, block in re.findall(r"```(bash|console|python)\n(.*?)```", page.read_text(encoding="utf-8"), re.S):
+            excuses = [key for key in NOT_RUN if key[0] == page.name and block.startswith(key[1])]
+            assert excuses or (page.name, kind) in RUN, f"{page.name}: {block}"
+            for key in excuses:
+                unused.pop(key, None)
+    assert not unused
+
+
+def test_the_settings_of_running_fast_exist(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    onnxruntime = pytest.importorskip("onnxruntime")
+    page = (ROOT / "docs" / "running-fast.md").read_text(encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    options = onnxruntime.SessionOptions()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(blocks) == 5
+    for block in blocks:
+        exec(compile(block, "docs/running-fast.md", "exec"), {"options": options})
+    onnxruntime.InferenceSession(ROOT / "models" / "fcn.onnx", options, ["CPUExecutionProvider"])
+    assert (tmp_path / "offline.onnx").exists()
 
 
 def test_own_rewrites_work() -> None:

@@ -280,7 +280,7 @@ def _role_in_input(spec: InputSpec, name: str, waveform: bool) -> str | None:
 def _group_single(axis: str, role: str, why: str, metadata: Metadata) -> AxisGroup:
     first, *others = USUAL[role]
     trust = Trust.NAME if why == BY_NAME else Trust.PLACE
-    group = AxisGroup((axis,), role, tuple(Guess((size,), "another usual size", Trust.SPARE) for size in others))
+    group = AxisGroup((axis,), role, tuple(Guess((size,), "a common size", Trust.SPARE) for size in others))
     group = group.insert(Guess((first,), why, trust))
     keys = {
         "batch": BATCH_KEYS,
@@ -323,7 +323,7 @@ def _group_image(
     trust = Trust.NAME if roles[pixels[0]][1] == BY_NAME else Trust.PLACE
     stride = metadata.number(STRIDE_KEYS, 2, 128)
     group = AxisGroup(pixels, "image", (), stride[0] if stride else 1)
-    group = group.insert(*(Guess(select(pair), "another usual size", Trust.SPARE) for pair in usual[1:]))
+    group = group.insert(*(Guess(select(pair), "a common size", Trust.SPARE) for pair in usual[1:]))
     group = group.insert(Guess(select(usual[0]), why, trust))
     group = group.insert(*_guess_from_siblings(spec, pixels, roles, specs, select))
     stated = (metadata.image(LATENT_KEYS) if shape[1:2] == (4,) else None) or metadata.image()

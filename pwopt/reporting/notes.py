@@ -240,7 +240,10 @@ def describe_races(decisions: Sequence[Decision], hint: str) -> Iterator[str]:
         yield f"Left out in doubt: {listed}. {hint}"
     busy = min((d.own for d in decisions if d.raced), default=1.0)
     if busy < BUSY:
-        yield f"The machine was busy: models had {busy:.0%} of the time that passed in a race, so that counts less."
+        yield (
+            f"The machine was busy: in one race, the models had the processor for {busy:.0%} of the time. "
+            "Such a race counts less."
+        )
 
 
 def describe_worker(problem: str) -> Iterator[str]:
