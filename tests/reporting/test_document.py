@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import onnx
 import pytest
-from helpers import MODELS, normal, parse
+from helpers import MODELS, normal, parse, run_command
 
 import pwopt
 from pwopt.errors import UsageError
@@ -266,7 +266,7 @@ def test_the_command_line_writes_documents(tmp_path: Path) -> None:
         "--report",
         str(tmp_path / "r.html"),
     ]
-    done = subprocess.run([sys.executable, "-m", "pwopt", *arguments], capture_output=True, text=True, check=False)
+    done = run_command(*arguments)
     assert done.returncode == 0, done.stderr
     text = Elements((tmp_path / "r.html").read_text()).text
     assert "pwopt optimize" in text
@@ -280,7 +280,7 @@ def test_the_command_line_writes_documents(tmp_path: Path) -> None:
         "--report",
         str(tmp_path / "v.md"),
     ]
-    done = subprocess.run([sys.executable, "-m", "pwopt", *arguments], capture_output=True, text=True, check=False)
+    done = run_command(*arguments)
     assert done.returncode == 0, done.stderr
     assert "# seq.onnx → seq.pwopt.onnx: Equivalent" in (tmp_path / "v.md").read_text()
 
