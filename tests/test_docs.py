@@ -302,6 +302,15 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert not anchor or anchor in anchors(target), f"{page.name}: {link}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.relative_to(ROOT).as_posix())
+def test_a_line_that_begins_with_a_number_is_in_a_list_for_every_renderer(page: Path) -> None:
+    """In the middle of a sentence, "exits with\\n0. With" is one paragraph on GitHub, but a list on the site."""
+    text = re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S)
+    numbers = re.findall(r"^ *(\d+)\. ", text, re.M)
+    tokens = MarkdownIt("commonmark").parse(text)
+    assert len(numbers) == sum(t.type == "list_item_open" and t.info.isdigit() for t in tokens)
+
+
 def test_every_link_elsewhere_is_somewhere() -> None:
     assert set(itertools.chain.from_iterable(map(links, PAGES))) >= ELSEWHERE
 

@@ -60,7 +60,7 @@ def _drop_measured(tried: Attempt, unmeasured: Attempt | None) -> Attempt:
     )
     names = ", ".join(dict.fromkeys(r.pass_name for r in dropped))
     report = replace(unmeasured.report, skips=(*unmeasured.report.skips, *skips))
-    note = f"With {names} the model was measured {compared}{figures}, so they were left out."
+    note = f"With {names} the model was measured {compared}{figures}, so these rewrites were left out."
     return Attempt(unmeasured.proto, report).add_notes(*([note] if names else []))
 
 
