@@ -18,7 +18,7 @@ pytest.importorskip("onnxruntime")
 
 import judge as judging
 import onnx
-from judge import WrongError, check, choose, excessive, judge
+from judge import WrongError, check, choose, excessive, judge, overflowing
 from onnx import TensorProto, helper, numpy_helper
 from strategies import Sample, random_sample
 
@@ -150,6 +150,15 @@ def test_elements_that_are_not_numbers_count_as_the_largest_jumps() -> None:
     assert excessive(off, own, 1e-3)
     own[5] = np.inf
     assert not excessive(off, own, 1e-3)
+
+
+def test_a_pole_may_lie_beyond_the_numbers_of_a_type() -> None:
+    """Beside a pole, a deviation of 187,000 in float32 is one to infinity in float16."""
+    off, own = np.array([np.inf, 0.0]), np.array([1.87e5, 0.0])
+    assert excessive(off, overflowing(own, np.dtype(np.float32)), 1.0)
+    assert not excessive(off, overflowing(own, np.dtype(np.float16)), 1.0)
+    assert excessive(off, overflowing(own / 4, np.dtype(np.float16)), 1.0)
+    assert overflowing(own, np.dtype(np.int64)) is own
 
 
 def test_random_models_are_the_same_in_every_process() -> None:
