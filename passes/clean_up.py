@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 
 from pwopt.algebra import Values, zeros
+from pwopt.algebra.summaries import has_nonzero
 from pwopt.graph import attributes
 from pwopt.graph.constants import MAX_GROWTH_BYTES, NEGLIGIBLE_BYTES, evaluate
 from pwopt.graph.dtypes import is_floating
@@ -119,11 +120,9 @@ class CleanUp(Pass):
         return rw.replace_by_constants(node, [number], reason)
 
     def _fold(self, node: Node, rw: Rewriter, op: str) -> Rewrite | Skip | None:
-        shape = rw.shape(node.inputs[0]) if node.inputs else None
-        sizes = as_fixed(shape)
-        sizes = sizes if sizes is not None and math.prod(sizes) < MAX_ELEMENTS else None
+        sizes = as_fixed(rw.shape(node.inputs[0])) if op in ("Shape", "Size") and node.inputs else None
         constants = [rw.constant(t) for t in node.inputs if t.name]
-        if op in ("Shape", "Size") and sizes is not None:
+        if sizes is not None and math.prod(sizes) < MAX_ELEMENTS:
             values = {node.inputs[0].name: np.broadcast_to(np.float32(0), sizes)}
         elif constants and all(c is not None for c in constants):
             values = {t.name: v for t in node.inputs if t.name and (v := rw.raw(t)) is not None}
@@ -236,7 +235,7 @@ def _explain_no_effect(rw: Rewriter, node: Node, op: str) -> str:
     if op in ("Mul", "Div", "BatchNormalization"):
         reading = forms.linear(rw, node)
         step = reading.try_load() if reading is not None and reading.kind == "diagonal" else None
-        same = step is not None and np.all(step.scale == 1) and not step.geometry.biased
+        same = step is not None and not step.geometry.biased and not has_nonzero(step.scale != 1)
         return f"{op} by a constant that changes nothing" if same else ""
     if op in WEIGHTED_OPERATORS:
         return f"{op} by the identity" if _is_identity(rw, node) else ""

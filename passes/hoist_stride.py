@@ -170,12 +170,9 @@ def _find_steps(rw: Rewriter) -> dict[Tensor, Steps]:
             continue
         out = node.outputs[0]
         rank = (rw.rank(out) or 0) - 2
-        absorbs = stencil(rw, node) is not None or pooling(rw, node)
-        if rank < 1 or not (absorbs or positionwise(rw, node)) or not rw.readers(out):
-            continue
-        distances = [_find_step(rw, reader, out, rank, steps) for reader in rw.readers(out)]
-        step = tuple(math.gcd(*(d[a] for d in distances)) for a in range(rank))
-        if any(s > 1 for s in step):
+        distances = [_find_step(rw, reader, out, rank, steps) for reader in rw.readers(out)] if rank > 0 else []
+        step = tuple(map(math.gcd, *distances)) if distances else ()
+        if max(step, default=1) > 1 and (stencil(rw, node) is not None or pooling(rw, node) or positionwise(rw, node)):
             steps[out] = step
     return steps
 
@@ -186,5 +183,5 @@ def _find_step(rw: Rewriter, reader: Node, tensor: Tensor, rank: int, steps: dic
     stride = _read_pointwise_stride(rw, reader)
     if stride is not None and reader.inputs[0] is tensor and sum(t is tensor for t in reader.inputs) == 1:
         return tuple(s * a for s, a in zip(stride, after, strict=True)) if len(stride) == rank else (1,) * rank
-    passes_on = len(after) == rank and has_positions(rw, tensor, rank) and positionwise(rw, reader)
-    return after if passes_on else (1,) * rank
+    skips = len(after) == rank and max(after) > 1
+    return after if skips and has_positions(rw, tensor, rank) and positionwise(rw, reader) else (1,) * rank

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -10,6 +11,7 @@ import numpy as np
 from pwopt.algebra import Array
 from pwopt.algebra.geometry import RefusedError
 from pwopt.algebra.linear import LinearMap
+from pwopt.algebra.summaries import is_finite
 
 #: Sketches that must agree: one in ten of a large matrix is nearly singular by chance (Edelman, 1988).
 SKETCHES = 3
@@ -69,12 +71,12 @@ def factor(linear: LinearMap, relative_error: float) -> tuple[LinearMap, LinearM
     if g.groups != 1 or g.transposed:
         raise RefusedError("only ungrouped maps are factored")
     matrix = linear.weight.reshape(g.out_channels, -1)
-    if not np.all(np.isfinite(matrix)):
+    if not is_finite(matrix):
         raise RefusedError("the weights are not finite")
     u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-    tail = np.sqrt(np.cumsum(s[::-1] ** 2)[::-1])
-    least = math.sqrt(max(matrix.shape)) * float(np.finfo(np.float64).eps)
-    rank = int(np.sum(tail > max(relative_error, least) * tail[0])) if tail.size else 0
+    tail = np.sqrt((s[::-1] ** 2).cumsum()[::-1])
+    least = math.sqrt(max(matrix.shape)) * sys.float_info.epsilon
+    rank = int(np.count_nonzero(tail > max(relative_error, least) * tail[0])) if tail.size else 0
     if rank * sum(matrix.shape) >= matrix.size or rank == 0:
         raise RefusedError(
             f"the rank {rank} of {g.out_channels}×{matrix.shape[1]} weights is too high to save anything"

@@ -82,13 +82,14 @@ def round_map(linear: LinearMap, dtype: np.dtype[Any]) -> Rounded:
         (`pwopt.algebra.overflow`), or if all weights of an output channel become zero. Weights that become zero beside
         others of the same channel, and biases that become zero, are below the rounding error of the sum.
     """
-    weight, bias = round_values(linear.weight, dtype), round_values(linear.bias, dtype)
+    weight, biased = round_values(linear.weight, dtype), linear.geometry.biased
+    bias = round_values(linear.bias, dtype) if biased else linear.bias.astype(dtype)
     range_of(dtype).check(linear)
     if count_zeros(weight) > count_zeros(linear.weight):
         rows, exact = (v.reshape(linear.geometry.out_channels, -1) for v in (weight, linear.weight))
         if (exact.any(axis=1) & ~rows.any(axis=1)).any():
             raise RefusedError(f"a folded channel underflows {dtype}")
-    of_bias = relative_rounding(bias, linear.bias) if linear.geometry.biased else 0.0
+    of_bias = relative_rounding(bias, linear.bias) if biased else 0.0
     return Rounded(weight, bias, max(relative_rounding(weight, linear.weight), of_bias))
 
 

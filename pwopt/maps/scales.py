@@ -124,14 +124,16 @@ def read_arithmetic(view: View, node: Node) -> Result:
     if found is None:
         return _explain_unknown(view, node)
     source, value, axis, first = found
-    op, one, zero = node.op, np.ones(value.shape), np.zeros(value.shape)
+    op, zero = node.op, np.zeros(value.shape)
     nothing = op in ("Add", "Sub") and value.size and not has_nonzero(value)
     if nothing and not zeros.keeps(-value if op == "Sub" and not first else value):
         return Refusal("adding +0 makes +0 of −0")
     if op == "Add":
-        return _matmul_bias(view, node, source, value, axis) or diagonal(node, source, one, value, axis)
+        return _matmul_bias(view, node, source, value, axis) or diagonal(node, source, zero + 1, value, axis)
     if op == "Sub":
-        return diagonal(node, source, -one, value, axis) if first else diagonal(node, source, one, -value, axis)
+        return (
+            diagonal(node, source, zero - 1, value, axis) if first else diagonal(node, source, zero + 1, -value, axis)
+        )
     if op == "Mul":
         return diagonal(node, source, value, zero, axis)
     if first:
