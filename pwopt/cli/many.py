@@ -101,7 +101,7 @@ def _print_row(row: BatchRow, console: Console) -> None:
         console.print(text, soft_wrap=not console.is_terminal)
         return
     faster = " " * 12
-    if row.speedup is not None and row.low != row.high and is_vague(row.low or 0.0, row.high or 0.0):
+    if row.speedup is not None and is_vague(row.low or 0.0, row.high or 0.0):
         faster = f"{'unclear':<12}"
     elif row.speedup is not None:
         faster = f"{row.speedup:5.2f}× [dim]±{_half_interval(row):4.2f}[/dim]"
@@ -121,7 +121,7 @@ def _format_ratio(label: str, measured: tuple[float, float, float] | None) -> st
     if measured is None:
         return ""
     ratio, low, high = measured
-    return f"  [dim]{label}[/dim] {'unclear' if low != high and is_vague(low, high) else f'{ratio:.2f}×'}"
+    return f"  [dim]{label}[/dim] {'unclear' if is_vague(low, high) else f'{ratio:.2f}×'}"
 
 
 def _half_interval(row: BatchRow) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pwopt.graph.storage import name_beside
 from pwopt.reporting.document import load_templates
+from pwopt.rewriting.ratios import is_vague
 
 
 def render_index(rows: Sequence[Any], folder: Path) -> str:
@@ -23,7 +24,8 @@ def render_index(rows: Sequence[Any], folder: Path) -> str:
         Folder of the index. Reports that exist there are linked.
     """
     shown = sorted((r for r in rows if r.status != "failed"), key=lambda r: -(r.speedup or 0.0))
-    measured = [r.speedup for r in rows if r.speedup is not None]
+    measured = [r for r in rows if r.speedup is not None]
+    clear = [r.speedup for r in measured if not is_vague(r.low, r.high)]
     links = {r.output: found for r in rows if (found := _find_report(folder, r.output))}
     text: str = (
         load_templates("html")
@@ -32,9 +34,10 @@ def render_index(rows: Sequence[Any], folder: Path) -> str:
             rows=shown,
             failed=[r for r in rows if r.status == "failed"],
             links=defaultdict(str, links),
-            most=max([1.0, *measured]),
-            mean=exp(sum(map(log, measured)) / len(measured)) if measured else None,
+            most=max([1.0, *clear]),
+            mean=exp(sum(map(log, clear)) / len(clear)) if clear else None,
             measured=len(measured),
+            clear=len(clear),
             faster=sum(r.faster for r in rows),
             pages=any(r.small_pages for r in shown),
             starts=any(r.start for r in shown),
