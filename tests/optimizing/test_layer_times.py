@@ -152,4 +152,4 @@ def test_an_original_that_is_returned_is_profiled_without_a_report_as_well(monke
     report = pwopt.optimize(model(), cache=False, threads=1, measuring=measuring).report
     assert report.candidate is not None
     assert report.candidate.operators is None
-    assert report.notes[-1].endswith(" multiply-adds/s.")
+    assert "ime goes into " in report.notes[-1]
