@@ -93,7 +93,7 @@ def _print_row(row: BatchRow, console: Console) -> None:
     from rich.padding import Padding
 
     from pwopt.reporting.text import escape_text
-    from pwopt.rewriting.ratios import is_vague
+    from pwopt.rewriting.ratios import is_vague, name_ratio
 
     name = escape_text(Path(row.model).name)
     if row.status == "failed":
@@ -101,10 +101,10 @@ def _print_row(row: BatchRow, console: Console) -> None:
         console.print(text, soft_wrap=not console.is_terminal)
         return
     faster = " " * 12
-    if row.speedup is not None and is_vague(row.low or 0.0, row.high or 0.0):
-        faster = f"{'unclear':<12}"
-    elif row.speedup is not None:
-        faster = f"{row.speedup:5.2f}× [dim]±{_half_interval(row):4.2f}[/dim]"
+    if row.speedup is not None:
+        low, high = row.low or 0.0, row.high or 0.0
+        figure = f"{row.speedup:5.2f}× [dim]±{(high - low) / 2:4.2f}[/dim]"
+        faster = f"{name_ratio(row.speedup, low, high):<12}" if is_vague(low, high) else figure
     faster += _format_ratio("with pages of 4 KiB", row.small_pages) + _format_ratio("session creation", row.start)
     nodes = f"{row.nodes[0]:>6,} → {row.nodes[1]:<6,}"
     colour = "green" if row.status == "done" else "dim"
@@ -116,14 +116,6 @@ def _print_row(row: BatchRow, console: Console) -> None:
 
 def _format_ratio(label: str, measured: tuple[float, float, float] | None) -> str:
     """Format another ratio of a row, without its interval; "" if it was not measured."""
-    from pwopt.rewriting.ratios import is_vague
+    from pwopt.rewriting.ratios import name_ratio
 
-    if measured is None:
-        return ""
-    ratio, low, high = measured
-    return f"  [dim]{label}[/dim] {'unclear' if is_vague(low, high) else f'{ratio:.2f}×'}"
-
-
-def _half_interval(row: BatchRow) -> float:
-    """Half the width of the confidence interval of the speed-up."""
-    return ((row.high or 0.0) - (row.low or 0.0)) / 2
+    return "" if measured is None else f"  [dim]{label}[/dim] {name_ratio(*measured)}"

@@ -38,7 +38,7 @@ from pwopt.reporting.verdicts import (
     list_claims,
     list_costs,
 )
-from pwopt.rewriting.ratios import format_interval, format_ratio, is_vague
+from pwopt.rewriting.ratios import format_interval, format_ratio, is_vague, name_ratio
 from pwopt.rewriting.records import Rewrite, Skip
 from pwopt.running.bench import Row
 from pwopt.selecting.weight_properties import Properties
@@ -127,7 +127,9 @@ def load_templates(kind: str) -> Any:
         svg=jinja2.utils.markupsafe.Markup if html else str,
     )  # fmt: skip
     environment.globals.update(draw=draw, wire=wire, BOX_WIDTH=BOX_WIDTH, BOX_HEIGHT=BOX_HEIGHT)
-    environment.globals.update(interval=format_interval, ratio_of=format_ratio, is_vague=is_vague)
+    environment.globals.update(
+        interval=format_interval, ratio_of=format_ratio, is_vague=is_vague, name_ratio=name_ratio
+    )
     return environment
 
 

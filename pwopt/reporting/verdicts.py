@@ -10,7 +10,7 @@ from pwopt.evidence.equivalence import Equivalence
 from pwopt.maps.cost import Cost
 from pwopt.reporting.report import Latency, Report
 from pwopt.reporting.text import SUPERSCRIPTS
-from pwopt.rewriting.ratios import format_interval, is_vague
+from pwopt.rewriting.ratios import format_interval, is_vague, name_ratio
 
 
 def format_scientific(text: str) -> str:
@@ -66,7 +66,13 @@ def _claim_speedup(t: Latency, *, returned: bool) -> tuple[str, str]:
     if not returned:
         return f"{t.speedup:.2f}×", "as fast, because the original is returned"
     if is_vague(*t.interval):
-        return "unclear", f"how fast, because measurements varied too much: {interval}"
+        shown = name_ratio(t.speedup, *t.interval)
+        fast = (
+            "how fast, because measurements varied too much"
+            if shown == "unclear"
+            else "as fast, but measurements varied"
+        )
+        return shown, f"{fast}: {interval}"
     if t.interval[0] > 1 and not t.faster:
         return (
             f"{t.speedup:.2f}×",

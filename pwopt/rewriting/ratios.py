@@ -20,9 +20,18 @@ def format_interval(low: float, high: float, digits: int = 2) -> str:
     return f"[{low:.{digits}f}, {f'{high:.{digits}f}' if high < UNBOUNDED else f'over {UNBOUNDED:.0f}'}]"
 
 
-def format_ratio(ratio: float, low: float, high: float, digits: int = 2) -> str:
-    """Format a ratio with its interval; "unclear" instead of one that says little."""
+def name_ratio(ratio: float, low: float, high: float, digits: int = 2) -> str:
+    """Name a ratio by its figure; if its interval is wide, by the end that is sure ("over 8.84×"), or as "unclear"."""
+    if not is_vague(low, high):
+        return f"{ratio:.{digits}f}×"
     if high > MEANINGLESS_FACTOR * low:
         return "unclear"
-    shown = "unclear" if is_vague(low, high) else f"{ratio:.{digits}f}×"
-    return f"{shown} {format_interval(low, high, digits)}"
+    if low >= VAGUE_FACTOR:
+        return f"over {low:.{digits}f}×"
+    return f"under {high:.{digits}f}×" if high <= 1 / VAGUE_FACTOR else "unclear"
+
+
+def format_ratio(ratio: float, low: float, high: float, digits: int = 2) -> str:
+    """Format a ratio as `name_ratio` does, with its interval if that says anything."""
+    shown = name_ratio(ratio, low, high, digits)
+    return shown if high > MEANINGLESS_FACTOR * low else f"{shown} {format_interval(low, high, digits)}"

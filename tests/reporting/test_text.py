@@ -14,7 +14,7 @@ from pwopt.reporting.report import Latency, Report, Start
 from pwopt.reporting.terminal import print_line, render, render_benchmark
 from pwopt.reporting.text import format_growth, format_huge_pages, format_speedup, list_start_rows
 from pwopt.reporting.verdicts import list_claims
-from pwopt.rewriting.ratios import format_ratio
+from pwopt.rewriting.ratios import format_ratio, name_ratio
 from pwopt.rewriting.records import Rewrite, Site
 from pwopt.running.bench import Row
 
@@ -28,7 +28,16 @@ def test_a_speed_up_that_says_little_is_called_unclear() -> None:
     assert format_speedup(latency(1.31, 10.4)) == "unclear [1.31, 10.40]"
     assert format_speedup(latency(0.0, 86871117.97)) == "unclear"
     assert format_speedup(latency(2.0, 2.0)) == "2.00×"
-    assert format_ratio(30.0, 1.5, 120.0) == "unclear [1.50, over 100]"
+    assert format_ratio(30.0, 1.4, 120.0) == "unclear [1.40, over 100]"
+
+
+def test_what_is_sure_of_a_speed_up_is_said() -> None:
+    """The first command on a busy machine: nobody knows how much faster, but 8 times it surely is."""
+    assert format_ratio(23.8, 8.84, 39.46) == "over 8.84× [8.84, 39.46]"
+    assert format_ratio(30.0, 1.5, 120.0) == "over 1.50× [1.50, over 100]"
+    assert format_ratio(0.2, 0.1, 0.5) == "under 0.50× [0.10, 0.50]"
+    assert format_ratio(30.0, 5.0, 501.0) == "unclear"
+    assert name_ratio(0.4, 0.2, 0.7) == "unclear"
 
 
 @pytest.mark.parametrize(
@@ -36,6 +45,7 @@ def test_a_speed_up_that_says_little_is_called_unclear() -> None:
     [
         (1.9, 2.1, 1.01, ("2.00×", "as fast, 99 % interval 1.90 to 2.10")),
         (1.31, 10.4, 1.01, ("unclear", "how fast, because measurements varied too much: 99 % interval 1.31 to 10.40")),
+        (8.84, 39.46, 1.01, ("over 8.84×", "as fast, but measurements varied: 99 % interval 8.84 to 39.46")),
         (
             1.9, 2.1, 1.95,
             ("2.00×", "as fast, 99 % interval 1.90 to 2.10: not clear, since a copy of the original reached 1.95×"),
