@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """Calibrate the clock: race models against copies of themselves, and against copies slowed down by 2 %.
 
-    python benchmarks/clock.py MODEL... [-o benchmarks/results/clock.json] [--races 20] [--seconds 2]
+    python benchmarks/clock.py MODEL... [-o benchmarks/results/clock.json] [--races 20] [--seconds 2] [--patience 30]
 
 Each model races against itself and a copy, by the rules of the final race of `pwopt optimize`. This happens `--races`
 times under four conditions: idle and beside a busy loop on another core, with huge pages and without. The models must
@@ -38,8 +38,8 @@ from pwopt.running.providers import as_provider
 from pwopt.running.session import Session
 from pwopt.running.size_trials import choose_sizes
 
-#: By how much a copy is slowed down, and the seconds that a race has to find it slower.
-SLOWDOWN, PATIENCE = 1.02, 30.0
+#: By how much a copy is slowed down.
+SLOWDOWN = 1.02
 #: The highest rate of false verdicts: that of the interval, doubled.
 TOLERATED = 2 * (1 - timing.CONFIDENCE)
 
@@ -73,7 +73,7 @@ def busy_core(busy: bool) -> Iterator[None]:
         os.sched_setaffinity(0, cores)
 
 
-def calibrate(path: Path, races: int, seconds: float) -> dict[str, Any]:
+def calibrate(path: Path, races: int, seconds: float, patience: float) -> dict[str, Any]:
     """In a process of its own: the intervals of races of a model against itself, and the time to find it slowed."""
     model = load(path)
     specs = input_specs(model.proto)
@@ -89,7 +89,7 @@ def calibrate(path: Path, races: int, seconds: float) -> dict[str, Any]:
     for _ in range(max(1, races // 5)):
         begin = time.perf_counter()
         rules = timing.Rules(decided=timing.CONFIDENCE)
-        race = timing.race([opener, partial(SlowedSession, path, provider, 1)], feeds, PATIENCE, rules=rules)
+        race = timing.race([opener, partial(SlowedSession, path, provider, 1)], feeds, patience, rules=rules)
         took.append(time.perf_counter() - begin)
         verdicts.append(race.interval()[1] < 1)
     run = race.median(0)
@@ -103,7 +103,8 @@ def run_child(path: Path, huge: bool, options: argparse.Namespace) -> dict[str, 
     """`calibrate` in a process with or without huge pages."""
     environ = (huge_pages.requesting if huge else huge_pages.refusing)(os.environ)
     command = [
-        sys.executable, __file__, str(path), "--child", "--races", str(options.races), "--seconds", str(options.seconds)
+        sys.executable, __file__, str(path), "--child", "--races", str(options.races),
+        "--seconds", str(options.seconds), "--patience", str(options.patience),
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=environ)
     measured: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
@@ -132,10 +133,11 @@ def main() -> None:
     parser.add_argument("-o", "--output", type=Path)
     parser.add_argument("--races", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=2.0)
+    parser.add_argument("--patience", type=float, default=30.0, help="seconds that a race has to find a slow copy")
     parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.child:
-        print(json.dumps(calibrate(options.models[0], options.races, options.seconds)))
+        print(json.dumps(calibrate(options.models[0], options.races, options.seconds, options.patience)))
         return
     console, results = Console(), {}
     table = Table("condition", "races", "false verdicts", "half-width", "ratios", "2 % found", "seconds to find it")
@@ -154,7 +156,12 @@ def main() -> None:
             console.print(f"{name}: {summary['false_verdicts']} of {summary['races']} verdicts false")
             if options.output is not None:
                 machine = installation.describe_machine(as_provider("cpu"), 1)
-                content = {"environment": machine, "seconds": options.seconds, "conditions": results}
+                content = {
+                    "environment": machine,
+                    "seconds": options.seconds,
+                    "patience": options.patience,
+                    "conditions": results,
+                }
                 options.output.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     console.print(table)
     if any(found["rate"] > TOLERATED for found in results.values()):
