@@ -142,11 +142,11 @@ class LinearMap:
 
     def broadcast(self, channels: int) -> LinearMap:
         """Repeat a diagonal map of one channel for `channels` channels; any other map is returned unchanged."""
-        g = self.geometry
-        if not g.diagonal or g.out_channels != 1:
+        wide = self.geometry.broadcast(channels)
+        if wide is self.geometry:
             return self
         moved = None if self.moved is None else self.moved.repeat(channels)
-        return LinearMap(g.broadcast(channels), self.weight.repeat(channels, 0), self.bias.repeat(channels), moved)
+        return LinearMap(wide, self.weight.repeat(channels, 0), self.bias.repeat(channels), moved)
 
     def homogeneous(self) -> LinearMap:
         """The same map of (x, 1), without a bias; see `homogeneous_geometry`."""

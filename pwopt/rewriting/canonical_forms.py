@@ -254,8 +254,8 @@ def _write_scalars(rw: Rewriter, node: Node) -> Rewrite | None:
     """
     inputs = list(node.inputs)
     for index, tensor in enumerate(inputs):
-        held, raw = rw.constant(tensor), rw.raw(tensor)
-        if held is not None and held.shape == (1,) and raw is not None:
+        raw = rw.raw(tensor)
+        if raw is not None and raw.shape == (1,):
             inputs[index] = rw.new_constant(f"{tensor.name}_scalar", raw.reshape(()))
     if inputs == node.inputs:
         return None

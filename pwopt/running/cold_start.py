@@ -1,6 +1,6 @@
 """Cold starts: what loading and running a model once takes in a process that has run no model yet.
 
-The process imports neither onnx nor the rest of pwopt.
+The process does not import onnx, and so starts sooner.
 """
 
 from __future__ import annotations
