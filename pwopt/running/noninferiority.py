@@ -14,6 +14,9 @@ from pwopt.running.timing import CONFIDENCE, HARMLESS, Race, Rules, student_quan
 LEAST_SPREAD = 0.03
 #: From so many pairs on, the spread of the race itself is enough.
 OWN_PAIRS = 5
+#: If the pairs of a race have more than so many times the known variance, their own spread alone counts: by the F test,
+#: sessions that differ alike exceed it in one of twenty races of three pairs.
+FOREIGN = 4.0
 
 
 @dataclass(frozen=True)
@@ -44,10 +47,11 @@ class Spread:
         """Confidence interval of the speed-up in another race; few pairs are judged by the known spread too.
 
         The variance is pooled with that of the other race, weighted by degrees of freedom, as in Student's test for two
-        samples.
+        samples. This needs equal spreads. With several threads, sessions may differ much more than with one.
         """
         logs = race.logs(1)
-        if len(logs) >= OWN_PAIRS or not self.freedom:
+        foreign = len(logs) > 1 and float(np.var(logs, ddof=1)) > FOREIGN * self.deviation**2
+        if len(logs) >= OWN_PAIRS or foreign or not self.freedom:
             return race.interval(1, confidence)
         freedom = self.freedom + len(logs) - 1
         squares = self.freedom * self.deviation**2 + float(np.sum((logs - np.mean(logs)) ** 2))

@@ -37,9 +37,17 @@ def test_few_pairs_have_the_interval_of_the_known_spread() -> None:
     low, high = KNOWN.interval(pairs(1.2))
     reach = student_quantile(4, CONFIDENCE) * 0.03
     assert (low, high) == pytest.approx((1.2 * math.exp(-reach), 1.2 * math.exp(reach)))
-    spread = pairs(1.2 * math.exp(0.1), 1.2 * math.exp(-0.1))  # their own spread counts too
-    reach = student_quantile(5, CONFIDENCE) * math.sqrt((4 * 0.03**2 + 2 * 0.1**2) / 5 / 2)
+    spread = pairs(1.2 * math.exp(0.04), 1.2 * math.exp(-0.04))  # their own spread counts too
+    reach = student_quantile(5, CONFIDENCE) * math.sqrt((4 * 0.03**2 + 2 * 0.04**2) / 5 / 2)
     assert KNOWN.interval(spread) == pytest.approx((1.2 * math.exp(-reach), 1.2 * math.exp(reach)))
+
+
+def test_pairs_that_differ_by_more_than_is_known_speak_for_themselves() -> None:
+    """On a busy machine, sessions with two threads differ much more than with one: this is no slow model."""
+    wide = pairs(0.8, 0.65, 0.55)
+    assert KNOWN.interval(wide) == wide.interval()
+    assert KNOWN.interval(wide)[1] > 1
+    assert KNOWN.interval(pairs(0.8, 0.78, 0.82))[1] < 0.9
 
 
 def test_many_pairs_speak_for_themselves() -> None:
