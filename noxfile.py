@@ -77,13 +77,13 @@ def package(session: nox.Session) -> None:
     session.run("check-wheel-contents", *map(str, folder.glob("*.whl")))
 
 
-@nox.session(venv_backend="none")
+@nox.session
 def constraints(session: nox.Session) -> None:
-    """Write the versions that .ci/run installed in .venv to constraints.txt, and keep its comments."""
+    """Write the newest versions of all packages to constraints.txt, and keep its comments."""
     file = Path(__file__).parent / "constraints.txt"
     said = [line for line in file.read_text(encoding="utf-8").splitlines() if line.startswith("#")]
-    command = (".venv/bin/pip", "freeze", "--all", "--exclude", "pip", "--exclude", "pwopt")
-    found = session.run(*command, external=True, silent=True, stderr=None)
+    session.install("-e", ".[cpu,docs,fleet,report,test]")
+    found = session.run("pip", "freeze", "--all", "--exclude", "pip", "--exclude", "pwopt", silent=True)
     file.write_text("\n".join([*said, str(found).strip(), ""]), encoding="utf-8", newline="\n")
 
 
