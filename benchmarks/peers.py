@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What other tools make of the same models, and how fast that runs.
 
-    python benchmarks/peers.py FOLDER... [-o RESULTS.json] [--seconds 15] [--tools a,b] [--models a,b]
+    python benchmarks/peers.py FOLDER... [-o RESULTS.json] [--seconds 15] [--tools a,b] [--models a,b] [--keep FOLDER]
     python benchmarks/peers.py --render [-o RESULTS.json]
 
 onnxsim, OnnxSlim, onnxoptimizer, onnxscript's optimizer with its rewrite rules, and pwopt each make a model of every .onnx
@@ -10,6 +10,8 @@ against the original as anybody's would be, and raced on onnxruntime's CPU provi
 the original and with OpenVINO on the original (sizes fixed, float32). OpenVINO's outputs are compared to a thousandth
 of their scale. A tool that fails, or whose model is not equivalent, counts as the original: 1. The races take place in
 a process with huge pages, beside a copy of the original. The record also says what pwopt returned, and why.
+
+With `--keep`, what the tools made stays in a folder, to be raced for longer.
 
 The second form writes the tables and the chart of a recorded run, `benchmarks/results/peers.json`, into README.md
 and docs. Needs `pip install onnxsim onnxslim onnxoptimizer onnxscript openvino`; tools that are missing are left
@@ -177,8 +179,8 @@ def count_operators(model: Any) -> int:
     return sum(node.op_type != "Constant" for node in model.graph.node)
 
 
-def measure(path: Path, tools: Sequence[str], seconds: float) -> Row:
-    """All that was made of one model, verified, and raced side by side."""
+def measure(path: Path, tools: Sequence[str], seconds: float, folder: Path) -> Row:
+    """All that was made of one model, left in a folder, verified, and raced side by side."""
     from pwopt.graph.files import load
     from pwopt.inputs.input_specs import input_specs
     from pwopt.inputs.samples import draw_feeds
@@ -192,33 +194,32 @@ def measure(path: Path, tools: Sequence[str], seconds: float) -> Row:
     feeds = draw_feeds(specs, sizes)
     racers: list[Any] = [partial(Session, path)]
     found: dict[str, Row] = {}
-    with tempfile.TemporaryDirectory() as folder:
-        entered = []
-        for tool in tools:
-            made = Path(folder) / f"{tool}.onnx"
-            if tool == RUNTIME:
-                start = time.perf_counter()
-                try:
-                    racer: Any = partial(OpenVino, path, sizes)
-                    loaded = racer()
-                    row: Row = {"seconds": time.perf_counter() - start}
-                    loaded.bind(feeds)
-                    loaded.step()
-                    reason = compared(Session(path).run(feeds), loaded.outputs())
-                except Exception as error:
-                    row, reason = {"error": (str(error).strip().splitlines() or ["?"])[-1][:300]}, ""
-            else:
-                row = make(tool, path, made)
-                reason = "" if "error" in row else verified(path, made)
-                if "error" not in row and not reason:
-                    row["nodes"], racer = count_operators(load(made).proto), partial(Session, made)
-            found[tool] = row
-            if reason:
-                row["error"] = reason
-            if "error" not in row:
-                entered.append(tool)
-                racers.append(racer)
-        race = timing.race([*racers, partial(Session, path)], feeds, seconds, rules=timing.Rules(precise=0.004))
+    entered = []
+    for tool in tools:
+        made = folder / f"{path.stem}.{tool}.onnx"
+        if tool == RUNTIME:
+            start = time.perf_counter()
+            try:
+                racer: Any = partial(OpenVino, path, sizes)
+                loaded = racer()
+                row: Row = {"seconds": time.perf_counter() - start}
+                loaded.bind(feeds)
+                loaded.step()
+                reason = compared(Session(path).run(feeds), loaded.outputs())
+            except Exception as error:
+                row, reason = {"error": (str(error).strip().splitlines() or ["?"])[-1][:300]}, ""
+        else:
+            row = make(tool, path, made)
+            reason = "" if "error" in row else verified(path, made)
+            if "error" not in row and not reason:
+                row["nodes"], racer = count_operators(load(made).proto), partial(Session, made)
+        found[tool] = row
+        if reason:
+            row["error"] = reason
+        if "error" not in row:
+            entered.append(tool)
+            racers.append(racer)
+    race = timing.race([*racers, partial(Session, path)], feeds, seconds, rules=timing.Rules(precise=0.004))
     for i, tool in enumerate(entered, 1):
         start = timing.Evidence.from_logs(race.creation_logs(i))
         found[tool]["speedup"] = [race.speedup(i), *race.interval(i)]
@@ -231,13 +232,14 @@ def measure(path: Path, tools: Sequence[str], seconds: float) -> Row:
     return {**row, "copy": copy, "tools": found}
 
 
-def measure_in_child(path: Path, tools: Sequence[str], seconds: float) -> Row:
+def measure_in_child(path: Path, tools: Sequence[str], seconds: float, keep: Path | None) -> Row:
     """`measure` in a process with huge pages."""
     from pwopt.running import huge_pages
 
-    command = [sys.executable, __file__, "--measure", str(path), ",".join(tools), str(seconds)]
     environment = huge_pages.requesting(os.environ)
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    with tempfile.TemporaryDirectory() as folder:
+        command = [sys.executable, __file__, "--measure", str(path), ",".join(tools), str(seconds), str(keep or folder)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         return {"model": path.stem, "error": (done.stderr.strip().splitlines() or ["?"])[-1][:300]}
     row: Row = json.loads(done.stdout.splitlines()[-1])
@@ -271,7 +273,7 @@ def run(options: argparse.Namespace) -> Row:
     for path in sorted(p for folder in options.folders for p in folder.rglob("*.onnx")):
         if options.models and path.stem not in options.models.split(","):
             continue
-        row = measure_in_child(path, tools, options.seconds)
+        row = measure_in_child(path, tools, options.seconds, options.keep)
         if "error" in row:
             print(f"{row['model']}: {row['error']}", file=sys.stderr, flush=True)
             continue
@@ -290,7 +292,7 @@ def main() -> None:
         print(json.dumps(make_one(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))))
         return
     if sys.argv[1:2] == ["--measure"]:
-        print(json.dumps(measure(Path(sys.argv[2]), sys.argv[3].split(","), float(sys.argv[4]))))
+        print(json.dumps(measure(Path(sys.argv[2]), sys.argv[3].split(","), float(sys.argv[4]), Path(sys.argv[5]))))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="*")
@@ -298,6 +300,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=15.0, help="to race each model")
     parser.add_argument("--tools", default=",".join(COLUMNS))
     parser.add_argument("--models", default="", help="just these, by name without .onnx, separated by commas")
+    parser.add_argument("--keep", type=Path, help="an existing folder for what the tools make")
     parser.add_argument("--render", action="store_true", help="write the recorded table and chart into README.md")
     options = parser.parse_args()
     if options.render:
