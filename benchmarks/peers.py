@@ -1,7 +1,8 @@
 #!/usr/bin/env python3
 """What other tools make of the same models, and how fast that runs.
 
-    python benchmarks/peers.py FOLDER... [-o RESULTS.json] [--seconds 15] [--tools a,b] [--models a,b] [--keep FOLDER]
+    python benchmarks/peers.py FOLDER... [-o RESULTS.json] [--seconds 15] [--tools a,b] [--models a,b]
+        [--keep FOLDER [--again]]
     python benchmarks/peers.py --render [-o RESULTS.json]
 
 onnxsim, OnnxSlim, onnxoptimizer, onnxscript's optimizer with its rewrite rules, and pwopt each make a model of every .onnx
@@ -11,7 +12,8 @@ the original and with OpenVINO on the original (sizes fixed, float32). OpenVINO'
 of their scale. A tool that fails, or whose model is not equivalent, counts as the original: 1. The races take place in
 a process with huge pages, beside a copy of the original. The record also says what pwopt returned, and why.
 
-With `--keep`, what the tools made stays in a folder, to be raced for longer.
+With `--keep`, what the tools made stays in a folder. With `--again`, what an earlier run kept there is raced again, and
+the new times replace those of its record.
 
 The second form writes the tables and the chart of a recorded run, `benchmarks/results/peers.json`, into README.md
 and docs. Needs `pip install onnxsim onnxslim onnxoptimizer onnxscript openvino`; tools that are missing are left
@@ -179,8 +181,11 @@ def count_operators(model: Any) -> int:
     return sum(node.op_type != "Constant" for node in model.graph.node)
 
 
-def measure(path: Path, tools: Sequence[str], seconds: float, folder: Path) -> Row:
-    """All that was made of one model, left in a folder, verified, and raced side by side."""
+def measure(path: Path, tools: Sequence[str], seconds: float, folder: Path, known: Row) -> Row:
+    """All that was made of one model, left in a folder, verified, and raced side by side.
+
+    `known` says of each tool's model that lies in the folder already how it was made.
+    """
     from pwopt.graph.files import load
     from pwopt.inputs.input_specs import input_specs
     from pwopt.inputs.samples import draw_feeds
@@ -208,6 +213,8 @@ def measure(path: Path, tools: Sequence[str], seconds: float, folder: Path) -> R
                 reason = compared(Session(path).run(feeds), loaded.outputs())
             except Exception as error:
                 row, reason = {"error": (str(error).strip().splitlines() or ["?"])[-1][:300]}, ""
+        elif tool in known:
+            row, reason, racer = known[tool], "", partial(Session, made)
         else:
             row = make(tool, path, made)
             reason = "" if "error" in row else verified(path, made)
@@ -232,13 +239,14 @@ def measure(path: Path, tools: Sequence[str], seconds: float, folder: Path) -> R
     return {**row, "copy": copy, "tools": found}
 
 
-def measure_in_child(path: Path, tools: Sequence[str], seconds: float, keep: Path | None) -> Row:
+def measure_in_child(path: Path, tools: Sequence[str], options: argparse.Namespace, known: Row) -> Row:
     """`measure` in a process with huge pages."""
     from pwopt.running import huge_pages
 
     environment = huge_pages.requesting(os.environ)
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, __file__, "--measure", str(path), ",".join(tools), str(seconds), str(keep or folder)]
+        asked = [str(path), tools, options.seconds, str(options.keep or folder), known]
+        command = [sys.executable, __file__, "--measure", json.dumps(asked)]
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     if done.returncode:
         return {"model": path.stem, "error": (done.stderr.strip().splitlines() or ["?"])[-1][:300]}
@@ -270,10 +278,14 @@ def run(options: argparse.Namespace) -> Row:
         "tools": tools,
         "models": [],
     }
+    earlier = {}
+    if options.again:
+        rows = json.loads(options.output.read_text())["models"]
+        earlier = {row["model"]: {t: f for t, f in row["tools"].items() if t in TOOLS} for row in rows}
     for path in sorted(p for folder in options.folders for p in folder.rglob("*.onnx")):
         if options.models and path.stem not in options.models.split(","):
             continue
-        row = measure_in_child(path, tools, options.seconds, options.keep)
+        row = measure_in_child(path, tools, options, earlier.get(path.stem, {}))
         if "error" in row:
             print(f"{row['model']}: {row['error']}", file=sys.stderr, flush=True)
             continue
@@ -292,7 +304,8 @@ def main() -> None:
         print(json.dumps(make_one(sys.argv[2], Path(sys.argv[3]), Path(sys.argv[4]))))
         return
     if sys.argv[1:2] == ["--measure"]:
-        print(json.dumps(measure(Path(sys.argv[2]), sys.argv[3].split(","), float(sys.argv[4]), Path(sys.argv[5]))))
+        path, tools, seconds, folder, known = json.loads(sys.argv[2])
+        print(json.dumps(measure(Path(path), tools, seconds, Path(folder), known)))
         return
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", type=Path, nargs="*")
@@ -301,6 +314,7 @@ def main() -> None:
     parser.add_argument("--tools", default=",".join(COLUMNS))
     parser.add_argument("--models", default="", help="just these, by name without .onnx, separated by commas")
     parser.add_argument("--keep", type=Path, help="an existing folder for what the tools make")
+    parser.add_argument("--again", action="store_true", help="race what --keep kept, with the facts of the record")
     parser.add_argument("--render", action="store_true", help="write the recorded table and chart into README.md")
     options = parser.parse_args()
     if options.render:
