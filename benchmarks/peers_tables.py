@@ -8,6 +8,8 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from pwopt.rewriting.ratios import name_ratio
+
 ROOT = Path(__file__).resolve().parent.parent
 CHART = ROOT / "docs" / "pictures" / "peers.svg"
 #: Characters in a line of README.md.
@@ -153,7 +155,7 @@ def write_start_table(record: Row) -> str:
     for r in record["models"]:
         found = [r["tools"].get(t, {}) for t in tools]
         nodes = [str(f.get("nodes", "—")) for f in found]
-        starts = [f"{f['start'][0]:.2f}×" if "start" in f else "—" for f in found]
+        starts = [name_ratio(*f["start"]) if "start" in f else "—" for f in found]
         row = [r["model"], r["tools"]["pwopt"]["returned"], str(r["nodes"]), *nodes, f"{r['start_ms']:.0f}", *starts]
         lines.append(f"| {' | '.join(row)} |")
     return (
