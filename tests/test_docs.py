@@ -371,7 +371,9 @@ def test_the_tables_of_tools_are_the_recorded_ones(monkeypatch: pytest.MonkeyPat
     assert tables["find_best"](row) == {"onnxsim"}
     assert tables["speedup"](row, "OnnxSlim") == 1.0
     slower = {**row, "tools": {"pwopt": {"speedup": [0.97, 0.95, 0.98], "returned": "result"}}}
-    assert "1 of the results were not clearly faster" in (said := tables["summarize"]({"models": [row, slower]}))
+    back = {**row, "model": "b", "tools": {"pwopt": {"speedup": [1.0, 1.0, 1.0], "returned": "original: nothing"}}}
+    said = tables["summarize"]({"models": [row, slower, back]})
+    assert "a rewritten model for 2 of 3 models, and the original of b. 1 of them were not clearly faster" in said
     assert said.endswith("by more than 1 %: m.")
 
 
