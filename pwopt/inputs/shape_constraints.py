@@ -131,7 +131,7 @@ def _constrain(node: onnx.NodeProto, constants: Constants) -> Iterator[ShapeCons
         if weights:
             yield ShapeConstraint(x, -1, weights[-2] if len(weights) > 1 else weights[0], True, source)
         elif len(node.input) > 1 and (left := constants.shape(x)):
-            yield ShapeConstraint(node.input[1], -2 if len(left) > 1 else 0, left[-1], True, source)
+            yield ShapeConstraint(node.input[1], -2, left[-1], True, source)
     elif node.op_type in ("LSTM", "GRU", "RNN") and weights is not None and len(weights) == 3:
         yield ShapeConstraint(x, 2, weights[2], True, source)
     elif node.op_type in ("BatchNormalization", "InstanceNormalization") and weights:

@@ -31,7 +31,8 @@ class Interleaving(Builder):
     """y[R·q + j] = phase_j[q] along every spatial axis, for phases in row-major order of j.
 
     The channels move to the last axis, so that whole rows of them are copied. onnxruntime converts its blocked layout
-    in one step with such a Transpose, which it does not do for DepthToSpace.
+    in one step with such a Transpose, which it does not do for DepthToSpace. If the batch and a spatial size are
+    unknown, the result takes no empty batch.
 
     Attributes
     ----------
@@ -98,9 +99,9 @@ class Interleaving(Builder):
         self.add_node("Transpose", [row], last, perm=[0, *range(2, rank + 2), 1])
         if rank == 1:
             row = self._create("whole", lambda s: (*self._long(s), self.channels))
-            return self._reshape(last, [0, -1, self.channels], row)
+            return self._reshape(last, [0, self._size(0), self.channels], row)
         row = self._create(f"place{index}", lambda s: (*self._short(s)[:-1], 1, self._long(s)[-1], self.channels))
-        return self._reshape(last, [*[0] * rank, 1, -1, self.channels], row)
+        return self._reshape(last, [*[0] * rank, 1, self._size(-1), self.channels], row)
 
     def _merge(self, rows: list[Tensor], axis: int) -> Tensor:
         """Interleave along one more axis: (N, S₀, …, Sₐ, 1, …) to (N, S₀, …, 1, Lₐ, …); no 1 for the first axis."""
@@ -113,19 +114,25 @@ class Interleaving(Builder):
             self.add_node("Concat", rows, joined, axis=axis + 2)
         if axis:
             made = self._create("plane", lambda s: (*self._short(s)[:axis], 1, *self._long(s)[axis:], self.channels))
-            return self._reshape(joined, [*[0] * (axis + 1), 1, -1, *[0] * (rank - 1 - axis), self.channels], made)
+            target = [*[0] * (axis + 1), 1, self._size(axis), *[0] * (rank - 1 - axis), self.channels]
+            return self._reshape(joined, target, made)
         whole = self._create("whole", lambda s: (*self._long(s), self.channels))
         sizes = as_fixed(self._long((self.rw.shape(self.output) or ())[2:])[1:])
         if sizes is not None:
-            return self._reshape(joined, [0, -1, *sizes, self.channels], whole)
+            return self._reshape(joined, [0, self._size(0), *sizes, self.channels], whole)
         # a zero takes a size over from the same place: others stay there, and move up then
         flat = self._create("flat", lambda s: (self._long(s)[0], 1, *self._long(s)[1:], self.channels))
-        self._reshape(joined, [0, -1, 1, *[0] * (rank - 1), self.channels], flat)
+        self._reshape(joined, [0, self._size(0), 1, *[0] * (rank - 1), self.channels], flat)
         if self.rw.opset < 13:
             self.add_node("Squeeze", [flat], whole, axes=[2])
         else:
             self.add_node("Squeeze", [flat, self._constant("axis", [2])], whole)
         return whole
+
+    def _size(self, axis: int) -> int:
+        """The entry of a Reshape's target for a whole axis: −1, which an empty batch does not take, only if unknown."""
+        size = self._long((self.rw.shape(self.output) or ())[2:])[axis]
+        return size if isinstance(size, int) else -1
 
     def _cut(self, whole: Tensor) -> Tensor:
         """Cut off the positions beyond the size of the output."""

@@ -214,7 +214,9 @@ def test_sizes_that_are_not_known(kind: type[Pass], size: str) -> None:
     result, outcome, _ = run(model, eager(kind), sizes=sizes)
     assert len(outcome.rewrites) == 1
     assert macs(result) < macs(model) or "H" in size or "W" in size or "N" in size
-    for batch, height, width in ((2, 5, 7), (1, 1, 1), (3, 4, 6), (2, 5, 6), (2, 3, 7)):
+    for batch, height, width in ((2, 5, 7), (1, 1, 1), (3, 4, 6), (2, 5, 6), (2, 3, 7), (0, 5, 7)):
+        if not batch and ("H" in size or "W" in size or kind is not Polyphase):
+            continue  # a Reshape to −1 takes no empty batch, and onnx's evaluator has no ConvTranspose of one
         if ("H" in size or height == 5) and ("W" in size or width == 7) and ("N" in size or batch == 2):
             same(model, result, x=normal(batch, 4, height, width))
 

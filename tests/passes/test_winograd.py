@@ -167,7 +167,7 @@ def test_a_batch_of_any_size() -> None:
     model = parse(side("N,48,6,8") + "{ y = Conv<pads=[1,1,1,1]>(x, w) }", w=normal(WIDE, WIDE, 3, 3))
     result, _, _ = run(model, eager())
     assert ops(result)["Concat"] == 3
-    for n in (1, 3):
+    for n in (0, 1, 3):  # onnxruntime refuses a −1 in the target of a Reshape if the batch is empty
         same(model, result, x=normal(n, WIDE, 6, 8))
 
 

@@ -30,6 +30,14 @@ def chosen(model: onnx.ModelProto, folder: Path | None = None, **given: tuple[in
     return choose_sizes(input_specs(model), model, path, shapes=given)
 
 
+@pytest.mark.parametrize(
+    ("shape", "size"), [("N,3,T", (2, 3, 6)), ("A,N,3,T", (5, 2, 3, 6)), ("3,T", (3, 6)), ("K", (3,))]
+)
+def test_a_vector_times_matrices_leaves_their_batch_open(shape: str, size: tuple[int, ...]) -> None:
+    model = parse(f"(float[{shape}] x) => (float[a] y) {{ y = MatMul(k, x) }}", k=np.ones(3, np.float32))
+    assert chosen(model, x=size).sizes == {"x": size}
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_model_is_run_at_the_sizes_that_it_says(case: Case, tmp_path: Path) -> None:
     model = case.build()
