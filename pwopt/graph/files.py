@@ -20,13 +20,13 @@ from pwopt.graph.constants import MAX_FOLDED_BYTES
 from pwopt.graph.dtypes import is_floating
 from pwopt.graph.importing import import_graph
 from pwopt.graph.ir import Constant, Node, Variable
-from pwopt.graph.model import OVERRIDABLE_SINCE_IR, Model, StoredValues, read_declared
+from pwopt.graph.model import Model, StoredValues, read_declared
 from pwopt.graph.model import declare as declare
 from pwopt.graph.model import snapshot as snapshot
 from pwopt.graph.moved_weights import has_moved, move_weights, write_inline
 from pwopt.graph.references import names_in_annotations, names_in_training
 from pwopt.graph.repetitions import STANDARD, drop_repetitions
-from pwopt.graph.shapes import Shape, as_fixed, find_objection, infer
+from pwopt.graph.shapes import OVERRIDABLE_SINCE_IR, Shape, as_fixed, find_objection, infer
 from pwopt.graph.sources import Source as Source
 from pwopt.graph.sources import unwrap
 from pwopt.graph.storage import (

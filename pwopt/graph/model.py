@@ -24,11 +24,9 @@ from pwopt.errors import ModelError
 from pwopt.graph.functions import drop_unused_opsets
 from pwopt.graph.ir import Constant, Graph, LazyValues, Node, Tensor, as_message
 from pwopt.graph.provenance import find_origins, write_documentation
-from pwopt.graph.shapes import read_dims
+from pwopt.graph.shapes import OVERRIDABLE_SINCE_IR, read_dims
 from pwopt.graph.storage import copy_fields, find_locations, resolve_link
 
-#: Since this IR version, an initializer that is also an input is a default that callers may override.
-OVERRIDABLE_SINCE_IR = 4
 #: The kinds of numpy types whose elements a file stores as numpy does.
 PLAIN = "fiu"
 

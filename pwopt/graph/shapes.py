@@ -31,6 +31,8 @@ UNLIMITED_ELEMENTS, MAX_RANK = 1 << 22, 32
 
 #: The domain of operators whose shapes inference must not guess.
 UNKNOWN = "pwopt.unknown"
+#: Since this IR version, an initializer that is also an input is a default that callers may override.
+OVERRIDABLE_SINCE_IR = 4
 #: Initializers up to this many elements may be shapes, axes or sizes, whose values inference reads.
 MAX_SHAPE_VALUES = 1024
 
@@ -68,6 +70,8 @@ def format_shape(shape: Sequence[object]) -> str:
 def make_skeleton(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim]] | None = None) -> onnx.ModelProto:
     """Copy a model for inference: large weights become inputs, and declared shapes of inner tensors are dropped.
 
+    Initializers that callers may override are inputs only: shapes that follow from their values are not certain.
+
     Exporters' ``value_info`` is sometimes stale, so only the inputs are believed, and what is declared of the outputs
     of operators whose shapes nothing else tells (`find_declared`). `inputs` replaces the shapes of graph inputs, by
     numbers or by names that can be followed through the graph.
@@ -79,7 +83,10 @@ def make_skeleton(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim]] | 
     graph = light.graph
     graph.name = model.graph.name or "graph"
     initialized = set()
+    overridable = {v.name for v in model.graph.input} if model.ir_version >= OVERRIDABLE_SINCE_IR else set()
     for tensor in model.graph.initializer:
+        if tensor.name in overridable:
+            continue
         initialized.add(tensor.name)
         size = 1
         for d in tensor.dims:

@@ -8,6 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 import pwopt
 from pwopt.graph.files import from_proto
+from pwopt.graph.shapes import infer
 from pwopt.passes import CleanUp, MergeEqual, SettleShapes
 
 X = normal(2, 4, 6, 8)
@@ -383,6 +384,16 @@ def test_an_overridable_initializer_is_not_a_constant() -> None:
     result, _, _ = run(model, CleanUp())
     assert ops(result) == {"Neg": 1}
     assert [i.name for i in result.graph.input] == ["x"]
+
+
+def test_a_shape_that_callers_may_override_is_not_known() -> None:
+    body = "(double[1,4] x, int64[2] s) => (double[a,b] y) { e = Expand(x, s) y = Neg(e) }"
+    model = parse(body, s=np.array([1, 4]))
+    assert infer(model)["e"][1] != (1, 4)
+    assert run(model, CleanUp())[0] is model
+    model.ir_version = 3
+    assert infer(model)["e"][1] == (1, 4)
+    assert ops(run(model, CleanUp())[0]) == {"Neg": 1}
 
 
 def test_static_settles_shape_arithmetic() -> None:
