@@ -14,7 +14,7 @@ from pwopt.reporting.report import NEGLIGIBLE_SLOWDOWN, ConditionLatency, Latenc
 from pwopt.rewriting.records import Rewrite
 from pwopt.rewriting.wording import format_count
 from pwopt.running.installation import list_cores
-from pwopt.running.noninferiority import UNKNOWN_SPREAD, NoninferiorityRules, Spread
+from pwopt.running.noninferiority import OWN_PAIRS, UNKNOWN_SPREAD, NoninferiorityRules, Spread
 from pwopt.running.progress import Progress
 from pwopt.running.timing import CONFIDENCE, Race, Rules, student_quantile
 from pwopt.selecting.compilation import Compilation
@@ -23,6 +23,8 @@ from pwopt.selecting.environment import Environment
 #: The seconds for each other condition, as a share of those for the final race, and the share of those seconds after
 #: which a race may end because the result does not seem slower.
 CONDITION_SHARE, PATIENCE = 0.25, 0.4
+#: How many more races settle it where the first one suspects that the result is slower.
+MORE_RACES = 6
 #: A race under another condition ends early when the speed-up is known to this relative precision.
 CONDITION_PRECISION = 0.01
 
@@ -116,7 +118,8 @@ class ConditionRaces:
     def run(self, candidate: Path, environment: Environment) -> tuple[ConditionLatency, Race] | None:
         """Race a candidate against the original; None if the process for pages of 4 KiB does not start.
 
-        A candidate is called slower only if two independent races say so.
+        Of many conditions, one may seem slower by chance. So a candidate that seems slower races several times more,
+        and only these races decide.
         """
         begin = time.perf_counter()
         if environment.small_pages and (environment.worker is None or not environment.worker.ready):
@@ -125,21 +128,30 @@ class ConditionRaces:
         pages = ", pages of 4 KiB" if environment.small_pages else ""
         label = f"racing with {format_count(environment.threads, 'thread')}, {environment.samples[0].label}{pages}"
         self.progress(label, 0.0)
-        latency, race = self._measure(candidate, environment, self.seconds - started)
+        race = self._race(candidate, environment, self.seconds - started)
+        if self.spread.pool(race)[1] < 1 / self.noise:
+            race = self._race_again(candidate, environment)
+        latency = replace(Latency.from_race(race), interval=self.spread.interval(race))
         slower = latency.slower and latency.interval[1] < 1 / self.noise
-        if slower:  # of many conditions and few pairs, one verdict may be false: only a second race settles it
-            latency, race = self._measure(candidate, environment, self.seconds)
-            slower = latency.slower and latency.interval[1] < 1 / self.noise
         shapes = {name: value.shape for name, value in environment.samples[0].feeds.items()}
         return ConditionLatency(environment.threads, shapes, latency, slower, environment.small_pages), race
 
-    def _measure(self, candidate: Path, environment: Environment, seconds: float) -> tuple[Latency, Race]:
+    def _race_again(self, candidate: Path, environment: Environment) -> Race:
+        """Race several times more, and fewer times if the candidate does not seem slower any more."""
+        races: list[Race] = []
+        for _ in range(MORE_RACES):
+            races.append(self._race(candidate, environment, self.seconds))
+            race = Race(tuple(pair for r in races for pair in r.pairs), min(r.own for r in races))
+            if len(race.pairs) >= OWN_PAIRS and race.speedup() > 1 - NEGLIGIBLE_SLOWDOWN:
+                break
+        return race
+
+    def _race(self, candidate: Path, environment: Environment, seconds: float) -> Race:
         rules = NoninferiorityRules(
             CONFIDENCE, precise=CONDITION_PRECISION, harmless=NEGLIGIBLE_SLOWDOWN, spread=self.spread,
             patience=PATIENCE * self.seconds,
         )  # fmt: skip
-        race = environment.race([self.original, candidate], max(0.0, seconds), rules=rules)
-        return replace(Latency.from_race(race), interval=self.spread.interval(race)), race
+        return environment.race([self.original, candidate], max(0.0, seconds), rules=rules)
 
     def leave_out_slow(
         self, slow: Sequence[tuple[Environment, ConditionLatency]], candidate: Path, compilation: Compilation,

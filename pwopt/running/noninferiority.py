@@ -46,12 +46,21 @@ class Spread:
     def interval(self, race: Race, confidence: float = CONFIDENCE) -> tuple[float, float]:
         """Confidence interval of the speed-up in another race; few pairs are judged by the known spread too.
 
-        The variance is pooled with that of the other race, weighted by degrees of freedom, as in Student's test for two
-        samples. This needs equal spreads. With several threads, sessions may differ much more than with one.
+        Where the pairs of the race differ by much more than is known, their own spread alone counts. With several
+        threads, sessions may differ much more than with one.
         """
         logs = race.logs(1)
         foreign = len(logs) > 1 and float(np.var(logs, ddof=1)) > FOREIGN * self.deviation**2
-        if len(logs) >= OWN_PAIRS or foreign or not self.freedom:
+        return race.interval(1, confidence) if foreign else self.pool(race, confidence)
+
+    def pool(self, race: Race, confidence: float = CONFIDENCE) -> tuple[float, float]:
+        """The same, if sessions differ alike in both races. Otherwise it is too narrow.
+
+        The variance is pooled with that of the other race, weighted by degrees of freedom, as in Student's test for two
+        samples.
+        """
+        logs = race.logs(1)
+        if len(logs) >= OWN_PAIRS or not self.freedom:
             return race.interval(1, confidence)
         freedom = self.freedom + len(logs) - 1
         squares = self.freedom * self.deviation**2 + float(np.sum((logs - np.mean(logs)) ** 2))
