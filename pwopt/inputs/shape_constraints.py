@@ -65,9 +65,10 @@ class ShapeConstraint:
 
 
 class Constants:
-    """The constants of a graph: shapes of all of them, values of the small ones."""
+    """The constants of a graph: shapes of all of them, values of the small ones; and which inputs are vectors."""
 
     def __init__(self, model: onnx.ModelProto) -> None:
+        self.vectors = {v.name for v in model.graph.input if len(v.type.tensor_type.shape.dim) == 1}
         self.tensors = {t.name: t for t in model.graph.initializer}
         for node in model.graph.node:
             if node.op_type == "Constant" and node.output:
@@ -131,7 +132,8 @@ def _constrain(node: onnx.NodeProto, constants: Constants) -> Iterator[ShapeCons
         if weights:
             yield ShapeConstraint(x, -1, weights[-2] if len(weights) > 1 else weights[0], True, source)
         elif len(node.input) > 1 and (left := constants.shape(x)):
-            yield ShapeConstraint(node.input[1], -2, left[-1], True, source)
+            axis = 0 if node.input[1] in constants.vectors else -2
+            yield ShapeConstraint(node.input[1], axis, left[-1], True, source)
     elif node.op_type in ("LSTM", "GRU", "RNN") and weights is not None and len(weights) == 3:
         yield ShapeConstraint(x, 2, weights[2], True, source)
     elif node.op_type in ("BatchNormalization", "InstanceNormalization") and weights:

@@ -38,6 +38,15 @@ def test_a_vector_times_matrices_leaves_their_batch_open(shape: str, size: tuple
     assert chosen(model, x=size).sizes == {"x": size}
 
 
+@pytest.mark.parametrize("weights", [(3,), (2, 3), (5, 2, 3)])
+def test_the_size_of_a_vector_follows_from_what_multiplies_it(weights: tuple[int, ...], tmp_path: Path) -> None:
+    model = parse(
+        "(float[K] x) => (float y) { a = MatMul(k, x)  y = ReduceSum <keepdims = 0> (a) }",
+        k=np.ones(weights, np.float32),
+    )
+    assert chosen(model, tmp_path).sizes == {"x": (3,)}
+
+
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 def test_a_model_is_run_at_the_sizes_that_it_says(case: Case, tmp_path: Path) -> None:
     model = case.build()
