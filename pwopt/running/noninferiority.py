@@ -15,7 +15,7 @@ LEAST_SPREAD = 0.03
 #: From so many pairs on, the spread of the race itself is enough.
 OWN_PAIRS = 5
 #: If the pairs of a race have more than so many times the known variance, their own spread alone counts: by the F test,
-#: sessions that differ alike exceed it in one of twenty races of three pairs.
+#: sessions that differ alike exceed it in about one of twenty races of three pairs.
 FOREIGN = 4.0
 
 
