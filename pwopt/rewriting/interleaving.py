@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from pwopt.graph.shapes import Dim, Shape, as_fixed
 from pwopt.rewriting.builder import Builder
 from pwopt.rewriting.driver import Rewriter
 from pwopt.rewriting.steps import Step
+
+#: The first opset whose Shape reads some of the sizes only.
+SHAPE_HAS_START = 15
 
 
 def check_interleaving(rw: Rewriter, output: Tensor) -> Refusal | None:
@@ -31,8 +34,7 @@ class Interleaving(Builder):
     """y[R·q + j] = phase_j[q] along every spatial axis, for phases in row-major order of j.
 
     The channels move to the last axis, so that whole rows of them are copied. onnxruntime converts its blocked layout
-    in one step with such a Transpose, which it does not do for DepthToSpace. If the batch and a spatial size are
-    unknown, the result takes no empty batch.
+    in one step with such a Transpose, which it does not do for DepthToSpace.
 
     Attributes
     ----------
@@ -49,6 +51,7 @@ class Interleaving(Builder):
     output: Tensor
     counts: Sequence[int]
     sized: Tensor | None = None
+    _targets: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     @property
     def channels(self) -> int:
@@ -99,9 +102,9 @@ class Interleaving(Builder):
         self.add_node("Transpose", [row], last, perm=[0, *range(2, rank + 2), 1])
         if rank == 1:
             row = self._create("whole", lambda s: (*self._long(s), self.channels))
-            return self._reshape(last, [0, self._size(0), self.channels], row)
+            return self._reshape(last, 0, ([0], [self.channels]), row)
         row = self._create(f"place{index}", lambda s: (*self._short(s)[:-1], 1, self._long(s)[-1], self.channels))
-        return self._reshape(last, [*[0] * rank, 1, self._size(-1), self.channels], row)
+        return self._reshape(last, rank - 1, ([*[0] * rank, 1], [self.channels]), row)
 
     def _merge(self, rows: list[Tensor], axis: int) -> Tensor:
         """Interleave along one more axis: (N, S₀, …, Sₐ, 1, …) to (N, S₀, …, 1, Lₐ, …); no 1 for the first axis."""
@@ -114,25 +117,20 @@ class Interleaving(Builder):
             self.add_node("Concat", rows, joined, axis=axis + 2)
         if axis:
             made = self._create("plane", lambda s: (*self._short(s)[:axis], 1, *self._long(s)[axis:], self.channels))
-            target = [*[0] * (axis + 1), 1, self._size(axis), *[0] * (rank - 1 - axis), self.channels]
-            return self._reshape(joined, target, made)
+            around = ([*[0] * (axis + 1), 1], [*[0] * (rank - 1 - axis), self.channels])
+            return self._reshape(joined, axis, around, made)
         whole = self._create("whole", lambda s: (*self._long(s), self.channels))
         sizes = as_fixed(self._long((self.rw.shape(self.output) or ())[2:])[1:])
         if sizes is not None:
-            return self._reshape(joined, [0, self._size(0), *sizes, self.channels], whole)
+            return self._reshape(joined, 0, ([0], [*sizes, self.channels]), whole)
         # a zero takes a size over from the same place: others stay there, and move up then
         flat = self._create("flat", lambda s: (self._long(s)[0], 1, *self._long(s)[1:], self.channels))
-        self._reshape(joined, [0, self._size(0), 1, *[0] * (rank - 1), self.channels], flat)
+        self._reshape(joined, 0, ([0], [1, *[0] * (rank - 1), self.channels]), flat)
         if self.rw.opset < 13:
             self.add_node("Squeeze", [flat], whole, axes=[2])
         else:
             self.add_node("Squeeze", [flat, self._constant("axis", [2])], whole)
         return whole
-
-    def _size(self, axis: int) -> int:
-        """The entry of a Reshape's target for a whole axis: −1, which an empty batch does not take, only if unknown."""
-        size = self._long((self.rw.shape(self.output) or ())[2:])[axis]
-        return size if isinstance(size, int) else -1
 
     def _cut(self, whole: Tensor) -> Tensor:
         """Cut off the positions beyond the size of the output."""
@@ -151,9 +149,37 @@ class Interleaving(Builder):
         self.add_node("Slice", [whole, starts, ends, axes], cut)
         return cut
 
-    def _reshape(self, source: Tensor, shape: Sequence[int], output: Variable) -> Variable:
-        self.add_node("Reshape", [source, self._constant("shape", shape)], output)
+    def _reshape(
+        self, source: Tensor, axis: int, around: tuple[Sequence[int], Sequence[int]], output: Variable
+    ) -> Variable:
+        """Reshape to the whole size of a spatial axis and the entries around it."""
+        size = self._long((self.rw.shape(self.output) or ())[2:])[axis]
+        if isinstance(size, int) or isinstance(self.rw.dim(self.output, 0), int):
+            target: Tensor = self._constant("shape", [*around[0], size if isinstance(size, int) else -1, *around[1]])
+        else:
+            target = self._compute_target(source, axis, around)
+        self.add_node("Reshape", [source, target], output)
         return output
+
+    def _compute_target(self, source: Tensor, axis: int, around: tuple[Sequence[int], Sequence[int]]) -> Tensor:
+        """Compute the target of a Reshape, because an empty batch does not take a −1."""
+        if axis not in self._targets:
+            place, rank = axis + 1, sum(map(len, around)) + 1
+            short, long, target = (
+                Variable(self.rw.unique_name(f"{self.output.name}_{role}"), np.dtype(np.int64), (count,))
+                for role, count in (("short", 1), ("long", 1), ("target", rank))
+            )
+            if self.rw.opset < SHAPE_HAS_START:
+                sizes = Variable(self.rw.unique_name(f"{self.output.name}_sizes"), np.dtype(np.int64), (None,))
+                self.add_node("Shape", [source], sizes)
+                self.add_node("Gather", [sizes, self._constant("axis", [place])], short, axis=0)
+            else:
+                self.add_node("Shape", [source], short, start=place, end=place + 1)
+            self.add_node("Mul", [short, self._constant("count", [self.counts[axis]])], long)
+            before, after = (self._constant(role, part) for role, part in zip(("before", "after"), around, strict=True))
+            self.add_node("Concat", [before, long, after], target, axis=0)
+            self._targets[axis] = target
+        return self._targets[axis]
 
     def _create(self, role: str, sizes: Callable[[Shape], tuple[Dim, ...]]) -> Variable:
         """Create a tensor whose sizes follow from those of the output."""

@@ -206,7 +206,7 @@ def test_corners_that_are_aligned_repeat_at_some_sizes_only() -> None:
 
 
 @pytest.mark.parametrize("kind", BOTH)
-@pytest.mark.parametrize("size", ["2,4,H,W", "N,4,H,7", "N,4,5,W", "N,4,5,7"])
+@pytest.mark.parametrize("size", ["2,4,H,W", "N,4,H,W", "N,4,H,7", "N,4,5,W", "N,4,5,7"])
 def test_sizes_that_are_not_known(kind: type[Pass], size: str) -> None:
     sizes = {"x": (2, 4, 5, 7), "u": (2, 4, 10, 14), "c": (2, 6, 10, 14), "y": (2, 6, 10, 14)}
     body = f"(double[{size}] x) => (double[N] y) {{ {UP} c = Conv<pads=[1,1,1,1]>(u, w, b) y = Relu(c) }}"
@@ -215,8 +215,8 @@ def test_sizes_that_are_not_known(kind: type[Pass], size: str) -> None:
     assert len(outcome.rewrites) == 1
     assert macs(result) < macs(model) or "H" in size or "W" in size or "N" in size
     for batch, height, width in ((2, 5, 7), (1, 1, 1), (3, 4, 6), (2, 5, 6), (2, 3, 7), (0, 5, 7)):
-        if not batch and ("H" in size or "W" in size or kind is not Polyphase):
-            continue  # a Reshape to −1 takes no empty batch, and onnx's evaluator has no ConvTranspose of one
+        if not batch and kind is not Polyphase:
+            continue  # onnx's evaluator has no ConvTranspose of an empty batch
         if ("H" in size or height == 5) and ("W" in size or width == 7) and ("N" in size or batch == 2):
             same(model, result, x=normal(batch, 4, height, width))
 

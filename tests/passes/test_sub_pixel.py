@@ -3,7 +3,7 @@ from __future__ import annotations
 import helpers
 import numpy as np
 import pytest
-from helpers import build, normal, ops, reasons, run, same
+from helpers import build, evaluate, normal, ops, reasons, run, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -73,6 +73,16 @@ def test_sizes_that_are_not_known(size: str) -> None:
     result, outcome, _ = run(old, eager())
     assert len(outcome.rewrites) == 1
     same(old, result, x=normal(2, 3, 4, 7))
+
+
+@pytest.mark.parametrize("size", ["N,3,H,W", "N,3,H,7", "N,3,5,W", "N,3,5,7"])
+@pytest.mark.parametrize("opset", [12, 17])
+def test_an_empty_batch(size: str, opset: int) -> None:
+    """onnxruntime refuses a −1 in the target of a Reshape then."""
+    body = f"(double[{size}] x) => (double[N] y) {{ h1 = {T}(x, u, a) r = Relu(h1) h2 = {T}(r, v, b) y = Sigmoid(h2) }}"
+    result, outcome, _ = run(build(body, CONSTANTS, opset=opset), eager())
+    assert len(outcome.rewrites) == 1
+    assert evaluate(result, x=normal(0, 3, 5, 7))[0].shape == (0, 1, 20, 28)
 
 
 @pytest.mark.parametrize(
