@@ -120,7 +120,8 @@ def _merge(rw: Rewriter, siblings: Siblings) -> Rewrite:
     signature = f"{describe_map(rw, first, siblings.widths)} into {'Split' if concat is None else 'Concat'}"
     old = [*(n for n in siblings.nodes if n is not leader), leader]
     done = rw.replace(old, new, reason, written.residual)
-    became = {m.output.name: merged.name for m, tail in zip(maps, siblings.tails, strict=True) if tail}
+    inner = {m.output.name: merged.name for m, tail in zip(maps, siblings.tails, strict=True) if tail}
+    became = dict(done.became) | inner
     if concat is not None:
         reason = Reason("{}, and their Concat takes its result", reason)
         rest = [result if t is results[0] else t for t in concat.inputs if all(t is not e for e in results[1:])]

@@ -33,7 +33,7 @@ def compare_layers(
         sum_by_node(proto, profile) for proto, profile in zip((before, after), profiles, strict=True)
     )
     found = []
-    for a, b in align(before, after, rewrites, (old_times, new_times)):
+    for a, b in align(before, after, ((), rewrites), (old_times, new_times)):
         if not any(_is_operator(before, i) for i in a) and not any(_is_operator(after, j) for j in b):
             continue
         spent = sum(old_times.get(i, 0.0) for i in a), sum(new_times.get(j, 0.0) for j in b)

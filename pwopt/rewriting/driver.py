@@ -372,7 +372,8 @@ class Rewriter(View):
         removed = tuple(describe(n) for n in old)
         kept = [adopt_node(node) for node in new]
         result = kept[-1].outputs[0].name if kept else ""
-        became = tuple((t.name, result) for n in old for t in n.outputs if t.name)
+        made = {t.name for node in kept for t in node.outputs}
+        became = tuple((t.name, t.name if t.name in made else result) for n in old for t in n.outputs if t.name)
         inherit(kept, old)
         for node in kept:
             self.add(node, at=old[-1])

@@ -293,7 +293,9 @@ def race_groups(
     doubted = [g for g in contest.kept()[:-1] if not decided[g].remembered and not decided[g].estimated]
     for i, group in enumerate(doubted):
         contest.decide(group, len(doubted) - i, anew=True)
+    before = contest.kept()
     contest.persist()
+    contest.reconsider(before)
     return [decided[g] for g in candidates if g in decided]
 
 
@@ -350,7 +352,9 @@ class _Contest:
         return dict(sorted(paying.items(), key=lambda found: -found[1].speedup))
 
     def reconsider(self, before: Sequence[Group]) -> None:
-        """Profile dropped groups again whose operators a group that is kept now writes in another form; race what pays.
+        """Profile dropped groups again whose operators a group that is kept now writes in another form.
+
+        Those that seem to pay are raced.
 
         An example are sums behind 1-D convolutions: they gain from declared shapes only after they became 2-D.
 
@@ -371,8 +375,10 @@ class _Contest:
         for group in dropped:
             del self.decided[group]
         promising = self.estimate(list(dropped)) if dropped else {}
-        for i, group in enumerate(promising):
-            self.decide(group, 2 * (len(promising) - i))
+        left = [g for g in dropped if g not in self.decided]
+        again = [g for g in left if g in promising or self.estimated.get(g, 1.0) >= PROMISING]
+        for i, group in enumerate(sorted(again, key=lambda g: -self.estimated[g])):
+            self.decide(group, 2 * (len(again) - i))
         for group, decision in dropped.items():
             self.decided.setdefault(group, decision)
 

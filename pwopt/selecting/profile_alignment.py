@@ -94,13 +94,13 @@ def find_kernels(proto: onnx.ModelProto, times: Mapping[int, float]) -> list[int
 def align(
     before: onnx.ModelProto,
     after: onnx.ModelProto,
-    rewrites: Sequence[Rewrite],
+    rewrites: tuple[Sequence[Rewrite], Sequence[Rewrite]],
     times: tuple[Mapping[int, float], Mapping[int, float]],
 ) -> list[tuple[list[int], list[int]]]:
     """Divide the operators of both models into classes, and return the numbers of the nodes of each class.
 
-    Two operators are in one class if onnxruntime fused them, or if one replaces the other (`Rewrite.became`). Both
-    relations are transitive.
+    Two operators are in one class if onnxruntime fused them, if one replaces the other, or if both replace one operator
+    of the model that they were made from (`Rewrite.became`). These relations are transitive.
     """
     joined, first = Unions[int](), len(before.graph.node)  # the result's operators are numbered after the original's
     for start, proto, spent in ((0, before, times[0]), (first, after, times[1])):
@@ -115,16 +115,19 @@ def align(
 
 
 def _join_replacements(
-    before: onnx.ModelProto, after: onnx.ModelProto, rewrites: Sequence[Rewrite], joined: Unions[int]
+    before: onnx.ModelProto,
+    after: onnx.ModelProto,
+    rewrites: tuple[Sequence[Rewrite], Sequence[Rewrite]],
+    joined: Unions[int],
 ) -> None:
     """Join each operator with its replacement, and each new operator that replaces none with its first reader."""
     first = len(before.graph.node)
-    became = _find_replacements(rewrites)
+    origins, became = find_origins(rewrites[0]), _find_replacements(rewrites[1])
     made = {name: j for j, node in enumerate(after.graph.node) for name in node.output if name}
     reader = {name: j for j, node in reversed(list(enumerate(after.graph.node))) for name in node.input if name}
     linked = set()
     for i, node in enumerate(before.graph.node):
-        for name in filter(None, node.output):
+        for name in (old for new in filter(None, node.output) for old in (new, *origins.get(new, ()))):
             j = made.get(_follow(name, became))
             if j is not None:
                 joined.join(i, first + j)
@@ -133,6 +136,15 @@ def _join_replacements(
         read = [reader[name] for name in node.output if name in reader]
         if j not in linked and read:
             joined.join(first + j, first + min(read))
+
+
+def find_origins(rewrites: Sequence[Rewrite]) -> dict[str, list[str]]:
+    """Map each tensor of a rewritten model to the tensors that it replaced."""
+    became = _find_replacements(rewrites)
+    found: defaultdict[str, list[str]] = defaultdict(list)
+    for old in became:
+        found[_follow(old, became)].append(old)
+    return dict(found)
 
 
 def _find_replacements(rewrites: Sequence[Rewrite]) -> dict[str, str]:

@@ -21,7 +21,7 @@ from pwopt.rewriting.records import Rewrite
 from pwopt.running.session import NodeTime
 from pwopt.running.timing import Evidence
 from pwopt.selecting.autotuning import Estimate, Group
-from pwopt.selecting.profile_alignment import BLOCKED, align, assign_to_nodes, find_kernels
+from pwopt.selecting.profile_alignment import BLOCKED, align, assign_to_nodes, find_kernels, find_origins
 
 #: Times of operators in two sessions of one model differ by this share, because their memory is placed differently.
 SESSIONS = 0.015
@@ -35,7 +35,7 @@ Run = Sequence[NodeTime]
 def estimate(
     before: onnx.ModelProto,
     after: onnx.ModelProto,
-    rewrites: Sequence[Rewrite],
+    rewrites: tuple[Sequence[Rewrite], Sequence[Rewrite]],
     groups: Sequence[Group],
     runs: tuple[Sequence[Run], Sequence[Run]],
 ) -> dict[Group, Estimate]:
@@ -48,8 +48,8 @@ def estimate(
     ----------
     before, after : onnx.ModelProto
         The profiled models.
-    rewrites : sequence of Rewrite
-        The rewrites that created the second model.
+    rewrites : (sequence of Rewrite, sequence of Rewrite)
+        The rewrites that created each model.
     groups : sequence of Group
     runs : (sequence, sequence)
         Runs of both models, which alternated.
@@ -57,8 +57,8 @@ def estimate(
     Returns
     -------
     dict
-        Group → estimate. A group is missing if not all of its rewrites were made, or if it shares operators with
-        another group.
+        Group → estimate. A group is missing if not all of its rewrites were made, if it shares operators with another
+        group, or if none of its operators is found.
     """
     seen = [[assign_to_nodes(proto, run) for run in each] for proto, each in zip((before, after), runs, strict=True)]
     timed = [{i: 1.0 for run in each for i, _ in run if i is not None} for each in seen]
@@ -139,10 +139,12 @@ def _attribute_classes(
     before: onnx.ModelProto,
     classes: Sequence[tuple[list[int], list[int]]],
     groups: Sequence[Group],
-    rewrites: Sequence[Rewrite],
+    rewrites: tuple[Sequence[Rewrite], Sequence[Rewrite]],
 ) -> tuple[dict[int, Group], set[Group]]:
     """Map the number of each class to the group that changed it; also return groups that profiles cannot separate."""
-    owners, made = _find_owners(groups, rewrites), {r.site for r in rewrites}
+    owners, made = _find_owners(groups, rewrites[1]), {r.site for r in rewrites[1]}
+    for new, originals in find_origins(rewrites[0]).items():
+        owners[new] = owners.get(new, set()).union(*(owners.get(old, ()) for old in originals))
     of, vague = dict[int, Group](), {g for g in groups if not made.issuperset(g.sites)}
     for k, (a, _) in enumerate(classes):
         mine = {g for i in a for name in before.graph.node[i].output for g in owners.get(name, ())}
@@ -150,7 +152,7 @@ def _attribute_classes(
             (of[k],) = mine
         else:
             vague |= mine
-    return of, vague
+    return of, vague.union(set(groups).difference(of.values()))
 
 
 def _find_kernels(

@@ -227,7 +227,7 @@ class RacingEvaluator:
             return {g: each for p in alone for g, each in self._profile(worker, kept, p).items()}
         found: dict[Group, Estimate] = {}
         for part, each, own in zip(parts, after, runs[1:], strict=True):
-            found |= estimate(before.proto, each.proto, each.rewrites, part, (runs[0], own))
+            found |= estimate(before.proto, each.proto, (before.rewrites, each.rewrites), part, (runs[0], own))
         return {g: each._replace(sure=share >= autotuning.BUSY) for g, each in found.items()}
 
     def _find_worker(self) -> Worker | None:

@@ -343,6 +343,14 @@ def test_what_another_form_of_its_operators_enables_is_profiled_again() -> None:
     assert ("a", "a+b") in fake.seen
 
 
+def test_what_seems_to_pay_in_another_form_is_raced_even_if_the_profile_is_in_doubt() -> None:
+    groups, fake = enabled("ab")
+    unsure = iter([{groups[1]: glance(0.91), groups[2]: glance(0.9)}, {groups[1]: glance(1.1, spread=0.5)}])
+    fake.estimate = lambda _kept, _asked: next(unsure)  # type: ignore[method-assign]
+    decisions = race_groups(groups, fake, 60.0)
+    assert [d.kept for d in decisions] == [True, True, False]
+
+
 def test_what_no_kept_group_writes_is_not_profiled_again() -> None:
     groups, fake = enabled("a")
     decisions = race_groups(groups, fake, 60.0)

