@@ -8,6 +8,7 @@ from typing import NamedTuple
 from pwopt.algebra.geometry import Refusal
 from pwopt.graph.ir import Node
 from pwopt.graph.operators import AXES_SINCE
+from pwopt.graph.shapes import correct_end
 from pwopt.graph.view import View
 
 
@@ -81,7 +82,10 @@ def read_axes(view: View, node: Node) -> list[int] | None:
 
 
 def read_slice_parameters(view: View, node: Node) -> list[tuple[int, int, int, int]] | None:
-    """Read (axis, start, end, step) of a Slice, axes non-negative; None if not constant or of unknown rank."""
+    """Read (axis, start, end, step) of a Slice, axes non-negative; None if not constant or of unknown rank.
+
+    The end of a Slice backwards is what onnxruntime takes it for (`shapes.correct_end`).
+    """
     rank = view.rank(node.inputs[0])
     if view.opset < 10:
         starts, ends = node.attrs.get("starts"), node.attrs.get("ends")
@@ -94,7 +98,9 @@ def read_slice_parameters(view: View, node: Node) -> list[tuple[int, int, int, i
     if starts is None or ends is None or rank is None:
         return None
     axes = list(range(len(starts))) if axes is None else [a + rank if a < 0 else a for a in axes]
-    return list(zip(axes, starts, ends, steps or [1] * len(starts), strict=True))
+    steps = steps or [1] * len(starts)
+    ends = [correct_end(end, step) for end, step in zip(ends, steps, strict=True)]
+    return list(zip(axes, starts, ends, steps, strict=True))
 
 
 def read_permutation(view: View, node: Node) -> list[int] | None:

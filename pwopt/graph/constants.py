@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import onnx
 
 from pwopt.algebra import Values
-from pwopt.graph.dtypes import FLOATS
+from pwopt.graph.dtypes import FLOATS, is_floating
 from pwopt.graph.ir import Node, as_message
 from pwopt.graph.operators import MOVES, SOFTMAXES, VIEWS
-from pwopt.graph.shapes import Shape, as_fixed, is_ambiguous, read_dims
+from pwopt.graph.shapes import Shape, as_fixed, correct_end, is_ambiguous, read_dims
 
 #: A constant is computed if it is not larger than this, or not larger than the constants that it is computed from.
 MAX_FOLDED_BYTES = 1 << 20
@@ -29,6 +29,21 @@ MAX_RESIZED = 1 << 14
 INTERPOLATED = ("half_pixel", "pytorch_half_pixel", "asymmetric")
 #: Operators that read the type of their input, or whose number of results depends on how they round.
 TYPED = frozenset({"CastLike", "Range", *MOVES})
+
+#: Operators that runtimes compute differently for NaN and infinity, and operators that pick an extreme.
+INFINITE = frozenset({"Clip", "PRelu", "ReduceLogSumExp", "Sign"})
+EXTREMES = frozenset({"ArgMax", "ArgMin", "Hardmax", "ReduceMax", "ReduceMin", "TopK"})
+#: Beyond this, exp(-x) is zero in float64.
+LARGEST_EXPONENT = 700.0
+#: A bound on the absolute value of what a reduction of integers computes on the way.
+MAGNITUDES: Mapping[str, Callable[[Values], float]] = {
+    "ReduceSum": lambda v: float(np.abs(v.astype(np.float64)).sum()),
+    "ReduceMean": lambda v: float(np.abs(v.astype(np.float64)).sum()),
+    "ReduceL1": lambda v: float(np.abs(v.astype(np.float64)).sum()),
+    "ReduceL2": lambda v: float(np.square(v.astype(np.float64)).sum()),
+    "ReduceSumSquare": lambda v: float(np.square(v.astype(np.float64)).sum()),
+    "ReduceProd": lambda v: float(np.maximum(np.abs(v.astype(np.float64)), 1).prod()),
+}
 
 
 def evaluate(
@@ -200,8 +215,9 @@ def _build_model(node: Node, values: Mapping[str, Values], opset: int) -> onnx.M
 def _find_disagreement(node: Node, values: Mapping[str, Values], opset: int) -> str:
     """Why onnxruntime may compute something else than onnx's reference evaluator; "" if nothing is known."""
     data, *others = values.values()
-    if node.op in ("ReduceMax", "ReduceMin") and data.dtype.kind == "f" and np.isnan(data).any():
-        return "its value never changes, but runtimes disagree on the extremes of numbers that include NaN"
+    reason = _find_numerical_disagreement(node, data, others)
+    if reason:
+        return f"its value never changes, but runtimes disagree on {reason}"
     if node.op == "Squeeze" and (node.attrs.get("axes") == [] or any(v.size == 0 for v in others)):
         return "its value never changes, but runtimes disagree on an empty list of axes"
     if _skips_entries(node, list(values.values())):
@@ -218,6 +234,33 @@ def _find_disagreement(node: Node, values: Mapping[str, Values], opset: int) -> 
     if node.op in SOFTMAXES and opset < 13 and node.attrs.get("axis", 1) not in (-1, data.ndim - 1):
         return "its value never changes, but onnx's evaluator normalises along one axis, as since opset 13 only"
     return ""
+
+
+def _find_numerical_disagreement(node: Node, data: Values, others: Sequence[Values]) -> str:
+    """On which numbers runtimes disagree, that this node computes or reads; "" if nothing is known."""
+    whole, op = data.dtype.kind in "iu", str(node.op)
+    if op in INFINITE and not whole and any(not np.isfinite(v).all() for v in (data, *others) if is_floating(v.dtype)):
+        return f"{op} of NaN and infinity"
+    if op in EXTREMES and is_floating(data.dtype) and np.isnan(data).any():
+        return "the extremes of numbers that include NaN"
+    if op == "LogSoftmax" and not whole and data.size and float(data.max()) - float(data.min()) > LARGEST_EXPONENT:
+        return "LogSoftmax of numbers that far apart"
+    if op == "ReduceMean" and not data.size:
+        return "the mean of nothing"
+    if op == "NonZero" and not data.ndim:
+        return "NonZero of a scalar"
+    if whole and (op == "Shrink" or (op in MAGNITUDES and not _is_exact(MAGNITUDES[op](data), data.dtype))):
+        return f"{op} of large integers"
+    if op == "Slice" and len(others) > 3:
+        ends, steps = others[1].ravel().tolist(), others[3].ravel().tolist()
+        if any(correct_end(end, step) != end for end, step in zip(ends, steps, strict=False)):
+            return "the last position of a Slice backwards"
+    return ""
+
+
+def _is_exact(largest: float, dtype: np.dtype[Any]) -> bool:
+    """Whether no sum up to this number overflows an integer type, nor is rounded on the way in float64."""
+    return largest < min(float(np.iinfo(dtype).max) + 1, 2.0**53)
 
 
 def _skips_entries(node: Node, values: Sequence[Values]) -> bool:

@@ -115,6 +115,7 @@ def make_skeleton(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim]] | 
     graph.node.extend(model.graph.node)
     graph.value_info.extend(find_declared(model, inputs))
     _correct_axes(light)
+    _correct_ends(light)
     return light
 
 
@@ -175,6 +176,33 @@ def _correct_axes(light: onnx.ModelProto) -> None:
                 attribute.ints[:] = sorted(attribute.ints)
     if any(n.domain == UNKNOWN for n in nodes):
         light.opset_import.add(domain=UNKNOWN, version=1)
+
+
+def correct_end(end: int, step: int) -> int:
+    """The end of a Slice, if onnxruntime takes another one.
+
+    Of a Slice backwards, onnxruntime takes the largest number of int32 and int64 for "to the end", as of one forwards,
+    and returns all positions down to the first. By the definition of ONNX, none is left.
+    """
+    return -(2**63) if step < 0 and end in (2**31 - 1, 2**63 - 1) else end
+
+
+def _correct_ends(light: onnx.ModelProto) -> None:
+    """Change the ends of Slices where inference disagrees with onnxruntime."""
+    nodes = [n for n in light.graph.node if n.op_type == "Slice" and n.domain in ("", "ai.onnx") and len(n.input) > 4]
+    if not nodes:
+        return
+    held = {t.name: t for t in light.graph.initializer}
+    held |= {n.output[0]: n.attribute[0].t for n in light.graph.node if n.op_type == "Constant" and n.attribute}
+    for node in nodes:
+        if node.input[2] not in held or node.input[4] not in held:
+            continue
+        ends, steps = (onnx.numpy_helper.to_array(held[node.input[i]]).ravel().tolist() for i in (2, 4))
+        corrected = [correct_end(end, step) for end, step in zip(ends, steps, strict=False)]
+        if corrected != ends:
+            name = f"{node.output[0]} ends"
+            light.graph.initializer.append(onnx.numpy_helper.from_array(np.array(corrected, np.int64), name))
+            node.input[2] = name
 
 
 def infer(

@@ -230,6 +230,20 @@ def test_folding_computes_what_onnxruntime_computes(op: str) -> None:
     [
         ("ReduceMax", {"keepdims": 0}, (SPECIAL,), "NaN"),
         ("ReduceMin", {"keepdims": 0}, (SPECIAL,), "NaN"),
+        ("ArgMax", {}, (SPECIAL,), "NaN"),
+        ("Clip", {}, (SPECIAL,), "infinity"),
+        ("PRelu", {}, (np.zeros(2, F), np.array([np.inf, 1], F)), "infinity"),
+        ("ReduceLogSumExp", {}, (np.full(2, -np.inf, F),), "infinity"),
+        ("LogSoftmax", {}, (np.array([0, -1000], F),), "far apart"),
+        ("ReduceMean", {}, (np.zeros((2, 0), F),), "mean of nothing"),
+        ("ReduceMean", {}, (np.zeros((2, 0), L),), "mean of nothing"),
+        ("ReduceSum", {}, (np.array([2**31 - 1, 1], np.int32),), "large integers"),
+        ("ReduceSum", {}, (np.array([2**53, 1], L),), "large integers"),
+        ("ReduceL2", {}, (np.array([2**27, 1], L),), "large integers"),
+        ("ReduceProd", {}, (np.array([2**16, 2**15], np.int32),), "large integers"),
+        ("NonZero", {}, (np.array(3, F),), "a scalar"),
+        ("Slice", {}, tuple(np.array(v, L) for v in ([4, 5, 6], [2], [2**63 - 1], [0], [-1])), "Slice backwards"),
+        ("Slice", {}, tuple(np.array(v, L) for v in ([4, 5, 6], [2], [2**31 - 1], [0], [-1])), "Slice backwards"),
         ("Squeeze", {}, (X[None], np.zeros(0, L)), "empty list of axes"),
         ("Squeeze", {"axes": []}, (X[None],), "empty list of axes"),
         ("Softmax", {"axis": 1}, (X,), "one axis"),
@@ -276,7 +290,9 @@ def test_an_einsum_that_takes_long_stays() -> None:
     assert "operations to compute" in found
 
 
-def around(nodes: list[onnx.NodeProto], shape: Sequence[int], opset: int, **constants: np.ndarray) -> onnx.ModelProto:
+def around(
+    nodes: list[onnx.NodeProto], shape: Sequence[int | str], opset: int, **constants: np.ndarray
+) -> onnx.ModelProto:
     graph = helper.make_graph(
         nodes,
         "around",
@@ -315,6 +331,24 @@ def test_a_squeeze_with_an_empty_list_of_axes_squeezes_all(opset: int) -> None:
     result = pwopt.optimize(model, cost="analytic", verify=False).model
     x = RNG.normal(size=(1, 3, 1, 4)).astype(F)
     np.testing.assert_array_equal(compute(result, x=x), compute(model, x=x))
+
+
+@pytest.mark.parametrize("end", [2**31 - 1, 2**63 - 1, -(2**63)])
+@pytest.mark.parametrize("size", [4, "W"])
+def test_a_slice_backwards_may_end_at_the_largest_number(end: int, size: int | str) -> None:
+    """Inference finds it empty, but onnxruntime goes through to the first position."""
+    nodes = [
+        helper.make_node("Slice", ["x", "start", "end", "axis", "step"], ["s"]),
+        helper.make_node("Concat", ["s", "x"], ["c"], axis=1),
+        helper.make_node("Relu", ["c"], ["y"]),
+    ]
+    numbers = {"start": -1, "end": end, "axis": 1, "step": -1}
+    model = around(nodes, (2, size), 13, **{k: np.array([v], L) for k, v in numbers.items()})
+    assert 0 not in (infer(model)["s"][1] or ())
+    result = pwopt.optimize(model, cost="analytic", verify=False).model
+    x = RNG.normal(size=(2, 4)).astype(F)
+    found = compute(result, x=x)
+    np.testing.assert_array_equal(found, np.maximum(np.concatenate([x[:, ::-1], x], 1), 0))
 
 
 def test_shapes_that_old_inference_gets_wrong_are_corrected_or_unknown() -> None:
