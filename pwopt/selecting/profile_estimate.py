@@ -28,6 +28,9 @@ SESSIONS = 0.015
 #: The pace of a run is estimated if the operators of no group take at least this share of it.
 CONTROL = 0.2
 
+#: No estimate of a speed-up exceeds this: slow spells may make the gain of a run as long as the run itself.
+LARGEST = 100.0
+
 #: The times of all operators in one profiled run, in the order of execution.
 Run = Sequence[NodeTime]
 
@@ -191,7 +194,7 @@ def _find_neighbours(own: set[int], links: Mapping[int, set[int]], passable: set
 
 
 def _speedup(whole: float, gain: Array) -> Evidence:
-    return Evidence.from_logs(np.log(whole / np.maximum(whole - gain, 1e-9)))
+    return Evidence.from_logs(np.log(whole / np.maximum(whole - gain, whole / LARGEST)))
 
 
 def _times(runs: Sequence[Mapping[int | None, float]], classes: Collection[int]) -> Array:

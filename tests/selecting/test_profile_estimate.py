@@ -186,3 +186,12 @@ def test_nothing_is_said_of_what_was_not_made_or_is_not_alone() -> None:
     same = Group("q", "also first", (Site("q", "a"),), 1)
     rewrites = [*REWRITES, Rewrite("", became=(("a", "a"),), site=Site("q", "a"))]
     assert set(estimate(before, after, ((), rewrites), [A, B, same], both)) == {B}
+
+
+def test_a_slow_spell_longer_than_a_run_gives_no_absurd_figure() -> None:
+    before, after = models()
+    new = {0: 1.0, 1: 1.0, 2: 0.0, 3: 1.0, 4: 1.0, 5: 0.0, 6: 3.0}
+    slow = [*runs(OLD)[:9], *runs({**OLD, 0: 4000.0})[:1]]
+    found = estimate(before, after, ((), REWRITES), [A, B], (slow, runs(new)))
+    assert 1 < found[A].own.speedup < 2
+    assert found[A].own.interval(0.9)[1] < 10
