@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from pwopt.algebra.geometry import Refusal
+from pwopt.graph.disagreements import correct_end
 from pwopt.graph.ir import Node
 from pwopt.graph.operators import AXES_SINCE
-from pwopt.graph.shapes import correct_end
 from pwopt.graph.view import View
 
 
@@ -84,7 +84,7 @@ def read_axes(view: View, node: Node) -> list[int] | None:
 def read_slice_parameters(view: View, node: Node) -> list[tuple[int, int, int, int]] | None:
     """Read (axis, start, end, step) of a Slice, axes non-negative; None if not constant or of unknown rank.
 
-    The end of a Slice backwards is what onnxruntime takes it for (`shapes.correct_end`).
+    The end of a Slice backwards is what onnxruntime takes it for (`disagreements.correct_end`).
     """
     rank = view.rank(node.inputs[0])
     if view.opset < 10:

@@ -10,10 +10,11 @@ import numpy as np
 import onnx
 
 from pwopt.algebra import Values
+from pwopt.graph.disagreements import correct_end, is_ambiguous
 from pwopt.graph.dtypes import FLOATS, is_floating
 from pwopt.graph.ir import Node, as_message
 from pwopt.graph.operators import MOVES, SOFTMAXES, VIEWS
-from pwopt.graph.shapes import Shape, as_fixed, correct_end, is_ambiguous, read_dims
+from pwopt.graph.shapes import Shape, as_fixed, read_dims
 
 #: A constant is computed if it is not larger than this, or not larger than the constants that it is computed from.
 MAX_FOLDED_BYTES = 1 << 20

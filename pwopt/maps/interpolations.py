@@ -9,8 +9,8 @@ import numpy as np
 
 from pwopt.algebra import Array
 from pwopt.algebra.interpolation import TRANSFORMATIONS, Interpolation
+from pwopt.graph.disagreements import is_ambiguous
 from pwopt.graph.ir import Node, Tensor
-from pwopt.graph.shapes import is_ambiguous
 from pwopt.graph.view import View
 
 #: The largest number of positions of an axis.

@@ -8,7 +8,8 @@ import pytest
 from helpers import eager, normal, open_session, ops, parse, run
 
 import pwopt
-from pwopt.graph.shapes import infer, is_ambiguous
+from pwopt.graph.disagreements import is_ambiguous
+from pwopt.graph.shapes import infer
 from pwopt.passes import LowerResize
 
 ort = pytest.importorskip("onnxruntime")
