@@ -206,6 +206,19 @@ def _infer(light: onnx.ModelProto) -> dict[str, tuple[int, Shape | None]]:
     return types if found is None else _read_types(onnx.load_from_string(found))
 
 
+def infer_alone(light: onnx.ModelProto) -> dict[str, Shape | None]:
+    """Infer the shapes of a model of one operator and the shapes of the targets that it reads."""
+    correct_nodes(light)
+    insert_stand_ins(light)
+    stores = any(_propagates(node) for node in light.graph.node if node.op_type != "Shape")  # maybe very many elements
+    try:
+        types = _read_types(shape_inference.infer_shapes(light, data_prop=not stores))
+    except Exception:  # inference raises many types
+        return {}
+    wrong = find_wrong_sizes(light, types)
+    return {name: shape for name, (_, shape) in types.items() if name not in wrong}
+
+
 def find_contradiction(model: onnx.ModelProto, inputs: Mapping[str, Sequence[Dim]] | None = None) -> str:
     """Return why onnx's strict inference rejects a model with these input sizes, in one line, or ""."""
     light = make_skeleton(model, inputs)

@@ -12,6 +12,7 @@ from pwopt.graph.files import annotate, from_proto
 from pwopt.graph.memo import memoize
 from pwopt.graph.model import Model
 from pwopt.graph.shapes import Shape, as_fixed, infer, make_skeleton
+from pwopt.graph.unknown_targets import follow_targets
 from pwopt.graph.view import View
 from pwopt.passes import CleanUp, SettleShapes
 from pwopt.rewriting.driver import Certifier, Pass, describe
@@ -48,6 +49,10 @@ def fold_shapes(
         sizes.update(_select_known_sizes(infer(model.proto)))
     rewrites: list[Rewrite] = []
     pipeline = Pipeline([p() for p in passes])
+    if passes and has_unknowns(model):
+        found = follow_targets(model.graph)
+        if sizes is not None:
+            sizes.update(_select_fixed(found))
     while has_unknowns(model):
         taken = _inline_branches(model, frozenset(deny)) if CleanUp in passes else []
         done = pipeline.run(model.graph, denied=deny, reserved=model.names(), certifier=certifier).rewrites
@@ -114,8 +119,9 @@ def _infer_all_sizes(light: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
     if all(name in found for node in light.graph.node for name in node.output if name):
         return found
     model = from_proto(light)
+    found.update(_select_fixed(follow_targets(model.graph)))
     pipeline = Pipeline([p() for p in SHAPE_PASSES])
-    while pipeline.run(model.graph).rewrites:
+    while has_unknowns(model) and pipeline.run(model.graph).rewrites:
         types = infer(model.to_proto())
         annotate(model, types)
         found.update(_select_known_sizes(types))
@@ -123,4 +129,8 @@ def _infer_all_sizes(light: onnx.ModelProto) -> dict[str, tuple[int, ...]]:
 
 
 def _select_known_sizes(types: Mapping[str, tuple[int, Shape | None]]) -> dict[str, tuple[int, ...]]:
-    return {name: numbers for name, (_, shape) in types.items() if (numbers := as_fixed(shape)) is not None}
+    return _select_fixed({name: shape for name, (_, shape) in types.items()})
+
+
+def _select_fixed(shapes: Mapping[str, Shape | None]) -> dict[str, tuple[int, ...]]:
+    return {name: numbers for name, shape in shapes.items() if (numbers := as_fixed(shape)) is not None}
