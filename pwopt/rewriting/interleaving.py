@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -51,7 +51,6 @@ class Interleaving(Builder):
     output: Tensor
     counts: Sequence[int]
     sized: Tensor | None = None
-    _targets: dict[int, Tensor] = field(default_factory=dict, init=False)
 
     @property
     def channels(self) -> int:
@@ -80,57 +79,74 @@ class Interleaving(Builder):
         return self.write_rows(rows)
 
     def write_rows(self, rows: Sequence[Tensor]) -> list[Node]:
-        """The same for phases that are already concatenated along the channels if only their last axis differs."""
-        rank = len(self.counts)
-        placed = [self._place(row, i) for i, row in enumerate(rows)]
+        """The same for phases that are already concatenated along the channels if only their last axis differs.
+
+        With the channels last, rows of positions lie one behind the other in memory. To interleave rows along an axis,
+        it is enough to concatenate them along the next one, and to read the result with other sizes at the end. The
+        last Concat reads matrices, because onnxruntime would move the Transposes behind a Concat of images.
+        """
+        rank, width = len(self.counts), self.counts[-1] * self.channels
+        placed: list[Tensor] = []
+        for index, row in enumerate(rows):
+            placed.append(self._create(f"last{index}", lambda s: (*self._short(s), width)))
+            self.add_node("Transpose", [row], placed[-1], perm=[0, *range(2, rank + 2), 1])
         for axis in range(rank - 2, -1, -1):
             count = self.counts[axis]
-            placed = [self._merge(placed[i : i + count], axis) for i in range(0, len(placed), count)]
-        self.add_node("Transpose", [self._cut(placed[0])], self.output, perm=[0, rank + 1, *range(1, rank + 1)])
+            groups = [placed[i : i + count] for i in range(0, len(placed), count)]
+            placed = [self._join(group, axis, width) if count > 1 else group[0] for group in groups]
+        whole = self._create("whole", lambda s: (*self._long(s), self.channels))
+        self.add_node("Reshape", [placed[0], self._find_target(rows[0])], whole)
+        self.add_node("Transpose", [self._cut(whole)], self.output, perm=[0, rank + 1, *range(1, rank + 1)])
         return self.nodes
 
     def _short(self, space: Sequence[Dim]) -> list[Dim]:
         return [-(-d // r) if isinstance(d, int) else None for d, r in zip(space, self.counts, strict=True)]
 
     def _long(self, space: Sequence[Dim]) -> list[Dim]:
-        return [s * r if isinstance(s, int) else None for s, r in zip(self._short(space), self.counts, strict=True)]
+        return [_times(s, r) for s, r in zip(self._short(space), self.counts, strict=True)]
 
-    def _place(self, row: Tensor, index: int) -> Tensor:
-        """Interleave the phases of a row along the last axis: (N, S₀, …, 1, L, C)."""
-        rank, width = len(self.counts), self.counts[-1] * self.channels
-        last = self._create(f"last{index}", lambda s: (*self._short(s), width))
-        self.add_node("Transpose", [row], last, perm=[0, *range(2, rank + 2), 1])
-        if rank == 1:
-            row = self._create("whole", lambda s: (*self._long(s), self.channels))
-            return self._reshape(last, 0, ([0], [self.channels]), row)
-        row = self._create(f"place{index}", lambda s: (*self._short(s)[:-1], 1, self._long(s)[-1], self.channels))
-        return self._reshape(last, rank - 1, ([*[0] * rank, 1], [self.channels]), row)
+    def _join(self, rows: list[Tensor], axis: int, width: int) -> Tensor:
+        """Concatenate rows along the axis after the one along which they alternate."""
+        if axis == 0:
+            matrices = [self.rw.new_variable(f"{t.name}_matrix", t, lambda s: (None, None)) for t in rows]
+            for row, matrix in zip(rows, matrices, strict=True):
+                self.add_node("Flatten", [row], matrix, axis=2)
+            joined = self.rw.new_variable(f"{self.output.name}_rows", matrices[0], lambda s: (None, None))
+            self.add_node("Concat", matrices, joined, axis=1)
+            return joined
 
-    def _merge(self, rows: list[Tensor], axis: int) -> Tensor:
-        """Interleave along one more axis: (N, S₀, …, Sₐ, 1, …) to (N, S₀, …, 1, Lₐ, …); no 1 for the first axis."""
-        rank, joined = len(self.counts), rows[0]
-        if len(rows) > 1:
-            joined = self._create(
-                "rows",
-                lambda s: (*self._short(s)[: axis + 1], len(rows), *self._long(s)[axis + 1 :], self.channels),
-            )
-            self.add_node("Concat", rows, joined, axis=axis + 2)
-        if axis:
-            made = self._create("plane", lambda s: (*self._short(s)[:axis], 1, *self._long(s)[axis:], self.channels))
-            around = ([*[0] * (axis + 1), 1], [*[0] * (rank - 1 - axis), self.channels])
-            return self._reshape(joined, axis, around, made)
-        whole = self._create("whole", lambda s: (*self._long(s), self.channels))
-        sizes = as_fixed(self._long((self.rw.shape(self.output) or ())[2:])[1:])
+        def sizes(space: Shape) -> tuple[Dim, ...]:
+            short = enumerate(self._short(space))
+            return (*(d if i <= axis else _times(d, self.counts[i - 1]) for i, d in short), width)
+
+        joined = self._create("rows", sizes)
+        self.add_node("Concat", rows, joined, axis=axis + 2)
+        return joined
+
+    def _find_target(self, row: Tensor) -> Tensor:
+        """The sizes of all positions; computed if one is not known.
+
+        A −1 takes any batch, even an empty one. As any other size, onnxruntime refuses it for an empty batch.
+        """
+        rank, batch = len(self.counts), self.rw.dim(self.output, 0)
+        first = batch if isinstance(batch, int) else -1
+        sizes = as_fixed(self._long((self.rw.shape(self.output) or ())[2:]))
         if sizes is not None:
-            return self._reshape(joined, 0, ([0], [*sizes, self.channels]), whole)
-        # a zero takes a size over from the same place: others stay there, and move up then
-        flat = self._create("flat", lambda s: (self._long(s)[0], 1, *self._long(s)[1:], self.channels))
-        self._reshape(joined, 0, ([0], [1, *[0] * (rank - 1), self.channels]), flat)
-        if self.rw.opset < 13:
-            self.add_node("Squeeze", [flat], whole, axes=[2])
+            return self._constant("shape", [first, *sizes, self.channels])
+        short, long, target = (
+            Variable(self.rw.unique_name(f"{self.output.name}_{role}"), np.dtype(np.int64), (count,))
+            for role, count in (("short", rank), ("long", rank), ("target", rank + 2))
+        )
+        if self.rw.opset < SHAPE_HAS_START:
+            whole = Variable(self.rw.unique_name(f"{self.output.name}_sizes"), np.dtype(np.int64), (rank + 2,))
+            self.add_node("Shape", [row], whole)
+            self.add_node("Gather", [whole, self._constant("axes", range(2, rank + 2))], short, axis=0)
         else:
-            self.add_node("Squeeze", [flat, self._constant("axis", [2])], whole)
-        return whole
+            self.add_node("Shape", [row], short, start=2, end=rank + 2)
+        self.add_node("Mul", [short, self._constant("counts", self.counts)], long)
+        ends = self._constant("batch", [first]), self._constant("channels", [self.channels])
+        self.add_node("Concat", [ends[0], long, ends[1]], target, axis=0)
+        return target
 
     def _cut(self, whole: Tensor) -> Tensor:
         """Cut off the positions beyond the size of the output."""
@@ -149,44 +165,16 @@ class Interleaving(Builder):
         self.add_node("Slice", [whole, starts, ends, axes], cut)
         return cut
 
-    def _reshape(
-        self, source: Tensor, axis: int, around: tuple[Sequence[int], Sequence[int]], output: Variable
-    ) -> Variable:
-        """Reshape to the whole size of a spatial axis and the entries around it."""
-        size = self._long((self.rw.shape(self.output) or ())[2:])[axis]
-        if isinstance(size, int) or isinstance(self.rw.dim(self.output, 0), int):
-            target: Tensor = self._constant("shape", [*around[0], size if isinstance(size, int) else -1, *around[1]])
-        else:
-            target = self._compute_target(source, axis, around)
-        self.add_node("Reshape", [source, target], output)
-        return output
-
-    def _compute_target(self, source: Tensor, axis: int, around: tuple[Sequence[int], Sequence[int]]) -> Tensor:
-        """Compute the target of a Reshape, because an empty batch does not take a −1."""
-        if axis not in self._targets:
-            place, rank = axis + 1, sum(map(len, around)) + 1
-            short, long, target = (
-                Variable(self.rw.unique_name(f"{self.output.name}_{role}"), np.dtype(np.int64), (count,))
-                for role, count in (("short", 1), ("long", 1), ("target", rank))
-            )
-            if self.rw.opset < SHAPE_HAS_START:
-                sizes = Variable(self.rw.unique_name(f"{self.output.name}_sizes"), np.dtype(np.int64), (None,))
-                self.add_node("Shape", [source], sizes)
-                self.add_node("Gather", [sizes, self._constant("axis", [place])], short, axis=0)
-            else:
-                self.add_node("Shape", [source], short, start=place, end=place + 1)
-            self.add_node("Mul", [short, self._constant("count", [self.counts[axis]])], long)
-            before, after = (self._constant(role, part) for role, part in zip(("before", "after"), around, strict=True))
-            self.add_node("Concat", [before, long, after], target, axis=0)
-            self._targets[axis] = target
-        return self._targets[axis]
-
     def _create(self, role: str, sizes: Callable[[Shape], tuple[Dim, ...]]) -> Variable:
         """Create a tensor whose sizes follow from those of the output."""
         return self.rw.new_variable(f"{self.output.name}_{role}", self.output, lambda s: (s[0], *sizes(s[2:])))
 
     def _constant(self, role: str, values: Sequence[int]) -> Constant:
         return self.rw.new_constant(f"{self.output.name}_{role}", np.array(values, np.int64))
+
+
+def _times(size: Dim, count: int) -> Dim:
+    return size * count if isinstance(size, int) else None
 
 
 def count_moved(size: Sequence[int]) -> int:

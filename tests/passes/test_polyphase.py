@@ -43,7 +43,7 @@ def macs(model: onnx.ModelProto) -> int:
 def test_four_phases_of_a_decoder() -> None:
     model = build(HEAD + f"{{ {UP} c = Conv<pads=[1,1,1,1]>(u, w, b) y = Relu(c) }}", CONSTANTS)
     result, outcome, _ = run(model, eager())
-    assert ops(result) == {"Conv": 4, "Relu": 4, "Concat": 3, "Transpose": 3, "Reshape": 3}
+    assert ops(result) == {"Conv": 4, "Relu": 4, "Concat": 3, "Transpose": 3, "Flatten": 2, "Reshape": 1}
     assert [list(n.attribute[2].ints) for n in result.graph.node if n.op_type == "Conv"] == [[2, 2]] * 4
     assert macs(result) * 36 == macs(model) * 16
     (rewrite,) = outcome.rewrites
@@ -67,7 +67,7 @@ def test_what_is_concatenated_is_read_in_phases() -> None:
     body = BESIDE + f"{{ {UP} k = Concat<axis=1>(u, z) c = Conv<pads=[1,1,1,1]>(k, v, b) y = Relu(c) }}"
     model = build(body, CONSTANTS)
     result, outcome, _ = run(model, eager())
-    assert ops(result) == {"Conv": 8, "Add": 4, "Relu": 4, "Concat": 3, "Transpose": 3, "Reshape": 3}
+    assert ops(result) == {"Conv": 8, "Add": 4, "Relu": 4, "Concat": 3, "Transpose": 3, "Flatten": 2, "Reshape": 1}
     assert macs(result) * 7 * 36 == macs(model) * (4 * 16 + 3 * 36)
     held = [n.input[1] for n in result.graph.node if n.op_type == "Conv" and n.input[0] == "z"]
     assert len(set(held)) == 1  # the same weights, with other padding
@@ -82,7 +82,7 @@ def test_what_would_be_larger_in_phases_is_added_at_last() -> None:
     """The second phase of a stencil without padding begins further on."""
     model = build(BESIDE + f"{{ {UP} k = Concat<axis=1>(u, z) c = Conv(k, v, b) y = Relu(c) }}", CONSTANTS)
     result, _, _ = run(model, eager())
-    assert ops(result) == {"Conv": 5, "Add": 1, "Relu": 1, "Concat": 3, "Transpose": 3, "Reshape": 3}
+    assert ops(result) == {"Conv": 5, "Add": 1, "Relu": 1, "Concat": 3, "Transpose": 3, "Flatten": 2, "Reshape": 1}
     same(model, result, x=X, z=Z)
 
 
@@ -214,22 +214,32 @@ def test_sizes_that_are_not_known(kind: type[Pass], size: str) -> None:
     result, outcome, _ = run(model, eager(kind), sizes=sizes)
     assert len(outcome.rewrites) == 1
     assert macs(result) < macs(model) or "H" in size or "W" in size or "N" in size
-    for batch, height, width in ((2, 5, 7), (1, 1, 1), (3, 4, 6), (2, 5, 6), (2, 3, 7), (0, 5, 7)):
-        if not batch and kind is not Polyphase:
-            continue  # onnx's evaluator has no ConvTranspose of an empty batch
+    for batch, height, width in ((2, 5, 7), (1, 1, 1), (3, 4, 6), (2, 5, 6), (2, 3, 7)):
         if ("H" in size or height == 5) and ("W" in size or width == 7) and ("N" in size or batch == 2):
             same(model, result, x=normal(batch, 4, height, width))
 
 
+@pytest.mark.parametrize("size", ["N,4,H,W", "N,4,H,7", "N,4,5,W", "N,4,5,7"])
+def test_an_empty_batch(size: str) -> None:
+    pytest.importorskip("onnxruntime")
+    from judge import widened  # onnx's evaluator has no Flatten of an empty batch
+
+    body = f"(double[{size}] x) => (double[N] y) {{ {UP} y = Conv<pads=[1,1,1,1]>(u, w, b) }}"
+    sizes = {"x": (2, 4, 5, 7), "u": (2, 4, 10, 14), "y": (2, 6, 10, 14)}
+    result, outcome, _ = run(build(body, CONSTANTS), eager(), sizes=sizes)
+    assert len(outcome.rewrites) == 1
+    assert widened(result)({"x": normal(0, 4, 5, 7)})[0].shape == (0, 6, 10, 14)
+
+
 def test_sizes_that_are_not_known_in_an_old_opset() -> None:
-    """The axes of a Squeeze were an attribute."""
+    """Shape had no start."""
     sizes = {"x": (2, 4, 5, 7), "u": (2, 4, 10, 14), "y": (2, 6, 10, 14)}
     call = UP.replace("(x, ,", "(x, nowhere,")
     body = f"(double[2,4,H,W] x) => (double[N] y) {{ {call} y = Conv<pads=[1,1,1,1]>(u, w) }}"
     model = build(body, CONSTANTS | {"nowhere": np.zeros(0, np.float32)}, opset=12)
     result, outcome, _ = run(model, eager(), sizes=sizes)
     assert len(outcome.rewrites) == 1
-    assert ops(result)["Squeeze"] == 1
+    assert ops(result)["Gather"] == 1
     for h, w in ((5, 7), (1, 1)):
         same(model, result, x=normal(2, 4, h, w))
 

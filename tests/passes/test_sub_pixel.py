@@ -3,7 +3,7 @@ from __future__ import annotations
 import helpers
 import numpy as np
 import pytest
-from helpers import build, evaluate, normal, ops, reasons, run, same
+from helpers import build, normal, ops, reasons, run, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -29,7 +29,7 @@ def test_a_text_detectors_head_is_put_together_at_last() -> None:
     body = f"{{ h1 = {T}(x, u, a) r = Relu(h1) h2 = {T}(r, v, b) y = Sigmoid(h2) }}"
     model = build(HEAD + body, CONSTANTS)
     result, outcome, _ = run(model, eager())
-    assert ops(result) == {"Conv": 6, "Relu": 2, "Sigmoid": 4, "Transpose": 5, "Reshape": 5, "Concat": 1}
+    assert ops(result) == {"Conv": 6, "Relu": 2, "Sigmoid": 4, "Transpose": 5, "Flatten": 4, "Reshape": 1, "Concat": 1}
     (rewrite,) = outcome.rewrites
     assert rewrite.macs_after == rewrite.macs_before
     assert rewrite.reason == "2 maps to 4×4 phases (3→4→1) are interleaved at the end"
@@ -78,11 +78,13 @@ def test_sizes_that_are_not_known(size: str) -> None:
 @pytest.mark.parametrize("size", ["N,3,H,W", "N,3,H,7", "N,3,5,W", "N,3,5,7"])
 @pytest.mark.parametrize("opset", [12, 17])
 def test_an_empty_batch(size: str, opset: int) -> None:
-    """onnxruntime refuses a −1 in the target of a Reshape then."""
+    pytest.importorskip("onnxruntime")
+    from judge import widened  # onnx's evaluator has no ConvTranspose of an empty batch
+
     body = f"(double[{size}] x) => (double[N] y) {{ h1 = {T}(x, u, a) r = Relu(h1) h2 = {T}(r, v, b) y = Sigmoid(h2) }}"
     result, outcome, _ = run(build(body, CONSTANTS, opset=opset), eager())
     assert len(outcome.rewrites) == 1
-    assert evaluate(result, x=normal(0, 3, 5, 7))[0].shape == (0, 1, 20, 28)
+    assert widened(result)({"x": normal(0, 3, 5, 7)})[0].shape == (0, 1, 20, 28)
 
 
 @pytest.mark.parametrize(

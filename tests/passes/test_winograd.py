@@ -52,7 +52,8 @@ def test_a_convolution(size: tuple[int, int], biased: bool) -> None:
         "Add": 24,
         "Concat": 3,
         "Transpose": 3,
-        "Reshape": 3,
+        "Flatten": 2,
+        "Reshape": 1,
         **({"Slice": 1} if odd else {}),
     }
     assert ops(result) == expected
@@ -134,8 +135,7 @@ def test_sizes_that_are_not_known(size: str) -> None:
     fixed = size.split(",")
     for h, w in ((6, 8), (7, 8), (6, 9), (9, 5), (1, 1)):
         if fixed[2] in ("H", str(h)) and fixed[3] in ("W", str(w)):
-            for batch in (2, 0) if fixed[0] == "N" else (2,):
-                same(model, result, x=normal(batch, WIDE, h, w))
+            same(model, result, x=normal(2, WIDE, h, w))
 
 
 def test_an_old_opset_has_no_sizes_from_the_middle() -> None:
@@ -168,8 +168,19 @@ def test_a_batch_of_any_size() -> None:
     model = parse(side("N,48,6,8") + "{ y = Conv<pads=[1,1,1,1]>(x, w) }", w=normal(WIDE, WIDE, 3, 3))
     result, _, _ = run(model, eager())
     assert ops(result)["Concat"] == 3
-    for n in (0, 1, 3):  # onnxruntime refuses a −1 in the target of a Reshape if the batch is empty
+    for n in (1, 3):
         same(model, result, x=normal(n, WIDE, 6, 8))
+
+
+@pytest.mark.parametrize("size", ["N,48,H,W", "N,48,H,8", "N,48,7,W", "N,48,7,8"])
+def test_an_empty_batch(size: str) -> None:
+    pytest.importorskip("onnxruntime")
+    from judge import widened  # onnx's evaluator has no Flatten of an empty batch
+
+    model = parse(side(size) + "{ y = Conv<pads=[1,1,1,1]>(x, w) }", w=normal(WIDE, WIDE, 3, 3))
+    result, outcome, _ = run(model, eager(), sizes={"x": (2, WIDE, 7, 8), "y": (2, WIDE, 7, 8)})
+    assert len(outcome.rewrites) == 1
+    assert widened(result)({"x": normal(0, WIDE, 7, 8)})[0].shape == (0, WIDE, 7, 8)
 
 
 def test_the_rank_follows_from_the_weight() -> None:
