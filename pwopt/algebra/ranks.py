@@ -17,6 +17,8 @@ from pwopt.algebra.summaries import is_finite
 SKETCHES = 3
 #: Matrices up to this size may be decomposed right away, which takes less time than a sketch.
 SMALL = 256
+#: Steps that scale rows and columns; each halves the logarithms of what is left to scale.
+EQUILIBRATIONS = 8
 
 
 def low_rank(matrix: Array, relative_error: float) -> bool:
@@ -58,14 +60,27 @@ def _count_sketch(matrix: Array, count: int, rng: np.random.Generator) -> Array:
     return sums
 
 
+def _equilibrate(matrix: Array) -> tuple[Array, Array]:
+    """Powers of two for rows and for columns, by which the largest numbers of all of them come near 1 (Ruiz, 2001)."""
+    sizes, rows, columns = np.abs(matrix), np.ones(len(matrix)), np.ones(matrix.shape[1])
+    for _ in range(EQUILIBRATIONS):
+        across, down = sizes.max(axis=1, initial=0.0), sizes.max(axis=0, initial=0.0)
+        by_row, by_column = (1 / np.sqrt(np.where(v > 0, v, 1.0)) for v in (across, down))
+        sizes = sizes * by_row[:, None] * by_column
+        rows, columns = rows * by_row, columns * by_column
+    return tuple(np.exp2(np.round(np.log2(v))) for v in (rows, columns))  # type: ignore[return-value]
+
+
 def factor(linear: LinearMap, relative_error: float) -> tuple[LinearMap, LinearMap]:
     """Split an ungrouped map of low rank: ``linear = second @ first`` with rank(W) channels between.
 
-    `first` keeps the stencil, `second` is pointwise with the bias. The rank is the smallest for which
-    the discarded singular values have a Frobenius norm of at most `relative_error`·‖W‖; pass half the
-    machine epsilon of the model's type, and the split changes W by no more than its rounding did
-    (Eckart and Young, 1936). Errors below √n machine epsilons of float64 count as none: sums of n products, and the
-    decomposition itself, round as much (Higham and Mary, 2019). Refused where that rank saves no weights.
+    `first` keeps the stencil, `second` is pointwise with the bias. The rows and columns of W are first scaled to the
+    same size (`_equilibrate`), so that a channel of small numbers counts as much as one of large numbers. The rank is
+    the smallest for which the discarded singular values have a Frobenius norm of at most `relative_error` times that of
+    the scaled W, and of each of its rows and columns. Pass half the machine epsilon of the model's type, and the split
+    changes no row or column of W by more than its rounding did (Eckart and Young, 1936). Errors below √n machine
+    epsilons of float64 count as none: sums of n products, and the decomposition itself, round as much (Higham and Mary,
+    2019). Refused where that rank saves no weights.
     """
     g = linear.geometry
     if g.groups != 1 or g.transposed:
@@ -73,16 +88,18 @@ def factor(linear: LinearMap, relative_error: float) -> tuple[LinearMap, LinearM
     matrix = linear.weight.reshape(g.out_channels, -1)
     if not is_finite(matrix):
         raise RefusedError("the weights are not finite")
-    u, s, vt = np.linalg.svd(matrix, full_matrices=False)
-    tail = np.sqrt((s[::-1] ** 2).cumsum()[::-1])
-    least = math.sqrt(max(matrix.shape)) * sys.float_info.epsilon
-    rank = int(np.count_nonzero(tail > max(relative_error, least) * tail[0])) if tail.size else 0
+    rows, columns = _equilibrate(matrix)
+    u, s, vt = np.linalg.svd(matrix * rows[:, None] * columns, full_matrices=False)
+    allowed = max(relative_error, math.sqrt(max(matrix.shape)) * sys.float_info.epsilon)
+    terms = [s[None] ** 2, (u[np.any(matrix, axis=1)] * s) ** 2, (vt.T[np.any(matrix, axis=0)] * s) ** 2]
+    tails = [np.sqrt(t[:, ::-1].cumsum(axis=1)[:, ::-1]) for t in terms]  # what each rank discards of W, rows, columns
+    rank = max((int(np.count_nonzero(np.any(t > allowed * t[:, :1], axis=0))) for t in tails if t.size), default=0)
     if rank * sum(matrix.shape) >= matrix.size or rank == 0:
         raise RefusedError(
             f"the rank {rank} of {g.out_channels}×{matrix.shape[1]} weights is too high to save anything"
         )
     root = np.sqrt(s[:rank])
-    left, right = u[:, :rank] * root, root[:, None] * vt[:rank]
+    left, right = u[:, :rank] * root / rows[:, None], root[:, None] * vt[:rank] / columns
     left[~np.any(matrix, axis=1)], right[:, ~np.any(matrix, axis=0)] = 0, 0  # nothing stays nothing
     first = LinearMap.of(replace(g, out_channels=rank, biased=False), right, moved=np.zeros(rank))
     second = LinearMap.pointwise(left, linear.bias, rank=g.rank)

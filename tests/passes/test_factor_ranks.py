@@ -2,12 +2,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from helpers import normal, ops, parse, run, same
+from helpers import evaluate, normal, ops, parse, run, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import numpy_helper
 
-from pwopt.algebra.ranks import low_rank
+from pwopt.algebra.linear import LinearMap
+from pwopt.algebra.ranks import factor, low_rank
 from pwopt.passes import FactorRanks, FoldChains
 
 
@@ -72,6 +73,44 @@ def test_matrix_products(flip: int) -> None:
 def test_refusals(w: np.ndarray, attributes: str) -> None:
     model = parse(f"(double[2,16,5,7] x) => (double[N] y) {{ y = Conv{attributes}(x, w) }}", w=w)
     assert run(model, FactorRanks())[0] is model
+
+
+@pytest.mark.parametrize("size", [1e-5, 1e-7, 1e-12])
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_channel_of_small_numbers_keeps_its_answers(size: float, axis: int) -> None:
+    """It counts as much as the others, because a later map may enlarge it, or its input may be large."""
+    w = of_rank(2, 24, 16)
+    w[(5, slice(None)) if axis == 0 else (slice(None), 5)] = size * normal(16 if axis == 0 else 24, seed=7)
+    model = parse("(float[8,16] x) => (float[N,24] y) { y = MatMul(x, w) }", w=w.T.astype(np.float32))
+    result, outcome, _ = run(model, FactorRanks())
+    assert outcome.rewrites[0].reason == "its 24×16 weights have rank 3, so two thin maps replace it"
+    x = normal(8, 16, dtype=np.float32)
+    if axis == 1:
+        x[:, 5] /= size
+    (expected,), (found,) = evaluate(model, x=x), evaluate(result, x=x)
+    gap = np.abs(found - expected).max(axis=0) / np.abs(expected).max(axis=0)
+    assert gap.max() < 1e-5
+
+
+def test_a_channel_of_small_numbers_may_make_the_rank_too_high() -> None:
+    w = of_rank(6, 12, 16)
+    w[5] = 1e-9 * normal(16, seed=7)
+    model = parse("(float[8,16] x) => (float[N,12] y) { y = MatMul(x, w) }", w=w.T.astype(np.float32))
+    assert run(model, FactorRanks())[0] is model
+
+
+def test_a_certificate_sees_a_channel_that_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    def lose(linear: LinearMap, relative_error: float) -> tuple[LinearMap, LinearMap]:
+        weight = linear.weight.copy()
+        weight[5] = 0
+        return factor(LinearMap.of(linear.geometry, weight), relative_error)
+
+    monkeypatch.setattr("pwopt.passes.factor_ranks.factor", lose)
+    w = of_rank(2, 24, 16)
+    w[5] = 1e-9 * normal(16, seed=7)
+    model = parse("(float[8,16] x) => (float[N,24] y) { y = MatMul(x, w) }", w=w.T.astype(np.float32))
+    with pytest.raises(AssertionError, match="status='failed'"):
+        run(model, FactorRanks())
 
 
 def test_half_precision_is_left_alone() -> None:
