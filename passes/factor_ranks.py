@@ -26,6 +26,8 @@ class FactorRanks(Pass):
     Compressed models whose factors were multiplied out, merged low-rank adapters and pruned models have such maps.
     Trained maps rarely have a low rank. The factors come from a singular value decomposition (Eckart and Young, 1936).
     It is computed only if a random sketch does not rule out a low rank (`ranks.low_rank`).
+    Rows and columns count alike, whatever their sizes. An entry is rounded relative to its row and its column, so a
+    zero between other numbers may become as large as their rounding.
     """
 
     name = "factor-ranks"
