@@ -108,11 +108,9 @@ class Interleaving(Builder):
     def _join(self, rows: list[Tensor], axis: int, width: int) -> Tensor:
         """Concatenate rows along the axis after the one along which they alternate."""
         if axis == 0:
-            matrices = [self.rw.new_variable(f"{t.name}_matrix", t, lambda s: (None, None)) for t in rows]
-            for row, matrix in zip(rows, matrices, strict=True):
-                self.add_node("Flatten", [row], matrix, axis=2)
-            joined = self.rw.new_variable(f"{self.output.name}_rows", matrices[0], lambda s: (None, None))
-            self.add_node("Concat", matrices, joined, axis=1)
+            flat = [self._flatten(row) for row in rows]
+            joined = self.rw.new_variable(f"{self.output.name}_rows", flat[0], lambda s: (*s[:-1], None))
+            self.add_node("Concat", flat, joined, axis=len(self.rw.shape(flat[0]) or ()) - 1)
             return joined
 
         def sizes(space: Shape) -> tuple[Dim, ...]:
@@ -123,16 +121,28 @@ class Interleaving(Builder):
         self.add_node("Concat", rows, joined, axis=axis + 2)
         return joined
 
+    def _flatten(self, row: Tensor) -> Variable:
+        """Flatten a row to a matrix, or to one for each image if its sizes are known. Then the batch stays known."""
+        sizes = as_fixed((self.rw.shape(row) or ())[1:])
+        if sizes is None:
+            matrix = self.rw.new_variable(f"{row.name}_matrix", row, lambda s: (None, None))
+            self.add_node("Flatten", [row], matrix, axis=2)
+            return matrix
+        flat = sizes[0], math.prod(sizes[1:])
+        matrix = self.rw.new_variable(f"{row.name}_matrix", row, lambda s: (s[0], *flat))
+        self.add_node("Reshape", [row, self._constant("flat", [0, *flat])], matrix)
+        return matrix
+
     def _find_target(self, row: Tensor) -> Tensor:
         """The sizes of all positions; computed if one is not known.
 
         A −1 takes any batch, even an empty one. As any other size, onnxruntime refuses it for an empty batch.
         """
         rank, batch = len(self.counts), self.rw.dim(self.output, 0)
-        first = batch if isinstance(batch, int) else -1
         sizes = as_fixed(self._long((self.rw.shape(self.output) or ())[2:]))
         if sizes is not None:
-            return self._constant("shape", [first, *sizes, self.channels])
+            return self._constant("shape", [0, *sizes, self.channels])
+        first = batch if isinstance(batch, int) else -1
         short, long, target = (
             Variable(self.rw.unique_name(f"{self.output.name}_{role}"), np.dtype(np.int64), (count,))
             for role, count in (("short", rank), ("long", rank), ("target", rank + 2))
