@@ -20,8 +20,9 @@ class DeclareShapes(Pass):
     * Sums: one operand comes from a convolution, directly or through one operator. onnxruntime computes a sum together
       with the convolution in its blocked layout, but only if it knows that both operands have the same shape.
     * Products: the operands come from two convolutions in this way, as in gated units. Without the shapes, onnxruntime
-      leaves the blocked layout for the product. (x·sigmoid(x) needs no declaration.) Sums and products are decided
-      together, because one reordering between them costs what the others gain.
+      leaves the blocked layout for the product. (x·sigmoid(x) needs no declaration.) Two parts of one convolution count
+      too, because `split-siblings` makes them two. Sums and products are decided together, because one reordering
+      between them costs what the others gain.
     * Softmax with at least 65,536 elements: onnxruntime computes it in place if it knows that the shape stays.
     * A size is dynamic, and onnx's inference does not know the shape. The sizes are proved equal
       (`pwopt.maps.symbols`).
@@ -82,15 +83,17 @@ class DeclareShapes(Pass):
 
 
 def _is_gated(rw: Rewriter, node: Node) -> bool:
-    """Whether a product has operands from two convolutions."""
+    """Whether a product has operands from two convolutions, or from two parts of one."""
     makers = [rw.producer(t) for t in node.inputs]
     own = any(m is not None and t in m.inputs for m in makers for t in node.inputs)
-    return not own and makers[0] is not makers[1] and all(_is_convolved(rw, t) for t in node.inputs)
+    return not own and makers[0] is not makers[1] and all(_is_convolved(rw, t, part=True) for t in node.inputs)
 
 
-def _is_convolved(rw: Rewriter, tensor: Tensor) -> bool:
-    """Whether a convolution computes a tensor, directly or before one operator with one data input."""
+def _is_convolved(rw: Rewriter, tensor: Tensor, *, part: bool = False) -> bool:
+    """Whether a convolution computes a tensor, or what it is a `part` of, directly or before a unary operator."""
     node = rw.producer(tensor)
-    if node is None or rw.is_a(node, "Conv"):
-        return node is not None
-    return len(node.inputs) == 1 and rw.is_a(rw.producer(node.inputs[0]), "Conv")
+    if node is not None and len(node.inputs) == 1 and not rw.is_a(node, "Split"):
+        node = rw.producer(node.inputs[0])
+    if part and rw.is_a(node, "Slice", "Split"):
+        node = rw.producer(node.inputs[0]) if node is not None else None
+    return rw.is_a(node, "Conv")

@@ -105,7 +105,7 @@ class _Inference:
         found = self.derive(node)
         for index, tensor in enumerate(node.outputs):
             shape = self.view.shape(tensor)
-            sizes = found if index == 0 else None
+            sizes = found if index == 0 or self.view.is_a(node, "Split") else None
             if shape is None and sizes is None:
                 continue
             if shape is None or (sizes is not None and len(sizes) != len(shape)):
@@ -119,7 +119,7 @@ class _Inference:
             )  # fmt: skip
 
     def derive(self, node: Node) -> Sizes | None:
-        """The sizes of the first output; None if no rule gives them."""
+        """The sizes of the first output; None if no rule gives them. For a Split, those of all outputs."""
         op = self.view.op(node)
         rule = RULES.get(op)
         if rule is not None:
@@ -225,6 +225,15 @@ def _slice(inference: _Inference, node: Node) -> Sizes | None:
     return tuple(inference.intern(node.outputs[0], a) if a in cut else size for a, size in enumerate(x))
 
 
+def _split(inference: _Inference, node: Node) -> Sizes | None:
+    """All outputs have the sizes of the input, except on an axis on which their sizes are known."""
+    x, axis = inference.find(node.inputs[0]), node.attrs.get("axis", 0)
+    if x is None or not -len(x) <= axis < len(x):
+        return None
+    numbers = all(isinstance(inference.view.dim(t, axis % len(x)), int) for t in node.outputs)
+    return x if numbers else None
+
+
 def _pad(inference: _Inference, node: Node) -> Sizes | None:
     x, found = inference.find(node.inputs[0]), attributes.read_pad_parameters(inference.view, node)
     if x is None or found is None or len(found[0]) != 2 * len(x):
@@ -242,5 +251,6 @@ RULES: dict[str, Callable[[_Inference, Node], Sizes | None]] = {
     "Transpose": _transpose,
     "MatMul": _matmul,
     "Slice": _slice,
+    "Split": _split,
     "Pad": _pad,
 }

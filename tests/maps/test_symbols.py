@@ -33,11 +33,20 @@ def symbols(model: onnx.ModelProto) -> dict[str, Sizes]:
         ("y = Concat<axis=1>(x, x)", ("N", 8, "H", "W")),
         ("y = Transpose<perm=[0,2,3,1]>(x)", ("N", "H", "W", 4)),
         ("y = Softmax<axis=1>(x)", ("N", 4, "H", "W")),
+        ("k = Constant<value_ints=[3,1]>() s, y = Split<axis=1>(x, k)", ("N", 1, "H", "W")),
+        ("k = Constant<value_ints=[3,1]>() s, y = Split<axis=-3>(x, k)", ("N", 1, "H", "W")),
     ],
 )
 def test_sizes_that_stay(body: str, expected: Sizes) -> None:
     model = parse(f"(float[N,4,H,W] x) => (float[A,B,C,D] y) {{ {body} }}", w=normal(4, 4, 3, 3, dtype=np.float32))
     assert symbols(model)["y"] == expected
+
+
+def test_parts_of_unknown_size_are_not_equal() -> None:
+    found = symbols(
+        parse("(float[N,4,H,W] x) => (float[A,B,C,D] y) { s, t = Split<axis=2, num_outputs=2>(x) y = Neg(t) }")
+    )
+    assert len({found["x"][2], found["s"][2], found["t"][2]}) == 3
 
 
 def test_equal_windows_have_equal_sizes() -> None:

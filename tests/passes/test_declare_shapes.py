@@ -17,6 +17,10 @@ def declared(model: onnx.ModelProto) -> dict[str, object]:
     return {v.name: read_dims(v.type) for v in model.graph.value_info}
 
 
+#: Bounds of slices.
+NUMBERS = {"zero": 0, "one": 1, "two": 2, "four": 4}
+
+
 def test_summands_and_sums_behind_convolutions_are_declared() -> None:
     model = parse(f"{HEAD} {{ {BLOCK} }}", w=WEIGHT)
     result, outcome, _ = run(model, eager(DeclareShapes))
@@ -39,6 +43,20 @@ def test_products_of_two_convolutions_are_declared() -> None:
         text = f"{HEAD} {{ {gates.partition('c = ')[0]} {other} y = Neg(e) }}"
         one = parse(text, w=WEIGHT)
         assert run(one, eager(DeclareShapes))[0] is one
+
+
+@pytest.mark.parametrize(
+    "cut", ["p, q = Split<axis=1>(a, k)", "p = Slice(a, zero, two, one) q = Slice(a, two, four, one)"]
+)
+def test_products_of_two_parts_of_a_convolution_are_declared(cut: str) -> None:
+    """After split-siblings, two convolutions compute them."""
+    model = parse(
+        f"{HEAD} {{ a = Conv<pads=[1,1,1,1]>(x, w) {cut} b = Tanh(p) d = Sigmoid(q) e = Mul(b, d) y = Neg(e) }}",
+        w=WEIGHT,
+        **({"k": np.array([2, 2])} if "k" in cut else {k: np.array([v]) for k, v in NUMBERS.items()}),
+    )
+    result, _, _ = run(model, eager(DeclareShapes))
+    assert declared(result) == dict.fromkeys("bde", ("N", 2, "H", "W"))
 
 
 def test_unequal_shapes_are_not_declared() -> None:
