@@ -323,16 +323,17 @@ class _Contest:
             self._files[sites] = self._evaluator.build(sites)
         return self._files[sites]
 
-    def estimate(self, groups: Sequence[Group]) -> dict[Group, Evidence]:
+    def estimate(self, groups: Sequence[Group], share: float = ESTIMATING_SHARE) -> dict[Group, Evidence]:
         """Return the groups that pay according to profiles, the best first.
 
-        Groups that surely gain nothing are dropped. Other groups stay undecided.
+        Groups that surely gain nothing are dropped. Other groups stay undecided. No profile begins after this share of
+        the time.
         """
         groups = self._drop_small(groups)
         seen: dict[Group, Estimate] = {}
         names = list(dict.fromkeys(g.pass_name for g in groups))
         for start in range(0, len(names), PASSES_TOGETHER):
-            if time.perf_counter() > self._deadline - (1 - ESTIMATING_SHARE) * self._budget:
+            if time.perf_counter() > self._deadline - (1 - share) * self._budget:
                 break
             together = names[start : start + PASSES_TOGETHER]
             done = 1 - (self._deadline - time.perf_counter()) / self._budget
@@ -374,7 +375,9 @@ class _Contest:
         }
         for group in dropped:
             del self.decided[group]
-        promising = self.estimate(list(dropped)) if dropped else {}
+        promising = self.estimate(list(dropped), share=1.0) if dropped else {}
+        if len(promising) > 1:
+            self.confirm(promising)
         left = [g for g in dropped if g not in self.decided]
         again = [g for g in left if g in promising or self.estimated.get(g, 1.0) >= PROMISING]
         for i, group in enumerate(sorted(again, key=lambda g: -self.estimated[g])):

@@ -351,6 +351,18 @@ def test_what_seems_to_pay_in_another_form_is_raced_even_if_the_profile_is_in_do
     assert [d.kept for d in decisions] == [True, True, False]
 
 
+def test_what_pays_in_another_form_is_raced_at_once() -> None:
+    groups = [replace(g, tensors=frozenset("abc")) if g.signature == "A" else g for g in listed("abc")]
+    costs = {"+": 1.0, "a": 0.9, "b": 1.1, "c": 1.1, "a+b": 0.85, "a+c": 0.86, "b+c": 1.2, "a+b+c": 0.8}
+    fake = Fake(costs.__getitem__)
+    profiles = iter([dict.fromkeys(groups[1:], glance(0.9)), dict.fromkeys(groups[1:], glance(1.06))])
+    fake.estimate = lambda _kept, _asked: next(profiles)  # type: ignore[method-assign]
+    decisions = race_groups(groups, fake, 60.0)
+    assert [d.kept for d in decisions] == [True, True, True]
+    assert fake.seen[:2] == [("+", "a"), ("a", "a+b+c")]
+    assert [d.estimated for d in decisions] == [False, True, True]
+
+
 def test_what_no_kept_group_writes_is_not_profiled_again() -> None:
     groups, fake = enabled("a")
     decisions = race_groups(groups, fake, 60.0)
