@@ -96,7 +96,7 @@ def test_from_the_command_line(model: Path, tmp_path: Path, capsys: pytest.Captu
         assert code.value.code == 0, capsys.readouterr()
     assert out.exists()
     assert re.search(
-        r"\d kinds of rewrites on .*: \d faster, \d not faster, \d in doubt; wrote", capsys.readouterr().out
+        r"\d kinds? of rewrites on .*: \d faster, \d not faster, \d in doubt; wrote", capsys.readouterr().out
     )
     with pytest.raises(SystemExit) as code:
         main(["profile", str(model), "-o", str(model)])
