@@ -73,9 +73,7 @@ class SplitSiblings(Pass):
             rw.replace([*(old if reader is cut.nodes[-1] else ()), reader], builder.nodes, reason, builder.residual)
             for reader, builder in parts.items()
         ]
-        residual = max(builder.residual for builder in parts.values())
-        done = replace(Rewrite.of(reason, records), residual=residual)
-        return done.with_signature(f"split results: {describe_map(rw, maps[0], widths)}")
+        return Rewrite.of(reason, records).with_signature(f"split results: {describe_map(rw, maps[0], widths)}")
 
 
 @dataclass(frozen=True)

@@ -83,7 +83,7 @@ class Interleaving(Builder):
 
         With the channels last, rows of positions lie one behind the other in memory. To interleave rows along an axis,
         it is enough to concatenate them along the next one, and to read the result with other sizes at the end. The
-        last Concat reads matrices, because onnxruntime would move the Transposes behind a Concat of images.
+        last Concat reads flattened rows, because onnxruntime would move the Transposes behind a Concat of images.
         """
         rank, width = len(self.counts), self.counts[-1] * self.channels
         placed: list[Tensor] = []
