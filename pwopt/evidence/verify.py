@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -154,14 +155,30 @@ def compare_in_sessions(
     threads: int,
     rtol: float | None = None,
     atol: float | None = None,
+    *,
+    together: bool = False,
 ) -> Equivalence:
-    """Compare the outputs of two models on samples. Large models are loaded one after the other."""
+    """Compare the outputs of two models on samples.
+
+    Large models are loaded one after the other. If `together` says that two sessions may be open side by side, and they
+    need one core each, two run at a time.
+    """
     once = [sample.feeds for sample in samples]
-    reference = _release(Session(original, provider, threads), list_runs(samples))
-    plain = _release(Session(original, provider, threads, optimise=False), once)
-    found = _release(Session(candidate, provider, threads), once)
     coarsest = functools.cache(lambda: find_coarsest_types(load(original).proto))
-    result = compare(reference, plain, found, samples, rtol, atol, coarsest=coarsest)
+    original_session = functools.partial(Session, original, provider, threads)
+    candidate_session = functools.partial(Session, candidate, provider, threads)
+    if together and threads == 1 and provider.kind == "cpu":
+        with ThreadPoolExecutor(1) as pool:
+            others = pool.submit(
+                lambda: (Recording(original_session(optimise=False), once), Recording(candidate_session(), once))
+            )
+            recording = Recording(original_session(), list_runs(samples))
+        result = compare(recording, *others.result(), samples, rtol, atol, coarsest=coarsest)
+    else:
+        repeated = _release(original_session(), list_runs(samples))
+        plain = _release(original_session(optimise=False), once)
+        found = _release(candidate_session(), once)
+        result = compare(repeated, plain, found, samples, rtol, atol, coarsest=coarsest)
     memory.release_freed()
     return result
 

@@ -30,7 +30,7 @@ from pwopt.optimizing.request import Limits, Request
 from pwopt.reporting import notes
 from pwopt.reporting.report import NEGLIGIBLE_SLOWDOWN, ConditionLatency, Latency, Report
 from pwopt.rewriting.ratios import is_vague
-from pwopt.running import bench, installation, memory, timing
+from pwopt.running import bench, installation, memory, timing, turn
 from pwopt.running.cold_start import measure_cold_starts
 from pwopt.running.session import Session
 from pwopt.running.timing import Race
@@ -122,9 +122,6 @@ class Attempts:
         seconds, report, peaks = self.budget.for_final_race(), done.report, None
         better = self._leave_out_unusable(pair, report, compilation, left)
         if better is compilation:
-            small = pair.environment.use_small_pages() if self.request.measured else None
-            if small is not None and small.worker is not None and pair.environment.together:
-                small.worker.start_early()
             report, peaks = self._verify_and_measure_memory(pair, report)
             better = self._leave_out_wrong(pair, report, compilation, left)
         if better is not compilation or not self.request.measured:
@@ -280,7 +277,7 @@ class Attempts:
         small = pair.environment.use_small_pages()
         if small is not None and small.worker is not None and not small.worker.ready:  # nothing may start in a race
             LOG.info("no process has pages of 4 KiB: %s", small.worker.problem)
-        with timing.exclusive():
+        with turn.exclusive():
             race = self._race_whole(pair, seconds)
             longer = min(OPEN_RACES * seconds, self.budget.for_selection())
             if self._is_open(replace(report, latency=Latency.from_race(race))) and longer > seconds:
@@ -336,7 +333,7 @@ class Attempts:
         if (slower and not self.request.insists) or self._will_retry(report):
             return report, []  # the result will not be returned
         others = other_environments(self.problem.environment, self.request.thread_counts)
-        with timing.exclusive():
+        with turn.exclusive():
             raced = [(environment, races.run(pair.candidate, environment)) for environment in others]
         found = [(environment, *result) for environment, result in raced if result is not None]
         alike = [race for e, _, race in found if e.small_pages and min(len(race.pairs), len(first.pairs)) > 1]
@@ -366,8 +363,11 @@ class Pair:
 
     def compare_outputs(self, limits: Limits) -> Equivalence:
         """Compare the outputs of both on every sample."""
-        provider, threads, samples = self.environment.provider, self.environment.threads, self.environment.samples
-        return compare_in_sessions(self.original, self.candidate, samples, provider, threads, limits.rtol, limits.atol)
+        where = self.environment
+        return compare_in_sessions(
+            self.original, self.candidate, where.samples, where.provider, where.threads, limits.rtol, limits.atol,
+            together=where.together,
+        )  # fmt: skip
 
     def compare(self, limits: Limits) -> Equivalence:
         """Compare the outputs of both, and find the operators that ran on another provider."""

@@ -28,7 +28,7 @@ from pwopt.optimizing.optimizer import run_request
 from pwopt.optimizing.preparation import resolve
 from pwopt.optimizing.request import Request
 from pwopt.reporting.report import REPORT_SCHEMA, Report, to_json
-from pwopt.running import installation, timing
+from pwopt.running import installation, turn
 from pwopt.running.child_process import Channel, Child, EndedError
 from pwopt.running.pool import FileLock, ask_all
 from pwopt.running.progress import Progress, ignore_progress, track_run
@@ -412,7 +412,7 @@ def serve_jobs(clock: str, program: str) -> None:
         module.__dict__.update(runpy.run_path(program, run_name="__mp_main__"))
         sys.modules["__main__"] = sys.modules["__mp_main__"] = module
     installation.silence_onnxruntime()
-    timing.share_turn(FileLock(Path(clock)))
+    turn.share_turn(FileLock(Path(clock)))
     with signals_interrupt():
         while (question := channel.receive()) is not None:
             channel.send(run_job(*question))

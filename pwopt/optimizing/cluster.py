@@ -26,7 +26,7 @@ from pwopt.graph.temporary import temporary_folder
 from pwopt.optimizing.batch import DEFECT_CODE, BatchRow, Job, JobResult, digest_content, run_job
 from pwopt.optimizing.record_tuning import profile
 from pwopt.optimizing.request import Request
-from pwopt.running import installation, timing
+from pwopt.running import installation, turn
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider
 from pwopt.selecting import tuning_cache
@@ -296,7 +296,7 @@ def run_remote_job(remote: JobRequest, request: Request) -> JobResponse:
         row = BatchRow(os.fspath(remote.model), os.fspath(remote.output), "failed", mismatch, UsageError.exit_code)
         return JobResponse(JobResult(row), {}, (), "")
     installation.silence_onnxruntime()
-    timing.share_turn(_make_clock_lock())
+    turn.share_turn(_make_clock_lock())
     for entry in remote.known:
         tuning_cache.store(entry)
     before = set(tuning_cache.read_records())
@@ -322,8 +322,8 @@ def run_remote_job(remote: JobRequest, request: Request) -> JobResponse:
 def record_remotely(models: Mapping[str, Mapping[str, bytes]], request: Request) -> TuningDatabase:
     """On a worker: record the profile of its machine."""
     installation.silence_onnxruntime()
-    timing.share_turn(_make_clock_lock())
-    with temporary_folder() as name, timing.exclusive():
+    turn.share_turn(_make_clock_lock())
+    with temporary_folder() as name, turn.exclusive():
         paths = []
         for i, (model, files) in enumerate(models.items()):
             folder = name / str(i)

@@ -35,7 +35,7 @@ from pwopt.reporting.report import Report
 from pwopt.rewriting.driver import Pass
 from pwopt.rewriting.records import Site
 from pwopt.rewriting.wording import format_count
-from pwopt.running import installation, memory, timing
+from pwopt.running import installation, memory, turn
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.selecting.compilation import Compilation
 from pwopt.selecting.plugins import find_installed, fingerprint
@@ -150,7 +150,7 @@ def run_request(model: Source, request: Request) -> Result:
         check_sites(request.denied, source.proto, tuple(names), renamed=renamed)
         stack.enter_context(blame_model(source.proto))
         original = _find_file(source, path, folder, stack)
-        problem = define_problem(source, original, request).start_worker(stack)
+        problem = define_problem(source, original, request).start_worker(stack, races=request.measured)
         LOG.info("%s", _describe_problem(problem, request))
         compilation = start_compilation(problem, passes, request, folder)
         request.progress("rewriting", 0.0)
@@ -258,7 +258,8 @@ def select_rewrites(compilation: Compilation, problem: Problem, request: Request
     cached = CachedTuningRecords(provider, threads, compilation.digest(), marks, name)
     LOG.info("measured rewrites are raced in the whole model; all measurements have %g s", measuring.seconds)
     request.progress("waiting for a turn to measure", 0.0)
-    with timing.exclusive():  # from the first race to the last, since waiting would use up the budget
+    problem.environment.await_workers()
+    with turn.exclusive():  # from the first race to the last, since waiting would use up the budget
         records = cached if request.cache else NoTuningRecords()
         return _decide(compilation, problem, records, request, budget.for_selection())
 

@@ -16,7 +16,8 @@ from pwopt.rewriting.wording import format_count
 from pwopt.running.installation import list_cores
 from pwopt.running.noninferiority import OWN_PAIRS, UNKNOWN_SPREAD, NoninferiorityRules, Spread
 from pwopt.running.progress import Progress
-from pwopt.running.timing import CONFIDENCE, Race, Rules, student_quantile
+from pwopt.running.student import student_quantile
+from pwopt.running.timing import CONFIDENCE, Race, Rules
 from pwopt.selecting.compilation import Compilation
 from pwopt.selecting.environment import Environment
 

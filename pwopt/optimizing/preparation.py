@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -63,10 +64,11 @@ class Problem:
     why: tuple[str, ...]
     environment: Environment | None
 
-    def start_worker(self, stack: contextlib.ExitStack) -> Problem:
+    def start_worker(self, stack: contextlib.ExitStack, *, races: bool) -> Problem:
         """Add a worker process that runs each candidate first; it lives until the stack is closed.
 
-        Where programs can have huge pages or small ones, add one with each. The first one starts in the background.
+        Where programs can have huge pages or small ones, add one with each. They start in the background, one after the
+        other; the second one only for races, and not if the model is large.
         """
         environment = self.environment
         if environment is None:
@@ -74,10 +76,14 @@ class Problem:
         setting = self.original, environment.provider, environment.threads, environment.samples[0].feeds
         together = environment.together
         worker = stack.enter_context(contextlib.closing(Worker(*setting, together=together)))
-        worker.start_early()
+        pool = ThreadPoolExecutor(1)
+        worker.start_early(pool)
         small = None
         if environment.provider.kind == "cpu" and huge_pages.system_mode() == "madvise":
             small = stack.enter_context(contextlib.closing(Worker(*setting, huge=False, together=together)))
+            if races and together:
+                small.start_early(pool)
+        pool.shutdown(wait=False)
         return replace(self, environment=replace(environment, worker=worker, small_worker=small))
 
 

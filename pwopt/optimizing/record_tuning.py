@@ -73,7 +73,7 @@ def profile(
             measuring=Measuring(effort="thorough", budget=budget),
         )  # fmt: skip
         with as_file(path) as original, workspace(None) as folder, contextlib.ExitStack() as stack:
-            problem = define_problem(source, original, request).start_worker(stack)
+            problem = define_problem(source, original, request).start_worker(stack, races=False)
             compilation = start_compilation(problem, resolve(request, path), request, folder)
             candidates = find_candidates(compilation, records, thorough=True)
             decisions = decide(compilation, candidates, problem.environment, budget, records, progress)

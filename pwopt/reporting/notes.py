@@ -17,8 +17,9 @@ from pwopt.rewriting.ratios import format_interval, format_ratio, is_vague
 from pwopt.rewriting.records import Rewrite, Site
 from pwopt.rewriting.wording import format_count
 from pwopt.running.installation import list_cores
-from pwopt.selecting.autotuning import BUSY, Decision, Group
+from pwopt.selecting.autotuning import BUSY, Decision
 from pwopt.selecting.compilation import CERTIFICATE_DEFECT
+from pwopt.selecting.groups import Group
 
 #: Microseconds to start an operator on a graphics card, from the framework's call to the kernel's first instruction; a
 #: launch alone takes 2 to 5 (NVIDIA, "Getting started with CUDA graphs", 2019).

@@ -19,7 +19,7 @@ from pwopt.graph.operators import VIEWS
 from pwopt.inputs.feeds import Feeds
 from pwopt.inputs.input_specs import InputSpec, check_shapes, input_specs
 from pwopt.inputs.samples import draw_feeds
-from pwopt.running import huge_pages, memory, timing
+from pwopt.running import huge_pages, memory, timing, turn
 from pwopt.running.cold_start import measure_cold_starts
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.providers import Provider, as_provider
@@ -171,7 +171,7 @@ def _race_models(
     for path in paths[1:]:
         check_shapes(input_specs(load(path).proto), sizes)
     feeds = draw_feeds(specs, sizes)
-    with timing.exclusive(), contextlib.closing(Worker(paths[0], provider, threads, feeds)) as worker:
+    with turn.exclusive(), contextlib.closing(Worker(paths[0], provider, threads, feeds)) as worker:
         race = _race_in(worker, [*paths, paths[0]], provider, threads, feeds, seconds, progress)
         held = worker.huge_bytes if worker.ready else huge_pages.held_bytes()
     held_mb = held / 1e6 if huge_pages.system_mode() else None
@@ -212,7 +212,7 @@ def _huge_pages_gain(
     if provider.kind != "cpu" or huge_pages.system_mode() != "madvise":
         return None
     logs: list[float] = []
-    with timing.exclusive(), contextlib.ExitStack() as stack:
+    with turn.exclusive(), contextlib.ExitStack() as stack:
         workers = [
             stack.enter_context(contextlib.closing(Worker(path, provider, threads, feeds, huge=huge)))
             for huge in (False, True)

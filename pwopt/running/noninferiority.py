@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from pwopt.running.timing import CONFIDENCE, HARMLESS, Race, Rules, student_quantile
+from pwopt.running.student import student_quantile
+from pwopt.running.timing import CONFIDENCE, HARMLESS, Race, Rules
 
 #: Sessions under different conditions differ by at least this much from pair to pair (natural logarithm), whatever the
 #: spread of another race was.
@@ -90,9 +91,9 @@ class NoninferiorityRules(Rules):
     spread: Spread = UNKNOWN_SPREAD
     patience: float = math.inf
 
-    def ended_by(self, race: Race) -> bool:
-        """Whether what was measured so far is enough."""
-        if super().ended_by(race):
+    def ended_by(self, race: Race, spent: float = 0.0) -> bool:
+        """Whether what was measured so far is enough; `spent` is the part of the time that has passed."""
+        if super().ended_by(race, spent):
             return True
         if self.spread.freedom and self.spread.interval(race, HARMLESS)[0] > 1 - self.harmless:
             return True

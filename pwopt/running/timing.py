@@ -11,15 +11,12 @@ Curtsinger and Berger, "Stabilizer", ASPLOS 2013 (why the memory layout must be 
 
 from __future__ import annotations
 
-import contextlib
-import functools
 import itertools
 import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 
@@ -28,6 +25,7 @@ from pwopt.inputs.feeds import Feeds
 from pwopt.running import memory
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.session import Session
+from pwopt.running.student import student_quantile
 
 #: Confidence of the intervals that users see, and of what is called faster or slower.
 CONFIDENCE = 0.99
@@ -43,6 +41,9 @@ BETWEEN_SESSIONS = 0.008
 LOOKS = (3, 5, 8, 12, 17, 24, 33, 45, 60)
 #: Pairs before a race may end because there is nothing to gain, and the confidence of that.
 HOPELESS_PAIRS, HOPELESS = 5, 0.7
+#: A race may end if the probability that it proves what it is to prove is below this. The number is the quantile of the
+#: normal distribution for a probability of 5 %.
+UNLIKELY = 1.645
 #: The confidence at which a race may end because the second model is unlikely to be slower.
 HARMLESS = 0.9
 #: A large speed-up need not be known more precisely than to this part of it (natural logarithm).
@@ -50,19 +51,6 @@ PART_OF_GAIN = 0.1
 #: From so many ratios on, those further than so many scaled median absolute deviations from their median count as if
 #: they were no further (Huber, "Robust Estimation of a Location Parameter", 1964).
 ROBUST, HUBER = 8, 2.0
-
-_turn: contextlib.AbstractContextManager[Any] = contextlib.nullcontext()
-
-
-def share_turn(turn: contextlib.AbstractContextManager[Any]) -> None:
-    """Let what several processes share, such as a lock, decide which of them may measure."""
-    global _turn
-    _turn = turn
-
-
-def exclusive() -> contextlib.AbstractContextManager[Any]:
-    """A context in which no other process that shares this machine's turn measures."""
-    return _turn
 
 
 @dataclass(frozen=True)
@@ -142,42 +130,23 @@ class Evidence:
         """The geometric mean of the ratios."""
         return math.exp(self.total / self.pairs) if self.pairs else 1.0
 
+    @property
+    def deviation(self) -> float:
+        """The standard deviation of the natural logarithm of the speed-up from pair to pair; needs two pairs."""
+        variance = max(0.0, self.squares / self.pairs - (self.total / self.pairs) ** 2)
+        return math.sqrt(variance / (1 - 1 / self._seen))
+
     def interval(self, confidence: float = CONFIDENCE) -> tuple[float, float]:
         """Confidence interval of the speed-up, by Student's distribution (1908)."""
         if self._seen < 2 or not self.pairs:
             return 0.0, math.inf
         mean = self.total / self.pairs
-        counted = self.pairs * (1 - 1 / self._seen)
-        variance = max(0.0, self.squares / self.pairs - mean**2) / counted
-        reach = student_quantile(self._seen - 1, confidence) * math.sqrt(variance)
+        reach = student_quantile(self._seen - 1, confidence) * self.deviation / math.sqrt(self.pairs)
         return math.exp(max(mean - reach, -700.0)), math.exp(min(mean + reach, 700.0))
 
 
 #: No evidence.
 NO_EVIDENCE = Evidence()
-
-
-@functools.lru_cache(maxsize=4096)
-def student_quantile(freedom: int, confidence: float) -> float:
-    """How many standard errors around a mean hold it with this confidence, for so many degrees of freedom."""
-    if freedom > 400:
-        return statistics.NormalDist().inv_cdf((1 + confidence) / 2)
-    low, high = 0.0, 1e9
-    for _ in range(100):
-        middle = (low + high) / 2 if high - low < 1 or low > 0 else math.sqrt(max(high, 1.0))
-        low, high = (middle, high) if _student_mass(middle, freedom) < confidence else (low, middle)
-    return high
-
-
-def _student_mass(t: float, freedom: int) -> float:
-    """The probability that a variable of Student's distribution lies between −t and t (Abramowitz and Stegun, 26.7)."""
-    angle = math.atan(t / math.sqrt(freedom))
-    cosine, odd = math.cos(angle), freedom % 2
-    term, total = (cosine if odd else 1.0), 0.0
-    for k in range(freedom // 2):
-        total += term
-        term *= cosine**2 * ((2 * k + 2) / (2 * k + 3) if odd else (2 * k + 1) / (2 * k + 2))
-    return 2 / math.pi * (angle + math.sin(angle) * total) if odd else math.sin(angle) * total
 
 
 @dataclass(frozen=True)
@@ -269,6 +238,9 @@ class Rules:
         It may end when the second model's speed-up is hardly this; not before `HOPELESS_PAIRS`.
     known : Evidence
         The evidence of earlier races.
+    promise : float
+        The largest speed-up that the second model can have. The race may end when it is unlikely to prove even that in
+        the time that is left.
     precise : float
         It may end when the speed-up is known to this relative precision, at `CONFIDENCE`.
     margin : float
@@ -283,13 +255,14 @@ class Rules:
     decided: float | None = None
     worth: float = 0.0
     known: Evidence = NO_EVIDENCE
+    promise: float = math.inf
     precise: float = 0.0
     margin: float = 0.0
     harmless: float = 0.0
     roughly: float = math.inf
 
-    def ended_by(self, race: Race) -> bool:
-        """Whether what was measured so far is enough."""
+    def ended_by(self, race: Race, spent: float = 0.0) -> bool:
+        """Whether what was measured so far is enough; `spent` is the part of the time that has passed."""
         count = len(race.pairs)
         if count not in LOOKS or not (self.decided or self.precise or self.harmless):
             return False
@@ -308,7 +281,25 @@ class Rules:
         if low > noise or high < 1 / noise or same:
             part = PART_OF_GAIN * abs(math.log(evidence.speedup))
             return _precision(evidence.interval(CONFIDENCE)) < max(self.roughly, part)
-        return count >= HOPELESS_PAIRS and evidence.interval(HOPELESS)[1] < self.worth
+        if count >= HOPELESS_PAIRS and evidence.interval(HOPELESS)[1] < self.worth:
+            return True
+        return spent > 0 and self._is_futile(evidence, min(MAX_PAIRS, count / spent) / count)
+
+    def _is_futile(self, evidence: Evidence, growth: float) -> bool:
+        """Whether even the speed-up `promise` is unlikely to be proved by `growth` times the pairs of this race.
+
+        This is stochastic curtailment: the mean at the end is that of the pairs so far and of others whose mean is the
+        promised one (Lan, Simon and Halperin, "Stochastically curtailed tests in long-term clinical trials", Sequential
+        Analysis 1, 1982).
+        """
+        if self.decided is None or math.isinf(self.promise):
+            return False
+        done, most = evidence.pairs, self.known.pairs + growth * (evidence.pairs - self.known.pairs)
+        deviation = evidence.deviation
+        expected = (evidence.total + (most - done) * math.log(self.promise)) / most
+        error = deviation * math.sqrt(max(0.0, most - done)) / most
+        needed = student_quantile(max(1, int(most) - 1), self.decided) * deviation / math.sqrt(most)
+        return expected + UNLIKELY * error < needed
 
 
 def _precision(interval: tuple[float, float]) -> float:
@@ -352,11 +343,16 @@ def race(
         pairs.append(pair)
         passed += wall
         spent = time.perf_counter() - start
-        progress("racing", min(1.0, max(spent / budget if budget > 0 else 1.0, done / MAX_PAIRS)))
+        share = spent / budget if budget > 0 else 1.0
+        progress("racing", min(1.0, max(share, done / MAX_PAIRS)))
         busy = sum(float(np.sum(times)) for p in pairs for times in p.times)
         seen = Race(tuple(pairs), min(1.0, busy / passed) if passed else 1.0)
         enough = done >= MIN_PAIRS or (done > 1 and spent > OVERDRAWN * budget > 0)
-        if (enough and spent >= budget) or done >= MAX_PAIRS or rules.ended_by(seen):
+        if (
+            (enough and spent >= budget)
+            or done >= MAX_PAIRS
+            or rules.ended_by(seen, spent / budget if budget > 0 else 1.0)
+        ):
             return seen
         rounds = _rounds_worth(pairs, (budget - spent) / max(1, MIN_PAIRS - done))
     raise AssertionError("itertools.count ends only by the return above")

@@ -6,7 +6,7 @@ import contextlib
 import os
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Executor, Future, wait
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -79,19 +79,21 @@ class Worker:
         #: Bytes of the process's memory that lay in huge pages after the original's first run.
         self.huge_bytes = 0
 
-    def start_early(self) -> None:
+    def start_early(self, pool: Executor) -> None:
         """Start the process in the background, while this one does something else that is not timed."""
         if self._child is None and not self.problem and self._starting is None:
-            pool = ThreadPoolExecutor(1)
             self._starting = pool.submit(self._start)
-            pool.shutdown(wait=False)
+
+    def await_start(self) -> None:
+        """Wait for the process if it starts in the background."""
+        if self._starting is not None:
+            self._starting.result()
+            self._starting = None
 
     @property
     def ready(self) -> bool:
         """Whether there is a process, after an attempt to start one."""
-        if self._starting is not None:
-            self._starting.result()
-            self._starting = None
+        self.await_start()
         if self._child is None and not self.problem:
             self._start()
         return self._child is not None
@@ -188,7 +190,7 @@ class Worker:
     def close(self) -> None:
         """End the worker's process, if there is one, also while it starts."""
         starting, self._starting = self._starting, None
-        while starting is not None and not starting.done():
+        while starting is not None and not starting.cancel() and not starting.done():
             if self._child is not None:
                 self._child.close()
             wait([starting], POLL_INTERVAL)

@@ -10,17 +10,17 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
 from pwopt.rewriting.ratios import format_ratio, is_vague
-from pwopt.rewriting.records import Rewrite, Site, Skip
-from pwopt.rewriting.wording import drop_name, join_clauses
+from pwopt.rewriting.records import Site, Skip
+from pwopt.rewriting.wording import join_clauses
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.timing import CONFIDENCE, HOPELESS, HOPELESS_PAIRS, NO_EVIDENCE, Evidence, Race
+from pwopt.selecting.groups import Group
 
 LOG = logging.getLogger(__name__)
 
@@ -30,45 +30,15 @@ LONGEST_RACE = 3.0
 PASSES_TOGETHER = 3
 #: The share of the time that profiles may take before the races, and the confidence of an estimate. A race confirms it.
 ESTIMATING_SHARE, ESTIMATE_CONFIDENCE = 0.5, 0.9
-#: A group is raced if its profile allows at least this speed-up. Smaller ones vanish in the difference of two sessions.
-SMALLEST_RACED = 1.01
+#: A group is profiled if its operators allow at least this speed-up, and raced if its profile allows at least the
+#: second one or shows that it pays. Smaller ones vanish in the difference of two sessions.
+SMALLEST_PROFILED, SMALLEST_RACED = 1.01, 1.02
 #: A race ends early if the speed-up is surely below this one.
 WORTH = 1.005
 #: A group in doubt whose speed-up seems to be this is raced for as long as there is time.
 PROMISING = 1.02
 #: The machine was busy if the models had the processor for less than this share of the time.
 BUSY = 0.8
-
-
-@dataclass(frozen=True)
-class Group:
-    """Measured rewrites with the same signature.
-
-    Attributes
-    ----------
-    pass_name, signature : str
-    sites : tuple of Site
-    macs : int
-        Multiply-adds of the operators that they replace.
-    tensors : frozenset of str
-        The outputs of those operators; empty if the rewrites do not list all of them.
-    """
-
-    pass_name: str
-    signature: str
-    sites: tuple[Site, ...]
-    macs: int
-    tensors: frozenset[str] = frozenset()
-
-    @property
-    def details(self) -> str:
-        """The signature without the name of the pass."""
-        return drop_name(self.pass_name, self.signature)
-
-    @property
-    def title(self) -> str:
-        """The pass and the signature, for users."""
-        return join_clauses(self.pass_name, self.details)
 
 
 @dataclass(frozen=True)
@@ -154,51 +124,6 @@ def is_hopeless(evidence: Evidence) -> bool:
     return evidence.pairs >= HOPELESS_PAIRS and evidence.interval(HOPELESS)[1] < WORTH
 
 
-def group_rewrites(rewrites: Iterable[Rewrite]) -> list[Group]:
-    """Group measured rewrites by pass and by the part of the signature before the colon, as in "gates: 72 at 28×28".
-
-    The pass that saves most multiply-adds comes first, because time may run out before the last one. Among passes that
-    save the same number, later passes come first: if two passes can act on one place, the earlier one does, and it must
-    be raced on top of the other. Passes that save nothing keep their order. Within a pass, the largest group comes
-    first.
-    """
-    found: dict[tuple[str, str], list[Rewrite]] = {}
-    for r in rewrites:
-        found.setdefault((r.pass_name, r.signature.partition(": ")[0]), []).append(r)
-    listed = [
-        Group(
-            name,
-            _join_signatures(rs),
-            tuple(r.site for r in rs),
-            sum(r.macs_before for r in rs),
-            _list_tensors(rs),
-        )
-        for (name, _), rs in found.items()
-    ]
-    saved = Counter[str]()
-    for (name, _), rs in found.items():
-        saved[name] += max(0, sum(r.macs_before - r.macs_after for r in rs))
-    names = list(dict.fromkeys(g.pass_name for g in listed))
-    order = sorted(names, key=lambda name: (-saved[name], names.index(name) * (-1 if saved[name] else 1)))
-    return sorted(listed, key=lambda g: (order.index(g.pass_name), -g.macs))
-
-
-def _list_tensors(rewrites: Sequence[Rewrite]) -> frozenset[str]:
-    """List the outputs of all removed operators; empty if a rewrite lists fewer outputs than operators."""
-    listed = [{old for old, _ in r.became} for r in rewrites]
-    if any(len(r.removed) > len(old) or not old for r, old in zip(rewrites, listed, strict=True)):
-        return frozenset()
-    return frozenset().union(*listed)
-
-
-def _join_signatures(rewrites: Sequence[Rewrite]) -> str:
-    """Join signatures into that of a group: the common part, then each distinct detail with its count."""
-    kind, _, details = rewrites[0].signature.partition(": ")
-    counted = Counter(r.signature.partition(": ")[2] for r in rewrites)
-    listed = ", ".join(f"{n} × {detail}" if n > 1 else detail for detail, n in sorted(counted.items()))
-    return f"{kind}: {listed}" if details else kind
-
-
 class Estimate(NamedTuple):
     """Profile-guided estimate of the speed-up of the whole model by one group.
 
@@ -226,8 +151,11 @@ class CandidateEvaluator(Protocol):
     def fault(self, model: Path) -> str:
         """Return why a model cannot be raced, or ""."""
 
-    def race(self, a: Path, b: Path, seconds: float, known: Evidence) -> Race | str:
-        """Race two models within a time limit, in addition to known evidence; return a reason if one of them fails."""
+    def race(self, a: Path, b: Path, seconds: float, known: Evidence, promise: float) -> Race | str:
+        """Race two models within a time limit, in addition to known evidence; return a reason if one of them fails.
+
+        The race may end early if it is unlikely to prove even the speed-up `promise`.
+        """
 
     def recall(self, group: Group) -> Decision | None:
         """Return what is already known about a group, even if it is not clear."""
@@ -307,6 +235,7 @@ class _Contest:
     ) -> None:
         self.candidates, self.decided = candidates, dict[Group, Decision]()
         self.estimated = dict[Group, float]()  # speed-ups by profiles
+        self._largest = dict[Group, float]()  # the largest speed-ups that profiles allow
         self._evaluator, self._progress = evaluator, progress
         self._budget, self._deadline = budget, time.perf_counter() + budget
         self._files: dict[frozenset[Site], Path] = {}
@@ -341,6 +270,7 @@ class _Contest:
             seen.update(self._evaluator.estimate(self.kept(), [g for g in groups if g.pass_name in together]))
         self._profiled.update(seen)
         self.estimated = {g: e.own.speedup for g, e in seen.items()}
+        self._largest.update((g, e.best.interval(ESTIMATE_CONFIDENCE)[1]) for g, e in seen.items() if e.sure)
         promised = {
             g: e.own for g, e in seen.items() if e.own.interval(ESTIMATE_CONFIDENCE)[0] > 1.0 and e.own.speedup >= WORTH
         }
@@ -392,7 +322,7 @@ class _Contest:
         self._progress("profiling the model", 1 - (self._deadline - time.perf_counter()) / self._budget)
         bounds = self._evaluator.bound(self.kept(), groups)
         for g in groups:
-            if bounds.get(g, math.inf) < SMALLEST_RACED:
+            if bounds.get(g, math.inf) < SMALLEST_PROFILED:
                 reason = f"not tried, since its operators take so little time that it gains at most {bounds[g]:.3f}×"
                 self.decided[g] = Decision(g, not_raced=reason)
                 LOG.info("%s", self.decided[g].explain())
@@ -407,7 +337,8 @@ class _Contest:
         without, model = self._model(self.kept()), self._model([*self.kept(), *groups])
         if without == model:
             return
-        result = self._evaluator.race(without, model, min(LONGEST_RACE, left / 2), NO_EVIDENCE)
+        promise = math.prod(self._largest.get(g, math.inf) for g in groups)
+        result = self._evaluator.race(without, model, min(LONGEST_RACE, left / 2), NO_EVIDENCE, promise)
         if isinstance(result, str) or not (confirmed := Evidence.from_race(result)).interval(CONFIDENCE)[0] > 1.0:
             return
         for group, evidence in groups.items():
@@ -442,7 +373,8 @@ class _Contest:
         fault = "" if group in self._profiled else self._evaluator.fault(model)
         left = self._deadline - time.perf_counter()
         self._against[group] = others
-        result = fault or self._evaluator.race(without, model, min(longest, max(0.0, left) / races), known)
+        promise = max(self._largest.get(group, math.inf), known.speedup)
+        result = fault or self._evaluator.race(without, model, min(longest, max(0.0, left) / races), known, promise)
         if isinstance(result, str):
             self.decided[group] = Decision(group, fault=result)
         else:

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from pwopt.graph.reasons import Reason
 from pwopt.rewriting.records import Rewrite, Site, Skip
-from pwopt.selecting.autotuning import Group, group_rewrites
+from pwopt.selecting.groups import Group, group_rewrites
 
 
 def combine(rewrites: Sequence[Rewrite], groups: Sequence[Group]) -> tuple[list[Group], list[Skip]]:

@@ -57,6 +57,11 @@ class Environment:
             return None
         return replace(self, worker=self.small_worker, small_worker=None, small_pages=True)
 
+    def await_workers(self) -> None:
+        """Wait for processes that start in the background, since nothing else may run while models are timed."""
+        for worker in filter(None, (self.worker, self.small_worker)):
+            worker.await_start()
+
     def fault(self, model: Path) -> str:
         """Return why a model cannot be used here, as a clause, or ""."""
         return "" if self.worker is None else self.worker.fault(model)

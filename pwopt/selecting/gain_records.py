@@ -12,7 +12,8 @@ import onnx
 
 from pwopt.running.session import NodeTime
 from pwopt.running.timing import Evidence
-from pwopt.selecting.autotuning import Estimate, Group
+from pwopt.selecting.autotuning import Estimate
+from pwopt.selecting.groups import Group
 from pwopt.selecting.profile_alignment import BLOCKED, assign_to_nodes, find_kernels
 
 #: The largest plausible time in milliseconds, and number of runs.

@@ -20,7 +20,8 @@ from pwopt.graph.operators import WEIGHTED_OPERATORS
 from pwopt.rewriting.records import Rewrite
 from pwopt.running.session import NodeTime
 from pwopt.running.timing import Evidence
-from pwopt.selecting.autotuning import Estimate, Group
+from pwopt.selecting.autotuning import Estimate
+from pwopt.selecting.groups import Group
 from pwopt.selecting.profile_alignment import BLOCKED, align, assign_to_nodes, find_kernels, find_origins
 
 #: Times of operators in two sessions of one model differ by this share, because their memory is placed differently.

@@ -18,11 +18,12 @@ from pwopt.running.progress import Progress
 from pwopt.running.session import NodeTime
 from pwopt.running.worker import UnusableError, Worker
 from pwopt.selecting import autotuning
-from pwopt.selecting.autotuning import Decision, Estimate, Group
+from pwopt.selecting.autotuning import Decision, Estimate
 from pwopt.selecting.combinations import combine
 from pwopt.selecting.compilation import Compilation
 from pwopt.selecting.environment import Environment
 from pwopt.selecting.gain_records import describe_group
+from pwopt.selecting.groups import Group, group_rewrites
 from pwopt.selecting.priors import Prior
 from pwopt.selecting.profile_alignment import save_marked
 from pwopt.selecting.profile_estimate import bound_speedups, estimate
@@ -31,7 +32,9 @@ from pwopt.selecting.tuning_records import TuningRecords
 LOG = logging.getLogger(__name__)
 
 #: Seconds to profile two models (and half of that for each other one), and the least number of runs of each.
-ESTIMATE_SECONDS, ESTIMATE_RUNS = 1.0, 4
+ESTIMATE_SECONDS, ESTIMATE_RUNS = 0.6, 4
+#: The least number of runs of a model that takes so many milliseconds. Slow operators vary less.
+SLOW_MS, SLOW_RUNS = 250.0, 2
 #: The same to profile the model without any group, for bounds.
 BOUND_SECONDS, BOUND_RUNS = 0.1, 2
 
@@ -109,7 +112,7 @@ def find_candidates(compilation: Compilation, records: TuningRecords, *, thoroug
     """Find the measured rewrites that each pass could make."""
     found, refused = compilation.find_opportunities()
     priors = records.priors(compilation.provider_kind)
-    alone = autotuning.group_rewrites(r for r in found if not r.enabled_by)
+    alone = group_rewrites(r for r in found if not r.enabled_by)
     joint, useless = combine([r for r in found if r.enabled_by], alone)
     # A combination comes first: if it pays, its parts need no race.
     return Candidates((*joint, *alone), (*refused, *useless), priors, thorough)
@@ -165,9 +168,9 @@ class RacingEvaluator:
     def fault(self, model: Path) -> str:
         return "" if self.environment is None else self.environment.fault(model)
 
-    def race(self, a: Path, b: Path, seconds: float, known: timing.Evidence) -> timing.Race | str:
+    def race(self, a: Path, b: Path, seconds: float, known: timing.Evidence, promise: float) -> timing.Race | str:
         assert self.environment is not None
-        rules = timing.Rules(timing.CONFIDENCE, autotuning.WORTH, known)
+        rules = timing.Rules(timing.CONFIDENCE, autotuning.WORTH, known, promise)
         try:
             return self.environment.race([a, b], seconds, rules=rules)
         except UnusableError as error:
@@ -220,7 +223,8 @@ class RacingEvaluator:
         after = [self._build_profiled(base.union(*(g.sites for g in p)), f"look{k}") for k, p in enumerate(parts)]
         paths = [each.path for each in (before, *after)]
         try:
-            runs, share = worker.profiles(paths, ESTIMATE_SECONDS * len(paths) / 2, ESTIMATE_RUNS)
+            least = SLOW_RUNS if before.whole > SLOW_MS else ESTIMATE_RUNS
+            runs, share = worker.profiles(paths, ESTIMATE_SECONDS * len(paths) / 2, least)
         except UnusableError as error:
             LOG.info("profiles of %s cannot be used: %s", ", ".join(names), error)
             alone = parts if len(parts) > 1 else []

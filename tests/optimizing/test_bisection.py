@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import re
 import textwrap
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Event
 from typing import ClassVar
 
 import numpy as np
@@ -225,16 +227,28 @@ def test_a_process_starts_in_the_background_and_ends_while_it_starts(tmp_path: P
     onnx.save(CHAIN, path)
     feeds = {"x": normal(1, 8, 16, 16, dtype=F)}
     early = Worker(path, DEFAULT, 1, feeds)
-    early.start_early()
-    assert early.ready
-    assert early.took[1] > 0
-    early.close()
-    early.start_early()
-    early.close()
-    assert early.problem or not early._child
-    early.start_early()  # ends after it has started as well
-    assert early.problem or early.ready
-    early.close()
+    with ThreadPoolExecutor(1) as pool:
+        early.start_early(pool)
+        assert early.ready
+        assert early.took[1] > 0
+        early.close()
+        early.start_early(pool)
+        early.close()
+        assert early.problem or not early._child
+        early.start_early(pool)  # ends after it has started as well
+        assert early.problem or early.ready
+        early.close()
+
+
+def test_a_process_that_waits_for_another_to_start_need_not_start(tmp_path: Path) -> None:
+    worker, begun = Worker(tmp_path / "m.onnx", DEFAULT, 1, {}), Event()
+    with ThreadPoolExecutor(1) as pool:
+        pool.submit(begun.wait)
+        worker.start_early(pool)
+        worker.close()
+        begun.set()
+    assert not worker.problem
+    assert worker._child is None
 
 
 def test_a_candidate_that_fails_when_it_is_timed_ends_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

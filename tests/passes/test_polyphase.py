@@ -459,7 +459,7 @@ def test_what_saves_little_is_not_worth_a_race(channels: int, size: int, done: i
 
 def test_the_phases_win_where_both_may_act() -> None:
     """The other one is raced first, so that the phases are raced against it."""
-    from pwopt.selecting.autotuning import group_rewrites
+    from pwopt.selecting.groups import group_rewrites
 
     result, _, _ = run(wide(128, 14), *(helpers.eager(k) for k in BOTH), certifier=None)
     assert ops(result)["ConvTranspose"] == 0

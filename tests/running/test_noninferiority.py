@@ -10,7 +10,8 @@ import pytest
 from helpers import planted_race
 
 from pwopt.running.noninferiority import LEAST_SPREAD, NoninferiorityRules, Spread
-from pwopt.running.timing import CONFIDENCE, Race, SessionPair, student_quantile
+from pwopt.running.student import student_quantile
+from pwopt.running.timing import CONFIDENCE, Race, SessionPair
 
 
 def pairs(*speedups: float) -> Race:

@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 
 from pwopt.optimizing.attempt import final_rules
 from pwopt.running import timing
-from pwopt.running.timing import HOPELESS_PAIRS, NO_EVIDENCE, Evidence, Race, Rules, student_quantile
+from pwopt.running.student import student_quantile
+from pwopt.running.timing import HOPELESS_PAIRS, NO_EVIDENCE, Evidence, Race, Rules
 
 RNG = np.random.default_rng(0)
 
@@ -205,6 +206,30 @@ def test_few_pairs_of_a_slow_model_decide() -> None:
 def test_a_race_ends_where_there_is_nothing_to_gain() -> None:
     done = raced(1.0, 0.002, 600.0, Rules(0.99, worth=1.005))
     assert HOPELESS_PAIRS <= len(done.pairs) <= 20
+
+
+def test_a_race_ends_if_it_can_hardly_prove_even_what_is_promised() -> None:
+    """Sessions differ by 3 % here. In this time, a gain of 1 % cannot be proved, but one of 10 % can."""
+    small = raced(1.01, 0.001, 20.0, Rules(0.99, promise=1.01), between=0.03)
+    assert len(small.pairs) in timing.LOOKS[:3]
+    assert len(raced(1.01, 0.001, 20.0, Rules(0.99), between=0.03).pairs) > len(small.pairs)
+    large = raced(1.1, 0.001, 20.0, Rules(0.99, promise=1.1), between=0.03)
+    assert large.interval()[0] > 1.0
+
+
+def test_a_promise_ends_few_races_that_would_have_kept_it() -> None:
+    """Such an end takes at most one of twenty chances."""
+    rules, proved, ended = Rules(0.99, promise=1.03), 0, 0
+    for _ in range(300):
+        logs = RNG.normal(math.log(1.03), 0.02, 24)
+        pairs = [timing.SessionPair((np.exp([gain]), np.ones(1))) for gain in logs]
+        whole = Race(tuple(pairs))
+        if whole.interval()[0] > 1.0:
+            proved += 1
+            seen = [Race(tuple(pairs[:n])) for n in timing.LOOKS if n < 24]
+            ended += any(rules.ended_by(race, len(race.pairs) / 24) and race.interval()[0] <= 1.0 for race in seen)
+    assert proved > 250
+    assert ended / proved < 0.05
 
 
 def test_chance_decides_no_race() -> None:

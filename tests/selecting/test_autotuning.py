@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,8 @@ from helpers import normal, ops, parse, plant, planted_race
 import pwopt
 from pwopt.rewriting.records import Rewrite, Site
 from pwopt.running.timing import Evidence, Race
-from pwopt.selecting.autotuning import Decision, Estimate, Group, group_rewrites, race_groups
+from pwopt.selecting.autotuning import Decision, Estimate, race_groups
+from pwopt.selecting.groups import Group, group_rewrites
 
 pytest.importorskip("onnxruntime")
 
@@ -65,7 +67,7 @@ class Fake:
         self.checked.append(model.name)
         return ""
 
-    def race(self, a: Path, b: Path, _seconds: float, _known: Evidence) -> Race | str:
+    def race(self, a: Path, b: Path, _seconds: float, _known: Evidence, _promise: float) -> Race | str:
         self.seen.append((a.name, b.name))
         return planted_race(*(self.cost(p.name) * (1 + self.noise * self.rng.random(self.rounds)) for p in (a, b)))
 
@@ -118,6 +120,24 @@ def test_larger_estimates_are_raced_first_though_the_machine_was_busy() -> None:
         fake.estimates[group] = Estimate(evidence(speedup, 0.5), evidence(2.0, 0.5), sure=False)
     race_groups(listed("abcd"), fake, 60.0)
     assert fake.seen == [("+", "b"), ("+", "c"), ("+", "d"), ("+", "a")]
+
+
+def test_a_race_learns_what_profiles_allow() -> None:
+    fake, promises = Fake.adding(dict.fromkeys("abc", 0.0)), dict[str, float]()
+
+    def race(_a: Path, b: Path, _seconds: float, _known: Evidence, promise: float) -> Race:
+        promises.setdefault(b.name, promise)
+        return planted_race(1 + 0.1 * np.linspace(-1, 1, 6), np.ones(6))
+
+    fake.race = race  # type: ignore[method-assign]
+    a, b, _ = listed("abc")
+    fake.estimates = {
+        a: Estimate(evidence(0.99, 0.01), evidence(1.03, 0.01)),
+        b: Estimate(evidence(1.2, 0.5), evidence(1.2, 0.5), sure=False),
+    }
+    race_groups(listed("abc"), fake, 60.0)
+    assert promises["a"] == pytest.approx(1.03, abs=0.01)
+    assert promises["b"] == promises["c"] == math.inf  # the machine was busy; c was not profiled
 
 
 def test_what_pays_only_with_others_is_raced_again() -> None:
@@ -256,7 +276,7 @@ def test_a_promising_group_in_doubt_is_raced_on(gain: float, races: int) -> None
     fake = Fake.adding({"a": -gain})
     lengths, known = [], []
 
-    def race(_a: Path, _b: Path, seconds: float, seen: Evidence) -> Race:
+    def race(_a: Path, _b: Path, seconds: float, seen: Evidence, _promise: float) -> Race:
         lengths.append(seconds)
         known.append(seen.pairs)
         spread, count = (0.1, 6) if len(lengths) == 1 else (0.01, 40)
@@ -275,7 +295,7 @@ def test_evidence_on_top_of_a_group_that_was_dropped_since_does_not_count() -> N
     fake, known = Fake.adding({}), dict[tuple[str, str], float]()
     clear = {("+", "b"): 1.2, ("b", "b+c"): 1.2, ("c", "b+c"): 0.9, ("c", "a+c"): 1.04}
 
-    def race(a: Path, b: Path, _seconds: float, seen: Evidence) -> Race:
+    def race(a: Path, b: Path, _seconds: float, seen: Evidence, _promise: float) -> Race:
         known[a.name, b.name] = seen.pairs
         speedup = clear.get((a.name, b.name))
         spread = np.linspace(-1, 1, 6)

@@ -9,9 +9,10 @@ import pwopt
 from pwopt.passes import PadChannels, UnrollFrames
 from pwopt.rewriting.records import Rewrite, Site, Skip
 from pwopt.running.timing import Evidence
-from pwopt.selecting.autotuning import Decision, Group, group_rewrites
+from pwopt.selecting.autotuning import Decision
 from pwopt.selecting.candidate_base import run_passes
 from pwopt.selecting.combinations import combine
+from pwopt.selecting.groups import Group, group_rewrites
 from pwopt.selecting.rewrite_selection import Candidates, Selection, find_candidates
 from pwopt.selecting.tuning_records import NoTuningRecords
 

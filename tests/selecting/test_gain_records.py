@@ -19,8 +19,9 @@ from pwopt.running.session import NodeTime
 from pwopt.running.timing import Evidence
 from pwopt.running.worker import Worker
 from pwopt.selecting import tuning_cache
-from pwopt.selecting.autotuning import Estimate, Group
+from pwopt.selecting.autotuning import Estimate
 from pwopt.selecting.gain_records import GainRecord, describe_group
+from pwopt.selecting.groups import Group
 from pwopt.selecting.rewrite_selection import RacingEvaluator
 from pwopt.selecting.tuning_records import CachedTuningRecords
 

@@ -12,7 +12,8 @@ from helpers import normal, parse
 from pwopt.rewriting import Rewrite
 from pwopt.rewriting.records import Site
 from pwopt.running.session import NodeTime
-from pwopt.selecting.autotuning import Estimate, Group
+from pwopt.selecting.autotuning import Estimate
+from pwopt.selecting.groups import Group
 from pwopt.selecting.profile_estimate import Run, bound_speedups, estimate
 
 F = np.float32
