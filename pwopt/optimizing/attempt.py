@@ -49,7 +49,7 @@ MAX_ATTEMPTS = 8
 #: speed-up is known to the second one (a large speed-up: `timing.PART_OF_GAIN`).
 PRECISE, ROUGHLY = 0.005, 0.02
 #: How much longer than the final race a second one may take that a first one left open.
-OPEN_RACES = 4.0
+OPEN_RACES = 6.0
 #: The least and the greatest number of runs under the profiler.
 PROFILED_RUNS = 2, 10
 

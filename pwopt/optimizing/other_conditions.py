@@ -23,7 +23,7 @@ from pwopt.selecting.environment import Environment
 
 #: The seconds for each other condition, as a share of those for the final race, and the share of those seconds after
 #: which a race may end because the result does not seem slower.
-CONDITION_SHARE, PATIENCE = 0.25, 0.4
+CONDITION_SHARE, PATIENCE = 0.375, 0.4
 #: How many more races settle it where the first one suspects that the result is slower.
 MORE_RACES = 6
 #: A race under another condition ends early when the speed-up is known to this relative precision.

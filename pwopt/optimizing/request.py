@@ -25,7 +25,7 @@ Target = Literal["portable", "onnxruntime-cpu", "onnxruntime-gpu", "openvino"]
 #: The kind of execution provider whose lowered forms each target takes; "portable" takes those of the provider.
 KINDS: dict[Target, str] = {"onnxruntime-cpu": "cpu", "onnxruntime-gpu": "gpu", "openvino": "other"}
 #: Seconds to race the result against the original.
-RACE_SECONDS = 3.0
+RACE_SECONDS = 2.0
 #: Seconds for all measurements, by effort.
 EFFORTS: dict[Effort, float] = {"quick": 10.0, "normal": 40.0, "thorough": 180.0}
 
