@@ -282,7 +282,7 @@ class Attempts:
             longer = min(OPEN_RACES * seconds, self.budget.for_selection())
             if self._is_open(replace(report, latency=Latency.from_race(race))) and longer > seconds:
                 # one disturbed pair among few makes the interval wide
-                more = self._race_whole(pair, longer, timing.Evidence.from_race(race))
+                more = self._race_whole(pair, longer, race.pairs)
                 race = Race((*race.pairs, *more.pairs), min(race.own, more.own))
         figures = race.speedup(), *race.interval(), len(race.pairs)
         LOG.info("the whole model: %.3f× [%.3f, %.3f] over %d pairs of sessions", *figures)
@@ -302,10 +302,10 @@ class Attempts:
         )
         return report, race
 
-    def _race_whole(self, pair: Pair, seconds: float, known: timing.Evidence = timing.NO_EVIDENCE) -> Race:
-        """Race the original, the candidate, and a copy of the original."""
+    def _race_whole(self, pair: Pair, seconds: float, earlier: tuple[timing.SessionPair, ...] = ()) -> Race:
+        """Race the original, the candidate, and a copy of the original; or continue a race of them."""
         models = [pair.original, pair.candidate, pair.original]
-        rules = replace(final_rules(measured=bool(self.selection.allowed)), known=known)
+        rules = replace(final_rules(measured=bool(self.selection.allowed)), earlier=earlier)
         return pair.environment.race(models, seconds, self.request.progress, rules)
 
     def _is_open(self, report: Report) -> bool:

@@ -238,6 +238,8 @@ class Rules:
         It may end when the second model's speed-up is hardly this; not before `HOPELESS_PAIRS`.
     known : Evidence
         The evidence of earlier races.
+    earlier : tuple of SessionPair
+        The pairs of an earlier race of the same models, which this race continues.
     promise : float
         The largest speed-up that the second model can have. The race may end when it is unlikely to prove even that in
         the time that is left.
@@ -255,6 +257,7 @@ class Rules:
     decided: float | None = None
     worth: float = 0.0
     known: Evidence = NO_EVIDENCE
+    earlier: tuple[SessionPair, ...] = ()
     promise: float = math.inf
     precise: float = 0.0
     margin: float = 0.0
@@ -266,6 +269,7 @@ class Rules:
         count = len(race.pairs)
         if count not in LOOKS or not (self.decided or self.precise or self.harmless):
             return False
+        race = Race((*self.earlier, *race.pairs), race.own)
         evidence = self.known + Evidence.from_race(race)
         look = LOOKS.index(count) + 1
         doubt = 1 / (look * (look + 1))  # the part of the doubt for this check; all parts add up to less than 1

@@ -170,7 +170,7 @@ class RacingEvaluator:
 
     def race(self, a: Path, b: Path, seconds: float, known: timing.Evidence, promise: float) -> timing.Race | str:
         assert self.environment is not None
-        rules = timing.Rules(timing.CONFIDENCE, autotuning.WORTH, known, promise)
+        rules = timing.Rules(timing.CONFIDENCE, autotuning.WORTH, known=known, promise=promise)
         try:
             return self.environment.race([a, b], seconds, rules=rules)
         except UnusableError as error:

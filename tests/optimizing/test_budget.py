@@ -15,6 +15,7 @@ from pwopt.graph.files import from_proto
 from pwopt.inputs.samples import Sample, SampleLabel
 from pwopt.optimizing import budget
 from pwopt.optimizing.budget import Budget
+from pwopt.optimizing.other_conditions import CONDITION_SHARE
 from pwopt.optimizing.preparation import Problem
 from pwopt.optimizing.request import RACE_SECONDS
 from pwopt.running.providers import DEFAULT
@@ -63,7 +64,7 @@ def test_what_is_needed_in_the_end_is_kept_back(clock: type[Clock], monkeypatch:
 def test_other_conditions_want_their_share(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
     """Two more models to load under each, and a quarter of the final race."""
     one, three = (Budget(subject(0.5, 0.1, monkeypatch), pwopt.Measuring(budget=40.0), others) for others in (0, 2))
-    assert one.for_selection() - three.for_selection() == pytest.approx(2 * (2 * 0.5 + 0.25 * RACE_SECONDS))
+    assert one.for_selection() - three.for_selection() == pytest.approx(2 * (2 * 0.5 + CONDITION_SHARE * RACE_SECONDS))
 
 
 def test_a_small_budget_shortens_the_final_race(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -217,6 +217,17 @@ def test_a_race_ends_if_it_can_hardly_prove_even_what_is_promised() -> None:
     assert large.interval()[0] > 1.0
 
 
+def test_a_continued_race_forgives_one_disturbed_pair() -> None:
+    """Of three earlier pairs, one was disturbed. As evidence of its own it would widen the interval to the end."""
+    ratios = (1.4, 1.42, 2.4)
+    earlier = tuple(timing.SessionPair((np.array([r]), np.ones(1), np.array([r]))) for r in ratios)
+    rules = Rules(0.99, roughly=0.02)
+    apart = replace(rules, known=Evidence.from_race(Race(earlier)))
+    new = [timing.SessionPair((np.array([1.4 + 0.001 * k]), np.ones(1), np.array([1.4]))) for k in range(12)]
+    assert replace(rules, earlier=earlier).ended_by(Race(tuple(new[:5])))
+    assert not apart.ended_by(Race(tuple(new)))
+
+
 def test_a_promise_ends_few_races_that_would_have_kept_it() -> None:
     """Such an end takes at most one of twenty chances."""
     rules, proved, ended = Rules(0.99, promise=1.03), 0, 0
