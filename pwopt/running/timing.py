@@ -306,6 +306,12 @@ class Rules:
         return expected + UNLIKELY * error < needed
 
 
+def least_provable(pairs: int) -> float:
+    """The least speed-up that so many pairs can be expected to prove, where sessions differ by `BETWEEN_SESSIONS`."""
+    pairs = max(MIN_PAIRS, pairs)
+    return math.exp(student_quantile(pairs - 1, CONFIDENCE) * BETWEEN_SESSIONS / math.sqrt(pairs))
+
+
 def _precision(interval: tuple[float, float]) -> float:
     """Half the width of an interval, relative to its lower end."""
     low, high = interval

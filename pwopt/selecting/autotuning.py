@@ -157,6 +157,9 @@ class CandidateEvaluator(Protocol):
         The race may end early if it is unlikely to prove even the speed-up `promise`.
         """
 
+    def least_provable(self, seconds: float) -> float:
+        """Return the least speed-up that a race of so many seconds can be expected to prove."""
+
     def recall(self, group: Group) -> Decision | None:
         """Return what is already known about a group, even if it is not clear."""
 
@@ -337,8 +340,10 @@ class _Contest:
         without, model = self._model(self.kept()), self._model([*self.kept(), *groups])
         if without == model:
             return
-        promise = math.prod(self._largest.get(g, math.inf) for g in groups)
-        result = self._evaluator.race(without, model, min(LONGEST_RACE, left / 2), NO_EVIDENCE, promise)
+        promise, seconds = math.prod(self._largest.get(g, math.inf) for g in groups), min(LONGEST_RACE, left / 2)
+        if promise < self._evaluator.least_provable(seconds):
+            return
+        result = self._evaluator.race(without, model, seconds, NO_EVIDENCE, promise)
         if isinstance(result, str) or not (confirmed := Evidence.from_race(result)).interval(CONFIDENCE)[0] > 1.0:
             return
         for group, evidence in groups.items():
@@ -369,12 +374,18 @@ class _Contest:
         if not anew and self._raced.setdefault((without, model), group) is not group:
             self.decided[group] = Decision(group, not_raced="it makes the same model as another rewrite that was raced")
             return
+        seconds, promise = min(longest, left / races), self._largest.get(group, math.inf)
+        provable = self._evaluator.least_provable(seconds)
+        if promise < provable and self.estimated.get(group, math.inf) < PROMISING:
+            reason = f"not raced, since it gains at most {promise:.3f}× by profiles, and a race of {seconds:.0f} s can "
+            self.decided[group] = Decision(group, not_raced=f"{reason}only prove more than {provable:.3f}×")
+            return
         known = NO_EVIDENCE if anew or group not in self.decided else self.decided[group].evidence
         fault = "" if group in self._profiled else self._evaluator.fault(model)
         left = self._deadline - time.perf_counter()
         self._against[group] = others
-        promise = max(self._largest.get(group, math.inf), known.speedup)
-        result = fault or self._evaluator.race(without, model, min(longest, max(0.0, left) / races), known, promise)
+        seconds, promise = min(longest, max(0.0, left) / races), max(promise, known.speedup)
+        result = fault or self._evaluator.race(without, model, seconds, known, promise)
         if isinstance(result, str):
             self.decided[group] = Decision(group, fault=result)
         else:

@@ -32,7 +32,7 @@ from pwopt.selecting.tuning_records import TuningRecords
 LOG = logging.getLogger(__name__)
 
 #: Seconds to profile two models (and half of that for each other one), and the least number of runs of each.
-ESTIMATE_SECONDS, ESTIMATE_RUNS = 0.6, 4
+ESTIMATE_SECONDS, ESTIMATE_RUNS = 0.4, 4
 #: The least number of runs of a model that takes so many milliseconds. Slow operators vary less.
 SLOW_MS, SLOW_RUNS = 250.0, 2
 #: The same to profile the model without any group, for bounds.
@@ -175,6 +175,13 @@ class RacingEvaluator:
             return self.environment.race([a, b], seconds, rules=rules)
         except UnusableError as error:
             return str(error)
+
+    def least_provable(self, seconds: float) -> float:
+        worker = self._find_worker()
+        if worker is None:
+            return 1.0
+        load, run = worker.took
+        return timing.least_provable(int(seconds / (2 * (load + (2 + timing.MIN_PAIR_ROUNDS) * run))))
 
     def bound(self, kept: Sequence[Group], groups: Sequence[Group]) -> Mapping[Group, float]:
         worker, base = self._find_worker(), self._build_base(kept)

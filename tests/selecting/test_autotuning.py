@@ -52,6 +52,7 @@ class Fake:
         self.estimated_groups: list[tuple[list[str], list[str]]] = []
         self.estimates: dict[Group, Estimate] = {}
         self.bounds: dict[Group, float] = {}
+        self.provable = 1.0
         self.checked: list[str] = []
 
     @classmethod
@@ -70,6 +71,9 @@ class Fake:
     def race(self, a: Path, b: Path, _seconds: float, _known: Evidence, _promise: float) -> Race | str:
         self.seen.append((a.name, b.name))
         return planted_race(*(self.cost(p.name) * (1 + self.noise * self.rng.random(self.rounds)) for p in (a, b)))
+
+    def least_provable(self, _seconds: float) -> float:
+        return self.provable
 
     def recall(self, group: Group) -> Decision | None:
         return self.known.get(group)
@@ -138,6 +142,24 @@ def test_a_race_learns_what_profiles_allow() -> None:
     race_groups(listed("abc"), fake, 60.0)
     assert promises["a"] == pytest.approx(1.03, abs=0.01)
     assert promises["b"] == promises["c"] == math.inf  # the machine was busy; c was not profiled
+
+
+def test_what_a_race_could_not_prove_is_not_raced() -> None:
+    """Unless it promises much: then there may be more time than a first race takes."""
+    fake = Fake.adding({"a": -0.015, "b": -0.03, "c": 0.0})
+    a, b, _ = groups = listed("abc")
+    fake.estimates = {
+        a: Estimate(evidence(0.999, 0.05), evidence(1.03, 0.05)),
+        b: Estimate(evidence(1.022, 0.3), evidence(1.022, 0.3)),
+    }
+    fake.provable = 1.1
+    found = dict(zip(groups, race_groups(groups, fake, 60.0), strict=True))
+    assert ("+", "a") not in fake.seen
+    assert ("+", "b") in fake.seen
+    assert ("+", "c") in fake.seen or ("b", "b+c") in fake.seen  # not profiled
+    reason = found[a].skips()[0].reason
+    assert reason.startswith("A: not raced, since it gains at most 1.0")
+    assert reason.endswith("× by profiles, and a race of 3 s can only prove more than 1.100×")
 
 
 def test_what_pays_only_with_others_is_raced_again() -> None:

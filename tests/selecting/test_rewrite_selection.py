@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
+import pytest
 from helpers import planted_race
 
 from pwopt.running.timing import CONFIDENCE, Evidence, Race, Rules
@@ -29,3 +30,12 @@ def test_a_race_ends_by_earlier_evidence_and_by_what_profiles_promise() -> None:
     known = Evidence.from_race(found)
     assert evaluator.race(Path("a"), Path("b"), 1.0, known, 1.03) is found
     assert seen == [Rules(CONFIDENCE, WORTH, known=known, promise=1.03)]
+
+
+@pytest.mark.parametrize(("took", "least"), [((0.05, 0.01), 1.006), ((0.4, 0.1), 1.047)])
+def test_long_runs_prove_less_in_the_same_time(took: tuple[float, float], least: float) -> None:
+    worker = SimpleNamespace(ready=True, took=took)
+    environment: Any = SimpleNamespace(worker=worker)
+    compilation: Any = None
+    evaluator = RacingEvaluator(compilation, environment, NoTuningRecords())
+    assert evaluator.least_provable(3.0) == pytest.approx(least, abs=1e-3)
