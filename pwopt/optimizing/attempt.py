@@ -48,8 +48,6 @@ MAX_ATTEMPTS = 8
 #: The final race ends early when the speed-up is known to this relative precision, or when the verdict is clear and the
 #: speed-up is known to the second one (a large speed-up: `timing.PART_OF_GAIN`).
 PRECISE, ROUGHLY = 0.005, 0.02
-#: How much longer than the final race a second one may take that a first one left open.
-OPEN_RACES = 6.0
 #: The least and the greatest number of runs under the profiler.
 PROFILED_RUNS = 2, 10
 
@@ -279,7 +277,7 @@ class Attempts:
             LOG.info("no process has pages of 4 KiB: %s", small.worker.problem)
         with turn.exclusive():
             race = self._race_whole(pair, seconds)
-            longer = min(OPEN_RACES * seconds, self.budget.for_selection())
+            longer = self.budget.for_open_race()
             if self._is_open(replace(report, latency=Latency.from_race(race))) and longer > seconds:
                 # one disturbed pair among few makes the interval wide
                 more = self._race_whole(pair, longer, race.pairs)

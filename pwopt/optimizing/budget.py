@@ -12,6 +12,9 @@ from pwopt.optimizing.request import Measuring
 
 #: The greatest share of the budget for the final race.
 FINAL_SHARE = 0.15
+#: How many times longer a second final race may be if the first one decides nothing, and the share of the budget that
+#: is kept for it.
+OPEN_RACES, OPEN_SHARE = 6.0, 0.2
 #: Models that are loaded to verify and to profile: the original with and without graph optimisation, the result, and
 #: both once more under the profiler. Two more are loaded for each other condition.
 LOADS, LOADS_PER_CONDITION = 5, 2
@@ -64,14 +67,19 @@ class Budget:
         self._end += time.perf_counter() - begin
 
     def for_selection(self) -> float:
-        """Seconds for races of rewrites, if the final race takes its full share."""
-        return max(0.0, self.left - self._reserved - self._final_races())
+        """Seconds for races of rewrites, if the final race takes its full share and decides nothing."""
+        return max(0.0, self.left - self._reserved - self._final_races() - OPEN_SHARE * self._seconds)
 
     def for_final_race(self) -> float:
         """Seconds for the final race under the first condition."""
         if self._seconds <= 0:
             return self._race_seconds
         return min(self._race_seconds, max(0.0, self.left - self._reserved) / self._races)
+
+    def for_open_race(self) -> float:
+        """Seconds for a second final race; enough is left to verify and race another result."""
+        left = max(0.0, self.left - self._reserved - self._final_races())
+        return min(OPEN_RACES * self.for_final_race(), left)
 
     def _final_races(self) -> float:
         return self._races * min(self._race_seconds, FINAL_SHARE * self._seconds)

@@ -50,9 +50,13 @@ def subject(load: float, run: float, monkeypatch: pytest.MonkeyPatch) -> Problem
 def test_what_is_needed_in_the_end_is_kept_back(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
     given = Budget(subject(0.5, 0.1, monkeypatch), pwopt.Measuring(budget=40.0), 0)
     fixed = 5 * 0.5 + 3 * 3 * 0.1 + budget.PROFILING_SECONDS
-    assert given.for_selection() == pytest.approx(40 - fixed - RACE_SECONDS)
+    assert given.for_selection() == pytest.approx(40 - fixed - RACE_SECONDS - 8)
     clock.now += 20
-    assert given.for_selection() == pytest.approx(20 - fixed - RACE_SECONDS)
+    assert given.for_selection() == pytest.approx(20 - fixed - RACE_SECONDS - 8)
+    assert given.for_open_race() == 6 * RACE_SECONDS
+    clock.now += 10
+    assert given.for_open_race() == pytest.approx(10 - fixed - RACE_SECONDS)
+    clock.now -= 10
     assert given.allows_retry
     assert given.for_final_race() == RACE_SECONDS
     clock.now += 16
@@ -69,13 +73,13 @@ def test_other_conditions_want_their_share(clock: type[Clock], monkeypatch: pyte
 
 def test_a_small_budget_shortens_the_final_race(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
     given = Budget(subject(0.0, 0.0, monkeypatch), pwopt.Measuring(budget=2.0), 0)
-    assert given.for_selection() == pytest.approx(2 - budget.PROFILING_SECONDS - 0.15 * 2)
+    assert given.for_selection() == pytest.approx(2 - budget.PROFILING_SECONDS - (0.15 + 0.2) * 2)
 
 
 def test_a_slow_first_load_leaves_half(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
     """As of a graphics card's libraries."""
     given = Budget(subject(20.0, 0.1, monkeypatch), pwopt.Measuring(budget=40.0), 0)
-    assert given.for_selection() == pytest.approx(20 - RACE_SECONDS)
+    assert given.for_selection() == pytest.approx(20 - RACE_SECONDS - 8)
 
 
 def test_what_is_no_measuring_costs_nothing(clock: type[Clock], monkeypatch: pytest.MonkeyPatch) -> None:
