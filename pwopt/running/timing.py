@@ -23,6 +23,7 @@ import numpy as np
 from pwopt.algebra import Values
 from pwopt.inputs.feeds import Feeds
 from pwopt.running import memory
+from pwopt.running.creation_order import order_creation
 from pwopt.running.progress import Progress, ignore_progress
 from pwopt.running.session import Session
 from pwopt.running.student import student_quantile
@@ -347,7 +348,7 @@ def race(
     pairs: list[SessionPair] = []
     rounds, start, passed = FIRST_ROUNDS, time.perf_counter(), 0.0
     for done in itertools.count(1):
-        order = _order_creation(len(openers), done - 1)
+        order = order_creation(len(openers), done - 1)
         deadline = start + budget / (MIN_PAIRS if done == 1 else 1)
         pair, wall = _run_pair(openers, order, feeds, rounds, deadline, rng, together)
         pairs.append(pair)
@@ -366,24 +367,6 @@ def race(
             return seen
         rounds = _rounds_worth(pairs, (budget - spent) / max(1, MIN_PAIRS - done))
     raise AssertionError("itertools.count ends only by the return above")
-
-
-def _order_creation(count: int, pair: int) -> list[int]:
-    """The order in which the sessions of a pair are created.
-
-    Where a session's memory lies depends on what was created before it. So every model takes every place equally often,
-    and every second cycle runs backwards.
-
-    Examples
-    --------
-    >>> [_order_creation(2, pair) for pair in range(4)]
-    [[0, 1], [1, 0], [1, 0], [0, 1]]
-    >>> [_order_creation(3, pair) for pair in range(4)]
-    [[0, 1, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]]
-    """
-    cycle, shift = divmod(pair, count)
-    models = list(range(count)) if cycle % 2 == 0 else list(range(count))[::-1]
-    return models[shift:] + models[:shift]
 
 
 def _run_pair(
