@@ -24,8 +24,8 @@ from pwopt.selecting.groups import Group
 
 LOG = logging.getLogger(__name__)
 
-#: The time limit in seconds for the race of one group.
-LONGEST_RACE = 3.0
+#: The time limit for the race of one group: at least so many seconds, or this share of the budget.
+LONGEST_RACE, LONGEST_SHARE = 3.0, 0.1
 #: How many passes are profiled together, beside the model without them.
 PASSES_TOGETHER = 3
 #: The share of the time that profiles may take before the races, and the confidence of an estimate. A race confirms it.
@@ -241,6 +241,7 @@ class _Contest:
         self._largest = dict[Group, float]()  # the largest speed-ups that profiles allow
         self._evaluator, self._progress = evaluator, progress
         self._budget, self._deadline = budget, time.perf_counter() + budget
+        self._longest = max(LONGEST_RACE, LONGEST_SHARE * budget)
         self._files: dict[frozenset[Site], Path] = {}
         self._profiled = set[Group]()  # they ran, so they need no check before a race
         self._raced: dict[tuple[Path, Path], Group] = {}
@@ -340,7 +341,7 @@ class _Contest:
         without, model = self._model(self.kept()), self._model([*self.kept(), *groups])
         if without == model:
             return
-        promise, seconds = math.prod(self._largest.get(g, math.inf) for g in groups), min(LONGEST_RACE, left / 2)
+        promise, seconds = math.prod(self._largest.get(g, math.inf) for g in groups), min(self._longest, left / 2)
         if promise < self._evaluator.least_provable(seconds):
             return
         result = self._evaluator.race(without, model, seconds, NO_EVIDENCE, promise)
@@ -357,7 +358,7 @@ class _Contest:
             changed = self._against[group] != self.kept()
             self.decide(group, len(doubted) - i, anew=changed, longest=math.inf)
 
-    def decide(self, group: Group, races: int, *, anew: bool = False, longest: float = LONGEST_RACE) -> None:
+    def decide(self, group: Group, races: int, *, anew: bool = False, longest: float | None = None) -> None:
         """Race a group in addition to the other kept groups, with its share of the time that is left.
 
         Earlier evidence counts too, unless `anew` says that other groups were kept then.
@@ -374,6 +375,7 @@ class _Contest:
         if not anew and self._raced.setdefault((without, model), group) is not group:
             self.decided[group] = Decision(group, not_raced="it makes the same model as another rewrite that was raced")
             return
+        longest = self._longest if longest is None else longest
         seconds, promise = min(longest, left / races), self._largest.get(group, math.inf)
         provable = self._evaluator.least_provable(seconds)
         if promise < provable and self.estimated.get(group, math.inf) < PROMISING:
