@@ -41,7 +41,8 @@ def low_rank(matrix: Array, relative_error: float) -> bool:
 def _singular(matrix: Array, k: int, relative_error: float, rng: np.random.Generator) -> bool:
     """Whether a k×k sketch of a matrix is singular."""
     rows, columns = matrix.shape
-    sketch = _count_sketch(_count_sketch(matrix, k, rng).T, k, rng)
+    longer = int(columns > rows)
+    sketch = _count_sketch(_count_sketch(matrix, k, rng, longer), k, rng, 1 - longer)  # the longer first: less is left
     sides = rng.standard_normal((k, 4))
     try:
         once = np.linalg.solve(sketch, sides)
@@ -53,10 +54,13 @@ def _singular(matrix: Array, k: int, relative_error: float, rng: np.random.Gener
     return bool(not np.isfinite(condition) or condition * relative_error * buckets * 10 >= 1)
 
 
-def _count_sketch(matrix: Array, count: int, rng: np.random.Generator) -> Array:
-    """Rows with random signs, summed in `count` random sets of about equal size."""
-    signed = matrix[rng.permutation(len(matrix))] * rng.choice([-1.0, 1.0], (len(matrix), 1))
-    sums: Array = np.add.reduceat(signed, np.arange(count) * len(matrix) // count)
+def _count_sketch(matrix: Array, count: int, rng: np.random.Generator, axis: int) -> Array:
+    """Rows (axis 0) or columns with random signs, summed in `count` random sets of about equal size."""
+    size = matrix.shape[axis]
+    signs = rng.choice([-1.0, 1.0], size).reshape((-1, 1) if axis == 0 else (1, -1))
+    sums: Array = np.add.reduceat(
+        matrix.take(rng.permutation(size), axis) * signs, np.arange(count) * size // count, axis
+    )
     return sums
 
 

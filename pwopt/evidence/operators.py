@@ -248,11 +248,13 @@ def _conv(side: Side, state: State, inputs: list[Any], absolute: bool) -> list[V
     batch, space = x.shape[0], parts[0].shape[2:]
     positions = math.prod(space)
     side.spend(batch * positions * weight.size)
-    blocks = weight.reshape(groups, weight.shape[0] // groups, weight.shape[1], -1)
-    result = np.zeros((batch, groups, blocks.shape[1], positions))
-    for k, part in enumerate(parts):
-        seen = part.reshape(batch, groups, weight.shape[1], positions)
-        result += blocks[None, :, :, :, k] * seen if weight.shape[1] == 1 else blocks[:, :, :, k] @ seen
+    blocks = weight.reshape(groups, weight.shape[0] // groups, -1)
+    if weight.shape[1] == 1:
+        seen = (part.reshape(batch, groups, 1, positions) for part in parts)
+        result = functools.reduce(np.add, (blocks[:, :, k, None] * part for k, part in enumerate(seen)))
+    else:  # one product with all taps side by side, since a weight's numbers for one tap are not contiguous
+        seen_by_all = np.stack([part.reshape(batch, -1, positions) for part in parts], axis=2)
+        result = blocks @ seen_by_all.reshape(batch, groups, -1, positions)
     output = result.reshape(batch, weight.shape[0], *space)
     bias = inputs[2] if len(inputs) > 2 else None
     return [output if bias is None else output + bias.reshape(-1, *(1,) * len(space))]

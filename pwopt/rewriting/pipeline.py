@@ -91,6 +91,8 @@ class Pipeline:
         rw, rewrites, skips = fixpoint.rw, list(fixpoint.rewrites), dict(fixpoint.skips)
         finished = len(rewrites)
         for p in self._measured():
+            if allowed is not None and not p.requested and all(site.pass_name != p.name for site in allowed):
+                continue  # it may act nowhere, and its preparations take time
             outcome = rw.apply(p, None if p.requested else allowed)
             rewrites.extend(outcome.rewrites)
             skips[p.name] = outcome.skips

@@ -27,8 +27,11 @@ class RewriteResult:
     model : Model
     rewrites : tuple of Rewrite
     skips : tuple of Skip
-    before, after : Cost
-        Of the model before and after the rewrites.
+    before : Cost
+        Of the model before the rewrites.
+    sizes : mapping of str to sizes
+        Sizes of the tensors before the rewrites.
+    inputs : mapping of input name to sizes
     failed : tuple of Rewrite
         Rewrites that were left out because their certificates failed.
     """
@@ -37,12 +40,21 @@ class RewriteResult:
     rewrites: tuple[Rewrite, ...]
     skips: tuple[Skip, ...]
     before: Cost
-    after: Cost
+    sizes: Mapping[str, Sequence[int]]
+    inputs: Mapping[str, Sequence[int]]
     failed: tuple[Rewrite, ...] = ()
 
     @functools.cached_property
     def proto(self) -> onnx.ModelProto:
         return self.model.to_proto()
+
+    @functools.cached_property
+    def after(self) -> Cost:
+        """The cost of the rewritten model. Candidates need none, and sizes of new tensors take a while to infer."""
+        after = measure(View(self.model.graph, self.sizes))
+        if after.unknown > self.before.unknown:  # the passes created tensors
+            after = measure(View(self.model.graph, infer_sizes(self.proto, self.inputs)))
+        return after
 
 
 @dataclass(frozen=True)
@@ -106,11 +118,9 @@ class Snapshot:
 
     def finish(self, allowed: Collection[Site] | None = None) -> RewriteResult:
         """Run the measured passes at the `allowed` sites, in place; None allows every site."""
-        outcome, graph = Pipeline(self.passes).finish(self.fixpoint, allowed), self.model.graph
-        after = measure(View(graph, self.sizes))
-        if after.unknown > self.before.unknown:  # the passes created tensors
-            after = measure(View(graph, infer_sizes(self.model.to_proto(), self.inputs)))
-        return RewriteResult(self.model, (*self.done, *outcome.rewrites), outcome.skips, self.before, after)
+        outcome = Pipeline(self.passes).finish(self.fixpoint, allowed)
+        rewrites = (*self.done, *outcome.rewrites)
+        return RewriteResult(self.model, rewrites, outcome.skips, self.before, self.sizes, self.inputs)
 
     def run_alone(self, name: str) -> Outcome:
         """Run one measured pass alone, in place."""
