@@ -11,6 +11,8 @@ settings.register_profile("untimed", deadline=None, suppress_health_check=[Healt
 settings.load_profile("untimed")
 pytest.register_assert_rewrite("helpers", "judge", "pruning", "branching")
 os.environ.setdefault("COLUMNS", "120")
+#: Read when numpy is imported. A second thread of a small product waits more than it computes, and takes a core for that.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 #: Decisions of races in tests stay out of the user's cache.
 _CACHE = tempfile.TemporaryDirectory(prefix="pwopt-cache-")
 os.environ["PWOPT_CACHE"] = _CACHE.name
