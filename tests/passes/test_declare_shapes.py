@@ -59,6 +59,23 @@ def test_products_of_two_parts_of_a_convolution_are_declared(cut: str) -> None:
     assert declared(result) == dict.fromkeys("bde", ("N", 2, "H", "W"))
 
 
+@pytest.mark.parametrize(
+    "rest",
+    [
+        "c = Neg(x) p, q = Split<axis=1>(c, k) b = Tanh(p) d = Sigmoid(q) e = Mul(b, d)",  # parts of no convolution
+        "c = Neg(x) p, q = Split<axis=1>(a, k) r, s = Split<axis=1>(c, k) b = Tanh(p) d = Sigmoid(r) e = Mul(b, d)",
+        "p, q = Split<axis=1>(a, k) d = Sigmoid(p) e = Mul(p, d)",  # a gate of its own
+        "p, q = Split<axis=1>(a, k) e = Mul(p, q)",  # one operator makes both
+        "p, q = Split<axis=1>(a, k) b = Relu(p) c = Relu(b) d = Sigmoid(q) e = Mul(c, d)",  # two operators behind a part
+        "c = Neg(x) p, q = Split<axis=1>(a, k) r, s = Split<axis=1>(c, k) e = Add(p, r)",  # a sum is not of parts
+    ],
+)
+def test_other_parts_are_not_declared(rest: str) -> None:
+    text = f"{HEAD} {{ a = Conv<pads=[1,1,1,1]>(x, w) {rest} y = Neg(e) }}"
+    model = parse(text, w=WEIGHT, k=np.array([2, 2]))
+    assert run(model, eager(DeclareShapes))[0] is model
+
+
 def test_unequal_shapes_are_not_declared() -> None:
     body = "a = Conv<pads=[1,1,1,1]>(x, w) p = GlobalAveragePool(a) d = Add(a, p) y = Neg(d)"
     model = parse(f"{HEAD} {{ {body} }}", w=WEIGHT)
