@@ -30,7 +30,7 @@ from pwopt.graph import limits, storage
 from pwopt.inputs.input_specs import parse_shape
 from pwopt.optimizing import batch, cluster, other_conditions
 from pwopt.optimizing.request import Request
-from pwopt.running import child_process, cold_start, installation, timing, worker
+from pwopt.running import child_process, cold_start, installation, turn, worker
 from pwopt.running.child_process import describe_exit
 from pwopt.running.providers import DEFAULT
 from pwopt.running.session import Session
@@ -328,7 +328,7 @@ def test_a_worker_reads_the_paths_of_another_system(
     pure: PureWindowsPath | PurePosixPath, tiny: onnx.ModelProto, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("onnxruntime")
-    monkeypatch.setattr(timing, "_turn", timing._turn)  # what a delivery shares ends with this test
+    monkeypatch.setattr(turn, "_turn", turn._turn)  # what a delivery shares ends with this test
     parcel = cluster.JobRequest(pure, pure.with_name("out.onnx"), {"m.onnx": tiny.SerializeToString()}, ())
     delivery = cluster.run_remote_job(pickle.loads(pickle.dumps(parcel)), Request(cost="analytic", verify=False))
     assert (delivery.done.row.status, delivery.done.row.model) == ("done", os.fspath(pure))
