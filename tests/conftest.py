@@ -50,3 +50,20 @@ def _one_page_size(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPat
 
     if request.node.get_closest_marker("huge_pages") is None:
         monkeypatch.setattr(huge_pages, "ENABLED", Path("no such file"))
+
+
+@pytest.fixture(autouse=True)
+def _no_workers(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let workers run models in this process, and plant cold starts, except in tests marked worker_processes.
+
+    A process that imports onnxruntime takes half a second of the processor, and a measured run starts two or more.
+    """
+    from helpers import WorkerHere
+
+    from pwopt.optimizing import attempt
+    from pwopt.running import worker
+
+    if not any(map(request.node.get_closest_marker, ("worker_processes", "huge_pages"))):
+        monkeypatch.setattr(worker, "Child", WorkerHere)
+        cold = {"session": 1e-3, "first": 1e-3, "memory": 1e6}
+        monkeypatch.setattr(attempt, "measure_cold_starts", lambda paths, *_: [cold] * len(paths))

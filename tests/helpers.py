@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import pickle
 import re
 import subprocess
 from collections import Counter
@@ -26,6 +27,7 @@ from pwopt.graph.model import Model
 from pwopt.rewriting.driver import Pass
 from pwopt.rewriting.pipeline import Pipeline
 from pwopt.rewriting.records import Outcome
+from pwopt.running import worker
 from pwopt.running.timing import Race, SessionPair
 
 MODELS = Path(__file__).parent.parent / "models"
@@ -112,6 +114,29 @@ def run_command(*arguments: object, cwd: Path | None = None) -> subprocess.Compl
         stream.flush()
         texts.append(stream.buffer.getvalue().decode())  # type: ignore[attr-defined]
     return subprocess.CompletedProcess(command, code, *texts)
+
+
+class WorkerHere:
+    """Answers the questions of a `pwopt.running.worker.Worker` in this process, without limits; see conftest.py.
+
+    Questions and answers have to survive pickling, as between processes.
+    """
+
+    def __init__(self, *_: object, **__: object) -> None:
+        self.pid = os.getpid()
+        self._sessions: Any = None
+
+    def ask(self, question: Any, _seconds: float, waiting: Callable[[float], None] = lambda _: None) -> Any:
+        waiting(0.0)
+        question = pickle.loads(pickle.dumps(question))
+        if self._sessions is None:  # the first question is what to run, and on what
+            *setting, together, original = question
+            self._sessions = worker._Sessions(*setting, together=together)
+            question = ("run_once", original)
+        return pickle.loads(pickle.dumps(worker._answer(self._sessions, *question)))
+
+    def close(self) -> None:
+        self._sessions = None
 
 
 def plant(monkeypatch: pytest.MonkeyPatch, race: Callable[..., object]) -> None:

@@ -45,6 +45,7 @@ def test_optimize_writes_beside_the_input(model: Path) -> None:
     assert content["shapes"] == {"x": [1, 64, 8, 8]}
 
 
+@pytest.mark.worker_processes
 def test_optimize_measures_by_default(model: Path) -> None:
     done = pwopt("optimize", model, "--shape", "x=1x64x2x2")
     assert done.returncode == 0, done.stderr

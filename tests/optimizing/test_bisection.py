@@ -30,6 +30,7 @@ from pwopt.selecting.compilation import Compilation
 from pwopt.selecting.pass_list import resolve_passes
 from pwopt.selecting.rewrite_selection import RacingEvaluator
 
+pytestmark = pytest.mark.worker_processes
 F = np.float32
 CHAIN = parse(
     "(float[1,8,16,16] x) => (float[N] y) { a = Conv(x, w) b = Conv(a, v) r = Relu(b) c = Conv(r, u) y = Abs(c) }",

@@ -395,6 +395,7 @@ class Detour(Pass):
         return rw.replace([node], [first, *detour], "a detour").with_signature("detour")
 
 
+@pytest.mark.worker_processes
 @pytest.mark.parametrize("policy", ["always", "measured"])
 def test_a_slow_rewrite_is_raced_out(policy: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """For real: forty passes over memory are slower than none, whatever the machine."""

@@ -22,6 +22,7 @@ from pwopt.running.providers import DEFAULT
 from pwopt.running.timing import TO_THE_END
 from pwopt.running.worker import UnusableError, Worker
 
+pytestmark = pytest.mark.worker_processes
 FEEDS = {"x": normal(1, 8, dtype="float32")}
 posix = pytest.mark.skipif(sys.platform == "win32", reason="Windows has no signals that kill")
 
