@@ -155,14 +155,17 @@ def ops(model: onnx.ModelProto) -> Counter[str]:
     return Counter(n.op_type for n in model.graph.node if n.op_type != "Constant")
 
 
-def same(before: onnx.ModelProto, after: onnx.ModelProto, tolerance: float = 1e-9, **feeds: np.ndarray) -> None:
-    """Both give the same outputs; with float64 models and feeds, to rounding in float64."""
+def same(
+    before: onnx.ModelProto, after: onnx.ModelProto, tolerance: float = 1e-9, **feeds: np.ndarray
+) -> list[np.ndarray]:
+    """Both give the same outputs, which are returned; with float64 models and feeds, to rounding in float64."""
     expected, found = evaluate(before, **feeds), evaluate(after, **feeds)
     assert len(expected) == len(found)
     for a, b in zip(expected, found, strict=True):
         assert a.dtype == b.dtype
         assert a.shape == b.shape
         np.testing.assert_allclose(b, a, rtol=tolerance, atol=tolerance)
+    return found
 
 
 def outside(model: onnx.ModelProto, op: str, suffix: str) -> bool:

@@ -230,7 +230,10 @@ def test_random_stacks(steps: list[str], seed: int) -> None:
             }
             lines.append(f"{y} = {call[step] % t}")
         before, t = t, y
-    model = parse(SIDE.replace(" y)", f" {t})") + "{" + " ".join(lines) + "}", **numbers)
+    one = SIDE.replace("2,8", "1,8").replace(
+        " y)", f" {t})"
+    )  # onnx's evaluator takes its time for each element to pool
+    model = parse(one + "{" + " ".join(lines) + "}", **numbers)
     result, _, _ = run(model, HoistStride())
     assert macs(result) <= macs(model)
-    same(model, result, 1e-9, x=X)
+    same(model, result, 1e-9, x=X[:1])

@@ -4,7 +4,7 @@ import helpers
 import numpy as np
 import onnx
 import pytest
-from helpers import eager, evaluate, normal, ops, parse, reasons, run, same
+from helpers import eager, normal, ops, parse, reasons, run, same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -165,12 +165,13 @@ STEPS = (
 def test_any_way_through(steps: list[str], blocks: bool) -> None:
     names = [f"h{i}" for i in range(len(steps) + 1)]
     nodes = " ".join(f"{b} = {s.replace('#', a)}" for a, b, s in zip(names, names[1:], steps, strict=False))
-    model = build(
+    one = HEAD.replace("2,3", "1,3")  # onnx's evaluator takes its time for each element to pool
+    body = (
         f"{{ a = Conv(x, w, b) h0 = Conv(x, w2) {nodes} p = MaxPool<kernel_shape=[1,1]>({names[-1]}) y = Conv(p, v) }}"
     )
+    model = helpers.build(body, CONSTANTS, one)
     result, _, _ = run(model, eager(FillBlocks if blocks else PadChannels))
-    assert all(np.isfinite(v).all() for v in evaluate(result, x=X))
-    same(model, result, x=X)
+    assert all(np.isfinite(v).all() for v in same(model, result, x=X[:1]))
 
 
 def test_a_part_that_asks_for_nothing_stays() -> None:
