@@ -427,7 +427,8 @@ def test_the_output_is_not_the_input_unless_forced(tmp_path: Path, capsys: pytes
         assert "--force" in refused(capsys, tmp_path, "optimize", path, "-o", out, codes=(2,))
     assert "is a folder" in refused(capsys, tmp_path, "optimize", tmp_path, "-o", path)
     (tmp_path / "folder").mkdir()
-    assert "not a regular file" in refused(capsys, tmp_path, "optimize", path, "-o", tmp_path / "folder", codes=(2,))
+    command = ["optimize", path, "-o", tmp_path / "folder", "--cost", "analytic"]
+    assert "not a regular file" in refused(capsys, tmp_path, *command, codes=(2,))
 
 
 #: Optimises argv[1] to argv[2] and dies without notice at the argv[4]-th call of os.<argv[3]>.

@@ -439,7 +439,7 @@ def test_verbose_says_why(model: Path) -> None:
         ["passes"],
         ["passes", "winograd"],
         ["bench", "seq.onnx", "--shape", "x=1x64x2x2", "--seconds", "0.1"],
-        ["profile", "seq.onnx", "-o", "p.json", "--budget", "0.1"],
+        ["profile", "seq.onnx", "--shape", "x=1x64x2x2", "-o", "p.json", "--budget", "0.1"],
         ["cache"],
         ["cache", "clear"],
     ],
