@@ -20,6 +20,7 @@ import numpy as np
 
 from pwopt.algebra import Array, Values
 from pwopt.evidence.evaluation import MAX_WORK, SMALLEST_POSITIVE, Side, Tensors, TooLargeError, UnfitError
+from pwopt.evidence.terms import has_equal_terms
 from pwopt.evidence.traits import find_traits
 from pwopt.graph.changes import Change
 from pwopt.graph.dtypes import FLOATS, epsilon
@@ -106,6 +107,8 @@ def certify(region: Change, view: View) -> Certificate:
         return Certificate("failed", f"{lost.name!r} is needed, but no operator computes it any more", math.inf)
     if not region.claims():
         return Certificate("certified", "the removed operators had no effect", probability=0.0)
+    if has_equal_terms(region.widen(view) if region.context else region, view):
+        return Certificate("certified", "the same operators on the same inputs", probability=0.0)
     result = _evaluate_change(region, view)
     if result.status == "failed" and region.rerouted:
         region = region.include_rerouted(view)
