@@ -130,9 +130,8 @@ def test_a_process_that_dies_costs_its_own_model_only(tmp_path: Path) -> None:
 
 def test_processes_share_one_clock(tmp_path: Path) -> None:
     models = written(tmp_path / "in", 2)
-    rows = optimize_many(
-        models, tmp_path / "out", Request(measuring=pwopt.Measuring(race_seconds=0.05, budget=0.2)), workers=2
-    )
+    measuring = pwopt.Measuring(race_seconds=0.05, budget=0.2, layers=False)
+    rows = optimize_many(models, tmp_path / "out", Request(measuring=measuring), workers=2)
     assert {r.status for r in rows} == {"done"}
     assert all(r.speedup is not None for r in rows)
 
@@ -208,7 +207,7 @@ def test_models_travel_as_bytes_where_no_folder_is_shared(
     proto = onnx.load(model)
     onnx.save(proto, model, save_as_external_data=True, location="m0.bin", size_threshold=0)
     monkeypatch.setattr(cluster, "_find_shared_models", lambda *_: set())
-    (row,) = optimize_many([model], tmp_path / "out", ANALYTIC, runner=cluster.Fleet(scheduler.scheduler_address))
+    (row,) = optimize_many([model], tmp_path / "out", UNVERIFIED, runner=cluster.Fleet(scheduler.scheduler_address))
     assert row.status == "done", row.sentence
     assert ops(onnx.load(tmp_path / "out" / "m0.onnx")) == {"Conv": 1, "Relu": 1}
     report = json.loads((tmp_path / "out" / "m0.report.json").read_text())
@@ -220,10 +219,10 @@ def test_targets_are_labels_of_workers(scheduler: Any, tmp_path: Path) -> None:
 
     models = written(tmp_path / "in", 1)
     address = scheduler.scheduler_address
-    (row,) = optimize_many(models, tmp_path / "out", ANALYTIC, runner=Fleet(address, "small"))
+    (row,) = optimize_many(models, tmp_path / "out", UNVERIFIED, runner=Fleet(address, "small"))
     assert row.status == "done"
     with pytest.raises(UsageError, match="no worker has the label 'large'; there are small"):
-        optimize_many(models, tmp_path / "other", ANALYTIC, runner=Fleet(address, "large"))
+        optimize_many(models, tmp_path / "other", UNVERIFIED, runner=Fleet(address, "large"))
 
 
 def test_decisions_and_profiles_come_home(scheduler: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
