@@ -123,7 +123,7 @@ def test_what_cannot_be_used_is_left_out(
     monkeypatch.setattr(pass_list, "PASSES", (*others, Harmful))
     monkeypatch.setattr(preparation, "certify", skip_certificate)
     if kind == "runs forever":  # the others end by themselves, however busy the machine is
-        monkeypatch.setattr(worker, "MIN_TIME_LIMIT", 3.0)
+        monkeypatch.setattr(worker, "MIN_TIME_LIMIT", 1.5)
         monkeypatch.setattr(worker, "SLOWER", 3.0)
     out = tmp_path / "out.onnx"
     report = pwopt.optimize(
