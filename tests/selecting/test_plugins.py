@@ -7,13 +7,14 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_graphsurgeon as gs
 import pytest
-from helpers import normal, ops, parse, plant, planted_race, reasons
+from helpers import normal, ops, parse, plant, planted_race, reasons, run_command
 
 import pwopt
 from pwopt.errors import UsageError
@@ -173,29 +174,36 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "site"
 
 
-def test_an_installed_package(site: Path, tmp_path: Path) -> None:
+@pytest.fixture
+def installed(site: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Let this process find the package, too."""
+    monkeypatch.syspath_prepend(site)
+    monkeypatch.setitem(sys.modules, "pwopt_signs", None)
+    del sys.modules["pwopt_signs"]  # the monkeypatch forgets what is imported from there
+    plugins.find_installed.cache_clear()
+    yield site
+    plugins.find_installed.cache_clear()
+
+
+def test_an_installed_package(installed: Path, tmp_path: Path) -> None:
     """Its passes run without being asked for, are listed, shown, denied and reported, and break with one sentence."""
     onnx.save(signs(), tmp_path / "m.onnx")
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, (str(site), os.environ.get("PYTHONPATH"))))}
-
-    def pwopt_says(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "pwopt", *arguments]
-        return subprocess.run(command, env=environment, cwd=tmp_path, capture_output=True, text=True, check=False)
-
-    assert "drop-sign" in pwopt_says("passes").stdout
+    path = os.pathsep.join(filter(None, (str(installed), os.environ.get("PYTHONPATH"))))
     report = tmp_path / "r.json"
-    done = pwopt_says("optimize", "m.onnx", "--cost", "analytic", "--report", str(report))
-    assert done.returncode == 0, done.stderr
+    command = [sys.executable, "-m", "pwopt", "optimize", "m.onnx", "--cost", "analytic", "--report", str(report)]
+    subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, cwd=tmp_path, check=True)
     assert ops(onnx.load(tmp_path / "m.pwopt.onnx")) == {"Conv": 1, "Relu": 1, "Abs": 1, "Pow": 1}
     content = json.loads(report.read_text())
     assert [r["pass"] for r in content["rewrites"]] == ["drop-sign"]
     assert content["passes"]["square"] == "x² = x·x"
     assert {s["pass"] for s in content["skips"]} >= {"square"}
-    done = pwopt_says("optimize", "m.onnx", "--cost", "analytic", "--deny", "drop-sign:b", "--details")
-    assert "drop-sign:b: denied by the user" in done.stdout
-    (info,) = site.glob("*.dist-info/entry_points.txt")
+    assert "drop-sign" in run_command("passes").stdout
+    arguments = ("optimize", "m.onnx", "--cost", "analytic", "--deny", "drop-sign:b", "--details")
+    assert "drop-sign:b: denied by the user" in run_command(*arguments, cwd=tmp_path).stdout
+    (info,) = installed.glob("*.dist-info/entry_points.txt")
     info.write_text(info.read_text().replace("pwopt_signs:Square", "pwopt_signs:Cube"))
-    done = pwopt_says("optimize", "m.onnx", "--cost", "analytic")
+    plugins.find_installed.cache_clear()
+    done = run_command("optimize", "m.onnx", "--cost", "analytic", cwd=tmp_path)
     assert done.returncode == 2
     assert "the pass 'pwopt_signs:Cube' of pwopt-signs 1.2 cannot be imported" in " ".join(done.stderr.split())
 
