@@ -10,7 +10,7 @@ import numpy as np
 from pwopt.algebra import Array, Values
 from pwopt.algebra.geometry import Refusal, RefusedError, compose_geometry
 from pwopt.algebra.linear import LinearMap, compose
-from pwopt.graph.dtypes import cancellation, range_of
+from pwopt.graph.dtypes import FLOATING, cancellation, range_of
 from pwopt.graph.ir import Node, Tensor
 from pwopt.graph.operators import VIEWS, WEIGHTED_OPERATORS
 from pwopt.graph.provenance import credit
@@ -42,6 +42,8 @@ class Plan:
         Tensors whose values change, so that they need new names.
     steps : int
         Operators visited so far.
+    combined : bool
+        Whether an operator that combines elements lies between.
     """
 
     after: list[tuple[Reading, Affine]] = field(default_factory=list)
@@ -49,6 +51,7 @@ class Plan:
     constants: list[tuple[Tensor, Affine]] = field(default_factory=list)
     changed: list[Tensor] = field(default_factory=list)
     steps: int = 0
+    combined: bool = False
 
     def maps(self) -> list[Reading]:
         return [r for r, _ in (*self.after, *self.before)]
@@ -145,7 +148,8 @@ class FoldAffine(Pass):
             return alternatives.reason
         reason = ""
         for moves in alternatives:
-            trial = Plan([*plan.after], [*plan.before], [*plan.constants], [*plan.changed], plan.steps)
+            combined = plan.combined or commute.combines(rw, producer)
+            trial = Plan([*plan.after], [*plan.before], [*plan.constants], [*plan.changed], plan.steps, combined)
             reason = ""
             for source, moved in moves:
                 if moved.scales or moved.shifts:
@@ -156,7 +160,7 @@ class FoldAffine(Pass):
                     break
             if not reason:
                 plan.after, plan.before = trial.after, trial.before
-                plan.constants, plan.changed = trial.constants, trial.changed
+                plan.constants, plan.changed, plan.combined = trial.constants, trial.changed, trial.combined
                 return ""
         return reason
 
@@ -245,7 +249,9 @@ class FoldAffine(Pass):
         maps: list[tuple[Reading, emit.Written]] = []
         for side in (plan.after, plan.before):
             for target, affine in side:
-                composed = _compose(rw, target, affine, after=side is plan.after)
+                composed, dtype = _compose(rw, target, affine, after=side is plan.after), rw.dtype(target.output)
+                if plan.combined and side is plan.after and affine.scales and dtype in FLOATING:
+                    range_of(dtype).require_weights(composed.weight)
                 axis = target.axis if target.axis is not None else affine.axis
                 output = reading.output if direct else target.output
                 source = reading.source if target.source is reading.output else target.source

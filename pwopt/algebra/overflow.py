@@ -20,7 +20,8 @@ with s = −M. For x = 2 it is M, but s − s·x has the product 2·M.
 As long as all weights are at most √M, that takes inputs beyond √M/n for n terms. Therefore a combined map with larger
 weights and several terms is refused. Likewise, s·(a + b) = s·a + s·b has new results, of which only the sum is known
 to be finite. So |s| must be between 1/√M and √M, and 1 in float16, where ordinary data come near to M. The same holds
-for s·(a·b) = (s·a)·b, for pooling and for interpolation.
+for s·(a·b) = (s·a)·b, for pooling, for interpolation and for LeakyRelu. If a map takes the scale over, its weights must
+stay below √M as well, since its results are new.
 
 **Shifts.** (x + t) + b = (x + b) + t has the new result x + b = y − t, so |t| ≤ ε·M keeps it finite, as above.
 
@@ -77,6 +78,16 @@ class Range:
         """
         if not self.allows_shift(shift):
             raise RefusedError(f"a folded constant could overflow {self.name} where the original does not")
+
+    def require_weights(self, weights: Array) -> None:
+        """Refuse weights above √M of a map that takes over a scale from behind an operator that combines elements.
+
+        Raises
+        ------
+        RefusedError
+        """
+        if find_magnitude(weights) > math.sqrt(self.largest):
+            raise RefusedError(f"a scale moved into the map could overflow {self.name} where the original does not")
 
     def check(self, linear: LinearMap) -> None:
         """Refuse a combined map that may overflow where the original does not.

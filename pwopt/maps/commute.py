@@ -212,7 +212,12 @@ def _check_rule(view: View, affine: Affine, node: Node) -> Rule | Refusal:
         return Refusal(f"a shift does not pass through {name}")
     if found.scale == "positive" and not np.all(affine.map.scale > 0):
         return Refusal(f"only a positive scale passes through {name}")
-    return (_find_overflow(view, affine, node) if name in SUMS or name in MIXES else None) or found
+    return (_find_overflow(view, affine, node) if combines(view, node) else None) or found
+
+
+def combines(view: View, node: Node) -> bool:
+    """Whether results of an operator may be smaller than its inputs, so that scaled inputs may overflow alone."""
+    return view.op(node) in {*SUMS, *MIXES, *ARITHMETIC, "Gemm"}
 
 
 def _find_overflow(view: View, affine: Affine, node: Node) -> Refusal | None:

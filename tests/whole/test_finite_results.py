@@ -113,6 +113,7 @@ def chains(draw: st.DrawFn) -> tuple[list[Step], np.dtype]:
 @example(([("Mul", 0.5), ("Add to x", 0.0), ("Mul", 4.0)], HALF))
 @example(([("Mul", 65.5), ("Mul", 65.5), ("Add", 32752.0), ("Mul", 65.5)], HALF))  # 65.5·(33,720 − 32,752)
 @example(([("Add", -MAX[SINGLE]), ("Add to x", 0.0), ("Add", MAX[SINGLE])], SINGLE))
+@example(([("Mul", MAX[SINGLE] / 2), ("LeakyRelu", 1.0), ("Mul", 2.0)], SINGLE))  # of a negative number
 def test_a_fold_overflows_only_where_the_original_does(drawn: tuple[list[Step], np.dtype]) -> None:
     after = check(*drawn)
     event("folded" if len(after.graph.node) < len(drawn[0]) else "as it was")
