@@ -48,6 +48,8 @@ MAX_ATTEMPTS = 8
 #: The final race ends early when the speed-up is known to this relative precision, or when the verdict is clear and the
 #: speed-up is known to the second one (a large speed-up: `timing.PART_OF_GAIN`).
 PRECISE, ROUGHLY = 0.005, 0.02
+#: A second final race that only asks for a narrower interval ends at this relative precision.
+NARROW = 0.1
 #: The least and the greatest number of runs under the profiler.
 PROFILED_RUNS = 2, 10
 
@@ -277,10 +279,11 @@ class Attempts:
             LOG.info("no process has pages of 4 KiB: %s", small.worker.problem)
         with turn.exclusive():
             race = self._race_whole(pair, seconds)
-            longer = self.budget.for_open_race()
-            if self._is_open(replace(report, latency=Latency.from_race(race))) and longer > seconds:
+            longer, first = self.budget.for_open_race(), replace(report, latency=Latency.from_race(race))
+            if self._is_open(first) and longer > seconds:
                 # one disturbed pair among few makes the interval wide
-                more = self._race_whole(pair, longer, race.pairs)
+                precise = PRECISE if self._will_retry(first) else NARROW
+                more = self._race_whole(pair, longer, race.pairs, precise)
                 race = Race((*race.pairs, *more.pairs), min(race.own, more.own))
         figures = race.speedup(), *race.interval(), len(race.pairs)
         LOG.info("the whole model: %.3f× [%.3f, %.3f] over %d pairs of sessions", *figures)
@@ -300,10 +303,12 @@ class Attempts:
         )
         return report, race
 
-    def _race_whole(self, pair: Pair, seconds: float, earlier: tuple[timing.SessionPair, ...] = ()) -> Race:
+    def _race_whole(
+        self, pair: Pair, seconds: float, earlier: tuple[timing.SessionPair, ...] = (), precise: float = PRECISE
+    ) -> Race:
         """Race the original, the candidate, and a copy of the original; or continue a race of them."""
         models = [pair.original, pair.candidate, pair.original]
-        rules = replace(final_rules(measured=bool(self.selection.allowed)), earlier=earlier)
+        rules = replace(final_rules(measured=bool(self.selection.allowed)), earlier=earlier, precise=precise)
         return pair.environment.race(models, seconds, self.request.progress, rules)
 
     def _is_open(self, report: Report) -> bool:

@@ -551,12 +551,12 @@ def test_a_gain_in_doubt_is_raced_again_before_it_is_dropped(monkeypatch: pytest
     """One disturbed pair of three makes the interval of the final race wide."""
     pytest.importorskip("onnxruntime")
     clear, wide = (planted_race(np.array([2.0, 2.0, t] * n), np.ones(3 * n)) for t, n in ((2.0, 9), (0.5, 1)))
-    finals: list[int] = []
+    finals: list[float] = []
 
-    def race(_: object, models: list[Path], *__: object, **___: object) -> Race:
+    def race(_: object, models: list[Path], *given: Any, **__: object) -> Race:
         if len(models) < 3:
             return clear
-        finals.append(len(models))
+        finals.append(given[-1].precise)
         found = wide if len(finals) == 1 else clear
         return Race(tuple(SessionPair((*p.times, p.times[0])) for p in found.pairs), 1.0)
 
@@ -565,7 +565,7 @@ def test_a_gain_in_doubt_is_raced_again_before_it_is_dropped(monkeypatch: pytest
     model = parse(body, w=normal(4, 8, 1, 1).astype(F), v=normal(4, 8, 1, 1, seed=1).astype(F))
     report = pwopt.optimize(model, cache=False, threads=1, measuring=pwopt.Measuring(budget=600.0)).report
     assert [r.pass_name for r in report.rewrites] == ["merge-siblings"]
-    assert len(finals) == 2
+    assert finals == [0.005, 0.005]
     assert report.latency is not None
     assert report.latency.pairs == 30
 
@@ -573,17 +573,17 @@ def test_a_gain_in_doubt_is_raced_again_before_it_is_dropped(monkeypatch: pytest
 def test_a_result_whose_race_says_little_is_raced_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Also if none of its rewrites needs a measurement."""
     pytest.importorskip("onnxruntime")
-    finals: list[int] = []
+    finals: list[float] = []
 
-    def race(_: object, models: list[Path], *__: object, **___: object) -> Race:
+    def race(_: object, models: list[Path], *given: Any, **__: object) -> Race:
         if len(models) == 3:
-            finals.append(len(models))
+            finals.append(given[-1].precise)
         found = planted_race(np.array([1.0, 1.0, 0.5 if len(finals) == 1 else 1.0] * 3), np.ones(9))
         return Race(tuple(SessionPair((*p.times, p.times[0])[: len(models)]) for p in found.pairs), 1.0)
 
     plant(monkeypatch, race)
     report = pwopt.optimize(MODELS / "linear_sequence.onnx", cache=False, threads=1, shapes={"x": (1, 64, 8, 8)}).report
-    assert len(finals) == 2
+    assert finals == [0.005, 0.1]  # only a narrower interval is wanted
     assert report.latency is not None
     assert report.latency.pairs == 18
 
