@@ -148,7 +148,7 @@ class FoldAffine(Pass):
             return alternatives.reason
         reason = ""
         for moves in alternatives:
-            combined = plan.combined or commute.combines(rw, producer)
+            combined = plan.combined or rw.op(producer) in commute.COMBINING
             trial = Plan([*plan.after], [*plan.before], [*plan.constants], [*plan.changed], plan.steps, combined)
             reason = ""
             for source, moved in moves:

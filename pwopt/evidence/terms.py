@@ -48,7 +48,8 @@ def _number_terms(states: Sequence[State], view: View, number: Callable[[Hashabl
         known = (
             bool(view.op(state.node)) and not find_traits(state.op).random and all(map(_is_plain, state.attrs.values()))
         )
-        operator = (state.op, repr(sorted(state.attrs.items())), len(state.outputs)) if known else object()
+        named = tuple(bool(t.name) for t in state.outputs)
+        operator = (state.op, repr(sorted(state.attrs.items())), named) if known else object()
         for i, tensor in enumerate(state.outputs):
             found[tensor] = number((operator, inputs, i))
     return found

@@ -67,8 +67,10 @@ class Rule:
     axes: Mapping[int, int] | None = None
 
 
-#: Operators whose results may be smaller than their inputs, beside those that sum.
+#: Operators that combine elements, beside those that sum.
 MIXES = frozenset({"LeakyRelu", "PRelu", "Resize", "Upsample"})
+#: Operators whose results may be smaller than their inputs, so that scaled inputs may overflow alone.
+COMBINING = SUMS | MIXES | ARITHMETIC | {"Gemm"}
 #: Batch and channels, the axes that pooling leaves alone.
 KEPT_AXES: Mapping[int, int] = {0: 0, 1: 1}
 
@@ -212,12 +214,7 @@ def _check_rule(view: View, affine: Affine, node: Node) -> Rule | Refusal:
         return Refusal(f"a shift does not pass through {name}")
     if found.scale == "positive" and not np.all(affine.map.scale > 0):
         return Refusal(f"only a positive scale passes through {name}")
-    return (_find_overflow(view, affine, node) if combines(view, node) else None) or found
-
-
-def combines(view: View, node: Node) -> bool:
-    """Whether results of an operator may be smaller than its inputs, so that scaled inputs may overflow alone."""
-    return view.op(node) in {*SUMS, *MIXES, *ARITHMETIC, "Gemm"}
+    return (_find_overflow(view, affine, node) if view.op(node) in COMBINING else None) or found
 
 
 def _find_overflow(view: View, affine: Affine, node: Node) -> Refusal | None:

@@ -62,6 +62,10 @@ def test_equal_small_constants_are_the_same_input() -> None:
         ("a = Sub(x, z) b = Sub(z, x)", "failed"),
         ("a = Mul(x, v) b = Mul(x, w)", "failed"),
         ("a = LeakyRelu<alpha=0.0>(x) b = LeakyRelu<alpha=-0.0>(x)", "tested"),  # attributes of other bits
+        (
+            "s = Shape(x) a = ConstantOfShape<value=float[1] {1}>(s) b = ConstantOfShape<value=float[1] {2}>(s)",
+            "failed",
+        ),
         ("a = RandomNormalLike(x) b = RandomNormalLike(x)", "none"),
     ],
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
-from helpers import evaluate, ops, run
+from helpers import evaluate, ops, parse, run
 from hypothesis import event, example, given, settings
 from hypothesis import strategies as st
 from onnx import helper, numpy_helper
@@ -146,3 +146,13 @@ def test_a_mask_of_ten_thousand_folds_in_float32_only() -> None:
     steps = [("Sub from", 1.0), ("Mul", -10000.0)]
     assert ops(check(steps, SINGLE)) == {"BatchNormalization": 1}
     assert ops(check(steps, HALF)) == {"Sub": 1, "Mul": 1}
+
+
+def test_a_scale_stays_behind_an_operator_that_combines_whatever_lies_before_it() -> None:
+    """At x = −2, x·(M/2) is finite and x·M is not, with a Transpose on the way as without."""
+    body = "a = Mul(x, c) t = Transpose<perm=[0,2,1]>(a) l = LeakyRelu(t) y = Mul(l, two)"
+    values = {"c": np.array([MAX[SINGLE] / 2], SINGLE), "two": np.array([2.0], SINGLE)}
+    after, *_ = run(parse(f"(float[1,2,3] x) => (float[N] y) {{ {body} }}", **values), FoldAffine())
+    assert ops(after)["Mul"] == 2
+    (found,) = evaluate(after, x=np.full((1, 2, 3), -2, SINGLE))
+    assert np.isfinite(found).all()
